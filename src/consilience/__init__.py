@@ -1,0 +1,62 @@
+"""Consilience: learning from heterogeneous sources, with one loop for tasks, time, places and trained models.
+
+>>> import consilience as cs
+>>> cs.__version__
+'0.1.0'
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_ROOMS = ("aggregators", "consolidators", "corrections", "data", "engines", "mappers", "methods", "models", "report", "settings")
+_NAMES = {
+    "ConsilienceError": "core.errors", "Expert": "core.schedule", "Frame": "core.source", "Interrupted": "core.errors",
+    "Message": "core.message", "Method": "core.method", "Refusal": "core.errors", "Result": "core.result", "Source": "core.source",
+    "Training": "core.training", "run": "core.run",
+}  # fmt: skip
+
+if TYPE_CHECKING:
+    from consilience import (
+        aggregators,
+        consolidators,
+        corrections,
+        data,
+        engines,
+        mappers,
+        methods,
+        models,
+        report,
+        settings,
+    )
+    from consilience.core.errors import ConsilienceError, Interrupted, Refusal
+    from consilience.core.message import Message
+    from consilience.core.method import Method
+    from consilience.core.result import Result
+    from consilience.core.run import run
+    from consilience.core.schedule import Expert
+    from consilience.core.source import Frame, Source
+    from consilience.core.training import Training
+
+__all__ = [
+    "ConsilienceError", "Expert", "Frame", "Interrupted", "Message", "Method", "Refusal", "Result", "Source", "Training",
+    "aggregators", "consolidators", "corrections", "data", "engines", "mappers", "methods", "models", "report", "run", "settings",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """Rooms and names load when first used, so that importing is quick."""
+    if name in _ROOMS:
+        return importlib.import_module(f"consilience.{name}")
+    if name in _NAMES:
+        return getattr(importlib.import_module(f"consilience.{_NAMES[name]}"), name)
+    from consilience.core.errors import unknown
+
+    raise AttributeError(str(unknown("name", name, __all__)))
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

@@ -1,0 +1,84 @@
+"""The catalogue of aggregators: rows of gradients, of client updates or of task vectors [m, n] into one [n].
+
+Nothing here imports torch before it is called. The classes lie in files with a leading underscore, since a submodule
+named like its function would replace it in this package at the first call.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from consilience.aggregators._arithmetic import Arithmetic
+    from consilience.aggregators._dare import Dare
+    from consilience.aggregators._mean import Mean
+    from consilience.aggregators._mgda import MGDA
+    from consilience.aggregators._pcgrad import PCGrad
+    from consilience.aggregators._robust import Median, TrimmedMean
+    from consilience.aggregators._ties import Ties
+    from consilience.aggregators._torchjd import TorchJD
+
+__all__ = ["arithmetic", "dare", "mean", "median", "mgda", "pcgrad", "ties", "torchjd", "trimmed_mean"]
+
+
+def mean() -> Mean:
+    """The weighted mean: sum_i w_i g_i."""
+    from consilience.aggregators._mean import Mean
+
+    return Mean()
+
+
+def arithmetic(coefficient: float = 1.0) -> Arithmetic:
+    """Task arithmetic: coefficient * sum_i w_i tau_i (the papers' lambda is coefficient / m at the default weights)."""
+    from consilience.aggregators._arithmetic import Arithmetic
+
+    return Arithmetic(coefficient)
+
+
+def ties(density: float = 0.2) -> Ties:
+    """TIES: trim every row to its `density` largest magnitudes, elect signs, average those that agree."""
+    from consilience.aggregators._ties import Ties
+
+    return Ties(density)
+
+
+def pcgrad() -> PCGrad:
+    """PCGrad: project every gradient off those that it conflicts with, then take the weighted mean."""
+    from consilience.aggregators._pcgrad import PCGrad
+
+    return PCGrad()
+
+
+def mgda() -> MGDA:
+    """MGDA: the shortest vector in the convex hull of the rows."""
+    from consilience.aggregators._mgda import MGDA
+
+    return MGDA()
+
+
+def dare(density: float = 0.1) -> Dare:
+    """DARE: keep every entry with probability `density`, rescaled by 1 / `density`; then the weighted mean."""
+    from consilience.aggregators._dare import Dare
+
+    return Dare(density)
+
+
+def median() -> Median:
+    """The weighted median of every coordinate."""
+    from consilience.aggregators._robust import Median
+
+    return Median()
+
+
+def trimmed_mean(trim: float = 0.1) -> TrimmedMean:
+    """The weighted mean of every coordinate without the fraction `trim` of the weight at either end."""
+    from consilience.aggregators._robust import TrimmedMean
+
+    return TrimmedMean(trim)
+
+
+def torchjd(name: str, **arguments: Any) -> TorchJD:
+    """One of torchjd's aggregators by its class name, such as "UPGrad" or "CAGrad", with its arguments."""
+    from consilience.aggregators._torchjd import TorchJD
+
+    return TorchJD(name, tuple(sorted(arguments.items())))

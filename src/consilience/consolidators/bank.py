@@ -1,0 +1,57 @@
+"""Keeping experts: every module that was learned or heard of stands on its own, and a mapper routes between them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from consilience.core.consolidator import Consolidator
+from consilience.core.errors import ConsilienceError
+from consilience.core.message import Message, Module, Shared
+from consilience.core.model import Model
+from consilience.core.schedule import Facts
+from consilience.core.source import Source
+from consilience.core.state import State
+
+
+@dataclass(frozen=True)
+class Experts(Consolidator):
+    """Experts by (sender, source): what the bank holds is what the agent predicts with; its own parameters do not change.
+
+    A module holds the entries that are not frozen and belong to its task or to none: a head on a frozen backbone, or a whole
+    model. A module of another frozen backbone is refused by its hash.
+    """
+
+    def export(self, model: Model, state: State, sources: Sequence[Source], personal: Sequence[str]) -> dict[str, Shared]:
+        backbone = model.backbone(state.params) if sources else ""
+        result: dict[str, Shared] = {}
+        for s in sources:
+            own = (None, model.head_key(s))
+            entries = {f"entries/{n}": p for n, p in state.params.items() if not model.frozen(n) and model.task_of(n) in own}
+            buffers = {f"buffers/{n}": b for n, b in state.buffers.items() if model.task_of(n) in own}
+            meta = {
+                "labels": [list(label) for label in s.labels],
+                "classes": list(s.classes),
+                "task": s.task,
+                "backbone": backbone,
+            }
+            result[s.name] = Module({**entries, **buffers}, meta)
+        return result
+
+    def absorb(self, model: Model, state: State, fresh: Sequence[Message], by_size: bool, generator: torch.Generator) -> State:
+        here = None
+        for m in fresh:
+            item = m.items.get("model")
+            if isinstance(item, Module) and item.meta["backbone"]:
+                here = here or model.backbone(state.params)
+                if item.meta["backbone"] != here:
+                    raise ConsilienceError(
+                        f"a module should stand on this agent's backbone {here[:8]}. "
+                        f"Found {item.meta['backbone'][:8]} from {m.sender!r}."
+                    )
+        return state
+
+    def refuse(self, facts: Facts) -> str | None:
+        return None if facts.hears else "nobody hears anybody here, so that there are no experts to choose from"

@@ -1,0 +1,149 @@
+"""Combining in weight space: average, arithmetic, TIES and every other aggregator, with an outer optimiser."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from consilience.core.aggregator import Aggregator, Linear, canonical
+from consilience.core.consolidator import Consolidator
+from consilience.core.errors import ConsilienceError
+from consilience.core.message import Message, Shared, Weights
+from consilience.core.model import Model
+from consilience.core.optimiser import SGD, Optimiser
+from consilience.core.params import Layout, Params, finite, matches
+from consilience.core.schedule import Facts
+from consilience.core.source import Source
+from consilience.core.state import State
+
+
+@dataclass(frozen=True)
+class WeightSpace(Consolidator):
+    """theta <- base + U(base - A(theta_1, .., theta_m)): aggregate A over the parameters heard, outer step U from what the
+    hearer's own parameters were when it last absorbed.
+
+    A of the linear kind gives coefficients c, and the aggregate is sum c_i theta_i + (1 - sum c) base, so that one
+    unchanged row is taken as it is, to the bit; other kinds combine deltas theta_i - base. Entries that only some carry
+    are combined among those; floating-point buffers are averaged, others keep the hearer's value. The outer SGD(1) without
+    momentum takes the aggregate as it is. Where no speaker learned since it absorbed (a server tells its clients), what
+    is heard is common ground: averaged, with no outer step; one message is adopted to the bit.
+    """
+
+    aggregator: Aggregator | None = None
+    outer: Optimiser | None = None
+    lr: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.lr < float("inf"):
+            raise ConsilienceError(f"`lr` of the outer optimiser should be positive. Found `lr = {self.lr}`.")
+
+    @property
+    def needs_base(self) -> bool:  # type: ignore[override]
+        """Averages with coefficients that sum to 1 need none."""
+        return self.aggregator is not None and self.aggregator.needs_base
+
+    def refuse(self, facts: Facts) -> str | None:
+        if self.needs_base and facts.hears and not facts.common_base:
+            return (
+                f"{type(self.aggregator).__name__} combines deltas from the hearer's own parameters, but here what is heard "
+                "starts from others; use an average, or the merging setting with `base`"
+            )
+        return None
+
+    def export(self, model: Model, state: State, sources: Sequence[Source], personal: Sequence[str]) -> dict[str, Shared]:
+        if sources:
+            return {}
+        tensors = {f"params/{n}": p for n, p in state.params.items() if not matches(n, personal)}
+        return {"": Weights({**tensors, **{f"buffers/{n}": b for n, b in state.buffers.items() if not matches(n, personal)}})}
+
+    def absorb(self, model: Model, state: State, fresh: Sequence[Message], by_size: bool, generator: torch.Generator) -> State:
+        heard = [(m, m.items["model"]) for m in fresh if isinstance(m.items.get("model"), Weights)]
+        if not heard:
+            return state
+        sizes = [float(max(m.size, 1)) if by_size else 1.0 for m, _ in heard]
+        rows = [(m.sender, w.group("params"), size) for (m, w), size in zip(heard, sizes, strict=True)]
+        for sender, params, _ in rows:
+            finite(params, repr(sender))
+            for n, p in params.items():
+                if n in state.params and p.shape != state.params[n].shape:
+                    raise ConsilienceError(
+                        f"heard parameters should have the hearer's shapes. Found {tuple(p.shape)} for {n!r} of {sender!r}, "
+                        f"here {tuple(state.params[n].shape)}."
+                    )
+        merged: Params = {}
+        groups: dict[tuple[int, ...], list[str]] = {}
+        for n in sorted({n for _, params, _ in rows for n in params}):
+            groups.setdefault(tuple(i for i, (_, params, _) in enumerate(rows) if n in params), []).append(n)
+        for carriers, names in groups.items():
+            among = [rows[i] for i in carriers]
+            frozen = [n for n in names if model.frozen(n) or not among[0][1][n].is_floating_point()]
+            for n in frozen:
+                merged[n] = state.params.get(n, among[0][1][n])
+            names = [n for n in names if n not in frozen]
+            if names:
+                aggregator = self.aggregator if any(m.learned for m, _ in heard) else None
+                merged |= self._combine(aggregator, names, among, state.base, generator)
+        if not any(m.learned for m, _ in heard):
+            params, outer = {**state.params, **merged}, dict(state.outer)
+        else:
+            params, outer = self._step({**state.params, **merged}, state, merged)
+        buffers = dict(state.buffers)
+        total = sum(sizes)
+        groups_of = [(w.group("buffers"), size) for (_, w), size in zip(heard, sizes, strict=True)]
+        for n in sorted({n for b, _ in groups_of for n in b}):
+            having = [(b[n], s) for b, s in groups_of if n in b]
+            if len(having) == 1:
+                buffers[n] = having[0][0]
+            elif having[0][0].is_floating_point():
+                buffers[n] = torch.stack([b * (s / total) for b, s in having]).sum(0)
+            else:
+                buffers.setdefault(n, having[0][0])
+        size = int(sum(m.size for m, _ in heard))
+        return state.change(params=params, buffers=buffers, outer=outer, size=size)
+
+    def _combine(
+        self, a: Aggregator | None, names: list[str], rows: list[tuple[str, Params, float]], base: Params, generator: torch.Generator
+    ) -> Params:
+        layout = Layout.of({n: rows[0][1][n] for n in names})
+        whole = torch.stack([layout.flatten(params) for _, params, _ in rows])
+        total = sum(s for _, _, s in rows)
+        weights = torch.tensor([s / total for _, _, s in rows], dtype=whole.dtype)
+        senders = [sender for sender, _, _ in rows]
+        origin = layout.flatten(base)
+        if a is None or (isinstance(a, Linear) and not a.needs_gram):
+            order = canonical(whole, weights)
+            whole, weights = whole[order], weights[order]
+            c = weights if a is None else a.weigh(whole.new_zeros(0, 0), weights, generator)
+            return layout.split(affine(whole, c, origin))
+        deltas, w, order = a.admit(whole - origin, weights, senders)
+        if isinstance(a, Linear):
+            return layout.split(affine(whole[order], a.coefficients(deltas, w, generator), origin))
+        return layout.split(origin + a.combine(deltas, w, generator))
+
+    def _step(self, target: Params, state: State, merged: Params) -> tuple[Params, dict[str, Tensor]]:
+        outer = self.outer or SGD()
+        if outer.is_identity(self.lr):
+            return target, {}
+        names = sorted(n for n in merged if merged[n].is_floating_point())
+        now = {n: state.base.get(n, merged[n]) for n in names}
+        layout = Layout.of(now)
+        theta, aggregate = layout.flatten(now), layout.flatten(merged)
+        held = dict(state.outer) or outer.init(theta)
+        if any(v.dim() and v.shape != theta.shape for v in held.values()):
+            raise ConsilienceError("an outer optimiser with state needs entries that stay the same. Found that some were added.")
+        delta, held = outer.update(theta - aggregate, held, theta, self.lr)
+        return {**target, **layout.split(theta + delta)}, held
+
+
+def affine(rows: Tensor, coefficients: Tensor, base: Tensor) -> Tensor:
+    """sum_i c_i row_i + (1 - sum c) base [n]; a single row with c = 1 is taken as it is, and c = 0 gives the base."""
+    if len(rows) == 1 and float(coefficients[0]) == 1.0:
+        return rows[0].clone()
+    rest = 1 - float(coefficients.double().sum())
+    if not coefficients.any():
+        return base.clone()
+    result = coefficients @ rows
+    return result if abs(rest) < 1e-6 else result + rest * base

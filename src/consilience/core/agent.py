@@ -1,0 +1,385 @@
+"""Agents: the only mutable class. prepare(sources) -> Job; finish(job); tell() -> messages; absorb(messages); predict(x, task)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from consilience.core.batch import Batch
+from consilience.core.correction import Correction, Learned, Me, Memory, Routing, overrides
+from consilience.core.errors import ConsilienceError
+from consilience.core.ledger import Ledger
+from consilience.core.message import Item, Message, Private, Shared, Weights, join
+from consilience.core.method import Method
+from consilience.core.model import Model
+from consilience.core.params import Layout, Params, content_hash, finite, key, matches
+from consilience.core.sampler import Shuffle
+from consilience.core.schedule import Schedule
+from consilience.core.source import Examples, Source
+from consilience.core.state import State
+from consilience.core.step import Carry, Step, acts
+from consilience.core.training import Training
+
+
+@dataclass(eq=False)
+class Job:
+    """One learn made into tensors: what an engine runs, stops in the middle, and goes on with."""
+
+    agent: str
+    sources: tuple[Source, ...]
+    """What it was asked to learn."""
+    parts: tuple[tuple[Source, Examples, str | None], ...]
+    """What it trains on: source, examples on the device, task."""
+    visits: tuple[int, ...]
+    corrections: tuple[tuple[Correction, Me], ...]
+    layout: Layout
+    fixed: Params
+    start: Tensor
+    step: Step
+    seed: int
+    training: Training
+    kind: tuple[object, ...]
+    """What makes its steps alike in cost."""
+    epoch: int = 0
+    index: int = 0
+
+    @property
+    def carry(self) -> Carry:
+        return self.step.carry
+
+    @property
+    def name(self) -> str:
+        return "+".join(s.name for s in self.sources)
+
+    def plan(self, epoch: int) -> list[list[Tensor]]:
+        """The index batches of an epoch, for each part; shorter parts begin again with a new order."""
+        sampler = self.training.sampler or Shuffle()
+        plans, most = [], self.step.span[1]
+        for (source, examples, _), visit in zip(self.parts, self.visits, strict=True):
+            plan: list[Tensor] = []
+            turn = 0
+            while len(plan) < most:
+                generator = key(self.seed, source.name, visit, epoch, turn, "shuffle")
+                plan += sampler.plan(examples.targets(), self.training.batch_size, epoch, generator)
+                turn += 1
+            plans.append(plan[:most])
+        return plans
+
+    def run(self, ledger: Ledger) -> Iterator[None]:
+        """Run the steps that are left, yielding after each; `epoch` and `index` say what is done."""
+        if not self.layout.size:
+            return
+        drawn = self.step.by_verb["sample"]
+        first, visit = self.sources[0].name, self.visits[0]
+        while self.epoch < self.training.epochs:
+            plans = [plan[self.index :] for plan in self.plan(self.epoch)]
+            streams = [examples.batches(plan) for (_, examples, _), plan in zip(self.parts, plans, strict=True)]
+            for batches in zip(*streams, strict=True):
+                parts = [
+                    Batch(x, y, task, source=source.name) for (x, y), (source, _, task) in zip(batches, self.parts, strict=True)
+                ]
+                clock = (self.epoch, self.index)
+                for c, me in drawn:
+                    parts += c.sample(me, self.sources, key(self.seed, first, visit, *clock, c.name))
+                generator = key(self.seed, first, visit, *clock, "aggregate") if self.step.aggregator else None
+                shapes = (*self.kind, *[(tuple(p.x.shape), p.task) for p in parts])
+                ledger.work(self.agent, shapes, lambda p=parts, t=clock, g=generator: self.step(p, t, g))  # type: ignore[misc]
+                ledger.steps += 1
+                self.index += 1
+                yield
+            self.epoch, self.index = self.epoch + 1, 0
+
+    def save(self) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """What a checkpoint inside a learn keeps; all else is made again by `prepare`."""
+        tensors = {"theta": self.carry.theta}
+        tensors |= {f"buffers/{k}": t for k, t in self.carry.buffers.items()}
+        tensors |= {f"optimiser/{k}": t for k, t in self.carry.optimiser.items()}
+        for c, me in self.corrections:
+            tensors |= {f"trace/{c.name}/{k}": t for k, t in me.trace.items()}
+        return {k: t.clone() for k, t in tensors.items()}, {"epoch": self.epoch, "index": self.index}
+
+    def load(self, tensors: Mapping[str, Tensor], facts: Mapping[str, int]) -> None:
+        """Go on from what `save` kept."""
+        self.carry.theta.copy_(tensors["theta"])
+        for k, t in self.carry.buffers.items():
+            t.copy_(tensors[f"buffers/{k}"])
+        for k in self.carry.optimiser:
+            self.carry.optimiser[k] = tensors[f"optimiser/{k}"].to(self.layout.device)
+        for c, me in self.corrections:
+            me.trace = {k: tensors[f"trace/{c.name}/{k}"].to(self.layout.device) for k in me.trace}
+        self.epoch, self.index = facts["epoch"], facts["index"]
+
+
+class Agent:
+    """Learns sources, tells what it learned, absorbs what others tell, predicts. Never asks which setting it is in."""
+
+    def __init__(
+        self, name: str, model: Model, method: Method, schedule: Schedule, training: Training, seed: int, state: State,
+        ledger: Ledger,
+    ) -> None:  # fmt: skip
+        self.name, self.model, self.method, self.schedule = name, model, method, schedule
+        self.training, self.seed, self.state = training, seed, state
+        self.consolidator, self.ledger = method.how_to_absorb(), ledger
+        self.device = torch.device(training.device)
+        self.frame = schedule.frame
+        self.aware = schedule.labelled or method.mapper is not None
+        self._hashes: dict[str, tuple[Params, str]] = {}
+
+    # learn
+
+    def memory(self, c: Correction) -> Memory:
+        """The items of a correction: shared ones from the bank, private ones under this agent's name."""
+        items: dict[tuple[str, str], Item] = {k: m.items[c.name] for k, m in self.state.bank.items() if c.name in m.items}
+        items |= {(self.name, s): item for s, item in self.state.memory.get(c.name, {}).items()}
+        return items
+
+    def prepare(self, names: Sequence[str]) -> Job:
+        """Recall what is known, grow the model, begin the corrections: a job of tensors."""
+        sources = tuple(self.schedule.source(n) for n in names)
+        state, model, t, dtype = self.state, self.model, self.training, self.training.dtype
+        params, buffers = dict(state.params), dict(state.buffers)
+        for s in sources:
+            params, buffers = model.grow(params, buffers, s, key(self.seed, s.name, "grow"))
+        mes: list[tuple[Correction, Me]] = []
+        given = sources
+        for c in self.method.active:
+            me = Me(known=c.recall(self.memory(c), sources))
+            sources = c.gather(sources, me.known) if overrides(c, "gather") else sources
+            mes.append((c, me))
+        for c, me in mes:
+            if overrides(c, "begin"):
+                generator = key(self.seed, given[0].name, state.visits.get(given[0].name, 0), c.name, "begin")
+                params, me.private = c.begin(model, params, given, me.known, generator)
+        trainable = {n: p for n, p in params.items() if not model.frozen(n) and p.is_floating_point()}
+        fixed = {n: p.to(self.device) for n, p in params.items() if n not in trainable}
+        layout = Layout.of(trainable, dtype, self.device)
+        theta = layout.flatten(trainable).clone()
+        for c, me in mes:
+            if c.flat and me.known is not None:
+                me.flat = {g: layout.flatten(me.known.group(g)) for g in c.flat}
+            if overrides(c, "caution") and (warning := c.caution(me, t)):
+                warnings.warn(f"{c.name} on {given[0].name!r}: {warning}", stacklevel=2)
+        carry = Carry(theta, {n: b.to(self.device).clone() for n, b in buffers.items()}, t.inner().init(theta))
+        parts = tuple((s, s.train.to(self.device, dtype), s.task if self.aware else None) for s in sources)
+        span = (t.epochs, max(-(-len(e) // t.batch_size) for _, e, _ in parts))
+        start = theta.clone()
+        step = Step(model, self.frame, t, self.method.step_aggregator, mes, layout, fixed, carry, start, span)
+        kind = ("step", *[c.name for c, me in mes if acts(c, me)], layout.size)
+        visits = tuple(state.visits.get(s.name, 0) for s in sources)
+        return Job(
+            self.name, given, parts, visits, tuple(mes), layout, fixed, start, step, self.seed, t, kind
+        )  # fmt: skip
+
+    def finish(self, job: Job) -> None:
+        """Summarise what a job learned and keep it."""
+        state = self.state
+        end = {n: p.clone() for n, p in job.layout.split(job.carry.theta).items()}
+        finite(end, f"{self.name!r} after {job.name!r} (a lower lr or strength helps where training diverges)")
+        params = {**job.fixed, **end}
+        buffers = {n: b.clone() for n, b in job.carry.buffers.items()}
+        start = job.layout.split(job.start)
+        visits = {**state.visits, **{s.name: state.visits.get(s.name, 0) + 1 for s in job.sources}}
+        shared: dict[str, dict[str, Shared]] = {s.name: {} for s in job.sources}
+        memory = {c: dict(kept) for c, kept in state.memory.items()}
+        for c, me in job.corrections:
+            if not overrides(c, "summarise"):
+                continue
+            for s in job.sources:
+                generator = key(self.seed, s.name, visits[s.name] - 1, c.name, "summarise")
+                task = s.task if self.aware else None
+                on_device = replace(s, train=s.train.to(self.device, job.layout.dtype))
+                learned = Learned(
+                    self.model, params, buffers, start, on_device, task, job.layout, generator, 1 / len(job.sources)
+                )
+                item = self.ledger.work(
+                    self.name, ("summarise", c.name, len(s.train), len(s.classes), job.layout.size), lambda c=c, n=learned, me=me: c.summarise(n, me)  # type: ignore[misc]
+                )
+                if isinstance(item, Private):
+                    memory.setdefault(c.name, {})[s.name] = item
+                elif item is not None:
+                    if not c.travels:
+                        raise TypeError(f"items of {c.name} stay with their agent: they should be Private. Found {type(item).__name__}.")
+                    shared[s.name][c.name] = item  # type: ignore[assignment]
+            if overrides(c, "trim") and c.name in memory:
+                generator = key(self.seed, job.sources[0].name, visits[job.sources[0].name], c.name, "trim")
+                memory[c.name] = dict(c.trim(memory[c.name], generator))
+        self.state = state.change(
+            params=params, buffers=buffers, memory=memory, visits=visits, version=state.version + 1, learned=True,
+            size=sum(len(s.train) for s in job.sources),
+        )  # fmt: skip
+        modules = self.consolidator.export(self.model, self.state, job.sources, self.method.personal)
+        news = []
+        for s in job.sources:
+            if s.name in modules:
+                shared[s.name]["model"] = modules[s.name]
+            if shared[s.name]:
+                message = self._message(s.name, visits[s.name], len(s.train), shared[s.name])
+                told = state.bank.get(message.key)
+                if told is None or told.digest != message.digest:
+                    news.append(message)
+        self.state = self.state.change(bank=join(self.state.bank, news))
+
+    # absorb
+
+    def _hash(self, which: str, params: Params) -> str:
+        """The hash of the parameters that all agents have in common."""
+        held = self._hashes.get(which)
+        if held is None or held[0] is not params:
+            common = {n: p for n, p in params.items() if self.model.task_of(n) is None and not matches(n, self.method.personal)}
+            held = self._hashes[which] = (params, content_hash(common))
+        return held[1]
+
+    def _message(self, source: str, version: int, size: int, items: Mapping[str, Shared]) -> Message:
+        base = self._hash("base", self.state.base)
+        return Message(self.name, source, version, size, self.state.origin, base, items, self.state.learned)
+
+    def receipts(self) -> dict[str, int]:
+        """What this agent has already: the version of every (sender, source)."""
+        return {k: v for k, (v, _) in self.state.absorbed.items()}
+
+    def tell(self, receipts: Mapping[str, int]) -> list[Message]:
+        """Messages that the listener lacks: the agent's own whole, and what its bank holds, relayed as it is."""
+        whole = self.consolidator.export(self.model, self.state, (), self.method.personal)
+        messages = [self._message(s, self.state.version, self.state.size, {"model": item}) for s, item in whole.items()]
+        messages += [m for m in self.state.bank.values() if m.items]
+        return [m for m in messages if m.version > receipts.get(f"{m.sender}|{m.source}", -1)]
+
+    def absorb(self, messages: Sequence[Message], by_size: bool = True) -> None:
+        """Join the messages into the bank, and consolidate those that are fresh."""
+        state = self.state
+        fresh: dict[tuple[str, str], Message] = {}
+        for m in sorted(messages, key=lambda m: (m.key, m.version)):
+            if m.origin != state.origin:
+                raise ConsilienceError(
+                    f"a message should come from the same first parameters. Found origin {m.origin[:8]} from {m.sender!r}, "
+                    f"here {state.origin[:8]}."
+                )
+            version, digest = state.absorbed.get(f"{m.sender}|{m.source}", (-1, ""))
+            if m.version == version and m.digest != digest:
+                raise ConsilienceError(
+                    f"a version should have one content. Found another for {m.source!r} of {m.sender!r}, version {version}."
+                )
+            if m.version > version:
+                fresh[m.key] = m
+        heard = list(fresh.values())
+        bank = join(state.bank, [m for m in heard if not any(isinstance(i, Weights) for i in m.items.values())])
+        if self.consolidator.needs_base:
+            for m in heard:
+                if m.learned and isinstance(m.items.get("model"), Weights) and m.base != self._hash("base", state.base):
+                    raise ConsilienceError(
+                        f"deltas should start from the hearer's own parameters. Found another base in the message of {m.sender!r}."
+                    )
+        generator = key(self.seed, self.name, state.version, "absorb")
+        work = ("absorb", len(heard), sum(t.numel() for m in heard for i in m.items.values() for t in i.tensors.values()))
+        new = self.ledger.work(
+            self.name,
+            work,
+            lambda: self.consolidator.absorb(self.model, state.change(bank=bank), heard, by_size, generator),
+        )
+        memory = {c: dict(kept) for c, kept in new.memory.items()}
+        for c in self.method.active:
+            if overrides(c, "heard"):
+                memory[c.name] = dict(c.heard(state.params, new.params, memory.get(c.name, {}), state.version))
+        receipts = {f"{m.sender}|{m.source}": (m.version, m.digest) for m in heard}
+        self.state = new.change(
+            base=new.params, memory=memory, absorbed={**state.absorbed, **receipts}, version=state.version + 1, learned=False,
+        )  # fmt: skip
+
+    # predict
+
+    def choices(self) -> list[tuple[tuple[str, str], Params, Params, str | None, tuple[int, ...] | None, Tensor | None]]:
+        """The experts: (key, entries, buffers, task, own columns, where its columns stand in the frame)."""
+        found = []
+        for k, m in self.state.experts.items():
+            where = None if m.labels == self.frame.labels else self.frame.columns(m.labels)
+            found.append((k, m.group("entries"), m.group("buffers"), m.task, m.classes or None, where))
+        if not found and self.method.mapper is not None:
+            for name in self.state.visits:
+                s = self.schedule.source(name)
+                found.append(((self.name, name), {}, {}, s.task, s.classes, None))
+        return found
+
+    def outputs(self, params: Params, buffers: Params, x: Tensor, task: str | None) -> Tensor:
+        """The outputs [B, C] in eval mode, through the corrections' views, before softmax."""
+        for c in self.method.active:
+            if overrides(c, "view") or overrides(c, "outputs"):
+                me = Me(known=c.recall(self.memory(c), ()))
+                params = c.view(params, task, me)
+        return self.model(params, buffers, x, task, False)[0]
+
+    def _probabilities(self, params: Params, buffers: Params, x: Tensor, task: str | None, columns: Sequence[int] | None) -> Tensor:
+        out = self.outputs(params, buffers, x, task)
+        if self.frame.kind == "value":
+            return out[:, : len(self.frame.labels)]
+        if columns:
+            keep = torch.zeros(out.shape[1], dtype=torch.bool, device=out.device)
+            keep[list(columns)] = True
+            out = out.masked_fill(~keep, -torch.inf)
+        return out.softmax(1)
+
+    @torch.no_grad()
+    def predict(self, x: Tensor, task: str | None = None) -> Tensor:
+        """Class probabilities (or values) [B, classes of the frame]: sum over experts of route weight x softmax(expert)."""
+        return self._predict(x, task)[0]
+
+    @torch.no_grad()
+    def route(self, x: Tensor) -> tuple[Tensor, list[tuple[str, str]]]:
+        """The mapper's weights [B, experts] and the experts' keys."""
+        _, weights, keys = self._predict(x, None, only_route=True)
+        if weights is None:
+            raise ConsilienceError(f"routing needs a mapper and experts. Found none in {self.name!r}.")
+        return weights, keys
+
+    def _predict(
+        self, x: Tensor, task: str | None, only_route: bool = False
+    ) -> tuple[Tensor, Tensor | None, list[tuple[str, str]]]:
+        x = x.to(self.device, self.training.dtype if x.is_floating_point() else x.dtype)
+        state, classes = self.state, len(self.frame.labels)
+        params = {n: p.to(self.device) for n, p in state.params.items()}
+        buffers = {n: b.to(self.device) for n, b in state.buffers.items()}
+        choices = self.choices()
+        if not choices:
+            columns = self.frame.tasks.get(task) if task is not None else None
+            return self._probabilities(params, buffers, x, task, columns)[:, :classes], None, []
+        if task is not None and any(t == task for *_, t, _, _ in choices):
+            choices = [c for c in choices if c[3] == task]
+        keys = [c[0] for c in choices]
+        cache: dict[int, Tensor] = {}
+
+        def expert(i: int, rows: Tensor | None) -> Tensor:
+            _, entries, own, its, columns, where = choices[i]
+            part = x if rows is None else x[rows]
+            probabilities = self._probabilities({**params, **entries}, {**buffers, **own}, part, its, columns)
+            if where is None:
+                return probabilities[:, :classes]
+            aligned = probabilities.new_zeros(len(part), classes)
+            return aligned.index_add_(1, where.to(aligned.device), probabilities[:, : len(where)])
+
+        def every() -> list[Tensor]:
+            for i in range(len(choices)):
+                if i not in cache:
+                    cache[i] = expert(i, None)
+            return [cache[i][:, list(c[4])] if c[4] and c[5] is None else cache[i] for i, c in enumerate(choices)]
+
+        mapper = self.method.mapper
+        if mapper is None or task is not None or len(choices) == 1:
+            weights = torch.full((len(x), len(choices)), 1 / len(choices), device=self.device, dtype=self.training.dtype)
+        else:
+            routing = Routing(x, lambda: self.model.features(params, buffers, x), every, keys)
+            weights = mapper.route(routing, self.memory(mapper)).to(self.training.dtype)
+        if only_route:
+            return weights, weights, keys
+        result = torch.zeros(len(x), classes, device=self.device, dtype=self.training.dtype)
+        for i in range(len(choices)):
+            rows = weights[:, i] > 0
+            if bool(rows.all()):
+                result += weights[:, i : i + 1] * (cache[i] if i in cache else expert(i, None))
+            elif bool(rows.any()):
+                index = rows.nonzero()[:, 0]
+                part = cache[i][index] if i in cache else expert(i, index)
+                result.index_add_(0, index, weights[index, i : i + 1] * part)
+        return result, weights, keys

@@ -1,0 +1,22 @@
+"""Batches: one part of a step, of one source and one task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """x [B, ...], y [B] or [B, k], the weights of the samples w [B] (0 pads; None: all 1), the task, and extra named
+    tensors [B, ...] such as stored logits. A step has one or more parts; each is a row of its own."""
+
+    x: Tensor
+    y: Tensor
+    task: str | None = None
+    w: Tensor | None = None
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+    source: str = ""
+    """Which source it comes from."""

@@ -1,0 +1,224 @@
+"""Corrections: how what is already known bends the training on one source. Pure verbs, all optional."""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from consilience.core.batch import Batch
+from consilience.core.message import Item, Statistics
+from consilience.core.params import Layout, Params
+from consilience.core.source import Source
+
+if TYPE_CHECKING:
+    from consilience.core.model import Model
+    from consilience.core.schedule import Facts
+    from consilience.core.training import Training
+
+Memory = Mapping[tuple[str, str], Item]
+"""The items of one correction by (sender, source): shared ones from the bank, private ones under its agent's own name."""
+
+
+@dataclass(eq=False)
+class Me:
+    """A correction's own things during one learn: what it knows (from `recall`), keeps private (from `begin`), and traces."""
+
+    known: Any = None
+    private: Mapping[str, Tensor] = field(default_factory=dict)
+    trace: dict[str, Tensor] = field(default_factory=dict)
+    flat: dict[str, Tensor] = field(default_factory=dict)
+    """The groups of `known` that the correction's `flat` names, each one vector [n] in the layout of the step."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A further objective of a step: a scalar loss, its weight; `kind="constraint"` for a row that only must not be opposed."""
+
+    loss: Tensor
+    weight: float = 1.0
+    kind: Literal["objective", "constraint"] = "objective"
+
+
+@dataclass(eq=False)
+class StepView:
+    """What a verb inside the step may see.
+
+    `theta` [n] is the flat vector of trainable parameters (a leaf for `penalty`), `start` [n] where it began this learn;
+    `parts` and `raw`, `outputs` are the batches with the model's outputs before and after `outputs` verbs and task masks;
+    `before(x, task)` are the outputs of the model as it was when this learn began; `clock` is (epoch, step in the epoch),
+    `span` (epochs, steps an epoch).
+    """
+
+    theta: Tensor
+    start: Tensor
+    layout: Layout
+    parts: list[Batch]
+    raw: list[Tensor]
+    outputs: list[Tensor]
+    before: Callable[[Tensor, str | None], Tensor]
+    clock: tuple[int, int]
+    span: tuple[int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Learned:
+    """What `summarise` may read after training on a source.
+
+    `params` and `buffers` are whole; `start` are the trainable parameters when this learn began; `task` is what the model
+    is given for this source; `share` is 1 / (number of sources of this learn); `generator` is keyed by seed, source and visit.
+    """
+
+    model: Model
+    params: Params
+    buffers: Params
+    start: Params
+    source: Source
+    task: str | None
+    layout: Layout
+    generator: torch.Generator
+    share: float = 1.0
+
+    @property
+    def trainable(self) -> Params:
+        """The trainable parameters."""
+        return {n: self.params[n] for n in self.layout.names}
+
+
+class Correction(ABC):
+    """A frozen dataclass of hyperparameters with the verbs below; each is optional and costs nothing when not overridden.
+
+    Class attributes: `travels`, whether its items may leave the agent (they are Shared) or are Private; `flat`, groups of
+    what it recalls that the step wants as flat vectors; `neutral`, the values of its fields at which it is plain training
+    (it is left out of the step when all hold); `recalls`, whether it needs something known from an earlier learn to act.
+    """
+
+    travels: ClassVar[bool] = True
+    flat: ClassVar[tuple[str, ...]] = ()
+    neutral: ClassVar[Mapping[str, Any]] = {}
+    recalls: ClassVar[bool] = False
+
+    @property
+    def name(self) -> str:
+        """The key of its items."""
+        return type(self).__name__
+
+    @property
+    def active(self) -> bool:
+        """Whether it differs from plain training at these hyperparameters."""
+        return not self.neutral or any(getattr(self, k) != v for k, v in self.neutral.items())
+
+    def refuse(self, facts: Facts) -> str | None:
+        """Why it cannot work in such a schedule and what to do instead, or None."""
+        return None
+
+    def gather(self, sources: tuple[Source, ...], known: Any) -> tuple[Source, ...]:
+        """What this learn trains on: the given sources, or others made from them and what is known."""
+        return sources
+
+    def begin(
+        self, model: Model, params: Params, sources: tuple[Source, ...], known: Any, generator: torch.Generator
+    ) -> tuple[Params, Mapping[str, Tensor]]:
+        """Before training: params (entries may be added on the first visit) and private tensors of this learn."""
+        return params, {}
+
+    def recall(self, memory: Memory, sources: tuple[Source, ...]) -> Any:
+        """What is known at the start of a learn, or None; once per learn. Default: the sum of the statistics of all other sources."""
+        names = {s.name for s in sources}
+        total: Statistics | None = None
+        for (_, source), item in sorted(memory.items(), key=lambda kv: (kv[0][1], kv[0][0])):
+            if source not in names and isinstance(item, Statistics):
+                total = item if total is None else total + item
+        return total
+
+    def caution(self, me: Me, training: Training) -> str | None:
+        """A warning about this learn, such as a step too long for a penalty, or None."""
+        return None
+
+    def sample(self, me: Me, sources: tuple[Source, ...], generator: torch.Generator) -> list[Batch]:
+        """Further parts of a step (rehearsal), drawn outside the compiled step."""
+        return []
+
+    def view(self, params: Params, task: str | None, me: Me) -> Params:
+        """The parameters as the model sees them, in the step and in predict."""
+        return params
+
+    def outputs(self, out: Tensor, task: str | None, me: Me) -> Tensor:
+        """The outputs [B, C] as the loss sees them."""
+        return out
+
+    def losses(self, losses: dict[int, Tensor], step: StepView, me: Me) -> dict[int, Tensor]:
+        """The losses of the samples, {part: [B]}, bent."""
+        return losses
+
+    def rows(self, step: StepView, me: Me) -> list[Row]:
+        """Further objectives or constraints of the step."""
+        return []
+
+    def penalty(self, step: StepView, me: Me) -> Tensor:
+        """A scalar of `step.theta` whose gradient is added after the aggregator."""
+        return step.theta.new_zeros(())
+
+    def mask(self, step: StepView, me: Me) -> Tensor:
+        """Factors [n] on the rows before aggregation; where 0 the entry is restored after the optimiser."""
+        return torch.ones_like(step.theta)
+
+    def trace_init(self, theta: Tensor) -> dict[str, Tensor]:
+        """What `trace` folds into, at the start of a learn."""
+        return {}
+
+    def trace(self, step: StepView, me: Me, grad: Tensor, delta: Tensor) -> dict[str, Tensor]:
+        """The trace after a step: `grad` [n] is the aggregated gradient before penalties, `delta` [n] what moves `step.theta`."""
+        return me.trace
+
+    def summarise(self, learned: Learned, me: Me) -> Item | None:
+        """What to keep of this source after training: Shared if it may travel, Private if not."""
+        return None
+
+    def heard(self, old: Params, new: Params, memory: Mapping[str, Any], version: int) -> Mapping[str, Any]:
+        """The private memory after absorbing: `old` and `new` are the parameters before and after."""
+        return memory
+
+    def trim(self, memory: Mapping[str, Any], generator: torch.Generator) -> Mapping[str, Any]:
+        """The private memory (by source) within its budget, after storing."""
+        return memory
+
+
+def overrides(correction: Correction, verb: str) -> bool:
+    """Whether a correction has its own form of a verb.
+
+    >>> overrides(Correction(), "penalty")
+    False
+    """
+    return getattr(type(correction), verb) is not getattr(Correction, verb)
+
+
+@dataclass(frozen=True, eq=False)
+class Routing:
+    """What a mapper may see of a batch: inputs, and lazily the common features and each expert's class probabilities."""
+
+    x: Tensor
+    features: Callable[[], Tensor]
+    probabilities: Callable[[], list[Tensor]]
+    """[B, classes of that expert] each."""
+    experts: Sequence[tuple[str, str]]
+    """(sender, source) of each expert."""
+
+
+class Mapper(Correction):
+    """A correction that also routes: weights over the experts for each input."""
+
+    needs_label: ClassVar[bool] = False
+    """Whether it is told the true task at evaluation (an oracle)."""
+
+    def recall(self, memory: Memory, sources: tuple[Source, ...]) -> Any:
+        """Nothing: anchors are read by `route`."""
+        return None
+
+    def route(self, routing: Routing, memory: Memory) -> Tensor:
+        """Weights [B, experts], each row summing to 1."""
+        raise NotImplementedError

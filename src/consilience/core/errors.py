@@ -1,0 +1,29 @@
+"""Errors: each states the rule and what was found."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class ConsilienceError(ValueError):
+    """Bad input or a bad combination; the message is one line: the rule, then what was found."""
+
+
+class Refusal(ConsilienceError):
+    """A method that would be silently inert or wrong in this setting; the message says what to do instead."""
+
+
+class Interrupted(Exception):
+    """The run was stopped by the user after its state was saved; the message says how to go on."""
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> ConsilienceError:
+    """The error for a name that is not in a catalogue, with the nearest names.
+
+    >>> print(unknown("method", "ewcc", ["ewc", "er"]))
+    `method` should be one of the catalogue's. Found 'ewcc'; nearest: ewc, er.
+    """
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5) or names
+    return ConsilienceError(f"`{kind}` should be one of the catalogue's. Found {name!r}; nearest: {', '.join(near)}.")

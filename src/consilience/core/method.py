@@ -1,0 +1,124 @@
+"""Methods: compositions of corrections, aggregators, a consolidator and a mapper. A method never asks which setting it is in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any
+
+from consilience.core.aggregator import Aggregator
+from consilience.core.consolidator import Consolidator
+from consilience.core.correction import Correction, Mapper, overrides
+from consilience.core.errors import ConsilienceError, Refusal
+
+if TYPE_CHECKING:
+    from consilience.core.schedule import Facts
+
+NOTHING_KNOWN = {
+    True: "no agent learns anything after it learned or heard of another source; use continual, federated or federated_continual",
+    False: "it keeps what it knows to its agent, and no agent learns a second source; use continual or federated_continual",
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A name and the parts that make it.
+
+    `aggregator` fills whichever of the two next fields the schedule uses; `step_aggregator` combines the objectives of one step (None: their weighted sum); `hear_aggregator` combines what is
+    heard (None: the weighted mean), inside `consolidator` (None: parameters are averaged); `personal` are patterns of
+    entries that stay with their agent; `fixed` are fields of Training that the method itself sets.
+    Methods add: `a + b` concatenates corrections; two different values of another field are an error.
+    """
+
+    name: str = ""
+    corrections: tuple[Correction, ...] = ()
+    aggregator: Aggregator | None = None
+    step_aggregator: Aggregator | None = None
+    hear_aggregator: Aggregator | None = None
+    consolidator: Consolidator | None = None
+    mapper: Mapper | None = None
+    personal: tuple[str, ...] = ()
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        names = [c.name for c in self.all_corrections]
+        twice = {n for n in names if names.count(n) > 1}
+        if twice:
+            raise ConsilienceError(f"a composition should have each correction once. Found {', '.join(sorted(twice))} twice.")
+
+    @property
+    def all_corrections(self) -> tuple[Correction, ...]:
+        """The corrections and the mapper."""
+        return (*self.corrections, self.mapper) if self.mapper else self.corrections
+
+    @property
+    def active(self) -> tuple[Correction, ...]:
+        """The corrections that differ from plain training at their hyperparameters."""
+        return tuple(c for c in self.all_corrections if c.active)
+
+    def resolve(self, facts: Facts) -> Method:
+        """This method for a schedule: `aggregator` put where it is used.
+
+        Raises Refusal where a part could not act at all, by name, with what to do instead.
+        """
+        m = self
+        if m.aggregator is not None:
+            step = m.step_aggregator or (m.aggregator if facts.parts > 1 else None)
+            hear = m.hear_aggregator or (m.aggregator if facts.hears_others else None)
+            if step is None and hear is None:
+                raise Refusal(f"{m.name} has nothing to aggregate: one source a step and nobody hears another agent; use multitask, federated or merging.")
+            m = replace(m, aggregator=None, step_aggregator=step, hear_aggregator=hear)
+        elif m.hear_aggregator is not None and not facts.hears_others:
+            raise Refusal(f"{m.name} combines what is heard, and nobody hears another agent here; use finetune, or a federated or merging setting.")
+        rehearses = any(overrides(c, "sample") or overrides(c, "rows") for c in m.active)
+        if self.step_aggregator is not None and facts.parts < 2 and not rehearses:
+            raise Refusal(
+                f"{m.name} aggregates the objectives of a step, and a step has one here; "
+                "use multitask, compose it with er, or methods.aggregate to combine what is heard."
+            )
+        for c in m.active:
+            inert = c.recalls and not (facts.recalls_shared if c.travels else facts.recalls_own)
+            why = c.refuse(facts) or (NOTHING_KNOWN[c.travels] if inert else None)
+            if why:
+                raise Refusal(f"{m.name}: {type(c).__name__} would do nothing or do wrong here: {why}.")
+        m = replace(m, consolidator=m.how_to_absorb(), hear_aggregator=None)
+        if m.consolidator is not None and (why := m.consolidator.refuse(facts)):
+            raise Refusal(f"{m.name}: {why}.")
+        return m
+
+    def how_to_absorb(self) -> Consolidator:
+        """The consolidator with the aggregator of what is heard; by default parameters are averaged."""
+        from consilience.consolidators.weights import WeightSpace
+
+        c = self.consolidator or WeightSpace()
+        return replace(c, aggregator=self.hear_aggregator) if isinstance(c, WeightSpace) and self.hear_aggregator else c
+
+    def __add__(self, other: Method) -> Method:
+        values: dict[str, Any] = {
+            "name": "+".join(n for n in (self.name, other.name) if n),
+            "corrections": self.corrections + other.corrections,
+            "personal": self.personal + tuple(p for p in other.personal if p not in self.personal),
+            "fixed": {**self.fixed, **other.fixed},
+        }
+        for k in set(self.fixed) & set(other.fixed):
+            if self.fixed[k] != other.fixed[k]:
+                raise ConsilienceError(f"methods to compose should agree. Found two values of `{k}` in {values['name']}.")
+        for f in fields(self):
+            if f.name not in values:
+                a, b = getattr(self, f.name), getattr(other, f.name)
+                if a is not None and b is not None and a != b:
+                    raise ConsilienceError(f"methods to compose should agree. Found two values of `{f.name}` in {values['name']}.")
+                values[f.name] = b if a is None else a
+        return Method(**values)
+
+    @staticmethod
+    def of(methods: Method | list[Method] | tuple[Method, ...]) -> Method:
+        """One method from one or several that compose."""
+        if isinstance(methods, Method):
+            return methods
+        if not methods:
+            raise ConsilienceError("a run should have a method. Found an empty list.")
+        total = methods[0]
+        for m in methods[1:]:
+            total = total + m
+        return total

@@ -1,0 +1,77 @@
+"""Metrics: of predictions, and of the matrix R[i, j], the score on source j after stage i (row 0: before any training)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Metric = Callable[[Tensor, Tensor], float]
+
+
+def accuracy(p: Tensor, y: Tensor) -> float:
+    """The share of samples whose likeliest class is the right one.
+
+    >>> accuracy(torch.tensor([[0.2, 0.8], [0.9, 0.1]]), torch.tensor([1, 1]))
+    0.5
+    """
+    return float((p.argmax(1) == y).double().mean())
+
+
+def auroc(p: Tensor, y: Tensor) -> float:
+    """The area under the ROC curve; with more than two classes, one against the rest, averaged over the classes present.
+
+    >>> auroc(torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8]]), torch.tensor([0, 0, 1]))
+    1.0
+    """
+    present = [int(c) for c in y.unique()]
+    if len(present) < 2:
+        return float("nan")
+    areas = []
+    for c in present[1:] if len(present) == 2 else present:
+        score = p[:, c].double()
+        positive = y == c
+        order = score[:, None] - score[positive][None]
+        areas.append(float((order[~positive] < 0).double().mean() + 0.5 * (order[~positive] == 0).double().mean()))
+    return float(np.mean(areas))
+
+
+def r2(p: Tensor, y: Tensor) -> float:
+    """The coefficient of determination 1 - sum (y - p)^2 / sum (y - mean y)^2.
+
+    >>> r2(torch.tensor([[1.0], [2.0]]), torch.tensor([[1.0], [2.0]]))
+    1.0
+    """
+    return float(1 - (y - p[:, : y.shape[1]]).square().sum() / (y - y.mean(0)).square().sum())
+
+
+METRICS: dict[str, Metric] = {"accuracy": accuracy, "auroc": auroc, "r2": r2}
+
+
+def summary(matrix: np.ndarray, learned_at: Sequence[int | None]) -> Mapping[str, float | None]:
+    """Score, forgetting, backward and forward transfer of R [stages + 1, sources]; source j is learned at stage learned_at[j] only.
+
+    ACC = mean_j R[T, j]; over sources learned before the last stage: BWT = mean (R[T, j] - R[l_j, j]), forgetting =
+    mean (max_{0 < i < T} R[i, j] - R[T, j]); over those learned after the first: FWT = mean (R[l_j - 1, j] - R[0, j]).
+    All but ACC are None where a source is learned more than once, or where there is nothing to average.
+
+    >>> r = np.array([[0.0, 0.2], [1.0, 0.3], [0.6, 0.9]])
+    >>> {k: round(v, 3) for k, v in summary(r, [1, 2]).items()}
+    {'score': 0.75, 'forgetting': 0.4, 'backward_transfer': -0.4, 'forward_transfer': 0.1}
+    """
+    last = len(matrix) - 1
+    out: dict[str, float | None] = {"score": float(matrix[last].mean())}
+    clear = all(at is not None for at in learned_at)
+    at = [a or 0 for a in learned_at]
+    past = [j for j, a in enumerate(at) if 0 < a < last] if clear else []
+    later = [j for j, a in enumerate(at) if a > 1] if clear else []
+
+    def mean(values: list[float]) -> float | None:
+        return float(np.mean(values)) if values else None
+
+    out["forgetting"] = mean([float(matrix[1:last, j].max() - matrix[last, j]) for j in past])
+    out["backward_transfer"] = mean([float(matrix[last, j] - matrix[at[j], j]) for j in past])
+    out["forward_transfer"] = mean([float(matrix[at[j] - 1, j] - matrix[0, j]) for j in later])
+    return out

@@ -1,0 +1,150 @@
+"""The result of a run: frozen, with everything a table or a report needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from consilience.core.errors import ConsilienceError
+from consilience.core.metrics import summary
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from consilience.core.agent import Agent
+    from consilience.core.params import Params
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """What a run found, over its repeats.
+
+    `matrices` [repeats, stages + 1, sources] hold the metric on each source's test data before training and after each
+    stage; `learned_at` the only stage in which each source is learned (None: several). `agent` is the evaluated agent of the
+    first repeat (None for a result read from a folder).
+    """
+
+    setting: str
+    data: str
+    method: str
+    model: str
+    metric: str
+    seed: int
+    sources: tuple[str, ...]
+    stages: tuple[str, ...]
+    learned_at: tuple[int | None, ...]
+    matrices: np.ndarray
+    costs: Mapping[str, Any]
+    mapper: np.ndarray | None = None
+    """Task-mapper accuracy [repeats, stages]."""
+    curve: Sequence[Mapping[str, float]] = ()
+    """For each stage of the first repeat: score, macs, bytes, seconds so far."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, Any] = field(default_factory=dict)
+    agent: Agent | None = None
+
+    @property
+    def repeats(self) -> int:
+        return len(self.matrices)
+
+    @property
+    def matrix(self) -> np.ndarray:
+        """Mean over repeats [stages + 1, sources]; row 0 is before any training."""
+        return self.matrices.mean(0)  # type: ignore[no-any-return]
+
+    @property
+    def scores(self) -> list[float]:
+        """The final mean over sources, for each repeat."""
+        return [float(m[-1].mean()) for m in self.matrices]
+
+    @property
+    def score(self) -> float:
+        return float(np.mean(self.scores))
+
+    @property
+    def score_std(self) -> float:
+        """The standard deviation over repeats (ddof 1), 0 for one."""
+        return float(np.std(self.scores, ddof=1)) if self.repeats > 1 else 0.0
+
+    @property
+    def accuracy(self) -> float:
+        """The score, where the metric is accuracy."""
+        if self.metric != "accuracy":
+            raise ConsilienceError(f"`accuracy` needs classification by accuracy. Found the metric {self.metric!r}; use `score`.")
+        return self.score
+
+    def _mean(self, name: str) -> float | None:
+        values = [summary(m, self.learned_at)[name] for m in self.matrices]
+        return None if values[0] is None else float(np.mean(values))  # type: ignore[arg-type]
+
+    @property
+    def forgetting(self) -> float | None:
+        return self._mean("forgetting")
+
+    @property
+    def backward_transfer(self) -> float | None:
+        return self._mean("backward_transfer")
+
+    @property
+    def forward_transfer(self) -> float | None:
+        return self._mean("forward_transfer")
+
+    @property
+    def mapper_accuracy(self) -> float | None:
+        """The share of test samples that the task mapper gives to their own task, at the end."""
+        return None if self.mapper is None else float(self.mapper[:, -1].mean())
+
+    @property
+    def params(self) -> Params:
+        """The final parameters of the evaluated agent (first repeat)."""
+        return dict(self._agent().state.params)
+
+    def predict(self, x: Tensor, task: str | None = None) -> Tensor:
+        """Class probabilities (or values) [B, classes] of the evaluated agent (first repeat)."""
+        return self._agent().predict(x, task)
+
+    def _agent(self) -> Agent:
+        if self.agent is None:
+            raise ConsilienceError("parameters live in the run or in its checkpoint. Found a result read from a folder.")
+        return self.agent
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of result.json."""
+        return {
+            "setting": self.setting, "data": self.data, "method": self.method, "model": self.model, "repeats": self.repeats,
+            "seed": self.seed, "metric": self.metric, "score": self.score, "score_std": self.score_std,
+            "matrix": self.matrix.tolist(), "forgetting": self.forgetting, "backward_transfer": self.backward_transfer,
+            "forward_transfer": self.forward_transfer, "macs": self.costs["macs"], "bytes": self.costs["bytes"],
+            "seconds": self.costs["seconds"], "versions": dict(self.versions), "sources": list(self.sources),
+            "stages": list(self.stages), "learned_at": list(self.learned_at), "matrices": self.matrices.tolist(),
+            "mapper": None if self.mapper is None else self.mapper.tolist(), "mapper_accuracy": self.mapper_accuracy,
+            "costs": dict(self.costs), "curve": [dict(c) for c in self.curve], "config": dict(self.config),
+        }  # fmt: skip
+
+    @staticmethod
+    def from_json(d: Mapping[str, Any]) -> Result:
+        """A result from the content of result.json."""
+        try:
+            return Result(
+                **{k: d[k] for k in ("setting", "data", "method", "model", "metric", "seed", "costs", "curve", "config", "versions")},
+                sources=tuple(d["sources"]), stages=tuple(d["stages"]), learned_at=tuple(d["learned_at"]),
+                matrices=np.array(d["matrices"], dtype=float), mapper=None if d["mapper"] is None else np.array(d["mapper"], dtype=float),
+            )  # fmt: skip
+        except KeyError as e:
+            raise ConsilienceError(f"a result should have all its keys. Found none called {e.args[0]!r}.") from e
+
+    def table(self) -> str:
+        """The result as a text table."""
+        from consilience.report import table
+
+        return table([self])
+
+    def report(self, path: str | Path) -> Path:
+        """Write the result as one HTML file that opens offline."""
+        from consilience.report import write
+
+        return write([self], path)

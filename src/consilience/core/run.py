@@ -1,0 +1,521 @@
+"""The loop: walk a schedule; learn, hear, evaluate. One page for every setting."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from consilience.core.agent import Agent, Job
+from consilience.core.errors import ConsilienceError, Interrupted, unknown
+from consilience.core.ledger import Ledger
+from consilience.core.message import Message
+from consilience.core.method import Method
+from consilience.core.metrics import METRICS, Metric
+from consilience.core.model import Model
+from consilience.core.params import content_hash, key, load, pack, write_bytes, write_json
+from consilience.core.result import Result
+from consilience.core.schedule import Expert, Facts, Hear, Learn, Schedule
+from consilience.core.state import State, decode_state, encode_state
+from consilience.core.training import Training
+
+Progress = Callable[[Mapping[str, Any]], None]
+
+
+def run(
+    schedule: Schedule,
+    method: Method | Sequence[Method],
+    model: Model | None = None,
+    training: Training | None = None,
+    *,
+    repeats: int = 1,
+    seed: int = 0,
+    out: str | Path | None = None,
+    resume: bool = False,
+    engine: str = "serial",
+    metric: str | Metric | None = None,
+    checkpoint_seconds: float = 60.0,
+    checkpoint_steps: int | None = None,
+    progress: Progress | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> Result:
+    """Run a schedule with a method, `repeats` times with seeds seed, seed + 1, ..; evaluate before training and after every stage.
+
+    Args:
+        schedule: who learns which source when, and who hears whom (`consilience.settings`).
+        method: one, or several that compose (`consilience.methods`).
+        model: any Model; None takes one that fits the data.
+        training: how a source is trained on.
+        repeats: seeds, for a mean and a standard deviation.
+        seed: the first seed; everything random is keyed by it.
+        out: a folder for config.yaml, result.json, log.jsonl and checkpoints; None keeps nothing.
+        resume: go on from the folder's last checkpoint; the end is bit-identical to a run never interrupted.
+        engine: who runs the steps.
+        metric: "accuracy", "auroc", "r2", or a function of (predictions, targets); None fits the kind of target.
+        checkpoint_seconds: the time between checkpoints, also inside a task.
+        checkpoint_steps: the steps between checkpoints, in addition.
+        progress: called with every line of the log.
+        config: what config.yaml should hold; None describes the arguments.
+
+    Raises ConsilienceError (Refusal for a method that could not act) before any work is lost.
+    """
+    training = training or Training()
+    if repeats < 1:
+        raise ConsilienceError(f"`repeats` should be at least 1. Found `repeats = {repeats}`.")
+    if engine != "serial":
+        raise unknown("engine", engine, ["serial"])
+    chosen = Method.of(method)  # type: ignore[arg-type]
+    model = model or default_model(schedule, chosen)
+    facts = replace(schedule.facts(seed), model=model)
+    name = chosen.name
+    chosen = chosen.resolve(facts)
+    training = replace(training, **chosen.fixed)
+    if training.device != "cpu" and not torch.cuda.is_available():
+        raise ConsilienceError(f"`device` should be there. Found {training.device!r} and no CUDA.")
+    model.check(schedule.frame, schedule.sources[0].train.select(torch.arange(min(2, len(schedule.sources[0].train)))).whole()[0])
+    if isinstance(metric, str) and metric not in METRICS:
+        raise unknown("metric", metric, METRICS)
+    label = metric if isinstance(metric, str) else getattr(metric, "__name__", "accuracy" if schedule.frame.kind == "class" else "r2")
+    measure: Metric = METRICS[label] if not callable(metric) else metric
+    log = Log(Path(out) if out is not None else None, progress)
+    described = config or describe(schedule, name, model, training, seed, repeats)
+    walk = Walk(schedule, chosen, model, training, measure, facts, log, checkpoint_seconds, checkpoint_steps)
+    walk.fingerprint = fingerprint(schedule, chosen, model, training, seed, repeats, label) if out is not None else {}
+    if out is not None:
+        log.open(described, resume)
+        if resume:
+            walk.load()
+    with interruptible() as stop:
+        walk.stop = stop
+        for r in range(repeats):
+            if len(walk.finished) <= r:
+                walk.one(seed + r)
+    done = walk.finished
+    costs = {k: done[0]["costs"][k] for k in ("macs", "bytes", "steps", "by_agent")}
+    result = Result(
+        setting=schedule.setting, data="+".join(dict.fromkeys(s.name.split("/")[0] for s in schedule.sources)), method=name,
+        model=type(model).__name__ if not hasattr(model, "name") else str(model.name), metric=label, seed=seed,
+        sources=tuple(s.name for s in schedule.sources), stages=tuple(done[0]["stages"]),
+        learned_at=tuple(v[0] if len(v) == 1 else None for v in facts.learned_at.values()),
+        matrices=np.array([d["rows"] for d in done], dtype=float),
+        costs={**costs, "seconds": round(sum(d["costs"]["seconds"] for d in done), 3)},
+        mapper=None if done[0]["mapper"] is None else np.array([d["mapper"] for d in done], dtype=float),
+        curve=done[0]["curve"], config=described, versions=versions(), agent=walk.first,
+    )  # fmt: skip
+    if out is not None:
+        write_json(Path(out) / "result.json", result.to_json())
+        log.write({"event": "end", "score": result.score, "ran": walk.ran})
+    return result
+
+
+@dataclass
+class Walk:
+    """One walk of a schedule for each seed, resumable at any step."""
+
+    schedule: Schedule
+    method: Method
+    model: Model
+    training: Training
+    measure: Metric
+    facts: Facts
+    log: Log
+    seconds: float
+    every: int | None
+    fingerprint: Mapping[str, Any] = field(default_factory=dict)
+    finished: list[dict[str, Any]] = field(default_factory=list)
+    first: Agent | None = None
+    stop: list[int] = field(default_factory=list)
+    ran: int = 0
+    """Steps that this process ran."""
+    _resumed: dict[str, Any] | None = None
+    _saved: float = field(default_factory=time.monotonic)
+
+    def one(self, seed: int) -> None:
+        """The main loop: phases in order; whoever learns, learns; whoever hears, absorbs; then the evaluated agent is judged."""
+        self.ledger = Ledger()
+        self.agents: dict[str, Agent] = {}
+        self.seed, self.phase, self.learned = seed, 0, 0
+        self.rows: list[list[float]] = []
+        self.mapped: list[float] = []
+        self.curve: list[dict[str, float]] = []
+        self.stages: list[str] = []
+        self.job: Job | None = None
+        self._begin()
+        paused = self._restore()
+        if not self.rows:
+            self._evaluate("start")
+        for i, phase in enumerate(self.schedule.plan(seed)):
+            if i < self.phase:
+                continue
+            if isinstance(phase, Learn):
+                self._learn(phase, paused)
+                paused = None
+            elif isinstance(phase, Hear):
+                self._hear(phase)
+            else:
+                self._evaluate(phase.name)
+            self.phase, self.learned = i + 1, 0
+            self._tick(None)
+        stages = self.stages[1:]
+        self.finished.append({
+            "rows": self.rows, "stages": stages, "costs": self.ledger.costs(), "curve": self.curve,
+            "mapper": self.mapped if self.mapped else None,
+        })  # fmt: skip
+        self.first = self.first or self._agent(self.schedule.evaluated)
+        self._save()
+
+    def _learn(self, phase: Learn, paused: tuple[Mapping[str, Tensor], Mapping[str, int]] | None) -> None:
+        from consilience.engines.serial import learn
+
+        who = list(phase.who.items())[self.learned :]
+
+        def pairs() -> Iterator[tuple[Agent, tuple[str, ...]]]:
+            for i, (name, sources) in enumerate(who):
+                self.learned += bool(i)
+                yield self._agent(name), sources
+
+        learn(pairs(), self._tick, paused)
+
+    def _hear(self, phase: Hear) -> None:
+        told: dict[str, list[Message]] = {}
+        for listener, speakers in phase.who.items():
+            told[listener] = []
+            for speaker in speakers:
+                messages = self._agent(speaker).tell(self._agent(listener).receipts())
+                if speaker != listener:
+                    sent = [m.to_bytes() for m in messages]
+                    for what, agent in (("sent", speaker), ("received", listener)):
+                        self.ledger.add(agent, what, sum(map(len, sent)))
+                    messages = [Message.from_bytes(b) for b in sent]
+                told[listener] += messages
+        for listener, messages in told.items():
+            self._agent(listener).absorb(messages, phase.by_size)
+
+    @torch.no_grad()
+    def _evaluate(self, stage: str) -> None:
+        agent = self._agent(self.schedule.evaluated)
+        mapper = self.method.mapper
+        told = self.schedule.labelled or (mapper is not None and mapper.needs_label)
+        cache: dict[tuple[int, str | None], tuple[float, float]] = {}
+        row, hits = [], []
+        for s in self.schedule.sources:
+            task = s.task if told else None
+            at = (id(s.test), task if told or mapper is None else s.task)
+            if at not in cache:
+                ps, ys, right, n = [], [], 0.0, 0
+                for x, y in s.test.chunks(512 if agent.device.type == "cpu" else 4096):
+                    p, weights, keys = agent._predict(x, task)
+                    ps.append(p.cpu())
+                    ys.append(y.cpu())
+                    if weights is not None:
+                        tasks = [self.schedule.source(source).task for _, source in keys]
+                        right += float(sum(weights[:, i].sum() for i, t in enumerate(tasks) if t == s.task))
+                        n += len(x)
+                cache[at] = (self.measure(torch.cat(ps), torch.cat(ys)), right / n if n else float("nan"))
+            row.append(cache[at][0])
+            hits.append(cache[at][1])
+        self.rows.append(row)
+        self.stages.append(stage)
+        if len(self.rows) > 1 and mapper is not None:
+            known = [h for h in hits if h == h]
+            self.mapped.append(float(np.mean(known)) if known else float("nan"))
+        costs = {"macs": self.ledger.total("macs"), "bytes": self.ledger.total("sent"), "seconds": round(self.ledger.clock(), 3)}
+        score = float(np.mean(row))
+        self.curve.append({"score": score, **costs})
+        self.log.write({"event": "stage", "repeat": len(self.finished), "stage": len(self.rows) - 1, "name": stage, "score": score,
+                        "scores": row, "steps": self.ledger.steps, **costs})  # fmt: skip
+
+    def _begin(self) -> None:
+        """The parameters that everybody begins with."""
+        generator = key(self.seed, "init")
+        params, buffers = self.model.init(generator)
+        if self.schedule.base is not None:
+            lacking = sorted(params.keys() - self.schedule.base.keys())
+            if lacking:
+                raise ConsilienceError(f"`base` should have the model's entries. Found none called {lacking[0]!r}.")
+            params = {n: torch.as_tensor(self.schedule.base[n]) for n in params}
+        dtype, device = self.training.dtype, torch.device(self.training.device)
+        cast = lambda t: t.detach().to(device, dtype if t.is_floating_point() else t.dtype)  # noqa: E731
+        params, buffers = {n: cast(p) for n, p in params.items()}, {n: cast(b) for n, b in buffers.items()}
+        origin = content_hash(params) if not self.schedule.experts or self.schedule.base is not None else "given"
+        self.initial = State(params, buffers, params, origin)
+
+    def _agent(self, name: str) -> Agent:
+        if name not in self.agents:
+            agent = Agent(name, self.model, self.method, self.schedule, self.training, self.seed, self.initial, self.ledger)
+            if name in self.schedule.experts:
+                give(agent, self.schedule.experts[name])
+            self.agents[name] = agent
+        return self.agents[name]
+
+    # checkpoints
+
+    def _tick(self, job: Job | None) -> None:
+        self.job = job
+        self.ran += job is not None
+        steps = self.every is not None and job is not None and self.ledger.steps % self.every == 0
+        if self.stop or steps or (self.log.out is not None and time.monotonic() - self._saved > self.seconds):
+            self._save()
+            if self.stop:
+                where = f"go on with `resume=True` (--resume --out {self.log.out})" if self.log.out else "nothing was kept: no `out` was given"
+                raise Interrupted(f"interrupted; {where}.")
+
+    def _save(self) -> None:
+        self._saved = time.monotonic()
+        if self.log.out is None:
+            return
+        tensors: dict[str, Tensor] = {}
+        agents = dict(self.agents) if len(self.rows) else {}
+        first = {"first": self.first} if self.first is not None else {}
+        facts: dict[str, Any] = {"agents": {}, "fingerprint": dict(self.fingerprint), "finished": self.finished}
+        for group, members in (("agent", agents), ("first", first)):
+            for name, agent in members.items():
+                held, f = encode_state(agent.state)
+                tensors |= {f"{group}|{name}|{k}": t for k, t in held.items()}
+                facts["agents"][f"{group}|{name}"] = f
+        self.ledger.clock()
+        facts["walk"] = {
+            "phase": self.phase, "learned": self.learned, "rows": self.rows, "mapped": self.mapped, "curve": self.curve,
+            "stages": self.stages, "seed": self.seed, "job": None,
+            "ledger": {"by_agent": self.ledger.by_agent, "seconds": self.ledger.seconds, "steps": self.ledger.steps},
+        }  # fmt: skip
+        if self.job is not None:
+            held, f2 = self.job.save()
+            tensors |= {f"job|{k}": t for k, t in held.items()}
+            facts["walk"]["job"] = f2
+        self.log.checkpoint(tensors, facts)
+        line = {"event": "checkpoint", "repeat": len(self.finished), "phase": self.phase, "steps": self.ledger.steps, "ran": self.ran}
+        if self.job is not None:
+            line |= {"source": self.job.name, "agent": self.job.agent, "epoch": self.job.epoch, "step": self.job.index, "of": self.job.step.span[1]}
+        self.log.write(line)
+
+    def load(self) -> None:
+        """Read the folder's last checkpoint, if there is one."""
+        found = self.log.last()
+        if found is None:
+            return
+        tensors, facts = found
+        theirs, ours = facts["fingerprint"], json.loads(json.dumps(self.fingerprint))
+        for k in ours:
+            if theirs.get(k) != ours[k]:
+                raise ConsilienceError(f"a run resumes with the configuration it began with. Found another `{k}`: {theirs.get(k)} before, {ours[k]} now.")
+        self.finished = facts["finished"]
+        self._resumed = {"tensors": tensors, **facts}
+        self.log.rewind(len(self.finished), len(facts["walk"]["rows"]), facts["walk"]["steps"] if "steps" in facts["walk"] else facts["walk"]["ledger"]["steps"])
+        if "first|first" in facts["agents"]:
+            self.ledger, self.agents, self.seed = Ledger(), {}, facts["walk"]["seed"]
+            self._begin()
+            self.first = self._agent(self.schedule.evaluated)
+            self.first.state = self._state("first|first")
+
+    def _state(self, name: str) -> State:
+        assert self._resumed is not None
+        cut = len(name) + 1
+        own = {k[cut:]: t.to(self.training.device) for k, t in self._resumed["tensors"].items() if k.startswith(name + "|")}
+        return decode_state(own, self._resumed["agents"][name])
+
+    def _restore(self) -> tuple[Mapping[str, Tensor], Mapping[str, int]] | None:
+        r = self._resumed
+        if r is None or r["walk"]["seed"] != self.seed:
+            return None
+        walk = r["walk"]
+        self.phase, self.learned = walk["phase"], walk["learned"]
+        self.rows, self.mapped, self.curve, self.stages = walk["rows"], walk["mapped"], walk["curve"], walk["stages"]
+        self.ledger.by_agent = walk["ledger"]["by_agent"]
+        self.ledger.seconds, self.ledger.steps = walk["ledger"]["seconds"], walk["ledger"]["steps"]
+        for name in r["agents"]:
+            if name.startswith("agent|"):
+                self._agent(name[len("agent|") :]).state = self._state(name)
+        job = walk["job"]
+        tensors = {k[len("job|") :]: t for k, t in r["tensors"].items() if k.startswith("job|")}
+        self._resumed = None
+        return (tensors, job) if job is not None else None
+
+
+@dataclass
+class Log:
+    """A run's folder: config.yaml, log.jsonl, checkpoint/, result.json, each written whole or not at all."""
+
+    out: Path | None
+    progress: Progress | None = None
+
+    def open(self, config: Mapping[str, Any], resume: bool) -> None:
+        import yaml
+
+        assert self.out is not None
+        if not resume and any((self.out / f).exists() for f in ("result.json", "log.jsonl", "checkpoint")):
+            raise ConsilienceError(f"`out` should be a new folder, or be resumed. Found a run in {self.out}.")
+        write_bytes(self.out / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False).encode())
+        if not resume:
+            write_bytes(self.out / "log.jsonl", b"")
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        if self.out is not None:
+            try:
+                with open(self.out / "log.jsonl", "a") as f:
+                    f.write(json.dumps(dict(line)) + "\n")
+            except OSError as e:
+                raise ConsilienceError(f"a result should be writable. Found {e.strerror or e} at {self.out / 'log.jsonl'}.") from e
+        if self.progress is not None:
+            self.progress(line)
+
+    def checkpoint(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        assert self.out is not None
+        folder = self.out / "checkpoint"
+        data = pack(tensors)
+        name = f"state-{time.time_ns():x}.safetensors"
+        write_bytes(folder / name, data)
+        import hashlib
+
+        write_json(folder / "index.json", {"file": name, "sha256": hashlib.sha256(data).hexdigest(), "facts": _nan(facts), "versions": versions()})
+        for old in folder.glob("state-*.safetensors*"):
+            if old.name != name:
+                old.unlink(missing_ok=True)
+
+    def last(self) -> tuple[dict[str, Tensor], Any] | None:
+        assert self.out is not None
+        index = self.out / "checkpoint" / "index.json"
+        if not index.exists():
+            return None
+        import hashlib
+
+        try:
+            found = json.loads(index.read_bytes())
+            data = (index.parent / found["file"]).read_bytes()
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            raise ConsilienceError(f"a checkpoint should be whole. Found {index} cut short or its file missing: {e}.") from e
+        if hashlib.sha256(data).hexdigest() != found["sha256"]:
+            raise ConsilienceError(f"a checkpoint should be whole. Found {found['file']} with other content than its index says.")
+        return load(index.parent / found["file"])[0], found["facts"]
+
+    def rewind(self, repeat: int, rows: int, steps: int) -> None:
+        """Drop log lines of what will be done again, and say that a run goes on here."""
+        assert self.out is not None
+        path = self.out / "log.jsonl"
+        kept = []
+        for text in path.read_text().splitlines() if path.exists() else []:
+            try:
+                line = json.loads(text)
+            except ValueError:
+                continue
+            again = line["event"] == "stage" and (line["repeat"], line["stage"]) >= (repeat, rows)
+            if not again and line["event"] != "end":
+                kept.append(text)
+        write_bytes(path, "".join(t + "\n" for t in kept).encode())
+        self.write({"event": "resume", "repeat": repeat, "stage": rows, "steps": steps})
+
+
+def _nan(value: Any) -> Any:
+    """NaN as None, for JSON."""
+    if isinstance(value, float):
+        return None if value != value else value
+    if isinstance(value, dict):
+        return {k: _nan(v) for k, v in value.items()}
+    return [_nan(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+@contextmanager
+def interruptible() -> Iterator[list[int]]:
+    """A list that Ctrl-C or SIGTERM puts its number in; a second one stops at once. Only in the main thread."""
+    stop: list[int] = []
+
+    def handle(number: int, frame: Any) -> None:
+        if stop:
+            raise KeyboardInterrupt
+        stop.append(number)
+
+    old: dict[int, Any] = {}
+    try:
+        old = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:
+        pass
+    try:
+        yield stop
+    finally:
+        for n, h in old.items():
+            signal.signal(n, h)
+
+
+def give(agent: Agent, expert: Expert) -> None:
+    """Make an agent the owner of a trained expert."""
+    state = agent.state
+    params: dict[str, Tensor] = {}
+    for n, p in state.params.items():
+        if n not in expert.params:
+            raise ConsilienceError(f"an expert should have the model's entries. Found none called {n!r} in {expert.name!r}.")
+        t = torch.as_tensor(expert.params[n]).detach().to(p.device, p.dtype)
+        if t.shape != p.shape:
+            raise ConsilienceError(f"an expert should have the model's shapes. Found {tuple(t.shape)} for {n!r} of {expert.name!r}, here {tuple(p.shape)}.")
+        params[n] = t
+    params |= {n: torch.as_tensor(t).detach() for n, t in expert.params.items() if n not in params}
+    buffers = {**state.buffers, **{n: torch.as_tensor(t).detach() for n, t in expert.buffers.items()}}
+    source = agent.schedule.source(expert.source.name)
+    agent.state = state.change(params=params, buffers=buffers, version=1, size=1, learned=True, visits={source.name: 1})
+    items = agent.consolidator.export(agent.model, agent.state, (source,), agent.method.personal)
+    from consilience.core.message import join
+
+    agent.state = agent.state.change(bank=join({}, [agent._message(s, 1, 1, {"model": i}) for s, i in items.items()]))
+
+
+def default_model(schedule: Schedule, method: Method) -> Model:
+    """A model that fits the data: a perceptron for vectors, a small conv net for images, heads on frozen random features for anchors."""
+    from consilience import models
+    from consilience.mappers.mixture import Anchored
+
+    x, _ = schedule.sources[0].train.select(torch.arange(1)).whole()
+    outputs, shape = len(schedule.frame.labels), tuple(x.shape[1:])
+    if isinstance(method.mapper, Anchored):
+        size = int(np.prod(shape))
+        return models.multi_head(models.random_features(size, max(512, 2 * size)), outputs)
+    if len(shape) == 3 and shape[1] == shape[2] and shape[1] >= 8:
+        return models.conv(outputs, channels=shape[0], size=shape[1])
+    return models.mlp(int(np.prod(shape)), (128,), outputs)
+
+
+def versions() -> dict[str, Any]:
+    """What bit-identity rests on: versions, threads, engine, machine."""
+    from consilience import __version__
+
+    return {
+        "consilience": __version__, "torch": torch.__version__, "python": platform.python_version(), "engine": "serial",
+        "threads": torch.get_num_threads(), "machine": platform.machine(), "cpus": os.cpu_count() or 0,
+    }  # fmt: skip
+
+
+def describe(schedule: Schedule, method: str, model: Model, training: Training, seed: int, repeats: int) -> dict[str, Any]:
+    """The arguments of a run, as config.yaml holds them."""
+    plain = {k: v if isinstance(v, (int, float, str, bool, type(None))) else repr(v) for k, v in asdict(training).items()}
+    return {
+        "setting": schedule.setting, "scenario": schedule.scenario, "sources": [s.name for s in schedule.sources], "method": method,
+        "model": repr(model), "training": plain, "seed": seed, "repeats": repeats,
+    }  # fmt: skip
+
+
+def fingerprint(
+    schedule: Schedule, method: Method, model: Model, training: Training, seed: int, repeats: int, metric: str
+) -> dict[str, Any]:
+    """What must be the same for a run to be resumed."""
+    data: dict[str, Tensor] = {}
+    for s in schedule.sources:
+        some = torch.arange(0, len(s.train), max(1, len(s.train) // 64))
+        x, _ = s.train.select(some).whole()
+        data |= {f"{s.name}/x": x, f"{s.name}/y": s.train.targets()}
+    params, buffers = model.init(key(seed, "init"))
+    plan = [repr(p) for p in schedule.plan(seed)][:1000]
+    parts = {f: repr(getattr(method, f)) for f in method.__dataclass_fields__ if is_dataclass(method)}
+    return {
+        "setting": schedule.setting, "scenario": schedule.scenario, "data": content_hash(data), "schedule": content_hash({"\n".join(plan): torch.zeros(0)}),
+        "method": parts, "model": content_hash({**params, **buffers}), "training": repr(training), "seed": seed, "repeats": repeats,
+        "metric": metric, "threads": torch.get_num_threads(),
+    }  # fmt: skip

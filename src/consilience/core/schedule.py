@@ -1,0 +1,214 @@
+"""Schedules: only who learns which source when, and who hears whom."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from consilience.core.errors import ConsilienceError
+from consilience.core.source import Frame, Source
+
+
+@dataclass(frozen=True)
+class Learn:
+    """These agents learn these sources, each all of its own in every step; the agents do not see each other."""
+
+    who: Mapping[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class Hear:
+    """These listeners hear these speakers, all at once: everybody speaks before anybody absorbs."""
+
+    who: Mapping[str, tuple[str, ...]]
+    by_size: bool = True
+    """Whether messages weigh by their number of examples, else equally."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The evaluated agent is judged on every source's test data."""
+
+    name: str
+
+
+Phase = Learn | Hear | Stage
+
+
+@dataclass(frozen=True, eq=False)
+class Expert:
+    """A trained model that is given, not learned here: parameters, buffers and the source (for its classes and its test data) it was trained for."""
+
+    name: str
+    params: Mapping[str, Any]
+    source: Source
+    buffers: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """`plan(seed)` yields the phases. `evaluated` is the agent that is judged; `labelled` whether it is told the task."""
+
+    setting: str
+    sources: tuple[Source, ...]
+    frame: Frame
+    plan: Callable[[int], Iterable[Phase]]
+    evaluated: str
+    scenario: str = "class"
+    experts: Mapping[str, Expert] = field(default_factory=dict)
+    base: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        names = [s.name for s in self.sources]
+        twice = sorted({n for n in names if names.count(n) > 1})
+        if twice:
+            raise ConsilienceError(f"sources should have names of their own. Found {', '.join(twice)} twice.")
+        if not names:
+            raise ConsilienceError("a schedule should have sources. Found none.")
+
+    @property
+    def labelled(self) -> bool:
+        return self.scenario == "task"
+
+    def source(self, name: str) -> Source:
+        """The source of that name."""
+        return next(s for s in self.sources if s.name == name)
+
+    def facts(self, seed: int = 0) -> Facts:
+        """What the phases show when they are walked without any training."""
+        return walk(self, seed)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a method can know of a schedule before it runs."""
+
+    setting: str
+    labelled: bool
+    parts: int
+    """The most sources in one step."""
+    learns: bool
+    """Whether anybody learns."""
+    hears: bool
+    """Whether anybody hears."""
+    hears_others: bool
+    """Whether anybody absorbs what another agent learned."""
+    recalls_shared: bool
+    """Whether a learn comes after another source was learned or heard of, through items that travel."""
+    recalls_own: bool
+    """Whether an agent learns a source after another of its own."""
+    repeats: bool
+    """Whether an agent learns again after it learned or heard."""
+    common_base: bool
+    """Whether all that is heard at once started from the listener's own parameters."""
+    learned_at: Mapping[str, tuple[int, ...]]
+    """The stages in which something newly learned of each source reaches the evaluated agent."""
+    stages: int
+    model: Any = None
+
+
+def walk(schedule: Schedule, seed: int) -> Facts:
+    """The facts of a schedule, from a symbolic run of its phases: parameters are names, knowledge is (source -> last learn)."""
+    base: dict[str, object] = {}
+    current: dict[str, object] = {}
+    known: dict[str, dict[str, int]] = {}
+    own: dict[str, set[str]] = {}
+    active: set[str] = set()
+    parts, learns, hears, others, shared, private, repeats, common = 0, False, False, False, False, False, False, True
+    learned: dict[str, list[int]] = {s.name: [] for s in schedule.sources}
+    stage, event = 1, 0
+
+    def reach(agent: str, news: Mapping[str, int]) -> None:
+        mine = known.setdefault(agent, {})
+        for source, at in news.items():
+            if at > mine.get(source, -1):
+                mine[source] = at
+                if agent == schedule.evaluated:
+                    learned[source].append(stage)
+
+    for name, expert in schedule.experts.items():
+        current[name] = ("expert", name)
+        base[name] = "init" if schedule.base is not None else ("unknown", name)
+        known[name] = {expert.source.name: event}
+    for phase in schedule.plan(seed):
+        if isinstance(phase, Learn):
+            learns = True
+            for agent, names in phase.who.items():
+                event += 1
+                parts = max(parts, len(names))
+                shared |= bool(known.get(agent, {}).keys() - set(names))
+                private |= bool(own.get(agent, set()) - set(names))
+                repeats |= agent in active
+                active.add(agent)
+                own.setdefault(agent, set()).update(names)
+                reach(agent, dict.fromkeys(names, event))
+                current[agent] = event
+        elif isinstance(phase, Hear):
+            hears = True
+            told = {s: (current.get(s, "init"), base.get(s, "init"), dict(known.get(s, {}))) for ss in phase.who.values() for s in ss}
+            for listener, speakers in phase.who.items():
+                others |= any(s != listener and told[s][2] for s in speakers)
+                common &= all(told[s][1] == base.get(listener, "init") for s in speakers if told[s][0] != told[s][1])
+            for listener, speakers in phase.who.items():
+                for s in speakers:
+                    reach(listener, told[s][2])
+                    active.add(listener)
+                mixed = frozenset((s, told[s][0]) for s in speakers)
+                base[listener] = current[listener] = told[speakers[0]][0] if len(mixed) == 1 else hash(mixed)
+        else:
+            stage += 1
+    return Facts(
+        setting=schedule.setting, labelled=schedule.labelled, parts=parts, learns=learns, hears=hears, hears_others=others,
+        recalls_shared=shared, recalls_own=private, repeats=repeats, common_base=common,
+        learned_at={k: tuple(v) for k, v in learned.items()}, stages=stage - 1,
+    )  # fmt: skip
+
+
+def build(
+    setting: str, sources: Sequence[Source], scenario: str, plan: Callable[[int], Iterable[Phase]], evaluated: str, **more: Any
+) -> Schedule:
+    """A schedule over sources brought into one frame as the scenario says.
+
+    "class": targets are classes of all sources together, no task label. "task": the same, and the task label is given in
+    training and at evaluation. "domain": targets are 0..k-1 in every source, no task label.
+    """
+    framed, frame = reframe(sources, scenario)
+    return Schedule(setting, framed, frame, plan, evaluated, scenario, **more)
+
+
+def reframe(sources: Sequence[Source], scenario: str) -> tuple[tuple[Source, ...], Frame]:
+    """The sources with targets mapped into one frame."""
+    import torch
+
+    if scenario not in ("task", "domain", "class"):
+        raise ConsilienceError(f"`scenario` should be task, domain or class. Found {scenario!r}.")
+    if len({s.kind for s in sources}) > 1:
+        raise ConsilienceError("sources of one schedule should be all of classes or all of values. Found both.")
+    if not sources:
+        raise ConsilienceError("a schedule should have sources. Found none.")
+    kind = sources[0].kind
+    if kind == "value":
+        framed = tuple(s.map(task=s.task or s.name) for s in sources)
+        return framed, Frame(sources[0].labels, {str(s.task): s.classes for s in framed}, kind)
+    if scenario == "domain":
+        most = max(len(s.classes) for s in sources)
+        same = all(s.labels == sources[0].labels and s.classes == sources[0].classes for s in sources)
+        names = [sources[0].labels[c] for c in sources[0].classes] if same else [("domain", str(i)) for i in range(most)]
+        labels = tuple(names)
+    else:
+        labels = tuple(dict.fromkeys(label for s in sources for label in s.labels))
+        used = {s.labels[c] for s in sources for c in s.classes}
+        labels = tuple(label for label in labels if label in used)
+    where = {label: i for i, label in enumerate(labels)}
+    framed_list = []
+    for s in sources:
+        table = torch.full((len(s.labels),), -1, dtype=torch.long)
+        for i, c in enumerate(s.classes):
+            table[c] = i if scenario == "domain" else where[s.labels[c]]
+        identical = torch.equal(table, torch.arange(len(table)))
+        to = None if identical else (lambda y, table=table: table.to(y.device)[y])
+        classes = tuple(int(table[c]) for c in s.classes)
+        framed_list.append(s.map(y=to, labels=labels, classes=classes, task=s.task or s.name))
+    tasks = {str(s.task): s.classes for s in framed_list}
+    return tuple(framed_list), Frame(labels, tasks, kind)

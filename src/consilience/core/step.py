@@ -1,0 +1,254 @@
+"""The step: a pure function of tensors, built once per learn from the verbs that are really overridden."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from consilience.core.aggregator import Aggregator, Cone, Linear
+from consilience.core.batch import Batch
+from consilience.core.correction import Correction, Me, StepView, overrides
+from consilience.core.errors import Refusal
+from consilience.core.model import Forward, Model
+from consilience.core.optimiser import Optimiser, OptimiserState
+from consilience.core.params import Layout, Params
+from consilience.core.source import Frame
+from consilience.core.training import Training
+
+
+@dataclass(eq=False)
+class Carry:
+    """What a step takes and gives: the flat trainable parameters [n], buffers, and the optimiser's state. Traces live in each `Me`."""
+
+    theta: Tensor
+    buffers: Params
+    optimiser: OptimiserState
+
+
+def sample_losses(out: Tensor, y: Tensor, kind: str) -> Tensor:
+    """The loss of each sample [B]: cross-entropy for classes, the squared error averaged over outputs for values."""
+    if kind == "class":
+        return F.cross_entropy(out, y, reduction="none")
+    return (out[:, : y.shape[1]] - y).square().mean(1)
+
+
+def mean_loss(out: Tensor, batch: Batch, kind: str) -> Tensor:
+    """The loss of a batch: the mean over its samples, weighted where some are padding."""
+    if batch.w is not None:
+        return (sample_losses(out, batch.y, kind) * batch.w).sum() / batch.w.sum()
+    return F.cross_entropy(out, batch.y) if kind == "class" else sample_losses(out, batch.y, kind).mean()
+
+
+def acts(c: Correction, me: Me) -> bool:
+    """Whether a correction bends this learn: one that needs something known does not before there is."""
+    return not (c.recalls and me.known is None)
+
+
+class Step:
+    """One learn's step over parameters theta [n]: forward all parts, one row an objective, aggregate, add penalties, update.
+
+    g = A(rows) + grad(penalties);  theta' = theta + U(g).  Masked entries are restored after the optimiser, those without
+    any gradient do not move.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        frame: Frame,
+        training: Training,
+        aggregator: Aggregator | None,
+        corrections: Sequence[tuple[Correction, Me]],
+        layout: Layout,
+        fixed: Params,
+        carry: Carry,
+        start: Tensor,
+        span: tuple[int, int],
+    ) -> None:
+        self.model, self.frame, self.training, self.aggregator = model, frame, training, aggregator
+        self.layout, self.fixed, self.carry, self.start, self.span = layout, fixed, carry, start, span
+        self.optimiser: Optimiser = training.inner()
+        self.by_verb = {
+            verb: [(c, me) for c, me in corrections if overrides(c, verb) and (verb == "trace" or acts(c, me))]
+            for verb in ("sample", "view", "outputs", "losses", "rows", "penalty", "mask", "trace")
+        }
+        for c, me in self.by_verb["trace"]:
+            me.trace = c.trace_init(carry.theta)
+        self.shared = torch.ones(layout.size, dtype=torch.bool, device=layout.device)
+        for name in layout.names:
+            if model.task_of(name) is not None:
+                self.shared[layout.span(name)] = False
+        self.all_shared = bool(self.shared.all())
+        self.columns = {t: self._mask(classes) for t, classes in frame.tasks.items()} if frame.kind == "class" else {}
+        self.leaves = {n: v.detach().requires_grad_() for n, v in layout.split(carry.theta).items()}
+        self.inputs = [self.leaves[n] for n in layout.names]
+        self.bound: Forward | None = None
+        if not self.by_verb["view"]:
+            self.bound, carry.buffers = model.bind({**fixed, **self.leaves}, carry.buffers, True)
+        self._before: Forward | None = None
+
+    def _mask(self, classes: Sequence[int]) -> Tensor:
+        keep = torch.zeros(self.model.outputs, dtype=torch.bool, device=self.layout.device)
+        keep[list(classes)] = True
+        return keep
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        if self.training.precision == "bf16":
+            return torch.autocast(self.layout.device.type, dtype=torch.bfloat16)
+        return nullcontext()
+
+    def before(self, x: Tensor, task: str | None) -> Tensor:
+        """The outputs [B, C] of the model as it was when this learn began, without gradient."""
+        if self._before is None:
+            params = {**self.fixed, **self.layout.split(self.start)}
+            self._before, _ = self.model.bind(params, self.carry.buffers, False)
+        with torch.no_grad(), self._autocast():
+            return self._before(x, task).to(x.dtype if x.is_floating_point() else self.start.dtype)
+
+    def forward(self, x: Tensor, task: str | None) -> Tensor:
+        """The outputs [B, C] in training mode."""
+        if self.bound is not None:
+            return self.bound(x, task)
+        params: Params = {**self.fixed, **self.leaves}
+        for c, me in self.by_verb["view"]:
+            params = c.view(params, task, me)
+        out, self.carry.buffers = self.model(params, self.carry.buffers, x, task, True)
+        return out
+
+    def forward_all(self, parts: list[Batch]) -> list[Tensor]:
+        """The outputs of every part; parts that the model treats alike go through it together."""
+        if len(parts) == 1:
+            return [self.forward(parts[0].x, parts[0].task)]
+        apart = self.model.uses_task or bool(self.by_verb["view"])
+        groups: dict[str | None, list[int]] = {}
+        for i, p in enumerate(parts):
+            groups.setdefault(p.task if apart else None, []).append(i)
+        outs: list[Tensor] = [parts[0].x] * len(parts)
+        for task, members in groups.items():
+            if len(members) == 1:
+                outs[members[0]] = self.forward(parts[members[0]].x, task)
+                continue
+            out = self.forward(torch.cat([parts[i].x for i in members]), task)
+            for i, o in zip(members, out.split([len(parts[i].x) for i in members]), strict=True):
+                outs[i] = o
+        return outs
+
+    def gradient(self, loss: Tensor, keep: bool) -> tuple[Tensor, list[str]]:
+        """The flat gradient [n] of a scalar, and the names of the entries that it does not reach."""
+        grads = torch.autograd.grad(loss, self.inputs, retain_graph=keep, allow_unused=True)
+        absent = [n for n, g in zip(self.layout.names, grads, strict=True) if g is None]
+        flat = torch.cat(
+            [torch.zeros_like(p).view(-1) if g is None else g.reshape(-1) for g, p in zip(grads, self.inputs, strict=True)]
+        )
+        return flat, absent
+
+    def __call__(self, parts: list[Batch], clock: tuple[int, int], generator: torch.Generator | None) -> None:
+        """One step: `carry` and the traces move on."""
+        carry, kind = self.carry, self.frame.kind
+        with self._autocast():
+            raw = self.forward_all(parts)
+        if self.training.precision == "bf16":
+            raw = [o.to(self.layout.dtype) for o in raw]
+        outs = []
+        for o, p in zip(raw, parts, strict=True):
+            for c, me in self.by_verb["outputs"]:
+                o = c.outputs(o, p.task, me)
+            if p.task is not None and p.task in self.columns:
+                o = o.masked_fill(~self.columns[p.task], -torch.inf)
+            outs.append(o)
+        see = StepView(carry.theta, self.start, self.layout, parts, raw, outs, self.before, clock, self.span)
+
+        objectives, weights = self._losses(see, kind), [1 / len(parts)] * len(parts)
+        constraints: list[Tensor] = []
+        for c, me in self.by_verb["rows"]:
+            for row in c.rows(see, me):
+                if row.kind == "constraint":
+                    constraints.append(row.loss)
+                else:
+                    objectives.append(row.loss)
+                    weights.append(row.weight)
+        factor = self._mask_of(see)
+        grad, absent = self._aggregate(objectives, weights, constraints, factor, generator)
+        trained = grad
+        if self.by_verb["penalty"]:
+            leaf = carry.theta.detach().requires_grad_()
+            at = replace(see, theta=leaf)
+            total = sum((c.penalty(at, me) for c, me in self.by_verb["penalty"]), start=leaf.new_zeros(()))
+            trained = grad + torch.autograd.grad(total, leaf)[0]
+        delta, state = self.optimiser.update(trained, carry.optimiser, carry.theta, self.training.lr)
+        if absent:
+            self._hold(delta, state, carry.optimiser, absent)
+        if factor is not None:
+            delta = torch.where(factor == 0, torch.zeros_like(delta), delta)
+        carry.optimiser = state
+        for c, me in self.by_verb["trace"]:
+            me.trace = c.trace(see, me, grad, delta)
+        carry.theta.add_(delta)
+
+    def _losses(self, see: StepView, kind: str) -> list[Tensor]:
+        if not self.by_verb["losses"]:
+            return [mean_loss(o, p, kind) for o, p in zip(see.outputs, see.parts, strict=True)]
+        each = {i: sample_losses(o, p.y, kind) for i, (o, p) in enumerate(zip(see.outputs, see.parts, strict=True))}
+        for c, me in self.by_verb["losses"]:
+            each = c.losses(each, see, me)
+        result = []
+        for i, p in enumerate(see.parts):
+            result.append(each[i].mean() if p.w is None else (each[i] * p.w).sum() / p.w.sum())
+        return result
+
+    def _mask_of(self, see: StepView) -> Tensor | None:
+        factor: Tensor | None = None
+        for c, me in self.by_verb["mask"]:
+            m = c.mask(see, me)
+            factor = m if factor is None else factor * m
+        return factor
+
+    def _aggregate(
+        self,
+        objectives: list[Tensor],
+        weights: list[float],
+        constraints: list[Tensor],
+        factor: Tensor | None,
+        generator: torch.Generator | None,
+    ) -> tuple[Tensor, list[str]]:
+        a = self.aggregator
+        if a is None or len(objectives) == 1 or (isinstance(a, Linear) and not a.needs_gram):
+            w = weights
+            if isinstance(a, Linear) and len(objectives) > 1:
+                w = a.weigh(torch.zeros(0, 0), torch.tensor(weights), None).tolist()
+            total = objectives[0]
+            if len(objectives) > 1:
+                total = total * w[0]
+                for o, c in zip(objectives[1:], w[1:], strict=True):
+                    total = total + o * c
+            grad, absent = self.gradient(total, keep=bool(constraints))
+            grad = grad if factor is None else grad * factor
+        else:
+            last = len(objectives) - 1
+            pairs = [self.gradient(o, keep=i < last or bool(constraints)) for i, o in enumerate(objectives)]
+            rows = torch.stack([g for g, _ in pairs])
+            rows = rows if factor is None else rows * factor
+            absent = [n for n in pairs[0][1] if all(n in missing for _, missing in pairs)]
+            if self.all_shared:
+                grad = a(rows, weights, generator)
+            else:
+                grad = torch.tensor(weights, dtype=rows.dtype, device=rows.device) @ rows
+                grad[self.shared] = a(rows[:, self.shared], weights, generator)
+        if constraints:
+            if not isinstance(a, Cone):
+                raise Refusal(f"constraint rows need an aggregator that honours them (a cone). Found {type(a).__name__}.")
+            rows = torch.stack([self.gradient(c, keep=i < len(constraints) - 1)[0] for i, c in enumerate(constraints)])
+            grad = a.project(grad, rows if factor is None else rows * factor)
+        return grad, absent
+
+    def _hold(self, delta: Tensor, state: OptimiserState, old: Mapping[str, Tensor], absent: list[str]) -> None:
+        for name in absent:
+            span = self.layout.span(name)
+            delta[span] = 0
+            for k, v in state.items():
+                if v.shape == delta.shape and k in old:
+                    v[span] = old[k][span]

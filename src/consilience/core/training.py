@@ -1,0 +1,68 @@
+"""How a source is trained on: epochs, batches, the inner optimiser, the sampler, precision and device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from consilience.core.errors import ConsilienceError
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Training:
+    """Hyperparameters of the inner training, the same in every setting.
+
+    Args:
+        epochs: passes over a source at each visit; 0 trains nothing.
+        batch_size: samples of each part of a step.
+        lr: learning rate.
+        optimiser: "sgd", "adam", "adamw", or any `consilience.core.optimiser.Optimiser`. It restarts at each visit.
+        momentum: of "sgd".
+        weight_decay: L2 (decoupled for "adamw").
+        sampler: which examples a step sees; None shuffles (`consilience.data.samplers`).
+        precision: "fp32", "fp64" or "bf16" (autocast).
+        device: where to train, such as "cpu" or "cuda:0".
+    """
+
+    epochs: int = 5
+    batch_size: int = 32
+    lr: float = 0.05
+    optimiser: Any = "sgd"
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    sampler: Any = None
+    precision: Literal["fp32", "fp64", "bf16"] = "fp32"
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        for name, low in (("epochs", 0), ("batch_size", 1)):
+            v = getattr(self, name)
+            if not isinstance(v, int) or v < low:
+                raise ConsilienceError(f"`{name}` should be a whole number >= {low}. Found `{name} = {v!r}`.")
+        if not self.lr > 0 or self.lr == float("inf"):
+            raise ConsilienceError(f"`lr` should be positive and finite. Found `lr = {self.lr!r}`.")
+        if self.weight_decay < 0:
+            raise ConsilienceError(f"`weight_decay` should be >= 0. Found `weight_decay = {self.weight_decay!r}`.")
+        if self.precision not in ("fp32", "fp64", "bf16"):
+            raise ConsilienceError(f"`precision` should be fp32, fp64 or bf16. Found {self.precision!r}.")
+        if isinstance(self.optimiser, str) and self.optimiser not in ("sgd", "adam", "adamw"):
+            raise ConsilienceError(f"`optimiser` should be sgd, adam, adamw or an Optimiser. Found {self.optimiser!r}.")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        import torch
+
+        return torch.float64 if self.precision == "fp64" else torch.float32
+
+    def inner(self) -> Any:
+        """The inner optimiser."""
+        from consilience.core.optimiser import SGD, Adam
+
+        if not isinstance(self.optimiser, str):
+            return self.optimiser
+        if self.optimiser == "sgd":
+            return SGD(self.momentum, self.weight_decay)
+        return Adam(weight_decay=self.weight_decay, decoupled=self.optimiser == "adamw")

@@ -1,0 +1,78 @@
+"""Distillation: the model as it was teaches the model as it becomes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from consilience.core.correction import Correction, Learned, Me, Memory, Row, StepView
+from consilience.core.errors import ConsilienceError
+from consilience.core.message import Statistics
+from consilience.core.source import Source
+from consilience.corrections.quadratic import non_negative
+
+
+def soft_targets(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """T^2 KL(softmax(teacher / T) || softmax(student / T)), averaged over the batch. Hinton et al. 2015.
+
+    >>> float(soft_targets(torch.ones(2, 3), torch.ones(2, 3), 2.0))
+    0.0
+    """
+    t = (teacher / temperature).log_softmax(1)
+    s = (student / temperature).log_softmax(1)
+    return temperature**2 * F.kl_div(s, t, reduction="batchmean", log_target=True)
+
+
+@dataclass(frozen=True)
+class LwF(Correction):
+    """Learning without forgetting: on this source's own inputs, keep the outputs on the classes learned before.
+
+    strength x T^2 KL(teacher || student) over the classes seen, or `match="logits"`: strength x MSE of their logits. The
+    teacher is the model at the start of this learn. With task labels each earlier task has its own softmax; without, all
+    seen classes share one. It leaves which classes it saw, so the first source is plain training. Li & Hoiem 2016.
+    """
+
+    strength: float = 1.0
+    temperature: float = 2.0
+    match: Literal["probabilities", "logits"] = "probabilities"
+
+    neutral: ClassVar[dict[str, float]] = {"strength": 0.0}
+    recalls: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        non_negative("LwF", strength=self.strength)
+        if not self.temperature > 0:
+            raise ConsilienceError(f"`temperature` should be positive. Found `temperature = {self.temperature}`.")
+        if self.match not in ("probabilities", "logits"):
+            raise ConsilienceError(f"`match` should be probabilities or logits. Found `match = {self.match!r}`.")
+
+    def recall(self, memory: Memory, sources: tuple[Source, ...]) -> list[tuple[str | None, list[int]]] | None:
+        """(task, classes) of what was seen: one group for each task where the model is told tasks, else one for all."""
+        now = {s.name for s in sources}
+        groups: dict[str | None, set[int]] = {}
+        for (_, source), item in sorted(memory.items(), key=lambda kv: (kv[0][1], kv[0][0])):
+            if source not in now:
+                groups.setdefault(item.meta["task"], set()).update(item.meta["classes"])
+        return [(task, sorted(classes)) for task, classes in groups.items()] or None
+
+    def rows(self, step: StepView, me: Me) -> list[Row]:
+        total: Tensor | None = None
+        part, raw = step.parts[0], step.raw[0]
+        for task, classes in me.known:
+            columns = torch.tensor(classes, device=raw.device)
+            teacher = step.before(part.x, task).index_select(1, columns)
+            student = raw.index_select(1, columns)
+            if self.match == "probabilities":
+                loss = soft_targets(student, teacher, self.temperature)
+            else:
+                loss = F.mse_loss(student, teacher)
+            total = loss if total is None else total + loss
+        assert total is not None
+        return [Row(total, self.strength)]
+
+    def summarise(self, learned: Learned, me: Me) -> Statistics:
+        return Statistics({}, {"task": learned.task, "classes": list(learned.source.classes)})

@@ -1,0 +1,150 @@
+"""Quadratic penalties: one precision and one shift, whatever the number of sources. EWC, SI and the proximal term."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from consilience.core.correction import Correction, Learned, Me, StepView
+from consilience.core.errors import ConsilienceError
+from consilience.core.message import Statistics
+from consilience.core.training import Training
+from consilience.corrections.fisher import fisher
+
+
+def non_negative(owner: str, **values: float) -> None:
+    """Refuse hyperparameters that are negative or not finite."""
+    for name, v in values.items():
+        if not 0 <= v < float("inf"):
+            raise ConsilienceError(f"`{name}` of {owner} should be >= 0 and finite. Found `{name} = {v}`.")
+
+
+class QuadraticForm(torch.autograd.Function):
+    """q(theta) = theta^T diag(P) theta / 2 - s^T theta, with its gradient P theta - s made on the way (few passes over memory)."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(theta: Tensor, precision: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        grad = torch.mul(precision, theta).sub_(shift)
+        return 0.5 * (torch.dot(theta, grad) - torch.dot(theta, shift)), grad
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, out: Tensor, _: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return ctx.saved_tensors[0].mul_(out), None, None
+
+
+@dataclass(frozen=True)
+class Quadratic(Correction):
+    """(strength / 2) sum_k (theta - theta_k)^T diag(P_k) (theta - theta_k), up to a constant.
+
+    Kept as statistics that add: precision P = sum P_k and shift s = sum P_k theta_k, so that a step costs the same for any
+    number of sources. A revisited source's own summary is left out. Subclasses say what the precision is.
+    """
+
+    strength: float = 1.0
+
+    flat: ClassVar[tuple[str, ...]] = ("precision", "shift")
+    neutral: ClassVar[dict[str, float]] = {"strength": 0.0}
+    recalls: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        non_negative(type(self).__name__, strength=self.strength)
+
+    def penalty(self, step: StepView, me: Me) -> Tensor:
+        return self.strength * QuadraticForm.apply(step.theta, me.flat["precision"], me.flat["shift"])[0]  # type: ignore[no-any-return]
+
+    def caution(self, me: Me, training: Training) -> str | None:
+        if "precision" not in me.flat:
+            return None
+        factor = training.lr * self.strength * float(me.flat["precision"].max())
+        return f"lr x strength x the largest precision is {factor:.3g}; above about 2 training diverges" if factor > 2 else None
+
+    @staticmethod
+    def statistics(precision: dict[str, Tensor], params: dict[str, Tensor]) -> Statistics:
+        """The precision and the shift of one source."""
+        tensors = {f"precision/{n}": p for n, p in precision.items()}
+        return Statistics(tensors | {f"shift/{n}": p * params[n] for n, p in precision.items()})
+
+
+@dataclass(frozen=True)
+class EWC(Quadratic):
+    """Elastic weight consolidation: the precision is the diagonal Fisher information, exact, per sample.
+
+    F = (1/N) sum_x E_{y ~ p(y|x)} [(d log p(y|x) / d theta)^2]; `labels="model"` samples y from the model's own prediction
+    (one draw a sample), "all" takes the expectation over all classes, "data" uses the true labels (the empirical Fisher).
+    `samples` bounds the number of examples (None: all). Kirkpatrick et al. 2017; penalties of several sources add
+    (Huszár 2018). Training diverges where lr x strength x max F exceeds about 2.
+    """
+
+    strength: float = 10.0
+    labels: Literal["model", "all", "data"] = "model"
+    samples: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.labels not in ("model", "all", "data"):
+            raise ConsilienceError(f"`labels` should be model, all or data. Found `labels = {self.labels!r}`.")
+        if self.samples is not None and self.samples < 1:
+            raise ConsilienceError(f"`samples` should be at least 1. Found `samples = {self.samples}`.")
+
+    def summarise(self, learned: Learned, me: Me) -> Statistics:
+        return self.statistics(fisher(learned, self.labels, self.samples), learned.trainable)
+
+
+@dataclass(frozen=True)
+class SI(Quadratic):
+    """Synaptic intelligence: the precision is each parameter's share of the fall of the loss, along the path.
+
+    Omega = max(0, w) / ((theta_end - theta_start)^2 + xi), w = sum over steps of -g . d theta, with g the gradient of the
+    task's own loss; the penalty is strength x Omega (theta - theta_end)^2. Zenke et al. 2017.
+    """
+
+    strength: float = 1.0
+    xi: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.xi > 0:
+            raise ConsilienceError(f"`xi` should be positive. Found `xi = {self.xi}`.")
+
+    def trace_init(self, theta: Tensor) -> dict[str, Tensor]:
+        return {"path": torch.zeros_like(theta)}
+
+    def trace(self, step: StepView, me: Me, grad: Tensor, delta: Tensor) -> dict[str, Tensor]:
+        return {"path": torch.addcmul(me.trace["path"], grad, delta, value=-1)}
+
+    def summarise(self, learned: Learned, me: Me) -> Statistics:
+        end = learned.trainable
+        path = learned.layout.split(me.trace["path"])
+        moved = {n: end[n] - learned.start[n] for n in end}
+        precision = {n: 2 * learned.share * path[n].clamp(min=0) / (moved[n].square() + self.xi) for n in end}
+        return self.statistics(precision, end)
+
+
+@dataclass(frozen=True)
+class Proximal(Correction):
+    """FedProx's term (mu / 2) ||theta - theta_start||^2: the gradient gains mu (theta - theta_start).
+
+    theta_start are the parameters at the start of this learn: the server's in the federated setting, those after the last
+    source in the continual one. The first step of a learn is the same for any mu. Li et al. 2020.
+    """
+
+    mu: float = 0.1
+
+    neutral: ClassVar[dict[str, float]] = {"mu": 0.0}
+
+    def __post_init__(self) -> None:
+        non_negative("Proximal", mu=self.mu)
+
+    def penalty(self, step: StepView, me: Me) -> Tensor:
+        away = step.theta - step.start
+        return 0.5 * self.mu * torch.dot(away, away)

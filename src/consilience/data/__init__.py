@@ -1,0 +1,331 @@
+"""Data: functions that return a Source, and splits of one Source into several. Signatures import no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from consilience.core.source import Source
+
+Kind = Literal["class", "value"]
+
+__all__ = [
+    "arrays", "breast_cancer", "diabetes", "digits", "dirichlet", "folder", "iid", "npz", "permute", "quantity_skew",
+    "rotate", "shards", "split_classes", "stream", "streams", "wine",
+]  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------- sources
+
+
+def digits(image: bool = False, seed: int = 0) -> Source:
+    """scikit-learn's 1797 handwritten digits: x [N, 64] in [0, 1], 10 classes; a fifth of them, stratified, is the test.
+
+    Args:
+        image: x is [N, 1, 8, 8].
+        seed: of the test and validation splits.
+
+    >>> source = digits()
+    >>> len(source.train), len(source.validation), len(source.test), source.labels[3]
+    (1294, 144, 359, ('digits', '3'))
+    """
+    from consilience.data._sources import table
+
+    return table("digits", seed, image)
+
+
+def breast_cancer(seed: int = 0) -> Source:
+    """scikit-learn's 569 tumours: x [N, 30] standardised by the training statistics, 2 classes.
+
+    >>> breast_cancer().labels
+    (('breast_cancer', 'malignant'), ('breast_cancer', 'benign'))
+    """
+    from consilience.data._sources import table
+
+    return table("breast_cancer", seed)
+
+
+def wine(seed: int = 0) -> Source:
+    """scikit-learn's 178 wines: x [N, 13] standardised by the training statistics, 3 classes.
+
+    >>> wine().train.whole()[0].shape
+    torch.Size([128, 13])
+    """
+    from consilience.data._sources import table
+
+    return table("wine", seed)
+
+
+def diabetes(seed: int = 0) -> Source:
+    """scikit-learn's 442 patients, a regression: x [N, 10] and y [N, 1] standardised by the training statistics.
+
+    >>> source = diabetes()
+    >>> source.kind, source.train.targets().shape
+    ('value', torch.Size([319, 1]))
+    """
+    from consilience.data._sources import table
+
+    return table("diabetes", seed)
+
+
+def arrays(
+    x: Any,
+    y: Any = None,
+    test: Any = 0.2,
+    classes: Sequence[str] | None = None,
+    name: str = "data",
+    kind: Kind = "class",
+    space: str | None = None,
+    validation: float = 0.1,
+    seed: int = 0,
+) -> Source:
+    """A source from numpy arrays or torch tensors.
+
+    Args:
+        x: inputs [N, ...]. uint8 is read as images and divided by 255; other integers stay whole numbers (token ids).
+            A map-style dataset with `y=None` is a `stream`.
+        y: class numbers [N], or values [N] or [N, outputs].
+        test: (x, y) to test on, or the fraction of the examples that is set apart, stratified.
+        classes: the names of targets 0, 1, ... (of the outputs, for values); all of them are this source's classes. None:
+            those found, named by number. Declare them for clients that may lack some.
+        name: of the source.
+        kind: "class" or "value".
+        space: the label space; sources share classes only where it is the same. None is `name`.
+        validation: the fraction of the training examples that is set apart to choose by.
+        seed: of the splits.
+
+    Raises:
+        ConsilienceError: lengths differ, nothing there, NaN or infinity, targets outside the classes or not whole, wrong
+            dimensions, test examples of another shape.
+
+    >>> import numpy as np
+    >>> source = arrays(np.eye(20, dtype="float32"), np.arange(20) % 2, classes=["even", "odd"], name="parity")
+    >>> len(source.train), len(source.validation), len(source.test), source.labels[1]
+    (14, 2, 4, ('parity', 'odd'))
+    """
+    from consilience.data._sources import from_arrays
+
+    return from_arrays(x, y, test, classes, name, kind, space, validation, seed)
+
+
+def stream(
+    dataset: Any,
+    test: Any = 0.2,
+    classes: Sequence[str] | None = None,
+    workers: int = 0,
+    name: str = "stream",
+    kind: Kind = "class",
+    space: str | None = None,
+    validation: float = 0.1,
+    seed: int = 0,
+) -> Source:
+    """A source from a map-style dataset of (x, y) that is too large for memory; every example is read when it is needed.
+
+    Targets are taken once, from the attribute `targets` or `labels` where the dataset has one, else by reading it all.
+
+    Args:
+        dataset: has `len(dataset)` and `dataset[i] -> (x, y)`; x is a tensor, an array or an image.
+        test: another such dataset, or the fraction of this one that is set apart, stratified.
+        classes, name, kind, space, validation, seed: as in `arrays`.
+        workers: processes that read; 0 reads in this one.
+
+    >>> import torch
+    >>> from torch.utils.data import TensorDataset
+    >>> source = stream(TensorDataset(torch.rand(20, 3), torch.arange(20) % 2))
+    >>> len(source.train), next(source.train.chunks(4))[0].shape
+    (14, torch.Size([4, 3]))
+    """
+    from consilience.data._sources import from_dataset
+
+    return from_dataset(dataset, test, classes, workers, name, kind, space, validation, seed)
+
+
+def folder(
+    path: str | Path,
+    size: int | tuple[int, int] | None = None,
+    grey: bool = False,
+    in_memory: bool = False,
+    workers: int = 0,
+    test: float = 0.2,
+    name: str | None = None,
+    space: str | None = None,
+    validation: float = 0.1,
+    seed: int = 0,
+) -> Source:
+    """A source from a folder of images with one subfolder for each class: x [N, 3, H, W] in [0, 1].
+
+    The subfolders may also lie in `train/` and `test/`, and optionally `val/`, `valid/` or `validation/`. Files are read
+    when needed; needs pillow (`consilience[vision]`).
+
+    Args:
+        path: of the folder.
+        size: height and width (one number: both) that images are resized to; None: they must all be alike.
+        grey: one channel, x [N, 1, H, W].
+        in_memory: read all at once.
+        workers: processes that read; 0 reads in this one.
+        test: the fraction of the training examples that is set apart where there is no `test/`.
+        name: of the source; None: the folder's.
+        space, validation, seed: as in `arrays`.
+
+    >>> folder("no/such/place")
+    Traceback (most recent call last):
+    consilience.core.errors.ConsilienceError: `path` should be a folder of images. Found none at no/such/place.
+    """
+    from consilience.data._sources import from_folder
+
+    return from_folder(path, size, grey, in_memory, workers, test, name, space, validation, seed)
+
+
+def npz(
+    name: str | Path,
+    flat: bool = False,
+    limit: int | None = None,
+    images: str = "images",
+    space: str | None = None,
+    validation: float = 0.1,
+    seed: int = 0,
+) -> Source:
+    """A source from an .npz file with keys train_images, train_labels, test_images, test_labels: x [N, C, H, W] in [0, 1].
+
+    Images are uint8 [N, H, W] or [N, H, W, C], or JPEG files end to end (train_jpeg, train_offsets; needs pillow). Class
+    names are in class_names where the file has them.
+
+    Args:
+        name: a file, or the name of one in the folder that the environment variable CONSILIENCE_DATA names.
+        flat: x is [N, C*H*W].
+        limit: how many training examples (with validation) to take, a stratified draw; None is all.
+        images: which images, where the file has several kinds (`images28` for small omniglot).
+        space, validation, seed: as in `arrays`.
+
+    >>> npz("/tmp/no_such.npz")
+    Traceback (most recent call last):
+    consilience.core.errors.ConsilienceError: `name` should be a readable .npz file. Found none at /tmp/no_such.npz.
+    """
+    from consilience.data._sources import from_npz
+
+    return from_npz(name, flat, limit, images, space, validation, seed)
+
+
+# ---------------------------------------------------------------------------------------------------- splits
+
+
+def split_classes(source: Source, n: int, order: Sequence[int | str] | None = None, seed: int | None = None) -> list[Source]:
+    """n sources with the classes of one dealt in order, each a task of its own; sizes differ by at most one class.
+
+    Args:
+        source: of classes.
+        n: how many parts, at most one for each class.
+        order: the classes, by number or by name; None: as declared.
+        seed: of a random order instead.
+
+    >>> [s.name for s in split_classes(digits(), 5)]
+    ['digits/0-1', 'digits/2-3', 'digits/4-5', 'digits/6-7', 'digits/8-9']
+    """
+    from consilience.data import _splits
+
+    return _splits.split_classes(source, n, order, seed)
+
+
+def permute(source: Source, n: int, seed: int = 0) -> list[Source]:
+    """n sources, each a task with its own fixed permutation of all entries of an input; the first is the identity.
+
+    Every source is a copy of the data (a `stream` is not).
+
+    >>> [s.name for s in permute(digits(), 2)]
+    ['digits/permuted-0', 'digits/permuted-1']
+    """
+    from consilience.data import _splits
+
+    return _splits.permute(source, n, seed)
+
+
+def rotate(source: Source, angles: int | Sequence[float], side: int | None = None) -> list[Source]:
+    """One source, a task, for each angle: images turned counter-clockwise about their centre, zeros outside.
+
+    Bilinear (`grid_sample`), but exact for quarter turns of square images.
+
+    Args:
+        source: of images [N, C, H, W].
+        angles: in degrees; a whole number n means 0, 360/n, 2*360/n, ...
+        side: flat inputs [N, C*side*side] are taken as square images of this side.
+
+    >>> [s.name for s in rotate(digits(), [0, 45, 90], side=8)]
+    ['digits/rotated-0', 'digits/rotated-45', 'digits/rotated-90']
+    """
+    from consilience.data import _splits
+
+    return _splits.rotate(source, angles, side)
+
+
+def dirichlet(
+    source: Source, clients: int, alpha: float, seed: int = 0, local_test: bool = False, least: int = 2
+) -> list[Source]:
+    """Clients that differ in their classes: for each class c, p_c ~ Dirichlet(alpha 1_K) is the share of each of K clients.
+
+    This is the label skew of Yurochkin et al. 2019 and Li et al. 2022 (NIID-Bench), so sizes differ as well. The whole draw is
+    repeated, up to 100 times, until every client has `least` training examples. Training and validation examples are dealt by
+    the same shares, each to exactly one client; all clients keep all classes in their frame, and the source's task.
+
+    Args:
+        source: of classes.
+        clients: how many.
+        alpha: towards 0 every class has one owner; towards infinity all shares are 1/K.
+        seed: of the draws.
+        local_test: deal the test examples by the same shares; else all clients have the very same `test`.
+        least: training examples that every client has.
+
+    >>> sum(len(s.train) for s in dirichlet(digits(), 10, alpha=0.5)) == len(digits().train)
+    True
+    """
+    from consilience.data import _splits
+
+    return _splits.dirichlet(source, clients, alpha, seed, local_test, least)
+
+
+def iid(source: Source, n: int, seed: int = 0, local_test: bool = False) -> list[Source]:
+    """n clients with random shares of equal size (see `dirichlet` for what they share).
+
+    >>> [(s.name, len(s.train)) for s in iid(wine(), 3)]
+    [('wine/client-0', 43), ('wine/client-1', 43), ('wine/client-2', 42)]
+    """
+    from consilience.data import _splits
+
+    return _splits.iid(source, n, seed, local_test)
+
+
+def quantity_skew(
+    source: Source, n: int, power: float = 1.5, seed: int = 0, local_test: bool = False, least: int = 2
+) -> list[Source]:
+    """n clients with random shares whose sizes follow a power law: client i has a share in proportion to (i + 1)^-power.
+
+    >>> [len(s.train) for s in quantity_skew(wine(), 3, power=1.0)]
+    [70, 35, 23]
+    """
+    from consilience.data import _splits
+
+    return _splits.quantity_skew(source, n, power, seed, local_test, least)
+
+
+def shards(source: Source, clients: int, shards_per_client: int = 2, seed: int = 0, local_test: bool = False) -> list[Source]:
+    """Clients with few classes: examples sorted by class are cut into equal shards, dealt at random (McMahan et al. 2017).
+
+    >>> max(len(s.train.targets().unique()) for s in shards(digits(), 5))
+    5
+    """
+    from consilience.data import _splits
+
+    return _splits.shards(source, clients, shards_per_client, seed, local_test)
+
+
+def streams(sources: Sequence[Source], clients: int) -> list[list[Source]]:
+    """The sources dealt round robin: client i meets sources i, i + clients, i + 2 clients, ... one after another.
+
+    >>> [[s.name for s in own] for own in streams(split_classes(digits(), 5), 2)]
+    [['digits/0-1', 'digits/4-5', 'digits/8-9'], ['digits/2-3', 'digits/6-7']]
+    """
+    from consilience.data import _splits
+
+    return _splits.streams(sources, clients)

@@ -1,0 +1,67 @@
+"""Samplers: which examples a step sees, as index batches of one pass; a part of `Training`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from consilience.core.errors import ConsilienceError
+from consilience.core.sampler import Sampler, Shuffle
+from consilience.data._shares import apportion
+
+__all__ = ["Balanced", "InOrder", "Sampler", "Shuffle"]
+
+
+@dataclass(frozen=True)
+class InOrder(Sampler):
+    """Every example once a pass, as it lies.
+
+    >>> [b.tolist() for b in InOrder().plan(torch.zeros(5), 2, 0, torch.Generator())]
+    [[0, 1], [2, 3], [4]]
+    """
+
+    def plan(self, targets: Tensor, batch_size: int, epoch: int, generator: torch.Generator) -> list[Tensor]:
+        return list(torch.arange(len(targets)).split(batch_size))
+
+
+@dataclass(frozen=True)
+class Balanced(Sampler):
+    """As many examples a pass as there are, of which class c has the share p_c = n_c^(1/T) / sum_k n_k^(1/T).
+
+    T = 1 is each example once (`Shuffle`), T = infinity gives all classes equal shares. Shares are met exactly, not in
+    expectation; within a class every example comes once before any comes again.
+
+    Args:
+        temperature: T > 0.
+
+    Raises:
+        ConsilienceError: the temperature is not positive, or targets are not classes.
+
+    >>> targets = torch.tensor([0] * 9 + [1] * 3)
+    >>> plan = Balanced().plan(targets, 4, 0, torch.Generator().manual_seed(0))
+    >>> targets[torch.cat(plan)].bincount().tolist()
+    [6, 6]
+    """
+
+    temperature: float = float("inf")
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ConsilienceError(f"`temperature` should be > 0. Found `temperature = {self.temperature!r}`.")
+
+    def plan(self, targets: Tensor, batch_size: int, epoch: int, generator: torch.Generator) -> list[Tensor]:
+        targets = targets.cpu()
+        if targets.dim() != 1 or targets.is_floating_point():
+            raise ConsilienceError(f"Balanced should sample by classes. Found targets {targets.dtype} {tuple(targets.shape)}.")
+        classes, counts = targets.unique(return_counts=True)
+        log_n = counts.double().log() / self.temperature
+        chosen = []
+        for c, quota in zip(classes, apportion((log_n - log_n.max()).exp(), len(targets)).tolist(), strict=True):
+            of_class = (targets == c).nonzero().flatten()
+            turns = -(-quota // len(of_class))
+            passes = [of_class[torch.randperm(len(of_class), generator=generator)] for _ in range(turns)]
+            chosen.append(torch.cat(passes)[:quota] if passes else of_class[:0])
+        together = torch.cat(chosen)
+        return list(together[torch.randperm(len(together), generator=generator)].split(batch_size))

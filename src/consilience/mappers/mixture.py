@@ -1,0 +1,113 @@
+"""Mappers by density: task anchors are means or mixtures in the common feature space."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from consilience.core.correction import Learned, Mapper, Me, Memory, Routing
+from consilience.core.errors import ConsilienceError
+from consilience.core.message import Item, Module, Statistics
+from consilience.core.model import Model
+from consilience.core.schedule import Facts
+
+
+def features_of(learned: Learned) -> tuple[Tensor, Tensor]:
+    """Features [N, d] and targets [N] of a source, in float64 on the CPU."""
+    parts, targets = [], []
+    for x, y in learned.source.train.chunks(1024):
+        with torch.no_grad():
+            parts.append(learned.model.features(learned.params, learned.buffers, x, None).double().cpu())
+        targets.append(y.cpu())
+    return torch.cat(parts), torch.cat(targets)
+
+
+class Anchored(Mapper):
+    """Routes to the expert whose anchor an input is nearest to. Needs a feature space that all agents have in common."""
+
+    def refuse(self, facts: Facts) -> str | None:
+        model: Model | None = facts.model
+        if not facts.learns:
+            return "anchors are made from data, and here only trained models are given; use an entropy or average mapper"
+        if model is not None and not model.backbone(model.init(torch.Generator().manual_seed(0))[0]):
+            return "anchors need a frozen backbone that all agents share; use models.multi_head on a frozen trunk"
+        return None
+
+    def scores(self, features: Tensor, item: Item, total: float) -> Tensor:
+        """How well features [B, d] fit an anchor [B]; higher is nearer. `total` is the number of examples of all anchors."""
+        raise NotImplementedError
+
+    def route(self, routing: Routing, memory: Memory) -> Tensor:
+        missing = [k for k in routing.experts if k not in memory]
+        if missing:
+            raise ConsilienceError(f"every expert should come with its anchor. Found none for {missing[0][1]!r} of {missing[0][0]!r}.")
+        features = routing.features().double().cpu()
+        total = sum(float(memory[k].tensors["count"].sum()) for k in routing.experts)
+        scores = torch.stack([self.scores(features, memory[k], total) for k in routing.experts], 1)
+        return F.one_hot(scores.argmax(1), len(routing.experts)).to(routing.x.device, torch.get_default_dtype())
+
+
+@dataclass(frozen=True)
+class NearestMean(Anchored):
+    """score = -min_c ||psi - mu_c||^2 over the classes of the source. Anchors are class sums and counts: they add."""
+
+    def summarise(self, learned: Learned, me: Me) -> Statistics:
+        psi, y = features_of(learned)
+        hot = F.one_hot(y, len(learned.source.labels)).double()
+        return Statistics({"sum": hot.T @ psi, "count": hot.sum(0)})
+
+    def scores(self, features: Tensor, item: Item, total: float) -> Tensor:
+        n = item.tensors["count"]
+        means = item.tensors["sum"][n > 0] / n[n > 0][:, None]
+        return -torch.cdist(features, means).min(1).values
+
+
+@dataclass(frozen=True)
+class GaussianMixture(Anchored):
+    """score = max_j log(phi_j N(psi; mu_j, diag sigma_j^2)) over the k components of the source (GMMC).
+
+    `prior="size"` weighs a source's components by its share of the examples, "uniform" does not. Mixtures are fitted by
+    scikit-learn on one source's features alone, so the order in which sources arrive changes nothing. Ge et al. 2023 (SKILL).
+    """
+
+    components: int = 25
+    prior: Literal["size", "uniform"] = "size"
+    floor: float = 1e-3
+    """Added to the variances, as a share of the mean variance of the features."""
+
+    def __post_init__(self) -> None:
+        if self.components < 1:
+            raise ConsilienceError(f"`components` should be at least 1. Found `components = {self.components}`.")
+        if self.prior not in ("size", "uniform"):
+            raise ConsilienceError(f"`prior` should be size or uniform. Found `prior = {self.prior!r}`.")
+
+    def summarise(self, learned: Learned, me: Me) -> Module:
+        import warnings
+
+        from sklearn.mixture import GaussianMixture as Mixture
+
+        psi, _ = features_of(learned)
+        spread = float(psi.var(0, unbiased=False).mean()) or 1.0
+        seed = int(torch.randint(2**31 - 1, (1,), generator=learned.generator))
+        k = min(self.components, len(psi))
+        fit = Mixture(k, covariance_type="diag", reg_covar=self.floor * spread, random_state=seed, init_params="k-means++")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            fit.fit(psi.numpy())
+        tensors = {"mean": fit.means_, "variance": fit.covariances_, "weight": fit.weights_}
+        item = {name: torch.from_numpy(t).to(torch.float32) for name, t in tensors.items()}
+        return Module({**item, "count": torch.tensor([float(len(psi))])})
+
+    def scores(self, features: Tensor, item: Item, total: float) -> Tensor:
+        mean, variance = item.tensors["mean"].double(), item.tensors["variance"].double()
+        weight = item.tensors["weight"].double().log()
+        precision = 1 / variance
+        distance = features.square() @ precision.T - 2 * features @ (mean * precision).T + (mean.square() * precision).sum(1)
+        log = weight - 0.5 * (distance + variance.log().sum(1))
+        prior = torch.log(item.tensors["count"].double().sum() / total) if self.prior == "size" else 0.0
+        return log.max(1).values + prior
+

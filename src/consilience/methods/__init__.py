@@ -1,0 +1,18 @@
+"""The catalogue of methods: functions of a few lines that return a composition. Signatures import no torch.
+
+Each works in every setting where it can act, and refuses in the others by name; `docs/methods.md` has the table.
+"""
+
+from __future__ import annotations
+
+from consilience.methods.continual import er, ewc, finetune, joint, lwf, si
+from consilience.methods.exmodel import average_ensemble, entropy_ensemble, oracle_ensemble, parameter_average
+from consilience.methods.federated import fed3r, fedavg, fedprox
+from consilience.methods.merging import aggregate, average, task_arithmetic, ties
+from consilience.methods.multitask import pcgrad
+from consilience.methods.skill import skill
+
+__all__ = [
+    "aggregate", "average", "average_ensemble", "entropy_ensemble", "er", "ewc", "fed3r", "fedavg", "fedprox", "finetune",
+    "joint", "lwf", "oracle_ensemble", "parameter_average", "pcgrad", "si", "skill", "task_arithmetic", "ties",
+]  # fmt: skip

@@ -1,0 +1,256 @@
+"""Settings: functions that return a Schedule: who learns which source when, and who hears whom. Signatures import no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from consilience.core.schedule import Expert, Phase, Schedule
+    from consilience.core.source import Source
+
+Scenario = Literal["task", "domain", "class"]
+
+
+def multitask(sources: Sequence[Source], scenario: Scenario = "class", rounds: int = 1) -> Schedule:
+    """One agent learns all tasks in each step, then hears itself.
+
+    Args:
+        sources: the tasks.
+        scenario: what targets and task labels are (see `continual`).
+        rounds: how often it goes through all epochs, with an evaluation after each.
+    """
+    from consilience.core.schedule import Hear, Learn, Stage, build
+
+    names = tuple(s.name for s in sources)
+    _at_least(1, rounds=rounds)
+
+    def plan(seed: int) -> Iterable[Phase]:
+        for r in range(rounds):
+            yield Learn({"agent": names})
+            yield Hear({"agent": ("agent",)})
+            yield Stage(f"round {r + 1}")
+
+    return build("multitask", sources, scenario, plan, "agent")
+
+
+def continual(sources: Sequence[Source], scenario: Scenario = "class") -> Schedule:
+    """One agent learns one source after another, and hears itself after each.
+
+    Args:
+        sources: in the order of learning.
+        scenario: "task": the task label is given in training and at evaluation; "class": targets are the classes of all
+            sources together, no label; "domain": targets are 0..k-1 in every source, no label.
+    """
+    from consilience.core.schedule import Hear, Learn, Stage, build
+
+    def plan(seed: int) -> Iterable[Phase]:
+        for s in sources:
+            yield Learn({"agent": (s.name,)})
+            yield Hear({"agent": ("agent",)})
+            yield Stage(s.name)
+
+    return build("continual", sources, scenario, plan, "agent")
+
+
+def federated(
+    sources: Sequence[Source],
+    rounds: int = 20,
+    clients_per_round: int | None = None,
+    order: Literal["uniform", "cyclic"] = "uniform",
+    scenario: Scenario = "class",
+) -> Schedule:
+    """Clients, a source each, learn every round from what the server tells; the server hears them.
+
+    Args:
+        sources: one a client.
+        rounds: number of rounds.
+        clients_per_round: how many learn in a round; None is all.
+        order: "uniform" samples clients by the seed, "cyclic" takes them in turn.
+        scenario: what targets and task labels are (see `continual`).
+    """
+    _at_least(1, rounds=rounds)
+    return federated_continual([[s] for s in sources], rounds, clients_per_round, order, scenario, _setting="federated")
+
+
+def federated_continual(
+    streams: Sequence[Sequence[Source]],
+    rounds: int = 5,
+    clients_per_round: int | None = None,
+    order: Literal["uniform", "cyclic"] = "uniform",
+    scenario: Scenario = "class",
+    _setting: str = "federated_continual",
+) -> Schedule:
+    """Clients learn streams of sources of their own: for each source of the streams, some rounds with the server.
+
+    Args:
+        streams: for each client its sources, in order.
+        rounds: rounds for each source of the streams.
+        clients_per_round: how many learn in a round; None is all that have a source left.
+        order: "uniform" samples clients by the seed, "cyclic" takes them in turn.
+        scenario: what targets and task labels are (see `continual`).
+    """
+    from consilience.core.errors import ConsilienceError
+    from consilience.core.schedule import Hear, Learn, Stage, build
+
+    _at_least(1, rounds=rounds)
+    if order not in ("uniform", "cyclic"):
+        raise ConsilienceError(f"`order` should be uniform or cyclic. Found `order = {order!r}`.")
+    if not streams or any(not s for s in streams):
+        raise ConsilienceError("every client should have a source. Found one without.")
+    if clients_per_round is not None and not 1 <= clients_per_round <= len(streams):
+        raise ConsilienceError(f"`clients_per_round` should be from 1 to {len(streams)}. Found {clients_per_round}.")
+    width = len(str(len(streams) - 1))
+    clients = [f"client-{i:0{width}d}" for i in range(len(streams))]
+
+    def plan(seed: int) -> Iterable[Phase]:
+        import torch
+
+        from consilience.core.params import key
+
+        turn = 0
+        for t in range(max(len(s) for s in streams)):
+            able = [i for i, s in enumerate(streams) if t < len(s)]
+            for r in range(rounds):
+                k = min(clients_per_round or len(able), len(able))
+                if k == len(able):
+                    chosen = able
+                elif order == "cyclic":
+                    chosen = sorted(able[(turn + j) % len(able)] for j in range(k))
+                else:
+                    chosen = sorted(able[i] for i in torch.randperm(len(able), generator=key(seed, t, r, "clients"))[:k].tolist())
+                turn += k
+                yield Hear({clients[i]: ("server",) for i in chosen})
+                yield Learn({clients[i]: (streams[i][t].name,) for i in chosen})
+                yield Hear({"server": tuple(clients[i] for i in chosen)})
+                yield Stage(f"round {t * rounds + r + 1}")
+
+    return build(_setting, [s for stream in streams for s in stream], scenario, plan, "server")
+
+
+def merging(
+    sources: Sequence[Source] = (),
+    experts: Sequence[Expert] = (),
+    base: Any = None,
+    scenario: Scenario = "class",
+) -> Schedule:
+    """Agents learn a source each from one base (or the experts are given); one merger hears all of them once, equally weighted.
+
+    Args:
+        sources: one an agent.
+        experts: trained models, instead of sources.
+        base: parameters that the experts started from; needed by aggregators that combine deltas.
+        scenario: what targets and task labels are (see `continual`).
+    """
+    from consilience.core.schedule import Hear, Learn, Stage, build
+
+    sources, given, names = _experts(sources, experts)
+
+    def plan(seed: int) -> Iterable[Phase]:
+        if not given:
+            yield Learn({n: (s.name,) for n, s in zip(names, sources, strict=True)})
+        yield Hear({"merger": tuple(names)}, by_size=False)
+        yield Stage("merged")
+
+    return build("merging", sources, scenario, plan, "merger", experts=given, base=_entries(base))
+
+
+def exmodel(
+    experts: Sequence[Expert] = (),
+    sources: Sequence[Source] = (),
+    base: Any = None,
+    scenario: Scenario = "class",
+) -> Schedule:
+    """One learner hears one trained expert at a time; nobody gives it data.
+
+    Args:
+        experts: trained models in the order of hearing; or
+        sources: data that experts are first trained on, from one base.
+        base: parameters that the experts started from.
+        scenario: what targets and task labels are (see `continual`).
+    """
+    from consilience.core.schedule import Expert as Given
+    from consilience.core.schedule import Hear, Learn, Stage, build
+
+    if experts and not isinstance(experts[0], Given):
+        experts, sources = (), experts  # type: ignore[assignment]
+    sources, given, names = _experts(sources, experts)
+
+    def plan(seed: int) -> Iterable[Phase]:
+        if not given:
+            yield Learn({n: (s.name,) for n, s in zip(names, sources, strict=True)})
+        for n, s in zip(names, sources, strict=True):
+            yield Hear({"learner": (n,)}, by_size=False)
+            yield Stage(s.name)
+
+    return build("exmodel", sources, scenario, plan, "learner", experts=given, base=_entries(base))
+
+
+def skill(
+    streams: Sequence[Any],
+    share: Literal["task", "end"] = "task",
+    graph: Literal["mesh", "ring"] = "mesh",
+    scenario: Scenario = "class",
+) -> Schedule:
+    """Agents learn streams of their own side by side, and tell what they learned over any graph, without a server.
+
+    Args:
+        streams: for each agent its sources in order (or one source).
+        share: after every task, or once at the end.
+        graph: "mesh": everybody hears everybody; "ring": each hears its neighbour and relays, as many times as there are agents.
+        scenario: what targets and task labels are (see `continual`).
+    """
+    from consilience.core.errors import ConsilienceError
+    from consilience.core.schedule import Hear, Learn, Stage, build
+    from consilience.core.source import Source as Data
+
+    own = [[s] if isinstance(s, Data) else list(s) for s in streams]
+    if not own or any(not s for s in own):
+        raise ConsilienceError("every agent should have a source. Found one without.")
+    if share not in ("task", "end") or graph not in ("mesh", "ring"):
+        raise ConsilienceError(f"`share` should be task or end, `graph` mesh or ring. Found {share!r} and {graph!r}.")
+    width = len(str(len(own) - 1))
+    agents = [f"agent-{i:0{width}d}" for i in range(len(own))]
+    stages = max(len(s) for s in own)
+
+    def plan(seed: int) -> Iterable[Phase]:
+        for t in range(stages):
+            yield Learn({a: (s[t].name,) for a, s in zip(agents, own, strict=True) if t < len(s)})
+            if share == "task" or t == stages - 1:
+                if graph == "mesh":
+                    yield Hear({a: tuple(agents) for a in agents}, by_size=False)
+                else:
+                    for _ in agents[1:]:
+                        yield Hear({a: (agents[i - 1], a) for i, a in enumerate(agents)}, by_size=False)
+            yield Stage(f"task {t + 1}")
+
+    return build("skill", [s for stream in own for s in stream], scenario, plan, agents[0])
+
+
+def _at_least(low: int, **values: int) -> None:
+    from consilience.core.errors import ConsilienceError
+
+    for name, v in values.items():
+        if not isinstance(v, int) or v < low:
+            raise ConsilienceError(f"`{name}` should be a whole number >= {low}. Found `{name} = {v!r}`.")
+
+
+def _experts(sources: Sequence[Source], experts: Sequence[Expert]) -> tuple[list[Source], dict[str, Expert], list[str]]:
+    from consilience.core.errors import ConsilienceError
+
+    if bool(sources) == bool(experts):
+        raise ConsilienceError("give either sources to train experts on, or experts. Found " + ("both." if sources else "neither."))
+    if experts:
+        given = {e.name: e for e in experts}
+        if len(given) != len(experts):
+            raise ConsilienceError("experts should have names of their own. Found one twice.")
+        return [e.source for e in experts], given, list(given)
+    width = len(str(len(sources) - 1))
+    return list(sources), {}, [f"expert-{i:0{width}d}" for i in range(len(sources))]
+
+
+def _entries(base: Any) -> Any:
+    """A base as a dictionary of tensors: given as one, or as a module."""
+    if base is None or isinstance(base, dict):
+        return base
+    return {n: p.detach() for n, p in base.named_parameters()}

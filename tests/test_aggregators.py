@@ -1,0 +1,414 @@
+"""Every aggregator of the catalogue: the contract, invariance to order, purity, refusals; and each one's own identities."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import inspect
+import itertools
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from consilience import aggregators
+from consilience.aggregators._ties import Ties
+from consilience.core.aggregator import Aggregator, Blockwise, Linear
+from consilience.core.errors import ConsilienceError, Refusal
+
+HAS_TORCHJD = importlib.util.find_spec("torchjd") is not None
+needs_torchjd = pytest.mark.skipif(not HAS_TORCHJD, reason="torchjd is not installed")
+CATALOGUE = {n: f for n, f in inspect.getmembers(aggregators, inspect.isfunction) if f.__module__ == aggregators.__name__}
+THEIRS: dict[str, dict[str, object]] = {
+    "AlignedMTL": {},
+    "ConFIG": {},
+    "GradDrop": {},
+    "IMTLG": {},
+    "Krum": {"n_byzantine": 1},
+    "MGDA": {},
+    "PCGrad": {},
+    "Random": {},
+    "Sum": {},
+}
+ALL: dict[str, Aggregator] = {n: f() for n, f in CATALOGUE.items() if n != "torchjd"}
+if HAS_TORCHJD:
+    ALL |= {f"torchjd {n}": aggregators.torchjd(n, **a) for n, a in THEIRS.items()}
+every = pytest.mark.parametrize("name", ALL)
+quick = settings(deadline=None, max_examples=40, derandomize=True)
+
+
+def gen(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=gen(seed), dtype=dtype)
+
+
+def trimmed(row: Tensor, k: int) -> Tensor:
+    """A restatement of the trim: the k largest magnitudes, those of lowest index first."""
+    order = sorted(range(len(row)), key=lambda i: (-abs(float(row[i])), i))
+    return torch.stack([row[i] if i in set(order[:k]) else row[i] * 0 for i in range(len(row))])
+
+
+# Every aggregator
+
+
+@every
+@pytest.mark.parametrize("weights", [None, [0.2, 0.2, 0.2, 0.2], [0.5, 1.0, 0.0, 2.0]])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_contract(name: str, weights: list[float] | None, seed: int) -> None:
+    a, g = ALL[name], normal(50, seed=seed, dtype=torch.float64)
+    total = 1.0 if weights is None else sum(weights)
+    rows = g.expand(4, 50).contiguous()
+    if getattr(a, "expectation", False):
+        found = torch.stack([a(rows, weights, gen(s)) for s in range(4000)]).mean(0)
+        assert torch.allclose(found, total * g, atol=0.5)
+        return
+    own = trimmed(g, 10) if isinstance(a, Ties) else g
+    assert torch.allclose(a(rows, weights, gen()), total * own, rtol=1e-6, atol=1e-6)
+
+
+@every
+@quick
+@given(seed=st.integers(0, 1000), m=st.integers(4, 6), coarse=st.booleans())
+def test_order_does_not_matter_to_the_bit(name: str, seed: int, m: int, coarse: bool) -> None:
+    rows = normal(m, 33, seed=seed)
+    rows = rows.round() if coarse else rows
+    weights = torch.rand(m, generator=gen(seed))
+    order = torch.randperm(m, generator=gen(seed + 1))
+    assert torch.equal(ALL[name](rows, weights, gen()), ALL[name](rows[order], weights[order], gen()))
+
+
+@every
+def test_pure_and_seeded(name: str) -> None:
+    a, rows, weights = ALL[name], normal(5, 33), torch.rand(5, generator=gen(1))
+    before = rows.clone(), weights.clone(), torch.get_rng_state(), repr(a)
+    first, second = (a(rows, weights, gen(3)) for _ in range(2))
+    assert torch.equal(first, second) and first.shape == (33,) and first.dtype == rows.dtype
+    assert torch.equal(rows, before[0]) and torch.equal(weights, before[1])
+    assert torch.equal(torch.get_rng_state(), before[2]) and repr(a) == before[3]
+    assert torch.equal(first, a(list(rows), weights.tolist(), gen(3)))
+
+
+@every
+@pytest.mark.parametrize("n", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_small_rows(name: str, n: int, dtype: torch.dtype) -> None:
+    found = ALL[name](torch.ones(4, n, dtype=dtype), generator=gen())
+    assert found.shape == (n,) and found.dtype == dtype
+
+
+@every
+def test_zero_weights_give_zero(name: str) -> None:
+    assert torch.equal(ALL[name](normal(4, 9), [0.0] * 4, gen()), torch.zeros(9))
+
+
+@every
+def test_zero_rows_give_no_nan(name: str) -> None:
+    rows = normal(4, 9)
+    rows[1:3] = 0
+    assert torch.isfinite(ALL[name](rows, generator=gen())).all()
+    assert torch.equal(ALL[name](torch.zeros(4, 9), generator=gen()), torch.zeros(9))
+
+
+@every
+def test_refusals(name: str) -> None:
+    a, rows = ALL[name], normal(4, 9)
+    bad = rows.clone()
+    bad[2, 3] = torch.inf
+    with pytest.raises(ConsilienceError, match="should be finite.*in carol"):
+        a(bad, names=["ann", "bob", "carol", "dan"])
+    with pytest.raises(ConsilienceError, match=r"should be \[4\]"):
+        a(rows, [1.0, 1.0])
+    if not a.takes_negative_weights:
+        with pytest.raises(ConsilienceError, match="not negative"):
+            a(rows, [1.0, -1.0, 1.0, 1.0])
+
+
+@every
+def test_frozen_and_documented(name: str) -> None:
+    a = ALL[name]
+    assert dataclasses.is_dataclass(a) and hash(a) == hash(dataclasses.replace(a)) and a == dataclasses.replace(a)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        a.new = 1  # type: ignore[attr-defined]
+    assert ">>>" in (type(a).__doc__ or "")
+
+
+@pytest.mark.parametrize("name", [n for n, a in ALL.items() if isinstance(a, Blockwise)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+@pytest.mark.parametrize("step", [0, 1, 4])
+def test_blocks_give_the_same_bits(name: str, dtype: torch.dtype, step: int) -> None:
+    a = ALL[name]
+    small = type("Small", (type(a),), {"block": 7})(**{f.name: getattr(a, f.name) for f in dataclasses.fields(a)})  # type: ignore[arg-type]
+    rows = normal(5, 101, dtype=torch.float64)
+    rows = ((rows * step).round() if step else rows).to(dtype)
+    weights = torch.rand(5, generator=gen(2))
+    assert torch.equal(a(rows, weights), small(rows, weights))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: aggregators.ties(1.5), "`density` should be in (0, 1]. Found `density = 1.5`."),
+        (lambda: aggregators.ties(0.0), "`density` should be in (0, 1]. Found `density = 0.0`."),
+        (lambda: aggregators.dare(0.0), "`density` should be in (0, 1]. Found `density = 0.0`."),
+        (lambda: aggregators.trimmed_mean(0.5), "`trim` should be in [0, 0.5). Found `trim = 0.5`."),
+        (lambda: aggregators.arithmetic(math.nan), "`coefficient` should be finite. Found `coefficient = nan`."),
+        (
+            lambda: aggregators.dare()(torch.ones(2, 3)),
+            "`generator` should be given to DARE, which drops entries at random. Found None.",
+        ),
+    ],
+)
+def test_bad_arguments(call, message: str) -> None:
+    with pytest.raises(ConsilienceError) as e:
+        call()
+    assert str(e.value) == message
+
+
+def test_catalogue_imports_no_torch() -> None:
+    code = (
+        "import sys, inspect, consilience.aggregators as a;"
+        "[inspect.signature(getattr(a, n)) for n in a.__all__]; assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_catalogue_names_stay_functions() -> None:
+    assert sorted(CATALOGUE) == sorted(aggregators.__all__) and all(
+        callable(getattr(aggregators, n)) for n in aggregators.__all__
+    )
+
+
+# Linear ones
+
+
+def test_mean_and_arithmetic() -> None:
+    rows, weights = normal(3, 20), torch.tensor([0.2, 0.5, 0.3])
+    assert torch.allclose(aggregators.mean()(rows, weights), (weights[:, None] * rows).sum(0), atol=1e-6)
+    assert torch.allclose(aggregators.arithmetic(0.3 * 3)(rows), 0.3 * rows.sum(0), atol=1e-6)  # the papers' lambda
+    assert torch.equal(aggregators.arithmetic(1.0)(rows[:1]), rows[0])
+    assert torch.equal(aggregators.arithmetic(0.7)(torch.stack([rows[0], -rows[0]])), torch.zeros(20))
+    assert torch.equal(aggregators.arithmetic(1.0)(rows[:1], [-1.0]), -rows[0])
+
+
+def paper_pcgrad(rows: Tensor, orders: list[list[int]]) -> Tensor:
+    """Algorithm 1 of Yu et al., divided by m."""
+    out = []
+    for i, order in enumerate(orders):
+        g = rows[i].clone()
+        for j in order:
+            if j != i and g @ rows[j] < 0:
+                g = g - (g @ rows[j]) / (rows[j] @ rows[j]) * rows[j]
+        out.append(g)
+    return torch.stack(out).mean(0)
+
+
+def test_pcgrad_without_conflict_is_the_mean() -> None:
+    rows, weights = normal(4, 30).abs(), torch.rand(4, generator=gen(5))
+    assert torch.equal(aggregators.pcgrad()(rows, weights), aggregators.mean()(rows, weights))
+
+
+@quick
+@given(seed=st.integers(0, 1000))
+def test_pcgrad_of_two_is_the_paper(seed: int) -> None:
+    rows = normal(2, 30, seed=seed, dtype=torch.float64)
+    rows[1] -= rows[0]
+    assert torch.allclose(aggregators.pcgrad()(rows), paper_pcgrad(rows, [[0, 1], [0, 1]]), atol=1e-12)
+
+
+@quick
+@given(seed=st.integers(0, 1000))
+def test_pcgrad_of_four_is_the_paper_in_some_order(seed: int) -> None:
+    rows = normal(4, 3, seed=seed, dtype=torch.float64)
+    rows, _, _ = aggregators.pcgrad().admit(rows, None)
+    orders = torch.rand(4, 4, generator=gen(seed)).argsort(1).tolist()
+    assert torch.allclose(aggregators.pcgrad()(rows, generator=gen(seed)), paper_pcgrad(rows, orders), atol=1e-12)
+
+
+@needs_torchjd
+@quick
+@given(seed=st.integers(0, 1000))
+def test_pcgrad_of_two_is_torchjds(seed: int) -> None:
+    rows = normal(2, 5, seed=seed, dtype=torch.float64)
+    assert torch.allclose(aggregators.pcgrad()(rows), aggregators.torchjd("PCGrad")(rows), atol=1e-12)
+
+
+@quick
+@given(seed=st.integers(0, 1000), spread=st.integers(0, 3))
+def test_mgda_is_the_shortest_vector(seed: int, spread: int) -> None:
+    for m in (2, 3):
+        rows = normal(m, 3, seed=seed, dtype=torch.float64) + 0.5
+        rows[0] *= 10.0**spread
+        found = aggregators.mgda()(rows, torch.full((m,), 1 / m, dtype=torch.float64))
+        best = None  # over the affine hull of each subset, where the coefficients are not negative
+        for k in range(1, m + 1):
+            for some in itertools.combinations(range(m), k):
+                sub = rows[list(some)]
+                system = torch.zeros(k + 1, k + 1, dtype=torch.float64)
+                system[:k, :k], system[:k, k], system[k, :k] = sub @ sub.T, 1.0, 1.0
+                c = torch.linalg.lstsq(system, torch.eye(k + 1, dtype=torch.float64)[:, -1:], driver="gelsd").solution[:k, 0]
+                if (c >= -1e-12).all() and (best is None or (c @ sub).norm() < best.norm()):
+                    best = c @ sub
+        assert best is not None and torch.allclose(found, best, atol=1e-9)
+        assert ((rows @ found) >= found @ found - 1e-9).all()  # no objective is opposed
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rank", [2, 8, 60])
+def test_mgda_with_many_rows(rank: int, dtype: torch.dtype) -> None:
+    rows = (normal(40, rank, dtype=torch.float64) @ normal(rank, 60, dtype=torch.float64) + 0.3).to(dtype)
+    rows = torch.cat([rows, rows[:5], rows[:3] * 1e3])
+    found = aggregators.mgda()(rows, torch.eye(1, len(rows), dtype=dtype)[0])  # a sum of exactly 1
+    slack = (1e-4 if dtype == torch.float32 else 1e-9) * rows.norm(dim=1) * rows.norm(dim=1).min()
+    assert ((rows @ found) >= found @ found - slack).all()
+
+
+@needs_torchjd
+def test_mgda_is_torchjds() -> None:
+    for seed in range(5):
+        rows = normal(3, 10, seed=seed, dtype=torch.float64) + 0.3
+        theirs = aggregators.torchjd("MGDA", epsilon=1e-12, max_iters=3000)(rows)
+        ours = aggregators.mgda()(rows)
+        assert torch.allclose(ours, theirs, atol=2e-2) and ours.norm() <= theirs.norm() + 1e-9
+
+
+# TIES
+
+
+@quick
+@given(seed=st.integers(0, 1000), m=st.integers(1, 5))
+def test_ties_with_equal_signs_is_the_mean(seed: int, m: int) -> None:
+    rows = (normal(m, 31, seed=seed).abs() + 1e-3) * normal(31, seed=seed + 1).sign()
+    assert torch.allclose(aggregators.ties(1.0)(rows), aggregators.mean()(rows), rtol=1e-6)
+
+
+@quick
+@given(
+    seed=st.integers(0, 1000),
+    n=st.integers(1, 80),
+    density=st.floats(0.01, 1.0),
+    levels=st.sampled_from([1, 2, 5, 0]),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.float16, torch.bfloat16]),
+)
+def test_ties_of_one_task_is_its_trim_with_the_exact_count(
+    seed: int, n: int, density: float, levels: int, dtype: torch.dtype
+) -> None:
+    row = normal(n, seed=seed, dtype=torch.float64)
+    if levels:  # many tied magnitudes, of both signs
+        row = (row.abs() * levels).floor().clamp(0, levels - 1).add(1) * torch.where(row < 0, -1, 1)
+    row = row.to(dtype)
+    k = math.ceil(density * n)
+    found = aggregators.ties(density)(row[None], [1.0])
+    assert torch.equal(found, trimmed(row, k))
+    assert int((found != 0).sum()) == k or (row == 0).any()
+
+
+def test_ties_reads_past_its_blocks() -> None:
+    n = 3 * Blockwise.block // 2 + 5
+    row = normal(n)
+    row[::3] = 0.75  # a third of a large row ties at the threshold
+    k = math.ceil(0.5 * n)
+    found = aggregators.ties(0.5)(row[None], [1.0])
+    assert int((found != 0).sum()) == k
+    over = int((row.abs() > 0.75).sum())
+    assert torch.equal((row == 0.75).nonzero()[: k - over], (found == 0.75).nonzero())
+
+
+def test_ties_sees_zeros_infinitesimals_and_all_bits() -> None:
+    row = torch.tensor([0.0, -0.0, 1e-45, -1e-45, 3e38, 1.0, 1.0000001, -1.0])
+    for k in range(1, 9):
+        assert torch.equal(aggregators.ties(k / 8)(row[None], [1.0]), trimmed(row, k))
+
+
+@quick
+@given(seed=st.integers(0, 1000), density=st.floats(0.01, 1.0))
+def test_ties_of_opposites_is_zero(seed: int, density: float) -> None:
+    tau = normal(40, seed=seed)
+    assert torch.equal(aggregators.ties(density)(torch.stack([tau, -tau])), torch.zeros(40))
+
+
+@quick
+@given(seed=st.integers(0, 1000), density=st.floats(0.01, 1.0))
+def test_ties_is_the_paper_with_weights(seed: int, density: float) -> None:
+    rows, w = normal(4, 23, seed=seed, dtype=torch.float64), torch.rand(4, generator=gen(seed)).double()
+    t = torch.stack([trimmed(r, math.ceil(density * 23)) for r in rows])
+    sign = (w[:, None] * t).sum(0).sign()
+    agree = (t.sign() == sign) & (t != 0)
+    share = (w[:, None] * agree).sum(0)
+    want = torch.where(share > 0, w.sum() * (w[:, None] * t * agree).sum(0) / share, 0.0)
+    assert torch.allclose(aggregators.ties(density)(rows, w), want, rtol=1e-12)
+
+
+# DARE and the robust ones
+
+
+def test_dare_drops_and_rescales() -> None:
+    row = torch.ones(1, 100_000)
+    found = aggregators.dare(0.25)(row, generator=gen())
+    assert set(found.unique().tolist()) == {0.0, 4.0}
+    assert abs(float((found != 0).float().mean()) - 0.25) < 5 * math.sqrt(0.25 * 0.75 / 100_000)
+    assert torch.equal(aggregators.dare(1.0)(row, generator=gen()), row[0])
+    assert not torch.equal(found, aggregators.dare(0.25)(row, generator=gen(1)))
+
+
+@quick
+@given(seed=st.integers(0, 1000), counts=st.lists(st.integers(0, 4), min_size=3, max_size=6).filter(sum))
+def test_whole_weights_are_repeated_rows(seed: int, counts: list[int]) -> None:
+    rows = normal(len(counts), 9, seed=seed)
+    repeated = rows.repeat_interleave(torch.tensor(counts), 0)
+    weights = [c / sum(counts) for c in counts]
+    for a in (aggregators.median(), aggregators.trimmed_mean(0.2)):
+        assert torch.allclose(a(rows, weights), a(repeated), atol=1e-5)
+    assert torch.allclose(aggregators.median()(repeated), repeated.double().quantile(0.5, dim=0).float(), atol=1e-6)
+
+
+def test_robust_ones_ignore_outliers() -> None:
+    rows = torch.cat([normal(8, 6), torch.full((1, 6), 1e30), torch.full((1, 6), -1e30)])
+    inner = rows[:8].double().mean(0).float()
+    assert torch.allclose(aggregators.trimmed_mean(0.1)(rows), inner, atol=1e-5)
+    assert aggregators.median()(rows).abs().max() < 3
+
+
+# torchjd
+
+
+@needs_torchjd
+def test_torchjd_refusals() -> None:
+    with pytest.raises(ConsilienceError, match="nearest: UPGrad"):
+        aggregators.torchjd("UpGrad")
+    with pytest.raises(Refusal, match="Found 'GradVac'"):
+        aggregators.torchjd("GradVac")
+    with pytest.raises(ConsilienceError, match="arguments of torchjd's Krum"):
+        aggregators.torchjd("Krum")
+    with pytest.raises(ConsilienceError, match=r"rows should suit torchjd's Krum. Found \(2, 3\)"):
+        aggregators.torchjd("Krum", n_byzantine=1)(torch.eye(2, 3))
+    with pytest.raises(ConsilienceError, match="nearest"):
+        aggregators.torchjd("Aggregator")
+
+
+@needs_torchjd
+def test_torchjd_takes_lists_and_weights() -> None:
+    rows = normal(3, 8)
+    given_ = aggregators.torchjd("AlignedMTL", pref_vector=[0.2, 0.3, 0.5])(rows)
+    assert torch.allclose(given_, aggregators.torchjd("AlignedMTL")(rows, [0.2, 0.3, 0.5]), atol=1e-6)
+    assert not torch.equal(aggregators.torchjd("Random")(rows, None, gen(1)), aggregators.torchjd("Random")(rows, None, gen(2)))
+
+
+@needs_torchjd
+def test_torchjd_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchjd.aggregation", None)
+    with pytest.raises(ConsilienceError, match=r"pip install 'consilience\[torchjd\]'"):
+        aggregators.torchjd("UPGrad")
+
+
+def test_linear_ones_say_whether_they_need_the_gramian() -> None:
+    for name, a in ALL.items():
+        if isinstance(a, Linear) and not a.needs_gram:
+            assert a.weigh(torch.zeros(0, 0), torch.ones(3), None).shape == (3,), name

@@ -17,6 +17,7 @@ import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
     from consilience.core.training import Training
 
 CHOICES = ("setting", "data", "split", "method", "model")
-CHAINED = ("split", "method", "methods")
-"""Choices of which several compose: `ewc+er`, `iid+classes`."""
+CHAINED = ("split", "method", "methods", "model")
+"""Choices of which several compose: `ewc+er`; or come one after another: `iid+classes`, `random_features+multi_head`."""
 NONE = ("none", "auto", "null")
 
 FITTING: dict[str, dict[str, Any]] = {
@@ -39,7 +40,7 @@ FITTING: dict[str, dict[str, Any]] = {
     "continual": {"split": "classes", "split.n": 5, "method": "er"},
     "federated": {"split": "dirichlet", "split.clients": 10, "split.alpha": 0.5, "method": "fedavg", "training.epochs": 1},
     "federated_continual": {
-        "split": "iid+classes", "split.iid.n": 3, "split.classes.n": 5, "method": "fedavg", "setting.rounds": 3, "training.epochs": 1,
+        "split": "iid+classes", "split.iid.n": 3, "split.classes.n": 5, "method": "er", "setting.rounds": 3, "training.epochs": 2,
     },
     "merging": {"split": "dirichlet", "split.clients": 3, "split.alpha": 1.0, "method": "average"},
     "exmodel": {"split": "classes", "split.n": 5, "method": "entropy_ensemble"},
@@ -57,7 +58,8 @@ FROM_DATA = ("inputs", "outputs", "channels", "size")
 """Arguments of models that the data says."""
 FROM_HERE = {"setting": ("sources", "streams", "experts", "base"), "model": FROM_DATA}
 SWITCHES = ("resume", "help")
-HIDDEN = {"arrays", "stream", "random_features"}
+ROOMS = {"setting": "settings", "method": "methods", "methods": "methods", "model": "models"}
+HIDDEN = {"arrays", "stream", "wrap"}
 """Functions of a catalogue that need objects, not text."""
 
 
@@ -92,7 +94,7 @@ def general(
 
 def catalogue(choice: str) -> dict[str, Callable[..., Any]]:
     """The functions that a choice can name."""
-    module = importlib.import_module(f"consilience.{ {'setting': 'settings', 'method': 'methods', 'methods': 'methods', 'model': 'models'}.get(choice, 'data') }")  # noqa: E501
+    module = importlib.import_module(f"consilience.{ROOMS.get(choice, 'data')}")
     names = getattr(module, "__all__", [n for n in vars(module) if n in FITTING])
     found = {n: getattr(module, n) for n in names if n not in HIDDEN}
     if choice in ("data", "split"):
@@ -136,7 +138,7 @@ class Part:
         """Parameters by their option's key, annotations evaluated as far as that needs no torch."""
         of = self.call
         if inspect.isclass(of):
-            of = of.__init__  # type: ignore[misc]
+            of = of.__init__
         scope = {"Path": Path, **vars(sys.modules[self.call.__module__])}
         try:
             parameters = list(inspect.signature(self.call).parameters.values())
@@ -153,7 +155,9 @@ class Part:
                 except (NameError, AttributeError, TypeError):
                     kind = Any
             default = USUAL.get(p.name, p.default) if p.default is p.empty and self.choice == "split" else p.default
-            found[f"{self.key}.{p.name}" if self.key else p.name] = p.replace(annotation=kind, default=default, kind=p.KEYWORD_ONLY)
+            found[f"{self.key}.{p.name}" if self.key else p.name] = p.replace(
+                annotation=kind, default=default, kind=p.KEYWORD_ONLY
+            )
         return found
 
     def shown(self, options: Mapping[str, inspect.Parameter]) -> Callable[..., Any]:
@@ -177,8 +181,9 @@ def parts_of(choice: str, text: str) -> list[Part]:
     for name in names:
         name = name.removeprefix("split_") if choice == "split" else name
         call = resolve(choice, name)
-        first = next(iter(inspect.signature(call).parameters), "") if choice in ("setting", "split") else ""
+        first = next(iter(inspect.signature(call).parameters), "") if choice in ("setting", "split", "model") else ""
         key = choice if len(names) == 1 and choice != "methods" else f"{choice}.{name.rpartition('.')[2]}"
+        first = first if choice != "model" or first in ("trunk", "model") else ""
         found.append(Part(choice, key, name, call, (*FROM_HERE.get(choice, ()), first), first))
     return found
 
@@ -258,7 +263,9 @@ def nested(parts: Sequence[Part], values: Mapping[str, Any]) -> dict[str, Any]:
     for part in parts:
         own = {k.removeprefix(part.key + "."): plain(values[k]) for k in part.options()}
         if part.choice in ("training", ""):
-            config |= {part.choice: own} if part.choice else {k: v for k, v in own.items() if k not in ("out", "resume", "config")}
+            config |= (
+                {part.choice: own} if part.choice else {k: v for k, v in own.items() if k not in ("out", "resume", "config")}
+            )
         else:
             old = config.get(part.choice)
             config[part.choice] = {**(old if isinstance(old, dict) else {}), part.name: own}
@@ -313,7 +320,9 @@ def understand(command: str, argv: Sequence[str]) -> Order | None:
     """Options of `run` or `compare`, checked; None where help was asked for and given."""
     found, words = read(argv)
     if words:
-        raise ConsilienceError(f"`consilience {command}` takes options only. Found {words[0]!r}; {_nearest(words[0], ['setting', 'method', 'data', 'out'])}.")
+        raise ConsilienceError(
+            f"`consilience {command}` takes options only. Found {words[0]!r}; {_nearest(words[0], ['setting', 'method', 'data', 'out'])}."
+        )
     helping = found.pop("help", None) is not None
     many = "methods" if command == "compare" else "method"
     choices = tuple(many if c == "method" else c for c in CHOICES)
@@ -347,14 +356,14 @@ def understand(command: str, argv: Sequence[str]) -> Order | None:
 
     layers = [{short(k): v for k, v in layer.items()} for layer in (fit, stored, given)]
     known = [*options, *choices]
-    for where, layer in (("key", layers[1]), ("option", layers[2])):
-        for k, v in layer.items():
-            shown = k if where == "key" else f"--{k}"
-            if k not in known:
-                raise ConsilienceError(f"{'an' if where == 'option' else 'a'} {where} should be one of `consilience {command}`'s. Found {shown!r}; {_nearest(k, known, '' if where == 'key' else '--')}.")
-            if v is None and not helping:
-                raise ConsilienceError(f"`{shown}` should have a value. Found none.")
     merged = merge(*layers)
+    for a, sign, layer in (("a key", "", layers[1]), ("an option", "--", layers[2])):
+        for k in layer:
+            if k not in known and k in merged:
+                near = _nearest(k, known, sign)
+                raise ConsilienceError(f"{a} should be one of `consilience {command}`'s. Found {sign + k!r}; {near}.")
+            if layer[k] is None and not helping:
+                raise ConsilienceError(f"`{sign}{k}` should have a value. Found none.")
     wanted = {k: v for k, v in merged.items() if k in options}
     usual = {k: v for k, v in layers[0].items() if k in wanted and merged[k] is v}
     options = {k: p.replace(default=usual[k]) if k in usual else p for k, p in options.items()}
@@ -374,26 +383,38 @@ def _nearest(name: str, known: Sequence[str], prefix: str = "--") -> str:
     return f"nearest: {', '.join(prefix + k for k in near)}" if near else "--help lists them"
 
 
-def _parser(command: str, parts: Sequence[Part], options: Mapping[str, inspect.Parameter], names: Mapping[str, str] | None = None) -> Any:
+def _parser(
+    command: str, parts: Sequence[Part], options: Mapping[str, inspect.Parameter], names: Mapping[str, str] | None = None
+) -> Any:
     from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(prog=f"consilience {command}", description=COMMANDS[command][0], exit_on_error=False)
     if names is not None:
         parser.usage = f"consilience {command} [options]"
-        group = parser.add_argument_group("choices, each a name or a dotted path to one's own; options of a choice are listed once it is made")
+        group = parser.add_argument_group(
+            "choices, each a name or a dotted path to one's own; options of a choice are listed once it is made"
+        )
         for choice, name in names.items():
-            more = {"methods": ", composed with + and listed with ,", "method": ", composed with +", "split": ", one after another with +; or none"}
+            more = {
+                "methods": ", composed with + and listed with ,",
+                "method": ", composed with +",
+                "split": ", one after another with +; or none",
+            }
             known = ", ".join(sorted(catalogue(choice)))
             group.add_argument(f"--{choice}", default=name, metavar="NAME", help=f"{known}{more.get(choice, '')}")
     for part in sorted(parts, key=lambda p: p.choice not in CHOICES):
         if any(k in options for k in part.options()):
             line = (inspect.getdoc(part.call) or "").split("\n")[0]
-            group = parser.add_argument_group(f"{part.choice} {part.name}: {line}" if part.choice in (*CHOICES, "methods") else line)
+            group = parser.add_argument_group(
+                f"{part.choice} {part.name}: {line}" if part.choice in (*CHOICES, "methods") else line
+            )
             group.add_function_arguments(part.shown(options), part.key or None, as_group=False)
     return parser
 
 
-def _parse(command: str, parts: Sequence[Part], options: Mapping[str, inspect.Parameter], given: Mapping[str, str]) -> dict[str, Any]:
+def _parse(
+    command: str, parts: Sequence[Part], options: Mapping[str, inspect.Parameter], given: Mapping[str, str]
+) -> dict[str, Any]:
     from jsonargparse import ArgumentError
 
     try:
@@ -414,7 +435,7 @@ def _words(kind: Any) -> str:
     """A type for people: `int | None` is "a whole number or null"."""
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
     args = typing.get_args(kind)
-    if args and typing.get_origin(kind) is not None and not isinstance(typing.get_origin(kind), type) or type(kind).__name__ == "UnionType":
+    if type(kind).__name__ == "UnionType" or typing.get_origin(kind) is typing.Union:
         return " or ".join(_words(a) for a in args)
     return words.get(kind) or str(kind).replace("typing.", "").replace("collections.abc.", "")
 
@@ -433,10 +454,8 @@ def schedule_of(order: Order) -> Schedule:
         else:
             now = [part.call(s, **options) for s in now] if isinstance(now, list | tuple) else part.call(now, **options)
     (setting,) = order.of("setting")
-    if setting.first == "streams":
-        now = [_list(s) for s in _list(now)]
-    else:
-        now = [s for group in _list(now) for s in _list(group)]
+    streams = [_list(s) for s in _list(now)]
+    now = streams if setting.first == "streams" else [s for stream in streams for s in stream]
     return setting.call(**{setting.first: now}, **order.options(setting))  # type: ignore[no-any-return]
 
 
@@ -466,30 +485,38 @@ def method_of(order: Order, names: str, choice: str = "method") -> Method:
         elif isinstance(one, Aggregator):
             one = Method(name, aggregator=one)
         if not isinstance(one, Method):
-            raise ConsilienceError(f"`{choice}` should give a Method, a Correction or an Aggregator. Found a {type(one).__name__} from {part.name!r}.")
+            raise ConsilienceError(
+                f"`{choice}` should give a Method, a Correction or an Aggregator. Found a {type(one).__name__} from {part.name!r}."
+            )
         found.append(one)
     return Method.of(found)
 
 
 def model_of(order: Order, schedule: Schedule) -> Model | None:
     """The model that was chosen, fitted to the data; None leaves it to the run."""
+    model: Any = None
     for part in order.of("model"):
         import torch
 
         x, _ = schedule.sources[0].train.select(torch.arange(1)).whole()
-        shape = tuple(x.shape[1:])
-        says = {"inputs": x[0].numel(), "outputs": len(schedule.frame.labels), "channels": shape[0], "size": shape[-1]}
+        says = {"inputs": x[0].numel(), "outputs": len(schedule.frame.labels), "channels": x.shape[1], "size": x.shape[-1]}
         takes = inspect.signature(part.call).parameters
-        model = part.call(**order.options(part), **{k: says[k] for k in FROM_DATA if k in takes})
+        given = {
+            **order.options(part),
+            **{k: says[k] for k in FROM_DATA if k in takes},
+            **({part.first: model} if part.first else {}),
+        }
+        make = partial(part.call, **given)
+        model = make()
         if isinstance(model, torch.nn.Module):
             from consilience import models
 
-            return models.wrap(model)
-        return model  # type: ignore[no-any-return]
-    return None
+            model = models.wrap(make)
+    return model  # type: ignore[no-any-return]
 
 
 def training_of(order: Order) -> Training:
+    """The training that was chosen."""
     from consilience.core.training import Training
 
     return Training(**order.options(order.of("training")[0]))
@@ -502,7 +529,13 @@ def shown(stages: int, repeats: int, label: str) -> Iterator[Callable[[Mapping[s
     if sys.stdout.isatty():
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns) as bar:
             task = bar.add_task(label, total=total)
 
@@ -519,19 +552,32 @@ def shown(stages: int, repeats: int, label: str) -> Iterator[Callable[[Mapping[s
             count = f"{line['repeat'] * stages + line['stage']}/{total}"
             print(f"{label}  {count}  {line['name']}  {line['score']:.3f}  {line['seconds']:.1f} s", flush=True)
         elif line["event"] == "resume":
-            print(f"{label}  resumed after {line['repeat'] * stages + max(0, line['stage'] - 1)}/{total}, step {line['steps']}", flush=True)
+            print(
+                f"{label}  resumed after {line['repeat'] * stages + max(0, line['stage'] - 1)}/{total}, step {line['steps']}",
+                flush=True,
+            )
 
     yield write
 
 
-def carry_out(order: Order, schedule: Schedule, method: Method, config: Mapping[str, Any], out: str | None, resume: bool) -> Result:
+def carry_out(
+    order: Order, schedule: Schedule, method: Method, config: Mapping[str, Any], out: str | None, resume: bool
+) -> Result:
     """One run."""
     import consilience as cs
 
     general = {k: order.values[k] for k in ("repeats", "seed", "metric", "engine", "checkpoint_seconds", "checkpoint_steps")}
     with shown(schedule.facts(general["seed"]).stages, general["repeats"], method.name) as progress:
         return cs.run(
-            schedule, method, model_of(order, schedule), training_of(order), out=out, resume=resume, progress=progress, config=config, **general
+            schedule,
+            method,
+            model_of(order, schedule),
+            training_of(order),
+            out=out,
+            resume=resume,
+            progress=progress,
+            config=config,
+            **general,
         )
 
 
@@ -600,7 +646,9 @@ def compare(argv: Sequence[str]) -> int:
             if at and begun and (at / "result.json").exists():
                 results[name] = report.load(at)
                 if results[name].config != json.loads(json.dumps(config)):
-                    raise ConsilienceError(f"a comparison resumes with the configuration it began with. Found another one in {at}.")
+                    raise ConsilienceError(
+                        f"a comparison resumes with the configuration it began with. Found another one in {at}."
+                    )
                 print(f"{name}  was finished")
             else:
                 results[name] = carry_out(order, schedule, method, config, str(at) if at else None, begun)
@@ -633,17 +681,19 @@ def methods(argv: Sequence[str]) -> int:
     """List every method: what it does, where it runs, its paper."""
     if _no_more("methods", argv):
         return 0
-    from consilience import models
+    from consilience.core.run import default_model
 
     where = tiny()
-    model = models.mlp(4, (4,), 4)
     for name, call in catalogue("method").items():
-        order = Order((Part("method", "method", name, call),), {f"method.{p}": "mean" for p in inspect.signature(call).parameters if p == "aggregator"})
+        order = Order(
+            (Part("method", "method", name, call),),
+            {f"method.{p}": "mean" for p in inspect.signature(call).parameters if p == "aggregator"},
+        )
         method = method_of(order, name) if order.values else call()
         runs = []
         for setting, schedule in where.items():
             try:
-                method.resolve(replace(schedule.facts(), model=model))
+                method.resolve(replace(schedule.facts(), model=default_model(schedule, method)))
                 runs.append(setting)
             except Refusal:
                 pass
@@ -667,7 +717,7 @@ def tiny() -> dict[str, Schedule]:
     return {
         "multitask": settings.multitask([a, b]), "continual": settings.continual([a, b]), "federated": settings.federated([a, b], rounds=2),
         "federated_continual": settings.federated_continual([[a, b], [c, d]], rounds=1), "merging": settings.merging([a, b]),
-        "exmodel": settings.exmodel([a, b]), "skill": settings.skill([[a, b], [c, d]]),
+        "exmodel": settings.exmodel(sources=[a, b]), "skill": settings.skill([[a, b], [c, d]]),
     }  # fmt: skip
 
 
@@ -740,7 +790,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConsilienceError as e:
         return _say(str(e), 2)
     except OSError as e:
-        return _say(f"files should be readable and writable. Found {e.strerror or e}{f' at {e.filename}' if e.filename else ''}.", 2)
+        return _say(
+            f"files should be readable and writable. Found {e.strerror or e}{f' at {e.filename}' if e.filename else ''}.", 2
+        )
 
 
 def _say(text: str, code: int) -> int:

@@ -64,7 +64,10 @@ class Job:
             turn = 0
             while len(plan) < most:
                 generator = key(self.seed, source.name, visit, epoch, turn, "shuffle")
-                plan += sampler.plan(examples.targets(), self.training.batch_size, epoch, generator)
+                more = sampler.plan(examples.targets(), self.training.batch_size, epoch, generator)
+                if not more:
+                    raise ConsilienceError(f"a sampler should plan at least one batch. Found none of {type(sampler).__name__}.")
+                plan += more
                 turn += 1
             plans.append(plan[:most])
         return plans

@@ -31,10 +31,12 @@ def auroc(p: Tensor, y: Tensor) -> float:
         return float("nan")
     areas = []
     for c in present[1:] if len(present) == 2 else present:
-        score = p[:, c].double()
+        _, rank, count = p[:, c].double().unique(return_inverse=True, return_counts=True)
+        middle = count.cumsum(0).double() - (count - 1) / 2
         positive = y == c
-        order = score[:, None] - score[positive][None]
-        areas.append(float((order[~positive] < 0).double().mean() + 0.5 * (order[~positive] == 0).double().mean()))
+        n = float(positive.sum())
+        above = float(middle[rank[positive]].sum()) - n * (n + 1) / 2
+        areas.append(above / (n * (len(y) - n)))
     return float(np.mean(areas))
 
 
@@ -44,7 +46,8 @@ def r2(p: Tensor, y: Tensor) -> float:
     >>> r2(torch.tensor([[1.0], [2.0]]), torch.tensor([[1.0], [2.0]]))
     1.0
     """
-    return float(1 - (y - p[:, : y.shape[1]]).square().sum() / (y - y.mean(0)).square().sum())
+    spread = float((y - y.mean(0)).square().sum())
+    return 1 - float((y - p[:, : y.shape[1]]).square().sum()) / spread if spread else float("nan")
 
 
 METRICS: dict[str, Metric] = {"accuracy": accuracy, "auroc": auroc, "r2": r2}

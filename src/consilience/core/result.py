@@ -24,7 +24,7 @@ class Result:
     """What a run found, over its repeats.
 
     `matrices` [repeats, stages + 1, sources] hold the metric on each source's test data before training and after each
-    stage; `learned_at` the only stage in which each source is learned (None: several). `agent` is the evaluated agent of the
+    stage; `costs` are means over the repeats (`by_agent`: of the first); `learned_at` the only stage in which each source is learned (None: several). `agent` is the evaluated agent of the
     first repeat (None for a result read from a folder).
     """
 
@@ -42,7 +42,7 @@ class Result:
     mapper: np.ndarray | None = None
     """Task-mapper accuracy [repeats, stages]."""
     curve: Sequence[Mapping[str, float]] = ()
-    """For each stage of the first repeat: score, macs, bytes, seconds so far."""
+    """Before training and after each stage of the first repeat: score, macs, bytes, seconds so far."""
     config: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, Any] = field(default_factory=dict)
     agent: Agent | None = None
@@ -134,8 +134,8 @@ class Result:
                 sources=tuple(d["sources"]), stages=tuple(d["stages"]), learned_at=tuple(d["learned_at"]),
                 matrices=np.array(d["matrices"], dtype=float), mapper=None if d["mapper"] is None else np.array(d["mapper"], dtype=float),
             )  # fmt: skip
-        except KeyError as e:
-            raise ConsilienceError(f"a result should have all its keys. Found none called {e.args[0]!r}.") from e
+        except (KeyError, TypeError, ValueError) as e:
+            raise ConsilienceError(f"a result should have all keys of result.json. Found a fault: {e}.") from e
 
     def table(self) -> str:
         """The result as a text table."""

@@ -102,19 +102,20 @@ def run(
             if len(walk.finished) <= r:
                 walk.one(seed + r)
     done = walk.finished
-    costs = {k: done[0]["costs"][k] for k in ("macs", "bytes", "steps", "by_agent")}
+    mean = {k: sum(d["costs"][k] for d in done) / len(done) for k in ("macs", "bytes", "steps", "seconds")}
+    costs = {**{k: int(v) for k, v in mean.items() if k != "seconds"}, "seconds": round(mean["seconds"], 3)}
     result = Result(
         setting=schedule.setting, data="+".join(dict.fromkeys(s.name.split("/")[0] for s in schedule.sources)), method=name,
         model=type(model).__name__ if not hasattr(model, "name") else str(model.name), metric=label, seed=seed,
         sources=tuple(s.name for s in schedule.sources), stages=tuple(done[0]["stages"]),
         learned_at=tuple(v[0] if len(v) == 1 else None for v in facts.learned_at.values()),
         matrices=np.array([d["rows"] for d in done], dtype=float),
-        costs={**costs, "seconds": round(sum(d["costs"]["seconds"] for d in done), 3)},
+        costs={**costs, "by_agent": done[0]["costs"]["by_agent"]},
         mapper=None if done[0]["mapper"] is None else np.array([d["mapper"] for d in done], dtype=float),
         curve=done[0]["curve"], config=described, versions=versions(), agent=walk.first,
     )  # fmt: skip
     if out is not None:
-        write_json(Path(out) / "result.json", result.to_json())
+        write_json(Path(out) / "result.json", _nan(result.to_json()))
         log.write({"event": "end", "score": result.score, "ran": walk.ran})
     return result
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from consilience.core.errors import ConsilienceError
-from consilience.core.source import Frame, Source
+from consilience.core.source import Examples, Frame, Source
 
 
 @dataclass(frozen=True)
@@ -202,13 +202,19 @@ def reframe(sources: Sequence[Source], scenario: str) -> tuple[tuple[Source, ...
         labels = tuple(label for label in labels if label in used)
     where = {label: i for i, label in enumerate(labels)}
     framed_list = []
+    mapped: dict[tuple[int, tuple[int, ...]], Examples] = {}
     for s in sources:
         table = torch.full((len(s.labels),), -1, dtype=torch.long)
         for i, c in enumerate(s.classes):
             table[c] = i if scenario == "domain" else where[s.labels[c]]
-        identical = torch.equal(table, torch.arange(len(table)))
-        to = None if identical else (lambda y, table=table: table.to(y.device)[y])
+        parts = {part: getattr(s, part) for part in ("train", "validation", "test")}
+        if not torch.equal(table, torch.arange(len(table))):
+            for part, examples in parts.items():
+                at = (id(examples), tuple(table.tolist()))
+                if at not in mapped:
+                    mapped[at] = examples.map(y=lambda y, table=table: table.to(y.device)[y])
+                parts[part] = mapped[at]
         classes = tuple(int(table[c]) for c in s.classes)
-        framed_list.append(s.map(y=to, labels=labels, classes=classes, task=s.task or s.name))
+        framed_list.append(replace(s, **parts, labels=labels, classes=classes, task=s.task or s.name))
     tasks = {str(s.task): s.classes for s in framed_list}
     return tuple(framed_list), Frame(labels, tasks, kind)

@@ -44,6 +44,8 @@ class Examples(ABC):
 
     def whole(self) -> tuple[Tensor, Tensor]:
         """All examples as two tensors."""
+        if len(self) == 0:
+            raise ConsilienceError("a part of a source that is read should have examples. Found none.")
         return next(iter(self.batches([torch.arange(len(self))])))
 
     def chunks(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -102,8 +104,9 @@ class Stream(Examples):
     def batches(self, plan: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         from torch.utils.data import DataLoader
 
-        order = [self.index[i].tolist() for i in plan]
-        for x, y in DataLoader(self.dataset, batch_sampler=order, num_workers=self.workers):  # type: ignore[arg-type]
+        order = [self.index[i].tolist() for i in plan if len(i)]
+        loader = DataLoader(self.dataset, batch_sampler=order, num_workers=self.workers, generator=torch.Generator())
+        for x, y in loader:
             y = torch.as_tensor(y)
             for f in self.x_through:
                 x = f(x)

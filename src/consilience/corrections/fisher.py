@@ -84,7 +84,7 @@ def _by_vmap(learned: Learned, x: Tensor, targets: Callable[[Tensor], Pairs], ke
 
 def _linear_squares(learned: Learned) -> Callable[[Learned, Tensor, Callable[[Tensor], Pairs], Tensor | None], Params] | None:
     """The fast form where every trainable entry belongs to a linear layer that sees one vector a sample, else None."""
-    module = getattr(learned.model, "module", None)
+    module = getattr(learned.model, "_module", None)
     if not isinstance(module, nn.Module):
         return None
     layers = {n: m for n, m in module.named_modules() if type(m) is nn.Linear}

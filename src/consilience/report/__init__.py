@@ -64,7 +64,12 @@ def load(folder: str | Path) -> Result:
     except (ConsilienceError, TypeError, ValueError) as e:
         raise ConsilienceError(f"{str(e).rstrip('.')}, at {path}.") from e
     shape = (len(result.stages) + 1, len(result.sources))
-    if result.matrices.ndim != 3 or not result.repeats or result.matrices.shape[1:] != shape or len(result.learned_at) != shape[1]:
+    if (
+        result.matrices.ndim != 3
+        or not result.repeats
+        or result.matrices.shape[1:] != shape
+        or len(result.learned_at) != shape[1]
+    ):
         raise ConsilienceError(
             f"a result's matrices should be repeats x {shape[0]} x {shape[1]} (stages + 1, sources). "
             f"Found {' x '.join(map(str, result.matrices.shape))} at {path}."

@@ -31,12 +31,18 @@ if TYPE_CHECKING:
     from consilience.core.result import Result
 
 
+POLICY = "default-src 'none';style-src 'unsafe-inline';script-src 'unsafe-inline';img-src data:"
+"""The page asks the network for nothing, and the browser holds it to that."""
+
+
 def page(results: Sequence[Result], title: str | None = None) -> str:
     """The HTML text of a report."""
     columns(results)
     labels = names(results)
     settings = list(dict.fromkeys(r.setting for r in results))
-    title = title or (f"{clean(results[0].method)}, {clean(results[0].setting)}" if len(results) == 1 else "Comparison of methods")
+    title = title or (
+        f"{clean(results[0].method)}, {clean(results[0].setting)}" if len(results) == 1 else "Comparison of methods"
+    )
     few = len(results) <= 4
     body = []
     for setting in settings:
@@ -45,15 +51,23 @@ def page(results: Sequence[Result], title: str | None = None) -> str:
     body.append('<h2 id="results">Each result</h2>' if len(results) > 1 else '<h2 id="results">In detail</h2>')
     body += [detail(r, labels[i], i, few or not i, low_high(results, r.metric)) for i, r in enumerate(results)]
     body.append(
-        f"<h2>Tables to copy</h2><div class=grid>{copy('Markdown', markdown(results))}{copy('Tab-separated', tsv(columns(results)[1]))}</div>"
+        f"<h2>Tables to copy</h2><div class=grid>{copy('Markdown', markdown(results))}"
+        f"{copy('Tab-separated', tsv(columns(results)[1]))}</div>"
     )
-    lead = [counted(len(results), "result"), counted(len(settings), "setting"), *(clean(d) for d in dict.fromkeys(r.data for r in results))]
+    lead = [
+        counted(len(results), "result"),
+        counted(len(settings), "setting"),
+        *(clean(d) for d in dict.fromkeys(r.data for r in results)),
+    ]
     return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none';style-src 'unsafe-inline';script-src 'unsafe-inline';img-src data:\">"
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         f'<link rel="icon" href="data:,"><title>{esc(title)}</title><style>{STYLE}</style></head><body>'
-        f"<header><p class=brand>Consilience</p><h1>{esc(title)}</h1><p class=lead>{' <i>/</i> '.join(map(esc, lead))}</p></header>"
-        f"<main>{''.join(body)}</main><footer>Scores are on each source&#8217;s test data. ± is one standard deviation over repeats; "
+        f"<header><p class=brand>Consilience</p><h1>{esc(title)}</h1>"
+        f"<p class=lead>{' <i>/</i> '.join(map(esc, lead))}</p></header>"
+        f"<main>{''.join(body)}</main><footer>Scores are on each source&#8217;s test data. "
+        "± is one standard deviation over repeats; "
         "curves and costs along a run are of the first repeat. MACs count forward and backward; bytes are as sent.</footer>"
         f"<script>{SCRIPT}</script></body></html>\n"
     )
@@ -75,7 +89,9 @@ def names(results: Sequence[Result]) -> list[str]:
     >>> names([example(), example("er"), example()])
     ['ewc', 'er', 'ewc (2)']
     """
-    differ = [n for n in FACTS if n != "setting" and len({(r.setting, fact(r, n)) for r in results}) > len({r.setting for r in results})]
+    differ = [
+        n for n in FACTS if n != "setting" and len({(r.setting, fact(r, n)) for r in results}) > len({r.setting for r in results})
+    ]
     twice = {r.method for r in results if sum(o.method == r.method and o.setting == r.setting for o in results) > 1}
     out: list[str] = []
     seen: dict[tuple[str, str], int] = {}
@@ -115,7 +131,8 @@ def low_high(results: Sequence[Result], metric: str) -> tuple[float, float]:
 def figure(title: str, svg: str, note: str = "", wide: bool = False) -> str:
     """A chart with its title."""
     small = f"<small>{esc(note)}</small>" if note else ""
-    return f'<figure class="card{" wide" if wide else ""}"><figcaption>{esc(title)}{small}</figcaption><div class=scroll>{svg}</div></figure>'
+    caption = f"<figcaption>{esc(title)}{small}</figcaption>"
+    return f'<figure class="card{" wide" if wide else ""}">{caption}<div class=scroll>{svg}</div></figure>'
 
 
 def copy(title: str, text: str) -> str:
@@ -132,8 +149,9 @@ def group(setting: str, results: Sequence[Result], labels: Sequence[str], ids: S
     agreed.pop("setting", None)
     chips = "".join(f"<span><b>{esc(n)}</b> {esc(v)}</span>" for n, v in agreed.items())
     head = "".join(f'<th scope="col"{" class=r" if c.right else ""}>{esc(c.name)}</th>' for c in found)
-    scores = {(r.data, r.metric): max([o.score for o in results if (o.data, o.metric) == (r.data, r.metric) and math.isfinite(o.score)], default=math.nan)
-              for r in results}  # fmt: skip
+    peers: dict[tuple[str, str], list[float]] = {}
+    for r in results:
+        peers.setdefault((r.data, r.metric), []).append(r.score)
     rows = []
     for k, r in enumerate(results):
         cells = []
@@ -142,8 +160,13 @@ def group(setting: str, results: Sequence[Result], labels: Sequence[str], ids: S
             if c.name == "method":
                 cells.append(f'<th scope="row"><a href="#r{ids[k]}">{text}</a></th>')
             elif c is found[score_at(found)]:
-                best = " best" if len(results) > 1 and r.score == scores[r.data, r.metric] else ""
-                share = f' style="--v:{100 * min(1.0, max(0.0, r.score)):.1f}%"' if r.metric in PERCENT and math.isfinite(r.score) else ""
+                rivals = peers[r.data, r.metric]
+                best = " best" if len(rivals) > 1 and r.score == max(filter(math.isfinite, rivals), default=None) else ""
+                share = (
+                    f' style="--v:{100 * min(1.0, max(0.0, r.score)):.1f}%"'
+                    if r.metric in PERCENT and math.isfinite(r.score)
+                    else ""
+                )
                 cells.append(f'<td class="r score{best}"{share}>{text}</td>')
             else:
                 cells.append(f"<td{' class=r' if c.right else ''}>{text if text != '-' else '<i>-</i>'}</td>")
@@ -153,23 +176,33 @@ def group(setting: str, results: Sequence[Result], labels: Sequence[str], ids: S
     for (metric, _), own_stages in stages_of(results).items():
         if 2 <= len(own_stages) <= 8:
             percent = metric in PERCENT
+            same = [k for k, r in enumerate(results) if r.metric == metric]
             series = [(labels[k], results[k].matrix.mean(1).tolist()) for k in own_stages]
             stages = ["start", *results[own_stages[0]].stages]
-            label = f"Line chart: mean {metric} of {counted(len(series), 'result')} over {counted(len(stages) - 1, 'stage')} in {setting}."
-            svg = lines_chart(label, stages, series, [], [], percent, say(percent), tick(percent))
+            many = f"{counted(len(series), 'result')} over {counted(len(stages) - 1, 'stage')}"
+            label = f"Line chart: mean {metric} of {many} in {setting}."
+            svg = lines_chart(
+                label, stages, series, [], [], percent, say(percent), tick(percent), [same.index(k) for k in own_stages]
+            )
             charts.append(figure(f"{metric}{' (%)' * percent} over stages", svg, "Mean over sources and repeats"))
     for metric in dict.fromkeys(r.metric for r in results):
         own = [(r, n) for r, n in zip(results, labels, strict=True) if r.metric == metric]
         for what, unit, words in (("macs", "MACs", "MACs"), ("bytes", "bytes", "bytes sent")):
             points = [
-                Point(n, float(r.costs.get(what) or 0), r.score, r.score_std, [(float(c.get(what, math.nan)), value(c.get("score"))) for c in r.curve])
+                Point(
+                    n,
+                    float(r.costs.get(what) or 0),
+                    r.score,
+                    r.score_std,
+                    [(float(c.get(what, math.nan)), value(c.get("score"))) for c in r.curve],
+                )
                 for r, n in own
             ]
             if not any(p.x > 0 and math.isfinite(p.y) for p in points):
                 continue
             percent = metric in PERCENT
-            best = max((p for p in points if math.isfinite(p.y)), key=lambda p: p.y)
-            label = f"Scatter: {metric} against {words} in {setting}; best {best.name}, {say(percent)(best.y)} at {human(best.x)}."
+            top = max((p for p in points if math.isfinite(p.y)), key=lambda p: p.y)
+            label = f"Scatter: {metric} against {words} in {setting}; best {top.name}, {say(percent)(top.y)} at {human(top.x)}."
             svg = scatter(label, words, points, percent, say(percent), human, tick(percent))
             charts.append(figure(f"{metric}{' (%)' * percent} against {unit}", svg, "Marks: results; thin lines: along the run"))
     return (
@@ -198,8 +231,6 @@ def value(v: object) -> float:
 
 def forgotten(result: Result) -> tuple[list[str], np.ndarray] | None:
     """Forgetting of each source learned before the last stage, mean over repeats; None where it is not defined."""
-    import numpy as np
-
     last = len(result.stages)
     if any(at is None for at in result.learned_at):
         return None
@@ -220,9 +251,11 @@ def detail(r: Result, name: str, i: int, opened: bool, span: tuple[float, float]
     brief = (lambda v: number(v, True, 1 if not many and v < 0.9995 else 0)) if percent else (lambda v: number(v, digits=2))
     tiles = [
         (r.metric, score(r), "%" if percent else ""), ("forgetting", number(r.forgetting, percent), ""),
-        ("backward transfer", number(r.backward_transfer, percent), ""), ("forward transfer", number(r.forward_transfer, percent), ""),
+        ("backward transfer", number(r.backward_transfer, percent), ""),
+        ("forward transfer", number(r.forward_transfer, percent), ""),
         *([("mapper", number(r.mapper_accuracy, True), "%")] if r.mapper is not None else []),
-        ("MACs", human(r.costs.get("macs")), ""), ("sent", human(r.costs.get("bytes"), "B"), ""), ("time", duration(r.costs.get("seconds")), ""),
+        ("MACs", human(r.costs.get("macs")), ""), ("sent", human(r.costs.get("bytes"), "B"), ""),
+        ("time", duration(r.costs.get("seconds")), ""),
     ]  # fmt: skip
     stages = ["start", *r.stages]
     m = r.matrix
@@ -230,9 +263,10 @@ def detail(r: Result, name: str, i: int, opened: bool, span: tuple[float, float]
     mean = per.mean(0).tolist()
     std = per.std(0, ddof=1).tolist() if r.repeats > 1 else [0.0] * len(stages)
     series = [(clean(s), m[:, j].tolist()) for j, s in enumerate(r.sources)]
-    label = f"Heat map: {r.metric} of {name} after each of {len(r.stages)} stages on {counted(len(r.sources), 'source')}; at the end {speak(r.score)}."
+    span_words = f"{counted(len(r.stages), 'stage')} on {counted(len(r.sources), 'source')}"
+    label = f"Heat map: {r.metric} of {name} over {span_words}; at the end {speak(r.score)}."
     heat, wide = heat_map(label, stages, r.sources, m.tolist(), *span, speak, brief, r.learned_at)
-    label = f"Line chart: mean {r.metric} of {name} goes from {speak(mean[0])} to {speak(mean[-1])} over {counted(len(r.stages), 'stage')}."
+    label = f"Line chart: mean {r.metric} of {name} goes from {speak(mean[0])} to {speak(mean[-1])} over {span_words}."
     unit = " (%)" if percent else ""
     charts = [
         figure(f"{r.metric}{unit} on each source", heat, "Rows: after each stage; columns: sources", wide),
@@ -246,9 +280,21 @@ def detail(r: Result, name: str, i: int, opened: bool, span: tuple[float, float]
         if len(order) > 20:
             order = sorted(sorted(order, key=lambda j: -abs(np.nan_to_num(values[j])))[:20])
         label = f"Bar chart: forgetting of {name} by source; mean {number(r.forgetting, percent)}."
-        note = f"The {len(order)} sources that change most, of {len(sources)}" if len(order) < len(sources) else "Best before the end, less at the end"
+        note = (
+            f"The {len(order)} sources that change most, of {len(sources)}"
+            if len(order) < len(sources)
+            else "Best score before the end, minus the last"
+        )
         chosen = [float(values[j]) for j in order]
-        charts.append(figure(f"forgetting{unit} of each source", bars_chart(label, [sources[j] for j in order], chosen, lambda v: number(v, percent)), note))
+        charts.append(
+            figure(
+                f"forgetting{unit} of each source",
+                bars_chart(label, [sources[j] for j in order], chosen, lambda v: number(v, percent)),
+                note,
+            )
+        )
+    if not wide:
+        charts = [charts[0], f"<div class=stack>{''.join(charts[1:])}</div>"]
     facts = "".join(f"<span><b>{esc(n)}</b> {esc(fact(r, n))}</span>" for n in (*FACTS, "seed"))
     shown = "".join(f"<div><dt>{esc(k)}</dt><dd>{esc(v)}{f'<i> {u}</i>' if u else ''}</dd></div>" for k, v, u in tiles)
     versions = "".join(f"<div><dt>{esc(k)}</dt><dd>{esc(v)}</dd></div>" for k, v in r.versions.items())
@@ -258,7 +304,8 @@ def detail(r: Result, name: str, i: int, opened: bool, span: tuple[float, float]
     return (
         f'<details class=result id="r{i}"{" open" if opened else ""}><summary><h3>{esc(name)}</h3>'
         f"<span>{esc(r.setting)}, {esc(r.data)}</span><strong>{esc(score(r))}{'<i> %</i>' if percent else ''}</strong></summary>"
-        f'<p class=chips>{facts}</p><dl class=tiles>{shown}</dl><div class=grid>{"".join(charts)}</div><div class="grid texts">{"".join(texts)}</div></details>'
+        f"<p class=chips>{facts}</p><dl class=tiles>{shown}</dl>"
+        f'<div class=grid>{"".join(charts)}</div><div class="grid texts">{"".join(texts)}</div></details>'
     )
 
 

@@ -14,8 +14,10 @@ SERIES = {
     "dark": ("#6ea8fe", "#ff9d57", "#4fc99a", "#c39bf0", "#f58ab8", "#e3bb4a", "#6fd0ee", "#a8b0bd"),
 }
 INK = {
-    "light": "--page:#f5f6f8;--card:#fff;--ink:#161b22;--soft:#5a6472;--rule:#e2e6eb;--faint:#f0f2f5;--accent:#0b5cad;--lost:#d1590a;--won:#12825d",
-    "dark": "--page:#0e1217;--card:#161b22;--ink:#e7ebf0;--soft:#98a3b1;--rule:#2b333e;--faint:#1e252e;--accent:#7ab2ff;--lost:#ff9d57;--won:#4fc99a",
+    "light": "--page:#f5f6f8;--card:#fff;--ink:#161b22;--soft:#5a6472;--rule:#e2e6eb;--faint:#f0f2f5;"
+    "--accent:#0b5cad;--lost:#d1590a;--won:#12825d",
+    "dark": "--page:#0e1217;--card:#161b22;--ink:#e7ebf0;--soft:#98a3b1;--rule:#2b333e;--faint:#1e252e;"
+    "--accent:#7ab2ff;--lost:#ff9d57;--won:#4fc99a",
 }
 
 
@@ -52,7 +54,8 @@ def scheme(name: str) -> str:
 LAYOUT = """
 *{box-sizing:border-box}
 html{-webkit-text-size-adjust:100%}
-body{margin:0;background:var(--page);color:var(--ink);font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif}
+body{margin:0;background:var(--page);color:var(--ink);
+font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif}
 header,main,footer{max-width:1240px;margin:0 auto;padding:0 clamp(12px,3vw,32px)}
 header{padding-top:clamp(24px,5vw,52px)}
 .brand{margin:0 0 6px;color:var(--accent);font-weight:600;font-size:12px;letter-spacing:.09em;text-transform:uppercase}
@@ -70,37 +73,46 @@ a{color:var(--accent);text-decoration:none}a:hover{text-decoration:underline}
 .chips{display:flex;flex-wrap:wrap;gap:4px 18px;margin:0 0 16px;font-size:13.5px}.chips b{font-weight:400;color:var(--soft)}
 .card{margin:0;padding:18px 20px;background:var(--card);border:1px solid var(--rule);border-radius:10px;min-width:0}
 .scroll{overflow-x:auto}
-.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,430px),1fr));gap:16px;margin-top:16px;align-items:start}
+.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,430px),1fr));gap:16px;margin-top:16px;
+align-items:start}
+.stack{display:grid;gap:16px;min-width:0}
 .wide{grid-column:1/-1}
 .texts{grid-template-columns:repeat(auto-fit,minmax(min(100%,300px),1fr))}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums;white-space:nowrap}
 th,td{padding:9px 14px;text-align:left;border-bottom:1px solid var(--rule);font-weight:400}
 thead th{font-size:12.5px;color:var(--soft);padding-top:0}thead th:first-letter{text-transform:uppercase}
 tbody tr:last-child>*{border-bottom:0}tbody tr:hover>*{background:var(--faint)}
-th:first-child{position:sticky;left:0;background:var(--card);padding-left:4px;max-width:min(46vw,360px);overflow:hidden;text-overflow:ellipsis}
+th:first-child{position:sticky;left:0;background:var(--card);padding-left:4px;max-width:min(46vw,360px);overflow:hidden;
+text-overflow:ellipsis}
 tbody th{font-weight:600}.r{text-align:right}
 .score{position:relative}
-.score[style]:before,.score[style]:after{content:"";position:absolute;left:14px;bottom:3px;height:3px;border-radius:2px;width:calc(100% - 28px);background:var(--rule)}
+.score[style]:before,.score[style]:after{content:"";position:absolute;left:14px;bottom:3px;height:3px;border-radius:2px;
+width:calc(100% - 28px);background:var(--rule)}
 .score[style]:after{background:linear-gradient(90deg,var(--s0) var(--v),transparent 0)}
 .best{font-weight:700}
 .result{margin:0 0 16px;padding:0 clamp(12px,2vw,24px);border:1px solid var(--rule);border-radius:14px}
 .result[open]{padding-bottom:clamp(12px,2vw,24px)}
 summary{display:flex;flex-wrap:wrap;gap:2px 14px;align-items:baseline;padding:14px 0;cursor:pointer;list-style:none}
 summary::-webkit-details-marker{display:none}
-summary:before{content:"";width:7px;height:7px;border:solid var(--soft);border-width:0 2px 2px 0;transform:rotate(-45deg) translate(-2px,0)}
+summary:before{content:"";width:7px;height:7px;border:solid var(--soft);border-width:0 2px 2px 0;
+transform:rotate(-45deg) translate(-2px,0)}
 [open]>summary:before{transform:rotate(45deg) translate(-3px,0)}
-summary span{color:var(--soft);font-size:13.5px}summary strong{margin-left:auto;font-variant-numeric:tabular-nums;font-size:17px}
+summary span{color:var(--soft);font-size:13.5px}summary strong{margin-left:auto;font-variant-numeric:tabular-nums;
+font-size:17px}
 dl{margin:0}dd{margin:0}dt{color:var(--soft);font-size:12.5px}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(128px,1fr));gap:1px;background:var(--rule);border:1px solid var(--rule);border-radius:10px;overflow:hidden}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(128px,1fr));gap:1px;background:var(--card);
+border:1px solid var(--rule);border-radius:10px;overflow:hidden}
 .tiles div{background:var(--card);padding:12px 16px;box-shadow:0 0 0 1px var(--rule)}
 .tiles dd{font-size:18px;font-weight:600;font-variant-numeric:tabular-nums;white-space:nowrap}.tiles i{font-size:14px}
 .facts div{display:flex;justify-content:space-between;gap:16px;padding:4px 0;border-bottom:1px solid var(--rule)}
 .facts div:last-child{border:0}.facts dd{text-align:right;overflow-wrap:anywhere;font-size:13px}
 pre,textarea{margin:0;font:12.5px/1.55 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;tab-size:14}
 pre{max-height:300px;overflow:auto;white-space:pre-wrap;overflow-wrap:anywhere}
-textarea{display:block;width:100%;color:inherit;background:var(--faint);border:1px solid var(--rule);border-radius:6px;padding:10px;resize:vertical}
+textarea{display:block;width:100%;color:inherit;background:var(--faint);border:1px solid var(--rule);border-radius:6px;
+padding:10px;resize:vertical}
 .copy h4{display:flex;justify-content:space-between;align-items:center}
-button{font:inherit;font-size:13px;font-weight:500;color:var(--accent);background:none;border:1px solid var(--rule);border-radius:6px;padding:3px 12px;cursor:pointer}
+button{font:inherit;font-size:13px;font-weight:500;color:var(--accent);background:none;border:1px solid var(--rule);
+border-radius:6px;padding:3px 12px;cursor:pointer}
 button:hover{background:var(--faint)}
 footer{padding-top:28px;padding-bottom:48px;color:var(--soft);font-size:13px}
 svg{display:block;width:100%;height:auto;margin:0 auto;font-size:12px;fill:var(--ink);font-variant-numeric:tabular-nums}
@@ -108,19 +120,23 @@ svg .m{fill:var(--soft)}svg .n{font-weight:600}svg .v{font-size:11px}
 svg path{fill:none}.g{stroke:var(--rule)}.a{stroke:var(--soft);stroke-opacity:.6}
 .l{stroke-width:1.4;stroke-linejoin:round;stroke-linecap:round}.l:hover{stroke-width:3}
 .sx{stroke:var(--soft);stroke-opacity:.38;stroke-width:1}.sx:hover{stroke-opacity:1}
-svg .strong{stroke-width:2.2}svg .mean{stroke:var(--ink);stroke-width:3}svg .dot{fill:var(--ink)}svg .band{fill:var(--ink);fill-opacity:.13}
+svg .strong{stroke-width:2.2}svg .mean{stroke:var(--ink);stroke-width:3}svg .dot{fill:var(--ink)}svg .band{fill:var(--ink);
+fill-opacity:.13}
 .trail{stroke-width:1.4;stroke-opacity:.5}.trail:hover{stroke-opacity:1}.err{stroke-width:1.6}
 svg .p{stroke:var(--card);stroke-width:1.2}
 svg .lost{fill:var(--lost)}svg .won{fill:var(--won)}
 svg .learn{fill:none;stroke:var(--lost);stroke-width:1.8}
 svg .qn{fill:var(--rule)}svg .qn text{fill:var(--soft)}
-@media(max-width:560px){.card{padding:14px 12px}th,td{padding:8px 10px}.tiles{grid-template-columns:1fr 1fr}.tiles div{padding:10px 12px}}
-@media print{body{background:none;font-size:12px}.card,.result,.tiles,figure{break-inside:avoid}.result{break-inside:auto}pre{max-height:none}.copy{display:none}
+@media(max-width:560px){.card{padding:14px 12px}th,td{padding:8px 10px}.tiles{grid-template-columns:1fr 1fr}.tiles div{
+padding:10px 12px}}
+@media print{body{background:none;font-size:12px}.card,.result,.tiles,figure{break-inside:avoid}.result{break-inside:auto}pre{
+max-height:none}.copy{display:none}
 *{-webkit-print-color-adjust:exact;print-color-adjust:exact}.scroll{overflow:visible}svg{min-width:0!important}}
 """
 
 STYLE = (
-    f":root{{color-scheme:light dark;{scheme('light')}}}@media screen and (prefers-color-scheme:dark){{:root{{{scheme('dark')}}}}}"
+    f":root{{color-scheme:light dark;{scheme('light')}}}"
+    f"@media screen and (prefers-color-scheme:dark){{:root{{{scheme('dark')}}}}}"
     + LAYOUT.replace("\n", "")
     + "".join(f"svg .q{k}{{fill:var(--q{k})}}svg .q{k} text{{fill:var(--t{k})}}" for k in range(LEVELS))
     + "".join(f".s{k}{{stroke:var(--s{k})}}svg .c{k}{{fill:var(--s{k})}}" for k in range(8))
@@ -132,7 +148,8 @@ const t=b.closest(".copy").querySelector("textarea");t.select();
 const done=()=>{b.textContent="Copied";setTimeout(()=>{b.textContent="Copy"},1500)};
 if(navigator.clipboard)navigator.clipboard.writeText(t.value).then(done,()=>{document.execCommand("copy");done()});
 else{document.execCommand("copy");done()}});
-const unfold=()=>{const d=location.hash&&document.getElementById(location.hash.slice(1));if(d&&d.tagName==="DETAILS"){d.open=true;d.scrollIntoView()}};
+const unfold=()=>{const d=location.hash&&document.getElementById(location.hash.slice(1));
+if(d&&d.tagName==="DETAILS"){d.open=true;d.scrollIntoView()}};
 addEventListener("hashchange",unfold);unfold();
 addEventListener("beforeprint",()=>document.querySelectorAll("details").forEach(d=>{d.open=true}));
 """

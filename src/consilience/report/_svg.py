@@ -31,7 +31,7 @@ def xy(v: float) -> str:
 
 def width(text: str) -> float:
     """About how wide a text is."""
-    return 0.58 * SIZE * len(text)
+    return 0.62 * SIZE * len(text)
 
 
 def canvas(w: float, h: float, label: str, body: Sequence[str], least: float = 0) -> str:
@@ -49,6 +49,12 @@ def word(x: float, y: float, text: object, kind: str = "", anchor: str = "start"
 
 def line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
     return f'<path class="{kind}" d="M{xy(x1)} {xy(y1)}L{xy(x2)} {xy(y2)}"/>'
+
+
+def box(x: float, y: float, w: float, h: float, kind: str = "") -> str:
+    """A rectangle with slightly round corners."""
+    named = f' class="{kind}"' if kind else ""
+    return f'<rect{named} x="{xy(x)}" y="{xy(y)}" width="{xy(w)}" height="{xy(h)}" rx="2"/>'
 
 
 def path(points: Sequence[tuple[float, float]], kind: str, title: str = "") -> str:
@@ -137,7 +143,9 @@ def legend(entries: Sequence[tuple[str, str]], top: float) -> tuple[list[str], f
         text = short(name, 34)
         if x > 12 and x + 26 + width(text) > 476:
             x, y = 12.0, y + 20
-        body.append(f'<g transform="translate({xy(x + 9)} {xy(y - 4)})">{mark}<title>{esc(name)}</title></g>{word(x + 24, y, text)}')
+        body.append(
+            f'<g transform="translate({xy(x + 9)} {xy(y - 4)})">{mark}<title>{esc(name)}</title></g>{word(x + 24, y, text)}'
+        )
         x += 42 + width(text)
     return body, y - top + 20 if entries else 0
 
@@ -145,6 +153,7 @@ def legend(entries: Sequence[tuple[str, str]], top: float) -> tuple[list[str], f
 def lines_chart(
     label: str, stages: Sequence[str], series: Sequence[tuple[str, Sequence[float]]], mean: Sequence[float], std: Sequence[float],
     percent: bool, say: Callable[[float], str], tick: Callable[[float, float], str],
+    colours: Sequence[int] = (),
 ) -> str:  # fmt: skip
     """Thin lines for each source and a bold one for their mean (none: []), with a band of one standard deviation over repeats."""
     band = [v for m, s in zip(mean, std, strict=True) for v in (m - s, m + s)]
@@ -158,11 +167,14 @@ def lines_chart(
     for i in range(0, len(stages), every):
         plot.mark_x(plot.at_x(i), names[i])
     plot.axis()
-    for j, (name, values) in enumerate(series):
+    colours = colours or range(len(series))
+    for j, (name, values) in zip(colours, series, strict=True):
         kind = f"l s{j % 8}" if len(series) <= 8 else "l sx"
         last = next((v for v in reversed(values) if math.isfinite(v)), math.nan)
         kind += "" if mean else " strong"
-        plot.body.append(path([(plot.at_x(i), plot.at_y(v)) for i, v in enumerate(values)], kind, f"{name}: {say(last)} at the end"))
+        plot.body.append(
+            path([(plot.at_x(i), plot.at_y(v)) for i, v in enumerate(values)], kind, f"{name}: {say(last)} at the end")
+        )
     spread = [(i, m, s) for i, (m, s) in enumerate(zip(mean, std, strict=True)) if math.isfinite(m) and math.isfinite(s)]
     if any(s > 0 for _, _, s in spread):
         low, high = plot.y
@@ -172,12 +184,19 @@ def lines_chart(
     for i, m in enumerate(mean):
         if len(mean) <= 12 and math.isfinite(m):
             title = f"{clean(stages[i])}: {say(m)}"
-            plot.body.append(f'<circle class="dot" cx="{xy(plot.at_x(i))}" cy="{xy(plot.at_y(m))}" r="3.4"><title>{esc(title)}</title></circle>')
+            plot.body.append(
+                f'<circle class="dot" cx="{xy(plot.at_x(i))}" cy="{xy(plot.at_y(m))}" r="3.4">'
+                f"<title>{esc(title)}</title></circle>"
+            )
     plot.body.append(path([(plot.at_x(i), plot.at_y(m)) for i, m in enumerate(mean)], "l mean", "mean over sources"))
     stroke = '<path class="{}" d="M-8 0L8 0"/>'
     entries = [(stroke.format("l mean"), "mean")] if mean else []
     if len(series) <= 8:
-        entries += [(stroke.format(f"l s{j % 8}"), name) for j, (name, _) in enumerate(series)] if len(series) > 1 or not mean else []
+        entries += (
+            [(stroke.format(f"l s{j % 8}"), name) for j, (name, _) in zip(colours, series, strict=True)]
+            if len(series) > 1 or not mean
+            else []
+        )
     else:
         entries += [(stroke.format("l sx"), f"each of the {len(series)} sources")]
     body, tall = legend(entries, plot.height + 46)
@@ -186,7 +205,7 @@ def lines_chart(
 
 def bars_chart(label: str, names: Sequence[str], values: Sequence[float], say: Callable[[float], str]) -> str:
     """A horizontal bar for each name, from zero."""
-    left = min(150.0, 16 + max(width(short(n, 20)) for n in names))
+    left = 14 + max(width(short(n, 18)) for n in names)
     finite = [v for v in values if math.isfinite(v)]
     low, high = min([0.0, *finite]), max([0.0, *finite])
     start, end = left + (46 if low < 0 else 4), 480 - 50
@@ -196,11 +215,11 @@ def bars_chart(label: str, names: Sequence[str], values: Sequence[float], say: C
     zero = start - low * scale
     for i, (name, v) in enumerate(zip(names, values, strict=True)):
         y = 6 + i * tall
-        body.append(f"<g><title>{esc(name)}: {esc(say(v))}</title>{word(left - 8, y + tall / 2 + 4, short(name, 20), '', 'end')}")
+        body.append(f"<g><title>{esc(name)}: {esc(say(v))}</title>{word(left - 8, y + tall / 2 + 4, short(name, 18), '', 'end')}")
         if math.isfinite(v):
             x, w = (zero, v * scale) if v >= 0 else (zero + v * scale, -v * scale)
             kind = "bar lost" if v >= 0 else "bar won"
-            body.append(f'<rect class="{kind}" x="{xy(x)}" y="{xy(y + 4)}" width="{xy(max(w, 0.5))}" height="{xy(tall - 8)}" rx="2"/>')
+            body.append(box(x, y + 4, max(w, 0.5), tall - 8, kind))
         at, anchor = (zero + v * scale + 6, "start") if not v < 0 else (zero + v * scale - 6, "end")
         body.append(word(at if math.isfinite(v) else zero + 6, y + tall / 2 + 4, say(v), "n", anchor) + "</g>")
     height = 12 + len(names) * tall
@@ -275,8 +294,8 @@ def heat_map(
     """
     n, m = len(names), len(rows)
     told = n <= 24 and m <= 42
-    left = min(132.0, 14 + max(width(short(r, 18)) for r in rows))
-    wide = n > 10
+    left = 14 + max(width(short(r, 18)) for r in rows)
+    wide = n > 10 or m > 42
     if told:
         w, h = (37.0, 24.0) if wide else (min(64.0, (468 - left) / n), 28.0)
     else:
@@ -292,7 +311,7 @@ def heat_map(
         return min(LEVELS - 1, max(0, int((v - low) / ((high - low) or 1) * LEVELS)))
 
     body: list[str] = []
-    every_column = max(1, math.ceil(15 / w))
+    every_column = max(1, math.ceil((20 if turned else 15) / w))
     for j in range(0, n, every_column):
         x = left + (j + 0.5) * w
         body.append(word(x + 2, top - 7, columns[j], turn=-46) if turned else word(x, top - 9, columns[j], anchor="middle"))
@@ -309,7 +328,7 @@ def heat_map(
             if told:
                 title = f"{clean(rows[i])}, {clean(names[j])}: {say(v)}"
                 body.append(
-                    f'<g class="{q}"><title>{esc(title)}</title><rect x="{xy(x)}" y="{xy(y)}" width="{xy(w - gap)}" height="{xy(h - gap)}" rx="2"/>'
+                    f'<g class="{q}"><title>{esc(title)}</title>{box(x, y, w - gap, h - gap)}'
                     f"{word(x + (w - gap) / 2, y + h / 2 + 3.6, brief(v) if math.isfinite(v) else 'nan', 'v', 'middle')}</g>"
                 )
             else:
@@ -319,7 +338,7 @@ def heat_map(
     for j, at in enumerate(marked):
         if at is not None and 0 <= at < m and min(w, h) >= 4:
             x, y = left + j * w, top + at * h
-            body.append(f'<rect class="learn" x="{xy(x + 0.5)}" y="{xy(y + 0.5)}" width="{xy(w - gap - 1)}" height="{xy(h - gap - 1)}" rx="2"/>')
+            body.append(box(x + 0.5, y + 0.5, w - gap - 1, h - gap - 1, "learn"))
     y = top + m * h + 16
     for k in range(LEVELS):
         body.append(f'<rect class="q{k}" x="{xy(left + k * 9)}" y="{xy(y)}" width="9.3" height="9"/>')
@@ -327,5 +346,5 @@ def heat_map(
     body.append(word(left + LEVELS * 9, y + 23, say(high), "m", "end"))
     if any(a is not None for a in marked) and min(w, h) >= 4:
         x = left + LEVELS * 9 + 22
-        body.append(f'<rect class="learn" x="{xy(x)}" y="{xy(y - 1)}" width="14" height="11" rx="2"/>{word(x + 20, y + 9, "learned here", "m")}')
+        body.append(box(x, y - 1, 14, 11, "learn") + word(x + 20, y + 9, "learned here", "m"))
     return canvas(total, y + 30, label, body, total * 0.8 if wide else 0), wide

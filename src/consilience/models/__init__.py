@@ -1,0 +1,189 @@
+"""The catalogue of models: inputs [B, ...] -> outputs [B, C] as pure functions of parameters and buffers.
+
+Nothing here imports torch before it is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, TypeVar
+
+from consilience.core.errors import ConsilienceError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import nn
+
+    from consilience.models.heads import MultiHead
+    from consilience.models.module import ModuleModel
+
+    M = TypeVar("M", ModuleModel, MultiHead)
+
+__all__ = ["conv", "frozen", "lenet", "linear", "mlp", "multi_head", "random_features", "resnet", "wrap"]
+
+
+def linear(inputs: int, outputs: int = 10) -> ModuleModel:
+    """W x + b of the flattened inputs [B, inputs].
+
+    >>> import torch
+    >>> sorted(linear(4, 3).init(torch.Generator())[0])
+    ['1.bias', '1.weight']
+    """
+    return mlp(inputs, (), outputs)._named(f"linear({inputs}, {outputs})")
+
+
+def mlp(inputs: int, hidden: Sequence[int] = (128,), outputs: int = 10) -> ModuleModel:
+    """A perceptron on the flattened inputs [B, inputs], with ReLU between its layers.
+
+    >>> import torch
+    >>> model = mlp(64, (32,), 10)
+    >>> params, buffers = model.init(torch.Generator().manual_seed(0))
+    >>> model(params, buffers, torch.zeros(2, 8, 8), None, False)[0].shape
+    torch.Size([2, 10])
+    """
+    _positive(inputs=inputs, outputs=outputs)
+    for width in hidden:
+        _positive(hidden=width)
+    from consilience.models import nets
+    from consilience.models.module import ModuleModel
+
+    widths = tuple(hidden)
+    return ModuleModel(lambda: nets.mlp(inputs, widths, outputs), outputs, name=f"mlp({inputs}, {widths}, {outputs})")
+
+
+def lenet(outputs: int = 10, channels: int = 1, size: int = 28) -> ModuleModel:
+    """LeNet-5 with ReLU and max pooling, on square images [B, channels, size, size]. LeCun et al. 1998.
+
+    >>> lenet().head({}, None)
+    ('11.weight', '11.bias')
+    """
+    _positive(outputs=outputs, channels=channels)
+    if size < 12:
+        raise ConsilienceError(f"`size` should be at least 12. Found `size = {size}`.")
+    from consilience.models import nets
+    from consilience.models.module import ModuleModel
+
+    return ModuleModel(lambda: nets.lenet(outputs, channels, size), outputs, name=f"lenet({outputs}, {channels}, {size})")
+
+
+def conv(outputs: int = 10, channels: int = 1, size: int = 28, width: int = 32) -> ModuleModel:
+    """Two 3 x 3 convolutions (`width` and 2 `width` maps) with ReLU and pooling, then a linear head; [B, channels, size, size].
+
+    >>> conv(size=8, width=4).width
+    32
+    """
+    _positive(outputs=outputs, channels=channels, width=width)
+    if size < 4:
+        raise ConsilienceError(f"`size` should be at least 4. Found `size = {size}`.")
+    from consilience.models import nets
+    from consilience.models.module import ModuleModel
+
+    name = f"conv({outputs}, {channels}, {size}, {width})"
+    return ModuleModel(lambda: nets.conv(outputs, channels, size, width), outputs, name=name)
+
+
+def resnet(
+    depth: Literal[18, 20] = 20,
+    outputs: int = 10,
+    channels: int = 3,
+    norm: Literal["group", "batch"] = "group",
+    width: int = 16,
+) -> ModuleModel:
+    """A residual network for small images [B, channels, H, W]: CIFAR's ResNet-20, or a ResNet-18 whose stem keeps the size.
+
+    The usual ResNet-18 has `width=64`. Shortcuts that change shape are 1 x 1 convolutions. He et al. 2016. Group norm
+    (at most 8 groups) makes samples independent of their batch, which averages and vmap want; Wu and He 2018.
+
+    >>> resnet().has_batch_norm, resnet(norm="batch").has_batch_norm
+    (False, True)
+    """
+    _positive(outputs=outputs, channels=channels, width=width)
+    if depth not in (18, 20):
+        raise ConsilienceError(f"`depth` should be 18 or 20. Found `depth = {depth}`.")
+    if norm not in ("group", "batch"):
+        raise ConsilienceError(f"`norm` should be 'group' or 'batch'. Found `norm = {norm!r}`.")
+    from consilience.models import nets
+    from consilience.models.module import ModuleModel
+
+    name = f"resnet({depth}, {outputs}, {channels}, {norm!r}, {width})"
+    return ModuleModel(lambda: nets.ResNet(depth, outputs, channels, norm, width), outputs, name=name)
+
+
+def random_features(inputs: int, width: int = 512, seed: int = 0) -> ModuleModel:
+    """Frozen random ReLU features psi(x) = max(W x + b, 0) [B, width] of flattened inputs in [0, 1]; no head.
+
+    W ~ N(0, 12 / inputs), so that W x has unit variance over the unit cube; b = -W c, so that the kink of each feature
+    passes through a point c of the cube, uniform on the segment from 0 to a uniform point. They depend on `seed` alone:
+    every run and every agent has the same backbone. Rahimi and Recht 2008.
+
+    >>> import torch
+    >>> model = random_features(4, 8)
+    >>> model.backbone(model.init(torch.Generator())[0]) == model.backbone(model.init(torch.Generator().manual_seed(1))[0])
+    True
+    """
+    _positive(inputs=inputs, width=width)
+    from consilience.models import nets
+    from consilience.models.module import ModuleModel
+
+    name = f"random_features({inputs}, {width}, {seed})"
+    return ModuleModel(nets.random_features(inputs, width, seed), width, frozen=("*",), headless=True, name=name)
+
+
+def multi_head(trunk: ModuleModel, outputs: int) -> MultiHead:
+    """One linear head for each task, on the features of a trunk whose own head is taken off; C = `outputs`.
+
+    >>> import torch
+    >>> model = multi_head(random_features(4, 8), outputs=10)
+    >>> model(*model.init(torch.Generator()), torch.zeros(2, 4), None, False)[0].sum().item()
+    0.0
+    """
+    from consilience.models.heads import MultiHead
+
+    return MultiHead(trunk, outputs)
+
+
+def frozen(model: M, patterns: Sequence[str] = ("*",)) -> M:
+    """The same model with the entries that match one of the shell patterns frozen too.
+
+    A part all of whose entries are frozen runs in eval mode also in training: its batch norms keep their statistics and
+    its dropouts are off.
+
+    >>> import torch
+    >>> model = frozen(mlp(4, (3,), 2), ("1.*",))
+    >>> [n for n in model.init(torch.Generator())[0] if model.frozen(n)]
+    ['1.weight', '1.bias']
+    """
+    return model.freeze((patterns,) if isinstance(patterns, str) else tuple(patterns))
+
+
+def wrap(
+    module: nn.Module | Callable[[], nn.Module],
+    outputs: int | None = None,
+    head: str | None = None,
+    frozen: Sequence[str] = (),
+    headless: bool = False,
+) -> ModuleModel:
+    """A model of any torch module x -> outputs [B, C]: a module is taken with its weights, a factory makes new ones for each seed.
+
+    Args:
+        module: the module, which is copied, or a function of no arguments that makes one.
+        outputs: the number of output columns (of features, if headless); None takes the head's.
+        head: the name of the last linear layer, whose input are the features; None takes the last nn.Linear in module order.
+        frozen: shell patterns of entries that never change.
+        headless: the outputs are features, and there is no head.
+
+    >>> import torch
+    >>> model = wrap(torch.nn.Linear(4, 3), frozen=("bias",))
+    >>> model.outputs, model.head({}, None), model.frozen("bias")
+    (3, ('weight', 'bias'), True)
+    """
+    from consilience.models.module import ModuleModel
+
+    return ModuleModel(module, outputs, head, (frozen,) if isinstance(frozen, str) else tuple(frozen), headless)
+
+
+def _positive(**numbers: int) -> None:
+    for name, number in numbers.items():
+        if number < 1:
+            raise ConsilienceError(f"`{name}` should be at least 1. Found `{name} = {number}`.")

@@ -1,0 +1,95 @@
+"""The modules behind the catalogue of models: plain torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import gcd
+
+import torch
+from torch import Tensor, nn
+
+
+def mlp(inputs: int, hidden: Sequence[int], outputs: int) -> nn.Sequential:
+    """Linear layers with ReLU between them."""
+    layers: list[nn.Module] = [nn.Flatten()]
+    for width in hidden:
+        layers += [nn.Linear(inputs, width), nn.ReLU()]
+        inputs = width
+    return nn.Sequential(*layers, nn.Linear(inputs, outputs))
+
+
+def lenet(outputs: int, channels: int, size: int) -> nn.Sequential:
+    """Two 5 x 5 convolutions and three linear layers."""
+    side = (size // 2 - 4) // 2
+    return nn.Sequential(
+        nn.Conv2d(channels, 6, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
+        nn.Linear(16 * side * side, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, outputs),
+    )  # fmt: skip
+
+
+def conv(outputs: int, channels: int, size: int, width: int) -> nn.Sequential:
+    """Two 3 x 3 convolutions and a linear head."""
+    return nn.Sequential(
+        nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(width, 2 * width, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
+        nn.Linear(2 * width * (size // 4) ** 2, outputs),
+    )  # fmt: skip
+
+
+def random_features(inputs: int, width: int, seed: int) -> nn.Sequential:
+    """max(W x + b, 0) with W ~ N(0, 12 / inputs) and b = -W c."""
+    g = torch.Generator().manual_seed(seed)
+    layer = nn.Linear(inputs, width, device="meta").to_empty(device="cpu")
+    weight = torch.randn(width, inputs, generator=g) * (12 / inputs) ** 0.5
+    through = torch.rand(width, inputs, generator=g) * torch.rand(width, 1, generator=g)
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+        layer.bias.copy_(-(weight * through).sum(1))
+    return nn.Sequential(nn.Flatten(), layer, nn.ReLU())
+
+
+class Block(nn.Module):
+    """relu(x' + norm(conv(relu(norm(conv(x))))))."""
+
+    def __init__(self, inputs: int, width: int, stride: int, norm: str) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, width, 3, stride, padding=1, bias=False)
+        self.norm1 = normalise(norm, width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.norm2 = normalise(norm, width)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or inputs != width:
+            self.shortcut = nn.Sequential(nn.Conv2d(inputs, width, 1, stride, bias=False), normalise(norm, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.relu(self.norm1(self.conv1(x)))
+        return torch.relu(self.norm2(self.conv2(out)) + self.shortcut(x))
+
+
+class ResNet(nn.Module):
+    """A stem, stages of blocks that double the width and halve the size, the mean over places, a linear head."""
+
+    def __init__(self, depth: int, outputs: int, channels: int, norm: str, width: int) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(channels, width, 3, padding=1, bias=False), normalise(norm, width), nn.ReLU())
+        blocks: list[nn.Module] = []
+        inputs = width
+        for stage, count in enumerate((3, 3, 3) if depth == 20 else (2, 2, 2, 2)):
+            for i in range(count):
+                blocks.append(Block(inputs, width << stage, 2 if stage and not i else 1, norm))
+                inputs = width << stage
+        self.body = nn.Sequential(*blocks)
+        self.head = nn.Linear(inputs, outputs)
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d):
+                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.body(self.stem(x)).mean((2, 3)))
+        return out
+
+
+def normalise(norm: str, channels: int) -> nn.Module:
+    """Group norm, at most 8 groups of at least two channels; or batch norm."""
+    return nn.GroupNorm(gcd(8, channels, max(channels // 2, 1)), channels) if norm == "group" else nn.BatchNorm2d(channels)

@@ -1,0 +1,237 @@
+"""The report room: text and Markdown tables, the HTML file, results read from folders."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from consilience import ConsilienceError, Result, report
+
+VOID = {"meta", "link", "br", "hr", "img", "input"}
+
+
+def make(method="ewc", stages=3, sources=3, repeats=2, metric="accuracy", setting="continual", learned=True, **other) -> Result:
+    g = np.random.default_rng(len(method))
+    costs = {"macs": 1_200_000, "bytes": 3_400, "seconds": 75.0}
+    fields = dict(
+        setting=setting, data="digits", method=method, model="MLP", metric=metric, seed=0,
+        sources=tuple(f"digits/{j}" for j in range(sources)), stages=tuple(f"stage {i}" for i in range(stages)),
+        learned_at=tuple(min(j + 1, stages) if learned else None for j in range(sources)),
+        matrices=g.random((repeats, stages + 1, sources)), costs=costs,
+        curve=[{"score": 0.1 * i, "macs": 10.0 * i, "bytes": 5.0 * i, "seconds": 1.0 * i} for i in range(stages + 1)],
+        config={"method": {"name": method, "strength": 1.5}, "seed": 0}, versions={"torch": "2.11.0"},
+    )  # fmt: skip
+    return Result(**{**fields, **other})
+
+
+class Checker(HTMLParser):
+    """Every opened element is closed, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.links: list[str] = []
+        self.svgs: list[dict[str, str | None]] = []
+        self.scripts = 0
+
+    def handle_starttag(self, tag, attrs):
+        self.links += [v or "" for k, v in attrs if k in ("src", "href", "xlink:href", "action", "srcset")]
+        self.scripts += tag == "script"
+        if tag == "svg":
+            self.svgs.append(dict(attrs))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        assert tag in {"path", "rect", "circle"}, tag
+
+    def handle_endtag(self, tag):
+        assert self.open, f"</{tag}> closes nothing"
+        assert self.open.pop() == tag
+
+
+def checked(path: Path) -> tuple[str, Checker]:
+    text = path.read_text(encoding="utf-8")
+    checker = Checker()
+    checker.feed(text)
+    checker.close()
+    assert checker.open == []
+    assert all(v.startswith(("#", "data:,")) for v in checker.links), checker.links
+    assert not re.search(r"(src|href|url|import)\s*[=(]?\s*[\"']?\s*(https?:)?//", text)
+    assert checker.scripts == 1
+    assert all(s["aria-label"] for s in checker.svgs)
+    return text, checker
+
+
+def test_table_says_what_agrees_once_and_what_differs_in_columns():
+    text = report.table([make("ewc"), make("er"), make("fedavg", setting="federated", learned=False, repeats=1)])
+    first, head, _, *rows = text.splitlines()
+    assert first == "data digits, model MLP, metric accuracy"
+    assert head.split()[:4] == ["method", "setting", "repeats", "accuracy"]
+    assert [r.split()[:3] for r in rows] == [["ewc", "continual", "2"], ["er", "continual", "2"], ["fedavg", "federated", "1"]]
+    assert rows[2].split()[4:7] == ["-", "-", "-"], "one repeat has no deviation, several visits have no forgetting"
+    assert "mapper" not in head
+    assert len({len(line) for line in text.splitlines()[1:]}) == 1
+    assert "\x1b" not in text
+
+
+def test_table_of_one_shows_its_matrix_and_units():
+    r = make(mapper=np.array([[0.5, 0.25, 0.75]] * 2))
+    text = report.table([r])
+    assert f"{100 * r.score:.1f} ± {100 * r.score_std:.1f}" in text
+    for part in ("1.20 M", "3.40 kB", "1 min 15 s", "mapper %", "75.0", "(start)", "stage 2", f"{100 * r.matrix[-1, -1]:.1f}"):
+        assert part in text
+    plain = make(metric="r2")
+    assert f"{plain.score:.3f} ± {plain.score_std:.3f}" in report.table([plain])
+
+
+def test_table_cuts_a_large_matrix():
+    lines = report.table([make(stages=100, sources=100)]).splitlines()
+    matrix = lines[6:]
+    assert len(matrix) == 2 + 20
+    assert matrix[0].split()[0] == "stage"
+    assert len(re.split(r"\s{2,}", matrix[0])) == 1 + 12
+    assert matrix[-1].startswith("stage 99")
+    assert max(map(len, matrix)) < 150
+
+
+def test_markdown_is_rectangular_and_escapes():
+    lines = report.markdown([make("a|b<i>"), make("er")]).splitlines()
+    assert lines[0].startswith("setting continual")
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines[2:]} == {9}
+    assert "a\\|b&lt;i>" in lines[4]
+
+
+@pytest.mark.parametrize("make_text", [report.table, report.markdown, lambda r: report.write(r, "/nowhere/x.html")])
+def test_nothing_to_show_is_an_error(make_text):
+    with pytest.raises(ConsilienceError, match="at least one result"):
+        make_text([])
+
+
+def test_write_has_all_charts_for_every_result(tmp_path):
+    results = [make("ewc"), make("er", mapper=np.full((2, 3), 0.5)), make("fedavg", setting="federated", learned=False)]
+    path = report.write(results, tmp_path / "deep" / "report.html", title="Three & more")
+    text, checker = checked(path)
+    # continual: over stages, MACs, bytes; federated: MACs, bytes;
+    # each result: heat map, lines; and bars where forgetting is defined
+    assert len(checker.svgs) == 3 + 2 + 3 * 2 + 2
+    assert "Three &amp; more" in text
+    assert text.count("<details class=result") == 3
+    for part in ("strength: 1.5", "2.11.0", "prefers-color-scheme:dark", "tabular-nums", "@media print"):
+        assert part in text
+    assert [p.name for p in path.parent.iterdir()] == ["report.html"]
+    again = report.write(results, tmp_path / "again.html", title="Three & more")
+    assert again.read_bytes() == path.read_bytes()
+
+
+def test_write_escapes_every_name(tmp_path):
+    evil = '<script>alert("1")</script>\'"&</textarea></style>'
+    r = replace(
+        make(evil), setting=evil, data=evil, model=evil, metric=evil, sources=(evil,) * 3, stages=(evil,) * 3,
+        config={evil: {"x": evil}}, versions={evil: evil},
+    )  # fmt: skip
+    text, _ = checked(report.write([r, make("er", setting=evil)], tmp_path / "x.html", title=evil))
+    assert "<script>alert" not in text
+    assert "&lt;script&gt;alert" in text
+
+
+@pytest.mark.parametrize(("stages", "sources"), [(1, 5), (20, 10), (10, 20), (100, 100), (60, 2), (1, 1)])
+def test_every_shape_of_matrix(tmp_path, stages, sources):
+    r = make(stages=stages, sources=sources)
+    text, _ = checked(report.write([r], tmp_path / "x.html"))
+    heat = text[text.index('aria-label="Heat map') :]
+    heat = heat[: heat.index("</svg>")]
+    written = heat.count('class="v"')
+    assert written == ((stages + 1) * sources if sources <= 24 and stages < 42 else 0)
+    assert "NaN" not in heat
+    assert len(text) < 1_000_000
+
+
+def test_nan_none_and_zero(tmp_path):
+    m = np.full((2, 4, 3), 0.5)
+    m[:, 2, 1] = np.nan
+    results = [
+        make("some", matrices=m), make("none", matrices=m * np.nan, curve=(), config={}, versions={}),
+        make("free", costs={"macs": 0, "bytes": 0, "seconds": None}),
+        make("wide", costs={"macs": 10**12, "bytes": 10, "seconds": 1e5}),
+        make("partial", costs={}, mapper=np.full((2, 3), np.nan)), make("r", metric="r2", matrices=m * -1e7),
+    ]  # fmt: skip
+    assert "nan" in report.table(results)
+    text, _ = checked(report.write(results, tmp_path / "x.html"))
+    shapes = re.findall(r'\b(?:d|x|y|cx|cy|width|height|viewBox|transform)="([^"]*)"', text)
+    assert shapes
+    assert not [s for s in shapes if "nan" in s or "inf" in s]
+    assert "log scale" in text
+
+
+def test_load_reads_what_was_written(tmp_path):
+    r = make(mapper=np.full((2, 3), 0.25))
+    (tmp_path / "result.json").write_text(json.dumps(r.to_json()))
+    back = report.load(tmp_path)
+    assert report.table([back]) == report.table([r])
+    np.testing.assert_array_equal(back.matrices, r.matrices)
+
+
+def test_load_reads_null_as_nan(tmp_path):
+    d = make().to_json()
+    d["matrices"][0][0][0] = None
+    (tmp_path / "result.json").write_text(json.dumps(d))
+    assert np.isnan(report.load(str(tmp_path)).matrices[0, 0, 0])
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "should hold result.json. Found none"), ("{", "whole JSON"), ("[1]", "JSON object. Found a list"),
+        ("{}", "Found none called 'setting'"), (b"\xff\xfe\x00", "whole JSON"),
+        ({"matrices": [[1.0], [2.0, 3.0]]}, "at "),
+        ({"stages": ["one"]}, "repeats x 2 x 3"), ({"learned_at": None}, "at "), ({"matrices": []}, "Found 0"),
+    ],
+)  # fmt: skip
+def test_load_names_the_path(tmp_path, content, says):
+    path = tmp_path / "result.json"
+    if isinstance(content, dict):
+        content = json.dumps(make().to_json() | content)
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ConsilienceError, match=re.escape(says)) as e:
+        report.load(tmp_path)
+    assert str(tmp_path) in str(e.value)
+    assert "\n" not in str(e.value)
+
+
+def test_write_where_nothing_can_be_written(tmp_path):
+    with pytest.raises(ConsilienceError, match="writable"):
+        report.write([make()], tmp_path)
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium here to open the file with")
+def test_opens_in_a_browser(tmp_path):
+    results = [make("ewc"), make("er <b>"), make("fedavg", setting="federated", learned=False)]
+    path = report.write(results, tmp_path / "report.html")
+
+    def chromium(*how: str) -> str:
+        flags = ["headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking"]
+        flags = [f"--{f}" for f in (*flags, "disable-component-update", "disable-sync")]
+        profile = tmp_path / f"profile{len(list(tmp_path.iterdir()))}"
+        profile.mkdir()
+        command = ["chromium", *flags, f"--user-data-dir={profile}", *how, path.as_uri()]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+
+    dom = chromium("--dump-dom")
+    assert dom.count("<svg") == 13
+    for name in ("ewc", "er &lt;b&gt;", "fedavg"):
+        assert f"<h3>{name}</h3>" in dom
+    shot = tmp_path / "shot.png"
+    chromium(f"--screenshot={shot}", "--window-size=1300,2400")
+    data = shot.read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    assert len(data) > 20_000

@@ -4,6 +4,9 @@ TORCH  ?= torch==2.13.0
 VENV   := .venv
 BIN    := $(VENV)/bin
 
+# Small models on few cores: one thread a process is fastest, and the tests run side by side.
+export OMP_NUM_THREADS ?= 1
+
 .PHONY: demo test test-all bench lint clean
 
 $(VENV)/.ready: pyproject.toml

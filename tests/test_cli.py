@@ -100,6 +100,28 @@ def test_a_yaml_file_says_what_options_say(tmp_path):
     assert changed["split"]["dirichlet"]["alpha"] == 0.1
 
 
+def test_models_and_splits_come_one_after_another(tmp_path):
+    argv = (
+        "--setting skill --split iid+classes --split.iid.n 2 --model random_features+multi_head --model.random_features.width 256"
+    )
+    assert main(["run", *argv.split(), *QUICK, "--out", str(tmp_path / "out")]) == 0
+    found = result(tmp_path / "out")
+    assert len(found["sources"]) == 10
+    assert found["config"]["model"] == {"random_features": {"width": 256, "seed": 0}, "multi_head": {}}
+
+
+def test_a_module_of_ones_own_is_a_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_nets.py").write_text(
+        "import torch\n\nclass Net(torch.nn.Sequential):\n"
+        "    def __init__(self, inputs, outputs, width: int = 8):\n"
+        "        super().__init__(torch.nn.Linear(inputs, width), torch.nn.ReLU(), torch.nn.Linear(width, outputs))\n"
+    )
+    assert main(["run", "--model", "my_nets.Net", "--model.width", "9", "--repeats", "2", *QUICK, "--out", "out"]) == 0
+    first, second = result(tmp_path / "out")["matrices"]
+    assert first[0] != second[0]  # new weights for each seed
+
+
 def test_names_of_splits_have_their_short_form():
     assert understand("run", ["--split", "split_classes"]).config == understand("run", ["--split", "classes"]).config
 
@@ -128,6 +150,15 @@ BAD = {
     "engine": (["run", "--engine", "seriall"], "nearest: serial"),
     "refusal": (["run", "--setting", "merging", "--method", "ewc"], "ewc"),
     "aggregator": (["run", "--setting", "merging", "--method", "aggregate", "--method.aggregator", "tie"], "nearest: ties"),
+    "aggregator with arguments": (
+        ["run", "--setting", "merging", "--method", "aggregate", "--method.aggregator", "torchjd"],
+        "torchjd",
+    ),
+    "head without a trunk": (["run", "--model", "multi_head"], "random_features+multi_head"),
+    "number that is none": (["run", "--training.lr", "nan"], "`--training.lr` should be a number"),
+    "list": (["run", "--model", "mlp", "--model.hidden", "32,32"], "a list such as [1, 2]"),
+    "dots": (["run", "--method", "..x"], "dotted path"),
+    "unwritable folder": (["run", "--out", "/proc/no/such"], "writable"),
     "dotted module": (["run", "--method", "no_such_module.method"], "no_such_module"),
     "dotted name": (["run", "--method", "consilience.methods.ewcc"], "nearest: consilience.methods.ewc"),
     "resume without a folder": (["run", "--resume"], "`--out`"),
@@ -342,6 +373,8 @@ def test_compare_runs_each_and_report_reads_them(tmp_path, capsys, monkeypatch):
     capsys.readouterr()
     assert main(argv) == 2
     assert "`out` should be a new folder" in capsys.readouterr().err
+    assert main(["compare", "--resume", "--methods", "finetune,ewc", "--out", str(out)]) == 2
+    assert "resumes with the configuration it began with" in capsys.readouterr().err
     (out / "er" / "result.json").unlink()
     stamp = (out / "ewc" / "result.json").stat().st_mtime_ns
     assert main(["compare", "--resume", "--out", str(out)]) == 0

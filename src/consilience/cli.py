@@ -115,7 +115,7 @@ def resolve(choice: str, name: str) -> Callable[..., Any]:
         sys.path.insert(0, os.getcwd())
     try:
         found = importlib.import_module(module)
-    except (ImportError, SyntaxError, ValueError) as e:
+    except (ImportError, SyntaxError, TypeError, ValueError) as e:
         raise ConsilienceError(f"`{choice}` should be a name of the catalogue or a dotted path. Found {name!r}: {e}.") from e
     if not callable(getattr(found, attribute, None)):
         raise unknown(choice, name, [f"{module}.{n}" for n, f in vars(found).items() if callable(f) and not n.startswith("_")])
@@ -136,9 +136,6 @@ class Part:
 
     def options(self) -> dict[str, inspect.Parameter]:
         """Parameters by their option's key, annotations evaluated as far as that needs no torch."""
-        of = self.call
-        if inspect.isclass(of):
-            of = of.__init__
         scope = {"Path": Path, **vars(sys.modules[self.call.__module__])}
         try:
             parameters = list(inspect.signature(self.call).parameters.values())
@@ -437,6 +434,8 @@ def _words(kind: Any) -> str:
     args = typing.get_args(kind)
     if type(kind).__name__ == "UnionType" or typing.get_origin(kind) is typing.Union:
         return " or ".join(_words(a) for a in args)
+    if isinstance(typing.get_origin(kind), type) and issubclass(typing.get_origin(kind), Sequence):
+        return "a list such as [1, 2]"
     return words.get(kind) or str(kind).replace("typing.", "").replace("collections.abc.", "")
 
 
@@ -475,8 +474,9 @@ def method_of(order: Order, names: str, choice: str = "method") -> Method:
         if isinstance(options.get("aggregator"), str):
             from consilience import aggregators
 
-            if options["aggregator"] not in aggregators.__all__:
-                raise unknown("aggregator", options["aggregator"], aggregators.__all__)
+            known = [n for n in aggregators.__all__ if n != "torchjd"]  # which needs a name of its own
+            if options["aggregator"] not in known:
+                raise unknown("aggregator", options["aggregator"], known)
             options["aggregator"] = getattr(aggregators, options["aggregator"])()
         one = part.call(**options)
         name = part.name.rpartition(".")[2]
@@ -499,7 +499,9 @@ def model_of(order: Order, schedule: Schedule) -> Model | None:
         import torch
 
         x, _ = schedule.sources[0].train.select(torch.arange(1)).whole()
-        says = {"inputs": x[0].numel(), "outputs": len(schedule.frame.labels), "channels": x.shape[1], "size": x.shape[-1]}
+        says = {"inputs": x[0].numel(), "outputs": len(schedule.frame.labels), "channels": (*x.shape, 1)[1], "size": x.shape[-1]}
+        if part.first and model is None:
+            raise ConsilienceError(f"{part.name} should follow a model, as in random_features+{part.name}. Found it first.")
         takes = inspect.signature(part.call).parameters
         given = {
             **order.options(part),
@@ -592,8 +594,8 @@ def run(argv: Sequence[str]) -> int:
     out, resume = order.values["out"], order.values["resume"]
     if resume and not out:
         raise ConsilienceError("`--resume` should come with the folder to go on in, `--out`. Found none.")
-    if resume and not Path(out).is_dir():
-        raise ConsilienceError(f"`--resume` should find a run in `--out`. Found no folder {out}.")
+    if resume and not (Path(out) / "config.yaml").exists():
+        raise ConsilienceError(f"`--resume` should find a run in `--out`. Found none in {out}.")
     result = carry_out(order, schedule_of(order), method_of(order, order.names["method"]), order.config, out, resume)
     print(result.table())
     if out:
@@ -612,8 +614,10 @@ def compare(argv: Sequence[str]) -> int:
 
     out, resume = order.values["out"], order.values["resume"]
     folder = Path(out) if out else None
-    if resume and (folder is None or not folder.is_dir()):
-        raise ConsilienceError(f"`--resume` should find a comparison in `--out`. Found {'no folder ' + out if out else 'none'}.")
+    if resume and (folder is None or not (folder / "config.yaml").exists()):
+        raise ConsilienceError(f"`--resume` should find a comparison in `--out`. Found none{f' in {folder}' if folder else ''}.")
+    if folder and resume and read_yaml(folder / "config.yaml") != flat(order.config):
+        raise ConsilienceError(f"a comparison resumes with the configuration it began with. Found another one in {folder}.")
     if folder and not resume and any((folder / f).exists() for f in ("compare.json", "config.yaml", "result.json")):
         raise ConsilienceError(f"`out` should be a new folder, or be resumed. Found a run in {folder}.")
     schedule = schedule_of(order)
@@ -630,7 +634,7 @@ def compare(argv: Sequence[str]) -> int:
             refused[name] = str(e)
     if not methods:
         raise ConsilienceError("; ".join(refused.values()))
-    if folder:
+    if folder and not resume:
         import yaml
 
         write_bytes(folder / "config.yaml", yaml.safe_dump(order.config, sort_keys=False).encode())
@@ -789,6 +793,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _say(str(e) or "interrupted.", 130)
     except ConsilienceError as e:
         return _say(str(e), 2)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except OSError as e:
         return _say(
             f"files should be readable and writable. Found {e.strerror or e}{f' at {e.filename}' if e.filename else ''}.", 2

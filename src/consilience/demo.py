@@ -28,33 +28,39 @@ def scenes() -> list[Scene]:
     return [
         (
             "multi-task: three permutations of the pixels, all in every step",
-            settings.multitask(data.permute(digits, 3), scenario="domain", rounds=3),
-            Training(epochs=2, lr=0.1),
+            settings.multitask(data.permute(digits, 3), scenario="domain", rounds=4),
+            Training(epochs=5, lr=0.1),
             (methods.finetune(), methods.pcgrad()),
         ),
         (
             "continual: five pairs of digits one after another, no task label",
             settings.continual(tasks, scenario="class"),
-            Training(epochs=5, lr=0.05),
+            Training(epochs=10, lr=0.05),
             (methods.finetune(), methods.ewc(), methods.er(), methods.joint()),
         ),
         (
+            "continual: five permutations of the pixels one after another, no task label",
+            settings.continual(data.permute(digits, 5), scenario="domain"),
+            Training(epochs=10, lr=0.1),
+            (methods.finetune(), methods.ewc(strength=30.0), methods.er()),
+        ),
+        (
             "federated: ten clients with few classes each (Dirichlet 0.1)",
-            settings.federated(skewed, rounds=10),
-            Training(epochs=2, lr=0.05),
+            settings.federated(skewed, rounds=20),
+            Training(epochs=5, lr=0.1),
             (methods.fedavg(), methods.fedprox(), methods.fed3r()),
         ),
         (
             "federated continual: three clients meet five pairs of digits one after another",
             settings.federated_continual([data.split_classes(s, 5) for s in thirds], rounds=3),
-            Training(epochs=2, lr=0.05),
+            Training(epochs=5, lr=0.05),
             (methods.finetune(), methods.ewc(), methods.er()),
         ),
         (
             "merging: three models trained apart from one start, merged once",
             settings.merging(data.dirichlet(digits, 3, alpha=0.5)),
-            Training(epochs=5, lr=0.05),
-            (methods.average(), methods.task_arithmetic(), methods.ties()),
+            Training(epochs=20, lr=0.1),
+            (methods.average(), methods.task_arithmetic(1.5), methods.ties()),
         ),
         (
             "ex-model: trained models come one at a time, their data is gone",
@@ -81,11 +87,12 @@ def demo(out: str | Path = "demo", say: Callable[[str], object] = print) -> list
     from consilience.core.run import run
 
     results: list[Result] = []
-    for title, schedule, training, methods in scenes():
+    for i, (title, schedule, training, methods) in enumerate(scenes()):
         say(f"\n{title}")
         found = [run(schedule, m, training=training) for m in methods]
         for m, r in zip(methods, found, strict=True):
-            write_json(Path(out) / schedule.setting / m.name.replace(", ", "-").replace(" ", "_") / "result.json", r.to_json())
+            folder = m.name.replace(",", "").replace(" ", "_")
+            write_json(Path(out) / f"{i + 1}-{schedule.setting}" / folder / "result.json", r.to_json())
         say(report.table(found))
         results += found
     say(f"\nwrote {report.write(results, Path(out) / 'report.html', 'Consilience: every setting on handwritten digits')}")

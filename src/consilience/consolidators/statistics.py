@@ -50,8 +50,8 @@ class ClosedForm(Consolidator):
     normalise: bool = False
 
     def __post_init__(self) -> None:
-        if not self.strength > 0:
-            raise ConsilienceError(f"`strength` should be positive. Found `strength = {self.strength}`.")
+        if not 0 < self.strength < float("inf"):
+            raise ConsilienceError(f"`strength` should be positive and finite. Found `strength = {self.strength}`.")
 
     def export(self, model: Model, state: State, sources: Sequence[Source], personal: Sequence[str]) -> dict[str, Shared]:
         return {}

@@ -27,7 +27,7 @@ class WeightSpace(Consolidator):
 
     A of the linear kind gives coefficients c, and the aggregate is sum c_i theta_i + (1 - sum c) base, so that one
     unchanged row is taken as it is, to the bit; other kinds combine deltas theta_i - base. Entries that only some carry
-    are combined among those; floating-point buffers are averaged, others keep the hearer's value. The outer SGD(1) without
+    are combined among those, and a task's own, which have no common base, are averaged; floating-point buffers are averaged, others keep the hearer's value. The outer SGD(1) without
     momentum takes the aggregate as it is. Where no speaker learned since it absorbed (a server tells its clients), what
     is heard is common ground: averaged, with no outer step; one message is adopted to the bit.
     """
@@ -83,21 +83,23 @@ class WeightSpace(Consolidator):
             for n in frozen:
                 merged[n] = state.params.get(n, among[0][1][n])
             names = [n for n in names if n not in frozen]
-            if names:
-                aggregator = self.aggregator if any(m.learned for m, _ in heard) else None
-                merged |= self._combine(aggregator, names, among, state.base, generator)
+            aggregator = self.aggregator if any(m.learned for m, _ in heard) else None
+            own = [n for n in names if model.task_of(n) is not None]  # a task's own entries have no base: averaged
+            for some, a in (([n for n in names if n not in own], aggregator), (own, None)):
+                if some:
+                    merged |= self._combine(a, some, among, state.base, generator)
         if not any(m.learned for m, _ in heard):
             params, outer = {**state.params, **merged}, dict(state.outer)
         else:
             params, outer = self._step({**state.params, **merged}, state, merged)
         buffers = dict(state.buffers)
-        total = sum(sizes)
         groups_of = [(w.group("buffers"), size) for (_, w), size in zip(heard, sizes, strict=True)]
         for n in sorted({n for b, _ in groups_of for n in b}):
             having = [(b[n], s) for b, s in groups_of if n in b]
             if len(having) == 1:
                 buffers[n] = having[0][0]
             elif having[0][0].is_floating_point():
+                total = sum(s for _, s in having)
                 buffers[n] = torch.stack([b * (s / total) for b, s in having]).sum(0)
             else:
                 buffers.setdefault(n, having[0][0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -77,7 +78,7 @@ class Job:
         if not self.layout.size:
             return
         drawn = self.step.by_verb["sample"]
-        first, visit = self.sources[0].name, self.visits[0]
+        first, visit, draws = self.sources[0].name, self.visits[0], self.step.model.draws
         while self.epoch < self.training.epochs:
             plans = [plan[self.index :] for plan in self.plan(self.epoch)]
             streams = [examples.batches(plan) for (_, examples, _), plan in zip(self.parts, plans, strict=True)]
@@ -90,11 +91,20 @@ class Job:
                     parts += c.sample(me, self.sources, key(self.seed, first, visit, *clock, c.name))
                 generator = key(self.seed, first, visit, *clock, "aggregate") if self.step.aggregator else None
                 shapes = (*self.kind, *[(tuple(p.x.shape), p.task) for p in parts])
-                ledger.work(self.agent, shapes, lambda p=parts, t=clock, g=generator: self.step(p, t, g))  # type: ignore[misc]
+                with self._drawing(first, visit, clock) if draws else nullcontext():
+                    ledger.work(self.agent, shapes, lambda p=parts, t=clock, g=generator: self.step(p, t, g))  # type: ignore[misc]
                 ledger.steps += 1
                 self.index += 1
                 yield
             self.epoch, self.index = self.epoch + 1, 0
+
+    @contextmanager
+    def _drawing(self, source: str, visit: int, clock: tuple[int, int]) -> Iterator[None]:
+        """torch's own random state keyed by the step, for models that draw in their forward."""
+        device = self.layout.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(key(self.seed, source, visit, *clock, "forward").initial_seed())
+            yield
 
     def save(self) -> tuple[dict[str, Tensor], dict[str, int]]:
         """What a checkpoint inside a learn keeps; all else is made again by `prepare`."""
@@ -172,7 +182,9 @@ class Agent:
         start = theta.clone()
         step = Step(model, self.frame, t, self.method.step_aggregator, mes, layout, fixed, carry, start, span)
         kind = ("step", *[c.name for c, me in mes if acts(c, me)], layout.size)
-        visits = tuple(state.visits.get(s.name, 0) for s in sources)
+        asked = {s.name for s in given}  # what a correction gathered is another pool at each learn
+        total = sum(state.visits.values())
+        visits = tuple(state.visits.get(s.name, 0) if s.name in asked else total for s in sources)
         return Job(
             self.name, given, parts, visits, tuple(mes), layout, fixed, start, step, self.seed, t, kind
         )  # fmt: skip

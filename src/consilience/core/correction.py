@@ -51,7 +51,7 @@ class StepView:
     `theta` [n] is the flat vector of trainable parameters (a leaf for `penalty`), `start` [n] where it began this learn;
     `parts` and `raw`, `outputs` are the batches with the model's outputs before and after `outputs` verbs and task masks;
     `before(x, task)` are the outputs of the model as it was when this learn began; `clock` is (epoch, step in the epoch),
-    `span` (epochs, steps an epoch).
+    `span` (epochs, steps an epoch); `answer(part, task)` are the outputs of that part if its task were another.
     """
 
     theta: Tensor
@@ -63,6 +63,7 @@ class StepView:
     before: Callable[[Tensor, str | None], Tensor]
     clock: tuple[int, int]
     span: tuple[int, int]
+    answer: Callable[[int, str | None], Tensor]
 
 
 @dataclass(frozen=True, eq=False)

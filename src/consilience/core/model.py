@@ -70,6 +70,11 @@ class Model(ABC):
         """Whether outputs of a sample in training depend on the others of its batch."""
         return False
 
+    @property
+    def draws(self) -> bool:
+        """Whether its training forward draws random numbers (dropout): they are then keyed at every step."""
+        return False
+
     def check(self, frame: Frame, sample: Tensor) -> None:
         """Refuse inputs that do not fit, or too few outputs, before any work is lost."""
         if self.outputs < len(frame.labels):

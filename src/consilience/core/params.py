@@ -152,7 +152,7 @@ def unpack(data: bytes, what: str = "message") -> tuple[Params, dict[str, str]]:
     from safetensors.torch import load
 
     try:
-        tensors = load(data)
+        tensors = dict(sorted(load(data).items()))
         size = int.from_bytes(data[:8], "little")
         header = json.loads(data[8 : 8 + size])
     except (SafetensorError, ValueError) as e:

@@ -73,6 +73,10 @@ def run(
     training = training or Training()
     if repeats < 1:
         raise ConsilienceError(f"`repeats` should be at least 1. Found `repeats = {repeats}`.")
+    if checkpoint_steps is not None and checkpoint_steps < 1:
+        raise ConsilienceError(f"`checkpoint_steps` should be at least 1. Found `checkpoint_steps = {checkpoint_steps}`.")
+    if resume and (out is None or not (Path(out) / "checkpoint" / "index.json").exists()):
+        raise ConsilienceError(f"`resume` needs a folder with a checkpoint. Found none in {out}.")
     if engine != "serial":
         raise unknown("engine", engine, ["serial"])
     chosen = Method.of(method)  # type: ignore[arg-type]
@@ -86,6 +90,9 @@ def run(
     model.check(schedule.frame, schedule.sources[0].train.select(torch.arange(min(2, len(schedule.sources[0].train)))).whole()[0])
     if isinstance(metric, str) and metric not in METRICS:
         raise unknown("metric", metric, METRICS)
+    fits = ("r2",) if schedule.frame.kind == "value" else ("accuracy", "auroc")
+    if isinstance(metric, str) and metric not in fits:
+        raise ConsilienceError(f"`metric` should fit targets of kind {schedule.frame.kind!r}: {' or '.join(fits)}. Found {metric!r}.")
     label = metric if isinstance(metric, str) else getattr(metric, "__name__", "accuracy" if schedule.frame.kind == "class" else "r2")
     measure: Metric = METRICS[label] if not callable(metric) else metric
     log = Log(Path(out) if out is not None else None, progress)
@@ -93,9 +100,10 @@ def run(
     walk = Walk(schedule, chosen, model, training, measure, facts, log, checkpoint_seconds, checkpoint_steps)
     walk.fingerprint = fingerprint(schedule, chosen, model, training, seed, repeats, label) if out is not None else {}
     if out is not None:
-        log.open(described, resume)
         if resume:
             walk.load()
+        log.open(described, resume)
+        walk.restored()
     with interruptible() as stop:
         walk.stop = stop
         for r in range(repeats):
@@ -156,6 +164,7 @@ class Walk:
         paused = self._restore()
         if not self.rows:
             self._evaluate("start")
+            self._save()
         for i, phase in enumerate(self.schedule.plan(seed)):
             if i < self.phase:
                 continue
@@ -309,16 +318,25 @@ class Walk:
         tensors, facts = found
         theirs, ours = facts["fingerprint"], json.loads(json.dumps(self.fingerprint))
         for k in ours:
-            if theirs.get(k) != ours[k]:
-                raise ConsilienceError(f"a run resumes with the configuration it began with. Found another `{k}`: {theirs.get(k)} before, {ours[k]} now.")
+            before, now, what = theirs.get(k), ours[k], k
+            if isinstance(now, dict) and isinstance(before, dict) and before != now:
+                field_name = next(f for f in now if before.get(f) != now[f])
+                what, before, now = f"{k}.{field_name}", before.get(field_name), now[field_name]
+            if before != now:
+                raise ConsilienceError(f"a run resumes with the configuration it began with. Found another `{what}`: {before} before, {now} now.")
         self.finished = facts["finished"]
         self._resumed = {"tensors": tensors, **facts}
-        self.log.rewind(len(self.finished), len(facts["walk"]["rows"]), facts["walk"]["steps"] if "steps" in facts["walk"] else facts["walk"]["ledger"]["steps"])
         if "first|first" in facts["agents"]:
             self.ledger, self.agents, self.seed = Ledger(), {}, facts["walk"]["seed"]
             self._begin()
             self.first = self._agent(self.schedule.evaluated)
             self.first.state = self._state("first|first")
+
+    def restored(self) -> None:
+        """Say in the log where a resumed run goes on."""
+        if self._resumed is not None:
+            walk = self._resumed["walk"]
+            self.log.rewind(len(self.finished), len(walk["rows"]), walk["ledger"]["steps"])
 
     def _state(self, name: str) -> State:
         assert self._resumed is not None
@@ -517,6 +535,6 @@ def fingerprint(
     parts = {f: repr(getattr(method, f)) for f in method.__dataclass_fields__ if is_dataclass(method)}
     return {
         "setting": schedule.setting, "scenario": schedule.scenario, "data": content_hash(data), "schedule": content_hash({"\n".join(plan): torch.zeros(0)}),
-        "method": parts, "model": content_hash({**params, **buffers}), "training": repr(training), "seed": seed, "repeats": repeats,
+        "method": parts, "model": content_hash({**params, **buffers}), "training": {k: repr(v) for k, v in vars(training).items()}, "seed": seed, "repeats": repeats,
         "metric": metric, "threads": torch.get_num_threads(),
     }  # fmt: skip

@@ -216,5 +216,7 @@ def reframe(sources: Sequence[Source], scenario: str) -> tuple[tuple[Source, ...
                 parts[part] = mapped[at]
         classes = tuple(int(table[c]) for c in s.classes)
         framed_list.append(replace(s, **parts, labels=labels, classes=classes, task=s.task or s.name))
-    tasks = {str(s.task): s.classes for s in framed_list}
+    tasks: dict[str, tuple[int, ...]] = {}
+    for s in framed_list:
+        tasks[str(s.task)] = tuple(dict.fromkeys((*tasks.get(str(s.task), ()), *s.classes)))
     return tuple(framed_list), Frame(labels, tasks, kind)

@@ -151,10 +151,9 @@ class Source:
         if len(self.train) == 0:
             raise ConsilienceError(f"a source should have training examples. Found none in {self.name!r}.")
 
-    @property
-    def outputs(self) -> int:
-        """The number of output columns that this source addresses."""
-        return len(self.labels)
+    def __repr__(self) -> str:
+        sizes = f"{len(self.train)} + {len(self.validation)} + {len(self.test)}"
+        return f"Source({self.name!r}, {sizes} examples, {len(self.classes)} of {len(self.labels)} labels, task={self.task!r})"
 
     def map(self, x: Callable[[Tensor], Tensor] | None = None, y: Callable[[Tensor], Tensor] | None = None, **changes: Any) -> Source:
         """The same source with its examples seen through functions, and other fields changed."""

@@ -87,6 +87,7 @@ class Step:
         self.leaves = {n: v.detach().requires_grad_() for n, v in layout.split(carry.theta).items()}
         self.inputs = [self.leaves[n] for n in layout.names]
         self.bound: Forward | None = None
+        self.start_buffers = {n: b.clone() for n, b in carry.buffers.items()}
         if not self.by_verb["view"]:
             self.bound, carry.buffers = model.bind({**fixed, **self.leaves}, carry.buffers, True)
         self._before: Forward | None = None
@@ -105,7 +106,7 @@ class Step:
         """The outputs [B, C] of the model as it was when this learn began, without gradient."""
         if self._before is None:
             params = {**self.fixed, **self.layout.split(self.start)}
-            self._before, _ = self.model.bind(params, self.carry.buffers, False)
+            self._before, _ = self.model.bind(params, self.start_buffers, False)
         with torch.no_grad(), self._autocast():
             return self._before(x, task).to(x.dtype if x.is_floating_point() else self.start.dtype)
 
@@ -160,7 +161,14 @@ class Step:
             if p.task is not None and p.task in self.columns:
                 o = o.masked_fill(~self.columns[p.task], -torch.inf)
             outs.append(o)
-        see = StepView(carry.theta, self.start, self.layout, parts, raw, outs, self.before, clock, self.span)
+
+        def answer(part: int, task: str | None) -> Tensor:
+            if task == parts[part].task or not (self.model.uses_task or self.by_verb["view"]):
+                return raw[part]
+            with self._autocast():
+                return self.forward(parts[part].x, task).to(self.layout.dtype)
+
+        see = StepView(carry.theta, self.start, self.layout, parts, raw, outs, self.before, clock, self.span, answer)
 
         objectives, weights = self._losses(see, kind), [1 / len(parts)] * len(parts)
         constraints: list[Tensor] = []

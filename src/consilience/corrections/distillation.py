@@ -45,8 +45,8 @@ class LwF(Correction):
 
     def __post_init__(self) -> None:
         non_negative("LwF", strength=self.strength)
-        if not self.temperature > 0:
-            raise ConsilienceError(f"`temperature` should be positive. Found `temperature = {self.temperature}`.")
+        if not 0 < self.temperature < float("inf"):
+            raise ConsilienceError(f"`temperature` should be positive and finite. Found `temperature = {self.temperature}`.")
         if self.match not in ("probabilities", "logits"):
             raise ConsilienceError(f"`match` should be probabilities or logits. Found `match = {self.match!r}`.")
 
@@ -65,7 +65,7 @@ class LwF(Correction):
         for task, classes in me.known:
             columns = torch.tensor(classes, device=raw.device)
             teacher = step.before(part.x, task).index_select(1, columns)
-            student = raw.index_select(1, columns)
+            student = step.answer(0, task).index_select(1, columns)
             if self.match == "probabilities":
                 loss = soft_targets(student, teacher, self.temperature)
             else:

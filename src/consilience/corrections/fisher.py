@@ -108,7 +108,7 @@ def _linear_squares(learned: Learned) -> Callable[[Learned, Tensor, Callable[[Te
         finally:
             for h in handles:
                 h.remove()
-        if any(len(s) != 1 or s[0][0].dim() != 2 for s in seen.values()):
+        if any(len(s) != 1 or s[0][0].dim() != 2 or len(s[0][0]) != len(x) for s in seen.values()):
             return _by_vmap(learned, x, targets, keep)
         result: Params = {}
         pairs = targets(out.detach())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from consilience.core.errors import ConsilienceError
 from consilience.core.message import Statistics
 from consilience.core.training import Training
 from consilience.corrections.fisher import fisher
+
+if TYPE_CHECKING:
+    from consilience.core.schedule import Facts
 
 
 def non_negative(owner: str, **values: float) -> None:
@@ -113,8 +116,8 @@ class SI(Quadratic):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.xi > 0:
-            raise ConsilienceError(f"`xi` should be positive. Found `xi = {self.xi}`.")
+        if not 0 < self.xi < float("inf"):
+            raise ConsilienceError(f"`xi` should be positive and finite. Found `xi = {self.xi}`.")
 
     def trace_init(self, theta: Tensor) -> dict[str, Tensor]:
         return {"path": torch.zeros_like(theta)}
@@ -144,6 +147,9 @@ class Proximal(Correction):
 
     def __post_init__(self) -> None:
         non_negative("Proximal", mu=self.mu)
+
+    def refuse(self, facts: Facts) -> str | None:
+        return None if facts.learns else "it bends training, and here only trained models are given; use parameter_average"
 
     def penalty(self, step: StepView, me: Me) -> Tensor:
         away = step.theta - step.start

@@ -84,6 +84,8 @@ class GaussianMixture(Anchored):
             raise ConsilienceError(f"`components` should be at least 1. Found `components = {self.components}`.")
         if self.prior not in ("size", "uniform"):
             raise ConsilienceError(f"`prior` should be size or uniform. Found `prior = {self.prior!r}`.")
+        if not 0 < self.floor < float("inf"):
+            raise ConsilienceError(f"`floor` should be positive and finite. Found `floor = {self.floor}`.")
 
     def summarise(self, learned: Learned, me: Me) -> Module:
         import warnings

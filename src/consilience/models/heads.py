@@ -12,7 +12,7 @@ from torch import Tensor
 from consilience.core.errors import ConsilienceError
 from consilience.core.model import Forward, Model
 from consilience.core.params import Params, matches
-from consilience.core.source import Source
+from consilience.core.source import Frame, Source
 from consilience.models.module import ModuleModel
 
 TRUNK, HEADS = "trunk.", "heads."
@@ -54,6 +54,10 @@ class MultiHead(Model):
     @property
     def has_batch_norm(self) -> bool:
         return self.trunk.has_batch_norm
+
+    @property
+    def draws(self) -> bool:
+        return self.trunk.draws
 
     def init(self, generator: torch.Generator) -> tuple[Params, Params]:
         params, buffers = self.trunk.init(generator)
@@ -110,6 +114,11 @@ class MultiHead(Model):
 
     def head_key(self, source: Source) -> str:
         return escape(super().head_key(source))
+
+    def check(self, frame: Frame, sample: Tensor) -> None:
+        if frame.kind == "value":
+            raise ConsilienceError("heads of classes need targets that are classes. Found values; use mlp or wrap.")
+        super().check(frame, sample)
 
     def task_of(self, entry: str) -> str | None:
         return entry[len(HEADS) :].rpartition(".")[0] if entry.startswith(HEADS) else None

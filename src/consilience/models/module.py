@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
 from consilience.core.errors import ConsilienceError
 from consilience.core.model import Forward, Model
@@ -76,6 +77,11 @@ class ModuleModel(Model):
     def has_batch_norm(self) -> bool:
         self._set(True)
         return any(isinstance(m, _BatchNorm) and m.training for m in self._module.modules())
+
+    @property
+    def draws(self) -> bool:
+        self._set(True)
+        return any(isinstance(m, _DropoutNd) and m.training and m.p > 0 for m in self._module.modules())
 
     def init(self, generator: torch.Generator) -> tuple[Params, Params]:
         module = self._module

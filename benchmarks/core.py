@@ -1,0 +1,179 @@
+"""The core's overhead: continual training against an in-memory SGD loop that indexes tensors, interleaved, as ratios of CPU time.
+
+MLP 784-256-256-10, batch 64, 60,000 samples in 5 domains, one epoch, one thread. `make bench` writes results/core.{json,md}.
+The loop has no evaluation. "with metrics" judges all five test sets (10,000 samples) before training and after each source:
+60,000 forward passes. Data: MNIST from CONSILIENCE_DATA, else random numbers of the same shape (the time is the same).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import resource
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from common import save
+from torch import nn
+
+import consilience as cs
+from consilience.core.source import Source, Tensors
+
+LIMITS = {"plain": 1.10, "with metrics": 1.20, "er": 1.65, "lwf": 1.6, "si": 1.6, "ewc": 2.1}
+SOURCES = 5
+
+
+def net() -> nn.Module:
+    return nn.Sequential(nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
+
+
+def data(samples: int, tests: int, few: bool) -> list[Source]:
+    """Five domains with the same ten classes; `few` keeps ten test samples each, so that evaluation costs nothing."""
+    if os.environ.get("CONSILIENCE_DATA"):
+        whole = cs.data.npz("mnist", flat=True)
+        (x, y), (xt, yt) = whole.train.whole(), whole.test.whole()
+        v, w = whole.validation.whole()
+        x, y = torch.cat([x, v])[:samples], torch.cat([y, w])[:samples]
+        xt, yt = xt[:tests], yt[:tests]
+    else:
+        g = torch.Generator().manual_seed(0)
+        x, xt = torch.rand(samples, 784, generator=g), torch.rand(tests, 784, generator=g)
+        y, yt = torch.randint(10, (samples,), generator=g), torch.randint(10, (tests,), generator=g)
+    labels = tuple(("mnist", str(i)) for i in range(10))
+    parts = zip(x.chunk(SOURCES), y.chunk(SOURCES), xt.chunk(SOURCES), yt.chunk(SOURCES), strict=True)
+    sources = []
+    for i, (a, b, c, d) in enumerate(parts):
+        test = Tensors(c[:10], d[:10]) if few else Tensors(c, d)
+        sources.append(Source(f"mnist/{i}", Tensors(a, b), Tensors(a[:1], b[:1]), test, labels, tuple(range(10))))
+    return sources
+
+
+def loop(sources: list[Source], epochs: int) -> None:
+    """The limit: a plain loop over tensors in memory."""
+    torch.manual_seed(0)
+    model = net()
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.05)
+    for s in sources:
+        x, y = s.train.whole()
+        for _ in range(epochs):
+            order = torch.randperm(len(x))
+            for i in range(0, len(x), 64):
+                index = order[i : i + 64]
+                optimiser.zero_grad()
+                loss = nn.functional.cross_entropy(model(x[index]), y[index])
+                loss.backward()
+                optimiser.step()
+
+
+def ours(sources: list[Source], method: cs.Method, epochs: int) -> None:
+    training = cs.Training(epochs=epochs, batch_size=64, lr=0.05)
+    cs.run(cs.settings.continual(sources, "domain"), method, cs.models.wrap(net), training)
+
+
+def memory(which: str, samples: int) -> float:
+    """Peak resident memory [MiB] of a process that runs one case."""
+    if which == "child":
+        raise AssertionError
+    out = subprocess.run([sys.executable, __file__, "--child", which, "--samples", str(samples)], capture_output=True, text=True, check=True)
+    return float(out.stdout.split()[-1])
+
+
+def importing(code: str) -> float:
+    """Seconds of CPU that a fresh interpreter takes for some imports, the least of five."""
+    times = []
+    for _ in range(5):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, "-c", code], check=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    return min(times)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--full", action="store_true", help="nine rounds in place of five")
+    parser.add_argument("--samples", type=int, default=60_000)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    few, many = data(arguments.samples, 10_000, True), data(arguments.samples, 10_000, False)
+    m = cs.methods
+    cases = {
+        "loop": lambda: loop(few, 1),
+        "plain": lambda: ours(few, m.finetune(), 1),
+        "with metrics": lambda: ours(many, m.finetune(), 1),
+        "er": lambda: ours(few, m.er(500, 64), 1),
+        "er, batch 32": lambda: ours(few, m.er(500, 32), 1),
+        "lwf": lambda: ours(few, m.lwf(), 1),
+        "si": lambda: ours(few, m.si(), 1),
+        "ewc": lambda: ours(few, m.ewc(1.0), 1),
+    }
+    if arguments.child:
+        cases[arguments.child]()
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        return
+    times: dict[str, list[float]] = {c: [] for c in cases}
+    load = os.getloadavg()[0]
+    for _ in range(9 if arguments.full else 5):
+        for name, case in cases.items():
+            start = time.process_time()
+            case()
+            times[name].append(time.process_time() - start)
+    base = times["loop"]
+    rows = []
+    for name, t in times.items():
+        ratios = [a / b for a, b in zip(t, base, strict=True)]
+        rows.append({
+            "case": name, "seconds": round(statistics.median(t), 3), "ratio": round(statistics.median(ratios), 3),
+            "least": round(min(t) / min(base), 3), "limit": LIMITS.get(name),
+        })  # fmt: skip
+    stats = ours_step_cost(few)
+    torch_time, our_time = importing("import torch"), importing("import torch, consilience; consilience.run, consilience.methods")
+    peaks = {c: memory(c, arguments.samples) for c in ("loop", "plain", "ewc")}
+    state = 2 * 4 * sum(p.numel() for p in net().parameters()) / 2**20 * SOURCES
+    facts = {
+        "samples": arguments.samples, "load before": load, "rows": rows, "EWC step, source 5 over source 2": stats,
+        "import consilience beyond torch [s]": round(importing("import consilience"), 3),
+        "import consilience and run beyond torch [s]": round(our_time - torch_time, 3),
+        "peak memory [MiB]": {k: round(v, 1) for k, v in peaks.items()},
+        "peak memory, plain over loop": round(peaks["plain"] / peaks["loop"], 3),
+        "peak memory, (EWC - its state) over loop": round((peaks["ewc"] - state) / peaks["loop"], 3),
+    }  # fmt: skip
+    table = ["| case | CPU s | ratio (median) | ratio of the least | limit |", "|---|---|---|---|---|"]
+    table += [f"| {r['case']} | {r['seconds']} | {r['ratio']} | {r['least']} | {r['limit'] or ''} |" for r in rows]
+    table += ["", *[f"- {k}: {v}" for k, v in facts.items() if k != "rows"]]
+    save(Path(__file__).stem, __doc__, facts, "\n".join(table))
+
+
+def ours_step_cost(sources: list[Source]) -> float:
+    """CPU time a step of EWC with four past sources over that with one: the quadratics add."""
+    from consilience.core.agent import Job
+
+    marks: dict[str, float] = {}
+    original = Job.run
+
+    def timed(self, ledger):  # type: ignore[no-untyped-def]
+        start = time.process_time()
+        yield from original(self, ledger)
+        marks[self.name] = time.process_time() - start
+
+    ratios = []
+    Job.run = timed  # type: ignore[method-assign]
+    try:
+        for _ in range(5):
+            ours(sources, cs.methods.ewc(1.0), 1)
+            ratios.append(marks["mnist/4"] / marks["mnist/1"])
+    finally:
+        Job.run = original  # type: ignore[method-assign]
+    return round(statistics.median(ratios), 3)
+
+
+if __name__ == "__main__":
+    main()

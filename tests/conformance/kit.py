@@ -1,0 +1,329 @@
+"""What the conformance suite shares: a tiny problem, everything that can be discovered, runs by name; and the pinned files.
+
+`python tests/conformance/kit.py --pin` writes tests/pinned/*.json and docs/methods.md anew: review the difference by eye.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import math
+import pkgutil
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import consilience as cs
+from consilience.core.aggregator import Aggregator
+from consilience.core.consolidator import Consolidator
+from consilience.core.correction import Correction, Mapper
+from consilience.core.model import Model
+from consilience.core.result import Result
+from consilience.core.schedule import Expert, Schedule
+from consilience.core.source import Source, Tensors
+from consilience.core.state import State, encode_state
+
+ROOT = Path(__file__).resolve().parents[2]
+PINNED = ROOT / "tests" / "pinned"
+TABLE = ROOT / "docs" / "methods.md"
+
+# ---------------------------------------------------------------------------------------------------- a tiny problem
+
+INPUTS, CLASSES, TRAIN = 8, 6, 60
+
+
+@cache
+def sources() -> tuple[Source, ...]:
+    """Three sources of two classes each: x [60, 8] in [0, 1], noisy points around a centre for each class."""
+    labels = tuple(("tiny", str(c)) for c in range(CLASSES))
+    centres = torch.rand(CLASSES, INPUTS, generator=torch.Generator().manual_seed(1))
+
+    def points(classes: tuple[int, ...], n: int, seed: int) -> Tensors:
+        g = torch.Generator().manual_seed(seed)
+        y = torch.tensor(classes).repeat(n)[:n]
+        return Tensors((centres[y] + 0.15 * torch.randn(n, INPUTS, generator=g)).clamp(0, 1), y)
+
+    made = []
+    for i in range(3):
+        own = (2 * i, 2 * i + 1)
+        parts = (points(own, n, 10 * i + j) for j, n in enumerate((TRAIN, 6, 20)))
+        made.append(Source(f"tiny/{i}", *parts, labels, own))
+    return tuple(made)
+
+
+def plain() -> Model:
+    return cs.models.mlp(INPUTS, (16,), CLASSES)
+
+
+def frozen_trunk() -> Model:
+    """A trainable perceptron on frozen features, which are what anchors see: every class shares its hidden layer."""
+
+    def module() -> nn.Module:
+        return nn.Sequential(nn.Linear(INPUTS, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, CLASSES))
+
+    return cs.models.wrap(module, outputs=CLASSES, head="2", frozen=("0.*",))
+
+
+def heads() -> Model:
+    return cs.models.multi_head(cs.models.random_features(INPUTS, 32), CLASSES)
+
+
+@cache
+def experts() -> tuple[Expert, ...]:
+    """Models that were trained elsewhere, from one start."""
+    made = []
+    for s in sources():
+        result = cs.run(cs.settings.continual([s]), cs.methods.finetune(), model=plain(), training=TRAINING)
+        made.append(Expert(f"expert of {s.name}", result.params, s))
+    return tuple(made)
+
+
+TRAINING = cs.Training(epochs=2, batch_size=16, lr=0.2)
+FP64 = cs.Training(epochs=2, batch_size=16, lr=0.2, precision="fp64")
+
+SETTINGS: dict[str, Callable[[], Schedule]] = {
+    "multitask": lambda: cs.settings.multitask(sources()),
+    "continual (class)": lambda: cs.settings.continual(sources(), "class"),
+    "continual (task)": lambda: cs.settings.continual(sources(), "task"),
+    "continual (domain)": lambda: cs.settings.continual(sources(), "domain"),
+    "federated": lambda: cs.settings.federated(sources(), rounds=2),
+    "federated_continual": lambda: cs.settings.federated_continual([sources()[:2], sources()[2:]], rounds=2),
+    "merging": lambda: cs.settings.merging(sources()),
+    "exmodel": lambda: cs.settings.exmodel(sources=sources()),
+    "exmodel (given)": lambda: cs.settings.exmodel(experts()),
+    "skill": lambda: cs.settings.skill([sources()[:2], sources()[2:]]),
+}
+
+# ---------------------------------------------------------------------------------------------------- discovery
+
+
+def modules(room: str) -> Iterator[Any]:
+    """All modules of a room."""
+    package = importlib.import_module(f"consilience.{room}")
+    yield package
+    for info in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+        yield importlib.import_module(info.name)
+
+
+def concrete(room: str, kind: type) -> dict[str, type]:
+    """The concrete public classes of a kind that a room defines. A class that others extend is one only where it is a step of its own."""
+    found: dict[str, type] = {}
+    for m in modules(room):
+        for name, c in vars(m).items():
+            own = inspect.isclass(c) and c.__module__ == m.__name__ and issubclass(c, kind) and not name.startswith("_")
+            if own and not inspect.isabstract(c):
+                found[name] = c
+    bases = {b for c in found.values() for b in c.__mro__[1:]}
+    return {n: c for n, c in sorted(found.items()) if c not in bases}
+
+
+AGGREGATORS = concrete("aggregators", Aggregator)
+CONSOLIDATORS = concrete("consolidators", Consolidator)
+MAPPERS = concrete("mappers", Mapper)
+CORRECTIONS = concrete("corrections", Correction)
+EVERY = {**AGGREGATORS, **CONSOLIDATORS, **MAPPERS, **CORRECTIONS}
+
+ARGUMENTS: dict[str, dict[str, Any]] = {"TorchJD": {"name": "IMTLG"}}
+"""Of classes that cannot be made without."""
+
+
+def make(name: str, **arguments: Any) -> Any:
+    """An object of a discovered class."""
+    return EVERY[name](**{**ARGUMENTS.get(name, {}), **arguments})
+
+
+METHODS: dict[str, Callable[[], cs.Method]] = {
+    n: getattr(cs.methods, n)
+    for n in cs.methods.__all__
+    if all(p.default is not p.empty for p in inspect.signature(getattr(cs.methods, n)).parameters.values())
+}
+"""The catalogue's methods that need no argument."""
+
+NEED_ARGUMENTS = {"aggregate"}
+"""Those that need one; their rows are written out below."""
+
+ROWS: dict[str, Callable[[], cs.Method]] = dict(
+    sorted(
+        {
+            **METHODS,
+            "aggregate(mean)": lambda: cs.methods.aggregate(cs.aggregators.mean()),
+            "aggregate(ties)": lambda: cs.methods.aggregate(cs.aggregators.ties(0.5)),
+            "aggregate(pcgrad)": lambda: cs.methods.aggregate(cs.aggregators.pcgrad()),
+            "er+pcgrad": lambda: cs.methods.er() + cs.methods.pcgrad(),
+        }.items()
+    )
+)
+"""The rows of the table method x setting."""
+
+
+def model_of(row: str) -> Model:
+    """Methods with anchors want heads on a frozen backbone; all others run on a perceptron."""
+    from consilience.mappers.mixture import Anchored
+
+    return heads() if isinstance(ROWS[row]().mapper, Anchored) else plain()
+
+
+# ---------------------------------------------------------------------------------------------------- runs
+
+
+def quiet(schedule: Schedule, method: Any, model: Model, training: cs.Training = TRAINING, seed: int = 0) -> Result:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return cs.run(schedule, method, model=model, training=training, seed=seed)
+
+
+@cache
+def cell(row: str, setting: str, precision: str = "fp32", seed: int = 0) -> Result | str:
+    """The result of a method in a setting, or the reason of its refusal."""
+    try:
+        return quiet(SETTINGS[setting](), ROWS[row](), model_of(row), FP64 if precision == "fp64" else TRAINING, seed)
+    except cs.Refusal as e:
+        return str(e)
+
+
+def state_of(result: Result) -> State:
+    assert result.agent is not None
+    return result.agent.state
+
+
+def bits(value: Any) -> Any:
+    """Everything in a value as comparable bytes and plain objects; tensors by type, shape and bytes. Generators, functions and models are passed over."""
+    if isinstance(value, Tensor):
+        t = value.detach().cpu().contiguous()
+        return str(t.dtype), tuple(t.shape), t.view(-1).view(torch.uint8).numpy().tobytes() if t.numel() else b""
+    if isinstance(value, Mapping):
+        return "map", tuple((bits(k), bits(v)) for k, v in value.items())
+    if isinstance(value, (list, tuple)):
+        return "list", tuple(bits(v) for v in value)
+    if isinstance(value, Model) or callable(value) or isinstance(value, torch.Generator):
+        return None
+    if hasattr(value, "__dataclass_fields__"):
+        return type(value).__name__, tuple((f, bits(getattr(value, f))) for f in value.__dataclass_fields__)
+    return repr(value)
+
+
+def state_bits(state: State) -> Any:
+    tensors, facts = encode_state(state)
+    return bits(dict(sorted(tensors.items()))), json.dumps(facts, sort_keys=True)
+
+
+def params_differ(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
+    """The largest absolute difference of two sets of parameters."""
+    if a.keys() != b.keys():
+        return math.inf
+    return max((float((a[n].double() - b[n].double()).abs().max()) for n in a if a[n].numel()), default=0.0)
+
+
+# ---------------------------------------------------------------------------------------------------- pinned files
+
+
+def table() -> dict[str, dict[str, str]]:
+    """{method: {setting: "runs" or the refusal}}."""
+    found: dict[str, dict[str, str]] = {}
+    for row in ROWS:
+        found[row] = {}
+        for setting in SETTINGS:
+            c = cell(row, setting)
+            found[row][setting] = c if isinstance(c, str) else "runs"
+    return found
+
+
+def pinned_settings(cells: Mapping[str, str]) -> list[str]:
+    """Class-incremental where the method runs there, and one more setting where it runs."""
+    running = [s for s in SETTINGS if cells[s] == "runs"]
+    wanted = ["continual (class)", "federated_continual", "merging", "multitask", *SETTINGS]
+    return [s for s in dict.fromkeys(wanted) if s in running][:2]
+
+
+def values(row: str, setting: str) -> dict[str, float]:
+    """The final score, and the sum and the sum of magnitudes of the parameters (with those of the experts) in float64."""
+    result = cell(row, setting, "fp64")
+    assert not isinstance(result, str), result
+    tensors = [t for t in result.params.values()]
+    for m in state_of(result).experts.values():
+        tensors += list(m.tensors.values())
+    double = [t.double() for t in tensors if t.is_floating_point()]
+    return {
+        "score": result.score,
+        "sum": float(sum(t.sum() for t in double)),
+        "magnitude": float(sum(t.abs().sum() for t in double)),
+    }
+
+
+def summary(function: Any) -> str:
+    return (inspect.getdoc(function) or "").split("\n")[0]
+
+
+def paper(function: Any) -> str:
+    """What a method's docstring says after "Paper:", on one line."""
+    doc = inspect.getdoc(function) or ""
+    if "Paper:" not in doc:
+        return ""
+    return " ".join(doc.split("Paper:")[1].split("\n\n")[0].split())
+
+
+def render(cells: Mapping[str, Mapping[str, str]]) -> str:
+    """docs/methods.md."""
+    notes: dict[str, int] = {}
+
+    def mark(reason: str) -> str:
+        if reason == "runs":
+            return "yes"
+        short = re.sub(r"^.* would do nothing or do wrong here: |^\S+: |^\S+ (?=combines|aggregates|has)", "", reason)
+        short = f"It {short}" if reason.endswith(f" {short}") and short.startswith(("combines", "aggregates", "has")) else short
+        return f"[{notes.setdefault(short[0].upper() + short[1:], len(notes) + 1)}]"
+
+    lines = [
+        "# Methods and settings",
+        "",
+        "Which method runs in which setting. *yes*: it runs, checked on a tiny problem at every change; a number: it refuses, for",
+        "the reason below, before any work is done. Written by `python tests/conformance/kit.py --pin`; do not edit by hand.",
+        "",
+        "| method | " + " | ".join(SETTINGS) + " |",
+        "|---" * (len(SETTINGS) + 1) + "|",
+        *["| " + " | ".join([f"`{row}`", *[mark(cells[row][s]) for s in SETTINGS]]) + " |" for row in cells],
+        "",
+        "`exmodel` trains the experts first, from one base; in `exmodel (given)` they come without data and without a base.",
+        "",
+        "## Why a method refuses",
+        "",
+        *[f"{n}. {reason}" for reason, n in notes.items()],
+        "",
+        "## The methods",
+        "",
+        "| method | what it does | paper |",
+        "|---|---|---|",
+        *[f"| `{n}` | {summary(f)} | {paper(f)} |" for n, f in ((n, getattr(cs.methods, n)) for n in cs.methods.__all__)],
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def read(name: str) -> Any:
+    return json.loads((PINNED / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def pin() -> None:
+    """Write all pinned files anew."""
+    cells = table()
+    PINNED.mkdir(exist_ok=True)
+    found = {row: {s: values(row, s) for s in pinned_settings(cells[row])} for row in ROWS}
+    for name, content in (("methods", cells), ("values", found)):
+        text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+        (PINNED / f"{name}.json").write_text(text, encoding="utf-8")
+    TABLE.parent.mkdir(exist_ok=True)
+    TABLE.write_text(render(cells), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["--pin"]:
+        sys.exit(f"usage: python {Path(__file__).name} --pin")
+    pin()

@@ -1,0 +1,208 @@
+"""Corrections: at their neutral value they are plain training; they compose in pairs; what is private stays."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any, ClassVar
+
+import kit
+import pytest
+import torch
+
+import consilience as cs
+from consilience.core.agent import Agent
+from consilience.core.correction import Correction, Learned, Mapper, Me
+from consilience.core.message import Message, Module, Private, Samples, Statistics, Weights
+from consilience.core.result import Result
+from consilience.core.source import Source, Tensors
+from consilience.core.state import encode_state
+
+ALL = {**kit.CORRECTIONS, **kit.MAPPERS}
+
+NO_NEUTRAL = {
+    "Cumulative": "it trains on other data; there is no strength to set to zero",
+    "Moments": "it only summarises, and so is plain training always: checked below",
+    "Average": "a mapper only routes between experts",
+    "GaussianMixture": "a mapper only routes between experts",
+    "MinEntropy": "a mapper only routes between experts",
+    "NearestMean": "a mapper only routes between experts",
+    "Oracle": "a mapper only routes between experts",
+}
+"""Corrections without a neutral value, and why."""
+
+ONLY_SUMMARISE = {"Moments": "it collects sums of features for a closed-form head and does not bend training"}
+"""Corrections that leave training as it is, to the bit: a pair with one is the other alone."""
+
+KEEP_NOTHING = {
+    "Proximal": "it knows where this learn began, and nothing of earlier sources",
+    "Average": "it reads the experts' own answers",
+    "MinEntropy": "it reads the experts' own answers",
+    "Oracle": "it is told the task",
+}
+"""Corrections that keep no items, and why."""
+
+
+
+def alone(name: str, **arguments: Any) -> cs.Method:
+    thing = kit.make(name, **arguments)
+    return cs.Method(name, mapper=thing) if isinstance(thing, Mapper) else cs.Method(name, (thing,))
+
+
+@cache
+def learned(*names: str) -> Result:
+    """Three sources one after another, on a head over frozen features, with these corrections in this order."""
+    method = [alone(n) for n in names] or cs.methods.finetune()
+    return kit.quiet(kit.SETTINGS["continual (class)"](), method, kit.frozen_trunk())
+
+
+# neutral values
+
+
+def neutrals() -> Iterator[Any]:
+    for name in ALL:
+        for setting in ("continual (class)", "continual (task)", "federated", "federated_continual"):
+            yield pytest.param(name, setting, id=f"{name}-{setting}")
+
+
+@cache
+def finetuned(setting: str) -> Result:
+    return kit.quiet(kit.SETTINGS[setting](), cs.methods.finetune(), kit.plain())
+
+
+@pytest.mark.parametrize(("name", "setting"), list(neutrals()))
+def test_neutral_is_plain_training(name: str, setting: str) -> None:
+    values = dict(ALL[name].neutral)
+    assert bool(values) != (name in NO_NEUTRAL), "declare `neutral`, or name it in NO_NEUTRAL with the reason"
+    if not values and name not in ONLY_SUMMARISE:
+        return
+    result, plain = kit.quiet(kit.SETTINGS[setting](), alone(name, **values), kit.plain()), finetuned(setting)
+    assert kit.bits(dict(sorted(result.params.items()))) == kit.bits(dict(sorted(plain.params.items())))
+    assert (result.matrices == plain.matrices).all()
+    if values:
+        assert result.costs["macs"] == plain.costs["macs"] and result.costs["bytes"] == plain.costs["bytes"]
+
+
+def test_exceptions_exist() -> None:
+    for names in (NO_NEUTRAL, ONLY_SUMMARISE, KEEP_NOTHING):
+        assert set(names) <= ALL.keys()
+
+
+# pairs
+
+
+def pairs() -> list[tuple[str, str]]:
+    return [(a, b) for a, b in itertools.permutations(ALL, 2) if not (a in kit.MAPPERS and b in kit.MAPPERS)]
+
+
+@pytest.mark.parametrize("name", list(ALL))
+def test_differs_from_plain_training(name: str) -> None:
+    """Alone, each bends training, or only summarises."""
+    away = kit.params_differ(learned(name).params, learned().params)
+    assert away == 0 if name in ONLY_SUMMARISE else away > 1e-6
+
+
+@pytest.mark.parametrize(("a", "b"), pairs())
+def test_pairs_compose(a: str, b: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every ordered pair runs, differs from either alone, and both have something in memory after the first source."""
+    kept: list[dict[str, int]] = []
+    finish = Agent.finish
+
+    def after(agent: Agent, job: Any) -> None:
+        finish(agent, job)
+        here = {c.name: agent.memory(c) for c in agent.method.active}
+        kept.append({c: sum(t.numel() or 1 for i in items.values() for t in [*i.tensors.values()]) or len(items) for c, items in here.items()})
+
+    monkeypatch.setattr(Agent, "finish", after)
+    both = kit.quiet(kit.SETTINGS["continual (class)"](), [alone(a), alone(b)], kit.frozen_trunk())
+    for one, other in ((a, b), (b, a)):
+        away = kit.params_differ(both.params, learned(one).params)
+        assert away == 0 if other in ONLY_SUMMARISE else away > 1e-6, f"{other} on top of {one}: {away}"
+        assert bool(kept[0][one]) != (one in KEEP_NOTHING), f"after the first source {one} keeps {kept[0][one]}"
+    assert torch.isfinite(torch.tensor(both.matrices)).all()
+
+
+@pytest.mark.parametrize(("a", "b"), list(itertools.permutations(kit.MAPPERS, 2)))
+def test_two_mappers_are_refused(a: str, b: str) -> None:
+    with pytest.raises(cs.ConsilienceError, match="two values of `mapper`"):
+        alone(a) + alone(b)
+
+
+@pytest.mark.parametrize("name", list(kit.CORRECTIONS))
+def test_twice_the_same_is_refused(name: str) -> None:
+    with pytest.raises(cs.ConsilienceError, match="each correction once"):
+        alone(name) + alone(name)
+
+
+# what is private
+
+MARK = 0.123456789
+
+
+def marked() -> list[Source]:
+    """The tiny sources, each sample with a constant in four places; its bytes can be looked for."""
+
+    def mark(x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([torch.full((len(x), 4), MARK), x[:, 4:]], 1)
+
+    made = []
+    for s in kit.sources():
+        parts = {p: Tensors(mark(getattr(s, p).x), getattr(s, p).y) for p in ("train", "validation", "test")}
+        made.append(replace(s, **parts))
+    return made
+
+
+@pytest.mark.parametrize("name", [n for n in ALL if not ALL[n].travels])
+@pytest.mark.parametrize("setting", ["federated_continual", "skill"])
+def test_private_items_never_enter_bytes(name: str, setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[bytes] = []
+    kept: list[bool] = []
+    trace = torch.full((4,), MARK).numpy().tobytes()
+    to_bytes, finish = Message.to_bytes, Agent.finish
+
+    def listen(message: Message) -> bytes:
+        sent.append(to_bytes(message))
+        return sent[-1]
+
+    def look(agent: Agent, job: Any) -> None:
+        finish(agent, job)
+        held = encode_state(agent.state)[0].values()
+        kept.append(any(trace in t.contiguous().numpy().tobytes() for t in held if t.numel()))
+        assert all(type(i) is Private for items in agent.state.memory.values() for i in items.values())
+
+    monkeypatch.setattr(Message, "to_bytes", listen)
+    monkeypatch.setattr(Agent, "finish", look)
+    s = marked()
+    schedule = cs.settings.skill([s[:2], s[2:]]) if setting == "skill" else cs.settings.federated_continual([s[:2], s[2:]], 2)
+    kit.quiet(schedule, [alone(name), cs.methods.ewc()], kit.plain())
+    assert kept and all(kept), "the constant is not even in the buffer: this test would see nothing"
+    assert len(sent) > 4 and not any(trace in data for data in sent)
+    facts = [data[8 : 8 + int.from_bytes(data[:8], "little")].decode() for data in sent]
+    assert not any(f'"{name}' in f or f'\\"{name}' in f for f in facts)
+
+
+def test_only_the_closed_family_fits_in_a_message() -> None:
+    tensors = {"x": torch.ones(2)}
+    for kind in (Weights, Statistics, Samples, Module):
+        Message("a", "b", 1, 1, "o", "b", {"c": kind(tensors)})
+
+    class Mine(Statistics):
+        pass
+
+    for item in (Private(tensors), Mine(tensors), tensors, torch.ones(2)):
+        with pytest.raises(TypeError, match="a message carries Weights, Statistics, Module or Samples"):
+            Message("a", "b", 1, 1, "o", "b", {"c": item})  # type: ignore[dict-item]
+
+
+def test_a_shared_item_of_what_does_not_travel_is_refused() -> None:
+    @dataclass(frozen=True)
+    class Leak(Correction):
+        travels: ClassVar[bool] = False
+
+        def summarise(self, learned: Learned, me: Me) -> Statistics:
+            return Statistics({"x": learned.source.train.whole()[0]})
+
+    with pytest.raises(TypeError, match="should be Private"):
+        kit.quiet(kit.SETTINGS["continual (class)"](), cs.Method("leak", (Leak(),)), kit.plain())

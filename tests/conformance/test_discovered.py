@@ -1,0 +1,122 @@
+"""Every Correction, Aggregator, Consolidator, Mapper and catalogue method: how it is written, and what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+import kit
+import pytest
+
+import consilience as cs
+
+ROOMS = ("aggregators", "consolidators", "mappers")
+CLASSES = pytest.mark.parametrize("name", sorted(kit.EVERY))
+CATALOGUE = {f"{room}.{n}": f for room in ROOMS for n, f in vars(getattr(cs, room)).items() if inspect.isfunction(f)}
+CATALOGUE |= {f"methods.{n}": getattr(cs.methods, n) for n in cs.methods.__all__}
+
+GIVEN: dict[str, dict[str, Any]] = {
+    "aggregators.torchjd": {"name": "IMTLG"},
+    "methods.aggregate": {"aggregator": cs.aggregators.mean()},
+}
+"""Arguments of catalogue functions that cannot be called without."""
+
+MEANING = {
+    "TorchJD.name": "checked by name in test_aggregators",
+    "TorchJD.arguments": "torchjd's own",
+    "torchjd.name": "checked by name in test_aggregators",
+    "torchjd.arguments": "torchjd's own",
+    "WeightSpace.aggregator": "an object",
+    "WeightSpace.outer": "an object",
+    "weight_space.aggregator": "an object",
+    "weight_space.outer": "an object",
+    "aggregate.aggregator": "an object",
+}
+"""Hyperparameters for which there is no bad number or word, and why."""
+
+
+def test_everything_is_found() -> None:
+    """What this issue names is there, so that an empty discovery cannot pass."""
+    assert {"EWC", "SI", "Proximal", "LwF", "ER", "Cumulative", "Moments"} <= kit.CORRECTIONS.keys()
+    assert {"Oracle", "Average", "MinEntropy", "NearestMean", "GaussianMixture"} <= kit.MAPPERS.keys()
+    assert {"WeightSpace", "ClosedForm", "Experts"} <= kit.CONSOLIDATORS.keys()
+    assert {"Mean", "Arithmetic", "Ties", "PCGrad", "MGDA", "Dare", "Median"} <= kit.AGGREGATORS.keys()
+    assert set(cs.methods.__all__) == kit.METHODS.keys() | kit.NEED_ARGUMENTS, "a method that needs arguments needs a row in kit.ROWS"
+
+
+@CLASSES
+def test_frozen_dataclass_with_a_docstring(name: str) -> None:
+    kind = kit.EVERY[name]
+    assert "__dataclass_params__" in vars(kind), "not a dataclass of its own"
+    assert kind.__dataclass_params__.frozen and kind.__dataclass_params__.eq
+    thing = kit.make(name)
+    assert thing == kit.make(name) and hash(thing) == hash(kit.make(name))
+    doc = vars(kind).get("__doc__") or ""
+    assert doc and not doc.startswith(f"{name}("), "no docstring of its own"
+    assert inspect.cleandoc(doc).split("\n\n")[0].endswith("."), "the first paragraph should end with a period"
+    for f in dataclasses.fields(kind):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(thing, f.name, getattr(thing, f.name))
+
+
+@pytest.mark.parametrize("name", sorted(CATALOGUE))
+def test_catalogue_documents_itself(name: str) -> None:
+    function = CATALOGUE[name]
+    doc = inspect.getdoc(function) or ""
+    assert doc.split("\n")[0].endswith("."), "the first line should be a sentence"
+    arguments = list(inspect.signature(function).parameters)
+    if name.startswith("methods."):
+        assert re.search(r"^Paper: \S", doc, re.MULTILINE), "no line `Paper: ...`"
+        for a in arguments:
+            assert re.search(rf"^    {a}: \S", doc, re.MULTILINE), f"`{a}` is not under Args"
+    hints = inspect.get_annotations(function)
+    assert all(a in hints for a in arguments) and "return" in hints
+
+
+def bad_values(kind: str) -> list[Any]:
+    """What no hyperparameter of that type may be."""
+    kind = kind.replace(" | None", "")
+    if kind.startswith("Literal") or kind == "str":
+        return ["nonsense"]
+    if kind == "float":
+        return [float("nan"), float("inf")]
+    return [-1] if kind == "int" else []
+
+
+def hyperparameters() -> Iterator[Any]:
+    for name, kind in sorted(kit.EVERY.items()):
+        for f in dataclasses.fields(kind):
+            hint = f.type if isinstance(f.type, str) else typing.get_type_hints(kind)[f.name].__name__
+            yield pytest.param(kind, kit.ARGUMENTS.get(name, {}), f.name, hint, id=f"{name}.{f.name}")
+    for name, function in sorted(CATALOGUE.items()):
+        for a, hint in inspect.get_annotations(function).items():
+            if a != "return":
+                yield pytest.param(function, GIVEN.get(name, {}), a, hint, id=f"{name}.{a}")
+
+
+@pytest.mark.parametrize(("make", "given", "argument", "hint"), list(hyperparameters()))
+def test_bad_hyperparameters_are_refused(make: Any, given: dict[str, Any], argument: str, hint: str) -> None:
+    if f"{make.__name__}.{argument}" in MEANING or hint == "bool":
+        return
+    wrong = bad_values(hint)
+    assert wrong, f"{hint} has no bad value; name it in MEANING with the reason"
+    for value in wrong:
+        with pytest.raises(cs.ConsilienceError, match=r"should be.*\. Found ") as error:
+            made = make(**{**given, argument: value})
+            raise AssertionError(f"{argument} = {value!r} was taken: {made}")
+        assert "\n" not in str(error.value)
+
+
+def test_corrections_say_what_they_are() -> None:
+    """`neutral` names fields; `flat` names groups; what recalls nothing private travels or does not."""
+    for name in (*kit.CORRECTIONS, *kit.MAPPERS):
+        thing = kit.make(name)
+        fields = {f.name for f in dataclasses.fields(thing)}
+        assert set(thing.neutral) <= fields, name
+        assert thing.active, f"{name} is plain training at its defaults"
+        if thing.neutral:
+            assert not kit.make(name, **thing.neutral).active

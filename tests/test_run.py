@@ -1,0 +1,480 @@
+"""The loop as a user meets it: identities between settings, learning, resuming, streaming, evaluation, costs."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import consilience as cs
+from consilience.core.params import same
+
+TRAINING = cs.Training(epochs=5, batch_size=32, lr=0.05)
+
+
+@pytest.fixture(scope="module")
+def digits() -> cs.Source:
+    return cs.data.digits()
+
+
+@pytest.fixture(scope="module")
+def parts(digits: cs.Source) -> list[cs.Source]:
+    return cs.data.split_classes(digits, 5)
+
+
+# one client a round, no revisits, is continual learning: bit for bit, through serialised messages
+
+
+@pytest.mark.parametrize("scenario", ["class", "task", "domain"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        cs.methods.finetune(),
+        cs.methods.ewc(20.0),
+        cs.methods.lwf(),
+        cs.methods.si(5.0),
+        cs.methods.fedprox(0.1),
+        cs.methods.ewc(5.0) + cs.methods.lwf(),
+    ],
+    ids=lambda m: m.name,
+)
+def test_one_client_a_round_is_continual(parts, scenario, method):
+    model = cs.models.mlp(64, (32,), 10)
+    training = cs.Training(epochs=2, lr=0.05)
+    alone = cs.run(cs.settings.continual(parts, scenario), method, model, training)
+    served = cs.settings.federated(parts, rounds=len(parts), clients_per_round=1, order="cyclic", scenario=scenario)
+    federated = cs.run(served, method, model, training)
+    assert same(alone.params, federated.params)
+    assert np.array_equal(alone.matrix, federated.matrix)
+    assert federated.costs["bytes"] > 0 == alone.costs["bytes"]
+    assert {"server", "client-0", "client-4"} <= federated.costs["by_agent"].keys()
+
+
+def test_one_client_a_round_with_outer_momentum_is_continual(parts):
+    from consilience.consolidators.weights import WeightSpace
+    from consilience.core.optimiser import SGD
+
+    method = cs.Method("outer", consolidator=WeightSpace(None, SGD(0.5), 0.9))
+    training = cs.Training(epochs=1, lr=0.05)
+    model = cs.models.mlp(64, (16,), 10)
+    alone = cs.run(cs.settings.continual(parts), method, model, training)
+    served = cs.run(cs.settings.federated(parts, rounds=5, clients_per_round=1, order="cyclic"), method, model, training)
+    assert same(alone.params, served.params)
+    assert not same(alone.params, cs.run(cs.settings.continual(parts), cs.methods.finetune(), model, training).params)
+
+
+def test_growing_heads_in_a_federation_equal_continual(parts):
+    model = cs.models.multi_head(cs.models.mlp(64, (32,), 10), 10)
+    training = cs.Training(epochs=1, lr=0.05)
+    for scenario in ("task", "class"):
+        alone = cs.run(cs.settings.continual(parts, scenario), cs.methods.finetune(), model, training)
+        served = cs.settings.federated(parts, rounds=5, clients_per_round=1, order="cyclic", scenario=scenario)
+        assert same(alone.params, cs.run(served, cs.methods.finetune(), model, training).params)
+
+
+# learning is asserted, not only running
+
+
+def mean_score(schedule, method, **training) -> float:
+    return cs.run(schedule, method, training=cs.Training(**{"epochs": 5, "lr": 0.05, **training}), repeats=5).score
+
+
+def test_replay_beats_fine_tuning_in_class_incremental(parts):
+    schedule = cs.settings.continual(parts)
+    assert mean_score(schedule, cs.methods.er(500)) > mean_score(schedule, cs.methods.finetune()) + 0.2
+
+
+def test_ewc_beats_fine_tuning_in_permuted_domain_incremental(digits):
+    schedule = cs.settings.continual(cs.data.permute(digits, 5), "domain")
+    assert mean_score(schedule, cs.methods.ewc(10.0), epochs=10) > mean_score(schedule, cs.methods.finetune(), epochs=10)
+
+
+def test_federated_averaging_comes_near_joint_training(digits):
+    clients = cs.data.dirichlet(digits, 10, 0.1)
+    joint = mean_score(cs.settings.multitask(clients), cs.methods.joint(), epochs=10)
+    federated = mean_score(cs.settings.federated(clients, rounds=40), cs.methods.fedavg())
+    assert joint > 0.9
+    assert federated > joint - 0.1
+
+
+@pytest.mark.parametrize("method", [cs.methods.average(), cs.methods.ties(0.5)], ids=lambda m: m.name)
+def test_merging_rises_above_its_base(digits, method):
+    schedule = cs.settings.merging(cs.data.iid(digits, 4))
+    result = cs.run(schedule, method, training=cs.Training(epochs=10, lr=0.05), repeats=5)
+    assert result.score > result.matrix[0].mean() + 0.2
+
+
+def test_the_task_mapper_finds_the_task(parts):
+    result = cs.run(cs.settings.skill(parts), cs.methods.skill(components=10), training=cs.Training(epochs=10, lr=0.05), repeats=5)
+    assert result.mapper_accuracy > 0.9
+    assert result.score > 0.9
+
+
+def test_every_setting_learns_under_one_aggregator_list(digits):
+    clients = cs.data.iid(digits, 4)
+    for aggregator in (cs.aggregators.mean(), cs.aggregators.ties(0.5), cs.aggregators.pcgrad()):
+        for schedule in (cs.settings.multitask(clients), cs.settings.federated(clients, rounds=3), cs.settings.merging(clients)):
+            result = cs.run(schedule, cs.methods.aggregate(aggregator), training=TRAINING)
+            assert result.score > result.matrix[0].mean() + 0.2, (aggregator, schedule.setting)
+
+
+# evaluation
+
+
+def test_the_matrix_has_a_row_before_training_and_one_a_stage(parts):
+    result = cs.run(cs.settings.continual(parts), cs.methods.finetune(), training=TRAINING, repeats=2)
+    assert result.matrix.shape == (6, 5)
+    assert result.matrices.shape == (2, 6, 5)
+    assert result.score == pytest.approx(result.matrix[-1].mean())
+    assert result.accuracy == result.score
+    assert result.forgetting > 0.9
+    assert result.score_std == pytest.approx(np.std([m[-1].mean() for m in result.matrices], ddof=1))
+    p = result.predict(parts[-1].test.whole()[0])
+    assert p.shape == (71, 10)
+    assert torch.allclose(p.sum(1), torch.ones(71))
+    assert result.matrices[0][-1, -1] == pytest.approx(float((p.argmax(1) == parts[-1].test.whole()[1]).double().mean()))
+
+
+def test_transfer_is_null_where_a_source_is_learned_again(parts):
+    result = cs.run(cs.settings.federated(parts, rounds=2), cs.methods.finetune(), training=cs.Training(epochs=1))
+    assert result.forgetting is result.backward_transfer is result.forward_transfer is None
+
+
+def test_the_task_label_restricts_answers(parts):
+    result = cs.run(cs.settings.continual(parts, "task"), cs.methods.finetune(), training=TRAINING)
+    p = result.predict(parts[0].test.whole()[0], task=parts[0].task)
+    assert float(p[:, 2:].abs().max()) == 0.0
+
+
+def test_domain_maps_targets(parts):
+    schedule = cs.settings.continual(parts, "domain")
+    assert all(set(s.train.targets().tolist()) == {0, 1} for s in schedule.sources)
+    assert schedule.frame.labels == (("domain", "0"), ("domain", "1"))
+
+
+def test_joint_on_a_continual_schedule_is_training_on_all_seen(parts):
+    result = cs.run(cs.settings.continual(parts), cs.methods.joint(), training=TRAINING)
+    assert result.score > 0.85
+    assert result.forgetting < 0.15
+
+
+def test_tables_with_auroc_and_regression():
+    tables = cs.data.iid(cs.data.breast_cancer(), 3)
+    result = cs.run(cs.settings.federated(tables, rounds=3), cs.methods.fedavg(), training=TRAINING, metric="auroc")
+    assert result.metric == "auroc"
+    assert result.score > 0.95
+    with pytest.raises(cs.ConsilienceError, match="`accuracy` needs classification"):
+        _ = result.accuracy
+    wine = cs.run(cs.settings.multitask([cs.data.wine()]), cs.methods.finetune(), training=cs.Training(epochs=30))
+    assert wine.score > 0.9
+    values = cs.run(cs.settings.federated(cs.data.iid(cs.data.diabetes(), 2), rounds=5), cs.methods.finetune(), training=TRAINING)
+    assert values.metric == "r2"
+    assert values.score > 0.2
+
+
+def test_a_metric_of_ones_own(parts):
+    def wrong(p: torch.Tensor, y: torch.Tensor) -> float:
+        return float((p.argmax(1) != y).double().mean())
+
+    result = cs.run(cs.settings.continual(parts[:2]), cs.methods.finetune(), training=TRAINING, metric=wrong)
+    assert result.metric == "wrong"
+    assert result.score < 0.7
+
+
+# trained models as sources
+
+
+def test_given_experts_are_merged_and_heard_one_by_one(digits):
+    model, sources = cs.models.mlp(64, (32,), 10), cs.data.iid(digits, 3)
+    base, _ = model.init(torch.Generator().manual_seed(1))
+    experts = []
+    for i, s in enumerate(sources):
+        schedule = cs.settings.merging(sources=[s], base=base)
+        trained = cs.run(schedule, cs.methods.finetune(), model, cs.Training(epochs=20, lr=0.1))
+        experts.append(cs.Expert(f"e{i}", trained.params, s))
+    merged = cs.run(cs.settings.merging(experts=experts, base=base), cs.methods.task_arithmetic(1.0), model)
+    mean = cs.run(cs.settings.merging(experts=experts), cs.methods.average(), model)
+    for n, p in mean.params.items():
+        assert torch.allclose(p, torch.stack([e.params[n] for e in experts]).mean(0), atol=1e-6)
+        assert torch.allclose(p, merged.params[n], atol=1e-6)
+    with pytest.raises(cs.Refusal, match="base"):
+        cs.run(cs.settings.merging(experts=experts), cs.methods.ties(), model)
+    ensemble = cs.run(cs.settings.exmodel(experts), cs.methods.average_ensemble(), model)
+    assert ensemble.matrix.shape == (4, 3)
+    assert ensemble.score > 0.8
+    with pytest.raises(cs.Refusal, match="data"):
+        cs.run(cs.settings.exmodel(experts), cs.methods.fed3r(), model)
+    wrong = cs.Expert("bad", {n: p[:1] for n, p in base.items()}, sources[0])
+    with pytest.raises(cs.ConsilienceError, match="shapes"):
+        cs.run(cs.settings.exmodel([wrong]), cs.methods.average_ensemble(), model)
+
+
+def test_banks_are_the_same_whatever_the_graph(parts):
+    banks = []
+    for graph in ("mesh", "ring"):
+        schedule = cs.settings.skill([parts[:2], parts[2:4], parts[4:]], graph=graph)
+        result = cs.run(schedule, cs.methods.skill("nearest_mean"), training=cs.Training(epochs=1))
+        banks.append({k: (m.version, m.digest) for k, m in result.agent.state.bank.items()})
+    assert banks[0] == banks[1]
+    assert len(banks[0]) == 5
+
+
+def test_a_task_never_changes_as_tasks_are_added_under_an_oracle(parts):
+    result = cs.run(cs.settings.skill([parts]), cs.methods.skill(), training=cs.Training(epochs=2))
+    oracle = cs.Method("oracle", consolidator=cs.consolidators.experts(), mapper=cs.mappers.oracle())
+    model = cs.models.multi_head(cs.models.random_features(64, 512), 10)
+    matrix = cs.run(cs.settings.skill([parts]), oracle, model, cs.Training(epochs=2)).matrix
+    for j in range(5):
+        assert len(set(matrix[j + 1 :, j])) == 1
+    assert result.mapper is not None
+
+
+# data that does not fit in memory
+
+
+def test_a_stream_equals_tensors_bit_for_bit(parts):
+    class Map(torch.utils.data.Dataset):
+        def __init__(self, examples):
+            self.x, self.y = examples.whole()
+            self.targets = self.y
+
+        def __len__(self):
+            return len(self.y)
+
+        def __getitem__(self, i):
+            return self.x[i], self.y[i]
+
+    from consilience.core.source import Stream
+
+    def streamed(s: cs.Source) -> cs.Source:
+        def make(e):
+            return Stream(Map(e), e.targets(), torch.arange(len(e)))
+
+        import dataclasses
+
+        return dataclasses.replace(s, train=make(s.train), validation=make(s.validation), test=make(s.test))
+
+    two = parts[:2]
+    for method in (cs.methods.er(50), cs.methods.ewc(5.0)):
+        a = cs.run(cs.settings.continual(two), method, cs.models.mlp(64, (16,), 10), cs.Training(epochs=2))
+        b = cs.run(cs.settings.continual([streamed(s) for s in two]), method, cs.models.mlp(64, (16,), 10), cs.Training(epochs=2))
+        assert same(a.params, b.params)
+
+
+def test_dropout_is_keyed(parts):
+    net = torch.nn.Sequential(torch.nn.Linear(64, 16), torch.nn.ReLU(), torch.nn.Dropout(0.5), torch.nn.Linear(16, 10))
+    runs = []
+    for noise in (1, 2):
+        torch.manual_seed(noise)
+        before = torch.random.get_rng_state()
+        runs.append(cs.run(cs.settings.continual(parts[:2]), cs.methods.finetune(), cs.models.wrap(net), cs.Training(epochs=1)))
+        assert torch.equal(before, torch.random.get_rng_state())
+    assert same(runs[0].params, runs[1].params)
+
+
+# costs
+
+
+def test_macs_and_bytes_are_counted(parts):
+    model = cs.models.linear(64, 10)
+    schedule = cs.settings.federated(parts[:2], rounds=1)
+    result = cs.run(schedule, cs.methods.finetune(), model, cs.Training(epochs=1, batch_size=64))
+    n = sum(len(s.train) for s in schedule.sources)
+    clients = [page for a, page in result.costs["by_agent"].items() if a != "server"]
+    assert sum(p["macs"] for p in clients) == pytest.approx(2 * n * 640, rel=0.02)  # forward and the weights' gradient
+    weights = 650 * 4
+    assert 4 * weights < result.costs["bytes"] < 4 * weights + 4 * 1500
+    server = result.costs["by_agent"]["server"]
+    assert server["sent"] == sum(p["received"] for p in clients)
+    assert server["received"] == sum(p["sent"] for p in clients)
+
+
+# the folder, and resuming
+
+SCRIPT = """
+import sys, os, signal, torch
+torch.set_num_threads(1)
+import consilience as cs
+out, case, resume, kill = sys.argv[1], sys.argv[2], sys.argv[3] == "resume", int(sys.argv[4])
+parts = cs.data.split_classes(cs.data.digits(), 5)
+runs = {
+    "ewc": (cs.settings.continual(parts), cs.methods.ewc(10.0), None),
+    "er": (cs.settings.continual(parts), cs.methods.er(100), None),
+    "si": (cs.settings.continual(parts), cs.methods.si(), None),
+    "fedavg": (cs.settings.federated(parts, rounds=3), cs.methods.fedavg(outer_momentum=0.5), None),
+    "skill": (cs.settings.skill([parts[:3], parts[3:]]), cs.methods.skill(components=5), None),
+}
+schedule, method, model = runs[case]
+training = cs.Training(epochs=3, lr=0.05, optimiser="adam" if case == "er" else "sgd", momentum=0.9)
+steps = 0
+def progress(line):
+    if line["event"] == "checkpoint" and not resume and kill and line["ran"] >= kill:
+        os.kill(os.getpid(), signal.SIGKILL)
+result = cs.run(schedule, method, model, training, repeats=2, out=out, resume=resume, checkpoint_steps=kill or 7, progress=progress)
+from consilience.core.params import save
+save(out + "/params.safetensors", result.params)
+"""
+
+
+def launch(tmp_path: Path, name: str, case: str, resume: bool, kill: int) -> subprocess.CompletedProcess:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    args = [sys.executable, str(script), str(tmp_path / name), case, "resume" if resume else "fresh", str(kill)]
+    return subprocess.run(args, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
+
+
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(t) for t in (folder / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("case", ["ewc", "er", "fedavg", "skill", pytest.param("si", marks=pytest.mark.slow)])
+def test_a_killed_run_resumes_to_the_same_bits(tmp_path, case):
+    assert launch(tmp_path, "whole", case, False, 0).returncode == 0
+    whole = lines(tmp_path / "whole")[-1]["ran"]
+    span = 3 * 9
+    kill = random.Random(case).randrange(span + 2, 2 * span - 2)
+    while kill % 9 == 0:
+        kill += 1
+    assert launch(tmp_path, "cut", case, False, kill).returncode == -signal.SIGKILL
+    at = lines(tmp_path / "cut")[-1]
+    assert at["event"] == "checkpoint"
+    assert 0 < at["step"] < at["of"], "strictly inside an epoch"
+    assert at["source"] != "digits/0-1", "in the second source or later"
+    done = launch(tmp_path, "cut", case, True, 0)
+    assert done.returncode == 0, done.stderr
+    end = lines(tmp_path / "cut")[-1]
+    assert end["event"] == "end"
+    assert end["ran"] == whole - kill
+    a, b = ((tmp_path / n / "params.safetensors").read_bytes() for n in ("whole", "cut"))
+    assert a == b
+    left, right = (json.loads((tmp_path / n / "result.json").read_text()) for n in ("whole", "cut"))
+    for r in (left, right):
+        r.pop("seconds")
+        r["costs"].pop("seconds")
+        for c in r["curve"]:
+            c.pop("seconds")
+    assert left == right
+
+
+def test_the_folder_holds_what_it_should(tmp_path, parts):
+    out = tmp_path / "run"
+    result = cs.run(cs.settings.continual(parts[:2]), cs.methods.finetune(), training=TRAINING, out=out)
+    held = json.loads((out / "result.json").read_text())
+    for k in ("setting", "data", "method", "model", "repeats", "seed", "metric", "score", "score_std", "matrix", "forgetting",
+              "backward_transfer", "forward_transfer", "macs", "bytes", "seconds", "versions"):  # fmt: skip
+        assert k in held
+    assert held["matrix"] == result.matrix.tolist()
+    assert [x["event"] for x in lines(out) if x["event"] == "stage"] == ["stage"] * 3
+    assert (out / "config.yaml").exists()
+    assert (out / "checkpoint" / "index.json").exists()
+    assert not list(out.rglob("*.part"))
+    with pytest.raises(cs.ConsilienceError, match="new folder"):
+        cs.run(cs.settings.continual(parts[:2]), cs.methods.finetune(), training=TRAINING, out=out)
+    again = cs.run(cs.settings.continual(parts[:2]), cs.methods.finetune(), training=TRAINING, out=out, resume=True)
+    assert again.matrices.tolist() == result.matrices.tolist()
+    assert same(again.params, result.params)
+    with pytest.raises(cs.ConsilienceError, match="another `method.name`: 'finetune' before, 'ewc' now"):
+        cs.run(cs.settings.continual(parts[:2]), cs.methods.ewc(), training=TRAINING, out=out, resume=True)
+
+
+def test_a_broken_checkpoint_is_refused(tmp_path, parts):
+    out = tmp_path / "run"
+    arguments = (cs.settings.continual(parts[:2]), cs.methods.finetune(), None, cs.Training(epochs=1))
+    cs.run(*arguments, out=out)
+    state = next((out / "checkpoint").glob("state-*.safetensors"))
+    data = state.read_bytes()
+    state.write_bytes(data[: len(data) // 2])
+    with pytest.raises(cs.ConsilienceError, match="checkpoint should be whole"):
+        cs.run(*arguments, out=out, resume=True)
+    state.write_bytes(data)
+    index = out / "checkpoint" / "index.json"
+    index.write_text(index.read_text()[:40])
+    with pytest.raises(cs.ConsilienceError, match="checkpoint should be whole"):
+        cs.run(*arguments, out=out, resume=True)
+
+
+def test_no_space_left_is_one_line_and_leaves_nothing_half_written(tmp_path, monkeypatch, parts):
+    import consilience.core.params as params
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(params.os, "replace", full)
+    with pytest.raises(cs.ConsilienceError, match="No space left on device"):
+        cs.run(cs.settings.continual(parts[:2]), cs.methods.finetune(), training=cs.Training(epochs=1), out=tmp_path / "run")
+    assert not list((tmp_path / "run").rglob("*.part"))
+    assert not list((tmp_path / "run").rglob("result.json"))
+
+
+def test_an_interrupt_saves_and_says_how_to_go_on(tmp_path, parts):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.replace("epochs=3", "epochs=300"))
+    out = tmp_path / "run"
+    args = [sys.executable, str(script), str(out), "ewc", "fresh", "0"]
+    p = subprocess.Popen(args, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    for _ in range(600):
+        if (out / "checkpoint" / "index.json").exists():
+            break
+        time.sleep(0.1)
+    p.send_signal(signal.SIGINT)
+    _, err = p.communicate(timeout=60)
+    assert p.returncode == 1
+    assert "Interrupted: interrupted; go on with" in err
+    assert lines(out)[-1]["event"] == "checkpoint"
+
+
+# bad input
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"model": cs.models.mlp(10, (8,), 10)}, "samples should fit the model's input. Found (64,)"),
+        ({"model": cs.models.mlp(64, (8,), 3)}, "an output for each of the 4 classes. Found 3"),
+        ({"repeats": 0}, "`repeats` should be at least 1. Found `repeats = 0`"),
+        ({"engine": "seriel"}, "`engine` should be one of the catalogue's. Found 'seriel'; nearest: serial"),
+        ({"checkpoint_steps": 0}, "`checkpoint_steps` should be at least 1. Found `checkpoint_steps = 0`"),
+        ({"metric": "r2"}, "`metric` should fit targets of kind 'class': accuracy or auroc. Found 'r2'"),
+        ({"resume": True}, "`resume` needs a folder with a checkpoint. Found none in None"),
+        ({"metric": "acuracy"}, "Found 'acuracy'; nearest: accuracy"),
+        ({"method": []}, "Found an empty list"),
+    ],
+)
+def test_bad_arguments_are_refused_before_any_work(parts, change, text):
+    arguments = {"schedule": cs.settings.continual(parts[:2]), "method": cs.methods.finetune(), **change}
+    with pytest.raises(cs.ConsilienceError) as e:
+        cs.run(**arguments)
+    assert text in str(e.value)
+    assert "\n" not in str(e.value)
+
+
+def test_divergence_is_named(parts):
+    with pytest.raises(cs.ConsilienceError, match="should be finite. Found NaN or infinity in .* of 'agent' after 'digits/0-1'"):
+        cs.run(cs.settings.continual(parts[:2]), cs.methods.finetune(), training=cs.Training(lr=1e38))
+
+
+def test_a_long_step_for_a_penalty_is_warned_of(parts):
+    schedule = cs.settings.continual(parts[:2])
+    with pytest.warns(UserWarning, match="above about 2 training diverges"), pytest.raises(cs.ConsilienceError):
+        cs.run(schedule, cs.methods.ewc(1e5), training=cs.Training(epochs=5))
+
+
+def test_composition_refuses_what_disagrees():
+    with pytest.raises(cs.ConsilienceError, match="each correction once. Found EWC"):
+        cs.methods.ewc() + cs.methods.ewc(1.0)
+    with pytest.raises(cs.ConsilienceError, match="two values of `hear_aggregator`"):
+        cs.methods.ties() + cs.methods.average()
+
+
+def test_importing_is_light():
+    code = "import sys, consilience as cs; cs.methods, cs.settings, cs.aggregators; print('torch' in sys.modules, 'numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == ["False", "False"]

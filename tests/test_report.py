@@ -191,7 +191,7 @@ def test_load_reads_null_as_nan(tmp_path):
     ("content", "says"),
     [
         (None, "should hold result.json. Found none"), ("{", "whole JSON"), ("[1]", "JSON object. Found a list"),
-        ("{}", "Found none called 'setting'"), (b"\xff\xfe\x00", "whole JSON"),
+        ("{}", "Found a fault: 'setting'"), (b"\xff\xfe\x00", "whole JSON"),
         ({"matrices": [[1.0], [2.0, 3.0]]}, "at "),
         ({"stages": ["one"]}, "repeats x 2 x 3"), ({"learned_at": None}, "at "), ({"matrices": []}, "Found 0"),
     ],

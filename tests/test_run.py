@@ -114,7 +114,9 @@ def test_merging_rises_above_its_base(digits, method):
 
 
 def test_the_task_mapper_finds_the_task(parts):
-    result = cs.run(cs.settings.skill(parts), cs.methods.skill(components=10), training=cs.Training(epochs=10, lr=0.05), repeats=5)
+    result = cs.run(
+        cs.settings.skill(parts), cs.methods.skill(components=10), training=cs.Training(epochs=10, lr=0.05), repeats=5
+    )
     assert result.mapper_accuracy > 0.9
     assert result.score > 0.9
 
@@ -329,7 +331,9 @@ def launch(tmp_path: Path, name: str, case: str, resume: bool, kill: int) -> sub
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     args = [sys.executable, str(script), str(tmp_path / name), case, "resume" if resume else "fresh", str(kill)]
-    return subprocess.run(args, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
+    return subprocess.run(
+        args, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False
+    )
 
 
 def lines(folder: Path) -> list[dict]:
@@ -477,4 +481,7 @@ def test_composition_refuses_what_disagrees():
 
 def test_importing_is_light():
     code = "import sys, consilience as cs; cs.methods, cs.settings, cs.aggregators; print('torch' in sys.modules, 'numpy' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == ["False", "False"]
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == [
+        "False",
+        "False",
+    ]

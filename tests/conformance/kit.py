@@ -59,8 +59,8 @@ def sources() -> tuple[Source, ...]:
     return tuple(made)
 
 
-def plain() -> Model:
-    return cs.models.mlp(INPUTS, (16,), CLASSES)
+def plain(outputs: int = CLASSES) -> Model:
+    return cs.models.mlp(INPUTS, (16,), outputs)
 
 
 def frozen_trunk() -> Model:
@@ -72,8 +72,8 @@ def frozen_trunk() -> Model:
     return cs.models.wrap(module, outputs=CLASSES, head="2", frozen=("0.*",))
 
 
-def heads() -> Model:
-    return cs.models.multi_head(cs.models.random_features(INPUTS, 32), CLASSES)
+def heads(outputs: int = CLASSES) -> Model:
+    return cs.models.multi_head(cs.models.random_features(INPUTS, 32), outputs)
 
 
 @cache
@@ -164,11 +164,12 @@ ROWS: dict[str, Callable[[], cs.Method]] = dict(
 """The rows of the table method x setting."""
 
 
-def model_of(row: str) -> Model:
+def model_of(row: str, setting: str) -> Model:
     """Methods with anchors want heads on a frozen backbone; all others run on a perceptron."""
     from consilience.mappers.mixture import Anchored
 
-    return heads() if isinstance(ROWS[row]().mapper, Anchored) else plain()
+    outputs = 2 if "domain" in setting else CLASSES
+    return heads(outputs) if isinstance(ROWS[row]().mapper, Anchored) else plain(outputs)
 
 
 # ---------------------------------------------------------------------------------------------------- runs
@@ -184,7 +185,7 @@ def quiet(schedule: Schedule, method: Any, model: Model, training: cs.Training =
 def cell(row: str, setting: str, precision: str = "fp32", seed: int = 0) -> Result | str:
     """The result of a method in a setting, or the reason of its refusal."""
     try:
-        return quiet(SETTINGS[setting](), ROWS[row](), model_of(row), FP64 if precision == "fp64" else TRAINING, seed)
+        return quiet(SETTINGS[setting](), ROWS[row](), model_of(row, setting), FP64 if precision == "fp64" else TRAINING, seed)
     except cs.Refusal as e:
         return str(e)
 

@@ -45,7 +45,6 @@ KEEP_NOTHING = {
 """Corrections that keep no items, and why."""
 
 
-
 def alone(name: str, **arguments: Any) -> cs.Method:
     thing = kit.make(name, **arguments)
     return cs.Method(name, mapper=thing) if isinstance(thing, Mapper) else cs.Method(name, (thing,))
@@ -113,7 +112,12 @@ def test_pairs_compose(a: str, b: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def after(agent: Agent, job: Any) -> None:
         finish(agent, job)
         here = {c.name: agent.memory(c) for c in agent.method.active}
-        kept.append({c: sum(t.numel() or 1 for i in items.values() for t in [*i.tensors.values()]) or len(items) for c, items in here.items()})
+        kept.append(
+            {
+                c: sum(t.numel() or 1 for i in items.values() for t in [*i.tensors.values()]) or len(items)
+                for c, items in here.items()
+            }
+        )
 
     monkeypatch.setattr(Agent, "finish", after)
     both = kit.quiet(kit.SETTINGS["continual (class)"](), [alone(a), alone(b)], kit.frozen_trunk())
@@ -122,6 +126,12 @@ def test_pairs_compose(a: str, b: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert away == 0 if other in ONLY_SUMMARISE else away > 1e-6, f"{other} on top of {one}: {away}"
         assert bool(kept[0][one]) != (one in KEEP_NOTHING), f"after the first source {one} keeps {kept[0][one]}"
     assert torch.isfinite(torch.tensor(both.matrices)).all()
+
+
+@pytest.mark.parametrize(("a", "b"), [(a, b) for a, b in pairs() if a < b])
+def test_order_of_a_pair_does_not_matter(a: str, b: str) -> None:
+    """Up to rounding: corrections add to a step, and none reads what another did."""
+    assert kit.params_differ(learned(a, b).params, learned(b, a).params) < 1e-5
 
 
 @pytest.mark.parametrize(("a", "b"), list(itertools.permutations(kit.MAPPERS, 2)))

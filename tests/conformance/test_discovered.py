@@ -45,7 +45,9 @@ def test_everything_is_found() -> None:
     assert {"Oracle", "Average", "MinEntropy", "NearestMean", "GaussianMixture"} <= kit.MAPPERS.keys()
     assert {"WeightSpace", "ClosedForm", "Experts"} <= kit.CONSOLIDATORS.keys()
     assert {"Mean", "Arithmetic", "Ties", "PCGrad", "MGDA", "Dare", "Median"} <= kit.AGGREGATORS.keys()
-    assert set(cs.methods.__all__) == kit.METHODS.keys() | kit.NEED_ARGUMENTS, "a method that needs arguments needs a row in kit.ROWS"
+    assert set(cs.methods.__all__) == kit.METHODS.keys() | kit.NEED_ARGUMENTS, (
+        "a method that needs arguments needs a row in kit.ROWS"
+    )
 
 
 @CLASSES

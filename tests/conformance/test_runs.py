@@ -100,7 +100,7 @@ def test_agents_replace_their_state(row: str, monkeypatch: pytest.MonkeyPatch) -
     for setting in {where(row, "continual (class)", "multitask"), where(row, *SPEAK)}:
         schedule = kit.SETTINGS[setting]()
         test = [kit.bits([s.train, s.test]) for s in schedule.sources]
-        kit.quiet(schedule, kit.ROWS[row](), kit.model_of(row))
+        kit.quiet(schedule, kit.ROWS[row](), kit.model_of(row, setting))
         assert [kit.bits([s.train, s.test]) for s in schedule.sources] == test, "the data changed"
     assert calls == {"prepare", "finish", "tell", "absorb", "_predict"}
 
@@ -127,7 +127,7 @@ def test_consolidators_are_pure(row: str, monkeypatch: pytest.MonkeyPatch) -> No
         return first
 
     monkeypatch.setattr(kind, "absorb", call)
-    kit.quiet(kit.SETTINGS[setting](), method, kit.model_of(row))
+    kit.quiet(kit.SETTINGS[setting](), method, kit.model_of(row, setting))
     assert calls
 
 
@@ -146,7 +146,7 @@ def test_seeded(row: str) -> None:
         np.random.seed(12345)
         random.seed(12345)
         before = torch.get_rng_state(), np.random.get_state(legacy=False), random.getstate()
-        again = kit.quiet(kit.SETTINGS[setting](), kit.ROWS[row](), kit.model_of(row))
+        again = kit.quiet(kit.SETTINGS[setting](), kit.ROWS[row](), kit.model_of(row, setting))
         assert torch.equal(before[0], torch.get_rng_state()), "the global random state of torch moved"
         assert repr(before[1]) == repr(np.random.get_state(legacy=False)), "the global random state of numpy moved"
         assert before[2] == random.getstate(), "the global random state of Python moved"
@@ -189,7 +189,8 @@ def test_messages_round_trip(row: str, monkeypatch: pytest.MonkeyPatch) -> None:
         return data
 
     monkeypatch.setattr(Message, "to_bytes", keep)
-    kit.quiet(kit.SETTINGS[where(row, *SPEAK)](), kit.ROWS[row](), kit.model_of(row))
+    setting = where(row, *SPEAK)
+    kit.quiet(kit.SETTINGS[setting](), kit.ROWS[row](), kit.model_of(row, setting))
     assert told or row in SILENT, "nothing was told"
     for message, data in told:
         other = Message.from_bytes(data)

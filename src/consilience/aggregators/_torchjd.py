@@ -65,7 +65,8 @@ class TorchJD(Aggregator):
                 with torch.cuda.device(rows.device):
                     torch.cuda.manual_seed(seed)
             try:
-                return aggregator(rows)
+                result: Tensor = aggregator(rows)
+                return result
             except ValueError as e:
                 raise ConsilienceError(f"rows should suit torchjd's {self.name}. Found {tuple(rows.shape)}: {e}") from e
 

@@ -17,9 +17,7 @@ from consilience.core.source import Source
 from consilience.core.state import State
 
 
-def solve(
-    a: Tensor, b: Tensor, strength: float, samples: float = 1.0, average: bool = False, normalise: bool = False
-) -> Tensor:
+def solve(a: Tensor, b: Tensor, strength: float, samples: float = 1.0, average: bool = False, normalise: bool = False) -> Tensor:
     """W = (A + lambda I)^-1 b [d + 1, C], float64, from A = sum psi psi^T and b = sum psi e_y^T with a ones column as bias.
 
     With `average` the objective is the mean loss, whose closed form needs lambda x samples. With `normalise` each column
@@ -66,7 +64,12 @@ class ClosedForm(Consolidator):
         if total is None:
             return state
         w = solve(
-            total.tensors["second"], total.tensors["first"], self.strength, float(total.tensors["count"].sum()), self.average, self.normalise
+            total.tensors["second"],
+            total.tensors["first"],
+            self.strength,
+            float(total.tensors["count"].sum()),
+            self.average,
+            self.normalise,
         )
         weight, bias = model.head(state.params, None)
         params = dict(state.params)

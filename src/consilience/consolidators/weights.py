@@ -27,9 +27,10 @@ class WeightSpace(Consolidator):
 
     A of the linear kind gives coefficients c, and the aggregate is sum c_i theta_i + (1 - sum c) base, so that one
     unchanged row is taken as it is, to the bit; other kinds combine deltas theta_i - base. Entries that only some carry
-    are combined among those, and a task's own, which have no common base, are averaged; floating-point buffers are averaged, others keep the hearer's value. The outer SGD(1) without
-    momentum takes the aggregate as it is. Where no speaker learned since it absorbed (a server tells its clients), what
-    is heard is common ground: averaged, with no outer step; one message is adopted to the bit.
+    are combined among those, and a task's own, which have no common base, are averaged; floating-point buffers are
+    averaged, others keep the hearer's value. The outer SGD(1) without momentum takes the aggregate as it is. Where no
+    speaker learned since it absorbed (a server tells its clients), what is heard is common ground: averaged, with no
+    outer step; one message is adopted to the bit.
     """
 
     aggregator: Aggregator | None = None
@@ -107,7 +108,12 @@ class WeightSpace(Consolidator):
         return state.change(params=params, buffers=buffers, outer=outer, size=size)
 
     def _combine(
-        self, a: Aggregator | None, names: list[str], rows: list[tuple[str, Params, float]], base: Params, generator: torch.Generator
+        self,
+        a: Aggregator | None,
+        names: list[str],
+        rows: list[tuple[str, Params, float]],
+        base: Params,
+        generator: torch.Generator,
     ) -> Params:
         layout = Layout.of({n: rows[0][1][n] for n in names})
         whole = torch.stack([layout.flatten(params) for _, params, _ in rows])

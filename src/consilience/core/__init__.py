@@ -1,0 +1,1 @@
+"""The core: types, the step, the loop. It knows no other room."""

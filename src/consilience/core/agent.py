@@ -211,14 +211,18 @@ class Agent:
                     self.model, params, buffers, start, on_device, task, job.layout, generator, 1 / len(job.sources)
                 )
                 item = self.ledger.work(
-                    self.name, ("summarise", c.name, len(s.train), len(s.classes), job.layout.size), lambda c=c, n=learned, me=me: c.summarise(n, me)  # type: ignore[misc]
+                    self.name,
+                    ("summarise", c.name, len(s.train), len(s.classes), job.layout.size),
+                    lambda c=c, n=learned, me=me: c.summarise(n, me),  # type: ignore[misc]
                 )
                 if isinstance(item, Private):
                     memory.setdefault(c.name, {})[s.name] = item
                 elif item is not None:
                     if not c.travels:
-                        raise TypeError(f"items of {c.name} stay with their agent: they should be Private. Found {type(item).__name__}.")
-                    shared[s.name][c.name] = item  # type: ignore[assignment]
+                        raise TypeError(
+                            f"items of {c.name} stay with their agent: they should be Private. Found {type(item).__name__}."
+                        )
+                    shared[s.name][c.name] = item
             if overrides(c, "trim") and c.name in memory:
                 generator = key(self.seed, job.sources[0].name, visits[job.sources[0].name], c.name, "trim")
                 memory[c.name] = dict(c.trim(memory[c.name], generator))
@@ -274,9 +278,10 @@ class Agent:
                     f"here {state.origin[:8]}."
                 )
             version, digest = state.absorbed.get(f"{m.sender}|{m.source}", (-1, ""))
-            if m.version == version and m.digest != digest:
+            twin = fresh.get(m.key)
+            if (m.version == version and m.digest != digest) or (twin and twin.version == m.version and twin.digest != m.digest):
                 raise ConsilienceError(
-                    f"a version should have one content. Found another for {m.source!r} of {m.sender!r}, version {version}."
+                    f"a version should have one content. Found another for {m.source!r} of {m.sender!r}, version {m.version}."
                 )
             if m.version > version:
                 fresh[m.key] = m
@@ -326,7 +331,9 @@ class Agent:
                 params = c.view(params, task, me)
         return self.model(params, buffers, x, task, False)[0]
 
-    def _probabilities(self, params: Params, buffers: Params, x: Tensor, task: str | None, columns: Sequence[int] | None) -> Tensor:
+    def _probabilities(
+        self, params: Params, buffers: Params, x: Tensor, task: str | None, columns: Sequence[int] | None
+    ) -> Tensor:
         out = self.outputs(params, buffers, x, task)
         if self.frame.kind == "value":
             return out[:, : len(self.frame.labels)]

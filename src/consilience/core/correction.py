@@ -90,7 +90,7 @@ class Learned:
         return {n: self.params[n] for n in self.layout.names}
 
 
-class Correction(ABC):
+class Correction(ABC):  # noqa: B024 (every verb is optional)
     """A frozen dataclass of hyperparameters with the verbs below; each is optional and costs nothing when not overridden.
 
     Class attributes: `travels`, whether its items may leave the agent (they are Shared) or are Private; `flat`, groups of

@@ -29,6 +29,11 @@ class Ledger:
         page = self.by_agent.setdefault(agent, {"macs": 0, "sent": 0, "received": 0})
         page[what] += amount
 
+    def sent(self, sender: str, receiver: str, size: int) -> None:
+        """Bytes that went from one agent to another."""
+        self.add(sender, "sent", size)
+        self.add(receiver, "received", size)
+
     def work(self, agent: str, kind: Hashable, do: Callable[[], T]) -> T:
         """Do some work of a known kind on an agent's account; an unknown kind is measured while it is done."""
         if kind in self.known:

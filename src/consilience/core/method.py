@@ -66,10 +66,14 @@ class Method:
             step = m.step_aggregator or (m.aggregator if facts.parts > 1 else None)
             hear = m.hear_aggregator or (m.aggregator if facts.hears_others else None)
             if step is None and hear is None:
-                raise Refusal(f"{m.name} has nothing to aggregate: one source a step and nobody hears another agent; use multitask, federated or merging.")
+                raise Refusal(
+                    f"{m.name} has nothing to aggregate: one source a step and nobody hears another agent; use multitask, federated or merging."
+                )
             m = replace(m, aggregator=None, step_aggregator=step, hear_aggregator=hear)
         elif m.hear_aggregator is not None and not facts.hears_others:
-            raise Refusal(f"{m.name} combines what is heard, and nobody hears another agent here; use finetune, or a federated or merging setting.")
+            raise Refusal(
+                f"{m.name} combines what is heard, and nobody hears another agent here; use finetune, or a federated or merging setting."
+            )
         rehearses = any(overrides(c, "sample") or overrides(c, "rows") for c in m.active)
         if self.step_aggregator is not None and facts.parts < 2 and not rehearses:
             raise Refusal(
@@ -107,7 +111,9 @@ class Method:
             if f.name not in values:
                 a, b = getattr(self, f.name), getattr(other, f.name)
                 if a is not None and b is not None and a != b:
-                    raise ConsilienceError(f"methods to compose should agree. Found two values of `{f.name}` in {values['name']}.")
+                    raise ConsilienceError(
+                        f"methods to compose should agree. Found two values of `{f.name}` in {values['name']}."
+                    )
                 values[f.name] = b if a is None else a
         return Method(**values)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-import torch
+import torch  # noqa: F401 (the examples use it)
 from torch import Tensor
 
 Metric = Callable[[Tensor, Tensor], float]

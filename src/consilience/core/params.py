@@ -94,9 +94,7 @@ class Layout:
 
     def split(self, flat: Tensor) -> Params:
         """Views of `flat` [n], by name, in their shapes."""
-        return {
-            n: flat[o : o + prod(s)].view(s) for n, s, o in zip(self.names, self.shapes, self.offsets, strict=True)
-        }
+        return {n: flat[o : o + prod(s)].view(s) for n, s, o in zip(self.names, self.shapes, self.offsets, strict=True)}
 
 
 def finite(tensors: Mapping[str, Tensor], whose: str) -> None:

@@ -8,7 +8,7 @@ import platform
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -92,8 +92,12 @@ def run(
         raise unknown("metric", metric, METRICS)
     fits = ("r2",) if schedule.frame.kind == "value" else ("accuracy", "auroc")
     if isinstance(metric, str) and metric not in fits:
-        raise ConsilienceError(f"`metric` should fit targets of kind {schedule.frame.kind!r}: {' or '.join(fits)}. Found {metric!r}.")
-    label = metric if isinstance(metric, str) else getattr(metric, "__name__", "accuracy" if schedule.frame.kind == "class" else "r2")
+        raise ConsilienceError(
+            f"`metric` should fit targets of kind {schedule.frame.kind!r}: {' or '.join(fits)}. Found {metric!r}."
+        )
+    label = (
+        metric if isinstance(metric, str) else getattr(metric, "__name__", "accuracy" if schedule.frame.kind == "class" else "r2")
+    )
     measure: Metric = METRICS[label] if not callable(metric) else metric
     log = Log(Path(out) if out is not None else None, progress)
     described = config or describe(schedule, name, model, training, seed, repeats)
@@ -202,11 +206,12 @@ class Walk:
         for listener, speakers in phase.who.items():
             told[listener] = []
             for speaker in speakers:
-                messages = self._agent(speaker).tell(self._agent(listener).receipts())
+                receipts = self._agent(listener).receipts()
+                messages = self._agent(speaker).tell(receipts)
                 if speaker != listener:
                     sent = [m.to_bytes() for m in messages]
-                    for what, agent in (("sent", speaker), ("received", listener)):
-                        self.ledger.add(agent, what, sum(map(len, sent)))
+                    self.ledger.sent(listener, speaker, len(json.dumps(receipts)))
+                    self.ledger.sent(speaker, listener, sum(map(len, sent)))
                     messages = [Message.from_bytes(b) for b in sent]
                 told[listener] += messages
         for listener, messages in told.items():
@@ -256,7 +261,10 @@ class Walk:
                 raise ConsilienceError(f"`base` should have the model's entries. Found none called {lacking[0]!r}.")
             params = {n: torch.as_tensor(self.schedule.base[n]) for n in params}
         dtype, device = self.training.dtype, torch.device(self.training.device)
-        cast = lambda t: t.detach().to(device, dtype if t.is_floating_point() else t.dtype)  # noqa: E731
+
+        def cast(t: Tensor) -> Tensor:
+            return t.detach().to(device, dtype if t.is_floating_point() else t.dtype)
+
         params, buffers = {n: cast(p) for n, p in params.items()}, {n: cast(b) for n, b in buffers.items()}
         origin = content_hash(params) if not self.schedule.experts or self.schedule.base is not None else "given"
         self.initial = State(params, buffers, params, origin)
@@ -278,7 +286,11 @@ class Walk:
         if self.stop or steps or (self.log.out is not None and time.monotonic() - self._saved > self.seconds):
             self._save()
             if self.stop:
-                where = f"go on with `resume=True` (--resume --out {self.log.out})" if self.log.out else "nothing was kept: no `out` was given"
+                where = (
+                    f"go on with `resume=True` (--resume --out {self.log.out})"
+                    if self.log.out
+                    else "nothing was kept: no `out` was given"
+                )
                 raise Interrupted(f"interrupted; {where}.")
 
     def _save(self) -> None:
@@ -305,9 +317,21 @@ class Walk:
             tensors |= {f"job|{k}": t for k, t in held.items()}
             facts["walk"]["job"] = f2
         self.log.checkpoint(tensors, facts)
-        line = {"event": "checkpoint", "repeat": len(self.finished), "phase": self.phase, "steps": self.ledger.steps, "ran": self.ran}
+        line = {
+            "event": "checkpoint",
+            "repeat": len(self.finished),
+            "phase": self.phase,
+            "steps": self.ledger.steps,
+            "ran": self.ran,
+        }
         if self.job is not None:
-            line |= {"source": self.job.name, "agent": self.job.agent, "epoch": self.job.epoch, "step": self.job.index, "of": self.job.step.span[1]}
+            line |= {
+                "source": self.job.name,
+                "agent": self.job.agent,
+                "epoch": self.job.epoch,
+                "step": self.job.index,
+                "of": self.job.step.span[1],
+            }
         self.log.write(line)
 
     def load(self) -> None:
@@ -323,7 +347,9 @@ class Walk:
                 field_name = next(f for f in now if before.get(f) != now[f])
                 what, before, now = f"{k}.{field_name}", before.get(field_name), now[field_name]
             if before != now:
-                raise ConsilienceError(f"a run resumes with the configuration it began with. Found another `{what}`: {before} before, {now} now.")
+                raise ConsilienceError(
+                    f"a run resumes with the configuration it began with. Found another `{what}`: {before} before, {now} now."
+                )
         self.finished = facts["finished"]
         self._resumed = {"tensors": tensors, **facts}
         if "first|first" in facts["agents"]:
@@ -385,7 +411,9 @@ class Log:
                 with open(self.out / "log.jsonl", "a") as f:
                     f.write(json.dumps(dict(line)) + "\n")
             except OSError as e:
-                raise ConsilienceError(f"a result should be writable. Found {e.strerror or e} at {self.out / 'log.jsonl'}.") from e
+                raise ConsilienceError(
+                    f"a result should be writable. Found {e.strerror or e} at {self.out / 'log.jsonl'}."
+                ) from e
         if self.progress is not None:
             self.progress(line)
 
@@ -397,7 +425,10 @@ class Log:
         write_bytes(folder / name, data)
         import hashlib
 
-        write_json(folder / "index.json", {"file": name, "sha256": hashlib.sha256(data).hexdigest(), "facts": _nan(facts), "versions": versions()})
+        write_json(
+            folder / "index.json",
+            {"file": name, "sha256": hashlib.sha256(data).hexdigest(), "facts": _nan(facts), "versions": versions()},
+        )
         for old in folder.glob("state-*.safetensors*"):
             if old.name != name:
                 old.unlink(missing_ok=True)
@@ -455,10 +486,8 @@ def interruptible() -> Iterator[list[int]]:
         stop.append(number)
 
     old: dict[int, Any] = {}
-    try:
+    with suppress(ValueError):
         old = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:
-        pass
     try:
         yield stop
     finally:
@@ -475,7 +504,9 @@ def give(agent: Agent, expert: Expert) -> None:
             raise ConsilienceError(f"an expert should have the model's entries. Found none called {n!r} in {expert.name!r}.")
         t = torch.as_tensor(expert.params[n]).detach().to(p.device, p.dtype)
         if t.shape != p.shape:
-            raise ConsilienceError(f"an expert should have the model's shapes. Found {tuple(t.shape)} for {n!r} of {expert.name!r}, here {tuple(p.shape)}.")
+            raise ConsilienceError(
+                f"an expert should have the model's shapes. Found {tuple(t.shape)} for {n!r} of {expert.name!r}, here {tuple(p.shape)}."
+            )
         params[n] = t
     params |= {n: torch.as_tensor(t).detach() for n, t in expert.params.items() if n not in params}
     buffers = {**state.buffers, **{n: torch.as_tensor(t).detach() for n, t in expert.buffers.items()}}

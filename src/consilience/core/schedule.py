@@ -146,7 +146,9 @@ def walk(schedule: Schedule, seed: int) -> Facts:
                 current[agent] = event
         elif isinstance(phase, Hear):
             hears = True
-            told = {s: (current.get(s, "init"), base.get(s, "init"), dict(known.get(s, {}))) for ss in phase.who.values() for s in ss}
+            told = {
+                s: (current.get(s, "init"), base.get(s, "init"), dict(known.get(s, {}))) for ss in phase.who.values() for s in ss
+            }
             for listener, speakers in phase.who.items():
                 others |= any(s != listener and told[s][2] for s in speakers)
                 common &= all(told[s][1] == base.get(listener, "init") for s in speakers if told[s][0] != told[s][1])

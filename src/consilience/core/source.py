@@ -155,7 +155,9 @@ class Source:
         sizes = f"{len(self.train)} + {len(self.validation)} + {len(self.test)}"
         return f"Source({self.name!r}, {sizes} examples, {len(self.classes)} of {len(self.labels)} labels, task={self.task!r})"
 
-    def map(self, x: Callable[[Tensor], Tensor] | None = None, y: Callable[[Tensor], Tensor] | None = None, **changes: Any) -> Source:
+    def map(
+        self, x: Callable[[Tensor], Tensor] | None = None, y: Callable[[Tensor], Tensor] | None = None, **changes: Any
+    ) -> Source:
         """The same source with its examples seen through functions, and other fields changed."""
         if x is None and y is None:
             return replace(self, **changes)

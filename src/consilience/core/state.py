@@ -46,9 +46,7 @@ class State:
 
 def encode_state(state: State) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Flat tensors and JSON facts of a state; `decode_state` undoes it."""
-    items: dict[str, Item] = {
-        name: Private(getattr(state, name)) for name in ("params", "buffers", "base", "outer")
-    }
+    items: dict[str, Item] = {name: Private(getattr(state, name)) for name in ("params", "buffers", "base", "outer")}
     for m in state.bank.values():
         items |= {f"bank|{m.sender}|{m.source}|{k}": v for k, v in m.items.items()}
     for c, kept in state.memory.items():
@@ -82,4 +80,3 @@ def decode_state(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Sta
         size=facts["size"],
         learned=facts["learned"],
     )
-

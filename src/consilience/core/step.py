@@ -227,7 +227,7 @@ class Step:
         if a is None or len(objectives) == 1 or (isinstance(a, Linear) and not a.needs_gram):
             w = weights
             if isinstance(a, Linear) and len(objectives) > 1:
-                w = a.weigh(torch.zeros(0, 0), torch.tensor(weights), None).tolist()
+                w = a.weigh(torch.zeros(0, 0), torch.tensor(weights, dtype=torch.float64), None).tolist()
             total = objectives[0]
             if len(objectives) > 1:
                 total = total * w[0]

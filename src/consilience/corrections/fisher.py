@@ -14,7 +14,7 @@ from consilience.core.params import Params
 Pairs = list[tuple[Tensor, Tensor]]
 
 
-def fisher(learned: Learned, labels: str = "model", samples: int | None = None, chunk: int = 512) -> Params:
+def fisher(learned: Learned, labels: str = "model", samples: int | None = None, chunk: int = 2048) -> Params:
     """(1/N) sum over samples of (d log p(y|x) / d theta)^2, by entry.
 
     For values the model's distribution is a Gaussian of unit variance around its outputs. Models that are made of

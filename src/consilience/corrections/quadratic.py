@@ -31,7 +31,7 @@ class QuadraticForm(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(theta: Tensor, precision: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(theta: Tensor, precision: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
         grad = torch.mul(precision, theta).sub_(shift)
         return 0.5 * (torch.dot(theta, grad) - torch.dot(theta, shift)), grad
 
@@ -41,7 +41,7 @@ class QuadraticForm(torch.autograd.Function):
         ctx.save_for_backward(output[1])
 
     @staticmethod
-    def backward(ctx: Any, out: Tensor, _: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, out: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
         return ctx.saved_tensors[0].mul_(out), None, None
 
 
@@ -63,7 +63,7 @@ class Quadratic(Correction):
         non_negative(type(self).__name__, strength=self.strength)
 
     def penalty(self, step: StepView, me: Me) -> Tensor:
-        return self.strength * QuadraticForm.apply(step.theta, me.flat["precision"], me.flat["shift"])[0]  # type: ignore[no-any-return]
+        return self.strength * QuadraticForm.apply(step.theta, me.flat["precision"], me.flat["shift"])[0]  # type: ignore[no-untyped-call, no-any-return]
 
     def caution(self, me: Me, training: Training) -> str | None:
         if "precision" not in me.flat:

@@ -1,0 +1,1 @@
+"""Engines: who runs the steps of a learn. They never show to a method."""

@@ -11,9 +11,7 @@ from consilience.core.agent import Agent, Job
 Paused = tuple[Mapping[str, Tensor], Mapping[str, int]]
 
 
-def learn(
-    pairs: Iterable[tuple[Agent, tuple[str, ...]]], tick: Callable[[Job], None], paused: Paused | None = None
-) -> None:
+def learn(pairs: Iterable[tuple[Agent, tuple[str, ...]]], tick: Callable[[Job], None], paused: Paused | None = None) -> None:
     """Let each agent learn its sources; `tick` comes after every step; `paused` is a saved job of the first pair to go on with."""
     for agent, names in pairs:
         job = agent.prepare(names)

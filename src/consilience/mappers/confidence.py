@@ -28,7 +28,8 @@ class Average(Mapper):
     """weights = 1 / experts: the ensemble's mean of class probabilities."""
 
     def route(self, routing: Routing, memory: Memory) -> Tensor:
-        return torch.full((len(routing.x), len(routing.experts)), 1 / len(routing.experts), device=routing.x.device)
+        shape = (len(routing.x), len(routing.experts))
+        return torch.full(shape, 1 / len(routing.experts), dtype=torch.float64, device=routing.x.device)
 
 
 @dataclass(frozen=True)

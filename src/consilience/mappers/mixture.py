@@ -44,7 +44,9 @@ class Anchored(Mapper):
     def route(self, routing: Routing, memory: Memory) -> Tensor:
         missing = [k for k in routing.experts if k not in memory]
         if missing:
-            raise ConsilienceError(f"every expert should come with its anchor. Found none for {missing[0][1]!r} of {missing[0][0]!r}.")
+            raise ConsilienceError(
+                f"every expert should come with its anchor. Found none for {missing[0][1]!r} of {missing[0][0]!r}."
+            )
         features = routing.features().double().cpu()
         total = sum(float(memory[k].tensors["count"].sum()) for k in routing.experts)
         scores = torch.stack([self.scores(features, memory[k], total) for k in routing.experts], 1)
@@ -112,4 +114,3 @@ class GaussianMixture(Anchored):
         log = weight - 0.5 * (distance + variance.log().sum(1))
         prior = torch.log(item.tensors["count"].double().sum() / total) if self.prior == "size" else 0.0
         return log.max(1).values + prior
-

@@ -9,7 +9,9 @@ if TYPE_CHECKING:
 
 
 def skill(
-    mapper: Literal["gaussian_mixture", "nearest_mean"] = "gaussian_mixture", components: int = 25, prior: Literal["size", "uniform"] = "size"
+    mapper: Literal["gaussian_mixture", "nearest_mean"] = "gaussian_mixture",
+    components: int = 25,
+    prior: Literal["size", "uniform"] = "size",
 ) -> Method:
     """Heads on a frozen backbone are learned apart, shared in a bank, and an anchor of each task routes inputs to them.
 

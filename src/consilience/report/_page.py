@@ -39,15 +39,19 @@ def page(results: Sequence[Result], title: str | None = None) -> str:
     """The HTML text of a report."""
     columns(results)
     labels = names(results)
+    places = list(dict.fromkeys(place(r) for r in results))
     settings = list(dict.fromkeys(r.setting for r in results))
     title = title or (
         f"{clean(results[0].method)}, {clean(results[0].setting)}" if len(results) == 1 else "Comparison of methods"
     )
     few = len(results) <= 4
     body = []
-    for setting in settings:
-        own = [i for i, r in enumerate(results) if r.setting == setting]
-        body.append(group(setting, [results[i] for i in own], [labels[i] for i in own], own))
+    for at in places:
+        own = [i for i, r in enumerate(results) if place(r) == at]
+        setting, sources = at
+        alone = sum(other[0] == setting for other in places) == 1
+        heading = clean(setting) if alone else f"{clean(setting)}: {clean(sources[0])} to {clean(sources[-1])}"
+        body.append(group(heading, [results[i] for i in own], [labels[i] for i in own], own))
     body.append('<h2 id="results">Each result</h2>' if len(results) > 1 else '<h2 id="results">In detail</h2>')
     body += [detail(r, labels[i], i, few or not i, low_high(results, r.metric)) for i, r in enumerate(results)]
     body.append(
@@ -73,6 +77,11 @@ def page(results: Sequence[Result], title: str | None = None) -> str:
     )
 
 
+def place(r: Result) -> tuple[str, tuple[str, ...]]:
+    """What results must share to be compared: the setting and the sources."""
+    return r.setting, r.sources
+
+
 def counted(n: int, what: str) -> str:
     """A number of things.
 
@@ -90,16 +99,16 @@ def names(results: Sequence[Result]) -> list[str]:
     ['ewc', 'er', 'ewc (2)']
     """
     differ = [
-        n for n in FACTS if n != "setting" and len({(r.setting, fact(r, n)) for r in results}) > len({r.setting for r in results})
+        n for n in FACTS if n != "setting" and len({(place(r), fact(r, n)) for r in results}) > len({place(r) for r in results})
     ]
-    twice = {r.method for r in results if sum(o.method == r.method and o.setting == r.setting for o in results) > 1}
     out: list[str] = []
-    seen: dict[tuple[str, str], int] = {}
+    seen: dict[tuple[object, str], int] = {}
     for r in results:
-        extra = [fact(r, n) if n != "repeats" else counted(r.repeats, "repeat") for n in differ] if r.method in twice else []
+        twice = sum(o.method == r.method and place(o) == place(r) for o in results) > 1
+        extra = [fact(r, n) if n != "repeats" else counted(r.repeats, "repeat") for n in differ] if twice else []
         name = ", ".join([clean(r.method) or "(no name)", *extra])
-        seen[r.setting, name] = seen.get((r.setting, name), 0) + 1
-        out.append(name if seen[r.setting, name] == 1 else f"{name} ({seen[r.setting, name]})")
+        seen[place(r), name] = seen.get((place(r), name), 0) + 1
+        out.append(name if seen[place(r), name] == 1 else f"{name} ({seen[place(r), name]})")
     return out
 
 

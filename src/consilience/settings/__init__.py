@@ -173,7 +173,7 @@ def exmodel(
     from consilience.core.schedule import Hear, Learn, Stage, build
 
     if experts and not isinstance(experts[0], Given):
-        experts, sources = (), experts  # type: ignore[assignment]
+        experts, sources = (), experts
     sources, given, names = _experts(sources, experts)
 
     def plan(seed: int) -> Iterable[Phase]:
@@ -239,7 +239,9 @@ def _experts(sources: Sequence[Source], experts: Sequence[Expert]) -> tuple[list
     from consilience.core.errors import ConsilienceError
 
     if bool(sources) == bool(experts):
-        raise ConsilienceError("give either sources to train experts on, or experts. Found " + ("both." if sources else "neither."))
+        raise ConsilienceError(
+            "give either sources to train experts on, or experts. Found " + ("both." if sources else "neither.")
+        )
     if experts:
         given = {e.name: e for e in experts}
         if len(given) != len(experts):

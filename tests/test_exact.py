@@ -476,6 +476,17 @@ def test_lwf_restated(scenario, match):
     near(final(cs.settings.continual(TASKS, scenario), cs.methods.lwf(0.7, match=match)), entries(net), 1e-11)
 
 
+def test_lwf_of_values_keeps_the_outputs():
+    s = [source("a", 20, seed=1, kind="value"), source("b", 20, seed=2, kind="value")]
+    with pytest.raises(Refusal, match="logits"):
+        final(cs.settings.continual(s), cs.methods.lwf())
+    net = plain()
+    fit(net, s[0], lambda net, x, y, *_: F.mse_loss(net(x)[:, :2], y))
+    old = copy.deepcopy(net)
+    fit(net, s[1], lambda net, x, y, *_: F.mse_loss(net(x)[:, :2], y) + F.mse_loss(net(x)[:, :2], old(x)[:, :2].detach()))
+    near(final(cs.settings.continual(s), cs.methods.lwf(match="logits")), entries(net))
+
+
 def test_the_first_source_of_lwf_is_plain_training():
     plan = [Learn({"agent": ("a",)}), Hear(ME), Stage("a"), Learn({"agent": ("b",)}), Hear(ME), Stage("b")]
     seen = {}
@@ -772,7 +783,7 @@ def test_sums_forget_a_client_and_learn_a_sample_exactly():
     assert relative(solve(left["second"], left["first"], 0.01), ridge([A, E], 0.01)[0]) < 1e-10
     assert float(total.tensors["count"].sum()) == len(A.train) + len(B.train) + len(E.train)
 
-    w, psi, y = ridge([A, B, E], 0.5)
+    _, psi, y = ridge([A, B, E], 0.5)
     inverse, b = torch.eye(psi.shape[1]).double() / 0.5, torch.zeros(psi.shape[1], C).double()
     for row, c in zip(psi, y, strict=True):  # Sherman and Morrison
         u = inverse @ row

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import kit
 import pytest
 import torch
+from torch import nn
 
 import consilience as cs
 from consilience.core.agent import Agent
@@ -19,6 +20,7 @@ from consilience.core.message import Message, Module, Private, Samples, Statisti
 from consilience.core.result import Result
 from consilience.core.source import Source, Tensors
 from consilience.core.state import encode_state
+from consilience.corrections.distillation import LwF
 
 ALL = {**kit.CORRECTIONS, **kit.MAPPERS}
 
@@ -144,6 +146,50 @@ def test_two_mappers_are_refused(a: str, b: str) -> None:
 def test_twice_the_same_is_refused(name: str) -> None:
     with pytest.raises(cs.ConsilienceError, match="each correction once"):
         alone(name) + alone(name)
+
+
+def test_order_does_not_matter_where_all_data_is_gathered() -> None:
+    """With task labels what is gathered stands as parts: what others recall, and which part is new, is the same in any order."""
+    for other in ("EWC", "LwF"):
+        schedule = kit.SETTINGS["continual (task)"]()
+        one, two = (
+            kit.quiet(schedule, [alone(n) for n in pair], kit.plain()) for pair in (("Cumulative", other), (other, "Cumulative"))
+        )
+        plain = kit.quiet(schedule, alone("Cumulative"), kit.plain())
+        assert kit.params_differ(one.params, two.params) < 1e-5 < kit.params_differ(one.params, plain.params)
+
+
+def test_joint_training_of_tasks_with_labels_keeps_their_columns() -> None:
+    schedule = cs.settings.multitask(kit.sources(), "task")
+    joint, plain = (kit.quiet(schedule, m, kit.plain()) for m in (cs.methods.joint(), cs.methods.finetune()))
+    assert kit.params_differ(joint.params, plain.params) == 0
+
+
+def test_the_teacher_is_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parameters and batch-norm statistics of the start of the learn, at every step."""
+    answers: list[list[torch.Tensor]] = []
+    prepare, rows = Agent.prepare, LwF.rows
+    probe = kit.sources()[0].test.whole()[0]
+
+    def begin(agent: Agent, names: Any) -> Any:
+        out, _ = agent.model(agent.state.params, agent.state.buffers, probe, None, False)
+        answers.append([out.detach()])
+        return prepare(agent, names)
+
+    def look(self: LwF, step: Any, me: Me) -> Any:
+        answers[-1].append(step.before(probe, None))
+        return rows(self, step, me)
+
+    monkeypatch.setattr(Agent, "prepare", begin)
+    monkeypatch.setattr(LwF, "rows", look)
+
+    def module() -> nn.Module:
+        return nn.Sequential(nn.Linear(kit.INPUTS, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, kit.CLASSES))
+
+    kit.quiet(kit.SETTINGS["continual (class)"](), alone("LwF"), cs.models.wrap(module, outputs=kit.CLASSES))
+    assert len(answers[1]) > 4
+    for first, *later in answers[1:]:
+        assert all(torch.equal(first, a) for a in later)
 
 
 # what is private

@@ -90,3 +90,5 @@ def test_a_refusal_is_a_consilience_error_and_comes_before_work() -> None:
     with pytest.raises(cs.Refusal) as error:
         cs.run(kit.SETTINGS["federated"](), cs.methods.pcgrad(), model=kit.plain())
     assert isinstance(error.value, cs.ConsilienceError) and "use multitask" in str(error.value)
+    with pytest.raises(cs.Refusal, match="one linear head that all sources share"):
+        cs.run(kit.SETTINGS["skill"](), cs.methods.fed3r(), model=kit.heads())

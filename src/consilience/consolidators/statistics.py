@@ -23,7 +23,7 @@ def solve(a: Tensor, b: Tensor, strength: float, samples: float = 1.0, average: 
     With `average` the objective is the mean loss, whose closed form needs lambda x samples. With `normalise` each column
     (with its bias) is divided by its norm without the bias (zero counts as 1e-6), as Fed3R does.
 
-    >>> solve(torch.eye(2).double(), torch.ones(2, 1).double(), 1.0).flatten().tolist()
+    >>> solve(torch.eye(2).double(), torch.ones(2, 1).double(), 1.0).flatten().round(decimals=6).tolist()
     [0.5, 0.5]
     """
     ridge = strength * (samples if average else 1.0)
@@ -57,7 +57,14 @@ class ClosedForm(Consolidator):
     def refuse(self, facts: Facts) -> str | None:
         if not facts.hears:
             return "statistics are solved when they are heard, and nobody hears here"
-        return None if facts.learns else "it needs sums over data, and here only trained models are given"
+        if not facts.learns:
+            return "it needs sums over data, and here only trained models are given"
+        if facts.model is not None:
+            try:
+                facts.model.head(facts.model.init(torch.Generator().manual_seed(0))[0], None)
+            except ConsilienceError:
+                return "it solves one linear head that all sources share, and this model has none; use models.mlp or models.linear"
+        return None
 
     def absorb(self, model: Model, state: State, fresh: Sequence[Message], by_size: bool, generator: torch.Generator) -> State:
         total = add_up(m.items["Moments"] for m in state.bank.values() if "Moments" in m.items)

@@ -160,7 +160,7 @@ class Agent:
         mes: list[tuple[Correction, Me]] = []
         given = sources
         for c in self.method.active:
-            me = Me(known=c.recall(self.memory(c), sources))
+            me = Me(known=c.recall(self.memory(c), given))
             sources = c.gather(sources, me.known) if overrides(c, "gather") else sources
             mes.append((c, me))
         for c, me in mes:
@@ -208,7 +208,7 @@ class Agent:
                 task = s.task if self.aware else None
                 on_device = replace(s, train=s.train.to(self.device, job.layout.dtype))
                 learned = Learned(
-                    self.model, params, buffers, start, on_device, task, job.layout, generator, 1 / len(job.sources)
+                    self.model, params, buffers, start, on_device, task, job.layout, generator, 1 / len(job.sources), sum(state.visits.values())
                 )
                 item = self.ledger.work(
                     self.name,

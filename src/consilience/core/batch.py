@@ -20,3 +20,5 @@ class Batch:
     extra: Mapping[str, Tensor] = field(default_factory=dict)
     source: str = ""
     """Which source it comes from."""
+    weight: float | None = None
+    """Of its own loss among the objectives; None: 1 / (number of such parts). 0: it is forwarded, and only `rows` use it."""

@@ -83,6 +83,8 @@ class Learned:
     layout: Layout
     generator: torch.Generator
     share: float = 1.0
+    order: int = 0
+    """How many learns this agent did before."""
 
     @property
     def trainable(self) -> Params:

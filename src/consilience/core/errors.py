@@ -22,7 +22,7 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> ConsilienceError:
     """The error for a name that is not in a catalogue, with the nearest names.
 
     >>> print(unknown("method", "ewcc", ["ewc", "er"]))
-    `method` should be one of the catalogue's. Found 'ewcc'; nearest: ewc, er.
+    `method` should be one of the catalogue's. Found 'ewcc'; nearest: ewc.
     """
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.5) or names

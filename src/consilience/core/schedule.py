@@ -105,6 +105,8 @@ class Facts:
     learned_at: Mapping[str, tuple[int, ...]]
     """The stages in which something newly learned of each source reaches the evaluated agent."""
     stages: int
+    kind: str = "class"
+    """Of the targets: "class" or "value"."""
     model: Any = None
 
 
@@ -163,7 +165,7 @@ def walk(schedule: Schedule, seed: int) -> Facts:
     return Facts(
         setting=schedule.setting, labelled=schedule.labelled, parts=parts, learns=learns, hears=hears, hears_others=others,
         recalls_shared=shared, recalls_own=private, repeats=repeats, common_base=common,
-        learned_at={k: tuple(v) for k, v in learned.items()}, stages=stage - 1,
+        learned_at={k: tuple(v) for k, v in learned.items()}, stages=stage - 1, kind=schedule.frame.kind,
     )  # fmt: skip
 
 

@@ -170,7 +170,9 @@ class Step:
 
         see = StepView(carry.theta, self.start, self.layout, parts, raw, outs, self.before, clock, self.span, answer)
 
-        objectives, weights = self._losses(see, kind), [1 / len(parts)] * len(parts)
+        share = 1 / max(1, sum(p.weight is None for p in parts))
+        kept = [(o, share if p.weight is None else p.weight) for o, p in zip(self._losses(see, kind), parts, strict=True)]
+        objectives, weights = [o for o, w in kept if w], [w for _, w in kept if w]
         constraints: list[Tensor] = []
         for c, me in self.by_verb["rows"]:
             for row in c.rows(see, me):
@@ -228,11 +230,9 @@ class Step:
             w = weights
             if isinstance(a, Linear) and len(objectives) > 1:
                 w = a.weigh(torch.zeros(0, 0), torch.tensor(weights, dtype=torch.float64), None).tolist()
-            total = objectives[0]
-            if len(objectives) > 1:
-                total = total * w[0]
-                for o, c in zip(objectives[1:], w[1:], strict=True):
-                    total = total + o * c
+            total = objectives[0] if w[0] == 1 else objectives[0] * w[0]
+            for o, c in zip(objectives[1:], w[1:], strict=True):
+                total = total + o * c
             grad, absent = self.gradient(total, keep=bool(constraints))
             grad = grad if factor is None else grad * factor
         else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,9 @@ from consilience.core.errors import ConsilienceError
 from consilience.core.message import Statistics
 from consilience.core.source import Source
 from consilience.corrections.quadratic import non_negative
+
+if TYPE_CHECKING:
+    from consilience.core.schedule import Facts
 
 
 def soft_targets(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -49,6 +52,11 @@ class LwF(Correction):
             raise ConsilienceError(f"`temperature` should be positive and finite. Found `temperature = {self.temperature}`.")
         if self.match not in ("probabilities", "logits"):
             raise ConsilienceError(f"`match` should be probabilities or logits. Found `match = {self.match!r}`.")
+
+    def refuse(self, facts: Facts) -> str | None:
+        if facts.kind == "value" and self.match == "probabilities":
+            return 'values have no class probabilities to keep; use `match="logits"`'
+        return None
 
     def recall(self, memory: Memory, sources: tuple[Source, ...]) -> list[tuple[str | None, list[int]]] | None:
         """(task, classes) of what was seen: one group for each task where the model is told tasks, else one for all."""

@@ -88,9 +88,9 @@ class ER(Correction):
 
 @dataclass(frozen=True)
 class Cumulative(Correction):
-    """Joint training: every learn is on all sources seen so far by this agent, as one pool (one part a task with task labels).
+    """Joint training: every learn is on all sources seen so far by this agent, as one pool.
 
-    Keeps all data; the upper bound that other methods are measured against.
+    With task labels, and where one learn has several sources, each is a part of the step, the new ones first. Keeps all data; the upper bound that other methods are measured against.
     """
 
     travels: ClassVar[bool] = False
@@ -115,9 +115,9 @@ class Cumulative(Correction):
             )
             for name, item in known.items()
         ]
+        if not past or any(i.meta["apart"] for i in known.values()):
+            return (*sources, *past)
         everything = (*past, *sources)
-        if not everything or any(i.meta["apart"] for i in known.values()):
-            return everything
         return (Source.union("+".join(s.name for s in everything), everything),)
 
     def summarise(self, learned: Learned, me: Me) -> Private:

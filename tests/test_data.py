@@ -81,7 +81,7 @@ def test_tables(name):
         assert x.shape[1:] == (64,)
         assert x.min() >= 0
         assert x.max() == 1
-        assert source.outputs == 10
+        assert len(source.labels) == 10
         assert torch.equal(data.digits(image=True).train.whole()[0].flatten(1), x)
     else:
         assert torch.allclose(x.mean(0), torch.zeros(x.shape[1]), atol=1e-5)
@@ -119,12 +119,12 @@ def test_arrays_types():
     data.arrays(frozen, y)
     found, declared = data.arrays(images, y * 3), data.arrays(images, y, classes=["a", "b", "c"])
     assert found.classes == (0, 3)
-    assert found.outputs == 4
+    assert len(found.labels) == 4
     assert declared.classes == (0, 1, 2)
     values = data.arrays(images, np.linspace(0, 1, 10), kind="value")
     assert values.train.targets().shape[1:] == (1,)
     assert values.labels == (("data", "value"),)
-    assert data.arrays(images, np.zeros((10, 2)), kind="value").outputs == 2
+    assert len(data.arrays(images, np.zeros((10, 2)), kind="value").labels) == 2
 
 
 X, Y = np.zeros((10, 3), dtype=np.float32), np.arange(10) % 2
@@ -402,7 +402,7 @@ def test_npz_mnist():
     assert [len(getattr(source, p)) for p in PARTS] == [450, 50, 10000]
     assert source.train.whole()[0].shape[1:] == (1, 28, 28)
     assert source.train.whole()[0].max() == 1
-    assert source.outputs == 10
+    assert len(source.labels) == 10
     assert source.labels[3] == ("mnist", "3")
 
 
@@ -419,7 +419,7 @@ def test_npz_omniglot():
     need("omniglot_small.npz")
     source = data.npz("omniglot_small", images="images28")
     assert source.train.whole()[0].shape[1:] == (1, 28, 28)
-    assert source.outputs == 242
+    assert len(source.labels) == 242
     assert data.split_classes(source, 8)[0].name.startswith("omniglot_small/Balinese/character01-to-")
 
 

@@ -16,7 +16,8 @@ import consilience as cs
 from consilience.aggregators._mean import Mean
 from consilience.consolidators.statistics import solve
 from consilience.core.aggregator import Cone
-from consilience.core.correction import Correction, Learned, Routing, Row
+from consilience.core.batch import Batch
+from consilience.core.correction import Correction, Learned, Routing, Row, StepView
 from consilience.core.errors import Refusal
 from consilience.core.message import Message, Module, Private, Statistics
 from consilience.core.method import Method
@@ -178,7 +179,10 @@ def test_finetuning_is_the_plain_loop(optimiser):
     }[optimiser]
     fit(net, A, optimiser=made())
     fit(net, B, optimiser=made())
-    near(final(cs.settings.continual([A, B], "domain"), cs.methods.finetune(), optimiser=optimiser, weight_decay=0.01), entries(net))
+    near(
+        final(cs.settings.continual([A, B], "domain"), cs.methods.finetune(), optimiser=optimiser, weight_decay=0.01),
+        entries(net),
+    )
 
 
 def test_task_labels_mask_the_other_classes():
@@ -402,7 +406,10 @@ def test_a_revisited_sources_own_summary_is_left_out():
     "method", [cs.methods.ewc(0.0), cs.methods.si(0.0), cs.methods.lwf(0.0), cs.methods.er(0), cs.methods.fedprox(0.0)]
 )
 def test_strength_zero_is_plain_training_bit_for_bit(method):
-    for schedule in (cs.settings.continual([A, B, E], "domain"), cs.settings.federated_continual([[A, B], [E]], 2, scenario="domain")):
+    for schedule in (
+        cs.settings.continual([A, B, E], "domain"),
+        cs.settings.federated_continual([[A, B], [E]], 2, scenario="domain"),
+    ):
         assert same(final(schedule, method), final(schedule, cs.methods.finetune()))
 
 
@@ -543,7 +550,15 @@ def federate(s, rounds, mu=0.0, momentum=0.9, outer=None, epochs=EPOCHS, batch=B
         for one in s:
             net = plain(params=server)
             pull = lambda net, start=server: sum(mu / 2 * ((p - start[n]) ** 2).sum() for n, p in net.named_parameters())  # noqa: E731
-            fit(net, one, lambda net, x, y, *_: F.cross_entropy(net(x), y) + pull(net), r, sgd(net, momentum=momentum), epochs=epochs, batch=batch)  # noqa: B023
+            fit(
+                net,
+                one,
+                lambda net, x, y, *_, pull=pull: F.cross_entropy(net(x), y) + pull(net),
+                r,
+                sgd(net, momentum=momentum),
+                epochs=epochs,
+                batch=batch,
+            )
             ends.append((len(one.train), entries(net)))
         total = sum(n for n, _ in ends)
         mean = {k: sum(n / total * e[k] for n, e in ends) for k in server}
@@ -636,7 +651,10 @@ def test_the_buffer_is_a_reservoir():
     from scipy.stats import chi2
 
     sizes, er, runs = {"a": 45, "b": 20, "c": 35}, ER(20), 1200
-    s = {n: Source(n, t := Tensors(torch.arange(k)[:, None], torch.zeros(k, dtype=torch.long)), t, t, (("s", "0"),), (0,)) for n, k in sizes.items()}
+    s = {
+        n: Source(n, t := Tensors(torch.arange(k)[:, None], torch.zeros(k, dtype=torch.long)), t, t, (("s", "0"),), (0,))
+        for n, k in sizes.items()
+    }
     counts = {n: torch.zeros(k) for n, k in sizes.items()}
     for run in range(runs):
         memory, seen = {}, 0
@@ -829,7 +847,10 @@ def test_nearest_mean_is_brute_force():
         best.append(int(np.argmin(distances)))
     weights = NearestMean().route(Routing(x, lambda: psi, lambda: [], KEYS), items)
     assert weights.argmax(1).tolist() == best
-    halves = [Source("h", Tensors(A.train.x[i], A.train.y[i]), A.train, A.train, A.labels, A.classes) for i in (slice(0, 11), slice(11, 30))]
+    halves = [
+        Source("h", Tensors(A.train.x[i], A.train.y[i]), A.train, A.train, A.labels, A.classes)
+        for i in (slice(0, 11), slice(11, 30))
+    ]
     one, two = (NearestMean().summarise(learned(model, params, h, buffers), None) for h in halves)
     near(dict((one + two).tensors), dict(items[KEYS[0]].tensors))
 
@@ -1025,7 +1046,9 @@ def test_heads_keep_their_own_weighted_gradient_under_pcgrad():
             g = torch.autograd.grad(loss, leaves[n], retain_graph=True)[0]
             near({n: cut[n]}, {n: start[n] - LR * g / 2})
     for got, row in ((cut, surgery(rows)), (mean, sum(rows) / 2)):
-        near({"t": torch.cat([got[n].flatten() for n in names])}, {"t": torch.cat([start[n].flatten() for n in names]) - LR * row})
+        near(
+            {"t": torch.cat([got[n].flatten() for n in names])}, {"t": torch.cat([start[n].flatten() for n in names]) - LR * row}
+        )
 
 
 # metrics
@@ -1066,7 +1089,9 @@ def toy(**verbs):
 
 def ran(correction, sources=(A, B), **more):
     method = Method("toy", (correction,), **more.pop("method", {}))
-    return cs.run(cs.settings.continual(list(sources), more.pop("scenario", "domain")), method, more.pop("model", mlp()), training(**more))
+    return cs.run(
+        cs.settings.continual(list(sources), more.pop("scenario", "domain")), method, more.pop("model", mlp()), training(**more)
+    )
 
 
 @pytest.mark.parametrize("optimiser", ["sgd", "adamw"])
@@ -1219,7 +1244,9 @@ def test_heard_sees_every_absorption():
         gap = torch.stack([(new[n] - old[n]).abs().sum() for n in old]).sum()
         return {**memory, str(version): Private({"gap": gap, "new": new["3.bias"]})}
 
-    agent = cs.run(cs.settings.federated(clients(), 3, scenario="domain"), Method("toy", (toy(heard=heard),)), mlp(), training()).agent
+    agent = cs.run(
+        cs.settings.federated(clients(), 3, scenario="domain"), Method("toy", (toy(heard=heard),)), mlp(), training()
+    ).agent
     history = agent.state.memory["Toy"]
     assert len(history) == 3
     assert all(float(h.tensors["gap"]) > 0 for h in history.values())
@@ -1326,3 +1353,119 @@ def test_the_teacher_has_the_buffers_of_the_start():
     agent = cs.run(cs.settings.continual([A, B], "domain"), cs.methods.lwf(), model, training()).agent
     near(agent.state.params, entries(net), 1e-11)
     near(agent.state.buffers, dict(net.named_buffers()), 1e-11)
+
+
+# GEM, A-GEM, DER, ER-ACE, MAS, L2-SP, online EWC
+
+
+def test_the_dual_program_is_exact():
+    from scipy.optimize import nnls
+
+    from consilience.aggregators._cone import AGEM, GEM
+
+    for seed in range(50):
+        g = torch.Generator().manual_seed(seed)
+        k, n = int(torch.randint(1, 7, (1,), generator=g)), int(torch.randint(1, 9, (1,), generator=g))
+        rows, v = torch.randn(k, n, generator=g).double(), torch.randn(n, generator=g).double()
+        dual, _ = nnls(rows.T.numpy(), -v.numpy())
+        moved = GEM(0.0).project(v, rows)
+        assert torch.allclose(moved, v + rows.T @ torch.from_numpy(dual), atol=1e-9)
+        assert float((rows @ moved).min()) > -1e-9
+        one = rows[:1]
+        assert torch.allclose(GEM(0.0).project(v, one), AGEM().project(v, one), atol=1e-10)
+        kept = rows * torch.sign(rows @ v)[:, None]
+        for cone in (GEM(0.0), GEM(0.5), AGEM()):
+            assert torch.equal(cone.project(v, kept), v), "no violated constraint leaves the gradient untouched"
+
+
+def test_gem_with_one_past_task_is_agem():
+    from consilience.aggregators._cone import AGEM, GEM
+    from consilience.corrections.projection import EpisodicConstraints
+
+    schedule = cs.settings.continual([A, B], "domain")
+    ends = [final(schedule, Method("gem", (EpisodicConstraints(20, 8),), step_aggregator=cone)) for cone in (GEM(0.0), AGEM())]
+    near(ends[0], ends[1], 1e-9)
+    assert not same(ends[0], final(schedule, cs.methods.finetune()))
+
+
+def test_der_restated():
+    """One step on the second source: CE + alpha MSE(z) + beta CE, on the batches that were drawn."""
+    from consilience.core.agent import Job
+
+    drawn = []
+    original = Job.run
+
+    def watch(self, ledger):
+        step = self.step
+        call = type(step).__call__
+
+        class Watched(type(step)):
+            def __call__(self, parts, clock, generator):
+                drawn.append((parts, {n: v.clone() for n, v in self.layout.split(self.carry.theta).items()}, None))
+                call(self, parts, clock, generator)
+                drawn[-1] = (*drawn[-1][:2], {n: v.clone() for n, v in self.layout.split(self.carry.theta).items()})
+
+        step.__class__ = Watched
+        return original(self, ledger)
+
+    Job.run = watch
+    try:
+        cs.run(cs.settings.continual([A, B], "domain"), cs.methods.derpp(30, 8, 0.3, 0.7), mlp(), training(momentum=0.0))
+    finally:
+        Job.run = original
+    parts, before, after = drawn[-1]
+    assert [p.weight for p in parts] == [None, 0.0, 0.7]
+    net = plain(params=before)
+    x, z = parts[1].x, parts[1].extra["logits"]
+    loss = (
+        F.cross_entropy(net(parts[0].x), parts[0].y)
+        + 0.3 * ((net(x) - z) ** 2).mean()
+        + 0.7 * F.cross_entropy(net(parts[2].x), parts[2].y)
+    )
+    loss.backward()
+    for n, p in net.named_parameters():
+        assert torch.allclose(after[n], before[n] - LR * p.grad, atol=1e-10)
+
+
+def test_er_ace_restated():
+    correction = cs.methods.er_ace(30, 8).corrections[0]
+    out, y = torch.randn(6, 5).double(), torch.tensor([0, 1, 0, 1, 1, 0])
+    memory = torch.randn(4, 5).double(), torch.tensor([2, 3, 4, 2])
+    parts = [Batch(out, y), Batch(*memory, owner="ERACE")]
+    see = StepView(out, out, None, parts, [], [out, memory[0]], None, (0, 0), (1, 1), None)
+    bent = correction.losses({0: F.cross_entropy(out, y, reduction="none"), 1: torch.ones(4)}, see, None)
+    assert torch.allclose(bent[0], F.cross_entropy(out[:, :2], y, reduction="none"))
+    assert torch.equal(bent[1], torch.ones(4))
+
+
+def test_mas_l2sp_and_online_ewc_restated():
+    from consilience.core.message import Statistics
+    from consilience.corrections.quadratic import L2SP, MAS, OnlineEWC
+
+    model = mlp()
+    params, buffers = model.init(key(0, "init"))
+    params = {n: p.double() for n, p in params.items()}
+    l = learned(model, params, A, buffers)  # noqa: E741
+    omega = {n: torch.zeros_like(p) for n, p in params.items()}
+    net = plain(params=params)
+    x, _ = A.train.whole()
+    for xi in x.double():
+        for (n, _), g in zip(
+            net.named_parameters(), torch.autograd.grad((net(xi[None]) ** 2).sum(), list(net.parameters())), strict=True
+        ):
+            omega[n] += g.abs() / len(x)
+    got = MAS().summarise(l, None)
+    near(got.group("precision"), {n: 2 * o for n, o in omega.items()}, 1e-10)
+    near(got.group("shift"), {n: 2 * o * params[n] for n, o in omega.items()}, 1e-10)
+    assert all(bool((p == 1).all()) for p in L2SP().summarise(l, None).group("precision").values())
+
+    items = {}
+    for i in range(3):
+        tensors = {"precision/w": torch.rand(4).double(), "centre/w": torch.rand(4).double()}
+        items[("agent", f"s{i}")] = Statistics(tensors, {"order": i})
+    known = OnlineEWC(gamma=0.5).recall(items, ())
+    f = [items[("agent", f"s{i}")].tensors["precision/w"] for i in range(3)]
+    decayed = 0.5 * (0.5 * f[0] + f[1]) + f[2]  # F <- gamma F + F_k
+    assert torch.allclose(known.tensors["precision/w"], decayed)
+    assert torch.allclose(known.tensors["shift/w"], decayed * items[("agent", "s2")].tensors["centre/w"])
+    assert OnlineEWC().recall({}, ()) is None

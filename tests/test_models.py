@@ -131,13 +131,13 @@ def test_init_is_seeded_and_leaves_the_global_state(case):
 def test_check(case):
     model, _, _, x, _ = case
     labels = tuple(("s", str(i)) for i in range(3))
-    model.check(Frame(labels), x[:1])
-    model.check(Frame(labels), x[:2])
+    model.check(Frame(labels), x[:1], True)
+    model.check(Frame(labels), x[:2], True)
     with pytest.raises(ConsilienceError, match="output"):
-        model.check(Frame(labels * 5), x[:1])
+        model.check(Frame(labels * 5), x[:1], True)
     if len(x.shape) == 2:
         with pytest.raises(ConsilienceError, match="fit the model's input"):
-            model.check(Frame(labels), x[:1, :5])
+            model.check(Frame(labels), x[:1, :5], True)
 
 
 def test_features_and_head(case):

@@ -63,6 +63,11 @@ def plain(outputs: int = CLASSES) -> Model:
     return cs.models.mlp(INPUTS, (16,), outputs)
 
 
+def method_of(name: str, correction: Correction) -> cs.Method:
+    """A method of one correction; one that makes constraints gets the cone that it needs."""
+    return cs.Method(name, (correction,), step_aggregator=cs.aggregators.gem(0.0) if correction.constrains else None)
+
+
 def frozen_trunk() -> Model:
     """A trainable perceptron on frozen features, which are what anchors see: every class shares its hidden layer."""
 
@@ -105,6 +110,13 @@ SETTINGS: dict[str, Callable[[], Schedule]] = {
 # ---------------------------------------------------------------------------------------------------- discovery
 
 
+BASES = {
+    "Quadratic": "its subclasses say what the precision is",
+    "Anchored": "its subclasses say what an anchor is",
+}
+"""Classes that only others extend, and what they lack; all verbs being optional, Python does not call them abstract."""
+
+
 def modules(room: str) -> Iterator[Any]:
     """All modules of a room."""
     package = importlib.import_module(f"consilience.{room}")
@@ -114,15 +126,14 @@ def modules(room: str) -> Iterator[Any]:
 
 
 def concrete(room: str, kind: type) -> dict[str, type]:
-    """The concrete public classes of a kind that a room defines. A class that others extend is one only where it is a step of its own."""
+    """The concrete public classes of a kind that a room defines."""
     found: dict[str, type] = {}
     for m in modules(room):
         for name, c in vars(m).items():
             own = inspect.isclass(c) and c.__module__ == m.__name__ and issubclass(c, kind) and not name.startswith("_")
-            if own and not inspect.isabstract(c):
+            if own and not inspect.isabstract(c) and name not in BASES:
                 found[name] = c
-    bases = {b for c in found.values() for b in c.__mro__[1:]}
-    return {n: c for n, c in sorted(found.items()) if c not in bases}
+    return dict(sorted(found.items()))
 
 
 AGGREGATORS = concrete("aggregators", Aggregator)

@@ -46,10 +46,17 @@ KEEP_NOTHING = {
 }
 """Corrections that keep no items, and why."""
 
+SATISFIED = {
+    frozenset(
+        ("AverageConstraint", "ERACE")
+    ): "replay lowers the loss that the constraint watches, so that it is never violated here"
+}
+"""Pairs of which one adds nothing on this problem, and why."""
+
 
 def alone(name: str, **arguments: Any) -> cs.Method:
     thing = kit.make(name, **arguments)
-    return cs.Method(name, mapper=thing) if isinstance(thing, Mapper) else cs.Method(name, (thing,))
+    return cs.Method(name, mapper=thing) if isinstance(thing, Mapper) else kit.method_of(name, thing)
 
 
 @cache
@@ -125,6 +132,8 @@ def test_pairs_compose(a: str, b: str, monkeypatch: pytest.MonkeyPatch) -> None:
     both = kit.quiet(kit.SETTINGS["continual (class)"](), [alone(a), alone(b)], kit.frozen_trunk())
     for one, other in ((a, b), (b, a)):
         away = kit.params_differ(both.params, learned(one).params)
+        if frozenset((a, b)) in SATISFIED and other == "AverageConstraint":
+            continue
         assert away == 0 if other in ONLY_SUMMARISE else away > 1e-6, f"{other} on top of {one}: {away}"
         assert bool(kept[0][one]) != (one in KEEP_NOTHING), f"after the first source {one} keeps {kept[0][one]}"
     assert torch.isfinite(torch.tensor(both.matrices)).all()
@@ -148,8 +157,11 @@ def test_twice_the_same_is_refused(name: str) -> None:
         alone(name) + alone(name)
 
 
-def test_order_does_not_matter_where_all_data_is_gathered() -> None:
+def test_order_does_not_matter_where_all_data_is_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
     """With task labels what is gathered stands as parts: what others recall, and which part is new, is the same in any order."""
+    new: list[str] = []
+    rows = LwF.rows
+    monkeypatch.setattr(LwF, "rows", lambda self, step, me: new.append(step.parts[0].source) or rows(self, step, me))
     for other in ("EWC", "LwF"):
         schedule = kit.SETTINGS["continual (task)"]()
         one, two = (
@@ -157,6 +169,7 @@ def test_order_does_not_matter_where_all_data_is_gathered() -> None:
         )
         plain = kit.quiet(schedule, alone("Cumulative"), kit.plain())
         assert kit.params_differ(one.params, two.params) < 1e-5 < kit.params_differ(one.params, plain.params)
+    assert set(new) == {"tiny/1", "tiny/2"}, "LwF distils on the new source's inputs"
 
 
 def test_joint_training_of_tasks_with_labels_keeps_their_columns() -> None:

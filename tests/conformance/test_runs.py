@@ -52,7 +52,7 @@ def method_with(name: str) -> tuple[cs.Method, Any]:
     thing = kit.make(name)
     if isinstance(thing, Mapper):
         return cs.Method(name, mapper=thing), kit.frozen_trunk()
-    return cs.Method(name, (thing,)), kit.plain()
+    return kit.method_of(name, thing), kit.plain()
 
 
 @pytest.mark.parametrize("name", [*kit.CORRECTIONS, *kit.MAPPERS])

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from consilience.aggregators._arithmetic import Arithmetic
+    from consilience.aggregators._cone import AGEM, GEM
     from consilience.aggregators._dare import Dare
     from consilience.aggregators._mean import Mean
     from consilience.aggregators._mgda import MGDA
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from consilience.aggregators._ties import Ties
     from consilience.aggregators._torchjd import TorchJD
 
-__all__ = ["arithmetic", "dare", "mean", "median", "mgda", "pcgrad", "ties", "torchjd", "trimmed_mean"]
+__all__ = ["agem", "arithmetic", "dare", "gem", "mean", "median", "mgda", "pcgrad", "ties", "torchjd", "trimmed_mean"]
 
 
 def mean() -> Mean:
@@ -26,6 +27,20 @@ def mean() -> Mean:
     from consilience.aggregators._mean import Mean
 
     return Mean()
+
+
+def gem(margin: float = 0.5) -> GEM:
+    """GEM's cone: the nearest direction to the mean that no constraint row opposes."""
+    from consilience.aggregators._cone import GEM
+
+    return GEM(margin)
+
+
+def agem() -> AGEM:
+    """A-GEM's half-space: the nearest direction to the mean that the mean constraint row does not oppose."""
+    from consilience.aggregators._cone import AGEM
+
+    return AGEM()
 
 
 def arithmetic(coefficient: float = 1.0) -> Arithmetic:

@@ -63,7 +63,9 @@ class ClosedForm(Consolidator):
             try:
                 facts.model.head(facts.model.init(torch.Generator().manual_seed(0))[0], None)
             except ConsilienceError:
-                return "it solves one linear head that all sources share, and this model has none; use models.mlp or models.linear"
+                return (
+                    "it solves one linear head that all sources share, and this model has none; use models.mlp or models.linear"
+                )
         return None
 
     def absorb(self, model: Model, state: State, fresh: Sequence[Message], by_size: bool, generator: torch.Generator) -> State:

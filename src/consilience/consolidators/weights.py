@@ -92,7 +92,7 @@ class WeightSpace(Consolidator):
         if not any(m.learned for m, _ in heard):
             params, outer = {**state.params, **merged}, dict(state.outer)
         else:
-            params, outer = self._step({**state.params, **merged}, state, merged)
+            params, outer = self._step(model, {**state.params, **merged}, state, merged)
         buffers = dict(state.buffers)
         groups_of = [(w.group("buffers"), size) for (_, w), size in zip(heard, sizes, strict=True)]
         for n in sorted({n for b, _ in groups_of for n in b}):
@@ -131,17 +131,14 @@ class WeightSpace(Consolidator):
             return layout.split(affine(whole[order], a.coefficients(deltas, w, generator), origin))
         return layout.split(origin + a.combine(deltas, w, generator))
 
-    def _step(self, target: Params, state: State, merged: Params) -> tuple[Params, dict[str, Tensor]]:
+    def _step(self, model: Model, target: Params, state: State, merged: Params) -> tuple[Params, dict[str, Tensor]]:
         outer = self.outer or SGD()
         if outer.is_identity(self.lr):
             return target, {}
-        names = sorted(n for n in merged if merged[n].is_floating_point())
-        now = {n: state.base.get(n, merged[n]) for n in names}
-        layout = Layout.of(now)
-        theta, aggregate = layout.flatten(now), layout.flatten(merged)
+        common = {n: p for n, p in merged.items() if n in state.base and model.task_of(n) is None and p.is_floating_point()}
+        layout = Layout.of(common)
+        theta, aggregate = layout.flatten(state.base), layout.flatten(common)
         held = dict(state.outer) or outer.init(theta)
-        if any(v.dim() and v.shape != theta.shape for v in held.values()):
-            raise ConsilienceError("an outer optimiser with state needs entries that stay the same. Found that some were added.")
         delta, held = outer.update(theta - aggregate, held, theta, self.lr)
         return {**target, **layout.split(theta + delta)}, held
 

@@ -59,18 +59,24 @@ class Job:
     def plan(self, epoch: int) -> list[list[Tensor]]:
         """The index batches of an epoch, for each part; shorter parts begin again with a new order."""
         sampler = self.training.sampler or Shuffle()
-        plans, most = [], self.step.span[1]
-        for (source, examples, _), visit in zip(self.parts, self.visits, strict=True):
-            plan: list[Tensor] = []
-            turn = 0
+
+        def once(part: int, turn: int) -> list[Tensor]:
+            source, examples, _ = self.parts[part]
+            generator = key(self.seed, source.name, self.visits[part], epoch, turn, "shuffle")
+            plan = sampler.plan(examples.targets(), self.training.batch_size, epoch, generator)
+            if not plan:
+                raise ConsilienceError(f"a sampler should plan at least one batch. Found none of {type(sampler).__name__}.")
+            return plan
+
+        plans = [once(part, 0) for part in range(len(self.parts))]
+        most = max(map(len, plans))
+        for part, plan in enumerate(plans):
+            turn = 1
             while len(plan) < most:
-                generator = key(self.seed, source.name, visit, epoch, turn, "shuffle")
-                more = sampler.plan(examples.targets(), self.training.batch_size, epoch, generator)
-                if not more:
-                    raise ConsilienceError(f"a sampler should plan at least one batch. Found none of {type(sampler).__name__}.")
-                plan += more
+                plan += once(part, turn)
                 turn += 1
-            plans.append(plan[:most])
+            del plan[most:]
+        self.step.span = (self.training.epochs, most)
         return plans
 
     def run(self, ledger: Ledger) -> Iterator[None]:
@@ -88,7 +94,8 @@ class Job:
                 ]
                 clock = (self.epoch, self.index)
                 for c, me in drawn:
-                    parts += c.sample(me, self.sources, key(self.seed, first, visit, *clock, c.name))
+                    more = c.sample(me, self.sources, key(self.seed, first, visit, *clock, c.name))
+                    parts += [replace(b, owner=c.name) for b in more]
                 generator = key(self.seed, first, visit, *clock, "aggregate") if self.step.aggregator else None
                 shapes = (*self.kind, *[(tuple(p.x.shape), p.task) for p in parts])
                 with self._drawing(first, visit, clock) if draws else nullcontext():
@@ -132,11 +139,11 @@ class Agent:
 
     def __init__(
         self, name: str, model: Model, method: Method, schedule: Schedule, training: Training, seed: int, state: State,
-        ledger: Ledger,
+        ledger: Ledger, revisited: frozenset[str] = frozenset(),
     ) -> None:  # fmt: skip
         self.name, self.model, self.method, self.schedule = name, model, method, schedule
         self.training, self.seed, self.state = training, seed, state
-        self.consolidator, self.ledger = method.how_to_absorb(), ledger
+        self.consolidator, self.ledger, self.revisited = method.how_to_absorb(), ledger, revisited
         self.device = torch.device(training.device)
         self.frame = schedule.frame
         self.aware = schedule.labelled or method.mapper is not None
@@ -159,6 +166,7 @@ class Agent:
             params, buffers = model.grow(params, buffers, s, key(self.seed, s.name, "grow"))
         mes: list[tuple[Correction, Me]] = []
         given = sources
+        sources = given if self.aware else tuple(replace(s, task=None) for s in given)
         for c in self.method.active:
             me = Me(known=c.recall(self.memory(c), given))
             sources = c.gather(sources, me.known) if overrides(c, "gather") else sources
@@ -181,6 +189,10 @@ class Agent:
         span = (t.epochs, max(-(-len(e) // t.batch_size) for _, e, _ in parts))
         start = theta.clone()
         step = Step(model, self.frame, t, self.method.step_aggregator, mes, layout, fixed, carry, start, span)
+        for c, me in mes:
+            traced = state.memory.get(f"{c.name}.trace", {}).get("+".join(s.name for s in given))
+            if traced is not None and all(t.shape == traced.tensors[k].shape for k, t in me.trace.items()):
+                me.trace = {k: t.to(self.device) for k, t in traced.tensors.items()}
         kind = ("step", *[c.name for c, me in mes if acts(c, me)], layout.size)
         asked = {s.name for s in given}  # what a correction gathered is another pool at each learn
         total = sum(state.visits.values())
@@ -201,6 +213,8 @@ class Agent:
         shared: dict[str, dict[str, Shared]] = {s.name: {} for s in job.sources}
         memory = {c: dict(kept) for c, kept in state.memory.items()}
         for c, me in job.corrections:
+            if me.trace and all(s.name in self.revisited for s in job.sources):
+                memory.setdefault(f"{c.name}.trace", {})[job.name] = Private(me.trace)
             if not overrides(c, "summarise"):
                 continue
             for s in job.sources:
@@ -208,7 +222,16 @@ class Agent:
                 task = s.task if self.aware else None
                 on_device = replace(s, train=s.train.to(self.device, job.layout.dtype))
                 learned = Learned(
-                    self.model, params, buffers, start, on_device, task, job.layout, generator, 1 / len(job.sources), sum(state.visits.values())
+                    self.model,
+                    params,
+                    buffers,
+                    start,
+                    on_device,
+                    task,
+                    job.layout,
+                    generator,
+                    1 / len(job.sources),
+                    sum(state.visits.values()),
                 )
                 item = self.ledger.work(
                     self.name,
@@ -325,18 +348,24 @@ class Agent:
 
     def outputs(self, params: Params, buffers: Params, x: Tensor, task: str | None) -> Tensor:
         """The outputs [B, C] in eval mode, through the corrections' views, before softmax."""
-        for c in self.method.active:
-            if overrides(c, "view") or overrides(c, "outputs"):
-                me = Me(known=c.recall(self.memory(c), ()))
-                params = c.view(params, task, me)
-        return self.model(params, buffers, x, task, False)[0]
+        seen = [
+            (c, Me(known=c.recall(self.memory(c), ())))
+            for c in self.method.active
+            if overrides(c, "view") or overrides(c, "outputs")
+        ]
+        for c, me in seen:
+            params = c.view(params, task, me)
+        out = self.model(params, buffers, x, task, False)[0]
+        for c, me in seen:
+            out = c.outputs(out, task, me)
+        return out
 
     def _probabilities(
-        self, params: Params, buffers: Params, x: Tensor, task: str | None, columns: Sequence[int] | None
+        self, params: Params, buffers: Params, x: Tensor, task: str | None, columns: Sequence[int] | None, width: int
     ) -> Tensor:
-        out = self.outputs(params, buffers, x, task)
+        out = self.outputs(params, buffers, x, task)[:, :width]  # a model may have more outputs than there are classes
         if self.frame.kind == "value":
-            return out[:, : len(self.frame.labels)]
+            return out
         if columns:
             keep = torch.zeros(out.shape[1], dtype=torch.bool, device=out.device)
             keep[list(columns)] = True
@@ -366,7 +395,7 @@ class Agent:
         choices = self.choices()
         if not choices:
             columns = self.frame.tasks.get(task) if task is not None else None
-            return self._probabilities(params, buffers, x, task, columns)[:, :classes], None, []
+            return self._probabilities(params, buffers, x, task, columns, classes), None, []
         if task is not None and any(t == task for *_, t, _, _ in choices):
             choices = [c for c in choices if c[3] == task]
         keys = [c[0] for c in choices]
@@ -375,11 +404,12 @@ class Agent:
         def expert(i: int, rows: Tensor | None) -> Tensor:
             _, entries, own, its, columns, where = choices[i]
             part = x if rows is None else x[rows]
-            probabilities = self._probabilities({**params, **entries}, {**buffers, **own}, part, its, columns)
+            width = classes if where is None else len(where)
+            probabilities = self._probabilities({**params, **entries}, {**buffers, **own}, part, its, columns, width)
             if where is None:
-                return probabilities[:, :classes]
+                return probabilities
             aligned = probabilities.new_zeros(len(part), classes)
-            return aligned.index_add_(1, where.to(aligned.device), probabilities[:, : len(where)])
+            return aligned.index_add_(1, where.to(aligned.device), probabilities)
 
         def every() -> list[Tensor]:
             for i in range(len(choices)):

@@ -22,3 +22,5 @@ class Batch:
     """Which source it comes from."""
     weight: float | None = None
     """Of its own loss among the objectives; None: 1 / (number of such parts). 0: it is forwarded, and only `rows` use it."""
+    owner: str = ""
+    """The correction that drew it; set by the loop."""

@@ -97,13 +97,15 @@ class Correction(ABC):  # noqa: B024 (every verb is optional)
 
     Class attributes: `travels`, whether its items may leave the agent (they are Shared) or are Private; `flat`, groups of
     what it recalls that the step wants as flat vectors; `neutral`, the values of its fields at which it is plain training
-    (it is left out of the step when all hold); `recalls`, whether it needs something known from an earlier learn to act.
+    (it is left out of the step when all hold); `recalls`, whether it needs something known from an earlier learn to act; `constrains`, whether its
+    `rows` are constraints, which need a cone as step aggregator.
     """
 
     travels: ClassVar[bool] = True
     flat: ClassVar[tuple[str, ...]] = ()
     neutral: ClassVar[Mapping[str, Any]] = {}
     recalls: ClassVar[bool] = False
+    constrains: ClassVar[bool] = False
 
     @property
     def name(self) -> str:
@@ -120,7 +122,8 @@ class Correction(ABC):  # noqa: B024 (every verb is optional)
         return None
 
     def gather(self, sources: tuple[Source, ...], known: Any) -> tuple[Source, ...]:
-        """What this learn trains on: the given sources, or others made from them and what is known."""
+        """What this learn trains on: the given sources (their `task` None where the model is not told), or others made from them
+        and what is known."""
         return sources
 
     def begin(
@@ -151,7 +154,7 @@ class Correction(ABC):  # noqa: B024 (every verb is optional)
         return params
 
     def outputs(self, out: Tensor, task: str | None, me: Me) -> Tensor:
-        """The outputs [B, C] as the loss sees them."""
+        """The outputs [B, C] as the loss sees them, and as predict does (where `me.private` is empty)."""
         return out
 
     def losses(self, losses: dict[int, Tensor], step: StepView, me: Me) -> dict[int, Tensor]:
@@ -171,7 +174,7 @@ class Correction(ABC):  # noqa: B024 (every verb is optional)
         return torch.ones_like(step.theta)
 
     def trace_init(self, theta: Tensor) -> dict[str, Tensor]:
-        """What `trace` folds into, at the start of a learn."""
+        """What `trace` folds into, at the first learn of a source; traces go on over its visits."""
         return {}
 
     def trace(self, step: StepView, me: Me, grad: Tensor, delta: Tensor) -> dict[str, Tensor]:

@@ -139,11 +139,20 @@ class Message:
     def from_bytes(data: bytes) -> Message:
         """The message from its bytes; ConsilienceError where they are cut short or not a message."""
         tensors, meta = unpack(data)
-        if "message" not in meta:
-            raise ConsilienceError("a message should carry its facts. Found safetensors without them.")
-        facts = json.loads(meta["message"])
-        items = decode(tensors, facts.pop("items"))
-        return Message(items=items, **facts)  # type: ignore[arg-type]
+        try:
+            facts = json.loads(meta["message"])
+            told = facts.pop("digest")
+            items: Any = decode(tensors, facts.pop("items"))
+            message = Message(items=items, **facts)
+        except (KeyError, ValueError, TypeError) as e:
+            raise ConsilienceError(
+                f"a message should carry its facts. Found safetensors without them, or other ones: {e}."
+            ) from e
+        if message.digest != told:
+            raise ConsilienceError(
+                f"a message should have the content that its sender hashed. Found another from {message.sender!r}."
+            )
+        return message
 
 
 Bank = dict[tuple[str, str], Message]

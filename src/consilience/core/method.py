@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
-from consilience.core.aggregator import Aggregator
+from consilience.core.aggregator import Aggregator, Cone
 from consilience.core.consolidator import Consolidator
 from consilience.core.correction import Correction, Mapper, overrides
 from consilience.core.errors import ConsilienceError, Refusal
@@ -62,6 +62,9 @@ class Method:
         Raises Refusal where a part could not act at all, by name, with what to do instead.
         """
         m = self
+        constraining = [c.active for c in m.corrections if c.constrains]
+        if constraining and not any(constraining):
+            m = replace(m, step_aggregator=None)  # a cone without constraints
         if m.aggregator is not None:
             step = m.step_aggregator or (m.aggregator if facts.parts > 1 else None)
             hear = m.hear_aggregator or (m.aggregator if facts.hears_others else None)
@@ -74,13 +77,28 @@ class Method:
             raise Refusal(
                 f"{m.name} combines what is heard, and nobody hears another agent here; use finetune, or a federated or merging setting."
             )
+        if (
+            m.hear_aggregator is not None
+            and not m.hear_aggregator.needs_base
+            and facts.most_heard < 2
+            and facts.stages > 1
+            and not facts.repeats
+        ):
+            raise Refusal(
+                f"{m.name} averages what is heard, and one model is heard at a time; use parameter_average, or finetune for the last."
+            )
         rehearses = any(overrides(c, "sample") or overrides(c, "rows") for c in m.active)
-        if self.step_aggregator is not None and facts.parts < 2 and not rehearses:
+        if m.step_aggregator is not None and facts.parts < 2 and not rehearses:
             raise Refusal(
                 f"{m.name} aggregates the objectives of a step, and a step has one here; "
                 "use multitask, compose it with er, or methods.aggregate to combine what is heard."
             )
         for c in m.active:
+            if c.constrains and not isinstance(m.step_aggregator, Cone):
+                found = type(m.step_aggregator).__name__ if m.step_aggregator else "none"
+                raise Refusal(
+                    f"{m.name}: {type(c).__name__} needs a cone as step aggregator, such as aggregators.gem. Found {found}."
+                )
             inert = c.recalls and not (facts.recalls_shared if c.travels else facts.recalls_own)
             why = c.refuse(facts) or (NOTHING_KNOWN[c.travels] if inert else None)
             if why:

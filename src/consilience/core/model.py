@@ -75,8 +75,8 @@ class Model(ABC):
         """Whether its training forward draws random numbers (dropout): they are then keyed at every step."""
         return False
 
-    def check(self, frame: Frame, sample: Tensor) -> None:
-        """Refuse inputs that do not fit, or too few outputs, before any work is lost."""
+    def check(self, frame: Frame, sample: Tensor, aware: bool) -> None:
+        """Refuse inputs that do not fit, or too few outputs, before any work is lost; `aware`: it will be told tasks."""
         if self.outputs < len(frame.labels):
             raise ConsilienceError(
                 f"the model should have an output for each of the {len(frame.labels)} classes. Found {self.outputs} outputs."

@@ -40,7 +40,7 @@ class Result:
     matrices: np.ndarray
     costs: Mapping[str, Any]
     mapper: np.ndarray | None = None
-    """Task-mapper accuracy [repeats, stages]."""
+    """Task-mapper accuracy [repeats, stages], over the sources known at that stage."""
     curve: Sequence[Mapping[str, float]] = ()
     """Before training and after each stage of the first repeat: score, macs, bytes, seconds so far."""
     config: Mapping[str, Any] = field(default_factory=dict)

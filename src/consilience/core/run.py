@@ -87,7 +87,10 @@ def run(
     training = replace(training, **chosen.fixed)
     if training.device != "cpu" and not torch.cuda.is_available():
         raise ConsilienceError(f"`device` should be there. Found {training.device!r} and no CUDA.")
-    model.check(schedule.frame, schedule.sources[0].train.select(torch.arange(min(2, len(schedule.sources[0].train)))).whole()[0])
+    aware = schedule.labelled or chosen.mapper is not None
+    model.check(
+        schedule.frame, schedule.sources[0].train.select(torch.arange(min(2, len(schedule.sources[0].train)))).whole()[0], aware
+    )
     if isinstance(metric, str) and metric not in METRICS:
         raise unknown("metric", metric, METRICS)
     fits = ("r2",) if schedule.frame.kind == "value" else ("accuracy", "auroc")
@@ -243,7 +246,9 @@ class Walk:
         self.rows.append(row)
         self.stages.append(stage)
         if len(self.rows) > 1 and mapper is not None:
-            known = [h for h in hits if h == h]
+            now = len(self.rows) - 1
+            reached = [at and at[0] <= now for at in self.facts.learned_at.values()]
+            known = [h for h, there in zip(hits, reached, strict=True) if there and h == h]
             self.mapped.append(float(np.mean(known)) if known else float("nan"))
         costs = {"macs": self.ledger.total("macs"), "bytes": self.ledger.total("sent"), "seconds": round(self.ledger.clock(), 3)}
         score = float(np.mean(row))
@@ -271,7 +276,17 @@ class Walk:
 
     def _agent(self, name: str) -> Agent:
         if name not in self.agents:
-            agent = Agent(name, self.model, self.method, self.schedule, self.training, self.seed, self.initial, self.ledger)
+            agent = Agent(
+                name,
+                self.model,
+                self.method,
+                self.schedule,
+                self.training,
+                self.seed,
+                self.initial,
+                self.ledger,
+                self.facts.revisited,
+            )
             if name in self.schedule.experts:
                 give(agent, self.schedule.experts[name])
             self.agents[name] = agent

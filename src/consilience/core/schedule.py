@@ -106,6 +106,10 @@ class Facts:
     """The stages in which something newly learned of each source reaches the evaluated agent."""
     stages: int
     kind: str = "class"
+    most_heard: int = 0
+    """The most agents that learned and are heard at once."""
+    revisited: frozenset[str] = frozenset()
+    """Sources that some agent learns more than once."""
     """Of the targets: "class" or "value"."""
     model: Any = None
 
@@ -118,6 +122,8 @@ def walk(schedule: Schedule, seed: int) -> Facts:
     own: dict[str, set[str]] = {}
     active: set[str] = set()
     parts, learns, hears, others, shared, private, repeats, common = 0, False, False, False, False, False, False, True
+    revisited: set[str] = set()
+    most = 0
     learned: dict[str, list[int]] = {s.name: [] for s in schedule.sources}
     stage, event = 1, 0
 
@@ -139,6 +145,7 @@ def walk(schedule: Schedule, seed: int) -> Facts:
             for agent, names in phase.who.items():
                 event += 1
                 parts = max(parts, len(names))
+                revisited |= {n for n in names if n in own.get(agent, set())}
                 shared |= bool(known.get(agent, {}).keys() - set(names))
                 private |= bool(own.get(agent, set()) - set(names))
                 repeats |= agent in active
@@ -152,6 +159,7 @@ def walk(schedule: Schedule, seed: int) -> Facts:
                 s: (current.get(s, "init"), base.get(s, "init"), dict(known.get(s, {}))) for ss in phase.who.values() for s in ss
             }
             for listener, speakers in phase.who.items():
+                most = max(most, sum(told[s][0] != told[s][1] for s in speakers))
                 others |= any(s != listener and told[s][2] for s in speakers)
                 common &= all(told[s][1] == base.get(listener, "init") for s in speakers if told[s][0] != told[s][1])
             for listener, speakers in phase.who.items():
@@ -166,6 +174,7 @@ def walk(schedule: Schedule, seed: int) -> Facts:
         setting=schedule.setting, labelled=schedule.labelled, parts=parts, learns=learns, hears=hears, hears_others=others,
         recalls_shared=shared, recalls_own=private, repeats=repeats, common_base=common,
         learned_at={k: tuple(v) for k, v in learned.items()}, stages=stage - 1, kind=schedule.frame.kind,
+        revisited=frozenset(revisited), most_heard=most,
     )  # fmt: skip
 
 

@@ -36,7 +36,7 @@ class LwF(Correction):
 
     strength x T^2 KL(teacher || student) over the classes seen, or `match="logits"`: strength x MSE of their logits. The
     teacher is the model at the start of this learn. With task labels each earlier task has its own softmax; without, all
-    seen classes share one. It leaves which classes it saw, so the first source is plain training. Li & Hoiem 2016.
+    seen classes share one (over the seen columns only). It leaves which classes it saw, so the first source is plain training. Li & Hoiem 2016.
     """
 
     strength: float = 1.0
@@ -69,18 +69,20 @@ class LwF(Correction):
 
     def rows(self, step: StepView, me: Me) -> list[Row]:
         total: Tensor | None = None
-        part, raw = step.parts[0], step.raw[0]
-        for task, classes in me.known:
-            columns = torch.tensor(classes, device=raw.device)
-            teacher = step.before(part.x, task).index_select(1, columns)
-            student = step.answer(0, task).index_select(1, columns)
-            if self.match == "probabilities":
-                loss = soft_targets(student, teacher, self.temperature)
-            else:
-                loss = F.mse_loss(student, teacher)
-            total = loss if total is None else total + loss
+        new = [i for i, p in enumerate(step.parts) if not p.owner]
+        for i in new:
+            x = step.parts[i].x
+            for task, classes in me.known:
+                columns = torch.tensor(classes, device=x.device)
+                teacher = step.before(x, task).index_select(1, columns)
+                student = step.answer(i, task).index_select(1, columns)
+                if self.match == "probabilities":
+                    loss = soft_targets(student, teacher, self.temperature)
+                else:
+                    loss = F.mse_loss(student, teacher)
+                total = loss if total is None else total + loss
         assert total is not None
-        return [Row(total, self.strength)]
+        return [Row(total, self.strength / len(new))]
 
     def summarise(self, learned: Learned, me: Me) -> Statistics:
         return Statistics({}, {"task": learned.task, "classes": list(learned.source.classes)})

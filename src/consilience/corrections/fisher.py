@@ -36,6 +36,27 @@ def fisher(learned: Learned, labels: str = "model", samples: int | None = None, 
     return {n: t / len(examples) for n, t in total.items()}
 
 
+def sensitivity(learned: Learned, samples: int | None = None, chunk: int = 512) -> Params:
+    """(1/N) sum over samples of |d ||f(x)||^2 / d theta|, by entry and per sample (never of a batch's mean). Aljundi et al. 2018."""
+    examples = learned.source.train
+    if samples is not None and samples < len(examples):
+        examples = examples.select(torch.randperm(len(examples), generator=learned.generator)[:samples])
+    fixed = {n: p for n, p in learned.params.items() if n not in learned.layout.names}
+
+    def one(params: Params, xi: Tensor) -> Tensor:
+        out = learned.model({**fixed, **params}, learned.buffers, xi[None], learned.task, False)[0]
+        return torch.where(torch.isfinite(out), out, 0).square().sum()
+
+    params = {n: p.detach() for n, p in learned.trainable.items()}
+    each = torch.func.vmap(torch.func.grad(one), in_dims=(None, 0))
+    total = {n: torch.zeros_like(p) for n, p in params.items()}
+    size = max(1, min(chunk, 16_000_000 // max(1, learned.layout.size)))
+    for x, _ in examples.chunks(size):
+        for n, g in each(params, x).items():
+            total[n] += g.abs().sum(0)
+    return {n: t / len(examples) for n, t in total.items()}
+
+
 def _score(out: Tensor, y: Tensor, keep: Tensor | None, kind: str) -> Tensor:
     """log p(y | out) of each sample [B]."""
     if kind == "value":
@@ -50,6 +71,9 @@ def _targets(learned: Learned, out: Tensor, y: Tensor, labels: str, keep: Tensor
     ones = torch.ones(len(out), dtype=learned.layout.dtype, device=out.device)
     if labels == "data":
         return [(y, ones)]
+    if learned.source.kind == "value" and labels == "all":  # the score of output j is its own gradient
+        own = out[:, : y.shape[1]]
+        return [(own + torch.eye(y.shape[1], dtype=own.dtype, device=own.device)[j], ones) for j in range(y.shape[1])]
     if learned.source.kind == "value":
         noise = torch.randn(y.shape, generator=learned.generator, dtype=y.dtype).to(out.device)
         return [(out[:, : y.shape[1]] + noise, ones)]

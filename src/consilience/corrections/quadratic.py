@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from consilience.core.correction import Correction, Learned, Me, StepView
+from consilience.core.correction import Correction, Learned, Me, Memory, StepView
 from consilience.core.errors import ConsilienceError
 from consilience.core.message import Statistics
+from consilience.core.source import Source
 from consilience.core.training import Training
-from consilience.corrections.fisher import fisher
+from consilience.corrections.fisher import fisher, sensitivity
 
 if TYPE_CHECKING:
     from consilience.core.schedule import Facts
@@ -108,7 +109,7 @@ class SI(Quadratic):
     """Synaptic intelligence: the precision is each parameter's share of the fall of the loss, along the path.
 
     Omega = max(0, w) / ((theta_end - theta_start)^2 + xi), w = sum over steps of -g . d theta, with g the gradient of the
-    task's own loss; the penalty is strength x Omega (theta - theta_end)^2. Zenke et al. 2017.
+    task's own loss, over all visits of the source; the penalty is strength x Omega (theta - theta_end)^2. Zenke et al. 2017.
     """
 
     strength: float = 1.0
@@ -120,15 +121,15 @@ class SI(Quadratic):
             raise ConsilienceError(f"`xi` should be positive and finite. Found `xi = {self.xi}`.")
 
     def trace_init(self, theta: Tensor) -> dict[str, Tensor]:
-        return {"path": torch.zeros_like(theta)}
+        return {"path": torch.zeros_like(theta), "start": theta.clone()}
 
     def trace(self, step: StepView, me: Me, grad: Tensor, delta: Tensor) -> dict[str, Tensor]:
-        return {"path": torch.addcmul(me.trace["path"], grad, delta, value=-1)}
+        return {**me.trace, "path": torch.addcmul(me.trace["path"], grad, delta, value=-1)}
 
     def summarise(self, learned: Learned, me: Me) -> Statistics:
         end = learned.trainable
-        path = learned.layout.split(me.trace["path"])
-        moved = {n: end[n] - learned.start[n] for n in end}
+        path, start = learned.layout.split(me.trace["path"]), learned.layout.split(me.trace["start"])
+        moved = {n: end[n] - start[n] for n in end}
         precision = {n: 2 * learned.share * path[n].clamp(min=0) / (moved[n].square() + self.xi) for n in end}
         return self.statistics(precision, end)
 
@@ -154,3 +155,73 @@ class Proximal(Correction):
     def penalty(self, step: StepView, me: Me) -> Tensor:
         away = step.theta - step.start
         return 0.5 * self.mu * torch.dot(away, away)
+
+
+@dataclass(frozen=True)
+class OnlineEWC(EWC):
+    """Online EWC: one running precision that decays, F <- gamma F + F_k, around the latest parameters.
+
+    strength / 2 x sum_k gamma^(age of k) F_k (theta - theta_last)^2: ages count this agent's learns, so gamma = 1 keeps all
+    precisions and moves only their centre. Schwarz et al. 2018; Chaudhry et al. 2018 (EWC++).
+    """
+
+    gamma: float = 0.9
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.gamma <= 1:
+            raise ConsilienceError(f"`gamma` should be in [0, 1]. Found `gamma = {self.gamma}`.")
+
+    def summarise(self, learned: Learned, me: Me) -> Statistics:
+        precision = fisher(learned, self.labels, self.samples)
+        tensors = {f"precision/{n}": p for n, p in precision.items()}
+        return Statistics({**tensors, **{f"centre/{n}": p for n, p in learned.trainable.items()}}, {"order": learned.order})
+
+    def recall(self, memory: Memory, sources: tuple[Source, ...]) -> Statistics | None:
+        """Decayed precisions of all other sources, their shift made around the newest of their centres."""
+        now = {s.name for s in sources}
+        items = [(item.meta["order"], key, item) for key, item in memory.items() if key[1] not in now]
+        if not items:
+            return None
+        items.sort(key=lambda i: (i[0], i[1][1], i[1][0]))
+        last = items[-1][0]
+        precision: dict[str, Tensor] = {}
+        for order, _, item in items:
+            for n, p in item.group("precision").items():
+                decayed = p * self.gamma ** (last - order)
+                precision[n] = precision[n] + decayed if n in precision else decayed
+        centre = items[-1][2].group("centre")
+        return self.statistics({n: p for n, p in precision.items() if n in centre}, centre)
+
+
+@dataclass(frozen=True)
+class MAS(Quadratic):
+    """Memory aware synapses: the precision is how much the outputs react, (2/N) sum_x |d ||f(x)||^2 / d theta|, per sample.
+
+    The penalty is strength x Omega (theta - theta_k)^2, Omega = (1/N) sum_x |d ||f(x)||^2 / d theta|. Aljundi et al. 2018.
+    """
+
+    strength: float = 1.0
+    samples: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.samples is not None and self.samples < 1:
+            raise ConsilienceError(f"`samples` should be at least 1. Found `samples = {self.samples}`.")
+
+    def summarise(self, learned: Learned, me: Me) -> Statistics:
+        omega = sensitivity(learned, self.samples)
+        return self.statistics({n: 2 * o for n, o in omega.items()}, learned.trainable)
+
+
+@dataclass(frozen=True)
+class L2SP(Quadratic):
+    """L2 towards every earlier source's end: the precision is 1 for all entries; the penalty (strength / 2) sum_k ||theta - theta_k||^2.
+
+    Li, Grandvalet & Davoine 2018.
+    """
+
+    strength: float = 0.01
+
+    def summarise(self, learned: Learned, me: Me) -> Statistics:
+        return self.statistics({n: torch.ones_like(p) for n, p in learned.trainable.items()}, learned.trainable)

@@ -37,12 +37,12 @@ def nearest_mean() -> NearestMean:
     return NearestMean()
 
 
-def gaussian_mixture(components: int = 25, prior: str = "size") -> GaussianMixture:
+def gaussian_mixture(components: int = 25, prior: str = "uniform") -> GaussianMixture:
     """The expert of the likeliest component among the mixtures of all sources.
 
     Args:
         components: diagonal Gaussians a source.
-        prior: "size" (components weigh by their source's examples) or "uniform".
+        prior: "uniform" (mixtures are pooled), or "size" (they weigh by their source's examples).
     """
     from consilience.mappers.mixture import GaussianMixture
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from consilience.core.correction import Mapper, Memory, Routing
+from consilience.core.schedule import Facts
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,9 @@ class Average(Mapper):
 @dataclass(frozen=True)
 class MinEntropy(Mapper):
     """The expert with the least entropy -sum p log p of its class probabilities, over the log of its number of classes."""
+
+    def refuse(self, facts: Facts) -> str | None:
+        return "values have no entropy to compare; use the average" if facts.kind == "value" else None
 
     def route(self, routing: Routing, memory: Memory) -> Tensor:
         scores = []

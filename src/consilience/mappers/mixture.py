@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from consilience.core.correction import Learned, Mapper, Me, Memory, Routing
-from consilience.core.errors import ConsilienceError
+from consilience.core.errors import ConsilienceError, Refusal
 from consilience.core.message import Item, Module, Statistics
 from consilience.core.model import Model
+from consilience.core.params import Params
 from consilience.core.schedule import Facts
+from consilience.core.source import Source
 
 
 def features_of(learned: Learned) -> tuple[Tensor, Tensor]:
@@ -31,11 +34,27 @@ class Anchored(Mapper):
 
     def refuse(self, facts: Facts) -> str | None:
         model: Model | None = facts.model
+        if facts.kind == "value":
+            return "anchors are made for experts of classes, and here targets are values"
         if not facts.learns:
             return "anchors are made from data, and here only trained models are given; use an entropy or average mapper"
         if model is not None and not model.backbone(model.init(torch.Generator().manual_seed(0))[0]):
             return "anchors need a frozen backbone that all agents share; use models.multi_head on a frozen trunk"
         return None
+
+    def begin(
+        self, model: Model, params: Params, sources: tuple[Source, ...], known: Any, generator: torch.Generator
+    ) -> tuple[Params, Mapping[str, Tensor]]:
+        """Refuse a feature space that training would move."""
+        x = sources[0].train.select(torch.arange(1)).whole()[0]
+        like = next(p for p in params.values() if p.is_floating_point())
+        x = x.to(like.device, like.dtype) if x.is_floating_point() else x.to(like.device)
+        buffers = model.init(torch.Generator().manual_seed(0))[1]
+        moved = {n: p if model.frozen(n) or not p.is_floating_point() else p + 1 for n, p in params.items()}
+        with torch.no_grad():
+            if not torch.equal(model.features(params, buffers, x), model.features(moved, buffers, x)):
+                raise Refusal("anchors need features that training does not move. Found trainable entries under the features.")
+        return params, {}
 
     def scores(self, features: Tensor, item: Item, total: float) -> Tensor:
         """How well features [B, d] fit an anchor [B]; higher is nearer. `total` is the number of examples of all anchors."""
@@ -72,12 +91,12 @@ class NearestMean(Anchored):
 class GaussianMixture(Anchored):
     """score = max_j log(phi_j N(psi; mu_j, diag sigma_j^2)) over the k components of the source (GMMC).
 
-    `prior="size"` weighs a source's components by its share of the examples, "uniform" does not. Mixtures are fitted by
+    `prior="uniform"` pools the mixtures as the paper does; "size" weighs each by its source's share of the examples. Mixtures are fitted by
     scikit-learn on one source's features alone, so the order in which sources arrive changes nothing. Ge et al. 2023 (SKILL).
     """
 
     components: int = 25
-    prior: Literal["size", "uniform"] = "size"
+    prior: Literal["size", "uniform"] = "uniform"
     floor: float = 1e-3
     """Added to the variances, as a share of the mean variance of the features."""
 

@@ -5,7 +5,22 @@ Each works in every setting where it can act, and refuses in the others by name;
 
 from __future__ import annotations
 
-from consilience.methods.continual import er, ewc, finetune, joint, lwf, si
+from consilience.methods.continual import (
+    agem,
+    der,
+    derpp,
+    er,
+    er_ace,
+    ewc,
+    finetune,
+    gem,
+    joint,
+    l2sp,
+    lwf,
+    mas,
+    online_ewc,
+    si,
+)
 from consilience.methods.exmodel import average_ensemble, entropy_ensemble, oracle_ensemble, parameter_average
 from consilience.methods.federated import fed3r, fedavg, fedprox
 from consilience.methods.merging import aggregate, average, task_arithmetic, ties
@@ -13,6 +28,7 @@ from consilience.methods.multitask import pcgrad
 from consilience.methods.skill import skill
 
 __all__ = [
-    "aggregate", "average", "average_ensemble", "entropy_ensemble", "er", "ewc", "fed3r", "fedavg", "fedprox", "finetune",
-    "joint", "lwf", "oracle_ensemble", "parameter_average", "pcgrad", "si", "skill", "task_arithmetic", "ties",
+    "agem", "aggregate", "average", "average_ensemble", "der", "derpp", "entropy_ensemble", "er", "er_ace", "ewc", "fed3r",
+    "fedavg", "fedprox", "finetune", "gem", "joint", "l2sp", "lwf", "mas", "online_ewc", "oracle_ensemble", "parameter_average",
+    "pcgrad", "si", "skill", "task_arithmetic", "ties",
 ]  # fmt: skip

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 def skill(
     mapper: Literal["gaussian_mixture", "nearest_mean"] = "gaussian_mixture",
     components: int = 25,
-    prior: Literal["size", "uniform"] = "size",
+    prior: Literal["size", "uniform"] = "uniform",
 ) -> Method:
     """Heads on a frozen backbone are learned apart, shared in a bank, and an anchor of each task routes inputs to them.
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from consilience.core.errors import ConsilienceError
+from consilience.core.errors import ConsilienceError, Refusal
 from consilience.core.model import Forward, Model
 from consilience.core.params import Params, matches
 from consilience.core.source import Frame, Source
@@ -115,10 +115,15 @@ class MultiHead(Model):
     def head_key(self, source: Source) -> str:
         return escape(super().head_key(source))
 
-    def check(self, frame: Frame, sample: Tensor) -> None:
+    def check(self, frame: Frame, sample: Tensor, aware: bool) -> None:
         if frame.kind == "value":
             raise ConsilienceError("heads of classes need targets that are classes. Found values; use mlp or wrap.")
-        super().check(frame, sample)
+        columns = [c for classes in frame.tasks.values() for c in classes]
+        if not aware and len(set(columns)) < len(columns):
+            raise Refusal(
+                "heads that share classes need a task label or a mapper. Found neither; use scenario='task' or 'class'."
+            )
+        super().check(frame, sample, aware)
 
     def task_of(self, entry: str) -> str | None:
         return entry[len(HEADS) :].rpartition(".")[0] if entry.startswith(HEADS) else None

@@ -128,8 +128,8 @@ def quadratic_steps(ours, theirs, lr, n=20):
     optimiser, state = theirs([leaf]), ours.init(theta)
     for _ in range(n):
         grad = h * (theta - target) + theta.sin()
-        delta, state = ours.update(grad, state, theta, lr)
-        theta = theta + delta
+        direction, state = ours.update(grad, state, theta)
+        theta = theta - lr * direction
         leaf.grad = (h * (leaf - target) + leaf.sin()).detach()
         optimiser.step()
         assert (theta - leaf).abs().max() < 1e-12
@@ -161,8 +161,8 @@ def test_averaging_is_the_running_mean():
     theta, o = torch.randn(5, generator=g, dtype=torch.float64), Averaging()
     state = o.init(theta)
     for t in range(6):
-        delta, state = o.update(theta - rows[t], state, theta, 1.0)
-        theta = theta + delta
+        direction, state = o.update(theta - rows[t], state, theta)
+        theta = theta - direction
         assert (theta - rows[: t + 1].mean(0)).abs().max() < 1e-14
 
 

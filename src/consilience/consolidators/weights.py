@@ -139,8 +139,8 @@ class WeightSpace(Consolidator):
         layout = Layout.of(common)
         theta, aggregate = layout.flatten(state.base), layout.flatten(common)
         held = dict(state.outer) or outer.init(theta)
-        delta, held = outer.update(theta - aggregate, held, theta, self.lr)
-        return {**target, **layout.split(theta + delta)}, held
+        direction, held = outer.update(theta - aggregate, held, theta)
+        return {**target, **layout.split(theta - self.lr * direction)}, held
 
 
 def affine(rows: Tensor, coefficients: Tensor, base: Tensor) -> Tensor:

@@ -14,13 +14,13 @@ OptimiserState = dict[str, Tensor]
 
 
 class Optimiser(ABC):
-    """init(theta [n]) -> state; update(grad [n], state, theta [n], lr) -> (delta [n], state); theta + delta is the step."""
+    """init(theta [n]) -> state; update(grad [n], state, theta [n]) -> (direction [n], state); theta - lr x direction is the step."""
 
     @abstractmethod
     def init(self, theta: Tensor) -> OptimiserState: ...
 
     @abstractmethod
-    def update(self, grad: Tensor, state: OptimiserState, theta: Tensor, lr: float) -> tuple[Tensor, OptimiserState]: ...
+    def update(self, grad: Tensor, state: OptimiserState, theta: Tensor) -> tuple[Tensor, OptimiserState]: ...
 
     def is_identity(self, lr: float) -> bool:
         """Whether a step along -delta lands on what was aggregated, as an outer SGD(1) without momentum does."""
@@ -29,10 +29,10 @@ class Optimiser(ABC):
 
 @dataclass(frozen=True)
 class SGD(Optimiser):
-    """Stochastic gradient descent: v = momentum v + (1 - dampening) g, step -lr v (nesterov: g + momentum v).
+    """Stochastic gradient descent: v = momentum v + g, direction v (nesterov: g + momentum v).
 
-    >>> SGD().update(torch.ones(2), {}, torch.zeros(2), 0.1)[0].tolist()
-    [-0.10000000149011612, -0.10000000149011612]
+    >>> SGD().update(torch.ones(2), {}, torch.zeros(2))[0].tolist()
+    [1.0, 1.0]
     """
 
     momentum: float = 0.0
@@ -46,14 +46,14 @@ class SGD(Optimiser):
     def init(self, theta: Tensor) -> OptimiserState:
         return {"velocity": torch.zeros_like(theta)} if self.momentum else {}
 
-    def update(self, grad: Tensor, state: OptimiserState, theta: Tensor, lr: float) -> tuple[Tensor, OptimiserState]:
+    def update(self, grad: Tensor, state: OptimiserState, theta: Tensor) -> tuple[Tensor, OptimiserState]:
         if self.weight_decay:
             grad = grad + self.weight_decay * theta
         if not self.momentum:
-            return grad * -lr, state
+            return grad, state
         v = state["velocity"] * self.momentum + grad
         step = grad + self.momentum * v if self.nesterov else v
-        return step * -lr, {"velocity": v}
+        return step, {"velocity": v}
 
     def is_identity(self, lr: float) -> bool:
         return lr == 1.0 and not self.momentum and not self.weight_decay
@@ -77,17 +77,17 @@ class Adam(Optimiser):
             "step": torch.zeros((), dtype=torch.float64, device=theta.device),
         }
 
-    def update(self, grad: Tensor, state: OptimiserState, theta: Tensor, lr: float) -> tuple[Tensor, OptimiserState]:
+    def update(self, grad: Tensor, state: OptimiserState, theta: Tensor) -> tuple[Tensor, OptimiserState]:
         if self.weight_decay and not self.decoupled:
             grad = grad + self.weight_decay * theta
         t = state["step"] + 1
         m = torch.lerp(state["mean"], grad, 1 - self.beta1)
         v = state["square"] * self.beta2 + (1 - self.beta2) * grad * grad
         c1, c2 = (1 - self.beta1**t, 1 - self.beta2**t) if self.corrected else (torch.ones_like(t), torch.ones_like(t))
-        delta = m / (v.sqrt() / c2.sqrt().to(v.dtype) + self.eps) * (-lr / c1).to(v.dtype)
+        direction = m / (v.sqrt() / c2.sqrt().to(v.dtype) + self.eps) / c1.to(v.dtype)
         if self.weight_decay and self.decoupled:
-            delta = delta - lr * self.weight_decay * theta
-        return delta, {"mean": m, "square": v, "step": t}
+            direction = direction + self.weight_decay * theta
+        return direction, {"mean": m, "square": v, "step": t}
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,6 @@ class Averaging(Optimiser):
     def init(self, theta: Tensor) -> OptimiserState:
         return {"step": torch.zeros((), dtype=torch.float64, device=theta.device)}
 
-    def update(self, grad: Tensor, state: OptimiserState, theta: Tensor, lr: float) -> tuple[Tensor, OptimiserState]:
+    def update(self, grad: Tensor, state: OptimiserState, theta: Tensor) -> tuple[Tensor, OptimiserState]:
         t = state["step"] + 1
-        return grad * (-lr / t).to(grad.dtype), {"step": t}
+        return grad / t.to(grad.dtype), {"step": t}

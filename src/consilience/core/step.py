@@ -189,15 +189,16 @@ class Step:
             at = replace(see, theta=leaf)
             total = sum((c.penalty(at, me) for c, me in self.by_verb["penalty"]), start=leaf.new_zeros(()))
             trained = grad + torch.autograd.grad(total, leaf)[0]
-        delta, state = self.optimiser.update(trained, carry.optimiser, carry.theta, self.training.lr)
+        lr = self.training.lr
+        direction, state = self.optimiser.update(trained, carry.optimiser, carry.theta)
         if absent:
-            self._hold(delta, state, carry.optimiser, absent)
+            direction = self._hold(direction, state, carry.optimiser, absent)
         if factor is not None:
-            delta = torch.where(factor == 0, torch.zeros_like(delta), delta)
+            direction = direction.masked_fill(factor == 0, 0)
         carry.optimiser = state
         for c, me in self.by_verb["trace"]:
-            me.trace = c.trace(see, me, grad, delta)
-        carry.theta.add_(delta)
+            me.trace = c.trace(see, me, grad, direction * -lr)
+        carry.theta.add_(direction, alpha=-lr)
 
     def _losses(self, see: StepView, kind: str) -> list[Tensor]:
         if not self.by_verb["losses"]:
@@ -253,10 +254,13 @@ class Step:
             grad = a.project(grad, rows if factor is None else rows * factor)
         return grad, absent
 
-    def _hold(self, delta: Tensor, state: OptimiserState, old: Mapping[str, Tensor], absent: list[str]) -> None:
+    def _hold(self, direction: Tensor, state: OptimiserState, old: Mapping[str, Tensor], absent: list[str]) -> Tensor:
+        """No gradient means no update: those entries stay, and so does what the optimiser keeps of them."""
+        held = direction.clone()
         for name in absent:
             span = self.layout.span(name)
-            delta[span] = 0
+            held[span] = 0
             for k, v in state.items():
-                if v.shape == delta.shape and k in old:
+                if v.shape == held.shape and k in old:
                     v[span] = old[k][span]
+        return held

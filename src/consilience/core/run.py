@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import os
 import platform
-import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,18 +17,17 @@ from torch import Tensor
 
 from consilience.core.agent import Agent, Job
 from consilience.core.errors import ConsilienceError, Interrupted, unknown
+from consilience.core.folder import Log, Progress, interruptible, plain
 from consilience.core.ledger import Ledger
 from consilience.core.message import Message
 from consilience.core.method import Method
 from consilience.core.metrics import METRICS, Metric
 from consilience.core.model import Model
-from consilience.core.params import content_hash, key, load, pack, write_bytes, write_json
+from consilience.core.params import content_hash, key, write_json
 from consilience.core.result import Result
 from consilience.core.schedule import Expert, Facts, Hear, Learn, Schedule
 from consilience.core.state import State, decode_state, encode_state
 from consilience.core.training import Training
-
-Progress = Callable[[Mapping[str, Any]], None]
 
 
 def run(
@@ -111,6 +108,7 @@ def run(
             walk.load()
         log.open(described, resume)
         walk.restored()
+        log.write({"event": "begin", "versions": versions()})
     with interruptible() as stop:
         walk.stop = stop
         for r in range(repeats):
@@ -130,7 +128,7 @@ def run(
         curve=done[0]["curve"], config=described, versions=versions(), agent=walk.first,
     )  # fmt: skip
     if out is not None:
-        write_json(Path(out) / "result.json", _nan(result.to_json()))
+        write_json(Path(out) / "result.json", plain(result.to_json()))
         log.write({"event": "end", "score": result.score, "ran": walk.ran})
     return result
 
@@ -401,113 +399,6 @@ class Walk:
         tensors = {k[len("job|") :]: t for k, t in r["tensors"].items() if k.startswith("job|")}
         self._resumed = None
         return (tensors, job) if job is not None else None
-
-
-@dataclass
-class Log:
-    """A run's folder: config.yaml, log.jsonl, checkpoint/, result.json, each written whole or not at all."""
-
-    out: Path | None
-    progress: Progress | None = None
-
-    def open(self, config: Mapping[str, Any], resume: bool) -> None:
-        import yaml
-
-        assert self.out is not None
-        if not resume and any((self.out / f).exists() for f in ("result.json", "log.jsonl", "checkpoint")):
-            raise ConsilienceError(f"`out` should be a new folder, or be resumed. Found a run in {self.out}.")
-        write_bytes(self.out / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False).encode())
-        if not resume:
-            write_bytes(self.out / "log.jsonl", b"")
-
-    def write(self, line: Mapping[str, Any]) -> None:
-        if self.out is not None:
-            try:
-                with open(self.out / "log.jsonl", "a") as f:
-                    f.write(json.dumps(dict(line)) + "\n")
-            except OSError as e:
-                raise ConsilienceError(
-                    f"a result should be writable. Found {e.strerror or e} at {self.out / 'log.jsonl'}."
-                ) from e
-        if self.progress is not None:
-            self.progress(line)
-
-    def checkpoint(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        assert self.out is not None
-        folder = self.out / "checkpoint"
-        data = pack(tensors)
-        name = f"state-{time.time_ns():x}.safetensors"
-        write_bytes(folder / name, data)
-        import hashlib
-
-        write_json(
-            folder / "index.json",
-            {"file": name, "sha256": hashlib.sha256(data).hexdigest(), "facts": _nan(facts), "versions": versions()},
-        )
-        for old in folder.glob("state-*.safetensors*"):
-            if old.name != name:
-                old.unlink(missing_ok=True)
-
-    def last(self) -> tuple[dict[str, Tensor], Any] | None:
-        assert self.out is not None
-        index = self.out / "checkpoint" / "index.json"
-        if not index.exists():
-            return None
-        import hashlib
-
-        try:
-            found = json.loads(index.read_bytes())
-            data = (index.parent / found["file"]).read_bytes()
-        except (OSError, ValueError, KeyError, TypeError) as e:
-            raise ConsilienceError(f"a checkpoint should be whole. Found {index} cut short or its file missing: {e}.") from e
-        if hashlib.sha256(data).hexdigest() != found["sha256"]:
-            raise ConsilienceError(f"a checkpoint should be whole. Found {found['file']} with other content than its index says.")
-        return load(index.parent / found["file"])[0], found["facts"]
-
-    def rewind(self, repeat: int, rows: int, steps: int) -> None:
-        """Drop log lines of what will be done again, and say that a run goes on here."""
-        assert self.out is not None
-        path = self.out / "log.jsonl"
-        kept = []
-        for text in path.read_text().splitlines() if path.exists() else []:
-            try:
-                line = json.loads(text)
-            except ValueError:
-                continue
-            again = line["event"] == "stage" and (line["repeat"], line["stage"]) >= (repeat, rows)
-            if not again and line["event"] != "end":
-                kept.append(text)
-        write_bytes(path, "".join(t + "\n" for t in kept).encode())
-        self.write({"event": "resume", "repeat": repeat, "stage": rows, "steps": steps})
-
-
-def _nan(value: Any) -> Any:
-    """NaN as None, for JSON."""
-    if isinstance(value, float):
-        return None if value != value else value
-    if isinstance(value, dict):
-        return {k: _nan(v) for k, v in value.items()}
-    return [_nan(v) for v in value] if isinstance(value, (list, tuple)) else value
-
-
-@contextmanager
-def interruptible() -> Iterator[list[int]]:
-    """A list that Ctrl-C or SIGTERM puts its number in; a second one stops at once. Only in the main thread."""
-    stop: list[int] = []
-
-    def handle(number: int, frame: Any) -> None:
-        if stop:
-            raise KeyboardInterrupt
-        stop.append(number)
-
-    old: dict[int, Any] = {}
-    with suppress(ValueError):
-        old = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for n, h in old.items():
-            signal.signal(n, h)
 
 
 def give(agent: Agent, expert: Expert) -> None:

@@ -29,7 +29,6 @@ import consilience as cs
 from common import save
 
 PER, FULL_PER, SEEDS = 2000, 12000, 5
-EPOCHS = {"split": 5, "permuted": 5}
 STREAMS = ("Split MNIST, class", "Split MNIST, task", "Split Fashion, class", "Permuted MNIST, domain")
 
 GRID: dict[str, list[dict[str, Any]]] = {
@@ -75,7 +74,8 @@ def one(task: tuple[str, str, dict[str, Any], int, int, bool]) -> dict[str, Any]
     sources, scenario = stream(name, per)
     if tuning:
         sources = [replace(s, test=s.validation) for s in sources[:3]]
-    training = cs.Training(epochs=EPOCHS["permuted" if name.startswith("Permuted") else "split"], batch_size=64, lr=0.05)
+    permuted = name.startswith("Permuted")
+    training = cs.Training(epochs=5, batch_size=64, lr=0.0005 if permuted else 0.05, optimiser="adam" if permuted else "sgd")
     model = cs.models.mlp(784, (256, 256), 10)
     start = time.process_time()
     try:

@@ -14,6 +14,7 @@ import os
 import re
 import sys
 import typing
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -21,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from consilience.core.errors import ConsilienceError, Interrupted, Refusal, unknown
+from consilience.core.errors import ConsilienceError, Interrupted, Refusal, kind_of, unknown
 
 if TYPE_CHECKING:
     from consilience.core.method import Method
@@ -445,17 +446,34 @@ def _words(kind: Any) -> str:
 def schedule_of(order: Order) -> Schedule:
     """The data, split, in the setting."""
     now: Any = order.of("data")[0]
-    now = now.call(**order.options(now))
+    now = _a("data", now.call(**order.options(now)), now.name)
     for part in order.of("split"):
         options = order.options(part)
         if part.first == "sources":
             now = part.call(_list(now), **options)
         else:
             now = [part.call(s, **options) for s in now] if isinstance(now, list | tuple) else part.call(now, **options)
+        _a("split", now, part.name)
     (setting,) = order.of("setting")
     streams = [_list(s) for s in _list(now)]
     now = streams if setting.first == "streams" else [s for stream in streams for s in stream]
-    return setting.call(**{setting.first: now}, **order.options(setting))  # type: ignore[no-any-return]
+    schedule = setting.call(**{setting.first: now}, **order.options(setting))
+    if not hasattr(schedule, "plan"):
+        raise ConsilienceError(f"`setting` should give a Schedule. Found {kind_of(schedule)} from {setting.name!r}.")
+    return schedule  # type: ignore[no-any-return]
+
+
+def _a(choice: str, value: Any, name: str) -> Any:
+    """A source, or lists of them."""
+    from consilience.core.source import Source
+
+    for v in _list(value):
+        if not isinstance(v, Source):
+            if isinstance(v, list | tuple):
+                _a(choice, v, name)
+            else:
+                raise ConsilienceError(f"`{choice}` should give a Source or a list of them. Found {kind_of(v)} from {name!r}.")
+    return value
 
 
 def _list(value: Any) -> list[Any]:
@@ -569,6 +587,8 @@ def carry_out(
     import consilience as cs
 
     general = {k: order.values[k] for k in ("repeats", "seed", "metric", "engine", "checkpoint_seconds", "checkpoint_steps")}
+    if general["metric"] and "." in general["metric"]:
+        general["metric"] = resolve("metric", general["metric"])
     with shown(schedule.facts(general["seed"]).stages, general["repeats"], method.name) as progress:
         return cs.run(
             schedule,
@@ -775,6 +795,8 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The entry point: 0 for success, 2 for bad input (one line on stderr), 130 for Ctrl-C."""
+    if argv is None:
+        warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         if not argv or argv[0] in ("-h", "--help"):

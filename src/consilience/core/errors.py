@@ -18,6 +18,16 @@ class Interrupted(Exception):
     """The run was stopped by the user after its state was saved; the message says how to go on."""
 
 
+def kind_of(value: object) -> str:
+    """What was found, for a message: a short value, or the name of its type.
+
+    >>> kind_of(3), kind_of([1] * 99)
+    ('3', 'a list')
+    """
+    text = repr(value)
+    return text if len(text) <= 30 and "\n" not in text and " at 0x" not in text else f"a {type(value).__name__}"
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> ConsilienceError:
     """The error for a name that is not in a catalogue, with the nearest names.
 

@@ -32,7 +32,9 @@ class Log:
 
         assert self.out is not None
         if not resume and any((self.out / f).exists() for f in ("result.json", "log.jsonl", "checkpoint")):
-            raise ConsilienceError(f"`out` should be a new folder, or be resumed. Found a run in {self.out}.")
+            raise ConsilienceError(
+                f"`out` should be a new folder, or be resumed (`resume=True`, --resume). Found a run in {self.out}."
+            )
         write_bytes(self.out / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False).encode())
         if not resume:
             write_bytes(self.out / "log.jsonl", b"")
@@ -41,7 +43,7 @@ class Log:
         if self.out is not None:
             try:
                 with open(self.out / "log.jsonl", "a") as f:
-                    f.write(json.dumps(dict(line)) + "\n")
+                    f.write(json.dumps(plain(dict(line))) + "\n")
             except OSError as e:
                 raise ConsilienceError(
                     f"a result should be writable. Found {e.strerror or e} at {self.out / 'log.jsonl'}."
@@ -72,9 +74,13 @@ class Log:
             found = json.loads(index.read_bytes())
             data = (index.parent / found["file"]).read_bytes()
         except (OSError, ValueError, KeyError, TypeError) as e:
-            raise ConsilienceError(f"a checkpoint should be whole. Found {index} cut short or its file missing: {e}.") from e
+            raise ConsilienceError(
+                f"a checkpoint should be whole. Found {index} cut short or its file missing: {e}; begin anew in another folder."
+            ) from e
         if hashlib.sha256(data).hexdigest() != found["sha256"]:
-            raise ConsilienceError(f"a checkpoint should be whole. Found {found['file']} with other content than its index says.")
+            raise ConsilienceError(
+                f"a checkpoint should be whole. Found {found['file']} with other content than its index says; begin anew in another folder."
+            )
         return load(index.parent / found["file"])[0], found["facts"]
 
     def rewind(self, repeat: int, rows: int, steps: int) -> None:

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 from consilience.core.aggregator import Aggregator, Cone
 from consilience.core.consolidator import Consolidator
 from consilience.core.correction import Correction, Mapper, overrides
-from consilience.core.errors import ConsilienceError, Refusal
+from consilience.core.errors import ConsilienceError, Refusal, kind_of
 
 if TYPE_CHECKING:
     from consilience.core.schedule import Facts
 
 NOTHING_KNOWN = {
-    True: "no agent learns anything after it learned or heard of another source; use continual, federated or federated_continual",
-    False: "it keeps what it knows to its agent, and no agent learns a second source; use continual or federated_continual",
+    True: "no agent learns anything after it learned or heard of another source; it needs a schedule in which learning goes on after that",
+    False: "it keeps what it knows to its agent, and no agent learns a second source; give agents several, one after another",
 }
 
 
@@ -116,6 +116,8 @@ class Method:
         return replace(c, aggregator=self.hear_aggregator) if isinstance(c, WeightSpace) and self.hear_aggregator else c
 
     def __add__(self, other: Method) -> Method:
+        if not isinstance(other, Method):
+            raise ConsilienceError(f"a method composes with a method, such as methods.er(). Found {kind_of(other)}.")
         values: dict[str, Any] = {
             "name": "+".join(n for n in (self.name, other.name) if n),
             "corrections": self.corrections + other.corrections,
@@ -142,6 +144,11 @@ class Method:
             return methods
         if not methods:
             raise ConsilienceError("a run should have a method. Found an empty list.")
+        if not isinstance(methods, list | tuple) or not isinstance(methods[0], Method):
+            found = methods[0] if isinstance(methods, list | tuple) else methods
+            raise ConsilienceError(
+                f"`method` should be made by consilience.methods, such as methods.er(). Found {kind_of(found)}."
+            )
         total = methods[0]
         for m in methods[1:]:
             total = total + m

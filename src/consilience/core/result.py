@@ -59,7 +59,7 @@ class Result:
     @property
     def scores(self) -> list[float]:
         """The final mean over sources, for each repeat."""
-        return [float(m[-1].mean()) for m in self.matrices]
+        return [float(np.nanmean(m[-1])) if np.isfinite(m[-1]).any() else float("nan") for m in self.matrices]
 
     @property
     def score(self) -> float:
@@ -105,7 +105,9 @@ class Result:
 
     def predict(self, x: Tensor, task: str | None = None) -> Tensor:
         """Class probabilities (or values) [B, classes] of the evaluated agent (first repeat)."""
-        return self._agent().predict(x, task)
+        import torch
+
+        return self._agent().predict(torch.as_tensor(x), task)
 
     def _agent(self) -> Agent:
         if self.agent is None:

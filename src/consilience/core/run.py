@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from consilience.core.agent import Agent, Job
-from consilience.core.errors import ConsilienceError, Interrupted, unknown
+from consilience.core.errors import ConsilienceError, Interrupted, kind_of, unknown
 from consilience.core.folder import Log, Progress, interruptible, plain
 from consilience.core.ledger import Ledger
 from consilience.core.message import Message
@@ -67,9 +68,14 @@ def run(
 
     Raises ConsilienceError (Refusal for a method that could not act) before any work is lost.
     """
+    model = checked(schedule, model, training)
     training = training or Training()
-    if repeats < 1:
+    if not isinstance(repeats, int) or repeats < 1:
         raise ConsilienceError(f"`repeats` should be at least 1. Found `repeats = {repeats}`.")
+    if not isinstance(seed, int) or not (out is None or isinstance(out, str | Path)):
+        raise ConsilienceError(f"`seed` should be a whole number and `out` a path. Found {seed!r} and {out!r}.")
+    if not checkpoint_seconds > 0:
+        raise ConsilienceError(f"`checkpoint_seconds` should be positive. Found `checkpoint_seconds = {checkpoint_seconds}`.")
     if checkpoint_steps is not None and checkpoint_steps < 1:
         raise ConsilienceError(f"`checkpoint_steps` should be at least 1. Found `checkpoint_steps = {checkpoint_steps}`.")
     if resume and (out is None or not (Path(out) / "checkpoint" / "index.json").exists()):
@@ -85,9 +91,12 @@ def run(
     if training.device != "cpu" and not torch.cuda.is_available():
         raise ConsilienceError(f"`device` should be there. Found {training.device!r} and no CUDA.")
     aware = schedule.labelled or chosen.mapper is not None
-    model.check(
-        schedule.frame, schedule.sources[0].train.select(torch.arange(min(2, len(schedule.sources[0].train)))).whole()[0], aware
-    )
+    shapes: set[tuple[int, ...]] = set()
+    for s in schedule.sources:
+        x = s.train.select(torch.arange(min(2, len(s.train)))).whole()[0]
+        if tuple(x.shape[1:]) not in shapes:
+            shapes.add(tuple(x.shape[1:]))
+            model.check(schedule.frame, x, aware)
     if isinstance(metric, str) and metric not in METRICS:
         raise unknown("metric", metric, METRICS)
     fits = ("r2",) if schedule.frame.kind == "value" else ("accuracy", "auroc")
@@ -249,7 +258,13 @@ class Walk:
             known = [h for h, there in zip(hits, reached, strict=True) if there and h == h]
             self.mapped.append(float(np.mean(known)) if known else float("nan"))
         costs = {"macs": self.ledger.total("macs"), "bytes": self.ledger.total("sent"), "seconds": round(self.ledger.clock(), 3)}
-        score = float(np.mean(row))
+        lost = [s.name for s, v in zip(self.schedule.sources, row, strict=True) if v != v]
+        if lost and len(self.rows) == 1:
+            warnings.warn(
+                f"the metric is undefined on {', '.join(lost[:3])}{' ..' * (len(lost) > 3)}, which the mean leaves out",
+                stacklevel=2,
+            )
+        score = float(np.nanmean(row)) if len(lost) < len(row) else float("nan")
         self.curve.append({"score": score, **costs})
         self.log.write({"event": "stage", "repeat": len(self.finished), "stage": len(self.rows) - 1, "name": stage, "score": score,
                         "scores": row, "steps": self.ledger.steps, **costs})  # fmt: skip
@@ -401,21 +416,40 @@ class Walk:
         return (tensors, job) if job is not None else None
 
 
+def checked(schedule: Any, model: Any, training: Any) -> Model | None:
+    """Arguments of the right kinds; a torch module, or a function that makes one, is wrapped."""
+    if not isinstance(schedule, Schedule):
+        raise ConsilienceError(f"`schedule` should be made by consilience.settings. Found {kind_of(schedule)}.")
+    if training is not None and not isinstance(training, Training):
+        raise ConsilienceError(f"`training` should be a consilience.Training. Found {kind_of(training)}.")
+    if model is None or isinstance(model, Model):
+        return model
+    if isinstance(model, torch.nn.Module) or callable(model):
+        from consilience import models
+
+        return models.wrap(model)
+    raise ConsilienceError(f"`model` should be one of consilience.models, or a torch module. Found {kind_of(model)}.")
+
+
 def give(agent: Agent, expert: Expert) -> None:
     """Make an agent the owner of a trained expert."""
     state = agent.state
+    told = {**expert.params, **expert.buffers}  # a state_dict holds both
     params: dict[str, Tensor] = {}
-    for n, p in state.params.items():
-        if n not in expert.params:
+    buffers: dict[str, Tensor] = {}
+    for n, p in {**state.params, **state.buffers}.items():
+        if n not in told:
             raise ConsilienceError(f"an expert should have the model's entries. Found none called {n!r} in {expert.name!r}.")
-        t = torch.as_tensor(expert.params[n]).detach().to(p.device, p.dtype)
+        t = torch.as_tensor(told[n]).detach().to(p.device, p.dtype)
         if t.shape != p.shape:
             raise ConsilienceError(
                 f"an expert should have the model's shapes. Found {tuple(t.shape)} for {n!r} of {expert.name!r}, here {tuple(p.shape)}."
             )
-        params[n] = t
-    params |= {n: torch.as_tensor(t).detach() for n, t in expert.params.items() if n not in params}
-    buffers = {**state.buffers, **{n: torch.as_tensor(t).detach() for n, t in expert.buffers.items()}}
+        (params if n in state.params else buffers)[n] = t
+    for n in told.keys() - params.keys() - buffers.keys():
+        if agent.model.task_of(n) is None:
+            raise ConsilienceError(f"an expert should have no entries but the model's. Found {n!r} in {expert.name!r}.")
+        (params if n in expert.params else buffers)[n] = torch.as_tensor(told[n]).detach()
     source = agent.schedule.source(expert.source.name)
     agent.state = state.change(params=params, buffers=buffers, version=1, size=1, learned=True, visits={source.name: 1})
     items = agent.consolidator.export(agent.model, agent.state, (source,), agent.method.personal)

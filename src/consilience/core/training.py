@@ -42,12 +42,14 @@ class Training:
             v = getattr(self, name)
             if not isinstance(v, int) or v < low:
                 raise ConsilienceError(f"`{name}` should be a whole number >= {low}. Found `{name} = {v!r}`.")
-        if not self.lr > 0 or self.lr == float("inf"):
+        if isinstance(self.lr, str | bool) or not self.lr > 0 or self.lr == float("inf"):
             raise ConsilienceError(f"`lr` should be positive and finite. Found `lr = {self.lr!r}`.")
         if self.weight_decay < 0:
             raise ConsilienceError(f"`weight_decay` should be >= 0. Found `weight_decay = {self.weight_decay!r}`.")
         if self.precision not in ("fp32", "fp64", "bf16"):
             raise ConsilienceError(f"`precision` should be fp32, fp64 or bf16. Found {self.precision!r}.")
+        if not isinstance(self.optimiser, str) and (isinstance(self.optimiser, type) or not hasattr(self.optimiser, "update")):
+            raise ConsilienceError(f"`optimiser` should be sgd, adam, adamw or an Optimiser. Found {self.optimiser!r}.")
         if isinstance(self.optimiser, str) and self.optimiser not in ("sgd", "adam", "adamw"):
             raise ConsilienceError(f"`optimiser` should be sgd, adam, adamw or an Optimiser. Found {self.optimiser!r}.")
 

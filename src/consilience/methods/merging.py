@@ -17,8 +17,14 @@ def aggregate(aggregator: Aggregator) -> Method:
     Args:
         aggregator: one of `consilience.aggregators`.
     """
+    from consilience.core.aggregator import Aggregator as Kind
+    from consilience.core.errors import ConsilienceError, kind_of
     from consilience.core.method import Method
 
+    if not isinstance(aggregator, Kind):
+        raise ConsilienceError(
+            f"`aggregator` should be made by consilience.aggregators, such as ties(). Found {kind_of(aggregator)}."
+        )
     return Method(type(aggregator).__name__.lower(), aggregator=aggregator)
 
 

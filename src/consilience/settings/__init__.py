@@ -22,7 +22,7 @@ def multitask(sources: Sequence[Source], scenario: Scenario = "class", rounds: i
     """
     from consilience.core.schedule import Hear, Learn, Stage, build
 
-    names = tuple(s.name for s in sources)
+    names = tuple(s.name for s in _sources(sources))
     _at_least(1, rounds=rounds)
 
     def plan(seed: int) -> Iterable[Phase]:
@@ -43,6 +43,8 @@ def continual(sources: Sequence[Source], scenario: Scenario = "class") -> Schedu
             sources together, no label; "domain": targets are 0..k-1 in every source, no label.
     """
     from consilience.core.schedule import Hear, Learn, Stage, build
+
+    sources = _sources(sources)
 
     def plan(seed: int) -> Iterable[Phase]:
         for s in sources:
@@ -70,7 +72,7 @@ def federated(
         scenario: what targets and task labels are (see `continual`).
     """
     _at_least(1, rounds=rounds)
-    return federated_continual([[s] for s in sources], rounds, clients_per_round, order, scenario, _setting="federated")
+    return federated_continual([[s] for s in _sources(sources)], rounds, clients_per_round, order, scenario, _setting="federated")
 
 
 def federated_continual(
@@ -96,6 +98,7 @@ def federated_continual(
     _at_least(1, rounds=rounds)
     if order not in ("uniform", "cyclic"):
         raise ConsilienceError(f"`order` should be uniform or cyclic. Found `order = {order!r}`.")
+    streams = [_sources(s) for s in streams]
     if not streams or any(not s for s in streams):
         raise ConsilienceError("every client should have a source. Found one without.")
     if clients_per_round is not None and not 1 <= clients_per_round <= len(streams):
@@ -137,13 +140,16 @@ def merging(
     """Agents learn a source each from one base (or the experts are given); one merger hears all of them once, equally weighted.
 
     Args:
-        sources: one an agent.
+        sources: one an agent; or
         experts: trained models, instead of sources.
         base: parameters that the experts started from; needed by aggregators that combine deltas.
         scenario: what targets and task labels are (see `continual`).
     """
+    from consilience.core.schedule import Expert as Given
     from consilience.core.schedule import Hear, Learn, Stage, build
 
+    if sources and isinstance(sources[0], Given):
+        experts, sources = sources, ()  # type: ignore[assignment]
     sources, given, names = _experts(sources, experts)
 
     def plan(seed: int) -> Iterable[Phase]:
@@ -204,7 +210,7 @@ def skill(
     from consilience.core.schedule import Hear, Learn, Stage, build
     from consilience.core.source import Source as Data
 
-    own = [[s] if isinstance(s, Data) else list(s) for s in streams]
+    own = [[s] if isinstance(s, Data) else _sources(s) for s in streams]
     if not own or any(not s for s in own):
         raise ConsilienceError("every agent should have a source. Found one without.")
     if share not in ("task", "end") or graph not in ("mesh", "ring"):
@@ -235,20 +241,41 @@ def _at_least(low: int, **values: int) -> None:
             raise ConsilienceError(f"`{name}` should be a whole number >= {low}. Found `{name} = {v!r}`.")
 
 
+def _sources(sources: Any) -> list[Source]:
+    """A list of sources."""
+    from consilience.core.errors import ConsilienceError, kind_of
+    from consilience.core.source import Source as Data
+
+    if isinstance(sources, Data) or not isinstance(sources, list | tuple):
+        raise ConsilienceError(
+            f"sources should come in a list, as the splits of consilience.data give them. Found {kind_of(sources)}."
+        )
+    for s in sources:
+        if not isinstance(s, Data):
+            raise ConsilienceError(f"a source should be made by consilience.data, such as arrays(x, y). Found {kind_of(s)}.")
+    return list(sources)
+
+
 def _experts(sources: Sequence[Source], experts: Sequence[Expert]) -> tuple[list[Source], dict[str, Expert], list[str]]:
-    from consilience.core.errors import ConsilienceError
+    from consilience.core.errors import ConsilienceError, kind_of
+    from consilience.core.schedule import Expert
+    from consilience.core.source import Source
 
     if bool(sources) == bool(experts):
         raise ConsilienceError(
             "give either sources to train experts on, or experts. Found " + ("both." if sources else "neither.")
         )
     if experts:
+        for e in experts:
+            if not isinstance(e, Expert) or not isinstance(e.source, Source):
+                raise ConsilienceError(f"an expert should be Expert(name, params, source). Found {kind_of(e)}.")
         given = {e.name: e for e in experts}
         if len(given) != len(experts):
             raise ConsilienceError("experts should have names of their own. Found one twice.")
         return [e.source for e in experts], given, list(given)
     width = len(str(len(sources) - 1))
-    return list(sources), {}, [f"expert-{i:0{width}d}" for i in range(len(sources))]
+    sources = _sources(sources)
+    return sources, {}, [f"expert-{i:0{width}d}" for i in range(len(sources))]
 
 
 def _entries(base: Any) -> Any:

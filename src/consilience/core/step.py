@@ -141,6 +141,8 @@ class Step:
 
     def gradient(self, loss: Tensor, keep: bool) -> tuple[Tensor, list[str]]:
         """The flat gradient [n] of a scalar, and the names of the entries that it does not reach."""
+        if not loss.requires_grad:  # such as what an earlier task answers through its own mask
+            return torch.zeros(self.layout.size, dtype=self.layout.dtype, device=self.layout.device), list(self.layout.names)
         grads = torch.autograd.grad(loss, self.inputs, retain_graph=keep, allow_unused=True)
         absent = [n for n, g in zip(self.layout.names, grads, strict=True) if g is None]
         flat = torch.cat(

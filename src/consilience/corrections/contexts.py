@@ -195,7 +195,7 @@ class SupSup(Correction):
         new, biases = dict(params), anatomy(me.model)
         for n in names:
             w = params[n].detach()
-            fixed = torch.where(w < 0, -1.0, 1.0).to(w) * (2 / (self.keep * w[0].numel())) ** 0.5
+            fixed = w.sign() * (2 / (self.keep * w[0].numel())) ** 0.5
             new[n] = fixed * masks[n].to(w) if n in masks else fixed
             b = biases.head[1] if biases.head and n == biases.head[0] else biases.biases.get(n)
             if b is not None:

@@ -235,7 +235,7 @@ def packnet(keep: float = 0.5, retrain: float = 0.5) -> Method:
     return Method("packnet", (PackNet(keep, retrain),))
 
 
-def hat(sparsity: float = 0.75, s_max: float = 400.0, hard: bool = True) -> Method:
+def hat(sparsity: float = 0.1, s_max: float = 400.0, hard: bool = True) -> Method:
     """Hard attention to the task: each task learns which units it uses, and these keep their weights.
 
     Paper: Serrà et al. 2018.

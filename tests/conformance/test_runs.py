@@ -63,7 +63,9 @@ def test_verbs_are_pure(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for verb in own:
         monkeypatch.setattr(kind, verb, watched(getattr(kind, verb), verb, calls))
     method, model = method_with(name)
-    for setting in ("continual (task)",) if name in kit.WANT_TASKS else ("continual (class)", "continual (task)", "federated_continual"):
+    for setting in (
+        ("continual (task)",) if name in kit.WANT_TASKS else ("continual (class)", "continual (task)", "federated_continual")
+    ):
         result = kit.quiet(kit.SETTINGS[setting](), method, model)
         result.predict(kit.sources()[0].test.whole()[0])  # without the task
     if name == "ER":

@@ -208,4 +208,11 @@ def test_messages_round_trip(row: str, monkeypatch: pytest.MonkeyPatch) -> None:
                 Message.from_bytes(data[:cut])
 
 
-SILENT = {"pcgrad": "runs in multitask alone, where nobody hears another agent"}
+SILENT = {
+    "pcgrad": "runs in multitask alone, where nobody hears another agent",
+    **dict.fromkeys(
+        ("hat", "packnet", "psp", "supsup", "xdg"),
+        "wants task labels, here in continual alone; masks that travel are checked in tests/test_isolation.py",
+    ),
+}
+"""Methods that no agent here tells of, and why."""

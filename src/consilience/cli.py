@@ -716,15 +716,19 @@ def methods(argv: Sequence[str]) -> int:
         method = method_of(order, name) if order.values else call()
         runs = []
         for setting, schedule in where.items():
-            try:
-                method.resolve(replace(schedule.facts(), model=default_model(schedule, method)))
-                runs.append(setting)
-            except Refusal:
-                pass
+            for scenario, note in (("class", ""), ("task", " (scenario task)")):
+                try:
+                    method.resolve(replace(replace(schedule, scenario=scenario).facts(), model=default_model(schedule, method)))
+                    runs.append(setting + note)
+                    break
+                except Refusal:
+                    pass
         first, _, rest = (inspect.getdoc(call) or "").partition("\n")
         paper = re.search(r"^Paper: (.*?)(?=\n\n|\Z)", rest, re.M | re.S)
         print(f"{name}: {first}")
-        print(f"    settings: {'all' if len(runs) == len(where) else ', '.join(runs) or 'none'}")
+        every = len(runs) == len(where) and len({r.partition(" ")[2] for r in runs}) == 1
+        told = f"all {runs[0].partition(' ')[2]}".strip() if every else ", ".join(runs) or "none"
+        print(f"    settings: {told}")
         print(f"    paper: {' '.join(paper[1].split()) if paper else '-'}")
     return 0
 

@@ -158,6 +158,21 @@ METHODS: dict[str, Callable[[], cs.Method]] = {
 }
 """The catalogue's methods that need no argument."""
 
+WANT_TASKS = {
+    "HAT": "its masks are a task's own",
+    "PSP": "its keys are a task's own",
+    "PackNet": "its weights are a task's own",
+    "SupSup": "its masks are a task's own",
+    "XdG": "its gates are a task's own",
+}
+"""Corrections that refuse where tasks have no label (nor a mapper finds them), and why: they are checked where they have."""
+
+
+def stream_for(*names: str) -> str:
+    """The setting in which corrections, one or together, are checked one source after another."""
+    return "continual (task)" if WANT_TASKS.keys() & set(names) else "continual (class)"
+
+
 NEED_ARGUMENTS = {"aggregate"}
 """Those that need one; their rows are written out below."""
 

@@ -26,7 +26,10 @@ ALL = {**kit.CORRECTIONS, **kit.MAPPERS}
 
 NO_NEUTRAL = {
     "Cumulative": "it trains on other data; there is no strength to set to zero",
+    "HAT": "even with all units attended to it would multiply them by a sigmoid",
     "Moments": "it only summarises, and so is plain training always: checked below",
+    "PackNet": "to keep all weights is to freeze them after the first task",
+    "SupSup": "it trains no weight at all",
     "Average": "a mapper only routes between experts",
     "GaussianMixture": "a mapper only routes between experts",
     "MinEntropy": "a mapper only routes between experts",
@@ -39,6 +42,8 @@ ONLY_SUMMARISE = {"Moments": "it collects sums of features for a closed-form hea
 """Corrections that leave training as it is, to the bit: a pair with one is the other alone."""
 
 KEEP_NOTHING = {
+    "PSP": "its keys are drawn by the names of tasks and layers",
+    "XdG": "its gates are drawn by the names of tasks and layers",
     "Proximal": "it knows where this learn began, and nothing of earlier sources",
     "Average": "it reads the experts' own answers",
     "MinEntropy": "it reads the experts' own answers",
@@ -53,6 +58,24 @@ SATISFIED = {
 }
 """Pairs of which one adds nothing on this problem, and why."""
 
+PROTECTED = {
+    "HAT": ("AverageConstraint", "EWC", "EpisodicConstraints", "LwF", "OnlineEWC"),
+    "PackNet": ("AverageConstraint", "EWC", "EpisodicConstraints", "LwF", "OnlineEWC"),
+    "SupSup": ("AverageConstraint", "DER", "EWC", "EpisodicConstraints", "L2SP", "LwF", "MAS", "OnlineEWC", "SI"),
+    "XdG": ("EpisodicConstraints",),
+}
+"""What adds nothing on top of which isolation: what earlier tasks depend on does not move, and so needs no protection (with
+XdG, whose active units overlap little, no constraint is violated here)."""
+
+
+IN_ORDER = {frozenset(("HAT", "SupSup")): "of what is attended to only the sign is left, or its sign is attended to"}
+"""Pairs of which the order matters, and why."""
+
+
+def adds_nothing(other: str, one: str) -> bool:
+    """Protection on top of isolation; and a mapper where tasks have a label: it only routes where they have none."""
+    return other in PROTECTED.get(one, ()) or (one in kit.WANT_TASKS and other in kit.MAPPERS)
+
 
 def alone(name: str, **arguments: Any) -> cs.Method:
     thing = kit.make(name, **arguments)
@@ -60,10 +83,16 @@ def alone(name: str, **arguments: Any) -> cs.Method:
 
 
 @cache
-def learned(*names: str) -> Result:
+def learned(*names: str, setting: str = "") -> Result:
     """Three sources one after another, on a head over frozen features, with these corrections in this order."""
     method = [alone(n) for n in names] or cs.methods.finetune()
-    return kit.quiet(kit.SETTINGS["continual (class)"](), method, kit.frozen_trunk())
+    return kit.quiet(kit.SETTINGS[setting or kit.stream_for(*names)](), method, kit.frozen_trunk())
+
+
+def gap(a: Result, b: Result) -> float:
+    """The largest difference in the entries that both have: some corrections add their own."""
+    common = a.params.keys() & b.params.keys()
+    return kit.params_differ({n: a.params[n] for n in common}, {n: b.params[n] for n in common})
 
 
 # neutral values
@@ -108,7 +137,7 @@ def pairs() -> list[tuple[str, str]]:
 @pytest.mark.parametrize("name", list(ALL))
 def test_differs_from_plain_training(name: str) -> None:
     """Alone, each bends training, or only summarises."""
-    away = kit.params_differ(learned(name).params, learned().params)
+    away = gap(learned(name), learned(setting=kit.stream_for(name)))
     assert away == 0 if name in ONLY_SUMMARISE else away > 1e-6
 
 
@@ -129,12 +158,14 @@ def test_pairs_compose(a: str, b: str, monkeypatch: pytest.MonkeyPatch) -> None:
         )
 
     monkeypatch.setattr(Agent, "finish", after)
-    both = kit.quiet(kit.SETTINGS["continual (class)"](), [alone(a), alone(b)], kit.frozen_trunk())
+    setting = kit.stream_for(a, b)
+    both = kit.quiet(kit.SETTINGS[setting](), [alone(a), alone(b)], kit.frozen_trunk())
     for one, other in ((a, b), (b, a)):
-        away = kit.params_differ(both.params, learned(one).params)
+        away = gap(both, learned(one, setting=setting))
         if frozenset((a, b)) in SATISFIED and other == "AverageConstraint":
             continue
-        assert away == 0 if other in ONLY_SUMMARISE else away > 1e-6, f"{other} on top of {one}: {away}"
+        nothing = other in ONLY_SUMMARISE or adds_nothing(other, one)
+        assert away <= 1e-6 * (other not in ONLY_SUMMARISE) if nothing else away > 1e-6, f"{other} on top of {one}: {away}"
         assert bool(kept[0][one]) != (one in KEEP_NOTHING), f"after the first source {one} keeps {kept[0][one]}"
     assert torch.isfinite(torch.tensor(both.matrices)).all()
 
@@ -142,6 +173,8 @@ def test_pairs_compose(a: str, b: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("a", "b"), [(a, b) for a, b in pairs() if a < b])
 def test_order_of_a_pair_does_not_matter(a: str, b: str) -> None:
     """Up to rounding: corrections add to a step, and none reads what another did."""
+    if frozenset((a, b)) in IN_ORDER:
+        return
     assert kit.params_differ(learned(a, b).params, learned(b, a).params) < 1e-5
 
 
@@ -226,6 +259,10 @@ def marked() -> list[Source]:
 @pytest.mark.parametrize("name", [n for n in ALL if not ALL[n].travels])
 @pytest.mark.parametrize("setting", ["federated_continual", "skill"])
 def test_private_items_never_enter_bytes(name: str, setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name in kit.WANT_TASKS:
+        with pytest.raises(cs.Refusal):  # masks that are private mean nothing where others are heard
+            kit.quiet(kit.SETTINGS[setting](), alone(name), kit.plain())
+        return
     sent: list[bytes] = []
     kept: list[bool] = []
     trace = torch.full((4,), MARK).numpy().tobytes()

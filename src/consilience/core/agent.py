@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from consilience.core.batch import Batch
-from consilience.core.correction import Correction, Learned, Me, Memory, Routing, overrides
+from consilience.core.correction import Correction, Learned, Me, Memory, Routing, Viewed, overrides
 from consilience.core.errors import ConsilienceError
 from consilience.core.ledger import Ledger
 from consilience.core.message import Item, Message, Private, Shared, Weights, join
@@ -168,7 +168,7 @@ class Agent:
         given = sources
         sources = given if self.aware else tuple(replace(s, task=None) for s in given)
         for c in self.method.active:
-            me = Me(known=c.recall(self.memory(c), given))
+            me = Me(known=c.recall(self.memory(c), given), model=model)
             sources = c.gather(sources, me.known) if overrides(c, "gather") else sources
             mes.append((c, me))
         for c, me in mes:
@@ -180,6 +180,7 @@ class Agent:
         layout = Layout.of(trainable, dtype, self.device)
         theta = layout.flatten(trainable).clone()
         for c, me in mes:
+            me.layout = layout
             if c.flat and me.known is not None:
                 me.flat = {g: layout.flatten(me.known.group(g)) for g in c.flat}
             if overrides(c, "caution") and (warning := c.caution(me, t)):
@@ -212,6 +213,7 @@ class Agent:
         visits = {**state.visits, **{s.name: state.visits.get(s.name, 0) + 1 for s in job.sources}}
         shared: dict[str, dict[str, Shared]] = {s.name: {} for s in job.sources}
         memory = {c: dict(kept) for c, kept in state.memory.items()}
+        model = Viewed.of(self.model, job.step.by_verb["view"])
         for c, me in job.corrections:
             if me.trace and all(s.name in self.revisited for s in job.sources):
                 memory.setdefault(f"{c.name}.trace", {})[job.name] = Private(me.trace)
@@ -222,7 +224,7 @@ class Agent:
                 task = s.task if self.aware else None
                 on_device = replace(s, train=s.train.to(self.device, job.layout.dtype))
                 learned = Learned(
-                    self.model,
+                    model,
                     params,
                     buffers,
                     start,
@@ -349,7 +351,7 @@ class Agent:
     def outputs(self, params: Params, buffers: Params, x: Tensor, task: str | None) -> Tensor:
         """The outputs [B, C] in eval mode, through the corrections' views, before softmax."""
         seen = [
-            (c, Me(known=c.recall(self.memory(c), ())))
+            (c, Me(known=c.recall(self.memory(c), ()), model=self.model))
             for c in self.method.active
             if overrides(c, "view") or overrides(c, "outputs")
         ]

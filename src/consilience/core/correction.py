@@ -12,11 +12,11 @@ from torch import Tensor
 
 from consilience.core.batch import Batch
 from consilience.core.message import Item, Statistics
+from consilience.core.model import Forward, Model
 from consilience.core.params import Layout, Params
 from consilience.core.source import Source
 
 if TYPE_CHECKING:
-    from consilience.core.model import Model
     from consilience.core.schedule import Facts
     from consilience.core.training import Training
 
@@ -33,6 +33,14 @@ class Me:
     trace: dict[str, Tensor] = field(default_factory=dict)
     flat: dict[str, Tensor] = field(default_factory=dict)
     """The groups of `known` that the correction's `flat` names, each one vector [n] in the layout of the step."""
+    model: Model | None = None
+    """Asked which entries are what."""
+    layout: Layout | None = None
+    """Of the step; None in predict."""
+    clock: tuple[int, int] = (0, 0)
+    """(epoch, step in the epoch), for `view`, which has no `StepView`."""
+    span: tuple[int, int] = (0, 0)
+    """(epochs, steps an epoch)."""
 
 
 @dataclass(frozen=True)
@@ -201,6 +209,69 @@ def overrides(correction: Correction, verb: str) -> bool:
     False
     """
     return getattr(type(correction), verb) is not getattr(Correction, verb)
+
+
+class Viewed(Model):
+    """A model seen through the views of corrections: f(view(params, task), x, task)."""
+
+    def __init__(self, model: Model, views: Sequence[tuple[Correction, Me]]) -> None:
+        self.model, self.views, self.outputs = model, tuple(views), model.outputs
+
+    @staticmethod
+    def of(model: Model, views: Sequence[tuple[Correction, Me]]) -> Model:
+        """The model itself where nobody has a view."""
+        return Viewed(model, views) if views else model
+
+    def _seen(self, params: Params, task: str | None) -> Params:
+        for c, me in self.views:
+            params = c.view(params, task, me)
+        return params
+
+    def __call__(self, params: Params, buffers: Params, x: Tensor, task: str | None, train: bool) -> tuple[Tensor, Params]:
+        return self.model(self._seen(params, task), buffers, x, task, train)
+
+    def features(self, params: Params, buffers: Params, x: Tensor, task: str | None = None) -> Tensor:
+        return self.model.features(self._seen(params, task), buffers, x, task)
+
+    def bind(self, params: Params, buffers: Params, train: bool) -> tuple[Forward, Params]:
+        held = {n: b.clone() for n, b in buffers.items()}
+
+        def forward(x: Tensor, task: str | None) -> Tensor:
+            out, new = self(params, held, x, task, train)
+            held.update(new)
+            return out
+
+        return forward, held
+
+    def init(self, generator: torch.Generator) -> tuple[Params, Params]:
+        return self.model.init(generator)
+
+    def head(self, params: Params, task: str | None) -> tuple[str, str | None]:
+        return self.model.head(params, task)
+
+    def grow(self, params: Params, buffers: Params, source: Source, generator: torch.Generator) -> tuple[Params, Params]:
+        return self.model.grow(params, buffers, source, generator)
+
+    def head_key(self, source: Source) -> str:
+        return self.model.head_key(source)
+
+    def task_of(self, entry: str) -> str | None:
+        return self.model.task_of(entry)
+
+    def frozen(self, entry: str) -> bool:
+        return self.model.frozen(entry)
+
+    @property
+    def uses_task(self) -> bool:
+        return True
+
+    @property
+    def has_batch_norm(self) -> bool:
+        return self.model.has_batch_norm
+
+    @property
+    def draws(self) -> bool:
+        return self.model.draws
 
 
 @dataclass(frozen=True, eq=False)

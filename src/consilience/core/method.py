@@ -62,6 +62,7 @@ class Method:
         Raises Refusal where a part could not act at all, by name, with what to do instead.
         """
         m = self
+        facts = replace(facts, aware=facts.labelled or m.mapper is not None)
         constraining = [c.active for c in m.corrections if c.constrains]
         if constraining and not any(constraining):
             m = replace(m, step_aggregator=None)  # a cone without constraints

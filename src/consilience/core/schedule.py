@@ -111,6 +111,10 @@ class Facts:
     revisited: frozenset[str] = frozenset()
     """Sources that some agent learns more than once."""
     """Of the targets: "class" or "value"."""
+    most_learned: int = 0
+    """The most sources that one agent learns."""
+    aware: bool = False
+    """Whether agents are given the task of what they learn: a scenario with labels, or a mapper (put in by the method)."""
     model: Any = None
 
 
@@ -174,7 +178,8 @@ def walk(schedule: Schedule, seed: int) -> Facts:
         setting=schedule.setting, labelled=schedule.labelled, parts=parts, learns=learns, hears=hears, hears_others=others,
         recalls_shared=shared, recalls_own=private, repeats=repeats, common_base=common,
         learned_at={k: tuple(v) for k, v in learned.items()}, stages=stage - 1, kind=schedule.frame.kind,
-        revisited=frozenset(revisited), most_heard=most,
+        revisited=frozenset(revisited), most_heard=most, most_learned=max(map(len, own.values()), default=0),
+        aware=schedule.labelled,
     )  # fmt: skip
 
 

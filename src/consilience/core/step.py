@@ -12,7 +12,7 @@ from torch import Tensor
 
 from consilience.core.aggregator import Aggregator, Cone, Linear
 from consilience.core.batch import Batch
-from consilience.core.correction import Correction, Me, StepView, overrides
+from consilience.core.correction import Correction, Me, StepView, Viewed, overrides
 from consilience.core.errors import Refusal
 from consilience.core.model import Forward, Model
 from consilience.core.optimiser import Optimiser, OptimiserState
@@ -106,7 +106,8 @@ class Step:
         """The outputs [B, C] of the model as it was when this learn began, without gradient."""
         if self._before is None:
             params = {**self.fixed, **self.layout.split(self.start)}
-            self._before, _ = self.model.bind(params, self.start_buffers, False)
+            model = Viewed.of(self.model, self.by_verb["view"])
+            self._before, _ = model.bind(params, self.start_buffers, False)
         with torch.no_grad(), self._autocast():
             return self._before(x, task).to(x.dtype if x.is_floating_point() else self.start.dtype)
 
@@ -140,6 +141,8 @@ class Step:
 
     def gradient(self, loss: Tensor, keep: bool) -> tuple[Tensor, list[str]]:
         """The flat gradient [n] of a scalar, and the names of the entries that it does not reach."""
+        if not loss.requires_grad:  # such as what an earlier task answers through its own mask
+            return torch.zeros(self.layout.size, dtype=self.layout.dtype, device=self.layout.device), list(self.layout.names)
         grads = torch.autograd.grad(loss, self.inputs, retain_graph=keep, allow_unused=True)
         absent = [n for n, g in zip(self.layout.names, grads, strict=True) if g is None]
         flat = torch.cat(
@@ -150,6 +153,8 @@ class Step:
     def __call__(self, parts: list[Batch], clock: tuple[int, int], generator: torch.Generator | None) -> None:
         """One step: `carry` and the traces move on."""
         carry, kind = self.carry, self.frame.kind
+        for _, me in self.by_verb["view"]:
+            me.clock, me.span = clock, self.span
         with self._autocast():
             raw = self.forward_all(parts)
         if self.training.precision == "bf16":

@@ -14,12 +14,17 @@ from consilience.methods.continual import (
     ewc,
     finetune,
     gem,
+    hat,
     joint,
     l2sp,
     lwf,
     mas,
     online_ewc,
+    packnet,
+    psp,
     si,
+    supsup,
+    xdg,
 )
 from consilience.methods.exmodel import average_ensemble, entropy_ensemble, oracle_ensemble, parameter_average
 from consilience.methods.federated import fed3r, fedavg, fedprox
@@ -29,6 +34,6 @@ from consilience.methods.skill import skill
 
 __all__ = [
     "agem", "aggregate", "average", "average_ensemble", "der", "derpp", "entropy_ensemble", "er", "er_ace", "ewc", "fed3r",
-    "fedavg", "fedprox", "finetune", "gem", "joint", "l2sp", "lwf", "mas", "online_ewc", "oracle_ensemble", "parameter_average",
-    "pcgrad", "si", "skill", "task_arithmetic", "ties",
+    "fedavg", "fedprox", "finetune", "gem", "hat", "joint", "l2sp", "lwf", "mas", "online_ewc", "oracle_ensemble", "packnet", "parameter_average",
+    "pcgrad", "psp", "si", "skill", "supsup", "task_arithmetic", "ties", "xdg",
 ]  # fmt: skip

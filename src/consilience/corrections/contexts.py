@@ -1,0 +1,234 @@
+"""Contexts: one set of weights that every task sees in its own way. Supermasks, keys, gates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from consilience.core.correction import Correction, Learned, Me, Memory, StepView
+from consilience.core.errors import ConsilienceError
+from consilience.core.message import Module
+from consilience.core.model import Model
+from consilience.core.params import Params, key
+from consilience.core.source import Source
+from consilience.corrections.anatomy import anatomy, rows_with_units, spread, without_tasks
+
+if TYPE_CHECKING:
+    from consilience.core.schedule import Facts
+
+
+@lru_cache(maxsize=4096)
+def signs(task: str, layer: str, width: int, flips: float) -> Tensor:
+    """The key c [width] of a task for a layer: -1 with probability `flips`, else 1."""
+    return 1.0 - 2.0 * (torch.rand(width, generator=key("psp", task, layer)) < flips)
+
+
+@dataclass(frozen=True)
+class PSP(Correction):
+    """Parameter superposition: each task multiplies the inputs of every layer by its own key of +-1: y = (x * c_t) W.
+
+    c_t [inputs] is drawn by the names of task and layer, -1 with probability `flips`, so that nothing is kept. On the
+    weights: W [units, inputs, ...] * c_t. Layers are the shared weights of two or more dimensions, the head too. `flips` = 0
+    (c = 1) is plain training. Without a task the key is 1. Cheung et al. 2019.
+    """
+
+    flips: float = 0.5
+
+    neutral: ClassVar[dict[str, float]] = {"flips": 0.0}
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.flips <= 1:
+            raise ConsilienceError(f"`flips` should be in [0, 1]. Found `flips = {self.flips}`.")
+
+    def refuse(self, facts: Facts) -> str | None:
+        return without_tasks(facts)
+
+    def view(self, params: Params, task: str | None, me: Me) -> Params:
+        assert me.model is not None
+        if task is None:
+            return params
+        a, new = anatomy(me.model), dict(params)
+        for n in (*a.layers, *(a.head or ())[:1]):
+            w = params[str(n)]
+            c = signs(task, str(n), w.shape[1], self.flips).to(w)
+            new[str(n)] = w * c.view(1, -1, *[1] * (w.ndim - 2))
+        return new
+
+
+@lru_cache(maxsize=4096)
+def gates(task: str, layer: str, units: int, fraction: float) -> Tensor:
+    """The gates [units] of a task for a layer: exactly round(fraction x units) of them 0, but at least one is 1."""
+    order = torch.randperm(units, generator=key("xdg", task, layer))
+    return torch.ones(units).index_fill(0, order[: min(units - 1, round(fraction * units))], 0.0)
+
+
+@dataclass(frozen=True)
+class XdG(Correction):
+    """Context-dependent gating: for each task a random `fraction` of the units of every hidden layer is silent.
+
+    h_t = g_t * relu(W x + b), g_t in {0, 1} drawn by the names of task and layer, exactly round(fraction x units) of them 0;
+    nothing is kept. Units are gated by the rows of their layers, as is exact with ReLU and max pooling, without norms; the
+    head is not gated. `fraction` = 0 is plain training; composes with a penalty such as si. Without a task no unit is silent.
+    Masse, Grant & Freedman 2018.
+    """
+
+    fraction: float = 0.8
+
+    neutral: ClassVar[dict[str, float]] = {"fraction": 0.0}
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.fraction < 1:
+            raise ConsilienceError(f"`fraction` of silent units should be in [0, 1). Found `fraction = {self.fraction}`.")
+
+    def refuse(self, facts: Facts) -> str | None:
+        return without_tasks(facts) or (rows_with_units(facts.model) if facts.model is not None else None)
+
+    def view(self, params: Params, task: str | None, me: Me) -> Params:
+        assert me.model is not None
+        if task is None:
+            return params
+        a, new = anatomy(me.model), dict(params)
+        for n in a.layers:
+            w = params[n]
+            g = gates(task, n, len(w), self.fraction).to(w)
+            new[n] = w * g.view(-1, *[1] * (w.ndim - 1))
+            if n in a.biases:
+                new[a.biases[n]] = params[a.biases[n]] * g
+        return new
+
+
+class TopK(torch.autograd.Function):
+    """1 for the k largest of a tensor, by rank, 0 for its others; the gradient goes straight through."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(scores: Tensor, k: int) -> Tensor:
+        chosen = scores.reshape(-1).argsort(descending=True, stable=True)[:k]
+        return torch.zeros_like(scores).reshape(-1).index_fill(0, chosen, 1).view(scores.shape)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, out: Tensor) -> tuple[Tensor, None]:
+        return out, None
+
+
+@dataclass(frozen=True)
+class SupSup(Correction):
+    """Supermasks in superposition: weights never change; each task learns a score for each weight and uses the top ones.
+
+    W_t = M_t * c sign(W), M_t the round(`keep` x size) largest |score| of a layer, by rank; the gradient passes M_t straight
+    through to the scores; c = sqrt(2 / (keep x inputs)). Layers are the shared weights of two or more dimensions, the head
+    too; their biases are 0, and no shared entry is trained. Scores are entries `supsup/<task>/<layer>`; the masks travel, one
+    bit a weight: agents of one origin that exchange them can all do every task. Several agents' masks of one task are averaged.
+    A task may also be weights alpha over tasks: sum_k alpha_k M_k; without a task, and for an unknown one, all weigh the same.
+    Wortsman et al. 2020.
+    """
+
+    keep: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 < self.keep <= 1:
+            raise ConsilienceError(f"`keep` of the weights should be in (0, 1]. Found `keep = {self.keep}`.")
+
+    def refuse(self, facts: Facts) -> str | None:
+        return without_tasks(facts)
+
+    @staticmethod
+    def layers(model: Model) -> tuple[str, ...]:
+        """The weights that are masked."""
+        a = anatomy(model)
+        return (*a.layers, *(n for n in (a.head or ())[:1] if n is not None and not model.frozen(n)))
+
+    def kept(self, size: int) -> int:
+        """How many weights of a layer a task uses."""
+        return max(1, round(self.keep * size))
+
+    def mask_of(self, scores: Tensor) -> Tensor:
+        """The mask of these scores."""
+        mask: Tensor = TopK.apply(scores.abs(), self.kept(scores.numel()))  # type: ignore[no-untyped-call]
+        return mask
+
+    def recall(self, memory: Memory, sources: tuple[Source, ...]) -> dict[str, Any]:
+        """The masks of each task by layer, and the tasks of this learn (none in predict)."""
+        found: dict[str, list[dict[str, Tensor]]] = {}
+        for _, item in sorted(memory.items()):
+            shapes: Mapping[str, list[int]] = item.meta["shapes"]
+            found.setdefault(item.meta["task"], []).append({n: unpack(t, shapes[n]) for n, t in item.group("mask").items()})
+        masks = {t: {n: torch.stack([m[n] for m in ms]).mean(0) for n in ms[0]} for t, ms in found.items()}
+        return {"masks": masks, "now": tuple(dict.fromkeys(str(s.task) for s in sources))}
+
+    def begin(
+        self, model: Model, params: Params, sources: tuple[Source, ...], known: Any, generator: torch.Generator
+    ) -> tuple[Params, Mapping[str, Tensor]]:
+        """Scores of a new task, uniform in +-1 / sqrt(inputs)."""
+        new = dict(params)
+        for s in sources:
+            for n in self.layers(model):
+                name = f"supsup/{s.task}/{n}"
+                if name not in new:
+                    bound = params[n][0].numel() ** -0.5
+                    new[name] = ((2 * torch.rand(params[n].shape, generator=generator) - 1) * bound).to(params[n])
+        return new, {}
+
+    def view(self, params: Params, task: Any, me: Me) -> Params:
+        """`task`: a name, {name: weight} over tasks, or None."""
+        assert me.model is not None
+        known, names = me.known, self.layers(me.model)
+        if isinstance(task, str) and task in known["now"]:
+            masks = {n: self.mask_of(params[f"supsup/{task}/{n}"]) for n in names}
+        elif isinstance(task, str) and task in known["masks"]:
+            masks = known["masks"][task]
+        elif known["masks"]:
+            alpha = task if isinstance(task, Mapping) else dict.fromkeys(known["masks"], 1 / len(known["masks"]))
+            masks = {n: sum(alpha[t] * known["masks"][t][n].to(params[n]) for t in alpha) for n in names}
+        else:
+            masks = {}
+        new, biases = dict(params), anatomy(me.model)
+        for n in names:
+            w = params[n].detach()
+            fixed = w.sign() * (2 / (self.keep * w[0].numel())) ** 0.5
+            new[n] = fixed * masks[n].to(w) if n in masks else fixed
+            b = biases.head[1] if biases.head and n == biases.head[0] else biases.biases.get(n)
+            if b is not None:
+                new[b] = torch.zeros_like(params[b])
+        return new
+
+    def mask(self, step: StepView, me: Me) -> Tensor:
+        """No shared entry of the model moves; scores do."""
+        assert me.model is not None
+        a = anatomy(me.model)
+        still = {*a.layers, *a.biases.values(), *a.others, *(n for n in a.head or () if n)}
+        shapes = dict(zip(step.layout.names, step.layout.shapes, strict=True))
+        return spread(step.layout, {n: step.theta.new_zeros(shapes[n]) for n in still if n in shapes})
+
+    def summarise(self, learned: Learned, me: Me) -> Module:
+        start = f"supsup/{learned.task}/"
+        masks = {n[len(start) :]: self.mask_of(s) for n, s in learned.params.items() if n.startswith(start)}
+        shapes = {n: list(m.shape) for n, m in masks.items()}
+        return Module({f"mask/{n}": pack(m) for n, m in masks.items()}, {"task": learned.task, "shapes": shapes})
+
+
+def pack(mask: Tensor) -> Tensor:
+    """A mask of 0 and 1 as bytes [ceil(n / 8)], one bit an entry.
+
+    >>> unpack(pack(torch.tensor([[1.0, 0.0, 1.0]])), [1, 3]).tolist()
+    [[1.0, 0.0, 1.0]]
+    """
+    bits = mask.reshape(-1).to(torch.uint8)
+    bits = torch.cat([bits, bits.new_zeros(-len(bits) % 8)]).view(-1, 8)
+    return (bits << torch.arange(8, dtype=torch.uint8, device=bits.device)).sum(1).to(torch.uint8)
+
+
+def unpack(data: Tensor, shape: list[int]) -> Tensor:
+    """The mask in float32 that `pack` made."""
+    bits = (data.view(-1, 1) >> torch.arange(8, dtype=torch.uint8, device=data.device)) & 1
+    return bits.reshape(-1)[: torch.Size(shape).numel()].view(shape).float()

@@ -1,0 +1,323 @@
+"""Isolation: every task has entries or units of its own, which later tasks do not move. PackNet and HAT."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from consilience.core.correction import Correction, Learned, Me, Memory, StepView
+from consilience.core.errors import ConsilienceError
+from consilience.core.message import Private
+from consilience.core.model import Model
+from consilience.core.params import Layout, Params
+from consilience.core.source import Source
+from consilience.core.training import Training
+from consilience.corrections.anatomy import anatomy, not_alone, own_entries, rows_with_units, spread, without_tasks
+from consilience.corrections.quadratic import non_negative
+
+if TYPE_CHECKING:
+    from consilience.core.schedule import Facts
+
+
+@dataclass(frozen=True, eq=False)
+class Taken:
+    """What PackNet knows: the order of the learn that took each weight (-1: free), by entry; the latest order of each task;
+    the outputs that are taken; the tasks of this learn (none in predict)."""
+
+    owner: Mapping[str, Tensor]
+    tasks: Mapping[str, int]
+    classes: frozenset[int]
+    now: frozenset[str]
+
+
+@dataclass(frozen=True)
+class PackNet(Correction):
+    """PackNet: prune what a task learned to its largest weights, retrain these, freeze them; the rest is for later tasks.
+
+    A learn trains all free weights (from 0 but in the first); at the end of its first (1 - `retrain`) of the epochs each layer
+    keeps the round(`keep` x free) largest |w| among its free weights, by rank and so exactly that many (at least 1), and the
+    other free ones are 0 to this task. Task t uses the weights taken up to t, so that its outputs stay as they are, to the
+    bit. Layers are the trainable shared weights of two or more dimensions but the head; biases and norms are frozen after the
+    first task; of a shared head each task trains the rows of its own classes that no earlier task took (tasks with common
+    classes want `models.multi_head`). Masks are private. Refuses when a layer has no free weight left for a task.
+    Mallya & Lazebnik 2018.
+    """
+
+    keep: float = 0.5
+    retrain: float = 0.5
+
+    travels: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.keep <= 1:
+            raise ConsilienceError(f"`keep` of the free weights should be in (0, 1]. Found `keep = {self.keep}`.")
+        if not 0 <= self.retrain < 1:
+            raise ConsilienceError(f"`retrain` of the epochs should be in [0, 1). Found `retrain = {self.retrain}`.")
+
+    def kept(self, free: int) -> int:
+        """How many of a layer's free weights a task keeps."""
+        return min(free, max(1, round(self.keep * free)))
+
+    def refuse(self, facts: Facts) -> str | None:
+        why = without_tasks(facts) or not_alone(facts)
+        if why is None and facts.revisited:
+            why = "what a source learned is frozen, and here one comes again; use hat, or give each source once"
+        if why is None and facts.model is not None:
+            a = anatomy(facts.model)
+            for n in a.layers:
+                free = torch.Size(a.shapes[n]).numel()
+                for t in range(facts.most_learned):
+                    if not free:
+                        return f"layer {n!r} has no free weight left for task {t + 1} of {facts.most_learned}; use a smaller `keep`, or a wider model"
+                    free -= self.kept(free)
+        return why
+
+    def recall(self, memory: Memory, sources: tuple[Source, ...]) -> Taken:
+        """Who took which weight."""
+        owner: dict[str, Tensor] = {}
+        tasks: dict[str, int] = {}
+        classes: set[int] = set()
+        for item in sorted(memory.values(), key=lambda i: i.meta["order"]):
+            order = item.meta["order"]
+            for n, own in item.group("own").items():
+                owner[n] = torch.where(own, order, owner.get(n, torch.full(own.shape, -1, device=own.device)))
+            tasks[item.meta["task"]] = order
+            classes |= set(item.meta["classes"])
+        return Taken(owner, tasks, frozenset(classes), frozenset(str(s.task) for s in sources))
+
+    def begin(
+        self, model: Model, params: Params, sources: tuple[Source, ...], known: Taken, generator: torch.Generator
+    ) -> tuple[Params, Mapping[str, Tensor]]:
+        """The free weights at 0 after the first learn; private: what may move, by entry."""
+        a, new = anatomy(model), dict(params)
+        free = own_entries(model, params, sources, known.classes)
+        for n in a.layers:
+            free[n] = torch.ones_like(params[n])
+            if n in known.owner:
+                taken = known.owner[n].to(params[n].device) >= 0
+                free[n], new[n] = (~taken).to(params[n].dtype), params[n] * taken
+        if known.owner:
+            for n in (*(a.biases[n] for n in a.layers if n in a.biases), *a.others):
+                free[n] = torch.zeros_like(params[n])
+        return new, {f"free/{n}": f for n, f in free.items()}
+
+    def view(self, params: Params, task: str | None, me: Me) -> Params:
+        """The weights that the task uses: those taken up to it; in its own learn also the free ones, until they are pruned."""
+        known: Taken = me.known
+        if task in known.now:
+            assert me.model is not None and me.layout is not None
+            keep = me.layout.split(me.trace["keep"])
+            return {**params, **{n: params[n] * keep[n] for n in anatomy(me.model).layers}}
+        if task not in known.tasks:
+            return params
+        last = known.tasks[str(task)]
+        used = {n: ((o >= 0) & (o <= last)).to(params[n].device) for n, o in known.owner.items()}
+        return {**params, **{n: params[n] * u for n, u in used.items()}}
+
+    def mask(self, step: StepView, me: Me) -> Tensor:
+        return spread(step.layout, _group(me.private, "free")) * me.trace["keep"]
+
+    def trace_init(self, theta: Tensor) -> dict[str, Tensor]:
+        return {"keep": torch.ones_like(theta), "pruned": theta.new_zeros(())}
+
+    def trace(self, step: StepView, me: Me, grad: Tensor, delta: Tensor) -> dict[str, Tensor]:
+        epochs, last = step.span
+        if step.clock != (epochs - int(epochs * self.retrain) - 1, last - 1):
+            return me.trace
+        return self._prune(step.theta + delta, step.layout, me)
+
+    def _prune(self, theta: Tensor, layout: Layout, me: Me) -> dict[str, Tensor]:
+        assert me.model is not None
+        values, keep = layout.split(theta), {}
+        for n in anatomy(me.model).layers:
+            free = me.private[f"free/{n}"].to(theta.device).reshape(-1)
+            size = values[n].abs().reshape(-1).masked_fill(free == 0, -1)
+            chosen = size.argsort(descending=True, stable=True)[: self.kept(int(free.sum()))]
+            keep[n] = (1 - free).index_fill(0, chosen, 1).view(values[n].shape)
+        return {"keep": spread(layout, keep), "pruned": theta.new_ones(())}
+
+    def summarise(self, learned: Learned, me: Me) -> Private:
+        trace = me.trace if me.trace["pruned"] else self._prune(learned.layout.flatten(learned.params), learned.layout, me)
+        keep = learned.layout.split(trace["keep"])
+        own = {f"own/{n}": (keep[n] * me.private[f"free/{n}"]) > 0 for n in anatomy(learned.model).layers}
+        return Private(own, {"task": learned.task, "order": learned.order, "classes": list(learned.source.classes)})
+
+
+@dataclass(frozen=True, eq=False)
+class Attended:
+    """What HAT knows: the masks [units] of every task by layer, the largest over other sources, the outputs that these took,
+    and the tasks of this learn (none in predict)."""
+
+    masks: Mapping[str, Mapping[str, Tensor]]
+    past: Mapping[str, Tensor]
+    classes: frozenset[int]
+    now: frozenset[str]
+
+
+class _Scaled(torch.autograd.Function):
+    """x, whose gradient is multiplied by `factor`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, factor: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, out: Tensor) -> tuple[Tensor, None]:
+        return out * ctx.saved_tensors[0], None
+
+
+@dataclass(frozen=True)
+class HAT(Correction):
+    """Hard attention to the task: each task learns which units of each hidden layer it uses, and keeps their weights.
+
+    Unit i of layer l is multiplied by a_i = sigmoid(s e_i), with an embedding e of the task and layer; s grows in every epoch,
+    s = 1/s_max + (s_max - 1/s_max) b / (B - 1) at its batch b = 0 .. B - 1. Gradients of weight (i, j) are multiplied by
+    1 - min(a_i, a_j) of the earlier tasks' largest a, those of e by s_max (cosh(s e) + 1) / (s (cosh(e) + 1)), and
+    `sparsity` x sum a (1 - past) / sum (1 - past) is added. With `hard` masks of earlier and predicted tasks are
+    1[e > 0], and old outputs stay as they are, to the bit; without, sigmoid(s_max e), and they drift.
+
+    Units are gated by the rows of their layers, as is exact with ReLU and max pooling, without norms. The head is not gated:
+    of a shared one each task trains the rows of its own classes that no other took (or `models.multi_head`). Private. Where
+    training is short a large `sparsity` silences all units of a layer. Serrà et al. 2018 (who use .75 with 200 epochs).
+    """
+
+    sparsity: float = 0.1
+    s_max: float = 400.0
+    hard: bool = True
+
+    travels: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        non_negative("HAT", sparsity=self.sparsity)
+        if not 1 <= self.s_max < float("inf"):
+            raise ConsilienceError(f"`s_max` should be at least 1 and finite. Found `s_max = {self.s_max}`.")
+
+    def refuse(self, facts: Facts) -> str | None:
+        return without_tasks(facts) or not_alone(facts) or (rows_with_units(facts.model) if facts.model is not None else None)
+
+    def scale(self, clock: tuple[int, int], span: tuple[int, int]) -> float:
+        """s at a step: from 1 / s_max at the first batch of an epoch to s_max at its last."""
+        low, last = 1 / self.s_max, span[1] - 1
+        return low + (self.s_max - low) * (clock[1] / last if last > 0 else 1.0)
+
+    def compensation(self, e: Tensor, s: float) -> Tensor:
+        """What undoes the scale of the gradient of sigmoid(s e): as if it were sigmoid(e), s_max times."""
+        return self.s_max / s * ((s * e).clamp(-50, 50).cosh() + 1) / (e.clamp(-50, 50).cosh() + 1)
+
+    def recall(self, memory: Memory, sources: tuple[Source, ...]) -> Attended:
+        now = {s.name for s in sources}
+        masks: dict[str, dict[str, Tensor]] = {}
+        past: dict[str, Tensor] = {}
+        classes: set[int] = set()
+        for (_, source), item in sorted(memory.items()):
+            mine = masks.setdefault(item.meta["task"], {})
+            for n, a in item.group("mask").items():
+                mine[n] = torch.maximum(mine[n], a) if n in mine else a
+                if source not in now:
+                    past[n] = torch.maximum(past[n], a) if n in past else a
+            if source not in now:
+                classes |= set(item.meta["classes"])
+        return Attended(masks, past, frozenset(classes), frozenset(str(s.task) for s in sources))
+
+    def begin(
+        self, model: Model, params: Params, sources: tuple[Source, ...], known: Attended, generator: torch.Generator
+    ) -> tuple[Params, Mapping[str, Tensor]]:
+        """Embeddings `hat/<task>/<layer>` ~ N(0, 1) for a new task; private: factors of the gradients, by entry."""
+        a, new = anatomy(model), dict(params)
+        for s in sources:
+            for n in a.layers:
+                name = f"hat/{s.task}/{n}"
+                if name not in new:
+                    new[name] = torch.randn(a.shapes[n][0], generator=generator).to(params[n])
+        free = own_entries(model, params, sources, known.classes)
+        for n in a.layers:
+            if n in known.past:
+                free[n] = 1 - torch.minimum(self._units(a.shapes[n], known.past[n]), self._inputs(model, n, known)).to(params[n])
+                if n in a.biases:
+                    free[a.biases[n]] = (1 - known.past[n]).to(params[n])
+        if a.head and known.past:
+            weight = a.head[0]
+            free[weight] = free[weight] * (1 - self._inputs(model, weight, known)).to(params[weight])
+        for n in new:
+            if n.startswith("hat/") and not any(n.startswith(f"hat/{s.task}/") for s in sources):
+                free[n] = torch.zeros_like(new[n])
+        return new, {f"free/{n}": f for n, f in free.items()}
+
+    @staticmethod
+    def _units(shape: tuple[int, ...], a: Tensor) -> Tensor:
+        """The values [units] of a layer's units on its weight."""
+        return a.view(-1, *[1] * (len(shape) - 1)).expand(shape)
+
+    @staticmethod
+    def _inputs(model: Model, name: str, known: Attended) -> Tensor:
+        """The values of the units before a layer on its weight: 1 where they are inputs; a flattened map's unit has several places."""
+        found = anatomy(model)
+        shape, before = found.shapes[name], found.previous(name)
+        if before not in known.past:
+            return torch.ones(shape)
+        a = known.past[str(before)]
+        a = a.repeat_interleave(shape[1] // len(a))
+        return a.view(1, -1, *[1] * (len(shape) - 2)).expand(shape)
+
+    def caution(self, me: Me, training: Training) -> str | None:
+        full = [n for n, a in me.known.past.items() if bool((a >= 1).all())]
+        return f"layer {full[0]!r} has no unit left; use a larger `sparsity`, or a wider model" if full else None
+
+    def view(self, params: Params, task: str | None, me: Me) -> Params:
+        """Every hidden layer with its rows multiplied by the task's attention."""
+        known: Attended = me.known
+        if task in known.now:
+            s = self.scale(me.clock, me.span)
+            found = {n[len(f"hat/{task}/") :]: torch.sigmoid(s * e) for n, e in params.items() if n.startswith(f"hat/{task}/")}
+        else:
+            found = dict(known.masks.get(str(task), {}))
+        assert me.model is not None
+        new, biases = dict(params), anatomy(me.model).biases
+        for n, a in found.items():
+            a = a.to(params[n])
+            new[n] = params[n] * a.view(-1, *[1] * (params[n].ndim - 1))
+            if n in biases:
+                new[biases[n]] = params[biases[n]] * a
+        return new
+
+    def mask(self, step: StepView, me: Me) -> Tensor:
+        factors, s = _group(me.private, "free"), self.scale(step.clock, step.span)
+        values = step.layout.split(step.theta)
+        return spread(step.layout, {**factors, **{n: self.compensation(e, s) for n, e in values.items() if self._mine(n, me)}})
+
+    @staticmethod
+    def _mine(name: str, me: Me) -> bool:
+        return any(name.startswith(f"hat/{task}/") for task in me.known.now)
+
+    def penalty(self, step: StepView, me: Me) -> Tensor:
+        s, known = self.scale(step.clock, step.span), me.known
+        above, below = step.theta.new_zeros(()), step.theta.new_zeros(())
+        for n, e in step.layout.split(step.theta).items():
+            if self._mine(n, me):
+                layer = n[len(next(f"hat/{t}/" for t in known.now if n.startswith(f"hat/{t}/"))) :]
+                free = 1 - known.past[layer].to(e) if layer in known.past else torch.ones_like(e)
+                a = torch.sigmoid(s * _Scaled.apply(e, self.compensation(e.detach(), s)))  # type: ignore[no-untyped-call]
+                above, below = above + (a * free).sum(), below + free.sum()
+        return self.sparsity * above / below.clamp_min(1)
+
+    def summarise(self, learned: Learned, me: Me) -> Private:
+        start = f"hat/{learned.task}/"
+        found = {n[len(start) :]: e for n, e in learned.params.items() if n.startswith(start)}
+        masks = {n: (e > 0).to(e.dtype) if self.hard else torch.sigmoid(self.s_max * e) for n, e in found.items()}
+        return Private(
+            {f"mask/{n}": a for n, a in masks.items()}, {"task": learned.task, "classes": list(learned.source.classes)}
+        )
+
+
+def _group(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {n[len(prefix) + 1 :]: t for n, t in tensors.items() if n.startswith(f"{prefix}/")}

@@ -485,3 +485,100 @@ def test_importing_is_light():
         "False",
         "False",
     ]
+
+
+# what users do
+
+
+def test_a_state_dict_is_an_expert_with_its_buffers(digits):
+    sources = cs.data.iid(digits, 2)
+    nets = []
+    torch.manual_seed(0)
+    base = torch.nn.Sequential(torch.nn.Linear(64, 16), torch.nn.BatchNorm1d(16), torch.nn.ReLU(), torch.nn.Linear(16, 10))
+    for s in sources:
+        net = torch.nn.Sequential(torch.nn.Linear(64, 16), torch.nn.BatchNorm1d(16), torch.nn.ReLU(), torch.nn.Linear(16, 10))
+        net.load_state_dict(base.state_dict())
+        optimiser = torch.optim.SGD(net.parameters(), lr=0.1)
+        x, y = s.train.whole()
+        for _ in range(60):
+            optimiser.zero_grad()
+            torch.nn.functional.cross_entropy(net(x), y).backward()
+            optimiser.step()
+        nets.append(net.eval())
+    model = cs.models.wrap(base)
+    experts = [cs.Expert(f"e{i}", net.state_dict(), s) for i, (net, s) in enumerate(zip(nets, sources, strict=True))]
+    split = [
+        cs.Expert(e.name, dict(n.named_parameters()), e.source, dict(n.named_buffers()))
+        for e, n in zip(experts, nets, strict=True)
+    ]
+    x, _ = digits.test.whole()
+    ends = []
+    for given in (experts, split):
+        result = cs.run(cs.settings.exmodel(given), cs.methods.average_ensemble(), model)
+        want = torch.stack([net(x).softmax(1) for net in nets]).mean(0)
+        assert torch.allclose(result.predict(x), want, atol=1e-5)
+        ends.append(result.predict(x))
+    assert torch.equal(*ends)
+    merged = cs.run(cs.settings.merging(experts, base=base.state_dict()), cs.methods.task_arithmetic(), model)
+    held = merged.agent.state.buffers["1.running_mean"]
+    assert torch.allclose(held, torch.stack([n.state_dict()["1.running_mean"] for n in nets]).mean(0), atol=1e-6)
+    for wrong, text in (
+        ({n: t for n, t in experts[0].params.items() if "running" not in n}, "Found none called '1.running_mean'"),
+        ({**experts[0].params, "bogus": torch.zeros(3)}, "Found 'bogus'"),
+    ):
+        with pytest.raises(cs.ConsilienceError, match=text):
+            cs.run(cs.settings.exmodel([cs.Expert("bad", wrong, sources[0])]), cs.methods.average_ensemble(), model)
+
+
+def test_a_module_is_taken_as_it_is(parts):
+    net = torch.nn.Sequential(torch.nn.Linear(64, 16), torch.nn.ReLU(), torch.nn.Linear(16, 10))
+    a = cs.run(cs.settings.continual(parts[:2]), cs.methods.finetune(), net, cs.Training(epochs=1))
+    b = cs.run(cs.settings.continual(parts[:2]), cs.methods.finetune(), cs.models.wrap(net), cs.Training(epochs=1))
+    assert same(a.params, b.params)
+    net.load_state_dict(a.params)
+
+
+@pytest.mark.filterwarnings("ignore:the metric is undefined")
+def test_a_metric_that_is_undefined_somewhere_is_left_out(tmp_path):
+    clients = cs.data.dirichlet(cs.data.breast_cancer(), 5, 0.1, seed=0, local_test=True)
+    one = [s for s in clients if len(s.test.targets().unique()) == 1]
+    assert one
+    result = cs.run(cs.settings.federated(clients, rounds=2), cs.methods.fedavg(), metric="auroc", out=tmp_path / "run")
+    assert np.isnan(result.matrix).any()
+    assert 0 < result.score <= 1
+    for text in (tmp_path / "run" / "log.jsonl").read_text().splitlines():
+        json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+@pytest.mark.parametrize(
+    ("act", "text"),
+    [
+        (lambda s: cs.settings.continual(s[0]), "sources should come in a list"),
+        (lambda s: cs.settings.federated_continual(s[:2]), "sources should come in a list"),
+        (lambda s: cs.settings.continual([(1, 2)]), "a source should be made by consilience.data"),
+        (lambda s: cs.run(cs.settings.continual(s), "er"), "`method` should be made by consilience.methods"),
+        (lambda s: cs.run(cs.settings.continual(s), cs.methods.er), "`method` should be made by consilience.methods"),
+        (lambda s: cs.run(cs.methods.er(), cs.settings.continual(s)), "`schedule` should be made by consilience.settings"),
+        (lambda s: cs.run(cs.settings.continual(s), cs.methods.er(), model="mlp"), "`model` should be one of"),
+        (lambda s: cs.run(cs.settings.continual(s), cs.methods.er(), training={"lr": 0.1}), "`training` should be a"),
+        (lambda s: cs.run(cs.settings.continual(s), cs.methods.er(), repeats=1.5), "`repeats` should be"),
+        (lambda s: cs.run(cs.settings.continual(s), cs.methods.er(), seed="a"), "`seed` should be"),
+        (lambda s: cs.run(cs.settings.continual(s), cs.methods.er(), checkpoint_seconds=-1), "`checkpoint_seconds` should be"),
+        (lambda s: cs.methods.er() + "ewc", "a method composes with a method"),
+        (lambda s: cs.methods.aggregate("ties"), "`aggregator` should be made by consilience.aggregators"),
+        (lambda s: cs.Training(optimiser=torch.optim.Adam), "`optimiser` should be sgd, adam, adamw"),
+        (lambda s: cs.Training(lr="0.1"), "`lr` should be positive"),
+        (lambda s: cs.settings.merging(experts=["a"]), "an expert should be Expert"),
+        (
+            lambda s: cs.run(
+                cs.settings.continual([s[0], cs.data.arrays(torch.rand(30, 4), torch.arange(30) % 2)]), cs.methods.finetune()
+            ),
+            "samples should fit the model's input. Found (4,)",
+        ),
+    ],
+)
+def test_arguments_of_another_kind_are_one_line(parts, act, text):
+    with pytest.raises(cs.ConsilienceError) as e:
+        act(parts)
+    assert text in str(e.value)
+    assert "\n" not in str(e.value)

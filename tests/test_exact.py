@@ -1469,3 +1469,22 @@ def test_mas_l2sp_and_online_ewc_restated():
     assert torch.allclose(known.tensors["precision/w"], decayed)
     assert torch.allclose(known.tensors["shift/w"], decayed * items[("agent", "s2")].tensors["centre/w"])
     assert OnlineEWC().recall({}, ()) is None
+
+
+def test_a_capped_precision_keeps_its_centre():
+    """An entry beyond the cap returns to its centre in one step of the penalty; others are untouched."""
+    from consilience.core.correction import Me
+
+    p, centre = torch.tensor([0.5, 3.0, 40.0]).double(), torch.tensor([1.0, -2.0, 0.3]).double()
+    me = Me(flat={"precision": p, "shift": p * centre})
+    said = EWC(strength=10.0).caution(me, cs.Training(lr=0.05))
+    assert "2 of 3 entries are capped" in said
+    assert torch.allclose(me.flat["precision"], torch.tensor([0.5, 2.0, 2.0]).double())
+    assert torch.allclose(me.flat["shift"] / me.flat["precision"], centre)
+    theta = torch.randn(3).double()
+    moved = theta - 0.05 * 10.0 * (me.flat["precision"] * theta - me.flat["shift"])
+    assert torch.allclose(moved[1:], centre[1:])
+    same_one = Me(flat={"precision": p, "shift": p * centre})
+    assert EWC(strength=0.01).caution(same_one, cs.Training(lr=0.05)) is None
+    assert same_one.flat["precision"] is p
+    assert EWC(strength=10.0).caution(same_one, cs.Training(lr=0.05, optimiser="adam")) is None

@@ -150,7 +150,7 @@ class Correction(ABC):  # noqa: B024 (every verb is optional)
         return total
 
     def caution(self, me: Me, training: Training) -> str | None:
-        """A warning about this learn, such as a step too long for a penalty, or None."""
+        """Settle what is known (`me.flat`) for the training that comes; a warning, such as of a step too long, or None."""
         return None
 
     def sample(self, me: Me, sources: tuple[Source, ...], generator: torch.Generator) -> list[Batch]:

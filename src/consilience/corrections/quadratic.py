@@ -51,7 +51,9 @@ class Quadratic(Correction):
     """(strength / 2) sum_k (theta - theta_k)^T diag(P_k) (theta - theta_k), up to a constant.
 
     Kept as statistics that add: precision P = sum P_k and shift s = sum P_k theta_k, so that a step costs the same for any
-    number of sources. A revisited source's own summary is left out. Subclasses say what the precision is.
+    number of sources. A revisited source's own summary is left out. Under SGD the precision is capped at 1 / (lr x strength),
+    with a warning: such an entry returns to its centre in one step, and a longer one would diverge. Subclasses say what the
+    precision is.
     """
 
     strength: float = 1.0
@@ -67,10 +69,22 @@ class Quadratic(Correction):
         return self.strength * QuadraticForm.apply(step.theta, me.flat["precision"], me.flat["shift"])[0]  # type: ignore[no-untyped-call, no-any-return]
 
     def caution(self, me: Me, training: Training) -> str | None:
-        if "precision" not in me.flat:
+        """Cap the precision at 1 / (lr x strength) for SGD, around the same centre: a larger one would overshoot, and above 2 diverge."""
+        from consilience.core.optimiser import SGD
+
+        if "precision" not in me.flat or not isinstance(training.inner(), SGD):
             return None
-        factor = training.lr * self.strength * float(me.flat["precision"].max())
-        return f"lr x strength x the largest precision is {factor:.3g}; above about 2 training diverges" if factor > 2 else None
+        most = 1 / (training.lr * self.strength)
+        precision = me.flat["precision"]
+        over = int((precision > most).sum())
+        if not over:
+            return None
+        factor = torch.where(precision > most, most / precision.clamp_min(most), 1.0)
+        me.flat = {"precision": precision * factor, "shift": me.flat["shift"] * factor}
+        return (
+            f"lr x strength x precision is up to {float(precision.max()) / most:.3g}, and above 2 training diverges; "
+            f"{over} of {len(precision)} entries are capped at 1"
+        )
 
     @staticmethod
     def statistics(precision: dict[str, Tensor], params: dict[str, Tensor]) -> Statistics:
@@ -86,7 +100,7 @@ class EWC(Quadratic):
     F = (1/N) sum_x E_{y ~ p(y|x)} [(d log p(y|x) / d theta)^2]; `labels="model"` samples y from the model's own prediction
     (one draw a sample), "all" takes the expectation over all classes, "data" uses the true labels (the empirical Fisher).
     `samples` bounds the number of examples (None: all). Kirkpatrick et al. 2017; penalties of several sources add
-    (Huszár 2018). Training diverges where lr x strength x max F exceeds about 2.
+    (Huszár 2018).
     """
 
     strength: float = 10.0

@@ -183,7 +183,8 @@ class Agent:
             me.layout = layout
             if c.flat and me.known is not None:
                 me.flat = {g: layout.flatten(me.known.group(g)) for g in c.flat}
-            if overrides(c, "caution") and (warning := c.caution(me, t)):
+            me.flat, warning = c.caution(me, t)
+            if warning:
                 warnings.warn(f"{c.name} on {given[0].name!r}: {warning}", stacklevel=2)
         carry = Carry(theta, {n: b.to(self.device).clone() for n, b in buffers.items()}, t.inner().init(theta))
         parts = tuple((s, s.train.to(self.device, dtype), s.task if self.aware else None) for s in sources)

@@ -149,9 +149,9 @@ class Correction(ABC):  # noqa: B024 (every verb is optional)
                 total = item if total is None else total + item
         return total
 
-    def caution(self, me: Me, training: Training) -> str | None:
-        """Settle what is known (`me.flat`) for the training that comes; a warning, such as of a step too long, or None."""
-        return None
+    def caution(self, me: Me, training: Training) -> tuple[dict[str, Tensor], str | None]:
+        """What is known, laid flat (`me.flat`), settled for the training that comes; and a warning, such as of a step too long, or None."""
+        return me.flat, None
 
     def sample(self, me: Me, sources: tuple[Source, ...], generator: torch.Generator) -> list[Batch]:
         """Further parts of a step (rehearsal), drawn outside the compiled step."""

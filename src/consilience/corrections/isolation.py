@@ -269,9 +269,10 @@ class HAT(Correction):
         a = a.repeat_interleave(shape[1] // len(a))
         return a.view(1, -1, *[1] * (len(shape) - 2)).expand(shape)
 
-    def caution(self, me: Me, training: Training) -> str | None:
+    def caution(self, me: Me, training: Training) -> tuple[dict[str, Tensor], str | None]:
         full = [n for n, a in me.known.past.items() if bool((a >= 1).all())]
-        return f"layer {full[0]!r} has no unit left; use a larger `sparsity`, or a wider model" if full else None
+        warning = f"layer {full[0]!r} has no unit left; use a larger `sparsity`, or a wider model" if full else None
+        return me.flat, warning
 
     def view(self, params: Params, task: str | None, me: Me) -> Params:
         """Every hidden layer with its rows multiplied by the task's attention."""

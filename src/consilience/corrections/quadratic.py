@@ -68,20 +68,19 @@ class Quadratic(Correction):
     def penalty(self, step: StepView, me: Me) -> Tensor:
         return self.strength * QuadraticForm.apply(step.theta, me.flat["precision"], me.flat["shift"])[0]  # type: ignore[no-untyped-call, no-any-return]
 
-    def caution(self, me: Me, training: Training) -> str | None:
+    def caution(self, me: Me, training: Training) -> tuple[dict[str, Tensor], str | None]:
         """Cap the precision at 1 / (lr x strength) for SGD, around the same centre: a larger one would overshoot, and above 2 diverge."""
         from consilience.core.optimiser import SGD
 
         if "precision" not in me.flat or not isinstance(training.inner(), SGD):
-            return None
+            return me.flat, None
         most = 1 / (training.lr * self.strength)
         precision = me.flat["precision"]
         over = int((precision > most).sum())
         if not over:
-            return None
+            return me.flat, None
         factor = torch.where(precision > most, most / precision.clamp_min(most), 1.0)
-        me.flat = {"precision": precision * factor, "shift": me.flat["shift"] * factor}
-        return (
+        return {"precision": precision * factor, "shift": me.flat["shift"] * factor}, (
             f"lr x strength x precision is up to {float(precision.max()) / most:.3g}, and above 2 training diverges; "
             f"{over} of {len(precision)} entries are capped at 1"
         )

@@ -106,11 +106,11 @@ class Facts:
     """The stages in which something newly learned of each source reaches the evaluated agent."""
     stages: int
     kind: str = "class"
+    """Of the targets: "class" or "value"."""
     most_heard: int = 0
     """The most agents that learned and are heard at once."""
     revisited: frozenset[str] = frozenset()
     """Sources that some agent learns more than once."""
-    """Of the targets: "class" or "value"."""
     most_learned: int = 0
     """The most sources that one agent learns."""
     aware: bool = False

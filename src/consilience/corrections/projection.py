@@ -16,6 +16,13 @@ from consilience.core.step import mean_loss
 from consilience.corrections.rehearsal import ER
 
 
+def constraints(step: StepView, owner: str) -> list[Row]:
+    """The loss of each part that a correction drew, as a constraint."""
+    kind = "value" if step.parts[0].y.is_floating_point() else "class"
+    own = [i for i, p in enumerate(step.parts) if p.owner == owner]
+    return [Row(mean_loss(step.outputs[i], step.parts[i], kind), kind="constraint") for i in own]
+
+
 @dataclass(frozen=True)
 class EpisodicConstraints(Correction):
     """One constraint row for each earlier source: the loss on its `size` remembered examples must not rise (GEM).
@@ -55,9 +62,7 @@ class EpisodicConstraints(Correction):
         return parts
 
     def rows(self, step: StepView, me: Me) -> list[Row]:
-        kind = "value" if step.parts[0].y.is_floating_point() else "class"
-        own = [i for i, p in enumerate(step.parts) if p.owner == self.name]
-        return [Row(mean_loss(step.outputs[i], step.parts[i], kind), kind="constraint") for i in own]
+        return constraints(step, self.name)
 
     def summarise(self, learned: Learned, me: Me) -> Private:
         examples = learned.source.train
@@ -80,6 +85,4 @@ class AverageConstraint(ER):
         return [replace(b, weight=0.0) for b in super().sample(me, sources, generator)]
 
     def rows(self, step: StepView, me: Me) -> list[Row]:
-        kind = "value" if step.parts[0].y.is_floating_point() else "class"
-        own = [i for i, p in enumerate(step.parts) if p.owner == self.name]
-        return [Row(mean_loss(step.outputs[i], step.parts[i], kind), kind="constraint") for i in own]
+        return constraints(step, self.name)

@@ -5,31 +5,14 @@ Each works in every setting where it can act, and refuses in the others by name;
 
 from __future__ import annotations
 
-from consilience.methods.continual import (
-    agem,
-    der,
-    derpp,
-    er,
-    er_ace,
-    ewc,
-    finetune,
-    gem,
-    hat,
-    joint,
-    l2sp,
-    lwf,
-    mas,
-    online_ewc,
-    packnet,
-    psp,
-    si,
-    supsup,
-    xdg,
-)
+from consilience.methods.continual import finetune, joint
 from consilience.methods.exmodel import average_ensemble, entropy_ensemble, oracle_ensemble, parameter_average
 from consilience.methods.federated import fed3r, fedavg, fedprox
+from consilience.methods.isolation import hat, packnet, psp, supsup, xdg
 from consilience.methods.merging import aggregate, average, task_arithmetic, ties
 from consilience.methods.multitask import pcgrad
+from consilience.methods.regularisation import ewc, l2sp, lwf, mas, online_ewc, si
+from consilience.methods.rehearsal import agem, der, derpp, er, er_ace, gem
 from consilience.methods.skill import skill
 
 __all__ = [

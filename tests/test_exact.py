@@ -24,98 +24,37 @@ from consilience.core.method import Method
 from consilience.core.metrics import accuracy, auroc, r2, summary
 from consilience.core.optimiser import SGD, Adam, Averaging
 from consilience.core.params import Layout, key, same
-from consilience.core.schedule import Hear, Learn, Stage, build
+from consilience.core.schedule import Hear, Learn, Stage
 from consilience.core.source import Source, Tensors
+from consilience.corrections.baselines import Cumulative
 from consilience.corrections.fisher import _by_vmap, fisher
 from consilience.corrections.moments import Moments
 from consilience.corrections.quadratic import EWC
-from consilience.corrections.rehearsal import ER, Cumulative
+from consilience.corrections.rehearsal import ER
 from consilience.mappers.confidence import Average, MinEntropy
 from consilience.mappers.mixture import GaussianMixture, NearestMean
-
-D, C, LR, BATCH, EPOCHS = 6, 4, 0.05, 8, 2
-
-
-def source(name, n=30, classes=tuple(range(C)), seed=0, d=D, task=None, kind="class", dtype=torch.float64):
-    g = torch.Generator().manual_seed(100 + seed)
-    x = torch.randn(n, d, generator=g, dtype=torch.float64).to(dtype)
-    if kind == "value":
-        y = torch.stack([x.sin().sum(1), x[:, 0]], 1)
-    else:
-        y = torch.tensor(classes)[torch.randint(len(classes), (n,), generator=g)]
-    t = Tensors(x, y)
-    labels = tuple(("space", str(c)) for c in range(C if kind == "class" else 2))
-    return Source(name, t, t, t, labels, tuple(classes) if kind == "class" else (0, 1), task, kind)
-
-
-def training(**more):
-    given = {"epochs": EPOCHS, "batch_size": BATCH, "lr": LR, "momentum": 0.9, "precision": "fp64", **more}
-    return cs.Training(**given)
-
-
-def mlp(outputs=C):
-    return cs.models.mlp(D, (5,), outputs)
-
-
-def plain(model=None, seed=0, params=None):
-    """A torch module with the parameters that a run begins with."""
-    net = nn.Sequential(nn.Flatten(), nn.Linear(D, 5), nn.ReLU(), nn.Linear(5, C)).double()
-    params = params if params is not None else (model or mlp()).init(key(seed, "init"))[0]
-    net.load_state_dict({n: p.double() for n, p in params.items()})
-    return net
-
-
-def batches(s, visit=0, epochs=EPOCHS, batch=BATCH, seed=0, steps=None):
-    """(epoch, step, x, y) as Shuffle plans them; a shorter part begins again."""
-    x, y = s.train.whole()
-    most = steps or -(-len(y) // batch)
-    for epoch in range(epochs):
-        plan, turn = [], 0
-        while len(plan) < most:
-            plan += torch.randperm(len(y), generator=key(seed, s.name, visit, epoch, turn, "shuffle")).split(batch)
-            turn += 1
-        for step, i in enumerate(plan[:most]):
-            yield epoch, step, x[i], y[i]
-
-
-def sgd(net, lr=LR, momentum=0.9, **more):
-    return torch.optim.SGD(net.parameters(), lr=lr, momentum=momentum, **more)
-
-
-def fit(net, s, loss=None, visit=0, optimiser=None, **more):
-    """The plain loop; `loss(net, x, y, epoch, step)`."""
-    optimiser = optimiser or sgd(net)
-    for epoch, step, x, y in batches(s, visit, **more):
-        value = loss(net, x, y, epoch, step) if loss else F.cross_entropy(net(x), y)
-        optimiser.zero_grad()
-        value.backward()
-        optimiser.step()
-    return net
-
-
-def entries(net):
-    return {n: p.detach().clone() for n, p in net.named_parameters()}
-
-
-def near(a, b, tolerance=1e-12):
-    assert a.keys() == b.keys()
-    for n in a:
-        assert a[n].shape == b[n].shape
-        gap = float((a[n] - b[n]).abs().max() / max(1.0, float(b[n].abs().max())))
-        assert gap <= tolerance, (n, gap)
-
-
-def final(schedule, method, model=None, **more):
-    return cs.run(schedule, method, model or mlp(), training(**more)).agent.state.params
-
-
-def phases(sources, plan, scenario="domain"):
-    return build("custom", sources, scenario, lambda seed: iter(plan), "agent")
-
-
-ME = {"agent": ("agent",)}
-A, B, E = source("a", 30, seed=1), source("b", 21, seed=2), source("c", 26, seed=3)
-
+from restate import (
+    BATCH,
+    EPOCHS,
+    LR,
+    ME,
+    A,
+    B,
+    C,
+    D,
+    E,
+    batches,
+    entries,
+    final,
+    fit,
+    mlp,
+    near,
+    phases,
+    plain,
+    sgd,
+    source,
+    training,
+)
 
 # optimisers
 
@@ -678,9 +617,7 @@ def reservoir(size, *seen):
     bound = torch.cat(keys).sort().values[size - 1]
     kept = []
     for s, k in zip(seen, keys, strict=True):
-        order = k.argsort()
-        order = order[k[order] <= bound]
-        kept.append((s.train.x[order], s.train.y[order]))
+        kept.append((s.train.x[k <= bound], s.train.y[k <= bound]))
     return torch.cat([x for x, _ in kept]), torch.cat([y for _, y in kept])
 
 
@@ -723,7 +660,7 @@ def test_a_pool_is_shuffled_anew_in_every_round():
     net = fit(plain(), s[0])
     for learns in (1, 2):
         fit(net, Source.union("c0+c1", s), visit=learns)
-    near(final(phases(s, [*plan, Stage("end")]), cs.methods.joint()), entries(net))
+    near(final(phases(s, [*plan, Stage("end")]), cs.methods.cumulative()), entries(net))
 
 
 # closed form
@@ -1263,7 +1200,7 @@ def test_recall_sums_the_other_sources():
 
 
 def test_gather_changes_what_is_trained_on():
-    def gather(self, sources, known):
+    def gather(self, sources, known, generator):
         return tuple(s.map(train=s.train.select(torch.arange(9))) for s in sources)
 
     net = plain()
@@ -1432,7 +1369,7 @@ def test_er_ace_restated():
     out, y = torch.randn(6, 5).double(), torch.tensor([0, 1, 0, 1, 1, 0])
     memory = torch.randn(4, 5).double(), torch.tensor([2, 3, 4, 2])
     parts = [Batch(out, y), Batch(*memory, owner="ERACE")]
-    see = StepView(out, out, None, parts, [], [out, memory[0]], None, (0, 0), (1, 1), None)
+    see = StepView(out, out, None, parts, [], [out, memory[0]], None, (0, 0), (1, 1), None, None, None)
     bent = correction.losses({0: F.cross_entropy(out, y, reduction="none"), 1: torch.ones(4)}, see, None)
     assert torch.allclose(bent[0], F.cross_entropy(out[:, :2], y, reduction="none"))
     assert torch.equal(bent[1], torch.ones(4))

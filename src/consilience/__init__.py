@@ -12,7 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_ROOMS = ("aggregators", "consolidators", "corrections", "data", "engines", "mappers", "methods", "models", "report", "settings")
+_ROOMS = (
+    "aggregators",
+    "consolidators",
+    "corrections",
+    "data",
+    "engines",
+    "mappers",
+    "memory",
+    "methods",
+    "models",
+    "report",
+    "settings",
+)
 _NAMES = {
     "ConsilienceError": "core.errors", "Expert": "core.schedule", "Frame": "core.source", "Interrupted": "core.errors",
     "Message": "core.message", "Method": "core.method", "Refusal": "core.errors", "Result": "core.result", "Source": "core.source",
@@ -27,6 +39,7 @@ if TYPE_CHECKING:
         data,
         engines,
         mappers,
+        memory,
         methods,
         models,
         report,
@@ -43,7 +56,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ConsilienceError", "Expert", "Frame", "Interrupted", "Message", "Method", "Refusal", "Result", "Source", "Training",
-    "aggregators", "consolidators", "corrections", "data", "engines", "mappers", "methods", "models", "report", "run", "settings",
+    "aggregators", "consolidators", "corrections", "data", "engines", "mappers", "memory", "methods", "models", "report", "run", "settings",
 ]  # fmt: skip
 
 

@@ -55,6 +55,9 @@ FITTING_DATA: dict[str, dict[str, Any]] = {
 }
 USUAL: dict[str, Any] = {"n": 5, "clients": 5, "alpha": 0.5, "angles": 4}
 """Arguments of splits that have no default of their own."""
+FROM_ROOM = {"aggregator": "aggregators", "policy": "memory", "mapper": "mappers"}
+"""Arguments of methods that a name stands for, and the room whose catalogue has it."""
+
 FROM_DATA = ("inputs", "outputs", "channels", "size")
 """Arguments of models that the data says."""
 FROM_HERE = {"setting": ("sources", "streams", "experts", "base"), "model": FROM_DATA}
@@ -489,13 +492,13 @@ def method_of(order: Order, names: str, choice: str = "method") -> Method:
     found = []
     for part in (p for n in names.split("+") for p in order.of(choice) if p.name == n.strip()):
         options = order.options(part)
-        if isinstance(options.get("aggregator"), str):
-            from consilience import aggregators
-
-            known = [n for n in aggregators.__all__ if n != "torchjd"]  # which needs a name of its own
-            if options["aggregator"] not in known:
-                raise unknown("aggregator", options["aggregator"], known)
-            options["aggregator"] = getattr(aggregators, options["aggregator"])()
+        for argument, room in FROM_ROOM.items():
+            if isinstance(options.get(argument), str):
+                rooms = importlib.import_module(f"consilience.{room}")
+                known = [n for n in rooms.__all__ if n != "torchjd"]  # which needs a name of its own
+                if options[argument] not in known:
+                    raise unknown(argument, options[argument], known)
+                options[argument] = getattr(rooms, options[argument])()
         one = part.call(**options)
         name = part.name.rpartition(".")[2]
         if isinstance(one, Correction):

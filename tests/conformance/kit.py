@@ -77,6 +77,11 @@ def frozen_trunk() -> Model:
     return cs.models.wrap(module, outputs=CLASSES, head="2", frozen=("0.*",))
 
 
+def frozen_features() -> Model:
+    """One linear head on frozen features: for what predicts by the mean features of classes."""
+    return cs.models.wrap(lambda: nn.Sequential(nn.Linear(INPUTS, 16), nn.ReLU(), nn.Linear(16, CLASSES)), frozen=("0.*",))
+
+
 def heads(outputs: int = CLASSES) -> Model:
     return cs.models.multi_head(cs.models.random_features(INPUTS, 32), outputs)
 
@@ -113,6 +118,7 @@ SETTINGS: dict[str, Callable[[], Schedule]] = {
 BASES = {
     "Quadratic": "its subclasses say what the precision is",
     "Anchored": "its subclasses say what an anchor is",
+    "Buffer": "its subclasses say what the buffer is for",
 }
 """Classes that only others extend, and what they lack; all verbs being optional, Python does not call them abstract."""
 
@@ -171,6 +177,15 @@ WANT_TASKS = {
 def stream_for(*names: str) -> str:
     """The setting in which corrections, one or together, are checked one source after another."""
     return "continual (task)" if WANT_TASKS.keys() & set(names) else "continual (class)"
+
+
+def model_for(*names: str) -> Model:
+    """The model on which corrections, one or together, are checked: iCaRL's means want one head on what anchors see."""
+    from consilience.mappers.mixture import Anchored
+
+    if "ICaRL" not in names:
+        return frozen_trunk()
+    return frozen_features() if any(issubclass(EVERY[n], Anchored) for n in names) else plain()
 
 
 NEED_ARGUMENTS = {"aggregate"}

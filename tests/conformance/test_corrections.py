@@ -26,6 +26,9 @@ ALL = {**kit.CORRECTIONS, **kit.MAPPERS}
 
 NO_NEUTRAL = {
     "Cumulative": "it trains on other data; there is no strength to set to zero",
+    "FromScratch": "it begins anew; there is no strength to set to zero",
+    "GDumb": "it trains on its buffer alone",
+    "ICaRL": "its loss is another",
     "HAT": "even with all units attended to it would multiply them by a sigmoid",
     "Moments": "it only summarises, and so is plain training always: checked below",
     "PackNet": "to keep all weights is to freeze them after the first task",
@@ -83,10 +86,10 @@ def alone(name: str, **arguments: Any) -> cs.Method:
 
 
 @cache
-def learned(*names: str, setting: str = "") -> Result:
-    """Three sources one after another, on a head over frozen features, with these corrections in this order."""
+def learned(*names: str, setting: str = "", beside: str = "") -> Result:
+    """Three sources one after another, on the model for these corrections (and one beside), with these in this order."""
     method = [alone(n) for n in names] or cs.methods.finetune()
-    return kit.quiet(kit.SETTINGS[setting or kit.stream_for(*names)](), method, kit.frozen_trunk())
+    return kit.quiet(kit.SETTINGS[setting or kit.stream_for(*names)](), method, kit.model_for(*names, *filter(None, [beside])))
 
 
 def gap(a: Result, b: Result) -> float:
@@ -137,7 +140,7 @@ def pairs() -> list[tuple[str, str]]:
 @pytest.mark.parametrize("name", list(ALL))
 def test_differs_from_plain_training(name: str) -> None:
     """Alone, each bends training, or only summarises."""
-    away = gap(learned(name), learned(setting=kit.stream_for(name)))
+    away = gap(learned(name), learned(setting=kit.stream_for(name), beside=name))
     assert away == 0 if name in ONLY_SUMMARISE else away > 1e-6
 
 
@@ -159,9 +162,9 @@ def test_pairs_compose(a: str, b: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Agent, "finish", after)
     setting = kit.stream_for(a, b)
-    both = kit.quiet(kit.SETTINGS[setting](), [alone(a), alone(b)], kit.frozen_trunk())
+    both = kit.quiet(kit.SETTINGS[setting](), [alone(a), alone(b)], kit.model_for(a, b))
     for one, other in ((a, b), (b, a)):
-        away = gap(both, learned(one, setting=setting))
+        away = gap(both, learned(one, setting=setting, beside=other))
         if frozenset((a, b)) in SATISFIED and other == "AverageConstraint":
             continue
         nothing = other in ONLY_SUMMARISE or adds_nothing(other, one)

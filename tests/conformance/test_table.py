@@ -17,6 +17,9 @@ CONTINUAL = ("continual (class)", "continual (task)", "continual (domain)")
 MUST_RUN = {
     "finetune": tuple(kit.SETTINGS),
     "joint": ("multitask", *CONTINUAL),
+    "cumulative": ("multitask", *CONTINUAL, "federated_continual", "skill"),
+    **dict.fromkeys(("from_scratch", "gdumb"), CONTINUAL),
+    **dict.fromkeys(("icarl", "less_forgetting"), (*CONTINUAL, "federated_continual")),
     **dict.fromkeys(("ewc", "si", "lwf"), (*CONTINUAL, "federated", "federated_continual", "skill")),
     "er": (*CONTINUAL, "federated_continual", "skill"),
     **dict.fromkeys(("fedavg", "fedprox"), ("federated", "federated_continual")),

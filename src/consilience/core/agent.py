@@ -113,6 +113,19 @@ class Job:
             torch.manual_seed(key(self.seed, source, visit, *clock, "forward").initial_seed())
             yield
 
+    def answer(self, x: Tensor, task: str | None) -> Tensor:
+        """Class probabilities (or values) [B, C] by the parameters of this step, in eval mode."""
+        step = self.step
+        out = step.now(x.to(self.layout.device, self.layout.dtype if x.is_floating_point() else x.dtype), task)
+        for c, me in step.by_verb["outputs"]:
+            out = c.outputs(out, task, me)
+        if step.frame.kind == "value":
+            return out
+        out = out[:, : len(step.frame.labels)]
+        if task is not None and task in step.columns:
+            out = out.masked_fill(~step.columns[task][: out.shape[1]], -torch.inf)
+        return out.softmax(1)
+
     def save(self) -> tuple[dict[str, Tensor], dict[str, int]]:
         """What a checkpoint inside a learn keeps; all else is made again by `prepare`."""
         tensors = {"theta": self.carry.theta}
@@ -165,16 +178,19 @@ class Agent:
         for s in sources:
             params, buffers = model.grow(params, buffers, s, key(self.seed, s.name, "grow"))
         mes: list[tuple[Correction, Me]] = []
+
+        def drawn(c: Correction) -> torch.Generator:
+            return key(self.seed, given[0].name, state.visits.get(given[0].name, 0), c.name, "begin")
+
         given = sources
         sources = given if self.aware else tuple(replace(s, task=None) for s in given)
         for c in self.method.active:
             me = Me(known=c.recall(self.memory(c), given), model=model)
-            sources = c.gather(sources, me.known) if overrides(c, "gather") else sources
+            sources = c.gather(sources, me.known, drawn(c)) if overrides(c, "gather") else sources
             mes.append((c, me))
         for c, me in mes:
             if overrides(c, "begin"):
-                generator = key(self.seed, given[0].name, state.visits.get(given[0].name, 0), c.name, "begin")
-                params, me.private = c.begin(model, params, given, me.known, generator)
+                params, me.private = c.begin(model, params, given, me.known, drawn(c))
         trainable = {n: p for n, p in params.items() if not model.frozen(n) and p.is_floating_point()}
         fixed = {n: p.to(self.device) for n, p in params.items() if n not in trainable}
         layout = Layout.of(trainable, dtype, self.device)
@@ -251,7 +267,7 @@ class Agent:
                     shared[s.name][c.name] = item
             if overrides(c, "trim") and c.name in memory:
                 generator = key(self.seed, job.sources[0].name, visits[job.sources[0].name], c.name, "trim")
-                memory[c.name] = dict(c.trim(memory[c.name], generator))
+                memory[c.name] = dict(c.trim(memory[c.name], replace(learned, generator=generator)))
         self.state = state.change(
             params=params, buffers=buffers, memory=memory, visits=visits, version=state.version + 1, learned=True,
             size=sum(len(s.train) for s in job.sources),

@@ -59,7 +59,9 @@ class StepView:
     `theta` [n] is the flat vector of trainable parameters (a leaf for `penalty`), `start` [n] where it began this learn;
     `parts` and `raw`, `outputs` are the batches with the model's outputs before and after `outputs` verbs and task masks;
     `before(x, task)` are the outputs of the model as it was when this learn began; `clock` is (epoch, step in the epoch),
-    `span` (epochs, steps an epoch); `answer(part, task)` are the outputs of that part if its task were another.
+    `span` (epochs, steps an epoch); `answer(part, task)` are the outputs of that part if its task were another;
+    `features(part)` are the features [B, d] of that part in eval mode, and `features_before(x, task)` those that the model
+    had when this learn began (a forward pass more each).
     """
 
     theta: Tensor
@@ -72,6 +74,8 @@ class StepView:
     clock: tuple[int, int]
     span: tuple[int, int]
     answer: Callable[[int, str | None], Tensor]
+    features: Callable[[int], Tensor]
+    features_before: Callable[[Tensor, str | None], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +108,7 @@ class Correction(ABC):  # noqa: B024 (every verb is optional)
     """A frozen dataclass of hyperparameters with the verbs below; each is optional and costs nothing when not overridden.
 
     Class attributes: `travels`, whether its items may leave the agent (they are Shared) or are Private; `flat`, groups of
-    what it recalls that the step wants as flat vectors; `neutral`, the values of its fields at which it is plain training
+    what it recalls that the step wants as flat vectors; `ends`, whether it must know where a source ends; `neutral`, the values of its fields at which it is plain training
     (it is left out of the step when all hold); `recalls`, whether it needs something known from an earlier learn to act; `constrains`, whether its
     `rows` are constraints, which need a cone as step aggregator.
     """
@@ -113,6 +117,7 @@ class Correction(ABC):  # noqa: B024 (every verb is optional)
     flat: ClassVar[tuple[str, ...]] = ()
     neutral: ClassVar[Mapping[str, Any]] = {}
     recalls: ClassVar[bool] = False
+    ends: ClassVar[bool] = False
     constrains: ClassVar[bool] = False
 
     @property
@@ -129,9 +134,9 @@ class Correction(ABC):  # noqa: B024 (every verb is optional)
         """Why it cannot work in such a schedule and what to do instead, or None."""
         return None
 
-    def gather(self, sources: tuple[Source, ...], known: Any) -> tuple[Source, ...]:
+    def gather(self, sources: tuple[Source, ...], known: Any, generator: torch.Generator) -> tuple[Source, ...]:
         """What this learn trains on: the given sources (their `task` None where the model is not told), or others made from them
-        and what is known."""
+        and what is known. The generator draws as the one that `begin` is given."""
         return sources
 
     def begin(
@@ -197,8 +202,8 @@ class Correction(ABC):  # noqa: B024 (every verb is optional)
         """The private memory after absorbing: `old` and `new` are the parameters before and after."""
         return memory
 
-    def trim(self, memory: Mapping[str, Any], generator: torch.Generator) -> Mapping[str, Any]:
-        """The private memory (by source) within its budget, after storing."""
+    def trim(self, memory: Mapping[str, Any], learned: Learned) -> Mapping[str, Any]:
+        """The private memory (by source) within its budget, after storing; `learned` is the last source that was."""
         return memory
 
 

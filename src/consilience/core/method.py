@@ -100,6 +100,11 @@ class Method:
                 raise Refusal(
                     f"{m.name}: {type(c).__name__} needs a cone as step aggregator, such as aggregators.gem. Found {found}."
                 )
+            if c.ends and not facts.boundaries:
+                raise Refusal(
+                    f"{m.name}: {type(c).__name__} needs to know where a source ends, and this stream has no ends; "
+                    "use er, derpp, agem or online_ewc."
+                )
             inert = c.recalls and not (facts.recalls_shared if c.travels else facts.recalls_own)
             why = c.refuse(facts) or (NOTHING_KNOWN[c.travels] if inert else None)
             if why:

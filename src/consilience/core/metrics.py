@@ -57,12 +57,13 @@ def summary(matrix: np.ndarray, learned_at: Sequence[int | None]) -> Mapping[str
     """Score, forgetting, backward and forward transfer of R [stages + 1, sources]; source j is learned at stage learned_at[j] only.
 
     ACC = mean_j R[T, j]; over sources learned before the last stage: BWT = mean (R[T, j] - R[l_j, j]), forgetting =
-    mean (max_{0 < i < T} R[i, j] - R[T, j]); over those learned after the first: FWT = mean (R[l_j - 1, j] - R[0, j]).
-    All but ACC are None where a source is learned more than once, or where there is nothing to average.
+    mean (max_{0 < i < T} R[i, j] - R[T, j]); over those learned after the first: FWT = mean (R[l_j - 1, j] - R[0, j]);
+    over all learned: normalised = mean R[T, j] / R[l_j, j]. All but ACC are None where a source is learned more than once, or
+    where there is nothing to average.
 
     >>> r = np.array([[0.0, 0.2], [1.0, 0.3], [0.6, 0.9]])
     >>> {k: round(v, 3) for k, v in summary(r, [1, 2]).items()}
-    {'score': 0.75, 'forgetting': 0.4, 'backward_transfer': -0.4, 'forward_transfer': 0.1}
+    {'score': 0.75, 'forgetting': 0.4, 'backward_transfer': -0.4, 'forward_transfer': 0.1, 'normalised': 0.8}
     """
     last = len(matrix) - 1
     out: dict[str, float | None] = {"score": float(matrix[last].mean())}
@@ -77,4 +78,6 @@ def summary(matrix: np.ndarray, learned_at: Sequence[int | None]) -> Mapping[str
     out["forgetting"] = mean([float(matrix[1:last, j].max() - matrix[last, j]) for j in past])
     out["backward_transfer"] = mean([float(matrix[last, j] - matrix[at[j], j]) for j in past])
     out["forward_transfer"] = mean([float(matrix[at[j] - 1, j] - matrix[0, j]) for j in later])
+    whole = [j for j, a in enumerate(at) if a > 0 and matrix[a, j] > 0] if clear else []
+    out["normalised"] = mean([float(matrix[last, j] / matrix[at[j], j]) for j in whole])
     return out

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from consilience.core.errors import ConsilienceError
+from consilience.core.errors import ConsilienceError, unknown
 from consilience.core.metrics import summary
 
 if TYPE_CHECKING:
@@ -43,6 +43,8 @@ class Result:
     """Task-mapper accuracy [repeats, stages], over the sources known at that stage."""
     curve: Sequence[Mapping[str, float]] = ()
     """Before training and after each stage of the first repeat: score, macs, bytes, seconds so far."""
+    learning_curve: Sequence[Mapping[str, Any]] = ()
+    """Inside the tasks of the first repeat, where asked for: agent, source, epoch, step in it, steps so far, score."""
     config: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, Any] = field(default_factory=dict)
     agent: Agent | None = None
@@ -94,6 +96,23 @@ class Result:
         return self._mean("forward_transfer")
 
     @property
+    def normalised(self) -> float | None:
+        """mean_j R[T, j] / R[l_j, j]: what is left of the score that each source had when it was learned."""
+        return self._mean("normalised")
+
+    @property
+    def first_source(self) -> list[float]:
+        """The score on the first source learned, before training and after each stage."""
+        at = [a if a is not None else 0 for a in self.learned_at]
+        return [float(v) for v in self.matrix[:, at.index(min(at))]]
+
+    def of_source(self, name: str) -> list[float]:
+        """The score on one source, before training and after each stage."""
+        if name not in self.sources:
+            raise unknown("source", name, self.sources)
+        return [float(v) for v in self.matrix[:, self.sources.index(name)]]
+
+    @property
     def mapper_accuracy(self) -> float | None:
         """The share of test samples that the task mapper gives to their own task, at the end."""
         return None if self.mapper is None else float(self.mapper[:, -1].mean())
@@ -120,11 +139,11 @@ class Result:
             "setting": self.setting, "data": self.data, "method": self.method, "model": self.model, "repeats": self.repeats,
             "seed": self.seed, "metric": self.metric, "score": self.score, "score_std": self.score_std,
             "matrix": self.matrix.tolist(), "forgetting": self.forgetting, "backward_transfer": self.backward_transfer,
-            "forward_transfer": self.forward_transfer, "macs": self.costs["macs"], "bytes": self.costs["bytes"],
+            "forward_transfer": self.forward_transfer, "normalised": self.normalised, "macs": self.costs["macs"], "bytes": self.costs["bytes"],
             "seconds": self.costs["seconds"], "versions": dict(self.versions), "sources": list(self.sources),
             "stages": list(self.stages), "learned_at": list(self.learned_at), "matrices": self.matrices.tolist(),
             "mapper": None if self.mapper is None else self.mapper.tolist(), "mapper_accuracy": self.mapper_accuracy,
-            "costs": dict(self.costs), "curve": [dict(c) for c in self.curve], "config": dict(self.config),
+            "costs": dict(self.costs), "curve": [dict(c) for c in self.curve], "learning_curve": [dict(c) for c in self.learning_curve], "config": dict(self.config),
         }  # fmt: skip
 
     @staticmethod
@@ -133,6 +152,7 @@ class Result:
         try:
             return Result(
                 **{k: d[k] for k in ("setting", "data", "method", "model", "metric", "seed", "costs", "curve", "config", "versions")},
+                learning_curve=d.get("learning_curve", ()),
                 sources=tuple(d["sources"]), stages=tuple(d["stages"]), learned_at=tuple(d["learned_at"]),
                 matrices=np.array(d["matrices"], dtype=float), mapper=None if d["mapper"] is None else np.array(d["mapper"], dtype=float),
             )  # fmt: skip

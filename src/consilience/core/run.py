@@ -45,6 +45,7 @@ def run(
     metric: str | Metric | None = None,
     checkpoint_seconds: float = 60.0,
     checkpoint_steps: int | None = None,
+    curve_steps: int | None = None,
     progress: Progress | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> Result:
@@ -63,6 +64,8 @@ def run(
         metric: "accuracy", "auroc", "r2", or a function of (predictions, targets); None fits the kind of target.
         checkpoint_seconds: the time between checkpoints, also inside a task.
         checkpoint_steps: the steps between checkpoints, in addition.
+        curve_steps: the steps between points of the learning curve inside a task: the metric on the test data of the source
+            that is being learned (`Result.learning_curve`); None draws none.
         progress: called with every line of the log.
         config: what config.yaml should hold; None describes the arguments.
 
@@ -78,6 +81,8 @@ def run(
         raise ConsilienceError(f"`checkpoint_seconds` should be positive. Found `checkpoint_seconds = {checkpoint_seconds}`.")
     if checkpoint_steps is not None and checkpoint_steps < 1:
         raise ConsilienceError(f"`checkpoint_steps` should be at least 1. Found `checkpoint_steps = {checkpoint_steps}`.")
+    if curve_steps is not None and curve_steps < 1:
+        raise ConsilienceError(f"`curve_steps` should be at least 1. Found `curve_steps = {curve_steps}`.")
     if resume and (out is None or not (Path(out) / "checkpoint" / "index.json").exists()):
         raise ConsilienceError(f"`resume` needs a folder with a checkpoint. Found none in {out}.")
     if engine != "serial":
@@ -88,6 +93,8 @@ def run(
     name = chosen.name
     chosen = chosen.resolve(facts)
     training = replace(training, **chosen.fixed)
+    if not schedule.boundaries and training.epochs > 1:
+        raise ConsilienceError(f"a stream without ends is seen once: `epochs` should be 1. Found `epochs = {training.epochs}`.")
     if training.device != "cpu" and not torch.cuda.is_available():
         raise ConsilienceError(f"`device` should be there. Found {training.device!r} and no CUDA.")
     aware = schedule.labelled or chosen.mapper is not None
@@ -110,7 +117,7 @@ def run(
     measure: Metric = METRICS[label] if not callable(metric) else metric
     log = Log(Path(out) if out is not None else None, progress)
     described = config or describe(schedule, name, model, training, seed, repeats)
-    walk = Walk(schedule, chosen, model, training, measure, facts, log, checkpoint_seconds, checkpoint_steps)
+    walk = Walk(schedule, chosen, model, training, measure, facts, log, checkpoint_seconds, checkpoint_steps, curve_steps)
     walk.fingerprint = fingerprint(schedule, chosen, model, training, seed, repeats, label) if out is not None else {}
     if out is not None:
         if resume:
@@ -129,12 +136,12 @@ def run(
     result = Result(
         setting=schedule.setting, data="+".join(dict.fromkeys(s.name.split("/")[0] for s in schedule.sources)), method=name,
         model=type(model).__name__ if not hasattr(model, "name") else str(model.name), metric=label, seed=seed,
-        sources=tuple(s.name for s in schedule.sources), stages=tuple(done[0]["stages"]),
+        sources=tuple(s.name for s in schedule.judged), stages=tuple(done[0]["stages"]),
         learned_at=tuple(v[0] if len(v) == 1 else None for v in facts.learned_at.values()),
         matrices=np.array([d["rows"] for d in done], dtype=float),
         costs={**costs, "by_agent": done[0]["costs"]["by_agent"]},
         mapper=None if done[0]["mapper"] is None else np.array([d["mapper"] for d in done], dtype=float),
-        curve=done[0]["curve"], config=described, versions=versions(), agent=walk.first,
+        curve=done[0]["curve"], learning_curve=done[0]["learning"], config=described, versions=versions(), agent=walk.first,
     )  # fmt: skip
     if out is not None:
         write_json(Path(out) / "result.json", plain(result.to_json()))
@@ -155,6 +162,7 @@ class Walk:
     log: Log
     seconds: float
     every: int | None
+    inside: int | None = None
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
     finished: list[dict[str, Any]] = field(default_factory=list)
     first: Agent | None = None
@@ -172,6 +180,7 @@ class Walk:
         self.rows: list[list[float]] = []
         self.mapped: list[float] = []
         self.curve: list[dict[str, float]] = []
+        self.learning: list[dict[str, Any]] = []
         self.stages: list[str] = []
         self.job: Job | None = None
         self._begin()
@@ -193,7 +202,7 @@ class Walk:
             self._tick(None)
         stages = self.stages[1:]
         self.finished.append({
-            "rows": self.rows, "stages": stages, "costs": self.ledger.costs(), "curve": self.curve,
+            "rows": self.rows, "stages": stages, "costs": self.ledger.costs(), "curve": self.curve, "learning": self.learning,
             "mapper": self.mapped if self.mapped else None,
         })  # fmt: skip
         self.first = self.first or self._agent(self.schedule.evaluated)
@@ -234,7 +243,7 @@ class Walk:
         told = self.schedule.labelled or (mapper is not None and mapper.needs_label)
         cache: dict[tuple[int, str | None], tuple[float, float]] = {}
         row, hits = [], []
-        for s in self.schedule.sources:
+        for s in self.schedule.judged:
             task = s.task if told else None
             at = (id(s.test), task if told or mapper is None else s.task)
             if at not in cache:
@@ -258,7 +267,7 @@ class Walk:
             known = [h for h, there in zip(hits, reached, strict=True) if there and h == h]
             self.mapped.append(float(np.mean(known)) if known else float("nan"))
         costs = {"macs": self.ledger.total("macs"), "bytes": self.ledger.total("sent"), "seconds": round(self.ledger.clock(), 3)}
-        lost = [s.name for s, v in zip(self.schedule.sources, row, strict=True) if v != v]
+        lost = [s.name for s, v in zip(self.schedule.judged, row, strict=True) if v != v]
         if lost and len(self.rows) == 1:
             warnings.warn(
                 f"the metric is undefined on {', '.join(lost[:3])}{' ..' * (len(lost) > 3)}, which the mean leaves out",
@@ -268,6 +277,16 @@ class Walk:
         self.curve.append({"score": score, **costs})
         self.log.write({"event": "stage", "repeat": len(self.finished), "stage": len(self.rows) - 1, "name": stage, "score": score,
                         "scores": row, "steps": self.ledger.steps, **costs})  # fmt: skip
+
+    @torch.no_grad()
+    def _look(self, job: Job) -> None:
+        """A point of the learning curve: the metric on what is being learned, by the parameters of this step."""
+        for s in job.sources:
+            task = s.task if self._agent(job.agent).aware else None
+            pairs = [(job.answer(x, task).cpu(), y) for x, y in s.test.chunks(512 if job.layout.device.type == "cpu" else 4096)]
+            score = self.measure(torch.cat([p for p, _ in pairs]), torch.cat([y for _, y in pairs]))
+            at = {"agent": job.agent, "source": s.name, "epoch": job.epoch, "step": job.index, "steps": self.ledger.steps}
+            self.learning.append({**at, "score": score})
 
     def _begin(self) -> None:
         """The parameters that everybody begins with."""
@@ -310,6 +329,8 @@ class Walk:
     def _tick(self, job: Job | None) -> None:
         self.job = job
         self.ran += job is not None
+        if job is not None and self.inside is not None and (job.epoch * job.step.span[1] + job.index) % self.inside == 0:
+            self._look(job)
         steps = self.every is not None and job is not None and self.ledger.steps % self.every == 0
         if self.stop or steps or (self.log.out is not None and time.monotonic() - self._saved > self.seconds):
             self._save()
@@ -337,7 +358,7 @@ class Walk:
         self.ledger.clock()
         facts["walk"] = {
             "phase": self.phase, "learned": self.learned, "rows": self.rows, "mapped": self.mapped, "curve": self.curve,
-            "stages": self.stages, "seed": self.seed, "job": None,
+            "learning": self.learning, "stages": self.stages, "seed": self.seed, "job": None,
             "ledger": {"by_agent": self.ledger.by_agent, "seconds": self.ledger.seconds, "steps": self.ledger.steps},
         }  # fmt: skip
         if self.job is not None:
@@ -405,6 +426,7 @@ class Walk:
         walk = r["walk"]
         self.phase, self.learned = walk["phase"], walk["learned"]
         self.rows, self.mapped, self.curve, self.stages = walk["rows"], walk["mapped"], walk["curve"], walk["stages"]
+        self.learning = walk["learning"]
         self.ledger.by_agent = walk["ledger"]["by_agent"]
         self.ledger.seconds, self.ledger.steps = walk["ledger"]["seconds"], walk["ledger"]["steps"]
         for name in r["agents"]:

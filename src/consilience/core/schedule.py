@@ -58,6 +58,10 @@ class Schedule:
     scenario: str = "class"
     experts: Mapping[str, Expert] = field(default_factory=dict)
     base: Mapping[str, Any] | None = None
+    judged: tuple[Source, ...] = ()
+    """What the evaluated agent is judged on: by default the sources. Parts of a stream share the `test` of what they are parts of."""
+    boundaries: bool = True
+    """Whether learners may know where a source ends; without, a stream is seen once."""
 
     def __post_init__(self) -> None:
         names = [s.name for s in self.sources]
@@ -66,6 +70,7 @@ class Schedule:
             raise ConsilienceError(f"sources should have names of their own. Found {', '.join(twice)} twice.")
         if not names:
             raise ConsilienceError("a schedule should have sources. Found none.")
+        object.__setattr__(self, "judged", self.judged or self.sources)
 
     @property
     def labelled(self) -> bool:
@@ -113,6 +118,10 @@ class Facts:
     """Sources that some agent learns more than once."""
     most_learned: int = 0
     """The most sources that one agent learns."""
+    classes: int = 0
+    """The most classes that one agent learns."""
+    boundaries: bool = True
+    """Whether agents may know where a source ends."""
     aware: bool = False
     """Whether agents are given the task of what they learn: a scenario with labels, or a mapper (put in by the method)."""
     model: Any = None
@@ -128,7 +137,9 @@ def walk(schedule: Schedule, seed: int) -> Facts:
     parts, learns, hears, others, shared, private, repeats, common = 0, False, False, False, False, False, False, True
     revisited: set[str] = set()
     most = 0
-    learned: dict[str, list[int]] = {s.name: [] for s in schedule.sources}
+    learned: dict[str, list[int]] = {s.name: [] for s in schedule.judged}
+    parted = schedule.judged is not schedule.sources
+    columns = {s.name: [j.name for j in schedule.judged if j.test is s.test] if parted else [s.name] for s in schedule.sources}
     stage, event = 1, 0
 
     def reach(agent: str, news: Mapping[str, int]) -> None:
@@ -137,7 +148,9 @@ def walk(schedule: Schedule, seed: int) -> Facts:
             if at > mine.get(source, -1):
                 mine[source] = at
                 if agent == schedule.evaluated:
-                    learned[source].append(stage)
+                    for column in columns[source]:
+                        if not parted or stage not in learned[column]:
+                            learned[column].append(stage)
 
     for name, expert in schedule.experts.items():
         current[name] = ("expert", name)
@@ -178,21 +191,25 @@ def walk(schedule: Schedule, seed: int) -> Facts:
         setting=schedule.setting, labelled=schedule.labelled, parts=parts, learns=learns, hears=hears, hears_others=others,
         recalls_shared=shared, recalls_own=private, repeats=repeats, common_base=common,
         learned_at={k: tuple(v) for k, v in learned.items()}, stages=stage - 1, kind=schedule.frame.kind,
+        boundaries=schedule.boundaries,
+        classes=max((len({c for n in names for c in schedule.source(n).classes}) for names in own.values()), default=0),
         revisited=frozenset(revisited), most_heard=most, most_learned=max(map(len, own.values()), default=0),
         aware=schedule.labelled,
     )  # fmt: skip
 
 
 def build(
-    setting: str, sources: Sequence[Source], scenario: str, plan: Callable[[int], Iterable[Phase]], evaluated: str, **more: Any
-) -> Schedule:
-    """A schedule over sources brought into one frame as the scenario says.
+    setting: str, sources: Sequence[Source], scenario: str, plan: Callable[[int], Iterable[Phase]], evaluated: str,
+    judged: Sequence[Source] = (), **more: Any,
+) -> Schedule:  # fmt: skip
+    """A schedule over sources, judged on them or on others, brought into one frame as the scenario says.
 
     "class": targets are classes of all sources together, no task label. "task": the same, and the task label is given in
     training and at evaluation. "domain": targets are 0..k-1 in every source, no task label.
     """
-    framed, frame = reframe(sources, scenario)
-    return Schedule(setting, framed, frame, plan, evaluated, scenario, **more)
+    framed, frame = reframe([*sources, *judged], scenario)
+    n = len(sources)
+    return Schedule(setting, framed[:n], frame, plan, evaluated, scenario, judged=framed[n:], **more)
 
 
 def reframe(sources: Sequence[Source], scenario: str) -> tuple[tuple[Source, ...], Frame]:

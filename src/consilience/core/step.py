@@ -111,6 +111,19 @@ class Step:
         with torch.no_grad(), self._autocast():
             return self._before(x, task).to(x.dtype if x.is_floating_point() else self.start.dtype)
 
+    def features(self, x: Tensor, task: str | None, before: bool = False) -> Tensor:
+        """The features [B, d] in eval mode; those of the model as it was when this learn began are without gradient."""
+        params: Params = {**self.fixed, **(self.layout.split(self.start) if before else self.leaves)}
+        model = Viewed.of(self.model, self.by_verb["view"])
+        with torch.no_grad() if before else nullcontext(), self._autocast():
+            buffers = self.start_buffers if before else self.carry.buffers
+            return model.features(params, buffers, x, task).to(self.layout.dtype)
+
+    def now(self, x: Tensor, task: str | None) -> Tensor:
+        """The outputs [B, C] of the model as it is, in eval mode."""
+        params = {**self.fixed, **self.layout.split(self.carry.theta)}
+        return Viewed.of(self.model, self.by_verb["view"])(params, self.carry.buffers, x, task, False)[0]
+
     def forward(self, x: Tensor, task: str | None) -> Tensor:
         """The outputs [B, C] in training mode."""
         if self.bound is not None:
@@ -173,7 +186,10 @@ class Step:
             with self._autocast():
                 return self.forward(parts[part].x, task).to(self.layout.dtype)
 
-        see = StepView(carry.theta, self.start, self.layout, parts, raw, outs, self.before, clock, self.span, answer)
+        see = StepView(
+            carry.theta, self.start, self.layout, parts, raw, outs, self.before, clock, self.span, answer,
+            lambda i: self.features(parts[i].x, parts[i].task), lambda x, task: self.features(x, task, True),
+        )  # fmt: skip
 
         share = 1 / max(1, sum(p.weight is None for p in parts))
         kept = [(o, share if p.weight is None else p.weight) for o, p in zip(self._losses(see, kind), parts, strict=True)]

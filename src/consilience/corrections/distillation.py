@@ -13,6 +13,7 @@ from consilience.core.correction import Correction, Learned, Me, Memory, Row, St
 from consilience.core.errors import ConsilienceError
 from consilience.core.message import Statistics
 from consilience.core.source import Source
+from consilience.corrections.anatomy import anatomy, spread
 from consilience.corrections.quadratic import non_negative
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class LwF(Correction):
 
     neutral: ClassVar[dict[str, float]] = {"strength": 0.0}
     recalls: ClassVar[bool] = True
+    ends: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         non_negative("LwF", strength=self.strength)
@@ -86,3 +88,54 @@ class LwF(Correction):
 
     def summarise(self, learned: Learned, me: Me) -> Statistics:
         return Statistics({}, {"task": learned.task, "classes": list(learned.source.classes)})
+
+
+@dataclass(frozen=True)
+class LessForgetting(Correction):
+    """Less-forgetting learning: on this source's own inputs, keep the features and the head's rows of the classes learned before.
+
+    strength x (1/2) mean over samples of || psi_old(x) - psi(x) ||^2, psi the input of the head, psi_old at the start of this
+    learn. With `freeze_head` the rows of a shared head for classes of earlier sources do not move, so that the features keep their
+    meaning (rows of new classes do, and so do heads of new tasks). The first source is plain training. Jung et al. 2016.
+    """
+
+    strength: float = 0.1
+    freeze_head: bool = True
+
+    neutral: ClassVar[dict[str, float]] = {"strength": 0.0}
+    recalls: ClassVar[bool] = True
+    ends: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        non_negative("LessForgetting", strength=self.strength)
+
+    def refuse(self, facts: Facts) -> str | None:
+        if not facts.learns:
+            return "it bends training, and here only trained models are given; use parameter_average"
+        if facts.model is not None and not (anatomy(facts.model).layers or anatomy(facts.model).others):
+            return "the features are frozen, so that nothing can forget them; use lwf"
+        return None
+
+    def recall(self, memory: Memory, sources: tuple[Source, ...]) -> list[int] | None:
+        """The classes of earlier sources, or None where there is none."""
+        now = {s.name for s in sources}
+        past = [item for (_, source), item in sorted(memory.items()) if source not in now]
+        return sorted({c for item in past for c in item.meta["classes"]}) if past else None
+
+    def rows(self, step: StepView, me: Me) -> list[Row]:
+        new = [i for i, p in enumerate(step.parts) if not p.owner]
+        total = torch.stack([
+            0.5 * (step.features_before(step.parts[i].x, step.parts[i].task) - step.features(i)).square().sum(1).mean() for i in new
+        ]).sum()  # fmt: skip
+        return [Row(total, self.strength / len(new))]
+
+    def mask(self, step: StepView, me: Me) -> Tensor:
+        """0 for the rows of a shared head that earlier sources made."""
+        assert me.model is not None
+        shapes = dict(zip(step.layout.names, step.layout.shapes, strict=True))
+        head = [n for n in anatomy(me.model).head or () if n in shapes] if self.freeze_head else []
+        rows = torch.tensor(me.known, device=step.theta.device)
+        return spread(step.layout, {n: step.theta.new_ones(shapes[n]).index_fill(0, rows, 0) for n in head})
+
+    def summarise(self, learned: Learned, me: Me) -> Statistics:
+        return Statistics({}, {"classes": list(learned.source.classes)})

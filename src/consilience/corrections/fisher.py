@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from consilience.core.correction import Learned
 from consilience.core.params import Params
+from consilience.core.source import Examples
 
 Pairs = list[tuple[Tensor, Tensor]]
 
@@ -28,12 +29,29 @@ def fisher(learned: Learned, labels: str = "model", samples: int | None = None, 
     if kind == "class" and learned.task is not None:
         keep = torch.zeros(learned.model.outputs, dtype=torch.bool, device=learned.layout.device)
         keep[list(learned.source.classes)] = True
+    if labels == "batches":
+        return _batch_squares(learned, examples, keep)
     squares = _linear_squares(learned) or _by_vmap
     total = {n: torch.zeros_like(p) for n, p in learned.trainable.items()}
     for x, y in examples.chunks(chunk):
         for n, s in squares(learned, x, lambda out, y=y: _targets(learned, out, y, labels, keep), keep).items():  # type: ignore[misc]
             total[n] += s
     return {n: t / len(examples) for n, t in total.items()}
+
+
+def _batch_squares(learned: Learned, examples: Examples, keep: Tensor | None, size: int = 32) -> Params:
+    """The mean over batches of the squared gradient of the batch's mean log p(y|x): not the Fisher."""
+    total = {n: torch.zeros_like(p) for n, p in learned.trainable.items()}
+    leaves = {n: p.detach().requires_grad_() for n, p in learned.trainable.items()}
+    batches = list(torch.randperm(len(examples), generator=learned.generator).split(size))
+    for x, y in examples.batches(batches):
+        with torch.enable_grad():
+            out = learned.model({**learned.params, **leaves}, learned.buffers, x, learned.task, False)[0]
+            score = _score(out, y, keep, learned.source.kind).mean()
+        for t, g in zip(total.values(), torch.autograd.grad(score, [*leaves.values()], allow_unused=True), strict=True):
+            if g is not None:
+                t += g.square()
+    return {n: t / len(batches) for n, t in total.items()}
 
 
 def sensitivity(learned: Learned, samples: int | None = None, chunk: int = 512) -> Params:

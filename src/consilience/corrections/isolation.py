@@ -51,6 +51,7 @@ class PackNet(Correction):
     retrain: float = 0.5
 
     travels: ClassVar[bool] = False
+    ends: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0 < self.keep <= 1:
@@ -196,6 +197,7 @@ class HAT(Correction):
     hard: bool = True
 
     travels: ClassVar[bool] = False
+    ends: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         non_negative("HAT", sparsity=self.sparsity)

@@ -35,6 +35,7 @@ class EpisodicConstraints(Correction):
     batch_size: int | None = None
 
     travels: ClassVar[bool] = False
+    ends: ClassVar[bool] = True
     neutral: ClassVar[dict[str, int]] = {"size": 0}
     recalls: ClassVar[bool] = True
     constrains: ClassVar[bool] = True

@@ -61,6 +61,7 @@ class Quadratic(Correction):
     flat: ClassVar[tuple[str, ...]] = ("precision", "shift")
     neutral: ClassVar[dict[str, float]] = {"strength": 0.0}
     recalls: ClassVar[bool] = True
+    ends: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         non_negative(type(self).__name__, strength=self.strength)
@@ -98,18 +99,20 @@ class EWC(Quadratic):
 
     F = (1/N) sum_x E_{y ~ p(y|x)} [(d log p(y|x) / d theta)^2]; `labels="model"` samples y from the model's own prediction
     (one draw a sample), "all" takes the expectation over all classes, "data" uses the true labels (the empirical Fisher).
+    "batches" is what several libraries compute in its place: the mean over batches of 32 of the square of the batch's mean
+    gradient at the true labels, which is not the Fisher and about 32 times smaller.
     `samples` bounds the number of examples (None: all). Kirkpatrick et al. 2017; penalties of several sources add
     (Huszár 2018).
     """
 
     strength: float = 10.0
-    labels: Literal["model", "all", "data"] = "model"
+    labels: Literal["model", "all", "data", "batches"] = "model"
     samples: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.labels not in ("model", "all", "data"):
-            raise ConsilienceError(f"`labels` should be model, all or data. Found `labels = {self.labels!r}`.")
+        if self.labels not in ("model", "all", "data", "batches"):
+            raise ConsilienceError(f"`labels` should be model, all, data or batches. Found `labels = {self.labels!r}`.")
         if self.samples is not None and self.samples < 1:
             raise ConsilienceError(f"`samples` should be at least 1. Found `samples = {self.samples}`.")
 
@@ -179,6 +182,8 @@ class OnlineEWC(EWC):
     """
 
     gamma: float = 0.9
+
+    ends: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -3,43 +3,91 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from consilience.core.batch import Batch
+from consilience.core.buffer import Policy, Reservoir
 from consilience.core.correction import Correction, Learned, Me, Memory, Row, StepView
-from consilience.core.errors import ConsilienceError
+from consilience.core.errors import ConsilienceError, kind_of
 from consilience.core.message import Private
 from consilience.core.schedule import Facts
-from consilience.core.source import Source, Tensors
+from consilience.core.source import Source
 from consilience.core.step import sample_losses
 from consilience.corrections.quadratic import non_negative
 
 Bufs = list[tuple[str, str | None, Tensor, Tensor]]
 
 
-@dataclass(frozen=True)
-class ER(Correction):
-    """Experience replay: a buffer of `size` examples of earlier sources; each step draws `batch_size` of them as one more part.
+class Buffer(Correction):
+    """A private buffer of `size` examples of what was learned, those that its policy keeps."""
 
-    The step's objectives weigh the same: (L_new + L_buffer) / 2. The buffer is a reservoir over everything seen: each
-    example draws a uniform key and the `size` smallest stay, so that each is kept with probability size / seen. It is
-    private. Chaudhry et al. 2019; Vitter 1985.
-    """
-
-    size: int = 500
-    batch_size: int = 32
+    size: int
+    policy: Policy
 
     travels: ClassVar[bool] = False
-    neutral: ClassVar[dict[str, int]] = {"size": 0}
-    recalls: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.size < 0:
             raise ConsilienceError(f"`size` of the buffer should be >= 0. Found `size = {self.size}`.")
+        if not isinstance(self.policy, Policy):
+            raise ConsilienceError(
+                f"`policy` should be made by consilience.memory, such as ring(). Found {kind_of(self.policy)}."
+            )
+
+    def refuse(self, facts: Facts) -> str | None:
+        if facts.kind == "value" and type(self.policy) is not Reservoir:
+            return "values have no classes that share a buffer; use policy=memory.reservoir()"
+        if facts.kind == "class" and not self.policy.grows and self.size < facts.classes:
+            return f"a buffer of {self.size} has no place for each of the {facts.classes} classes that an agent learns; use a larger `size`"
+        if self.policy.ends and not facts.boundaries:
+            return f"{type(self.policy).__name__} chooses at the end of a source, and this stream has no ends; use policy=memory.reservoir()"
+        return None
+
+    def keys(self, learned: Learned, me: Me) -> Tensor:
+        """A key [N] for each example of a source, float64."""
+        return self.policy.keys(learned, self.size)
+
+    def summarise(self, learned: Learned, me: Me) -> Private:
+        train, keys = learned.source.train, self.keys(learned, me)
+        kept = self.policy.keep(keys, train.targets(), self.size).nonzero()[:, 0]
+        x, y = train.select(kept).whole()
+        found = {"x": x.clone(), "y": y.clone(), "key": keys[kept]}
+        return Private(found, {"task": learned.task, "classes": list(learned.source.classes)})
+
+    def trim(self, memory: Mapping[str, Any], learned: Learned) -> Mapping[str, Any]:
+        """What the policy keeps of all sources together."""
+        items = list(memory.values())
+        keys, y = (torch.cat([i.tensors[k].cpu() for i in items]) for k in ("key", "y"))
+        kept = self.policy.keep(keys, y, self.size).split([len(i.tensors["key"]) for i in items])
+        return {s: i if bool(k.all()) else select(i, k) for (s, i), k in zip(memory.items(), kept, strict=True)}
+
+
+def select(item: Private, kept: Tensor) -> Private:
+    """The examples of an item where `kept` [n] is true."""
+    return replace(item, tensors={k: t[kept.to(t.device)] for k, t in item.tensors.items()})
+
+
+@dataclass(frozen=True)
+class ER(Buffer):
+    """Experience replay: a buffer of `size` examples of earlier sources; each step draws `batch_size` of them as one more part.
+
+    The step's objectives weigh the same: (L_new + L_buffer) / 2. `policy` says which examples are kept (`consilience.memory`):
+    by default a reservoir over everything seen. The buffer is private. Chaudhry et al. 2019.
+    """
+
+    size: int = 500
+    batch_size: int = 32
+    policy: Policy = field(default_factory=Reservoir)
+
+    neutral: ClassVar[dict[str, int]] = {"size": 0}
+    recalls: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.batch_size < 1:
             raise ConsilienceError(f"`batch_size` of the buffer should be >= 1. Found `batch_size = {self.batch_size}`.")
 
@@ -69,25 +117,6 @@ class ER(Correction):
         index = torch.randint(len(y), (self.batch_size,), generator=generator).to(x.device)
         return [Batch(x.index_select(0, index), y.index_select(0, index), task, source=name)]
 
-    def summarise(self, learned: Learned, me: Me) -> Private:
-        n = len(learned.source.train)
-        keys = torch.rand(n, generator=learned.generator, dtype=torch.float64)
-        keep = keys.argsort()[: self.size]
-        x, y = learned.source.train.select(keep).whole()
-        return Private({"x": x.clone(), "y": y.clone(), "key": keys[keep]}, {"task": learned.task})
-
-    def trim(self, memory: Mapping[str, Any], generator: torch.Generator) -> Mapping[str, Any]:
-        """The `size` smallest keys over all sources: a reservoir."""
-        keys = torch.cat([item.tensors["key"] for item in memory.values()])
-        if len(keys) <= self.size:
-            return memory
-        bound = keys.kthvalue(self.size).values
-        trimmed = {}
-        for s, item in memory.items():
-            keep = item.tensors["key"] <= bound
-            trimmed[s] = replace(item, tensors={k: t[keep.to(t.device)] for k, t in item.tensors.items()})
-        return trimmed
-
 
 @dataclass(frozen=True)
 class ERACE(ER):
@@ -97,7 +126,7 @@ class ERACE(ER):
     """
 
     def refuse(self, facts: Facts) -> str | None:
-        return "values have no classes that compete; use er" if facts.kind == "value" else None
+        return "values have no classes that compete; use er" if facts.kind == "value" else super().refuse(facts)
 
     def losses(self, losses: dict[int, Tensor], step: StepView, me: Me) -> dict[int, Tensor]:
         bent = dict(losses)
@@ -164,43 +193,3 @@ class DER(ER):
                 learned.model(learned.params, learned.buffers, x, learned.task, False)[0] for x in plain.tensors["x"].split(1024)
             ]
         return Private({**plain.tensors, "logits": torch.cat(z)}, plain.meta)
-
-
-@dataclass(frozen=True)
-class Cumulative(Correction):
-    """Joint training: every learn is on all sources seen so far by this agent, as one pool.
-
-    With task labels each task is a part of the step, the new ones first. Keeps all data; the upper bound that other
-    methods are measured against.
-    """
-
-    travels: ClassVar[bool] = False
-
-    def refuse(self, facts: Any) -> str | None:
-        if facts.recalls_own or facts.parts > 1:
-            return None
-        return "no agent has the data of more than one source; put the sources in settings.multitask"
-
-    def recall(self, memory: Memory, sources: tuple[Source, ...]) -> dict[str, Private]:
-        now = {s.name for s in sources}
-        return {source: item for (_, source), item in sorted(memory.items()) if source not in now}  # type: ignore[misc]
-
-    def gather(self, sources: tuple[Source, ...], known: dict[str, Private]) -> tuple[Source, ...]:
-        past = [
-            replace(
-                sources[0],
-                name=name,
-                task=item.meta["task"],
-                train=Tensors(item.tensors["x"], item.tensors["y"]),
-                classes=tuple(item.meta["classes"]),
-            )
-            for name, item in known.items()
-        ]
-        if sources[0].task is not None:
-            return (*sources, *past)
-        everything = (*past, *sources)
-        return (Source.union("+".join(s.name for s in everything), everything),)
-
-    def summarise(self, learned: Learned, me: Me) -> Private:
-        x, y = learned.source.train.whole()
-        return Private({"x": x, "y": y}, {"task": learned.task, "classes": list(learned.source.classes)})

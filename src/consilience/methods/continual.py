@@ -18,12 +18,34 @@ def finetune() -> Method:
     return Method("finetune")
 
 
+def cumulative() -> Method:
+    """Training goes on, at each source on all data seen so far as one pool.
+
+    Paper: Maltoni & Lomonaco 2019.
+    """
+    from consilience.core.method import Method
+    from consilience.corrections.baselines import Cumulative
+
+    return Method("cumulative", (Cumulative(),))
+
+
 def joint() -> Method:
-    """Training on all sources seen so far as one pool: the upper bound.
+    """At each source new parameters are trained on all data seen so far as one pool: the upper bound.
 
     Paper: Caruana 1997.
     """
     from consilience.core.method import Method
-    from consilience.corrections.rehearsal import Cumulative
+    from consilience.corrections.baselines import Cumulative
 
-    return Method("joint", (Cumulative(),))
+    return Method("joint", (Cumulative(scratch=True),))
+
+
+def from_scratch() -> Method:
+    """Every source is learned alone, from new parameters: what it reaches without any transfer.
+
+    Paper: the reference of forward transfer (Lopez-Paz & Ranzato 2017).
+    """
+    from consilience.core.method import Method
+    from consilience.corrections.baselines import FromScratch
+
+    return Method("from_scratch", (FromScratch(),))

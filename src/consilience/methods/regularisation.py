@@ -8,14 +8,17 @@ if TYPE_CHECKING:
     from consilience.core.method import Method
 
 
-def ewc(strength: float = 10.0, labels: Literal["model", "all", "data"] = "model", samples: int | None = None) -> Method:
+def ewc(
+    strength: float = 10.0, labels: Literal["model", "all", "data", "batches"] = "model", samples: int | None = None
+) -> Method:
     """Elastic weight consolidation: stay near old parameters where the Fisher information is high.
 
     Paper: Kirkpatrick et al. 2017.
 
     Args:
         strength: of the penalty (strength / 2) sum F (theta - theta_old)^2; 0 is plain training.
-        labels: whose labels the Fisher takes: drawn from the model, all classes in expectation, or the data's.
+        labels: whose labels the Fisher takes: drawn from the model, all classes in expectation, or the data's; "batches" squares
+            the mean gradients of batches instead, as several libraries do.
         samples: how many examples the Fisher is estimated on; None is all.
     """
     from consilience.core.method import Method
@@ -25,7 +28,10 @@ def ewc(strength: float = 10.0, labels: Literal["model", "all", "data"] = "model
 
 
 def online_ewc(
-    strength: float = 10.0, gamma: float = 0.9, labels: Literal["model", "all", "data"] = "model", samples: int | None = None
+    strength: float = 10.0,
+    gamma: float = 0.9,
+    labels: Literal["model", "all", "data", "batches"] = "model",
+    samples: int | None = None,
 ) -> Method:
     """Online EWC: one running Fisher that decays, around the latest parameters.
 
@@ -101,3 +107,18 @@ def lwf(strength: float = 1.0, temperature: float = 2.0, match: Literal["probabi
     from consilience.corrections.distillation import LwF
 
     return Method("lwf", (LwF(strength, temperature, match),))
+
+
+def less_forgetting(strength: float = 0.1, freeze_head: bool = True) -> Method:
+    """Less-forgetting learning: keep the old model's features on the new inputs.
+
+    Paper: Jung et al. 2016.
+
+    Args:
+        strength: of the squared distance of the features; 0 is plain training.
+        freeze_head: the rows of a shared head for classes of earlier sources do not move.
+    """
+    from consilience.core.method import Method
+    from consilience.corrections.distillation import LessForgetting
+
+    return Method("less_forgetting", (LessForgetting(strength, freeze_head),))

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from consilience.core.buffer import Policy
     from consilience.core.method import Method
 
 
-def er(size: int = 500, batch_size: int = 32) -> Method:
+def er(size: int = 500, batch_size: int = 32, policy: Policy | None = None) -> Method:
     """Experience replay: old examples from a reservoir, as one more part of each step.
 
     Paper: Chaudhry et al. 2019.
@@ -16,14 +17,16 @@ def er(size: int = 500, batch_size: int = 32) -> Method:
     Args:
         size: examples in the buffer, over all sources; 0 is plain training.
         batch_size: examples drawn for each step.
+        policy: which examples are kept, of `consilience.memory`; None is a reservoir.
     """
+    from consilience.core.buffer import Reservoir
     from consilience.core.method import Method
     from consilience.corrections.rehearsal import ER
 
-    return Method("er", (ER(size, batch_size),))
+    return Method("er", (ER(size, batch_size, policy or Reservoir()),))
 
 
-def er_ace(size: int = 500, batch_size: int = 32) -> Method:
+def er_ace(size: int = 500, batch_size: int = 32, policy: Policy | None = None) -> Method:
     """Experience replay in which new examples compete only with the classes of their own batch.
 
     Paper: Caccia et al. 2022.
@@ -31,14 +34,16 @@ def er_ace(size: int = 500, batch_size: int = 32) -> Method:
     Args:
         size: examples in the buffer, over all sources; 0 is plain training.
         batch_size: examples drawn for each step.
+        policy: which examples are kept, of `consilience.memory`; None is a reservoir.
     """
+    from consilience.core.buffer import Reservoir
     from consilience.core.method import Method
     from consilience.corrections.rehearsal import ERACE
 
-    return Method("er_ace", (ERACE(size, batch_size),))
+    return Method("er_ace", (ERACE(size, batch_size, policy or Reservoir()),))
 
 
-def der(size: int = 500, batch_size: int = 32, alpha: float = 0.5) -> Method:
+def der(size: int = 500, batch_size: int = 32, alpha: float = 0.5, policy: Policy | None = None) -> Method:
     """Dark experience replay: keep the stored logits of old examples.
 
     Paper: Buzzega et al. 2020.
@@ -47,14 +52,16 @@ def der(size: int = 500, batch_size: int = 32, alpha: float = 0.5) -> Method:
         size: examples in the buffer, over all sources; 0 is plain training.
         batch_size: examples drawn for each step.
         alpha: of the squared distance to the stored logits.
+        policy: which examples are kept, of `consilience.memory`; None is a reservoir.
     """
+    from consilience.core.buffer import Reservoir
     from consilience.core.method import Method
     from consilience.corrections.rehearsal import DER
 
-    return Method("der", (DER(size, batch_size, alpha),))
+    return Method("der", (DER(size, batch_size, policy or Reservoir(), alpha=alpha),))
 
 
-def derpp(size: int = 500, batch_size: int = 32, alpha: float = 0.5, beta: float = 0.5) -> Method:
+def derpp(size: int = 500, batch_size: int = 32, alpha: float = 0.5, beta: float = 0.5, policy: Policy | None = None) -> Method:
     """DER++: keep the stored logits of old examples, and replay their labels.
 
     Paper: Buzzega et al. 2020.
@@ -64,11 +71,13 @@ def derpp(size: int = 500, batch_size: int = 32, alpha: float = 0.5, beta: float
         batch_size: examples drawn for each of the two terms.
         alpha: of the squared distance to the stored logits.
         beta: of the cross-entropy on replayed labels.
+        policy: which examples are kept, of `consilience.memory`; None is a reservoir.
     """
+    from consilience.core.buffer import Reservoir
     from consilience.core.method import Method
     from consilience.corrections.rehearsal import DER
 
-    return Method("derpp", (DER(size, batch_size, alpha, beta),))
+    return Method("derpp", (DER(size, batch_size, policy or Reservoir(), alpha=alpha, beta=beta),))
 
 
 def gem(size: int = 256, batch_size: int | None = None, margin: float = 0.5) -> Method:
@@ -88,7 +97,7 @@ def gem(size: int = 256, batch_size: int | None = None, margin: float = 0.5) -> 
     return Method("gem", (EpisodicConstraints(size, batch_size),), step_aggregator=cone(margin))
 
 
-def agem(size: int = 500, batch_size: int = 32) -> Method:
+def agem(size: int = 500, batch_size: int = 32, policy: Policy | None = None) -> Method:
     """Averaged GEM: a step that does not raise the loss on a batch from the buffer.
 
     Paper: Chaudhry et al. 2019.
@@ -96,9 +105,39 @@ def agem(size: int = 500, batch_size: int = 32) -> Method:
     Args:
         size: examples in the buffer, over all sources; 0 is plain training.
         batch_size: examples drawn for each step.
+        policy: which examples are kept, of `consilience.memory`; None is a reservoir.
     """
     from consilience.aggregators import agem as cone
+    from consilience.core.buffer import Reservoir
     from consilience.core.method import Method
     from consilience.corrections.projection import AverageConstraint
 
-    return Method("agem", (AverageConstraint(size, batch_size),), step_aggregator=cone())
+    return Method("agem", (AverageConstraint(size, batch_size, policy or Reservoir()),), step_aggregator=cone())
+
+
+def icarl(size: int = 500) -> Method:
+    """iCaRL: herded exemplars, distillation, and the nearest mean of exemplars as classifier.
+
+    Paper: Rebuffi et al. 2017.
+
+    Args:
+        size: exemplars, over all classes.
+    """
+    from consilience.core.method import Method
+    from consilience.corrections.exemplars import ICaRL
+
+    return Method("icarl", (ICaRL(size),))
+
+
+def gdumb(size: int = 500) -> Method:
+    """GDumb: a class-balanced buffer, and new parameters trained on it alone at each learn.
+
+    Paper: Prabhu, Torr & Dokania 2020.
+
+    Args:
+        size: examples in the buffer, over all classes.
+    """
+    from consilience.core.method import Method
+    from consilience.corrections.exemplars import GDumb
+
+    return Method("gdumb", (GDumb(size),))

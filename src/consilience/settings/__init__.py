@@ -52,7 +52,58 @@ def continual(sources: Sequence[Source], scenario: Scenario = "class") -> Schedu
             yield Hear({"agent": ("agent",)})
             yield Stage(s.name)
 
-    return build("continual", sources, scenario, plan, "agent")
+    return build("continual", sources, scenario, plan, "agent", _common_test(sources, scenario))
+
+
+def online(sources: Sequence[Source], chunk: int = 320, scenario: Scenario = "class", seed: int = 0) -> Schedule:
+    """One agent learns a stream that is seen once and does not say where a source ends; it is judged where they do.
+
+    Sources arrive one after another in chunks of `chunk` examples: the agent learns a chunk (in batches of the training's
+    size, for one epoch), hears itself, and goes on; a buffer takes in a chunk once it was learned. Methods that must know where a source ends refuse.
+
+    Args:
+        sources: in the order of arrival; `data.blurry` mixes them at their boundaries.
+        chunk: examples that arrive together; the last of a source may be fewer.
+        scenario: what targets and task labels are (see `continual`); with "task" the labels do tell where a source ends, and are
+            given with every chunk.
+        seed: of the order of a source's examples.
+    """
+    from dataclasses import replace
+
+    import torch
+
+    from consilience.core.params import key
+    from consilience.core.schedule import Hear, Learn, Stage, build
+
+    _at_least(1, chunk=chunk)
+    sources = [replace(s, task=s.task or s.name) for s in _sources(sources)]
+    chunks: dict[str, list[Source]] = {}
+    for s in sources:
+        cuts = torch.randperm(len(s.train), generator=key(seed, s.name, "online")).split(chunk)
+        width = len(str(len(cuts) - 1))
+        chunks[s.name] = [replace(s, name=f"{s.name}/{i:0{width}d}", train=s.train.select(c)) for i, c in enumerate(cuts)]
+
+    def plan(seed: int) -> Iterable[Phase]:
+        for s in sources:
+            for c in chunks[s.name]:
+                yield Learn({"agent": (c.name,)})
+                yield Hear({"agent": ("agent",)})
+            yield Stage(s.name)
+
+    every = [c for own in chunks.values() for c in own]
+    judged = _common_test(sources, scenario) or sources
+    return build("online", every, scenario, plan, "agent", judged, boundaries=False)
+
+
+def _common_test(sources: Sequence[Source], scenario: str) -> list[Source]:
+    """Where all sources are judged on the same test data and no task is told: one source that stands for it; else none."""
+    from dataclasses import replace
+
+    first = sources[0]
+    if len(sources) < 2 or scenario == "task" or any(s.test is not first.test for s in sources):
+        return []
+    classes = tuple(sorted({c for s in sources for c in s.classes}))
+    return [replace(first, name=f"{first.name.partition('/')[0]}/test", task=None, classes=classes)]
 
 
 def federated(

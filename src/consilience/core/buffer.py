@@ -1,0 +1,84 @@
+"""Buffers: which examples of what was seen are kept. A policy gives each example a key when it arrives, and keeps the smallest."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from consilience.core.correction import Learned
+from consilience.core.errors import ConsilienceError
+
+
+class Policy(ABC):
+    """Which examples a buffer of some size keeps. Frozen dataclasses; pure.
+
+    An example's key never changes, so that what is kept of a stream does not depend on how the stream was cut, and a buffer
+    that shrinks keeps the best of what it had.
+    """
+
+    grows: ClassVar[bool] = False
+    """Whether the size is that of each class, and the whole grows with their number."""
+    ends: ClassVar[bool] = False
+    """Whether it needs to know where a source ends."""
+
+    @abstractmethod
+    def keys(self, learned: Learned, size: int) -> Tensor:
+        """A key [N] for each training example of a source, float64; the smallest are kept longest."""
+
+    @abstractmethod
+    def keep(self, keys: Tensor, y: Tensor, size: int) -> Tensor:
+        """Which of M examples with these keys [M] and targets [M] stay: bool [M]."""
+
+
+@dataclass(frozen=True)
+class Reservoir(Policy):
+    """Reservoir sampling: every example seen is kept with probability size / seen.
+
+    Each draws a uniform key and the `size` smallest stay. Vitter 1985.
+    """
+
+    def keys(self, learned: Learned, size: int) -> Tensor:
+        return torch.rand(len(learned.source.train), generator=learned.generator, dtype=torch.float64)
+
+    def keep(self, keys: Tensor, y: Tensor, size: int) -> Tensor:
+        return smallest(keys, size)
+
+
+def smallest(keys: Tensor, size: int) -> Tensor:
+    """True for the `size` smallest keys [M], by rank.
+
+    >>> smallest(torch.tensor([0.3, 0.1, 0.2]), 2).tolist()
+    [False, True, True]
+    """
+    kept = torch.zeros(len(keys), dtype=torch.bool)
+    kept[keys.argsort(stable=True)[:size]] = True
+    return kept
+
+
+def ranks(keys: Tensor, y: Tensor) -> Tensor:
+    """The rank [M] of each key among those of its class, from 0.
+
+    >>> ranks(torch.tensor([0.3, 0.1, 0.2]), torch.tensor([7, 7, 8])).tolist()
+    [1, 0, 0]
+    """
+    if y.is_floating_point():
+        raise ConsilienceError("a buffer by class needs targets that are classes. Found values; use memory.reservoir().")
+    order = keys.argsort(stable=True)
+    order = order[y.cpu()[order].argsort(stable=True)]  # by class, within it by key
+    _, counts = y.cpu()[order].unique_consecutive(return_counts=True)
+    first = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+    return torch.empty_like(order).index_copy_(0, order, torch.arange(len(order)) - first)
+
+
+def equal_shares(keys: Tensor, y: Tensor, size: int) -> Tensor:
+    """True for the smallest keys of each class, as many of each as `size` allows; what small classes leave goes to larger ones.
+
+    >>> equal_shares(torch.arange(5.0), torch.tensor([0, 0, 0, 0, 1]), 3).tolist()
+    [True, True, False, False, True]
+    """
+    rank = ranks(keys, y)
+    return smallest(rank.double() + keys.argsort(stable=True).argsort() / (2 * max(1, len(keys))), size)

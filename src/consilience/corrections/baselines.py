@@ -1,0 +1,116 @@
+"""Baselines: all data seen so far, as one pool; and learning from scratch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from consilience.core.correction import Correction, Learned, Me, Memory
+from consilience.core.message import Private
+from consilience.core.model import Model
+from consilience.core.params import Params
+from consilience.core.source import Source, Tensors
+
+if TYPE_CHECKING:
+    from consilience.core.schedule import Facts
+
+
+THROWN = "what is heard of others would be thrown away at the next learn; "
+
+
+def pool(sources: tuple[Source, ...], past: Mapping[str, Private]) -> tuple[Source, ...]:
+    """The given sources with what was kept of past ones: one pool; with task labels each is a part, the new ones first."""
+    old = [
+        replace(
+            sources[0],
+            name=name,
+            task=item.meta["task"],
+            train=Tensors(item.tensors["x"], item.tensors["y"]),
+            classes=tuple(item.meta["classes"]),
+        )
+        for name, item in past.items()
+        if len(item.tensors["y"])
+    ]
+    if sources[0].task is not None:
+        return (*sources, *old)
+    everything = (*old, *sources)
+    return (Source.union("+".join(s.name for s in everything), everything),)
+
+
+def others(memory: Memory, sources: tuple[Source, ...]) -> dict[str, Private]:
+    """The private items of all other sources, by source."""
+    now = {s.name for s in sources}
+    return {source: item for (_, source), item in sorted(memory.items()) if source not in now}  # type: ignore[misc]
+
+
+def reset(model: Model, params: Params, sources: tuple[Source, ...], generator: torch.Generator) -> Params:
+    """New parameters in place of those that are trained: the model's own draw (a given module begins as it was given), heads too."""
+    fresh, buffers = model.init(generator)
+    for s in sources:
+        fresh, buffers = model.grow(fresh, buffers, s, generator)
+    return {n: fresh[n].to(p) if n in fresh and not model.frozen(n) else p for n, p in params.items()}
+
+
+@dataclass(frozen=True)
+class Cumulative(Correction):
+    """Every learn is on all sources seen so far by this agent, as one pool.
+
+    With task labels each task is a part of the step, the new ones first. Keeps all data. With `scratch` every learn but the
+    first begins from new parameters: joint training, the upper bound that other methods are measured against.
+    """
+
+    scratch: bool = False
+
+    travels: ClassVar[bool] = False
+
+    def refuse(self, facts: Facts) -> str | None:
+        if self.scratch and facts.hears_others:
+            return THROWN + "use cumulative"
+        if facts.recalls_own or facts.parts > 1:
+            return None
+        return "no agent has the data of more than one source; put the sources in settings.multitask"
+
+    def recall(self, memory: Memory, sources: tuple[Source, ...]) -> dict[str, Private]:
+        return others(memory, sources)
+
+    def gather(self, sources: tuple[Source, ...], known: dict[str, Private], generator: torch.Generator) -> tuple[Source, ...]:
+        return pool(sources, known)
+
+    def begin(
+        self, model: Model, params: Params, sources: tuple[Source, ...], known: dict[str, Private], generator: torch.Generator
+    ) -> tuple[Params, Mapping[str, torch.Tensor]]:
+        return (reset(model, params, sources, generator) if self.scratch and known else params), {}
+
+    def summarise(self, learned: Learned, me: Me) -> Private:
+        x, y = learned.source.train.whole()
+        return Private({"x": x, "y": y}, {"task": learned.task, "classes": list(learned.source.classes)})
+
+
+@dataclass(frozen=True)
+class FromScratch(Correction):
+    """Every learn of a source after an agent's first begins from new parameters: nothing is transferred.
+
+    The heads of other tasks stay as they are. Running statistics of batch norm go on, which training overwrites.
+    """
+
+    travels: ClassVar[bool] = False
+    recalls: ClassVar[bool] = True
+
+    def refuse(self, facts: Facts) -> str | None:
+        return THROWN + "use finetune" if facts.hears_others else None
+
+    def recall(self, memory: Memory, sources: tuple[Source, ...]) -> bool | None:
+        """Whether something else was learned before, or None."""
+        return bool(others(memory, sources)) or None
+
+    def begin(
+        self, model: Model, params: Params, sources: tuple[Source, ...], known: bool | None, generator: torch.Generator
+    ) -> tuple[Params, Mapping[str, torch.Tensor]]:
+        return (reset(model, params, sources, generator) if known else params), {}
+
+    def summarise(self, learned: Learned, me: Me) -> Private:
+        """That it was learned."""
+        return Private({})

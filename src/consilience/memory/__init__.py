@@ -1,0 +1,46 @@
+"""Memory: which examples a buffer keeps (`policy` of er, derpp, ...). Signatures import no torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from consilience.core.buffer import Reservoir
+    from consilience.memory.policies import ClassBalanced, Growing, Herding, Ring
+
+__all__ = ["class_balanced", "growing", "herding", "reservoir", "ring"]
+
+
+def reservoir() -> Reservoir:
+    """A uniform sample of everything seen."""
+    from consilience.core.buffer import Reservoir
+
+    return Reservoir()
+
+
+def ring() -> Ring:
+    """The last examples of each class."""
+    from consilience.memory.policies import Ring
+
+    return Ring()
+
+
+def class_balanced() -> ClassBalanced:
+    """A uniform sample of each class, as many of each."""
+    from consilience.memory.policies import ClassBalanced
+
+    return ClassBalanced()
+
+
+def herding() -> Herding:
+    """The examples of each class whose mean feature is nearest to the class's."""
+    from consilience.memory.policies import Herding
+
+    return Herding()
+
+
+def growing() -> Growing:
+    """`size` examples of each class: the buffer grows with the number of classes."""
+    from consilience.memory.policies import Growing
+
+    return Growing()

@@ -48,14 +48,18 @@ def quick(sources, size: int, **kwargs):
     """A short continual run."""
     training = cs.Training(epochs=1, batch_size=16, lr=0.1)
     return cs.run(
-        settings.continual(sources, "class"), methods.finetune(), models.mlp(size, len(sources[0].labels), 8), training, **kwargs
+        settings.continual(sources, "class"),
+        methods.finetune(),
+        models.mlp(size, (8,), len(sources[0].labels)),
+        training,
+        **kwargs,
     )
 
 
 # ---------------------------------------------------------------------------------------------------- blurry
 
 
-@hypothesis_settings(max_examples=60, deadline=None)
+@hypothesis_settings(max_examples=30, deadline=None)
 @given(
     n=st.integers(30, 150),
     parts=st.integers(2, 6),
@@ -153,10 +157,10 @@ def test_blurry_refuses():
 def test_blurry_runs_and_loses_less():
     """With a share of the others in every source, plain fine-tuning forgets less; every class of a test has its column."""
     sources = data.split_classes(data.digits(), 5)
-    training = cs.Training(epochs=5, lr=0.1)
+    training = cs.Training(epochs=3, lr=0.1)
 
     def final(s):
-        run = cs.run(settings.continual(s, "class"), methods.finetune(), models.mlp(64, 10, 32), training)
+        run = cs.run(settings.continual(s, "class"), methods.finetune(), models.mlp(64, (32,)), training)
         return float(np.mean(run.matrix[-1]))
 
     assert final(data.blurry(sources, 0.3)) > final(sources) + 0.2
@@ -189,8 +193,8 @@ def test_new_instances(streamed):
     assert [s.name[-1] for s in data.new_instances(source, of, order=[3, 1, 0, 2])] == list("3102")
     drawn = [s.name for s in data.new_instances(source, of, seed=1)]
     assert sorted(drawn) == sorted(s.name for s in parts) and drawn == [s.name for s in data.new_instances(source, of, seed=1)]
-    few = data.new_instances(source, (of * 0 + (torch.arange(len(of)) > 3)).tolist())
-    assert [s.classes for s in few] == [(0, 1), tuple(range(2, 10)) if False else few[1].classes] and len(few[1].classes) == 10
+    few = data.new_instances(source, [int(i > 3) for i in range(len(of))])
+    assert [s.classes for s in few] == [(0, 1), tuple(range(10))]
 
 
 def test_groups_of_validation_examples_come_after():
@@ -232,13 +236,10 @@ def test_a_test_may_hold_classes_that_its_source_does_not_teach():
     assert all(s.test is source.test for s in framed) and len(frame.labels) == 10
     half, _ = reframe(data.split_classes(source, 2)[1:], "class")
     assert half[0].test.targets().tolist() == [0, 1, 2, 3, 4]
-    renamed = [
-        Source(s.name, s.train, s.validation, s.test, (("films", "never"), *s.labels[1:]), s.classes, s.task) for s in parts
-    ]
-    known = [s for s in renamed if 0 not in s.classes]
+    known = [s for s in parts if 0 not in s.classes]  # without 0, 1 and 2, which nobody teaches: never right
     framed, frame = reframe(known, "class")
-    assert ("films", "never") not in frame.labels and len({id(s.test) for s in framed}) == 1
-    assert framed[0].test.targets().tolist() == [-1, *range(9)]
+    assert len(frame.labels) == 7 and len({id(s.test) for s in framed}) == 1
+    assert framed[0].test.targets().tolist() == [-1, -1, -1, *range(7)]
     result = quick(parts, 2)
     assert np.allclose(result.matrix, result.matrix[:, :1])  # the same test, the same score
 
@@ -366,7 +367,7 @@ def test_core50_from_file_lists(linked):
 
 
 def test_core50_refuses(films, linked, tmp_path):
-    refused("scenario. Found 'nci'" if False else "'nci'", data.core50, films, "nci")
+    refused("'nci'", data.core50, films, "nci")
     refused("`run` should be a whole number >= 0. Found `run = -1`.", data.core50, films, run=-1)
     refused("`path` should be a folder of images. Found none", data.core50, films / "no")
     refused("`validation` should be a fraction in [0, 1)", data.core50, films, validation=1.0)
@@ -440,7 +441,7 @@ def photographs(root: Path, buckets=range(4), each: int = 10, start: int = 0, na
             here = root / "labeled_images" / str(b) / c
             here.mkdir(parents=True, exist_ok=True)
             for k in range(start, start + each):
-                pixels = np.full((3 + k % 2, 4, 3), 40 * b + 10 * i, np.uint8)
+                pixels = np.full((3 + k % 2, 4, 3), 20 * b + 5 * i, np.uint8)
                 image.fromarray(pixels).save(here / f"{k}.jpg", quality=100)
 
 
@@ -462,7 +463,7 @@ def right(sources: list[Source]) -> None:
             assert [NAMES.index(f.split("/")[1]) for f in files(examples)] == examples.targets().tolist()
         x, y = s.train.whole()
         bucket = int(s.name.rpartition("-")[2])
-        assert x.shape[1:] == (3, 2, 2) and torch.allclose(x[:, 0, 0, 0], (40 * bucket + 10 * y) / 255, atol=0.02)
+        assert x.shape[1:] == (3, 2, 2) and torch.allclose(x[:, 0, 0, 0], (20 * bucket + 5 * y) / 255, atol=0.008)
 
 
 @pytest.mark.parametrize("train", ["train", "train_image_only"])
@@ -521,7 +522,7 @@ def test_clear_without_class_names_and_in_memory(tmp_path):
     assert isinstance(sources[0].train, Tensors) and sources[0].train.whole()[0].shape[1:] == (1, 2, 2)
     assert [s.name for s in sources] == ["time/bucket-1", "time/bucket-2"]
     result = cs.run(
-        settings.continual(sources, "domain"), methods.finetune(), models.mlp(4, 3, 8), cs.Training(epochs=1, batch_size=8)
+        settings.continual(sources, "domain"), methods.finetune(), models.mlp(4, (8,), 3), cs.Training(epochs=1, batch_size=8)
     )
     assert result.matrix.shape == (3, 2) and np.isfinite(result.matrix).all()
     streamed = data.clear(tmp_path / "clear", "streaming", size=2)

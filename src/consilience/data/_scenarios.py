@@ -58,7 +58,7 @@ def joined(parts: Sequence[Examples]) -> Examples:
         s.dataset is first.dataset and (s.x_through, s.y_through) == (first.x_through, first.y_through) for s in streams
     ):
         return replace(first, y=y, index=torch.cat([s.index for s in streams]))
-    rows = ConcatDataset([Rows(p) for p in kept])
+    rows: ConcatDataset[tuple[Tensor, Tensor]] = ConcatDataset([Rows(p) for p in kept])
     return Stream(rows, y, torch.arange(len(y)), max(s.workers for s in streams))
 
 
@@ -187,8 +187,9 @@ def new_instances(source: Source, groups: Any, order: Sequence[int] | None, seed
 def new_instances_and_classes(source: Source, groups: Any, first: int | None, each: int, seed: int) -> list[Source]:
     """See `consilience.data.new_instances_and_classes`."""
     _of_classes(source, "new_instances_and_classes")
+    _whole(each=each)
     first = each if first is None else first
-    _whole(first=first, each=each)
+    _whole(first=first)
     of = _groups(source, groups)
     begin, rest = source.classes[:first], source.classes[first:]
     opening, *later = of[0].unique().tolist()

@@ -157,7 +157,7 @@ def test_blurry_refuses():
 def test_blurry_runs_and_loses_less():
     """With a share of the others in every source, plain fine-tuning forgets less; every class of a test has its column."""
     sources = data.split_classes(data.digits(), 5)
-    training = cs.Training(epochs=3, lr=0.1)
+    training = cs.Training(epochs=5, lr=0.1)
 
     def final(s):
         run = cs.run(settings.continual(s, "class"), methods.finetune(), models.mlp(64, (32,)), training)

@@ -124,6 +124,8 @@ def test_blurry_counts_exactly():
     assert [s.train.targets().bincount(minlength=6).view(3, 2).sum(1).tolist() for s in near] == [
         [85, 15, 0], [15, 70, 15], [0, 15, 85],
     ]  # fmt: skip
+    odd = data.blurry(data.split_classes(whole, 6), 0.14)  # 7 of 50 leave, to five others: sizes still stay
+    assert [len(s.train) for s in odd] == [50] * 6
     again, other = data.blurry(sources, 0.3), data.blurry(sources, 0.3, seed=1)
     assert [ids(s.train) for s in again] == [ids(s.train) for s in mixed] != [ids(s.train) for s in other]
 

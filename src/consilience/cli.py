@@ -52,6 +52,8 @@ FITTING_DATA: dict[str, dict[str, Any]] = {
     "breast_cancer": {"split.n": 2, "split.classes.n": 2},
     "wine": {"split.n": 3, "split.classes.n": 3},
     "diabetes": {"split": "iid", "split.n": 3},
+    "core50": {"split": "none"},
+    "clear": {"split": "none"},
 }
 USUAL: dict[str, Any] = {"n": 5, "clients": 5, "alpha": 0.5, "angles": 4}
 """Arguments of splits that have no default of their own."""
@@ -63,7 +65,7 @@ FROM_DATA = ("inputs", "outputs", "channels", "size")
 FROM_HERE = {"setting": ("sources", "streams", "experts", "base"), "model": FROM_DATA}
 SWITCHES = ("resume", "help")
 ROOMS = {"setting": "settings", "method": "methods", "methods": "methods", "model": "models"}
-HIDDEN = {"arrays", "stream", "wrap"}
+HIDDEN = {"arrays", "stream", "wrap", "new_instances", "new_instances_and_classes"}
 """Functions of a catalogue that need objects, not text."""
 
 

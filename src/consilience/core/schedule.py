@@ -240,8 +240,10 @@ def reframe(sources: Sequence[Source], scenario: str) -> tuple[tuple[Source, ...
     mapped: dict[tuple[int, tuple[int, ...]], Examples] = {}
     for s in sources:
         table = torch.full((len(s.labels),), -1, dtype=torch.long)
-        for i, c in enumerate(s.classes):
-            table[c] = i if scenario == "domain" else where[s.labels[c]]
+        if scenario == "domain":
+            table[list(s.classes)] = torch.arange(len(s.classes))
+        else:  # a test may hold classes that this source does not teach, but others do
+            table = torch.tensor([where.get(label, -1) for label in s.labels])
         parts = {part: getattr(s, part) for part in ("train", "validation", "test")}
         if not torch.equal(table, torch.arange(len(table))):
             for part, examples in parts.items():

@@ -13,8 +13,9 @@ if TYPE_CHECKING:
 Kind = Literal["class", "value"]
 
 __all__ = [
-    "arrays", "breast_cancer", "diabetes", "digits", "dirichlet", "folder", "iid", "npz", "permute", "quantity_skew",
-    "rotate", "shards", "split_classes", "stream", "streams", "wine",
+    "arrays", "blurry", "breast_cancer", "clear", "core50", "diabetes", "digits", "dirichlet", "folder", "iid", "new_instances",
+    "new_instances_and_classes", "npz", "permute", "quantity_skew", "rotate", "shards", "split_classes", "stream", "streams",
+    "wine",
 ]  # fmt: skip
 
 
@@ -209,6 +210,103 @@ def npz(
     return from_npz(name, flat, limit, images, space, validation, seed)
 
 
+# ---------------------------------------------------------------------------------------------------- benchmarks
+
+
+def core50(
+    path: str | Path,
+    scenario: Literal["ni", "nc", "nic", "nicv2_79", "nicv2_196", "nicv2_391"] = "ni",
+    object_level: bool = True,
+    run: int = 0,
+    size: int | tuple[int, int] | None = None,
+    grey: bool = False,
+    in_memory: bool = False,
+    workers: int = 0,
+    validation: float = 0.0,
+    name: str = "core50",
+    space: str | None = None,
+) -> list[Source]:
+    """CORe50, 50 objects filmed in 11 sessions: a source for each training batch; all have the very same `test`, sessions 3, 7, 10.
+
+    Batches are exactly those of the published file lists (batches_filelists.zip, batches_filelists_NICv2.zip) where these lie
+    beside the images. Without them NI (8 sessions) and NC (10 objects, then 8 times 5) are built by the published rule, in an
+    order drawn from `run`, which is none of the ten published ones; NIC is refused. Needs pillow (`consilience[vision]`).
+
+    Paper: Lomonaco & Maltoni, "CORe50: a New Dataset and Benchmark for Continuous Object Recognition", CoRL 2017; NICv2:
+    Lomonaco, Maltoni & Pellegrini, "Fine-Grained Continual Learning", 2019.
+
+    Args:
+        path: of the folder that holds core50_128x128/ (or _32x32, _350x350) or the sessions s1 .. s11 themselves, s1/o1/*.png.
+        scenario: "ni": new instances, a session each; "nc": new classes; "nic": both, in 79 batches; "nicv2_79", "nicv2_196",
+            "nicv2_391": both, finer.
+        object_level: 50 classes, the objects; else the 10 categories. Taken from the folder o1 .. o50: the numbers in the lists
+            of NC are renumbered in every run.
+        run: which of the published runs (orders), 0 to 9.
+        size, grey, in_memory, workers: as in `folder`.
+        validation: the fraction of each batch that is set apart to choose by; the publication has none.
+        name: of the sources, `core50/ni-0` and so on.
+        space: as in `arrays`.
+
+    Raises:
+        ConsilienceError: no such session, object, run or scenario; no file lists for NIC; a list that is not one.
+
+    >>> core50("no/such/place")
+    Traceback (most recent call last):
+    consilience.core.errors.ConsilienceError: `path` should be a folder of images. Found none at no/such/place.
+    """
+    from consilience.data import _benchmarks
+
+    return _benchmarks.core50(
+        path, scenario, object_level, run, size, grey, in_memory, workers, validation, name, space
+    )  # fmt: skip
+
+
+def clear(
+    path: str | Path,
+    protocol: Literal["iid", "streaming"] = "iid",
+    split: int = 0,
+    test: float = 0.3,
+    size: int | tuple[int, int] | None = 224,
+    grey: bool = False,
+    in_memory: bool = False,
+    workers: int = 0,
+    validation: float = 0.0,
+    name: str | None = None,
+    space: str | None = None,
+    seed: int = 0,
+) -> list[Source]:
+    """CLEAR-10 or CLEAR-100, photographs of 2004 to 2014 in ten buckets of time: a source for each, in order, the same classes in all.
+
+    The folder holds labeled_images/<bucket>/<class>/*.jpg, in train/ (or train_image_only/) and test/ as in the released archives,
+    or once, as in the first release. Bucket 0 has no labels and is left out. Needs pillow (`consilience[vision]`).
+
+    Paper: Lin et al., "The CLEAR Benchmark: Continual LEArning on Real-World Imagery", NeurIPS 2021 (datasets and benchmarks).
+
+    Args:
+        path: of the folder. Classes are in the order of class_names.txt where there is one.
+        protocol: "iid": a bucket is tested on images of its own time; "streaming": all of a bucket is learned and all of the next
+            is its test, so that the last bucket is only tested on.
+        split: which of the published splits (training_folder/testset_ratio_0.3/split_0 .. 4) is used where they are there.
+        test: the fraction of a bucket that is set apart where there is neither test/ nor a published split.
+        size, grey, in_memory, workers: as in `folder`; the images differ in size.
+        validation: the fraction of each bucket's training images that is set apart to choose by; the publication has none.
+        name: of the sources, `<name>/bucket-1` and so on; None: the folder's.
+        space, seed: as in `arrays`.
+
+    Raises:
+        ConsilienceError: no buckets, other classes or buckets in test than in train, a list that contradicts the folders.
+
+    >>> clear("no/such/place")
+    Traceback (most recent call last):
+    consilience.core.errors.ConsilienceError: `path` should be a folder of images. Found none at no/such/place.
+    """
+    from consilience.data import _benchmarks
+
+    return _benchmarks.clear(
+        path, protocol, split, test, size, grey, in_memory, workers, validation, name, space, seed
+    )  # fmt: skip
+
+
 # ---------------------------------------------------------------------------------------------------- splits
 
 
@@ -227,6 +325,81 @@ def split_classes(source: Source, n: int, order: Sequence[int | str] | None = No
     from consilience.data import _splits
 
     return _splits.split_classes(source, n, order, seed)
+
+
+def new_instances(source: Source, groups: Any, order: Sequence[int] | None = None, seed: int | None = None) -> list[Source]:
+    """A source, a task, for each group of instances (a session, an object, a writer): known classes in new conditions (NI).
+
+    All have the very same `test`, the source's own, and those classes that their training examples have.
+
+    Paper: Lomonaco & Maltoni, "CORe50: a New Dataset and Benchmark for Continuous Object Recognition", CoRL 2017.
+
+    Args:
+        source: whose training examples come in groups; make it with `validation=0` to keep their order.
+        groups: a whole number for each training example, and after them for each validation example [N + M].
+        order: the groups; None: by number.
+        seed: of a random order instead.
+
+    >>> source = arrays([[float(i)] for i in range(8)], [0, 1] * 4, test=([[0.0]], [0]), validation=0, name="films")
+    >>> [(s.name, s.train.whole()[0].flatten().tolist()) for s in new_instances(source, [0, 0, 0, 0, 1, 1, 1, 1])]
+    [('films/group-0', [0.0, 1.0, 2.0, 3.0]), ('films/group-1', [4.0, 5.0, 6.0, 7.0])]
+    """
+    from consilience.data import _scenarios
+
+    return _scenarios.new_instances(source, groups, order, seed)
+
+
+def new_instances_and_classes(
+    source: Source, groups: Any, first: int | None = None, each: int = 1, seed: int = 0
+) -> list[Source]:
+    """Sources that bring known classes in new conditions or new classes, in random order (NIC); new classes alone: `split_classes`.
+
+    The first has the first `first` classes in the first group of instances; each further one has `each` classes in one group.
+    So CORe50's 50 objects in 8 sessions, with `first=10`, come in 79, 196 or 391 batches for `each` 5, 2 or 1. All have the very
+    same `test`, the source's own, and those classes that their training examples have.
+
+    Paper: Lomonaco & Maltoni, "CORe50: a New Dataset and Benchmark for Continuous Object Recognition", CoRL 2017.
+
+    Args:
+        source: of classes, whose training examples come in groups; make it with `validation=0` to keep their order.
+        groups: as in `new_instances`.
+        first: classes in the first source; None: `each`.
+        each: classes in each further one.
+        seed: of the order.
+
+    >>> source = arrays([[float(i)] for i in range(8)], [0, 1] * 4, test=([[0.0]], [0]), validation=0, name="films")
+    >>> [(s.classes, len(s.train)) for s in new_instances_and_classes(source, [0, 0, 0, 0, 1, 1, 1, 1])]
+    [((0,), 2), ((0,), 2), ((1,), 2), ((1,), 2)]
+    """
+    from consilience.data import _scenarios
+
+    return _scenarios.new_instances_and_classes(source, groups, first, each, seed)
+
+
+def blurry(
+    sources: Sequence[Source], share: float = 0.1, to: Literal["all", "neighbours"] = "all", seed: int = 0
+) -> list[Source]:
+    """The sources with blurry boundaries: of each one's training and validation examples a share is found in the others.
+
+    Every example is in exactly one source, drawn with equal shares of its classes, and at least one of each class stays.
+    Sources of equal size stay so. `test`, name and task stay; `classes` are its own and those that arrived. blurry-M is
+    `share=M/100` (blurry boundaries: Aljundi et al. 2019).
+
+    Paper: Bang et al., "Rainbow Memory: Continual Learning with a Memory of Diverse Samples", CVPR 2021.
+
+    Args:
+        sources: two or more, with the same labels.
+        share: that leaves each source, in [0, 1); 0 gives the sources as they are.
+        to: "all": dealt evenly to all others; "neighbours": half to the one before and half to the one after (so the first and
+            the last give half as much), which makes changes gradual.
+        seed: of the draws.
+
+    >>> [(s.name, len(s.train), s.classes) for s in blurry(split_classes(wine(), 3))][0]
+    ('wine/class_0', 42, (0, 1, 2))
+    """
+    from consilience.data import _scenarios
+
+    return _scenarios.blurry(sources, share, to, seed)
 
 
 def permute(source: Source, n: int, seed: int = 0) -> list[Source]:

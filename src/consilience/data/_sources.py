@@ -338,6 +338,26 @@ class Images:
         return x
 
 
+def dimensions(size: int | tuple[int, int] | None, workers: int) -> tuple[int, int] | None:
+    """Checked height and width to read images at; the checks of whatever reads images stand here."""
+    _workers(workers)
+    pillow()
+    both = (size, size) if isinstance(size, int) else size
+    if both is not None and (len(both) != 2 or any(not isinstance(v, int) or v < 1 for v in both)):
+        raise ConsilienceError(f"`size` should be one or two whole numbers >= 1. Found `size = {size!r}`.")
+    return both
+
+
+def pictures(
+    files: list[Path], y: Tensor, size: tuple[int, int] | None, grey: bool, in_memory: bool, workers: int
+) -> Tensors | Stream:
+    """Image files with their classes, read at once or when they are needed."""
+    images = Images(files, "L" if grey else "RGB", size)
+    if in_memory:
+        return Tensors(unit(torch.stack([images[i] for i in range(len(images))])), y)
+    return _streamed(images, y, workers)
+
+
 def from_folder(
     path: str | Path, size: int | tuple[int, int] | None, grey: bool, in_memory: bool, workers: int, test: float,
     name: str | None, space: str | None, validation: float, seed: int,
@@ -346,11 +366,7 @@ def from_folder(
     path = Path(path)
     if not path.is_dir():
         raise ConsilienceError(f"`path` should be a folder of images. Found {'a file' if path.exists() else 'none'} at {path}.")
-    _workers(workers)
-    pillow()
-    both = (size, size) if isinstance(size, int) else size
-    if both is not None and (len(both) != 2 or any(not isinstance(v, int) or v < 1 for v in both)):
-        raise ConsilienceError(f"`size` should be one or two whole numbers >= 1. Found `size = {size!r}`.")
+    both = dimensions(size, workers)
     parts = {p.name: p for p in _folders(path)}
     root = parts.get("train", path)
     held = parts.get("test") if "train" in parts else None
@@ -361,10 +377,7 @@ def from_folder(
 
     def read(where: Path) -> Examples:
         files, y = _files(where, classes)
-        images = Images(files, "L" if grey else "RGB", both)
-        if in_memory:
-            return Tensors(unit(torch.stack([images[i] for i in range(len(images))])), y)
-        return _streamed(images, y, workers)
+        return pictures(files, y, both, grey, in_memory, workers)
 
     train, test_part = read(root), read(held) if held else _fraction("test", test)
     if isinstance(test_part, Examples):

@@ -32,7 +32,7 @@ class Columns(Correction):
     """
 
     def refuse(self, facts: Facts) -> str | None:
-        from consilience.models.progressive import Progressive
+        from consilience.models.columns import Progressive
 
         if not facts.learns:
             return "it bends training, and here only trained models are given; use parameter_average"
@@ -49,7 +49,7 @@ class Columns(Correction):
         self, model: Model, params: Params, sources: tuple[Source, ...], known: Any, generator: torch.Generator
     ) -> tuple[Params, Mapping[str, Tensor]]:
         """Private: the names of what is held."""
-        from consilience.models.progressive import Progressive
+        from consilience.models.columns import Progressive
 
         assert isinstance(model, Progressive)
         own, read = {model.head_key(s) for s in sources}, model.read(params)

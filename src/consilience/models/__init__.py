@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from consilience.models.adapters import Adapted
+    from consilience.models.adapted import Adapted
     from consilience.models.heads import MultiHead
     from consilience.models.module import ModuleModel
-    from consilience.models.progressive import Progressive
+    from consilience.models.columns import Progressive
 
     M = TypeVar("M", ModuleModel, MultiHead)
 
@@ -166,7 +166,7 @@ def progressive(
     (8, 8)
     """
     _positive(inputs=inputs)
-    from consilience.models.progressive import Progressive
+    from consilience.models.columns import Progressive
 
     return Progressive((inputs,), hidden, outputs, bottleneck, shrink)
 
@@ -192,7 +192,7 @@ def progressive_conv(
     _positive(channels=channels, width=width)
     if size < 4:
         raise ConsilienceError(f"`size` should be at least 4. Found `size = {size}`.")
-    from consilience.models.progressive import Progressive
+    from consilience.models.columns import Progressive
 
     return Progressive((channels, size, size), (width, 2 * width), outputs, bottleneck, shrink)
 
@@ -210,16 +210,18 @@ def adapters(
         backbone: a model of one module, or a torch module.
         outputs: the number of output columns; each head has those of its task's classes.
         bottleneck: the rows of V.
-        layers: shell patterns of names of layers or blocks (`*` also matches dots); None takes every convolution and linear layer.
+        layers: shell patterns of names of layers or blocks (`*` also matches dots); None takes every convolution, linear layer and attention.
 
     >>> adapters(resnet(width=4), 10, layers=("body.?",)).layers[:2]
     ('body.0', 'body.1')
     """
-    from consilience.models.adapters import Adapted
+    from consilience.core.model import Model
+    from consilience.models.adapted import Adapted
     from consilience.models.module import ModuleModel
 
+    made = backbone if isinstance(backbone, Model) else ModuleModel(backbone)
     patterns = (layers,) if isinstance(layers, str) else layers
-    return Adapted(backbone if isinstance(backbone, ModuleModel) else ModuleModel(backbone), outputs, bottleneck, patterns)
+    return Adapted(made, outputs, bottleneck, patterns)
 
 
 def frozen(model: M, patterns: Sequence[str] = ("*",)) -> M:

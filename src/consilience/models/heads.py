@@ -145,7 +145,7 @@ class MultiHead(Heads):
 
     def __init__(self, trunk: ModuleModel, outputs: int) -> None:
         if not isinstance(trunk, ModuleModel):
-            raise ConsilienceError(f"`trunk` should be a model of one module. Found {type(trunk).__name__}.")
+            raise ConsilienceError(f"a trunk should be a model of one module. Found {type(trunk).__name__}.")
         super().__init__(outputs)
         self.trunk = trunk.body()
         self._patterns: tuple[str, ...] = ()

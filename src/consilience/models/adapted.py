@@ -117,16 +117,14 @@ class Adapted(MultiHead):
 
 
 def _chosen(module: nn.Module, patterns: Sequence[str] | None, whose: str) -> tuple[str, ...]:
-    """The names of the layers that adapters stand after; None: all convolutions and linear layers, each called by the module."""
+    """The names of the layers that adapters stand after; None: all convolutions, linear layers and attentions."""
     parts = dict(module.named_modules())
     if patterns is None:
-        kinds = (nn.modules.conv._ConvNd, nn.Linear)
-        inside = {
-            id(m.out_proj) for m in parts.values() if isinstance(m, nn.MultiheadAttention)
-        }  # whose weight is read, not called
-        found = tuple(n for n, m in parts.items() if isinstance(m, kinds) and id(m) not in inside)
+        attention = {id(m.out_proj) for m in parts.values() if isinstance(m, nn.MultiheadAttention)}  # read there, never called
+        kinds = (nn.modules.conv._ConvNd, nn.Linear, nn.MultiheadAttention)
+        found = tuple(n for n, m in parts.items() if isinstance(m, kinds) and id(m) not in attention)
         if not found:
-            raise ConsilienceError(f"adapters stand after convolutions and linear layers, or `layers`. Found none in {whose}.")
+            raise ConsilienceError(f"adapters should have convolutions or linear layers to stand after. Found none in {whose}.")
         return found
     for p in patterns:
         if not any(matches(n, [p]) for n in parts):
@@ -157,16 +155,18 @@ def _prepared(module: nn.Module, layers: Sequence[str]) -> nn.Module:
     return module
 
 
-def _residual(layer: nn.Module, args: Any, h: Any) -> Tensor | None:
-    """h + U relu(V h), where the layer was given adapters."""
+def _residual(layer: nn.Module, args: Any, h: Any) -> Any:
+    """h + U relu(V h), where the layer was given adapters; of a tuple, such as attention gives, the first."""
     down, up = layer.adapter_down, layer.adapter_up
     assert isinstance(down, Tensor) and isinstance(up, Tensor)
     if not down.numel():
         return None
+    if isinstance(h, tuple):
+        return (_residual(layer, args, h[0]), *h[1:])
     side, width = layer.__dict__["adapter_side"]
     if not isinstance(h, Tensor) or h.ndim < 2 or h.shape[side] != width:
         shape = tuple(h.shape) if isinstance(h, Tensor) else type(h).__name__
-        raise ConsilienceError(f"an adapter should stand after a layer of {width} features. Found {shape} from {layer}.")
+        raise ConsilienceError(f"an adapter should stand after a layer that gives {width} features. Found {shape}.")
     if side == -1 or h.ndim == 2:
         return h + F.linear(F.linear(h, down).relu(), up)
     return h + (up @ (down @ h.flatten(2)).relu()).view_as(h)

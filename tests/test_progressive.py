@@ -43,7 +43,7 @@ def adapters(**more):
 
 
 def adapted_conv():
-    return cs.models.adapters(cs.models.resnet(20, 3, 1, "batch", 2), C, 2, layers=("stem.0", "body.?"))
+    return cs.models.adapters(cs.models.resnet(18, 3, 1, "batch", 2), C, 2, layers=("stem.0", "body.[13]"))
 
 
 def training(**more):
@@ -91,8 +91,9 @@ MADE = {
 CASES = pytest.mark.parametrize("name", list(MADE))
 
 
-@pytest.mark.parametrize("optimiser", ["sgd", "adam", "adamw"])
-@CASES
+@pytest.mark.parametrize(
+    ("name", "optimiser"), [*((n, "sgd") for n in MADE), ("columns", "adam"), ("conv", "adamw"), ("adapters", "adamw")]
+)
 def test_old_answers_are_bit_identical_under_momentum_and_decay(name, optimiser, monkeypatch):
     model, sources, method = MADE[name]
     lr = 0.1 if optimiser == "sgd" else 0.02
@@ -124,7 +125,9 @@ def plain(p, x, order, task):
     pool = (lambda h: F.max_pool2d(h, 2)) if maps else (lambda h: h)
     hidden = {}
     for k, t in enumerate(order[: order.index(task) + 1]):
-        q = {n.removeprefix(f"columns.{t}."): v if t == task else v.detach() for n, v in p.items() if n.startswith(f"columns.{t}.")}
+        q = {
+            n.removeprefix(f"columns.{t}."): v if t == task else v.detach() for n, v in p.items() if n.startswith(f"columns.{t}.")
+        }
 
         def lateral(i, q=q, k=k):
             h = torch.cat([q[f"{i}.alpha"][j] * hidden[order[j]][i - 1].detach() for j in range(k)], 1)
@@ -301,8 +304,9 @@ def test_a_new_adapter_is_the_backbone_to_the_bit():
         assert torch.equal(model.features(params, buffers, x, "s/0"), own)
     backbone = cs.models.mlp(D, (12, 10), 3)
     params, buffers = grown(adapters(), SOURCES[:1])
+    x = SOURCES[0].test.x
     given = {n.removeprefix("trunk."): p for n, p in params.items() if n.startswith("trunk.")}
-    assert torch.equal(adapters().features(params, buffers, x := SOURCES[0].test.x), backbone.body()(given, {}, x, None, False)[0])
+    assert torch.equal(adapters().features(params, buffers, x), backbone.body()(given, {}, x, None, False)[0])
     same_seed = cs.models.multi_head(cs.models.frozen(backbone.body()), C)
     assert adapters().backbone(adapters().init(key(3))[0]) == same_seed.backbone(same_seed.init(key(3))[0])
 
@@ -368,11 +372,9 @@ def test_the_backbone_stays_in_eval_mode():
     module = nn.Sequential(nn.Linear(D, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.ReLU(), nn.Linear(8, 3))
     model = cs.models.adapters(module, C, 2)
     assert not model.has_batch_norm and not model.draws
-    params, buffers = model.init(key(0))
+    buffers = model.init(key(0))[1]
     r = go(cs.methods.finetune(), model, SOURCES[:2])
     assert torch.equal(r.params["trunk.0.weight"], module[0].weight.detach().double()), "a module comes with its weights"
-    assert same({n: b for n, b in r.agent.state.buffers.items() if n in buffers and not b.is_floating_point()},
-                {n: b for n, b in buffers.items() if not b.is_floating_point()})  # fmt: skip
     assert all(torch.equal(r.agent.state.buffers[n], b.to(r.agent.state.buffers[n])) for n, b in buffers.items())
 
 
@@ -402,7 +404,7 @@ def test_tied_and_root_layers():
 def test_adapters_travel_in_the_bank():
     parts = cs.data.split_classes(cs.data.digits(), 5)
     model = cs.models.adapters(cs.models.mlp(64, (128,), 10), 10, 8)
-    r = cs.run(cs.settings.skill([parts[:3], parts[3:]]), cs.methods.skill(), model, cs.Training(epochs=6, lr=0.05, momentum=0.9))
+    r = cs.run(cs.settings.skill([parts[:3], parts[3:]]), cs.methods.skill(), model, cs.Training(epochs=4, lr=0.05, momentum=0.9))
     plain = cs.run(cs.settings.skill([parts[:3], parts[3:]]), cs.methods.skill(), None, cs.Training(epochs=0))
     assert r.score > 0.85 > plain.score
     own = model.backbone(r.params)
@@ -433,7 +435,9 @@ def test_bind_equals_call_and_vmap_equals_loop(name):
     model = make()
     runs = [grown(model, sources, seed) for seed in range(2)]
     buffers, x = runs[0][1], sources[0].test.x[:5]
-    params = [{n: p + 0.1 * torch.randn(p.shape, generator=key(i, n)).double() for n, p in q.items()} for i, (q, _) in enumerate(runs)]
+    params = [
+        {n: p + 0.1 * torch.randn(p.shape, generator=key(i, n)).double() for n, p in q.items()} for i, (q, _) in enumerate(runs)
+    ]
     stacked = {n: torch.stack([p[n] for p in params]) for n in params[0]}
     for task in (None, "s/1", "unknown"):
         for p in params:
@@ -469,8 +473,7 @@ class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("at", [3, 14])
-@CASES
+@pytest.mark.parametrize(("name", "at"), [*((n, 14) for n in MADE), ("columns", 3)])
 def test_resumes_mid_task_to_the_same_bits(name, at, tmp_path):
     make, sources, method = MADE[name]
 

@@ -52,7 +52,7 @@ class Columns(Correction):
         from consilience.models.columns import Progressive
 
         assert isinstance(model, Progressive)
-        own, read = {model.head_key(s) for s in sources}, model.read(params)
+        own, read = {None, *(model.head_key(s) for s in sources)}, model.read(params)
         return params, {n: torch.zeros(()) for n in params if n in read or model.task_of(n) not in own}
 
     def mask(self, step: StepView, me: Me) -> Tensor:

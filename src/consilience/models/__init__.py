@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from torch import nn
 
     from consilience.models.adapted import Adapted
+    from consilience.models.columns import Progressive
     from consilience.models.heads import MultiHead
     from consilience.models.module import ModuleModel
-    from consilience.models.columns import Progressive
 
     M = TypeVar("M", ModuleModel, MultiHead)
 

@@ -186,7 +186,7 @@ def parts_of(choice: str, text: str) -> list[Part]:
         call = resolve(choice, name)
         first = next(iter(inspect.signature(call).parameters), "") if choice in ("setting", "split", "model") else ""
         key = choice if len(names) == 1 and choice != "methods" else f"{choice}.{name.rpartition('.')[2]}"
-        first = first if choice != "model" or first in ("trunk", "model") else ""
+        first = first if choice != "model" or first in ("trunk", "model", "backbone") else ""
         found.append(Part(choice, key, name, call, (*FROM_HERE.get(choice, ()), first), first))
     return found
 

@@ -165,6 +165,7 @@ METHODS: dict[str, Callable[[], cs.Method]] = {
 """The catalogue's methods that need no argument."""
 
 WANT_TASKS = {
+    "Columns": "its columns are a task's own",
     "HAT": "its masks are a task's own",
     "PSP": "its keys are a task's own",
     "PackNet": "its weights are a task's own",
@@ -188,6 +189,10 @@ def model_for(*names: str) -> Model:
     return frozen_features() if any(issubclass(EVERY[n], Anchored) for n in names) else plain()
 
 
+OWN_MODEL: dict[str, Callable[[int], Model]] = {"Columns": lambda outputs: cs.models.progressive(INPUTS, (16, 12), outputs)}
+"""Corrections that refuse any other kind of model: no pairs of theirs run here, where all stand on one model; their own tests
+compose them (tests/test_progressive.py)."""
+
 NEED_ARGUMENTS = {"aggregate"}
 """Those that need one; their rows are written out below."""
 
@@ -206,10 +211,13 @@ ROWS: dict[str, Callable[[], cs.Method]] = dict(
 
 
 def model_of(row: str, setting: str) -> Model:
-    """Methods with anchors want heads on a frozen backbone; all others run on a perceptron."""
+    """Methods with anchors want heads on a frozen backbone, some a kind of model of their own; all others run on a perceptron."""
     from consilience.mappers.mixture import Anchored
 
     outputs = 2 if "domain" in setting else CLASSES
+    for c in ROWS[row]().corrections:
+        if c.name in OWN_MODEL:
+            return OWN_MODEL[c.name](outputs)
     return heads(outputs) if isinstance(ROWS[row]().mapper, Anchored) else plain(outputs)
 
 

@@ -22,7 +22,7 @@ from consilience.core.source import Source, Tensors
 from consilience.core.state import encode_state
 from consilience.corrections.distillation import LwF
 
-ALL = {**kit.CORRECTIONS, **kit.MAPPERS}
+ALL = {n: c for n, c in {**kit.CORRECTIONS, **kit.MAPPERS}.items() if n not in kit.OWN_MODEL}
 
 NO_NEUTRAL = {
     "Cumulative": "it trains on other data; there is no strength to set to zero",

@@ -52,7 +52,7 @@ def method_with(name: str) -> tuple[cs.Method, Any]:
     thing = kit.make(name)
     if isinstance(thing, Mapper):
         return cs.Method(name, mapper=thing), kit.frozen_trunk()
-    return kit.method_of(name, thing), kit.plain()
+    return kit.method_of(name, thing), kit.OWN_MODEL[name](kit.CLASSES) if name in kit.OWN_MODEL else kit.plain()
 
 
 @pytest.mark.parametrize("name", [*kit.CORRECTIONS, *kit.MAPPERS])
@@ -211,7 +211,7 @@ def test_messages_round_trip(row: str, monkeypatch: pytest.MonkeyPatch) -> None:
 SILENT = {
     "pcgrad": "runs in multitask alone, where nobody hears another agent",
     **dict.fromkeys(
-        ("hat", "packnet", "psp", "supsup", "xdg"),
+        ("hat", "packnet", "pnn", "psp", "supsup", "xdg"),
         "wants task labels, here in continual alone; masks that travel are checked in tests/test_isolation.py",
     ),
 }

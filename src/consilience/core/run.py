@@ -481,8 +481,10 @@ def give(agent: Agent, expert: Expert) -> None:
 
 
 def default_model(schedule: Schedule, method: Method) -> Model:
-    """A model that fits the data: a perceptron for vectors, a small conv net for images, heads on frozen random features for anchors."""
+    """A model that fits the data: a perceptron for vectors, a small conv net for images (columns of such for progressive networks),
+    heads on frozen random features for anchors."""
     from consilience import models
+    from consilience.corrections.isolation import Columns
     from consilience.mappers.mixture import Anchored
 
     x, _ = schedule.sources[0].train.select(torch.arange(1)).whole()
@@ -490,9 +492,10 @@ def default_model(schedule: Schedule, method: Method) -> Model:
     if isinstance(method.mapper, Anchored):
         size = int(np.prod(shape))
         return models.multi_head(models.random_features(size, max(512, 2 * size)), outputs)
+    columns = any(isinstance(c, Columns) for c in method.corrections)
     if len(shape) == 3 and shape[1] == shape[2] and shape[1] >= 8:
-        return models.conv(outputs, channels=shape[0], size=shape[1])
-    return models.mlp(int(np.prod(shape)), (128,), outputs)
+        return (models.progressive_conv if columns else models.conv)(outputs, channels=shape[0], size=shape[1])
+    return (models.progressive if columns else models.mlp)(int(np.prod(shape)), (128,), outputs)
 
 
 def versions() -> dict[str, Any]:
@@ -524,10 +527,11 @@ def fingerprint(
         x, _ = s.train.select(some).whole()
         data |= {f"{s.name}/x": x, f"{s.name}/y": s.train.targets()}
     params, buffers = model.init(key(seed, "init"))
+    shape = {} if type(model).__repr__ is object.__repr__ else {repr(model): torch.zeros(0)}  # of what the model will grow
     plan = [repr(p) for p in schedule.plan(seed)][:1000]
     parts = {f: repr(getattr(method, f)) for f in method.__dataclass_fields__ if is_dataclass(method)}
     return {
         "setting": schedule.setting, "scenario": schedule.scenario, "data": content_hash(data), "schedule": content_hash({"\n".join(plan): torch.zeros(0)}),
-        "method": parts, "model": content_hash({**params, **buffers}), "training": {k: repr(v) for k, v in vars(training).items()}, "seed": seed, "repeats": repeats,
+        "method": parts, "model": content_hash({**params, **buffers, **shape}), "training": {k: repr(v) for k, v in vars(training).items()}, "seed": seed, "repeats": repeats,
         "metric": metric, "threads": torch.get_num_threads(),
     }  # fmt: skip

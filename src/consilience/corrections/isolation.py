@@ -1,4 +1,4 @@
-"""Isolation: every task has entries or units of its own, which later tasks do not move. PackNet and HAT."""
+"""Isolation: every task has entries or units of its own, which later tasks do not move. Columns, PackNet and HAT."""
 
 from __future__ import annotations
 
@@ -21,6 +21,45 @@ from consilience.corrections.quadratic import non_negative
 
 if TYPE_CHECKING:
     from consilience.core.schedule import Facts
+
+
+@dataclass(frozen=True)
+class Columns(Correction):
+    """Columns of a progressive network: a learn moves the entries of its own tasks alone, whatever else is in the step.
+
+    And of these only the head where a later column reads them, so that what every other task answers stays as it is, to the
+    bit: under rehearsal, penalties, momentum and decay, and when a source comes again. Rusu et al. 2016.
+    """
+
+    def refuse(self, facts: Facts) -> str | None:
+        from consilience.models.columns import Progressive
+
+        if not facts.learns:
+            return "it bends training, and here only trained models are given; use parameter_average"
+        if not facts.aware:
+            return "it needs to know the task, and there is neither a label nor a mapper; use scenario='task', or compose it with a mapper"
+        if facts.model is not None and not isinstance(facts.model, Progressive):
+            return (
+                "the model has no columns; use models.progressive or models.progressive_conv (heads and adapters on a frozen "
+                "backbone are kept by finetune)"
+            )
+        return not_alone(facts)
+
+    def begin(
+        self, model: Model, params: Params, sources: tuple[Source, ...], known: Any, generator: torch.Generator
+    ) -> tuple[Params, Mapping[str, Tensor]]:
+        """Private: the names of what is held."""
+        from consilience.models.columns import Progressive
+
+        assert isinstance(model, Progressive)
+        own, read = {None, *(model.head_key(s) for s in sources)}, model.read(params)
+        return params, {n: torch.zeros(()) for n in params if n in read or model.task_of(n) not in own}
+
+    def mask(self, step: StepView, me: Me) -> Tensor:
+        factor = torch.ones_like(step.theta)
+        for n in me.private:
+            factor[step.layout.span(n)] = 0
+        return factor
 
 
 @dataclass(frozen=True, eq=False)

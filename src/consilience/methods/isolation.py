@@ -79,3 +79,16 @@ def xdg(fraction: float = 0.8) -> Method:
     from consilience.corrections.contexts import XdG
 
     return Method("xdg", (XdG(fraction),))
+
+
+def pnn() -> Method:
+    """Progressive networks: each task has a column of its own, which reads the columns of earlier tasks and leaves them as they are.
+
+    The columns are the model's: `models.progressive` or `models.progressive_conv`, which a run takes where none is given.
+
+    Paper: Rusu et al. 2016.
+    """
+    from consilience.core.method import Method
+    from consilience.corrections.isolation import Columns
+
+    return Method("pnn", (Columns(),))

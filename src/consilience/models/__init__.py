@@ -15,12 +15,17 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from consilience.models.adapted import Adapted
+    from consilience.models.columns import Progressive
     from consilience.models.heads import MultiHead
     from consilience.models.module import ModuleModel
 
     M = TypeVar("M", ModuleModel, MultiHead)
 
-__all__ = ["conv", "frozen", "lenet", "linear", "mlp", "multi_head", "random_features", "resnet", "wrap"]
+__all__ = [
+    "adapters", "conv", "frozen", "lenet", "linear", "mlp", "multi_head", "progressive", "progressive_conv", "random_features",
+    "resnet", "wrap",
+]  # fmt: skip
 
 
 def linear(inputs: int, outputs: int = 10) -> ModuleModel:
@@ -141,6 +146,82 @@ def multi_head(trunk: ModuleModel, outputs: int) -> MultiHead:
     from consilience.models.heads import MultiHead
 
     return MultiHead(trunk, outputs)
+
+
+def progressive(
+    inputs: int, hidden: Sequence[int] = (128,), outputs: int = 10, bottleneck: int | None = None, shrink: float = 1.0
+) -> Progressive:
+    """One perceptron (a column) for each task on the flattened inputs [B, inputs], which reads the layers of the earlier ones.
+
+    Rusu et al. 2016.
+
+    Args:
+        inputs: of a sample.
+        hidden: the units of the layers of the first column.
+        outputs: the number of output columns; each head has those of its task's classes.
+        bottleneck: units that a layer reads of all earlier columns; None takes as many as the layer before has.
+        shrink: column k = 0, 1, .. has shrink^k times the units of the first, rounded.
+
+    >>> progressive(4, (8, 8)).widths
+    (8, 8)
+    """
+    _positive(inputs=inputs)
+    from consilience.models.columns import Progressive
+
+    return Progressive((inputs,), hidden, outputs, bottleneck, shrink)
+
+
+def progressive_conv(
+    outputs: int = 10, channels: int = 1, size: int = 28, width: int = 32, bottleneck: int | None = None, shrink: float = 1.0
+) -> Progressive:
+    """One small convolutional net (a column) for each task, as `conv` has it, which reads the layers of the earlier ones.
+
+    Two 3 x 3 convolutions (`width` and 2 `width` maps) with ReLU and pooling; [B, channels, size, size]. Rusu et al. 2016.
+
+    Args:
+        outputs: the number of output columns; each head has those of its task's classes.
+        channels: of the images.
+        size: the side of the images.
+        width: the maps of the first layer of the first column.
+        bottleneck: maps that a layer reads of all earlier columns; None takes as many as the layer before has.
+        shrink: column k = 0, 1, .. has shrink^k times the maps of the first, rounded.
+
+    >>> progressive_conv(size=8, width=4).widths
+    (4, 8)
+    """
+    _positive(channels=channels, width=width)
+    if size < 4:
+        raise ConsilienceError(f"`size` should be at least 4. Found `size = {size}`.")
+    from consilience.models.columns import Progressive
+
+    return Progressive((channels, size, size), (width, 2 * width), outputs, bottleneck, shrink)
+
+
+def adapters(
+    backbone: ModuleModel | nn.Module, outputs: int, bottleneck: int = 16, layers: Sequence[str] | None = None
+) -> Adapted:
+    """A frozen backbone, and for each task a linear head and residual bottlenecks h + U relu(V h) after its layers.
+
+    With `methods.finetune` nothing is forgotten; with `methods.skill` adapters and heads travel. A backbone that was made by a
+    function begins at random, from the seed; a torch module (or `wrap` of one) comes with its weights. Its own head is taken off.
+    Houlsby et al. 2019, Rebuffi et al. 2017.
+
+    Args:
+        backbone: a model of one module, or a torch module.
+        outputs: the number of output columns; each head has those of its task's classes.
+        bottleneck: the rows of V.
+        layers: shell patterns of names of layers or blocks (`*` also matches dots); None takes every convolution, linear layer and attention.
+
+    >>> adapters(resnet(width=4), 10, layers=("body.?",)).layers[:2]
+    ('body.0', 'body.1')
+    """
+    from consilience.core.model import Model
+    from consilience.models.adapted import Adapted
+    from consilience.models.module import ModuleModel
+
+    made = backbone if isinstance(backbone, Model) else ModuleModel(backbone)
+    patterns = (layers,) if isinstance(layers, str) else layers
+    return Adapted(made, outputs, bottleneck, patterns)
 
 
 def frozen(model: M, patterns: Sequence[str] = ("*",)) -> M:

@@ -1,0 +1,172 @@
+"""Adapters: a frozen backbone, and for each task small residual bottlenecks after its layers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from consilience.core.errors import ConsilienceError
+from consilience.core.model import Forward
+from consilience.core.params import Params, matches
+from consilience.core.source import Source
+from consilience.models.heads import HEADS, MultiHead, _stripped, escape
+from consilience.models.module import ModuleModel
+
+ADAPTERS = "adapters."
+DOWN, UP = "adapter_down", "adapter_up"
+LAST = (nn.Linear, nn.LayerNorm, nn.Embedding)
+"""Layers whose features stand last; those of all others stand after the batch."""
+
+
+class Adapted(MultiHead):
+    """outputs[:, columns_t] = psi_t W_t^T + b_t, where psi_t are the features of a frozen backbone, each of whose chosen layers
+    gives h + U relu(V h) to task t.
+
+    V [b, w] and U [w, b] act on the w channels of a map [B, w, ..], or on the last dimension of vectors and tokens [B, .., w],
+    as the layer (of a block, its last one that says a width) has them; U begins at 0, so that a new adapter is the backbone to
+    the bit. Entries are `adapters.<task>.<layer>.down` (V) and `.up` (U), and `heads.<task>` and `trunk` as in MultiHead. The
+    backbone runs in eval mode and never changes: its content hash names what modules of this model stand on. Features with
+    task None are the backbone's own, which all tasks have in common; with task None every task is answered through its own
+    adapters. Houlsby et al. 2019, Rebuffi et al. 2017; neither biases nor norms.
+
+    >>> from consilience.models import mlp
+    >>> model = Adapted(mlp(4, (8,)), outputs=10, bottleneck=2)
+    >>> model.layers, model.task_of("adapters.t.1.up"), model.frozen("trunk.1.weight")
+    (('1',), 't', True)
+    """
+
+    own: ClassVar[tuple[str, ...]] = (HEADS, ADAPTERS)
+
+    def __init__(self, backbone: ModuleModel, outputs: int, bottleneck: int = 16, layers: Sequence[str] | None = None) -> None:
+        super().__init__(backbone, outputs)
+        if bottleneck < 1:
+            raise ConsilienceError(f"`bottleneck` should be at least 1. Found `bottleneck = {bottleneck}`.")
+        body, self.bottleneck = self.trunk, bottleneck
+        self.layers = _chosen(body._module, layers, body.description)
+        self.widths = tuple(_side(body._module.get_submodule(n))[1] for n in self.layers)
+        factory, names = body._factory, self.layers
+        made = (lambda: _prepared(factory(), names)) if factory else _prepared(copy.deepcopy(body._module), names)
+        self.trunk = ModuleModel(made, body.outputs, frozen=("*",), headless=True, name=body.description)
+
+    @property
+    def name(self) -> str:
+        return f"adapters({self.trunk.name})"
+
+    def __repr__(self) -> str:
+        return f"adapters({self.trunk.description}, {self.outputs}, {self.bottleneck}, {self.layers})"
+
+    def init(self, generator: torch.Generator) -> tuple[Params, Params]:
+        params, buffers = super().init(generator)
+        return {n: p for n, p in params.items() if not n.endswith((DOWN, UP))}, buffers
+
+    def grow(self, params: Params, buffers: Params, source: Source, generator: torch.Generator) -> tuple[Params, Params]:
+        """Parameters and buffers with a head, and adapters with V uniform in +-1 / sqrt(w) and U = 0, if the task has none."""
+        if self._has(params, buffers, source):
+            return params, buffers
+        params, buffers = super().grow(params, buffers, source, generator)
+        task, like = self.head_key(source), params[f"{HEADS}{self.head_key(source)}.weight"]
+        new: Params = {}
+        for n, w in zip(self.layers, self.widths, strict=True):
+            down = (2 * torch.rand(self.bottleneck, w, generator=generator) - 1) * w**-0.5
+            new |= {f"{ADAPTERS}{task}.{n}.down": down.to(like), f"{ADAPTERS}{task}.{n}.up": like.new_zeros(w, self.bottleneck)}
+        return {**params, **new}, buffers
+
+    def __call__(self, params: Params, buffers: Params, x: Tensor, task: str | None, train: bool) -> tuple[Tensor, Params]:
+        heads = self._heads(params, buffers, task)
+        psis = [self._features(params, buffers, x, h.task) for h in heads]
+        return (self._write(psis, heads) if heads else self._nothing(self._features(params, buffers, x, None))), buffers
+
+    def features(self, params: Params, buffers: Params, x: Tensor, task: str | None = None) -> Tensor:
+        return self._features(params, buffers, x, None if task is None else escape(task)).flatten(1)
+
+    def bind(self, params: Params, buffers: Params, train: bool) -> tuple[Forward, Params]:
+        held = {n: b.clone() for n, b in buffers.items()}
+        trunks: dict[str | None, Forward] = {}
+
+        def through(task: str | None, x: Tensor) -> Tensor:
+            if task not in trunks:
+                trunks[task] = self.trunk.bind(self._seen(params, task), _stripped(held), False)[0]
+            return trunks[task](x, None)
+
+        def forward(x: Tensor, task: str | None) -> Tensor:
+            heads = self._heads(params, held, task)
+            return self._write([through(h.task, x) for h in heads], heads) if heads else self._nothing(through(None, x))
+
+        return forward, held
+
+    def task_of(self, entry: str) -> str | None:
+        return entry.split(".")[1] if entry.startswith(ADAPTERS) else super().task_of(entry)
+
+    def _features(self, params: Params, buffers: Params, x: Tensor, task: str | None) -> Tensor:
+        """The backbone's features [B, d] through the adapters of a task, or through none."""
+        return self.trunk(self._seen(params, task), _stripped(buffers), x, None, False)[0]
+
+    def _seen(self, params: Params, task: str | None) -> Params:
+        """The backbone's entries, and in their places the adapters of a task; an empty one where it has none."""
+        trunk, none = _stripped(params), torch.zeros(0)
+        for n in self.layers:
+            at = f"{n}." if n else ""
+            trunk[at + DOWN] = params.get(f"{ADAPTERS}{task}.{n}.down", none)
+            trunk[at + UP] = params.get(f"{ADAPTERS}{task}.{n}.up", none)
+        return trunk
+
+
+def _chosen(module: nn.Module, patterns: Sequence[str] | None, whose: str) -> tuple[str, ...]:
+    """The names of the layers that adapters stand after; None: all convolutions, linear layers and attentions."""
+    parts = dict(module.named_modules())
+    if patterns is None:
+        attention = {id(m.out_proj) for m in parts.values() if isinstance(m, nn.MultiheadAttention)}  # read there, never called
+        kinds = (nn.modules.conv._ConvNd, nn.Linear, nn.MultiheadAttention)
+        found = tuple(n for n, m in parts.items() if isinstance(m, kinds) and id(m) not in attention)
+        if not found:
+            raise ConsilienceError(f"adapters should have convolutions or linear layers to stand after. Found none in {whose}.")
+        return found
+    for p in patterns:
+        if not any(matches(n, [p]) for n in parts):
+            raise ConsilienceError(f"`layers` should match parts of the backbone. Found none like {p!r} in {whose}.")
+    return tuple(n for n in parts if matches(n, patterns))
+
+
+def _side(layer: nn.Module) -> tuple[int, int]:
+    """Where the features of a layer stand (1 or -1), and how many there are: as its last part that says so has them."""
+    for part in reversed([*layer.modules()]):
+        for attribute in ("out_channels", "out_features", "num_features", "num_channels", "normalized_shape", "embedding_dim"):
+            width = getattr(part, attribute, None)
+            if width is not None:
+                return -1 if isinstance(part, LAST) else 1, width if isinstance(width, int) else width[-1]
+    raise ConsilienceError(
+        f"`layers` should be layers that have entries, or blocks of such, so that their width is known. Found {type(layer).__name__}."
+    )
+
+
+def _prepared(module: nn.Module, layers: Sequence[str]) -> nn.Module:
+    """The module with empty places for the adapters of these layers."""
+    for n in layers:
+        layer = module.get_submodule(n)
+        layer.__dict__["adapter_side"] = _side(layer)
+        for place in (DOWN, UP):
+            layer.register_parameter(place, nn.Parameter(torch.zeros(0)))
+        layer.register_forward_hook(_residual)
+    return module
+
+
+def _residual(layer: nn.Module, args: Any, h: Any) -> Any:
+    """h + U relu(V h), where the layer was given adapters; of a tuple, such as attention gives, the first."""
+    down, up = layer.adapter_down, layer.adapter_up
+    assert isinstance(down, Tensor) and isinstance(up, Tensor)
+    if not down.numel():
+        return None
+    if isinstance(h, tuple):
+        return (_residual(layer, args, h[0]), *h[1:])
+    side, width = layer.__dict__["adapter_side"]
+    if not isinstance(h, Tensor) or h.ndim < 2 or h.shape[side] != width:
+        shape = tuple(h.shape) if isinstance(h, Tensor) else type(h).__name__
+        raise ConsilienceError(f"an adapter should stand after a layer that gives {width} features. Found {shape}.")
+    if side == -1 or h.ndim == 2:
+        return h + F.linear(F.linear(h, down).relu(), up)
+    return h + (up @ (down @ h.flatten(2)).relu()).view_as(h)

@@ -12,11 +12,11 @@ from consilience.methods.isolation import hat, packnet, psp, supsup, xdg
 from consilience.methods.merging import aggregate, average, task_arithmetic, ties
 from consilience.methods.multitask import pcgrad
 from consilience.methods.regularisation import ewc, l2sp, lwf, mas, online_ewc, si
-from consilience.methods.rehearsal import agem, der, derpp, er, er_ace, gem
+from consilience.methods.rehearsal import agem, der, derpp, er, er_ace, gem, generative_replay, gss
 from consilience.methods.skill import skill
 
 __all__ = [
     "agem", "aggregate", "average", "average_ensemble", "der", "derpp", "entropy_ensemble", "er", "er_ace", "ewc", "fed3r",
-    "fedavg", "fedprox", "finetune", "gem", "hat", "joint", "l2sp", "lwf", "mas", "online_ewc", "oracle_ensemble", "packnet", "parameter_average",
+    "fedavg", "fedprox", "finetune", "gem", "generative_replay", "gss", "hat", "joint", "l2sp", "lwf", "mas", "online_ewc", "oracle_ensemble", "packnet", "parameter_average",
     "pcgrad", "psp", "si", "skill", "supsup", "task_arithmetic", "ties", "xdg",
 ]  # fmt: skip

@@ -139,7 +139,7 @@ class GenerativeReplay(Correction):
     batch_size: int = 32
     hidden: int = 256
     latent: int = 32
-    epochs: int = 50
+    epochs: int = 20
     lr: float = 1e-3
     beta: float = 1.0
     temperature: float = 2.0

@@ -51,11 +51,10 @@ KEEP_NOTHING = {
 }
 """Corrections that keep no items, and why."""
 
-SATISFIED = {
-    frozenset(
-        ("AverageConstraint", "ERACE")
-    ): "replay lowers the loss that the constraint watches, so that it is never violated here"
-}
+SATISFIED = dict.fromkeys(
+    (frozenset(("AverageConstraint", "ERACE")), frozenset(("AverageConstraint", "GenerativeReplay"))),
+    "replay lowers the loss that the constraint watches, so that it is never violated here",
+)
 """Pairs of which one adds nothing on this problem, and why."""
 
 PROTECTED = {

@@ -109,7 +109,7 @@ class GSS(ER):
             classes.setdefault(task, set()).update(own)
         owned = [{**i.tensors, "owner": torch.full((len(i.tensors["y"]),), n)} for n, i in enumerate(items)]
         held = {k: torch.cat([o[k].to(device) for o in owned]) for k in owned[0]} if owned else {}
-        old = held["key"] if held else torch.zeros(0, dtype=torch.float64)
+        old = held["key"] if held else torch.zeros(0, dtype=torch.float64, device=device)
         names = self._names(learned, tasks)
 
         def score(x: Tensor, y: Tensor, near: Mapping[str, Tensor]) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from consilience.core.buffer import Policy
@@ -141,3 +141,60 @@ def gdumb(size: int = 500) -> Method:
     from consilience.corrections.exemplars import GDumb
 
     return Method("gdumb", (GDumb(size),))
+
+
+def gss(
+    size: int = 500, batch_size: int = 32, subset: int = 10, arrivals: int = 10, layers: Literal["all", "head"] = "all"
+) -> Method:
+    """Experience replay from a buffer of examples whose gradients differ (greedy gradient-based sample selection).
+
+    Paper: Aljundi et al. 2019.
+
+    Args:
+        size: examples in the buffer, over all sources; 0 is plain training.
+        batch_size: examples drawn for each step.
+        subset: random examples of the buffer that an arriving one is compared with.
+        arrivals: examples that are judged at once, against the same buffer; 1 is the paper's algorithm.
+        layers: whose gradients are compared: "all", or the "head" alone, which is cheaper.
+    """
+    from consilience.core.method import Method
+    from consilience.corrections.gss import GSS
+
+    return Method("gss", (GSS(size=size, batch_size=batch_size, subset=subset, arrivals=arrivals, layers=layers),))
+
+
+def generative_replay(
+    batch_size: int = 32,
+    hidden: int = 256,
+    latent: int = 32,
+    epochs: int = 20,
+    lr: float = 1e-3,
+    beta: float = 1.0,
+    temperature: float = 2.0,
+    labels: Literal["soft", "hard"] = "soft",
+    importance: Literal["sources", "equal"] = "sources",
+    likelihood: Literal["auto", "bernoulli", "gaussian"] = "auto",
+) -> Method:
+    """Deep generative replay: inputs made by a variational autoencoder, with the answers of the model as it was.
+
+    Paper: Shin et al. 2017.
+
+    Args:
+        batch_size: inputs generated for each step, and new ones of each step of the generator; 0 is plain training.
+        hidden: width of the generator's hidden layers.
+        latent: dimensions of its code.
+        epochs: of its training on each source.
+        lr: of its training (Adam).
+        beta: of the divergence of its code from the prior.
+        temperature: of soft labels.
+        labels: the former model's probabilities ("soft"), or its first choice ("hard").
+        importance: the new source weighs 1 / (number of sources seen) ("sources"), or one half ("equal").
+        likelihood: of the inputs; "auto" is Bernoulli where those of the first source lie in [0, 1], else Gaussian.
+    """
+    from consilience.core.method import Method
+    from consilience.corrections.generative import GenerativeReplay
+
+    return Method(
+        "generative_replay",
+        (GenerativeReplay(batch_size, hidden, latent, epochs, lr, beta, temperature, labels, importance, likelihood),),
+    )

@@ -106,7 +106,7 @@ class Correction(ABC):  # noqa: B024 (every verb is optional)
     Class attributes: `travels`, whether its items may leave the agent (they are Shared) or are Private; `flat`, groups of
     what it recalls that the step wants as flat vectors; `neutral`, the values of its fields at which it is plain training
     (it is left out of the step when all hold); `recalls`, whether it needs something known from an earlier learn to act; `constrains`, whether its
-    `rows` are constraints, which need a cone as step aggregator.
+    `rows` are constraints, which need a cone as step aggregator; `widens`, whether its `view` gives entries other shapes: then it comes after all others.
     """
 
     travels: ClassVar[bool] = True
@@ -114,6 +114,7 @@ class Correction(ABC):  # noqa: B024 (every verb is optional)
     neutral: ClassVar[Mapping[str, Any]] = {}
     recalls: ClassVar[bool] = False
     constrains: ClassVar[bool] = False
+    widens: ClassVar[bool] = False
 
     @property
     def name(self) -> str:

@@ -159,6 +159,7 @@ METHODS: dict[str, Callable[[], cs.Method]] = {
 """The catalogue's methods that need no argument."""
 
 WANT_TASKS = {
+    "DEN": "its stages are tasks",
     "HAT": "its masks are a task's own",
     "PSP": "its keys are a task's own",
     "PackNet": "its weights are a task's own",

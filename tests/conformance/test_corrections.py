@@ -26,6 +26,7 @@ ALL = {**kit.CORRECTIONS, **kit.MAPPERS}
 
 NO_NEUTRAL = {
     "Cumulative": "it trains on other data; there is no strength to set to zero",
+    "DEN": "its phases train parts of the network in turn",
     "HAT": "even with all units attended to it would multiply them by a sigmoid",
     "Moments": "it only summarises, and so is plain training always: checked below",
     "PackNet": "to keep all weights is to freeze them after the first task",

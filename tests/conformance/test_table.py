@@ -31,7 +31,7 @@ MUST_RUN = {
     **dict.fromkeys(("aggregate(mean)", "aggregate(ties)", "aggregate(pcgrad)"), ("multitask", "federated", "merging")),
     "er+pcgrad": CONTINUAL,
     **dict.fromkeys(("agem", "der", "derpp", "er_ace", "gem"), (*CONTINUAL, "federated_continual")),
-    **dict.fromkeys(("hat", "packnet", "psp", "supsup", "xdg"), ("continual (task)",)),
+    **dict.fromkeys(("den", "hat", "packnet", "psp", "supsup", "xdg"), ("continual (task)",)),
     **dict.fromkeys(("l2sp", "mas", "online_ewc"), (*CONTINUAL, "federated", "federated_continual")),
 }
 """What no refusal may take away."""

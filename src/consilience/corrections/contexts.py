@@ -38,10 +38,11 @@ def turns(task: str, layer: str, width: int, keys: str) -> Tensor:
     g = key("psp", keys, task, layer)
     if keys == "rotation":
         q, r = torch.linalg.qr(torch.randn(width, width, generator=g, dtype=torch.float64))
-        return q * torch.where(r.diagonal() < 0, -1.0, 1.0).to(q)
+        turned: Tensor = q * torch.where(r.diagonal() < 0, -1.0, 1.0).to(q)
+        return turned
     phi = 2 * torch.pi * torch.rand((width + 1) // 2, generator=g, dtype=torch.float64)
     blocks = torch.stack([phi.cos(), phi.sin(), -phi.sin(), phi.cos()], 1).view(-1, 2, 2)
-    c = torch.block_diag(*blocks)[:width, :width]
+    c: Tensor = torch.block_diag(*blocks)[:width, :width]
     if width % 2:
         c[-1, -1] = 1.0 if phi[-1] < torch.pi else -1.0
     return c
@@ -82,7 +83,8 @@ class PSP(Correction):
         if self.keys == "binary" or not self.flips:
             c = signs(task, layer, w.shape[1], self.flips).to(w)
             return w * c.view(1, -1, *[1] * (w.ndim - 2))
-        return torch.tensordot(w, turns(task, layer, w.shape[1], self.keys).to(w), ([1], [1])).movedim(-1, 1)
+        seen: Tensor = torch.tensordot(w, turns(task, layer, w.shape[1], self.keys).to(w), ([1], [1])).movedim(-1, 1)
+        return seen
 
     def view(self, params: Params, task: str | None, me: Me) -> Params:
         assert me.model is not None

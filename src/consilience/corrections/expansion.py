@@ -90,7 +90,9 @@ def unchained(model: Model) -> str | None:
     if a.others:
         return f"units are added to linear layers, and norms such as {a.others[0]!r} count theirs; use a model without norms, such as mlp"
     if a.order[len(a.order) - len(a.layers) :] != a.layers:
-        return "units are added to layers up to the head, and here a frozen layer stands between them; freeze the first ones alone"
+        return (
+            "units are added to layers up to the head, and here a frozen layer stands between them; freeze the first ones alone"
+        )
     for i, n in enumerate((*a.layers, a.head[0])):
         shape = a.shapes[n]
         if len(shape) != 2 or (i and shape[1] != a.shapes[a.layers[i - 1]][0]):
@@ -182,7 +184,7 @@ class DEN(Correction):
         rows = torch.zeros(chain.widths[chain.head])
         rows[list(s.classes) or slice(None)] = 1
         if known.stages:
-            before, like = self.units * (len(known.stages) - 1), params[chain.head]
+            before, like = self.units * (len(known.stages) - 1), new[chain.head]
             for i, n in enumerate(chain.layers if self.units else ()):
                 inputs = params[n].shape[1] + (before + self.units if i else 0)
                 draw = 2 * torch.rand(self.units, inputs + 1, generator=generator) - 1
@@ -284,7 +286,7 @@ class DEN(Correction):
         assert layout is not None and me.model is not None
         chain, stages, mark = Chain.of(me.model), self._stages(known), layout.split(trace["mark"])
         rows = me.private["rows"].to(layout.device, layout.dtype)
-        found = {n: torch.zeros_like(m) for n, m in mark.items() if n.startswith("den/") or n in self._base(chain)}
+        found = {n: torch.zeros_like(m) for n, m in mark.items() if self._mine(n, chain)}
         before: str | None = None
         for layer in (*chain.layers, chain.head):
             r, _, n, a = self._marks(chain, before, mark, me)
@@ -298,32 +300,36 @@ class DEN(Correction):
             w = torch.outer(old, r) + torch.outer(new, a) + torch.outer(added, n)
             found |= chain.apart(w, old + new, layer, stages, self.units)
             before = layer
-        return spread(layout, found) * trace["keep"]
-
-    @staticmethod
-    def _base(chain: Chain) -> tuple[str, ...]:
-        return (*chain.widths, *chain.biases.values())
+        trained: Tensor = spread(layout, found) * trace["keep"]
+        return trained
 
     def _expands(self, trace: Mapping[str, Tensor]) -> Tensor:
         """1 where the loss after retraining is above the threshold."""
         total, count = trace["loss"]
-        return (total / count.clamp_min(1) > self.threshold).to(total) * float(self.units > 0)
+        above: Tensor = (total / count.clamp_min(1) > self.threshold).to(total) * float(self.units > 0)
+        return above
 
-    def mask(self, step: StepView, me: Me) -> Tensor:
-        if me.known.stages and self.phase(step.clock, step.span) != HEAD:
-            return me.trace["train"]
-        assert me.model is not None
-        chain, rows, known = Chain.of(me.model), me.private["rows"], me.known
-        own = {n: p for n, p in step.layout.split(step.theta).items() if n.startswith("den/") or n in self._base(chain)}
-        stages = self._stages(known)
+    def _head(self, me: Me) -> Tensor:
+        """1 for the entries [n] that train in the first phase: all but other outputs' rows in the first learn, else a stage's own head."""
+        assert me.model is not None and me.layout is not None
+        chain, stages, layout = Chain.of(me.model), self._stages(me.known), me.layout
+        rows = me.private["rows"].to(layout.device, layout.dtype)
         if not stages:
-            inputs = torch.ones(own[chain.head].shape[1]).to(rows)
-            return spread(step.layout, chain.apart(torch.outer(rows, inputs), rows, chain.head, (), 0))
+            inputs = rows.new_ones(dict(zip(layout.names, layout.shapes, strict=True))[chain.head][1])
+            return spread(layout, chain.apart(torch.outer(rows, inputs), rows, chain.head, (), 0))
         live = self._live(chain, chain.layers[-1], me, stages[:-1])
         assert live is not None
         live = torch.cat([live.to(rows), rows.new_zeros(self.units)])
-        found = {n: torch.zeros_like(p) for n, p in own.items()}
-        return spread(step.layout, found | chain.apart(torch.outer(rows, live), rows, chain.head, stages, 0))
+        found = {n: rows.new_zeros(s) for n, s in zip(layout.names, layout.shapes, strict=True) if self._mine(n, chain)}
+        return spread(layout, found | chain.apart(torch.outer(rows, live), rows, chain.head, stages, 0))
+
+    @staticmethod
+    def _mine(name: str, chain: Chain) -> bool:
+        return name.startswith("den/") or name in chain.widths or name in chain.biases.values()
+
+    def mask(self, step: StepView, me: Me) -> Tensor:
+        first = not me.known.stages or self.phase(step.clock, step.span) == HEAD
+        return self._head(me) if first else me.trace["train"]
 
     def penalty(self, step: StepView, me: Me) -> Tensor:
         assert me.model is not None
@@ -332,8 +338,10 @@ class DEN(Correction):
         own = f"den/{known.now[1]}/"
         if phase >= DRIFT and known.stages:
             moved = (step.theta - step.start).square()
-            old = {n: m * factor[n] for n, m in step.layout.split(moved).items() if n.startswith("den/") or n in self._base(chain)}
-            return self.anchor / 2 * sum((m.sum() for n, m in old.items() if not n.startswith(own)), start=step.theta.new_zeros(()))
+            old = {n: m * factor[n] for n, m in step.layout.split(moved).items() if self._mine(n, chain)}
+            return (
+                self.anchor / 2 * sum((m.sum() for n, m in old.items() if not n.startswith(own)), start=step.theta.new_zeros(()))
+            )
         w = {n: t * factor[n] for n, t in step.layout.split(step.theta).items() if n in chain.widths or self._edges(n)}
         absolute = self.l1 * sum((self._smooth(t).sum() for t in w.values()), start=step.theta.new_zeros(()))
         if phase == HEAD or not known.stages:
@@ -390,9 +398,9 @@ class DEN(Correction):
         own = f"den/{known.now[1]}/"
         if phase == HEAD:
             name = f"{own}into/{chain.head}"
-            rows = me.private["rows"].to(theta)[:, None]
-            keep[name].mul_(1 - rows * (values[name].abs() <= self.eps).to(theta))
-            above = (values[name] * keep[name] * rows != 0).any(0).to(theta)
+            trained = layout.split(self._head(me))[name]
+            keep[name].mul_(1 - trained * (values[name].abs() <= self.eps).to(theta))
+            above = (values[name] * keep[name] * trained != 0).any(0).to(theta)
             for layer in reversed(chain.layers):
                 w, _ = chain.whole(values, layer, stages)
                 live = self._live(chain, layer, me, stages[:-1])
@@ -406,13 +414,13 @@ class DEN(Correction):
             for layer in chain.layers:
                 mark[f"{own}into/{layer}"].fill_(1).mul_(self._expands(trace))
         if phase == EXPAND and self.units:
-            trained = layout.split(trace["train"])
+            train = layout.split(trace["train"])
             for layer in chain.layers:
                 name = f"{own}into/{layer}"
-                mark[name].mul_(((values[name] * trained[name]).norm(dim=1) > self.eps).to(theta)[:, None])
+                mark[name].mul_(((values[name] * train[name]).norm(dim=1) > self.eps).to(theta)[:, None])
             for n, k in keep.items():
                 if n.startswith(own) and self._edges(n):
-                    k.mul_(1 - self._expands(trace) * trained[n] * (values[n].abs() <= self.eps).to(theta))
+                    k.mul_(1 - self._expands(trace) * train[n] * (values[n].abs() <= self.eps).to(theta))
         if phase == DRIFT:
             began = layout.split(start)
             for layer in chain.layers:
@@ -438,5 +446,9 @@ class DEN(Correction):
             split = chain.whole(mark, layer, stages[:-1])[0][:, 0] > 1
             if bool(split.any()):
                 w, b = chain.whole(learned.start, layer, stages[:-1])
-                found |= {f"split/{layer}": split, f"old/{layer}": w[split], f"old bias/{layer}": (w[:, 0] if b is None else b)[split]}
+                found |= {
+                    f"split/{layer}": split,
+                    f"old/{layer}": w[split],
+                    f"old bias/{layer}": (w[:, 0] if b is None else b)[split],
+                }
         return Private(found, {"task": str(learned.task), "order": learned.order})

@@ -381,16 +381,23 @@ def test_tasks_may_share_classes_and_a_frozen_trunk_may_come_first():
     assert seen(r, "s/2")["2.weight"].shape == (15, 8) and seen(r, "s/2")["4.weight"].shape == (C, 15)
 
 
-def test_den_learns_digits_and_forgets_less():
+def test_den_learns_digits_in_five_tasks():
     parts = cs.data.split_classes(cs.data.digits(), 5)
-    fit = cs.Training(epochs=15, lr=0.05, momentum=0.9)
+    fit = cs.Training(epochs=8, lr=0.05, momentum=0.9)
+    r = cs.run(cs.settings.continual(parts, "task"), cs.methods.den(), cs.models.mlp(64, (64,), 10), fit)
+    assert r.score > 0.93, r.matrix
+
+
+def test_den_forgets_less_where_tasks_share_classes():
+    parts = cs.data.permute(cs.data.digits(), 3)
+    fit = cs.Training(epochs=5, lr=0.05, momentum=0.9)
     found = [
-        cs.run(cs.settings.continual(parts, "task"), m, cs.models.mlp(64, (128, 64), 10), fit)
+        cs.run(cs.settings.continual(parts, "task"), m, cs.models.mlp(64, (64, 32), 10), fit)
         for m in (cs.methods.den(), cs.methods.den(drift=0.0), cs.methods.finetune())
     ]
-    assert min(found[0].score, found[1].score) > max(0.96, found[2].score), [r.score for r in found]
+    assert min(found[0].score, found[1].score) > max(0.75, found[2].score + 0.2), [r.score for r in found]
     after = found[1].matrix[1:]
-    assert all((after[j:, j] == after[j, j]).all() for j in range(5)), "nothing is forgotten"
+    assert all((after[j:, j] == after[j, j]).all() for j in range(3)), "nothing is forgotten"
 
 
 class Stop(Exception):
@@ -443,6 +450,19 @@ def test_den_refuses():
     ):
         with pytest.raises(cs.Refusal, match=why):
             cs.run(cs.settings.continual(sources, scenario), method, model, training())
+
+    class Residual(torch.nn.Module):
+        def __init__(self, over):
+            super().__init__()
+            self.one, self.two, self.head, self.over = torch.nn.Linear(D, 8), torch.nn.Linear(8, 8), torch.nn.Linear(8, C), over
+
+        def forward(self, x):
+            x = self.one(x)
+            return self.head(x.softmax(1) if self.over else x[:, :8] + self.two(x))
+
+    for over, why in ((False, "size of tensor"), (True, "outputs change with a unit that leads nowhere")):
+        with pytest.raises(cs.Refusal, match=f"this one cannot: .*{why}.*; use mlp"):
+            go(den(), cs.models.wrap(lambda over=over: Residual(over)))
     with pytest.raises(cs.Refusal, match="what is heard moves"):
         cs.run(cs.settings.federated_continual([SOURCES[:2], SOURCES[2:]], 1, scenario="task"), den(), mlp())
     with pytest.raises(cs.Refusal, match="a step has several"):

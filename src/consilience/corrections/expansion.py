@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from consilience.core.correction import Correction, Learned, Me, Memory, StepView
-from consilience.core.errors import ConsilienceError
+from consilience.core.errors import ConsilienceError, Refusal
 from consilience.core.message import Private
 from consilience.core.model import Model
-from consilience.core.params import Params
+from consilience.core.params import Layout, Params
 from consilience.core.source import Source
 from consilience.core.step import mean_loss
 from consilience.corrections.anatomy import anatomy, not_alone, spread, without_tasks
@@ -82,6 +82,11 @@ class Chain:
         return found
 
 
+def entry(layout: Layout, flat: Tensor, name: str) -> Tensor:
+    """One entry of a flat vector [n], in its shape."""
+    return flat[layout.span(name)].view(layout.shapes[layout.names.index(name)])
+
+
 def unchained(model: Model) -> str | None:
     """Why units cannot be added to the trainable layers of a model, or None."""
     a = anatomy(model)
@@ -98,6 +103,28 @@ def unchained(model: Model) -> str | None:
         if len(shape) != 2 or (i and shape[1] != a.shapes[a.layers[i - 1]][0]):
             return f"units are added to linear layers in a chain. Found {n!r} of shape {shape}; use mlp, or freeze what is before the linear layers"
     return None
+
+
+def stiff(model: Model, x: Tensor) -> str | None:
+    """Why a model cannot be run with one more unit in each layer, or gives other outputs then, though nothing leads away from it; or None."""
+    chain = Chain.of(model)
+    params, buffers = model.init(torch.Generator().manual_seed(0))
+    wide, of = dict(params), params[chain.head].dtype
+    for i, n in enumerate((*chain.layers, chain.head)):
+        w = torch.cat([params[n], params[n].new_zeros(len(params[n]), 1)], 1) if i else params[n]
+        wide[n] = torch.cat([w, w[:1]]) if n != chain.head else w
+        if n in chain.biases and n != chain.head:
+            b = params[chain.biases[n]]
+            wide[chain.biases[n]] = torch.cat([b, b[:1]])
+    x = x.to(of) if x.is_floating_point() else x
+    with torch.no_grad():
+        out = model(params, buffers, x, None, False)[0]
+        try:
+            if torch.allclose(model(wide, buffers, x, None, False)[0], out, rtol=1e-3, atol=1e-4):
+                return None
+            return "its outputs change with a unit that leads nowhere"
+        except (RuntimeError, ValueError, IndexError) as e:
+            return str(e).splitlines()[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,6 +206,8 @@ class DEN(Correction):
         """What was pruned at 0; a stage's entries, incoming edges uniform in +-1 / sqrt(inputs) and outgoing ones 0, its head that
         of the model. Private: the rows of its own outputs, by entry of the head."""
         chain, new, s = Chain.of(model), dict(params), sources[0]
+        if not known.stages and (why := stiff(model, next(s.train.batches([torch.arange(min(2, len(s.train)))]))[0])):
+            raise Refusal(f"DEN widens the layers of a model, and this one cannot: {why}; use mlp.")
         for n, k in known.keep.items():
             new[n] = params[n] * k.to(params[n])
         rows = torch.zeros(chain.widths[chain.head])
@@ -215,7 +244,7 @@ class DEN(Correction):
         for s in stages if self.units else ():
             if known.now and s == known.now[1]:
                 assert me.layout is not None
-                alive = me.layout.split(me.trace["mark"])[f"den/{s}/into/{layer}"][:, 0] > 0
+                alive = entry(me.layout, me.trace["mark"], f"den/{s}/into/{layer}")[:, 0] > 0
             else:
                 alive = known.live[s][layer]
             found.append(alive.to(found[0]))
@@ -233,8 +262,9 @@ class DEN(Correction):
         keep: Mapping[str, Tensor] = known.keep
         if known.now:
             assert me.layout is not None
-            pruned, own = me.layout.split(me.trace["keep"]), f"den/{known.now[1]}/"
-            keep = {n: k for n, k in pruned.items() if n.startswith(own) or (not known.stages and n in chain.widths)}
+            own = f"den/{known.now[1]}/"
+            may = [n for n in params if n.startswith(own) and self._edges(n)] if known.stages else chain.widths
+            keep = {n: entry(me.layout, me.trace["keep"], n) for n in may}
         p = {**params, **{n: params[n] * k.to(params[n]) for n, k in keep.items()}}
         before: Tensor | None = None
         new = dict(p)

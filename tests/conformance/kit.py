@@ -166,6 +166,7 @@ METHODS: dict[str, Callable[[], cs.Method]] = {
 
 WANT_TASKS = {
     "Columns": "its columns are a task's own",
+    "DEN": "its stages are tasks",
     "HAT": "its masks are a task's own",
     "PSP": "its keys are a task's own",
     "PackNet": "its weights are a task's own",

@@ -29,6 +29,7 @@ NO_NEUTRAL = {
     "FromScratch": "it begins anew; there is no strength to set to zero",
     "GDumb": "it trains on its buffer alone",
     "ICaRL": "its loss is another",
+    "DEN": "its phases train parts of the network in turn",
     "HAT": "even with all units attended to it would multiply them by a sigmoid",
     "Moments": "it only summarises, and so is plain training always: checked below",
     "PackNet": "to keep all weights is to freeze them after the first task",

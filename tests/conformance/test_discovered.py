@@ -26,6 +26,9 @@ GIVEN: dict[str, dict[str, Any]] = {
 """Arguments of catalogue functions that cannot be called without."""
 
 MEANING = {
+    **dict.fromkeys(
+        ("DEN.drift", "DEN.threshold", "den.drift", "den.threshold"), "infinite is never; other bad ones in test_expansion"
+    ),
     "TorchJD.name": "checked by name in test_aggregators",
     "TorchJD.arguments": "torchjd's own",
     "torchjd.name": "checked by name in test_aggregators",

@@ -211,7 +211,7 @@ def test_messages_round_trip(row: str, monkeypatch: pytest.MonkeyPatch) -> None:
 SILENT = {
     "pcgrad": "runs in multitask alone, where nobody hears another agent",
     **dict.fromkeys(
-        ("hat", "packnet", "pnn", "psp", "supsup", "xdg"),
+        ("den", "hat", "packnet", "pnn", "psp", "supsup", "xdg"),
         "wants task labels, here in continual alone; masks that travel are checked in tests/test_isolation.py",
     ),
 }

@@ -34,9 +34,8 @@ MUST_RUN = {
     **dict.fromkeys(("aggregate(mean)", "aggregate(ties)", "aggregate(pcgrad)"), ("multitask", "federated", "merging")),
     "er+pcgrad": CONTINUAL,
     **dict.fromkeys(("agem", "der", "derpp", "er_ace", "gem"), (*CONTINUAL, "federated_continual")),
-    **dict.fromkeys(("hat", "packnet", "pnn", "psp", "supsup", "xdg"), ("continual (task)",)),
     **dict.fromkeys(("generative_replay", "gss"), (*CONTINUAL, "federated_continual", "skill")),
-    **dict.fromkeys(("hat", "packnet", "psp", "supsup", "xdg"), ("continual (task)",)),
+    **dict.fromkeys(("den", "hat", "packnet", "pnn", "psp", "supsup", "xdg"), ("continual (task)",)),
     **dict.fromkeys(("l2sp", "mas", "online_ewc"), (*CONTINUAL, "federated", "federated_continual")),
 }
 """What no refusal may take away."""

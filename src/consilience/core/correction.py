@@ -110,7 +110,7 @@ class Correction(ABC):  # noqa: B024 (every verb is optional)
     Class attributes: `travels`, whether its items may leave the agent (they are Shared) or are Private; `flat`, groups of
     what it recalls that the step wants as flat vectors; `ends`, whether it must know where a source ends; `neutral`, the values of its fields at which it is plain training
     (it is left out of the step when all hold); `recalls`, whether it needs something known from an earlier learn to act; `constrains`, whether its
-    `rows` are constraints, which need a cone as step aggregator.
+    `rows` are constraints, which need a cone as step aggregator; `widens`, whether its `view` gives entries other shapes: then it comes after all others.
     """
 
     travels: ClassVar[bool] = True
@@ -119,6 +119,7 @@ class Correction(ABC):  # noqa: B024 (every verb is optional)
     recalls: ClassVar[bool] = False
     ends: ClassVar[bool] = False
     constrains: ClassVar[bool] = False
+    widens: ClassVar[bool] = False
 
     @property
     def name(self) -> str:

@@ -53,8 +53,8 @@ class Method:
 
     @property
     def active(self) -> tuple[Correction, ...]:
-        """The corrections that differ from plain training at their hyperparameters."""
-        return tuple(c for c in self.all_corrections if c.active)
+        """The corrections that differ from plain training at their hyperparameters; one that widens layers last."""
+        return tuple(sorted((c for c in self.all_corrections if c.active), key=lambda c: c.widens))
 
     def resolve(self, facts: Facts) -> Method:
         """This method for a schedule: `aggregator` put where it is used.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -28,25 +28,63 @@ def signs(task: str, layer: str, width: int, flips: float) -> Tensor:
     return 1.0 - 2.0 * (torch.rand(width, generator=key("psp", task, layer)) < flips)
 
 
+@lru_cache(maxsize=32)
+def turns(task: str, layer: str, width: int, keys: str) -> Tensor:
+    """The key C [width, width] in float64 of a task for a layer: C C^T = 1.
+
+    complex: blocks of two, [[cos phi, sin phi], [-sin phi, cos phi]], phi uniform: (x1 + i x2) e^{i phi} on pairs (x C); an odd
+    last input has a sign. rotation: uniform among all orthogonal matrices: the Q of a Gaussian matrix, R's diagonal positive.
+    """
+    g = key("psp", keys, task, layer)
+    if keys == "rotation":
+        q, r = torch.linalg.qr(torch.randn(width, width, generator=g, dtype=torch.float64))
+        turned: Tensor = q * torch.where(r.diagonal() < 0, -1.0, 1.0).to(q)
+        return turned
+    phi = 2 * torch.pi * torch.rand((width + 1) // 2, generator=g, dtype=torch.float64)
+    blocks = torch.stack([phi.cos(), phi.sin(), -phi.sin(), phi.cos()], 1).view(-1, 2, 2)
+    c: Tensor = torch.block_diag(*blocks)[:width, :width]
+    if width % 2:
+        c[-1, -1] = 1.0 if phi[-1] < torch.pi else -1.0
+    return c
+
+
 @dataclass(frozen=True)
 class PSP(Correction):
-    """Parameter superposition: each task multiplies the inputs of every layer by its own key of +-1: y = (x * c_t) W.
+    """Parameter superposition: each task multiplies the inputs of every layer by its own key: y = (x C_t) W.
 
-    c_t [inputs] is drawn by the names of task and layer, -1 with probability `flips`, so that nothing is kept. On the
-    weights: W [units, inputs, ...] * c_t. Layers are the shared weights of two or more dimensions, the head too. `flips` = 0
-    (c = 1) is plain training. Without a task the key is 1. Cheung et al. 2019.
+    C_t is drawn by the names of task and layer, so that nothing is kept; the weights seen are W C_t^T, W [units, inputs, ...]
+    (for a convolution the inputs are its channels). `keys`: "binary", C_t = diag(c), c -1 with probability `flips`, else 1;
+    "complex", phases: inputs are taken in pairs (1, 2), (3, 4), .. as x1 + i x2 and multiplied by e^{i phi}, phi uniform, which
+    is a rotation of each pair (the authors' complex weights are two real ones; an odd last input has a sign); "rotation", a
+    random orthogonal matrix. Layers are the shared weights of two or more dimensions, the head too. `flips` = 0 (C = 1) is
+    plain training with any keys. Without a task the key is 1. Cheung et al. 2019.
     """
 
     flips: float = 0.5
+    keys: Literal["binary", "complex", "rotation"] = "binary"
 
     neutral: ClassVar[dict[str, float]] = {"flips": 0.0}
 
     def __post_init__(self) -> None:
         if not 0 <= self.flips <= 1:
             raise ConsilienceError(f"`flips` should be in [0, 1]. Found `flips = {self.flips}`.")
+        if self.keys not in ("binary", "complex", "rotation"):
+            raise ConsilienceError(f"`keys` should be binary, complex or rotation. Found `keys = {self.keys!r}`.")
+        if self.keys != "binary" and self.flips not in (0, 0.5):
+            raise ConsilienceError(
+                f"`flips` is of binary keys, and should be 0.5 with others, or 0 for plain training. Found `flips = {self.flips}`."
+            )
 
     def refuse(self, facts: Facts) -> str | None:
         return without_tasks(facts)
+
+    def seen(self, w: Tensor, task: str, layer: str) -> Tensor:
+        """W C_t^T over the inputs of W [units, inputs, ...]."""
+        if self.keys == "binary" or not self.flips:
+            c = signs(task, layer, w.shape[1], self.flips).to(w)
+            return w * c.view(1, -1, *[1] * (w.ndim - 2))
+        seen: Tensor = torch.tensordot(w, turns(task, layer, w.shape[1], self.keys).to(w), ([1], [1])).movedim(-1, 1)
+        return seen
 
     def view(self, params: Params, task: str | None, me: Me) -> Params:
         assert me.model is not None
@@ -54,9 +92,7 @@ class PSP(Correction):
             return params
         a, new = anatomy(me.model), dict(params)
         for n in (*a.layers, *(a.head or ())[:1]):
-            w = params[str(n)]
-            c = signs(task, str(n), w.shape[1], self.flips).to(w)
-            new[str(n)] = w * c.view(1, -1, *[1] * (w.ndim - 2))
+            new[str(n)] = self.seen(params[str(n)], task, str(n))
         return new
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from consilience.core.method import Method
@@ -53,18 +53,19 @@ def supsup(keep: float = 0.5) -> Method:
     return Method("supsup", (SupSup(keep),), personal=("supsup/*",))
 
 
-def psp(flips: float = 0.5) -> Method:
-    """Parameter superposition: each task multiplies the inputs of every layer by its own random signs.
+def psp(flips: float = 0.5, keys: Literal["binary", "complex", "rotation"] = "binary") -> Method:
+    """Parameter superposition: each task multiplies the inputs of every layer by its own random key.
 
     Paper: Cheung et al. 2019.
 
     Args:
-        flips: the share of signs that are -1; 0 is plain training.
+        flips: the share of signs that are -1 in binary keys; 0 is plain training, whatever the keys.
+        keys: "binary" signs, "complex" phases on pairs of inputs, or a "rotation" of all inputs.
     """
     from consilience.core.method import Method
     from consilience.corrections.contexts import PSP
 
-    return Method("psp", (PSP(flips),))
+    return Method("psp", (PSP(flips, keys),))
 
 
 def xdg(fraction: float = 0.8) -> Method:
@@ -92,3 +93,31 @@ def pnn() -> Method:
     from consilience.corrections.isolation import Columns
 
     return Method("pnn", (Columns(),))
+
+
+def den(
+    units: int = 10,
+    threshold: float = 0.01,
+    drift: float = 0.05,
+    l1: float = 0.001,
+    l2: float = 0.0001,
+    group: float = 0.01,
+    anchor: float = 0.5,
+) -> Method:
+    """Dynamically expandable network: a task retrains the units it needs, adds some where the loss stays high, splits those that drift.
+
+    Paper: Yoon, Yang, Lee & Hwang 2018.
+
+    Args:
+        units: added to each hidden layer where a task expands; 0 never adds any.
+        threshold: the loss after retraining above which a task expands.
+        drift: how far a unit's incoming weights may move before it is split; infinite never splits, 0 keeps old answers to the bit.
+        l1: of the first task's weights, of a new head and of added units, whose weights near 0 then are 0.
+        l2: of what is retrained.
+        group: of the incoming weights of each added unit: those of norm near 0 are dropped.
+        anchor: of the squared distance to the old weights while units may drift.
+    """
+    from consilience.core.method import Method
+    from consilience.corrections.expansion import DEN
+
+    return Method("den", (DEN(units, threshold, drift, l1, l2, group, anchor),))

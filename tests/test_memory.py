@@ -75,7 +75,7 @@ def test_the_ring_keeps_the_last_of_each_class():
 def test_class_balanced_is_a_reservoir_of_each_class():
     from scipy.stats import chi2
 
-    n, runs, policy = 12, 3000, ClassBalanced()
+    n, runs, policy = 12, 1000, ClassBalanced()
     y, counts = torch.tensor([0] * 9 + [1] * 3), torch.zeros(n)
     g = torch.Generator().manual_seed(0)
     for _ in range(runs):
@@ -234,8 +234,6 @@ def test_from_scratch_and_joint_begin_anew():
     net = plain(params=mlp().init(key(0, "b", 0, "Cumulative", "begin"))[0])
     fit(net, Source.union("a+b", [A, B]), visit=1)
     near(final(cs.settings.continual([A, B], "domain"), cs.methods.joint()), entries(net))
-    first = cs.run(cs.settings.continual([A], "domain"), cs.methods.joint(), mlp(), training())
-    assert same(first.params, cs.run(cs.settings.continual([A], "domain"), cs.methods.finetune(), mlp(), training()).params)
 
 
 def test_from_scratch_draws_new_heads_too():
@@ -280,19 +278,20 @@ def test_less_forgetting_refuses_frozen_features():
 
 def test_squared_batches_are_named_as_what_they_are():
     """The mean over batches of 32 of the squared mean gradient; and far from the Fisher."""
-    s = source("a", 70, (0, 1, 2, 3), 5)
-    r = cs.run(cs.settings.continual([s]), cs.methods.ewc(labels="batches"), mlp(), training())
-    found = next(iter(r.agent.state.bank.values())).items["EWC"].group("precision")
-    net, (x, y) = plain(params=r.params), s.train.whole()
-    order = torch.randperm(70, generator=key(0, "a", 0, "EWC", "summarise"))
-    total = [torch.zeros_like(p) for p in net.parameters()]
-    for i in order.split(32):
-        for t, g in zip(total, torch.autograd.grad(F.cross_entropy(net(x[i]), y[i]), list(net.parameters())), strict=True):
-            t += g.square() / 3
-    near(found, dict(zip(found, total, strict=True)))
-    exact = cs.run(cs.settings.continual([s]), cs.methods.ewc(labels="data"), mlp(), training())
-    fisher = next(iter(exact.agent.state.bank.values())).items["EWC"].group("precision")
-    assert sum(float(t.sum()) for t in total) < 0.5 * sum(float(f.sum()) for f in fisher.values())
+    s, late = source("a", 70, (0, 1, 2, 3), 5), source("b", 9, seed=6)
+    found = {}
+    for labels in ("batches", "data"):
+        r = cs.run(cs.settings.continual([late, s], "domain"), cs.methods.ewc(labels=labels), mlp(), training())
+        found[labels] = r.agent.state.bank["agent", "a"].items["EWC"].group("precision")
+        if labels == "data":
+            continue
+        net, (x, y) = plain(params=r.params), s.train.whole()
+        total = [torch.zeros_like(p) for p in net.parameters()]
+        for i in torch.randperm(70, generator=key(0, "a", 0, "EWC", "summarise")).split(32):
+            for t, g in zip(total, torch.autograd.grad(F.cross_entropy(net(x[i]), y[i]), list(net.parameters())), strict=True):
+                t += g.square() / 3
+        near(found[labels], dict(zip(found[labels], total, strict=True)))
+    assert sum(float(t.sum()) for t in total) < 0.5 * sum(float(f.sum()) for f in found["data"].values())
 
 
 # streams
@@ -364,10 +363,10 @@ def digits():
 
 
 def test_they_learn_the_digits(digits):
-    t = cs.Training(epochs=10, lr=0.1)
+    t = cs.Training(epochs=8, lr=0.1)
     scores = {
         n: cs.run(cs.settings.continual(digits), getattr(cs.methods, n)(), training=t).score
-        for n in ("finetune", "icarl", "gdumb", "joint", "cumulative")
+        for n in ("finetune", "icarl", "gdumb", "joint")
     }
     assert scores["finetune"] < 0.3
     assert min(scores[n] for n in scores if n != "finetune") > 0.8, scores

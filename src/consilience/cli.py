@@ -483,7 +483,7 @@ def _list(value: Any) -> list[Any]:
 def method_of(order: Order, names: str, choice: str = "method") -> Method:
     """One method from `a+b`."""
     from consilience.core.aggregator import Aggregator
-    from consilience.core.correction import Correction
+    from consilience.core.correction import Correction, Mapper
     from consilience.core.method import Method
 
     found = []
@@ -496,18 +496,32 @@ def method_of(order: Order, names: str, choice: str = "method") -> Method:
             if options["aggregator"] not in known:
                 raise unknown("aggregator", options["aggregator"], known)
             options["aggregator"] = getattr(aggregators, options["aggregator"])()
+        if isinstance(options.get("mapper"), str) and part.options()[f"{part.key}.mapper"].annotation is Any:
+            options["mapper"] = _mapper(options["mapper"])
         one = part.call(**options)
         name = part.name.rpartition(".")[2]
-        if isinstance(one, Correction):
+        if isinstance(one, Mapper):
+            one = Method(name, mapper=one)
+        elif isinstance(one, Correction):
             one = Method(name, (one,))
         elif isinstance(one, Aggregator):
             one = Method(name, aggregator=one)
         if not isinstance(one, Method):
             raise ConsilienceError(
-                f"`{choice}` should give a Method, a Correction or an Aggregator. Found a {type(one).__name__} from {part.name!r}."
+                f"`{choice}` should give a Method, a Correction, a Mapper or an Aggregator. Found a {type(one).__name__} from {part.name!r}."
             )
         found.append(one)
     return Method.of(found)
+
+
+def _mapper(name: str) -> Any:
+    """A mapper of the catalogue by its name."""
+    from consilience import mappers
+
+    known = {n: f for n, f in vars(mappers).items() if inspect.isfunction(f)}
+    if name not in known:
+        raise unknown("mapper", name, known)
+    return known[name]()
 
 
 def model_of(order: Order, schedule: Schedule) -> Model | None:
@@ -709,9 +723,10 @@ def methods(argv: Sequence[str]) -> int:
 
     where = tiny()
     for name, call in catalogue("method").items():
+        needed = [n for n, p in inspect.signature(call).parameters.items() if p.default is p.empty]
         order = Order(
             (Part("method", "method", name, call),),
-            {f"method.{p}": "mean" for p in inspect.signature(call).parameters if p == "aggregator"},
+            {f"method.{p}": v for p, v in {"aggregator": "mean", "mapper": "min_entropy"}.items() if p in needed},
         )
         method = method_of(order, name) if order.values else call()
         runs = []

@@ -115,6 +115,8 @@ class Facts:
     """The most sources that one agent learns."""
     aware: bool = False
     """Whether agents are given the task of what they learn: a scenario with labels, or a mapper (put in by the method)."""
+    overlap: bool = False
+    """Whether tasks have output columns in common."""
     model: Any = None
 
 
@@ -174,12 +176,13 @@ def walk(schedule: Schedule, seed: int) -> Facts:
                 base[listener] = current[listener] = told[speakers[0]][0] if len(mixed) == 1 else hash(mixed)
         else:
             stage += 1
+    columns = [c for own in schedule.frame.tasks.values() for c in own]
     return Facts(
         setting=schedule.setting, labelled=schedule.labelled, parts=parts, learns=learns, hears=hears, hears_others=others,
         recalls_shared=shared, recalls_own=private, repeats=repeats, common_base=common,
         learned_at={k: tuple(v) for k, v in learned.items()}, stages=stage - 1, kind=schedule.frame.kind,
         revisited=frozenset(revisited), most_heard=most, most_learned=max(map(len, own.values()), default=0),
-        aware=schedule.labelled,
+        aware=schedule.labelled, overlap=len(columns) > len(set(columns)),
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from consilience.methods.continual import finetune, joint
 from consilience.methods.exmodel import average_ensemble, entropy_ensemble, oracle_ensemble, parameter_average
 from consilience.methods.federated import fed3r, fedavg, fedprox
-from consilience.methods.isolation import hat, packnet, psp, supsup, xdg
+from consilience.methods.isolation import hat, infer, packnet, psp, supsup, xdg
 from consilience.methods.merging import aggregate, average, task_arithmetic, ties
 from consilience.methods.multitask import pcgrad
 from consilience.methods.regularisation import ewc, l2sp, lwf, mas, online_ewc, si
@@ -17,6 +17,6 @@ from consilience.methods.skill import skill
 
 __all__ = [
     "agem", "aggregate", "average", "average_ensemble", "der", "derpp", "entropy_ensemble", "er", "er_ace", "ewc", "fed3r",
-    "fedavg", "fedprox", "finetune", "gem", "hat", "joint", "l2sp", "lwf", "mas", "online_ewc", "oracle_ensemble", "packnet", "parameter_average",
+    "fedavg", "fedprox", "finetune", "gem", "hat", "infer", "joint", "l2sp", "lwf", "mas", "online_ewc", "oracle_ensemble", "packnet", "parameter_average",
     "pcgrad", "psp", "si", "skill", "supsup", "task_arithmetic", "ties", "xdg",
 ]  # fmt: skip

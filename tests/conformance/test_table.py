@@ -32,6 +32,7 @@ MUST_RUN = {
     "er+pcgrad": CONTINUAL,
     **dict.fromkeys(("agem", "der", "derpp", "er_ace", "gem"), (*CONTINUAL, "federated_continual")),
     **dict.fromkeys(("hat", "packnet", "psp", "supsup", "xdg"), ("continual (task)",)),
+    **dict.fromkeys(("hat+infer(expert_gate)", "packnet+infer(mahalanobis)", "supsup+infer(superposition)"), CONTINUAL),
     **dict.fromkeys(("l2sp", "mas", "online_ewc"), (*CONTINUAL, "federated", "federated_continual")),
 }
 """What no refusal may take away."""

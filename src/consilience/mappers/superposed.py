@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from consilience.core.correction import Mapper, Memory, Routing
@@ -40,7 +39,9 @@ class Superposition(Mapper):
         if facts.kind == "value":
             return "values have no entropy to compare; use the average, or nearest_mean(on='inputs')"
         if facts.overlap and facts.model is not None and facts.model.uses_task:
-            return "heads of several tasks for the same classes have no superposition; use a model with one shared head, such as mlp"
+            return (
+                "heads of several tasks for the same classes have no superposition; use a model with one shared head, such as mlp"
+            )
         return None
 
     def slopes(self, routing: Routing, alpha: Tensor) -> Tensor:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from consilience.core.correction import Mapper
     from consilience.core.method import Method
 
 
@@ -27,7 +30,7 @@ def skill(
     from consilience.core.errors import unknown
     from consilience.core.method import Method
 
-    made = {
+    made: dict[str, Callable[[], Mapper]] = {
         "gaussian_mixture": lambda: mappers.gaussian_mixture(components, prior),
         "nearest_mean": mappers.nearest_mean,
         "mahalanobis": mappers.mahalanobis,

@@ -418,6 +418,16 @@ def test_anchors_travel():
     assert cs.run(cs.settings.skill(streams), cs.methods.skill("mahalanobis"), training=training()).mapper_accuracy > 0.6
 
 
+def test_a_server_that_never_learned_routes_to_what_it_heard_of():
+    parts = list(digits())
+    fit = cs.Training(epochs=3, lr=0.05, momentum=0.9)
+    schedule = cs.settings.federated_continual([parts[:2], parts[2:]], 1)
+    for mapper in (cs.mappers.mahalanobis(on="inputs"), cs.mappers.superposition()):
+        r = cs.run(schedule, cs.methods.supsup() + cs.methods.infer(mapper), cs.models.mlp(64, (96,), 10), fit)
+        assert not r.agent.state.visits and len(r.agent.choices()) == 3
+        assert r.mapper_accuracy > (0.9 if mapper.name == "Mahalanobis" else 0.34) and r.score > 0.3
+
+
 # they serve any task-aware method
 
 

@@ -344,9 +344,9 @@ class Agent:
             where = None if m.labels == self.frame.labels else self.frame.columns(m.labels)
             found.append((k, m.group("entries"), m.group("buffers"), m.task, m.classes or None, where))
         if not found and self.method.mapper is not None:
-            for name in self.state.visits:
-                s = self.schedule.source(name)
-                found.append(((self.name, name), {}, {}, s.task, s.classes, None))
+            for k in dict.fromkeys([*((self.name, name) for name in self.state.visits), *(k for k in self.state.bank if k[1])]):
+                s = self.schedule.source(k[1])
+                found.append((k, {}, {}, s.task, s.classes, None))
         return found
 
     def outputs(self, params: Params, buffers: Params, x: Tensor, task: str | None) -> Tensor:

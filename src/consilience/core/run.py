@@ -459,7 +459,7 @@ def give(agent: Agent, expert: Expert) -> None:
 
 
 def default_model(schedule: Schedule, method: Method) -> Model:
-    """A model that fits the data: a perceptron for vectors, a small conv net for images, heads on frozen random features for anchors."""
+    """A model that fits the data: a perceptron for vectors, a small conv net for images, heads on frozen random features for anchors on features."""
     from consilience import models
     from consilience.mappers.mixture import Anchored
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from consilience.core.correction import Learned, Me
 from consilience.core.errors import ConsilienceError
 from consilience.core.message import Item, Module
 from consilience.core.params import Params
-from consilience.mappers.mixture import Anchored, Space
+from consilience.mappers.mixture import Anchored
 
 
 def logits(net: Params, target: Tensor) -> Tensor:
@@ -52,7 +53,7 @@ class ExpertGate(Anchored):
     lr: float = 0.01
     temperature: float = 2.0
     soft: bool = False
-    on: Space = "inputs"
+    on: Literal["features", "inputs"] = "inputs"
 
     def __post_init__(self) -> None:
         super().__post_init__()

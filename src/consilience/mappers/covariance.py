@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from consilience.core.correction import Learned, Me
 from consilience.core.errors import ConsilienceError
 from consilience.core.message import Item, Statistics
-from consilience.mappers.mixture import Anchored, Space, means
+from consilience.mappers.mixture import Anchored, means
 
 
 @lru_cache(maxsize=4)
@@ -43,7 +44,7 @@ class Mahalanobis(Anchored):
     """
 
     ridge: float = 1e-3
-    on: Space = "features"
+    on: Literal["features", "inputs"] = "features"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -18,14 +18,12 @@ from consilience.core.params import Params
 from consilience.core.schedule import Facts
 from consilience.core.source import Source
 
-Space = Literal["features", "inputs"]
-
 
 class Anchored(Mapper):
     """Routes to the expert whose anchor an input is nearest to. Anchors lie in a space that all agents have in common and training
     does not move: the `features` of a frozen backbone, or the flattened `inputs`, which serve any model."""
 
-    on: Space
+    on: Literal["features", "inputs"]
 
     def __post_init__(self) -> None:
         if self.on not in ("features", "inputs"):
@@ -106,7 +104,7 @@ def means(item: Item) -> Tensor:
 class NearestMean(Anchored):
     """score = -min_c ||psi - mu_c||^2 over the classes of the source. Anchors are class sums and counts: they add."""
 
-    on: Space = "features"
+    on: Literal["features", "inputs"] = "features"
 
     def summarise(self, learned: Learned, me: Me) -> Statistics:
         return Statistics(learned.sums(self.psi(learned), second=False))
@@ -127,7 +125,7 @@ class GaussianMixture(Anchored):
     prior: Literal["size", "uniform"] = "uniform"
     floor: float = 1e-3
     """Added to the variances, as a share of the mean variance of the features."""
-    on: Space = "features"
+    on: Literal["features", "inputs"] = "features"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -105,7 +105,11 @@ def test_adding_tasks_leaves_old_superpositions_bit_equal():
 
 
 def test_only_the_columns_of_experts_enter_the_entropy():
-    out = whole(learned("supsup", 2).agent)(SPREAD, torch.ones(2, dtype=torch.float64) / 2)
+    whole_stream = cs.settings.continual(SOURCES)
+    two = replace(whole_stream, plan=lambda seed: list(whole_stream.plan(seed))[:6])
+    agent = cs.run(two, cs.methods.supsup() + cs.methods.infer(cs.mappers.average()), mlp(), training(epochs=1)).agent
+    out = whole(agent)(SPREAD, torch.ones(2, dtype=torch.float64) / 2)
+    assert out.shape == (50, C), "the frame has a third source, which nobody learned"
     assert (out[:, 4:] == -torch.inf).all() and out[:, :4].isfinite().all()
     p = out[:, :4].softmax(1)
     assert torch.allclose(entropy(out), -(p * p.log()).sum(1), atol=1e-12)
@@ -304,6 +308,10 @@ def test_the_covariance_is_of_all_anchors_that_are_known():
     two = mapper.scores(SPREAD, items[:2], items)
     assert torch.equal(two, mapper.scores(SPREAD, items, items)[:, :2])
     assert not torch.allclose(two, mapper.scores(SPREAD, items[:2], items[:2]))
+    keys = [("m", str(i)) for i in range(3)]
+    r = Routing(SPREAD, lambda: SPREAD, lambda: [], keys[:2])
+    some, every = (mapper.route(r, dict(zip(keys[:n], items, strict=False))) for n in (2, 3))
+    assert torch.equal(every.argmax(1), two.argmax(1)) and not torch.equal(some, every)
 
 
 def parameters(d, code, seed):

@@ -52,7 +52,7 @@ class Superposition(Mapper):
             whole: Tensor = torch.func.grad(lambda a: entropy(outputs(routing.x, a)).mean())(alpha)
             return whole
         one = torch.func.grad(lambda a, x: entropy(outputs(x[None], a)).sum())
-        each: Tensor = torch.func.vmap(one, (alpha.ndim - 2 and None, 0), chunk_size=64)(alpha, routing.x)
+        each: Tensor = torch.func.vmap(one, (0 if alpha.ndim == 2 else None, 0), chunk_size=64)(alpha, routing.x)
         return each
 
     def route(self, routing: Routing, memory: Memory) -> Tensor:

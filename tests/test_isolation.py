@@ -373,32 +373,6 @@ def test_supsup_is_its_restatement():
         assert same(known["masks"][s.name], {n: m.float() for n, m in masks[s.name].items()})
 
 
-def test_supsups_superposition():
-    """One-hot weights over tasks are that task's mask; the gradient in alpha is its finite difference."""
-    r = go(cs.methods.supsup())
-    c, model = r.agent.method.corrections[0], r.agent.model
-    me = Me(known=c.recall(r.agent.memory(c), ()), model=model)
-    params, names = r.agent.state.params, [s.name for s in SOURCES]
-    for t in names:
-        assert same(c.view(params, {n: float(n == t) for n in names}, me), c.view(params, t, me))
-    uniform = c.view(params, None, me)
-    assert all(torch.allclose(uniform[n], c.view(params, dict.fromkeys(names, 1 / 3), me)[n]) for n in uniform)
-    x = torch.randn(9, D, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-
-    def entropy(alpha):
-        p = model(c.view(params, dict(zip(names, alpha, strict=True)), me), {}, x, None, False)[0].softmax(1)
-        return -(p * p.log()).sum(1).mean()
-
-    alpha = torch.full((3,), 1 / 3, dtype=torch.float64, requires_grad=True)
-    grad = torch.autograd.grad(entropy(alpha), alpha)[0]
-    for i in range(3):
-        step = torch.zeros(3, dtype=torch.float64)
-        step[i] = 1e-6
-        with torch.no_grad():
-            slope = (entropy(alpha + step) - entropy(alpha - step)) / 2e-6
-        assert float(grad[i]) == pytest.approx(float(slope), rel=1e-5, abs=1e-9)
-
-
 def test_masks_travel_one_bit_a_weight(monkeypatch):
     told = []
     to_bytes = Message.to_bytes

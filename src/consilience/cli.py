@@ -488,28 +488,31 @@ def _list(value: Any) -> list[Any]:
 def method_of(order: Order, names: str, choice: str = "method") -> Method:
     """One method from `a+b`."""
     from consilience.core.aggregator import Aggregator
-    from consilience.core.correction import Correction
+    from consilience.core.correction import Correction, Mapper
     from consilience.core.method import Method
 
     found = []
     for part in (p for n in names.split("+") for p in order.of(choice) if p.name == n.strip()):
         options = order.options(part)
         for argument, room in FROM_ROOM.items():
-            if isinstance(options.get(argument), str):
-                rooms = importlib.import_module(f"consilience.{room}")
-                known = [n for n in rooms.__all__ if n != "torchjd"]  # which needs a name of its own
+            plain = f"{part.key}.{argument}" in part.options() and part.options()[f"{part.key}.{argument}"].annotation is not Any
+            if isinstance(options.get(argument), str) and not plain:  # such as skill's mapper, which is a name itself
+                catalogue_of = importlib.import_module(f"consilience.{room}")
+                known = [n for n in catalogue_of.__all__ if n != "torchjd"]  # which needs a name of its own
                 if options[argument] not in known:
                     raise unknown(argument, options[argument], known)
-                options[argument] = getattr(rooms, options[argument])()
+                options[argument] = getattr(catalogue_of, options[argument])()
         one = part.call(**options)
         name = part.name.rpartition(".")[2]
-        if isinstance(one, Correction):
+        if isinstance(one, Mapper):
+            one = Method(name, mapper=one)
+        elif isinstance(one, Correction):
             one = Method(name, (one,))
         elif isinstance(one, Aggregator):
             one = Method(name, aggregator=one)
         if not isinstance(one, Method):
             raise ConsilienceError(
-                f"`{choice}` should give a Method, a Correction or an Aggregator. Found a {type(one).__name__} from {part.name!r}."
+                f"`{choice}` should give a Method, a Correction, a Mapper or an Aggregator. Found a {type(one).__name__} from {part.name!r}."
             )
         found.append(one)
     return Method.of(found)
@@ -714,9 +717,10 @@ def methods(argv: Sequence[str]) -> int:
 
     where = tiny()
     for name, call in catalogue("method").items():
+        needed = [n for n, p in inspect.signature(call).parameters.items() if p.default is p.empty]
         order = Order(
             (Part("method", "method", name, call),),
-            {f"method.{p}": "mean" for p in inspect.signature(call).parameters if p == "aggregator"},
+            {f"method.{p}": v for p, v in {"aggregator": "mean", "mapper": "min_entropy"}.items() if p in needed},
         )
         method = method_of(order, name) if order.values else call()
         runs = []

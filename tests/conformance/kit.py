@@ -175,6 +175,11 @@ WANT_TASKS = {
 }
 """Corrections that refuse where tasks have no label (nor a mapper finds them), and why: they are checked where they have."""
 
+WANT_VIEWS = {
+    "Superposition": "it superposes the views of another correction: with each that has one it is checked in tests/test_mappers.py"
+}
+"""Mappers that refuse alone, and why."""
+
 
 def stream_for(*names: str) -> str:
     """The setting in which corrections, one or together, are checked one source after another."""
@@ -194,7 +199,7 @@ OWN_MODEL: dict[str, Callable[[int], Model]] = {"Columns": lambda outputs: cs.mo
 """Corrections that refuse any other kind of model: no pairs of theirs run here, where all stand on one model; their own tests
 compose them (tests/test_progressive.py)."""
 
-NEED_ARGUMENTS = {"aggregate"}
+NEED_ARGUMENTS = {"aggregate", "infer"}
 """Those that need one; their rows are written out below."""
 
 ROWS: dict[str, Callable[[], cs.Method]] = dict(
@@ -205,6 +210,9 @@ ROWS: dict[str, Callable[[], cs.Method]] = dict(
             "aggregate(ties)": lambda: cs.methods.aggregate(cs.aggregators.ties(0.5)),
             "aggregate(pcgrad)": lambda: cs.methods.aggregate(cs.aggregators.pcgrad()),
             "er+pcgrad": lambda: cs.methods.er() + cs.methods.pcgrad(),
+            "hat+infer(expert_gate)": lambda: cs.methods.hat() + cs.methods.infer(cs.mappers.expert_gate(epochs=2)),
+            "packnet+infer(mahalanobis)": lambda: cs.methods.packnet() + cs.methods.infer(cs.mappers.mahalanobis(on="inputs")),
+            "supsup+infer(superposition)": lambda: cs.methods.supsup() + cs.methods.infer(cs.mappers.superposition()),
         }.items()
     )
 )
@@ -219,7 +227,8 @@ def model_of(row: str, setting: str) -> Model:
     for c in ROWS[row]().corrections:
         if c.name in OWN_MODEL:
             return OWN_MODEL[c.name](outputs)
-    return heads(outputs) if isinstance(ROWS[row]().mapper, Anchored) else plain(outputs)
+    mapper = ROWS[row]().mapper
+    return heads(outputs) if isinstance(mapper, Anchored) and mapper.on == "features" else plain(outputs)
 
 
 # ---------------------------------------------------------------------------------------------------- runs

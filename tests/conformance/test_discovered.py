@@ -22,6 +22,7 @@ CATALOGUE |= {f"methods.{n}": getattr(cs.methods, n) for n in cs.methods.__all__
 GIVEN: dict[str, dict[str, Any]] = {
     "aggregators.torchjd": {"name": "IMTLG"},
     "methods.aggregate": {"aggregator": cs.aggregators.mean()},
+    "methods.infer": {"mapper": cs.mappers.average()},
 }
 """Arguments of catalogue functions that cannot be called without."""
 
@@ -38,6 +39,7 @@ MEANING = {
     "weight_space.aggregator": "an object",
     "weight_space.outer": "an object",
     "aggregate.aggregator": "an object",
+    "infer.mapper": "an object",
 }
 """Hyperparameters for which there is no bad number or word, and why."""
 
@@ -45,7 +47,16 @@ MEANING = {
 def test_everything_is_found() -> None:
     """What this issue names is there, so that an empty discovery cannot pass."""
     assert {"EWC", "SI", "Proximal", "LwF", "ER", "Cumulative", "Moments"} <= kit.CORRECTIONS.keys()
-    assert {"Oracle", "Average", "MinEntropy", "NearestMean", "GaussianMixture"} <= kit.MAPPERS.keys()
+    assert {
+        "Oracle",
+        "Average",
+        "MinEntropy",
+        "NearestMean",
+        "GaussianMixture",
+        "Mahalanobis",
+        "ExpertGate",
+        "Superposition",
+    } <= kit.MAPPERS.keys()
     assert {"WeightSpace", "ClosedForm", "Experts"} <= kit.CONSOLIDATORS.keys()
     assert {"Mean", "Arithmetic", "Ties", "PCGrad", "MGDA", "Dare", "Median"} <= kit.AGGREGATORS.keys()
     assert set(cs.methods.__all__) == kit.METHODS.keys() | kit.NEED_ARGUMENTS, (

@@ -50,6 +50,8 @@ def watched(function: Callable[..., Any], name: str, calls: list[str]) -> Callab
 def method_with(name: str) -> tuple[cs.Method, Any]:
     """A method of this correction or mapper alone, and a model that it can work with."""
     thing = kit.make(name)
+    if name in kit.WANT_VIEWS:
+        return cs.methods.xdg() + cs.Method(name, mapper=thing), kit.plain()
     if isinstance(thing, Mapper):
         return cs.Method(name, mapper=thing), kit.frozen_trunk()
     return kit.method_of(name, thing), kit.OWN_MODEL[name](kit.CLASSES) if name in kit.OWN_MODEL else kit.plain()
@@ -211,7 +213,7 @@ def test_messages_round_trip(row: str, monkeypatch: pytest.MonkeyPatch) -> None:
 SILENT = {
     "pcgrad": "runs in multitask alone, where nobody hears another agent",
     **dict.fromkeys(
-        ("den", "hat", "packnet", "pnn", "psp", "supsup", "xdg"),
+        ("den", "hat", "packnet", "pnn", "psp", "supsup", "xdg", "hat+infer(expert_gate)", "packnet+infer(mahalanobis)"),
         "wants task labels, here in continual alone; masks that travel are checked in tests/test_isolation.py",
     ),
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from consilience.core.batch import Batch
-from consilience.core.correction import Correction, Learned, Me, Memory, Routing, Viewed, overrides
+from consilience.core.correction import Correction, Learned, Me, Memory, Routing, Viewed, overrides, superposition
 from consilience.core.errors import ConsilienceError
 from consilience.core.ledger import Ledger
 from consilience.core.message import Item, Message, Private, Shared, Weights, join
@@ -360,24 +360,51 @@ class Agent:
             where = None if m.labels == self.frame.labels else self.frame.columns(m.labels)
             found.append((k, m.group("entries"), m.group("buffers"), m.task, m.classes or None, where))
         if not found and self.method.mapper is not None:
-            for name in self.state.visits:
-                s = self.schedule.source(name)
-                found.append(((self.name, name), {}, {}, s.task, s.classes, None))
+            for k in dict.fromkeys([*((self.name, name) for name in self.state.visits), *(k for k in self.state.bank if k[1])]):
+                s = self.schedule.source(k[1])
+                found.append((k, {}, {}, s.task, s.classes, None))
         return found
 
     def outputs(self, params: Params, buffers: Params, x: Tensor, task: str | None) -> Tensor:
         """The outputs [B, C] in eval mode, through the corrections' views, before softmax."""
-        seen = [
-            (c, Me(known=c.recall(self.memory(c), ()), model=self.model))
-            for c in self.method.active
-            if overrides(c, "view") or overrides(c, "outputs")
-        ]
+        seen = self._seen()
         for c, me in seen:
             params = c.view(params, task, me)
         out = self.model(params, buffers, x, task, False)[0]
         for c, me in seen:
             out = c.outputs(out, task, me)
         return out
+
+    def _seen(self) -> list[tuple[Correction, Me]]:
+        """The corrections through which the model is seen in predict."""
+        return [
+            (c, Me(known=c.recall(self.memory(c), ()), model=self.model))
+            for c in self.method.active
+            if overrides(c, "view") or overrides(c, "outputs")
+        ]
+
+    def superposed(self, params: Params, buffers: Params) -> Callable[[Tensor, Tensor], Tensor]:
+        """(x, alpha) -> the outputs [B, C] of sum_k alpha_k view_k(params) over `choices`, as `Routing` says."""
+        choices, seen, views, classes = self.choices(), self._seen(), [], len(self.frame.labels)
+        columns = {c for *_, own, where in choices for c in (own or range(classes))}
+        if any(where is not None for *_, where in choices):
+            raise ConsilienceError("experts to superpose should have the same labels. Found some of another frame.")
+        hidden = torch.tensor([c not in columns for c in range(classes)], device=self.device)
+        for _, entries, own_buffers, task, _, _ in choices:
+            view = {**params, **entries}
+            for c, me in seen:
+                view = c.view(view, task, me)
+            views.append(view)
+            buffers = {**own_buffers, **buffers}
+        whole = superposition(views)
+
+        def outputs(x: Tensor, alpha: Tensor) -> Tensor:
+            out = self.model(whole(alpha), buffers, x, None, False)[0]
+            for c, me in seen:
+                out = c.outputs(out, None, me)
+            return out[:, :classes].masked_fill(hidden, -torch.inf)
+
+        return outputs
 
     def _probabilities(
         self, params: Params, buffers: Params, x: Tensor, task: str | None, columns: Sequence[int] | None, width: int
@@ -440,7 +467,9 @@ class Agent:
         if mapper is None or task is not None or len(choices) == 1:
             weights = torch.full((len(x), len(choices)), 1 / len(choices), device=self.device, dtype=self.training.dtype)
         else:
-            routing = Routing(x, lambda: self.model.features(params, buffers, x), every, keys)
+            routing = Routing(
+                x, lambda: self.model.features(params, buffers, x), every, keys, lambda: self.superposed(params, buffers)
+            )
             weights = mapper.route(routing, self.memory(mapper)).to(self.training.dtype)
         if only_route:
             return weights, weights, keys

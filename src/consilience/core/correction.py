@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from consilience.core.batch import Batch
+from consilience.core.errors import ConsilienceError
 from consilience.core.message import Item, Statistics
 from consilience.core.model import Forward, Model
 from consilience.core.params import Layout, Params
@@ -102,6 +104,20 @@ class Learned:
     def trainable(self) -> Params:
         """The trainable parameters."""
         return {n: self.params[n] for n in self.layout.names}
+
+    def sums(self, psi: Callable[[Tensor], Tensor], second: bool = True) -> dict[str, Tensor]:
+        """What ridge heads, nearest means, LDA and Mahalanobis need, in float64: first = sum psi e_y^T [d, C], count [C], and
+        second = sum psi psi^T [d, d], over the training data, psi(x) being [B, d]. They add over sources, batches and agents."""
+        total: dict[str, Tensor] = {}
+        for x, y in self.source.train.chunks(1024):
+            with torch.no_grad():
+                f = psi(x).double()
+            hot = y.double() if self.source.kind == "value" else F.one_hot(y, len(self.source.labels)).double()
+            hot = hot.to(f.device)
+            part = {"second": f.T @ f} if second else {}
+            part |= {"first": f.T @ hot, "count": hot.sum(0) if self.source.kind == "class" else hot.new_tensor([len(y)])}
+            total = {k: total[k] + t for k, t in part.items()} if total else part
+        return total
 
 
 class Correction(ABC):  # noqa: B024 (every verb is optional)
@@ -280,6 +296,24 @@ class Viewed(Model):
         return self.model.draws
 
 
+def superposition(views: Sequence[Params]) -> Callable[[Tensor], Params]:
+    """alpha [K] -> sum_k alpha_k views_k, entry by entry. What all views share, or only some have, is taken as it is.
+
+    >>> a, b = {"w": torch.tensor([1.0]), "v": torch.ones(1)}, {"w": torch.tensor([3.0]), "v": torch.ones(1)}
+    >>> superposition([a, b])(torch.tensor([0.5, 0.5]))
+    {'w': tensor([2.]), 'v': tensor([1.])}
+    """
+    first = {n: p for view in reversed(views) for n, p in view.items()}
+    apart = {}
+    for n, p in first.items():
+        own = [view[n] for view in views if n in view]
+        if len(own) == len(views) and p.is_floating_point() and not all(o is p or torch.equal(o, p) for o in own):
+            apart[n] = torch.stack(own)
+    if not apart:
+        raise ConsilienceError("views to superpose should differ by task. Found the same parameters for all.")
+    return lambda alpha: {**first, **{n: torch.tensordot(alpha.to(p), p, 1) for n, p in apart.items()}}
+
+
 @dataclass(frozen=True, eq=False)
 class Routing:
     """What a mapper may see of a batch: inputs, and lazily the common features and each expert's class probabilities."""
@@ -290,6 +324,9 @@ class Routing:
     """[B, classes of that expert] each."""
     experts: Sequence[tuple[str, str]]
     """(sender, source) of each expert."""
+    superposed: Callable[[], Callable[[Tensor, Tensor], Tensor]] | None = None
+    """Gives (x [B, ...], alpha [experts]) -> the outputs [B, C] of the model whose parameters are sum_k alpha_k those that expert
+    k's task sees, in eval mode; the columns of no expert are -inf. It can be differentiated in alpha."""
 
 
 class Mapper(Correction):
@@ -297,6 +334,8 @@ class Mapper(Correction):
 
     needs_label: ClassVar[bool] = False
     """Whether it is told the true task at evaluation (an oracle)."""
+    superposes: ClassVar[bool] = False
+    """Whether it asks for superposed views: then some correction should have a `view`."""
 
     def recall(self, memory: Memory, sources: tuple[Source, ...]) -> Any:
         """Nothing: anchors are read by `route`."""

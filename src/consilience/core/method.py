@@ -109,6 +109,11 @@ class Method:
             why = c.refuse(facts) or (NOTHING_KNOWN[c.travels] if inert else None)
             if why:
                 raise Refusal(f"{m.name}: {type(c).__name__} would do nothing or do wrong here: {why}.")
+        if m.mapper is not None and m.mapper.superposes and not any(overrides(c, "view") for c in m.active):
+            raise Refusal(
+                f"{m.name}: {type(m.mapper).__name__} would do nothing or do wrong here: no correction gives each task its own view of "
+                "the parameters, so that there is nothing to superpose; compose it with supsup, psp, hat, packnet or xdg, or use min_entropy."
+            )
         m = replace(m, consolidator=m.how_to_absorb(), hear_aggregator=None)
         if m.consolidator is not None and (why := m.consolidator.refuse(facts)):
             raise Refusal(f"{m.name}: {why}.")

@@ -489,7 +489,7 @@ def default_model(schedule: Schedule, method: Method) -> Model:
 
     x, _ = schedule.sources[0].train.select(torch.arange(1)).whole()
     outputs, shape = len(schedule.frame.labels), tuple(x.shape[1:])
-    if isinstance(method.mapper, Anchored):
+    if isinstance(method.mapper, Anchored) and method.mapper.on == "features":
         size = int(np.prod(shape))
         return models.multi_head(models.random_features(size, max(512, 2 * size)), outputs)
     columns = any(isinstance(c, Columns) for c in method.corrections)

@@ -124,6 +124,8 @@ class Facts:
     """Whether agents may know where a source ends."""
     aware: bool = False
     """Whether agents are given the task of what they learn: a scenario with labels, or a mapper (put in by the method)."""
+    overlap: bool = False
+    """Whether tasks have output columns in common."""
     model: Any = None
 
 
@@ -139,7 +141,7 @@ def walk(schedule: Schedule, seed: int) -> Facts:
     most = 0
     learned: dict[str, list[int]] = {s.name: [] for s in schedule.judged}
     parted = schedule.judged is not schedule.sources
-    columns = {s.name: [j.name for j in schedule.judged if j.test is s.test] if parted else [s.name] for s in schedule.sources}
+    judges = {s.name: [j.name for j in schedule.judged if j.test is s.test] if parted else [s.name] for s in schedule.sources}
     stage, event = 1, 0
 
     def reach(agent: str, news: Mapping[str, int]) -> None:
@@ -148,7 +150,7 @@ def walk(schedule: Schedule, seed: int) -> Facts:
             if at > mine.get(source, -1):
                 mine[source] = at
                 if agent == schedule.evaluated:
-                    for column in columns[source]:
+                    for column in judges[source]:
                         if not parted or stage not in learned[column]:
                             learned[column].append(stage)
 
@@ -187,6 +189,7 @@ def walk(schedule: Schedule, seed: int) -> Facts:
                 base[listener] = current[listener] = told[speakers[0]][0] if len(mixed) == 1 else hash(mixed)
         else:
             stage += 1
+    columns = [c for own in schedule.frame.tasks.values() for c in own]
     return Facts(
         setting=schedule.setting, labelled=schedule.labelled, parts=parts, learns=learns, hears=hears, hears_others=others,
         recalls_shared=shared, recalls_own=private, repeats=repeats, common_base=common,
@@ -194,7 +197,7 @@ def walk(schedule: Schedule, seed: int) -> Facts:
         boundaries=schedule.boundaries,
         classes=max((len({c for n in names for c in schedule.source(n).classes}) for names in own.values()), default=0),
         revisited=frozenset(revisited), most_heard=most, most_learned=max(map(len, own.values()), default=0),
-        aware=schedule.labelled,
+        aware=schedule.labelled, overlap=len(columns) > len(set(columns)),
     )  # fmt: skip
 
 

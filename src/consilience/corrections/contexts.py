@@ -165,7 +165,7 @@ class SupSup(Correction):
     through to the scores; c = sqrt(2 / (keep x inputs)). Layers are the shared weights of two or more dimensions, the head
     too; their biases are 0, and no shared entry is trained. Scores are entries `supsup/<task>/<layer>`; the masks travel, one
     bit a weight: agents of one origin that exchange them can all do every task. Several agents' masks of one task are averaged.
-    A task may also be weights alpha over tasks: sum_k alpha_k M_k; without a task, and for an unknown one, all weigh the same.
+    Without a task, and for an unknown one, the masks are averaged.
     Wortsman et al. 2020.
     """
 
@@ -215,17 +215,15 @@ class SupSup(Correction):
                     new[name] = ((2 * torch.rand(params[n].shape, generator=generator) - 1) * bound).to(params[n])
         return new, {}
 
-    def view(self, params: Params, task: Any, me: Me) -> Params:
-        """`task`: a name, {name: weight} over tasks, or None."""
+    def view(self, params: Params, task: str | None, me: Me) -> Params:
         assert me.model is not None
         known, names = me.known, self.layers(me.model)
-        if isinstance(task, str) and task in known["now"]:
+        if task in known["now"]:
             masks = {n: self.mask_of(params[f"supsup/{task}/{n}"]) for n in names}
-        elif isinstance(task, str) and task in known["masks"]:
+        elif task in known["masks"]:
             masks = known["masks"][task]
         elif known["masks"]:
-            alpha = task if isinstance(task, Mapping) else dict.fromkeys(known["masks"], 1 / len(known["masks"]))
-            masks = {n: sum(alpha[t] * known["masks"][t][n].to(params[n]) for t in alpha) for n in names}
+            masks = {n: torch.stack([m[n] for m in known["masks"].values()]).mean(0) for n in names}
         else:
             masks = {}
         new, biases = dict(params), anatomy(me.model)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
+    from consilience.mappers.autoencoder import ExpertGate
     from consilience.mappers.confidence import Average, MinEntropy, Oracle
+    from consilience.mappers.covariance import Mahalanobis
     from consilience.mappers.mixture import GaussianMixture, NearestMean
+    from consilience.mappers.superposed import Superposition
+
+__all__ = ["average", "expert_gate", "gaussian_mixture", "mahalanobis", "min_entropy", "nearest_mean", "oracle", "superposition"]
 
 
 def oracle() -> Oracle:
@@ -30,20 +35,74 @@ def min_entropy() -> MinEntropy:
     return MinEntropy()
 
 
-def nearest_mean() -> NearestMean:
-    """The expert whose nearest class mean, in feature space, is nearest."""
+def nearest_mean(on: Literal["features", "inputs"] = "features") -> NearestMean:
+    """The expert whose nearest class mean is nearest.
+
+    Args:
+        on: distances are between features of a frozen backbone, or between inputs, for any model.
+    """
     from consilience.mappers.mixture import NearestMean
 
-    return NearestMean()
+    return NearestMean(on)
 
 
-def gaussian_mixture(components: int = 25, prior: str = "uniform") -> GaussianMixture:
+def gaussian_mixture(
+    components: int = 25, prior: Literal["size", "uniform"] = "uniform", on: Literal["features", "inputs"] = "features"
+) -> GaussianMixture:
     """The expert of the likeliest component among the mixtures of all sources.
 
     Args:
         components: diagonal Gaussians a source.
         prior: "uniform" (mixtures are pooled), or "size" (they weigh by their source's examples).
+        on: mixtures are of features of a frozen backbone, or of inputs, for any model.
     """
     from consilience.mappers.mixture import GaussianMixture
 
-    return GaussianMixture(components, prior)  # type: ignore[arg-type]
+    return GaussianMixture(components, prior, on=on)
+
+
+def mahalanobis(ridge: float = 1e-3, on: Literal["features", "inputs"] = "features") -> Mahalanobis:
+    """The expert of the class mean that is nearest by one covariance of all sources: LDA, from shared sums.
+
+    Args:
+        ridge: added to the covariance, as a share of the mean variance; 0 takes the pseudo-inverse.
+        on: sums are of features of a frozen backbone, or of inputs, for any model.
+    """
+    from consilience.mappers.covariance import Mahalanobis
+
+    return Mahalanobis(ridge, on)
+
+
+def expert_gate(
+    code: float = 0.5,
+    epochs: int = 10,
+    lr: float = 0.01,
+    temperature: float = 2.0,
+    soft: bool = False,
+    on: Literal["features", "inputs"] = "inputs",
+) -> ExpertGate:
+    """The expert whose autoencoder reconstructs the input best. Aljundi et al. 2017.
+
+    Args:
+        code: hidden units of an autoencoder, as a share of its inputs.
+        epochs: of training an autoencoder.
+        lr: learning rate of its Adam.
+        temperature: of the gate, a softmax of the errors.
+        soft: average the experts by their gates, instead of taking the largest.
+        on: what is reconstructed: inputs, or features of a frozen backbone.
+    """
+    from consilience.mappers.autoencoder import ExpertGate
+
+    return ExpertGate(code, epochs, lr, temperature, soft, on)
+
+
+def superposition(halving: bool = False, together: bool = False) -> Superposition:
+    """The expert whose weight in the superposition of all tasks' masks, keys or gates most lowers the entropy. Wortsman et al. 2020.
+
+    Args:
+        halving: halve the experts until one is left, instead of deciding by one gradient.
+        together: a batch is of one task, as the paper assumes, instead of each sample on its own.
+    """
+    from consilience.mappers.superposed import Superposition
+
+    return Superposition(halving, together)

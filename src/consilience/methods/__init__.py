@@ -8,7 +8,7 @@ from __future__ import annotations
 from consilience.methods.continual import cumulative, finetune, from_scratch, joint
 from consilience.methods.exmodel import average_ensemble, entropy_ensemble, oracle_ensemble, parameter_average
 from consilience.methods.federated import fed3r, fedavg, fedprox
-from consilience.methods.isolation import den, hat, packnet, pnn, psp, supsup, xdg
+from consilience.methods.isolation import den, hat, infer, packnet, pnn, psp, supsup, xdg
 from consilience.methods.merging import aggregate, average, task_arithmetic, ties
 from consilience.methods.multitask import pcgrad
 from consilience.methods.regularisation import ewc, l2sp, less_forgetting, lwf, mas, online_ewc, si
@@ -17,7 +17,7 @@ from consilience.methods.skill import skill
 
 __all__ = [
     "agem", "aggregate", "average", "average_ensemble", "cumulative", "den", "der", "derpp", "entropy_ensemble", "er",
-    "er_ace", "ewc", "fed3r", "fedavg", "fedprox", "finetune", "from_scratch", "gdumb", "gem", "hat", "icarl", "joint",
-    "l2sp", "less_forgetting", "lwf", "mas", "online_ewc", "oracle_ensemble", "packnet", "parameter_average", "pcgrad",
-    "pnn", "psp", "si", "skill", "supsup", "task_arithmetic", "ties", "xdg",
+    "er_ace", "ewc", "fed3r", "fedavg", "fedprox", "finetune", "from_scratch", "gdumb", "gem", "hat", "icarl", "infer",
+    "joint", "l2sp", "less_forgetting", "lwf", "mas", "online_ewc", "oracle_ensemble", "packnet", "parameter_average",
+    "pcgrad", "pnn", "psp", "si", "skill", "supsup", "task_arithmetic", "ties", "xdg",
 ]  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
+    from consilience.core.correction import Mapper
     from consilience.core.method import Method
 
 
@@ -121,3 +122,22 @@ def den(
     from consilience.corrections.expansion import DEN
 
     return Method("den", (DEN(units, threshold, drift, l1, l2, group, anchor),))
+
+
+def infer(mapper: Mapper) -> Method:
+    """Tasks are inferred by this mapper where no label is told: composed with any method that treats each task in its own way.
+
+    Training is told the task of each source; at evaluation the mapper chooses whose expert, mask or head answers.
+
+    Paper: Aljundi et al. 2017 (Expert Gate); Wortsman et al. 2020 (superposition).
+
+    Args:
+        mapper: one of `consilience.mappers`.
+    """
+    from consilience.core.correction import Mapper as Kind
+    from consilience.core.errors import ConsilienceError, kind_of
+    from consilience.core.method import Method
+
+    if not isinstance(mapper, Kind):
+        raise ConsilienceError(f"`mapper` should be made by consilience.mappers, such as min_entropy(). Found {kind_of(mapper)}.")
+    return Method(type(mapper).__name__.lower(), mapper=mapper)

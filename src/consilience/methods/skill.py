@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from consilience.core.correction import Mapper
     from consilience.core.method import Method
 
 
 def skill(
-    mapper: Literal["gaussian_mixture", "nearest_mean"] = "gaussian_mixture",
+    mapper: Literal["gaussian_mixture", "nearest_mean", "mahalanobis"] = "gaussian_mixture",
     components: int = 25,
     prior: Literal["size", "uniform"] = "uniform",
 ) -> Method:
@@ -18,7 +21,7 @@ def skill(
     Paper: Ge et al. 2023.
 
     Args:
-        mapper: how anchors are made: a mixture of Gaussians or class means.
+        mapper: how anchors are made: a mixture of Gaussians, class means, or class means with one covariance.
         components: Gaussians a task.
         prior: whether a task's components weigh by its examples.
     """
@@ -27,7 +30,11 @@ def skill(
     from consilience.core.errors import unknown
     from consilience.core.method import Method
 
-    if mapper not in ("gaussian_mixture", "nearest_mean"):
-        raise unknown("mapper", mapper, ["gaussian_mixture", "nearest_mean"])
-    chosen = mappers.gaussian_mixture(components, prior) if mapper == "gaussian_mixture" else mappers.nearest_mean()
-    return Method("skill", consolidator=Experts(), mapper=chosen)
+    made: dict[str, Callable[[], Mapper]] = {
+        "gaussian_mixture": lambda: mappers.gaussian_mixture(components, prior),
+        "nearest_mean": mappers.nearest_mean,
+        "mahalanobis": mappers.mahalanobis,
+    }
+    if mapper not in made:
+        raise unknown("mapper", mapper, made)
+    return Method("skill", consolidator=Experts(), mapper=made[mapper]())

@@ -1,0 +1,67 @@
+"""Mappers by superposition: of all tasks' views of the parameters at once, which makes the answer more certain."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from consilience.core.correction import Mapper, Memory, Routing
+from consilience.core.schedule import Facts
+
+
+def entropy(out: Tensor) -> Tensor:
+    """-sum p log p [B] of the softmax of outputs [B, C]; a column of -inf counts as 0."""
+    log = out.log_softmax(1)
+    return -(log.exp() * log.masked_fill(log == -torch.inf, 0)).sum(1)
+
+
+@dataclass(frozen=True)
+class Superposition(Mapper):
+    """The expert whose weight most lowers the entropy of the superposed model: argmin_k dH/d alpha_k at alpha_k = 1/K.
+
+    H(alpha) is the entropy of softmax f(sum_k alpha_k theta_k, x), theta_k the parameters as the task of expert k sees them
+    (masks, keys, gates of any correction with a `view`); what all tasks see alike is as it is. It is over all output columns
+    that some expert was trained for. With `halving` half of the experts (rounded down) with the lowest slopes go on with equal
+    alpha until one is left, log2 K gradients; else one gradient decides. `together`: the batch is taken to be of one task, as
+    the paper assumes, and H is its mean; else every sample is on its own. The paper's other objective G needs outputs that are
+    trained to be of no class, which training on a task's own columns does not do. Wortsman et al. 2020.
+    """
+
+    halving: bool = False
+    together: bool = False
+
+    superposes: ClassVar[bool] = True
+
+    def refuse(self, facts: Facts) -> str | None:
+        if facts.kind == "value":
+            return "values have no entropy to compare; use the average, or nearest_mean(on='inputs')"
+        if facts.overlap and facts.model is not None and facts.model.uses_task:
+            return (
+                "heads of several tasks for the same classes have no superposition; use a model with one shared head, such as mlp"
+            )
+        return None
+
+    def slopes(self, routing: Routing, alpha: Tensor) -> Tensor:
+        """dH/d alpha, [K] for alpha [K] with `together`; else [B, K], for alpha [K] or [B, K]."""
+        assert routing.superposed is not None
+        outputs = routing.superposed()
+        if self.together:
+            whole: Tensor = torch.func.grad(lambda a: entropy(outputs(routing.x, a)).mean())(alpha)
+            return whole
+        one = torch.func.grad(lambda a, x: entropy(outputs(x[None], a)).sum())
+        each: Tensor = torch.func.vmap(one, (0 if alpha.ndim == 2 else None, 0), chunk_size=64)(alpha, routing.x)
+        return each
+
+    def route(self, routing: Routing, memory: Memory) -> Tensor:
+        k = kept = len(routing.experts)
+        dtype = routing.x.dtype if routing.x.is_floating_point() else torch.get_default_dtype()
+        alpha = torch.full((k,), 1 / k, dtype=dtype, device=routing.x.device)
+        while kept > 1:
+            slopes = self.slopes(routing, alpha).masked_fill(alpha == 0, torch.inf)
+            kept = kept // 2 if self.halving else 1
+            best = slopes.argsort(dim=-1, stable=True)[..., :kept]
+            alpha = torch.zeros_like(slopes).scatter(-1, best, 1 / kept)
+        return alpha.expand(len(routing.x), k) if alpha.ndim == 1 else alpha

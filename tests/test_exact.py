@@ -365,14 +365,15 @@ def si_loop(net, s, omegas, strength, xi, path=None, visit=0, second=None):
         own = sum(F.cross_entropy(net(x), y) for *_, x, y in parts) / len(parts)
         g = torch.autograd.grad(own, list(net.parameters()), retain_graph=True)
         before = entries(net)
-        penalty = sum(strength * (o[n] * (p - at[n]) ** 2).sum() for o, at in omegas for n, p in net.named_parameters())
+        total = {n: sum(o[n] for o, _ in omegas).clamp(min=0) if omegas else torch.zeros_like(p) for n, p in start.items()}
+        penalty = sum(strength * (total[n] * (p - start[n]) ** 2).sum() for n, p in net.named_parameters())
         optimiser.zero_grad()
         (own + penalty).backward()
         optimiser.step()
         for (n, p), gi in zip(net.named_parameters(), g, strict=True):
             path[n] -= gi * (p.detach() - before[n])
     end = entries(net)
-    return {n: path[n].clamp(min=0) / ((end[n] - start[n]) ** 2 + xi) for n in end}, end
+    return {n: path[n] / ((end[n] - start[n]) ** 2 + xi) for n in end}, end
 
 
 def test_si_restated():
@@ -1393,19 +1394,35 @@ def test_mas_l2sp_and_online_ewc_restated():
             omega[n] += g.abs() / len(x)
     got = MAS().summarise(l, None)
     near(got.group("precision"), {n: 2 * o for n, o in omega.items()}, 1e-10)
-    near(got.group("shift"), {n: 2 * o * params[n] for n, o in omega.items()}, 1e-10)
     assert all(bool((p == 1).all()) for p in L2SP().summarise(l, None).group("precision").values())
 
     items = {}
     for i in range(3):
-        tensors = {"precision/w": torch.rand(4).double(), "centre/w": torch.rand(4).double()}
-        items[("agent", f"s{i}")] = Statistics(tensors, {"order": i})
+        items[("agent", f"s{i}")] = Statistics({"precision/w": torch.rand(4).double()}, {"order": i})
     known = OnlineEWC(gamma=0.5).recall(items, ())
     f = [items[("agent", f"s{i}")].tensors["precision/w"] for i in range(3)]
     decayed = 0.5 * (0.5 * f[0] + f[1]) + f[2]  # F <- gamma F + F_k
     assert torch.allclose(known.tensors["precision/w"], decayed)
-    assert torch.allclose(known.tensors["shift/w"], decayed * items[("agent", "s2")].tensors["centre/w"])
     assert OnlineEWC().recall({}, ()) is None
+
+
+@pytest.mark.parametrize("name", ["mas", "online_ewc"])
+def test_running_precisions_have_one_centre(name):
+    """Over three sources: what was kept of each, summed (with gamma, decayed), around where the learn begins."""
+    method = cs.methods.mas(0.02) if name == "mas" else cs.methods.online_ewc(0.5, 0.5, "all")
+    r = cs.run(cs.settings.continual([A, B, E], "domain"), method, mlp(), training())
+    items = [r.agent.state.bank["agent", s.name].items[method.corrections[0].name].group("precision") for s in (A, B)]
+    net = fit(plain(), A)
+    for s, gains in ((B, (1.0,)), (E, (0.5 if name == "online_ewc" else 1.0, 1.0))):
+        start = entries(net)
+        total = {n: sum(g * i[n] for g, i in zip(gains, items, strict=False)) for n in start}
+
+        def loss(net, x, y, epoch, step):
+            away = sum((total[n] * (p - start[n]) ** 2).sum() for n, p in net.named_parameters())  # noqa: B023
+            return F.cross_entropy(net(x), y) + method.corrections[0].strength / 2 * away
+
+        fit(net, s, loss)
+    near(r.params, entries(net), 1e-10)
 
 
 def test_a_capped_precision_keeps_its_centre():

@@ -290,7 +290,7 @@ def test_squared_batches_are_named_as_what_they_are():
         for i in torch.randperm(70, generator=key(0, "a", 0, "EWC", "summarise")).split(32):
             for t, g in zip(total, torch.autograd.grad(F.cross_entropy(net(x[i]), y[i]), list(net.parameters())), strict=True):
                 t += g.square() / 3
-        near(found[labels], dict(zip(found[labels], total, strict=True)))
+        near(found[labels], dict(zip(entries(net), total, strict=True)))
     assert sum(float(t.sum()) for t in total) < 0.5 * sum(float(f.sum()) for f in found["data"].values())
 
 

@@ -116,6 +116,7 @@ SETTINGS: dict[str, Callable[[], Schedule]] = {
 
 
 BASES = {
+    "Running": "its subclasses say what the precision is",
     "Quadratic": "its subclasses say what the precision is",
     "Anchored": "its subclasses say what an anchor is",
     "Buffer": "its subclasses say what the buffer is for",
@@ -187,13 +188,20 @@ def stream_for(*names: str) -> str:
 
 
 def model_for(*names: str) -> Model:
-    """The model on which corrections, one or together, are checked: iCaRL's means want one head on what anchors see."""
+    """The model on which corrections, one or together, are checked: iCaRL's means want one head on what anchors see, and
+    less-forgetting features that move."""
     from consilience.mappers.mixture import Anchored
 
-    if "ICaRL" not in names:
-        return frozen_trunk()
-    return frozen_features() if any(issubclass(EVERY[n], Anchored) for n in names) else plain()
+    if any(issubclass(EVERY[n], Anchored) for n in names):
+        return frozen_features() if "ICaRL" in names else frozen_trunk()
+    return plain() if {"ICaRL", "LessForgetting"} & set(names) else frozen_trunk()
 
+
+THROW_AWAY = {
+    "FromScratch": "it begins anew, whatever was heard",
+    "GDumb": "it begins anew, whatever was heard",
+}
+"""Corrections that refuse where others are heard, and why."""
 
 OWN_MODEL: dict[str, Callable[[int], Model]] = {"Columns": lambda outputs: cs.models.progressive(INPUTS, (16, 12), outputs)}
 """Corrections that refuse any other kind of model: no pairs of theirs run here, where all stand on one model; their own tests

@@ -39,6 +39,7 @@ MEANING = {
     "weight_space.aggregator": "an object",
     "weight_space.outer": "an object",
     "aggregate.aggregator": "an object",
+    "GSS.policy": "its own",
     "infer.mapper": "an object",
 }
 """Hyperparameters for which there is no bad number or word, and why."""
@@ -100,7 +101,7 @@ def bad_values(kind: str) -> list[Any]:
         return ["nonsense"]
     if kind == "float":
         return [float("nan"), float("inf")]
-    return [-1] if kind == "int" else []
+    return {"int": [-1], "Policy": ["ring"]}.get(kind, [])
 
 
 def hyperparameters() -> Iterator[Any]:

@@ -65,9 +65,8 @@ def test_verbs_are_pure(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for verb in own:
         monkeypatch.setattr(kind, verb, watched(getattr(kind, verb), verb, calls))
     method, model = method_with(name)
-    for setting in (
-        ("continual (task)",) if name in kit.WANT_TASKS else ("continual (class)", "continual (task)", "federated_continual")
-    ):
+    everywhere = ("continual (class)", "continual (task)", *(("federated_continual",) if name not in kit.THROW_AWAY else ()))
+    for setting in ("continual (task)",) if name in kit.WANT_TASKS else everywhere:
         result = kit.quiet(kit.SETTINGS[setting](), method, model)
         result.predict(kit.sources()[0].test.whole()[0])  # without the task
     if name == "ER":
@@ -211,6 +210,7 @@ def test_messages_round_trip(row: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 SILENT = {
+    **dict.fromkeys(("from_scratch", "gdumb", "joint"), "throws away what is heard, and refuses where others are"),
     "pcgrad": "runs in multitask alone, where nobody hears another agent",
     **dict.fromkeys(
         ("den", "hat", "packnet", "pnn", "psp", "supsup", "xdg", "hat+infer(expert_gate)", "packnet+infer(mahalanobis)"),

@@ -35,6 +35,7 @@ MUST_RUN = {
     "er+pcgrad": CONTINUAL,
     **dict.fromkeys(("agem", "der", "derpp", "er_ace", "gem"), (*CONTINUAL, "federated_continual")),
     **dict.fromkeys(("generative_replay", "gss"), (*CONTINUAL, "federated_continual", "skill")),
+    **dict.fromkeys(("generative_replay", "gss"), (*CONTINUAL, "federated_continual", "skill")),
     **dict.fromkeys(("den", "hat", "packnet", "pnn", "psp", "supsup", "xdg"), ("continual (task)",)),
     **dict.fromkeys(("hat+infer(expert_gate)", "packnet+infer(mahalanobis)", "supsup+infer(superposition)"), CONTINUAL),
     **dict.fromkeys(("l2sp", "mas", "online_ewc"), (*CONTINUAL, "federated", "federated_continual")),

@@ -195,8 +195,9 @@ class Agent:
         fixed = {n: p.to(self.device) for n, p in params.items() if n not in trainable}
         layout = Layout.of(trainable, dtype, self.device)
         theta = layout.flatten(trainable).clone()
+        start = theta.clone()
         for c, me in mes:
-            me.layout = layout
+            me.layout, me.start = layout, start
             if c.flat and me.known is not None:
                 me.flat = {g: layout.flatten(me.known.group(g)) for g in c.flat}
             me.flat, warning = c.caution(me, t)
@@ -205,7 +206,6 @@ class Agent:
         carry = Carry(theta, {n: b.to(self.device).clone() for n, b in buffers.items()}, t.inner().init(theta))
         parts = tuple((s, s.train.to(self.device, dtype), s.task if self.aware else None) for s in sources)
         span = (t.epochs, max(-(-len(e) // t.batch_size) for _, e, _ in parts))
-        start = theta.clone()
         step = Step(model, self.frame, t, self.method.step_aggregator, mes, layout, fixed, carry, start, span)
         for c, me in mes:
             traced = state.memory.get(f"{c.name}.trace", {}).get("+".join(s.name for s in given))

@@ -39,6 +39,8 @@ class Me:
     """Asked which entries are what."""
     layout: Layout | None = None
     """Of the step; None in predict."""
+    start: Tensor | None = None
+    """The trainable parameters [n] where this learn began; None in predict."""
     clock: tuple[int, int] = (0, 0)
     """(epoch, step in the epoch), for `view`, which has no `StepView`."""
     span: tuple[int, int] = (0, 0)

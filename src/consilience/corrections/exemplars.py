@@ -12,7 +12,7 @@ from torch import Tensor
 
 from consilience.core.buffer import Policy
 from consilience.core.correction import Learned, Me, Memory, StepView
-from consilience.core.errors import ConsilienceError
+from consilience.core.errors import ConsilienceError, Refusal
 from consilience.core.message import Private
 from consilience.core.model import Model
 from consilience.core.params import Params
@@ -125,6 +125,11 @@ class ICaRL(Buffer):
             with torch.no_grad():
                 psi = learned.model.features(learned.params, learned.buffers, item.tensors["x"], item.meta["task"]).double().cpu()
             hot = F.one_hot(item.tensors["y"].cpu(), learned.model.outputs).double()
+            if total is not None and psi.shape[1] != total.shape[1]:
+                raise Refusal(
+                    f"ICaRL needs features of one size for all tasks. Found {total.shape[1]} and {psi.shape[1]}; "
+                    "compose it with nothing that widens the model."
+                )
             found = hot.T @ (psi / psi.norm(dim=1, keepdim=True).clamp_min(1e-12))
             total, count = found if total is None else total + found, count + hot.sum(0)
         if total is not None:  # a sum has the mean's direction

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -121,11 +121,32 @@ class EWC(Quadratic):
 
 
 @dataclass(frozen=True)
-class SI(Quadratic):
+class Running(Quadratic):
+    """(strength / 2) (theta - theta_0)^T diag(sum_k P_k) (theta - theta_0): precisions add up around one centre, the latest.
+
+    theta_0 is where this learn begins: in a stream the end of the latest source, for a client what the server told.
+    """
+
+    flat: ClassVar[tuple[str, ...]] = ("precision",)
+
+    def caution(self, me: Me, training: Training) -> tuple[dict[str, Tensor], str | None]:
+        if "precision" in me.flat and me.start is not None:
+            me = replace(me, flat={**me.flat, "shift": me.flat["precision"] * me.start})
+        return super().caution(me, training)
+
+    @staticmethod
+    def precision(values: dict[str, Tensor], **meta: Any) -> Statistics:
+        """The precision of one source."""
+        return Statistics({f"precision/{n}": p for n, p in values.items()}, meta)
+
+
+@dataclass(frozen=True)
+class SI(Running):
     """Synaptic intelligence: the precision is each parameter's share of the fall of the loss, along the path.
 
-    Omega = max(0, w) / ((theta_end - theta_start)^2 + xi), w = sum over steps of -g . d theta, with g the gradient of the
-    task's own loss, over all visits of the source; the penalty is strength x Omega (theta - theta_end)^2. Zenke et al. 2017.
+    Omega = max(0, sum_k w_k / ((theta_end - theta_start)^2 + xi)), w_k = sum over the steps of source k of -g . d theta, with g
+    the gradient of the task's own loss, over all its visits; the penalty is strength x Omega (theta - theta_0)^2 around the end of
+    the latest source. Zenke et al. 2017.
     """
 
     strength: float = 1.0
@@ -146,8 +167,11 @@ class SI(Quadratic):
         end = learned.trainable
         path, start = learned.layout.split(me.trace["path"]), learned.layout.split(me.trace["start"])
         moved = {n: end[n] - start[n] for n in end}
-        precision = {n: 2 * learned.share * path[n].clamp(min=0) / (moved[n].square() + self.xi) for n in end}
-        return self.statistics(precision, end)
+        return self.precision({n: 2 * learned.share * path[n] / (moved[n].square() + self.xi) for n in end})
+
+    def recall(self, memory: Memory, sources: tuple[Source, ...]) -> Statistics | None:
+        total = super().recall(memory, sources)
+        return total and Statistics({n: p.clamp(min=0) for n, p in total.tensors.items()})
 
 
 @dataclass(frozen=True)
@@ -174,10 +198,10 @@ class Proximal(Correction):
 
 
 @dataclass(frozen=True)
-class OnlineEWC(EWC):
+class OnlineEWC(Running, EWC):
     """Online EWC: one running precision that decays, F <- gamma F + F_k, around the latest parameters.
 
-    strength / 2 x sum_k gamma^(age of k) F_k (theta - theta_last)^2: ages count this agent's learns, so gamma = 1 keeps all
+    strength / 2 x sum_k gamma^(age of k) F_k (theta - theta_0)^2, theta_0 where this learn begins: ages count this agent's learns, so gamma = 1 keeps all
     precisions and moves only their centre. Schwarz et al. 2018; Chaudhry et al. 2018 (EWC++).
     """
 
@@ -191,12 +215,10 @@ class OnlineEWC(EWC):
             raise ConsilienceError(f"`gamma` should be in [0, 1]. Found `gamma = {self.gamma}`.")
 
     def summarise(self, learned: Learned, me: Me) -> Statistics:
-        precision = fisher(learned, self.labels, self.samples)
-        tensors = {f"precision/{n}": p for n, p in precision.items()}
-        return Statistics({**tensors, **{f"centre/{n}": p for n, p in learned.trainable.items()}}, {"order": learned.order})
+        return self.precision(fisher(learned, self.labels, self.samples), order=learned.order)
 
     def recall(self, memory: Memory, sources: tuple[Source, ...]) -> Statistics | None:
-        """Decayed precisions of all other sources, their shift made around the newest of their centres."""
+        """The decayed precisions of all other sources."""
         now = {s.name for s in sources}
         items = [(item.meta["order"], key, item) for key, item in memory.items() if key[1] not in now]
         if not items:
@@ -208,15 +230,15 @@ class OnlineEWC(EWC):
             for n, p in item.group("precision").items():
                 decayed = p * self.gamma ** (last - order)
                 precision[n] = precision[n] + decayed if n in precision else decayed
-        centre = items[-1][2].group("centre")
-        return self.statistics({n: p for n, p in precision.items() if n in centre}, centre)
+        return self.precision(precision)
 
 
 @dataclass(frozen=True)
-class MAS(Quadratic):
-    """Memory aware synapses: the precision is how much the outputs react, (2/N) sum_x |d ||f(x)||^2 / d theta|, per sample.
+class MAS(Running):
+    """Memory aware synapses: the precision is how much the outputs react, per sample.
 
-    The penalty is strength x Omega (theta - theta_k)^2, Omega = (1/N) sum_x |d ||f(x)||^2 / d theta|. Aljundi et al. 2018.
+    The penalty is strength x sum_k Omega_k (theta - theta_0)^2, Omega_k = (1/N) sum_x |d ||f(x)||^2 / d theta| at the end of source
+    k, around the end of the latest one. Aljundi et al. 2018.
     """
 
     strength: float = 1.0
@@ -229,7 +251,7 @@ class MAS(Quadratic):
 
     def summarise(self, learned: Learned, me: Me) -> Statistics:
         omega = sensitivity(learned, self.samples)
-        return self.statistics({n: 2 * o for n, o in omega.items()}, learned.trainable)
+        return self.precision({n: 2 * o for n, o in omega.items()})
 
 
 @dataclass(frozen=True)

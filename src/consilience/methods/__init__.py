@@ -12,12 +12,12 @@ from consilience.methods.isolation import den, hat, infer, packnet, pnn, psp, su
 from consilience.methods.merging import aggregate, average, task_arithmetic, ties
 from consilience.methods.multitask import pcgrad
 from consilience.methods.regularisation import ewc, l2sp, less_forgetting, lwf, mas, online_ewc, si
-from consilience.methods.rehearsal import agem, der, derpp, er, er_ace, gdumb, gem, icarl
+from consilience.methods.rehearsal import agem, der, derpp, er, er_ace, gdumb, gem, generative_replay, gss, icarl
 from consilience.methods.skill import skill
 
 __all__ = [
     "agem", "aggregate", "average", "average_ensemble", "cumulative", "den", "der", "derpp", "entropy_ensemble", "er",
-    "er_ace", "ewc", "fed3r", "fedavg", "fedprox", "finetune", "from_scratch", "gdumb", "gem", "hat", "icarl", "infer",
-    "joint", "l2sp", "less_forgetting", "lwf", "mas", "online_ewc", "oracle_ensemble", "packnet", "parameter_average",
-    "pcgrad", "pnn", "psp", "si", "skill", "supsup", "task_arithmetic", "ties", "xdg",
+    "er_ace", "ewc", "fed3r", "fedavg", "fedprox", "finetune", "from_scratch", "gdumb", "gem", "generative_replay",
+    "gss", "hat", "icarl", "infer", "joint", "l2sp", "less_forgetting", "lwf", "mas", "online_ewc", "oracle_ensemble",
+    "packnet", "parameter_average", "pcgrad", "pnn", "psp", "si", "skill", "supsup", "task_arithmetic", "ties", "xdg",
 ]  # fmt: skip

@@ -26,7 +26,17 @@ import consilience as cs
 from common import save
 from consilience.core.source import Source, Tensors
 
-LIMITS = {"plain": 1.10, "with metrics": 1.20, "er": 1.65, "lwf": 1.6, "si": 1.6, "ewc": 2.1}
+LIMITS = {
+    "plain": 1.10,
+    "with metrics": 1.20,
+    "er": 1.65,
+    "lwf": 1.6,
+    "si": 1.6,
+    "ewc": 2.1,
+    "agem": 1.65,
+    "derpp": 1.8,
+    "gem": 8.0,
+}
 SOURCES = 5
 
 
@@ -127,6 +137,9 @@ def main() -> None:
         "lwf": lambda: ours(few, m.lwf(), 1),
         "si": lambda: ours(few, m.si(), 1),
         "ewc": lambda: ours(few, m.ewc(1.0), 1),
+        "agem": lambda: ours(few, m.agem(500, 64), 1),
+        "derpp": lambda: ours(few, m.derpp(500, 64), 1),
+        "gem": lambda: ours(few, m.gem(256), 1),
     }
     if arguments.child:
         cases[arguments.child]()

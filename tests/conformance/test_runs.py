@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import random
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import kit
@@ -207,6 +209,35 @@ def test_messages_round_trip(row: str, monkeypatch: pytest.MonkeyPatch) -> None:
         for cut in (0, 4, 8, 40, len(data) // 2, len(data) - 1):
             with pytest.raises(cs.ConsilienceError, match="should be whole"):
                 Message.from_bytes(data[:cut])
+
+
+@ROWS
+def test_interrupted_and_resumed_to_the_same_bits(row: str, tmp_path: Path) -> None:
+    """Stopped inside an epoch of a later learn, each method ends with the state of a run that was never stopped."""
+    setting = where(row, "continual (task)", "continual (class)", "federated_continual", "merging", "multitask")
+
+    def go(out: Path, **more: Any) -> cs.Result:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            schedule, model = kit.SETTINGS[setting](), kit.model_of(row, setting)
+            return cs.run(schedule, kit.ROWS[row](), model=model, training=kit.TRAINING, out=out, checkpoint_steps=1, **more)
+
+    lines: list[dict[str, Any]] = []
+    whole = go(tmp_path / "whole", progress=lines.append)
+    stops = [i["steps"] for i in lines if i["event"] == "checkpoint" and 0 < i.get("step", 0) < i.get("of", 0)]
+    if not stops:
+        assert whole.costs["steps"] == 0, "no checkpoint inside an epoch"
+        return
+
+    def stop(line: dict[str, Any]) -> None:
+        if line["event"] == "checkpoint" and line["steps"] == stops[3 * len(stops) // 4] and "step" in line:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        go(tmp_path / "cut", progress=stop)
+    again = go(tmp_path / "cut", resume=True)
+    assert kit.state_bits(kit.state_of(again)) == kit.state_bits(kit.state_of(whole))
+    assert (again.matrices == whole.matrices).all() and again.costs["steps"] == whole.costs["steps"]
 
 
 SILENT = {

@@ -262,6 +262,7 @@ def detail(r: Result, name: str, i: int, opened: bool, span: tuple[float, float]
         (r.metric, score(r), "%" if percent else ""), ("forgetting", number(r.forgetting, percent), ""),
         ("backward transfer", number(r.backward_transfer, percent), ""),
         ("forward transfer", number(r.forward_transfer, percent), ""),
+        *([("left of each source", number(r.normalised, True), "%")] if r.normalised is not None else []),
         *([("mapper", number(r.mapper_accuracy, True), "%")] if r.mapper is not None else []),
         ("MACs", human(r.costs.get("macs")), ""), ("sent", human(r.costs.get("bytes"), "B"), ""),
         ("time", duration(r.costs.get("seconds")), ""),
@@ -301,6 +302,18 @@ def detail(r: Result, name: str, i: int, opened: bool, span: tuple[float, float]
                 bars_chart(label, [sources[j] for j in order], chosen, lambda v: number(v, percent)),
                 note,
             )
+        )
+    if r.learning_curve:
+        points = r.learning_curve
+        inside = [
+            (clean(s), [value(p["score"]) if p["source"] == s else math.nan for p in points])
+            for s in dict.fromkeys(str(p["source"]) for p in points)
+        ]
+        label = f"Line chart: {r.metric} of {name} on what it learns, at {len(points)} moments of training."
+        steps = [human(p["steps"]) for p in points]
+        lines = lines_chart(label, steps, inside, [], [], percent, speak, tick(percent))
+        charts.append(
+            figure(f"{r.metric}{unit} inside the tasks", lines, "On the source being learned, over steps; first repeat")
         )
     if not wide:
         charts = [charts[0], f"<div class=stack>{''.join(charts[1:])}</div>"]

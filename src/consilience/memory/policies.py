@@ -51,9 +51,11 @@ class Herding(Policy):
     def keys(self, learned: Learned, size: int) -> Tensor:
         psi, y = unit_features(learned)
         keys = torch.full((len(y),), torch.inf, dtype=torch.float64)
+        level = torch.arange(1, size + 1)  # the most of a class that a buffer with these classes alone would hold
+        most = 1 + int((torch.minimum(y.bincount()[:, None], level).sum(0) < size).sum())
         for c in y.unique().tolist():
             own = (y == c).nonzero()[:, 0]
-            keys[own] = herd(psi[own], size)
+            keys[own] = herd(psi[own], most)
         return keys
 
     def keep(self, keys: Tensor, y: Tensor, size: int) -> Tensor:

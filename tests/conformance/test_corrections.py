@@ -68,7 +68,10 @@ SATISFIED = {
 }
 """Pairs of which the first adds nothing on top of the second (on this problem), and why."""
 
-APART = {frozenset(("DEN", "ICaRL")): "needs features of one size"}
+APART = {
+    frozenset(("DEN", "ICaRL")): "needs features of one size",
+    **dict.fromkeys(map(frozenset, itertools.combinations(("Cumulative", "GDumb", "ICaRL"), 2)), "only one part may say what"),
+}
 """Pairs that cannot be, and what the refusal says."""
 
 PROTECTED = {

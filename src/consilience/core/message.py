@@ -44,7 +44,7 @@ class Statistics(Shared):
     def __add__(self, other: Statistics) -> Statistics:
         tensors = dict(self.tensors)
         for k, t in other.tensors.items():
-            tensors[k] = tensors[k] + t if k in tensors else t
+            tensors[k] = tensors[k] + t.to(tensors[k].device) if k in tensors else t
         return Statistics(tensors, {**self.meta, **other.meta})
 
 

@@ -94,6 +94,9 @@ class Method:
                 f"{m.name} aggregates the objectives of a step, and a step has one here; "
                 "use multitask, compose it with er, or methods.aggregate to combine what is heard."
             )
+        gathering = [type(c).__name__ for c in m.active if overrides(c, "gather")]
+        if len(gathering) > 1:
+            raise Refusal(f"{m.name}: only one part may say what a learn trains on. Found {' and '.join(gathering)}.")
         for c in m.active:
             if c.constrains and not isinstance(m.step_aggregator, Cone):
                 found = type(m.step_aggregator).__name__ if m.step_aggregator else "none"

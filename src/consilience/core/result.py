@@ -81,7 +81,8 @@ class Result:
 
     def _mean(self, name: str) -> float | None:
         values = [summary(m, self.learned_at)[name] for m in self.matrices]
-        return None if values[0] is None else float(np.mean(values))  # type: ignore[arg-type]
+        found = [v for v in values if v is not None]
+        return float(np.mean(found)) if found else None
 
     @property
     def forgetting(self) -> float | None:
@@ -97,8 +98,8 @@ class Result:
 
     @property
     def normalised(self) -> float | None:
-        """mean_j R[T, j] / R[l_j, j]: what is left of the score that each source had when it was learned."""
-        return self._mean("normalised")
+        """mean_j R[T, j] / R[l_j, j]: what is left of the score that each source had when it was learned; None for "r2"."""
+        return None if self.metric == "r2" else self._mean("normalised")
 
     @property
     def first_source(self) -> list[float]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from consilience.core.agent import Agent, Job
-from consilience.core.errors import ConsilienceError, Interrupted, kind_of, unknown
+from consilience.core.errors import ConsilienceError, Interrupted, Refusal, kind_of, unknown
 from consilience.core.folder import Log, Progress, interruptible, plain
 from consilience.core.ledger import Ledger
 from consilience.core.message import Message
@@ -93,6 +93,11 @@ def run(
     name = chosen.name
     chosen = chosen.resolve(facts)
     training = replace(training, **chosen.fixed)
+    strange = [s.name for s in schedule.judged if s.task not in {o.task for o in schedule.sources}]
+    if chosen.mapper is not None and chosen.mapper.needs_label and strange:
+        raise Refusal(
+            f"{chosen.name} is told the task of what it is judged on. Found test data of several tasks in {strange[0]!r}."
+        )
     if not schedule.boundaries and training.epochs > 1:
         raise ConsilienceError(f"a stream without ends is seen once: `epochs` should be 1. Found `epochs = {training.epochs}`.")
     if training.device != "cpu" and not torch.cuda.is_available():
@@ -243,6 +248,7 @@ class Walk:
         told = self.schedule.labelled or (mapper is not None and mapper.needs_label)
         cache: dict[tuple[int, str | None], tuple[float, float]] = {}
         row, hits = [], []
+        taught = {o.task for o in self.schedule.sources}
         for s in self.schedule.judged:
             task = s.task if told else None
             at = (id(s.test), task if told or mapper is None else s.task)
@@ -252,7 +258,7 @@ class Walk:
                     p, weights, keys = agent._predict(x, task)
                     ps.append(p.cpu())
                     ys.append(y.cpu())
-                    if weights is not None:
+                    if weights is not None and s.task in taught:
                         tasks = [self.schedule.source(source).task for _, source in keys]
                         right += float(sum(weights[:, i].sum() for i, t in enumerate(tasks) if t == s.task))
                         n += len(x)
@@ -329,7 +335,7 @@ class Walk:
     def _tick(self, job: Job | None) -> None:
         self.job = job
         self.ran += job is not None
-        if job is not None and self.inside is not None and (job.epoch * job.step.span[1] + job.index) % self.inside == 0:
+        if job is not None and self.inside is not None and self.ledger.steps % self.inside == 0:
             self._look(job)
         steps = self.every is not None and job is not None and self.ledger.steps % self.every == 0
         if self.stop or steps or (self.log.out is not None and time.monotonic() - self._saved > self.seconds):

@@ -141,7 +141,12 @@ def walk(schedule: Schedule, seed: int) -> Facts:
     most = 0
     learned: dict[str, list[int]] = {s.name: [] for s in schedule.judged}
     parted = schedule.judged is not schedule.sources
-    judges = {s.name: [j.name for j in schedule.judged if j.test is s.test] if parted else [s.name] for s in schedule.sources}
+    judges = {
+        s.name: [j.name for j in schedule.judged if j.test is s.test and (not schedule.labelled or j.task == s.task)]
+        if parted
+        else [s.name]
+        for s in schedule.sources
+    }
     stage, event = 1, 0
 
     def reach(agent: str, news: Mapping[str, int]) -> None:
@@ -212,6 +217,8 @@ def build(
     """
     framed, frame = reframe([*sources, *judged], scenario)
     n = len(sources)
+    tasks = {str(s.task) for s in framed[:n]}
+    frame = replace(frame, tasks={t: c for t, c in frame.tasks.items() if t in tasks})
     return Schedule(setting, framed[:n], frame, plan, evaluated, scenario, judged=framed[n:], **more)
 
 

@@ -23,12 +23,13 @@ THROWN = "what is heard of others would be thrown away at the next learn; "
 
 def pool(sources: tuple[Source, ...], past: Mapping[str, Private]) -> tuple[Source, ...]:
     """The given sources with what was kept of past ones: one pool; with task labels each is a part, the new ones first."""
+    where = sources[0].train.targets().device
     old = [
         replace(
             sources[0],
             name=name,
             task=item.meta["task"],
-            train=Tensors(item.tensors["x"], item.tensors["y"]),
+            train=Tensors(item.tensors["x"].to(where), item.tensors["y"].to(where)),
             classes=tuple(item.meta["classes"]),
         )
         for name, item in past.items()
@@ -46,10 +47,21 @@ def others(memory: Memory, sources: tuple[Source, ...]) -> dict[str, Private]:
     return {source: item for (_, source), item in sorted(memory.items()) if source not in now}  # type: ignore[misc]
 
 
-def reset(model: Model, params: Params, sources: tuple[Source, ...], generator: torch.Generator) -> Params:
-    """New parameters in place of those that are trained: the model's own draw (a given module begins as it was given), heads too."""
+def facts_of(learned: Learned) -> dict[str, object]:
+    """What an item says of its source: the task that the model was given, the source's own, its classes, when it was learned."""
+    s = learned.source
+    return {"task": learned.task, "label": s.task, "classes": list(s.classes), "order": learned.order}
+
+
+def reset(
+    model: Model, params: Params, sources: tuple[Source, ...], past: Mapping[str, Private], generator: torch.Generator
+) -> Params:
+    """New parameters in place of those that are trained, heads and columns of past tasks too: the model's own draw (a given module
+    begins as it was given), grown in the order in which tasks came."""
     fresh, buffers = model.init(generator)
-    for s in sources:
+    items = sorted(past.items(), key=lambda kv: (kv[1].meta["order"], kv[0]))
+    before = [replace(sources[0], name=n, task=i.meta["label"], classes=tuple(i.meta["classes"])) for n, i in items]
+    for s in (*before, *sources):
         fresh, buffers = model.grow(fresh, buffers, s, generator)
     return {n: fresh[n].to(p) if n in fresh and not model.frozen(n) else p for n, p in params.items()}
 
@@ -82,35 +94,41 @@ class Cumulative(Correction):
     def begin(
         self, model: Model, params: Params, sources: tuple[Source, ...], known: dict[str, Private], generator: torch.Generator
     ) -> tuple[Params, Mapping[str, torch.Tensor]]:
-        return (reset(model, params, sources, generator) if self.scratch and known else params), {}
+        return (reset(model, params, sources, known, generator) if self.scratch and known else params), {}
 
     def summarise(self, learned: Learned, me: Me) -> Private:
         x, y = learned.source.train.whole()
-        return Private({"x": x, "y": y}, {"task": learned.task, "classes": list(learned.source.classes)})
+        return Private({"x": x, "y": y}, facts_of(learned))
 
 
 @dataclass(frozen=True)
 class FromScratch(Correction):
     """Every learn of a source after an agent's first begins from new parameters: nothing is transferred.
 
-    The heads of other tasks stay as they are. Running statistics of batch norm go on, which training overwrites.
+    The heads of other tasks begin anew too. Running statistics of batch norm go on, which training overwrites.
     """
 
     travels: ClassVar[bool] = False
     recalls: ClassVar[bool] = True
+    ends: ClassVar[bool] = True
 
     def refuse(self, facts: Facts) -> str | None:
         return THROWN + "use finetune" if facts.hears_others else None
 
-    def recall(self, memory: Memory, sources: tuple[Source, ...]) -> bool | None:
-        """Whether something else was learned before, or None."""
-        return bool(others(memory, sources)) or None
+    def recall(self, memory: Memory, sources: tuple[Source, ...]) -> dict[str, Private] | None:
+        """What else was learned before, or None."""
+        return others(memory, sources) or None
 
     def begin(
-        self, model: Model, params: Params, sources: tuple[Source, ...], known: bool | None, generator: torch.Generator
+        self,
+        model: Model,
+        params: Params,
+        sources: tuple[Source, ...],
+        known: dict[str, Private] | None,
+        generator: torch.Generator,
     ) -> tuple[Params, Mapping[str, torch.Tensor]]:
-        return (reset(model, params, sources, generator) if known else params), {}
+        return (reset(model, params, sources, known, generator) if known else params), {}
 
     def summarise(self, learned: Learned, me: Me) -> Private:
         """That it was learned."""
-        return Private({})
+        return Private({}, facts_of(learned))

@@ -112,7 +112,8 @@ class LessForgetting(Correction):
     def refuse(self, facts: Facts) -> str | None:
         if not facts.learns:
             return "it bends training, and here only trained models are given; use parameter_average"
-        if facts.model is not None and not (anatomy(facts.model).layers or anatomy(facts.model).others):
+        grows = facts.model is None or not facts.model.init(torch.Generator().manual_seed(0))[0]  # its layers come with the tasks
+        if not grows and not (anatomy(facts.model).layers or anatomy(facts.model).others):
             return "the features are frozen, so that nothing can forget them; use lwf"
         return None
 

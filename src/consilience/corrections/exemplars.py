@@ -107,7 +107,7 @@ class ICaRL(Buffer):
         weight, bias = me.model.head(params, None)
         new = {**params, weight: me.known.means.to(params[weight])}
         if bias is not None:
-            new[bias] = torch.where(me.known.seen.to(params[bias].device), 0.0, -torch.inf).to(params[bias])
+            new[bias] = torch.where(me.known.seen.to(params[bias].device), 0.0, -1e9).to(params[bias])
         return new
 
     def trim(self, memory: Mapping[str, Any], learned: Learned) -> Mapping[str, Any]:
@@ -194,7 +194,7 @@ class GDumb(Buffer):
     ) -> tuple[Params, Mapping[str, Tensor]]:
         """New parameters after an agent's first learn."""
         keys = self.drawn(sources, generator)  # as those of `gather`
-        return (reset(model, params, sources, generator) if known else params), keys
+        return (reset(model, params, sources, known, generator) if known else params), keys
 
     def keys(self, learned: Learned, me: Me) -> Tensor:
         return me.private[learned.source.name]

@@ -148,6 +148,7 @@ class GenerativeReplay(Correction):
     likelihood: Literal["auto", "bernoulli", "gaussian"] = "auto"
 
     travels: ClassVar[bool] = False
+    ends: ClassVar[bool] = True
     neutral: ClassVar[dict[str, int]] = {"batch_size": 0}
     recalls: ClassVar[bool] = True
 
@@ -183,6 +184,11 @@ class GenerativeReplay(Correction):
             if known is not None and tuple(x.shape[1:]) != known.shape:
                 raise ConsilienceError(
                     f"inputs of one generator should have one shape. Found {tuple(x.shape[1:])} in {s.name!r}, before {known.shape}."
+                )
+            bernoulli = self.likelihood == "bernoulli" if known is None else "log_variance" not in known.vae.weights
+            if bernoulli and not self._unit(s):
+                raise ConsilienceError(
+                    f"inputs of a Bernoulli generator should lie in [0, 1]. Found others in {s.name!r}; use likelihood='gaussian'."
                 )
         return params, {}
 

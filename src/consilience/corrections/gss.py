@@ -147,6 +147,9 @@ class GSS(ER):
 
     def trim(self, memory: Mapping[str, Any], learned: Learned) -> Mapping[str, Any]:
         """Without the examples that were driven out."""
+        memory = {
+            s: replace(i, tensors={k: t if k in ("x", "y") else t.cpu() for k, t in i.tensors.items()}) for s, i in memory.items()
+        }
         gone = torch.cat([i.tensors["gone"] for i in memory.values() if "gone" in i.tensors])
         stay = {s: ~torch.isin(i.tensors["key"], gone) for s, i in memory.items()}
         if sum(int(k.sum()) for k in stay.values()) > self.size:

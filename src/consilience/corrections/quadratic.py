@@ -229,7 +229,7 @@ class OnlineEWC(Running, EWC):
         for order, _, item in items:
             for n, p in item.group("precision").items():
                 decayed = p * self.gamma ** (last - order)
-                precision[n] = precision[n] + decayed if n in precision else decayed
+                precision[n] = precision[n] + decayed.to(precision[n].device) if n in precision else decayed
         return self.precision(precision)
 
 

@@ -17,6 +17,7 @@ from consilience.core.message import Private
 from consilience.core.schedule import Facts
 from consilience.core.source import Source
 from consilience.core.step import sample_losses
+from consilience.corrections.baselines import facts_of
 from consilience.corrections.quadratic import non_negative
 
 Bufs = list[tuple[str, str | None, Tensor, Tensor]]
@@ -56,7 +57,7 @@ class Buffer(Correction):
         kept = self.policy.keep(keys, train.targets(), self.size).nonzero()[:, 0]
         x, y = train.select(kept).whole()
         found = {"x": x.clone(), "y": y.clone(), "key": keys[kept]}
-        return Private(found, {"task": learned.task, "classes": list(learned.source.classes)})
+        return Private(found, {**facts_of(learned), "seen": len(train)})
 
     def trim(self, memory: Mapping[str, Any], learned: Learned) -> Mapping[str, Any]:
         """What the policy keeps of all sources together."""
@@ -122,11 +123,32 @@ class ER(Buffer):
 class ERACE(ER):
     """ER with asymmetric cross-entropy: new examples compete only with the classes of their own batch, the buffer's with all.
 
-    L = (CE over the batch's classes + CE on the buffer) / 2. Caccia et al. 2022.
+    L = (CE over the batch's classes + CE on the buffer) / 2. The buffer's batch is as if the source were in the buffer already:
+    each of its examples is one of the source's with probability n_source / n_seen, which is what holds the new classes
+    against the old ones. Caccia et al. 2022.
     """
 
     def refuse(self, facts: Facts) -> str | None:
         return "values have no classes that compete; use er" if facts.kind == "value" else super().refuse(facts)
+
+    def recall(self, memory: Memory, sources: tuple[Source, ...]) -> Any:
+        """The groups of `ER`, and how many examples were seen."""
+        groups, now = super().recall(memory, sources), {s.name for s in sources}
+        return groups and (groups, sum(item.meta["seen"] for (_, source), item in memory.items() if source not in now))
+
+    def sample(self, me: Me, sources: tuple[Source, ...], generator: torch.Generator) -> list[Batch]:
+        """One part, of the buffer and of the source itself; with task labels of either."""
+        groups, seen = me.known
+        own = sources[int(torch.randint(len(sources), (1,), generator=generator))]
+        new = sum(len(s.train) for s in sources)
+        fresh = int((torch.rand(self.batch_size, generator=generator) < new / (new + seen)).sum())
+        (old,) = super().sample(replace(me, known=groups), sources, generator)
+        index = torch.randint(len(own.train), (self.batch_size,), generator=generator)
+        x, y = own.train.select(index).whole()
+        x, y = x.to(old.x), y.to(old.y)
+        if old.task is not None:  # a part has one task
+            return [replace(old, x=x, y=y, task=own.task, source=own.name)] if fresh * 2 > self.batch_size else [old]
+        return [replace(old, x=torch.cat([x[:fresh], old.x[fresh:]]), y=torch.cat([y[:fresh], old.y[fresh:]]))]
 
     def losses(self, losses: dict[int, Tensor], step: StepView, me: Me) -> dict[int, Tensor]:
         bent = dict(losses)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -89,6 +89,7 @@ class Anchored(Mapper):
                 f"every expert should come with its anchor. Found none for {missing[0][1]!r} of {missing[0][0]!r}."
             )
         psi = (routing.x.flatten(1) if self.on == "inputs" else routing.features()).double().cpu()
+        memory = {k: replace(i, tensors={n: t.cpu() for n, t in i.tensors.items()}) for k, i in memory.items()}
         known = [memory[k] for k in sorted(memory, key=lambda k: (k[1], k[0]))]
         weights = self.weigh(self.scores(psi, [memory[k] for k in routing.experts], known))
         return weights.to(routing.x.device, torch.get_default_dtype())

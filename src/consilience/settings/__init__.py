@@ -77,6 +77,10 @@ def online(sources: Sequence[Source], chunk: int = 320, scenario: Scenario = "cl
 
     _at_least(1, chunk=chunk)
     sources = [replace(s, task=s.task or s.name) for s in _sources(sources)]
+    if len({s.name for s in sources}) < len(sources):
+        from consilience.core.errors import ConsilienceError
+
+        raise ConsilienceError(f"sources should have names of their own. Found {[s.name for s in sources]}.")
     chunks: dict[str, list[Source]] = {}
     for s in sources:
         cuts = torch.randperm(len(s.train), generator=key(seed, s.name, "online")).split(chunk)
@@ -101,6 +105,8 @@ def _common_test(sources: Sequence[Source], scenario: str) -> list[Source]:
 
     first = sources[0]
     if len(sources) < 2 or scenario == "task" or any(s.test is not first.test for s in sources):
+        return []
+    if scenario == "domain" and any(s.classes != first.classes for s in sources):
         return []
     classes = tuple(sorted({c for s in sources for c in s.classes}))
     return [replace(first, name=f"{first.name.partition('/')[0]}/test", task=None, classes=classes)]

@@ -32,6 +32,7 @@ import torch
 
 import consilience as cs
 from common import save
+from consilience.data.samplers import Shuffle
 
 SEEDS, TUNE = 5, 2000
 
@@ -76,7 +77,7 @@ def _sources(data: str, per: int, flat: bool) -> tuple[cs.Source, ...]:
     return tuple(cs.data.split_classes(whole, 5))
 
 
-FULL = cs.data.samplers.Shuffle(drop_last=True)  # a last batch of one odd example at lr .1 can undo a task
+FULL = Shuffle(drop_last=True)  # a last batch of one odd example at lr .1 can undo a task
 SGD = cs.Training(epochs=2, batch_size=32, lr=0.1, sampler=FULL)
 ADAM = cs.Training(epochs=1, batch_size=128, lr=0.001, optimiser="adam", sampler=FULL)
 CONV = cs.Training(epochs=4, batch_size=16, lr=0.001, optimiser="adam", sampler=FULL)

@@ -584,7 +584,7 @@ def test_clients_hear_of_each_others_fisher():
 
 
 def drawn(er, s, seed):
-    return er.summarise(SimpleNamespace(source=s, generator=torch.Generator().manual_seed(seed), task=None), None)
+    return er.summarise(SimpleNamespace(source=s, generator=torch.Generator().manual_seed(seed), task=None, order=0), None)
 
 
 def test_the_buffer_is_a_reservoir():

@@ -351,7 +351,7 @@ def test_buffer_restated(scenario, arrivals, layers, states):
     assert scenario == "task" or len({m[4] for m in M}) > 1, "the last buffer has examples of several sources"
 
 
-@pytest.mark.parametrize(("size", "arrivals"), [(1, 10), (7, 3), (50, 10), (80, 64), (500, 10)])
+@pytest.mark.parametrize(("size", "arrivals"), [(6, 10), (7, 3), (50, 10), (80, 64), (500, 10)])
 def test_size_is_never_exceeded(size, arrivals, states):
     go(PICK(size, arrivals=arrivals))
     held = [sum(len(i.tensors["y"]) for i in s.memory["GSS"].values()) for s in states]

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import consilience as cs
 from consilience.core.buffer import Reservoir, equal_shares
+from consilience.core.correction import Me
 from consilience.core.params import key, same
 from consilience.core.source import Source, Tensors
 from consilience.memory.policies import ClassBalanced, Growing, Herding
@@ -409,3 +410,68 @@ def test_interrupted_in_a_later_source_and_resumed(name, tmp_path):
     again = go(tmp_path / "cut", resume=True)
     assert same(whole.params, again.params) and (whole.matrices == again.matrices).all()
     assert again.learning_curve == whole.learning_curve
+
+
+# found in review
+
+
+def test_er_ace_replays_its_own_source_as_if_it_were_in_the_buffer():
+    """A share n_source / n_seen of the buffer's batch is the source's own."""
+    ace = cs.methods.er_ace(20, 4000).corrections[0]
+    r = cs.run(cs.settings.continual(SOURCES[:2], "class"), cs.methods.er_ace(20, 8), mlp(), training(epochs=1))
+    known = ace.recall(r.agent.memory(ace), (SOURCES[1],))
+    assert known[1] == 30
+    (part,) = ace.sample(Me(known=known), (SOURCES[1],), key(0))
+    own = torch.isin(part.y, torch.tensor([2, 3])).double().mean()
+    assert float(own) == pytest.approx(21 / 51, abs=0.03)
+
+
+def test_joint_training_begins_anew_with_all_heads():
+    sources = [source("a", 24, (0, 1), 1), source("b", 24, (2, 3), 2)]
+    for model in (cs.models.multi_head(mlp(), C), cs.models.progressive(D, (5,), C)):
+        for method in (cs.methods.joint(), cs.methods.gdumb(8), cs.methods.from_scratch()):
+            r = cs.run(cs.settings.continual(sources, "task"), method, model, training(epochs=0))
+            first = cs.run(cs.settings.continual(sources[:1], "task"), cs.methods.finetune(), model, training(epochs=0))
+            assert all(not torch.equal(r.params[n], p) for n, p in first.params.items() if p.numel() and n.endswith("weight"))
+
+
+def test_an_untaught_task_of_icarl_is_a_guess_and_no_nan():
+    r = cs.run(cs.settings.continual(SOURCES[:2], "task"), cs.methods.icarl(8), mlp(), training(epochs=1))
+    assert torch.isfinite(torch.tensor(r.matrix)).all()
+    x = SOURCES[0].test.whole()[0]
+    one = cs.run(cs.settings.continual(SOURCES[:1] + SOURCES[1:2], "task"), cs.methods.icarl(8), mlp(), training(epochs=1))
+    assert torch.isfinite(one.predict(x, "b")).all()
+
+
+def test_only_one_part_says_what_a_learn_trains_on():
+    with pytest.raises(cs.Refusal, match="Found Cumulative and GDumb"):
+        cs.run(cs.settings.continual(SOURCES), [cs.methods.joint(), cs.methods.gdumb()], mlp())
+
+
+def test_a_common_test_has_no_task():
+    sources = [replace(s, test=A.test, task=f"t{i}") for i, s in enumerate(SOURCES[:2])]
+    schedule = cs.settings.continual(sources, "class")
+    r = cs.run(schedule, cs.methods.xdg() + cs.methods.infer(cs.mappers.min_entropy()), mlp(), training(epochs=1))
+    assert r.mapper_accuracy is not None and r.mapper_accuracy != r.mapper_accuracy  # undefined, and not 0
+    with pytest.raises(cs.Refusal, match="is told the task of what it is judged on"):
+        cs.run(schedule, cs.methods.xdg() + cs.methods.infer(cs.mappers.oracle()), mlp(), training(epochs=1))
+    heads = cs.run(schedule, cs.methods.finetune(), cs.models.multi_head(mlp(), C), training(epochs=1))
+    assert heads.sources == ("a/test",)
+    apart = [replace(A, test=A.test), replace(B, test=A.test, classes=(0, 1))]
+    assert len(cs.settings.continual(apart, "domain").judged) == 2
+
+
+def test_a_stream_of_two_sources_of_one_name_is_refused():
+    with pytest.raises(cs.ConsilienceError, match="names of their own"):
+        cs.settings.online([A, A])
+
+
+def test_the_learning_curve_goes_over_short_chunks():
+    r = cs.run(cs.settings.online([A, B], 8), cs.methods.finetune(), mlp(), training(epochs=1), curve_steps=2)
+    assert len(r.learning_curve) == 3
+
+
+def test_what_is_left_is_undefined_for_values():
+    values = [source("a", 30, kind="value"), source("b", 30, kind="value", seed=1)]
+    r = cs.run(cs.settings.continual(values), cs.methods.finetune(), cs.models.mlp(D, (5,), 2), training(epochs=1), repeats=3)
+    assert r.normalised is None and r.to_json()["normalised"] is None

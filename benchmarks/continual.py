@@ -210,6 +210,11 @@ def main() -> None:
                     "diverged": sum("diverged" in r for r in by[m]), "matrix": by[m][0]["matrix"],
                 })  # fmt: skip
                 print({k: rows[-1][k] for k in ("stream", "method", "score", "std", "seconds")}, flush=True)
+            write(rows, minutes, arguments, began)  # after every stream, so that nothing is lost
+
+
+def write(rows: list[dict[str, Any]], minutes: dict[str, float], arguments: argparse.Namespace, began: float) -> None:
+    """results/continual.{json,md} with the streams that are done."""
     table = [
         "| stream | method | tuned | accuracy % | forgetting % | p against finetune | GMACs | CPU s a run |",
         "|---|---|---|---|---|---|---|---|",
@@ -225,7 +230,7 @@ def main() -> None:
                 f"| {100 * r['forgetting']:.1f} | {r['p']:.1g} | {r['gmacs']:.1f} | {r['seconds']:.1f} |"
             )
     told = []
-    for name in arguments.streams:
+    for name in minutes:
         s, t = STREAMS[name], STREAMS[name].training
         net = f"conv net of width {s.width}" if s.conv else f"MLP 784-{s.width}-{s.width}-10"
         told.append(

@@ -92,6 +92,6 @@ class AGEM(Cone):
         return weighted(rows if isinstance(rows, Tensor) else torch.stack(list(rows)), weights)
 
     def project(self, direction: Tensor, constraints: Tensor) -> Tensor:
-        r = constraints.mean(0)
+        r = constraints.mean(0) if len(constraints) > 1 else constraints[0]
         opposed = torch.dot(direction, r).clamp(max=0)
         return direction - (opposed / torch.dot(r, r).clamp_min(torch.finfo(r.dtype).tiny)) * r

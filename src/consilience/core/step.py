@@ -76,6 +76,7 @@ class Step:
             verb: [(c, me) for c, me in corrections if overrides(c, verb) and (verb == "trace" or acts(c, me))]
             for verb in ("sample", "view", "outputs", "losses", "rows", "penalty", "mask", "trace")
         }
+        self.alone = {c.name for c, _ in corrections if c.constrains}
         for c, me in self.by_verb["trace"]:
             me.trace = c.trace_init(carry.theta)
         self.shared = torch.ones(layout.size, dtype=torch.bool, device=layout.device)
@@ -135,15 +136,18 @@ class Step:
         return out
 
     def forward_all(self, parts: list[Batch]) -> list[Tensor]:
-        """The outputs of every part; parts that the model treats alike go through it together."""
+        """The outputs of every part; parts that the model treats alike go through it together.
+
+        Those of a constraint go alone: its gradient is a pass of its own, and should be one through its own samples only.
+        """
         if len(parts) == 1:
             return [self.forward(parts[0].x, parts[0].task)]
         apart = self.model.uses_task or bool(self.by_verb["view"])
-        groups: dict[str | None, list[int]] = {}
+        groups: dict[tuple[str | None, int], list[int]] = {}
         for i, p in enumerate(parts):
-            groups.setdefault(p.task if apart else None, []).append(i)
+            groups.setdefault((p.task if apart else None, i if p.owner in self.alone else -1), []).append(i)
         outs: list[Tensor] = [parts[0].x] * len(parts)
-        for task, members in groups.items():
+        for (task, _), members in groups.items():
             if len(members) == 1:
                 outs[members[0]] = self.forward(parts[members[0]].x, task)
                 continue
@@ -271,7 +275,8 @@ class Step:
         if constraints:
             if not isinstance(a, Cone):
                 raise Refusal(f"constraint rows need an aggregator that honours them (a cone). Found {type(a).__name__}.")
-            rows = torch.stack([self.gradient(c, keep=i < len(constraints) - 1)[0] for i, c in enumerate(constraints)])
+            each = [self.gradient(c, keep=i < len(constraints) - 1)[0] for i, c in enumerate(constraints)]
+            rows = torch.stack(each) if len(each) > 1 else each[0][None]
             grad = a.project(grad, rows if factor is None else rows * factor)
         return grad, absent
 

@@ -438,7 +438,7 @@ def test_the_first_source_of_lwf_is_plain_training():
     plan = [Learn({"agent": ("a",)}), Hear(ME), Stage("a"), Learn({"agent": ("b",)}), Hear(ME), Stage("b")]
     seen = {}
 
-    def heard(self, old, new, memory, version):
+    def heard(self, old, new, memory, fresh):
         seen.setdefault("first", {n: p.clone() for n, p in new.items()})
         return memory
 
@@ -1178,9 +1178,9 @@ def test_begin_can_add_an_entry():
 
 
 def test_heard_sees_every_absorption():
-    def heard(self, old, new, memory, version):
+    def heard(self, old, new, memory, fresh):
         gap = torch.stack([(new[n] - old[n]).abs().sum() for n in old]).sum()
-        return {**memory, str(version): Private({"gap": gap, "new": new["3.bias"]})}
+        return {**memory, str(len(memory)): Private({"gap": gap, "new": new["3.bias"]})}
 
     agent = cs.run(
         cs.settings.federated(clients(), 3, scenario="domain"), Method("toy", (toy(heard=heard),)), mlp(), training()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
@@ -287,10 +287,10 @@ def test_sums_are_shared_exact_and_one():
     assert torch.equal(summary(NearestMean("inputs"), s).tensors["first"], whole_item.tensors["first"])
     flat = cs.models.wrap(lambda: torch.nn.Linear(D, C))  # whose features are its inputs
     ridge = summary(Moments(), s, flat).tensors
-    assert torch.equal(ridge["second"][:-1, :-1], whole_item.tensors["second"])
-    assert torch.equal(ridge["first"][:-1], whole_item.tensors["first"]) and torch.equal(
-        ridge["count"], whole_item.tensors["count"]
-    )
+    near = partial(torch.testing.assert_close, rtol=1e-13, atol=1e-13)  # another size may take another kernel
+    near(ridge["second"][:-1, :-1], whole_item.tensors["second"])
+    near(ridge["first"][:-1], whole_item.tensors["first"])
+    assert torch.equal(ridge["count"], whole_item.tensors["count"])
     flat = [
         replace(t, train=Tensors(torch.cat([t.train.x, torch.full((len(t.train.y), 1), 7.0)], 1), t.train.y)) for t in SOURCES
     ]

@@ -9,6 +9,8 @@ import sys
 import kit
 import pytest
 
+import consilience
+
 SOURCE = kit.ROOT / "src" / "consilience"
 ROOMS = sorted(p.name for p in SOURCE.iterdir() if (p / "__init__.py").exists())
 CONCEPTS = {"corrections", "aggregators", "consolidators", "mappers", "models", "data", "memory"}
@@ -18,18 +20,7 @@ MAY = {"core": {"core"}, **{room: {"core", room} for room in CONCEPTS}}
 TOP = {"engines", "report", "network", "serve", "cli", "demo"}
 """What stands on top: nothing below imports it at module level."""
 
-CATALOGUES = (
-    "aggregators",
-    "consolidators",
-    "corrections",
-    "data",
-    "engines",
-    "mappers",
-    "methods",
-    "models",
-    "report",
-    "settings",
-)
+CATALOGUES = consilience._ROOMS
 
 
 def typing_only(node: ast.stmt) -> bool:

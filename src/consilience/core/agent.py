@@ -20,7 +20,7 @@ from consilience.core.model import Model
 from consilience.core.params import Layout, Params, content_hash, finite, key, matches
 from consilience.core.sampler import Shuffle
 from consilience.core.schedule import Schedule
-from consilience.core.source import Examples, Source
+from consilience.core.source import Examples, Frame, Source
 from consilience.core.state import State
 from consilience.core.step import Carry, Step, acts
 from consilience.core.training import Training
@@ -45,8 +45,15 @@ class Job:
     training: Training
     kind: tuple[object, ...]
     """What makes its steps alike in cost."""
+    work: float = 1.0
+    """The fraction of its steps that it does."""
     epoch: int = 0
     index: int = 0
+
+    @property
+    def steps(self) -> int:
+        """How many steps are done."""
+        return self.epoch * self.step.span[1] + self.index
 
     @property
     def carry(self) -> Carry:
@@ -87,6 +94,11 @@ class Job:
         first, visit, draws = self.sources[0].name, self.visits[0], self.step.model.draws
         while self.epoch < self.training.epochs:
             plans = [plan[self.index :] for plan in self.plan(self.epoch)]
+            if self.work < 1:
+                left = max(1, round(self.work * self.training.epochs * self.step.span[1])) - self.steps
+                if left <= 0:
+                    return
+                plans = [plan[:left] for plan in plans]
             streams = [examples.batches(plan) for (_, examples, _), plan in zip(self.parts, plans, strict=True)]
             for batches in zip(*streams, strict=True):
                 parts = [
@@ -119,12 +131,7 @@ class Job:
         out = step.now(x.to(self.layout.device, self.layout.dtype if x.is_floating_point() else x.dtype), task)
         for c, me in step.by_verb["outputs"]:
             out = c.outputs(out, task, me)
-        if step.frame.kind == "value":
-            return out
-        out = out[:, : len(step.frame.labels)]
-        if task is not None and task in step.columns:
-            out = out.masked_fill(~step.columns[task][: out.shape[1]], -torch.inf)
-        return out.softmax(1)
+        return probabilities(out, step.frame, step.frame.tasks.get(task or ""), len(step.frame.labels))
 
     def save(self) -> tuple[dict[str, Tensor], dict[str, int]]:
         """What a checkpoint inside a learn keeps; all else is made again by `prepare`."""
@@ -145,6 +152,26 @@ class Job:
         for c, me in self.corrections:
             me.trace = {k: tensors[f"trace/{c.name}/{k}"].to(self.layout.device) for k in me.trace}
         self.epoch, self.index = facts["epoch"], facts["index"]
+
+
+def without_weights(m: Message) -> Message | None:
+    """What a bank keeps of a message: all but whole weights; None where nothing is left."""
+    if not any(isinstance(i, Weights) for i in m.items.values()):
+        return m
+    items = {k: i for k, i in m.items.items() if not isinstance(i, Weights)}
+    return replace(m, items=items) if items else None
+
+
+def probabilities(out: Tensor, frame: Frame, columns: Sequence[int] | None, width: int) -> Tensor:
+    """Class probabilities [B, width] over the given columns (None: all), or values, from outputs [B, C >= width]."""
+    out = out[:, :width]  # a model may have more outputs than there are classes
+    if frame.kind == "value":
+        return out
+    if columns:
+        keep = torch.zeros(out.shape[1], dtype=torch.bool, device=out.device)
+        keep[list(columns)] = True
+        out = out.masked_fill(~keep, -torch.inf)
+    return out.softmax(1)
 
 
 class Agent:
@@ -170,8 +197,21 @@ class Agent:
         items |= {(self.name, s): item for s, item in self.state.memory.get(c.name, {}).items()}
         return items
 
-    def prepare(self, names: Sequence[str]) -> Job:
-        """Recall what is known, grow the model, begin the corrections: a job of tensors."""
+    def _told(self) -> dict[str, Shared]:
+        """What corrections tell with this agent's own parameters."""
+        found: dict[str, Shared] = {}
+        for c in self.method.active:
+            item = self.state.memory.get(c.name, {}).get("")
+            if isinstance(item, Shared):
+                if not c.travels:
+                    raise TypeError(
+                        f"items of {c.name} stay with their agent: they should be Private. Found {type(item).__name__}."
+                    )
+                found[c.name] = item
+        return found
+
+    def prepare(self, names: Sequence[str], work: float = 1.0) -> Job:
+        """Recall what is known, grow the model, begin the corrections: a job of tensors that does a fraction `work` of its steps."""
         sources = tuple(self.schedule.source(n) for n in names)
         state, model, t, dtype = self.state, self.model, self.training, self.training.dtype
         params, buffers = dict(state.params), dict(state.buffers)
@@ -216,7 +256,7 @@ class Agent:
         total = sum(state.visits.values())
         visits = tuple(state.visits.get(s.name, 0) if s.name in asked else total for s in sources)
         return Job(
-            self.name, given, parts, visits, tuple(mes), layout, fixed, start, step, self.seed, t, kind
+            self.name, given, parts, visits, tuple(mes), layout, fixed, start, step, self.seed, t, kind, work
         )  # fmt: skip
 
     def finish(self, job: Job) -> None:
@@ -251,6 +291,8 @@ class Agent:
                     generator,
                     1 / len(job.sources),
                     sum(state.visits.values()),
+                    job.steps,
+                    self.training,
                 )
                 item = self.ledger.work(
                     self.name,
@@ -305,8 +347,11 @@ class Agent:
     def tell(self, receipts: Mapping[str, int]) -> list[Message]:
         """Messages that the listener lacks: the agent's own whole, and what its bank holds, relayed as it is."""
         whole = self.consolidator.export(self.model, self.state, (), self.method.personal)
-        messages = [self._message(s, self.state.version, self.state.size, {"model": item}) for s, item in whole.items()]
-        messages += [m for m in self.state.bank.values() if m.items]
+        items: dict[str, dict[str, Shared]] = {s: {"model": item} for s, item in whole.items()}
+        if told := self._told():
+            items[""] = {**items.get("", {}), **told}
+        messages = [self._message(s, self.state.version, self.state.size, own) for s, own in items.items()]
+        messages += [m for m in self.state.bank.values() if m.items and m.source]
         return [m for m in messages if m.version > receipts.get(f"{m.sender}|{m.source}", -1)]
 
     def absorb(self, messages: Sequence[Message], by_size: bool = True) -> None:
@@ -328,7 +373,7 @@ class Agent:
             if m.version > version:
                 fresh[m.key] = m
         heard = list(fresh.values())
-        bank = join(state.bank, [m for m in heard if not any(isinstance(i, Weights) for i in m.items.values())])
+        bank = join(state.bank, [m for m in map(without_weights, heard) if m is not None])
         if self.consolidator.needs_base:
             for m in heard:
                 if m.learned and isinstance(m.items.get("model"), Weights) and m.base != self._hash("base", state.base):
@@ -345,7 +390,7 @@ class Agent:
         memory = {c: dict(kept) for c, kept in new.memory.items()}
         for c in self.method.active:
             if overrides(c, "heard"):
-                memory[c.name] = dict(c.heard(state.params, new.params, memory.get(c.name, {}), state.version))
+                memory[c.name] = dict(c.heard(state.params, new.params, memory.get(c.name, {}), heard))
         receipts = {f"{m.sender}|{m.source}": (m.version, m.digest) for m in heard}
         self.state = new.change(
             base=new.params, memory=memory, absorbed={**state.absorbed, **receipts}, version=state.version + 1, learned=False,
@@ -409,14 +454,7 @@ class Agent:
     def _probabilities(
         self, params: Params, buffers: Params, x: Tensor, task: str | None, columns: Sequence[int] | None, width: int
     ) -> Tensor:
-        out = self.outputs(params, buffers, x, task)[:, :width]  # a model may have more outputs than there are classes
-        if self.frame.kind == "value":
-            return out
-        if columns:
-            keep = torch.zeros(out.shape[1], dtype=torch.bool, device=out.device)
-            keep[list(columns)] = True
-            out = out.masked_fill(~keep, -torch.inf)
-        return out.softmax(1)
+        return probabilities(self.outputs(params, buffers, x, task), self.frame, columns, width)
 
     @torch.no_grad()
     def predict(self, x: Tensor, task: str | None = None) -> Tensor:

@@ -19,11 +19,15 @@ from consilience.core.params import Layout, Params
 from consilience.core.source import Source
 
 if TYPE_CHECKING:
+    from consilience.core.message import Message
     from consilience.core.schedule import Facts
     from consilience.core.training import Training
 
 Memory = Mapping[tuple[str, str], Item]
 """The items of one correction by (sender, source): shared ones from the bank, private ones under its agent's own name."""
+
+NO_TRAINING = "it bends training, and here only trained models are given; use parameter_average"
+"""Why a correction refuses a schedule in which nobody learns."""
 
 
 @dataclass(eq=False)
@@ -101,6 +105,9 @@ class Learned:
     share: float = 1.0
     order: int = 0
     """How many learns this agent did before."""
+    steps: int = 0
+    """How many steps this learn took."""
+    training: Training | None = None
 
     @property
     def trainable(self) -> Params:
@@ -217,8 +224,10 @@ class Correction(ABC):  # noqa: B024 (every verb is optional)
         """What to keep of this source after training: Shared if it may travel, Private if not."""
         return None
 
-    def heard(self, old: Params, new: Params, memory: Mapping[str, Any], version: int) -> Mapping[str, Any]:
-        """The private memory after absorbing: `old` and `new` are the parameters before and after."""
+    def heard(self, old: Params, new: Params, memory: Mapping[str, Any], fresh: Sequence[Message]) -> Mapping[str, Any]:
+        """The memory after absorbing `fresh`: `old` and `new` are the parameters before and after.
+
+        A Shared item under "" is told with the agent's own parameters, and who hears it recalls it as (sender, "")."""
         return memory
 
     def trim(self, memory: Mapping[str, Any], learned: Learned) -> Mapping[str, Any]:

@@ -30,6 +30,9 @@ from consilience.core.schedule import Expert, Facts, Hear, Learn, Schedule
 from consilience.core.state import State, decode_state, encode_state
 from consilience.core.training import Training
 
+CHUNK = {True: 512, False: 4096}
+"""How many test samples are judged at once on a CPU, and elsewhere (what is fastest)."""
+
 
 def run(
     schedule: Schedule,
@@ -187,6 +190,7 @@ class Walk:
         self.curve: list[dict[str, float]] = []
         self.learning: list[dict[str, Any]] = []
         self.stages: list[str] = []
+        self.failed: dict[str, str] = {}
         self.job: Job | None = None
         self._begin()
         paused = self._restore()
@@ -214,22 +218,46 @@ class Walk:
         self._save()
 
     def _learn(self, phase: Learn, paused: tuple[Mapping[str, Tensor], Mapping[str, int]] | None) -> None:
-        from consilience.engines.serial import learn
+        from consilience.engines.serial import Work, learn
 
-        who = list(phase.who.items())[self.learned :]
+        done = self.learned
+        who = list(phase.who.items())[done:]
+        before = {name: self._agent(name).state for name, _ in who} if phase.least is not None else {}
+        if not done:
+            self.failed = {name: why for name, why in self.failed.items() if name not in phase.who}
 
-        def pairs() -> Iterator[tuple[Agent, tuple[str, ...]]]:
+        def work() -> Iterator[Work]:
             for i, (name, sources) in enumerate(who):
                 self.learned += bool(i)
-                yield self._agent(name), sources
+                yield self._agent(name), sources, phase.work.get(name, 1.0)
 
-        learn(pairs(), self._tick, paused)
+        def fail(agent: Agent, why: Exception) -> None:
+            if phase.least is None:
+                raise why
+            self.failed[agent.name] = f"{type(why).__name__}: {why}"
+            self.log.write({"event": "failed", "agent": agent.name, "why": self.failed[agent.name]})
+            warnings.warn(f"{agent.name!r} failed and is left out: {why}", stacklevel=2)
+
+        learn(work(), self._tick, fail, paused)
+        out = [name for name in phase.who if name in self.failed]
+        if phase.least is not None and len(phase.who) - len(out) < phase.least:
+            for name, state in before.items():
+                self._agent(name).state = state
+            whys = "; ".join(f"{name!r}: {self.failed[name]}" for name in out)
+            self.failed = {name: why for name, why in self.failed.items() if name not in before}
+            self.learned, self.job = done, None
+            self._save()
+            raise ConsilienceError(
+                f"a round should have at least {phase.least} agents that finish. Found {len(phase.who) - len(out)}: {whys}."
+            )
 
     def _hear(self, phase: Hear) -> None:
         told: dict[str, list[Message]] = {}
         for listener, speakers in phase.who.items():
             told[listener] = []
             for speaker in speakers:
+                if speaker in self.failed:
+                    continue
                 receipts = self._agent(listener).receipts()
                 messages = self._agent(speaker).tell(receipts)
                 if speaker != listener:
@@ -254,7 +282,7 @@ class Walk:
             at = (id(s.test), task if told or mapper is None else s.task)
             if at not in cache:
                 ps, ys, right, n = [], [], 0.0, 0
-                for x, y in s.test.chunks(512 if agent.device.type == "cpu" else 4096):
+                for x, y in s.test.chunks(CHUNK[agent.device.type == "cpu"]):
                     p, weights, keys = agent._predict(x, task)
                     ps.append(p.cpu())
                     ys.append(y.cpu())
@@ -289,7 +317,7 @@ class Walk:
         """A point of the learning curve: the metric on what is being learned, by the parameters of this step."""
         for s in job.sources:
             task = s.task if self._agent(job.agent).aware else None
-            pairs = [(job.answer(x, task).cpu(), y) for x, y in s.test.chunks(512 if job.layout.device.type == "cpu" else 4096)]
+            pairs = [(job.answer(x, task).cpu(), y) for x, y in s.test.chunks(CHUNK[job.layout.device.type == "cpu"])]
             score = self.measure(torch.cat([p for p, _ in pairs]), torch.cat([y for _, y in pairs]))
             at = {"agent": job.agent, "source": s.name, "epoch": job.epoch, "step": job.index, "steps": self.ledger.steps}
             self.learning.append({**at, "score": score})
@@ -364,7 +392,7 @@ class Walk:
         self.ledger.clock()
         facts["walk"] = {
             "phase": self.phase, "learned": self.learned, "rows": self.rows, "mapped": self.mapped, "curve": self.curve,
-            "learning": self.learning, "stages": self.stages, "seed": self.seed, "job": None,
+            "learning": self.learning, "stages": self.stages, "seed": self.seed, "job": None, "failed": self.failed,
             "ledger": {"by_agent": self.ledger.by_agent, "seconds": self.ledger.seconds, "steps": self.ledger.steps},
         }  # fmt: skip
         if self.job is not None:
@@ -432,7 +460,7 @@ class Walk:
         walk = r["walk"]
         self.phase, self.learned = walk["phase"], walk["learned"]
         self.rows, self.mapped, self.curve, self.stages = walk["rows"], walk["mapped"], walk["curve"], walk["stages"]
-        self.learning = walk["learning"]
+        self.learning, self.failed = walk["learning"], walk["failed"]
         self.ledger.by_agent = walk["ledger"]["by_agent"]
         self.ledger.seconds, self.ledger.steps = walk["ledger"]["seconds"], walk["ledger"]["steps"]
         for name in r["agents"]:

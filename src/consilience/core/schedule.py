@@ -12,9 +12,16 @@ from consilience.core.source import Examples, Frame, Source
 
 @dataclass(frozen=True)
 class Learn:
-    """These agents learn these sources, each all of its own in every step; the agents do not see each other."""
+    """These agents learn these sources, each all of its own in every step; the agents do not see each other.
+
+    An agent that fails (its parameters are not finite, its data cannot be read) is not heard until it learns again, where at least
+    `least` others finish; else, or without `least`, the run stops, and can be resumed.
+    """
 
     who: Mapping[str, tuple[str, ...]]
+    work: Mapping[str, float] = field(default_factory=dict)
+    """The fraction of its steps that an agent does, where it is not all of them: a straggler."""
+    least: int | None = None
 
 
 @dataclass(frozen=True)

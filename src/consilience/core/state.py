@@ -29,7 +29,7 @@ class State:
     outer: Mapping[str, Tensor] = field(default_factory=dict)
     bank: Bank = field(default_factory=dict)
     absorbed: Mapping[str, tuple[int, str]] = field(default_factory=dict)
-    memory: Mapping[str, Mapping[str, Private]] = field(default_factory=dict)
+    memory: Mapping[str, Mapping[str, Item]] = field(default_factory=dict)
     visits: Mapping[str, int] = field(default_factory=dict)
     version: int = 0
     size: int = 0

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from consilience.core.correction import NO_TRAINING
 from consilience.core.errors import ConsilienceError
 from consilience.core.model import Model
 from consilience.core.params import Layout, Params
@@ -71,7 +72,7 @@ def anatomy(model: Model) -> Anatomy:
 def without_tasks(facts: Facts) -> str | None:
     """Why a correction that treats every task in its own way cannot act, or None."""
     if not facts.learns:
-        return "it bends training, and here only trained models are given; use parameter_average"
+        return NO_TRAINING
     if not facts.aware:
         return "it needs to know the task, and there is neither a label nor a mapper; use scenario='task', or compose it with a mapper"
     if facts.model is not None:

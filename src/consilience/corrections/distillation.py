@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from consilience.core.correction import Correction, Learned, Me, Memory, Row, StepView
+from consilience.core.correction import NO_TRAINING, Correction, Learned, Me, Memory, Row, StepView
 from consilience.core.errors import ConsilienceError
 from consilience.core.message import Statistics
 from consilience.core.source import Source
@@ -111,7 +111,7 @@ class LessForgetting(Correction):
 
     def refuse(self, facts: Facts) -> str | None:
         if not facts.learns:
-            return "it bends training, and here only trained models are given; use parameter_average"
+            return NO_TRAINING
         grows = facts.model is None or not facts.model.init(torch.Generator().manual_seed(0))[0]  # its layers come with the tasks
         if not grows and not (anatomy(facts.model).layers or anatomy(facts.model).others):
             return "the features are frozen, so that nothing can forget them; use lwf"

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from consilience.core.buffer import Policy
-from consilience.core.correction import Learned, Me, Memory, StepView
+from consilience.core.correction import NO_TRAINING, Learned, Me, Memory, StepView
 from consilience.core.errors import ConsilienceError, Refusal
 from consilience.core.message import Private
 from consilience.core.model import Model
@@ -59,7 +59,7 @@ class ICaRL(Buffer):
         if facts.kind == "value":
             return "values have no classes with a mean; use er"
         if not facts.learns:
-            return "it bends training, and here only trained models are given; use parameter_average"
+            return NO_TRAINING
         if facts.model is not None:
             params = facts.model.init(torch.Generator().manual_seed(0))[0]
             try:
@@ -160,7 +160,7 @@ class GDumb(Buffer):
         if facts.hears_others:
             return THROWN + "use er"
         if not facts.learns:
-            return "it bends training, and here only trained models are given; use parameter_average"
+            return NO_TRAINING
         if facts.kind == "value":
             return "values have no classes to balance; use er"
         return super().refuse(facts)

@@ -255,10 +255,6 @@ class GenerativeReplay(Correction):
             vae, seen = vae.grown(), [*seen, (source.name, None, [])]
         now = [name for name, *_ in seen].index(source.name)
         seen[now] = (source.name, learned.task, list(source.classes))
-        if "log_variance" not in vae.weights and not self._unit(source):
-            raise ConsilienceError(
-                f"inputs of a Bernoulli generator should lie in [0, 1]. Found others in {source.name!r}; use likelihood='gaussian'."
-            )
         with torch.enable_grad():
             vae = self._train(vae, before, source, now, [] if known is None else known.old, generator)
         finite(vae.weights, f"the generator after {source.name!r} (a lower lr of it helps where its training diverges)")

@@ -18,6 +18,7 @@ from consilience.core.message import Private
 from consilience.core.params import Params
 from consilience.core.source import Source
 from consilience.core.step import sample_losses
+from consilience.corrections.baselines import others
 from consilience.corrections.rehearsal import ER
 
 
@@ -26,7 +27,7 @@ class Held:
     """What is known of the buffer: what `ER` draws from, and the items of the other sources."""
 
     groups: Any
-    items: Sequence[tuple[str, Private]]
+    items: Sequence[Private]
 
 
 def directions(
@@ -94,8 +95,7 @@ class GSS(ER):
         groups = super().recall(memory, sources)
         if groups is None:
             return None
-        now = {s.name for s in sources}
-        return Held(groups, [(s, i) for (_, s), i in sorted(memory.items()) if s not in now])  # type: ignore[misc]
+        return Held(groups, list(others(memory, sources).values()))
 
     def sample(self, me: Me, sources: tuple[Source, ...], generator: torch.Generator) -> list[Batch]:
         """As `ER`, from the same groups."""
@@ -103,7 +103,7 @@ class GSS(ER):
 
     def summarise(self, learned: Learned, me: Me) -> Private:
         """This source's examples in the buffer, and the keys of the earlier ones that they drove out (`trim` takes those away)."""
-        items = [] if me.known is None else [i for _, i in me.known.items]
+        items = [] if me.known is None else list(me.known.items)
         device, new = learned.layout.device, len(items)
         tasks = [*[i.meta["task"] for i in items], learned.task]
         classes: dict[str | None, set[int]] = {}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from consilience.core.correction import Correction, Learned, Me, Memory, StepView
+from consilience.core.correction import NO_TRAINING, Correction, Learned, Me, Memory, StepView
 from consilience.core.errors import ConsilienceError
 from consilience.core.message import Private
 from consilience.core.model import Model
@@ -35,7 +35,7 @@ class Columns(Correction):
         from consilience.models.columns import Progressive
 
         if not facts.learns:
-            return "it bends training, and here only trained models are given; use parameter_average"
+            return NO_TRAINING
         if not facts.aware:
             return "it needs to know the task, and there is neither a label nor a mapper; use scenario='task', or compose it with a mapper"
         if facts.model is not None and not isinstance(facts.model, Progressive):

@@ -13,6 +13,7 @@ from consilience.core.errors import ConsilienceError
 from consilience.core.message import Private
 from consilience.core.source import Source
 from consilience.core.step import mean_loss
+from consilience.corrections.baselines import others
 from consilience.corrections.rehearsal import ER
 
 
@@ -48,8 +49,7 @@ class EpisodicConstraints(Correction):
 
     def recall(self, memory: Memory, sources: tuple[Source, ...]) -> list[tuple[str, Any]] | None:
         """(source, item) of every other source."""
-        now = {s.name for s in sources}
-        return [(source, item) for (_, source), item in sorted(memory.items()) if source not in now] or None
+        return list(others(memory, sources).items()) or None
 
     def sample(self, me: Me, sources: tuple[Source, ...], generator: torch.Generator) -> list[Batch]:
         """A part of weight 0 for each earlier source: it is forwarded, and `rows` makes its constraint."""

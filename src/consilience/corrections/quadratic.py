@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from consilience.core.correction import Correction, Learned, Me, Memory, StepView
+from consilience.core.correction import NO_TRAINING, Correction, Learned, Me, Memory, StepView
 from consilience.core.errors import ConsilienceError
 from consilience.core.message import Statistics
 from consilience.core.source import Source
@@ -190,7 +190,7 @@ class Proximal(Correction):
         non_negative("Proximal", mu=self.mu)
 
     def refuse(self, facts: Facts) -> str | None:
-        return None if facts.learns else "it bends training, and here only trained models are given; use parameter_average"
+        return None if facts.learns else NO_TRAINING
 
     def penalty(self, step: StepView, me: Me) -> Tensor:
         away = step.theta - step.start

@@ -17,10 +17,10 @@ from consilience.core.message import Private
 from consilience.core.schedule import Facts
 from consilience.core.source import Source
 from consilience.core.step import sample_losses
-from consilience.corrections.baselines import facts_of
+from consilience.corrections.baselines import facts_of, others
 from consilience.corrections.quadratic import non_negative
 
-Bufs = list[tuple[str, str | None, Tensor, Tensor]]
+Bufs = list[tuple[Any, ...]]
 
 
 class Buffer(Correction):
@@ -86,6 +86,7 @@ class ER(Buffer):
 
     neutral: ClassVar[dict[str, int]] = {"size": 0}
     recalls: ClassVar[bool] = True
+    keeps: ClassVar[tuple[str, ...]] = ("x", "y")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -93,19 +94,13 @@ class ER(Buffer):
             raise ConsilienceError(f"`batch_size` of the buffer should be >= 1. Found `batch_size = {self.batch_size}`.")
 
     def recall(self, memory: Memory, sources: tuple[Source, ...]) -> Bufs | None:
-        """(source, task, x, y) of every other source, those of one task together."""
-        now = {s.name for s in sources}
-        by_task: dict[str | None, list[tuple[str, Private]]] = {}
-        for (_, source), item in sorted(memory.items()):
-            if source not in now and len(item.tensors["y"]):
-                by_task.setdefault(item.meta["task"], []).append((source, item))  # type: ignore[arg-type]
+        """(source, task, x, y, ..) of every other source, those of one task together: the tensors that `keeps` names."""
+        by_task: dict[str | None, dict[str, Private]] = {}
+        for source, item in others(memory, sources).items():
+            if len(item.tensors["y"]):
+                by_task.setdefault(item.meta["task"], {})[source] = item
         groups: Bufs = [
-            (
-                "+".join(s for s, _ in items),
-                task,
-                torch.cat([i.tensors["x"] for _, i in items]),
-                torch.cat([i.tensors["y"] for _, i in items]),
-            )
+            ("+".join(items), task, *[torch.cat([i.tensors[k] for i in items.values()]) for k in self.keeps])
             for task, items in by_task.items()
         ]
         return groups or None
@@ -133,11 +128,12 @@ class ERACE(ER):
 
     def recall(self, memory: Memory, sources: tuple[Source, ...]) -> Any:
         """The groups of `ER`, and how many examples were seen."""
-        groups, now = super().recall(memory, sources), {s.name for s in sources}
-        return groups and (groups, sum(item.meta["seen"] for (_, source), item in memory.items() if source not in now))
+        groups = super().recall(memory, sources)
+        return groups and (groups, sum(item.meta["seen"] for item in others(memory, sources).values()))
 
     def sample(self, me: Me, sources: tuple[Source, ...], generator: torch.Generator) -> list[Batch]:
-        """One part, of the buffer and of the source itself; with task labels of either."""
+        """One part, of the buffer and of the source itself; with task labels of whichever has more of the drawn examples, since a
+        part has one task."""
         groups, seen = me.known
         own = sources[int(torch.randint(len(sources), (1,), generator=generator))]
         new = sum(len(s.train) for s in sources)
@@ -146,7 +142,7 @@ class ERACE(ER):
         index = torch.randint(len(own.train), (self.batch_size,), generator=generator)
         x, y = own.train.select(index).whole()
         x, y = x.to(old.x), y.to(old.y)
-        if old.task is not None:  # a part has one task
+        if old.task is not None:
             return [replace(old, x=x, y=y, task=own.task, source=own.name)] if fresh * 2 > self.batch_size else [old]
         return [replace(old, x=torch.cat([x[:fresh], old.x[fresh:]]), y=torch.cat([y[:fresh], old.y[fresh:]]))]
 
@@ -171,20 +167,11 @@ class DER(ER):
     alpha: float = 0.5
     beta: float = 0.0
 
+    keeps: ClassVar[tuple[str, ...]] = ("x", "y", "logits")
+
     def __post_init__(self) -> None:
         super().__post_init__()
         non_negative(type(self).__name__, alpha=self.alpha, beta=self.beta)
-
-    def recall(self, memory: Memory, sources: tuple[Source, ...]) -> Bufs | None:
-        groups = super().recall(memory, sources)
-        if groups is None:
-            return None
-        logits = {item.meta["task"]: [] for item in memory.values()}  # type: ignore[var-annotated]
-        now = {s.name for s in sources}
-        for (_, source), item in sorted(memory.items()):
-            if source not in now and len(item.tensors["y"]):
-                logits[item.meta["task"]].append(item.tensors["logits"])
-        return [(name, task, x, y, torch.cat(logits[task])) for name, task, x, y in groups]  # type: ignore[misc]
 
     def sample(self, me: Me, sources: tuple[Source, ...], generator: torch.Generator) -> list[Batch]:
         """A part of weight 0 with its logits, and for DER++ another of weight beta."""

@@ -87,7 +87,9 @@ class WeightSpace(Consolidator):
             aggregator = self.aggregator if any(m.learned for m, _ in heard) else None
             own = [n for n in names if model.task_of(n) is not None]  # a task's own entries have no base: averaged
             for some, a in (([n for n in names if n not in own], aggregator), (own, None)):
-                if some:
+                if some and len(among) == 1 and a is None:
+                    merged |= {n: among[0][1][n] for n in some}
+                elif some:
                     merged |= self._combine(a, some, among, state.base, generator)
         if not any(m.learned for m, _ in heard):
             params, outer = {**state.params, **merged}, dict(state.outer)

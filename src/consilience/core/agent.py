@@ -60,6 +60,11 @@ class Job:
         return self.step.carry
 
     @property
+    def moment(self) -> tuple[int, int, int, int]:
+        """(epoch, step in the epoch, epochs, steps an epoch)."""
+        return (self.epoch, self.index, *self.step.span)
+
+    @property
     def name(self) -> str:
         return "+".join(s.name for s in self.sources)
 
@@ -86,19 +91,13 @@ class Job:
         self.step.span = (self.training.epochs, most)
         return plans
 
-    def run(self, ledger: Ledger) -> Iterator[None]:
-        """Run the steps that are left, yielding after each; `epoch` and `index` say what is done."""
-        if not self.layout.size:
-            return
+    def draw(self) -> Iterator[tuple[list[Batch], tuple[int, int]]]:
+        """The parts of every step that is left, with its clock; who takes a step raises `index`."""
         drawn = self.step.by_verb["sample"]
-        first, visit, draws = self.sources[0].name, self.visits[0], self.step.model.draws
         while self.epoch < self.training.epochs:
-            plans = [plan[self.index :] for plan in self.plan(self.epoch)]
-            if self.work < 1:
-                left = max(1, round(self.work * self.training.epochs * self.step.span[1])) - self.steps
-                if left <= 0:
-                    return
-                plans = [plan[:left] for plan in plans]
+            plans = self.left(self.epoch, self.index)
+            if not plans[0]:
+                return
             streams = [examples.batches(plan) for (_, examples, _), plan in zip(self.parts, plans, strict=True)]
             for batches in zip(*streams, strict=True):
                 parts = [
@@ -106,16 +105,36 @@ class Job:
                 ]
                 clock = (self.epoch, self.index)
                 for c, me in drawn:
-                    more = c.sample(me, self.sources, key(self.seed, first, visit, *clock, c.name))
+                    more = c.sample(me, self.sources, key(self.seed, self.sources[0].name, self.visits[0], *clock, c.name))
                     parts += [replace(b, owner=c.name) for b in more]
-                generator = key(self.seed, first, visit, *clock, "aggregate") if self.step.aggregator else None
-                shapes = (*self.kind, *[(tuple(p.x.shape), p.task) for p in parts])
-                with self._drawing(first, visit, clock) if draws else nullcontext():
-                    ledger.work(self.agent, shapes, lambda p=parts, t=clock, g=generator: self.step(p, t, g))  # type: ignore[misc]
-                ledger.steps += 1
-                self.index += 1
-                yield
+                yield parts, clock
             self.epoch, self.index = self.epoch + 1, 0
+
+    def left(self, epoch: int, index: int) -> list[list[Tensor]]:
+        """The index batches of each part that are left of an epoch from a step on."""
+        plans = [plan[index:] for plan in self.plan(epoch)]
+        if self.work == 1:
+            return plans
+        most = self.step.span[1]
+        limit = max(1, round(self.work * self.training.epochs * most)) - (epoch * most + index)
+        return [plan[: max(0, limit)] for plan in plans]
+
+    def cost(self, parts: Sequence[Batch]) -> tuple[object, ...]:
+        """What makes steps alike in cost."""
+        return (*self.kind, *[(tuple(p.x.shape), p.task) for p in parts])
+
+    def run(self, ledger: Ledger) -> Iterator[None]:
+        """Run the steps that are left, yielding after each; `epoch` and `index` say what is done."""
+        if not self.layout.size:
+            return
+        first, visit, draws = self.sources[0].name, self.visits[0], self.step.model.draws
+        for parts, clock in self.draw():
+            generator = key(self.seed, first, visit, *clock, "aggregate") if self.step.aggregator else None
+            with self._drawing(first, visit, clock) if draws else nullcontext():
+                ledger.work(self.agent, self.cost(parts), lambda p=parts, t=clock, g=generator: self.step(p, t, g))  # type: ignore[misc]
+            ledger.steps += 1
+            self.index += 1
+            yield
 
     @contextmanager
     def _drawing(self, source: str, visit: int, clock: tuple[int, int]) -> Iterator[None]:
@@ -188,6 +207,7 @@ class Agent:
         self.frame = schedule.frame
         self.aware = schedule.labelled or method.mapper is not None
         self._hashes: dict[str, tuple[Params, str]] = {}
+        self._said: tuple[State, list[Message]] | None = None
 
     # learn
 
@@ -346,13 +366,20 @@ class Agent:
 
     def tell(self, receipts: Mapping[str, int]) -> list[Message]:
         """Messages that the listener lacks: the agent's own whole, and what its bank holds, relayed as it is."""
+        return [m for m in self._says() if m.version > receipts.get(f"{m.sender}|{m.source}", -1)]
+
+    def _says(self) -> list[Message]:
+        """All that it could tell, made once for a state."""
+        if self._said is not None and self._said[0] is self.state:
+            return self._said[1]
         whole = self.consolidator.export(self.model, self.state, (), self.method.personal)
         items: dict[str, dict[str, Shared]] = {s: {"model": item} for s, item in whole.items()}
         if told := self._told():
             items[""] = {**items.get("", {}), **told}
         messages = [self._message(s, self.state.version, self.state.size, own) for s, own in items.items()]
         messages += [m for m in self.state.bank.values() if m.items and m.source]
-        return [m for m in messages if m.version > receipts.get(f"{m.sender}|{m.source}", -1)]
+        self._said = (self.state, messages)
+        return messages
 
     def absorb(self, messages: Sequence[Message], by_size: bool = True) -> None:
         """Join the messages into the bank, and consolidate those that are fresh."""

@@ -24,3 +24,7 @@ class Batch:
     """Of its own loss among the objectives; None: 1 / (number of such parts). 0: it is forwarded, and only `rows` use it."""
     owner: str = ""
     """The correction that drew it; set by the loop."""
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean of values [B] over the samples that count: sum w v / sum w."""
+        return values.mean() if self.w is None else (values * self.w).sum() / self.w.sum()

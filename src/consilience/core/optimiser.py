@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ OptimiserState = dict[str, Tensor]
 
 class Optimiser(ABC):
     """init(theta [n]) -> state; update(grad [n], state, theta [n]) -> (direction [n], state); theta - lr x direction is the step."""
+
+    elementwise: ClassVar[bool] = True
+    """Whether every number is treated alike, so that entries may be updated one by one."""
 
     @abstractmethod
     def init(self, theta: Tensor) -> OptimiserState: ...

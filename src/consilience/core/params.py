@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from consilience.core.errors import ConsilienceError
 
@@ -30,13 +31,27 @@ def key(*parts: object) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
+_DIGESTS = WeakTensorKeyDictionary()
+
+
+def _digest(t: Tensor) -> bytes:
+    """A hash of a tensor's bytes, made once as long as nobody changes it."""
+    version = -1 if t.is_inference() else t._version
+    found = _DIGESTS.get(t)
+    if found is not None and found[0] == version >= 0:
+        return found[1]  # type: ignore[no-any-return]
+    flat = t.detach().cpu().contiguous().view(-1)
+    digest = hashlib.sha256(flat.view(torch.uint8).numpy().data if t.numel() else b"").digest()
+    _DIGESTS[t] = (version, digest)
+    return digest
+
+
 def content_hash(tensors: Mapping[str, Tensor]) -> str:
     """A hash of names, types, shapes and bytes: equal content has an equal hash, whatever the order of the names."""
     h = hashlib.sha256()
     for name in sorted(tensors):
-        t = tensors[name].detach().cpu().contiguous()
-        h.update(f"{name}|{t.dtype}|{tuple(t.shape)}|".encode())
-        h.update(t.view(-1).view(torch.uint8).numpy().data if t.numel() else b"")
+        t = tensors[name]
+        h.update(f"{name}|{t.dtype}|{tuple(t.shape)}|".encode() + _digest(t))
     return h.hexdigest()[:32]
 
 
@@ -100,7 +115,7 @@ class Layout:
 def finite(tensors: Mapping[str, Tensor], whose: str) -> None:
     """Refuse NaN and infinity by name, before any work is lost."""
     for name, t in tensors.items():
-        if t.is_floating_point() and not torch.isfinite(t).all():
+        if t.is_floating_point() and not (torch.isfinite(t.sum()) or torch.isfinite(t).all()):  # a finite sum has finite terms
             raise ConsilienceError(f"parameters should be finite. Found NaN or infinity in {name!r} of {whose}.")
 
 

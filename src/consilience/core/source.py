@@ -12,6 +12,9 @@ from torch import Tensor
 
 from consilience.core.errors import ConsilienceError
 
+GATHERED = 1 << 20
+"""Bytes of examples that are gathered at once."""
+
 Label = tuple[str, str]
 """(label space, class name): two data sets share a class only where their label space says so."""
 
@@ -64,9 +67,15 @@ class Tensors(Examples):
         return len(self.y)
 
     def batches(self, plan: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        for index in plan:
-            index = index.to(self.x.device)
-            yield self.x.index_select(0, index), self.y.index_select(0, index)
+        if not len(plan):
+            return
+        each = max(1, self.x[:1].nbytes * max(map(len, plan)))
+        many = max(1, GATHERED // each)  # one gather for several small batches
+        for at in range(0, len(plan), many):
+            some = list(plan[at : at + many])
+            index = (torch.cat(some) if len(some) > 1 else some[0]).to(self.x.device)
+            sizes = [len(i) for i in some]
+            yield from zip(self.x.index_select(0, index).split(sizes), self.y.index_select(0, index).split(sizes), strict=True)
 
     def select(self, index: Tensor) -> Tensors:
         return Tensors(self.x[index], self.y[index])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -39,9 +40,9 @@ def sample_losses(out: Tensor, y: Tensor, kind: str) -> Tensor:
 
 def mean_loss(out: Tensor, batch: Batch, kind: str) -> Tensor:
     """The loss of a batch: the mean over its samples, weighted where some are padding."""
-    if batch.w is not None:
-        return (sample_losses(out, batch.y, kind) * batch.w).sum() / batch.w.sum()
-    return F.cross_entropy(out, batch.y) if kind == "class" else sample_losses(out, batch.y, kind).mean()
+    if batch.w is None and kind == "class":
+        return F.cross_entropy(out, batch.y)
+    return batch.mean(sample_losses(out, batch.y, kind))
 
 
 def acts(c: Correction, me: Me) -> bool:
@@ -84,19 +85,24 @@ class Step:
             if model.task_of(name) is not None:
                 self.shared[layout.span(name)] = False
         self.all_shared = bool(self.shared.all())
-        self.columns = {t: self._mask(classes) for t, classes in frame.tasks.items()} if frame.kind == "class" else {}
-        self.leaves = {n: v.detach().requires_grad_() for n, v in layout.split(carry.theta).items()}
-        self.inputs = [self.leaves[n] for n in layout.names]
+        self._columns: dict[str, Tensor] = {}
         self.bound: Forward | None = None
         self.start_buffers = {n: b.clone() for n, b in carry.buffers.items()}
-        if not self.by_verb["view"]:
-            self.bound, carry.buffers = model.bind({**fixed, **self.leaves}, carry.buffers, True)
+        self.absent: list[str] = []
         self._before: Forward | None = None
 
-    def _mask(self, classes: Sequence[int]) -> Tensor:
-        keep = torch.zeros(self.model.outputs, dtype=torch.bool, device=self.layout.device)
-        keep[list(classes)] = True
-        return keep
+    @cached_property
+    def leaves(self) -> Params:
+        """The trainable entries, over the very memory of theta."""
+        return {n: v.detach().requires_grad_() for n, v in self.layout.split(self.carry.theta).items()}
+
+    def columns(self, task: str) -> Tensor:
+        """The output columns [C] that are a task's."""
+        if task not in self._columns:
+            keep = torch.zeros(self.model.outputs, dtype=torch.bool, device=self.layout.device)
+            keep[list(self.frame.tasks[task])] = True
+            self._columns[task] = keep
+        return self._columns[task]
 
     def _autocast(self) -> AbstractContextManager[object]:
         if self.training.precision == "bf16":
@@ -127,8 +133,14 @@ class Step:
 
     def forward(self, x: Tensor, task: str | None) -> Tensor:
         """The outputs [B, C] in training mode."""
-        if self.bound is not None:
+        if not self.by_verb["view"]:
+            if self.bound is None:
+                self.bound, self.carry.buffers = self.model.bind({**self.fixed, **self.leaves}, self.carry.buffers, True)
             return self.bound(x, task)
+        return self.seen(x, task)
+
+    def seen(self, x: Tensor, task: str | None) -> Tensor:
+        """The outputs [B, C] in training mode, through the views."""
         params: Params = {**self.fixed, **self.leaves}
         for c, me in self.by_verb["view"]:
             params = c.view(params, task, me)
@@ -160,16 +172,43 @@ class Step:
         """The flat gradient [n] of a scalar, and the names of the entries that it does not reach."""
         if not loss.requires_grad:  # such as what an earlier task answers through its own mask
             return torch.zeros(self.layout.size, dtype=self.layout.dtype, device=self.layout.device), list(self.layout.names)
-        grads = torch.autograd.grad(loss, self.inputs, retain_graph=keep, allow_unused=True)
+        inputs = [self.leaves[n] for n in self.layout.names]
+        grads = torch.autograd.grad(loss, inputs, retain_graph=keep, allow_unused=True)
         absent = [n for n, g in zip(self.layout.names, grads, strict=True) if g is None]
         flat = torch.cat(
-            [torch.zeros_like(p).view(-1) if g is None else g.reshape(-1) for g, p in zip(grads, self.inputs, strict=True)]
+            [torch.zeros_like(p).view(-1) if g is None else g.reshape(-1) for g, p in zip(grads, inputs, strict=True)]
         )
         return flat, absent
 
     def __call__(self, parts: list[Batch], clock: tuple[int, int], generator: torch.Generator | None) -> None:
         """One step: `carry` and the traces move on."""
-        carry, kind = self.carry, self.frame.kind
+        carry = self.carry
+        see = self.observe(parts, carry.theta, clock)
+        objectives, weights, constraints = self.objectives(see)
+        factor = self._mask_of(see)
+        grad, self.absent = self._aggregate(objectives, weights, constraints, factor, generator)
+        trained = grad
+        if self.by_verb["penalty"]:
+            leaf = carry.theta.detach().requires_grad_()
+            trained = grad + torch.autograd.grad(self.penalty(replace(see, theta=leaf)), leaf)[0]
+        lr = self.training.lr
+        direction, state = self.optimiser.update(trained, carry.optimiser, carry.theta)
+        if self.absent:
+            direction = self._hold(direction, state, carry.optimiser, self.absent)
+        if factor is not None:
+            direction = direction.masked_fill(factor == 0, 0)
+        carry.optimiser = state
+        for c, me in self.by_verb["trace"]:
+            me.trace = c.trace(see, me, grad, direction * -lr)
+        carry.theta.add_(direction, alpha=-lr)
+
+    def observe(self, parts: list[Batch], theta: Tensor, clock: tuple[int, int]) -> StepView:
+        """All parts forwarded: what the verbs of this step see."""
+        raw, outs = self.outputs(parts, clock)
+        return self.look(parts, theta, clock, raw, outs)
+
+    def outputs(self, parts: list[Batch], clock: tuple[int, int]) -> tuple[list[Tensor], list[Tensor]]:
+        """The model's outputs of all parts, before and after `outputs` verbs and task masks."""
         for _, me in self.by_verb["view"]:
             me.clock, me.span = clock, self.span
         with self._autocast():
@@ -180,9 +219,13 @@ class Step:
         for o, p in zip(raw, parts, strict=True):
             for c, me in self.by_verb["outputs"]:
                 o = c.outputs(o, p.task, me)
-            if p.task is not None and p.task in self.columns:
-                o = o.masked_fill(~self.columns[p.task], -torch.inf)
+            if p.task is not None and self.frame.kind == "class" and p.task in self.frame.tasks:
+                o = o.masked_fill(~self.columns(p.task), -torch.inf)
             outs.append(o)
+        return raw, outs
+
+    def look(self, parts: list[Batch], theta: Tensor, clock: tuple[int, int], raw: list[Tensor], outs: list[Tensor]) -> StepView:
+        """What the verbs of a step see."""
 
         def answer(part: int, task: str | None) -> Tensor:
             if task == parts[part].task or not (self.model.uses_task or self.by_verb["view"]):
@@ -190,13 +233,16 @@ class Step:
             with self._autocast():
                 return self.forward(parts[part].x, task).to(self.layout.dtype)
 
-        see = StepView(
-            carry.theta, self.start, self.layout, parts, raw, outs, self.before, clock, self.span, answer,
+        return StepView(
+            theta, self.start, self.layout, parts, raw, outs, self.before, clock, self.span, answer,
             lambda i: self.features(parts[i].x, parts[i].task), lambda x, task: self.features(x, task, True),
         )  # fmt: skip
 
-        share = 1 / max(1, sum(p.weight is None for p in parts))
-        kept = [(o, share if p.weight is None else p.weight) for o, p in zip(self._losses(see, kind), parts, strict=True)]
+    def objectives(self, see: StepView) -> tuple[list[Tensor], list[float], list[Tensor]]:
+        """The objectives of a step with their weights, and its constraints."""
+        share = 1 / max(1, sum(p.weight is None for p in see.parts))
+        losses = self._losses(see, self.frame.kind)
+        kept = [(o, share if p.weight is None else p.weight) for o, p in zip(losses, see.parts, strict=True)]
         objectives, weights = [o for o, w in kept if w], [w for _, w in kept if w]
         constraints: list[Tensor] = []
         for c, me in self.by_verb["rows"]:
@@ -206,24 +252,11 @@ class Step:
                 else:
                     objectives.append(row.loss)
                     weights.append(row.weight)
-        factor = self._mask_of(see)
-        grad, absent = self._aggregate(objectives, weights, constraints, factor, generator)
-        trained = grad
-        if self.by_verb["penalty"]:
-            leaf = carry.theta.detach().requires_grad_()
-            at = replace(see, theta=leaf)
-            total = sum((c.penalty(at, me) for c, me in self.by_verb["penalty"]), start=leaf.new_zeros(()))
-            trained = grad + torch.autograd.grad(total, leaf)[0]
-        lr = self.training.lr
-        direction, state = self.optimiser.update(trained, carry.optimiser, carry.theta)
-        if absent:
-            direction = self._hold(direction, state, carry.optimiser, absent)
-        if factor is not None:
-            direction = direction.masked_fill(factor == 0, 0)
-        carry.optimiser = state
-        for c, me in self.by_verb["trace"]:
-            me.trace = c.trace(see, me, grad, direction * -lr)
-        carry.theta.add_(direction, alpha=-lr)
+        return objectives, weights, constraints
+
+    def penalty(self, see: StepView) -> Tensor:
+        """The sum of the penalties: a function of `see.theta`."""
+        return sum((c.penalty(see, me) for c, me in self.by_verb["penalty"]), start=see.theta.new_zeros(()))
 
     def _losses(self, see: StepView, kind: str) -> list[Tensor]:
         if not self.by_verb["losses"]:
@@ -231,10 +264,7 @@ class Step:
         each = {i: sample_losses(o, p.y, kind) for i, (o, p) in enumerate(zip(see.outputs, see.parts, strict=True))}
         for c, me in self.by_verb["losses"]:
             each = c.losses(each, see, me)
-        result = []
-        for i, p in enumerate(see.parts):
-            result.append(each[i].mean() if p.w is None else (each[i] * p.w).sum() / p.w.sum())
-        return result
+        return [p.mean(each[i]) for i, p in enumerate(see.parts)]
 
     def _mask_of(self, see: StepView) -> Tensor | None:
         factor: Tensor | None = None

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from consilience.core.batch import Batch
 from consilience.core.correction import NO_TRAINING, Correction, Learned, Me, Memory, Row, StepView
 from consilience.core.errors import ConsilienceError
 from consilience.core.message import Statistics
@@ -20,14 +21,16 @@ if TYPE_CHECKING:
     from consilience.core.schedule import Facts
 
 
-def soft_targets(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T^2 KL(softmax(teacher / T) || softmax(student / T)), averaged over the batch. Hinton et al. 2015.
+def soft_targets(student: Tensor, teacher: Tensor, temperature: float, batch: Batch | None = None) -> Tensor:
+    """T^2 KL(softmax(teacher / T) || softmax(student / T)), averaged over the samples of the batch that count. Hinton et al. 2015.
 
     >>> float(soft_targets(torch.ones(2, 3), torch.ones(2, 3), 2.0))
     0.0
     """
     t = (teacher / temperature).log_softmax(1)
     s = (student / temperature).log_softmax(1)
+    if batch is not None and batch.w is not None:
+        return temperature**2 * batch.mean(F.kl_div(s, t, reduction="none", log_target=True).sum(1))
     return temperature**2 * F.kl_div(s, t, reduction="batchmean", log_target=True)
 
 
@@ -73,15 +76,16 @@ class LwF(Correction):
         total: Tensor | None = None
         new = [i for i, p in enumerate(step.parts) if not p.owner]
         for i in new:
-            x = step.parts[i].x
+            part = step.parts[i]
+            x = part.x
             for task, classes in me.known:
                 columns = torch.tensor(classes, device=x.device)
                 teacher = step.before(x, task).index_select(1, columns)
                 student = step.answer(i, task).index_select(1, columns)
                 if self.match == "probabilities":
-                    loss = soft_targets(student, teacher, self.temperature)
+                    loss = soft_targets(student, teacher, self.temperature, part)
                 else:
-                    loss = F.mse_loss(student, teacher)
+                    loss = part.mean((student - teacher).square().mean(1))
                 total = loss if total is None else total + loss
         assert total is not None
         return [Row(total, self.strength / len(new))]
@@ -126,7 +130,8 @@ class LessForgetting(Correction):
     def rows(self, step: StepView, me: Me) -> list[Row]:
         new = [i for i, p in enumerate(step.parts) if not p.owner]
         total = torch.stack([
-            0.5 * (step.features_before(step.parts[i].x, step.parts[i].task) - step.features(i)).square().sum(1).mean() for i in new
+            0.5 * p.mean((step.features_before(p.x, p.task) - step.features(i)).square().sum(1))
+            for i, p in enumerate(step.parts) if not p.owner
         ]).sum()  # fmt: skip
         return [Row(total, self.strength / len(new))]
 

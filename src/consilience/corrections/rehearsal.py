@@ -150,8 +150,8 @@ class ERACE(ER):
         bent = dict(losses)
         for i, p in enumerate(step.parts):
             if not p.owner:
-                there = torch.zeros(step.outputs[i].shape[1], dtype=torch.bool, device=p.y.device)
-                there = there.index_fill(0, p.y, True)
+                count = torch.ones_like(p.y) if p.w is None else p.w.to(p.y.dtype)
+                there = torch.zeros(step.outputs[i].shape[1], dtype=p.y.dtype, device=p.y.device).scatter_add(0, p.y, count) > 0
                 bent[i] = sample_losses(step.outputs[i].masked_fill(~there, -torch.inf), p.y, "class")
         return bent
 

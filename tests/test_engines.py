@@ -1,0 +1,273 @@
+"""The batched engine: what it learns is what the serial one learns, whatever the clients' sizes; what cannot be stacked says why."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+import consilience as cs
+from consilience.core.errors import Interrupted
+from consilience.core.params import key
+from consilience.core.source import Source, Tensors
+from consilience.engines import batched
+from consilience.engines._batched import Ragged, Slots, Unbatchable, fill, merge
+
+D, C = 6, 3
+LABELS = tuple(("toy", str(c)) for c in range(C))
+
+
+def client(i: int, n: int, shape: tuple[int, ...] = (D,)) -> Source:
+    g = key("engines", i)
+    x = torch.randn(n + 12, *shape, generator=g)
+    y = (x.flatten(1)[:, :C] + 0.3 * torch.randn(n + 12, C, generator=g)).argmax(1)
+    return Source(
+        f"c{i}", Tensors(x[:n], y[:n]), Tensors(x[n : n + 2], y[n : n + 2]), Tensors(x[n:], y[n:]), LABELS, tuple(range(C))
+    )
+
+
+SIZES = (23, 40, 7, 16, 31)
+CLIENTS = [client(i, n) for i, n in enumerate(SIZES)]
+
+
+def mlp() -> cs.models.Model:
+    return cs.models.mlp(D, (8,), C)
+
+
+def go(engine, method, sources=CLIENTS, model=None, rounds=2, precision="fp64", training=None, **arguments):
+    notes = []
+    training = training or cs.Training(epochs=2, batch_size=8, lr=0.1, precision=precision)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        result = cs.run(
+            cs.settings.federated(sources, rounds=rounds, **arguments), method, model or mlp(), training, engine=engine,
+            progress=lambda line: notes.append(line["note"]) if line["event"] == "engine" else None,
+        )  # fmt: skip
+    return result, notes
+
+
+def gap(a, b):
+    assert a.params.keys() == b.params.keys()
+    return max(float((a.params[n].double() - b.params[n].double()).abs().max()) for n in a.params)
+
+
+METHODS = {
+    "fedavg": lambda m: m.fedavg(),
+    "fedprox": lambda m: m.fedprox(0.3),
+    "outer momentum": lambda m: m.fedavg(outer_momentum=0.9),
+    "ewc": lambda m: m.ewc(),
+    "si": lambda m: m.si(),
+    "lwf": lambda m: m.lwf(),
+    "ewc and fedprox": lambda m: m.ewc() + m.fedprox(),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("optimiser", ["sgd", "momentum", "adam"])
+def test_equal_after_twenty_rounds_of_unequal_clients(name, optimiser):
+    more = {"momentum": 0.9, "weight_decay": 0.01} if optimiser == "momentum" else {"optimiser": optimiser}
+    t = cs.Training(epochs=2, batch_size=8, lr=0.02, precision="fp64", **more)
+    method = METHODS[name](cs.methods)
+    engine = batched()
+    a, _ = go("serial", method, training=t, rounds=20, clients_per_round=3)
+    b, notes = go(engine, method, training=t, rounds=20, clients_per_round=3)
+    assert gap(a, b) < 1e-12
+    assert notes == ["batched: 3 agents a step, 83 numbers each"]
+    assert a.costs["macs"] == b.costs["macs"] and a.costs["steps"] == b.costs["steps"] and a.costs["bytes"] == b.costs["bytes"]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_equal_in_single_precision(name):
+    rounds = 1 if name in ("fedavg", "fedprox", "outer momentum") else 2  # in the first nothing is known
+    a, _ = go("serial", METHODS[name](cs.methods), rounds=rounds, precision="fp32")
+    b, _ = go("batched", METHODS[name](cs.methods), rounds=rounds, precision="fp32")
+    assert gap(a, b) < 1e-5
+
+
+def conv(norm):
+    return cs.models.wrap(
+        lambda: nn.Sequential(
+            nn.Conv2d(1, 4, 3), norm(), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 4, 2), nn.ReLU(), nn.Flatten(), nn.Linear(16, C)
+        )
+    )
+
+
+def test_convolutions_with_group_norm():
+    sources = [client(i, n, (1, 8, 8)) for i, n in enumerate((9, 16, 20))]
+    model = conv(lambda: nn.GroupNorm(2, 4))
+    a, _ = go("serial", cs.methods.fedavg(), sources, model)
+    b, notes = go("batched", cs.methods.fedavg(), sources, model)
+    assert gap(a, b) < 1e-12 and notes[0].startswith("batched: 3")
+
+
+def test_batch_norm_with_equal_full_batches_and_not_with_others():
+    full = [client(i, 16, (1, 8, 8)) for i in range(3)]
+    model = conv(lambda: nn.BatchNorm2d(4))
+    a, _ = go("serial", cs.methods.fedavg(), full, model)
+    b, notes = go("batched", cs.methods.fedavg(), full, model)
+    assert gap(a, b) < 1e-11 and notes == [f"batched: 3 agents a step, {sum(p.numel() for p in b.params.values())} numbers each"]
+    for n, t in a.agent.state.buffers.items():
+        assert torch.allclose(t, b.agent.state.buffers[n], atol=1e-12)
+    odd = [client(i, n, (1, 8, 8)) for i, n in enumerate((16, 12))]
+    a, _ = go("serial", cs.methods.fedavg(), odd, model)
+    b, notes = go("batched", cs.methods.fedavg(), odd, model)
+    assert gap(a, b) == 0 and any("batch norm mixes the samples of a batch" in n for n in notes)
+
+
+def test_what_cannot_be_stacked_says_why():
+    dropout = cs.models.wrap(lambda: nn.Sequential(nn.Linear(D, 8), nn.Dropout(0.2), nn.Linear(8, C)))
+    a, _ = go("serial", cs.methods.fedavg(), model=dropout)
+    b, notes = go("batched", cs.methods.fedavg(), model=dropout)
+    assert gap(a, b) == 0 and notes == ["one after another: the model draws random numbers in its forward"]
+
+
+def test_rehearsal_is_drawn_outside_and_stacked():
+    streams = [[client(2 * i, 24), client(2 * i + 1, 20)] for i in range(3)]
+    schedule = cs.settings.federated_continual(streams, rounds=2)
+    t = cs.Training(epochs=2, batch_size=8, lr=0.1, precision="fp64")
+    for method in (cs.methods.er(50), cs.methods.derpp(50), cs.methods.er_ace(50)):
+        a = cs.run(schedule, method, mlp(), t)
+        b = cs.run(schedule, method, mlp(), t, engine="batched")
+        assert gap(a, b) < 1e-12
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 4])
+def test_any_chunk_gives_the_same(chunk):
+    a, _ = go("serial", cs.methods.fedprox())
+    b, _ = go(batched(chunk=chunk), cs.methods.fedprox())
+    assert gap(a, b) < 1e-12
+    with pytest.raises(cs.ConsilienceError, match="`chunk` should be at least 1"):
+        batched(chunk=0)
+
+
+def test_no_client_may_see_another():
+    """Which clients are stacked together changes nothing for any of them."""
+    t = cs.Training(epochs=1, batch_size=8, lr=0.1, precision="fp64")
+    alone = cs.run(cs.settings.federated(CLIENTS[:1], rounds=1), cs.methods.fedavg(), mlp(), t)
+    seen = {}
+
+    class Spy(type(batched())):
+        def learn(self, work, watch, paused=None):
+            super().learn(work, watch, paused)
+            seen.update({agent.name: agent.state.params for agent, *_ in work})
+
+    cs.run(cs.settings.federated(CLIENTS, rounds=1), cs.methods.fedavg(), mlp(), t, engine=Spy())
+    assert max(float((seen["client-0"][n] - p).abs().max()) for n, p in alone.params.items()) < 1e-13
+
+
+class Bad(Tensors):
+    """Examples that cannot be read."""
+
+    def map(self, x=None, y=None):
+        made = super().map(x, y)
+        return Bad(made.x, made.y)
+
+    def batches(self, plan):
+        raise OSError("the disk is gone")
+
+
+@pytest.mark.parametrize("engine", ["serial", "batched"])
+def test_a_client_that_fails_is_left_out_or_stops_the_run(engine):
+    bad = replace(CLIENTS[1], train=Bad(CLIENTS[1].train.x, CLIENTS[1].train.y))
+    sources = [CLIENTS[0], bad, CLIENTS[2], CLIENTS[3]]
+    schedule = cs.settings.federated(sources, rounds=2)
+    t = cs.Training(epochs=1, batch_size=8, lr=0.1, precision="fp64")
+    with pytest.raises(OSError, match="the disk is gone"):
+        cs.run(schedule, cs.methods.fedavg(), mlp(), t, engine=engine)
+
+    def plan(seed, least):
+        from consilience.core.schedule import Learn
+
+        for phase in schedule.plan(seed):
+            yield replace(phase, least=least) if isinstance(phase, Learn) else phase
+
+    lines = []
+    with pytest.warns(UserWarning, match=r"'client-1' failed and is left out: the disk is gone"):
+        r = cs.run(
+            replace(schedule, plan=lambda seed: plan(seed, 3)),
+            cs.methods.fedavg(),
+            mlp(),
+            t,
+            engine=engine,
+            progress=lines.append,
+        )
+    assert [(line["agent"], line["why"]) for line in lines if line["event"] == "failed"] == [
+        ("client-1", "OSError: the disk is gone")
+    ] * 2
+    without = cs.run(cs.settings.federated([CLIENTS[0], CLIENTS[2], CLIENTS[3]], rounds=2), cs.methods.fedavg(), mlp(), t)
+    assert gap(r, without) < 1e-12
+    with (
+        warnings.catch_warnings(),
+        pytest.raises(cs.ConsilienceError, match="at least 4 agents that finish. Found 3: 'client-1': OSError"),
+    ):
+        warnings.simplefilter("ignore")
+        cs.run(replace(schedule, plan=lambda seed: plan(seed, 4)), cs.methods.fedavg(), mlp(), t, engine=engine)
+
+
+def test_a_client_that_diverges_is_named():
+    wild = replace(CLIENTS[2], train=Tensors(CLIENTS[2].train.x * 1e30, CLIENTS[2].train.y))
+    with pytest.raises(cs.ConsilienceError, match="'client-1' after 'c2'"):
+        go("batched", cs.methods.fedavg(), [CLIENTS[0], wild], precision="fp32")
+
+
+def test_interrupted_between_stacks_and_resumed(tmp_path):
+    whole, _ = go(batched(chunk=2), cs.methods.fedavg(outer_momentum=0.5), rounds=3)
+    ticks = []
+
+    class Stopping(type(batched())):
+        def learn(self, work, watch, paused=None):
+            def tick(job):
+                watch.tick(job)
+                ticks.append(job)
+                if len(ticks) == 4:
+                    raise Interrupted("stop")
+
+            super().learn(work, replace(watch, tick=tick), paused)
+
+    t = cs.Training(epochs=2, batch_size=8, lr=0.1, precision="fp64")
+    schedule = cs.settings.federated(CLIENTS, rounds=3)
+    with pytest.raises(Interrupted):
+        cs.run(
+            schedule, cs.methods.fedavg(outer_momentum=0.5), mlp(), t, engine=Stopping(chunk=2), out=tmp_path / "r",
+            checkpoint_seconds=1e-9,
+        )  # fmt: skip
+    again = cs.run(
+        schedule, cs.methods.fedavg(outer_momentum=0.5), mlp(), t, engine=batched(chunk=2), out=tmp_path / "r", resume=True
+    )
+    assert gap(whole, again) == 0 and (whole.matrices == again.matrices).all()
+
+
+@pytest.mark.slow
+def test_compiled_programs_learn_the_same():
+    for optimiser in ("sgd", "adam"):
+        t = cs.Training(epochs=2, batch_size=8, lr=0.02, precision="fp64", optimiser=optimiser)
+        a, _ = go("serial", cs.methods.fedprox(), CLIENTS[:2], training=t)
+        b, notes = go(batched(compiled=True), cs.methods.fedprox(), CLIENTS[:2], training=t)
+        assert gap(a, b) < 1e-12 and not any("not compiled" in n for n in notes)
+
+
+def test_numbers_that_differ_are_stacked_and_what_else_differs_refuses():
+    from consilience.corrections.quadratic import Proximal
+
+    slots = Slots()
+    c = merge([Proximal(0.1), Proximal(0.3)], slots)
+    assert slots.dims == [0] and slots.tensors[0].tolist() == [0.1, 0.3]
+    assert float(fill(c, [torch.tensor(0.3)]).mu) == pytest.approx(0.3)
+    ragged = merge([[1, 2], [1]], Slots())
+    assert isinstance(ragged, Ragged)
+    for use in (lambda: ragged[0], lambda: list(ragged), lambda: ragged + 1, lambda: bool(ragged), lambda: ragged.x):
+        with pytest.raises(Unbatchable, match="differs between agents"):
+            use()
+
+
+def test_auto_stacks_small_models_and_leaves_one_agent_alone():
+    _, notes = go("auto", cs.methods.fedavg())
+    assert notes == ["batched: 5 agents a step, 83 numbers each"]
+    one = cs.run(cs.settings.continual(CLIENTS[:2]), cs.methods.ewc(), mlp(), engine="auto")
+    plain = cs.run(cs.settings.continual(CLIENTS[:2]), cs.methods.ewc(), mlp())
+    assert gap(one, plain) == 0
+    with pytest.raises(cs.ConsilienceError, match="`engine` should be one of the catalogue's. Found 'bached'"):
+        go("bached", cs.methods.fedavg())

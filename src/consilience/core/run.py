@@ -7,16 +7,18 @@ import os
 import platform
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from consilience.core.agent import Agent, Job
+from consilience.core.engine import Engine, Watch
 from consilience.core.errors import ConsilienceError, Interrupted, Refusal, kind_of, unknown
 from consilience.core.folder import Log, Progress, interruptible, plain
 from consilience.core.ledger import Ledger
@@ -44,7 +46,7 @@ def run(
     seed: int = 0,
     out: str | Path | None = None,
     resume: bool = False,
-    engine: str = "serial",
+    engine: str | Engine = "serial",
     metric: str | Metric | None = None,
     checkpoint_seconds: float = 60.0,
     checkpoint_steps: int | None = None,
@@ -63,7 +65,8 @@ def run(
         seed: the first seed; everything random is keyed by it.
         out: a folder for config.yaml, result.json, log.jsonl and checkpoints; None keeps nothing.
         resume: go on from the folder's last checkpoint; the end is bit-identical to a run never interrupted.
-        engine: who runs the steps.
+        engine: who runs the steps: "serial", "batched" (many clients in one program), "ray" (many processes or machines), "auto"
+            (batched where that is faster), or one of `consilience.engines`. What is learned is the same, to rounding.
         metric: "accuracy", "auroc", "r2", or a function of (predictions, targets); None fits the kind of target.
         checkpoint_seconds: the time between checkpoints, also inside a task.
         checkpoint_steps: the steps between checkpoints, in addition.
@@ -88,8 +91,7 @@ def run(
         raise ConsilienceError(f"`curve_steps` should be at least 1. Found `curve_steps = {curve_steps}`.")
     if resume and (out is None or not (Path(out) / "checkpoint" / "index.json").exists()):
         raise ConsilienceError(f"`resume` needs a folder with a checkpoint. Found none in {out}.")
-    if engine != "serial":
-        raise unknown("engine", engine, ["serial"])
+    runner = engine_of(engine)
     chosen = Method.of(method)  # type: ignore[arg-type]
     model = model or default_model(schedule, chosen)
     facts = replace(schedule.facts(seed), model=model)
@@ -125,7 +127,7 @@ def run(
     measure: Metric = METRICS[label] if not callable(metric) else metric
     log = Log(Path(out) if out is not None else None, progress)
     described = config or describe(schedule, name, model, training, seed, repeats)
-    walk = Walk(schedule, chosen, model, training, measure, facts, log, checkpoint_seconds, checkpoint_steps, curve_steps)
+    walk = Walk(schedule, chosen, model, training, measure, facts, log, runner, checkpoint_seconds, checkpoint_steps, curve_steps)
     walk.fingerprint = fingerprint(schedule, chosen, model, training, seed, repeats, label) if out is not None else {}
     if out is not None:
         if resume:
@@ -133,11 +135,14 @@ def run(
         log.open(described, resume)
         walk.restored()
         log.write({"event": "begin", "versions": versions()})
-    with interruptible() as stop:
-        walk.stop = stop
-        for r in range(repeats):
-            if len(walk.finished) <= r:
-                walk.one(seed + r)
+    try:
+        with interruptible() as stop:
+            walk.stop = stop
+            for r in range(repeats):
+                if len(walk.finished) <= r:
+                    walk.one(seed + r)
+    finally:
+        runner.close()
     done = walk.finished
     mean = {k: sum(d["costs"][k] for d in done) / len(done) for k in ("macs", "bytes", "steps", "seconds")}
     costs = {**{k: int(v) for k, v in mean.items() if k != "seconds"}, "seconds": round(mean["seconds"], 3)}
@@ -168,6 +173,7 @@ class Walk:
     measure: Metric
     facts: Facts
     log: Log
+    engine: Engine
     seconds: float
     every: int | None
     inside: int | None = None
@@ -178,6 +184,8 @@ class Walk:
     ran: int = 0
     """Steps that this process ran."""
     _resumed: dict[str, Any] | None = None
+    _wire: WeakValueDictionary[object, Message] = field(default_factory=WeakValueDictionary)
+    _sizes: WeakKeyDictionary[Message, int] = field(default_factory=WeakKeyDictionary)
     _saved: float = field(default_factory=time.monotonic)
 
     def one(self, seed: int) -> None:
@@ -218,18 +226,11 @@ class Walk:
         self._save()
 
     def _learn(self, phase: Learn, paused: tuple[Mapping[str, Tensor], Mapping[str, int]] | None) -> None:
-        from consilience.engines.serial import Work, learn
-
         done = self.learned
         who = list(phase.who.items())[done:]
         before = {name: self._agent(name).state for name, _ in who} if phase.least is not None else {}
         if not done:
             self.failed = {name: why for name, why in self.failed.items() if name not in phase.who}
-
-        def work() -> Iterator[Work]:
-            for i, (name, sources) in enumerate(who):
-                self.learned += bool(i)
-                yield self._agent(name), sources, phase.work.get(name, 1.0)
 
         def fail(agent: Agent, why: Exception) -> None:
             if phase.least is None:
@@ -238,7 +239,14 @@ class Walk:
             self.log.write({"event": "failed", "agent": agent.name, "why": self.failed[agent.name]})
             warnings.warn(f"{agent.name!r} failed and is left out: {why}", stacklevel=2)
 
-        learn(work(), self._tick, fail, paused)
+        def finished(agent: Agent) -> None:
+            self.learned, self.job = self.learned + 1, None
+
+        def note(text: str) -> None:
+            self.log.write({"event": "engine", "note": text})
+
+        work = [(self._agent(name), sources, phase.work.get(name, 1.0)) for name, sources in who]
+        self.engine.learn(work, Watch(self._tick, finished, fail, note), paused)
         out = [name for name in phase.who if name in self.failed]
         if phase.least is not None and len(phase.who) - len(out) < phase.least:
             for name, state in before.items():
@@ -261,13 +269,22 @@ class Walk:
                 receipts = self._agent(listener).receipts()
                 messages = self._agent(speaker).tell(receipts)
                 if speaker != listener:
-                    sent = [m.to_bytes() for m in messages]
                     self.ledger.sent(listener, speaker, len(json.dumps(receipts)))
-                    self.ledger.sent(speaker, listener, sum(map(len, sent)))
-                    messages = [Message.from_bytes(b) for b in sent]
+                    messages = [self._send(m, speaker, listener) for m in messages]
                 told[listener] += messages
         for listener, messages in told.items():
             self._agent(listener).absorb(messages, phase.by_size)
+
+    def _send(self, m: Message, speaker: str, listener: str) -> Message:
+        """A message as it arrives, from its bytes; what several hear, or relay, is the same object for all."""
+        at = (m.key, m.version, m.digest, m.base, m.learned)
+        arrived = self._wire.get(at)
+        if arrived is None:
+            data = m.to_bytes()
+            arrived = self._wire[at] = Message.from_bytes(data)
+            self._sizes[arrived] = len(data)
+        self.ledger.sent(speaker, listener, self._sizes[arrived])
+        return arrived
 
     @torch.no_grad()
     def _evaluate(self, stage: str) -> None:
@@ -470,6 +487,17 @@ class Walk:
         tensors = {k[len("job|") :]: t for k, t in r["tensors"].items() if k.startswith("job|")}
         self._resumed = None
         return (tensors, job) if job is not None else None
+
+
+def engine_of(engine: str | Engine) -> Engine:
+    """An engine by its name, or as it is given."""
+    from consilience import engines
+
+    if isinstance(engine, Engine):
+        return engine
+    if engine not in engines.NAMES:
+        raise unknown("engine", engine, engines.NAMES)
+    return getattr(engines, engine)()  # type: ignore[no-any-return]
 
 
 def checked(schedule: Any, model: Any, training: Any) -> Model | None:

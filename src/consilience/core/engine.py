@@ -1,0 +1,43 @@
+"""Engines: who runs the steps of a learn. They never show to a method."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from consilience.core.agent import Agent, Job
+
+Work = tuple[Agent, tuple[str, ...], float]
+"""An agent, the names of its sources, and the fraction of its steps that it does."""
+
+Paused = tuple[Mapping[str, Tensor], Mapping[str, int]]
+"""What `Job.save` kept of the first agent's job."""
+
+
+@dataclass(frozen=True)
+class Watch:
+    """What the loop wants to be told.
+
+    `tick(job)` after every step, or `tick(None)` where agents have finished and no job is under way: it may raise Interrupted;
+    `done(agent)` when one has finished or failed, in the order of the work; `fail(agent, why)` when something stopped it: it
+    raises where that should stop the run; `note(text)`, once each, what the engine chose.
+    """
+
+    tick: Callable[[Job | None], None]
+    done: Callable[[Agent], None]
+    fail: Callable[[Agent, Exception], None]
+    note: Callable[[str], None]
+
+
+class Engine(ABC):
+    """Lets agents learn, side by side or one after another; what they then know is the same, to rounding."""
+
+    @abstractmethod
+    def learn(self, work: Sequence[Work], watch: Watch, paused: Paused | None = None) -> None:
+        """Let each agent learn its sources; `paused` is a saved job of the first to go on with."""
+
+    def close(self) -> None:  # noqa: B027 (nothing to give back)
+        """Give back what the engine holds, at the end of a run."""

@@ -98,6 +98,21 @@ class Probe(Tensors):
         yield from super().batches(plan)
 
 
+def when_begun(folder: Path, do: Any) -> threading.Thread:
+    """Do something with the process of the first learn of a probed client, once it began."""
+
+    def wait() -> None:
+        for _ in range(3000):
+            if (folder / "pids").exists() and (text := (folder / "pids").read_text()).endswith("\n"):
+                do(int(text.split()[0]))
+                return
+            time.sleep(0.02)
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    return thread
+
+
 def probed(sources: list[cs.Source], i: int, folder: Path, what: str) -> list[cs.Source]:
     x, y = sources[i].train.whole()
     return [*sources[:i], replace(sources[i], train=Probe(x, y, folder, what)), *sources[i + 1 :]]
@@ -155,15 +170,7 @@ def test_models_that_draw_and_have_buffers_are_the_same(ray, clients):
 def test_a_killed_worker_is_replaced_and_nothing_is_lost(ray, clients, tmp_path):
     sources = probed(clients, 3, tmp_path, "killed")
     killed: list[int] = []
-
-    def kill() -> None:
-        while not (tmp_path / "pids").exists() or not (tmp_path / "pids").read_text().endswith("\n"):
-            time.sleep(0.02)
-        killed.append(int((tmp_path / "pids").read_text().split()[0]))
-        os.kill(killed[0], signal.SIGKILL)
-
-    thread = threading.Thread(target=kill)
-    thread.start()
+    thread = when_begun(tmp_path, lambda pid: (killed.append(pid), os.kill(pid, signal.SIGKILL)))
     training = replace(TRAINING, epochs=1)
     tasks = cs.run(rounds(sources, 2), cs.methods.ewc(1.0), MODEL, training, engine=cs.engines.ray(workers=2))
     thread.join()
@@ -176,13 +183,7 @@ def test_a_killed_worker_is_replaced_and_nothing_is_lost(ray, clients, tmp_path)
 
 def test_a_worker_that_dies_too_often_fails_its_client_by_name(ray, clients, tmp_path):
     sources = probed(clients[:2], 1, tmp_path, "killed")
-
-    def kill() -> None:
-        while not (tmp_path / "pids").exists() or not (tmp_path / "pids").read_text().endswith("\n"):
-            time.sleep(0.02)
-        os.kill(int((tmp_path / "pids").read_text()), signal.SIGKILL)
-
-    threading.Thread(target=kill).start()
+    when_begun(tmp_path, lambda pid: os.kill(pid, signal.SIGKILL))
     with pytest.raises(
         ConsilienceError, match=r"a Ray worker should live. Found that of 'client-1' dead, once: WorkerCrashedError"
     ):
@@ -228,12 +229,14 @@ def test_what_all_heard_goes_into_the_store_once_a_round_and_data_once_a_run(ray
         return put(value)
 
     monkeypatch.setattr(ray, "put", counting)
-    wide = cs.models.mlp(64, (500,), 10)
+    wide = cs.models.mlp(64, (2000,), 10)
     params = sum(p.nbytes for p in wide.init(torch.Generator())[0].values())
     cs.run(rounds(clients[:4], 3), cs.methods.finetune(), wide, replace(TRAINING, epochs=1), engine="ray")
     data = sum(s.train.whole()[0].nbytes + s.validation.whole()[0].nbytes for s in clients[:4])
-    assert sum(params <= size < params + 5000 for size in sizes) == 3  # the server's, each round
-    assert 3 * params < sum(sizes) < 3 * params + 1.2 * data + 50_000
+    assert (
+        sum(params <= size < params + 5000 for size in sizes) == 3 + 1
+    )  # the server's, each round; the model that is trained, once
+    assert 4 * params < sum(sizes) < 4 * params + 1.2 * data + 50_000
 
 
 def test_equal_content_is_found_and_other_content_is_not():
@@ -260,21 +263,14 @@ def test_a_view_of_much_is_sent_as_little():
 @pytest.mark.parametrize("again", ["ray", "serial"])
 def test_a_run_interrupted_between_clients_resumes_to_the_same_bits(ray, clients, tmp_path, again):
     sources = probed(clients[:3], 1, tmp_path, "waits")
-
-    def interrupt() -> None:
-        while not (tmp_path / "pids").exists():
-            time.sleep(0.02)
-        time.sleep(0.5)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    threading.Thread(target=interrupt).start()
+    when_begun(tmp_path, lambda pid: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(cs.core.errors.Interrupted, match="go on with `resume=True`"):
-        cs.run(rounds(sources, 2), cs.methods.er(20), MODEL, TRAINING, engine="ray", out=tmp_path / "run")
+        cs.run(rounds(sources, 2), cs.methods.ewc(1.0), MODEL, TRAINING, engine="ray", out=tmp_path / "run")
     walk = kept(tmp_path / "run")[1]["walk"]
     assert walk["phase"] == 1 and walk["learned"] in (0, 1) and walk["job"] is None
     (tmp_path / "go").write_text("")
-    resumed = cs.run(rounds(sources, 2), cs.methods.er(20), MODEL, TRAINING, engine=again, out=tmp_path / "run", resume=True)
-    whole = cs.run(rounds(clients[:3], 2), cs.methods.er(20), MODEL, TRAINING)
+    resumed = cs.run(rounds(sources, 2), cs.methods.ewc(1.0), MODEL, TRAINING, engine=again, out=tmp_path / "run", resume=True)
+    whole = cs.run(rounds(clients[:3], 2), cs.methods.ewc(1.0), MODEL, TRAINING)
     assert same(whole.params, resumed.params) and whole.costs["by_agent"] == resumed.costs["by_agent"]
 
 
@@ -286,7 +282,9 @@ def test_a_task_goes_on_where_a_serial_run_stopped_inside_it(ray, clients, tmp_p
         if line["event"] == "checkpoint" and line.get("agent") == "client-1":
             raise Stop
 
-    run = dict(schedule=rounds(clients[:3], 1), method=cs.methods.er(20), model=MODEL, training=replace(TRAINING, momentum=0.9))
+    run = dict(
+        schedule=rounds(clients[:3], 1), method=cs.methods.fedprox(0.1), model=MODEL, training=replace(TRAINING, momentum=0.9)
+    )
     with pytest.raises(Stop):
         cs.run(**run, out=tmp_path, checkpoint_steps=5, progress=stop)
     assert kept(tmp_path)[1]["walk"]["job"] is not None
@@ -295,16 +293,31 @@ def test_a_task_goes_on_where_a_serial_run_stopped_inside_it(ray, clients, tmp_p
     assert whole.costs["steps"] == resumed.costs["steps"] and whole.costs["by_agent"] == resumed.costs["by_agent"]
 
 
-def test_a_fraction_of_a_gpu_is_asked_for(ray, clients, tmp_path):
-    sources = probed(clients[:2], 1, tmp_path, "gpus")
-    cs.run(rounds(sources, 1), cs.methods.finetune(), MODEL, TRAINING, engine=cs.engines.ray(gpus=0.5))
-    assert [int(i) for i in json.loads((tmp_path / "gpus").read_text())] == [0]
-    cs.run(rounds(sources, 1), cs.methods.finetune(), MODEL, TRAINING, engine=cs.engines.ray())
-    assert json.loads((tmp_path / "gpus").read_text()) == []
+def test_fractions_and_retries_are_asked_of_ray(ray, clients, monkeypatch):
+    asked: list[dict[str, Any]] = []
+    remote = ray.remote
+
+    def recording(**options: Any) -> Any:
+        asked.append(options)
+        return remote(**{**options, "num_gpus": 0})
+
+    monkeypatch.setattr(ray, "remote", recording)
+    engine = cs.engines.ray(gpus=0.25, cpus=0.5, retries=7)
+    cs.run(rounds(clients[:2], 1), cs.methods.finetune(), MODEL, TRAINING, engine=engine)
+    assert asked == [{"num_cpus": 0.5, "num_gpus": 0.25, "max_retries": 7, "max_calls": 0}]
     agent = SimpleNamespace(training=replace(TRAINING, device="cuda:0"))
     watch = SimpleNamespace(note=lambda text: None)
     with pytest.raises(ConsilienceError, match=r"`gpus` should be above 0 for the device 'cuda:0'. Found `gpus = 0`"):
         cs.engines.ray().learn([(agent, (), 1.0)], watch)
+    with pytest.warns(UserWarning, match=r"agents wait until Ray has 1 CPUs and 2 GPUs for one. Found 2 CPUs and 1 GPUs."):
+        cs.engines.ray(gpus=2)._open(watch)
+
+
+@pytest.mark.slow
+def test_a_worker_is_given_its_gpu(ray, clients, tmp_path):
+    sources = probed(clients[:1], 0, tmp_path, "gpus")
+    cs.run(rounds(sources, 1), cs.methods.finetune(), MODEL, TRAINING, engine=cs.engines.ray(gpus=0.5))
+    assert [int(i) for i in json.loads((tmp_path / "gpus").read_text())] == [0]
 
 
 SCRIPT = """

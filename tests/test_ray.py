@@ -382,7 +382,7 @@ cluster.add_node(num_cpus=1)
 clients = cs.data.iid(cs.data.digits(), 4)
 run = lambda **more: cs.run(cs.settings.federated(clients, 2), cs.methods.fedavg(), cs.models.mlp(64, (16,), 10), **more)
 there = run(engine=cs.engines.ray(workers=1, address=cluster.address))
-print("same:", cs.core.params.same(run().params, there.params), "nodes:", len(cluster.list_all_nodes))
+print("same:", cs.core.params.same(run().params, there.params), "nodes:", len(cluster.list_all_nodes()))
 cluster.shutdown()
 """
 

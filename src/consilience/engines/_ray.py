@@ -463,7 +463,7 @@ class Ray(Engine):
         finally:
             for ref in running:
                 with suppress(Exception):
-                    ray.cancel(ref, force=True)  # its process with it: one that is stopped inside an import cannot import it again
+                    ray.cancel(ref, force=True)  # with its process: an import stopped half-way spoils one
 
     def _take(self, session: Session, agent: Agent, given: Mapping[int, Tensor], ref: Any) -> None:
         """Make an answer the agent's own; raises what stopped it."""

@@ -149,7 +149,10 @@ MAPPERS = concrete("mappers", Mapper)
 CORRECTIONS = concrete("corrections", Correction)
 EVERY = {**AGGREGATORS, **CONSOLIDATORS, **MAPPERS, **CORRECTIONS}
 
-ARGUMENTS: dict[str, dict[str, Any]] = {"TorchJD": {"name": "IMTLG"}}
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "TorchJD": {"name": "IMTLG"},
+    **dict.fromkeys(("Bulyan", "Krum", "MultiKrum"), {"byzantine": 0}),
+}
 """Of classes that cannot be made without."""
 
 

@@ -21,6 +21,7 @@ CATALOGUE |= {f"methods.{n}": getattr(cs.methods, n) for n in cs.methods.__all__
 
 GIVEN: dict[str, dict[str, Any]] = {
     "aggregators.torchjd": {"name": "IMTLG"},
+    **dict.fromkeys(("aggregators.bulyan", "aggregators.krum", "aggregators.multi_krum"), {"byzantine": 0}),
     "methods.aggregate": {"aggregator": cs.aggregators.mean()},
     "methods.infer": {"mapper": cs.mappers.average()},
 }

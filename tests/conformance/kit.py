@@ -151,7 +151,7 @@ EVERY = {**AGGREGATORS, **CONSOLIDATORS, **MAPPERS, **CORRECTIONS}
 
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "TorchJD": {"name": "IMTLG"},
-    **dict.fromkeys(("Bulyan", "Krum", "MultiKrum"), {"byzantine": 0}),
+    **{n: {"byzantine": 0} for n in ("Bulyan", "Krum", "MultiKrum")},
 }
 """Of classes that cannot be made without."""
 

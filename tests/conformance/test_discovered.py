@@ -21,7 +21,7 @@ CATALOGUE |= {f"methods.{n}": getattr(cs.methods, n) for n in cs.methods.__all__
 
 GIVEN: dict[str, dict[str, Any]] = {
     "aggregators.torchjd": {"name": "IMTLG"},
-    **dict.fromkeys(("aggregators.bulyan", "aggregators.krum", "aggregators.multi_krum"), {"byzantine": 0}),
+    **{f"aggregators.{n}": {"byzantine": 0} for n in ("bulyan", "krum", "multi_krum")},
     "methods.aggregate": {"aggregator": cs.aggregators.mean()},
     "methods.infer": {"mapper": cs.mappers.average()},
 }

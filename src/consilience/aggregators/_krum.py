@@ -37,7 +37,7 @@ def scores(square: Tensor, byzantine: int) -> Tensor:
 
 def nearest(square: Tensor, byzantine: int, keep: int) -> list[int]:
     """The `keep` rows of the smallest scores; of equal ones the first."""
-    return scores(square, byzantine).argsort(stable=True)[:keep].tolist()  # type: ignore[no-any-return]
+    return scores(square, byzantine).argsort(stable=True)[:keep].tolist()
 
 
 def check(byzantine: int) -> None:
@@ -171,4 +171,7 @@ class Bulyan(Blockwise):
         middle = values[(k - 1) // 2] / 2 + values[k // 2] / 2
         near = (values - middle).abs().argsort(dim=0, stable=True)[: k - 2 * self.byzantine]
         kept = values.gather(0, near).sort(0).values
-        return ((kept / len(kept)).sum(0) * weights.double().sum()).to(rows.dtype)
+        total = torch.zeros_like(middle)
+        for x in kept:  # one after another: the same bits for any block
+            total = total + x / len(kept)
+        return (total * weights.double().sum()).to(rows.dtype)

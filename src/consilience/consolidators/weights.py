@@ -146,11 +146,9 @@ class WeightSpace(Consolidator):
         return {**target, **layout.split(theta - self.lr * direction)}, held
 
 
-def without_broken(heard: list[tuple[Message, Weights]]) -> list[tuple[Message, Weights]]:
+def without_broken(heard: list[tuple[Message, Shared]]) -> list[tuple[Message, Shared]]:
     """Those that are finite, with a warning by the names of the others; all of them where none is, to be refused."""
-    broken = {
-        m.sender for m, w in heard if m.learned and not all(bool(torch.isfinite(t).all()) for t in w.tensors.values())
-    }
+    broken = {m.sender for m, w in heard if m.learned and not all(bool(torch.isfinite(t).all()) for t in w.tensors.values())}
     if not broken or all(m.sender in broken for m, _ in heard):
         return heard
     warnings.warn(f"NaN or infinity in what {', '.join(map(repr, sorted(broken)))} told: left out", stacklevel=2)

@@ -18,7 +18,7 @@ class GeometricMedian(Linear):
     """(sum w) argmin_v sum_i w_i ||v - g_i||, by the smoothed Weiszfeld iteration: v = sum_i b_i g_i / sum b, b_i = w_i / max(nu, ||v - g_i||).
 
     Rows [m, n], weights [m] >= 0 -> [n]; half of the weight may be anything. nu is `smoothing` times the median distance to the row in the
-    middle, so that rows may have any scale; it stops when the shares b_i / sum b move by less than 1e-13, or after `iterations`. Only
+    middle, so that rows may have any scale (where that is 0, more than half of the rows are one, which is taken); it stops when the shares b_i / sum b move by less than 1e-13, or after `iterations`. Only
     inner products of differences to that row are needed. Pillutla, Kakade & Harchaoui 2022, arXiv:1912.13445 (RFA).
 
     >>> GeometricMedian()(torch.tensor([[0.0, 0.0], [2.0, 0.0], [1.0, 3**0.5], [1.0, 9e6]])).round(decimals=3).tolist()
@@ -61,14 +61,13 @@ class GeometricMedian(Linear):
         far = ~torch.isfinite(gram).all(1) & ~torch.isfinite(d)  # beyond float64: their shares would be 0
         gram = gram.masked_fill(far | far[:, None], 0.0)
         w = w.masked_fill(far, 0.0)
-        nu = self.smoothing * float(d.sort().values[len(d) // 2])
-        if nu == 0:  # half of the rows are one and the same
-            nu = self.smoothing * float(d.masked_fill(far, 0.0).max()) or 1.0
         if not w.any():
             return torch.zeros_like(weights)
-        c = w * (d <= d.sort().values[len(d) // 2])
+        typical = d.sort().values[len(d) // 2]
+        c = w * (d <= typical)
         c = (c if c.any() else w) / (c if c.any() else w).sum()
-        for _ in range(self.iterations):
+        nu = self.smoothing * float(typical)
+        for _ in range(self.iterations if nu else 0):
             along = gram @ c
             distance = (c @ along - 2 * along + gram.diagonal()).clamp(min=0).sqrt()
             b = w / distance.clamp(min=nu)

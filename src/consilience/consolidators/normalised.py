@@ -46,6 +46,8 @@ class Normalised(WeightSpace):
                 )
         sizes = {m.sender: float(max(m.size, 1)) if by_size else 1.0 for m in learned}
         effective = sum(sizes[s] * steps[s] for s in sizes) / sum(sizes.values()) if sizes else 0.0
+        if len(set(steps.values())) == 1:
+            effective = next(iter(steps.values()))
         heard = [self._scaled(model, m, state, effective / steps[m.sender]) if m in learned else m for m in fresh]
         return super().absorb(model, state, heard, by_size, generator)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from consilience.core.correction import NO_TRAINING, Correction, Me, StepView
@@ -47,6 +48,5 @@ class WSM(Correction):
         for i, (z, part) in enumerate(zip(step.outputs, step.parts, strict=True)):
             if not part.owner:
                 prior = torch.where(there[part.y][:, None], log_p, 0.0)
-                shift = (z + prior).logsumexp(1) - z.logsumexp(1) - prior.gather(1, part.y[:, None])[:, 0]
-                bent[i] = losses[i] + shift
+                bent[i] = F.cross_entropy(z + prior, part.y, reduction="none")
         return bent

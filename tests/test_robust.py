@@ -205,12 +205,12 @@ def liars(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.fixture(scope="module")
 def digits() -> cs.Schedule:
-    return cs.settings.federated(cs.data.iid(cs.data.digits(), CLIENTS), 4)
+    return cs.settings.federated(cs.data.iid(cs.data.digits(), CLIENTS), 10)
 
 
 def score(schedule: cs.Schedule, aggregator: Aggregator) -> float:
-    training = cs.Training(epochs=4, batch_size=16, lr=0.3)
-    return cs.run(schedule, cs.methods.aggregate(aggregator), cs.models.mlp(64, (32,), 10), training).score
+    training = cs.Training(epochs=5, batch_size=200, lr=1.0)
+    return cs.run(schedule, cs.methods.aggregate(aggregator), cs.models.linear(64, 10), training).score
 
 
 @pytest.fixture(scope="module")
@@ -220,8 +220,9 @@ def clean(digits: cs.Schedule) -> float:
     return found
 
 
-@pytest.mark.parametrize("name", DIGITS)
-@pytest.mark.parametrize("kind", ["garbage", "huge", "nan"])
+@pytest.mark.parametrize(
+    ("name", "kind"), [*itertools.product(DIGITS, ["garbage", "huge"]), ("krum", "nan"), ("median", "nan"), ("bulyan", "nan")]
+)
 @pytest.mark.filterwarnings("ignore:NaN or infinity in what 'client-3', 'client-7' told. left out")
 def test_two_liars_of_ten_cost_little(name: str, kind: str, digits: cs.Schedule, clean: float, liars) -> None:
     liars(kind, BAD[:1] if name == "bulyan" and kind != "nan" else BAD)  # its 10 rows are enough for one

@@ -465,6 +465,15 @@ def test_refused_where_nobody_learns_after_hearing(method, setting):
         final(getattr(cs.settings, setting)([A, B]), method)
 
 
+def test_fedhbm_needs_others_and_composes():
+    with pytest.raises(cs.Refusal, match="an agent that hears itself alone ends where it begins again"):
+        final(cs.settings.continual(FAR, "domain"), cs.methods.fedhbm())
+    s = clients(3)
+    both = final(federated(s, 3), [cs.methods.fedhbm(0.8), cs.methods.fedprox(1.0)], **SGD0)
+    for one in (cs.methods.fedhbm(0.8), cs.methods.fedprox(1.0)):
+        assert not same(both, final(federated(s, 3), one, **SGD0))
+
+
 def test_local_momentum_is_refused_where_nobody_learns_twice():
     with pytest.raises(cs.Refusal, match="no agent learns twice, so that none has momentum of its own; use ghbm"):
         final(federated(FAR, 5, 1), cs.methods.fedhbm())

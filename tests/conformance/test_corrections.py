@@ -22,7 +22,7 @@ from consilience.core.source import Source, Tensors
 from consilience.core.state import encode_state
 from consilience.corrections.distillation import LwF
 
-ALL = {n: c for n, c in {**kit.CORRECTIONS, **kit.MAPPERS}.items() if n not in kit.OWN_MODEL}
+ALL = {n: c for n, c in {**kit.CORRECTIONS, **kit.MAPPERS}.items() if n not in {**kit.OWN_MODEL, **kit.WANT_OTHERS}}
 
 NO_NEUTRAL = {
     "Cumulative": "it trains on other data; there is no strength to set to zero",
@@ -31,9 +31,12 @@ NO_NEUTRAL = {
     "ICaRL": "its loss is another",
     "DEN": "its phases train parts of the network in turn",
     "HAT": "even with all units attended to it would multiply them by a sigmoid",
+    "LocalSteps": "it only summarises, and so is plain training always: checked below",
     "Moments": "it only summarises, and so is plain training always: checked below",
     "PackNet": "to keep all weights is to freeze them after the first task",
+    "Scaffold": "its control variates have no strength to set to zero",
     "SupSup": "it trains no weight at all",
+    "WSM": "its loss is another wherever classes are not equally many",
     "Average": "a mapper only routes between experts",
     "ExpertGate": "a mapper only routes between experts",
     "GaussianMixture": "a mapper only routes between experts",
@@ -45,12 +48,16 @@ NO_NEUTRAL = {
 }
 """Corrections without a neutral value, and why."""
 
-ONLY_SUMMARISE = {"Moments": "it collects sums of features for a closed-form head and does not bend training"}
+ONLY_SUMMARISE = {
+    "LocalSteps": "it counts steps for a consolidator",
+    "Moments": "it collects sums of features for a closed-form head and does not bend training",
+}
 """Corrections that leave training as it is, to the bit: a pair with one is the other alone."""
 
 KEEP_NOTHING = {
     "PSP": "its keys are drawn by the names of tasks and layers",
     "XdG": "its gates are drawn by the names of tasks and layers",
+    "WSM": "it counts the classes of what is learned now",
     "Proximal": "it knows where this learn began, and nothing of earlier sources",
     "Average": "it reads the experts' own answers",
     "MinEntropy": "it reads the experts' own answers",
@@ -269,7 +276,10 @@ def test_the_teacher_is_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> 
 
 # what is private
 
-WITHOUT_DATA = {"GenerativeReplay": "it keeps the weights of a generator: that they stay is checked by name"}
+WITHOUT_DATA = {
+    "FedDyn": "it keeps a vector of the size of the parameters",
+    "GenerativeReplay": "it keeps the weights of a generator: that they stay is checked by name",
+}
 """Private items in which no sample's bytes can be found, and why."""
 
 MARK = 0.123456789

@@ -35,10 +35,11 @@ MEANING = {
     "TorchJD.arguments": "torchjd's own",
     "torchjd.name": "checked by name in test_aggregators",
     "torchjd.arguments": "torchjd's own",
-    "WeightSpace.aggregator": "an object",
-    "WeightSpace.outer": "an object",
-    "weight_space.aggregator": "an object",
-    "weight_space.outer": "an object",
+    **{
+        f"{n}.{field}": "an object"
+        for n in ("Normalised", "WeightSpace", "normalised_space", "weight_space")
+        for field in ("aggregator", "outer")
+    },
     "aggregate.aggregator": "an object",
     "GSS.policy": "its own",
     "infer.mapper": "an object",

@@ -433,5 +433,9 @@ class FedHBM(_Local):
     own step. Zaccone et al. 2023, arXiv:2311.18578.
     """
 
+    def refuse(self, facts: Facts) -> str | None:
+        alone = "an agent that hears itself alone ends where it begins again, so that there is no momentum; use local_ghbm"
+        return super().refuse(facts) or (None if facts.hears_others else alone)
+
     def keep(self, learned: Learned) -> Params:
         return learned.trainable

@@ -57,6 +57,7 @@ ONLY_SUMMARISE = {
 KEEP_NOTHING = {
     "PSP": "its keys are drawn by the names of tasks and layers",
     "XdG": "its gates are drawn by the names of tasks and layers",
+    **dict.fromkeys(("FedCM", "GHBM"), "it keeps what was absorbed, after the end of a source"),
     "WSM": "it counts the classes of what is learned now",
     "Proximal": "it knows where this learn began, and nothing of earlier sources",
     "Average": "it reads the experts' own answers",
@@ -72,6 +73,7 @@ SATISFIED = {
         "GenerativeReplay",
     ): "replay lowers the loss that the constraint watches, so that it is never violated here",
     ("FromScratch", "GDumb"): "what begins anew begins anew",
+    ("WSM", "ICaRL"): "that puts its own loss in the place of this one, which comes first",
 }
 """Pairs of which the first adds nothing on top of the second (on this problem), and why."""
 
@@ -84,7 +86,10 @@ APART = {
 PROTECTED = {
     "HAT": ("AverageConstraint", "EWC", "EpisodicConstraints", "LwF", "OnlineEWC"),
     "PackNet": ("AverageConstraint", "EWC", "EpisodicConstraints", "LwF", "OnlineEWC"),
-    "SupSup": ("AverageConstraint", "DER", "EWC", "EpisodicConstraints", "L2SP", "LwF", "MAS", "OnlineEWC", "SI"),
+    "SupSup": (
+        *("AverageConstraint", "DER", "EWC", "EpisodicConstraints", "GHBM", "L2SP", "LocalGHBM", "LwF", "MAS", "OnlineEWC", "SI"),
+        "Scaffold",
+    ),
     "XdG": ("EpisodicConstraints",),
     **dict.fromkeys(("ExpertGate", "GaussianMixture", "Mahalanobis", "NearestMean"), ("LessForgetting",)),
 }
@@ -94,7 +99,10 @@ XdG, whose active units overlap little, no constraint is violated here)."""
 
 IN_ORDER = {
     frozenset(("HAT", "SupSup")): "of what is attended to only the sign is left, or its sign is attended to",
-    frozenset(("ERACE", "ICaRL")): "each puts its own loss in the place of another",
+    **dict.fromkeys(
+        map(frozenset, (("ERACE", "ICaRL"), ("WSM", "ICaRL"))),
+        "each puts its own loss in the place of another",
+    ),
     **dict.fromkeys(
         map(frozenset, (("FromScratch", "GDumb"), ("FromScratch", "PackNet"), ("GDumb", "PackNet"))),
         "new parameters in the place of what the other begins with, or the other way about",
@@ -104,8 +112,11 @@ IN_ORDER = {
 
 
 def adds_nothing(other: str, one: str) -> bool:
-    """Protection on top of isolation; and a mapper where tasks have a label: it only routes where they have none."""
-    return other in PROTECTED.get(one, ()) or (one in kit.WANT_TASKS and other in kit.MAPPERS)
+    """Protection on top of isolation; where tasks have a label, a mapper (it only routes where they have none); and class weights where tasks
+    are told apart, as a mapper does: the two classes of each are equally many, and others are left out by either."""
+    apart = one in kit.WANT_TASKS or one in kit.MAPPERS
+    weighted = (other == "WSM" and apart) or (one == "WSM" and other in kit.MAPPERS)
+    return other in PROTECTED.get(one, ()) or (one in kit.WANT_TASKS and other in kit.MAPPERS) or weighted
 
 
 def alone(name: str, **arguments: Any) -> cs.Method:

@@ -35,7 +35,8 @@ THEIRS: dict[str, dict[str, object]] = {
     "Random": {},
     "Sum": {},
 }
-ALL: dict[str, Aggregator] = {n: f() for n, f in CATALOGUE.items() if n != "torchjd"}
+GIVEN: dict[str, dict[str, object]] = {n: {"byzantine": 0} for n in ("krum", "multi_krum", "bulyan")}
+ALL: dict[str, Aggregator] = {n: f(**GIVEN.get(n, {})) for n, f in CATALOGUE.items() if n != "torchjd"}
 if HAS_TORCHJD:
     ALL |= {f"torchjd {n}": aggregators.torchjd(n, **a) for n, a in THEIRS.items()}
 every = pytest.mark.parametrize("name", ALL)

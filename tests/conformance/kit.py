@@ -149,7 +149,10 @@ MAPPERS = concrete("mappers", Mapper)
 CORRECTIONS = concrete("corrections", Correction)
 EVERY = {**AGGREGATORS, **CONSOLIDATORS, **MAPPERS, **CORRECTIONS}
 
-ARGUMENTS: dict[str, dict[str, Any]] = {"TorchJD": {"name": "IMTLG"}}
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "TorchJD": {"name": "IMTLG"},
+    **{n: {"byzantine": 0} for n in ("Bulyan", "Krum", "MultiKrum")},
+}
 """Of classes that cannot be made without."""
 
 
@@ -202,6 +205,10 @@ THROW_AWAY = {
     "GDumb": "it begins anew, whatever was heard",
 }
 """Corrections that refuse where others are heard, and why."""
+
+WANT_OTHERS = {"FedHBM": "its momentum is what others made of its own result"}
+"""Corrections that refuse where an agent hears itself alone, and why: no pairs of theirs run here, where all learn one source after
+another; tests/test_drift.py checks them."""
 
 OWN_MODEL: dict[str, Callable[[int], Model]] = {"Columns": lambda outputs: cs.models.progressive(INPUTS, (16, 12), outputs)}
 """Corrections that refuse any other kind of model: no pairs of theirs run here, where all stand on one model; their own tests

@@ -22,7 +22,7 @@ from consilience.core.source import Source, Tensors
 from consilience.core.state import encode_state
 from consilience.corrections.distillation import LwF
 
-ALL = {n: c for n, c in {**kit.CORRECTIONS, **kit.MAPPERS}.items() if n not in kit.OWN_MODEL}
+ALL = {n: c for n, c in {**kit.CORRECTIONS, **kit.MAPPERS}.items() if n not in {**kit.OWN_MODEL, **kit.WANT_OTHERS}}
 
 NO_NEUTRAL = {
     "Cumulative": "it trains on other data; there is no strength to set to zero",
@@ -31,9 +31,12 @@ NO_NEUTRAL = {
     "ICaRL": "its loss is another",
     "DEN": "its phases train parts of the network in turn",
     "HAT": "even with all units attended to it would multiply them by a sigmoid",
+    "LocalSteps": "it only summarises, and so is plain training always: checked below",
     "Moments": "it only summarises, and so is plain training always: checked below",
     "PackNet": "to keep all weights is to freeze them after the first task",
+    "Scaffold": "its control variates have no strength to set to zero",
     "SupSup": "it trains no weight at all",
+    "WSM": "its loss is another wherever classes are not equally many",
     "Average": "a mapper only routes between experts",
     "ExpertGate": "a mapper only routes between experts",
     "GaussianMixture": "a mapper only routes between experts",
@@ -45,12 +48,17 @@ NO_NEUTRAL = {
 }
 """Corrections without a neutral value, and why."""
 
-ONLY_SUMMARISE = {"Moments": "it collects sums of features for a closed-form head and does not bend training"}
+ONLY_SUMMARISE = {
+    "LocalSteps": "it counts steps for a consolidator",
+    "Moments": "it collects sums of features for a closed-form head and does not bend training",
+}
 """Corrections that leave training as it is, to the bit: a pair with one is the other alone."""
 
 KEEP_NOTHING = {
     "PSP": "its keys are drawn by the names of tasks and layers",
     "XdG": "its gates are drawn by the names of tasks and layers",
+    **dict.fromkeys(("FedCM", "GHBM"), "it keeps what was absorbed, after the end of a source"),
+    "WSM": "it counts the classes of what is learned now",
     "Proximal": "it knows where this learn began, and nothing of earlier sources",
     "Average": "it reads the experts' own answers",
     "MinEntropy": "it reads the experts' own answers",
@@ -65,6 +73,7 @@ SATISFIED = {
         "GenerativeReplay",
     ): "replay lowers the loss that the constraint watches, so that it is never violated here",
     ("FromScratch", "GDumb"): "what begins anew begins anew",
+    ("WSM", "ICaRL"): "that puts its own loss in the place of this one, which comes first",
 }
 """Pairs of which the first adds nothing on top of the second (on this problem), and why."""
 
@@ -77,7 +86,10 @@ APART = {
 PROTECTED = {
     "HAT": ("AverageConstraint", "EWC", "EpisodicConstraints", "LwF", "OnlineEWC"),
     "PackNet": ("AverageConstraint", "EWC", "EpisodicConstraints", "LwF", "OnlineEWC"),
-    "SupSup": ("AverageConstraint", "DER", "EWC", "EpisodicConstraints", "L2SP", "LwF", "MAS", "OnlineEWC", "SI"),
+    "SupSup": (
+        *("AverageConstraint", "DER", "EWC", "EpisodicConstraints", "GHBM", "L2SP", "LocalGHBM", "LwF", "MAS", "OnlineEWC", "SI"),
+        "Scaffold",
+    ),
     "XdG": ("EpisodicConstraints",),
     **dict.fromkeys(("ExpertGate", "GaussianMixture", "Mahalanobis", "NearestMean"), ("LessForgetting",)),
 }
@@ -87,7 +99,10 @@ XdG, whose active units overlap little, no constraint is violated here)."""
 
 IN_ORDER = {
     frozenset(("HAT", "SupSup")): "of what is attended to only the sign is left, or its sign is attended to",
-    frozenset(("ERACE", "ICaRL")): "each puts its own loss in the place of another",
+    **dict.fromkeys(
+        map(frozenset, (("ERACE", "ICaRL"), ("WSM", "ICaRL"))),
+        "each puts its own loss in the place of another",
+    ),
     **dict.fromkeys(
         map(frozenset, (("FromScratch", "GDumb"), ("FromScratch", "PackNet"), ("GDumb", "PackNet"))),
         "new parameters in the place of what the other begins with, or the other way about",
@@ -97,8 +112,11 @@ IN_ORDER = {
 
 
 def adds_nothing(other: str, one: str) -> bool:
-    """Protection on top of isolation; and a mapper where tasks have a label: it only routes where they have none."""
-    return other in PROTECTED.get(one, ()) or (one in kit.WANT_TASKS and other in kit.MAPPERS)
+    """Protection on top of isolation; where tasks have a label, a mapper (it only routes where they have none); and class weights where tasks
+    are told apart, as a mapper does: the two classes of each are equally many, and others are left out by either."""
+    apart = one in kit.WANT_TASKS or one in kit.MAPPERS
+    weighted = (other == "WSM" and apart) or (one == "WSM" and other in kit.MAPPERS)
+    return other in PROTECTED.get(one, ()) or (one in kit.WANT_TASKS and other in kit.MAPPERS) or weighted
 
 
 def alone(name: str, **arguments: Any) -> cs.Method:
@@ -269,7 +287,10 @@ def test_the_teacher_is_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> 
 
 # what is private
 
-WITHOUT_DATA = {"GenerativeReplay": "it keeps the weights of a generator: that they stay is checked by name"}
+WITHOUT_DATA = {
+    "FedDyn": "it keeps a vector of the size of the parameters",
+    "GenerativeReplay": "it keeps the weights of a generator: that they stay is checked by name",
+}
 """Private items in which no sample's bytes can be found, and why."""
 
 MARK = 0.123456789

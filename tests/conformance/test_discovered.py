@@ -21,6 +21,7 @@ CATALOGUE |= {f"methods.{n}": getattr(cs.methods, n) for n in cs.methods.__all__
 
 GIVEN: dict[str, dict[str, Any]] = {
     "aggregators.torchjd": {"name": "IMTLG"},
+    **{f"aggregators.{n}": {"byzantine": 0} for n in ("bulyan", "krum", "multi_krum")},
     "methods.aggregate": {"aggregator": cs.aggregators.mean()},
     "methods.infer": {"mapper": cs.mappers.average()},
 }
@@ -34,10 +35,11 @@ MEANING = {
     "TorchJD.arguments": "torchjd's own",
     "torchjd.name": "checked by name in test_aggregators",
     "torchjd.arguments": "torchjd's own",
-    "WeightSpace.aggregator": "an object",
-    "WeightSpace.outer": "an object",
-    "weight_space.aggregator": "an object",
-    "weight_space.outer": "an object",
+    **{
+        f"{n}.{field}": "an object"
+        for n in ("Normalised", "WeightSpace", "normalised_space", "weight_space")
+        for field in ("aggregator", "outer")
+    },
     "aggregate.aggregator": "an object",
     "GSS.policy": "its own",
     "infer.mapper": "an object",

@@ -68,6 +68,8 @@ def test_verbs_are_pure(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(kind, verb, watched(getattr(kind, verb), verb, calls))
     method, model = method_with(name)
     everywhere = ("continual (class)", "continual (task)", *(("federated_continual",) if name not in kit.THROW_AWAY else ()))
+    if name in kit.WANT_OTHERS:
+        everywhere = ("federated", "federated_continual")
     for setting in ("continual (task)",) if name in kit.WANT_TASKS else everywhere:
         result = kit.quiet(kit.SETTINGS[setting](), method, model)
         result.predict(kit.sources()[0].test.whole()[0])  # without the task

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from consilience.aggregators._arithmetic import Arithmetic
     from consilience.aggregators._cone import AGEM, GEM
     from consilience.aggregators._dare import Dare
+    from consilience.aggregators._geometric import GeometricMedian
+    from consilience.aggregators._krum import Bulyan, Krum, MultiKrum
     from consilience.aggregators._mean import Mean
     from consilience.aggregators._mgda import MGDA
     from consilience.aggregators._pcgrad import PCGrad
@@ -19,7 +21,10 @@ if TYPE_CHECKING:
     from consilience.aggregators._ties import Ties
     from consilience.aggregators._torchjd import TorchJD
 
-__all__ = ["agem", "arithmetic", "dare", "gem", "mean", "median", "mgda", "pcgrad", "ties", "torchjd", "trimmed_mean"]
+__all__ = [
+    "agem", "arithmetic", "bulyan", "dare", "gem", "geometric_median", "krum", "mean", "median", "mgda", "multi_krum", "pcgrad",
+    "ties", "torchjd", "trimmed_mean",
+]  # fmt: skip
 
 
 def mean() -> Mean:
@@ -90,6 +95,34 @@ def trimmed_mean(trim: float = 0.1) -> TrimmedMean:
     from consilience.aggregators._robust import TrimmedMean
 
     return TrimmedMean(trim)
+
+
+def krum(byzantine: int) -> Krum:
+    """Krum: the row nearest to its neighbours, when up to `byzantine` of at least 2 byzantine + 3 rows may be anything."""
+    from consilience.aggregators._krum import Krum
+
+    return Krum(byzantine)
+
+
+def multi_krum(byzantine: int, keep: int | None = None) -> MultiKrum:
+    """Multi-Krum: the mean of the `keep` rows nearest to their neighbours (None: all but `byzantine`)."""
+    from consilience.aggregators._krum import MultiKrum
+
+    return MultiKrum(byzantine, keep)
+
+
+def bulyan(byzantine: int) -> Bulyan:
+    """Bulyan: of rows chosen by Krum, in every coordinate the mean of those nearest to the median; needs 4 byzantine + 3 rows."""
+    from consilience.aggregators._krum import Bulyan
+
+    return Bulyan(byzantine)
+
+
+def geometric_median(smoothing: float = 1e-6, iterations: int = 1000) -> GeometricMedian:
+    """The weighted geometric median: the point of the least sum of distances to the rows."""
+    from consilience.aggregators._geometric import GeometricMedian
+
+    return GeometricMedian(smoothing, iterations)
 
 
 def torchjd(name: str, **arguments: Any) -> TorchJD:

@@ -25,6 +25,7 @@ class _Sorted(Blockwise):
     """An aggregator of each coordinate's sorted values."""
 
     takes_negative_weights: ClassVar[bool] = False
+    robust: ClassVar[bool] = True
 
     def scan(self, rows: Tensor, offset: int, size: int, previous: Any) -> Nothing:
         return Nothing()
@@ -59,7 +60,7 @@ class Median(_Sorted):
             lower = torch.where(so_far < total / 2 - slack, x, lower)
             upper = torch.where(so_far <= total / 2 + slack, x, upper)
             so_far = so_far + w
-        return total * (lower + upper) / 2
+        return total * (lower / 2 + upper / 2)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from consilience.consolidators.bank import Experts
+    from consilience.consolidators.normalised import Normalised
     from consilience.consolidators.statistics import ClosedForm
     from consilience.consolidators.weights import WeightSpace
 
@@ -24,6 +25,19 @@ def weight_space(aggregator: Any = None, outer: Any = None, lr: float = 1.0) -> 
     from consilience.consolidators.weights import WeightSpace
 
     return WeightSpace(aggregator, outer, lr)
+
+
+def normalised_space(aggregator: Any = None, outer: Any = None, lr: float = 1.0) -> Normalised:
+    """As `weight_space`, with each agent's change divided by how many steps it took, and multiplied by their mean: FedNova.
+
+    Args:
+        aggregator: of parameters (None: the weighted mean).
+        outer: outer optimiser (None: SGD, which with lr 1 takes the aggregate as it is).
+        lr: outer learning rate.
+    """
+    from consilience.consolidators.normalised import Normalised
+
+    return Normalised(aggregator, outer, lr)
 
 
 def closed_form(strength: float = 0.01, average: bool = False, normalise: bool = False) -> ClosedForm:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -62,6 +63,8 @@ class WeightSpace(Consolidator):
 
     def absorb(self, model: Model, state: State, fresh: Sequence[Message], by_size: bool, generator: torch.Generator) -> State:
         heard = [(m, m.items["model"]) for m in fresh if isinstance(m.items.get("model"), Weights)]
+        if self.aggregator is not None and self.aggregator.robust:
+            heard = without_broken(heard)
         if not heard:
             return state
         sizes = [float(max(m.size, 1)) if by_size else 1.0 for m, _ in heard]
@@ -143,6 +146,15 @@ class WeightSpace(Consolidator):
         held = dict(state.outer) or outer.init(theta)
         direction, held = outer.update(theta - aggregate, held, theta)
         return {**target, **layout.split(theta - self.lr * direction)}, held
+
+
+def without_broken(heard: list[tuple[Message, Shared]]) -> list[tuple[Message, Shared]]:
+    """Those that are finite, with a warning by the names of the others; all of them where none is, to be refused."""
+    broken = {m.sender for m, w in heard if m.learned and not all(bool(torch.isfinite(t).all()) for t in w.tensors.values())}
+    if not broken or all(m.sender in broken for m, _ in heard):
+        return heard
+    warnings.warn(f"NaN or infinity in what {', '.join(map(repr, sorted(broken)))} told: left out", stacklevel=2)
+    return [(m, w) for m, w in heard if m.sender not in broken]
 
 
 def affine(rows: Tensor, coefficients: Tensor, base: Tensor) -> Tensor:

@@ -417,7 +417,7 @@ class Agent:
         memory = {c: dict(kept) for c, kept in new.memory.items()}
         for c in self.method.active:
             if overrides(c, "heard"):
-                memory[c.name] = dict(c.heard(state.params, new.params, memory.get(c.name, {}), heard))
+                memory[c.name] = dict(c.heard(state.base, new.params, memory.get(c.name, {}), heard))
         receipts = {f"{m.sender}|{m.source}": (m.version, m.digest) for m in heard}
         self.state = new.change(
             base=new.params, memory=memory, absorbed={**state.absorbed, **receipts}, version=state.version + 1, learned=False,

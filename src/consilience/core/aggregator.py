@@ -25,6 +25,9 @@ class Aggregator(ABC):
     needs_base: ClassVar[bool] = True
     """Whether rows are deltas from a common base; only averages, whose coefficients sum to 1, need none."""
 
+    robust: ClassVar[bool] = False
+    """Whether it withstands bad rows: of what is heard, messages that are not finite are then left out, with a warning."""
+
     @abstractmethod
     def combine(self, rows: Sequence[Tensor] | Tensor, weights: Tensor, generator: torch.Generator | None) -> Tensor:
         """The result [n] for checked rows [m, n] (a tensor, or m vectors) in a canonical order and weights [m]."""

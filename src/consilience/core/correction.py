@@ -225,7 +225,7 @@ class Correction(ABC):  # noqa: B024 (every verb is optional)
         return None
 
     def heard(self, old: Params, new: Params, memory: Mapping[str, Any], fresh: Sequence[Message]) -> Mapping[str, Any]:
-        """The memory after absorbing `fresh`: `old` and `new` are the parameters before and after.
+        """The memory after absorbing `fresh`: `old` are the parameters when this agent last absorbed, `new` those that it has now.
 
         A Shared item under "" is told with the agent's own parameters, and who hears it recalls it as (sender, "")."""
         return memory

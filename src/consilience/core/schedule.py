@@ -123,6 +123,8 @@ class Facts:
     """The most agents that learned and are heard at once."""
     revisited: frozenset[str] = frozenset()
     """Sources that some agent learns more than once."""
+    rounds: int = 0
+    """How often some agent absorbs what was newly learned before somebody learns again."""
     most_learned: int = 0
     """The most sources that one agent learns."""
     classes: int = 0
@@ -145,7 +147,8 @@ def walk(schedule: Schedule, seed: int) -> Facts:
     active: set[str] = set()
     parts, learns, hears, others, shared, private, repeats, common = 0, False, False, False, False, False, False, True
     revisited: set[str] = set()
-    most = 0
+    most = rounds = 0
+    absorbed: dict[str, int] = {}
     learned: dict[str, list[int]] = {s.name: [] for s in schedule.judged}
     parted = schedule.judged is not schedule.sources
     judges = {
@@ -173,6 +176,7 @@ def walk(schedule: Schedule, seed: int) -> Facts:
     for phase in schedule.plan(seed):
         if isinstance(phase, Learn):
             learns = True
+            rounds = max(absorbed.values(), default=0)
             for agent, names in phase.who.items():
                 event += 1
                 parts = max(parts, len(names))
@@ -190,7 +194,9 @@ def walk(schedule: Schedule, seed: int) -> Facts:
                 s: (current.get(s, "init"), base.get(s, "init"), dict(known.get(s, {}))) for ss in phase.who.values() for s in ss
             }
             for listener, speakers in phase.who.items():
-                most = max(most, sum(told[s][0] != told[s][1] for s in speakers))
+                news = sum(told[s][0] != told[s][1] for s in speakers)
+                most = max(most, news)
+                absorbed[listener] = absorbed.get(listener, 0) + bool(news)
                 others |= any(s != listener and told[s][2] for s in speakers)
                 common &= all(told[s][1] == base.get(listener, "init") for s in speakers if told[s][0] != told[s][1])
             for listener, speakers in phase.who.items():
@@ -208,7 +214,7 @@ def walk(schedule: Schedule, seed: int) -> Facts:
         learned_at={k: tuple(v) for k, v in learned.items()}, stages=stage - 1, kind=schedule.frame.kind,
         boundaries=schedule.boundaries,
         classes=max((len({c for n in names for c in schedule.source(n).classes}) for names in own.values()), default=0),
-        revisited=frozenset(revisited), most_heard=most, most_learned=max(map(len, own.values()), default=0),
+        revisited=frozenset(revisited), most_heard=most, most_learned=max(map(len, own.values()), default=0), rounds=rounds,
         aware=schedule.labelled, overlap=len(columns) > len(set(columns)),
     )  # fmt: skip
 

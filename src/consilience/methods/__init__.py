@@ -7,7 +7,23 @@ from __future__ import annotations
 
 from consilience.methods.continual import cumulative, finetune, from_scratch, joint
 from consilience.methods.exmodel import average_ensemble, entropy_ensemble, oracle_ensemble, parameter_average
-from consilience.methods.federated import fed3r, fedavg, fedprox
+from consilience.methods.federated import (
+    fed3r,
+    fedadagrad,
+    fedadam,
+    fedavg,
+    fedavgm,
+    fedcm,
+    feddyn,
+    fedhbm,
+    fednova,
+    fedprox,
+    fedyogi,
+    ghbm,
+    local_ghbm,
+    scaffold,
+    wsm,
+)
 from consilience.methods.isolation import den, hat, infer, packnet, pnn, psp, supsup, xdg
 from consilience.methods.merging import aggregate, average, task_arithmetic, ties
 from consilience.methods.multitask import pcgrad
@@ -17,7 +33,9 @@ from consilience.methods.skill import skill
 
 __all__ = [
     "agem", "aggregate", "average", "average_ensemble", "cumulative", "den", "der", "derpp", "entropy_ensemble", "er",
-    "er_ace", "ewc", "fed3r", "fedavg", "fedprox", "finetune", "from_scratch", "gdumb", "gem", "generative_replay",
-    "gss", "hat", "icarl", "infer", "joint", "l2sp", "less_forgetting", "lwf", "mas", "online_ewc", "oracle_ensemble",
-    "packnet", "parameter_average", "pcgrad", "pnn", "psp", "si", "skill", "supsup", "task_arithmetic", "ties", "xdg",
+    "er_ace", "ewc", "fed3r", "fedadagrad", "fedadam", "fedavg", "fedavgm", "fedcm", "feddyn", "fedhbm", "fednova",
+    "fedprox", "fedyogi", "finetune", "from_scratch", "gdumb", "gem", "generative_replay", "ghbm", "gss", "hat", "icarl",
+    "infer", "joint", "l2sp", "less_forgetting", "local_ghbm", "lwf", "mas", "online_ewc", "oracle_ensemble", "packnet",
+    "parameter_average", "pcgrad", "pnn", "psp", "scaffold", "si", "skill", "supsup", "task_arithmetic", "ties", "wsm",
+    "xdg",
 ]  # fmt: skip

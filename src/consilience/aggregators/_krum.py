@@ -1,0 +1,177 @@
+"""Rows chosen by their distances to the others: Krum, multi-Krum, Bulyan."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from consilience.core.aggregator import Blockwise, Linear
+from consilience.core.errors import ConsilienceError
+
+BLOCK = 1 << 20
+
+
+def squares(rows: Tensor) -> Tensor:
+    """||g_i - g_j||^2 [m, m] in float64, from the differences themselves: near rows keep their distance beside huge ones.
+
+    What is too far for float64 is infinite, never NaN.
+    """
+    total = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=rows.device)
+    for block in rows.split(BLOCK, 1):
+        wide = block.double()
+        total += torch.stack([(wide - row).square().sum(1) for row in wide])
+    return total
+
+
+def scores(square: Tensor, byzantine: int) -> Tensor:
+    """Krum's scores [k]: the sum of the k - byzantine - 2 (at least one, where there is another) smallest squares to other rows."""
+    k = len(square)
+    near = min(max(k - byzantine - 2, 1), k - 1)
+    own = torch.eye(k, dtype=torch.bool, device=square.device)
+    return square.masked_fill(own, -1.0).sort(1).values[:, 1 : near + 1].sum(1)
+
+
+def nearest(square: Tensor, byzantine: int, keep: int) -> list[int]:
+    """The `keep` rows of the smallest scores; of equal ones the first."""
+    return scores(square, byzantine).argsort(stable=True)[:keep].tolist()
+
+
+def check(byzantine: int) -> None:
+    if not isinstance(byzantine, int) or byzantine < 0:
+        raise ConsilienceError(f"`byzantine` should be a whole number >= 0. Found `byzantine = {byzantine!r}`.")
+
+
+@dataclass(frozen=True)
+class _Chosen(Linear):
+    """The mean of chosen rows times the sum of weights. Of the weights only the sum is used: a liar may claim any size."""
+
+    takes_negative_weights: ClassVar[bool] = False
+    robust: ClassVar[bool] = True
+
+    byzantine: int
+
+    def __post_init__(self) -> None:
+        check(self.byzantine)
+
+    @property
+    def fewest_rows(self) -> int:  # type: ignore[override]
+        """2 byzantine + 3."""
+        return 2 * self.byzantine + 3
+
+    @abstractmethod
+    def choose(self, square: Tensor) -> list[int]:
+        """Which rows, from their squared distances [m, m]."""
+
+    def weigh(self, gram: Tensor, weights: Tensor, generator: torch.Generator | None) -> Tensor:
+        g = gram.double()
+        return self._coefficients((g.diagonal()[:, None] + g.diagonal() - 2 * g).clamp(min=0), weights)
+
+    def coefficients(self, rows: Tensor, weights: Tensor, generator: torch.Generator | None) -> Tensor:
+        return self._coefficients(squares(rows), weights)
+
+    def _coefficients(self, square: Tensor, weights: Tensor) -> Tensor:
+        chosen = self.choose(square)
+        c = torch.zeros_like(weights)
+        c[chosen] = weights.sum() / len(chosen)
+        return c
+
+
+@dataclass(frozen=True)
+class Krum(_Chosen):
+    """(sum w) g_k, with k = argmin_i sum of ||g_i - g_j||^2 over the m - byzantine - 2 rows nearest to g_i.
+
+    Rows [m, n], weights [m] >= 0, of which only the sum is used -> [n]. Up to `byzantine` rows may be anything. Raises
+    ConsilienceError for fewer than 2 byzantine + 3 rows. Blanchard et al. 2017, arXiv:1703.02757.
+
+    >>> Krum(1)(torch.tensor([[1.0], [2.0], [2.5], [4.0], [900.0]])).tolist()
+    [2.0]
+    """
+
+    def choose(self, square: Tensor) -> list[int]:
+        return nearest(square, self.byzantine, 1)
+
+
+@dataclass(frozen=True)
+class MultiKrum(_Chosen):
+    """(sum w) times the mean of the `keep` rows of the smallest Krum scores (None: m - byzantine).
+
+    Rows [m, n], weights [m] >= 0, of which only the sum is used -> [n]. Raises ConsilienceError for fewer than
+    2 byzantine + 3 rows, or than `keep`. Blanchard et al. 2017, arXiv:1703.02757.
+
+    >>> MultiKrum(1, 2)(torch.tensor([[1.0], [2.0], [2.5], [4.0], [900.0]])).tolist()
+    [2.25]
+    """
+
+    keep: int | None = None
+
+    def __post_init__(self) -> None:
+        check(self.byzantine)
+        if self.keep is not None and (not isinstance(self.keep, int) or self.keep < 1):
+            raise ConsilienceError(f"`keep` should be a whole number >= 1, or None. Found `keep = {self.keep!r}`.")
+
+    @property
+    def fewest_rows(self) -> int:  # type: ignore[override]
+        """2 byzantine + 3, and `keep`."""
+        return max(2 * self.byzantine + 3, self.keep or 0)
+
+    def choose(self, square: Tensor) -> list[int]:
+        return nearest(square, self.byzantine, self.keep or len(square) - self.byzantine)
+
+
+@dataclass(frozen=True)
+class _Distances:
+    """What Bulyan scans: the squared distances [m, m], and whether all blocks were read."""
+
+    square: Tensor
+    done: bool
+
+
+@dataclass(frozen=True)
+class Bulyan(Blockwise):
+    """(sum w) times, in every coordinate, the mean of the m - 4 byzantine values nearest to the median of m - 2 byzantine rows.
+
+    These rows are chosen one after another by Krum among those that are left. Rows [m, n], weights [m] >= 0, of which only the
+    sum is used -> [n]. Raises ConsilienceError for fewer than 4 byzantine + 3 rows. El Mhamdi, Guerraoui & Rouault 2018, arXiv:1802.07927.
+
+    >>> Bulyan(1)(torch.tensor([[1.0], [2.0], [2.0], [2.5], [3.0], [4.0], [900.0]])).tolist()
+    [2.1666667461395264]
+    """
+
+    takes_negative_weights: ClassVar[bool] = False
+    robust: ClassVar[bool] = True
+
+    byzantine: int
+
+    def __post_init__(self) -> None:
+        check(self.byzantine)
+
+    @property
+    def fewest_rows(self) -> int:  # type: ignore[override]
+        """4 byzantine + 3."""
+        return 4 * self.byzantine + 3
+
+    def scan(self, rows: Tensor, offset: int, size: int, previous: Any) -> _Distances:
+        square = squares(rows)
+        return _Distances(square if previous is None else previous.square + square, offset + rows.shape[1] >= size)
+
+    def chosen(self, square: Tensor) -> list[int]:
+        """The m - 2 byzantine rows that repeated Krum takes."""
+        left, taken = list(range(len(square))), []
+        for _ in range(len(square) - 2 * self.byzantine):
+            taken.append(left.pop(nearest(square[left][:, left], self.byzantine, 1)[0]))
+        return sorted(taken)
+
+    def apply(self, rows: Tensor, weights: Tensor, offset: int, statistics: Any) -> Tensor:
+        values = rows[self.chosen(statistics.square)].double().sort(0).values
+        k = len(values)
+        middle = values[(k - 1) // 2] / 2 + values[k // 2] / 2
+        near = (values - middle).abs().argsort(dim=0, stable=True)[: k - 2 * self.byzantine]
+        kept = values.gather(0, near).sort(0).values
+        total = torch.zeros_like(middle)
+        for x in kept:  # one after another: the same bits for any block
+            total = total + x / len(kept)
+        return (total * weights.double().sum()).to(rows.dtype)

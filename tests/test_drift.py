@@ -1,0 +1,675 @@
+"""Federated methods against restatements in plain torch, over rounds with partial participation, and the identities that they must satisfy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import consilience as cs
+from consilience.consolidators.normalised import Normalised
+from consilience.core.correction import Correction, Me
+from consilience.core.optimiser import SGD, Adagrad, Adam, Dynamic, Torch, Yogi
+from consilience.core.params import same
+from consilience.core.schedule import Hear, Learn, Stage, build
+from consilience.core.state import decode_state, encode_state
+from consilience.corrections.drift import GHBM, FedCM, FedDyn, LocalSteps, Scaffold
+from consilience.corrections.outputs import WSM
+from restate import BATCH, EPOCHS, LR, A, B, C, E, entries, final, fit, mlp, near, plain, sgd, source, training
+
+SGD0 = {"momentum": 0.0}
+FAR = [A, B, E, source("f", 19, seed=6), source("g", 28, seed=7)]
+
+
+def clients(n=3, size=None, **more):
+    return [source(f"c{i}", size or 10 + 7 * i, seed=10 + i, **more) for i in range(n)]
+
+
+def federated(s, rounds, k=None, order="cyclic"):
+    return cs.settings.federated(s, rounds, k, order, scenario="domain")
+
+
+def steps_of(s, epochs=EPOCHS, batch=BATCH):
+    return epochs * -(-len(s.train) // batch)
+
+
+def simulate(s, rounds, k, push, end=None, loss=None, pull=0.0, momentum=0.0, lr=LR):
+    """Rounds by hand: `push(i, r, theta)` is added to every gradient of client i; `end(theta, {i: (share, params)})` is the server."""
+    theta, visits, turn = entries(plain()), [0] * len(s), 0
+    for r in range(rounds):
+        chosen = sorted((turn + j) % len(s) for j in range(k))
+        turn += k
+        ends = {}
+        for i in chosen:
+            extra, net = push(i, r, theta), plain(params=theta)
+
+            def bent(net, x, y, *_, i=i, extra=extra, start=theta):
+                value = loss(i, net(x), y) if loss else F.cross_entropy(net(x), y)
+                for n, p in net.named_parameters():
+                    value = value + (extra[n] * p).sum() + pull / 2 * ((p - start[n]) ** 2).sum()
+                return value
+
+            fit(net, s[i], bent, visits[i], sgd(net, lr, momentum))
+            visits[i] += 1
+            ends[i] = (len(s[i].train), entries(net))
+        total = sum(n for n, _ in ends.values())
+        ends = {i: (n / total, p) for i, (n, p) in ends.items()}
+        theta = end(theta, ends) if end else mean(ends)
+    return theta
+
+
+def mean(ends):
+    first = next(iter(ends.values()))[1]
+    return {n: sum(w * p[n] for w, p in ends.values()) for n in first}
+
+
+def zeros():
+    return {n: torch.zeros_like(p) for n, p in entries(plain()).items()}
+
+
+# control variates and dynamic regularisation
+
+
+@pytest.mark.parametrize("n", [None, 4])
+def test_scaffold_restated(n):
+    s, local = clients(4), {}
+
+    def c():
+        return {k: sum(v[k] for v in local.values()) / (n or max(1, len(local))) for k in zeros()}
+
+    def push(i, r, theta):
+        own = local.get(i, zeros())
+        return {k: v - own[k] for k, v in c().items()} if local else zeros()
+
+    def end(theta, ends):
+        before, now = dict(local), c()
+        for i, (_, p) in ends.items():
+            own = before.get(i, zeros())
+            local[i] = {k: own[k] - now[k] + (theta[k] - p[k]) / (steps_of(s[i]) * LR) for k in theta}
+        return mean(ends)
+
+    expected = simulate(s, 5, 3, push, end)
+    near(final(federated(s, 5, 3), cs.methods.scaffold(n), **SGD0), expected, 1e-11)
+    assert not same(final(federated(s, 5, 3), cs.methods.finetune(), **SGD0), expected)
+
+
+def test_scaffold_with_all_clients_alike_is_fedavg():
+    """Equal data, full batches: every c_i is c."""
+    s = [replace(A, name=f"twin{i}") for i in range(3)]
+    more = {**SGD0, "batch_size": 100}
+    near(final(federated(s, 4), cs.methods.scaffold(), **more), final(federated(s, 4), cs.methods.finetune(), **more), 1e-12)
+
+
+def test_scaffold_tells_the_sum_once_and_counts_clients():
+    agent = cs.run(federated(clients(3), 4, 2), cs.methods.scaffold(), mlp(), training(**SGD0)).agent
+    told = agent.state.memory["Scaffold"]
+    assert float(told[""].tensors["count"]) == 3 and "gain" not in told[""].meta
+    (message,) = [m for m in agent.tell({}) if m.source == ""]
+    assert set(message.items) == {"model", "Scaffold"}
+    assert not [m for m in agent.tell({}) if m.source], "the sum is told, and no client's own"
+    with pytest.raises(cs.ConsilienceError, match="`clients` should be at least all that are heard. Found 3 and 2"):
+        final(federated(clients(3), 3), cs.methods.scaffold(2), **SGD0)
+
+
+def test_what_was_gained_in_two_learns_is_told_together():
+    """An agent that learns twice before anybody hears it."""
+    s = clients(2)
+    phases = [Hear({"a": ("server",), "b": ("server",)}), Learn({"a": ("c0",), "b": ("c1",)}), Learn({"a": ("c0",)})]
+    phases += [
+        Hear({"server": ("a", "b")}),
+        Hear({"a": ("server",)}),
+        Learn({"a": ("c0",)}),
+        Hear({"server": ("a",)}),
+        Stage("end"),
+    ]
+    schedule = build("custom", s, "domain", lambda seed: iter(phases), "server")
+    agent = cs.run(schedule, cs.methods.scaffold(), mlp(), training(**SGD0)).agent
+    theta = entries(plain())
+    net = plain(params=theta)
+    fit(net, s[0], None, 0, sgd(net, LR, 0.0))
+    middle = entries(net)
+    fit(net, s[0], None, 1, sgd(net, LR, 0.0))
+    first = {n: (middle[n] - p) / (steps_of(s[0]) * LR) for n, p in entries(net).items()}
+    other = plain(params=theta)
+    fit(other, s[1], None, 0, sgd(other, LR, 0.0))
+    c1 = {n: (theta[n] - p) / (steps_of(s[1]) * LR) for n, p in entries(other).items()}
+    ends = {0: (10 / 27, entries(net)), 1: (17 / 27, entries(other))}
+    server = mean(ends)
+    shift = {n: (first[n] + c1[n]) / 2 - first[n] for n in first}
+    net = plain(params=server)
+    fit(net, s[0], lambda net, x, y, *_: F.cross_entropy(net(x), y) + sum((shift[n] * p).sum() for n, p in net.named_parameters()),
+        2, sgd(net, LR, 0.0))  # fmt: skip
+    near(agent.state.params, entries(net), 1e-11)
+    c0 = {n: (server[n] - p) / (steps_of(s[0]) * LR) - shift[n] for n, p in entries(net).items()}
+    near(agent.state.memory["Scaffold"][""].group("c"), {n: c0[n] + c1[n] for n in c0}, 1e-10)
+    assert float(agent.state.memory["Scaffold"][""].tensors["count"]) == 2
+
+
+@pytest.mark.parametrize("alpha", [0.1, 1.0])
+def test_feddyn_restated(alpha):
+    s, h, server = clients(3), {}, {"h": zeros()}
+
+    def push(i, r, theta):
+        return {n: -v for n, v in h.get(i, zeros()).items()}
+
+    def end(theta, ends):
+        for i, (_, p) in ends.items():
+            h[i] = {n: h.get(i, zeros())[n] - alpha * (p[n] - theta[n]) for n in theta}
+        average = mean(ends)
+        server["h"] = {n: server["h"][n] - alpha * 2 / 3 * (average[n] - theta[n]) for n in theta}
+        return {n: average[n] - server["h"][n] / alpha for n in theta}
+
+    expected = simulate(s, 4, 2, push, end, pull=alpha)
+    near(final(federated(s, 4, 2), cs.methods.feddyn(alpha, 2 / 3), **SGD0), expected, 1e-10)
+
+
+def test_feddyn_without_alpha_is_fedavg_and_its_h_stays():
+    s = clients(3)
+    assert same(final(federated(s, 3), cs.methods.feddyn(0.0)), final(federated(s, 3), cs.methods.fedavg()))
+    assert not FedDyn.travels
+    first = [final(federated(s, 1), m) for m in (cs.Method("dyn", (FedDyn(0.3),)), cs.methods.fedprox(0.3))]
+    assert same(*first), "the first visit is FedProx"
+
+
+# normalised averaging
+
+
+def nova(theta, ends, steps):
+    effective = sum(w * steps[i] for i, (w, _) in ends.items())
+    return {n: theta[n] - effective * sum(w * (theta[n] - p[n]) / steps[i] for i, (w, p) in ends.items()) for n in theta}
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_fednova_restated(momentum):
+    s = clients(3)
+
+    def worth(k):
+        far, v = 0.0, 0.0
+        for _ in range(k):
+            v = momentum * v + 1
+            far += v
+        return far
+
+    steps = {i: worth(steps_of(c)) for i, c in enumerate(s)}
+    expected = simulate(s, 4, 2, lambda *_: zeros(), lambda theta, ends: nova(theta, ends, steps), momentum=momentum)
+    near(final(federated(s, 4, 2), cs.methods.fednova(), momentum=momentum), expected, 1e-11)
+    assert len(set(steps.values())) > 1
+
+
+def test_fednova_counts_the_steps_of_stragglers():
+    s = clients(3, 16)
+    work, steps = {"c1": 0.5}, {0: 4, 1: 2, 2: 4}
+    phases = []
+    for _ in range(2):
+        who = {f"c{i}": ("server",) for i in range(3)}
+        phases += [Hear(who), Learn({f"c{i}": (f"c{i}",) for i in range(3)}, work), Hear({"server": tuple(who)}), Stage("round")]
+    schedule = build("custom", s, "domain", lambda seed: iter(phases), "server")
+    theta, server = entries(plain()), None
+    for r in range(2):
+        ends = {}
+        for i in range(3):
+            net = plain(params=theta)
+            fit(net, s[i], None, r, sgd(net, LR, 0.0), epochs=EPOCHS * steps[i] // 4)
+            ends[i] = (1 / 3, entries(net))
+        theta = server = nova(theta, ends, steps)
+    near(final(schedule, cs.methods.fednova(), **SGD0), server, 1e-11)
+
+
+def test_fednova_with_equal_steps_is_fedavg():
+    s = clients(3, 20)
+    assert same(final(federated(s, 3), cs.methods.fednova()), final(federated(s, 3), cs.methods.fedavg()))
+
+
+def test_fednova_needs_to_know_the_steps():
+    method = cs.Method("nova", consolidator=Normalised())
+    with pytest.raises(
+        cs.ConsilienceError, match="should come with its number of steps, as fednova tells. Found none of 'client-0'"
+    ):
+        final(federated(clients(3), 1), method)
+    nesterov = SGD(0.9, nesterov=True)
+    direction, state, far = torch.zeros(1), nesterov.init(torch.zeros(1)), 0.0
+    for _ in range(5):
+        direction, state = nesterov.update(torch.ones(1), state, torch.zeros(1))
+        far += float(direction)
+    item = LocalSteps().summarise(_learned(5, nesterov), Me())
+    assert abs(float(item.tensors["steps"]) - far) < 1e-5
+    assert float(LocalSteps().summarise(_learned(5, Adam()), Me()).tensors["steps"]) == 5
+
+
+def _learned(steps, inner):
+    class Some:
+        share = 1.0
+        training = cs.Training(optimiser=inner)
+
+    some = Some()
+    some.steps = steps
+    return some
+
+
+# momentum
+
+
+def history(tau, s, beta, alpha=1.0):
+    past = [entries(plain())]
+
+    def push(i, r, theta):
+        if len(past) <= tau:
+            return zeros()
+        now, then = past[-1], past[-1 - tau]
+        return {n: beta / (LR * tau * steps_of(s[i])) * (then[n] - now[n]) for n in theta}
+
+    def end(theta, ends):
+        past.append(mean(ends))
+        return past[-1]
+
+    return push, end
+
+
+@pytest.mark.parametrize("tau", [1, 2, 3])
+def test_ghbm_restated(tau):
+    s = clients(3)
+    expected = simulate(s, 6, 2, *history(tau, s, 0.8))
+    near(final(federated(s, 6, 2), cs.methods.ghbm(0.8, tau), **SGD0), expected, 1e-11)
+
+
+@pytest.mark.parametrize("tau", [1, 3])
+def test_ghbm_is_the_heavy_ball_form_over_rounds(tau):
+    """One client, one full step a round: theta^t = theta^(t-1) - lr g + beta / tau (theta^(t-1) - theta^(t-tau-1))."""
+    x, y = A.train.whole()
+    past = [entries(plain())]
+    for _ in range(8):
+        net = plain(params=past[-1])
+        F.cross_entropy(net(x), y).backward()
+        back = past[-1 - tau] if len(past) > tau else past[-1]
+        past.append({n: past[-1][n] - LR * p.grad + 0.7 / tau * (past[-1][n] - back[n]) for n, p in net.named_parameters()})
+    whole = {**SGD0, "epochs": 1, "batch_size": 100}
+    found = final(federated([A], 8), cs.methods.ghbm(0.7, tau), **whole)
+    near(found, past[-1], 1e-14)
+    if tau == 1:
+        net = plain()
+        optimiser = sgd(net, LR, 0.7)
+        for _ in range(8):
+            optimiser.zero_grad()
+            F.cross_entropy(net(x), y).backward()
+            optimiser.step()
+        near(found, entries(net), 1e-14)
+
+
+def test_no_momentum_before_round_tau_plus_one():
+    s = clients(3)
+    for rounds in (1, 2, 3):
+        with pytest.raises(cs.Refusal, match="no momentum; use finetune|before round tau . 1 = 4"):
+            final(federated(s, rounds), cs.methods.ghbm(0.9, 3), **SGD0)
+    assert not same(
+        final(federated(s, 4), cs.methods.ghbm(0.9, 3), **SGD0), final(federated(s, 4), cs.methods.finetune(), **SGD0)
+    )
+    long = cs.run(federated(s, 4), cs.methods.ghbm(0.9, 3), mlp(), training(**SGD0))
+    short = cs.run(federated(s, 3), cs.methods.finetune(), mlp(), training(**SGD0))
+    assert (long.matrices[0, :4] == short.matrices[0]).all()
+    assert len(long.agent.state.memory["GHBM"]["the past"].tensors) == 4 * len(long.params)
+
+
+@pytest.mark.parametrize("name", ["ghbm", "local_ghbm", "fedhbm"])
+def test_beta_0_is_fedavg_to_the_bit(name):
+    s = clients(3)
+    assert same(final(federated(s, 4, 2), getattr(cs.methods, name)(0.0)), final(federated(s, 4, 2), cs.methods.fedavg()))
+
+
+def test_fedcm_restated_and_is_ghbm():
+    s, alpha = clients(3), 0.3
+    past = [entries(plain())]
+
+    def push(i, r, theta):
+        if len(past) < 2:
+            return zeros()
+        return {n: (1 - alpha) * (past[-2][n] - past[-1][n]) / (LR * steps_of(s[i])) for n in theta}
+
+    def end(theta, ends):
+        past.append(mean(ends))
+        return past[-1]
+
+    expected = simulate(s, 5, 2, push, end, loss=lambda i, out, y: alpha * F.cross_entropy(out, y))
+    found = final(federated(s, 5, 2), cs.methods.fedcm(alpha), **SGD0)
+    near(found, expected, 1e-11)
+    near(found, final(federated(s, 5, 2), cs.methods.ghbm(1 - alpha, 1), **SGD0, lr=alpha * LR), 1e-12)
+    assert same(final(federated(s, 3), cs.methods.fedcm(1.0)), final(federated(s, 3), cs.methods.finetune()))
+
+
+@pytest.mark.parametrize(("n", "k"), [(3, 1), (4, 2)])
+def test_clients_in_turn_make_local_ghbm_ghbm(n, k):
+    s = clients(n)
+    near(final(federated(s, 3 * n // k, k), cs.methods.local_ghbm(0.8), **SGD0),
+         final(federated(s, 3 * n // k, k), cs.methods.ghbm(0.8, n // k), **SGD0), 1e-12)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["local_ghbm", "fedhbm"])
+def test_local_momentum_restated(name):
+    """Two of three in turn: one or two rounds between a client's participations."""
+    s, own, gaps = clients(3), {}, set()
+
+    def push(i, r, theta):
+        if i not in own:
+            return zeros()
+        last, start, finish = own[i]
+        gaps.add(r - last)
+        anchor = start if name == "local_ghbm" else finish
+        return {n: 0.8 / (LR * (r - last) * steps_of(s[i])) * (anchor[n] - theta[n]) for n in theta}
+
+    rounds = iter(range(6))
+
+    def end(theta, ends):
+        r = next(rounds)
+        own.update({i: (r, theta, p) for i, (_, p) in ends.items()})
+        return mean(ends)
+
+    expected = simulate(s, 6, 2, push, end)
+    near(final(federated(s, 6, 2), getattr(cs.methods, name)(0.8), **SGD0), expected, 1e-11)
+    assert gaps == {1, 2}
+
+
+def test_local_momentum_tells_a_counter_alone():
+    told = cs.run(federated(clients(3), 4, 2), cs.methods.local_ghbm(), mlp(), training(**SGD0)).agent.tell({})
+    assert [(m.source, m.items["LocalGHBM"].meta, dict(m.items["LocalGHBM"].tensors)) for m in told] == [("", {"round": 4}, {})]
+
+
+@pytest.mark.parametrize(
+    ("method", "share"), [(cs.methods.ghbm(0.9, 2), 0.45), (cs.methods.fedcm(0.25), 0.75), (cs.methods.local_ghbm(0.6), 0.6)]
+)
+def test_without_gradients_exactly_the_share_of_the_difference_is_added(method, share):
+    dead = [False]
+
+    @dataclass(frozen=True)
+    class Dead(Correction):
+        def losses(self, losses, step, me):
+            return {i: v * (0.0 if dead[0] else 1.0) for i, v in losses.items()}
+
+    def plan(seed):
+        dead[0] = False
+        for r in range(4):
+            dead[0] = r == 3
+            yield Hear({"a": ("server",), "b": ("server",)})
+            yield Learn({"a": ("c0",), "b": ("c1",)})
+            yield Hear({"server": ("a", "b")})
+            yield Stage(f"round {r + 1}")
+
+    def end(rounds):
+        def some(seed):
+            for i, phase in enumerate(plan(seed)):
+                if i < 4 * rounds:
+                    yield phase
+
+        return final(build("custom", clients(2), "domain", some, "server"), [method, cs.Method("dead", (Dead(),))], **SGD0)
+
+    tau = 2 if method.name == "ghbm" else 1
+    past = {r: end(r) for r in (3 - tau, 3, 4)} if tau == 1 else {r: end(r) for r in (3, 4)} | {1: _plain_round(clients(2))}
+    near(past[4], {n: p + share * (p - past[3 - tau][n]) for n, p in past[3].items()}, 1e-13)
+
+
+def _plain_round(s):
+    return final(federated(s, 1), cs.methods.finetune(), **SGD0)
+
+
+def test_momentum_inside_warns():
+    for method in (cs.methods.ghbm(0.5, 1), cs.methods.scaffold()):
+        with pytest.warns(UserWarning, match="momentum 0.9 multiplies what it adds to each gradient, up to 10 times"):
+            final(federated(clients(2), 2), method)
+        with pytest.warns(UserWarning, match="Adam scales gradients; train with sgd"):
+            final(federated(clients(2), 2), method, optimiser="adam", lr=0.001)
+
+
+# all of them
+
+TRAVEL = [cs.methods.ghbm(0.8, 2), cs.methods.ghbm(0.8, 1), cs.methods.fedcm(0.4), cs.methods.scaffold(), cs.methods.wsm()]
+
+
+@pytest.mark.parametrize("method", TRAVEL, ids=lambda m: m.name)
+def test_one_client_a_round_without_revisits_is_continual_learning(method):
+    one = federated(FAR, len(FAR), 1)
+    alone = final(cs.settings.continual(FAR, "domain"), method, **SGD0)
+    assert same(final(one, method, **SGD0), alone)
+    assert method.name == "wsm" or not same(alone, final(one, cs.methods.finetune(), **SGD0))
+
+
+EVERY = [
+    "fedadagrad",
+    "fedadam",
+    "fedavgm",
+    "fedcm",
+    "feddyn",
+    "fedhbm",
+    "fednova",
+    "fedyogi",
+    "ghbm",
+    "local_ghbm",
+    "scaffold",
+    "wsm",
+]
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_the_order_of_clients_changes_nothing(name):
+    s, method = clients(4), getattr(cs.methods, name)()
+    ends = [final(federated(o, 4), method, **SGD0, lr=0.01) for o in (s, [s[2], s[0], s[3], s[1]])]
+    near(*ends, 1e-8 if name in ("fedadagrad", "fedadam", "fedyogi") else 1e-11)
+    assert not same(ends[0], final(federated(s, 4), cs.methods.finetune(), **SGD0, lr=0.01))
+
+
+@pytest.mark.parametrize(
+    "method", [cs.methods.scaffold(), cs.methods.ghbm(), cs.methods.fedcm(), cs.methods.local_ghbm()], ids=lambda m: m.name
+)
+@pytest.mark.parametrize("setting", ["multitask", "merging"])
+def test_refused_where_nobody_learns_after_hearing(method, setting):
+    with pytest.raises(cs.Refusal, match="would do nothing or do wrong here"):
+        final(getattr(cs.settings, setting)([A, B]), method)
+
+
+def test_fedhbm_needs_others_and_composes():
+    with pytest.raises(cs.Refusal, match="an agent that hears itself alone ends where it begins again"):
+        final(cs.settings.continual(FAR, "domain"), cs.methods.fedhbm())
+    s = clients(3)
+    both = final(federated(s, 3), [cs.methods.fedhbm(0.8), cs.methods.fedprox(1.0)], **SGD0)
+    for one in (cs.methods.fedhbm(0.8), cs.methods.fedprox(1.0)):
+        assert not same(both, final(federated(s, 3), one, **SGD0))
+
+
+def test_local_momentum_is_refused_where_nobody_learns_twice():
+    with pytest.raises(cs.Refusal, match="no agent learns twice, so that none has momentum of its own; use ghbm"):
+        final(federated(FAR, 5, 1), cs.methods.fedhbm())
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: GHBM(-1.0), "`beta` of GHBM should be >= 0 and finite. Found `beta = -1.0`."),
+        (lambda: GHBM(0.9, 0), "`tau` should be a whole number >= 1. Found `tau = 0`."),
+        (lambda: FedCM(0.0), "`alpha` should be in (0, 1]. Found `alpha = 0.0`."),
+        (lambda: FedDyn(-0.1), "`alpha` of FedDyn should be >= 0 and finite. Found `alpha = -0.1`."),
+        (lambda: Scaffold(0), "`clients` should be a whole number >= 1, or None. Found `clients = 0`."),
+        (lambda: Dynamic(0.0), "`participation` should be in (0, 1]. Found `participation = 0.0`."),
+        (lambda: Yogi(1.0), "`beta1` should be in [0, 1). Found `beta1 = 1.0`."),
+        (lambda: Adagrad(0.0), "`tau` should be positive and finite. Found `tau = 0.0`."),
+        (lambda: Torch("LBFGS"), "an optimiser should step by a gradient alone. Found 'LBFGS', which needs a closure."),
+        (lambda: Torch("Nothing"), "an optimiser should be a class of torch.optim. Found 'Nothing'."),
+        (lambda: Torch("Adam", (("beta", 1),)), "torch.optim.Adam should take a vector and its arguments {'beta': 1}. Found: "),
+        (lambda: cs.methods.fedavg("lbfg"), "`outer` should be sgd, adam, adagrad, yogi, averaging or a class of torch.optim."),
+    ],
+)
+def test_hyperparameters_are_checked(make, message):
+    with pytest.raises(cs.ConsilienceError) as error:
+        make()
+    assert message in str(error.value)
+
+
+# the re-weighted softmax
+
+
+def skewed():
+    return [source("u", 30, (0, 1), 21), source("v", 23, (1, 2, 3), 22), source("w", 24, (0, 2), 23)]
+
+
+def test_wsm_restated():
+    s = skewed()
+    p = [torch.bincount(c.train.y, minlength=C).double() / len(c.train) for c in s]
+
+    def loss(i, out, y):
+        return -((p[i] * out.exp())[range(len(y)), y] / (p[i] * out.exp()).sum(1)).log().mean()
+
+    near(
+        final(cs.settings.federated(s, 3, 2, "cyclic"), cs.methods.wsm(), **SGD0),
+        simulate(s, 3, 2, lambda *_: zeros(), loss=loss),
+        1e-11,
+    )
+
+
+def bent(s, z, y):
+    """What WSM makes of the losses of logits z, and their gradient."""
+    from types import SimpleNamespace as Some
+
+    z = z.clone().requires_grad_()
+    _, private = WSM().begin(Some(outputs=z.shape[1]), {}, (s,), None, None)
+    part = Some(y=y, owner="")
+    see = Some(outputs=[z], parts=[part], theta=z.detach())
+    losses = WSM().losses({0: F.cross_entropy(z, y, reduction="none")}, see, Me(private=private))[0]
+    return losses, torch.autograd.grad(losses.mean(), z)[0], private["log_p"]
+
+
+def test_wsm_of_equal_counts_is_cross_entropy():
+    from consilience.core.source import Tensors
+
+    equal = replace(A, train=Tensors(A.train.x[:20], torch.arange(20) % C))
+    near(
+        final(cs.settings.continual([equal]), cs.methods.wsm()),
+        final(cs.settings.continual([equal]), cs.methods.finetune()),
+        1e-13,
+    )
+
+
+def test_wsm_leaves_absent_classes_alone():
+    g = torch.Generator().manual_seed(0)
+    z = torch.randn(5, C, generator=g, dtype=torch.float64)
+    y = torch.tensor([0, 1, 0, 0, 1])
+    losses, grad, log_p = bent(skewed()[0], z, y)
+    assert (grad[:, 2:] == 0).all() and (log_p[2:] == -torch.inf).all() and torch.isfinite(losses).all()
+    assert torch.isfinite(grad).all() and (grad[:, :2] != 0).all()
+    weighted = (z + log_p).log_softmax(1)
+    assert torch.allclose(losses, F.cross_entropy(weighted, y, reduction="none"), atol=1e-14), (
+        "its log-probabilities through it again"
+    )
+    start, end = entries(plain()), final(cs.settings.federated(skewed(), 1, 1, "cyclic"), cs.methods.wsm())
+    for n in ("3.bias", "3.weight"):
+        assert torch.equal(end[n][2:], start[n][2:]) and (end[n][:2] != start[n][:2]).all()
+
+
+def test_wsm_leaves_samples_of_absent_classes_as_they_are():
+    z = torch.randn(4, C, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    y = torch.tensor([0, 3, 2, 1])
+    losses, grad, _ = bent(skewed()[0], z, y)
+    plainly = F.cross_entropy(z, y, reduction="none")
+    assert torch.equal(losses[1:3], plainly[1:3]) and (losses[[0, 3]] != plainly[[0, 3]]).all() and torch.isfinite(grad).all()
+    for other in (cs.methods.er(20), cs.methods.cumulative(), cs.methods.lwf(), cs.methods.ewc()):
+        found = final(cs.settings.continual(skewed(), "task"), [cs.methods.wsm(), other], **SGD0)
+        assert all(torch.isfinite(p).all() for p in found.values())
+
+
+# outer optimisers
+
+
+@pytest.mark.parametrize("name", ["fedadagrad", "fedyogi", "fedadam", "fedavgm"])
+def test_outer_optimisers_restated(name):
+    m, v = zeros(), zeros()
+
+    def end(theta, ends):
+        average, new = mean(ends), {}
+        for n in theta:
+            d = average[n] - theta[n]
+            if name == "fedavgm":
+                m[n] = 0.9 * m[n] + d
+                new[n] = theta[n] + m[n]
+                continue
+            m[n] = d if name == "fedadagrad" else 0.9 * m[n] + 0.1 * d
+            v[n] = {
+                "fedadagrad": v[n] + d**2,
+                "fedadam": 0.99 * v[n] + 0.01 * d**2,
+                "fedyogi": v[n] - 0.01 * d**2 * torch.sign(v[n] - d**2),
+            }[name]
+            new[n] = theta[n] + 0.1 * m[n] / (v[n].sqrt() + 1e-3)
+        return new
+
+    s = clients(3)
+    near(final(federated(s, 4, 2), getattr(cs.methods, name)(), **SGD0), simulate(s, 4, 2, lambda *_: zeros(), end), 1e-11)
+
+
+OURS = {
+    "SGD": (SGD(0.9, 0.1), {"momentum": 0.9, "weight_decay": 0.1}),
+    "Adam": (Adam(0.8, 0.95, 1e-4, 0.1), {"betas": (0.8, 0.95), "eps": 1e-4, "weight_decay": 0.1}),
+    "AdamW": (Adam(0.8, 0.95, 1e-4, 0.1, True), {"betas": (0.8, 0.95), "eps": 1e-4, "weight_decay": 0.1}),
+    "Adagrad": (Adagrad(1e-2), {"eps": 1e-2}),
+}
+THEIRS = ["ASGD", "Adadelta", "Adafactor", "Adagrad", "Adam", "Adamax", "AdamW", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD"]
+
+
+def walk(optimiser, lr, steps=6):
+    g = torch.Generator().manual_seed(0)
+    theta = torch.randn(7, generator=g, dtype=torch.float64)
+    state = optimiser.init(theta)
+    names = set(state)
+    for _ in range(steps):
+        before = {k: t.clone() for k, t in state.items()}
+        grad = torch.randn(7, generator=g, dtype=torch.float64)
+        direction, new = optimiser.update(grad, state, theta)
+        assert set(new) == names and all(torch.equal(before[k], t) for k, t in state.items()), "update is pure"
+        theta, state = theta - lr * direction, new
+    return theta
+
+
+def torch_walk(name, lr, steps=6, **arguments):
+    g = torch.Generator().manual_seed(0)
+    p = torch.nn.Parameter(torch.randn(7, generator=g, dtype=torch.float64))
+    optimiser = getattr(torch.optim, name)([p], lr=lr, **arguments)
+    for _ in range(steps):
+        p.grad = torch.randn(7, generator=g, dtype=torch.float64)
+        optimiser.step()
+    return p.detach()
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_ours_are_torchs(name):
+    ours, arguments = OURS[name]
+    assert torch.allclose(walk(ours, 0.1), torch_walk(name, 0.1, **arguments), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", THEIRS)
+def test_any_of_torchs_serves(name):
+    assert torch.allclose(walk(Torch(name), 1.0), torch_walk(name, 1.0), rtol=0, atol=1e-13)
+    assert torch.allclose(walk(Torch(name, (("lr", 0.01),)), 1.0), torch_walk(name, 0.01), rtol=0, atol=1e-13)
+
+
+def test_one_of_torchs_outside_and_inside():
+    s = clients(3)
+    theta = torch.nn.ParameterDict({n.replace(".", "-"): torch.nn.Parameter(p.clone()) for n, p in entries(plain()).items()})
+    optimiser = torch.optim.NAdam(theta.values(), lr=1.0)
+
+    def end(start, ends):
+        average = mean(ends)
+        for n, p in start.items():
+            theta[n.replace(".", "-")].grad = p - average[n]
+        optimiser.step()
+        return {n: theta[n.replace(".", "-")].detach().clone() for n in start}
+
+    expected = simulate(s, 3, 2, lambda *_: zeros(), end)
+    agent = cs.run(federated(s, 3, 2), cs.methods.fedavg("NAdam"), mlp(), training(**SGD0)).agent
+    near(agent.state.params, expected, 1e-11)
+    back = decode_state(*encode_state(agent.state))
+    assert same(back.outer, agent.state.outer) and {"exp_avg", "step", "mu_product"} <= back.outer.keys()
+    net = plain()
+    fit(net, A, optimiser=torch.optim.RAdam(net.parameters(), lr=LR))
+    near(final(cs.settings.continual([A], "domain"), cs.methods.finetune(), optimiser=Torch("RAdam")), entries(net), 1e-11)
+
+
+@pytest.mark.parametrize("name", ["Muon", "SparseAdam"])
+def test_what_does_not_work_on_a_vector_is_refused(name):
+    if hasattr(torch.optim, name):
+        with pytest.raises(cs.ConsilienceError, match=f"torch.optim.{name} should take a vector"):
+            Torch(name)

@@ -425,6 +425,11 @@ def test_drift_and_local_scores_are_what_they_say(tmp_path):
     assert Result.from_json(json.loads(json.dumps(old))).personal is None
 
 
+def test_drift_is_of_those_that_began_where_the_hearer_did():
+    found = {g: {d["stage"] for d in go(cs.settings.gossip(FOUR, 2, g), clients=True).drift} for g in ("ring", "complete")}
+    assert found == {"ring": {1}, "complete": {1, 2}}  # after the first round of a ring all begin elsewhere
+
+
 def test_others_are_none_where_all_share_a_test():
     parts = cs.data.iid(source("whole", 40), 3)
     result = go(cs.settings.federated(parts, 1), clients=True)
@@ -432,7 +437,7 @@ def test_others_are_none_where_all_share_a_test():
 
 
 def test_fairness_and_forgetting_of_a_matrix():
-    m = np.array([[0.0, 0, 0, 0], [0.9, 0.2, 0.5, 0.4], [0.7, 0.6, 0.5, 0.1], [0.8, 0.4, 0.5, 0.3]])
+    m = np.array([[1.0, 0, 0, 0], [0.9, 0.2, 0.5, 0.4], [0.7, 0.6, 0.5, 0.1], [0.8, 0.4, 0.5, 0.3]])
     common = {"setting": "federated", "data": "d", "method": "m", "model": "x", "metric": "accuracy", "seed": 0}
     result = Result(**common, sources=tuple("abcd"), stages=tuple("123"), learned_at=(None,) * 4, matrices=m[None], costs={})
     assert result.worst() == result.worst(0.25) == pytest.approx(0.3)
@@ -586,6 +591,29 @@ def test_an_agent_that_failed_hears_its_neighbours(flaky):
     with pytest.warns(UserWarning, match="left out"):
         result = go(cs.settings.gossip(flaky, 1, mixings=2, min_clients=2, evaluated=1))
     near(result.params, server([A, E, FOUR[3]]), 1e-12)
+
+
+def test_an_agent_that_failed_tells_what_it_heard(flaky):
+    """On a ring: 1 fails and hears 0 and 2; then 0 hears 3, itself and 1, each with the sizes of what it mixed."""
+    with pytest.warns(UserWarning, match="left out"):
+        result = go(cs.settings.gossip(flaky, 1, "ring", mixings=2, min_clients=2))
+    nets = {i: entries(fit(plain(), FOUR[i])) for i in (0, 2, 3)}
+    once = {0: (3, 0), 1: (0, 2), 3: (2, 3, 0)}
+    sizes = {i: [len(FOUR[j].train) for j in own] for i, own in once.items()}
+    mixed = {i: mean([nets[j] for j in own], sizes[i]) for i, own in once.items()}
+    near(result.params, mean([mixed[i] for i in (3, 0, 1)], [sum(sizes[i]) for i in (3, 0, 1)]))
+
+
+def test_who_failed_is_known_after_a_cut(flaky, tmp_path):
+    made = cs.settings.federated(flaky, 2, min_clients=2)
+
+    def progress(line):
+        if line["event"] == "checkpoint" and line["steps"] == 34:  # round 2, inside the learn after the failing one
+            raise KeyboardInterrupt
+
+    with pytest.warns(UserWarning, match="left out"), pytest.raises(KeyboardInterrupt):
+        go(made, out=tmp_path / "cut", checkpoint_steps=34, progress=progress)
+    near(go(made, out=tmp_path / "cut", resume=True).params, server([A, E, FOUR[3]], 2))
 
 
 def test_all_of_it_together_repeats_and_ends(tmp_path):

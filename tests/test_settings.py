@@ -625,3 +625,14 @@ def test_all_of_it_together_repeats_and_ends(tmp_path):
     assert same(one.params, two.params) and np.array_equal(one.matrices, two.matrices) and one.personal == two.personal
     assert one.stages == ("round 4", "round 6") and len(one.personal) == 12
     assert not np.array_equal(one.matrices[0], one.matrices[1])
+
+
+def test_the_command_line_takes_it(tmp_path, capsys):
+    from consilience.cli import main
+
+    argv = "run --setting federated --setting.rounds 2 --split.clients 4 --setting.participation 0.5 --setting.personalise true --clients"
+    assert main([*argv.split(), "--out", str(tmp_path / "run")]) == 0
+    assert "worst tenth" in capsys.readouterr().out
+    assert len(cs.report.load(tmp_path / "run").personal) == 4
+    assert main(["run", "--setting", "federated", "--setting.participation", "1.5"]) != 0
+    assert "`participation` should be in (0, 1]. Found `participation = 1.5`." in capsys.readouterr().err

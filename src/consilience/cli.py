@@ -43,6 +43,8 @@ FITTING: dict[str, dict[str, Any]] = {
     "federated_continual": {
         "split": "iid+classes", "split.iid.n": 3, "split.classes.n": 5, "method": "er", "setting.rounds": 3, "training.epochs": 2,
     },
+    "hierarchical": {"split": "dirichlet", "split.clients": 10, "split.alpha": 0.5, "method": "fedavg", "training.epochs": 1},
+    "gossip": {"split": "dirichlet", "split.clients": 10, "split.alpha": 0.5, "method": "fedavg", "training.epochs": 1},
     "merging": {"split": "dirichlet", "split.clients": 3, "split.alpha": 1.0, "method": "average"},
     "exmodel": {"split": "classes", "split.n": 5, "method": "entropy_ensemble"},
     "skill": {"split": "classes", "split.n": 5, "method": "skill"},
@@ -54,6 +56,7 @@ FITTING_DATA: dict[str, dict[str, Any]] = {
     "diabetes": {"split": "iid", "split.n": 3},
     "core50": {"split": "none"},
     "clear": {"split": "none"},
+    "shakespeare": {"split": "none", "model": "char_lstm"},
 }
 USUAL: dict[str, Any] = {"n": 5, "clients": 5, "alpha": 0.5, "angles": 4}
 """Arguments of splits that have no default of their own."""
@@ -63,7 +66,7 @@ FROM_ROOM = {"aggregator": "aggregators", "policy": "memory", "mapper": "mappers
 FROM_DATA = ("inputs", "outputs", "channels", "size")
 """Arguments of models that the data says."""
 FROM_HERE = {"setting": ("sources", "streams", "experts", "base"), "model": FROM_DATA}
-SWITCHES = ("resume", "help")
+SWITCHES = ("resume", "clients", "help")
 ROOMS = {"setting": "settings", "method": "methods", "methods": "methods", "model": "models"}
 HIDDEN = {"arrays", "stream", "wrap", "new_instances", "new_instances_and_classes"}
 """Functions of a catalogue that need objects, not text."""
@@ -79,6 +82,7 @@ def general(
     engine: str = "serial",
     checkpoint_seconds: float = 60.0,
     checkpoint_steps: int | None = None,
+    clients: bool = False,
 ) -> None:
     """Options of a run as a whole.
 
@@ -92,6 +96,7 @@ def general(
         engine: who runs the steps.
         checkpoint_seconds: the time between checkpoints, also inside a task.
         checkpoint_steps: the steps between checkpoints, in addition.
+        clients: also judge whoever learns by its own parameters, before and after, and how far those heard together went apart.
     """
 
 
@@ -594,7 +599,9 @@ def carry_out(
     """One run."""
     import consilience as cs
 
-    general = {k: order.values[k] for k in ("repeats", "seed", "metric", "engine", "checkpoint_seconds", "checkpoint_steps")}
+    general = {
+        k: order.values[k] for k in ("repeats", "seed", "metric", "engine", "checkpoint_seconds", "checkpoint_steps", "clients")
+    }
     if general["metric"] and "." in general["metric"]:
         general["metric"] = resolve("metric", general["metric"])
     with shown(schedule.facts(general["seed"]).stages, general["repeats"], method.name) as progress:

@@ -67,7 +67,8 @@ class WeightSpace(Consolidator):
             heard = without_broken(heard)
         if not heard:
             return state
-        sizes = [float(max(m.size, 1)) if by_size else 1.0 for m, _ in heard]
+        sizes = [float(m.size) if by_size else float(m.size > 0) for m, _ in heard]  # 0: it stands for nothing that was learned
+        sizes = sizes if any(sizes) else [1.0] * len(sizes)
         rows = [(m.sender, w.group("params"), size) for (m, w), size in zip(heard, sizes, strict=True)]
         for sender, params, _ in rows:
             finite(params, repr(sender))
@@ -77,6 +78,11 @@ class WeightSpace(Consolidator):
                         f"heard parameters should have the hearer's shapes. Found {tuple(p.shape)} for {n!r} of {sender!r}, "
                         f"here {tuple(state.params[n].shape)}."
                     )
+            if params and state.params and not params.keys() & state.params.keys():
+                raise ConsilienceError(
+                    f"heard parameters should have the hearer's names. Found {next(iter(params))!r} of {sender!r}, "
+                    f"here {next(iter(state.params))!r}."
+                )
         merged: Params = {}
         groups: dict[tuple[int, ...], list[str]] = {}
         for n in sorted({n for _, params, _ in rows for n in params}):

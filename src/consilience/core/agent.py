@@ -361,8 +361,9 @@ class Agent:
         return Message(self.name, source, version, size, self.state.origin, base, items, self.state.learned)
 
     def receipts(self) -> dict[str, int]:
-        """What this agent has already: the version of every (sender, source)."""
-        return {k: v for k, (v, _) in self.state.absorbed.items()}
+        """What this agent has already: the version of every (sender, source); no whole of another once it has learned and gone on."""
+        moved = self.state.learned
+        return {k: v for k, (v, _) in self.state.absorbed.items() if not (moved and k.endswith("|"))}
 
     def tell(self, receipts: Mapping[str, int]) -> list[Message]:
         """Messages that the listener lacks: the agent's own whole, and what its bank holds, relayed as it is."""
@@ -385,6 +386,7 @@ class Agent:
         """Join the messages into the bank, and consolidate those that are fresh."""
         state = self.state
         fresh: dict[tuple[str, str], Message] = {}
+        had = self.receipts()
         for m in sorted(messages, key=lambda m: (m.key, m.version)):
             if m.origin != state.origin:
                 raise ConsilienceError(
@@ -397,7 +399,7 @@ class Agent:
                 raise ConsilienceError(
                     f"a version should have one content. Found another for {m.source!r} of {m.sender!r}, version {m.version}."
                 )
-            if m.version > version:
+            if m.version > had.get(f"{m.sender}|{m.source}", -1):
                 fresh[m.key] = m
         heard = list(fresh.values())
         bank = join(state.bank, [m for m in map(without_weights, heard) if m is not None])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -50,6 +51,22 @@ def r2(p: Tensor, y: Tensor) -> float:
     return 1 - float((y - p[:, : y.shape[1]]).square().sum()) / spread if spread else float("nan")
 
 
+def drift(base: Tensor, new: Tensor, told: Tensor) -> dict[str, float]:
+    """How far clients went from what they began with, and how much one way: from parameters [n] and those told [m, n].
+
+    distance = mean_i ||theta_i - base||, distance_max = max_i of it, cosine = mean_i cos(theta_i - base, new - base), over
+    those that moved; NaN where nothing did.
+
+    >>> drift(torch.zeros(2), torch.tensor([1.0, 1.0]), torch.tensor([[2.0, 0.0], [0.0, 2.0]]))
+    {'distance': 2.0, 'distance_max': 2.0, 'cosine': 0.7071067811865475}
+    """
+    steps, step = (told - base).double(), (new - base).double()
+    far = steps.norm(dim=1)
+    cosines = (steps @ step)[far > 0] / (far[far > 0] * step.norm())
+    cosine = float(cosines.mean()) if len(cosines) and step.norm() > 0 else float("nan")
+    return {"distance": float(far.mean()), "distance_max": float(far.max()), "cosine": cosine}
+
+
 METRICS: dict[str, Metric] = {"accuracy": accuracy, "auroc": auroc, "r2": r2}
 
 
@@ -81,3 +98,26 @@ def summary(matrix: np.ndarray, learned_at: Sequence[int | None]) -> Mapping[str
     whole = [j for j, a in enumerate(at) if a > 0 and matrix[a, j] > 0] if clear else []
     out["normalised"] = mean([float(matrix[last, j] / matrix[at[j], j]) for j in whole])
     return out
+
+
+def global_forgetting(matrix: np.ndarray) -> float | None:
+    """mean_j (max_{0 < i < T} R[i, j] - R[T, j]) over all sources, however often each is learned; None with one stage.
+
+    >>> global_forgetting(np.array([[0.0, 0.0], [0.5, 1.0], [1.0, 0.75]]))
+    -0.125
+    """
+    last = len(matrix) - 1
+    if last < 2:
+        return None
+    lost = [float(np.nanmax(r[:-1]) - r[-1]) for r in matrix[1:].T if np.isfinite(r[:-1]).any() and np.isfinite(r[-1])]
+    return float(np.mean(lost)) if lost else None
+
+
+def worst(scores: np.ndarray, fraction: float) -> float:
+    """The mean over the lowest `fraction` of the scores [n], at least one; NaN ones are left out.
+
+    >>> worst(np.array([0.9, 0.1, 0.5, 0.3]), 0.5)
+    0.2
+    """
+    kept = np.sort(scores[np.isfinite(scores)])
+    return float(kept[: max(1, math.ceil(fraction * len(kept) - 1e-9))].mean()) if len(kept) else float("nan")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from consilience.core.errors import ConsilienceError, unknown
-from consilience.core.metrics import summary
+from consilience.core.metrics import global_forgetting, summary, worst
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,6 +45,14 @@ class Result:
     """Before training and after each stage of the first repeat: score, macs, bytes, seconds so far."""
     learning_curve: Sequence[Mapping[str, Any]] = ()
     """Inside the tasks of the first repeat, where asked for: agent, source, epoch, step in it, steps so far, score."""
+    drift: Sequence[Mapping[str, Any]] = ()
+    """Where `clients` were judged, for each time that an agent of the first repeat absorbed two or more that learned from its own
+    parameters: stage, agent, clients, and what `metrics.drift` gives."""
+    local: Sequence[Mapping[str, Any]] = ()
+    """Where `clients` were judged, for each learn of the first repeat: stage, agent, and the score on its own test data and the mean
+    over all others', by its own parameters before and after the learn: own_before, own_after, others_before, others_after."""
+    personal: Mapping[str, float] | None = None
+    """The last score of each client's own parameters on its own test data, where clients were judged."""
     config: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, Any] = field(default_factory=dict)
     agent: Agent | None = None
@@ -87,6 +95,30 @@ class Result:
     @property
     def forgetting(self) -> float | None:
         return self._mean("forgetting")
+
+    @property
+    def global_forgetting(self) -> float | None:
+        """mean_j (max_{0 < i < T} R[i, j] - R[T, j]): also where sources are learned again and again."""
+        found = [v for m in self.matrices if (v := global_forgetting(m)) is not None]
+        return float(np.mean(found)) if found else None
+
+    @property
+    def local_forgetting(self) -> float | None:
+        """What local learning loses on others' data: the mean of others_before - others_after over all learns of clients."""
+        lost = [d["others_before"] - d["others_after"] for d in self.local if None not in (d["others_before"], d["others_after"])]
+        return float(np.mean(lost)) if lost else None
+
+    def worst(self, fraction: float = 0.1) -> float:
+        """The final mean over the worst sources, that fraction of all of them and at least one: how fair a federation is to clients."""
+        if not 0 < fraction <= 1:
+            raise ConsilienceError(f"`fraction` should be in (0, 1]. Found `fraction = {fraction}`.")
+        return float(np.mean([worst(m[-1], fraction) for m in self.matrices]))
+
+    @property
+    def spread(self) -> float:
+        """The final standard deviation over sources (ddof 0)."""
+        stds = [float(np.nanstd(m[-1])) if np.isfinite(m[-1]).any() else float("nan") for m in self.matrices]
+        return float(np.mean(stds))
 
     @property
     def backward_transfer(self) -> float | None:
@@ -145,6 +177,9 @@ class Result:
             "stages": list(self.stages), "learned_at": list(self.learned_at), "matrices": self.matrices.tolist(),
             "mapper": None if self.mapper is None else self.mapper.tolist(), "mapper_accuracy": self.mapper_accuracy,
             "costs": dict(self.costs), "curve": [dict(c) for c in self.curve], "learning_curve": [dict(c) for c in self.learning_curve], "config": dict(self.config),
+            "worst": self.worst(), "spread": self.spread, "global_forgetting": self.global_forgetting,
+            "local_forgetting": self.local_forgetting, "drift": [dict(d) for d in self.drift], "local": [dict(d) for d in self.local],
+            "personal": None if self.personal is None else dict(self.personal),
         }  # fmt: skip
 
     @staticmethod
@@ -153,7 +188,7 @@ class Result:
         try:
             return Result(
                 **{k: d[k] for k in ("setting", "data", "method", "model", "metric", "seed", "costs", "curve", "config", "versions")},
-                learning_curve=d.get("learning_curve", ()),
+                learning_curve=d.get("learning_curve", ()), drift=d.get("drift", ()), local=d.get("local", ()), personal=d.get("personal"),
                 sources=tuple(d["sources"]), stages=tuple(d["stages"]), learned_at=tuple(d["learned_at"]),
                 matrices=np.array(d["matrices"], dtype=float), mapper=None if d["mapper"] is None else np.array(d["mapper"], dtype=float),
             )  # fmt: skip

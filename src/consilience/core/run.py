@@ -22,11 +22,11 @@ from consilience.core.engine import Engine, Watch
 from consilience.core.errors import ConsilienceError, Interrupted, Refusal, kind_of, unknown
 from consilience.core.folder import Log, Progress, interruptible, plain
 from consilience.core.ledger import Ledger
-from consilience.core.message import Message
+from consilience.core.message import Message, Weights
 from consilience.core.method import Method
-from consilience.core.metrics import METRICS, Metric
+from consilience.core.metrics import METRICS, Metric, drift
 from consilience.core.model import Model
-from consilience.core.params import content_hash, key, write_json
+from consilience.core.params import Layout, content_hash, key, write_json
 from consilience.core.result import Result
 from consilience.core.schedule import Expert, Facts, Hear, Learn, Schedule
 from consilience.core.state import State, decode_state, encode_state
@@ -51,6 +51,7 @@ def run(
     checkpoint_seconds: float = 60.0,
     checkpoint_steps: int | None = None,
     curve_steps: int | None = None,
+    clients: bool = False,
     progress: Progress | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> Result:
@@ -72,6 +73,8 @@ def run(
         checkpoint_steps: the steps between checkpoints, in addition.
         curve_steps: the steps between points of the learning curve inside a task: the metric on the test data of the source
             that is being learned (`Result.learning_curve`); None draws none.
+        clients: also judge whoever learns by its own parameters before and after each learn (`Result.local`), and how far those
+            that are heard together went apart (`Result.drift`); it costs two evaluations a learn.
         progress: called with every line of the log.
         config: what config.yaml should hold; None describes the arguments.
 
@@ -127,7 +130,9 @@ def run(
     measure: Metric = METRICS[label] if not callable(metric) else metric
     log = Log(Path(out) if out is not None else None, progress)
     described = config or describe(schedule, name, model, training, seed, repeats)
-    walk = Walk(schedule, chosen, model, training, measure, facts, log, runner, checkpoint_seconds, checkpoint_steps, curve_steps)
+    walk = Walk(
+        schedule, chosen, model, training, measure, facts, log, runner, checkpoint_seconds, checkpoint_steps, curve_steps, clients
+    )
     walk.fingerprint = fingerprint(schedule, chosen, model, training, seed, repeats, label) if out is not None else {}
     if out is not None:
         if resume:
@@ -154,12 +159,20 @@ def run(
         matrices=np.array([d["rows"] for d in done], dtype=float),
         costs={**costs, "by_agent": done[0]["costs"]["by_agent"]},
         mapper=None if done[0]["mapper"] is None else np.array([d["mapper"] for d in done], dtype=float),
-        curve=done[0]["curve"], learning_curve=done[0]["learning"], config=described, versions=versions(), agent=walk.first,
+        curve=done[0]["curve"], learning_curve=done[0]["learning"], drift=done[0].get("drift", ()), local=done[0].get("local", ()),
+        personal=_personal(done), config=described, versions=versions(), agent=walk.first,
     )  # fmt: skip
     if out is not None:
         write_json(Path(out) / "result.json", plain(result.to_json()))
         log.write({"event": "end", "score": result.score, "ran": walk.ran})
     return result
+
+
+def _personal(done: Sequence[Mapping[str, Any]]) -> dict[str, float] | None:
+    """The mean over repeats of each client's last score."""
+    told = [(name, v) for d in done for name, v in d.get("personal", {}).items() if v is not None]
+    names = sorted({name for name, _ in told})
+    return {name: float(np.mean([v for n, v in told if n == name])) for name in names} or None
 
 
 @dataclass
@@ -177,6 +190,7 @@ class Walk:
     seconds: float
     every: int | None
     inside: int | None = None
+    clients: bool = False
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
     finished: list[dict[str, Any]] = field(default_factory=list)
     first: Agent | None = None
@@ -199,6 +213,10 @@ class Walk:
         self.learning: list[dict[str, Any]] = []
         self.stages: list[str] = []
         self.failed: dict[str, str] = {}
+        self.drift: list[dict[str, Any]] = []
+        self.local: list[dict[str, Any]] = []
+        self.personal: dict[str, float | None] = {}
+        self.received: dict[str, list[float]] = {}
         self.job: Job | None = None
         self._begin()
         paused = self._restore()
@@ -214,13 +232,15 @@ class Walk:
             elif isinstance(phase, Hear):
                 self._hear(phase)
             else:
+                for name, own in phase.clients.items():
+                    self.personal[name] = self._own(self._row(self._agent(name)), own)[0]
                 self._evaluate(phase.name)
             self.phase, self.learned = i + 1, 0
             self._tick(None)
         stages = self.stages[1:]
         self.finished.append({
             "rows": self.rows, "stages": stages, "costs": self.ledger.costs(), "curve": self.curve, "learning": self.learning,
-            "mapper": self.mapped if self.mapped else None,
+            "mapper": self.mapped if self.mapped else None, "drift": self.drift, "local": self.local, "personal": self.personal,
         })  # fmt: skip
         self.first = self.first or self._agent(self.schedule.evaluated)
         self._save()
@@ -231,9 +251,13 @@ class Walk:
         before = {name: self._agent(name).state for name, _ in who} if phase.least is not None else {}
         if not done:
             self.failed = {name: why for name, why in self.failed.items() if name not in phase.who}
+        if self.clients and not self.received:
+            known: dict[str, list[float]] = {}
+            self.received = {name: self._row(self._agent(name), known) for name in phase.who}
 
         def fail(agent: Agent, why: Exception) -> None:
             if phase.least is None:
+                why.add_note(f"while {agent.name!r} learned {', '.join(phase.who[agent.name])}")
                 raise why
             self.failed[agent.name] = f"{type(why).__name__}: {why}"
             self.log.write({"event": "failed", "agent": agent.name, "why": self.failed[agent.name]})
@@ -253,11 +277,46 @@ class Walk:
                 self._agent(name).state = state
             whys = "; ".join(f"{name!r}: {self.failed[name]}" for name in out)
             self.failed = {name: why for name, why in self.failed.items() if name not in before}
-            self.learned, self.job = done, None
+            self.learned, self.job, self.received = done, None, {}
             self._save()
             raise ConsilienceError(
                 f"a round should have at least {phase.least} agents that finish. Found {len(phase.who) - len(out)}: {whys}."
             )
+
+        for name, row in self.received.items():
+            if name in self.failed:
+                continue
+            own, others = self._own(row, phase.who[name])
+            own_after, others_after = self._own(self._row(self._agent(name)), phase.who[name])
+            self.local.append({"stage": len(self.rows), "agent": name, "own_before": own, "own_after": own_after,
+                               "others_before": others, "others_after": others_after})  # fmt: skip
+            self.personal[name] = own_after
+        self.received = {}
+
+    def _own(self, row: Sequence[float | None], names: Sequence[str]) -> tuple[float | None, float | None]:
+        """The means of a row over the test data of these sources, and over all others'; None where there is none."""
+        tests = {id(self.schedule.source(n).test) for n in names}
+        parted = self.schedule.judged is not self.schedule.sources
+        own = [id(s.test) in tests if parted else s.name in names for s in self.schedule.judged]
+        other = [id(s.test) not in tests for s in self.schedule.judged]
+        means = []
+        for chosen in (own, other):
+            kept = [v for v, here in zip(row, chosen, strict=True) if here and v is not None and v == v]
+            means.append(float(np.mean(kept)) if kept else None)
+        return means[0], means[1]
+
+    def _apart(self, agent: Agent, before: State, messages: Sequence[Message]) -> None:
+        """How far those that learned from this agent's own parameters went, against the step that it made of them."""
+        base = agent._hash("base", before.base)
+        heard = [m for m in messages if m.learned and m.base == base]
+        told = [m.items["model"].group("params") for m in heard if isinstance(m.items.get("model"), Weights)]
+        if len(told) < 2:
+            return
+        names = [n for n, p in before.params.items() if p.is_floating_point() and self.model.task_of(n) is None]
+        layout = Layout.of({n: before.params[n] for n in names if not self.model.frozen(n) and all(n in t for t in told)})
+        rows = torch.stack([layout.flatten(t) for t in told])
+        found = drift(layout.flatten(before.base), layout.flatten(agent.state.params), rows)
+        self.drift.append({"stage": len(self.rows), "agent": agent.name, "clients": len(told), **plain(found)})
 
     def _hear(self, phase: Hear) -> None:
         told: dict[str, list[Message]] = {}
@@ -273,7 +332,25 @@ class Walk:
                     messages = [self._send(m, speaker, listener) for m in messages]
                 told[listener] += messages
         for listener, messages in told.items():
-            self._agent(listener).absorb(messages, phase.by_size)
+            agent = self._agent(listener)
+            if phase.who[listener] and all(s in self.failed for s in phase.who[listener]):
+                agent.state = agent.state.change(size=0)  # what it has is nothing that it heard
+                continue
+            before = agent.state
+            agent.absorb(messages, phase.by_size)
+            if self.clients:
+                self._apart(agent, before, messages)
+        for listener in told:
+            self.failed.pop(listener, None)
+
+    def _row(self, agent: Agent, known: dict[str, list[float]] | None = None) -> list[float]:
+        """The scores of an agent on everything that is judged; those of equal parameters are known."""
+        if known is None or self.method.mapper is not None or agent.choices() or agent._seen():
+            return self._scores(agent)[0]
+        what = content_hash({**agent.state.params, **agent.state.buffers})
+        if what not in known:
+            known[what] = self._scores(agent)[0]
+        return known[what]
 
     def _send(self, m: Message, speaker: str, listener: str) -> Message:
         """A message as it arrives, from its bytes; what several hear, or relay, is the same object for all."""
@@ -287,8 +364,8 @@ class Walk:
         return arrived
 
     @torch.no_grad()
-    def _evaluate(self, stage: str) -> None:
-        agent = self._agent(self.schedule.evaluated)
+    def _scores(self, agent: Agent) -> tuple[list[float], list[float]]:
+        """The scores of an agent on everything that is judged, and those of its mapper."""
         mapper = self.method.mapper
         told = self.schedule.labelled or (mapper is not None and mapper.needs_label)
         cache: dict[tuple[int, str | None], tuple[float, float]] = {}
@@ -310,6 +387,11 @@ class Walk:
                 cache[at] = (self.measure(torch.cat(ps), torch.cat(ys)), right / n if n else float("nan"))
             row.append(cache[at][0])
             hits.append(cache[at][1])
+        return row, hits
+
+    def _evaluate(self, stage: str) -> None:
+        row, hits = self._scores(self._agent(self.schedule.evaluated))
+        mapper = self.method.mapper
         self.rows.append(row)
         self.stages.append(stage)
         if len(self.rows) > 1 and mapper is not None:
@@ -410,6 +492,7 @@ class Walk:
         facts["walk"] = {
             "phase": self.phase, "learned": self.learned, "rows": self.rows, "mapped": self.mapped, "curve": self.curve,
             "learning": self.learning, "stages": self.stages, "seed": self.seed, "job": None, "failed": self.failed,
+            "drift": self.drift, "local": self.local, "personal": self.personal, "received": self.received,
             "ledger": {"by_agent": self.ledger.by_agent, "seconds": self.ledger.seconds, "steps": self.ledger.steps},
         }  # fmt: skip
         if self.job is not None:
@@ -478,6 +561,7 @@ class Walk:
         self.phase, self.learned = walk["phase"], walk["learned"]
         self.rows, self.mapped, self.curve, self.stages = walk["rows"], walk["mapped"], walk["curve"], walk["stages"]
         self.learning, self.failed = walk["learning"], walk["failed"]
+        self.drift, self.local, self.personal, self.received = (walk[k] for k in ("drift", "local", "personal", "received"))
         self.ledger.by_agent = walk["ledger"]["by_agent"]
         self.ledger.seconds, self.ledger.steps = walk["ledger"]["seconds"], walk["ledger"]["steps"]
         for name in r["agents"]:

@@ -14,8 +14,8 @@ from consilience.core.source import Examples, Frame, Source
 class Learn:
     """These agents learn these sources, each all of its own in every step; the agents do not see each other.
 
-    An agent that fails (its parameters are not finite, its data cannot be read) is not heard until it learns again, where at least
-    `least` others finish; else, or without `least`, the run stops, and can be resumed.
+    An agent that fails (its parameters are not finite, its data cannot be read) is not heard until it learns or hears again, where
+    at least `least` others finish; else, or without `least`, the run stops, and can be resumed.
     """
 
     who: Mapping[str, tuple[str, ...]]
@@ -38,6 +38,8 @@ class Stage:
     """The evaluated agent is judged on every source's test data."""
 
     name: str
+    clients: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Agents that are judged too, by their own parameters, on the test data of these sources."""
 
 
 Phase = Learn | Hear | Stage

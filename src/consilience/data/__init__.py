@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 Kind = Literal["class", "value"]
 
 __all__ = [
-    "arrays", "blurry", "breast_cancer", "clear", "core50", "diabetes", "digits", "dirichlet", "folder", "iid", "new_instances",
-    "new_instances_and_classes", "npz", "permute", "quantity_skew", "rotate", "shards", "split_classes", "stream", "streams",
-    "wine",
+    "arrays", "blurry", "breast_cancer", "clear", "core50", "diabetes", "digits", "dirichlet", "folder", "iid", "label_sets",
+    "natural", "new_instances", "new_instances_and_classes", "npz", "permute", "quantity_skew", "rotate", "shakespeare", "shards",
+    "split_classes", "stream", "streams", "wine",
 ]  # fmt: skip
 
 
@@ -208,6 +208,43 @@ def npz(
     from consilience.data._sources import from_npz
 
     return from_npz(name, flat, limit, images, space, validation, seed)
+
+
+def shakespeare(
+    roles: int | Sequence[str] | None = None,
+    window: int = 80,
+    stride: int = 10,
+    limit: int | None = None,
+    validation: float = 0.1,
+    path: str | Path | None = None,
+) -> list[Source]:
+    """Tiny Shakespeare by speaking role, 100 clients by nature: from `window` characters x [T] (whole numbers), y is the next one.
+
+    The classes are the characters of all roles, in the order of their codes, whichever roles are taken. Each role is tested on the
+    last 20% of its text and chooses by the last tenth of the rest; no window crosses a cut. Models: `models.char_lstm`,
+    `models.char_transformer`.
+
+    Paper: McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data", AISTATS 2017 (the task).
+
+    Args:
+        roles: how many (the first in the file), or their names; None is all.
+        window: characters that are seen, T.
+        stride: characters from one window to the next; 1 predicts every character of the text.
+        limit: training windows of each role at most, the first; None is all.
+        validation: the fraction of the training text, at its end, that is set apart to choose by.
+        path: of the file, {role: {"train": text, "test": text}} as xz-compressed JSON; None: shakespeare_roles.json.xz in the
+            folder that the environment variable CONSILIENCE_DATA names.
+
+    Raises:
+        ConsilienceError: no such file or role, a file of another form, text shorter than a window.
+
+    >>> shakespeare(path="/tmp/no_such.json.xz")
+    Traceback (most recent call last):
+    consilience.core.errors.ConsilienceError: `path` should be a readable .json.xz file. Found none at /tmp/no_such.json.xz.
+    """
+    from consilience.data import _text
+
+    return _text.shakespeare(roles, window, stride, limit, validation, path)
 
 
 # ---------------------------------------------------------------------------------------------------- benchmarks
@@ -470,16 +507,68 @@ def iid(source: Source, n: int, seed: int = 0, local_test: bool = False) -> list
 
 
 def quantity_skew(
-    source: Source, n: int, power: float = 1.5, seed: int = 0, local_test: bool = False, least: int = 2
-) -> list[Source]:
-    """n clients with random shares whose sizes follow a power law: client i has a share in proportion to (i + 1)^-power.
+    source: Source, n: int, power: float = 1.5, seed: int = 0, local_test: bool = False, least: int = 2,
+    sigma: float | None = None, alpha: float | None = None,
+) -> list[Source]:  # fmt: skip
+    """n clients with random shares of unequal sizes: client i has a share in proportion to (i + 1)^-power, or to a random draw.
+
+    Args:
+        source: of any kind.
+        n: how many clients.
+        power: of the power law.
+        seed: of the draws.
+        local_test: deal the test examples by the same shares; else all clients have the very same `test`.
+        least: training examples that every client has; random sizes are drawn again, up to 100 times, until they do.
+        sigma: sizes in proportion to exp(sigma z), z ~ N(0, 1) (log-normal), instead of the power law.
+        alpha: sizes in proportion to a draw from Dirichlet(alpha 1_n), instead of the power law (NIID-Bench, Li et al. 2022).
 
     >>> [len(s.train) for s in quantity_skew(wine(), 3, power=1.0)]
     [70, 35, 23]
     """
     from consilience.data import _splits
 
-    return _splits.quantity_skew(source, n, power, seed, local_test, least)
+    return _splits.quantity_skew(source, n, power, seed, local_test, least, sigma, alpha)
+
+
+def label_sets(
+    source: Source, clients: int = 5, classes: int | Sequence[Sequence[int | str]] = 2, seed: int = 0, local_test: bool = False
+) -> list[Source]:
+    """Clients with a few classes each: the examples of a class are dealt evenly to those who have it (NIID-Bench, Li et al. 2022).
+
+    Each client's `classes` are its own set, so that sites with label sets of their own are this too. Classes are dealt so that each
+    has as many owners as another, or one more.
+
+    Args:
+        source: of classes.
+        clients: how many.
+        classes: how many classes each client has; or each client's classes, by number or by name (those of no client are left out).
+        seed: of the draws.
+        local_test: deal the test examples likewise; else all clients have the very same `test`.
+
+    >>> [s.classes for s in label_sets(wine(), 3, [["class_0"], ["class_1", "class_2"], [2]])]
+    [(0,), (1, 2), (2,)]
+    """
+    from consilience.data import _splits
+
+    return _splits.label_sets(source, clients, classes, seed, local_test)
+
+
+def natural(source: Source, users: Any, test_users: Any = None, least: int = 1) -> list[Source]:
+    """A client for each user, by a column that says whose an example is; clients keep the source's classes and task.
+
+    Args:
+        source: whose training examples come with users; make it with `validation=0` and a `test` of its own to keep their order.
+        users: a name or number for each training example, and after them for each validation example [N + M].
+        test_users: the same for each test example, so that each client has a test of its own; None: all have the very same `test`.
+        least: training examples that a user should have; who has fewer is left out.
+
+    >>> source = arrays([[float(i)] for i in range(6)], [0, 1] * 3, test=([[0.0], [1.0]], [0, 1]), validation=0, name="notes")
+    >>> [(s.name, len(s.train)) for s in natural(source, ["ann", "bob", "ann", "bob", "ann", "ann"])]
+    [('notes/ann', 4), ('notes/bob', 2)]
+    """
+    from consilience.data import _splits
+
+    return _splits.natural(source, users, test_users, least)
 
 
 def shards(source: Source, clients: int, shards_per_client: int = 2, seed: int = 0, local_test: bool = False) -> list[Source]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -216,24 +217,132 @@ def iid(source: Source, n: int, seed: int, local_test: bool) -> list[Source]:
     return _clients(source, deal, local_test)
 
 
-def quantity_skew(source: Source, n: int, power: float, seed: int, local_test: bool, least: int) -> list[Source]:
+def quantity_skew(
+    source: Source, n: int, power: float, seed: int, local_test: bool, least: int, sigma: float | None, alpha: float | None
+) -> list[Source]:
     """See `consilience.data.quantity_skew`."""
     _whole(n=n, least=least)
-    _positive(power=power)
+    name, value = ("sigma", sigma) if sigma is not None else ("alpha", alpha) if alpha is not None else ("power", power)
+    if sigma is not None and alpha is not None:
+        raise ConsilienceError(f"give `sigma` or `alpha`. Found both: {sigma} and {alpha}.")
+    _positive(**{name: value})
     _fits(source, n, least, "clients x `least`")
-    weights = (torch.arange(n).double() + 1) ** -power
+
+    def sizes(attempt: int) -> Tensor:
+        generator = key(seed, source.name, "quantity", name, attempt)
+        if sigma is not None:
+            return (sigma * torch.randn(n, generator=generator, dtype=torch.float64)).softmax(0)
+        if alpha is not None:
+            return _gamma_shares(1, n, alpha, generator)[0]
+        return (torch.arange(n).double() + 1) ** -power
+
+    best = 0
+    for attempt in range(1 if name == "power" else 100):
+        weights = sizes(attempt)
+        smallest = int(apportion(weights, len(source.train)).min())
+        if smallest >= least:
+            break
+        best = max(best, smallest)
+    else:
+        lower = "raise" if name == "alpha" else "lower"
+        draws = "" if name == "power" else " at best in 100 draws"
+        raise ConsilienceError(
+            f"every client should have at least {least} training examples; {lower} `{name}` or take fewer clients. "
+            f"Found one with {best}{draws} with `{name} = {value}` and {n} clients."
+        )
 
     def deal(y: Tensor, part: str) -> list[Tensor]:
         order = torch.randperm(len(y), generator=key(seed, source.name, "quantity", part))
         return [i.sort().values for i in order.split(apportion(weights, len(y)).tolist())]
 
-    smallest = int(apportion(weights, len(source.train)).min())
-    if smallest < least:
-        raise ConsilienceError(
-            f"every client should have at least {least} training examples; lower `power` or take fewer clients. "
-            f"Found one with {smallest} with `power = {power}` and {n} clients."
-        )
     return _clients(source, deal, local_test)
+
+
+def label_sets(
+    source: Source, clients: int, classes: int | Sequence[Sequence[int | str]], seed: int, local_test: bool
+) -> list[Source]:
+    """See `consilience.data.label_sets`."""
+    _of_classes(source, "label_sets")
+    _whole(clients=clients)
+    if isinstance(classes, int):
+        _whole(classes=classes)
+        if classes > len(source.classes) or clients * classes < len(source.classes):
+            raise ConsilienceError(
+                f"`classes` should be at most {len(source.classes)}, and `clients` x `classes` reach them all. "
+                f"Found {clients} clients with {classes}."
+            )
+        own = _balanced(source.classes, clients, classes, key(seed, source.name, "label sets"))
+    else:
+        numbers: dict[int | str, int] = {c: c for c in source.classes}
+        numbers |= {source.labels[c][1]: c for c in source.classes}
+        unknown = [c for mine in classes for c in mine if c not in numbers]
+        if len(classes) != clients or unknown or not all(len(mine) for mine in classes):
+            found = (
+                f"{unknown[0]!r}" if unknown else f"{len(classes)} sets, one empty" if len(classes) == clients else len(classes)
+            )
+            raise ConsilienceError(
+                f"`classes` should be {clients} lists of classes of {source.name!r}, one a client. Found {found}."
+            )
+        own = [sorted({numbers[c] for c in mine}) for mine in classes]
+
+    def deal(y: Tensor, part: str) -> list[Tensor]:
+        dealt: list[list[Tensor]] = [[] for _ in range(clients)]
+        for c in source.classes:
+            owners = [i for i, mine in enumerate(own) if c in mine]
+            generator = key(seed, source.name, "label sets", part, c)
+            owners = [owners[i] for i in torch.randperm(len(owners), generator=generator).tolist()]
+            index = (y == c).nonzero().flatten()
+            index = index[torch.randperm(len(index), generator=generator)]
+            for i, piece in zip(owners, index.tensor_split(max(len(owners), 1)), strict=False):
+                dealt[i].append(piece)
+        return [torch.cat(mine).sort().values for mine in dealt]
+
+    return [replace(s, classes=tuple(mine)) for s, mine in zip(_clients(source, deal, local_test), own, strict=True)]
+
+
+def _balanced(classes: Sequence[int], clients: int, each: int, generator: torch.Generator) -> list[list[int]]:
+    """`each` different classes for each client; of two classes neither has over one owner more."""
+    owners = dict.fromkeys(classes, 0)
+    found = []
+    for _ in range(clients):
+        order = [classes[i] for i in torch.randperm(len(classes), generator=generator).tolist()]
+        mine = sorted(order, key=owners.__getitem__)[:each]
+        for c in mine:
+            owners[c] += 1
+        found.append(sorted(mine))
+    return found
+
+
+def natural(source: Source, users: Any, test_users: Any, least: int) -> list[Source]:
+    """See `consilience.data.natural`."""
+    _whole(least=least)
+    n, m = len(source.train), len(source.validation)
+    of = _column(users, n + m, "users", "training example, and after them for each validation example")
+    parts = {"train": of[:n], "validation": of[n:]}
+    if test_users is not None:
+        parts["test"] = _column(test_users, len(source.test), "test_users", "test example")
+    count = {u: 0 for u in dict.fromkeys(of)}
+    for u in of[:n]:
+        count[u] += 1
+    kept = sorted((u for u, c in count.items() if c >= least), key=lambda u: (isinstance(u, str), u))
+    if not kept:
+        raise ConsilienceError(f"a user should have at least {least} training examples. Found {max(count.values())} at most.")
+    where: dict[str, dict[Any, list[int]]] = {part: {u: [] for u in kept} for part in parts}
+    for part, column in parts.items():
+        for i, u in enumerate(column):
+            if u in where[part]:
+                where[part][u].append(i)
+    dealt = {part: [torch.tensor(own[u], dtype=torch.long) for u in kept] for part, own in where.items()}
+    made = _clients(source, lambda y, part: dealt[part], test_users is not None)
+    return [replace(s, name=f"{source.name}/{u}") for s, u in zip(made, kept, strict=True)]
+
+
+def _column(values: Any, count: int, name: str, each: str) -> list[Any]:
+    """A list of names or whole numbers, one for each example."""
+    found = values.tolist() if hasattr(values, "tolist") else list(values) if isinstance(values, Sequence) else []
+    if len(found) != count or isinstance(values, str) or any(not isinstance(u, int | str) for u in found):
+        raise ConsilienceError(f"`{name}` should be a name or number for each {each}: {count}. Found {len(found)}.")
+    return found
 
 
 def shards(source: Source, clients: int, shards_per_client: int, seed: int, local_test: bool) -> list[Source]:

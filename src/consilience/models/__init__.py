@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     M = TypeVar("M", ModuleModel, MultiHead)
 
 __all__ = [
-    "adapters", "conv", "frozen", "lenet", "linear", "mlp", "multi_head", "progressive", "progressive_conv", "random_features",
+    "adapters", "char_lstm", "char_transformer", "conv", "frozen", "lenet", "linear", "mlp", "multi_head", "progressive", "progressive_conv", "random_features",
     "resnet", "wrap",
 ]  # fmt: skip
 
@@ -113,6 +113,55 @@ def resnet(
 
     name = f"resnet({depth}, {outputs}, {channels}, {norm!r}, {width})"
     return ModuleModel(lambda: nets.ResNet(depth, outputs, channels, norm, width), outputs, name=name)
+
+
+def char_lstm(outputs: int = 64, embedding: int = 8, hidden: int = 128, layers: int = 1) -> ModuleModel:
+    """The next of `outputs` characters after x [B, T] of them (whole numbers): embedding, LSTM, linear head on its last state.
+
+    McMahan et al. 2017 have 2 layers of 256. Same equations as nn.LSTM, in plain operations, so that many clients run at once.
+
+    Args:
+        outputs: characters that there are.
+        embedding: numbers a character becomes.
+        hidden: units of a layer.
+        layers: of the LSTM.
+
+    >>> import torch
+    >>> model = char_lstm(10, 4, 6)
+    >>> model(*model.init(torch.Generator()), torch.zeros(2, 5, dtype=torch.long), None, False)[0].shape
+    torch.Size([2, 10])
+    """
+    _positive(outputs=outputs, embedding=embedding, hidden=hidden, layers=layers)
+    from consilience.models import nets
+    from consilience.models.module import ModuleModel
+
+    name = f"char_lstm({outputs}, {embedding}, {hidden}, {layers})"
+    return ModuleModel(lambda: nets.CharLSTM(outputs, embedding, hidden, layers), outputs, name=name)
+
+
+def char_transformer(outputs: int = 64, window: int = 80, width: int = 64, heads: int = 4, layers: int = 2) -> ModuleModel:
+    """The next of `outputs` characters after x [B, T <= window] (whole numbers): a causal transformer, pre-norm, with learned places.
+
+    Args:
+        outputs: characters that there are.
+        window: characters that it can see.
+        width: of a place's state; a multiple of `heads`.
+        heads: of attention.
+        layers: blocks of attention and a perceptron of 4 x `width`.
+
+    >>> import torch
+    >>> model = char_transformer(10, 5, 8, 2, 1)
+    >>> model(*model.init(torch.Generator()), torch.zeros(2, 5, dtype=torch.long), None, False)[0].shape
+    torch.Size([2, 10])
+    """
+    _positive(outputs=outputs, window=window, width=width, heads=heads, layers=layers)
+    if width % heads:
+        raise ConsilienceError(f"`width` should be a multiple of `heads`. Found `width = {width}` and `heads = {heads}`.")
+    from consilience.models import nets
+    from consilience.models.module import ModuleModel
+
+    name = f"char_transformer({outputs}, {window}, {width}, {heads}, {layers})"
+    return ModuleModel(lambda: nets.CharTransformer(outputs, window, width, heads, layers), outputs, name=name)
 
 
 def random_features(inputs: int, width: int = 512, seed: int = 0) -> ModuleModel:

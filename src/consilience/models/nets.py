@@ -93,3 +93,74 @@ class ResNet(nn.Module):
 def normalise(norm: str, channels: int) -> nn.Module:
     """Group norm, at most 8 groups of at least two channels; or batch norm."""
     return nn.GroupNorm(gcd(8, channels, max(channels // 2, 1)), channels) if norm == "group" else nn.BatchNorm2d(channels)
+
+
+class LSTM(nn.Module):
+    """One layer over x [B, T, d] -> [B, T, h]: the equations and the initial values of nn.LSTM."""
+
+    def __init__(self, inputs: int, hidden: int) -> None:
+        super().__init__()
+        bound = hidden**-0.5
+        self.input = nn.Parameter(torch.empty(4 * hidden, inputs).uniform_(-bound, bound))
+        self.state = nn.Parameter(torch.empty(4 * hidden, hidden).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(4 * hidden).uniform_(-bound, bound))
+
+    def forward(self, x: Tensor) -> Tensor:
+        told = x @ self.input.T + self.bias
+        state = x.new_zeros(len(x), self.state.shape[1])
+        cell, states = state, []
+        for now in told.unbind(1):
+            i, f, g, o = (now + state @ self.state.T).chunk(4, 1)
+            cell = torch.sigmoid(f) * cell + torch.sigmoid(i) * torch.tanh(g)
+            state = torch.sigmoid(o) * torch.tanh(cell)
+            states.append(state)
+        return torch.stack(states, 1)
+
+
+class CharLSTM(nn.Module):
+    """An embedding, LSTM layers, a linear head on the last state."""
+
+    def __init__(self, outputs: int, embedding: int, hidden: int, layers: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(outputs, embedding)
+        self.body = nn.Sequential(*[LSTM(hidden if i else embedding, hidden) for i in range(layers)])
+        self.head = nn.Linear(hidden, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.body(self.embedding(x))[:, -1])
+        return out
+
+
+class Attention(nn.Module):
+    """x + causal self-attention of its norm, then x + perceptron of its norm; [B, T, d]."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, d = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(b, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        later = torch.ones(t, t, dtype=torch.bool, device=x.device).triu(1)
+        weights = (q @ k.transpose(-1, -2) * (d // self.heads) ** -0.5).masked_fill(later, -torch.inf).softmax(-1)
+        x = x + self.out((weights @ v).transpose(1, 2).reshape(b, t, d))
+        out: Tensor = x + self.mlp(self.norm2(x))
+        return out
+
+
+class CharTransformer(nn.Module):
+    """Embeddings of characters and places, blocks of causal attention, a linear head on the last place."""
+
+    def __init__(self, outputs: int, window: int, width: int, heads: int, layers: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(outputs, width)
+        self.places = nn.Parameter(0.02 * torch.randn(window, width))
+        self.body = nn.Sequential(*[Attention(width, heads) for _ in range(layers)], nn.LayerNorm(width))
+        self.head = nn.Linear(width, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.body(self.embedding(x) + self.places[: x.shape[1]])[:, -1])
+        return out

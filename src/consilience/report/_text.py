@@ -114,6 +114,15 @@ def columns(results: Sequence[Result]) -> tuple[dict[str, str], list[Column]]:
     out.append(Column(heading, [score(r) + u for r, u in zip(results, unit, strict=True)]))
     for name in ("forgetting", "backward_transfer", "forward_transfer"):
         out.append(Column(name.replace("_", " "), [number(getattr(r, name), p) for r, p in zip(results, percent, strict=True)]))
+    if any(r.local or r.personal for r in results):
+        shown: dict[str, list[float | None]] = {
+            "worst tenth": [r.worst() for r in results],
+            "spread": [r.spread for r in results],
+            "local forgetting": [r.local_forgetting for r in results],
+            "global forgetting": [r.global_forgetting for r in results],
+            "personal": [sum(r.personal.values()) / len(r.personal) if r.personal else None for r in results],
+        }
+        out += [Column(n, [number(v, p) for v, p in zip(values, percent, strict=True)]) for n, values in shown.items()]
     if any(r.mapper is not None for r in results):
         out.append(Column("mapper %", [number(r.mapper_accuracy, True) for r in results]))
     out.append(Column("MACs", [human(r.costs.get("macs")) for r in results]))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from consilience.core.schedule import Expert, Phase, Schedule
     from consilience.core.source import Source
+
+    Available = Sequence[Sequence[int]] | Mapping[int, Sequence[int]] | Callable[[int, int], Sequence[int]]
 
 Scenario = Literal["task", "domain", "class"]
 
@@ -116,29 +120,69 @@ def federated(
     sources: Sequence[Source],
     rounds: int = 20,
     clients_per_round: int | None = None,
-    order: Literal["uniform", "cyclic"] = "uniform",
+    order: Literal["uniform", "cyclic", "weighted"] = "uniform",
     scenario: Scenario = "class",
+    participation: float | None = None,
+    weights: Sequence[float] | None = None,
+    available: Available | None = None,
+    stragglers: float = 0.0,
+    dropouts: float = 0.0,
+    min_clients: int | None = None,
+    by_size: bool = True,
+    evaluate_every: int = 1,
+    personalise: bool = False,
 ) -> Schedule:
     """Clients, a source each, learn every round from what the server tells; the server hears them.
+
+    Who takes part is drawn by the seed and the round alone.
 
     Args:
         sources: one a client.
         rounds: number of rounds.
         clients_per_round: how many learn in a round; None is all.
-        order: "uniform" samples clients by the seed, "cyclic" takes them in turn.
+        order: "uniform" samples clients by the seed, "cyclic" takes them in turn, "weighted" samples them one after another, each
+            in proportion to `weights` among those that are left.
         scenario: what targets and task labels are (see `continual`).
+        participation: the fraction of the clients that learn in a round, in (0, 1], instead of their number; at least one does.
+        weights: of the clients, for "weighted"; None takes their numbers of training examples. Sampling by size and averaging
+            by size count a large client twice: `by_size=False` undoes it.
+        available: which clients (numbers from 0) are there in which round (from 0): a list of lists that begins again after its
+            end, a mapping (a round that it lacks has none), or a function (round, seed) -> clients. Where fewer are there than
+            asked for, those learn; where none is, or fewer than `min_clients`, the round is skipped.
+        stragglers: the fraction of a round's clients that do only a part of their steps, drawn uniformly from 0 to 1 (one step at least).
+        dropouts: the fraction of a round's clients that learn but are not heard; where nobody is, the server stays as it is.
+        min_clients: a round goes on without clients that fail where so many finish, else the run stops and can be resumed.
+            None: all should.
+        by_size: whether clients weigh by their numbers of examples, else equally.
+        evaluate_every: rounds between evaluations; the last round has one too.
+        personalise: after the last round every client hears the server and learns once more, unheard; the last stage judges
+            each client's own parameters on its own source (`Result.personal`).
+
+    Raises:
+        ConsilienceError: a number out of its range; no round in which enough clients are there.
     """
-    _at_least(1, rounds=rounds)
-    return federated_continual([[s] for s in _sources(sources)], rounds, clients_per_round, order, scenario, _setting="federated")
+    return _federated(
+        "federated", [[s] for s in _sources(sources)], rounds, scenario, by_size, evaluate_every, personalise,
+        clients_per_round=clients_per_round, order=order, fraction=participation, weights=weights, available=available,
+        stragglers=stragglers, dropouts=dropouts, min_clients=min_clients,
+    )  # fmt: skip
 
 
 def federated_continual(
     streams: Sequence[Sequence[Source]],
     rounds: int = 5,
     clients_per_round: int | None = None,
-    order: Literal["uniform", "cyclic"] = "uniform",
+    order: Literal["uniform", "cyclic", "weighted"] = "uniform",
     scenario: Scenario = "class",
-    _setting: str = "federated_continual",
+    participation: float | None = None,
+    weights: Sequence[float] | None = None,
+    available: Available | None = None,
+    stragglers: float = 0.0,
+    dropouts: float = 0.0,
+    min_clients: int | None = None,
+    by_size: bool = True,
+    evaluate_every: int = 1,
+    personalise: bool = False,
 ) -> Schedule:
     """Clients learn streams of sources of their own: for each source of the streams, some rounds with the server.
 
@@ -146,46 +190,158 @@ def federated_continual(
         streams: for each client its sources, in order.
         rounds: rounds for each source of the streams.
         clients_per_round: how many learn in a round; None is all that have a source left.
-        order: "uniform" samples clients by the seed, "cyclic" takes them in turn.
+        order: "uniform" samples clients by the seed, "cyclic" takes them in turn, "weighted" as in `federated`.
         scenario: what targets and task labels are (see `continual`).
+        participation, weights, available, stragglers, dropouts, min_clients, by_size, evaluate_every: as in `federated`; rounds
+            count over the whole run, and a fraction is of the clients that have a source left.
+        personalise: as in `federated`, each client on its last source.
+    """
+    return _federated(
+        "federated_continual", [_sources(s) for s in streams], rounds, scenario, by_size, evaluate_every, personalise,
+        clients_per_round=clients_per_round, order=order, fraction=participation, weights=weights, available=available,
+        stragglers=stragglers, dropouts=dropouts, min_clients=min_clients,
+    )  # fmt: skip
+
+
+def hierarchical(
+    sources: Sequence[Source],
+    edges: int | Sequence[Sequence[int]] = 2,
+    rounds: int = 20,
+    edge_rounds: int = 1,
+    clients_per_round: int | None = None,
+    order: Literal["uniform", "cyclic", "weighted"] = "uniform",
+    scenario: Scenario = "class",
+    participation: float | None = None,
+    stragglers: float = 0.0,
+    dropouts: float = 0.0,
+    min_clients: int | None = None,
+    by_size: bool = True,
+    evaluate_every: int = 1,
+    personalise: bool = False,
+) -> Schedule:
+    """Clients below edge servers below a server: each round goes down, is learned, and goes up again.
+
+    An edge server is to its clients what the server is in `federated`: aggregators and outer steps act there. The server averages
+    the edges, each weighted by the examples of the clients that it heard; so with plain averages and one edge round it has the
+    average over all clients (Liu et al. 2020, Client-Edge-Cloud Hierarchical Federated Learning).
+
+    Args:
+        sources: one a client.
+        edges: how many edge servers, each with neighbouring clients; or the clients (numbers from 0) of each.
+        rounds: number of rounds.
+        edge_rounds: how often in a round clients learn and their edge hears them before the server does.
+        clients_per_round, order, participation, stragglers, dropouts, min_clients, by_size, evaluate_every, personalise: as in
+            `federated`, over all clients together.
+        scenario: what targets and task labels are (see `continual`).
+    """
+    from consilience.settings._rounds import edges_of
+
+    sources = _sources(sources)
+    _at_least(1, edge_rounds=edge_rounds)
+    return _federated(
+        "hierarchical", [[s] for s in sources], rounds, scenario, by_size, evaluate_every, personalise,
+        edges_of(edges, len(sources)), edge_rounds, clients_per_round=clients_per_round, order=order, fraction=participation,
+        stragglers=stragglers, dropouts=dropouts, min_clients=min_clients,
+    )  # fmt: skip
+
+
+def gossip(
+    sources: Sequence[Source],
+    rounds: int = 20,
+    graph: Literal["complete", "ring", "regular"] | Sequence[tuple[int, int]] = "complete",
+    degree: int = 2,
+    mixings: int = 1,
+    scenario: Scenario = "class",
+    by_size: bool = True,
+    evaluated: int = 0,
+    evaluate_every: int = 1,
+    min_clients: int | None = None,
+) -> Schedule:
+    """Agents without a server: in each round all learn, then each hears itself and its neighbours, all at once.
+
+    Sizes are told with what was mixed and add up, so that on a graph in which all have as many neighbours agents come to agree on
+    the average weighted by examples; on others those with more neighbours weigh more. On the complete graph every agent has
+    the average at once, as a server would have it. Methods that combine deltas from a common base refuse other graphs.
+
+    Args:
+        sources: one an agent.
+        rounds: number of rounds.
+        graph: "complete": all hear all; "ring": each hears the one before and the one after; "regular": a graph drawn for
+            every mixing, in which each hears `degree` others (beside its nearest on a circle in random order); or the edges, as
+            pairs of agents (numbers from 0).
+        degree: for "regular".
+        mixings: how often they hear each other in a round.
+        scenario: what targets and task labels are (see `continual`).
+        by_size: whether what is heard weighs by its number of examples, else equally.
+        evaluated: the agent that is judged; there is no server, and the first stands for all.
+        evaluate_every: rounds between evaluations; the last round has one too.
+        min_clients: as in `federated`; an agent that failed hears the others all the same.
     """
     from consilience.core.errors import ConsilienceError
     from consilience.core.schedule import Hear, Learn, Stage, build
+    from consilience.settings._rounds import neighbours
 
-    _at_least(1, rounds=rounds)
-    if order not in ("uniform", "cyclic"):
-        raise ConsilienceError(f"`order` should be uniform or cyclic. Found `order = {order!r}`.")
-    streams = [_sources(s) for s in streams]
-    if not streams or any(not s for s in streams):
-        raise ConsilienceError("every client should have a source. Found one without.")
-    if clients_per_round is not None and not 1 <= clients_per_round <= len(streams):
-        raise ConsilienceError(f"`clients_per_round` should be from 1 to {len(streams)}. Found {clients_per_round}.")
-    width = len(str(len(streams) - 1))
-    clients = [f"client-{i:0{width}d}" for i in range(len(streams))]
+    sources = _sources(sources)
+    n = len(sources)
+    _at_least(1, rounds=rounds, mixings=mixings, evaluate_every=evaluate_every)
+    near = neighbours(graph, n, degree)
+    if isinstance(evaluated, bool) or not isinstance(evaluated, int) or not 0 <= evaluated < n:
+        raise ConsilienceError(f"`evaluated` should be from 0 to {n - 1}. Found `evaluated = {evaluated!r}`.")
+    if min_clients is not None and not 1 <= min_clients <= n:
+        raise ConsilienceError(
+            f"`min_clients` should be from 1 to {n}, the clients of a round. Found `min_clients = {min_clients!r}`."
+        )
+    agents = _names("client", n)
 
     def plan(seed: int) -> Iterable[Phase]:
-        import torch
+        for r in range(rounds):
+            yield Learn({a: (s.name,) for a, s in zip(agents, sources, strict=True)}, least=min_clients)
+            for m in range(mixings):
+                heard = near(seed, r, m)
+                yield Hear({a: (a, *(agents[j] for j in heard[i])) for i, a in enumerate(agents)}, by_size)
+            if (r + 1) % evaluate_every == 0 or r + 1 == rounds:
+                yield Stage(f"round {r + 1}")
 
-        from consilience.core.params import key
+    return build("gossip", sources, scenario, plan, agents[evaluated])
 
-        turn = 0
-        for t in range(max(len(s) for s in streams)):
-            able = [i for i, s in enumerate(streams) if t < len(s)]
-            for r in range(rounds):
-                k = min(clients_per_round or len(able), len(able))
-                if k == len(able):
-                    chosen = able
-                elif order == "cyclic":
-                    chosen = sorted(able[(turn + j) % len(able)] for j in range(k))
-                else:
-                    chosen = sorted(able[i] for i in torch.randperm(len(able), generator=key(seed, t, r, "clients"))[:k].tolist())
-                turn += k
-                yield Hear({clients[i]: ("server",) for i in chosen})
-                yield Learn({clients[i]: (streams[i][t].name,) for i in chosen})
-                yield Hear({"server": tuple(clients[i] for i in chosen)})
-                yield Stage(f"round {t * rounds + r + 1}")
 
-    return build(_setting, [s for stream in streams for s in stream], scenario, plan, "server")
+def _federated(
+    setting: str, streams: list[list[Source]], rounds: int, scenario: str, by_size: bool, evaluate_every: int, personalise: bool,
+    edge_of: Mapping[int, str] | None = None, edge_rounds: int = 1, **who: Any,
+) -> Schedule:  # fmt: skip
+    """Clients and a server, whichever way they hear each other; `who` are the fields of `Participation`."""
+    from consilience.core.errors import ConsilienceError
+    from consilience.core.schedule import Hear, Learn, Stage, build
+    from consilience.settings import _rounds
+
+    _at_least(1, rounds=rounds, evaluate_every=evaluate_every)
+    if not streams or any(not s for s in streams):
+        raise ConsilienceError("every client should have a source. Found one without.")
+    part = _rounds.Participation(len(streams), **who)
+    clients = _names("client", len(streams))
+    sizes = [[len(s.train) for s in own] for own in streams]
+    times = max(map(len, streams))
+
+    def plan(seed: int) -> Iterable[Phase]:
+        able = [[i for i, own in enumerate(streams) if t < len(own)] for t in range(times)]
+        when = [(t, r, able[t]) for t in range(times) for r in range(rounds)]
+        for n, turn in enumerate(part.turns(seed, when, sizes), 1):
+            now = {i: streams[i][when[n - 1][0]].name for i in turn.chosen}
+            yield from _rounds.rounds(turn, clients, now, part.min_clients, by_size, edge_of or {}, edge_rounds)
+            own: dict[str, tuple[str, ...]] = {}
+            if personalise and n == len(when):
+                own = {c: (s[-1].name,) for c, s in zip(clients, streams, strict=True)}
+                yield Hear(dict.fromkeys(clients, ("server",)))
+                yield Learn(own, least=part.min_clients)
+            if n % evaluate_every == 0 or n == len(when):
+                yield Stage(f"round {n}", own)
+
+    return build(setting, [s for own in streams for s in own], scenario, plan, "server")
+
+
+def _names(kind: str, n: int) -> list[str]:
+    width = len(str(n - 1))
+    return [f"{kind}-{i:0{width}d}" for i in range(n)]
 
 
 def merging(

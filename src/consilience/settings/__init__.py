@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from consilience.core.schedule import Expert, Phase, Schedule
     from consilience.core.source import Source
 
@@ -34,13 +36,14 @@ def multitask(sources: Sequence[Source], scenario: Scenario = "class", rounds: i
     return build("multitask", sources, scenario, plan, "agent")
 
 
-def continual(sources: Sequence[Source], scenario: Scenario = "class") -> Schedule:
+def continual(sources: Sequence[Source], scenario: Scenario = "class", base: Any = None) -> Schedule:
     """One agent learns one source after another, and hears itself after each.
 
     Args:
         sources: in the order of learning.
         scenario: "task": the task label is given in training and at evaluation; "class": targets are the classes of all
             sources together, no label; "domain": targets are 0..k-1 in every source, no label.
+        base: parameters to begin with, such as another run's; None draws them.
     """
     from consilience.core.schedule import Hear, Learn, Stage, build
 
@@ -52,7 +55,7 @@ def continual(sources: Sequence[Source], scenario: Scenario = "class") -> Schedu
             yield Hear({"agent": ("agent",)})
             yield Stage(s.name)
 
-    return build("continual", sources, scenario, plan, "agent", _common_test(sources, scenario))
+    return build("continual", sources, scenario, plan, "agent", _common_test(sources, scenario), base=_entries(base))
 
 
 def online(sources: Sequence[Source], chunk: int = 320, scenario: Scenario = "class", seed: int = 0) -> Schedule:
@@ -118,6 +121,7 @@ def federated(
     clients_per_round: int | None = None,
     order: Literal["uniform", "cyclic"] = "uniform",
     scenario: Scenario = "class",
+    base: Any = None,
 ) -> Schedule:
     """Clients, a source each, learn every round from what the server tells; the server hears them.
 
@@ -127,9 +131,11 @@ def federated(
         clients_per_round: how many learn in a round; None is all.
         order: "uniform" samples clients by the seed, "cyclic" takes them in turn.
         scenario: what targets and task labels are (see `continual`).
+        base: parameters to begin with, such as another run's; None draws them.
     """
     _at_least(1, rounds=rounds)
-    return federated_continual([[s] for s in _sources(sources)], rounds, clients_per_round, order, scenario, _setting="federated")
+    streams = [[s] for s in _sources(sources)]
+    return federated_continual(streams, rounds, clients_per_round, order, scenario, base, _setting="federated")
 
 
 def federated_continual(
@@ -138,6 +144,7 @@ def federated_continual(
     clients_per_round: int | None = None,
     order: Literal["uniform", "cyclic"] = "uniform",
     scenario: Scenario = "class",
+    base: Any = None,
     _setting: str = "federated_continual",
 ) -> Schedule:
     """Clients learn streams of sources of their own: for each source of the streams, some rounds with the server.
@@ -148,6 +155,7 @@ def federated_continual(
         clients_per_round: how many learn in a round; None is all that have a source left.
         order: "uniform" samples clients by the seed, "cyclic" takes them in turn.
         scenario: what targets and task labels are (see `continual`).
+        base: parameters to begin with, such as another run's; None draws them.
     """
     from consilience.core.errors import ConsilienceError
     from consilience.core.schedule import Hear, Learn, Stage, build
@@ -185,7 +193,7 @@ def federated_continual(
                 yield Hear({"server": tuple(clients[i] for i in chosen)})
                 yield Stage(f"round {t * rounds + r + 1}")
 
-    return build(_setting, [s for stream in streams for s in stream], scenario, plan, "server")
+    return build(_setting, [s for stream in streams for s in stream], scenario, plan, "server", base=_entries(base))
 
 
 def merging(
@@ -288,6 +296,37 @@ def skill(
             yield Stage(f"task {t + 1}")
 
     return build("skill", [s for stream in own for s in stream], scenario, plan, agents[0])
+
+
+def leave_one_out(sources: Sequence[Source], setting: Callable[[list[Source]], Schedule]) -> dict[str, Schedule]:
+    """For each source the schedule of a setting without it, judged on it alone: how well the others serve one that they never saw.
+
+    A class that only the one left out has counts as never recognised (in scenario "domain" targets are 0..k-1, whatever they mean).
+
+    Args:
+        sources: one a client.
+        setting: makes a schedule of sources, such as `settings.federated`, or a function that calls it with more arguments.
+
+    Returns:
+        {name of the source left out: schedule}.
+    """
+    from dataclasses import replace
+
+    from consilience.core.errors import ConsilienceError
+    from consilience.core.schedule import reframe
+
+    sources = _sources(sources)
+    if len(sources) < 2:
+        raise ConsilienceError(f"to leave one out there should be two sources or more. Found {len(sources)}.")
+    found = {}
+    for out in sources:
+        schedule = setting([s for s in sources if s is not out])
+        n = len(schedule.sources)
+        framed, frame = reframe([*schedule.sources, out], schedule.scenario)
+        tasks = {s.task for s in framed[:n]}
+        frame = replace(frame, tasks={t: c for t, c in frame.tasks.items() if t in tasks})
+        found[out.name] = replace(schedule, sources=framed[:n], judged=framed[n:], frame=frame)
+    return found
 
 
 def _at_least(low: int, **values: int) -> None:

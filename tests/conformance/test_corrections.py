@@ -30,6 +30,7 @@ NO_NEUTRAL = {
     "GDumb": "it trains on its buffer alone",
     "ICaRL": "its loss is another",
     "DEN": "its phases train parts of the network in turn",
+    "FedWeIt": "even without penalties a task has entries of its own",
     "HAT": "even with all units attended to it would multiply them by a sigmoid",
     "Moments": "it only summarises, and so is plain training always: checked below",
     "PackNet": "to keep all weights is to freeze them after the first task",

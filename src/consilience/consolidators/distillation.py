@@ -41,8 +41,8 @@ class Distillation(WeightSpace):
 
     `of` "probabilities" averages softmax(z_k / T) in its place. All models heard count equally, in eval mode, as they are: without
     the views of corrections. Batches are shuffled passes over u, seeded by the hearer's absorption; buffers are the averages.
-    Identical models teach nothing: the average stays up to rounding, which Adam magnifies in float32. Where nobody learned since
-    it absorbed (a server tells its clients) nothing is taught. Lin et al. 2020 (FedDF: Adam, lr .001, up to 10,000 steps).
+    Where the average answers as they do together, up to rounding, there is nothing to teach (Adam would magnify the rounding), nor
+    where nobody learned since it absorbed (a server tells its clients). Lin et al. 2020 (FedDF: Adam, lr .001, up to 10,000 steps).
     """
 
     unlabelled: Tensor | None = field(default=None, compare=False, repr=False)
@@ -103,6 +103,10 @@ class Distillation(WeightSpace):
         assert u is not None
         u = u.to(layout.device, layout.dtype if u.is_floating_point() else u.dtype)
         target = self._targets(model, state, heard, u)
+        with torch.no_grad():
+            outs = [model(new.params, new.buffers, x, None, False)[0] / self.temperature for x in u.split(CHUNK)]
+        if float((torch.cat(outs).softmax(1) - target).abs().max()) <= 100 * torch.finfo(layout.dtype).eps:
+            return new
         theta = self._steps(model, new, layout, u, target, generator)
         return new.change(params={**new.params, **layout.split(theta)})
 

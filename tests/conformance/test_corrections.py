@@ -66,6 +66,7 @@ SATISFIED = {
         "GenerativeReplay",
     ): "replay lowers the loss that the constraint watches, so that it is never violated here",
     ("FromScratch", "GDumb"): "what begins anew begins anew",
+    ("FedWeIt", "SupSup"): "of what it adds only the sign is left, where SupSup's constants come after it",
 }
 """Pairs of which the first adds nothing on top of the second (on this problem), and why."""
 
@@ -88,6 +89,13 @@ XdG, whose active units overlap little, no constraint is violated here)."""
 
 IN_ORDER = {
     frozenset(("HAT", "SupSup")): "of what is attended to only the sign is left, or its sign is attended to",
+    **dict.fromkeys(
+        (frozenset(("FedWeIt", n)) for n in ("HAT", "PSP", "PackNet", "SupSup", "XdG")),
+        "the other's masks, gates or keys are on what it made, or on what it makes it of",
+    ),
+    **dict.fromkeys(
+        (frozenset(("FedWeIt", n)) for n in ("FromScratch", "GDumb")), "what a task adds begins at a third of the old or the new"
+    ),
     frozenset(("ERACE", "ICaRL")): "each puts its own loss in the place of another",
     **dict.fromkeys(
         map(frozenset, (("FromScratch", "GDumb"), ("FromScratch", "PackNet"), ("GDumb", "PackNet"))),

@@ -131,7 +131,7 @@ def fedweit_by_hand(streams, rounds, sparsity, drift, prune, lr):
                     loss = F.cross_entropy(masked(mlp_of(theta, x), s.classes), y)
                     loss = loss + sparsity * sum(torch.sigmoid(now["m"][n]).sum() for n in names)
                     for other, o in own[k].items():
-                        for n in names:
+                        for n in names if drift or other == s.name else ():  # without drift what is earlier stands still
                             loss = loss + sparsity * o["A"][n].abs().sum()
                             if other != s.name:
                                 moved = (base[n] - b0[n]) * wide(o["m"][n].detach(), base[n]) + o["A"][n] - a0[other][n]
@@ -156,8 +156,8 @@ def fedweit_by_hand(streams, rounds, sparsity, drift, prune, lr):
 def test_fedweit_is_the_papers_objective(drift):
     given = streams()
     sparsity, prune, lr = 0.01, 0.05, 0.01
-    names, server, own, local, told = fedweit_by_hand(given, 2, sparsity if drift else 0.0, drift, prune, lr)
-    method = cs.methods.fedweit(sparsity if drift else 0.0, drift, prune)
+    names, server, own, local, told = fedweit_by_hand(given, 2, sparsity, drift, prune, lr)
+    method = cs.methods.fedweit(sparsity, drift, prune)
     schedule = FC(given, 2, scenario="task")
     said, *clients = agents(schedule, method, ("server", "client-0", "client-1"), optimiser="adam", momentum=0.0, lr=lr)
     near(said.state.params, server, 1e-10)
@@ -188,6 +188,8 @@ def test_fedweit_is_the_papers_objective(drift):
             for a, q in zip(o["alpha"], o["keys"], strict=True):
                 mine[n] = mine[n] + a[i] * told[q]["A"][n]
         near({"p": clients[k].predict(x, task)}, {"p": masked(mlp_of(mine, x), item["classes"]).softmax(1)}, 1e-10)
+    others = {n: local[0][n] * wide(told[1, "c"]["m"][n], server[n]) + told[1, "c"]["A"][n] for n in names}
+    near({"p": clients[0].predict(x, "c")}, {"p": masked(mlp_of(others, x), (2, 3)).softmax(1)}, 1e-10)
     kept = torch.cat([(a["A"][n] != 0).view(-1) for a in told.values() for n in names])
     assert kept.any() and not kept.all(), "the threshold prunes some"
 
@@ -226,6 +228,19 @@ def test_fedweit_keeps_its_tasks_apart_and_refuses():
         cs.run(FC(streams(), 1), cs.methods.fedweit(), mlp(), training())
     with pytest.raises(ConsilienceError, match="`drift` of FedWeIt should be >= 0"):
         cs.methods.fedweit(drift=-1.0)
+
+
+def test_fedweit_under_rehearsal_holds_what_is_earlier(monkeypatch):
+    """Rehearsed, an earlier task moves the shared parameters and its own, and neither its mask nor its alphas."""
+    given = [source("t/x", 20, (2, 3), 2, task="t/x"), source("t", 20, (0, 1), 1, task="t")]
+    finish, ends = Agent.finish, []
+    monkeypatch.setattr(Agent, "finish", lambda agent, job: (finish(agent, job), ends.append(agent.state.params))[0])
+    method = [cs.methods.fedweit(drift=1.0), cs.methods.er(20)]
+    cs.run(cs.settings.continual(given, "task"), method, mlp(), training(lr=0.02))
+    one, both = ends
+    for n in ("1.weight", "3.bias"):
+        assert torch.equal(one[FedWeIt.entry("mask", "t/x", n)], both[FedWeIt.entry("mask", "t/x", n)])
+        assert not torch.equal(one[FedWeIt.entry("own", "t/x", n)], both[FedWeIt.entry("own", "t/x", n)])
 
 
 def test_fedweit_resumes_to_the_bit(tmp_path):
@@ -317,6 +332,9 @@ def test_feddf_without_steps_is_fedavg_and_common_ground_is_adopted():
     agent = hearer(cs.consolidators.ensemble_distillation(U), base)
     agent.absorb([told(model, "server", 10, content_hash(base), learned=False)])
     assert same(agent.state.params, model)
+    agent = hearer(cs.consolidators.ensemble_distillation(U), base)
+    agent.absorb([told(moved(i), f"edge-{i}", 10, content_hash(base), learned=False) for i in range(2)])
+    near(agent.state.params, {n: (moved(0)[n] + moved(1)[n]) / 2 for n in base})
 
 
 def test_feddf_refusals():

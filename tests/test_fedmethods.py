@@ -108,7 +108,7 @@ def fedweit_by_hand(streams, rounds, sparsity, drift, prune, lr):
                         "keys": keys,
                     }
                     began[k] = (
-                        {n: b.clone() for n, b in base.items()},
+                        {n: b.clone() for n, b in (local[k] or base).items()},
                         {i: {n: a.clone() for n, a in o["A"].items()} for i, o in own[k].items()},
                     )
                 b0, a0 = began[k]
@@ -171,7 +171,7 @@ def test_fedweit_is_the_papers_objective(drift):
                 at = FedWeIt.entry("alpha", task, f"client-{sender}/{s}")
                 near({"alpha": params[at]}, {"alpha": o["alpha"][i]}, 1e-10)
         assert len(own[k][given[k][1].name]["keys"]) == 1 and own[k][given[k][1].name]["alpha"].any()
-    assert len(clients[0].state.params) == len(names) * 5 + 1, "nothing of others, and one alpha"
+    assert len(clients[0].state.params) == len(names) * 6 + 1, "nothing of others, and one alpha"
 
     # the answers: a client by its own entries, the server by what was told, both pruned
     x = given[0][0].train.whole()[0]

@@ -50,11 +50,12 @@ def compose(base: Tensor, mask: Tensor, own: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Known:
-    """What was told of each task, by (sender, source), this agent's own name (None before it heard anybody), and the tasks of
-    this learn (none in predict)."""
+    """What was told of each task, by (sender, source), this agent's own name (None before it heard anybody) and what its
+    parameters were when it last heard, and the tasks of this learn (none in predict)."""
 
     told: Mapping[Key, Item]
     me: str | None
+    before: Mapping[str, Tensor]
     now: tuple[str, ...]
 
     def own(self, key: Key, entry: str) -> Tensor:
@@ -75,7 +76,7 @@ class FedWeIt(Correction):
     task's own A_t, and the A_j of others' earlier tasks weighed by alpha_tj, one a layer.
 
     Loss + sparsity (|sigmoid(m_t)|_1 + sum_{i <= t} |A_i|_1) + drift sum_{i < t} |(B - B') * sigmoid(m_i) + A_i - A_i'|^2, where '
-    is what they were when task t began: A_i of earlier tasks move on so that B may. Every trainable entry that tasks share is so
+    is what they were at this agent when the task before ended: A_i of earlier tasks move on so that B may. Every trainable entry that tasks share is so
     made (the paper's weights, and here biases, norms and a shared head too); a task begins at A = B / 3 with the B just heard,
     alpha = 0, and m = log 2, at which theta = B. m, A and alpha are personal entries `fedweit/...` (pattern of the method);
     B is averaged, never B * sigmoid(m). Told of a task, once it was learned: the mask, A without its |A| <= `prune`, and alpha;
@@ -111,19 +112,21 @@ class FedWeIt(Correction):
         return [t for t in found if t not in map(slot, me.known.now)]
 
     def recall(self, memory: Memory, sources: tuple[Source, ...]) -> Known:
-        own = next((sender for (sender, _), item in memory.items() if isinstance(item, Private)), None)
+        own = next(((sender, item) for (sender, _), item in memory.items() if isinstance(item, Private)), None)
         told = {k: item for k, item in sorted(memory.items()) if not isinstance(item, Private)}
-        return Known(told, own, tuple(dict.fromkeys(str(s.task) for s in sources)))
+        return Known(told, own and own[0], own[1].tensors if own else {}, tuple(dict.fromkeys(str(s.task) for s in sources)))
 
     def begin(
         self, model: Model, params: Params, sources: tuple[Source, ...], known: Known, generator: torch.Generator
     ) -> tuple[Params, Mapping[str, Tensor]]:
-        """m, A and alpha of a new task. Private: for each task of this learn the A_j of others [K, ...], by entry."""
+        """m, A and alpha of a new task, and what B was when the last one ended. Private: for each task of this learn the A_j of
+        others [K, ...], by entry."""
         names, new = shared(model), dict(params)
         private: dict[str, Tensor] = {}
         for task in known.now:
             if self.entry("mask", task, names[0]) not in params:
                 for n in names:
+                    new[f"fedweit/before:{n}"] = known.before.get(n, params[n]).to(params[n]).clone()
                     new[self.entry("mask", task, n)] = params[n].new_full(params[n].shape[:1], 2).log()
                     new[self.entry("own", task, n)] = params[n] / 3
                 for k in known.others():
@@ -217,7 +220,7 @@ class FedWeIt(Correction):
         def own_of(values: Params) -> Tensor:
             return torch.stack([torch.cat([values[self.entry("own", t, n)].view(-1) for n in names]) for t in earlier])
 
-        base = torch.cat([(now[n] - old[n]).view(-1) for n in names])
+        base = torch.cat([(now[n] - old[f"fedweit/before:{n}"]).view(-1) for n in names])
         own = own_of(now)
         away = base * me.flat["mask"] + own - own_of(old)
         return total + self.sparsity * own.abs().sum() + me.flat["drift"] * away.square().sum()
@@ -232,7 +235,7 @@ class FedWeIt(Correction):
         return spread(step.layout, {n: step.theta.new_zeros(shapes[n]) for n in still})
 
     def trace_init(self, theta: Tensor) -> dict[str, Tensor]:
-        """Where this task began, in whichever round."""
+        """Where this task began, whichever round this is."""
         return {"start": theta.clone()}
 
     def trace(self, step: StepView, me: Me, grad: Tensor, delta: Tensor) -> dict[str, Tensor]:
@@ -252,5 +255,7 @@ class FedWeIt(Correction):
         return Module(tensors, {"task": task, "from": [list(k) for k in used], "shapes": {n: list(p[n].shape) for n in names}})
 
     def heard(self, old: Params, new: Params, memory: Mapping[str, Item], fresh: Sequence[Message]) -> Mapping[str, Item]:
-        """With a private item, under which an agent finds its own name among those that told."""
-        return {**memory, "heard": Private({})}
+        """With a private item of its parameters as they were, under which an agent finds its own name among those that told."""
+        own = any(n.startswith("fedweit/") for n in old)
+        mine = {n: p for n, p in old.items() if not n.startswith("fedweit/")} if own else {}
+        return {**memory, "heard": Private(mine)}

@@ -49,7 +49,8 @@ def fed3r(strength: float = 0.01, average: bool = False, normalise: bool = False
 
     On `models.fourier_features(model)` it is Fed3R with random features. It is where any other run may begin: with
     `first = run(schedule, fed3r(temperature=0.1))`, `run(federated(clients, base=first.params), fedavg())` goes on from it; and
-    SCROLL is `run(continual(sources, base=first.params), gdumb() or er(), training=Training(sampler=Balanced()))`.
+    SCROLL's second part is `run(continual([kept], base=first.params), finetune(), training=Training(sampler=Balanced()))` on
+    the examples that may be kept.
 
     Paper: Fanì et al. 2024; Wang et al. 2022 (SCROLL).
 

@@ -729,7 +729,8 @@ def methods(argv: Sequence[str]) -> int:
             (Part("method", "method", name, call),),
             {f"method.{p}": v for p, v in {"aggregator": "mean", "mapper": "min_entropy"}.items() if p in needed},
         )
-        method = method_of(order, name) if order.values else call()
+        inputs: dict[str, Any] = {"unlabelled": [[0.0] * 4]} if "unlabelled" in needed else {}
+        method = method_of(order, name) if order.values else call(**inputs)
         runs = []
         for setting, schedule in where.items():
             for scenario, note in (("class", ""), ("task", " (scenario task)")):

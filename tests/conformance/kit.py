@@ -149,8 +149,10 @@ MAPPERS = concrete("mappers", Mapper)
 CORRECTIONS = concrete("corrections", Correction)
 EVERY = {**AGGREGATORS, **CONSOLIDATORS, **MAPPERS, **CORRECTIONS}
 
+UNLABELLED = torch.rand(24, INPUTS, generator=torch.Generator().manual_seed(2))
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "TorchJD": {"name": "IMTLG"},
+    "Distillation": {"unlabelled": UNLABELLED},
     **{n: {"byzantine": 0} for n in ("Bulyan", "Krum", "MultiKrum")},
 }
 """Of classes that cannot be made without."""
@@ -171,6 +173,7 @@ METHODS: dict[str, Callable[[], cs.Method]] = {
 WANT_TASKS = {
     "Columns": "its columns are a task's own",
     "DEN": "its stages are tasks",
+    "FedWeIt": "its masks and what it adds are a task's own",
     "HAT": "its masks are a task's own",
     "PSP": "its keys are a task's own",
     "PackNet": "its weights are a task's own",
@@ -214,7 +217,7 @@ OWN_MODEL: dict[str, Callable[[int], Model]] = {"Columns": lambda outputs: cs.mo
 """Corrections that refuse any other kind of model: no pairs of theirs run here, where all stand on one model; their own tests
 compose them (tests/test_progressive.py)."""
 
-NEED_ARGUMENTS = {"aggregate", "infer"}
+NEED_ARGUMENTS = {"aggregate", "feddf", "infer"}
 """Those that need one; their rows are written out below."""
 
 ROWS: dict[str, Callable[[], cs.Method]] = dict(
@@ -224,6 +227,7 @@ ROWS: dict[str, Callable[[], cs.Method]] = dict(
             "aggregate(mean)": lambda: cs.methods.aggregate(cs.aggregators.mean()),
             "aggregate(ties)": lambda: cs.methods.aggregate(cs.aggregators.ties(0.5)),
             "aggregate(pcgrad)": lambda: cs.methods.aggregate(cs.aggregators.pcgrad()),
+            "feddf(unlabelled)": lambda: cs.methods.feddf(UNLABELLED, steps=5),
             "er+pcgrad": lambda: cs.methods.er() + cs.methods.pcgrad(),
             "hat+infer(expert_gate)": lambda: cs.methods.hat() + cs.methods.infer(cs.mappers.expert_gate(epochs=2)),
             "packnet+infer(mahalanobis)": lambda: cs.methods.packnet() + cs.methods.infer(cs.mappers.mahalanobis(on="inputs")),

@@ -30,6 +30,7 @@ NO_NEUTRAL = {
     "GDumb": "it trains on its buffer alone",
     "ICaRL": "its loss is another",
     "DEN": "its phases train parts of the network in turn",
+    "FedWeIt": "even without penalties a task has entries of its own",
     "HAT": "even with all units attended to it would multiply them by a sigmoid",
     "LocalSteps": "it only summarises, and so is plain training always: checked below",
     "Moments": "it only summarises, and so is plain training always: checked below",
@@ -74,6 +75,7 @@ SATISFIED = {
     ): "replay lowers the loss that the constraint watches, so that it is never violated here",
     ("FromScratch", "GDumb"): "what begins anew begins anew",
     ("WSM", "ICaRL"): "that puts its own loss in the place of this one, which comes first",
+    ("FedWeIt", "SupSup"): "of what it adds only the sign is left, where SupSup's constants come after it",
 }
 """Pairs of which the first adds nothing on top of the second (on this problem), and why."""
 
@@ -102,6 +104,13 @@ IN_ORDER = {
     **dict.fromkeys(
         map(frozenset, (("ERACE", "ICaRL"), ("WSM", "ICaRL"))),
         "each puts its own loss in the place of another",
+    ),
+    **dict.fromkeys(
+        (frozenset(("FedWeIt", n)) for n in ("HAT", "PSP", "PackNet", "SupSup", "XdG")),
+        "the other's masks, gates or keys are on what it made, or on what it makes it of",
+    ),
+    **dict.fromkeys(
+        (frozenset(("FedWeIt", n)) for n in ("FromScratch", "GDumb")), "what a task adds begins at a third of the old or the new"
     ),
     **dict.fromkeys(
         map(frozenset, (("FromScratch", "GDumb"), ("FromScratch", "PackNet"), ("GDumb", "PackNet"))),

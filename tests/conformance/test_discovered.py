@@ -22,6 +22,8 @@ CATALOGUE |= {f"methods.{n}": getattr(cs.methods, n) for n in cs.methods.__all__
 GIVEN: dict[str, dict[str, Any]] = {
     "aggregators.torchjd": {"name": "IMTLG"},
     **{f"aggregators.{n}": {"byzantine": 0} for n in ("bulyan", "krum", "multi_krum")},
+    "consolidators.ensemble_distillation": {"unlabelled": kit.UNLABELLED},
+    "methods.feddf": {"unlabelled": kit.UNLABELLED},
     "methods.aggregate": {"aggregator": cs.aggregators.mean()},
     "methods.infer": {"mapper": cs.mappers.average()},
 }
@@ -40,6 +42,10 @@ MEANING = {
         for n in ("Normalised", "WeightSpace", "normalised_space", "weight_space")
         for field in ("aggregator", "outer")
     },
+    **dict.fromkeys(("Distillation.aggregator", "Distillation.outer"), "an object"),
+    **dict.fromkeys(("Distillation.unlabelled", "ensemble_distillation.unlabelled", "feddf.unlabelled"), "in test_fedmethods"),
+    "Distillation.content": "made of the inputs",
+    "personal.patterns": "checked against the model in test_fedmethods",
     "aggregate.aggregator": "an object",
     "GSS.policy": "its own",
     "infer.mapper": "an object",
@@ -60,7 +66,7 @@ def test_everything_is_found() -> None:
         "ExpertGate",
         "Superposition",
     } <= kit.MAPPERS.keys()
-    assert {"WeightSpace", "ClosedForm", "Experts"} <= kit.CONSOLIDATORS.keys()
+    assert {"WeightSpace", "ClosedForm", "Experts", "Distillation"} <= kit.CONSOLIDATORS.keys()
     assert {"Mean", "Arithmetic", "Ties", "PCGrad", "MGDA", "Dare", "Median"} <= kit.AGGREGATORS.keys()
     assert set(cs.methods.__all__) == kit.METHODS.keys() | kit.NEED_ARGUMENTS, (
         "a method that needs arguments needs a row in kit.ROWS"

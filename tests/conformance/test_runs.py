@@ -244,6 +244,7 @@ def test_interrupted_and_resumed_to_the_same_bits(row: str, tmp_path: Path) -> N
 
 SILENT = {
     **dict.fromkeys(("from_scratch", "gdumb", "joint"), "throws away what is heard, and refuses where others are"),
+    "fedweit": "wants task labels, here in continual alone; what it tells is checked in tests/test_fedmethods.py",
     "pcgrad": "runs in multitask alone, where nobody hears another agent",
     **dict.fromkeys(
         ("den", "hat", "packnet", "pnn", "psp", "supsup", "xdg", "hat+infer(expert_gate)", "packnet+infer(mahalanobis)"),

@@ -25,6 +25,9 @@ MUST_RUN = {
     **dict.fromkeys(("fedavg", "fedprox"), ("federated", "federated_continual")),
     **dict.fromkeys(("average", "task_arithmetic", "ties"), ("federated", "federated_continual", "merging")),
     "pcgrad": ("multitask",),
+    "fedweit": ("continual (task)",),
+    "feddf(unlabelled)": ("federated", "federated_continual", "merging"),
+    "personal": ("federated", "federated_continual"),
     "fed3r": (*CONTINUAL, "multitask", "federated", "federated_continual", "merging", "exmodel", "skill"),
     **dict.fromkeys(
         ("oracle_ensemble", "average_ensemble", "entropy_ensemble"), ("merging", "exmodel", "exmodel (given)", "skill")

@@ -5,10 +5,11 @@ Signatures import no torch.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from consilience.consolidators.bank import Experts
+    from consilience.consolidators.distillation import Distillation
     from consilience.consolidators.normalised import Normalised
     from consilience.consolidators.statistics import ClosedForm
     from consilience.consolidators.weights import WeightSpace
@@ -40,17 +41,51 @@ def normalised_space(aggregator: Any = None, outer: Any = None, lr: float = 1.0)
     return Normalised(aggregator, outer, lr)
 
 
-def closed_form(strength: float = 0.01, average: bool = False, normalise: bool = False) -> ClosedForm:
+def closed_form(strength: float = 0.01, average: bool = False, normalise: bool = False, temperature: float = 1.0) -> ClosedForm:
     """Solve a ridge head from the sum of everybody's statistics.
 
     Args:
         strength: lambda of the ridge.
         average: whether the objective is the mean loss, so that lambda counts as lambda x samples.
         normalise: divide each class's column by its norm, as Fed3R does; it changes the argmax.
+        temperature: divides the head, which leaves the argmax and makes the softmax sharper.
     """
     from consilience.consolidators.statistics import ClosedForm
 
-    return ClosedForm(strength, average, normalise)
+    return ClosedForm(strength, average, normalise, temperature)
+
+
+def ensemble_distillation(
+    unlabelled: Any,
+    steps: int = 100,
+    lr: float = 0.001,
+    batch_size: int = 32,
+    temperature: float = 1.0,
+    of: Literal["logits", "probabilities"] = "logits",
+    optimiser: Literal["adam", "sgd"] = "adam",
+) -> Distillation:
+    """Average what is heard, then teach the average the mean answer of those that were heard, on inputs without labels.
+
+    Args:
+        unlabelled: inputs [N, ...] that the hearer has: a tensor, an array, or a source, whose labels are not read.
+        steps: gradient steps at each absorption; 0 is the average.
+        lr: learning rate of these steps.
+        batch_size: inputs a step.
+        temperature: divides logits.
+        of: whether logits are averaged, or probabilities.
+        optimiser: of these steps.
+    """
+    from consilience.consolidators.distillation import Distillation, inputs
+
+    return Distillation(
+        unlabelled=inputs(unlabelled),
+        steps=steps,
+        rate=lr,
+        batch_size=batch_size,
+        temperature=temperature,
+        of=of,
+        optimiser=optimiser,
+    )
 
 
 def experts() -> Experts:

@@ -53,5 +53,9 @@ class Experts(Consolidator):
                     )
         return state
 
+    def forget(self, model: Model, state: State) -> State:
+        """As it is: experts are read from the bank."""
+        return state
+
     def refuse(self, facts: Facts) -> str | None:
         return None if facts.hears else "nobody hears anybody here, so that there are no experts to choose from"

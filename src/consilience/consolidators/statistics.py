@@ -12,9 +12,34 @@ from consilience.core.consolidator import Consolidator
 from consilience.core.errors import ConsilienceError
 from consilience.core.message import Message, Shared, Statistics
 from consilience.core.model import Model
+from consilience.core.params import Params
 from consilience.core.schedule import Facts
 from consilience.core.source import Source
 from consilience.core.state import State
+
+
+def update(inverse: Tensor, moment: Tensor, psi: Tensor, hot: Tensor, remove: bool = False) -> tuple[Tensor, Tensor]:
+    """(A + lambda I)^-1 [d, d] and b [d, C] after examples psi [B, d] with one-hot targets [B, C] came, or with `remove` left.
+
+    Woodbury: P -+ P psi^T (I +- psi P psi^T)^-1 psi P, at a cost of B d^2 in the place of d^3; W = P b. It begins at P = I / lambda, b = 0;
+    a ones column in psi is the bias. In float64: errors of a long stream add up, those of sums do not.
+
+    Raises:
+        ConsilienceError: examples to remove that were never there.
+
+    >>> p, b = torch.eye(2).double() / 0.5, torch.zeros(2, 1).double()
+    >>> p, b = update(p, b, torch.tensor([[1.0, 1.0]]).double(), torch.ones(1, 1).double())
+    >>> (p @ b).flatten().round(decimals=6).tolist()
+    [0.4, 0.4]
+    """
+    sign = -1.0 if remove else 1.0
+    ahead = psi @ inverse
+    small = torch.eye(len(psi), dtype=psi.dtype, device=psi.device) + sign * (ahead @ psi.T)
+    factor, failed = torch.linalg.cholesky_ex(small)
+    if failed:
+        raise ConsilienceError("examples to remove should have been added before. Found some that were not.")
+    inverse = inverse - sign * (ahead.T @ torch.cholesky_solve(ahead, factor))
+    return (inverse + inverse.T) / 2, moment + sign * (psi.T @ hot)
 
 
 def solve(a: Tensor, b: Tensor, strength: float, samples: float = 1.0, average: bool = False, normalise: bool = False) -> Tensor:
@@ -40,16 +65,19 @@ class ClosedForm(Consolidator):
     """The head that minimises sum ||W^T psi(x) - e_y||^2 + lambda ||W||^2 over all sources heard of: W = (A + lambda I)^-1 b.
 
     psi are the model's features, with a ones column; lambda enters once. It reads the Statistics of `corrections.Moments`
-    and writes the model's linear head. Fanì et al. 2024 (Fed3R); Wang et al. 2022 (SCROLL).
+    and writes the model's linear head, divided by `temperature`: the argmax is the same, and the softmax as sharp as training that
+    goes on from it wants. Fanì et al. 2024 (Fed3R); Wang et al. 2022 (SCROLL).
     """
 
     strength: float = 0.01
     average: bool = False
     normalise: bool = False
+    temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.strength < float("inf"):
-            raise ConsilienceError(f"`strength` should be positive and finite. Found `strength = {self.strength}`.")
+        for name in ("strength", "temperature"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ConsilienceError(f"`{name}` should be positive and finite. Found `{name} = {getattr(self, name)}`.")
 
     def export(self, model: Model, state: State, sources: Sequence[Source], personal: Sequence[str]) -> dict[str, Shared]:
         return {}
@@ -80,17 +108,30 @@ class ClosedForm(Consolidator):
             self.average,
             self.normalise,
         )
-        weight, bias = model.head(state.params, None)
-        params = dict(state.params)
+        return state.change(params=self._with_head(model, state.params, w / self.temperature))
+
+    def forget(self, model: Model, state: State) -> State:
+        """Solved again from the sums that are left, to the bit what it would be had the others not been heard; zero without any."""
+        if any("Moments" in m.items for m in state.bank.values()):
+            return self.absorb(model, state, (), True, torch.Generator())
+        nothing = torch.zeros(1, 0, dtype=torch.float64)
+        return state.change(params=self._with_head(model, state.params, nothing))
+
+    @staticmethod
+    def _with_head(model: Model, params: Params, w: Tensor) -> Params:
+        """The parameters with the head W [d + 1, C]; classes that it lacks are zero."""
+        weight, bias = model.head(params, None)
+        params = dict(params)
         old = params[weight]
         head = torch.zeros_like(old, dtype=torch.float64)
-        head[: w.shape[1]] = w[:-1].T
+        if w.shape[1]:
+            head[: w.shape[1]] = w[:-1].T
         params[weight] = head.to(old.dtype)
         if bias is not None:
             offset = torch.zeros(len(old), dtype=torch.float64)
             offset[: w.shape[1]] = w[-1]
             params[bias] = offset.to(old.dtype)
-        return state.change(params=params)
+        return params
 
 
 def add_up(items: Iterable[Shared]) -> Statistics | None:

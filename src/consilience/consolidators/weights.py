@@ -11,7 +11,7 @@ from torch import Tensor
 
 from consilience.core.aggregator import Aggregator, Linear, canonical
 from consilience.core.consolidator import Consolidator
-from consilience.core.errors import ConsilienceError
+from consilience.core.errors import ConsilienceError, Refusal
 from consilience.core.message import Message, Shared, Weights
 from consilience.core.model import Model
 from consilience.core.optimiser import SGD, Optimiser
@@ -46,6 +46,9 @@ class WeightSpace(Consolidator):
     def needs_base(self) -> bool:  # type: ignore[override]
         """Averages with coefficients that sum to 1 need none."""
         return self.aggregator is not None and self.aggregator.needs_base
+
+    def forget(self, model: Model, state: State) -> State:
+        raise Refusal("weights cannot be taken out again; train again without that sender.")
 
     def refuse(self, facts: Facts) -> str | None:
         if self.needs_base and facts.hears and not facts.common_base:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from consilience.core.batch import Batch
 from consilience.core.correction import Correction, Learned, Me, Memory, Routing, Viewed, overrides, superposition
-from consilience.core.errors import ConsilienceError
+from consilience.core.errors import ConsilienceError, Refusal, unknown
 from consilience.core.ledger import Ledger
 from consilience.core.message import Item, Message, Private, Shared, Weights, join
 from consilience.core.method import Method
@@ -387,7 +387,7 @@ class Agent:
         state = self.state
         fresh: dict[tuple[str, str], Message] = {}
         had = self.receipts()
-        for m in sorted(messages, key=lambda m: (m.key, m.version)):
+        for m in sorted((m for m in messages if m.sender not in state.forgotten), key=lambda m: (m.key, m.version)):
             if m.origin != state.origin:
                 raise ConsilienceError(
                     f"a message should come from the same first parameters. Found origin {m.origin[:8]} from {m.sender!r}, "
@@ -424,6 +424,25 @@ class Agent:
         self.state = new.change(
             base=new.params, memory=memory, absorbed={**state.absorbed, **receipts}, version=state.version + 1, learned=False,
         )  # fmt: skip
+
+    def forget(self, sender: str) -> None:
+        """Take out what a sender told, as if it had never been heard; it is not heard again, not from others either.
+
+        Statistics that are solved, and experts that stand on their own, are exactly what they would be without it; other agents
+        forget for themselves. Raises Refusal where it entered weights, or what this agent learned afterwards.
+        """
+        state = self.state
+        known = {m.sender for m in state.bank.values()} | {k.rpartition("|")[0] for k in state.absorbed}
+        if sender not in known:
+            raise unknown("sender", sender, known)
+        rests = [c.name for c in self.method.corrections if c.active and c.travels and (c.recalls or overrides(c, "recall"))]
+        if rests and state.visits and sender != self.name:
+            raise Refusal(
+                f"what {rests[0]} recalled while this agent learned cannot be taken out again; train again without that sender."
+            )
+        bank = {k: m for k, m in state.bank.items() if m.sender != sender}
+        new = self.consolidator.forget(self.model, state.change(bank=bank))
+        self.state = new.change(base=new.params, version=state.version + 1, forgotten=(*state.forgotten, sender))
 
     # predict
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
+from consilience.core.errors import Refusal
 from consilience.core.message import Message, Shared
 from consilience.core.source import Source
 from consilience.core.state import State
@@ -30,6 +31,10 @@ class Consolidator(ABC):
     @abstractmethod
     def export(self, model: Model, state: State, sources: Sequence[Source], personal: Sequence[str]) -> dict[str, Shared]:
         """What an agent tells of itself: {source name, or "" for the whole: the "model" item}."""
+
+    def forget(self, model: Model, state: State) -> State:
+        """The state after messages were taken out of its bank, as if they had never been heard; Refusal where that cannot be."""
+        raise Refusal(f"what {type(self).__name__} combined cannot be taken out again; train again without that sender.")
 
     def refuse(self, facts: Facts) -> str | None:
         """Why it cannot work in such a schedule and what to do instead, or None."""

@@ -10,6 +10,7 @@ from consilience.core.aggregator import Aggregator, Cone
 from consilience.core.consolidator import Consolidator
 from consilience.core.correction import Correction, Mapper, overrides
 from consilience.core.errors import ConsilienceError, Refusal, kind_of
+from consilience.core.params import matches
 
 if TYPE_CHECKING:
     from consilience.core.schedule import Facts
@@ -26,7 +27,7 @@ class Method:
 
     `aggregator` fills whichever of the two next fields the schedule uses; `step_aggregator` combines the objectives of one step (None: their weighted sum); `hear_aggregator` combines what is
     heard (None: the weighted mean), inside `consolidator` (None: parameters are averaged); `personal` are patterns of
-    entries that stay with their agent; `fixed` are fields of Training that the method itself sets.
+    entries that stay with their agent ("head": the model's); `fixed` are fields of Training that the method itself sets.
     Methods add: `a + b` concatenates corrections; two different values of another field are an error.
     """
 
@@ -117,10 +118,33 @@ class Method:
                 f"{m.name}: {type(m.mapper).__name__} would do nothing or do wrong here: no correction gives each task its own view of "
                 "the parameters, so that there is nothing to superpose; compose it with supsup, psp, hat, packnet or xdg, or use min_entropy."
             )
-        m = replace(m, consolidator=m.how_to_absorb(), hear_aggregator=None)
+        m = replace(m, consolidator=m.how_to_absorb(), hear_aggregator=None, personal=m._personal(facts))
         if m.consolidator is not None and (why := m.consolidator.refuse(facts)):
             raise Refusal(f"{m.name}: {why}.")
         return m
+
+    def _personal(self, facts: Facts) -> tuple[str, ...]:
+        """The patterns of personal entries, "head" put in the model's names; those with a slash name entries of corrections."""
+        if facts.model is None or not self.personal:
+            return self.personal
+        import torch
+
+        model, found = facts.model, []
+        params, buffers = model.init(torch.Generator().manual_seed(0))
+        for p in self.personal:
+            if p == "head":
+                try:
+                    found += [n for n in model.head(params, None) if n is not None]
+                except ConsilienceError:  # heads come with tasks
+                    found.append("heads.*")
+            else:
+                found.append(p)
+        for p in found:
+            if "/" not in p and not facts.hears_others:
+                raise Refusal(f"{self.name} keeps entries from others, and nobody hears another agent here; use finetune.")
+            if "/" not in p and not any(matches(n, [p]) for n in (*params, *buffers)) and model.task_of(p) is None:
+                raise Refusal(f"{self.name}: personal entries should be the model's. Found none like {p!r}.")
+        return tuple(dict.fromkeys(found))
 
     def how_to_absorb(self) -> Consolidator:
         """The consolidator with the aggregator of what is heard; by default parameters are averaged."""

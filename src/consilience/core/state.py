@@ -34,6 +34,8 @@ class State:
     version: int = 0
     size: int = 0
     learned: bool = False
+    forgotten: tuple[str, ...] = ()
+    """Senders that were taken out of the bank, and are not heard again."""
 
     @property
     def experts(self) -> dict[tuple[str, str], Module]:
@@ -58,6 +60,7 @@ def encode_state(state: State) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "absorbed": dict(state.absorbed),
         "memory": {c: list(kept) for c, kept in state.memory.items()},
         "visits": dict(state.visits),
+        "forgotten": list(state.forgotten),
         **{k: getattr(state, k) for k in ("origin", "version", "size", "learned")},
     }
 
@@ -79,4 +82,5 @@ def decode_state(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Sta
         version=facts["version"],
         size=facts["size"],
         learned=facts["learned"],
+        forgotten=tuple(facts.get("forgotten", ())),
     )

@@ -6,6 +6,7 @@ Each works in every setting where it can act, and refuses in the others by name;
 from __future__ import annotations
 
 from consilience.methods.continual import cumulative, finetune, from_scratch, joint
+from consilience.methods.distillation import feddf
 from consilience.methods.exmodel import average_ensemble, entropy_ensemble, oracle_ensemble, parameter_average
 from consilience.methods.federated import (
     fed3r,
@@ -27,15 +28,12 @@ from consilience.methods.federated import (
 from consilience.methods.isolation import den, hat, infer, packnet, pnn, psp, supsup, xdg
 from consilience.methods.merging import aggregate, average, task_arithmetic, ties
 from consilience.methods.multitask import pcgrad
+from consilience.methods.personal import fedweit, personal
 from consilience.methods.regularisation import ewc, l2sp, less_forgetting, lwf, mas, online_ewc, si
 from consilience.methods.rehearsal import agem, der, derpp, er, er_ace, gdumb, gem, generative_replay, gss, icarl
 from consilience.methods.skill import skill
 
 __all__ = [
     "agem", "aggregate", "average", "average_ensemble", "cumulative", "den", "der", "derpp", "entropy_ensemble", "er",
-    "er_ace", "ewc", "fed3r", "fedadagrad", "fedadam", "fedavg", "fedavgm", "fedcm", "feddyn", "fedhbm", "fednova",
-    "fedprox", "fedyogi", "finetune", "from_scratch", "gdumb", "gem", "generative_replay", "ghbm", "gss", "hat", "icarl",
-    "infer", "joint", "l2sp", "less_forgetting", "local_ghbm", "lwf", "mas", "online_ewc", "oracle_ensemble", "packnet",
-    "parameter_average", "pcgrad", "pnn", "psp", "scaffold", "si", "skill", "supsup", "task_arithmetic", "ties", "wsm",
-    "xdg",
+    "er_ace", "ewc", "fed3r", "fedadagrad", "fedadam", "fedavg", "fedavgm", "fedcm", "feddf", "feddyn", "fedhbm", "fednova", "fedprox", "fedweit", "fedyogi", "finetune", "from_scratch", "gdumb", "gem", "generative_replay", "ghbm", "gss", "hat", "icarl", "infer", "joint", "l2sp", "less_forgetting", "local_ghbm", "lwf", "mas", "online_ewc", "oracle_ensemble", "packnet", "parameter_average", "pcgrad", "personal", "pnn", "psp", "scaffold", "si", "skill", "supsup", "task_arithmetic", "ties", "wsm", "xdg",
 ]  # fmt: skip

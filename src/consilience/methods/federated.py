@@ -233,8 +233,13 @@ def wsm() -> Method:
     return Method("wsm", (WSM(),))
 
 
-def fed3r(strength: float = 0.01, average: bool = False, normalise: bool = False) -> Method:
+def fed3r(strength: float = 0.01, average: bool = False, normalise: bool = False, temperature: float = 1.0) -> Method:
     """A ridge head in closed form from everybody's sums of features: exact for any split, order and schedule.
+
+    On `models.fourier_features(model)` it is Fed3R with random features. It is where any other run may begin: with
+    `first = run(schedule, fed3r(temperature=0.1))`, `run(federated(clients, base=first.params), fedavg())` goes on from it; and
+    SCROLL's second part is `run(continual([kept], base=first.params), finetune(), training=Training(sampler=Balanced()))` on
+    the examples that may be kept.
 
     Paper: Fanì et al. 2024; Wang et al. 2022 (SCROLL).
 
@@ -242,9 +247,10 @@ def fed3r(strength: float = 0.01, average: bool = False, normalise: bool = False
         strength: lambda of the ridge, entered once.
         average: whether the objective is the mean loss (lambda then counts as lambda x samples).
         normalise: divide each class's column by its norm; it changes the argmax.
+        temperature: divides the head, which leaves the argmax; .1 suits a softmax that is trained on.
     """
     from consilience.consolidators.statistics import ClosedForm
     from consilience.core.method import Method
     from consilience.corrections.moments import Moments
 
-    return Method("fed3r", (Moments(),), consolidator=ClosedForm(strength, average, normalise), fixed={"epochs": 0})
+    return Method("fed3r", (Moments(),), consolidator=ClosedForm(strength, average, normalise, temperature), fixed={"epochs": 0})

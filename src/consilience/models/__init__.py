@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     M = TypeVar("M", ModuleModel, MultiHead)
 
 __all__ = [
-    "adapters", "char_lstm", "char_transformer", "conv", "frozen", "lenet", "linear", "mlp", "multi_head", "progressive", "progressive_conv", "random_features",
+    "adapters", "char_lstm", "char_transformer", "conv", "fourier_features", "frozen", "lenet", "linear", "mlp", "multi_head", "progressive", "progressive_conv", "random_features",
     "resnet", "wrap",
 ]  # fmt: skip
 
@@ -182,6 +182,48 @@ def random_features(inputs: int, width: int = 512, seed: int = 0) -> ModuleModel
 
     name = f"random_features({inputs}, {width}, {seed})"
     return ModuleModel(nets.random_features(inputs, width, seed), width, frozen=("*",), headless=True, name=name)
+
+
+def fourier_features(model: ModuleModel, width: int = 2048, sigma: float = 1.0, seed: int = 0) -> ModuleModel:
+    """The model with random Fourier features between its features psi [B, d] and a new head: sqrt(2 / D) cos(Omega psi + b) [B, D].
+
+    Omega ~ N(0, 1 / sigma^2), b uniform in [0, 2 pi), frozen and drawn by `seed` alone, so that all agents have the same: inner
+    products are the Gaussian kernel exp(-|psi - psi'|^2 / (2 sigma^2)), up to 1 / sqrt(D). With `methods.fed3r` it is Fed3R with
+    random features, of the model's own parameters as they begin (`frozen` keeps them so in other methods). Rahimi and Recht 2007.
+
+    Args:
+        model: one of one module, whose head is taken off.
+        width: D, the number of features.
+        sigma: of the kernel; about the median distance of features.
+        seed: of Omega and b.
+
+    Raises:
+        ConsilienceError: `width` < 1, or `sigma` not positive.
+
+    >>> import torch
+    >>> model = fourier_features(mlp(4, (8,), 3), 16)
+    >>> model.width, [n for n in model.init(torch.Generator())[0] if model.frozen(n)], model.outputs
+    (16, ['fourier.weight', 'fourier.bias'], 3)
+    """
+    _positive(width=width)
+    if not 0 < sigma < float("inf"):
+        raise ConsilienceError(f"`sigma` should be positive and finite. Found `sigma = {sigma}`.")
+    import copy
+
+    from consilience.models import nets
+    from consilience.models.module import ModuleModel
+
+    if not isinstance(model, ModuleModel):
+        raise ConsilienceError(f"`model` should be a model of one module. Found {type(model).__name__}.")
+    body, outputs = model.body(), model.outputs
+    own, factory, d = body._module, body._factory, body.width
+    frozen = [f"body.{n}" for n in body._names if body.frozen(n)]
+    name = f"fourier_features({model.description}, {width}, {sigma}, {seed})"
+
+    def make() -> nn.Module:
+        return nets.Fourier(factory() if factory else copy.deepcopy(own), d, width, sigma, seed, outputs)
+
+    return ModuleModel(make, outputs, head="head", frozen=("fourier.*", *frozen), name=name)
 
 
 def multi_head(trunk: ModuleModel, outputs: int) -> MultiHead:

@@ -49,6 +49,23 @@ def random_features(inputs: int, width: int, seed: int) -> nn.Sequential:
     return nn.Sequential(nn.Flatten(), layer, nn.ReLU())
 
 
+class Fourier(nn.Module):
+    """A linear head on sqrt(2 / D) cos(Omega psi + b) of a body's features psi [B, d]."""
+
+    def __init__(self, body: nn.Module, inputs: int, width: int, sigma: float, seed: int, outputs: int) -> None:
+        super().__init__()
+        self.body, self.fourier, self.head = body, nn.Linear(inputs, width), nn.Linear(width, outputs)
+        g = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            self.fourier.weight.copy_(torch.randn(width, inputs, generator=g) / sigma)
+            self.fourier.bias.copy_(2 * torch.pi * torch.rand(width, generator=g))
+
+    def forward(self, x: Tensor) -> Tensor:
+        psi = self.fourier(self.body(x).flatten(1)).cos() * (2 / self.fourier.out_features) ** 0.5
+        out: Tensor = self.head(psi)
+        return out
+
+
 class Block(nn.Module):
     """relu(x' + norm(conv(relu(norm(conv(x))))))."""
 

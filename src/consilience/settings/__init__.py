@@ -38,13 +38,14 @@ def multitask(sources: Sequence[Source], scenario: Scenario = "class", rounds: i
     return build("multitask", sources, scenario, plan, "agent")
 
 
-def continual(sources: Sequence[Source], scenario: Scenario = "class") -> Schedule:
+def continual(sources: Sequence[Source], scenario: Scenario = "class", base: Any = None) -> Schedule:
     """One agent learns one source after another, and hears itself after each.
 
     Args:
         sources: in the order of learning.
         scenario: "task": the task label is given in training and at evaluation; "class": targets are the classes of all
             sources together, no label; "domain": targets are 0..k-1 in every source, no label.
+        base: parameters to begin with, such as another run's; None draws them.
     """
     from consilience.core.schedule import Hear, Learn, Stage, build
 
@@ -56,7 +57,7 @@ def continual(sources: Sequence[Source], scenario: Scenario = "class") -> Schedu
             yield Hear({"agent": ("agent",)})
             yield Stage(s.name)
 
-    return build("continual", sources, scenario, plan, "agent", _common_test(sources, scenario))
+    return build("continual", sources, scenario, plan, "agent", _common_test(sources, scenario), base=_entries(base))
 
 
 def online(sources: Sequence[Source], chunk: int = 320, scenario: Scenario = "class", seed: int = 0) -> Schedule:
@@ -131,6 +132,7 @@ def federated(
     by_size: bool = True,
     evaluate_every: int = 1,
     personalise: bool = False,
+    base: Any = None,
 ) -> Schedule:
     """Clients, a source each, learn every round from what the server tells; the server hears them.
 
@@ -157,6 +159,7 @@ def federated(
         evaluate_every: rounds between evaluations; the last round has one too.
         personalise: after the last round every client hears the server and learns once more, unheard; the last stage judges
             each client's own parameters on its own source (`Result.personal`).
+        base: parameters to begin with, such as another run's; None draws them.
 
     Raises:
         ConsilienceError: a number out of its range; no round in which enough clients are there.
@@ -164,7 +167,7 @@ def federated(
     return _federated(
         "federated", [[s] for s in _sources(sources)], rounds, scenario, by_size, evaluate_every, personalise,
         clients_per_round=clients_per_round, order=order, fraction=participation, weights=weights, available=available,
-        stragglers=stragglers, dropouts=dropouts, min_clients=min_clients,
+        stragglers=stragglers, dropouts=dropouts, min_clients=min_clients, base=base,
     )  # fmt: skip
 
 
@@ -183,6 +186,7 @@ def federated_continual(
     by_size: bool = True,
     evaluate_every: int = 1,
     personalise: bool = False,
+    base: Any = None,
 ) -> Schedule:
     """Clients learn streams of sources of their own: for each source of the streams, some rounds with the server.
 
@@ -195,11 +199,12 @@ def federated_continual(
         participation, weights, available, stragglers, dropouts, min_clients, by_size, evaluate_every: as in `federated`; rounds
             count over the whole run, and a fraction is of the clients that have a source left.
         personalise: as in `federated`, each client on its last source.
+        base: parameters to begin with, such as another run's; None draws them.
     """
     return _federated(
         "federated_continual", [_sources(s) for s in streams], rounds, scenario, by_size, evaluate_every, personalise,
         clients_per_round=clients_per_round, order=order, fraction=participation, weights=weights, available=available,
-        stragglers=stragglers, dropouts=dropouts, min_clients=min_clients,
+        stragglers=stragglers, dropouts=dropouts, min_clients=min_clients, base=base,
     )  # fmt: skip
 
 
@@ -307,7 +312,7 @@ def gossip(
 
 def _federated(
     setting: str, streams: list[list[Source]], rounds: int, scenario: str, by_size: bool, evaluate_every: int, personalise: bool,
-    edge_of: Mapping[int, str] | None = None, edge_rounds: int = 1, **who: Any,
+    edge_of: Mapping[int, str] | None = None, edge_rounds: int = 1, base: Any = None, **who: Any,
 ) -> Schedule:  # fmt: skip
     """Clients and a server, whichever way they hear each other; `who` are the fields of `Participation`."""
     from consilience.core.errors import ConsilienceError
@@ -336,7 +341,7 @@ def _federated(
             if n % evaluate_every == 0 or n == len(when):
                 yield Stage(f"round {n}", own)
 
-    return build(setting, [s for own in streams for s in own], scenario, plan, "server")
+    return build(setting, [s for own in streams for s in own], scenario, plan, "server", base=_entries(base))
 
 
 def _names(kind: str, n: int) -> list[str]:
@@ -444,6 +449,37 @@ def skill(
             yield Stage(f"task {t + 1}")
 
     return build("skill", [s for stream in own for s in stream], scenario, plan, agents[0])
+
+
+def leave_one_out(sources: Sequence[Source], setting: Callable[[list[Source]], Schedule]) -> dict[str, Schedule]:
+    """For each source the schedule of a setting without it, judged on it alone: how well the others serve one that they never saw.
+
+    A class that only the one left out has counts as never recognised (in scenario "domain" targets are 0..k-1, whatever they mean).
+
+    Args:
+        sources: one a client.
+        setting: makes a schedule of sources, such as `settings.federated`, or a function that calls it with more arguments.
+
+    Returns:
+        {name of the source left out: schedule}.
+    """
+    from dataclasses import replace
+
+    from consilience.core.errors import ConsilienceError
+    from consilience.core.schedule import reframe
+
+    sources = _sources(sources)
+    if len(sources) < 2:
+        raise ConsilienceError(f"to leave one out there should be two sources or more. Found {len(sources)}.")
+    found = {}
+    for out in sources:
+        schedule = setting([s for s in sources if s is not out])
+        n = len(schedule.sources)
+        framed, frame = reframe([*schedule.sources, out], schedule.scenario)
+        tasks = {s.task for s in framed[:n]}
+        frame = replace(frame, tasks={t: c for t, c in frame.tasks.items() if t in tasks})
+        found[out.name] = replace(schedule, sources=framed[:n], judged=framed[n:], frame=frame)
+    return found
 
 
 def _at_least(low: int, **values: int) -> None:

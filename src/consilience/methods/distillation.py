@@ -1,0 +1,36 @@
+"""Methods in which the hearer learns what others answer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from consilience.core.method import Method
+
+
+def feddf(
+    unlabelled: Any,
+    steps: int = 100,
+    lr: float = 0.001,
+    batch_size: int = 32,
+    temperature: float = 1.0,
+    of: Literal["logits", "probabilities"] = "logits",
+    optimiser: Literal["adam", "sgd"] = "adam",
+) -> Method:
+    """Average what is heard, then distil the mean answer of the models that were heard into it, on inputs without labels.
+
+    Paper: Lin et al. 2020.
+
+    Args:
+        unlabelled: inputs [N, ...] that the server has: a tensor, an array, or a source, whose labels are not read.
+        steps: gradient steps a round; 0 is fedavg.
+        lr: their learning rate.
+        batch_size: inputs a step.
+        temperature: divides logits.
+        of: whether logits are averaged, or probabilities.
+        optimiser: of these steps.
+    """
+    from consilience.consolidators import ensemble_distillation
+    from consilience.core.method import Method
+
+    return Method("feddf", consolidator=ensemble_distillation(unlabelled, steps, lr, batch_size, temperature, of, optimiser))

@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 # Small models on few cores: one thread a process is fastest, and the tests run side by side.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-all bench lint clean
+.PHONY: demo test test-all bench engines lint clean
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -31,6 +31,9 @@ lint: $(VENV)/.ready
 
 bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/core.py
+
+engines: $(VENV)/.ready
+	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/engines.py
 
 clean:
 	rm -rf $(VENV) demo runs build dist .pytest_cache .mypy_cache .ruff_cache

@@ -438,8 +438,8 @@ def test_the_first_source_of_lwf_is_plain_training():
     plan = [Learn({"agent": ("a",)}), Hear(ME), Stage("a"), Learn({"agent": ("b",)}), Hear(ME), Stage("b")]
     seen = {}
 
-    def heard(self, old, new, memory, fresh):
-        seen.setdefault("first", {n: p.clone() for n, p in new.items()})
+    def heard(self, before, after, memory, fresh):
+        seen.setdefault("first", {n: p.clone() for n, p in after.params.items()})
         return memory
 
     cs.run(phases([A, B], plan), cs.methods.lwf() + Method("", (toy(heard=heard),)), mlp(), training())
@@ -1178,7 +1178,8 @@ def test_begin_can_add_an_entry():
 
 
 def test_heard_sees_every_absorption():
-    def heard(self, old, new, memory, fresh):
+    def heard(self, before, after, memory, fresh):
+        old, new = before.params, after.params
         gap = torch.stack([(new[n] - old[n]).abs().sum() for n in old]).sum()
         return {**memory, str(len(memory)): Private({"gap": gap, "new": new["3.bias"]})}
 

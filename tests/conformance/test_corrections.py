@@ -273,10 +273,10 @@ def test_the_teacher_is_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> 
     prepare, rows = Agent.prepare, LwF.rows
     probe = kit.sources()[0].test.whole()[0]
 
-    def begin(agent: Agent, names: Any) -> Any:
+    def begin(agent: Agent, *what: Any) -> Any:
         out, _ = agent.model(agent.state.params, agent.state.buffers, probe, None, False)
         answers.append([out.detach()])
-        return prepare(agent, names)
+        return prepare(agent, *what)
 
     def look(self: LwF, step: Any, me: Me) -> Any:
         answers[-1].append(step.before(probe, None))

@@ -64,6 +64,11 @@ class WeightSpace(Consolidator):
         tensors = {f"params/{n}": p for n, p in state.params.items() if not matches(n, personal)}
         return {"": Weights({**tensors, **{f"buffers/{n}": b for n, b in state.buffers.items() if not matches(n, personal)}})}
 
+    def rest(self, state: State, personal: Sequence[str]) -> State:
+        """The entries that it told come back with what it hears."""
+        own = ({n: p for n, p in held.items() if matches(n, personal)} for held in (state.params, state.buffers))
+        return state.change(params=next(own), buffers=next(own), base={})
+
     def absorb(self, model: Model, state: State, fresh: Sequence[Message], by_size: bool, generator: torch.Generator) -> State:
         heard = [(m, m.items["model"]) for m in fresh if isinstance(m.items.get("model"), Weights)]
         if self.aggregator is not None and self.aggregator.robust:
@@ -81,7 +86,7 @@ class WeightSpace(Consolidator):
                         f"heard parameters should have the hearer's shapes. Found {tuple(p.shape)} for {n!r} of {sender!r}, "
                         f"here {tuple(state.params[n].shape)}."
                     )
-            if params and state.params and not params.keys() & state.params.keys():
+            if params and state.base and not params.keys() & state.params.keys():
                 raise ConsilienceError(
                     f"heard parameters should have the hearer's names. Found {next(iter(params))!r} of {sender!r}, "
                     f"here {next(iter(state.params))!r}."

@@ -96,7 +96,7 @@ class Job:
         drawn = self.step.by_verb["sample"]
         while self.epoch < self.training.epochs:
             plans = self.left(self.epoch, self.index)
-            if not plans[0]:
+            if not plans[0] and self.index < self.step.span[1]:  # its share is done
                 return
             streams = [examples.batches(plan) for (_, examples, _), plan in zip(self.parts, plans, strict=True)]
             for batches in zip(*streams, strict=True):
@@ -360,6 +360,12 @@ class Agent:
         base = self._hash("base", self.state.base)
         return Message(self.name, source, version, size, self.state.origin, base, items, self.state.learned)
 
+    def rest(self) -> None:
+        """Let go of what it told and will hear again, so that a simulation holds only the agents that are at work."""
+        if not any(overrides(c, "heard") for c in self.method.active):
+            self.state = self.consolidator.rest(self.state, self.method.personal)
+        self._said, self._hashes = None, {}
+
     def receipts(self) -> dict[str, int]:
         """What this agent has already: the version of every (sender, source); no whole of another once it has learned and gone on."""
         moved = self.state.learned
@@ -419,7 +425,7 @@ class Agent:
         memory = {c: dict(kept) for c, kept in new.memory.items()}
         for c in self.method.active:
             if overrides(c, "heard"):
-                memory[c.name] = dict(c.heard(state.base, new.params, memory.get(c.name, {}), heard))
+                memory[c.name] = dict(c.heard(state, new, memory.get(c.name, {}), heard))
         receipts = {f"{m.sender}|{m.source}": (m.version, m.digest) for m in heard}
         self.state = new.change(
             base=new.params, memory=memory, absorbed={**state.absorbed, **receipts}, version=state.version + 1, learned=False,

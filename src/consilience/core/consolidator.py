@@ -36,6 +36,10 @@ class Consolidator(ABC):
         """The state after messages were taken out of its bank, as if they had never been heard; Refusal where that cannot be."""
         raise Refusal(f"what {type(self).__name__} combined cannot be taken out again; train again without that sender.")
 
+    def rest(self, state: State, personal: Sequence[str]) -> State:
+        """What an agent must keep until it hears again, from one whom it told all it has: by default everything."""
+        return state
+
     def refuse(self, facts: Facts) -> str | None:
         """Why it cannot work in such a schedule and what to do instead, or None."""
         return None

@@ -21,6 +21,7 @@ from consilience.core.source import Source
 if TYPE_CHECKING:
     from consilience.core.message import Message
     from consilience.core.schedule import Facts
+    from consilience.core.state import State
     from consilience.core.training import Training
 
 Memory = Mapping[tuple[str, str], Item]
@@ -224,8 +225,8 @@ class Correction(ABC):  # noqa: B024 (every verb is optional)
         """What to keep of this source after training: Shared if it may travel, Private if not."""
         return None
 
-    def heard(self, old: Params, new: Params, memory: Mapping[str, Any], fresh: Sequence[Message]) -> Mapping[str, Any]:
-        """The memory after absorbing `fresh`: `old` are the parameters when this agent last absorbed, `new` those that it has now.
+    def heard(self, before: State, after: State, memory: Mapping[str, Any], fresh: Sequence[Message]) -> Mapping[str, Any]:
+        """The memory after absorbing `fresh`: `before.base` are the parameters when this agent last absorbed, `before.params` those that it learned since.
 
         A Shared item under "" is told with the agent's own parameters, and who hears it recalls it as (sender, "")."""
         return memory

@@ -28,7 +28,7 @@ from consilience.core.metrics import METRICS, Metric, drift
 from consilience.core.model import Model
 from consilience.core.params import Layout, content_hash, key, write_json
 from consilience.core.result import Result
-from consilience.core.schedule import Expert, Facts, Hear, Learn, Schedule
+from consilience.core.schedule import Expert, Facts, Hear, Learn, Phase, Schedule
 from consilience.core.state import State, decode_state, encode_state
 from consilience.core.training import Training
 
@@ -101,7 +101,8 @@ def run(
     name = chosen.name
     chosen = chosen.resolve(facts)
     training = replace(training, **chosen.fixed)
-    strange = [s.name for s in schedule.judged if s.task not in {o.task for o in schedule.sources}]
+    taught = {s.task for s in schedule.sources}
+    strange = [s.name for s in schedule.judged if s.task not in taught]
     if chosen.mapper is not None and chosen.mapper.needs_label and strange:
         raise Refusal(
             f"{chosen.name} is told the task of what it is judged on. Found test data of several tasks in {strange[0]!r}."
@@ -223,6 +224,7 @@ class Walk:
         if not self.rows:
             self._evaluate("start")
             self._save()
+        resting = {} if self.clients else rests(list(self.schedule.plan(seed)), self.schedule.evaluated)
         for i, phase in enumerate(self.schedule.plan(seed)):
             if i < self.phase:
                 continue
@@ -231,6 +233,9 @@ class Walk:
                 paused = None
             elif isinstance(phase, Hear):
                 self._hear(phase)
+                for name in resting.get(i, ()):
+                    if name not in self.failed:
+                        self._agent(name).rest()
             else:
                 for name, own in phase.clients.items():
                     self.personal[name] = self._own(self._row(self._agent(name)), own)[0]
@@ -322,13 +327,14 @@ class Walk:
         told: dict[str, list[Message]] = {}
         for listener, speakers in phase.who.items():
             told[listener] = []
+            receipts = self._agent(listener).receipts()
+            size = len(json.dumps(receipts))
             for speaker in speakers:
                 if speaker in self.failed:
                     continue
-                receipts = self._agent(listener).receipts()
                 messages = self._agent(speaker).tell(receipts)
                 if speaker != listener:
-                    self.ledger.sent(listener, speaker, len(json.dumps(receipts)))
+                    self.ledger.sent(listener, speaker, size)
                     messages = [self._send(m, speaker, listener) for m in messages]
                 told[listener] += messages
         for listener, messages in told.items():
@@ -571,6 +577,28 @@ class Walk:
         tensors = {k[len("job|") :]: t for k, t in r["tensors"].items() if k.startswith("job|")}
         self._resumed = None
         return (tensors, job) if job is not None else None
+
+
+def rests(phases: Sequence[Phase], evaluated: str) -> dict[int, tuple[str, ...]]:
+    """After which phases which agents rest: those that were heard, and whose next act, if any, is to hear one who heard them and
+    never learns itself (a server), so that what it tells is all they had, and adopted."""
+    learners = {name for phase in phases if isinstance(phase, Learn) for name in phase.who}
+    found: dict[int, tuple[str, ...]] = {}
+    then: dict[str, str | None] = {evaluated: None}  # whom an agent hears next, before it does anything else
+    for i in reversed(range(len(phases))):
+        phase = phases[i]
+        if isinstance(phase, Hear):
+            heard_by: dict[str, set[str]] = {}
+            for listener, speakers in phase.who.items():
+                for s in speakers:
+                    heard_by.setdefault(s, set()).add(listener)
+            idle = [s for s in heard_by if s not in phase.who]
+            found[i] = tuple(s for s in idle if then.get(s, next(iter(heard_by[s]))) in heard_by[s] - learners)
+            then |= dict.fromkeys(idle)
+            then |= {n: speakers[0] if len(speakers) == 1 else None for n, speakers in phase.who.items()}
+        else:
+            then |= dict.fromkeys(phase.who if isinstance(phase, Learn) else (evaluated, *phase.clients))
+    return found
 
 
 def engine_of(engine: str | Engine) -> Engine:

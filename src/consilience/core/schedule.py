@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -74,12 +75,13 @@ class Schedule:
 
     def __post_init__(self) -> None:
         names = [s.name for s in self.sources]
-        twice = sorted({n for n in names if names.count(n) > 1})
+        twice = sorted(n for n, times in Counter(names).items() if times > 1)
         if twice:
             raise ConsilienceError(f"sources should have names of their own. Found {', '.join(twice)} twice.")
         if not names:
             raise ConsilienceError("a schedule should have sources. Found none.")
         object.__setattr__(self, "judged", self.judged or self.sources)
+        object.__setattr__(self, "_by_name", {s.name: s for s in self.sources})
 
     @property
     def labelled(self) -> bool:
@@ -87,7 +89,7 @@ class Schedule:
 
     def source(self, name: str) -> Source:
         """The source of that name."""
-        return next(s for s in self.sources if s.name == name)
+        return self._by_name[name]  # type: ignore[attr-defined, no-any-return]
 
     def facts(self, seed: int = 0) -> Facts:
         """What the phases show when they are walked without any training."""
@@ -144,7 +146,10 @@ def walk(schedule: Schedule, seed: int) -> Facts:
     """The facts of a schedule, from a symbolic run of its phases: parameters are names, knowledge is (source -> last learn)."""
     base: dict[str, object] = {}
     current: dict[str, object] = {}
-    known: dict[str, dict[str, int]] = {}
+    known: dict[str, int] = {}  # a bit for each learn of a source: what agents know is a number, and many hear it at once
+    bits: list[str] = []
+    of: dict[str, int] = {}
+    latest: dict[str, int] = {}
     own: dict[str, set[str]] = {}
     active: set[str] = set()
     parts, learns, hears, others, shared, private, repeats, common = 0, False, False, False, False, False, False, True
@@ -161,20 +166,32 @@ def walk(schedule: Schedule, seed: int) -> Facts:
     }
     stage, event = 1, 0
 
-    def reach(agent: str, news: Mapping[str, int]) -> None:
-        mine = known.setdefault(agent, {})
-        for source, at in news.items():
-            if at > mine.get(source, -1):
-                mine[source] = at
-                if agent == schedule.evaluated:
-                    for column in judges[source]:
-                        if not parted or stage not in learned[column]:
-                            learned[column].append(stage)
+    def learn(sources: Iterable[str]) -> int:
+        total = 0
+        for s in sources:
+            bit = 1 << len(bits)
+            bits.append(s)
+            of[s] = of.get(s, 0) | bit
+            total |= bit
+        return total
+
+    def reach(agent: str, news: int) -> None:
+        fresh = news & ~known.get(agent, 0)
+        known[agent] = known.get(agent, 0) | news
+        while fresh and agent == schedule.evaluated:
+            at = (fresh & -fresh).bit_length() - 1
+            fresh &= fresh - 1
+            source = bits[at]
+            if at > latest.get(source, -1):
+                latest[source] = at
+                for column in judges[source]:
+                    if not parted or stage not in learned[column]:
+                        learned[column].append(stage)
 
     for name, expert in schedule.experts.items():
         current[name] = ("expert", name)
         base[name] = "init" if schedule.base is not None else ("unknown", name)
-        known[name] = {expert.source.name: event}
+        known[name] = learn([expert.source.name])
     for phase in schedule.plan(seed):
         if isinstance(phase, Learn):
             learns = True
@@ -183,18 +200,20 @@ def walk(schedule: Schedule, seed: int) -> Facts:
                 event += 1
                 parts = max(parts, len(names))
                 revisited |= {n for n in names if n in own.get(agent, set())}
-                shared |= bool(known.get(agent, {}).keys() - set(names))
+                own_bits = 0
+                for n in names:
+                    own_bits |= of.get(n, 0)
+                shared |= bool(known.get(agent, 0) & ~own_bits)
                 private |= bool(own.get(agent, set()) - set(names))
                 repeats |= agent in active
                 active.add(agent)
                 own.setdefault(agent, set()).update(names)
-                reach(agent, dict.fromkeys(names, event))
+                reach(agent, learn(names))
                 current[agent] = event
         elif isinstance(phase, Hear):
             hears = True
-            told = {
-                s: (current.get(s, "init"), base.get(s, "init"), dict(known.get(s, {}))) for ss in phase.who.values() for s in ss
-            }
+            saying = {s for ss in phase.who.values() for s in ss}
+            told = {s: (current.get(s, "init"), base.get(s, "init"), known.get(s, 0)) for s in saying}
             for listener, speakers in phase.who.items():
                 news = sum(told[s][0] != told[s][1] for s in speakers)
                 most = max(most, news)

@@ -23,6 +23,7 @@ from consilience.corrections.quadratic import non_negative
 
 if TYPE_CHECKING:
     from consilience.core.schedule import Facts
+    from consilience.core.state import State
 
 
 TOTAL, PAST = "the sum", "the past"
@@ -127,7 +128,7 @@ class Scaffold(Correction):
             kept[source] = Private({k: t for k, t in item.tensors.items() if not k.startswith("gain/")})
         return {**kept, "": Statistics(gained.tensors, {"gain": True})}
 
-    def heard(self, old: Params, new: Params, memory: Mapping[str, Any], fresh: Sequence[Message]) -> Mapping[str, Any]:
+    def heard(self, before: State, after: State, memory: Mapping[str, Any], fresh: Sequence[Message]) -> Mapping[str, Any]:
         """The sum of all c_i, which is told with the parameters."""
         held = memory.get(TOTAL)
         total = Statistics(held.tensors if held is not None else {})
@@ -208,7 +209,7 @@ class LocalSteps(Correction):
             total = total + Statistics(item.tensors)
         return {"": total}
 
-    def heard(self, old: Params, new: Params, memory: Mapping[str, Any], fresh: Sequence[Message]) -> Mapping[str, Any]:
+    def heard(self, before: State, after: State, memory: Mapping[str, Any], fresh: Sequence[Message]) -> Mapping[str, Any]:
         return {}
 
 
@@ -281,13 +282,13 @@ class _Global(_Momentum):
     def difference(self, me: Me) -> Tensor | None:
         return me.flat.get("moved")
 
-    def heard(self, old: Params, new: Params, memory: Mapping[str, Any], fresh: Sequence[Message]) -> Mapping[str, Any]:
+    def heard(self, before: State, after: State, memory: Mapping[str, Any], fresh: Sequence[Message]) -> Mapping[str, Any]:
         """The last tau + 1 parameters, private; and the difference of the newest and the oldest, told with the parameters."""
         if not any(m.learned for m in fresh):
             return memory
         held = memory.get(PAST)
-        past = [held.group(str(i)) for i in range(held.meta["rounds"])] if held is not None else [old]
-        past = [*past, {n: p for n, p in new.items() if p.is_floating_point()}][-self.span - 1 :]
+        past = [held.group(str(i)) for i in range(held.meta["rounds"])] if held is not None else [before.base]
+        past = [*past, {n: p for n, p in after.params.items() if p.is_floating_point()}][-self.span - 1 :]
         kept = {f"{i}/{n}": p for i, params in enumerate(past) for n, p in params.items()}
         result = {**memory, PAST: Private(kept, {"rounds": len(past)})}
         if len(past) > self.span:
@@ -308,7 +309,7 @@ class GHBM(_Global):
     """
 
     beta: float = 0.9
-    tau: int = 2
+    tau: int = 1
 
     neutral: ClassVar[dict[str, float]] = {"beta": 0.0}
 
@@ -404,12 +405,12 @@ class _Local(_Momentum):
         """Only the last learn's."""
         return {s: item for s, item in memory.items() if s in ("", learned.source.name)}
 
-    def heard(self, old: Params, new: Params, memory: Mapping[str, Any], fresh: Sequence[Message]) -> Mapping[str, Any]:
+    def heard(self, before: State, after: State, memory: Mapping[str, Any], fresh: Sequence[Message]) -> Mapping[str, Any]:
         """How often what was learned was absorbed here, told with the parameters."""
         if not any(m.learned for m in fresh):
             return memory
-        before = memory.get("")
-        return {**memory, "": Statistics({}, {"round": 1 + (before.meta["round"] if before is not None else 0)})}
+        last = memory.get("")
+        return {**memory, "": Statistics({}, {"round": 1 + (last.meta["round"] if last is not None else 0)})}
 
 
 @dataclass(frozen=True)

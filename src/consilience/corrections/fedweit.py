@@ -22,6 +22,7 @@ from consilience.corrections.quadratic import non_negative
 
 if TYPE_CHECKING:
     from consilience.core.schedule import Facts
+    from consilience.core.state import State
 
 Key = tuple[str, str]
 """(sender, source)."""
@@ -254,8 +255,9 @@ class FedWeIt(Correction):
         tensors["alpha"] = torch.stack(alpha) if alpha else p[names[0]].new_zeros(0, len(names))
         return Module(tensors, {"task": task, "from": [list(k) for k in used], "shapes": {n: list(p[n].shape) for n in names}})
 
-    def heard(self, old: Params, new: Params, memory: Mapping[str, Item], fresh: Sequence[Message]) -> Mapping[str, Item]:
+    def heard(self, before: State, after: State, memory: Mapping[str, Item], fresh: Sequence[Message]) -> Mapping[str, Item]:
         """With a private item of its parameters as they were, under which an agent finds its own name among those that told."""
+        old = before.params
         own = any(n.startswith("fedweit/") for n in old)
         mine = {n: p for n, p in old.items() if not n.startswith("fedweit/")} if own else {}
         return {**memory, "heard": Private(mine)}

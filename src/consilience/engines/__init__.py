@@ -27,7 +27,7 @@ def batched(chunk: int | None = None, compiled: bool | None = None) -> Batched:
 
     Args:
         chunk: how many are stacked at most; None: as many as fit in a part of the memory that is free.
-        compiled: whether programs go through torch.compile (seconds, once for each); None: those that run long.
+        compiled: whether programs go through torch.compile (seconds, once for each); None: on a GPU, those that run long.
     """
     from consilience.engines._batched import Batched
 

@@ -25,7 +25,7 @@ from consilience.engines._graph import tidy
 from consilience.engines._serial import Serial
 
 LONG = 300
-"""Steps after which a program is compiled, where that is left to the engine."""
+"""Steps after which a program on a GPU is compiled, where that is left to the engine: on a CPU the tidied graph is as fast."""
 SMALL = 4_000_000
 """Trainable numbers of a model up to which `auto` stacks: larger steps keep a processor busy alone."""
 WINDOW = 1 << 24
@@ -546,7 +546,7 @@ class Program:
 
     def __call__(self, args: list[Tensor], compiled: bool | None, note: Callable[[str], None]) -> Sequence[Tensor]:
         self.ran += 1
-        if not self.tried and (compiled or (compiled is None and self.ran > LONG)):
+        if not self.tried and (compiled or (compiled is None and self.ran > LONG and args[0].is_cuda)):
             self.tried = True
             self._compile(args, note)
         if self.fast is not None:

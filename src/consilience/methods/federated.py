@@ -179,7 +179,7 @@ def fedcm(alpha: float = 0.1) -> Method:
     return Method("fedcm", (FedCM(alpha),))
 
 
-def ghbm(beta: float = 0.9, tau: int = 2) -> Method:
+def ghbm(beta: float = 0.9, tau: int = 1) -> Method:
     """Generalised heavy-ball momentum: clients add beta times the mean of the last tau rounds' steps while they train. For plain SGD.
 
     Paper: Zaccone et al. 2023.

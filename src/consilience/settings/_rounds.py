@@ -121,6 +121,7 @@ class Participation:
                     f"some round should have at least {least} clients that are there. Found {most} at most in {len(plan)} rounds."
                 )
         turn = 0
+        chosen: list[int]
         for n, (t, r, able) in enumerate(plan):
             now = self.there(n, seed, able)
             k = self.asked(len(able))
@@ -129,9 +130,12 @@ class Participation:
                 now = [i for i, w in zip(now, weights, strict=True) if w > 0]
                 weights = [w for w in weights if w > 0]
             if self.order == "cyclic" and k < len(able):
-                ring = [able[(turn + j) % len(able)] for j in range(len(able))]
-                chosen = [i for i in ring if i in set(now)][:k]
-                turn += ring.index(chosen[-1]) + 1 if chosen else 0
+                present, ring, at = set(now), turn % len(able), 0
+                chosen = []
+                while len(chosen) < k and at < len(able):
+                    chosen += [i] if (i := able[(ring + at) % len(able)]) in present else []
+                    at += 1
+                turn += at if chosen else 0
                 chosen = sorted(chosen)
             else:
                 turn += k

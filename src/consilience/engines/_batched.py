@@ -562,8 +562,10 @@ class Program:
                 old.copy_(new)
 
         made = torch.compile(fast, dynamic=False)
+        limits = {k: max(4096, getattr(torch._dynamo.config, k)) for k in ("recompile_limit", "accumulated_recompile_limit")}
         try:
-            made(*[t.clone() for t in args])
+            with torch._dynamo.config.patch(**limits, fail_on_recompile_limit_hit=True):  # all programs share one code object
+                made(*[t.clone() for t in args])
         except Exception as e:
             note(f"a program is not compiled: {type(e).__name__}: {str(e).splitlines()[0]}")
         else:

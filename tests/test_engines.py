@@ -271,3 +271,55 @@ def test_auto_stacks_small_models_and_leaves_one_agent_alone():
     assert gap(one, plain) == 0
     with pytest.raises(cs.ConsilienceError, match="`engine` should be one of the catalogue's. Found 'bached'"):
         go("bached", cs.methods.fedavg())
+
+
+def test_agents_that_were_heard_rest(monkeypatch, tmp_path):
+    """They let go of what the server will tell them; results, bytes and resumed runs are those of agents that keep everything."""
+    agents = {}
+
+    class Spy(type(batched())):
+        def learn(self, work, watch, paused=None):
+            agents.update({agent.name: agent for agent, *_ in work})
+            super().learn(work, watch, paused)
+
+    def run(method, engine="serial", **more):
+        t = cs.Training(epochs=1, batch_size=8, lr=0.1, precision="fp64")
+        schedule = cs.settings.federated(CLIENTS, 4, 2, "cyclic", evaluate_every=2)
+        return cs.run(schedule, method, mlp(), t, engine=engine, **more)
+
+    for method in (cs.methods.fedavg(outer_momentum=0.5), cs.methods.personal("head") + cs.methods.fedprox()):
+        light = run(method, Spy())
+        held = {name: set(agent.state.params) for name, agent in agents.items()}
+        own = {"3.weight", "3.bias"} if "personal" in method.name else set()
+        assert len(held) == 5 and all(names == own for names in held.values()), held
+        assert all(agent.state.visits for agent in agents.values())
+        out = tmp_path / method.name
+        with pytest.raises(KeyboardInterrupt):
+
+            def stop(line):
+                if line["event"] == "stage" and line["stage"] == 1:
+                    raise KeyboardInterrupt
+
+            run(method, out=out, checkpoint_steps=4, progress=stop)
+        again = run(method, out=out, resume=True)
+        monkeypatch.setattr("consilience.core.run.rests", lambda phases, evaluated: {})
+        whole = run(method, "batched")
+        monkeypatch.undo()
+        assert gap(light, whole) == 0 and light.costs["bytes"] == whole.costs["bytes"]
+        assert gap(again, whole) < 1e-12 and again.costs["bytes"] == whole.costs["bytes"]
+    run(cs.methods.ghbm(0.5, 1), Spy())
+    assert all(agent.state.params for agent in agents.values()), "what hears may ask for what it had"
+
+
+def test_who_rests_and_who_does_not():
+    from consilience.core.run import rests
+    from consilience.core.schedule import Hear, Learn, Stage
+
+    down, learn, up = Hear({"a": ("s",), "b": ("s",)}), Learn({"a": ("x",), "b": ("y",)}), Hear({"s": ("a", "b")})
+    assert rests([down, learn, up, Stage("1"), down, learn, up, Stage("2")], "s") == {
+        0: (), 2: ("a", "b"), 4: (), 6: ("a", "b")
+    }  # fmt: skip
+    assert rests([down, learn, up, Stage("1")], "a")[2] == ("b",), "who is judged keeps what it has"
+    assert rests([learn, up, Stage("1"), learn, up], "s")[1] == (), "who learns on without hearing keeps what it has"
+    own = Hear({"s": ("a",), "a": ("s",)})
+    assert rests([Learn({"s": ("x",), "a": ("y",)}), Hear({"s": ("a",)}), own, Stage("1")], "s")[1] == (), "s learns too"

@@ -270,7 +270,7 @@ def test_bad_character_models_are_refused(roles):
     )
     parts = data.shakespeare(window=6, path=roles)
     for model, match in (
-        (cs.models.char_lstm(5), "the model should have an output for each of the 6 classes. Found 5 outputs."),
+        (cs.models.char_lstm(5), "the model should have an output for each of the 6 classes. Found 5 outputs"),
         (cs.models.char_transformer(6, 4, 8, 2), "samples should fit the model's input. Found (6,)"),
         (cs.models.mlp(6, (4,), 6), "samples should fit the model's input. Found (6,)"),
     ):

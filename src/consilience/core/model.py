@@ -79,7 +79,8 @@ class Model(ABC):
         """Refuse inputs that do not fit, or too few outputs, before any work is lost; `aware`: it will be told tasks."""
         if self.outputs < len(frame.labels):
             raise ConsilienceError(
-                f"the model should have an output for each of the {len(frame.labels)} classes. Found {self.outputs} outputs."
+                f"the model should have an output for each of the {len(frame.labels)} classes. Found {self.outputs} outputs "
+                "(data sets share classes only where they share their `space`)."
             )
         params, buffers = self.init(torch.Generator().manual_seed(0))
         dtype = next((p.dtype for p in params.values() if p.is_floating_point()), torch.float32)

@@ -140,7 +140,7 @@ def run(
             walk.load()
         log.open(described, resume)
         walk.restored()
-        log.write({"event": "begin", "versions": versions()})
+        log.write({"event": "begin", "versions": versions(runner)})
     try:
         with interruptible() as stop:
             walk.stop = stop
@@ -161,7 +161,7 @@ def run(
         costs={**costs, "by_agent": done[0]["costs"]["by_agent"]},
         mapper=None if done[0]["mapper"] is None else np.array([d["mapper"] for d in done], dtype=float),
         curve=done[0]["curve"], learning_curve=done[0]["learning"], drift=done[0].get("drift", ()), local=done[0].get("local", ()),
-        personal=_personal(done), config=described, versions=versions(), agent=walk.first,
+        personal=_personal(done), config=described, versions=versions(runner), agent=walk.first,
     )  # fmt: skip
     if out is not None:
         write_json(Path(out) / "result.json", plain(result.to_json()))
@@ -672,12 +672,12 @@ def default_model(schedule: Schedule, method: Method) -> Model:
     return (models.progressive if columns else models.mlp)(int(np.prod(shape)), (128,), outputs)
 
 
-def versions() -> dict[str, Any]:
+def versions(engine: Engine | None = None) -> dict[str, Any]:
     """What bit-identity rests on: versions, threads, engine, machine."""
     from consilience import __version__
 
     return {
-        "consilience": __version__, "torch": torch.__version__, "python": platform.python_version(), "engine": "serial",
+        "consilience": __version__, "torch": torch.__version__, "python": platform.python_version(), "engine": type(engine).__name__.lower() if engine is not None else "",
         "threads": torch.get_num_threads(), "machine": platform.machine(), "cpus": os.cpu_count() or 0,
     }  # fmt: skip
 

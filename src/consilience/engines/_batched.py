@@ -17,6 +17,7 @@ from consilience.core.batch import Batch
 from consilience.core.correction import Correction, Me, StepView, Viewed
 from consilience.core.engine import Engine, Paused, Watch, Work
 from consilience.core.errors import ConsilienceError, Interrupted
+from consilience.core.message import Item
 from consilience.core.model import Model
 from consilience.core.params import Params
 from consilience.core.source import Examples, Source, Tensors
@@ -101,6 +102,10 @@ def merge(values: Sequence[Any], slots: Slots, stack: bool = False) -> Any:
             return Ragged()
         made = [merge(list(vs), slots, stack) for vs in zip(*values, strict=True)]
         return made if isinstance(first, list) else tuple(made)
+    if isinstance(
+        first, Item
+    ):  # facts such as a round's number change from learn to learn: a step that reads them is not stacked
+        return rebuilt(first, {"tensors": merge([v.tensors for v in values], slots, stack), "meta": Ragged()})
     if dataclasses.is_dataclass(first) and not isinstance(first, type):
         made_of = {f.name: merge([getattr(v, f.name) for v in values], slots, stack) for f in dataclasses.fields(first)}
         return rebuilt(first, made_of)
@@ -130,6 +135,8 @@ def fill(value: Any, tensors: Sequence[Tensor]) -> Any:
 
 def shape_of(value: Any) -> object:
     """What a program takes for granted of a merged value: all but the numbers in its tensors."""
+    if isinstance(value, Ragged):
+        return "ragged"
     if isinstance(value, dict):
         return tuple((k, shape_of(v)) for k, v in value.items())
     if isinstance(value, list | tuple):

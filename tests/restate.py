@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -93,3 +94,18 @@ def phases(sources, plan, scenario="domain"):
 
 ME = {"agent": ("agent",)}
 A, B, E = source("a", 30, seed=1), source("b", 21, seed=2), source("c", 26, seed=3)
+
+
+class Stop(Exception):
+    pass
+
+
+def stopped(run, out, at, every=1):
+    """`run` into the folder `out`, stopped at its first checkpoint after `at` steps; run(out=out, resume=True) goes on."""
+
+    def stop(line):
+        if line["event"] == "checkpoint" and line["ran"] >= at:
+            raise Stop
+
+    with pytest.raises(Stop):
+        run(out=out, checkpoint_steps=every, progress=stop)

@@ -15,6 +15,7 @@ from consilience.core.params import key, same
 from consilience.core.source import Source, Tensors
 from consilience.corrections.contexts import PSP, turns
 from consilience.corrections.expansion import DEN, Chain
+from restate import stopped
 
 D, C = 6, 6
 HEAVY = {"momentum": 0.9, "weight_decay": 0.01}
@@ -400,10 +401,6 @@ def test_den_forgets_less_where_tasks_share_classes():
     assert all((after[j:, j] == after[j, j]).all() for j in range(2)), "nothing is forgotten"
 
 
-class Stop(Exception):
-    pass
-
-
 @cache
 def whole():
     return go(den())
@@ -416,12 +413,7 @@ def test_resumes_in_every_phase_to_the_same_bits(at, tmp_path):
     def run(**more):
         return cs.run(cs.settings.continual(SOURCES, "task"), den(), mlp(), training(), **more)
 
-    def stop(line):
-        if line["event"] == "checkpoint" and line["ran"] >= at:
-            raise Stop
-
-    with pytest.raises(Stop):
-        run(out=tmp_path / "run", checkpoint_steps=at, progress=stop)
+    stopped(run, tmp_path / "run", at, at)
     again = run(out=tmp_path / "run", resume=True)
     assert same(whole().params, again.params) and (whole().matrices == again.matrices).all()
     for a, b in zip(items(whole()), items(again), strict=True):
@@ -590,10 +582,5 @@ def test_psp_with_rotations_resumes(tmp_path):
     def run(**more):
         return cs.run(cs.settings.continual(SOURCES, "task"), cs.methods.psp(keys="rotation"), mlp(), training(), **more)
 
-    def stop(line):
-        if line["event"] == "checkpoint" and line["ran"] >= 30:
-            raise Stop
-
-    with pytest.raises(Stop):
-        run(out=tmp_path / "run", checkpoint_steps=1, progress=stop)
+    stopped(run, tmp_path / "run", 30)
     assert same(run().params, run(out=tmp_path / "run", resume=True).params)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from consilience.core.source import Source, Tensors
 from consilience.corrections.generative import VAE, GenerativeReplay
 from consilience.corrections.gss import GSS, directions
 from consilience.corrections.rehearsal import ER
+from restate import stopped
 
 D, C, LR = 6, 6, 0.1
 GR, PICK = cs.methods.generative_replay, cs.methods.gss
@@ -408,20 +410,11 @@ def test_a_skewed_stream_is_kept_diverse():
 # resuming
 
 
-class Stop(Exception):
-    pass
-
-
 @pytest.mark.parametrize("method", [GR(**SMALL), GR(**SMALL, labels="hard", importance="equal"), PICK(15)])
 @pytest.mark.parametrize("at", [7, 17])
 def test_resumes_mid_task_to_the_same_bits(method, at, tmp_path):
-    def stop(line):
-        if line["event"] == "checkpoint" and line["ran"] >= at:
-            raise Stop
-
     whole = go(method)
-    with pytest.raises(Stop):
-        go(method, out=tmp_path / "run", checkpoint_steps=1, progress=stop)
+    stopped(partial(go, method), tmp_path / "run", at)
     again = go(method, out=tmp_path / "run", resume=True)
     assert same(whole.params, again.params) and (whole.matrices == again.matrices).all()
 

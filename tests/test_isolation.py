@@ -17,6 +17,7 @@ from consilience.core.source import Source, Tensors
 from consilience.corrections.anatomy import anatomy
 from consilience.corrections.contexts import SupSup, gates, pack, signs, unpack
 from consilience.corrections.isolation import HAT, PackNet
+from restate import stopped
 
 D, C = 6, 6
 METHODS = {n: getattr(cs.methods, n) for n in ("packnet", "hat", "supsup", "psp", "xdg")}
@@ -445,23 +446,14 @@ def test_summaries_and_teachers_see_what_the_model_sees():
 # resuming
 
 
-class Stop(Exception):
-    pass
-
-
 @pytest.mark.parametrize("name", list(METHODS))
 @pytest.mark.parametrize("at", [7, 24])
 def test_resumes_mid_task_to_the_same_bits(name, at, tmp_path):
     def run(**more):
         return cs.run(cs.settings.continual(SOURCES, "task"), METHODS[name](), mlp(), training(), **more)
 
-    def stop(line):
-        if line["event"] == "checkpoint" and line["ran"] >= at:
-            raise Stop
-
     whole = run()
-    with pytest.raises(Stop):
-        run(out=tmp_path / "run", checkpoint_steps=1, progress=stop)
+    stopped(run, tmp_path / "run", at)
     again = run(out=tmp_path / "run", resume=True)
     assert same(whole.params, again.params) and (whole.matrices == again.matrices).all()
 

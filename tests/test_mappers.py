@@ -20,6 +20,7 @@ from consilience.mappers.autoencoder import ExpertGate, errors, relatedness
 from consilience.mappers.covariance import Mahalanobis
 from consilience.mappers.mixture import GaussianMixture, NearestMean
 from consilience.mappers.superposed import Superposition, entropy
+from restate import stopped
 
 D, C = 6, 6
 VIEWS = ("hat", "packnet", "psp", "supsup", "xdg")
@@ -488,22 +489,13 @@ def test_without_a_mapper_the_same_methods_refuse_or_forget():
 # resuming
 
 
-class Stop(Exception):
-    pass
-
-
 @pytest.mark.parametrize("mapper", [ExpertGate(epochs=1), Superposition(True), Mahalanobis(on="inputs")], ids=lambda m: m.name)
 def test_resumes_mid_task_to_the_same_bits(mapper, tmp_path):
     def run(**more):
         return go("supsup", mapper, epochs=2, **more)
 
-    def stop(line):
-        if line["event"] == "checkpoint" and line["ran"] >= 14:
-            raise Stop
-
     done = run()
-    with pytest.raises(Stop):
-        run(out=tmp_path / "run", checkpoint_steps=1, progress=stop)
+    stopped(run, tmp_path / "run", 14)
     again = run(out=tmp_path / "run", resume=True)
     assert same(done.params, again.params) and (done.matrices == again.matrices).all()
     a, b = done.agent.memory(mapper), again.agent.memory(mapper)

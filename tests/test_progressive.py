@@ -13,6 +13,7 @@ from consilience.core.agent import Agent
 from consilience.core.errors import ConsilienceError
 from consilience.core.params import Layout, key, pack, same, unpack
 from consilience.core.source import Source, Tensors
+from restate import stopped
 
 D, C = 6, 6
 HEAVY = {"momentum": 0.9, "weight_decay": 0.01}
@@ -469,10 +470,6 @@ def test_state_goes_through_safetensors(name):
         assert torch.equal(model(found, buffers, s.test.x, s.name, False)[0], old)
 
 
-class Stop(Exception):
-    pass
-
-
 @pytest.mark.parametrize(("name", "at"), [*((n, 14) for n in MADE), ("columns", 3)])
 def test_resumes_mid_task_to_the_same_bits(name, at, tmp_path):
     make, sources, method = MADE[name]
@@ -480,13 +477,8 @@ def test_resumes_mid_task_to_the_same_bits(name, at, tmp_path):
     def run(model=None, **more):
         return cs.run(cs.settings.continual(sources, "task"), method(), model or make(), training(epochs=2), **more)
 
-    def stop(line):
-        if line["event"] == "checkpoint" and line["ran"] >= at:
-            raise Stop
-
     whole = run()
-    with pytest.raises(Stop):
-        run(out=tmp_path / "run", checkpoint_steps=1, progress=stop)
+    stopped(run, tmp_path / "run", at)
     if name == "columns":
         with pytest.raises(ConsilienceError, match="model"):
             run(columns(shrink=0.5), out=tmp_path / "run", resume=True)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from consilience.core.aggregator import Blockwise, Linear
+from consilience.core.aggregator import Aggregator, Blockwise, Linear
 from consilience.core.errors import ConsilienceError
 
 BLOCK = 1 << 20
@@ -40,27 +40,29 @@ def nearest(square: Tensor, byzantine: int, keep: int) -> list[int]:
     return scores(square, byzantine).argsort(stable=True)[:keep].tolist()
 
 
-def check(byzantine: int) -> None:
-    if not isinstance(byzantine, int) or byzantine < 0:
-        raise ConsilienceError(f"`byzantine` should be a whole number >= 0. Found `byzantine = {byzantine!r}`.")
-
-
 @dataclass(frozen=True)
-class _Chosen(Linear):
-    """The mean of chosen rows times the sum of weights. Of the weights only the sum is used: a liar may claim any size."""
+class _Tolerant(Aggregator):
+    """Tolerates `byzantine` rows that may be anything."""
 
     takes_negative_weights: ClassVar[bool] = False
     robust: ClassVar[bool] = True
+    rows_each: ClassVar[int] = 2
 
     byzantine: int
 
     def __post_init__(self) -> None:
-        check(self.byzantine)
+        if not isinstance(self.byzantine, int) or self.byzantine < 0:
+            raise ConsilienceError(f"`byzantine` should be a whole number >= 0. Found `byzantine = {self.byzantine!r}`.")
 
     @property
     def fewest_rows(self) -> int:  # type: ignore[override]
-        """2 byzantine + 3."""
-        return 2 * self.byzantine + 3
+        """2 byzantine + 3; of Bulyan 4 byzantine + 3."""
+        return self.rows_each * self.byzantine + 3
+
+
+@dataclass(frozen=True)
+class _Chosen(_Tolerant, Linear):
+    """The mean of chosen rows times the sum of weights. Of the weights only the sum is used: a liar may claim any size."""
 
     @abstractmethod
     def choose(self, square: Tensor) -> list[int]:
@@ -109,14 +111,14 @@ class MultiKrum(_Chosen):
     keep: int | None = None
 
     def __post_init__(self) -> None:
-        check(self.byzantine)
+        super().__post_init__()
         if self.keep is not None and (not isinstance(self.keep, int) or self.keep < 1):
             raise ConsilienceError(f"`keep` should be a whole number >= 1, or None. Found `keep = {self.keep!r}`.")
 
     @property
     def fewest_rows(self) -> int:  # type: ignore[override]
         """2 byzantine + 3, and `keep`."""
-        return max(2 * self.byzantine + 3, self.keep or 0)
+        return max(super().fewest_rows, self.keep or 0)
 
     def choose(self, square: Tensor) -> list[int]:
         return nearest(square, self.byzantine, self.keep or len(square) - self.byzantine)
@@ -131,7 +133,7 @@ class _Distances:
 
 
 @dataclass(frozen=True)
-class Bulyan(Blockwise):
+class Bulyan(_Tolerant, Blockwise):
     """(sum w) times, in every coordinate, the mean of the m - 4 byzantine values nearest to the median of m - 2 byzantine rows.
 
     These rows are chosen one after another by Krum among those that are left. Rows [m, n], weights [m] >= 0, of which only the
@@ -141,18 +143,7 @@ class Bulyan(Blockwise):
     [2.1666667461395264]
     """
 
-    takes_negative_weights: ClassVar[bool] = False
-    robust: ClassVar[bool] = True
-
-    byzantine: int
-
-    def __post_init__(self) -> None:
-        check(self.byzantine)
-
-    @property
-    def fewest_rows(self) -> int:  # type: ignore[override]
-        """4 byzantine + 3."""
-        return 4 * self.byzantine + 3
+    rows_each: ClassVar[int] = 4
 
     def scan(self, rows: Tensor, offset: int, size: int, previous: Any) -> _Distances:
         square = squares(rows)

@@ -183,7 +183,7 @@ class Step:
     def __call__(self, parts: list[Batch], clock: tuple[int, int], generator: torch.Generator | None) -> None:
         """One step: `carry` and the traces move on."""
         carry = self.carry
-        see = self.observe(parts, carry.theta, clock)
+        see = self.look(parts, carry.theta, clock, *self.outputs(parts, clock))
         objectives, weights, constraints = self.objectives(see)
         factor = self._mask_of(see)
         grad, self.absent = self._aggregate(objectives, weights, constraints, factor, generator)
@@ -201,11 +201,6 @@ class Step:
         for c, me in self.by_verb["trace"]:
             me.trace = c.trace(see, me, grad, direction * -lr)
         carry.theta.add_(direction, alpha=-lr)
-
-    def observe(self, parts: list[Batch], theta: Tensor, clock: tuple[int, int]) -> StepView:
-        """All parts forwarded: what the verbs of this step see."""
-        raw, outs = self.outputs(parts, clock)
-        return self.look(parts, theta, clock, raw, outs)
 
     def outputs(self, parts: list[Batch], clock: tuple[int, int]) -> tuple[list[Tensor], list[Tensor]]:
         """The model's outputs of all parts, before and after `outputs` verbs and task masks."""

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 import consilience as cs
 from common import save
+from consilience.core.model import Model
 from consilience.core.source import Source, Tensors
 from consilience.engines import batched, serial
 
@@ -116,10 +117,9 @@ def loop(make: Callable[[], nn.Module], data: list[list[Source]], rounds: int, k
         history = [*history[-3:], server]
 
 
-def ours(make: Callable[[], nn.Module], data: list[list[Source]], rounds: int, kind: str, engine: object, device: str) -> None:
+def ours(model: Model, data: list[list[Source]], rounds: int, kind: str, engine: object, device: str) -> None:
     m = cs.methods
     method = {"fedprox": m.fedprox(0.1), "ghbm": m.ghbm(0.9, 2), "er": m.er(100, BATCH)}.get(kind, m.fedavg())
-    model = cs.models.wrap(make)
     training = cs.Training(epochs=EPOCHS, batch_size=BATCH, lr=LR, device=device)
     if kind == "er":
         schedule = cs.settings.federated_continual(data, rounds=rounds // 2, clients_per_round=SAMPLED, evaluate_every=rounds)
@@ -141,11 +141,12 @@ def main() -> None:
     load = os.getloadavg()[0]
     for case in arguments.cases:
         make = conv if case == "conv" else mlp
+        model = cs.models.wrap(make)
         data = sources(CLIENTS, case == "unequal", d, 2 if case == "er" else 1)
         engines = {"batched": batched(), "serial": serial()}
         rounds = ROUNDS // 4 if case == "conv" else ROUNDS
         for e in engines.values():
-            ours(make, data, 4, case, e, d)
+            ours(model, data, 4, case, e, d)
         loop(make, data, 2, case, d)
         times: dict[str, list[float]] = {"loop": [], **{n: [] for n in engines}}
         for _ in range(REPEATS + 2 * arguments.full):
@@ -156,7 +157,7 @@ def main() -> None:
             times["loop"].append(time.perf_counter() - start)
             for name, e in engines.items():
                 start = time.perf_counter()
-                ours(make, data, rounds, case, e, d)
+                ours(model, data, rounds, case, e, d)
                 times[name].append(time.perf_counter() - start)
         per = {n: statistics.median(t) / rounds for n, t in times.items()}
         speed = statistics.median(a / b for a, b in zip(times["loop"], times["batched"], strict=True))

@@ -8,13 +8,16 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch.fx.passes.shape_prop import ShapeProp
 
 import consilience as cs
 from consilience.core.errors import Interrupted
+from consilience.core.optimiser import SGD
 from consilience.core.params import key
 from consilience.core.source import Source, Tensors
 from consilience.engines import batched
 from consilience.engines._batched import Ragged, Slots, Unbatchable, fill, merge
+from consilience.engines._graph import VIEWS
 
 D, C = 6, 3
 LABELS = tuple(("toy", str(c)) for c in range(C))
@@ -323,3 +326,67 @@ def test_who_rests_and_who_does_not():
     assert rests([learn, up, Stage("1"), learn, up], "s")[1] == (), "who learns on without hearing keeps what it has"
     own = Hear({"s": ("a",), "a": ("s",)})
     assert rests([Learn({"s": ("x",), "a": ("y",)}), Hear({"s": ("a",)}), own, Stage("1")], "s")[1] == (), "s learns too"
+
+
+# the programs
+
+
+def programs(method, training=None, **arguments):
+    engine = batched()
+    go(engine, method, training=training, rounds=3, **arguments)
+    return list(engine.programs.values())
+
+
+def arguments(program):
+    """Random ones of the shapes and types that a program takes."""
+    g, args = torch.Generator().manual_seed(1), []
+    for n in program.graph.graph.nodes:
+        if n.op == "placeholder":
+            meta = n.meta["tensor_meta"]
+            drawn = torch.rand(meta.shape, generator=g, dtype=torch.float64)
+            args.append(drawn.to(meta.dtype) if meta.dtype.is_floating_point else (C * drawn).to(meta.dtype).clamp_min(1))
+    return args
+
+
+@pytest.mark.parametrize("name", [*METHODS, "ghbm", "scaffold", "fedcm", "feddyn"])
+@pytest.mark.parametrize("optimiser", ["sgd", "momentum", "decay", "nesterov", "adam"])
+def test_a_tidied_program_is_the_traced_one(name, optimiser):
+    more = {
+        "momentum": {"momentum": 0.9, "weight_decay": 0.01}, "decay": {"weight_decay": 0.1},
+        "nesterov": {"optimiser": SGD(0.9, nesterov=True)},
+    }.get(optimiser, {"optimiser": optimiser})  # fmt: skip
+    method = METHODS[name](cs.methods) if name in METHODS else getattr(cs.methods, name)()
+    made = programs(method, cs.Training(epochs=2, batch_size=8, lr=0.02, precision="fp64", **more))
+    assert made
+    for program in made:
+        args = arguments(program)
+        wanted = program.whole(*[t.clone() for t in args])
+        found = program.graph(*args)
+        assert len(wanted) == len(found) == program.states
+        for a, b in zip(wanted, found, strict=True):
+            assert torch.allclose(a, b, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["fedavg", "fedprox", "ghbm", "scaffold", "ewc"])
+def test_steps_make_no_copy_of_all_parameters(name):
+    """What pulls at every parameter is added in place: no operation but an update makes as many numbers as the largest entry has."""
+    method = METHODS[name](cs.methods) if name in METHODS else getattr(cs.methods, name)()
+    model = cs.models.mlp(D, (64,), C)
+    for program in programs(method, cs.Training(epochs=2, batch_size=8, lr=0.02, precision="fp64"), model=model):
+        ShapeProp(program.graph).propagate(*arguments(program))
+        largest = [
+            n for n in program.graph.graph.nodes if n.op == "call_function" and n.meta["tensor_meta"].shape[-2:] == (64, D)
+        ]
+        for n in largest:
+            view = n.target in VIEWS
+            assert view or str(n.target).partition(".")[2].partition(".")[0].endswith("_"), n.target
+
+
+def test_an_engine_that_is_used_again_takes_other_training():
+    engine, model = batched(), mlp()
+    for more in ({}, {"weight_decay": 0.5}, {"momentum": 0.9}, {"optimiser": SGD(0.9, nesterov=True)}, {"lr": 0.01}):
+        t = cs.Training(**{"epochs": 1, "batch_size": 8, "lr": 0.1, "precision": "fp64", **more})
+        for method in (cs.methods.fedavg(), cs.methods.fedprox(0.3), cs.methods.fedprox(3.0)):
+            a, _ = go("serial", method, model=model, training=t)
+            b, _ = go(engine, method, model=model, training=t)
+            assert gap(a, b) < 1e-12

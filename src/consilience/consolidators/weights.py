@@ -135,19 +135,19 @@ class WeightSpace(Consolidator):
         generator: torch.Generator,
     ) -> Params:
         layout = Layout.of({n: rows[0][1][n] for n in names})
-        whole = torch.stack([layout.flatten(params) for _, params, _ in rows])
         total = sum(s for _, _, s in rows)
-        weights = torch.tensor([s / total for _, _, s in rows], dtype=whole.dtype)
-        senders = [sender for sender, _, _ in rows]
-        origin = layout.flatten(base)
+        weights = torch.tensor([s / total for _, _, s in rows], dtype=layout.dtype)
+        heard = [params for _, params, _ in rows]
         if a is None or (isinstance(a, Linear) and not a.needs_gram):
-            order = canonical(whole, weights)
-            whole, weights = whole[order], weights[order]
-            c = weights if a is None else a.weigh(whole.new_zeros(0, 0), weights, generator)
-            return layout.split(affine(whole, c, origin))
-        deltas, w, order = a.admit(whole - origin, weights, senders)
+            order = ranked(heard, layout, weights)
+            weights = weights[order]
+            c = weights if a is None else a.weigh(weights.new_zeros(0, 0), weights, generator)
+            return affine([heard[i] for i in order], c, base, layout)
+        whole = torch.stack([layout.flatten(params) for params in heard])
+        origin = layout.flatten(base)
+        deltas, w, order = a.admit(whole - origin, weights, [sender for sender, _, _ in rows])
         if isinstance(a, Linear):
-            return layout.split(affine(whole[order], a.coefficients(deltas, w, generator), origin))
+            return affine([heard[i] for i in order], a.coefficients(deltas, w, generator), base, layout)
         return layout.split(origin + a.combine(deltas, w, generator))
 
     def _step(self, model: Model, target: Params, state: State, merged: Params) -> tuple[Params, dict[str, Tensor]]:
@@ -171,12 +171,31 @@ def without_broken(heard: list[tuple[Message, Shared]]) -> list[tuple[Message, S
     return [(m, w) for m, w in heard if m.sender not in broken]
 
 
-def affine(rows: Tensor, coefficients: Tensor, base: Tensor) -> Tensor:
-    """sum_i c_i row_i + (1 - sum c) base [n]; a single row with c = 1 is taken as it is, and c = 0 gives the base."""
-    if len(rows) == 1 and float(coefficients[0]) == 1.0:
-        return rows[0].clone()
+def ranked(rows: Sequence[Params], layout: Layout, weights: Tensor) -> list[int]:
+    """An order of rows that depends on their content alone: by a few numbers of their first entries, else by all of them."""
+    heads = [torch.cat([p[n].detach().reshape(-1)[:4] for n in layout.names[:4]]).tolist() for p in rows]
+    keys = [(*head, w) for head, w in zip(heads, weights.tolist(), strict=True)]
+    if len(set(keys)) == len(keys):
+        return sorted(range(len(keys)), key=keys.__getitem__)
+    return canonical(torch.stack([layout.flatten(p) for p in rows]), weights)
+
+
+def affine(rows: Sequence[Params], coefficients: Tensor, base: Params, layout: Layout) -> Params:
+    """sum_i c_i row_i + (1 - sum c) base, by entry; a single row with c = 1 is taken as it is, and c = 0 gives the base."""
+    c = [float(x) for x in coefficients]
     rest = 1 - float(coefficients.double().sum())
-    if not coefficients.any():
-        return base.clone()
-    result = coefficients @ rows
-    return result if abs(rest) < 1e-6 else result + rest * base
+
+    def of(params: Params, n: str, shape: tuple[int, ...]) -> Tensor:
+        t = params.get(n)
+        return torch.zeros(shape, dtype=layout.dtype) if t is None else t.detach().to(layout.device, layout.dtype)
+
+    made: Params = {}
+    for n, shape in zip(layout.names, layout.shapes, strict=True):
+        if not any(c) or (len(c) == 1 and c[0] == 1):
+            made[n] = of(rows[0] if any(c) else base, n, shape).clone()
+            continue
+        total = of(rows[0], n, shape) * c[0]
+        for row, x in zip(rows[1:], c[1:], strict=True):
+            total.add_(of(row, n, shape), alpha=x)
+        made[n] = total if abs(rest) < 1e-6 else total.add_(of(base, n, shape), alpha=rest)
+    return made

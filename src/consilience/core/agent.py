@@ -254,7 +254,7 @@ class Agent:
         trainable = {n: p for n, p in params.items() if not model.frozen(n) and p.is_floating_point()}
         fixed = {n: p.to(self.device) for n, p in params.items() if n not in trainable}
         layout = Layout.of(trainable, dtype, self.device)
-        theta = layout.flatten(trainable).clone()
+        theta = layout.flatten(trainable)
         start = theta.clone()
         for c, me in mes:
             me.layout, me.start = layout, start

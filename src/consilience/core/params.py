@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from pathlib import Path
 
@@ -117,6 +118,13 @@ def finite(tensors: Mapping[str, Tensor], whose: str) -> None:
     for name, t in tensors.items():
         if t.is_floating_point() and not (torch.isfinite(t.sum()) or torch.isfinite(t).all()):  # a finite sum has finite terms
             raise ConsilienceError(f"parameters should be finite. Found NaN or infinity in {name!r} of {whose}.")
+
+
+@cache
+def keep_memory() -> None:
+    """Let the C library keep what is freed: glibc gives blocks up to the largest one freed so far back to the system only in
+    bulk, and memory that is fresh from the system costs a page fault for each 4 KiB, several times what a step costs."""
+    torch.empty(31 << 20, dtype=torch.uint8)
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -26,7 +26,7 @@ from consilience.core.message import Message, Weights
 from consilience.core.method import Method
 from consilience.core.metrics import METRICS, Metric, drift
 from consilience.core.model import Model
-from consilience.core.params import Layout, content_hash, key, write_json
+from consilience.core.params import Layout, content_hash, keep_memory, key, write_json
 from consilience.core.result import Result
 from consilience.core.schedule import Expert, Facts, Hear, Learn, Phase, Schedule
 from consilience.core.state import State, decode_state, encode_state
@@ -129,6 +129,7 @@ def run(
         metric if isinstance(metric, str) else getattr(metric, "__name__", "accuracy" if schedule.frame.kind == "class" else "r2")
     )
     measure: Metric = METRICS[label] if not callable(metric) else metric
+    keep_memory()
     log = Log(Path(out) if out is not None else None, progress)
     described = config or describe(schedule, name, model, training, seed, repeats)
     walk = Walk(

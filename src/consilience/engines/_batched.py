@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any
 
 import torch
@@ -146,6 +148,28 @@ def shape_of(value: Any) -> object:
     return repr(value) if isinstance(value, Slot | float | int | str | bool | None) else (type(value), id(value))
 
 
+class CrossEntropy(torch.autograd.Function):
+    """The mean cross-entropy of a batch, weighted by `w` where some samples are padding, with its gradient made on the way: a short graph."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(out: Tensor, y: Tensor, w: Tensor | None) -> tuple[Tensor, Tensor]:
+        logs, at = out.log_softmax(1), y.unsqueeze(1)
+        share = out.new_full((len(out),), 1 / len(out)) if w is None else w / w.sum()
+        less = out.new_full((len(out), 1), -1.0)
+        return -(logs.gather(1, at).squeeze(1) * share).sum(), out.softmax(1).scatter_add(1, at, less) * share.unsqueeze(1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, out: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.saved_tensors[0] * out, None, None
+
+
 class Pure(Step):
     """A step of one agent as a function of tensors: what a program is traced from."""
 
@@ -156,6 +180,11 @@ class Pure(Step):
 
     def forward(self, x: Tensor, task: str | None) -> Tensor:
         return self.seen(x, task)
+
+    def _losses(self, see: StepView, kind: str) -> list[Tensor]:
+        if self.by_verb["losses"] or kind != "class":
+            return super()._losses(see, kind)
+        return [CrossEntropy.apply(o, p.y, p.w)[0] for o, p in zip(see.outputs, see.parts, strict=True)]  # type: ignore[no-untyped-call]
 
     def before(self, x: Tensor, task: str | None) -> Tensor:
         params = {**self.fixed, **self.layout.split(self.start)}
@@ -191,6 +220,7 @@ class Stack:
                 state["trace", c.name, k] = torch.stack([self._me(j, c).trace[k] for j in jobs])
         self.state = state
         self.programs: dict[object, Program | None] = {}
+        self.kind = (alike(first), repr(self.training.lr), repr(self.step.frame), repr(self.step.aggregator))
         self._constants()
 
     def _by_entry(self, whole: Tensor) -> Params:
@@ -218,7 +248,7 @@ class Stack:
         if self.inside:
             buffers = {n: self.slots.add([j.step.start_buffers[n] for j in live]) for n in live[0].step.start_buffers}
         self.common = (fixed, start, buffers)
-        self.shape = (shape_of(self.known), shape_of(self.common), tuple(self.slots.dims), repr(self.training.lr))
+        self.shape = (shape_of(self.known), shape_of(self.common), tuple(self.slots.dims))
 
     # a step
 
@@ -327,7 +357,12 @@ class Stack:
 
     def clock(self, moments: Tensor, slots: Slots) -> Any:
         """(epoch, step in the epoch, epochs, steps an epoch) of every job [4, K], where a verb may ask."""
-        return tuple(slots.put(column, 0) for column in moments) if self.inside else (0, 0, 0, 0)
+        if not self.inside:
+            return (0, 0, 0, 0)
+        epoch, index, *span = moments
+        return (
+            slots.put(epoch, 0), slots.put(index, 0), *[int(c[0]) if bool((c == c[0]).all()) else slots.put(c, 0) for c in span]
+        )  # fmt: skip
 
     def advance(self, slots: Slots, parts: Any, clock: Any) -> None:
         """One step of all rows by the program for these shapes."""
@@ -336,12 +371,13 @@ class Stack:
             len(self.rows),
             *[(p.task, p.weight, p.owner, p.w is None, *p.extra) for p in parts],
             *[t.shape for t in slots.tensors],
+            clock[2:],
         )
         program = self.programs.get(here)
         if program is None:
             dims = [*[0] * len(self.state), *self.slots.dims, *slots.dims]
             shapes = tuple((tuple(t.shape), t.dtype) for t in args)
-            where = (id(self.step.model), self.layout, self.shape, shape_of(parts), tuple(dims), shapes, tuple(self.step.absent))
+            where = (self.kind, self.shape, shape_of(parts), shape_of(clock[2:]), tuple(dims), shapes, tuple(self.step.absent))
             program = self.programs[here] = self.engine.programs.get(where)
         if program is None:
             n = len(self.state)
@@ -351,6 +387,7 @@ class Stack:
 
             one = self.one(shifted(parts), shifted(clock), n)
             program = self.programs[here] = self.engine.programs[where] = Program(one, args, dims, n)
+            program.about = (self.step.model, self.known, self.common, parts)
         for k, t in zip(self.state, program(args, self.engine.compiled, self.watch.note), strict=True):
             self.state[k] = t
 
@@ -375,16 +412,20 @@ class Stack:
             self.rows[r] = None
 
     def compact(self) -> bool:
-        """Leave out rows whose jobs have ended, once a quarter of them has."""
+        """Leave out rows whose jobs have ended, down to one of a few numbers of rows, each three quarters of the last: each has a program."""
         live = [r for r, j in enumerate(self.rows) if j is not None]
-        if not live or len(live) > 0.75 * len(self.rows):
+        most = len(self.rows)
+        while live and most * 3 // 4 >= len(live):
+            most = most * 3 // 4
+        if not live or most == len(self.rows):
             return False
-        index = torch.tensor(live, device=self.layout.device)
+        rows = sorted([*live, *[r for r, j in enumerate(self.rows) if j is None][: most - len(live)]])
+        index = torch.tensor(rows, device=self.layout.device)
         self.state = {k: t.index_select(0, index) for k, t in self.state.items()}
         self.slots.tensors = [
             t if d is None else t.index_select(0, index) for t, d in zip(self.slots.tensors, self.slots.dims, strict=True)
         ]
-        self.rows = [self.rows[r] for r in live]
+        self.rows = [self.rows[r] for r in rows]
         return True
 
     def run(self) -> dict[int, Exception]:
@@ -404,18 +445,21 @@ class Stack:
 
     def learn_cost(self, job: Job, parts: list[Batch], sizes: tuple[int, ...]) -> None:
         """What a step of these batch sizes costs: taken by a job alone, and taken back; it also shows which entries are not reached."""
-        kept, ledger = job.save(), self.engine.ledgers[id(job)]
-        ledger.work(job.agent, job.cost(parts), lambda: job.step(parts, (job.epoch, job.index), None))
-        self.macs[sizes] = ledger.known[job.cost(parts)]
-        ledger.add(job.agent, "macs", -self.macs[sizes])
-        self.step.absent = job.step.absent
-        job.load(*kept)
+        at = (self.kind, self.shape, sizes, job.cost(parts))
+        if at not in self.engine.costs:
+            kept, ledger = job.save(), self.engine.ledgers[id(job)]
+            ledger.work(job.agent, job.cost(parts), lambda: job.step(parts, (job.epoch, job.index), None))
+            macs = ledger.known[job.cost(parts)]
+            ledger.add(job.agent, "macs", -macs)
+            job.load(*kept)
+            self.engine.costs[at] = (macs, job.step.absent, self.step.model)
+        self.macs[sizes], self.step.absent, _ = self.engine.costs[at]
 
-    def _count(self, job: Job, sizes: tuple[int, ...]) -> None:
-        """Put a step of these batch sizes on a job's account."""
+    def _count(self, job: Job, sizes: tuple[int, ...], times: int = 1) -> None:
+        """Put steps of these batch sizes on a job's account."""
         ledger = self.engine.ledgers[id(job)]
-        ledger.add(job.agent, "macs", self.macs[sizes])
-        ledger.steps += 1
+        ledger.add(job.agent, "macs", self.macs[sizes] * times)
+        ledger.steps += times
 
     def _drawn(self) -> dict[int, Exception]:
         """Step by step: every job draws its parts."""
@@ -436,11 +480,9 @@ class Stack:
             live = [(j, d) for j, d in zip(self.rows, drawn, strict=True) if j is not None and d is not None]
             if not live:
                 return failed
-            if self.compact():
-                drawn = [d for d in drawn if d is not None]
-            filler = live[0]
-            slots = Slots()
-            parts = self.parts([d or filler[1] for d in drawn], slots)
+            self.compact()
+            own, filler, slots = {id(j): d for j, d in live}, live[0], Slots()
+            parts = self.parts([own.get(id(j), filler[1]) for j in self.rows], slots)
             clock = [(j or filler[0]).moment for j in self.rows]
             sizes = [tuple([len(p.y) for p in d]) for _, d in live]
             for (j, d), size in zip(live, sizes, strict=True):
@@ -454,49 +496,41 @@ class Stack:
     def _windows(self) -> None:
         """Examples in memory, one part a step: the batches of several steps are gathered at once, into [K, S, B, ..]."""
         device, width = self.layout.device, self.widths[0]
-        lines = {id(j): list(timeline(j)) for j in self.jobs}
+        lines = {id(j): Line.of(j, width) for j in self.jobs}
         done = dict.fromkeys(lines, 0)
         x, y = next(iter(self.jobs[0].parts[0][1].batches([torch.zeros(1, dtype=torch.long)])))
         task, source = self.jobs[0].parts[0][2], self.jobs[0].parts[0][0].name
         blank = Batch(x, y, task, source=source if all(j.parts[0][0].name == source for j in self.jobs) else "")
         while True:
-            self.give_back([r for r, j in enumerate(self.rows) if j is not None and done[id(j)] == len(lines[id(j)])])
+            self.give_back([r for r, j in enumerate(self.rows) if j is not None and done[id(j)] == len(lines[id(j)].sizes)])
             self.compact()
             live = [(r, j) for r, j in enumerate(self.rows) if j is not None]
             if not live:
                 return
             rows = len(self.rows)
-            steps = min(len(lines[id(j)]) - done[id(j)] for _, j in live)
+            steps = min(len(lines[id(j)].sizes) - done[id(j)] for _, j in live)
             steps = max(1, min(steps, WINDOW // max(1, rows * width * x.nbytes)))
-            xs = (x.new_zeros if self.padded or len(live) < rows else x.new_empty)(rows, steps, width, *x.shape[1:])
-            ys = (y.new_zeros if self.padded or len(live) < rows else y.new_empty)(rows, steps, width, *y.shape[1:])
-            ws = torch.zeros(rows, steps, width, dtype=self.layout.dtype, device=device) if self.padded else None
+            xs = self.engine.room((rows, steps, width, *x.shape[1:]), x, len(live) < rows)
+            ys = (y.new_zeros if len(live) < rows else y.new_empty)(rows, steps, width, *y.shape[1:])
+            counts = torch.full((rows, steps), width, device=device)
             moments = torch.zeros(rows, 4, steps, dtype=torch.long, device=device)
             for r, j in live:
-                line = lines[id(j)][done[id(j)] : done[id(j)] + steps]
-                examples = j.parts[0][1]
+                line, at, examples = lines[id(j)], slice(done[id(j)], done[id(j)] + steps), j.parts[0][1]
                 assert isinstance(examples, Tensors)
-                if all(len(index) == width for index, _ in line):
-                    index = torch.cat([index for index, _ in line]).to(device)
-                    torch.index_select(examples.x, 0, index, out=xs[r].view(-1, *x.shape[1:]))
-                    torch.index_select(examples.y, 0, index, out=ys[r].view(-1, *y.shape[1:]))
-                    if ws is not None:
-                        ws[r] = 1
-                else:
-                    for s, (index, _) in enumerate(line):
-                        index = index.to(device)
-                        xs[r, s, : len(index)] = examples.x[index]
-                        ys[r, s, : len(index)] = examples.y[index]
-                        if ws is not None:
-                            ws[r, s, : len(index)] = 1
+                index = line.index[at].reshape(-1).to(device)
+                torch.index_select(examples.x, 0, index, out=xs[r].view(-1, *x.shape[1:]))
+                torch.index_select(examples.y, 0, index, out=ys[r].view(-1, *y.shape[1:]))
+                if self.padded:
+                    counts[r] = torch.tensor(line.sizes[at], device=device)
                 if self.inside:
-                    moments[r] = torch.tensor([moment for _, moment in line], device=device).T
-                for size in {len(index): index for index, _ in line}.items():
-                    if size[:1] not in self.macs:
-                        one = next(examples.batches([size[1]]))
-                        self.learn_cost(j, [replace(blank, x=one[0], y=one[1])], size[:1])
-            if ws is not None:
-                ws[[r for r, j in enumerate(self.rows) if j is None]] = 1
+                    moments[r] = torch.tensor(line.moments[at], device=device).T
+                for k, size in enumerate(line.sizes[at]):
+                    if (size,) not in self.macs:
+                        one = next(examples.batches([line.index[at][k, :size]]))
+                        self.learn_cost(j, [replace(blank, x=one[0], y=one[1])], (size,))
+            ws = None
+            if self.padded:
+                ws = (torch.arange(width, device=device) < counts[..., None]).to(self.layout.dtype)
             made = 0
             try:
                 for s in range(steps):
@@ -507,28 +541,39 @@ class Stack:
                     made += 1
             finally:
                 for _, j in live:
-                    line = lines[id(j)]
-                    for index, _ in line[done[id(j)] : done[id(j)] + made]:
-                        self._count(j, (len(index),))
+                    line, first = lines[id(j)], done[id(j)]
+                    for size, times in Counter(line.sizes[first : first + made]).items():
+                        self._count(j, (size,), times)
                     done[id(j)] += made
-                    j.epoch, j.index = after(line, done[id(j)])
+                    j.epoch, j.index = line.after(done[id(j)])
 
 
-def timeline(job: Job) -> Iterator[tuple[Tensor, tuple[int, int, int, int]]]:
-    """The index batches of a job of one part, each with its moment, to its end."""
-    index = job.index
-    for epoch in range(job.epoch, job.training.epochs):
-        for i, batch in enumerate(job.left(epoch, index)[0]):
-            yield batch, (epoch, index + i, *job.step.span)
-        index = 0
+@dataclass
+class Line:
+    """The steps of a job of one part that are left: indices [S, width] filled up with the first of each, sizes, and moments."""
 
+    index: Tensor
+    sizes: list[int]
+    moments: list[tuple[int, int, int, int]]
 
-def after(line: Sequence[tuple[Tensor, tuple[int, int, int, int]]], done: int) -> tuple[int, int]:
-    """(epoch, step in the epoch) where so many steps of a timeline are done."""
-    if done < len(line):
-        return line[done][1][:2]
-    epoch, index, _, most = line[-1][1]
-    return (epoch + 1, 0) if index + 1 == most else (epoch, index + 1)
+    @staticmethod
+    def of(job: Job, width: int) -> Line:
+        batches, moments, at = [], [], job.index
+        for epoch in range(job.epoch, job.training.epochs):
+            plan = job.left(epoch, at)[0]
+            batches += plan
+            moments += [(epoch, at + i, *job.step.span) for i in range(len(plan))]
+            at = 0
+        filled = [b if len(b) == width else torch.cat([b, b[:1].expand(width - len(b))]) for b in batches]
+        index = torch.cat(filled).view(-1, width) if filled else torch.zeros(0, width, dtype=torch.long)
+        return Line(index, [len(b) for b in batches], moments)
+
+    def after(self, done: int) -> tuple[int, int]:
+        """(epoch, step in the epoch) where so many steps are done."""
+        if done < len(self.moments):
+            return self.moments[done][:2]
+        epoch, index, _, most = self.moments[-1]
+        return (epoch + 1, 0) if index + 1 == most else (epoch, index + 1)
 
 
 def up_to(t: Tensor, width: int) -> Tensor:
@@ -544,11 +589,15 @@ class Program:
 
         with torch.enable_grad():
             graph = make_fx(torch.vmap(one, in_dims=tuple(dims)))(*args)
+            if any(getattr(getattr(n.target, "_schema", None), "is_mutable", False) for n in graph.graph.nodes):
+                graph = make_fx(torch.func.functionalize(graph))(*args)
         graph.graph.eliminate_dead_code()
         graph.recompile()
         self.whole, self.states, self.ran = graph, states, 0
         self.graph = tidy(copy.deepcopy(graph), [t.clone() for t in args], states)
         self.fast: Callable[..., None] | None = None
+        self.about: object = None
+        """What the program is known by its identity for, kept alive."""
         self.tried = False
 
     def __call__(self, args: list[Tensor], compiled: bool | None, note: Callable[[str], None]) -> Sequence[Tensor]:
@@ -598,6 +647,8 @@ class Batched(Engine):
         self.programs: dict[object, Program] = {}
         self.ledgers: dict[int, Any] = {}
         self.told: set[str] = set()
+        self.window: Tensor | None = None
+        self.costs: dict[object, tuple[int, list[str], object]] = {}
 
     def learn(self, work: Sequence[Work], watch: Watch, paused: Paused | None = None) -> None:
         if paused is not None:
@@ -607,6 +658,17 @@ class Batched(Engine):
         for at in range(0, len(work), size):
             self._chunk(work[at : at + size], watch)
             watch.tick(None)
+
+    def room(self, shape: tuple[int, ...], like: Tensor, blank: bool) -> Tensor:
+        """Memory for a window of inputs, the same again and again: fresh memory is slow. `blank` sets it to 0."""
+        if (
+            self.window is None
+            or (self.window.dtype, self.window.device) != (like.dtype, like.device)
+            or self.window.numel() < prod(shape)
+        ):
+            self.window = like.new_empty(prod(shape))
+        made = self.window[: prod(shape)].view(shape)
+        return made.zero_() if blank else made
 
     def most(self, work: Sequence[Work]) -> int:
         """How many agents are stacked at most: as their state and activations fit in memory."""

@@ -305,7 +305,7 @@ def test_agents_that_were_heard_rest(monkeypatch, tmp_path):
 
             run(method, out=out, checkpoint_steps=4, progress=stop)
         again = run(method, out=out, resume=True)
-        monkeypatch.setattr("consilience.core.run.rests", lambda phases, evaluated: {})
+        monkeypatch.setattr("consilience.core.walk.rests", lambda phases, evaluated: {})
         whole = run(method, "batched")
         monkeypatch.undo()
         assert gap(light, whole) == 0 and light.costs["bytes"] == whole.costs["bytes"]
@@ -315,8 +315,8 @@ def test_agents_that_were_heard_rest(monkeypatch, tmp_path):
 
 
 def test_who_rests_and_who_does_not():
-    from consilience.core.run import rests
     from consilience.core.schedule import Hear, Learn, Stage
+    from consilience.core.walk import rests
 
     down, learn, up = Hear({"a": ("s",), "b": ("s",)}), Learn({"a": ("x",), "b": ("y",)}), Hear({"s": ("a", "b")})
     assert rests([down, learn, up, Stage("1"), down, learn, up, Stage("2")], "s") == {

@@ -27,7 +27,7 @@ from consilience.core.params import Layout, key, same
 from consilience.core.schedule import Hear, Learn, Stage
 from consilience.core.source import Source, Tensors
 from consilience.corrections.baselines import Cumulative
-from consilience.corrections.fisher import _by_vmap, fisher
+from consilience.corrections.fisher import fisher
 from consilience.corrections.moments import Moments
 from consilience.corrections.quadratic import EWC
 from consilience.corrections.rehearsal import ER
@@ -238,17 +238,54 @@ def test_draws_of_the_models_labels_average_to_all_classes():
         assert ((stacked.mean(0) - every[n]).abs() <= 5 * error + 1e-12).all()
 
 
-def test_the_fast_fisher_is_the_vmapped_one():
-    params, _ = double(mlp())
-    params = {n: p.detach() for n, p in params.items()}
-    for labels in ("data", "all", "model"):
-        fast = fisher(learned(mlp(), params, A), labels)
-        here = learned(mlp(), params, A)
-        from consilience.corrections import fisher as room
+class Residual(nn.Module):
+    """Strides, padding, no biases, group norm, a sum of two ways, and activations that work in place."""
 
-        targets = lambda out, labels=labels, here=here: room._targets(here, out, A.train.y, labels, None)  # noqa: E731
-        slow = _by_vmap(here, A.train.x, targets, None)
-        near(fast, {n: s / len(A.train) for n, s in slow.items()}, 1e-13)
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(1, 4, 3, padding=1, bias=False)
+        self.norm = nn.GroupNorm(2, 4)
+        self.second = nn.Conv2d(4, 4, 3, stride=2, padding=1, dilation=1)
+        self.way = nn.Conv2d(4, 4, 1, stride=2)
+        self.last = nn.Linear(4 * 9, C, bias=False)
+
+    def forward(self, x):
+        x = F.relu(self.norm(self.first(x)), inplace=True)
+        y = self.second(x)
+        y += self.way(x)
+        return self.last(F.leaky_relu(y, inplace=True).flatten(1))
+
+
+LAYERED = {
+    "mlp": (mlp, A),
+    "in place": (
+        lambda: cs.models.wrap(lambda: nn.Sequential(nn.Linear(D, 5), nn.ReLU(inplace=True), nn.Linear(5, C, bias=False))),
+        A,
+    ),
+    "conv": (lambda: cs.models.conv(C, size=8, width=2), source("i", 9, seed=5, d=64).map(x=lambda x: x.view(-1, 1, 8, 8))),
+    "residual": (lambda: cs.models.wrap(Residual), source("j", 9, seed=6, d=36).map(x=lambda x: x.view(-1, 1, 6, 6))),
+}
+
+
+@pytest.mark.parametrize("name", LAYERED)
+def test_fisher_and_sensitivity_by_layers_are_the_vmapped_ones(name, monkeypatch):
+    from consilience.corrections import fisher as room
+
+    make, s = LAYERED[name]
+    model = make()
+    params, buffers = double(model)
+    params = {n: p.detach() + 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(2)) for n, p in params.items()}
+    here = lambda: learned(model, params, s, buffers)  # noqa: E731
+    assert room._layers(here()) is not None
+    made = [room.fisher(here(), labels, chunk=4) for labels in ("data", "all", "model")] + [room.sensitivity(here(), chunk=4)]
+    with monkeypatch.context() as m:
+        m.setattr(room, "NUMBERS", 200)
+        sliced = [room.fisher(here(), "data", chunk=4), room.sensitivity(here(), chunk=4)]
+    monkeypatch.setattr(room, "_layers", lambda learned: None)
+    slow = [room.fisher(here(), labels, chunk=4) for labels in ("data", "all", "model")] + [room.sensitivity(here(), chunk=4)]
+    for fast, wanted in zip([*made, *sliced], [*slow, slow[0], slow[3]], strict=True):
+        assert any(v.any() for v in wanted.values())
+        near(fast, wanted, 1e-12)
 
 
 def naive_by_model(model, params, buffers, s, task, keep=None):

@@ -18,9 +18,9 @@ from consilience.core.message import Message, Weights
 from consilience.core.metrics import global_forgetting
 from consilience.core.params import same
 from consilience.core.result import Result
-from consilience.core.run import Walk
 from consilience.core.schedule import Hear, Learn, Stage
 from consilience.core.source import Tensors
+from consilience.core.walk import Walk
 from restate import A, B, E, batches, entries, fit, mlp, near, plain, source, training
 
 FEDAVG = cs.methods.fedavg()
@@ -314,15 +314,14 @@ def test_a_ring_mixes_neighbours():
 @pytest.mark.parametrize("graph", ["ring", "regular"])
 def test_agents_come_to_agree_on_the_average(graph, monkeypatch):
     """Hearing without learning: all agree to 1e-6, and on a regular graph on the average weighted by examples."""
-    walks = []
-    one = Walk.one
-    monkeypatch.setattr(Walk, "one", lambda walk, seed: (walks.append(walk), one(walk, seed))[1])
+    agents, agent = {}, Walk._agent
+    monkeypatch.setattr(Walk, "_agent", lambda walk, name: agents.setdefault(name, agent(walk, name)))
     six = MANY[:6]
     go(cs.settings.gossip(six, 1, graph, 2, mixings=60))
     expected = mean([entries(fit(plain(), s)) for s in six], [len(s.train) for s in six])
-    assert len(walks[0].agents) == 6
-    for agent in walks[0].agents.values():
-        near(agent.state.params, expected, 1e-6)
+    assert len(agents) == 6
+    for a in agents.values():
+        near(a.state.params, expected, 1e-6)
 
 
 @settings(max_examples=40, deadline=None)

@@ -28,7 +28,7 @@ _ROOMS = (
 _NAMES = {
     "ConsilienceError": "core.errors", "Expert": "core.schedule", "Frame": "core.source", "Interrupted": "core.errors",
     "Message": "core.message", "Method": "core.method", "Refusal": "core.errors", "Result": "core.result", "Source": "core.source",
-    "Training": "core.training", "run": "core.run",
+    "Training": "core.training", "run": "core.run", "sweep": "core.run",
 }  # fmt: skip
 
 if TYPE_CHECKING:
@@ -49,14 +49,14 @@ if TYPE_CHECKING:
     from consilience.core.message import Message
     from consilience.core.method import Method
     from consilience.core.result import Result
-    from consilience.core.run import run
+    from consilience.core.run import run, sweep
     from consilience.core.schedule import Expert
     from consilience.core.source import Frame, Source
     from consilience.core.training import Training
 
 __all__ = [
     "ConsilienceError", "Expert", "Frame", "Interrupted", "Message", "Method", "Refusal", "Result", "Source", "Training",
-    "aggregators", "consolidators", "corrections", "data", "engines", "mappers", "memory", "methods", "models", "report", "run", "settings",
+    "aggregators", "consolidators", "corrections", "data", "engines", "mappers", "memory", "methods", "models", "report", "run", "settings", "sweep",
 ]  # fmt: skip
 
 

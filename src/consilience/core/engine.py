@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -34,6 +35,9 @@ class Watch:
 
 class Engine(ABC):
     """Lets agents learn, side by side or one after another; what they then know is the same, to rounding."""
+
+    stacks: ClassVar[bool] = False
+    """Whether agents of several runs had better be given together."""
 
     @abstractmethod
     def learn(self, work: Sequence[Work], watch: Watch, paused: Paused | None = None) -> None:

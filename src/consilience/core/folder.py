@@ -83,8 +83,8 @@ class Log:
             )
         return load(index.parent / found["file"])[0], found["facts"]
 
-    def rewind(self, repeat: int, rows: int, steps: int) -> None:
-        """Drop log lines of what will be done again, and say that a run goes on here."""
+    def rewind(self, rows: Mapping[int, int]) -> None:
+        """Drop log lines of what will be done again: the stages of each repeat from those rows on."""
         assert self.out is not None
         path = self.out / "log.jsonl"
         kept = []
@@ -93,11 +93,10 @@ class Log:
                 line = json.loads(text)
             except ValueError:
                 continue
-            again = line["event"] == "stage" and (line["repeat"], line["stage"]) >= (repeat, rows)
+            again = line["event"] == "stage" and line["stage"] >= rows.get(line["repeat"], 0)
             if not again and line["event"] != "end":
                 kept.append(text)
         write_bytes(path, "".join(t + "\n" for t in kept).encode())
-        self.write({"event": "resume", "repeat": repeat, "stage": rows, "steps": steps})
 
 
 def plain(value: Any) -> Any:

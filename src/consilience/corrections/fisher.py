@@ -13,13 +13,16 @@ from consilience.core.params import Params
 from consilience.core.source import Examples
 
 Pairs = list[tuple[Tensor, Tensor]]
+Score = Callable[[Tensor, Tensor], Tensor]
+NUMBERS = 16_000_000
+"""How many numbers gradients by sample may take at once."""
 
 
 def fisher(learned: Learned, labels: str = "model", samples: int | None = None, chunk: int = 2048) -> Params:
     """(1/N) sum over samples of (d log p(y|x) / d theta)^2, by entry.
 
-    For values the model's distribution is a Gaussian of unit variance around its outputs. Models that are made of
-    linear layers on vectors use (delta^2)^T (a^2), the same sum without one gradient a sample; all others use vmap.
+    For values the model's distribution is a Gaussian of unit variance around its outputs. Models that are made of linear layers,
+    convolutions and group norms get the same sum layer by layer from one backward pass of a batch, all others by vmap.
     """
     examples = learned.source.train
     if samples is not None and samples < len(examples):
@@ -31,10 +34,18 @@ def fisher(learned: Learned, labels: str = "model", samples: int | None = None, 
         keep[list(learned.source.classes)] = True
     if labels == "batches":
         return _batch_squares(learned, examples, keep)
-    squares = _linear_squares(learned) or _by_vmap
     total = {n: torch.zeros_like(p) for n, p in learned.trainable.items()}
+    layers = _layers(learned)
     for x, y in examples.chunks(chunk):
-        for n, s in squares(learned, x, lambda out, y=y: _targets(learned, out, y, labels, keep), keep).items():  # type: ignore[misc]
+
+        def score(out: Tensor, y: Tensor) -> Tensor:
+            return _score(out, y, keep, learned.source.kind)
+
+        def targets(out: Tensor, y: Tensor = y) -> Pairs:
+            return _targets(learned, out, y, labels, keep)
+
+        found = _by_layers(learned, layers, x, targets, score, torch.square) if layers is not None else None
+        for n, s in (_by_vmap(learned, x, targets, score, torch.square) if found is None else found).items():
             total[n] += s
     return {n: t / len(examples) for n, t in total.items()}
 
@@ -59,19 +70,19 @@ def sensitivity(learned: Learned, samples: int | None = None, chunk: int = 512) 
     examples = learned.source.train
     if samples is not None and samples < len(examples):
         examples = examples.select(torch.randperm(len(examples), generator=learned.generator)[:samples])
-    fixed = {n: p for n, p in learned.params.items() if n not in learned.layout.names}
 
-    def one(params: Params, xi: Tensor) -> Tensor:
-        out = learned.model({**fixed, **params}, learned.buffers, xi[None], learned.task, False)[0]
-        return torch.where(torch.isfinite(out), out, 0).square().sum()
+    def score(out: Tensor, _: Tensor) -> Tensor:
+        return torch.where(torch.isfinite(out), out, 0).square().sum(1)
 
-    params = {n: p.detach() for n, p in learned.trainable.items()}
-    each = torch.func.vmap(torch.func.grad(one), in_dims=(None, 0))
-    total = {n: torch.zeros_like(p) for n, p in params.items()}
-    size = max(1, min(chunk, 16_000_000 // max(1, learned.layout.size)))
-    for x, _ in examples.chunks(size):
-        for n, g in each(params, x).items():
-            total[n] += g.abs().sum(0)
+    def targets(out: Tensor) -> Pairs:
+        return [(out, torch.ones(len(out), dtype=out.dtype, device=out.device))]
+
+    total = {n: torch.zeros_like(p) for n, p in learned.trainable.items()}
+    layers = _layers(learned)
+    for x, _ in examples.chunks(chunk):
+        found = _by_layers(learned, layers, x, targets, score, torch.abs) if layers is not None else None
+        for n, g in (_by_vmap(learned, x, targets, score, torch.abs) if found is None else found).items():
+            total[n] += g
     return {n: t / len(examples) for n, t in total.items()}
 
 
@@ -102,68 +113,105 @@ def _targets(learned: Learned, out: Tensor, y: Tensor, labels: str, keep: Tensor
     return [(torch.full_like(y, c), p[:, c]) for c in classes]
 
 
-def _by_vmap(learned: Learned, x: Tensor, targets: Callable[[Tensor], Pairs], keep: Tensor | None) -> Params:
-    """Squares of per-sample gradients by vmap(grad), summed with weights; in slices that fit in memory."""
+def _by_vmap(
+    learned: Learned, x: Tensor, targets: Callable[[Tensor], Pairs], score: Score, f: Callable[[Tensor], Tensor]
+) -> Params:
+    """Sums over samples of f(gradient of the sample's score) with weights, by vmap(grad); in slices that fit in memory."""
     fixed = {n: p for n, p in learned.params.items() if n not in learned.layout.names}
 
     def one(params: Params, xi: Tensor, yi: Tensor) -> Tensor:
         out = learned.model({**fixed, **params}, learned.buffers, xi[None], learned.task, False)[0]
-        return _score(out, yi[None], keep, learned.source.kind)[0]
+        return score(out, yi[None])[0]
 
     params = {n: p.detach() for n, p in learned.trainable.items()}
     with torch.no_grad():
         out = learned.model(learned.params, learned.buffers, x, learned.task, False)[0]
-    slice_size = max(1, min(len(x), 16_000_000 // max(1, learned.layout.size)))
+    slice_size = max(1, min(len(x), NUMBERS // max(1, learned.layout.size)))
     each = torch.func.vmap(torch.func.grad(one), in_dims=(None, 0, 0))
     total: Params = {}
     for y, weight in targets(out):
         for xs, ys, ws in zip(x.split(slice_size), y.split(slice_size), weight.split(slice_size), strict=True):
             for n, g in each(params, xs, ys).items():
-                s = torch.tensordot(ws, g.square(), dims=1)
+                s = torch.tensordot(ws, f(g), dims=1)
                 total[n] = total[n] + s if n in total else s
     return total
 
 
-def _linear_squares(learned: Learned) -> Callable[[Learned, Tensor, Callable[[Tensor], Pairs], Tensor | None], Params] | None:
-    """The fast form where every trainable entry belongs to a linear layer that sees one vector a sample, else None."""
+def _layers(learned: Learned) -> dict[str, nn.Module] | None:
+    """The layers by name where every trainable entry belongs to one whose gradients are known by sample, else None."""
     module = getattr(learned.model, "_module", None)
     if not isinstance(module, nn.Module):
         return None
-    layers = {n: m for n, m in module.named_modules() if type(m) is nn.Linear}
-    owned = {f"{n}.{leaf}" for n, m in layers.items() for leaf, _ in m.named_parameters()}
-    if set(learned.layout.names) != owned or len(owned) != sum(1 for _ in module.parameters()):
+    layers = {n: m for n, m in module.named_modules() if type(m) in (nn.Linear, nn.Conv2d, nn.GroupNorm)}
+    if any(
+        isinstance(m, nn.Conv2d) and (m.groups > 1 or isinstance(m.padding, str) or m.padding_mode != "zeros")
+        for m in layers.values()
+    ):
         return None
-    params = {n: p.detach().requires_grad_(n.endswith("bias")) for n, p in learned.params.items()}
-    if not all(m.bias is not None for m in layers.values()):
-        params = {n: p.detach().requires_grad_() for n, p in learned.params.items()}
+    owned = {f"{n}.{leaf}" for n, m in layers.items() for leaf, _ in m.named_parameters()}
+    return layers if set(learned.layout.names) == owned and len(owned) == sum(1 for _ in module.parameters()) else None
 
-    def squares(learned: Learned, x: Tensor, targets: Callable[[Tensor], Pairs], keep: Tensor | None) -> Params:
-        seen: dict[str, list[tuple[Tensor, Tensor]]] = {n: [] for n in layers}
 
-        def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-            return lambda _, inputs, out: seen[name].append((inputs[0], out))
+def _by_layers(
+    learned: Learned,
+    layers: dict[str, nn.Module],
+    x: Tensor,
+    targets: Callable[[Tensor], Pairs],
+    score: Score,
+    f: Callable[[Tensor], Tensor],
+) -> Params | None:
+    """The same sums from the inputs of the layers and the gradients of their outputs; None where a layer is not used once a sample.
 
-        handles = [m.register_forward_hook(hook(n)) for n, m in layers.items()]
-        try:
-            with torch.enable_grad():
-                out, _ = learned.model(params, learned.buffers, x, learned.task, False)
-        finally:
-            for h in handles:
-                h.remove()
-        if any(len(s) != 1 or s[0][0].dim() != 2 or len(s[0][0]) != len(x) for s in seen.values()):
-            return _by_vmap(learned, x, targets, keep)
-        result: Params = {}
-        pairs = targets(out.detach())
-        for i, (y, weight) in enumerate(pairs):
-            score = _score(out, y, keep, learned.source.kind).sum()
-            deltas = torch.autograd.grad(score, [s[0][1] for s in seen.values()], retain_graph=i < len(pairs) - 1)
-            for (n, s), d in zip(seen.items(), deltas, strict=True):
-                d2 = d.square() * weight[:, None]
-                made = {f"{n}.weight": d2.T @ s[0][0].detach().square()}
-                if layers[n].bias is not None:
-                    made[f"{n}.bias"] = d2.sum(0)
-                for k, v in made.items():
-                    result[k] = result[k] + v if k in result else v
-        return result
+    f(a b) = f(a) f(b), so that a linear layer needs f(delta)^T f(input) only; a convolution's gradient is delta times its patches.
+    """
+    seen: dict[str, list[tuple[Tensor, Tensor]]] = {n: [] for n in layers}
 
-    return squares
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+        def keep(_: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> Tensor:
+            seen[name].append((inputs[0].detach().clone(), out))
+            return out.clone()  # the next layer may work in place
+
+        return keep
+
+    handles = [m.register_forward_hook(hook(n)) for n, m in layers.items()]
+    first = next(iter(learned.layout.names))
+    params = {n: p.detach().requires_grad_(n == first or n.endswith("bias")) for n, p in learned.params.items()}
+    if any(m.bias is None for m in layers.values()):
+        params = {n: p.detach().requires_grad_(p.is_floating_point()) for n, p in learned.params.items()}
+    try:
+        with torch.enable_grad():
+            out, _ = learned.model(params, learned.buffers, x, learned.task, False)
+    finally:
+        for h in handles:
+            h.remove()
+    fits = {nn.Linear: 2, nn.Conv2d: 4, nn.GroupNorm: 4}
+    if any(len(s) != 1 or s[0][0].dim() != fits[type(layers[n])] or len(s[0][0]) != len(x) for n, s in seen.items()):
+        return None
+    total: Params = {}
+    pairs = targets(out.detach())
+    for i, (y, weight) in enumerate(pairs):
+        deltas = torch.autograd.grad(score(out, y).sum(), [s[0][1] for s in seen.values()], retain_graph=i < len(pairs) - 1)
+        for (n, s), d in zip(seen.items(), deltas, strict=True):
+            for leaf, v in _layer(layers[n], s[0][0], d, weight, f).items():
+                k = f"{n}.{leaf}"
+                total[k] = total[k] + v if k in total else v
+    return total
+
+
+def _layer(layer: nn.Module, x: Tensor, d: Tensor, weight: Tensor, f: Callable[[Tensor], Tensor]) -> Params:
+    """What one layer's entries get, from its inputs x [B, ..] and the gradients d [B, ..] of its outputs."""
+    if isinstance(layer, nn.Linear):
+        fd = f(d) * weight[:, None]
+        return {"weight": fd.T @ f(x)} | ({"bias": fd.sum(0)} if layer.bias is not None else {})
+    flat = d.flatten(2)
+    if isinstance(layer, nn.GroupNorm):
+        unit = F.group_norm(x, layer.num_groups, eps=layer.eps).flatten(2)
+        own = {"weight": (flat * unit).sum(2), "bias": flat.sum(2)}
+        return {leaf: weight @ f(own[leaf]) for leaf, _ in layer.named_parameters()}
+    assert isinstance(layer, nn.Conv2d)
+    wanted, step = layer.weight.shape, max(1, NUMBERS // max(1, layer.weight.numel() + x[0].numel() * layer.weight[0, 0].numel()))
+    total = torch.zeros(wanted.numel(), dtype=d.dtype, device=d.device)
+    for xs, ds, ws in zip(x.split(step), flat.split(step), weight.split(step), strict=True):
+        patches = F.unfold(xs, layer.kernel_size, layer.dilation, layer.padding, layer.stride)  # type: ignore[arg-type]
+        total += ws @ f(torch.bmm(ds, patches.transpose(1, 2))).flatten(1)
+    return {"weight": total.view(wanted)} | ({"bias": weight @ f(flat.sum(2))} if layer.bias is not None else {})

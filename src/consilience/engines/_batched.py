@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -220,7 +220,7 @@ class Stack:
                 state["trace", c.name, k] = torch.stack([self._me(j, c).trace[k] for j in jobs])
         self.state = state
         self.programs: dict[object, Program | None] = {}
-        self.kind = (alike(first), repr(self.training.lr), repr(self.step.frame), repr(self.step.aggregator))
+        self.kind = (alike(first), repr(self.step.frame), repr(self.step.aggregator))
         self._constants()
 
     def _by_entry(self, whole: Tensor) -> Params:
@@ -637,6 +637,8 @@ class Batched(Engine):
     is run one after another, and the log says why. Checkpoints lie between stacks.
     """
 
+    stacks: ClassVar[bool] = True
+
     chunk: int | None = None
     compiled: bool | None = None
     auto: bool = False
@@ -766,7 +768,7 @@ def alike(job: Job) -> object:
         verbs,
         tuple(job.fixed),
         tuple(job.carry.buffers),
-        replace(job.training, lr=1.0),
+        job.training,
     )
 
 

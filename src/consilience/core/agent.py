@@ -261,8 +261,9 @@ class Agent:
             if c.flat and me.known is not None:
                 me.flat = {g: layout.flatten(me.known.group(g)) for g in c.flat}
             me.flat, warning = c.caution(me, t)
-            if warning:
-                warnings.warn(f"{c.name} on {given[0].name!r}: {warning}", stacklevel=2)
+            if warning and c.name not in self.ledger.warned:
+                self.ledger.warned.add(c.name)
+                warnings.warn(f"{c.name} on {given[0].name!r}: {warning} (later learns are not mentioned)", stacklevel=2)
         carry = Carry(theta, {n: b.to(self.device).clone() for n, b in buffers.items()}, t.inner().init(theta))
         parts = tuple((s, s.train.to(self.device, dtype), s.task if self.aware else None) for s in sources)
         span = (t.epochs, max(-(-len(e) // t.batch_size) for _, e, _ in parts))

@@ -22,6 +22,8 @@ class Ledger:
     known: dict[Hashable, int] = field(default_factory=dict)
     seconds: float = 0.0
     steps: int = 0
+    warned: set[str] = field(default_factory=set)
+    """What was warned of already: once a run is enough."""
     _since: float = field(default_factory=time.perf_counter)
 
     def add(self, agent: str, what: str, amount: float) -> None:

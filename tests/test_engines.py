@@ -266,9 +266,13 @@ def test_numbers_that_differ_are_stacked_and_what_else_differs_refuses():
             use()
 
 
-def test_auto_stacks_small_models_and_leaves_one_agent_alone():
+def test_auto_stacks_small_models_once_they_take_many_steps_and_leaves_one_agent_alone():
+    a, notes = go("auto", cs.methods.fedavg(), rounds=20)
+    assert [n[:13] for n in notes] == ["one after ano", "batched: 5 ag"] and "until 400 steps of a kind" in notes[0]
+    b, _ = go("serial", cs.methods.fedavg(), rounds=20)
+    assert gap(a, b) < 1e-12
     _, notes = go("auto", cs.methods.fedavg())
-    assert notes == ["batched: 5 agents a step, 83 numbers each"]
+    assert len(notes) == 1 and "until 400 steps" in notes[0]
     one = cs.run(cs.settings.continual(CLIENTS[:2]), cs.methods.ewc(), mlp(), engine="auto")
     plain = cs.run(cs.settings.continual(CLIENTS[:2]), cs.methods.ewc(), mlp())
     assert gap(one, plain) == 0

@@ -35,7 +35,7 @@ def batched(chunk: int | None = None, compiled: bool | None = None) -> Batched:
 
 
 def auto() -> Batched:
-    """Batched where several agents learn alike and their models are small, else serial; the log says which."""
+    """Batched where several agents learn alike, their models are small, and they take many steps, else serial; the log says which."""
     from consilience.engines._batched import Batched
 
     return Batched(auto=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -31,6 +32,8 @@ LONG = 300
 """Steps after which a program on a GPU is compiled, where that is left to the engine: on a CPU the tidied graph is as fast."""
 SMALL = 4_000_000
 """Trainable numbers of a model up to which `auto` stacks: larger steps keep a processor busy alone."""
+EARNED = 400
+"""Steps of a kind after which `auto` makes a program for them: to trace one costs as much."""
 WINDOW = 1 << 24
 """Bytes of examples that are gathered at once for the steps to come."""
 SHARE = 0.4
@@ -494,13 +497,20 @@ class Stack:
                 j.index += 1
 
     def _windows(self) -> None:
-        """Examples in memory, one part a step: the batches of several steps are gathered at once, into [K, S, B, ..]."""
+        """Examples in memory, one part a step, drawn from all examples put together where these are few; else the batches of
+        several steps are gathered at once, into [K, S, B, ..]."""
         device, width = self.layout.device, self.widths[0]
         lines = {id(j): Line.of(j, width) for j in self.jobs}
         done = dict.fromkeys(lines, 0)
         x, y = next(iter(self.jobs[0].parts[0][1].batches([torch.zeros(1, dtype=torch.long)])))
         task, source = self.jobs[0].parts[0][2], self.jobs[0].parts[0][0].name
         blank = Batch(x, y, task, source=source if all(j.parts[0][0].name == source for j in self.jobs) else "")
+        sizes = [len(j.parts[0][1]) for j in self.jobs]
+        pool = (x[:0], y[:0])
+        if sum(sizes) * x.nbytes <= WINDOW:
+            held = [j.parts[0][1].whole() for j in self.jobs]
+            pool = (torch.cat([h[0] for h in held]), torch.cat([h[1] for h in held]))
+        first_of = dict(zip(lines, [0, *itertools.accumulate(sizes)], strict=False))
         while True:
             self.give_back([r for r, j in enumerate(self.rows) if j is not None and done[id(j)] == len(lines[id(j)].sizes)])
             self.compact()
@@ -509,17 +519,22 @@ class Stack:
                 return
             rows = len(self.rows)
             steps = min(len(lines[id(j)].sizes) - done[id(j)] for _, j in live)
-            steps = max(1, min(steps, WINDOW // max(1, rows * width * x.nbytes)))
-            xs = self.engine.room((rows, steps, width, *x.shape[1:]), x, len(live) < rows)
-            ys = (y.new_zeros if len(live) < rows else y.new_empty)(rows, steps, width, *y.shape[1:])
+            if not len(pool[0]):
+                steps = max(1, min(steps, WINDOW // max(1, rows * width * x.nbytes)))
+                xs = self.engine.room((rows, steps, width, *x.shape[1:]), x, len(live) < rows)
+                ys = (y.new_zeros if len(live) < rows else y.new_empty)(rows, steps, width, *y.shape[1:])
+            order = torch.zeros(rows, steps, width, dtype=torch.long, device=device)
             counts = torch.full((rows, steps), width, device=device)
             moments = torch.zeros(rows, 4, steps, dtype=torch.long, device=device)
             for r, j in live:
                 line, at, examples = lines[id(j)], slice(done[id(j)], done[id(j)] + steps), j.parts[0][1]
                 assert isinstance(examples, Tensors)
-                index = line.index[at].reshape(-1).to(device)
-                torch.index_select(examples.x, 0, index, out=xs[r].view(-1, *x.shape[1:]))
-                torch.index_select(examples.y, 0, index, out=ys[r].view(-1, *y.shape[1:]))
+                index = line.index[at].to(device)
+                if len(pool[0]):
+                    torch.add(index, first_of[id(j)], out=order[r])
+                else:
+                    torch.index_select(examples.x, 0, index.view(-1), out=xs[r].view(-1, *x.shape[1:]))
+                    torch.index_select(examples.y, 0, index.view(-1), out=ys[r].view(-1, *y.shape[1:]))
                 if self.padded:
                     counts[r] = torch.tensor(line.sizes[at], device=device)
                 if self.inside:
@@ -531,12 +546,18 @@ class Stack:
             ws = None
             if self.padded:
                 ws = (torch.arange(width, device=device) < counts[..., None]).to(self.layout.dtype)
+            order = order.transpose(0, 1).reshape(steps, -1)
             made = 0
             try:
                 for s in range(steps):
                     slots = Slots()
                     w = None if ws is None else slots.put(ws[:, s], 0)
-                    batch = rebuilt(blank, {"x": slots.put(xs[:, s], 0), "y": slots.put(ys[:, s], 0), "w": w})
+                    bx, by = (
+                        [p.index_select(0, order[s]).view(rows, width, *p.shape[1:]) for p in pool]
+                        if len(pool[0])
+                        else (xs[:, s], ys[:, s])
+                    )
+                    batch = rebuilt(blank, {"x": slots.put(bx, 0), "y": slots.put(by, 0), "w": w})
                     self.advance(slots, [batch], self.clock(moments[:, :, s].T, slots))
                     made += 1
             finally:
@@ -649,6 +670,7 @@ class Batched(Engine):
         self.programs: dict[object, Program] = {}
         self.ledgers: dict[int, Any] = {}
         self.told: set[str] = set()
+        self.taken: Counter[object] = Counter()
         self.window: Tensor | None = None
         self.costs: dict[object, tuple[int, list[str], object]] = {}
 
@@ -744,6 +766,11 @@ class Batched(Engine):
             return f"{type(step.optimiser).__name__} does not treat every number alike"
         if self.auto and jobs[0].layout.size > SMALL:
             return f"auto: a model of {jobs[0].layout.size} numbers keeps the processor busy alone"
+        if self.auto:
+            kind = alike(jobs[0])
+            self.taken[kind] += int(sum(j.work * prod(j.step.span) for j in jobs))
+            if self.taken[kind] < EARNED:
+                return f"auto: until {EARNED} steps of a kind show that a program for them pays"
         return None
 
 

@@ -4,14 +4,19 @@
 measurement after a warm-up, median of REPEATS. The loop does the same work by hand: it trains one client after another
 (FedProx and GHBM: what they add to the gradient; ER: a batch of 10 from the client's buffer beside each new one) and averages. Ours also
 serialises what is told, hashes it, and keeps the books. Times are of whole runs over their rounds: preparing and tracing a run
-are in them. `make engines` writes results/engines.{json,md}. On a GPU: --device cuda:0.
+are in them; the programs were traced in the warm-up, as an engine and a model that are used again have them. Scaling: CROWDS clients of
+20 images (all of one bank, so that data take no room), 100 rounds of 100, each in a process of its own: its peak memory. `make engines` writes results/engines.{json,md}. On a GPU: --device cuda:0.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import resource
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +33,7 @@ from consilience.core.model import Model
 from consilience.core.source import Source, Tensors
 from consilience.engines import batched, serial
 
+CROWDS = (100, 1_000, 10_000)
 ROUNDS, REPEATS, CLIENTS, SAMPLED, EPOCHS, BATCH, LR = 40, 3, 100, 10, 5, 10, 0.05
 LIMITS = {"fedavg": 3.0, "fedprox": 2.0, "ghbm": 2.0, "er": 1.5, "unequal": 2.0, "conv": 1.4}
 LABELS = tuple(("noise", str(i)) for i in range(10))
@@ -128,12 +134,38 @@ def ours(model: Model, data: list[list[Source]], rounds: int, kind: str, engine:
     cs.run(schedule, method, model, training, engine=engine)  # type: ignore[arg-type]
 
 
+def crowd(n: int) -> dict[str, float]:
+    """Peak memory and time of a federation of n clients, in a process of its own."""
+    out = subprocess.run([sys.executable, __file__, "--crowd", str(n)], capture_output=True, text=True, check=True)
+    return json.loads(out.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+
+
+def crowded(n: int) -> None:
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.rand(2000, 1, 28, 28, generator=g), torch.randint(10, (2000,), generator=g)
+    test = Tensors(x[:10], y[:10])
+    sources = [
+        Source(f"c{i:05d}", Tensors(x[20 * (i % 100) :][:20], y[20 * (i % 100) :][:20]), test, test, LABELS, tuple(range(10)))
+        for i in range(n)
+    ]
+    start = time.perf_counter()
+    schedule = cs.settings.federated(sources, 100, 100, evaluate_every=100)
+    training = cs.Training(epochs=1, batch_size=10, lr=LR)
+    cs.run(schedule, cs.methods.fedavg(), cs.models.wrap(mlp), training, engine="batched")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps({"clients": n, "peak_mib": round(peak), "seconds": round(time.perf_counter() - start, 1)}))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--full", action="store_true", help="1,000 clients, 100 a round, and more repeats")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--cases", nargs="*", default=list(LIMITS), choices=list(LIMITS))
+    parser.add_argument("--crowd", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.crowd:
+        crowded(arguments.crowd)
+        return
     global SAMPLED, CLIENTS
     if arguments.full:
         CLIENTS, SAMPLED = 1000, 100
@@ -175,7 +207,11 @@ def main() -> None:
             f"| {r['case']} | {r['loop_ms']:.0f} | {r['serial_ms']:.0f} | {r['batched_ms']:.0f} | {r['updates']:.0f} | {r['ratio']:.2f} "
             f"| {r['limit']} |"
         )
+    crowds = [crowd(n) for n in CROWDS]
+    table += ["", "| clients | peak memory, MiB | seconds |", "|---|---|---|"]
+    table += [f"| {c['clients']:,.0f} | {c['peak_mib']:.0f} | {c['seconds']:.1f} |" for c in crowds]
     facts = {
+        "crowds": crowds,
         "rows": rows,
         "load before": load,
         "threads": torch.get_num_threads(),
@@ -183,7 +219,9 @@ def main() -> None:
         "clients": CLIENTS,
         "a round": SAMPLED,
     }
-    about = (__doc__ or "").replace("ROUNDS", str(ROUNDS)).replace("REPEATS", str(REPEATS))
+    about = (
+        (__doc__ or "").replace("ROUNDS", str(ROUNDS)).replace("REPEATS", str(REPEATS)).replace("CROWDS", "100, 1,000 and 10,000")
+    )
     stem = Path(__file__).stem + ("_full" if arguments.full else "") + ("" if d == "cpu" else "_gpu")
     save(stem, about, facts, "\n".join([*table, "", f"- load before: {load:.2f}", f"- threads: {torch.get_num_threads()}"]))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -497,20 +496,13 @@ class Stack:
                 j.index += 1
 
     def _windows(self) -> None:
-        """Examples in memory, one part a step, drawn from all examples put together where these are few; else the batches of
-        several steps are gathered at once, into [K, S, B, ..]."""
+        """Examples in memory, one part a step: the batches of several steps are gathered at once, into [K, S, B, ..]."""
         device, width = self.layout.device, self.widths[0]
         lines = {id(j): Line.of(j, width) for j in self.jobs}
         done = dict.fromkeys(lines, 0)
         x, y = next(iter(self.jobs[0].parts[0][1].batches([torch.zeros(1, dtype=torch.long)])))
         task, source = self.jobs[0].parts[0][2], self.jobs[0].parts[0][0].name
         blank = Batch(x, y, task, source=source if all(j.parts[0][0].name == source for j in self.jobs) else "")
-        sizes = [len(j.parts[0][1]) for j in self.jobs]
-        pool = (x[:0], y[:0])
-        if sum(sizes) * x.nbytes <= WINDOW:
-            held = [j.parts[0][1].whole() for j in self.jobs]
-            pool = (torch.cat([h[0] for h in held]), torch.cat([h[1] for h in held]))
-        first_of = dict(zip(lines, [0, *itertools.accumulate(sizes)], strict=False))
         while True:
             self.give_back([r for r, j in enumerate(self.rows) if j is not None and done[id(j)] == len(lines[id(j)].sizes)])
             self.compact()
@@ -519,22 +511,17 @@ class Stack:
                 return
             rows = len(self.rows)
             steps = min(len(lines[id(j)].sizes) - done[id(j)] for _, j in live)
-            if not len(pool[0]):
-                steps = max(1, min(steps, WINDOW // max(1, rows * width * x.nbytes)))
-                xs = self.engine.room((rows, steps, width, *x.shape[1:]), x, len(live) < rows)
-                ys = (y.new_zeros if len(live) < rows else y.new_empty)(rows, steps, width, *y.shape[1:])
-            order = torch.zeros(rows, steps, width, dtype=torch.long, device=device)
+            steps = max(1, min(steps, WINDOW // max(1, rows * width * x.nbytes)))
+            xs = self.engine.room((rows, steps, width, *x.shape[1:]), x, len(live) < rows)
+            ys = (y.new_zeros if len(live) < rows else y.new_empty)(rows, steps, width, *y.shape[1:])
             counts = torch.full((rows, steps), width, device=device)
             moments = torch.zeros(rows, 4, steps, dtype=torch.long, device=device)
             for r, j in live:
                 line, at, examples = lines[id(j)], slice(done[id(j)], done[id(j)] + steps), j.parts[0][1]
                 assert isinstance(examples, Tensors)
-                index = line.index[at].to(device)
-                if len(pool[0]):
-                    torch.add(index, first_of[id(j)], out=order[r])
-                else:
-                    torch.index_select(examples.x, 0, index.view(-1), out=xs[r].view(-1, *x.shape[1:]))
-                    torch.index_select(examples.y, 0, index.view(-1), out=ys[r].view(-1, *y.shape[1:]))
+                index = line.index[at].reshape(-1).to(device)
+                torch.index_select(examples.x, 0, index, out=xs[r].view(-1, *x.shape[1:]))
+                torch.index_select(examples.y, 0, index, out=ys[r].view(-1, *y.shape[1:]))
                 if self.padded:
                     counts[r] = torch.tensor(line.sizes[at], device=device)
                 if self.inside:
@@ -546,18 +533,12 @@ class Stack:
             ws = None
             if self.padded:
                 ws = (torch.arange(width, device=device) < counts[..., None]).to(self.layout.dtype)
-            order = order.transpose(0, 1).reshape(steps, -1)
             made = 0
             try:
                 for s in range(steps):
                     slots = Slots()
                     w = None if ws is None else slots.put(ws[:, s], 0)
-                    bx, by = (
-                        [p.index_select(0, order[s]).view(rows, width, *p.shape[1:]) for p in pool]
-                        if len(pool[0])
-                        else (xs[:, s], ys[:, s])
-                    )
-                    batch = rebuilt(blank, {"x": slots.put(bx, 0), "y": slots.put(by, 0), "w": w})
+                    batch = rebuilt(blank, {"x": slots.put(xs[:, s], 0), "y": slots.put(ys[:, s], 0), "w": w})
                     self.advance(slots, [batch], self.clock(moments[:, :, s].T, slots))
                     made += 1
             finally:

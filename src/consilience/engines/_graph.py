@@ -43,6 +43,7 @@ def tidy(graph: GraphModule, args: Sequence[Tensor], states: int) -> GraphModule
     _with_bias(graph.graph)
     _in_place(graph.graph, states)
     graph.graph.eliminate_dead_code()
+    _natively(graph.graph)
     graph.recompile()
     return graph
 
@@ -262,6 +263,24 @@ def _cut(a: Node, dim: int, start: int, end: int) -> Any:
     shape = list(meta.shape)
     shape[dim] = min(end, shape[dim]) - start
     return meta._replace(shape=torch.Size(shape))
+
+
+# calls
+
+NATIVE: dict[Any, Any] = {
+    aten.bmm.default: torch.bmm, aten.baddbmm.default: torch.baddbmm, aten.relu.default: torch.relu, aten.transpose.int: torch.transpose,
+    aten.sum.dim_IntList: torch.sum, aten.scatter_add.default: torch.scatter_add, aten.mul.Scalar: torch.mul, aten.mul.Tensor: torch.mul,
+    aten.add.Tensor: torch.add, aten.unsqueeze.default: torch.unsqueeze, aten.reshape.default: torch.reshape,
+    aten.view.default: "view", aten.add_.Tensor: "add_", aten.mul_.Scalar: "mul_", aten.baddbmm_.default: "baddbmm_", aten.addcmul_.default: "addcmul_",
+}  # fmt: skip
+"""The same operations by torch's own bindings, which are called sooner."""
+
+
+def _natively(graph: Graph) -> None:
+    for node in graph.nodes:
+        target = NATIVE.get(node.target) if node.op == "call_function" else None
+        if target is not None and "dtype" not in node.kwargs:
+            node.op, node.target = ("call_method" if isinstance(target, str) else "call_function"), target
 
 
 # updates

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import kit
@@ -15,7 +16,7 @@ from torch import nn
 
 import consilience as cs
 from consilience.core.agent import Agent
-from consilience.core.correction import Correction, Learned, Mapper, Me
+from consilience.core.correction import Correction, Learned, Mapper, Me, overrides
 from consilience.core.message import Message, Module, Private, Samples, Statistics, Weights
 from consilience.core.result import Result
 from consilience.core.source import Source, Tensors
@@ -374,3 +375,19 @@ def test_a_shared_item_of_what_does_not_travel_is_refused() -> None:
 
     with pytest.raises(TypeError, match="should be Private"):
         kit.quiet(kit.SETTINGS["continual (class)"](), cs.Method("leak", (Leak(),)), kit.plain())
+
+
+def test_a_pull_is_the_gradient_of_its_penalty():
+    """Of every correction of the catalogue that says it in closed form."""
+    g = torch.Generator().manual_seed(0)
+    drawn = lambda: torch.randn(7, generator=g, dtype=torch.float64)  # noqa: E731
+    found = {n: c for n in kit.CORRECTIONS if overrides(c := kit.make(n), "pull")}
+    assert len(found) >= 12
+    for c in found.values():
+        me = Me(flat={k: drawn() for k in ("precision", "shift", "push", "h")})
+        step = SimpleNamespace(theta=drawn(), start=drawn(), span=(3, 5))
+        vector, factor = c.pull(step, me)
+        leaf = step.theta.clone().requires_grad_()
+        step.theta = leaf
+        wanted = torch.autograd.grad(c.penalty(step, me), leaf)[0]
+        assert torch.allclose(vector * factor, wanted, atol=1e-13), c.name

@@ -209,6 +209,10 @@ class Correction(ABC):  # noqa: B024 (every verb is optional)
         """A scalar of `step.theta` whose gradient is added after the aggregator."""
         return step.theta.new_zeros(())
 
+    def pull(self, step: StepView, me: Me) -> tuple[Tensor, float] | None:
+        """The gradient of `penalty` as a vector [n] and a factor, where it is known; None leaves it to autograd."""
+        return None
+
     def mask(self, step: StepView, me: Me) -> Tensor:
         """Factors [n] on the rows before aggregation; where 0 the entry is restored after the optimiser."""
         return torch.ones_like(step.theta)
@@ -218,7 +222,8 @@ class Correction(ABC):  # noqa: B024 (every verb is optional)
         return {}
 
     def trace(self, step: StepView, me: Me, grad: Tensor, delta: Tensor) -> dict[str, Tensor]:
-        """The trace after a step: `grad` [n] is the aggregated gradient before penalties, `delta` [n] what moves `step.theta`."""
+        """The trace after a step: `grad` [n] is the aggregated gradient before penalties, `delta` [n] what moves `step.theta`.
+        Its own tensors may be changed in place."""
         return me.trace
 
     def summarise(self, learned: Learned, me: Me) -> Item | None:

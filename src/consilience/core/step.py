@@ -189,8 +189,7 @@ class Step:
         grad, self.absent = self._aggregate(objectives, weights, constraints, factor, generator)
         trained = grad
         if self.by_verb["penalty"]:
-            leaf = carry.theta.detach().requires_grad_()
-            trained = grad + torch.autograd.grad(self.penalty(replace(see, theta=leaf)), leaf)[0]
+            trained = self._pulled(grad, see)
         lr = self.training.lr
         direction, state = self.optimiser.update(trained, carry.optimiser, carry.theta)
         if self.absent:
@@ -252,6 +251,21 @@ class Step:
     def penalty(self, see: StepView) -> Tensor:
         """The sum of the penalties: a function of `see.theta`."""
         return sum((c.penalty(see, me) for c, me in self.by_verb["penalty"]), start=see.theta.new_zeros(()))
+
+    def _pulled(self, grad: Tensor, see: StepView) -> Tensor:
+        """grad + the gradient of the penalties; grad itself stays where somebody traces it."""
+        pulls = [(c, me, c.pull(see, me)) for c, me in self.by_verb["penalty"]]
+        left = [(c, me) for c, me, pull in pulls if pull is None]
+        own = not self.by_verb["trace"]
+        if left:
+            leaf = see.theta.detach().requires_grad_()
+            at = replace(see, theta=leaf)
+            total = sum((c.penalty(at, me) for c, me in left), start=leaf.new_zeros(()))
+            grad, own = grad + torch.autograd.grad(total, leaf)[0], True
+        for _, _, pull in pulls:
+            if pull is not None:
+                grad, own = (grad.add_(pull[0], alpha=pull[1]) if own else torch.add(grad, pull[0], alpha=pull[1])), True
+        return grad
 
     def _losses(self, see: StepView, kind: str) -> list[Tensor]:
         if not self.by_verb["losses"]:

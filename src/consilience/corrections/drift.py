@@ -105,6 +105,9 @@ class Scaffold(Correction):
     def penalty(self, step: StepView, me: Me) -> Tensor:
         return push(step, me.flat["shift"])
 
+    def pull(self, step: StepView, me: Me) -> tuple[Tensor, float]:
+        return me.flat["shift"], 1.0
+
     def summarise(self, learned: Learned, me: Me) -> Private | None:
         """This source's share of c_i+, `c/...`, with its share of one client, `count`, and what both gained, `gain/...`."""
         if not learned.steps or learned.training is None:
@@ -177,6 +180,9 @@ class FedDyn(Correction):
         away = step.theta - step.start
         return 0.5 * self.alpha * torch.dot(away, away) - push(step, me.flat["h"])
 
+    def pull(self, step: StepView, me: Me) -> tuple[Tensor, float]:
+        return (step.theta - step.start).mul_(self.alpha).sub_(me.flat["h"]), 1.0
+
     def summarise(self, learned: Learned, me: Me) -> Private:
         away = learned.layout.flatten(learned.trainable) - learned.layout.flatten(learned.start)
         h = learned.share * (me.flat["h"] - self.alpha * away)
@@ -246,6 +252,9 @@ class _Momentum(Correction):
 
     def penalty(self, step: StepView, me: Me) -> Tensor:
         return push(step, me.flat["push"]) / (step.span[0] * step.span[1])
+
+    def pull(self, step: StepView, me: Me) -> tuple[Tensor, float]:
+        return me.flat["push"], 1 / (step.span[0] * step.span[1])
 
 
 @dataclass(frozen=True)

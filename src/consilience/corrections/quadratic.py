@@ -69,6 +69,9 @@ class Quadratic(Correction):
     def penalty(self, step: StepView, me: Me) -> Tensor:
         return self.strength * QuadraticForm.apply(step.theta, me.flat["precision"], me.flat["shift"])[0]  # type: ignore[no-untyped-call, no-any-return]
 
+    def pull(self, step: StepView, me: Me) -> tuple[Tensor, float]:
+        return torch.mul(me.flat["precision"], step.theta).sub_(me.flat["shift"]), self.strength
+
     def caution(self, me: Me, training: Training) -> tuple[dict[str, Tensor], str | None]:
         """Cap the precision at 1 / (lr x strength) for SGD, around the same centre: a larger one would overshoot, and above 2 diverge."""
         from consilience.core.optimiser import SGD
@@ -161,7 +164,7 @@ class SI(Running):
         return {"path": torch.zeros_like(theta), "start": theta.clone()}
 
     def trace(self, step: StepView, me: Me, grad: Tensor, delta: Tensor) -> dict[str, Tensor]:
-        return {**me.trace, "path": torch.addcmul(me.trace["path"], grad, delta, value=-1)}
+        return {**me.trace, "path": me.trace["path"].addcmul_(grad, delta, value=-1)}
 
     def summarise(self, learned: Learned, me: Me) -> Statistics:
         end = learned.trainable
@@ -195,6 +198,9 @@ class Proximal(Correction):
     def penalty(self, step: StepView, me: Me) -> Tensor:
         away = step.theta - step.start
         return 0.5 * self.mu * torch.dot(away, away)
+
+    def pull(self, step: StepView, me: Me) -> tuple[Tensor, float]:
+        return step.theta - step.start, self.mu
 
 
 @dataclass(frozen=True)

@@ -386,8 +386,12 @@ def test_a_pull_is_the_gradient_of_its_penalty():
     for c in found.values():
         me = Me(flat={k: drawn() for k in ("precision", "shift", "push", "h")})
         step = SimpleNamespace(theta=drawn(), start=drawn(), span=(3, 5))
+        before = {k: t.clone() for k, t in {**me.flat, "theta": step.theta, "start": step.start}.items()}
         vector, factor = c.pull(step, me)
+        wanted_of = vector * factor
         leaf = step.theta.clone().requires_grad_()
         step.theta = leaf
         wanted = torch.autograd.grad(c.penalty(step, me), leaf)[0]
-        assert torch.allclose(vector * factor, wanted, atol=1e-13), c.name
+        assert torch.allclose(wanted_of, wanted, atol=1e-13), c.name
+        after = {**me.flat, "theta": step.theta, "start": step.start}
+        assert all(torch.equal(before[k], after[k]) for k in before), "nothing was changed"

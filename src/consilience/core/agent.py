@@ -271,7 +271,7 @@ class Agent:
         for c, me in mes:
             traced = state.memory.get(f"{c.name}.trace", {}).get("+".join(s.name for s in given))
             if traced is not None and all(t.shape == traced.tensors[k].shape for k, t in me.trace.items()):
-                me.trace = {k: t.to(self.device).clone() for k, t in traced.tensors.items()}  # a trace may be changed in place
+                me.trace = {k: t.to(self.device) for k, t in traced.tensors.items()}
         kind = ("step", *[c.name for c, me in mes if acts(c, me)], layout.size)
         asked = {s.name for s in given}  # what a correction gathered is another pool at each learn
         total = sum(state.visits.values())

@@ -222,8 +222,7 @@ class Correction(ABC):  # noqa: B024 (every verb is optional)
         return {}
 
     def trace(self, step: StepView, me: Me, grad: Tensor, delta: Tensor) -> dict[str, Tensor]:
-        """The trace after a step: `grad` [n] is the aggregated gradient before penalties, `delta` [n] what moves `step.theta`.
-        Its own tensors may be changed in place."""
+        """The trace after a step: `grad` [n] is the aggregated gradient before penalties, `delta` [n] what moves `step.theta`."""
         return me.trace
 
     def summarise(self, learned: Learned, me: Me) -> Item | None:

@@ -164,7 +164,7 @@ class SI(Running):
         return {"path": torch.zeros_like(theta), "start": theta.clone()}
 
     def trace(self, step: StepView, me: Me, grad: Tensor, delta: Tensor) -> dict[str, Tensor]:
-        return {**me.trace, "path": me.trace["path"].addcmul_(grad, delta, value=-1)}
+        return {**me.trace, "path": torch.addcmul(me.trace["path"], grad, delta, value=-1)}
 
     def summarise(self, learned: Learned, me: Me) -> Statistics:
         end = learned.trainable
@@ -200,7 +200,7 @@ class Proximal(Correction):
         return 0.5 * self.mu * torch.dot(away, away)
 
     def pull(self, step: StepView, me: Me) -> tuple[Tensor, float]:
-        return step.theta - step.start, self.mu
+        return (step.theta - step.start).mul_(self.mu), 1.0
 
 
 @dataclass(frozen=True)

@@ -61,9 +61,11 @@ def kept(out: Path) -> tuple[dict[str, Tensor], Any]:
     """All that a run kept of every agent, but its seconds."""
     index = json.loads((out / "checkpoint" / "index.json").read_text())
     facts = index["facts"]
-    facts["walk"]["ledger"].pop("seconds")
-    for c in (*facts["walk"]["curve"], *(c for d in facts["finished"] for c in (d["costs"], *d["curve"]))):
-        c.pop("seconds")
+    for walk in facts["walks"].values():
+        walk["ledger"].pop("seconds")
+        ended = [walk["result"]["costs"], *walk["result"]["curve"]] if walk["result"] else []
+        for c in (*walk["curve"], *ended):
+            c.pop("seconds", None)
     return load(out / "checkpoint" / index["file"])[0], facts
 
 
@@ -151,7 +153,7 @@ def test_every_agent_ends_with_the_bits_and_the_costs_of_the_serial_engine(ray, 
     for engine in ("serial", "ray"):
         cs.run(setting(clients), method, MODEL, TRAINING, repeats=2, out=tmp_path / engine, engine=engine)
     (serial, facts), (tasks, theirs) = kept(tmp_path / "serial"), kept(tmp_path / "ray")
-    assert same(serial, tasks) and any("client" in k for k in serial)
+    assert same(serial, tasks) and any("client" in name for name in facts["walks"]["1"]["agents"])
     assert facts == theirs
     assert any(json.loads(line)["event"] == "engine" for line in (tmp_path / "ray" / "log.jsonl").read_text().splitlines())
     assert ray.is_initialized()  # who started it stops it
@@ -266,7 +268,7 @@ def test_a_run_interrupted_between_clients_resumes_to_the_same_bits(ray, clients
     when_begun(tmp_path, lambda pid: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(cs.core.errors.Interrupted, match="go on with `resume=True`"):
         cs.run(rounds(sources, 2), cs.methods.ewc(1.0), MODEL, TRAINING, engine="ray", out=tmp_path / "run")
-    walk = kept(tmp_path / "run")[1]["walk"]
+    walk = kept(tmp_path / "run")[1]["walks"]["0"]
     assert walk["phase"] == 1 and walk["learned"] in (0, 1) and walk["job"] is None
     (tmp_path / "go").write_text("")
     resumed = cs.run(rounds(sources, 2), cs.methods.ewc(1.0), MODEL, TRAINING, engine=again, out=tmp_path / "run", resume=True)
@@ -287,7 +289,7 @@ def test_a_task_goes_on_where_a_serial_run_stopped_inside_it(ray, clients, tmp_p
     )
     with pytest.raises(Stop):
         cs.run(**run, out=tmp_path, checkpoint_steps=5, progress=stop)
-    assert kept(tmp_path)[1]["walk"]["job"] is not None
+    assert kept(tmp_path)[1]["walks"]["0"]["job"] is not None
     resumed, whole = cs.run(**run, out=tmp_path, resume=True, engine="ray"), cs.run(**run)
     assert same(whole.params, resumed.params)
     assert whole.costs["steps"] == resumed.costs["steps"] and whole.costs["by_agent"] == resumed.costs["by_agent"]

@@ -25,6 +25,9 @@ from consilience.core.state import State
 from consilience.core.step import Carry, Step, acts
 from consilience.core.training import Training
 
+ONCE = "(later learns are not mentioned)"
+"""The end of a caution, which is said once a run."""
+
 
 @dataclass(eq=False)
 class Job:
@@ -263,7 +266,7 @@ class Agent:
             me.flat, warning = c.caution(me, t)
             if warning and c.name not in self.ledger.warned:
                 self.ledger.warned.add(c.name)
-                warnings.warn(f"{c.name} on {given[0].name!r}: {warning} (later learns are not mentioned)", stacklevel=2)
+                warnings.warn(f"{c.name} on {given[0].name!r}: {warning} {ONCE}", stacklevel=2)
         carry = Carry(theta, {n: b.to(self.device).clone() for n, b in buffers.items()}, t.inner().init(theta))
         parts = tuple((s, s.train.to(self.device, dtype), s.task if self.aware else None) for s in sources)
         span = (t.epochs, max(-(-len(e) // t.batch_size) for _, e, _ in parts))

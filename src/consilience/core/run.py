@@ -344,7 +344,8 @@ def drive(sessions: Sequence[Session], engine: Engine) -> None:
         with interruptible() as stop:
             for session in sessions:
                 session.stop = stop
-            for group in [walks] if engine.stacks else [[w] for w in walks]:
+            groups = [walks] if engine.stacks else [[w] for w in walks]
+            for group in groups:
                 running = [w.steps() for w in group]
                 while running:
                     asked = [(steps, next(steps, None)) for steps in running]
@@ -356,6 +357,8 @@ def drive(sessions: Sequence[Session], engine: Engine) -> None:
                     together = [ask for ask in asks if ask.paused is None]
                     if len(asks) > 1 and together:
                         engine.learn([w for ask in together for w in ask.work], joined(together))
+                for w in group if group is not groups[-1] else ():
+                    w.forget()
     finally:
         engine.close()
 

@@ -115,14 +115,16 @@ class Walk:
             "rows": self.rows, "stages": self.stages[1:], "costs": self.ledger.costs(), "curve": self.curve, "learning": self.learning,
             "mapper": self.mapped if self.mapped else None, "drift": self.drift, "local": self.local, "personal": self.personal,
         }  # fmt: skip
-        evaluated = self._agent(self.schedule.evaluated)
-        self.agents = {evaluated.name: evaluated} if self.repeat == 0 else {}
         self.save(self)
 
     @property
     def agent(self) -> Agent:
         """The agent that is judged."""
         return self._agent(self.schedule.evaluated)
+
+    def forget(self) -> None:
+        """Let go of what only a walk that goes on needs: of the first repeat the judged agent stays."""
+        self.agents = {self.agent.name: self.agent} if self.repeat == 0 else {}
 
     def _done(self, job: Job | None) -> None:
         self.job = job

@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from consilience.core.agent import Agent
+from consilience.core.agent import ONCE, Agent
 from consilience.core.engine import Engine, Paused, Watch, Work
 from consilience.core.errors import ConsilienceError
 from consilience.core.ledger import Ledger
@@ -369,9 +369,13 @@ class Session:
                     own[k] += members
         return shared, own
 
-    def hear(self, answer: Answer) -> None:
+    def hear(self, answer: Answer, agent: Agent) -> None:
         """Show what a worker said."""
         for text, category, filename, line in answer.warned:
+            caution = text.partition(" on ")[0] if text.endswith(ONCE) else ""
+            if caution in agent.ledger.warned:  # another worker said it
+                continue
+            agent.ledger.warned |= {caution} - {""}
             warnings.warn_explicit(text, category, filename, line, registry=self.registry)
         for record in answer.lines:
             logging.getLogger(record.name).handle(record)
@@ -480,7 +484,7 @@ class Ray(Engine):
         for kind, n in answer.times.items():
             ledger.add(agent.name, "macs", n * ledger.known.setdefault(kind, answer.known[kind]))
         ledger.steps += answer.steps
-        session.hear(answer)
+        session.hear(answer, agent)
         if answer.why is not None:
             raise pickle.loads(answer.why)
         assert answer.facts is not None

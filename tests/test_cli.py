@@ -107,7 +107,7 @@ def test_models_and_splits_come_one_after_another(tmp_path):
     assert main(["run", *argv.split(), *QUICK, "--out", str(tmp_path / "out")]) == 0
     found = result(tmp_path / "out")
     assert len(found["sources"]) == 10
-    assert found["config"]["model"] == {"random_features": {"width": 256, "seed": 0}, "multi_head": {}}
+    assert found["config"]["model"] == {"random_features": {"width": 256, "seed": 0}, "multi_head": {"norm": None}}
 
 
 def test_a_module_of_ones_own_is_a_model(tmp_path, monkeypatch):

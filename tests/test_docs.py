@@ -27,6 +27,13 @@ def test_the_readme_runs(code, capsys, tmp_path, monkeypatch):
             assert abs(float(line.split()[1]) - float(shown.split()[1])) < 0.03, line
 
 
+def test_the_example_of_the_agents_page_runs(capsys, tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "skill.md").read_text(), re.S)
+    exec(compile(code.replace("/tmp/", f"{tmp_path}/"), "skill.md", "exec"), {})
+    score, mapper = (float(v) for v in re.findall(r"(\d\.\d+|\d\.\d)", capsys.readouterr().out))
+    assert score > 0.8 and mapper > 0.8
+
+
 def test_the_examples_run(capsys):
     for script in sorted((ROOT / "examples").glob("*.py")):
         runpy.run_path(str(script), run_name="__main__")

@@ -528,7 +528,7 @@ def bent(s, z, y):
     from types import SimpleNamespace as Some
 
     z = z.clone().requires_grad_()
-    _, private = WSM().begin(Some(outputs=z.shape[1]), {}, (s,), None, None)
+    _, private = WSM().begin(Some(model=Some(outputs=z.shape[1]), params={}, sources=(s,)))
     part = Some(y=y, owner="")
     see = Some(outputs=[z], parts=[part], theta=z.detach())
     losses = WSM().losses({0: F.cross_entropy(z, y, reduction="none")}, see, Me(private=private))[0]

@@ -1199,8 +1199,8 @@ def test_a_penalty_can_be_a_linear_term_and_a_trace_follows_the_path():
 
 
 def test_begin_can_add_an_entry():
-    def begin(self, model, params, sources, known, generator):
-        return {"extra.shift": torch.zeros(C, dtype=torch.float64), **params}, {}
+    def begin(self, start):
+        return {"extra.shift": torch.zeros(C, dtype=torch.float64), **start.params}, {}
 
     def view(self, params, task, me):
         shift = params.get("extra.shift", torch.zeros(C, dtype=torch.float64))

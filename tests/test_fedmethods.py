@@ -51,8 +51,8 @@ def agents(schedule, method, names, model=None, **more):
 class Plain(FedWeIt):
     """With sigmoid(m) = 1, A = alpha = 0, all of them frozen."""
 
-    def begin(self, model, params, sources, known, generator):
-        new, private = super().begin(model, params, sources, known, generator)
+    def begin(self, start):
+        new, private = super().begin(start)
         fill = {"mask": 40.0, "own": 0.0}
         return {n: p.fill_(fill.get(n.split("/")[1], 0.0)) if "fedweit/" in n else p for n, p in new.items()}, private
 

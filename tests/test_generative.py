@@ -12,7 +12,7 @@ from torch.distributions import Bernoulli, Normal, kl_divergence
 
 import consilience as cs
 from consilience.core.agent import Agent
-from consilience.core.correction import Learned, Me
+from consilience.core.correction import Beginning, Learned, Me
 from consilience.core.params import Layout, key, same
 from consilience.core.schedule import Hear, Learn, Stage, build
 from consilience.core.source import Source, Tensors
@@ -426,7 +426,7 @@ def test_inputs_that_cannot_be_generated_are_refused():
     whole = replace(SOURCES[0], train=Tensors((SOURCES[0].train.x * 9).long(), SOURCES[0].train.y))
     words = GenerativeReplay()
     with pytest.raises(cs.ConsilienceError, match=r"should be real numbers. Found torch.int64 in 's/0'; use er"):
-        words.begin(mlp(), {}, (whole,), None, key(0))
+        words.begin(Beginning(mlp(), {}, {}, (whole,), None, key(0)))
     with pytest.raises(cs.ConsilienceError, match=r"Bernoulli generator should lie in \[0, 1\]. Found others in 's/1'; use"):
         go(GR(**SMALL), [SOURCES[0], source(1, scale=5.0)])
     go(GR(**SMALL, likelihood="gaussian"), [SOURCES[0], source(1, scale=5.0)])
@@ -434,7 +434,7 @@ def test_inputs_that_cannot_be_generated_are_refused():
     wide = replace(SOURCES[1], train=Tensors(SOURCES[1].train.x.view(-1, 2, 3), SOURCES[1].train.y))
     known = words.recall({("a", "s/0"): item}, (wide,))
     with pytest.raises(cs.ConsilienceError, match=r"one shape. Found \(2, 3\) in 's/1', before \(6,\)"):
-        words.begin(mlp(), {}, (wide,), known, key(0))
+        words.begin(Beginning(mlp(), {}, {}, (wide,), known, key(0)))
     with pytest.raises(cs.ConsilienceError, match="finite. Found NaN or infinity .* the generator after 's/0'"):
         go(GR(**{**SMALL, "lr": 1e300}))
 

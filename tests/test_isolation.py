@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import consilience as cs
 from consilience.core.agent import Agent
-from consilience.core.correction import Me
+from consilience.core.correction import Beginning, Me
 from consilience.core.message import Message, Module
 from consilience.core.params import Layout, key, same
 from consilience.core.source import Source, Tensors
@@ -207,7 +207,7 @@ def test_packnet_keeps_exact_counts_with_ties():
     p, model = PackNet(0.3), mlp()
     params = {n: torch.zeros_like(t) for n, t in start(model).items()}
     layout = Layout.of(params)
-    private = p.begin(model, params, (SOURCES[0],), p.recall({}, ()), torch.Generator())[1]
+    private = p.begin(Beginning(model, params, {}, (SOURCES[0],), p.recall({}, ()), torch.Generator()))[1]
     keep = layout.split(p._prune(layout.flatten(params), layout, Me(private=private, model=model))["keep"])
     assert [int(keep[n].sum()) for n in LAYERS] == [22, 36], "everything ties at 0"
 

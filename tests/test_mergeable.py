@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import consilience as cs
-from consilience.core.correction import Learned
+from consilience.core.correction import Beginning, Learned
 from consilience.core.optimiser import SGD, Optimiser
 from consilience.core.params import Layout, key, same
 from consilience.core.schedule import Learn, Stage, build
@@ -156,7 +156,7 @@ def test_the_score_of_values_is_the_sum_of_the_squared_gradients_of_outputs():
 def test_the_mask_is_the_restated_one(density, rounds, of):
     for s in (A, PAIR[0]):
         s = replace(s, task="a")
-        found, idle = TaLoS(density, rounds, of).draw(mlp(), start(), (s,), drawn(s.name))
+        found, idle = TaLoS(density, rounds, of).draw(Beginning(mlp(), start(), {}, (s,), None, drawn(s.name)))
         assert same(found, restated(start(), s, density, rounds, of)) and 0 <= idle <= 1
         absent = (C - len(s.classes)) * (5 + 1)
         size = sum(k.numel() for k in found.values()) - absent
@@ -170,14 +170,14 @@ def test_the_kept_count_is_exact_and_ties_go_by_index():
     s = replace(A, train=Tensors(x, torch.arange(12) % C), task="a")
     model = cs.models.linear(D, C)
     params = {n: p.double() for n, p in model.init(key(0))[0].items()}
-    keep, idle = TaLoS(0.3, 2).draw(model, params, (s,), key(1))
+    keep, idle = TaLoS(0.3, 2).draw(Beginning(model, params, {}, (s,), None, key(1)))
     assert idle == 1
     assert sum(int(k.sum()) for k in keep.values()) == math.ceil(0.3 * (C * D + C)) == 9
     weight = keep["1.weight"]
     assert not keep["1.bias"].any() and not weight[:, 0].any()
     free = [(i, j) for i in range(C) for j in range(1, D)]
     assert [bool(weight[i, j]) for i, j in free] == [True] * 9 + [False] * (len(free) - 9)
-    live, idle = TaLoS(0.3, 2, reached=True).draw(model, params, (s,), key(1))
+    live, idle = TaLoS(0.3, 2, reached=True).draw(Beginning(model, params, {}, (s,), None, key(1)))
     assert idle == 0 and live["1.weight"][:, 0].sum() + live["1.bias"].sum() == math.ceil(0.3 * 2 * C) == sum(
         k.sum() for k in live.values()
     )
@@ -273,7 +273,7 @@ def test_a_client_keeps_its_mask_over_rounds():
 
 
 def test_several_sources_in_a_step_have_one_mask_of_the_sum_of_their_scores():
-    together, _ = TaLoS(0.2, 1).draw(mlp(), start(), tuple(PAIR), drawn("a"))
+    together, _ = TaLoS(0.2, 1).draw(Beginning(mlp(), start(), {}, tuple(PAIR), None, drawn("a")))
     g = drawn("a")
     net = plain()
     parts = [scores(net, s, g, "logit") for s in PAIR]
@@ -305,16 +305,34 @@ def test_stacked_clients_train_as_one_by_one():
     near(one, two)
 
 
-def test_where_sparse_training_refuses():
+def test_scores_are_taken_with_the_running_statistics_of_the_start():
     norm = cs.models.wrap(lambda: nn.Sequential(nn.Linear(D, 5), nn.BatchNorm1d(5), nn.Linear(5, C)))
-    with pytest.raises(cs.Refusal, match="statistics of batch norm"):
-        run(cs.methods.talos(), PAIR, norm)
+    params, buffers = ({n: t.double() for n, t in own.items()} for own in norm.init(key(0)))
+    moved = {n: b + (torch.arange(5) * 3 if n.endswith("running_mean") else 0) for n, b in buffers.items()}
+    s, found = PAIR[0], []
+    for own in (buffers, moved):
+        keep, _ = TaLoS(0.3, 1).draw(Beginning(norm, params, own, (s,), None, drawn("a")))
+        layout = Layout.of(params)
+        rows = torch.zeros(C)
+        rows[list(s.classes)] = 1
+        there = layout.flatten(
+            {n: torch.ones_like(p) * (rows.view(-1, *[1] * (p.ndim - 1)) if n[0] == "2" else 1) for n, p in params.items()}
+        )
+        seen = Learned(norm, params, own, {}, s, s.task, layout, drawn("a"))
+        scores = layout.flatten(fisher(seen, "model", TaLoS().samples, of=TaLoS().score)).masked_fill(there == 0, torch.inf)
+        lowest = torch.zeros(layout.size).index_fill(0, scores.argsort(stable=True)[: TaLoS(0.3, 1).kept(int(there.sum()))], 1)
+        found.append(layout.flatten({n: k.to(params[n]) for n, k in keep.items()}))
+        assert torch.equal(found[-1].float(), lowest)
+    assert not torch.equal(*found)
+
+
+def test_where_sparse_training_refuses():
     heads = cs.models.multi_head(cs.models.random_features(D, 8), C)
     with pytest.raises(cs.Refusal, match="no trainable entry that tasks share"):
         run(cs.methods.talos(), PAIR, heads)
     broken = {n: torch.full_like(p, torch.nan) for n, p in start().items()}
     with pytest.raises((cs.ConsilienceError, RuntimeError)):
-        TaLoS().draw(mlp(), broken, (PAIR[0],), drawn("a"))
+        TaLoS().draw(Beginning(mlp(), broken, {}, (PAIR[0],), None, drawn("a")))
 
 
 def test_anchored_and_early_stopped_experts_are_there():
@@ -480,7 +498,7 @@ def test_no_head_row_of_an_absent_class_is_kept(make):
     method, schedule = cs.methods.talos(0.2), cs.settings.merging(halves)
     first = params_of(model)
     for s in schedule.sources:
-        keep, _ = TaLoS(0.2).draw(model, first, (replace(s, task=None),), drawn(s.name))
+        keep, _ = TaLoS(0.2).draw(Beginning(model, first, {}, (replace(s, task=None),), None, drawn(s.name)))
         absent = [c for c in range(10) if c not in s.classes]
         assert not keep["3.weight"][absent].any() and not keep["3.bias"][absent].any()
         size = 16 * (20 + 1) + len(s.classes) * (16 + 1)

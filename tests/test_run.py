@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 import consilience as cs
-from consilience.core.params import same
+from consilience.core.params import key, same
 
 TRAINING = cs.Training(epochs=5, batch_size=32, lr=0.05)
 
@@ -584,3 +585,37 @@ def test_arguments_of_another_kind_are_one_line(parts, act, text):
         act(parts)
     assert text in str(e.value)
     assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("engine", ["serial", "batched"])
+def test_the_learning_rate_follows_its_schedule(schedule: str, engine: str) -> None:
+    """Restated with torch's SGD and LambdaLR, on two clients of different sizes side by side."""
+    import math
+
+    pieces = zip(cs.data.iid(cs.data.digits(), 2), (96, 64), strict=True)
+    parts = [replace(s, train=s.train.select(torch.arange(n))) for s, n in pieces]
+    training = cs.Training(epochs=3, batch_size=32, lr=0.5, schedule=schedule, precision="fp64")  # type: ignore[arg-type]
+    model, s, tune = cs.models.linear(64), parts[0], cs.methods.finetune()
+    one, both = (
+        cs.run(cs.settings.federated(parts, 1), cs.methods.fedavg(), model, training, engine=e).params for e in ("serial", engine)
+    )
+    assert all(torch.allclose(one[n], both[n], atol=1e-12) for n in one)
+    got = cs.run(cs.settings.continual([s]), tune, model, training, engine=engine).params
+    before = cs.run(cs.settings.continual([s]), tune, model, replace(training, epochs=0)).params
+    net = torch.nn.Linear(64, 10).double()
+    first = model.init(key(0, "init"))[0]
+    before = cs.run(cs.settings.continual([s]), cs.methods.finetune(), model, replace(training, epochs=0)).params
+    assert before.keys() == first.keys()
+    net.load_state_dict({"weight": before["1.weight"].double(), "bias": before["1.bias"].double()})
+    optimiser = torch.optim.SGD(net.parameters(), 0.5)
+    factor = {"linear": lambda i: 1 - i / 9, "cosine": lambda i: (1 + math.cos(math.pi * i / 9)) / 2}[schedule]
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
+    for epoch in range(3):
+        for index in torch.randperm(96, generator=key(0, s.name, 0, epoch, 0, "shuffle")).split(32):
+            x, y = s.train.select(index).whole()
+            optimiser.zero_grad()
+            torch.nn.functional.cross_entropy(net(x.double().flatten(1)), y).backward()
+            optimiser.step()
+            scheduler.step()
+    assert torch.allclose(got["1.weight"].double(), net.weight, atol=1e-9)

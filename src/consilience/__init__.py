@@ -25,6 +25,7 @@ _ROOMS = (
     "models",
     "report",
     "settings",
+    "skill",
 )
 _NAMES = {
     "ConsilienceError": "core.errors", "Expert": "core.schedule", "Frame": "core.source", "Interrupted": "core.errors",
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
         models,
         report,
         settings,
+        skill,
     )
     from consilience.core.errors import ConsilienceError, Interrupted, Refusal
     from consilience.core.message import Message
@@ -59,7 +61,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ConsilienceError", "Expert", "Frame", "Interrupted", "Message", "Method", "Refusal", "Result", "Source", "Training",
-    "aggregators", "consolidators", "corrections", "data", "engines", "mappers", "memory", "merge", "merging", "methods", "models", "report", "run", "settings", "sweep",
+    "aggregators", "consolidators", "corrections", "data", "engines", "mappers", "memory", "merge", "merging", "methods", "models", "report", "run", "settings", "skill", "sweep",
 ]  # fmt: skip
 
 

@@ -68,7 +68,7 @@ FROM_DATA = ("inputs", "outputs", "channels", "size")
 FROM_HERE = {"setting": ("sources", "streams", "experts", "base"), "model": FROM_DATA}
 SWITCHES = ("resume", "clients", "help")
 ROOMS = {"aggregator": "aggregators", "setting": "settings", "method": "methods", "methods": "methods", "model": "models"}
-HIDDEN = {"arrays", "stream", "wrap", "new_instances", "new_instances_and_classes"}
+HIDDEN = {"arrays", "embed", "head2toe", "macs", "new_instances", "new_instances_and_classes", "stream", "wrap"}
 """Functions of a catalogue that need objects, not text."""
 
 
@@ -192,7 +192,8 @@ def parts_of(choice: str, text: str) -> list[Part]:
         first = next(iter(inspect.signature(call).parameters), "") if choice in ("setting", "split", "model") else ""
         key = choice if len(names) == 1 and choice != "methods" else f"{choice}.{name.rpartition('.')[2]}"
         first = first if choice != "model" or first in ("trunk", "model", "backbone") else ""
-        found.append(Part(choice, key, name, call, (*FROM_HERE.get(choice, ()), first), first))
+        given = [n for n in FROM_HERE.get(choice, ()) if (name, n) != ("backbone", "size")]  # which resizes images itself
+        found.append(Part(choice, key, name, call, (*given, first), first))
     return found
 
 
@@ -536,7 +537,7 @@ def model_of(order: Order, schedule: Schedule) -> Model | None:
         takes = inspect.signature(part.call).parameters
         given = {
             **order.options(part),
-            **{k: says[k] for k in FROM_DATA if k in takes},
+            **{k: says[k] for k in FROM_DATA if k in takes and k in part.hidden},
             **({part.first: model} if part.first else {}),
         }
         make = partial(part.call, **given)

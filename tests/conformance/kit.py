@@ -215,9 +215,12 @@ WANT_OTHERS = {"FedHBM": "its momentum is what others made of its own result"}
 """Corrections that refuse where an agent hears itself alone, and why: no pairs of theirs run here, where all learn one source after
 another; tests/test_drift.py checks them."""
 
-OWN_MODEL: dict[str, Callable[[int], Model]] = {"Columns": lambda outputs: cs.models.progressive(INPUTS, (16, 12), outputs)}
+OWN_MODEL: dict[str, Callable[[int], Model]] = {
+    "Columns": lambda outputs: cs.models.progressive(INPUTS, (16, 12), outputs),
+    "HeadReuse": heads,
+}
 """Corrections that refuse any other kind of model: no pairs of theirs run here, where all stand on one model; their own tests
-compose them (tests/test_progressive.py)."""
+compose them (tests/test_progressive.py, tests/test_synergy.py)."""
 
 NEED_ARGUMENTS = {"aggregate", "feddf", "infer"}
 """Those that need one; their rows are written out below."""

@@ -55,7 +55,9 @@ MEANING = {
     "personal.patterns": "checked against the model in test_fedmethods",
     "aggregate.aggregator": "an object",
     "GSS.policy": "its own",
+    "HeadReuse.encoder": "a folder or a name, loaded when it is used; in test_synergy",
     "infer.mapper": "an object",
+    **dict.fromkeys(("auroc.known", "auroc.unknown"), "values, in test_routing"),
 }
 """Hyperparameters for which there is no bad number or word, and why."""
 

@@ -17,7 +17,7 @@ CONCEPTS = {"corrections", "aggregators", "consolidators", "mappers", "models", 
 MAY = {"core": {"core"}, **{room: {"core", room} for room in CONCEPTS}}
 """What a room may import at module level; others stand on top and may import all."""
 
-TOP = {"engines", "merging", "report", "network", "serve", "cli", "demo"}
+TOP = {"engines", "merging", "report", "network", "serve", "skill", "cli", "demo"}
 """What stands on top: nothing below imports it at module level."""
 
 CATALOGUES = consilience._ROOMS

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from consilience.core.batch import Batch
-from consilience.core.correction import Correction, Learned, Me, Memory, Routing, Viewed, overrides, superposition
+from consilience.core.correction import Beginning, Correction, Learned, Me, Memory, Routing, Viewed, overrides, superposition
 from consilience.core.errors import ConsilienceError, Refusal, unknown
 from consilience.core.ledger import Ledger
 from consilience.core.message import Item, Message, Private, Shared, Weights, join
@@ -253,7 +253,9 @@ class Agent:
             mes.append((c, me))
         for c, me in mes:
             if overrides(c, "begin"):
-                params, me.private = c.begin(model, params, given, me.known, drawn(c))
+                own = (model, params, buffers, given, me.known, drawn(c))
+                beginning = Beginning(*own, self.predict, state.experts, frozenset(params) - frozenset(state.params))
+                params, me.private = c.begin(beginning)
         trainable = {n: p for n, p in params.items() if not model.frozen(n) and p.is_floating_point()}
         fixed = {n: p.to(self.device) for n, p in params.items() if n not in trainable}
         layout = Layout.of(trainable, dtype, self.device)
@@ -472,9 +474,15 @@ class Agent:
                 found.append((k, {}, {}, s.task, s.classes, None))
         return found
 
-    def outputs(self, params: Params, buffers: Params, x: Tensor, task: str | None) -> Tensor:
-        """The outputs [B, C] in eval mode, through the corrections' views, before softmax."""
+    def outputs(self, params: Params, buffers: Params, x: Tensor, task: str | None, psi: Tensor | None = None) -> Tensor:
+        """The outputs [B, C] in eval mode, through the corrections' views, before softmax; psi [B, d] are the features where known."""
         seen = self._seen()
+        if psi is not None and not any(overrides(c, "view") for c, _ in seen):
+            short = self.model.from_features(params, buffers, psi, task)
+            if short is not None:
+                for c, me in seen:
+                    short = c.outputs(short, task, me)
+                return short
         for c, me in seen:
             params = c.view(params, task, me)
         out = self.model(params, buffers, x, task, False)[0]
@@ -514,13 +522,15 @@ class Agent:
         return outputs
 
     def _probabilities(
-        self, params: Params, buffers: Params, x: Tensor, task: str | None, columns: Sequence[int] | None, width: int
-    ) -> Tensor:
-        return probabilities(self.outputs(params, buffers, x, task), self.frame, columns, width)
+        self, params: Params, buffers: Params, x: Tensor, task: str | None, columns: Sequence[int] | None, width: int,
+        psi: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        return probabilities(self.outputs(params, buffers, x, task, psi), self.frame, columns, width)
 
     @torch.no_grad()
     def predict(self, x: Tensor, task: str | None = None) -> Tensor:
-        """Class probabilities (or values) [B, classes of the frame]: sum over experts of route weight x softmax(expert)."""
+        """Class probabilities (or values) [B, classes of the frame]: sum over experts of route weight x softmax(expert); a row of
+        zeros where the mapper says that no expert knows the input."""
         return self._predict(x, task)[0]
 
     @torch.no_grad()
@@ -546,12 +556,23 @@ class Agent:
             choices = [c for c in choices if c[3] == task]
         keys = [c[0] for c in choices]
         cache: dict[int, Tensor] = {}
+        psi: list[Tensor] = []
+
+        def features(other: Tensor | None = None) -> Tensor:
+            if other is not None:
+                other = other.to(self.device, self.training.dtype if other.is_floating_point() else other.dtype)
+                return self.model.features(params, buffers, other)
+            if not psi:
+                psi.append(self.model.features(params, buffers, x))
+            return psi[0]
 
         def expert(i: int, rows: Tensor | None) -> Tensor:
             _, entries, own, its, columns, where = choices[i]
+            entries, own = ({n: t.to(self.device) for n, t in held.items()} for held in (entries, own))
             part = x if rows is None else x[rows]
             width = classes if where is None else len(where)
-            probabilities = self._probabilities({**params, **entries}, {**buffers, **own}, part, its, columns, width)
+            seen = (psi[0] if rows is None else psi[0][rows]) if psi else None
+            probabilities = self._probabilities({**params, **entries}, {**buffers, **own}, part, its, columns, width, seen)
             if where is None:
                 return probabilities
             aligned = probabilities.new_zeros(len(part), classes)
@@ -567,9 +588,7 @@ class Agent:
         if mapper is None or task is not None or len(choices) == 1:
             weights = torch.full((len(x), len(choices)), 1 / len(choices), device=self.device, dtype=self.training.dtype)
         else:
-            routing = Routing(
-                x, lambda: self.model.features(params, buffers, x), every, keys, lambda: self.superposed(params, buffers)
-            )
+            routing = Routing(x, features, every, keys, lambda: self.superposed(params, buffers))
             weights = mapper.route(routing, self.memory(mapper)).to(self.training.dtype)
         if only_route:
             return weights, weights, keys

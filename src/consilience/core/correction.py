@@ -13,7 +13,7 @@ from torch import Tensor
 
 from consilience.core.batch import Batch
 from consilience.core.errors import ConsilienceError
-from consilience.core.message import Item, Statistics
+from consilience.core.message import Item, Module, Statistics
 from consilience.core.model import Forward, Model
 from consilience.core.params import Layout, Params
 from consilience.core.source import Source
@@ -85,6 +85,26 @@ class StepView:
     answer: Callable[[int, str | None], Tensor]
     features: Callable[[int], Tensor]
     features_before: Callable[[Tensor, str | None], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Beginning:
+    """What `begin` may read before training on `sources`.
+
+    `params` and `buffers` are whole, with what the model grew for these sources; `known` is what `recall` gave; `predict(x)` are the
+    class probabilities [B, C] that the agent answers now, over the columns of its frame, and `experts` the modules that it
+    answers with, by (sender, source); `grown` are the entries that the model grew for this very learn.
+    """
+
+    model: Model
+    params: Params
+    buffers: Params
+    sources: tuple[Source, ...]
+    known: Any
+    generator: torch.Generator
+    predict: Callable[[Tensor], Tensor] | None = None
+    experts: Mapping[tuple[str, str], Module] = field(default_factory=dict)
+    grown: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,11 +186,9 @@ class Correction(ABC):  # noqa: B024 (every verb is optional)
         and what is known. The generator draws as the one that `begin` is given."""
         return sources
 
-    def begin(
-        self, model: Model, params: Params, sources: tuple[Source, ...], known: Any, generator: torch.Generator
-    ) -> tuple[Params, Mapping[str, Tensor]]:
-        """Before training: params (entries may be added on the first visit) and private tensors of this learn."""
-        return params, {}
+    def begin(self, start: Beginning) -> tuple[Params, Mapping[str, Tensor]]:
+        """Before training: params (entries may be added on the first visit, or begin elsewhere) and private tensors of this learn."""
+        return start.params, {}
 
     def recall(self, memory: Memory, sources: tuple[Source, ...]) -> Any:
         """What is known at the start of a learn, or None; once per learn. Default: the sum of the statistics of all other sources."""
@@ -344,7 +362,8 @@ class Routing:
     """What a mapper may see of a batch: inputs, and lazily the common features and each expert's class probabilities."""
 
     x: Tensor
-    features: Callable[[], Tensor]
+    features: Callable[..., Tensor]
+    """The features that all experts have in common, [B, d]: of x, or of other inputs that it is given."""
     probabilities: Callable[[], list[Tensor]]
     """[B, classes of that expert] each."""
     experts: Sequence[tuple[str, str]]
@@ -367,5 +386,5 @@ class Mapper(Correction):
         return None
 
     def route(self, routing: Routing, memory: Memory) -> Tensor:
-        """Weights [B, experts], each row summing to 1."""
+        """Weights [B, experts], each row summing to 1; a row of zeros says that no expert knows the input."""
         raise NotImplementedError

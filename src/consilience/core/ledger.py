@@ -15,7 +15,7 @@ class Ledger:
     """MACs (forward and backward: half of torch.utils.flop_counter's FLOPs), bytes as serialised, steps, seconds.
 
     Each kind of work is measured the first time it is done and multiplied afterwards. `by_agent` holds what each agent
-    computed and sent and received.
+    computed and sent and received; `absorbing` is the part of its `macs` that went into absorbing what it heard.
     """
 
     by_agent: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -27,9 +27,9 @@ class Ledger:
     _since: float = field(default_factory=time.perf_counter)
 
     def add(self, agent: str, what: str, amount: float) -> None:
-        """Add to an agent's `macs`, `sent` or `received`."""
-        page = self.by_agent.setdefault(agent, {"macs": 0, "sent": 0, "received": 0})
-        page[what] += amount
+        """Add to an agent's `macs`, `sent`, `received` or `absorbing`."""
+        page = self.by_agent.setdefault(agent, {"macs": 0, "sent": 0, "received": 0, "absorbing": 0})
+        page[what] = page.get(what, 0) + amount
 
     def sent(self, sender: str, receiver: str, size: int) -> None:
         """Bytes that went from one agent to another."""
@@ -47,6 +47,8 @@ class Ledger:
                 result = do()
             self.known[kind] = counter.get_total_flops() // 2
         self.add(agent, "macs", self.known[kind])
+        if isinstance(kind, tuple) and kind[0] == "absorb":
+            self.add(agent, "absorbing", self.known[kind])
         return result
 
     def clock(self) -> float:

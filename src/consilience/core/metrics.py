@@ -13,12 +13,14 @@ Metric = Callable[[Tensor, Tensor], float]
 
 
 def accuracy(p: Tensor, y: Tensor) -> float:
-    """The share of samples whose likeliest class is the right one.
+    """The share of samples whose likeliest class is the right one; a row of zeros, said to be of no class, is wrong.
 
     >>> accuracy(torch.tensor([[0.2, 0.8], [0.9, 0.1]]), torch.tensor([1, 1]))
     0.5
+    >>> accuracy(torch.zeros(2, 3), torch.tensor([0, 1]))
+    0.0
     """
-    return float((p.argmax(1) == y).double().mean())
+    return float(((p.argmax(1) == y) & (p.amax(1) > 0)).double().mean())
 
 
 def auroc(p: Tensor, y: Tensor) -> float:

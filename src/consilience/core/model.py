@@ -36,6 +36,10 @@ class Model(ABC):
     def features(self, params: Params, buffers: Params, x: Tensor, task: str | None = None) -> Tensor:
         """What the head sees [B, d], in eval mode."""
 
+    def from_features(self, params: Params, buffers: Params, psi: Tensor, task: str | None) -> Tensor | None:
+        """The outputs [B, C] in eval mode of inputs whose `features` (of no task) are psi [B, d]; None where these do not suffice."""
+        return None
+
     @abstractmethod
     def bind(self, params: Params, buffers: Params, train: bool) -> tuple[Forward, Params]:
         """A fast (x, task) -> outputs over these very tensors, and the buffers that it updates in place."""

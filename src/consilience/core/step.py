@@ -191,7 +191,7 @@ class Step:
         trained = grad
         if self.by_verb["penalty"]:
             trained = self._pulled(grad, see)
-        lr = self.training.lr
+        lr = self.training.rate(clock, self.span)
         direction, state = self.optimiser.update(trained, carry.optimiser, carry.theta)
         if self.absent:
             direction = self._hold(direction, state, carry.optimiser, self.absent)

@@ -25,6 +25,8 @@ class Training:
         sampler: which examples a step sees; None shuffles (`consilience.data.samplers`).
         precision: "fp32", "fp64" or "bf16" (autocast).
         device: where to train, such as "cpu" or "cuda:0".
+        schedule: of the learning rate over the steps of a visit, t from 0 to 1: "constant", "linear" lr (1 - t), or "cosine"
+            lr (1 + cos(pi t)) / 2.
     """
 
     epochs: int = 5
@@ -36,6 +38,7 @@ class Training:
     sampler: Any = None
     precision: Literal["fp32", "fp64", "bf16"] = "fp32"
     device: str = "cpu"
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
 
     def __post_init__(self) -> None:
         for name, low in (("epochs", 0), ("batch_size", 1)):
@@ -48,6 +51,8 @@ class Training:
             raise ConsilienceError(f"`weight_decay` should be >= 0. Found `weight_decay = {self.weight_decay!r}`.")
         if self.precision not in ("fp32", "fp64", "bf16"):
             raise ConsilienceError(f"`precision` should be fp32, fp64 or bf16. Found {self.precision!r}.")
+        if self.schedule not in ("constant", "linear", "cosine"):
+            raise ConsilienceError(f"`schedule` should be constant, linear or cosine. Found `schedule = {self.schedule!r}`.")
         if not isinstance(self.optimiser, str) and (isinstance(self.optimiser, type) or not hasattr(self.optimiser, "update")):
             raise ConsilienceError(f"`optimiser` should be sgd, adam, adamw or an Optimiser. Found {self.optimiser!r}.")
         if isinstance(self.optimiser, str) and self.optimiser not in ("sgd", "adam", "adamw"):
@@ -58,6 +63,24 @@ class Training:
         import torch
 
         return torch.float64 if self.precision == "fp64" else torch.float32
+
+    def rate(self, clock: tuple[Any, Any], span: tuple[Any, Any]) -> Any:
+        """The learning rate at the step `clock` (epoch, step in the epoch) of `span` (epochs, steps an epoch), numbers or tensors.
+
+        >>> [round(Training(lr=1.0, schedule="cosine").rate((0, i), (2, 2)), 2) for i in range(4)]
+        [1.0, 0.85, 0.5, 0.15]
+        """
+        if self.schedule == "constant":
+            return self.lr
+        import math
+
+        import torch
+
+        done = clock[0] * span[1] + clock[1]
+        t = (done.double() if isinstance(done, torch.Tensor) else done) / (span[0] * span[1])
+        if self.schedule == "linear":
+            return self.lr * (1 - t)
+        return self.lr * (1 + (torch.cos(math.pi * t) if isinstance(t, torch.Tensor) else math.cos(math.pi * t))) / 2
 
     def inner(self) -> Any:
         """The inner optimiser."""

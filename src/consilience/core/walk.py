@@ -216,6 +216,7 @@ class Walk:
                 if speaker != listener:
                     self.ledger.sent(listener, speaker, size)
                     messages = [self._send(m, speaker, listener) for m in messages]
+                receipts |= {f"{m.sender}|{m.source}": m.version for m in messages if m.source}  # relays need not say it again
                 told[listener] += messages
         for listener, messages in told.items():
             agent = self._agent(listener)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from consilience.core.correction import Correction, Learned, Me, Memory
+from consilience.core.correction import Beginning, Correction, Learned, Me, Memory
 from consilience.core.message import Private
 from consilience.core.model import Model
 from consilience.core.params import Params
@@ -91,9 +91,8 @@ class Cumulative(Correction):
     def gather(self, sources: tuple[Source, ...], known: dict[str, Private], generator: torch.Generator) -> tuple[Source, ...]:
         return pool(sources, known)
 
-    def begin(
-        self, model: Model, params: Params, sources: tuple[Source, ...], known: dict[str, Private], generator: torch.Generator
-    ) -> tuple[Params, Mapping[str, torch.Tensor]]:
+    def begin(self, start: Beginning) -> tuple[Params, Mapping[str, torch.Tensor]]:
+        model, params, sources, known, generator = start.model, start.params, start.sources, start.known, start.generator
         return (reset(model, params, sources, known, generator) if self.scratch and known else params), {}
 
     def summarise(self, learned: Learned, me: Me) -> Private:
@@ -119,14 +118,8 @@ class FromScratch(Correction):
         """What else was learned before, or None."""
         return others(memory, sources) or None
 
-    def begin(
-        self,
-        model: Model,
-        params: Params,
-        sources: tuple[Source, ...],
-        known: dict[str, Private] | None,
-        generator: torch.Generator,
-    ) -> tuple[Params, Mapping[str, torch.Tensor]]:
+    def begin(self, start: Beginning) -> tuple[Params, Mapping[str, torch.Tensor]]:
+        model, params, sources, known, generator = start.model, start.params, start.sources, start.known, start.generator
         return (reset(model, params, sources, known, generator) if known else params), {}
 
     def summarise(self, learned: Learned, me: Me) -> Private:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from consilience.core.correction import Correction, Learned, Me, Memory, StepView
+from consilience.core.correction import Beginning, Correction, Learned, Me, Memory, StepView
 from consilience.core.errors import ConsilienceError
 from consilience.core.message import Module
 from consilience.core.model import Model
@@ -202,10 +202,9 @@ class SupSup(Correction):
         masks = {t: {n: torch.stack([m[n] for m in ms]).mean(0) for n in ms[0]} for t, ms in found.items()}
         return {"masks": masks, "now": tuple(dict.fromkeys(str(s.task) for s in sources))}
 
-    def begin(
-        self, model: Model, params: Params, sources: tuple[Source, ...], known: Any, generator: torch.Generator
-    ) -> tuple[Params, Mapping[str, Tensor]]:
+    def begin(self, start: Beginning) -> tuple[Params, Mapping[str, Tensor]]:
         """Scores of a new task, uniform in +-1 / sqrt(inputs)."""
+        model, params, sources, generator = start.model, start.params, start.sources, start.generator
         new = dict(params)
         for s in sources:
             for n in self.layers(model):

@@ -33,6 +33,8 @@ TOTAL, PAST = "the sum", "the past"
 def plain_steps(training: Training) -> str | None:
     """What goes otherwise than these methods count on where a step is not the gradient times the learning rate, or None."""
     inner = training.inner()
+    if training.schedule != "constant":
+        return f"it counts on one learning rate, and this one goes down ({training.schedule}); train with schedule='constant'"
     if isinstance(inner, SGD):
         if not inner.momentum:
             return None

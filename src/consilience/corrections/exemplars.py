@@ -11,10 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from consilience.core.buffer import Policy
-from consilience.core.correction import NO_TRAINING, Learned, Me, Memory, StepView
+from consilience.core.correction import NO_TRAINING, Beginning, Learned, Me, Memory, StepView
 from consilience.core.errors import ConsilienceError, Refusal
 from consilience.core.message import Private
-from consilience.core.model import Model
 from consilience.core.params import Params
 from consilience.core.source import Source
 from consilience.corrections.baselines import THROWN, others, pool, reset
@@ -78,10 +77,9 @@ class ICaRL(Buffer):
     def gather(self, sources: tuple[Source, ...], known: Exemplified, generator: torch.Generator) -> tuple[Source, ...]:
         return pool(sources, known.past)
 
-    def begin(
-        self, model: Model, params: Params, sources: tuple[Source, ...], known: Exemplified, generator: torch.Generator
-    ) -> tuple[Params, Mapping[str, Tensor]]:
+    def begin(self, start: Beginning) -> tuple[Params, Mapping[str, Tensor]]:
         """Private: which classes [C] are old, which are seen."""
+        model, params, sources, known = start.model, start.params, start.sources, start.known
         old, seen = torch.zeros(model.outputs, dtype=torch.bool), torch.zeros(model.outputs, dtype=torch.bool)
         old[[c for i in known.past.values() for c in i.meta["classes"]]] = True
         seen[[c for s in sources for c in s.classes]] = True
@@ -189,10 +187,9 @@ class GDumb(Buffer):
             replace(p, train=p.train.select(torch.arange(max(longest, len(p.train))) % len(p.train))) for p in pool(chosen, past)
         )
 
-    def begin(
-        self, model: Model, params: Params, sources: tuple[Source, ...], known: dict[str, Private], generator: torch.Generator
-    ) -> tuple[Params, Mapping[str, Tensor]]:
+    def begin(self, start: Beginning) -> tuple[Params, Mapping[str, Tensor]]:
         """New parameters after an agent's first learn."""
+        model, params, sources, known, generator = start.model, start.params, start.sources, start.known, start.generator
         keys = self.drawn(sources, generator)  # as those of `gather`
         return (reset(model, params, sources, known, generator) if known else params), keys
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from consilience.core.correction import Correction, Learned, Me, Memory, StepView
+from consilience.core.correction import Beginning, Correction, Learned, Me, Memory, StepView
 from consilience.core.errors import ConsilienceError, Refusal
 from consilience.core.message import Private
 from consilience.core.model import Model
@@ -201,11 +201,10 @@ class DEN(Correction):
         now = (str(sources[0].task), sources[0].name) if sources else None
         return Grown(tuple(s for (_, s), _ in found), tasks, live, tuple(splits), keep, now)
 
-    def begin(
-        self, model: Model, params: Params, sources: tuple[Source, ...], known: Grown, generator: torch.Generator
-    ) -> tuple[Params, Mapping[str, Tensor]]:
+    def begin(self, start: Beginning) -> tuple[Params, Mapping[str, Tensor]]:
         """What was pruned at 0; a stage's entries, incoming edges uniform in +-1 / sqrt(inputs) and outgoing ones 0, its head that
         of the model. Private: the rows of its own outputs, by entry of the head."""
+        model, params, sources, known, generator = start.model, start.params, start.sources, start.known, start.generator
         chain, new, s = Chain.of(model), dict(params), sources[0]
         if not known.stages and (why := stiff(model, next(s.train.batches([torch.arange(min(2, len(s.train)))]))[0])):
             raise Refusal(f"DEN widens the layers of a model, and this one cannot: {why}; use mlp.")

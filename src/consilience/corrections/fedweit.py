@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from consilience.core.correction import Correction, Learned, Me, Memory, StepView
+from consilience.core.correction import Beginning, Correction, Learned, Me, Memory, StepView
 from consilience.core.message import Item, Message, Module, Private
 from consilience.core.model import Model
 from consilience.core.params import Params
@@ -117,11 +117,10 @@ class FedWeIt(Correction):
         told = {k: item for k, item in sorted(memory.items()) if not isinstance(item, Private)}
         return Known(told, own and own[0], own[1].tensors if own else {}, tuple(dict.fromkeys(str(s.task) for s in sources)))
 
-    def begin(
-        self, model: Model, params: Params, sources: tuple[Source, ...], known: Known, generator: torch.Generator
-    ) -> tuple[Params, Mapping[str, Tensor]]:
+    def begin(self, start: Beginning) -> tuple[Params, Mapping[str, Tensor]]:
         """m, A and alpha of a new task, and what B was when the last one ended. Private: for each task of this learn the A_j of
         others [K, ...], by entry."""
+        model, params, known = start.model, start.params, start.known
         names, new = shared(model), dict(params)
         private: dict[str, Tensor] = {}
         for task in known.now:

@@ -12,10 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from consilience.core.batch import Batch
-from consilience.core.correction import Correction, Learned, Me, Memory, StepView
+from consilience.core.correction import Beginning, Correction, Learned, Me, Memory, StepView
 from consilience.core.errors import ConsilienceError
 from consilience.core.message import Private
-from consilience.core.model import Model
 from consilience.core.params import Params, finite
 from consilience.core.source import Source
 from consilience.corrections.quadratic import non_negative
@@ -173,10 +172,9 @@ class GenerativeReplay(Correction):
             return "a step has several sources, and the generator learns one after another; use settings.continual"
         return None
 
-    def begin(
-        self, model: Model, params: Params, sources: tuple[Source, ...], known: Any, generator: torch.Generator
-    ) -> tuple[Params, Mapping[str, Tensor]]:
+    def begin(self, start: Beginning) -> tuple[Params, Mapping[str, Tensor]]:
         """Nothing is added: inputs that cannot be generated are refused before any training."""
+        params, sources, known = start.params, start.sources, start.known
         for s in sources:
             x, _ = s.train.select(torch.arange(1)).whole()
             if not x.is_floating_point():

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from consilience.core.correction import NO_TRAINING, Correction, Learned, Me, Memory, StepView
+from consilience.core.correction import NO_TRAINING, Beginning, Correction, Learned, Me, Memory, StepView
 from consilience.core.errors import ConsilienceError
 from consilience.core.message import Private
 from consilience.core.model import Model
@@ -45,10 +45,9 @@ class Columns(Correction):
             )
         return not_alone(facts)
 
-    def begin(
-        self, model: Model, params: Params, sources: tuple[Source, ...], known: Any, generator: torch.Generator
-    ) -> tuple[Params, Mapping[str, Tensor]]:
+    def begin(self, start: Beginning) -> tuple[Params, Mapping[str, Tensor]]:
         """Private: the names of what is held."""
+        model, params, sources = start.model, start.params, start.sources
         from consilience.models.columns import Progressive
 
         assert isinstance(model, Progressive)
@@ -129,10 +128,9 @@ class PackNet(Correction):
             classes |= set(item.meta["classes"])
         return Taken(owner, tasks, frozenset(classes), frozenset(str(s.task) for s in sources))
 
-    def begin(
-        self, model: Model, params: Params, sources: tuple[Source, ...], known: Taken, generator: torch.Generator
-    ) -> tuple[Params, Mapping[str, Tensor]]:
+    def begin(self, start: Beginning) -> tuple[Params, Mapping[str, Tensor]]:
         """The free weights at 0 after the first learn; private: what may move, by entry."""
+        model, params, sources, known = start.model, start.params, start.sources, start.known
         a, new = anatomy(model), dict(params)
         free = own_entries(model, params, sources, known.classes)
         for n in a.layers:
@@ -270,10 +268,9 @@ class HAT(Correction):
                 classes |= set(item.meta["classes"])
         return Attended(masks, past, frozenset(classes), frozenset(str(s.task) for s in sources))
 
-    def begin(
-        self, model: Model, params: Params, sources: tuple[Source, ...], known: Attended, generator: torch.Generator
-    ) -> tuple[Params, Mapping[str, Tensor]]:
+    def begin(self, start: Beginning) -> tuple[Params, Mapping[str, Tensor]]:
         """Embeddings `hat/<task>/<layer>` ~ N(0, 1) for a new task; private: factors of the gradients, by entry."""
+        model, params, sources, known, generator = start.model, start.params, start.sources, start.known, start.generator
         a, new = anatomy(model), dict(params)
         for s in sources:
             for n in a.layers:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from consilience.core.correction import NO_TRAINING, Correction, Me, StepView
-from consilience.core.model import Model
+from consilience.core.correction import NO_TRAINING, Beginning, Correction, Me, StepView
 from consilience.core.params import Params
-from consilience.core.source import Source
 
 if TYPE_CHECKING:
     from consilience.core.schedule import Facts
@@ -34,10 +32,9 @@ class WSM(Correction):
             return NO_TRAINING
         return "values have no classes to weight; use finetune" if facts.kind == "value" else None
 
-    def begin(
-        self, model: Model, params: Params, sources: tuple[Source, ...], known: Any, generator: torch.Generator
-    ) -> tuple[Params, Mapping[str, Tensor]]:
+    def begin(self, start: Beginning) -> tuple[Params, Mapping[str, Tensor]]:
         """log p [C], -inf for classes that these sources lack."""
+        model, params, sources = start.model, start.params, start.sources
         counts = torch.stack([torch.bincount(s.train.targets(), minlength=model.outputs) for s in sources]).sum(0).double()
         return params, {"log_p": (counts / counts.sum()).log()}
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from consilience.core.correction import NO_TRAINING, Correction, Learned, Me, Memory, StepView
+from consilience.core.correction import NO_TRAINING, Beginning, Correction, Learned, Me, Memory, StepView
 from consilience.core.errors import ConsilienceError
 from consilience.core.message import Item, Private
 from consilience.core.model import Model
@@ -78,8 +78,6 @@ class TaLoS(Correction):
             return NO_TRAINING
         if facts.model is None:
             return None
-        if facts.model.has_batch_norm:
-            return "statistics of batch norm move, and scores are taken before; use a model with group norm or none"
         if not _shared(facts.model, facts.model.init(torch.Generator().manual_seed(0))[0]):
             return "the model has no trainable entry that tasks share; use one such as mlp or conv"
         return None
@@ -90,11 +88,10 @@ class TaLoS(Correction):
         items = [mine[s.name] for s in sources if s.name in mine]
         return items[0] if len(items) == len(sources) and all(same(i.tensors, items[0].tensors) for i in items) else None
 
-    def begin(
-        self, model: Model, params: Params, sources: tuple[Source, ...], known: Item | None, generator: torch.Generator
-    ) -> tuple[Params, Mapping[str, Tensor]]:
+    def begin(self, start: Beginning) -> tuple[Params, Mapping[str, Tensor]]:
         """Private: 1 for the entries that are trained, 0 for those that are held, by entry; the share of the former whose score is 0."""
-        keep, idle = (known.group("keep"), 0.0) if known is not None else self.draw(model, params, sources, generator)
+        params, known = start.params, start.known
+        keep, idle = (known.group("keep"), 0.0) if known is not None else self.draw(start)
         own = {f"keep/{n}": k.to(params[n].device, params[n].dtype) for n, k in keep.items()}
         return params, {**own, "idle": torch.tensor(idle)}
 
@@ -106,16 +103,18 @@ class TaLoS(Correction):
         )
         return me.flat, why if idle > 0.5 else None
 
-    def draw(self, model: Model, params: Params, sources: tuple[Source, ...], generator: torch.Generator) -> tuple[Params, float]:
-        """Which entries are trained (bool), by entry, on these sources' training data; and the share of them whose score is 0."""
-        own, buffers = model.init(torch.Generator().manual_seed(0))
+    def draw(self, start: Beginning) -> tuple[Params, float]:
+        """Which entries are trained (bool), by entry, on these sources' training data; and the share of them whose score is 0.
+        Running statistics of batch norm are those that this learn begins with."""
+        model, params, sources = start.model, start.params, start.sources
+        own, none = model.init(torch.Generator().manual_seed(0))
         grown = own
         for s in sources:
-            grown, buffers = model.grow(grown, buffers, s, torch.Generator().manual_seed(0))
+            grown, none = model.grow(grown, none, s, torch.Generator().manual_seed(0))
         names = _shared(model, own)
         layout = Layout.of({n: params[n] for n in names})
         held = {n: p for n, p in params.items() if n not in names and n in grown}
-        buffers = {n: b.to(layout.device, layout.dtype if b.is_floating_point() else b.dtype) for n, b in buffers.items()}
+        buffers = {n: b.to(layout.device, layout.dtype if b.is_floating_point() else b.dtype) for n, b in start.buffers.items()}
         keep = torch.ones(layout.size, dtype=torch.bool, device=layout.device)
         theta = layout.flatten(params)
         total, reached = torch.zeros_like(theta), layout.flatten(_reached(model, own, sources)) > 0
@@ -124,7 +123,7 @@ class TaLoS(Correction):
             total.zero_()
             for s in sources:
                 on_device = replace(s, train=s.train.to(layout.device, layout.dtype))
-                learned = Learned(model, seen, buffers, {}, on_device, s.task, layout, generator)
+                learned = Learned(model, seen, buffers, {}, on_device, s.task, layout, start.generator)
                 labels = "all" if s.kind == "value" else "model"
                 many = len(s.train) if self.samples is None else min(self.samples, len(s.train))
                 total += layout.flatten(fisher(learned, labels, self.samples, of=self.score)) * many

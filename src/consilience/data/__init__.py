@@ -6,15 +6,17 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
+    from consilience.core.model import Model
     from consilience.core.source import Source
 
 Kind = Literal["class", "value"]
 
 __all__ = [
-    "arrays", "blurry", "breast_cancer", "clear", "core50", "diabetes", "digits", "dirichlet", "folder", "iid", "label_sets",
-    "natural", "new_instances", "new_instances_and_classes", "npz", "permute", "quantity_skew", "rotate", "shakespeare", "shards",
+    "arrays", "blurry", "breast_cancer", "clear", "core50", "diabetes", "digits", "dirichlet", "embed", "folder", "iid",
+    "label_sets", "natural", "new_instances", "new_instances_and_classes", "npz", "permute", "quantity_skew", "rotate", "shakespeare", "shards",
     "split_classes", "stream", "streams", "wine",
 ]  # fmt: skip
 
@@ -155,6 +157,7 @@ def folder(
     space: str | None = None,
     validation: float = 0.1,
     seed: int = 0,
+    unreadable: Literal["refuse", "skip"] = "refuse",
 ) -> Source:
     """A source from a folder of images with one subfolder for each class: x [N, 3, H, W] in [0, 1].
 
@@ -170,6 +173,8 @@ def folder(
         test: the fraction of the training examples that is set apart where there is no `test/`.
         name: of the source; None: the folder's.
         space, validation, seed: as in `arrays`.
+        unreadable: "refuse": an error names the first image that cannot be read, when it is read; "skip": all are read once at the
+            start, and those that cannot be are left out, with a warning that says how many and names the first.
 
     >>> folder("no/such/place")
     Traceback (most recent call last):
@@ -177,7 +182,7 @@ def folder(
     """
     from consilience.data._sources import from_folder
 
-    return from_folder(path, size, grey, in_memory, workers, test, name, space, validation, seed)
+    return from_folder(path, size, grey, in_memory, workers, test, name, space, validation, seed, unreadable)
 
 
 def npz(
@@ -342,6 +347,53 @@ def clear(
     return _benchmarks.clear(
         path, protocol, split, test, size, grey, in_memory, workers, validation, name, space, seed
     )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------- features
+
+
+def embed(
+    sources: Source | Sequence[Source],
+    model: Model,
+    cache: str | Path | None = None,
+    batch: int = 64,
+    device: str = "cpu",
+    progress: Callable[[int, int], None] | None = None,
+) -> Any:
+    """The sources with the features psi [N, d] of a frozen backbone in the place of their images; all else is the same.
+
+    Every image passes the backbone once; parts that several sources share stay shared. `models.backbone` takes its own features as they
+    are, so that the very model goes on with them. Streams are read in chunks. With `cache`, features are kept in the folder
+    <cache>/<hash of the backbone>, as safetensors files of at most 32768 images, by the hash of each image (type, shape, bytes, as
+    its source gives it): in another source, order or split they are found again, and read as they lie on disk. What was made stays there
+    when a run is interrupted. A file that is cut short or not ours is named in a warning and made anew.
+
+    Args:
+        sources: one, or several.
+        model: `models.backbone`, another frozen model without head, or heads on one (`models.multi_head`).
+        cache: a folder; None keeps nothing.
+        batch: images that pass the backbone together.
+        device: where the backbone is evaluated; features come back to the CPU.
+        progress: told images done and in all.
+
+    Returns:
+        A source for a source, a list for several.
+
+    Raises:
+        ConsilienceError: the backbone is not frozen, or another one for each seed; features that are not finite; an image that cannot be
+            read (named); a folder that cannot be written.
+
+    >>> from consilience import models
+    >>> psi = embed(digits(image=True), models.backbone(models.conv(10, 1, 8, 4)))
+    >>> psi.train.whole()[0].shape, psi.labels == digits().labels
+    (torch.Size([1294, 32]), True)
+    """
+    from consilience.core.source import Source
+    from consilience.data import _embed
+
+    several = [sources] if isinstance(sources, Source) else list(sources)
+    found = _embed.embed(several, model, cache, batch, device, progress)
+    return found[0] if isinstance(sources, Source) else found
 
 
 # ---------------------------------------------------------------------------------------------------- splits

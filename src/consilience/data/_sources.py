@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import lzma
 import os
+import warnings
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -349,20 +350,43 @@ def dimensions(size: int | tuple[int, int] | None, workers: int) -> tuple[int, i
 
 
 def pictures(
-    files: list[Path], y: Tensor, size: tuple[int, int] | None, grey: bool, in_memory: bool, workers: int
+    files: list[Path], y: Tensor, size: tuple[int, int] | None, grey: bool, in_memory: bool, workers: int, skip: bool = False
 ) -> Tensors | Stream:
-    """Image files with their classes, read at once or when they are needed."""
+    """Image files with their classes, read at once or when they are needed; `skip` leaves out those that cannot be read."""
+    if skip:
+        files, y = _readable(files, y)
     images = Images(files, "L" if grey else "RGB", size)
     if in_memory:
         return Tensors(unit(torch.stack([images[i] for i in range(len(images))])), y)
     return _streamed(images, y, workers)
 
 
+def _readable(files: list[Path], y: Tensor) -> tuple[list[Path], Tensor]:
+    """The files that can be read, with their classes; a warning names others."""
+    bad: dict[int, Path] = {}
+    for i, path in enumerate(files):
+        try:
+            picture(path, str(path), None)
+        except ConsilienceError:
+            bad[i] = path
+    if not bad:
+        return files, y
+    if len(bad) == len(files):
+        raise ConsilienceError(f"images should be readable. Found none of {len(files)} that is, the first {files[0]}.")
+    names = ", ".join(str(p) for p in list(bad.values())[:3])
+    others = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+    warnings.warn(f"{len(bad)} of {len(files)} images cannot be read and are left out: {names}{others}", stacklevel=5)
+    keep = torch.tensor([i for i in range(len(files)) if i not in bad])
+    return [files[i] for i in keep.tolist()], y[keep]
+
+
 def from_folder(
     path: str | Path, size: int | tuple[int, int] | None, grey: bool, in_memory: bool, workers: int, test: float,
-    name: str | None, space: str | None, validation: float, seed: int,
+    name: str | None, space: str | None, validation: float, seed: int, unreadable: str = "refuse",
 ) -> Source:  # fmt: skip
     """See `consilience.data.folder`."""
+    if unreadable not in ("refuse", "skip"):
+        raise ConsilienceError(f"`unreadable` should be 'refuse' or 'skip'. Found `unreadable = {unreadable!r}`.")
     path = Path(path)
     if not path.is_dir():
         raise ConsilienceError(f"`path` should be a folder of images. Found {'a file' if path.exists() else 'none'} at {path}.")
@@ -377,7 +401,7 @@ def from_folder(
 
     def read(where: Path) -> Examples:
         files, y = _files(where, classes)
-        return pictures(files, y, both, grey, in_memory, workers)
+        return pictures(files, y, both, grey, in_memory, workers, unreadable == "skip")
 
     train, test_part = read(root), read(held) if held else _fraction("test", test)
     if isinstance(test_part, Examples):

@@ -204,6 +204,7 @@ class Stack:
         first = jobs[0]
         self.step, self.layout, self.training = first.step, first.layout, first.training
         self.inside = any(self.step.by_verb[v] for v in ("view", "outputs", "losses", "rows", "penalty", "mask", "trace"))
+        self.timed = self.inside or self.training.schedule != "constant"
         self.needs_flat = any(self.step.by_verb[v] for v in ("losses", "rows", "penalty", "mask", "trace"))
         split = [j.layout.split(j.carry.theta) for j in jobs]
         state: dict[tuple[str, ...], Tensor] = {("leaf", n): torch.stack([s[n] for s in split]) for n in self.layout.names}
@@ -256,7 +257,7 @@ class Stack:
 
     def one(self, parts: Any, clock: Any, count: int) -> Callable[..., tuple[Tensor, ...]]:
         """The step of one agent: (its state, constants, data) -> its state."""
-        names, layout, step, lr = list(self.state), self.layout, self.step, self.training.lr
+        names, layout, step, training = list(self.state), self.layout, self.step, self.training
         absent = set(step.absent)
         device = layout.device
 
@@ -268,6 +269,7 @@ class Stack:
             rest = tensors[count:]
             fixed, start, start_buffers = fill(self.common, rest)
             batches, (epoch, index, epochs, most) = fill(parts, rest), fill(clock, rest)
+            lr = training.rate((epoch, index), (epochs, most))
             leaves = {k[1]: t for k, t in state.items() if k[0] == "leaf"}
             mes: dict[str, tuple[Correction, Me]] = {}
             for name, (c, fields) in self.known.items():
@@ -319,7 +321,8 @@ class Stack:
                 if n in absent:
                     direction = torch.zeros_like(direction)
                 directions[n] = direction.masked_fill(factor[n] == 0, 0) if masks else direction
-                new["leaf", n] = torch.add(leaves[n], directions[n], alpha=-lr)
+                constant = training.schedule == "constant"
+                new["leaf", n] = torch.add(leaves[n], directions[n], alpha=-lr) if constant else leaves[n] - lr * directions[n]
             if pure.by_verb["trace"]:
                 see, grad, delta = view(leaves, outs), flat(grads), flat(directions) * -lr
                 for c, me in pure.by_verb["trace"]:
@@ -362,7 +365,7 @@ class Stack:
 
     def clock(self, moments: Tensor, slots: Slots) -> Any:
         """(epoch, step in the epoch, epochs, steps an epoch) of every job [4, K], where a verb may ask."""
-        if not self.inside:
+        if not self.timed:
             return (0, 0, 0, 0)
         epoch, index, *span = moments
         return (
@@ -518,7 +521,7 @@ class Stack:
             xs = self.engine.room((rows, steps, width, *x.shape[1:]), x, len(live) < rows)
             ys = (y.new_zeros if len(live) < rows else y.new_empty)(rows, steps, width, *y.shape[1:])
             counts = torch.full((rows, steps), width, device=device)
-            moments = torch.zeros(rows, 4, steps, dtype=torch.long, device=device)
+            moments = torch.ones(rows, 4, steps, dtype=torch.long, device=device)
             for r, j in live:
                 line, at, examples = lines[id(j)], slice(done[id(j)], done[id(j)] + steps), j.parts[0][1]
                 assert isinstance(examples, Tensors)
@@ -527,7 +530,7 @@ class Stack:
                 torch.index_select(examples.y, 0, index, out=ys[r].view(-1, *y.shape[1:]))
                 if self.padded:
                     counts[r] = torch.tensor(line.sizes[at], device=device)
-                if self.inside:
+                if self.timed:
                     moments[r] = torch.tensor(line.moments[at], device=device).T
                 for k, size in enumerate(line.sizes[at]):
                     if (size,) not in self.macs:

@@ -5,13 +5,25 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from consilience.mappers.autoencoder import ExpertGate
     from consilience.mappers.confidence import Average, MinEntropy, Oracle
     from consilience.mappers.covariance import Mahalanobis
     from consilience.mappers.mixture import GaussianMixture, NearestMean
     from consilience.mappers.superposed import Superposition
 
-__all__ = ["average", "expert_gate", "gaussian_mixture", "mahalanobis", "min_entropy", "nearest_mean", "oracle", "superposition"]
+__all__ = [
+    "auroc",
+    "average",
+    "expert_gate",
+    "gaussian_mixture",
+    "mahalanobis",
+    "min_entropy",
+    "nearest_mean",
+    "oracle",
+    "superposition",
+]
 
 
 def oracle() -> Oracle:
@@ -28,26 +40,35 @@ def average() -> Average:
     return Average()
 
 
-def min_entropy() -> MinEntropy:
-    """The expert that is most certain of its answer."""
+def min_entropy(unknown: float = 1.0) -> MinEntropy:
+    """The expert that is most certain of its answer.
+
+    Args:
+        unknown: an input whose least entropy, over the log of the classes, is above this belongs to no expert; 1: there is none.
+    """
     from consilience.mappers.confidence import MinEntropy
 
-    return MinEntropy()
+    return MinEntropy(unknown)
 
 
-def nearest_mean(on: Literal["features", "inputs"] = "features") -> NearestMean:
+def nearest_mean(on: Literal["features", "inputs"] = "features", reject: float = 0.0) -> NearestMean:
     """The expert whose nearest class mean is nearest.
 
     Args:
         on: distances are between features of a frozen backbone, or between inputs, for any model.
+        reject: the share of a task's own validation examples that may be called unknown; 0: every input belongs to a task.
     """
     from consilience.mappers.mixture import NearestMean
 
-    return NearestMean(on)
+    return NearestMean(on, reject)
 
 
 def gaussian_mixture(
-    components: int = 25, prior: Literal["size", "uniform"] = "uniform", on: Literal["features", "inputs"] = "features"
+    components: int = 25,
+    prior: Literal["size", "uniform"] = "uniform",
+    on: Literal["features", "inputs"] = "features",
+    fit: Literal["torch", "sklearn"] = "torch",
+    reject: float = 0.0,
 ) -> GaussianMixture:
     """The expert of the likeliest component among the mixtures of all sources.
 
@@ -55,22 +76,29 @@ def gaussian_mixture(
         components: diagonal Gaussians a source.
         prior: "uniform" (mixtures are pooled), or "size" (they weigh by their source's examples).
         on: mixtures are of features of a frozen backbone, or of inputs, for any model.
+        fit: "torch" (expectation maximisation of our own, on the device of the data), or "sklearn" (scikit-learn's).
+        reject: the share of a task's own validation examples that may be called unknown; 0: every input belongs to a task.
     """
     from consilience.mappers.mixture import GaussianMixture
 
-    return GaussianMixture(components, prior, on=on)
+    return GaussianMixture(components, prior, on=on, fit=fit, reject=reject)
 
 
-def mahalanobis(ridge: float = 1e-3, on: Literal["features", "inputs"] = "features") -> Mahalanobis:
-    """The expert of the class mean that is nearest by one covariance of all sources: LDA, from shared sums.
+def mahalanobis(
+    ridge: float = 0.1, on: Literal["features", "inputs"] = "features", images: int = 0, rank: int = 0, reject: float = 0.0
+) -> Mahalanobis:
+    """The expert of the class mean that is nearest by one covariance of all sources: LDA, from what they share.
 
     Args:
         ridge: added to the covariance, as a share of the mean variance; 0 takes the pseudo-inverse.
         on: sums are of features of a frozen backbone, or of inputs, for any model.
+        images: images of each class that are shared for the covariance (the paper: 5); 0 shares sums instead.
+        rank: how many factors of a source's scatter are shared, with the diagonal of the rest; 0 shares all of it.
+        reject: the share of a task's own validation examples that may be called unknown; 0: every input belongs to a task.
     """
     from consilience.mappers.covariance import Mahalanobis
 
-    return Mahalanobis(ridge, on)
+    return Mahalanobis(ridge, on, images, rank, reject)
 
 
 def expert_gate(
@@ -80,6 +108,7 @@ def expert_gate(
     temperature: float = 2.0,
     soft: bool = False,
     on: Literal["features", "inputs"] = "inputs",
+    reject: float = 0.0,
 ) -> ExpertGate:
     """The expert whose autoencoder reconstructs the input best. Aljundi et al. 2017.
 
@@ -90,10 +119,11 @@ def expert_gate(
         temperature: of the gate, a softmax of the errors.
         soft: average the experts by their gates, instead of taking the largest.
         on: what is reconstructed: inputs, or features of a frozen backbone.
+        reject: the share of a task's own validation examples that may be called unknown; 0: every input belongs to a task.
     """
     from consilience.mappers.autoencoder import ExpertGate
 
-    return ExpertGate(code, epochs, lr, temperature, soft, on)
+    return ExpertGate(code, epochs, lr, temperature, soft, on, reject)
 
 
 def superposition(halving: bool = False, together: bool = False) -> Superposition:
@@ -106,3 +136,19 @@ def superposition(halving: bool = False, together: bool = False) -> Superpositio
     from consilience.mappers.superposed import Superposition
 
     return Superposition(halving, together)
+
+
+def auroc(known: Tensor, unknown: Tensor) -> float:
+    """The area under the ROC curve of familiarity, known inputs against unknown ones: P(known > unknown) + P(equal) / 2.
+
+    Args:
+        known: the familiarity [N] of inputs of known tasks.
+        unknown: that [M] of others.
+
+    >>> import torch
+    >>> auroc(torch.tensor([3.0, 2.0, 1.0]), torch.tensor([0.0, 1.0]))
+    0.9166666666666666
+    """
+    from consilience.mappers.mixture import separation
+
+    return separation(known, unknown)

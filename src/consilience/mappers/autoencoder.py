@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -13,7 +14,7 @@ from consilience.core.correction import Learned, Me
 from consilience.core.errors import ConsilienceError
 from consilience.core.message import Item, Module
 from consilience.core.params import Params
-from consilience.mappers.mixture import Anchored
+from consilience.mappers.mixture import Anchored, Anchors, sketch
 
 
 def logits(net: Params, target: Tensor) -> Tensor:
@@ -23,14 +24,16 @@ def logits(net: Params, target: Tensor) -> Tensor:
 
 
 def errors(item: Item, psi: Tensor) -> Tensor:
-    """||r - t||^2 [B] of an anchor's autoencoder at places psi [B, d]: t = sigmoid of the standardised psi, r its reconstruction."""
-    net = {n: t.to(psi) for n, t in item.tensors.items()}
+    """||r - t||^2 [B] of an anchor's autoencoder at places psi [B, d]: t = sigmoid of the standardised psi, r its
+    reconstruction."""
+    net = {n: t.to(psi) for n, t in item.tensors.items() if n != "validation"}
     target = torch.sigmoid((psi - net["mean"]) / net["deviation"])
     return (torch.sigmoid(logits(net, target)) - target).square().sum(1)
 
 
 def relatedness(other: Item, own: Item, psi: Tensor) -> float:
-    """Rel = 1 - (Er_other - Er_own) / Er_own: how well another task's autoencoder does on this task's data psi [N, d], Er mean errors.
+    """Rel = 1 - (Er_other - Er_own) / Er_own: how well another task's autoencoder does on this task's data psi [N, d], Er mean
+    errors.
 
     1 for the same autoencoder, less the further apart the tasks are.
     """
@@ -38,13 +41,25 @@ def relatedness(other: Item, own: Item, psi: Tensor) -> float:
     return float(1 - (errors(other, psi).mean() - mine) / mine)
 
 
+class Gates(Anchors):
+    """-er_k of the autoencoder of each expert."""
+
+    def __init__(self, items: Sequence[Item]) -> None:
+        self.items, self.own = items, [i.tensors.get("validation") for i in items]
+
+    def scores(self, psi: Tensor) -> Tensor:
+        return torch.stack([-errors(i, psi) for i in self.items], 1)
+
+
 @dataclass(frozen=True)
 class ExpertGate(Anchored):
     """gate_k = softmax_k(-er_k / temperature), er_k = ||r_k(t) - t||^2 the error of the source's undercomplete autoencoder.
 
     t = sigmoid((psi - mean) / deviation) by the moments of the source; r = sigmoid(V relu(U t + a) + b), with round(`code` x d)
-    hidden units, is trained on cross-entropy, by Adam with batches of 32. All goes to the expert with the largest gate; with `soft` the experts
-    are averaged by their gates. Each autoencoder is fitted on one source alone, so that the order of arrival changes nothing.
+    hidden units, is trained on cross-entropy, by Adam with batches of 32. All goes to the expert with the largest gate; with
+    `soft` the experts are averaged by their gates. Each autoencoder is fitted on one source alone, so that the order of arrival
+    changes nothing. With `reject` > 0 an input is unknown where its least error is above what that source's own validation
+    examples have, but for the share `reject` of them.
     Aljundi et al. 2017 (who standardise by the moments of ImageNet's features).
     """
 
@@ -54,6 +69,7 @@ class ExpertGate(Anchored):
     temperature: float = 2.0
     soft: bool = False
     on: Literal["features", "inputs"] = "inputs"
+    reject: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -86,14 +102,18 @@ class ExpertGate(Anchored):
                     (loss / len(batch)).backward()
                     optimiser.step()
         fit = {n: p.detach() for n, p in net.items()}
-        return Module({**{n: t.float() for n, t in moments.items()}, **fit})
+        item = Module({**{n: t.float() for n, t in moments.items()}, **fit})
+        if not self.reject > 0:
+            return item
+        return replace(item, tensors={**item.tensors, "validation": sketch(-errors(item, self.held(learned)))})
 
-    def scores(self, psi: Tensor, items: list[Item], known: list[Item]) -> Tensor:
-        return torch.stack([-errors(i, psi) for i in items], 1)
+    def ready(self, items: tuple[Item, ...], known: tuple[Item, ...]) -> Anchors:
+        return Gates(items)
 
     def gate(self, errors: Tensor) -> Tensor:
         """softmax_k(-er_k / temperature) of errors [B, K]."""
         return torch.softmax(-errors / self.temperature, 1)
 
-    def weigh(self, scores: Tensor) -> Tensor:
-        return self.gate(-scores) if self.soft else super().weigh(scores)
+    def weights(self, psi: Tensor, anchors: Anchors) -> Tensor:
+        hard = super().weights(psi, anchors)
+        return self.gate(-anchors.scores(psi)) * hard.any(1, keepdim=True) if self.soft else hard

@@ -2,32 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Literal
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from consilience.core.correction import Learned, Mapper, Me, Memory, Routing
+from consilience.core.correction import Beginning, Learned, Mapper, Me, Memory, Routing
 from consilience.core.errors import ConsilienceError, Refusal
 from consilience.core.message import Item, Module, Statistics
 from consilience.core.model import Model
 from consilience.core.params import Params
 from consilience.core.schedule import Facts
-from consilience.core.source import Source
+from consilience.mappers import _em
+from consilience.mappers._screen import Screen
+
+KEPT = 256
+"""How many scores of its own validation examples an anchor keeps."""
 
 
 class Anchored(Mapper):
-    """Routes to the expert whose anchor an input is nearest to. Anchors lie in a space that all agents have in common and training
-    does not move: the `features` of a frozen backbone, or the flattened `inputs`, which serve any model."""
+    """Routes to the expert whose anchor an input is nearest to. Anchors lie in a space that all agents have in common and
+    training does not move: the `features` of a frozen backbone, or the flattened `inputs`, which serve any model."""
 
     on: Literal["features", "inputs"]
+    reject: float
+    """The share of a task's own validation examples that may be called unknown; 0: every input belongs to a task."""
 
     def __post_init__(self) -> None:
         if self.on not in ("features", "inputs"):
             raise ConsilienceError(f"`on` should be features or inputs. Found `on = {self.on!r}`.")
+        if not 0 <= self.reject < 1:
+            raise ConsilienceError(f"`reject` should be in [0, 1). Found `reject = {self.reject}`.")
 
     def refuse(self, facts: Facts) -> str | None:
         model: Model | None = facts.model
@@ -41,58 +51,185 @@ class Anchored(Mapper):
             return "anchors on features need a frozen backbone that all agents share; use on='inputs', or models.multi_head on a frozen trunk"
         return None
 
-    def begin(
-        self, model: Model, params: Params, sources: tuple[Source, ...], known: object, generator: torch.Generator
-    ) -> tuple[Params, Mapping[str, Tensor]]:
+    def begin(self, start: Beginning) -> tuple[Params, Mapping[str, Tensor]]:
         """Refuse a feature space that training would move."""
         if self.on == "inputs":
-            return params, {}
-        x = sources[0].train.select(torch.arange(1)).whole()[0]
-        like = next(p for p in params.values() if p.is_floating_point())
+            return start.params, {}
+        x = start.sources[0].train.select(torch.arange(1)).whole()[0]
+        like = next(p for p in start.params.values() if p.is_floating_point())
         x = x.to(like.device, like.dtype) if x.is_floating_point() else x.to(like.device)
-        buffers = model.init(torch.Generator().manual_seed(0))[1]
-        moved = {n: p if model.frozen(n) or not p.is_floating_point() else p + 1 for n, p in params.items()}
+        moved = {n: p if start.model.frozen(n) or not p.is_floating_point() else p + 1 for n, p in start.params.items()}
         with torch.no_grad():
-            if not torch.equal(model.features(params, buffers, x), model.features(moved, buffers, x)):
+            if not torch.equal(
+                start.model.features(start.params, start.buffers, x), start.model.features(moved, start.buffers, x)
+            ):
                 raise Refusal(
                     "anchors on features need some that training does not move; use on='inputs'. Found trainable entries under the features."
                 )
-        return params, {}
+        return start.params, {}
+
+    def place(self, x: Tensor, features: Callable[[Tensor], Tensor]) -> Tensor:
+        """Where inputs x [B, ...] lie [B, d], in float64 or float32."""
+        with torch.no_grad():
+            psi = x.flatten(1) if self.on == "inputs" else features(x)
+        return psi if psi.dtype == torch.float64 else psi.float()
 
     def psi(self, learned: Learned) -> Callable[[Tensor], Tensor]:
         """x [B, ...] -> its place in the space [B, d], in float64 on the CPU."""
-
-        def place(x: Tensor) -> Tensor:
-            with torch.no_grad():
-                f = x.flatten(1) if self.on == "inputs" else learned.model.features(learned.params, learned.buffers, x, None)
-            return f.double().cpu()
-
-        return place
+        features = lambda x: learned.model.features(learned.params, learned.buffers, x, None)  # noqa: E731
+        return lambda x: self.place(x, features).double().cpu()
 
     def places(self, learned: Learned) -> Tensor:
         """Where the training data of a source lie [N, d]."""
         psi = self.psi(learned)
         return torch.cat([psi(x) for x, _ in learned.source.train.chunks(1024)])
 
-    def scores(self, psi: Tensor, items: list[Item], known: list[Item]) -> Tensor:
-        """How well places [B, d] fit each of the experts' anchors [B, K]; higher is nearer. `known` are all anchors there are."""
+    def held(self, learned: Learned) -> Tensor:
+        """Where the validation data of a source lie [V, d]: by them `reject` is calibrated."""
+        source, psi = learned.source, self.psi(learned)
+        if not len(source.validation):
+            raise ConsilienceError(
+                f"`reject` is calibrated on validation examples, and a source should have some. Found none in {source.name!r}."
+            )
+        return torch.cat([psi(x) for x, _ in source.validation.to(learned.layout.device, learned.layout.dtype).chunks(1024)])
+
+    def settle(self, item: Item, place: Callable[[Tensor], Tensor]) -> Item:
+        """An anchor as this agent reads it, made once: on the CPU."""
+        if all(t.device.type == "cpu" for t in item.tensors.values()):
+            return item
+        return replace(item, tensors={n: t.cpu() for n, t in item.tensors.items()})
+
+    def ready(self, items: tuple[Item, ...], known: tuple[Item, ...]) -> Anchors:
+        """The experts' anchors, made ready to be asked; `known` are all anchors there are, in an order that is not that of
+        arrival."""
         raise NotImplementedError
 
-    def weigh(self, scores: Tensor) -> Tensor:
-        """Weights [B, K] from scores."""
-        return F.one_hot(scores.argmax(1), scores.shape[1]).to(scores.dtype)
+    def scores(self, psi: Tensor, items: Sequence[Item], known: Sequence[Item]) -> Tensor:
+        """How well places [B, d] fit each of the experts' anchors [B, K], in float64; higher is nearer. `known` are all anchors
+        there are."""
+        place = lambda x: self.place(x, lambda x: x)  # noqa: E731
+        return self.ready(tuple(_settled(self, i, place) for i in items), tuple(_settled(self, i, place) for i in known)).scores(
+            psi
+        )
 
-    def route(self, routing: Routing, memory: Memory) -> Tensor:
+    def weights(self, psi: Tensor, anchors: Anchors) -> Tensor:
+        """Weights [B, K] of the experts: all to the one whose anchor fits best, or none where that is unknown."""
+        best, score = anchors.best(psi, self.reject > 0)
+        weights = F.one_hot(best, len(anchors.own)).double()
+        if self.reject > 0:
+            weights *= ~(anchors.marks(self.reject)[best, 0] > score)[:, None] & score.isfinite()[:, None]
+        return weights
+
+    def _read(self, routing: Routing, memory: Memory) -> tuple[Tensor, Anchors, list[int]]:
+        """Where the inputs lie, the anchors in canonical order, and where each expert stands in it."""
         missing = [k for k in routing.experts if k not in memory]
         if missing:
             raise ConsilienceError(
                 f"every expert should come with its anchor. Found none for {missing[0][1]!r} of {missing[0][0]!r}."
             )
-        psi = (routing.x.flatten(1) if self.on == "inputs" else routing.features()).double().cpu()
-        memory = {k: replace(i, tensors={n: t.cpu() for n, t in i.tensors.items()}) for k, i in memory.items()}
-        known = [memory[k] for k in sorted(memory, key=lambda k: (k[1], k[0]))]
-        weights = self.weigh(self.scores(psi, [memory[k] for k in routing.experts], known))
-        return weights.to(routing.x.device, torch.get_default_dtype())
+        like = routing.x
+        psi = self.place(like, lambda x: routing.features()).cpu()
+
+        def place(x: Tensor) -> Tensor:
+            return self.place(x.to(like.device, like.dtype if like.is_floating_point() else x.dtype), routing.features).cpu()
+
+        order = sorted(memory, key=lambda k: (k[1], k[0]))
+        told = {k: _settled(self, memory[k], place) for k in order}
+        wanted = set(routing.experts)
+        mine = [k for k in order if k in wanted]
+        anchors = _ready(self, tuple(told[k] for k in mine), tuple(told.values()))
+        if self.reject > 0:
+            lacks = [k for k, own in zip(mine, anchors.own, strict=True) if own is None]
+            if lacks:
+                raise ConsilienceError(
+                    f"with `reject` above 0 every anchor should be made with it. Found one without validation scores, of {lacks[0][1]!r}."
+                )
+        where = {k: i for i, k in enumerate(mine)}
+        return psi, anchors, [where[k] for k in routing.experts]
+
+    def route(self, routing: Routing, memory: Memory) -> Tensor:
+        psi, anchors, where = self._read(routing, memory)
+        return self.weights(psi, anchors)[:, where].to(routing.x.device, torch.get_default_dtype())
+
+    def familiarity(self, routing: Routing, memory: Memory) -> Tensor:
+        """How known inputs are [B], comparable between tasks: (s - median) / (median - lower quartile) of the best task, s its
+        score and the others those of its own validation examples. 0 is as an own example, -1 worse than three quarters of them.
+        Needs `reject` > 0."""
+        if not self.reject > 0:
+            raise ConsilienceError(
+                f"`reject` should be above 0, so that anchors have scores to compare with. Found {self.reject}."
+            )
+        psi, anchors, _ = self._read(routing, memory)
+        best, score = anchors.best(psi, True)
+        _, median, quartile = anchors.marks(self.reject)[best].unbind(1)
+        spread = torch.maximum(median - quartile, 1e-9 * median.abs().clamp_min(1e-9))
+        return ((score - median) / spread).to(routing.x.device)
+
+
+class Anchors:
+    """Anchors of K experts, ready to be asked. `own` are the sorted scores that each gives its own validation examples, or
+    None."""
+
+    own: Sequence[Tensor | None]
+
+    def scores(self, psi: Tensor) -> Tensor:
+        """Scores [B, K] of places [B, d] in float64."""
+        raise NotImplementedError
+
+    def best(self, psi: Tensor, scored: bool) -> tuple[Tensor, Tensor]:
+        """The expert [B] of the highest score, the first of equal ones, and (`scored`) the score [B]."""
+        score = self.scores(psi)
+        best = score.argmax(1)
+        return best, score.gather(1, best[:, None])[:, 0]
+
+    def marks(self, reject: float) -> Tensor:
+        """By expert the `reject` quantile, the median and the lower quartile of its own scores [K, 3]."""
+        own = [s for s in self.own if s is not None]
+        at = [[s[int(reject * len(s))], s[len(s) // 2], s[len(s) // 4]] for s in own]
+        marks = torch.tensor(at, dtype=torch.float64)
+        marks[:, 0] -= 1e-6 * marks[:, 0].abs()  # features of another batch differ by as much
+        return marks
+
+
+@lru_cache(maxsize=2)
+def _ready(mapper: Anchored, items: tuple[Item, ...], known: tuple[Item, ...]) -> Anchors:
+    return mapper.ready(items, known)
+
+
+_SETTLED: WeakKeyDictionary[Item, dict[Anchored, Item]] = WeakKeyDictionary()
+
+
+def _settled(mapper: Anchored, item: Item, place: Callable[[Tensor], Tensor]) -> Item:
+    """`settle`, once for each item."""
+    found = _SETTLED.get(item, {}).get(mapper)
+    if found is None:
+        found = mapper.settle(item, place)
+        if found is not item:
+            _SETTLED.setdefault(item, {})[mapper] = found
+    return found
+
+
+def sketch(scores: Tensor) -> Tensor:
+    """Scores [V] in ascending order, or 256 of them, evenly spaced, with the least and the greatest.
+
+    >>> sketch(torch.tensor([3.0, 1.0, 2.0])).tolist(), len(sketch(torch.arange(9999.0)))
+    ([1.0, 2.0, 3.0], 256)
+    """
+    ordered = scores.double().sort().values
+    if len(ordered) <= KEPT:
+        return ordered
+    return ordered[torch.linspace(0, len(ordered) - 1, KEPT, dtype=torch.float64).round().long()]
+
+
+def separation(known: Tensor, unknown: Tensor) -> float:
+    """P(known > unknown) + P(equal) / 2 over all pairs of values [N] and [M]."""
+    if not len(known) or not len(unknown):
+        raise ConsilienceError(
+            f"an area under a curve needs values of both kinds. Found {len(known)} known and {len(unknown)} unknown."
+        )
+    other = unknown.sort().values
+    below, upto = torch.searchsorted(other, known), torch.searchsorted(other, known, right=True)
+    return float((below + upto).double().sum()) / (2 * len(known) * len(other))
 
 
 def means(item: Item) -> Tensor:
@@ -101,25 +238,110 @@ def means(item: Item) -> Tensor:
     return item.tensors["first"].T[n > 0] / n[n > 0][:, None]
 
 
+def grouped(parts: Sequence[Tensor]) -> Tensor:
+    """Which part each row of all parts together is of."""
+    return torch.arange(len(parts)).repeat_interleave(torch.tensor([len(p) for p in parts]))
+
+
+class Points(Anchors):
+    """-min_j ||x - mu_j||^2 over the points [.., d] of each expert, in float64."""
+
+    def __init__(self, points: Sequence[Tensor], own: Sequence[Tensor | None]) -> None:
+        self.own, self.group, every = own, grouped(points), torch.cat(list(points))
+        self.centre = every.mean(0).float()
+        self.points = every - self.centre
+        self.screen = Screen.of(self.points, -0.5 * self.points.square().sum(1), self.group)
+
+    def scores(self, psi: Tensor) -> Tensor:
+        distance = torch.cdist(psi.double() - self.centre, self.points, compute_mode="donot_use_mm_for_euclid_dist").square()
+        return torch.stack([-distance[:, self.group == k].amin(1) for k in range(len(self.own))], 1)
+
+    def best(self, psi: Tensor, scored: bool) -> tuple[Tensor, Tensor]:
+        def exact(rows: Tensor, j: Tensor) -> Tensor:
+            return -(psi[rows].double() - self.centre - self.points[j]).square().sum(1)
+
+        return self.screen(psi, lambda x: (x - self.centre).float(), exact, scored)
+
+
 @dataclass(frozen=True)
 class NearestMean(Anchored):
-    """score = -min_c ||psi - mu_c||^2 over the classes of the source. Anchors are class sums and counts: they add."""
+    """score = -min_c ||psi - mu_c||^2 over the classes of the source. Anchors are class sums and counts: they add.
+
+    With `reject` > 0 an anchor has the sorted scores of at most 256 validation examples besides, which do not add. An input is
+    unknown where its best task's score is below that task's `reject` quantile of them: so many of a task's own examples, at
+    most, are called unknown.
+    """
 
     on: Literal["features", "inputs"] = "features"
+    reject: float = 0.0
 
-    def summarise(self, learned: Learned, me: Me) -> Statistics:
-        return Statistics(learned.sums(self.psi(learned), second=False))
+    def summarise(self, learned: Learned, me: Me) -> Statistics | Module:
+        item = Statistics(learned.sums(self.psi(learned), second=False))
+        if not self.reject > 0:
+            return item
+        own = Points([means(item)], [None]).scores(self.held(learned))[:, 0]
+        return Module({**item.tensors, "validation": sketch(own)})
 
-    def scores(self, psi: Tensor, items: list[Item], known: list[Item]) -> Tensor:
-        return torch.stack([-torch.cdist(psi, means(i)).min(1).values for i in items], 1)
+    def ready(self, items: tuple[Item, ...], known: tuple[Item, ...]) -> Anchors:
+        return Points([means(i) for i in items], [i.tensors.get("validation") for i in items])
+
+
+class Mixtures(Anchors):
+    """max_j log(w_j N(x; mu_j, diag s_j)) - log of (2 pi)^(-d/2), plus a constant by expert, over the components of each
+    expert."""
+
+    def __init__(self, items: Sequence[Item], prior: Sequence[float]) -> None:
+        own = [i.tensors.get("validation") for i in items]
+        self.own = [o if o is None else o + p for o, p in zip(own, prior, strict=True)]
+        self.group = grouped([i.tensors["weight"] for i in items])
+        self.mean, self.variance, weight = (torch.cat([i.tensors[n] for i in items]) for n in ("mean", "variance", "weight"))
+        tiny = torch.finfo(torch.float64).tiny
+        constant = weight.double().clamp_min(tiny).log() + torch.tensor(prior, dtype=torch.float64)[self.group]
+        precision = 1 / self.variance.double()
+        self.constant = constant + 0.5 * precision.log().sum(1)
+        # where the components are on average, and how wide: what all have in common leaves the products
+        total = precision.sum(0)
+        self.centre, self.width = ((precision * self.mean).sum(0) / total).float(), (len(precision) / total).sqrt().float()
+        off = (self.mean.double() - self.centre) / self.width
+        precision *= self.width.double().square()
+        self.screen = Screen.of(
+            torch.cat([(precision * off).float(), (0.5 - 0.5 * precision).float()], 1),
+            self.constant - 0.5 * (precision * off.square()).sum(1),
+            self.group,
+            parts=2,
+        )
+
+    def scores(self, psi: Tensor) -> Tensor:
+        psi = psi.double()
+        found, square = [], psi.square()
+        for k in range(len(self.own)):
+            j = self.group == k
+            mean, precision = self.mean[j].double(), 1 / self.variance[j].double()
+            distance = square @ precision.T - 2 * psi @ (mean * precision).T + (mean.square() * precision).sum(1)
+            found.append((self.constant[j] - 0.5 * distance).max(1).values)
+        return torch.stack(found, 1)
+
+    def best(self, psi: Tensor, scored: bool) -> tuple[Tensor, Tensor]:
+        def columns(x: Tensor) -> Tensor:
+            z = ((x - self.centre) / self.width).float()
+            return torch.cat([z, z.square()], 1)
+
+        def exact(rows: Tensor, j: Tensor) -> Tensor:
+            off = psi[rows].double().sub_(self.mean[j])
+            return self.constant[j] - 0.5 * off.square_().div_(self.variance[j]).sum(1)
+
+        return self.screen(psi, columns, exact, scored)
 
 
 @dataclass(frozen=True)
 class GaussianMixture(Anchored):
     """score = max_j log(phi_j N(psi; mu_j, diag sigma_j^2)) over the k components of the source (GMMC).
 
-    `prior="uniform"` pools the mixtures as the paper does; "size" weighs each by its source's share of the examples. Mixtures are fitted by
-    scikit-learn on one source's features alone, so the order in which sources arrive changes nothing. Ge et al. 2023 (SKILL).
+    `prior="uniform"` pools the mixtures as the paper does; "size" weighs each by its source's share of the examples. Mixtures
+    are fitted on one source's features alone, so the order in which sources arrive changes nothing. `fit="torch"` is expectation
+    maximisation of our own (products in float32, on the device of the data), "sklearn" is scikit-learn's: same start, stop and
+    log-likelihood. With `reject` > 0 an anchor has the sorted scores of at most 256 validation examples besides, and an input is
+    unknown where its best task's score is below that task's `reject` quantile of them. Ge et al. 2023 (SKILL).
     """
 
     components: int = 25
@@ -127,42 +349,49 @@ class GaussianMixture(Anchored):
     floor: float = 1e-3
     """Added to the variances, as a share of the mean variance of the features."""
     on: Literal["features", "inputs"] = "features"
+    fit: Literal["torch", "sklearn"] = "torch"
+    reject: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.components < 1:
             raise ConsilienceError(f"`components` should be at least 1. Found `components = {self.components}`.")
-        if self.prior not in ("size", "uniform"):
-            raise ConsilienceError(f"`prior` should be size or uniform. Found `prior = {self.prior!r}`.")
+        for name, words in (("prior", ("size", "uniform")), ("fit", ("torch", "sklearn"))):
+            if getattr(self, name) not in words:
+                raise ConsilienceError(f"`{name}` should be {' or '.join(words)}. Found `{name} = {getattr(self, name)!r}`.")
         if not 0 < self.floor < float("inf"):
             raise ConsilienceError(f"`floor` should be positive and finite. Found `floor = {self.floor}`.")
 
     def summarise(self, learned: Learned, me: Me) -> Module:
-        import warnings
-
-        from sklearn.mixture import GaussianMixture as Mixture
-
-        psi = self.places(learned)
+        features = lambda x: learned.model.features(learned.params, learned.buffers, x, None)  # noqa: E731
+        psi = torch.cat([self.place(x, features) for x, _ in learned.source.train.chunks(1024)])
         spread = float(psi.var(0, unbiased=False).mean()) or 1.0
-        seed = int(torch.randint(2**31 - 1, (1,), generator=learned.generator))
-        k = min(self.components, len(psi))
-        fit = Mixture(k, covariance_type="diag", reg_covar=self.floor * spread, random_state=seed, init_params="k-means++")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            fit.fit(psi.numpy())
-        tensors = {"mean": fit.means_, "variance": fit.covariances_, "weight": fit.weights_}
-        item = {name: torch.from_numpy(t).to(torch.float32) for name, t in tensors.items()}
-        return Module({**item, "count": torch.tensor([float(len(psi))])})
+        make = _em.fit if self.fit == "torch" else by_sklearn
+        fit = make(psi, self.components, learned.generator, self.floor * spread)
+        tensors = {n: getattr(fit, n).to("cpu", torch.float32) for n in ("mean", "variance", "weight")}
+        item = Module({**tensors, "count": torch.tensor([float(len(psi))])})
+        if not self.reject > 0:
+            return item
+        held = self.held(learned)
+        _, own = Mixtures([item], [0.0]).best(held, True)
+        return replace(item, tensors={**item.tensors, "validation": sketch(own)})
 
-    def scores(self, psi: Tensor, items: list[Item], known: list[Item]) -> Tensor:
-        total = sum(float(i.tensors["count"].sum()) for i in items)
-        return torch.stack([self._score(psi, i, total) for i in items], 1)
+    def ready(self, items: tuple[Item, ...], known: tuple[Item, ...]) -> Anchors:
+        sizes = torch.stack([i.tensors["count"].double().sum() for i in items])
+        prior = (sizes / sizes.sum()).log().tolist() if self.prior == "size" else [0.0] * len(items)
+        return Mixtures(items, prior)
 
-    def _score(self, psi: Tensor, item: Item, total: float) -> Tensor:
-        mean, variance = item.tensors["mean"].double(), item.tensors["variance"].double()
-        weight = item.tensors["weight"].double().log()
-        precision = 1 / variance
-        distance = psi.square() @ precision.T - 2 * psi @ (mean * precision).T + (mean.square() * precision).sum(1)
-        log = weight - 0.5 * (distance + variance.log().sum(1))
-        prior = torch.log(item.tensors["count"].double().sum() / total) if self.prior == "size" else 0.0
-        return log.max(1).values + prior
+
+def by_sklearn(x: Tensor, k: int, generator: torch.Generator, floor: float) -> _em.Fit:
+    """`_em.fit` by scikit-learn."""
+    import warnings
+
+    from sklearn.mixture import GaussianMixture as Mixture
+
+    seed = int(torch.randint(2**31 - 1, (1,), generator=generator))
+    fit = Mixture(min(k, len(x)), covariance_type="diag", reg_covar=floor, random_state=seed, init_params="k-means++")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fit.fit(x.double().cpu().numpy())
+    mean, variance, weight = (torch.from_numpy(t) for t in (fit.means_, fit.covariances_, fit.weights_))
+    return _em.Fit(mean, variance, weight, float(fit.lower_bound_), int(fit.n_iter_), bool(fit.converged_))

@@ -12,29 +12,63 @@ if TYPE_CHECKING:
 
 
 def skill(
-    mapper: Literal["gaussian_mixture", "nearest_mean", "mahalanobis"] = "gaussian_mixture",
+    mapper: Literal[
+        "gaussian_mixture", "mahalanobis", "nearest_mean", "min_entropy", "expert_gate", "oracle"
+    ] = "gaussian_mixture",
     components: int = 25,
     prior: Literal["size", "uniform"] = "uniform",
+    images: int = 0,
+    rank: int = 0,
+    reject: float = 0.0,
+    head: Literal["trained", "ridge", "prototype"] = "trained",
+    reuse: Literal["name", "features"] | None = None,
 ) -> Method:
-    """Heads on a frozen backbone are learned apart, shared in a bank, and an anchor of each task routes inputs to them.
+    """Heads (and biases) on a frozen backbone are learned apart, shared in a bank, and an anchor of each task routes inputs to them.
+
+    Models: `models.multi_head(models.backbone(..), ..)`, or `models.beneficial_biases`; other mappers and more of their options by
+    `Method(.., mapper=mappers.gaussian_mixture(..))`.
 
     Paper: Ge et al. 2023.
 
     Args:
-        mapper: how anchors are made: a mixture of Gaussians, class means, or class means with one covariance.
-        components: Gaussians a task.
-        prior: whether a task's components weigh by its examples.
+        mapper: how the task of an input is found: by a mixture of Gaussians, class means with one covariance, class means, the surest
+            head, autoencoders of features; "oracle" is told it.
+        components: of "gaussian_mixture": Gaussians a task.
+        prior: of "gaussian_mixture": whether a task's components weigh by its examples.
+        images: of "mahalanobis": images of each class that are shared for the covariance (the paper: 5); 0 shares sums instead.
+        rank: of "mahalanobis": factors of a task's scatter that are shared instead of the whole; 0 is the whole.
+        reject: the share of a task's own validation examples that may be called unknown; 0: every input belongs to a task.
+        head: trained by steps, or in closed form without any ("ridge", "prototype").
+        reuse: a new head begins with the rows of similar classes learned before, by their "name" or by "features".
     """
     from consilience import mappers
     from consilience.consolidators.bank import Experts
-    from consilience.core.errors import unknown
+    from consilience.core.errors import ConsilienceError, unknown
     from consilience.core.method import Method
+    from consilience.corrections.reuse import HeadReuse
+    from consilience.corrections.solved import ClosedHead
 
     made: dict[str, Callable[[], Mapper]] = {
-        "gaussian_mixture": lambda: mappers.gaussian_mixture(components, prior),
-        "nearest_mean": mappers.nearest_mean,
-        "mahalanobis": mappers.mahalanobis,
+        "gaussian_mixture": lambda: mappers.gaussian_mixture(components, prior, reject=reject),
+        "mahalanobis": lambda: mappers.mahalanobis(images=images, rank=rank, reject=reject),
+        "nearest_mean": lambda: mappers.nearest_mean(reject=reject),
+        "min_entropy": mappers.min_entropy,
+        "expert_gate": lambda: mappers.expert_gate(on="features", reject=reject),
+        "oracle": mappers.oracle,
     }
     if mapper not in made:
         raise unknown("mapper", mapper, made)
-    return Method("skill", consolidator=Experts(), mapper=made[mapper]())
+    for name, value in (("images", images), ("rank", rank)):
+        if mapper != "mahalanobis" and value != 0:
+            raise ConsilienceError(f"`{name}` should be 0 for another mapper than mahalanobis. Found `{name} = {value!r}`.")
+    if reject and mapper in ("min_entropy", "oracle"):
+        raise ConsilienceError(f"`reject` should be 0 for a mapper without anchors. Found `reject = {reject!r}` for {mapper!r}.")
+    if head not in ("trained", "ridge", "prototype"):
+        raise unknown("head", head, ("trained", "ridge", "prototype"))
+    if head != "trained" and reuse:
+        raise ConsilienceError(
+            f"`reuse` should be None where no head is trained. Found `head = {head!r}` and `reuse = {reuse!r}`."
+        )
+    parts = (HeadReuse(reuse),) if reuse else () if head == "trained" else (ClosedHead(head),)
+    fixed = {} if head == "trained" else {"epochs": 0}
+    return Method("skill", parts, consolidator=Experts(), mapper=made[mapper](), fixed=fixed)

@@ -6,28 +6,33 @@ Nothing here imports torch before it is called.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from consilience.core.errors import ConsilienceError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
-    from torch import nn
+    from torch import Tensor, nn
 
     from consilience.core.model import Model
     from consilience.core.params import Params
+    from consilience.core.source import Source
     from consilience.models.adapted import Adapted
+    from consilience.models.biased import Biased
     from consilience.models.columns import Progressive
     from consilience.models.heads import MultiHead
     from consilience.models.module import ModuleModel
     from consilience.models.tangent import Tangent
+    from consilience.models.toes import Toes
 
     M = TypeVar("M", ModuleModel, MultiHead)
 
 __all__ = [
-    "adapters", "char_lstm", "char_transformer", "conv", "fourier_features", "frozen", "lenet", "linear", "linearised", "mlp", "multi_head", "progressive", "progressive_conv", "random_features",
-    "resnet", "wrap",
+    "adapters", "backbone", "beneficial_biases", "char_lstm", "char_transformer", "conv", "fourier_features", "frozen",
+    "head2toe", "lenet", "linear", "linearised", "macs", "mlp", "multi_head", "progressive", "progressive_conv",
+    "random_features", "resnet", "wrap",
 ]  # fmt: skip
 
 
@@ -229,8 +234,74 @@ def fourier_features(model: ModuleModel, width: int = 2048, sigma: float = 1.0, 
     return ModuleModel(make, outputs, head="head", frozen=("fourier.*", *frozen), name=name)
 
 
-def multi_head(trunk: ModuleModel, outputs: int) -> MultiHead:
+def backbone(
+    of: str | nn.Module | Model,
+    checkpoint: str | Path | None = None,
+    size: int | tuple[int, int] | Literal["own"] | None = "own",
+    mean: float | Sequence[float] | None = None,
+    std: float | Sequence[float] | None = None,
+    **more: Any,
+) -> ModuleModel:
+    """Frozen features psi(x) [B, d] of images x [B, 1 or c, H, W] in [0, 1], by a `timm` model or any torch module; no head.
+
+    Images are resized to `size` (bilinear, antialiased where they shrink), grey ones repeated to c channels, then (x - mean) / std.
+    Its own features [B, d] are given back as they are, so that agents with images and agents with features that `data.embed` kept
+    have one model. It runs in eval mode always. Its hash (`Model.backbone`) covers weights, buffers, `size`, mean, std and what the
+    module is. For other modules than timm's, that is what torch prints of them.
+
+    Args:
+        of: a name of timm's (`consilience[vision]`), a torch module, or a model of one (`wrap(.., headless=True)` keeps its last layer).
+        checkpoint: weights as a safetensors file, read as float32; None: timm's from the hub, a module's own.
+        size: height and width (one number: both); "own": timm's for this model, else as the images come; None: as they come.
+        mean, std: of each channel, or one number for all; None: timm's for this model, else 0 and 1.
+        more: for `timm.create_model`; with `pretrained=False` the weights are random, the same ones always.
+
+    Raises:
+        ConsilienceError: no timm, no such name, entries that the checkpoint lacks or has too many of (the classifier's do not
+            matter), a std that is not positive.
+
+    >>> import torch
+    >>> model = backbone(conv(3, 3, 8, 4), size=8, mean=0.5, std=0.5)
+    >>> params, buffers = model.init(torch.Generator())
+    >>> psi = model(params, buffers, torch.rand(2, 1, 12, 12), None, True)[0]
+    >>> model.width, torch.equal(model(params, buffers, psi, None, False)[0], psi)
+    (32, True)
+    """
+    from consilience.models import pretrained
+
+    if isinstance(of, str):
+        return pretrained.of_timm(of, checkpoint, size, mean, std, more)
+    if more:
+        raise ConsilienceError(f"options should be timm's, for a model by name. Found {', '.join(sorted(more))}.")
+    return pretrained.of_module(of, checkpoint, size, mean, std)
+
+
+def macs(model: Model | nn.Module, sample: Tensor | Sequence[int], task: str | None = None) -> int:
+    """Multiply-accumulates of one forward pass of one sample: half the FLOPs of matrix products and convolutions, as torch counts them.
+
+    Additions, activations and norms are not counted. Training costs about three times as much, or less where layers are frozen.
+
+    Args:
+        model: a model as it begins, or a torch module.
+        sample: samples [B, ..], or the shape (..) of one.
+        task: which the model is told.
+
+    >>> macs(mlp(4, (8,), 3), (4,))
+    56
+    """
+    from consilience.models.module import count
+
+    return count(model, sample, task)
+
+
+def multi_head(trunk: ModuleModel, outputs: int, norm: Literal["inf"] | None = None) -> MultiHead:
     """One linear head for each task, on the features of a trunk whose own head is taken off; C = `outputs`.
+
+    Args:
+        trunk: a model of one module; its head is taken off.
+        outputs: the number of output columns; each head has those of its task's classes.
+        norm: "inf": logits psi (W / ||W||_inf)^T + b, each row by its own largest magnitude, trained through the division, so that
+            rows of several heads can stand together.
 
     >>> import torch
     >>> model = multi_head(random_features(4, 8), outputs=10)
@@ -239,7 +310,31 @@ def multi_head(trunk: ModuleModel, outputs: int) -> MultiHead:
     """
     from consilience.models.heads import MultiHead
 
-    return MultiHead(trunk, outputs)
+    return MultiHead(trunk, outputs, norm)
+
+
+def beneficial_biases(
+    backbone: ModuleModel | nn.Module, outputs: int, last: float = 1.0, norm: Literal["inf"] | None = None
+) -> Biased:
+    """A frozen backbone, and for each task a linear head and one bias B for each output channel of its convolutions and linear layers.
+
+    y = Conv(x) + b + B, and for linear layers likewise; B begins at 0, as the backbone. With `methods.finetune` nothing is forgotten;
+    with `methods.skill` biases and heads travel. Ge et al., "Lightweight Learner for Shared Knowledge Lifelong Learning", 2023.
+
+    Args:
+        backbone: a model of one module, or a torch module; its head is taken off.
+        outputs: the number of output columns; each head has those of its task's classes.
+        last: the fraction of the layers, from the end, that have biases, rounded up; 0 has none.
+        norm: of the heads, as in `multi_head`.
+
+    >>> beneficial_biases(conv(3, size=8, width=4), 10, last=0.5).layers
+    ('3',)
+    """
+    from consilience.core.model import Model
+    from consilience.models.biased import Biased
+    from consilience.models.module import ModuleModel
+
+    return Biased(backbone if isinstance(backbone, Model) else ModuleModel(backbone), outputs, last, norm)
 
 
 def progressive(
@@ -330,6 +425,55 @@ def frozen(model: M, patterns: Sequence[str] = ("*",)) -> M:
     ['1.weight', '1.bias']
     """
     return model.freeze((patterns,) if isinstance(patterns, str) else tuple(patterns))
+
+
+def head2toe(
+    model: MultiHead | Toes,
+    params: Params,
+    buffers: Params,
+    source: Source,
+    keep: float = 0.01,
+    by: Literal["biases", "lasso"] | None = None,
+    pool: int = 1,
+    penalty: float = 1e-3,
+    epochs: int = 100,
+    lr: float = 1e-3,
+    batch: int = 32,
+    seed: int = 0,
+) -> tuple[Toes, Params, Params]:
+    """A head for the source's task that reads a few chosen channels of all layers: the model, and parameters and buffers with its.
+
+    By biases: the channels of the `keep` largest |B| of the task's trained beneficial biases, averaged, and the task's logits. By
+    lasso: the averaged channels of every layer and the features, each layer divided by its L2 norm; a linear head on all of them is
+    trained with cross entropy + `penalty` sum_i ||W_i||_2, and the `keep` largest ||W_i||_2 stay. Then a linear head on what stays
+    is trained by Adam. Images pass the backbone once; all that a head sees is held in memory, by lasso 4 bytes for each channel of all
+    layers an image. Evci et al. 2022; by biases: Ge et al. 2023, section 7.3.
+
+    Args:
+        model: `multi_head` on a frozen trunk, `beneficial_biases`, or what this gave for another task.
+        params, buffers: of it, with the head (and the trained biases) of the source's task.
+        source: images; `validation`, where it has some, chooses among the epochs.
+        keep: the fraction of channels (by biases) or of averages (by lasso) that stay.
+        by: None: biases, where the model has them.
+        pool: each channel is averaged on a grid of this side.
+        penalty: of the group lasso.
+        epochs, lr, batch: of Adam, also for the lasso.
+        seed: of first weights and orders.
+
+    Raises:
+        ConsilienceError: the task has no head, no biases to choose by, numbers out of range.
+
+    >>> import torch
+    >>> from consilience.data import digits
+    >>> model = multi_head(frozen(conv(3, 1, 8, 4)), 10)
+    >>> params, buffers = model.grow(*model.init(torch.Generator().manual_seed(0)), digits(image=True), torch.Generator())
+    >>> model, params, buffers = head2toe(model, params, buffers, digits(image=True), keep=0.5, epochs=1)
+    >>> buffers["toes.digits.index"].shape, params["toes.digits.weight"].shape
+    (torch.Size([22]), torch.Size([10, 22]))
+    """
+    from consilience.models import toes
+
+    return toes.fit(model, params, buffers, source, keep, by, pool, penalty, epochs, lr, batch, seed)
 
 
 def linearised(model: Model, base: Params | None = None) -> Tangent:

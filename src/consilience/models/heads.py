@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import ClassVar, NamedTuple, Self
+from typing import ClassVar, Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -33,18 +33,23 @@ class Heads(Model):
 
     Subclasses say what the features psi_t [B, d] of a task are. Entries are `heads.<task>.weight` [k, d] and
     `heads.<task>.bias` [k]; the buffer `heads.<task>.columns` [k] says which outputs they are, and all others are -inf.
+    With `norm="inf"` the rows of W_t are divided by their largest magnitude at every use, also in training.
     """
 
-    def __init__(self, outputs: int) -> None:
+    def __init__(self, outputs: int, norm: Literal["inf"] | None = None) -> None:
         if outputs < 1:
             raise ConsilienceError(f"`outputs` should be at least 1. Found `outputs = {outputs}`.")
-        self.outputs = outputs
+        if norm not in (None, "inf"):
+            raise ConsilienceError(f"`norm` should be 'inf' or None. Found `norm = {norm!r}`.")
+        self.outputs, self.norm = outputs, norm
 
     @property
     def uses_task(self) -> bool:
         return True
 
     def head(self, params: Params, task: str | None) -> tuple[str, str | None]:
+        if self.norm:
+            raise ConsilienceError("a head that is written should act as it stands. Found one whose rows are normalised.")
         keys = tasks(params)
         chosen = [k for k in keys if task is None or k == escape(task)]
         if len(chosen) != 1:
@@ -114,11 +119,18 @@ class Heads(Model):
 
     def _write(self, psis: Sequence[Tensor], heads: Sequence[Head]) -> Tensor:
         """The outputs [B, C] of these heads on the features of each, -inf in the columns of no head."""
-        logits = [F.linear(psi, h.weight, h.bias) for psi, h in zip(psis, heads, strict=True)]
+        logits = [F.linear(psi, self.rows(h.weight), h.bias) for psi, h in zip(psis, heads, strict=True)]
         out, where = (logits[0], heads[0].columns)
         if len(heads) > 1:
             out, where = torch.cat(logits, 1), torch.cat([h.columns for h in heads])
         return out.new_full((len(out), self.outputs), -torch.inf).index_copy(1, where, out)
+
+    def rows(self, weight: Tensor) -> Tensor:
+        """The rows [k, d] that act for a head's weight: as they are, or w_i / ||w_i||_inf (a row of zeros stays)."""
+        if self.norm is None:
+            return weight
+        largest = weight.abs().amax(1, keepdim=True)
+        return weight / torch.where(largest > 0, largest, torch.ones_like(largest))
 
     def _nothing(self, like: Tensor) -> Tensor:
         """The outputs [B, C] where there is no head."""
@@ -133,6 +145,7 @@ class MultiHead(Heads):
     psi are the features [B, d] of the trunk, whose own head is not among the entries. Entries are `trunk.<name>`,
     `heads.<task>.weight` [k, d] and `heads.<task>.bias` [k]; the buffer `heads.<task>.columns` [k] says which outputs they
     are. A source without task label has its name for a task; dots in it become underscores. A frozen trunk runs in eval mode.
+    With `norm="inf"` W_t acts with its rows divided by their infinity norm, so that rows of several heads can stand together.
 
     >>> from consilience.models import mlp
     >>> model = MultiHead(mlp(4, (8,)), outputs=10)
@@ -143,10 +156,10 @@ class MultiHead(Heads):
     own: ClassVar[tuple[str, ...]] = (HEADS,)
     """How the names of the entries of tasks begin."""
 
-    def __init__(self, trunk: ModuleModel, outputs: int) -> None:
+    def __init__(self, trunk: ModuleModel, outputs: int, norm: Literal["inf"] | None = None) -> None:
         if not isinstance(trunk, ModuleModel):
             raise ConsilienceError(f"a trunk should be a model of one module. Found {type(trunk).__name__}.")
-        super().__init__(outputs)
+        super().__init__(outputs, norm)
         self.trunk = trunk.body()
         self._patterns: tuple[str, ...] = ()
 
@@ -173,6 +186,9 @@ class MultiHead(Heads):
 
     def features(self, params: Params, buffers: Params, x: Tensor, task: str | None = None) -> Tensor:
         return self.trunk.features(_stripped(params), _stripped(buffers), x)
+
+    def from_features(self, params: Params, buffers: Params, psi: Tensor, task: str | None) -> Tensor | None:
+        return self._all(psi, self._heads(params, buffers, task))
 
     def bind(self, params: Params, buffers: Params, train: bool) -> tuple[Forward, Params]:
         trunk, own = self.trunk.bind(_stripped(params), _stripped(buffers), train)
@@ -210,7 +226,7 @@ class MultiHead(Heads):
         return other
 
     def __repr__(self) -> str:
-        return f"multi_head({self.trunk!r}, {self.outputs})"
+        return f"multi_head({self.trunk!r}, {self.outputs}{', norm=inf' if self.norm else ''})"
 
     def _all(self, psi: Tensor, heads: Sequence[Head]) -> Tensor:
         """The outputs [B, C] of these heads on the same features, zero if there are none."""

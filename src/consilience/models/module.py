@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Sequence
 
 import torch
@@ -151,7 +152,10 @@ class ModuleModel(Model):
         return body
 
     def __repr__(self) -> str:
-        return f"{self.description}, frozen: {', '.join(sorted(self._frozen))}" if self._frozen else self.description
+        if not self._frozen:
+            return self.description
+        whole = len(self._frozen) == len(self._names) > 9
+        return f"{self.description}, frozen: {'*' if whole else ', '.join(sorted(self._frozen))}"
 
     def _named(self, description: str) -> ModuleModel:
         self.description = description
@@ -246,3 +250,20 @@ def _pick(tensors: Params, names: Sequence[str]) -> Params:
         return {n: tensors[n] for n in names}
     except KeyError as e:
         raise ConsilienceError(f"parameters and buffers should have the model's entries. Found none called {e.args[0]!r}.") from e
+
+
+def count(model: Model | nn.Module, sample: Tensor | Sequence[int], task: str | None) -> int:
+    """See `consilience.models.macs`."""
+    with warnings.catch_warnings():  # torch scripts something of its own there
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from torch.utils.flop_counter import FlopCounterMode
+
+    x = sample[:1] if isinstance(sample, Tensor) else torch.zeros(1, *sample)
+    if isinstance(model, Model):
+        given = model.init(torch.Generator().manual_seed(0))
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        if isinstance(model, Model):
+            model(*given, x, task, False)
+        else:
+            model(x)
+    return int(counter.get_total_flops()) // 2

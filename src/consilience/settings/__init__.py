@@ -423,42 +423,53 @@ def exmodel(
 def skill(
     streams: Sequence[Any],
     share: Literal["task", "end"] = "task",
-    graph: Literal["mesh", "ring"] = "mesh",
+    graph: Literal["mesh", "ring"] | Sequence[tuple[int, int]] = "mesh",
     scenario: Scenario = "class",
+    joins: Mapping[int, int] | None = None,
+    fails: Mapping[int, int] | None = None,
+    evaluated: int | None = None,
 ) -> Schedule:
     """Agents learn streams of their own side by side, and tell what they learned over any graph, without a server.
+
+    When they share, everybody hears itself and its neighbours, all at once, as many times as it takes the news of any agent to
+    reach all others (the diameter of the graph among those that are there): messages are relayed as they are, and all banks end
+    equal. Stages are counted from 1, as their names are ("task 1"): an agent learns one source of its stream in each.
 
     Args:
         streams: for each agent its sources in order (or one source).
         share: after every task, or once at the end.
-        graph: "mesh": everybody hears everybody; "ring": each hears its neighbour and relays, as many times as there are agents.
+        graph: "mesh": all hear all; "ring": each hears the one before and the one after; or the edges, as pairs of agents
+            (numbers from 0), which connect all.
         scenario: what targets and task labels are (see `continual`).
+        joins: {agent: the stage in which it comes}: its stream begins then; where the others have shared before, it first hears
+            from its neighbours all that was told.
+        fails: {agent: the stage from which it is gone}: it learns, tells and hears no more. What it told stays with the others;
+            what it learned and had not told is lost, as are the sources that it would have learned: nobody knows them, and they
+            are judged all the same. Where the graph falls apart, each part knows what its own agents learned since.
+        evaluated: the agent that is judged, which must live to the end; None takes the first that does.
     """
     from consilience.core.errors import ConsilienceError
-    from consilience.core.schedule import Hear, Learn, Stage, build
+    from consilience.core.schedule import build
     from consilience.core.source import Source as Data
+    from consilience.settings._agents import apart, lives
 
     own = [[s] if isinstance(s, Data) else _sources(s) for s in streams]
     if not own or any(not s for s in own):
         raise ConsilienceError("every agent should have a source. Found one without.")
-    if share not in ("task", "end") or graph not in ("mesh", "ring"):
-        raise ConsilienceError(f"`share` should be task or end, `graph` mesh or ring. Found {share!r} and {graph!r}.")
+    if share not in ("task", "end"):
+        raise ConsilienceError(f"`share` should be task or end. Found `share = {share!r}`.")
     width = len(str(len(own) - 1))
     agents = [f"agent-{i:0{width}d}" for i in range(len(own))]
-    stages = max(len(s) for s in own)
-
-    def plan(seed: int) -> Iterable[Phase]:
-        for t in range(stages):
-            yield Learn({a: (s[t].name,) for a, s in zip(agents, own, strict=True) if t < len(s)})
-            if share == "task" or t == stages - 1:
-                if graph == "mesh":
-                    yield Hear({a: tuple(agents) for a in agents}, by_size=False)
-                else:
-                    for _ in agents[1:]:
-                        yield Hear({a: (agents[i - 1], a) for i, a in enumerate(agents)}, by_size=False)
-            yield Stage(f"task {t + 1}")
-
-    return build("skill", [s for stream in own for s in stream], scenario, plan, agents[0])
+    every = [s for stream in own for s in stream]
+    apart(every)
+    alive = lives(agents, own, graph, joins, fails, share)
+    last = alive.there(alive.stages)
+    if not last or (evaluated is not None and (isinstance(evaluated, bool) or evaluated not in last)):
+        found = "that all fail" if not last else f"`evaluated = {evaluated!r}`"
+        raise ConsilienceError(
+            f"the evaluated agent should be there at the end{f', one of {last}' if last else ''}. Found {found}."
+        )
+    return build("skill", every, scenario, lambda seed: alive.plan(), agents[last[0] if evaluated is None else evaluated])
 
 
 def leave_one_out(sources: Sequence[Source], setting: Callable[[list[Source]], Schedule]) -> dict[str, Schedule]:

@@ -1,0 +1,504 @@
+"""Frozen backbones: one hash for all that outputs depend on; features that are kept on disk; unreadable images."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import consilience as cs
+from consilience import models
+from consilience.core.errors import ConsilienceError
+from consilience.core.params import key, save
+from consilience.core.source import Examples, Source, Stream, Tensors
+from consilience.data import _embed
+
+WEIGHTS = Path(os.environ.get("CONSILIENCE_DATA", "")) / "timm_mobilenetv2_100_same.safetensors"
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(4)
+        self.drop = nn.Dropout(0.5)
+        self.classifier = nn.Linear(4, 5)
+
+    def forward(self, x):
+        return self.classifier(self.drop(self.bn(self.conv(x)).relu().mean((2, 3))))
+
+
+def net(seed=0):
+    torch.manual_seed(seed)
+    made = Net()
+    made.bn.running_mean.normal_()
+    made.bn.running_var.uniform_(0.5, 2)
+    return made
+
+
+def hash_of(model):
+    return model.backbone(model.init(key(0))[0])
+
+
+def psi(model, x, train=False):
+    return model(*model.init(key(0)), x, None, train)[0]
+
+
+def images(n=20, channels=3, side=8, seed=0):
+    return torch.rand(n, channels, side, side, generator=torch.Generator().manual_seed(seed))
+
+
+def source(name="s", n=20, seed=0, x=None):
+    x = images(n, seed=seed) if x is None else x
+    t = Tensors(x, torch.arange(len(x)) % 2)
+    return Source(name, t.select(torch.arange(n - 8)), t.select(torch.arange(n - 8, n - 4)), t.select(torch.arange(n - 4, n)),
+                  (("c", "0"), ("c", "1")), (0, 1), "t")  # fmt: skip
+
+
+class Counting(nn.Module):
+    """Its features are means of channels; the rows that passed are counted."""
+
+    seen = 0
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor([1.0, 2.0, 3.0]))
+
+    def forward(self, x):
+        Counting.seen += len(x)
+        return x.mean((2, 3)) * self.scale
+
+
+@pytest.fixture
+def counting():
+    model = models.backbone(models.wrap(Counting(), 3, headless=True))
+    Counting.seen = 0
+    return model
+
+
+# the module
+
+
+def test_images_are_prepared_as_said_and_never_in_training_mode():
+    module, (mean, std) = net(), ([0.1, 0.2, 0.3], [0.5, 0.6, 0.7])
+    model = models.backbone(module, size=(6, 10), mean=mean, std=std)
+    x = images(channels=1, side=5)
+    module.eval().classifier = nn.Identity()
+    up = F.interpolate(x, (6, 10), mode="bilinear").repeat(1, 3, 1, 1)
+    prepared = (up - torch.tensor(mean)[None, :, None, None]) / torch.tensor(std)[None, :, None, None]
+    with torch.no_grad():
+        assert torch.allclose(psi(model, x), module(prepared), atol=1e-6)
+    params, buffers = model.init(key(0))
+    assert torch.equal(psi(model, x, train=True), psi(model, x)) and not model.has_batch_norm and not model.draws
+    assert torch.equal(model.bind(params, buffers, True)[0](x, None), psi(model, x))
+    assert torch.equal(psi(model, psi(model, x)), psi(model, x)), "features pass as they are"
+    smaller = models.backbone(net(), size=4)
+    shrunk = F.interpolate(images(), (4, 4), mode="bilinear", antialias=True)
+    assert torch.equal(psi(smaller, images()), psi(models.backbone(net()), shrunk))
+    assert all(model.frozen(n) for n in params) and not buffers and not any(n.startswith("body.classifier") for n in params)
+
+
+def test_everything_that_outputs_depend_on_is_in_the_hash():
+    def padded():
+        other = net()
+        other.conv = nn.Conv2d(3, 4, 3, padding=0, bias=False)
+        other.conv.weight = net().conv.weight
+        return other
+
+    def changed(what):
+        other = net()
+        with torch.no_grad():
+            {"statistic": other.bn.running_var, "weight": other.conv.weight}[what].view(-1)[0] += 1e-3
+        return other
+
+    def eps():
+        other = net()
+        other.bn.eps = 1e-3
+        return other
+
+    variants = {
+        "same": models.backbone(net()),
+        "own size": models.backbone(net(), size=8),
+        "wide": models.backbone(net(), size=(8, 9)),
+        "mean": models.backbone(net(), mean=0.5),
+        "std": models.backbone(net(), std=0.5),
+        "statistic": models.backbone(changed("statistic")),
+        "weight": models.backbone(changed("weight")),
+        "padding": models.backbone(padded()),
+        "eps": models.backbone(eps()),
+    }
+    hashes = {n: hash_of(m) for n, m in variants.items()}
+    assert len(set(hashes.values())) == len(hashes)
+    assert hash_of(models.backbone(net())) == hashes["same"]
+    assert hash_of(models.backbone(models.wrap(net()))) == hashes["same"]
+    other_head = net()
+    other_head.classifier = nn.Linear(4, 5)
+    assert hash_of(models.backbone(other_head)) == hashes["same"], "the head is none of it"
+    assert len({repr(m) for m in variants.values()}) == len(variants) - 2, "what is said differs with all but the numbers"
+
+
+def test_a_checkpoint_is_read_by_name(tmp_path):
+    own = net(1).state_dict()
+    save(tmp_path / "all.safetensors", {n: t.half() if t.is_floating_point() else t for n, t in own.items()})
+    model = models.backbone(net(0), tmp_path / "all.safetensors")
+    params = model.init(key(0))[0]
+    assert torch.equal(params["body.bn.running_var"], own["bn.running_var"].half().float())
+    assert params["body.conv.weight"].dtype == torch.float32
+    bare = {n: t for n, t in own.items() if not n.startswith("classifier")}
+    save(tmp_path / "bare.safetensors", bare)
+    assert hash_of(models.backbone(net(0), tmp_path / "bare.safetensors")) == hash_of(models.backbone(net(1)))
+    for name, tensors, said in (
+        (
+            "less",
+            {n: t for n, t in bare.items() if n != "bn.running_mean"},
+            "all entries of the backbone. Found no bn.running_mean",
+        ),
+        ("more", {**bare, "stem.weight": torch.zeros(1)}, "no others. Found also stem.weight"),
+        ("shape", {**bare, "bn.weight": torch.zeros(3)}, r"shapes. Found \(3,\), not \(4,\), for 'bn.weight'"),
+        ("nan", {**bare, "bn.weight": torch.full((4,), torch.nan)}, "'bn.weight'"),
+    ):
+        save(tmp_path / f"{name}.safetensors", tensors)
+        with pytest.raises(ConsilienceError, match=said):
+            models.backbone(net(0), tmp_path / f"{name}.safetensors")
+
+
+def test_what_does_not_fit_is_refused():
+    model = models.backbone(net())
+    for x, said in (
+        (torch.rand(2, 5), "width 4. Found 5"),
+        (torch.rand(2, 2, 8, 8), r"\[B, 1 or 3, H, W\] in \[0, 1\], or its features \[B, 4\]. Found float32 \(2, 2, 8, 8\)"),
+        (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), "Found uint8"),
+    ):
+        with pytest.raises(ConsilienceError, match=said):
+            psi(model, x)
+    for more, said in (
+        ({"std": 0}, "`std` should be positive"),
+        ({"mean": (0.1, 0.2)}, "each of 3 channels. Found 2"),
+        ({"size": 0}, "`size` should be"),
+        ({"size": "big"}, "`size` should be"),
+        ({"pad_type": "same"}, "options should be timm's"),
+    ):
+        with pytest.raises(ConsilienceError, match=said):
+            models.backbone(net(), **more)
+    with pytest.raises(ConsilienceError, match="a timm model's name, a torch module or a model of one"):
+        models.backbone(models.multi_head(models.linear(4), 3))
+
+
+def test_agents_with_images_and_agents_with_features_share_a_bank():
+    model = models.multi_head(models.backbone(net()), 2)
+    ours, theirs = source("a"), source("b", seed=1)
+    kept = cs.data.embed(theirs, model)
+    schedule = cs.settings.skill([[ours], [kept]])
+    r = cs.run(schedule, cs.methods.skill(), model, cs.Training(epochs=2, batch_size=4))
+    assert {m.meta["backbone"] for m in r.agent.state.experts.values()} == {model.backbone(r.params)} and len(
+        r.agent.state.experts
+    ) == 2
+    both = cs.run(cs.settings.skill([[ours], [theirs]]), cs.methods.skill(), model, cs.Training(epochs=2, batch_size=4))
+    for n, p in r.params.items():
+        assert torch.allclose(p.float(), both.params[n].float(), atol=1e-5)
+
+
+def test_macs():
+    assert models.macs(models.conv(10, 3, 8, 4), (3, 8, 8)) == 3 * 4 * 9 * 64 + 4 * 8 * 9 * 16 + 32 * 10
+    grouped = nn.Sequential(nn.Conv2d(4, 8, 3, stride=2, padding=1, groups=2), nn.Flatten(), nn.Linear(128, 3))
+    assert models.macs(grouped, torch.rand(5, 4, 8, 8)) == 16 * 8 * 2 * 9 + 128 * 3
+
+
+# features
+
+
+def test_features_stand_where_images_stood():
+    model, s = models.backbone(net()), source()
+    shared = [s, Source("o", s.validation, s.validation, s.test, s.labels, (0,))]
+    a, b = cs.data.embed(shared, model, batch=3)
+    for part in ("train", "validation", "test"):
+        assert torch.allclose(getattr(a, part).x, psi(model, getattr(s, part).x), atol=1e-6)
+        assert torch.equal(getattr(a, part).y, getattr(s, part).y)
+    assert (a.name, a.labels, a.classes, a.task, a.kind) == (s.name, s.labels, s.classes, s.task, s.kind)
+    assert a.test is b.test and b.train is a.validation, "parts that are shared stay so"
+    empty = Source("e", s.train, s.train.select(torch.arange(0)), s.test, s.labels, (0, 1))
+    assert cs.data.embed(empty, model).validation.x.shape == (0, 4)
+
+
+def test_an_image_passes_once_in_any_order_or_source(tmp_path, counting):
+    s = source()
+    first = cs.data.embed(s, counting, tmp_path, batch=5)
+    assert Counting.seen == 20
+    again = cs.data.embed(s, counting, tmp_path)
+    assert Counting.seen == 20
+    for part in ("train", "validation", "test"):
+        assert torch.equal(getattr(first, part).x, getattr(again, part).x)
+        assert torch.allclose(getattr(first, part).x, psi(counting, getattr(s, part).x), atol=1e-6)
+    Counting.seen = 0
+    x = torch.cat([s.test.x.flip(0), s.train.x[3:7], images(2, seed=9), s.train.x[:1], images(2, seed=9)])
+    mixed = cs.data.embed(source("mixed", len(x), x=x), counting, tmp_path)
+    assert Counting.seen == 2, "two images are new, and each of them comes twice"
+    got = torch.cat([mixed.train.x, mixed.validation.x, mixed.test.x])
+    assert torch.allclose(got, psi(counting, x), atol=1e-6)
+    Counting.seen = 0
+    cs.data.embed(s, models.multi_head(counting, 2), tmp_path)
+    assert Counting.seen == 0, "heads on a backbone have its features"
+    brighter = models.backbone(models.wrap(Counting(), 3, headless=True), std=0.5)
+    Counting.seen = 0
+    other = cs.data.embed(s, brighter, tmp_path)
+    assert Counting.seen == 20 and torch.allclose(other.test.x, 2 * first.test.x, atol=1e-6)
+    assert len([p for p in tmp_path.iterdir() if p.is_dir()]) == 2
+
+
+def test_kept_features_are_mapped_and_can_be_trained_on(tmp_path, counting):
+    s = source()
+    cs.data.embed(s, counting, tmp_path)
+    again = cs.data.embed(s, counting, tmp_path)
+    maps = Path("/proc/self/maps")
+    if maps.exists():
+        where = again.train.x.data_ptr()
+        spans = [line.split() for line in maps.read_text().splitlines() if ".safetensors" in line]
+        assert any(int(a, 16) <= where < int(b, 16) for a, b in (span[0].split("-") for span in spans))
+    w = torch.zeros(3, requires_grad=True)
+    (again.train.x @ w).sum().backward()
+    assert torch.allclose(w.grad, again.train.x.sum(0))
+    r = cs.run(cs.settings.continual([again]), cs.methods.finetune(), models.linear(3, 2), cs.Training(epochs=1))
+    assert r.score >= 0
+
+
+def test_a_stream_is_read_in_chunks(tmp_path, counting, monkeypatch):
+    read = []
+
+    class Files:
+        def __len__(self):
+            return 20
+
+        def __getitem__(self, i):
+            read.append(i)
+            return images()[i], i % 2
+
+    monkeypatch.setattr(Stream, "whole", lambda self: pytest.fail("a stream is never whole"))
+    s = cs.data.stream(Files(), name="files")
+    read.clear()
+    got = cs.data.embed(s, counting, tmp_path, batch=4)
+    assert sorted(read) == list(range(20)) and isinstance(got.train, Tensors)
+    order = s.train.index
+    assert torch.allclose(got.train.x, psi(counting, images()[order]), atol=1e-6)
+    Counting.seen = 0
+    cs.data.embed(cs.data.stream(Files(), name="files", seed=3), counting, tmp_path)
+    assert Counting.seen == 0
+
+
+def test_files_hold_no_more_rows_than_said(tmp_path, counting, monkeypatch):
+    monkeypatch.setattr(_embed, "ROWS", 4)
+    first = cs.data.embed(source(), counting, tmp_path, batch=4)
+    files = list(tmp_path.glob("*/*.safetensors"))
+    assert len(files) == 12 // 4 + 1 + 1 and not list(tmp_path.glob("*/*.part"))
+    Counting.seen = 0
+    again = cs.data.embed(source(), counting, tmp_path)
+    assert Counting.seen == 0 and torch.equal(again.train.x, first.train.x)
+
+
+def test_broken_and_foreign_files_are_named_and_made_anew(tmp_path, counting):
+    s = source()
+    whole = cs.data.embed(s, counting, tmp_path)
+    (folder,) = tmp_path.iterdir()
+    files = sorted(folder.iterdir(), key=lambda p: p.stat().st_size)
+    files[-1].write_bytes(files[-1].read_bytes()[:-40])
+    Counting.seen = 0
+    with pytest.warns(UserWarning, match=f"{files[-1].name} is not read"):
+        again = cs.data.embed(s, counting, tmp_path)
+    assert Counting.seen == 12 and torch.equal(again.train.x, whole.train.x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cs.data.embed(s, counting, tmp_path)
+    save(folder / "foreign.safetensors", {"features": torch.zeros(2, 3), "images": torch.zeros(2, 16, dtype=torch.uint8)})
+    (folder / "text.safetensors").write_text("no")
+    save(folder / "narrow.safetensors", {"features": torch.zeros(2, 1), "images": torch.zeros(2, 16, dtype=torch.uint8)})
+    (folder / "notes.txt").write_text("not ours, not looked at")
+    with pytest.warns(UserWarning, match="is not read") as said:
+        cs.data.embed(s, counting, tmp_path)
+    assert {w.message.args[0].partition(" is not read")[0].rpartition("/")[2] for w in said} == {
+        "foreign.safetensors", "text.safetensors", "narrow.safetensors"
+    }  # fmt: skip
+    assert Counting.seen == 12
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConsilienceError, match="`cache` should be a folder that can be written"):
+        cs.data.embed(s, counting, tmp_path / "file")
+
+
+def test_what_was_made_before_an_interruption_is_kept(tmp_path, counting):
+    class Stops(Exception):
+        pass
+
+    class Broken(Examples):
+        def __len__(self):
+            return 20
+
+        def batches(self, plan):
+            for i, index in enumerate(plan):
+                if i == 3:
+                    raise Stops
+                yield images()[index], index
+
+        def targets(self):
+            return torch.arange(20) % 2
+
+        def select(self, index):
+            raise NotImplementedError
+
+        def map(self, x=None, y=None):
+            raise NotImplementedError
+
+    s = source()
+    with pytest.raises(Stops):
+        cs.data.embed(Source("b", Broken(), s.test, s.test, s.labels, (0, 1)), counting, tmp_path, batch=4)
+    assert Counting.seen == 12
+    cs.data.embed(s, counting, tmp_path, batch=4)
+    assert Counting.seen == 20
+
+
+def test_progress_and_refusals(tmp_path, counting):
+    told = []
+    cs.data.embed(source(), counting, tmp_path, batch=5, progress=lambda done, whole: told.append((done, whole)))
+    assert told == [(5, 20), (10, 20), (12, 20), (16, 20), (20, 20)]
+    s = source()
+    for model, said in (
+        (models.conv(2, 3, 8, 4), "a backbone without a head"),
+        (models.multi_head(models.conv(2, 3, 8, 4), 2), "frozen. Found one that is not"),
+        (models.multi_head(models.frozen(models.conv(2, 3, 8, 4)), 2), "each seed draws anew"),
+    ):
+        with pytest.raises(ConsilienceError, match=said):
+            cs.data.embed(s, model)
+    with pytest.raises(ConsilienceError, match="`batch` should be"):
+        cs.data.embed(s, counting, batch=0)
+    with pytest.raises(ConsilienceError, match="should be finite"):
+        cs.data.embed(source(x=torch.full((20, 3, 8, 8), torch.nan)), counting)
+
+
+def test_hashes_tell_type_shape_and_bytes():
+    x = images(3)
+    assert _embed.hash_of(x) == [_embed.hash_of(x[i : i + 1])[0] for i in range(3)]
+    variants = [x, x.double(), x.view(3, 3, 4, 16), x + 1e-6, x.transpose(2, 3)]
+    assert len({h for v in variants for h in _embed.hash_of(v)}) == 15
+    assert _embed.hash_of(x.to(memory_format=torch.channels_last)) == _embed.hash_of(x)
+
+
+# unreadable images
+
+
+def pictures(path, broken=()):
+    from PIL import Image
+
+    for c in ("cat", "dog"):
+        (path / c).mkdir(parents=True)
+        for i in range(6):
+            Image.fromarray(np.random.default_rng(i).integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(path / c / f"{i}.png")
+    for name in broken:
+        (path / name).write_bytes((path / name).read_bytes()[:60])
+    return path
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_unreadable_images_are_named_and_refused_or_skipped(tmp_path, counting, in_memory):
+    pytest.importorskip("PIL", reason="reading images needs pillow")
+    path = pictures(tmp_path / "pets", ["cat/2.png", "dog/5.png"])
+    with pytest.warns(UserWarning, match=r"2 of 12 images cannot be read and are left out: .*cat/2.png, .*dog/5.png"):
+        s = cs.data.folder(path, unreadable="skip", in_memory=in_memory)
+    assert len(s.train) + len(s.validation) + len(s.test) == 10
+    assert len(cs.data.embed(s, counting).train) == len(s.train)
+    with pytest.raises(ConsilienceError, match=r"an image should be readable. Found .*(cat/2|dog/5).png"):
+        cs.data.embed(cs.data.folder(path, in_memory=in_memory), counting)
+    with pytest.raises(ConsilienceError, match="`unreadable` should be"):
+        cs.data.folder(path, unreadable="ignore")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(cs.data.folder(pictures(tmp_path / "fine"), unreadable="skip").train) > 0
+    none = pictures(tmp_path / "none", [f"{c}/{i}.png" for c in ("cat", "dog") for i in range(6)])
+    with pytest.raises(ConsilienceError, match="Found none of 12 that is"):
+        cs.data.folder(none, unreadable="skip")
+
+
+# timm
+
+
+@pytest.fixture
+def timm():
+    return pytest.importorskip("timm", reason="backbones by name need timm: pip install 'consilience[vision]'")
+
+
+def test_timm_is_named_where_it_is_missing(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ConsilienceError, match=r"consilience\[vision\]"):
+        models.backbone("resnet18")
+
+
+def test_a_timm_model_by_name(timm):
+    model = models.backbone("resnet10t", pretrained=False)
+    assert model.width == 512 and model.name == "backbone" and "size=(176, 176)" in repr(model) and len(repr(model)) < 200
+    other = models.backbone("resnet10t", pretrained=False, size=48)
+    assert hash_of(other) != hash_of(model) == hash_of(models.backbone("resnet10t", pretrained=False))
+    params = other.init(key(0))[0]
+    assert torch.equal(params["body.conv1.0.weight"], model.init(key(1))[0]["body.conv1.0.weight"])
+    plain = timm.create_model("resnet10t", pretrained=False, num_classes=0).eval()
+    with torch.no_grad():
+        for n, p in (*plain.named_parameters(), *plain.named_buffers()):
+            p.copy_(params[f"body.{n}"])
+        x = images(2, side=48)
+        own = timm.data.resolve_data_config(plain.pretrained_cfg)
+        mean, std = (torch.tensor(own[k]).view(-1, 1, 1) for k in ("mean", "std"))
+        assert torch.allclose(psi(other, x), plain((x - mean) / std), atol=1e-5)
+    for args, more, said in (
+        (("resnet10",), {}, "nearest: resnet10t"),
+        (("resnet10t", WEIGHTS), {"pretrained": True}, "Found both"),
+        (("resnet10t",), {"num_classes": 3}, "gives features"),
+        (("resnet10t",), {"pretrained": False, "nothing": 3}, "TypeError"),
+    ):
+        with pytest.raises(ConsilienceError, match=said):
+            models.backbone(*args, **more)
+
+
+@pytest.mark.skipif(not WEIGHTS.is_file(), reason=f"wants timm_mobilenetv2_100_same.safetensors in CONSILIENCE_DATA ({WEIGHTS})")
+def test_mobilenet_with_the_shared_weights(timm, tmp_path):
+    more = {"mean": 0.5, "std": 0.5, "pad_type": "same", "bn_eps": 1e-3}
+    model = models.backbone("mobilenetv2_100", WEIGHTS, size=64, **more)
+    assert model.width == 1280
+    with open(WEIGHTS, "rb") as f:
+        header = json.loads(f.read(struct.unpack("<Q", f.read(8))[0]))
+    assert header["conv_stem.weight"]["dtype"] == "F16"
+    x = images(2, side=64)
+    plain = timm.create_model("mobilenetv2_100", pad_type="same", bn_eps=1e-3)
+    from safetensors.torch import load_file
+
+    plain.load_state_dict({n: t.float() if t.is_floating_point() else t for n, t in load_file(WEIGHTS).items()})
+    plain.eval()
+    with torch.no_grad():
+        assert torch.allclose(psi(model, x), plain.forward_head(plain.forward_features(2 * x - 1), pre_logits=True), atol=1e-5)
+    for other in ({"pad_type": ""}, {"bn_eps": 1e-5}):
+        assert hash_of(models.backbone("mobilenetv2_100", WEIGHTS, size=64, **{**more, **other})) != hash_of(model)
+    assert models.macs(models.backbone("mobilenetv2_100", WEIGHTS, size=None, **more), (3, 224, 224)) == 299_494_272
+    biased = models.beneficial_biases(model, 4)
+    assert len(biased.layers) == 52 and sum(biased.widths) == 17056
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda s: cs.settings.federated([s[0], s[1]], rounds=2), lambda s: cs.settings.gossip(s, rounds=2), cs.settings.merging],
+)
+def test_nothing_averages_a_backbone(make):
+    model = models.multi_head(models.backbone(net()), 2)
+    three = [source(n, seed=i) for i, n in enumerate("abc")]
+    begun = model.init(key(0))[0]
+    r = cs.run(
+        make(three),
+        cs.methods.fedavg() if make is not cs.settings.merging else cs.methods.average(),
+        model,
+        cs.Training(epochs=1),
+    )
+    assert model.backbone(r.params) == model.backbone(begun)
+    assert not torch.equal(r.params["heads.t.weight"], model.grow(*model.init(key(0)), three[0], key(0))[0]["heads.t.weight"])

@@ -1,0 +1,492 @@
+"""Mappers at speed: our own mixtures, screened routing, what Mahalanobis may share, and inputs that belong to no task."""
+
+from __future__ import annotations
+
+import math
+import random
+import warnings
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import consilience as cs
+from consilience.core.correction import Learned, Routing
+from consilience.core.message import Message, Module, Samples, Statistics, join
+from consilience.core.params import Layout, key, same
+from consilience.core.source import Source, Tensors
+from consilience.mappers import _em, _screen, covariance, mixture
+from consilience.mappers.autoencoder import ExpertGate
+from consilience.mappers.confidence import MinEntropy
+from consilience.mappers.covariance import Mahalanobis, factors, symmetric, triangle, whitening
+from consilience.mappers.mixture import GaussianMixture, NearestMean
+
+D, C = 8, 3
+MODEL = cs.models.mlp(D, (4,), C)
+
+
+def gen(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def source(i, n=60, d=D, held=40, noise=1.0, scale=3.0, classes=C, dtype=torch.float64):
+    """Task i: classes about means of its own."""
+    g = gen(100 + i)
+    mu = torch.randn(classes, d, generator=g, dtype=torch.float64) * scale
+
+    def part(n):
+        y = torch.arange(n) % classes
+        return Tensors((mu[y] + noise * torch.randn(n, d, generator=g, dtype=torch.float64)).to(dtype), y)
+
+    labels = tuple((f"task{i}", str(c)) for c in range(classes))
+    return Source(f"task{i}", part(n), part(held), part(200), labels, tuple(range(classes)), f"task{i}")
+
+
+def summary(mapper, s, seed=0):
+    params, buffers = MODEL.init(key(0))
+    params = {n: p.to(s.train.x.dtype) for n, p in params.items()} if s.train.x.is_floating_point() else params
+    return mapper.summarise(Learned(MODEL, params, buffers, params, s, s.task, Layout.of(params), key(seed, s.name)), None)
+
+
+def routing(x, names, features=None):
+    return Routing(x, features or (lambda x=x: x), lambda: [], names)
+
+
+def keys(n):
+    return [("m", f"task{i}") for i in range(n)]
+
+
+def told(mapper, sources):
+    return {("m", s.name): summary(mapper, s) for s in sources}
+
+
+SOURCES = [source(i) for i in range(5)]
+KNOWN = torch.cat([s.test.x for s in SOURCES])
+FAR = torch.randn(300, D, generator=gen(9), dtype=torch.float64) * 3 + 25
+
+MAPPERS = {
+    "nearest_mean": NearestMean("inputs"),
+    "gaussian_mixture": GaussianMixture(4, on="inputs"),
+    "gaussian_mixture by size": GaussianMixture(4, "size", on="inputs"),
+    "mahalanobis": Mahalanobis(on="inputs"),
+    "mahalanobis, images": Mahalanobis(on="inputs", images=5),
+    "mahalanobis, rank": Mahalanobis(on="inputs", rank=3),
+    "expert_gate": ExpertGate(epochs=3),
+    "expert_gate, soft": ExpertGate(epochs=3, soft=True),
+}
+EACH = pytest.mark.parametrize("mapper", list(MAPPERS.values()), ids=list(MAPPERS))
+
+
+# mixtures
+
+
+def likelihood(x, fit):
+    """mean log sum_j w_j N(x; mu_j, s_j), by torch.distributions."""
+    normal = torch.distributions.Independent(torch.distributions.Normal(fit.mean, fit.variance.sqrt()), 1)
+    return float((normal.log_prob(x.double()[:, None]) + fit.weight.log()).logsumexp(1).mean())
+
+
+def blobs(n=400, d=20, k=5, seed=0):
+    g = gen(seed)
+    mu, width = torch.randn(k, d, generator=g) * 2, torch.rand(k, d, generator=g) + 0.2
+    j = torch.randint(k, (n,), generator=g)
+    return (mu[j] + width[j] * torch.randn(n, d, generator=g)).clamp_min(0)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_expectation_maximisation_is_that_of_scikit_learn(seed):
+    """From the same start: the same steps, parameters and log-likelihood; features are ReLU's, with many zeros."""
+    from sklearn.mixture import GaussianMixture as Reference
+
+    x, held = blobs(seed=seed).split([300, 100])
+    rows, floor = _em.seeds(x, 6, gen(seed)), 1e-3
+    made = _em.fit(x, 6, gen(), floor, start=rows)
+    near = Reference(
+        6, covariance_type="diag", reg_covar=floor, means_init=x[rows].double().numpy(),
+        precisions_init=np.full((6, 20), 1 / floor), weights_init=np.full(6, 1 / 6), init_params="random_from_data",
+    ).fit(x.double().numpy())  # fmt: skip
+    assert made.steps == near.n_iter_ and made.converged
+    assert made.bound == pytest.approx(near.lower_bound_, abs=5e-3)
+    np.testing.assert_allclose(made.mean, near.means_, atol=1e-3)
+    np.testing.assert_allclose(made.variance, near.covariances_, rtol=1e-2, atol=1e-4)
+    for part in (x, held):
+        assert likelihood(part, made) == pytest.approx(near.score(part.double().numpy()), abs=1e-2)
+        log = _em.log_density(part.double(), made.mean, made.variance, made.weight)
+        assert float(log.logsumexp(1).mean()) == pytest.approx(likelihood(part, made), abs=1e-6)
+
+
+def test_one_component_is_the_mean_and_the_variance():
+    x = blobs()
+    fit = _em.fit(x, 1, gen(), 1e-3)
+    assert torch.equal(fit.mean[0], x.double().mean(0))
+    assert torch.allclose(fit.variance[0], x.double().var(0, unbiased=False) + 1e-3, rtol=1e-12)
+    assert fit.weight.tolist() == [1.0] and fit.bound == pytest.approx(likelihood(x, fit), abs=1e-9)
+
+
+def test_mixtures_of_little_of_nothing_and_of_the_same():
+    few = _em.fit(blobs(3), 25, gen(), 1e-3)
+    assert len(few.mean) == 3 and sorted(few.mean.sum(1).tolist()) == pytest.approx(
+        sorted(blobs(3).double().sum(1).tolist()), rel=1e-4
+    )
+    constant = _em.fit(torch.full((40, 5), 3.0), 4, gen(), 1e-3)
+    assert torch.allclose(constant.mean, torch.tensor(3.0).double()) and torch.allclose(
+        constant.variance, torch.tensor(1e-3).double()
+    )
+    twice = torch.cat([blobs(10)] * 5)
+    fit = _em.fit(twice, 20, gen(), 1e-3)
+    assert fit.mean.isfinite().all() and fit.weight.sum() == pytest.approx(1) and (fit.variance >= 1e-3 * (1 - 1e-6)).all()
+    one = _em.fit(blobs(1), 3, gen(), 1e-3)
+    assert torch.equal(one.mean, blobs(1).double()) and torch.allclose(one.variance, torch.tensor(1e-3).double())
+    a, b, c = (_em.fit(blobs(), 4, gen(s)) for s in (1, 1, 2))
+    assert torch.equal(a.mean, b.mean) and not torch.equal(a.mean, c.mean)
+
+
+def test_k_means_plus_plus_spreads_its_seeds():
+    """Five far clusters have a seed each; rows are drawn by the generator alone."""
+    centres = torch.eye(5) * 100
+    x = torch.cat([c + torch.randn(20, 5, generator=gen(i)) for i, c in enumerate(centres)])
+    for seed in range(5):
+        assert sorted((_em.seeds(x, 5, gen(seed)) // 20).tolist()) == [0, 1, 2, 3, 4]
+    assert len(_em.seeds(torch.zeros(7, 2), 3, gen())) == 3
+
+
+def test_both_fits_are_as_good():
+    found = {}
+    for fit in ("torch", "sklearn"):
+        s = replace(SOURCES[0], train=Tensors(blobs(300).double(), torch.arange(300) % 3))
+        items = [summary(GaussianMixture(5, on="inputs", fit=fit), s, seed) for seed in range(8)]
+        held = blobs(900)[300:]
+        made = [_em.Fit(*(i.tensors[n].double() for n in ("mean", "variance", "weight")), 0.0, 0, True) for i in items]
+        found[fit] = sum(likelihood(held, m) for m in made) / 8
+    assert found["torch"] > found["sklearn"] - 1.0, found
+
+
+# screening
+
+
+def exactly(a, b, c):
+    return lambda rows, j: (a[rows].double() * b[j].double()).sum(1) + c[j].double()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("spread", "decades"), [(1.0, 0), (1.0, 2), (1e-2, 2), (1e-6, 2)])
+def test_a_screened_argmax_is_the_exact_one(dtype, spread, decades):
+    """Anchors that differ by ever less, of unequal groups, with wild scales by column."""
+    g = gen(1)
+    wild = torch.logspace(-decades, decades, 50)[torch.randperm(50, generator=g)]
+    b = (torch.randn(50, generator=g) + spread * torch.randn(90, 50, generator=g)) * wild
+    a, c = torch.randn(200, 50, generator=g) / wild, torch.randn(90, generator=g) * spread
+    group = torch.arange(12).repeat_interleave(torch.randint(1, 30, (12,), generator=g))[:90].sort().values
+    score = a.double() @ b.double().T + c.double()
+    screen = _screen.Screen.of(b, c, group, 2, dtype)
+    best, _ = screen(a, lambda x: x, exactly(a, b, c))
+    assert torch.equal(best, group[score.argmax(1)])
+    best, top = screen(a, lambda x: x, exactly(a, b, c), scored=True)
+    assert torch.equal(best, group[score.argmax(1)]) and torch.allclose(top, score.amax(1), rtol=1e-12)
+    for level in screen.levels:
+        left = level.left(a, lambda x: x, screen.constant)
+        assert left.gather(1, score.argmax(1)[:, None]).all()
+        assert decades or left.double().mean() < 0.1, "it screens"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_bounds_hold(dtype):
+    """Products on the two ends of what rounding may do: no true score leaves its bounds, which are found by what is left."""
+    g = gen(2)
+    b = torch.randn(40, 64, generator=g).sign() * (1 + 2.0**-8 + 2.0**-9 * torch.rand(40, 64, generator=g))
+    a = (b[torch.arange(100) % 40].sign()) * (1 + 2.0**-9 - 2.0**-12)
+    score = a.double() @ b.double().T
+    left = _screen.Level.of(b, dtype, 1).left(a, lambda x: x, torch.zeros(40))
+    assert left.gather(1, score.argmax(1)[:, None]).all()
+
+
+def test_ties_and_what_is_not_finite():
+    b, c, group = torch.ones(4, 6), torch.zeros(4), torch.tensor([0, 1, 1, 2])
+    a = torch.randn(5, 6, generator=gen())
+    assert _screen.Screen.of(b, c, group)(a, lambda x: x, exactly(a, b, c))[0].tolist() == [0] * 5
+    a[1, 2], a[3, 0] = math.nan, math.inf
+    b = torch.randn(4, 6, generator=gen(1))
+    best, score = _screen.Screen.of(b, c, group)(a, lambda x: x, exactly(a, b, c), scored=True)
+    assert (best < 3).all() and score[1].isnan() and score[[0, 2, 4]].isfinite().all()
+
+
+@EACH
+def test_routes_are_the_largest_exact_scores_whatever_the_batch(mapper):
+    sources = [source(i, 30 + i, scale=1.0) for i in range(40)]
+    memory = told(mapper, sources)
+    x = torch.cat([s.test.x[:20] for s in sources])
+    names = list(memory)
+    scores = mapper.scores(x, list(memory.values()), [memory[k] for k in sorted(memory, key=lambda k: (k[1], k[0]))])
+    weights = mapper.route(routing(x, names), memory)
+    assert torch.equal(weights.argmax(1), scores.argmax(1)) and weights.shape == (800, 40)
+    assert torch.allclose(weights.sum(1), torch.ones(800))
+    parts = torch.cat([mapper.route(routing(p, names), memory) for p in x.split(7)])
+    assert torch.equal(parts.argmax(1), weights.argmax(1))
+    single = mapper.route(routing(x.float(), names), memory)
+    assert float((single.argmax(1) == weights.argmax(1)).double().mean()) > 0.99
+
+
+def test_a_bank_is_read_once(monkeypatch):
+    """The whitening is that of the bank, not of the batch; images pass the features once an anchor."""
+    made, seen = [], []
+    monkeypatch.setattr(covariance, "whitening", lambda *a: made.append(1) or whitening(*a))
+    mapper = Mahalanobis(images=3)
+    memory = told(replace(mapper, on="inputs"), SOURCES)
+
+    def features(x=KNOWN):
+        seen.append(len(x))
+        return x
+
+    for _ in range(3):
+        mapper.route(routing(KNOWN, list(memory), features), memory)
+    assert len(made) == 1 and seen == [len(KNOWN)] + [9] * 5 + [len(KNOWN)] * 2
+    more = memory | told(replace(mapper, on="inputs"), [source(7)])
+    mapper.route(routing(KNOWN, list(more), features), more)
+    assert len(made) == 2 and seen.count(9) == 6
+
+
+# what Mahalanobis shares
+
+
+def test_triangles_and_factors():
+    x = torch.randn(30, 6, generator=gen(), dtype=torch.float64)
+    s = x.T @ x
+    assert torch.allclose(symmetric(triangle(s), 6), s, rtol=1e-13) and len(triangle(s)) == 21
+    u, rest = factors(s, 2)
+    assert u.shape == (2, 6) and torch.allclose((u.T @ u + rest.diag()).diagonal(), s.diagonal())
+    assert torch.allclose(torch.linalg.svdvals(u).square(), torch.linalg.eigvalsh(s)[-2:].flip(0))
+    u, rest = factors(s, 9)
+    assert torch.allclose(u.T @ u, s) and float(rest.abs().max()) < 1e-9
+
+
+def test_a_rank_that_is_enough_is_exact():
+    thin = [source(i, n=9) for i in range(4)]  # 9 examples in 3 classes: scatters of rank 6
+    x = torch.cat([s.test.x for s in thin])
+    whole = Mahalanobis(on="inputs")
+    exact = whole.scores(x, *[list(told(whole, thin).values())] * 2)
+    off = []
+    for rank in (1, 3, 6, 8, 99):
+        mapper = Mahalanobis(on="inputs", rank=rank)
+        items = list(told(mapper, thin).values())
+        assert type(items[0]) is Module and items[0].tensors["factor"].shape == (min(rank, D), D)
+        off.append(float(((mapper.scores(x, items, items) - exact) / exact).abs().max()))
+    assert max(off[2:]) < 1e-6 < off[1] < off[0]
+
+
+def test_all_images_are_as_good_as_sums():
+    """m = all: S is that of the shared sums. Bytes are what they were made from, and less of them."""
+    grey = [s.map(x=lambda x: (x * 20 + 128).round().clamp(0, 255).float().div(255)) for s in SOURCES]
+    x = torch.cat([s.test.x for s in grey])
+    sums, images = Mahalanobis(on="inputs"), Mahalanobis(on="inputs", images=10**6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        whole = told(images, grey)
+    item = next(iter(whole.values()))
+    assert type(item) is Samples and item.tensors["bytes"].dtype == torch.uint8 and "second" not in item.tensors
+    a, b = (m.scores(x, *[list(t.values())] * 2) for m, t in ((sums, told(sums, grey)), (images, whole)))
+    assert torch.allclose(a, b, rtol=1e-6)
+    off = told(Mahalanobis(on="inputs", images=2), SOURCES)
+    assert all(i.tensors["x"].dtype == torch.float32 and len(i.tensors["x"]) == 6 for i in off.values())
+
+
+def test_five_images_give_the_tied_covariance_of_the_paper():
+    mapper = Mahalanobis(0.1, "inputs", images=5)
+    memory = told(mapper, SOURCES)
+    residuals, mus = [], []
+    for s, item in zip(SOURCES, memory.values(), strict=True):
+        mu = torch.stack([s.train.x[s.train.y == c].mean(0) for c in range(C)])
+        x, y = item.tensors["x"].double(), item.tensors["y"].long()
+        assert y.bincount().tolist() == [5] * C
+        assert all((s.train.x[s.train.y == c].float() == r.float()).all(1).any() for r, c in zip(x, y, strict=True))
+        residuals.append(x - mu[y])
+        mus.append(mu)
+    r = torch.cat(residuals)
+    tied = r.T @ r / len(r)
+    inverse = torch.linalg.inv(tied + 0.1 * tied.trace() / D * torch.eye(D).double())
+    away = KNOWN[:, None, None] - torch.stack(mus)
+    restated = -torch.einsum("bkci,ij,bkcj->bkc", away, inverse, away).amin(2)
+    assert torch.allclose(mapper.scores(KNOWN, *[list(memory.values())] * 2), restated, rtol=1e-6)
+    assert not same(summary(mapper, SOURCES[0], 1).tensors, summary(mapper, SOURCES[0], 2).tensors)
+
+
+def test_few_images_single_classes_and_singular_covariances():
+    s = SOURCES[0]
+    rare = replace(s, train=Tensors(s.train.x[:7], torch.tensor([0, 0, 0, 0, 0, 1, 1])), classes=(0, 1))
+    with pytest.warns(UserWarning, match=r"1 classes of 'task0' have fewer than `images = 4` examples and give what they have"):
+        assert summary(Mahalanobis(on="inputs", images=4), rare).tensors["y"].tolist() == [0, 0, 0, 0, 1, 1]
+    single = replace(s, train=Tensors(s.train.x[:1], torch.tensor([2])), classes=(2,))
+    for more in ({}, {"rank": 2}, {"images": 1}):
+        for ridge in (0.0, 1e-3):
+            mapper = Mahalanobis(ridge, "inputs", **more)
+            alone = [
+                summary(mapper, single),
+                summary(mapper, replace(single, name="b", train=Tensors(s.train.x[1:2], torch.tensor([2])))),
+            ]
+            both = mapper.scores(s.train.x[:2], alone, alone)
+            assert both.argmax(1).tolist() == [0, 1], "no variance at all: nearest mean"
+            mixed = [summary(mapper, single), summary(mapper, SOURCES[1])]
+            assert mapper.scores(KNOWN, mixed, mixed).isfinite().all()
+    thin = [source(i, n=6) for i in range(2)]  # rank 6 of 8 at ridge 0
+    items = list(told(Mahalanobis(0.0, "inputs"), thin).values())
+    residual = torch.cat(
+        [t.train.x - torch.stack([t.train.x[t.train.y == c].mean(0) for c in range(C)])[t.train.y] for t in thin]
+    )
+    pseudo = torch.linalg.pinv(residual.T @ residual / 12, rtol=1e-10)
+    mu = torch.stack([t.train.x[t.train.y == c].mean(0) for t in thin for c in range(C)])
+    away = KNOWN[:, None] - mu
+    restated = -torch.einsum("bci,ij,bcj->bc", away, pseudo, away).view(-1, 2, C).amin(2)
+    assert torch.allclose(Mahalanobis(0.0, "inputs").scores(KNOWN, items, items), restated, rtol=1e-6)
+    for bad, match in (({"images": -1}, "`images` should be at least 0"), ({"rank": -1}, "`rank` should be at least 0"), ({"images": 1, "rank": 1}, "`images` or `rank` should be 0")):  # fmt: skip
+        with pytest.raises(cs.ConsilienceError, match=match):
+            Mahalanobis(**bad)
+
+
+def test_the_full_anchor_is_half_and_adds():
+    item = summary(Mahalanobis(on="inputs"), SOURCES[0])
+    assert type(item) is Statistics and item.tensors["second"].shape == (D * (D + 1) // 2,)
+    halves = [replace(SOURCES[0], train=SOURCES[0].train.select(i)) for i in torch.arange(60).split(25)]
+    parts = [summary(Mahalanobis(on="inputs"), h) for h in halves]
+    whole = parts[0] + parts[1] + parts[2]
+    assert all(torch.allclose(whole.tensors[n], t) for n, t in item.tensors.items())
+
+
+# what is known of no one
+
+
+@EACH
+def test_unknown_inputs_have_no_expert_and_few_known_ones(mapper):
+    mapper = replace(mapper, reject=0.1)
+    memory = told(mapper, SOURCES)
+    names = list(memory)
+    assert not any(type(i) is Statistics for i in memory.values()), "scores of examples do not add"
+    weights = mapper.route(routing(KNOWN, names), memory)
+    accepted = weights.sum(1)
+    assert torch.allclose(accepted, accepted.round(), atol=1e-6)
+    share = float((accepted == 0).double().mean())
+    assert 0.02 < share < 0.3, share
+    assert float((mapper.route(routing(FAR, names), memory).sum(1) == 0).double().mean()) > (
+        0.5 if "gate" in type(mapper).__name__.lower() else 0.95
+    )
+    for i, s in enumerate(SOURCES):  # each calibrated on its own validation examples
+        alone = mapper.route(routing(s.validation.x, names[i : i + 1]), memory)
+        assert 0.1 - 2 / 40 <= float((alone.sum(1) == 0).double().mean()) <= 0.1
+    free = replace(mapper, reject=0.0).route(routing(KNOWN, names), memory)
+    assert torch.equal(weights[accepted > 0], free[accepted > 0]), "what is accepted goes where it went"
+    familiar = [mapper.familiarity(routing(x, names), memory) for x in (KNOWN, FAR)]
+    assert cs.mappers.auroc(*familiar) > (0.7 if isinstance(mapper, ExpertGate) else 0.99)
+
+
+def test_the_threshold_and_the_familiarity_are_what_they_say():
+    mapper = NearestMean("inputs", reject=0.25)
+    memory = told(mapper, SOURCES[:2])
+    score, own = [], []
+    for s in SOURCES[:2]:
+        mu = torch.stack([s.train.x[s.train.y == c].mean(0) for c in range(C)])
+        score.append(-(KNOWN[:, None] - mu).square().sum(2).amin(1))
+        own.append(-(s.validation.x[:, None] - mu).square().sum(2).amin(1).sort(descending=True).values)
+        assert torch.allclose(memory[("m", s.name)].tensors["validation"], -(-own[-1]).sort(descending=True).values)
+    best = torch.stack(score, 1).argmax(1)
+    top = torch.stack(score, 1).amax(1)
+    cut, median, quartile = (torch.stack([-(-o).sort(descending=True).values[at] for o in own])[best] for at in (10, 20, 10))
+    known = mapper.route(routing(KNOWN, keys(2)), memory).sum(1) > 0
+    assert torch.equal(known, top >= cut)
+    assert torch.allclose(mapper.familiarity(routing(KNOWN, keys(2)), memory), (top - median) / (median - quartile))
+
+
+def test_calibration_needs_validation_and_a_reject():
+    empty = replace(SOURCES[0], validation=SOURCES[0].validation.select(torch.arange(0)))
+    for mapper in MAPPERS.values():
+        with pytest.raises(
+            cs.ConsilienceError, match=r"validation examples, and a source should have some. Found none in 'task0'"
+        ):
+            summary(replace(mapper, reject=0.1), empty)
+        summary(mapper, empty)
+        memory = told(mapper, SOURCES[:2])
+        with pytest.raises(cs.ConsilienceError, match="every anchor should be made with it"):
+            replace(mapper, reject=0.1).route(routing(KNOWN, keys(2)), memory)
+        with pytest.raises(cs.ConsilienceError, match="`reject` should be above 0"):
+            mapper.familiarity(routing(KNOWN, keys(2)), memory)
+        for bad in (-0.1, 1.0, math.nan):
+            with pytest.raises(cs.ConsilienceError, match=r"`reject` should be in \[0, 1\)"):
+                replace(mapper, reject=bad)
+    many = replace(SOURCES[0], validation=source(0, held=900).validation)
+    assert summary(NearestMean("inputs", 0.1), many).tensors["validation"].shape == (256,)
+    assert summary(Mahalanobis(on="inputs", reject=0.1), many).tensors["validation"].shape == (64, D)
+
+
+def test_auroc_is_that_of_scikit_learn():
+    from sklearn.metrics import roc_auc_score
+
+    for seed in range(5):
+        a, b = torch.randint(6, (40,), generator=gen(seed)).double(), torch.randint(5, (30,), generator=gen(seed + 9)).double()
+        y = [1] * 40 + [0] * 30
+        assert cs.mappers.auroc(a, b) == pytest.approx(roc_auc_score(y, torch.cat([a, b]).numpy()), abs=1e-12)
+    assert cs.mappers.auroc(a, a) == 0.5
+    with pytest.raises(cs.ConsilienceError, match="values of both kinds. Found 40 known and 0 unknown"):
+        cs.mappers.auroc(a, a[:0])
+
+
+@EACH
+@pytest.mark.parametrize("reject", [0.0, 0.2])
+def test_no_order_of_arrival_and_no_repetition_changes_a_bit(mapper, reject):
+    mapper = replace(mapper, reject=reject)
+    items = told(mapper, SOURCES)
+    messages = [Message("m", s.name, 1, 60, "o", "b", {"mapper": items[("m", s.name)]}) for s in SOURCES]
+    x = torch.cat([KNOWN, FAR[:50]])
+    first = familiar = None
+    for seed in range(4):
+        order = [Message.from_bytes(m.to_bytes()) for m in messages * 2]
+        random.Random(seed).shuffle(order)
+        bank = {}
+        for m in order:
+            bank = join(bank, [m])
+        memory = {m.key: bank[m.key].items["mapper"] for m in dict.fromkeys(order)} | {}
+        names = list(memory)
+        random.Random(seed + 1).shuffle(names)
+        weights = mapper.route(routing(x, names), memory)[:, [names.index(k) for k in keys(5)]]
+        first = weights if first is None else first
+        assert torch.equal(weights, first)
+        if reject:
+            now = mapper.familiarity(routing(x, names), memory)
+            familiar = now if familiar is None else familiar
+            assert torch.equal(now, familiar)
+
+
+def test_two_anchors_alike_go_to_the_first_name():
+    for mapper in MAPPERS.values():
+        item = summary(mapper, SOURCES[0])
+        memory = {("m", "b"): item, ("m", "a"): item}
+        weights = mapper.route(routing(KNOWN, [("m", "b"), ("m", "a")]), memory)
+        assert (weights[:, 1] == (0.5 if getattr(mapper, "soft", False) else 1)).all()
+
+
+def test_an_answer_that_is_never_certain_is_unknown():
+    p = torch.tensor([[0.5, 0.5], [0.99, 0.01], [0.7, 0.3]])
+    q = torch.tensor([[0.4, 0.3, 0.3], [0.4, 0.3, 0.3], [0.98, 0.01, 0.01]])
+    r = Routing(torch.zeros(3, 1), lambda: torch.zeros(3, 1), lambda: [p, q], keys(2))
+    assert MinEntropy().route(r, {}).tolist() == [[0, 1], [1, 0], [0, 1]]
+    assert MinEntropy(0.5).route(r, {}).tolist() == [[0, 0], [1, 0], [0, 1]]
+    with pytest.raises(cs.ConsilienceError, match=r"`unknown` should be in \(0, 1\]"):
+        cs.mappers.min_entropy(0.0)
+
+
+def test_an_expert_gate_on_wide_features():
+    wide = [source(i, 64, 1280, dtype=torch.float32) for i in range(2)]
+    mapper = ExpertGate(0.05, 3, 1e-3, on="features", reject=0.1)
+    memory = {("m", s.name): summary(replace(mapper, on="inputs"), s) for s in wide}
+    x = torch.cat([s.test.x for s in wide])
+    weights = mapper.route(routing(x, list(memory)), memory)
+    y = torch.arange(2).repeat_interleave(200)
+    assert float((weights.argmax(1) == y)[weights.sum(1) > 0].double().mean()) > 0.9
+
+
+def test_it_is_in_the_catalogue():
+    assert cs.mappers.mahalanobis(images=5) == Mahalanobis(images=5)
+    assert cs.mappers.mahalanobis(rank=8, reject=0.1) == Mahalanobis(rank=8, reject=0.1)
+    assert cs.mappers.gaussian_mixture(fit="sklearn", reject=0.05) == GaussianMixture(fit="sklearn", reject=0.05)
+    assert cs.mappers.nearest_mean(reject=0.1) == NearestMean(reject=0.1)
+    assert cs.mappers.expert_gate(reject=0.1) == ExpertGate(reject=0.1)
+    with pytest.raises(cs.ConsilienceError, match="`fit` should be torch or sklearn. Found `fit = 'jax'`"):
+        cs.mappers.gaussian_mixture(fit="jax")
+    assert mixture.sketch(torch.tensor([2.0, 1.0])).tolist() == [1.0, 2.0]

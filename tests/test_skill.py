@@ -1,0 +1,533 @@
+"""Agents that share modules over any graph, come late and fail; banks in files; what sharing costs."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import consilience as cs
+from consilience.core import run as running
+from consilience.core.agent import Agent
+from consilience.core.ledger import Ledger
+from consilience.core.message import Message, Module, join
+from consilience.core.params import load, pack
+from consilience.core.schedule import Hear, Learn, Schedule, Stage
+from consilience.core.walk import Walk
+from consilience.skill import Speedup
+
+TRAINING = cs.Training(epochs=1, batch_size=32, lr=0.1)
+METHOD = cs.methods.skill("nearest_mean")
+PATH = [(0, 1), (1, 2), (2, 3), (3, 4)]
+
+
+@pytest.fixture(scope="module")
+def parts() -> list[cs.Source]:
+    return cs.data.split_classes(cs.data.digits().map(), 5)
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return cs.models.multi_head(cs.models.random_features(64, 48), 10)
+
+
+def walked(schedule: Schedule, model: Any, method: cs.Method = METHOD) -> Walk:
+    """A run with all its agents, which `run` lets go of."""
+    session = running.begin(
+        schedule, method, model, TRAINING, running.engine_of("serial"), repeats=1, seed=0, out=None, resume=False, metric=None,
+        checkpoint_seconds=60.0, clients=False, progress=None,
+    )  # fmt: skip
+    session.walks[0].forget = lambda: None  # type: ignore[method-assign]
+    running.drive([session], session.engine)
+    return session.walks[0]
+
+
+def hashes(walk: Walk) -> dict[str, str]:
+    return {name: cs.skill.bank_hash(agent) for name, agent in sorted(walk.agents.items())}
+
+
+# graphs
+
+
+def reach(schedule: Schedule, seed: int = 0) -> dict[str, set[str]]:
+    """What each agent knows in the end, restated: sets that are passed on, all at once."""
+    known: dict[str, set[str]] = {}
+    for phase in schedule.plan(seed):
+        if isinstance(phase, Learn):
+            for a, names in phase.who.items():
+                known.setdefault(a, set()).update(names)
+        elif isinstance(phase, Hear):
+            before = {a: set(s) for a, s in known.items()}
+            for a, speakers in phase.who.items():
+                known[a] = set().union(*(before.get(s, set()) for s in speakers)) | before.get(a, set())
+    return known
+
+
+def diameter(n: int, edges: Sequence[tuple[int, int]]) -> int:
+    """By Floyd and Warshall."""
+    d = [[0 if i == j else 1 if (i, j) in edges or (j, i) in edges else 10**6 for j in range(n)] for i in range(n)]
+    for k in range(n):
+        d = [[min(d[i][j], d[i][k] + d[k][j]) for j in range(n)] for i in range(n)]
+    return max(map(max, d))
+
+
+def test_any_graph_is_passed_over_as_often_as_its_diameter(parts):
+    """Random trees with more edges: all know all after so many hears, and one fewer would not do."""
+    draw = random.Random(0)
+    tiny = [s.map(name=f"s{i}", task=f"s{i}") for i, s in enumerate([*parts, *parts, *parts[:2]])]
+    for n in (2, 3, 5, 8, 12):
+        edges = [(draw.randrange(i), i) for i in range(1, n)]
+        edges += [e for _ in range(n // 3) if (e := tuple(sorted(draw.sample(range(n), 2)))) not in edges]
+        schedule = cs.settings.skill(tiny[:n], graph=edges)
+        hears = [p for p in schedule.plan(0) if isinstance(p, Hear)]
+        assert len(hears) == diameter(n, edges)
+        assert all(len(known) == n for known in reach(schedule).values())
+        fewer = replace(schedule, plan=lambda seed, s=schedule: list(s.plan(seed))[:-2])
+        assert len(hears) == 1 or any(len(known) < n for known in reach(fewer).values())
+    for n in (2, 3, 4, 7):
+        mesh, ring = (cs.settings.skill(tiny[:n], graph=g) for g in ("mesh", "ring"))
+        assert sum(isinstance(p, Hear) for p in mesh.plan(0)) == 1
+        assert sum(isinstance(p, Hear) for p in ring.plan(0)) == n // 2
+        assert all(len(known) == n for s in (mesh, ring) for known in reach(s).values())
+    alone = cs.settings.skill([tiny[:2]])
+    assert [type(p) for p in alone.plan(0)] == [Learn, Hear, Stage, Learn, Hear, Stage]
+
+
+def test_all_banks_are_one_whatever_the_way(parts, model):
+    """Order of streams' tasks, graph, when they share, who is judged: every agent of every run has one bank, to the hash."""
+    streams = [parts[:2], parts[2:4], parts[4:]]
+    turned = [parts[:2][::-1], parts[2:4][::-1], parts[4:]]
+    ways = [
+        cs.settings.skill(streams),
+        cs.settings.skill(streams, "end"),
+        cs.settings.skill(turned, graph="ring"),
+        cs.settings.skill(turned, "end", [(0, 1), (1, 2)], evaluated=2),
+        cs.settings.skill(streams, graph=[(0, 1), (1, 2)], joins={2: 2}),
+        cs.settings.skill(streams, graph=[(0, 1), (1, 2)], joins={0: 3, 2: 2}, evaluated=1),
+    ]
+    found = [hashes(walked(s, model)) for s in ways]
+    assert [sorted(f) for f in found] == [["agent-0", "agent-1", "agent-2"]] * len(ways)
+    assert len({h for f in found for h in f.values()}) == 1
+    other = hashes(walked(cs.settings.skill(streams[:2]), model))
+    assert not set(other.values()) & set(found[0].values())
+
+
+def test_hearing_again_in_any_order_changes_nothing(parts, model):
+    walk = walked(cs.settings.skill([parts[:2], parts[2:4], parts[4:]], share="end", graph="ring"), model)
+    agent = walk.agents["agent-0"]
+    before, messages = cs.skill.bank_hash(agent), list(agent.state.bank.values())
+    new = cs.skill.newcomer(walk.schedule, METHOD, model, TRAINING)
+    assert cs.skill.bank_hash(new) == cs.skill.bank_hash({}) != before
+    draw = random.Random(1)
+    for _ in range(3):
+        some = draw.choices(messages, k=4)
+        agent.absorb(some)
+        new.absorb(some)
+    for m in draw.sample(messages, len(messages)):
+        new.absorb([m, m])
+    assert cs.skill.bank_hash(agent) == cs.skill.bank_hash(new) == before
+    x = parts[0].test.whole()[0]
+    assert torch.equal(agent.predict(x), new.predict(x))
+
+
+def test_relays_pass_on_the_very_bytes(parts, model):
+    """At the other end of a path a message has the bytes that its sender made."""
+    walk = walked(cs.settings.skill(parts, graph=PATH), model)
+    assert len({tuple(a.state.bank) for a in walk.agents.values()}) == 1
+    for sender, source in walk.agents["agent-4"].state.bank:
+        own = walk.agents[sender].state.bank[sender, source].to_bytes()
+        for agent in walk.agents.values():
+            assert agent.state.bank[sender, source].to_bytes() == own
+
+
+def test_ring_of_odd_size_sends_every_module_once_to_each(parts, model):
+    """No link carries a module that the hearer has; on an odd ring, as on the mesh, everybody hears each module once."""
+    sizes = {}
+    for graph in ("mesh", "ring"):
+        walk = walked(cs.settings.skill(parts, graph=graph), model)
+        told = sum(len(m.to_bytes()) for m in walk.agents["agent-0"].state.bank.values())
+        receipts = sum(page["received"] for page in walk.ledger.by_agent.values()) - 4 * told
+        sizes[graph] = receipts
+        assert 0 < receipts < 0.05 * told * 4
+    assert sizes["ring"] != sizes["mesh"]
+
+
+# who comes late, who fails
+
+
+def test_a_late_joiner_hears_what_was_told_before_it_learns(parts, model):
+    streams = [parts[:2], parts[2:4], parts[4:]]
+    schedule = cs.settings.skill(streams, graph=[(0, 1), (1, 2)], joins={2: 2})
+    phases = list(schedule.plan(0))
+    assert isinstance(phases[3], Hear) and dict(phases[3].who) == {"agent-2": ("agent-1",)}
+    assert isinstance(phases[4], Learn) and phases[4].who["agent-2"] == (parts[4].name,)
+    known = reach(replace(schedule, plan=lambda seed: phases[:4]))
+    assert known["agent-2"] == {parts[0].name, parts[2].name}
+    late = cs.run(replace(schedule, evaluated="agent-2"), METHOD, model, TRAINING)
+    first = cs.run(schedule, METHOD, model, TRAINING)
+    assert cs.skill.bank_hash(late.agent) == cs.skill.bank_hash(first.agent)
+    assert (late.matrix[-1] == first.matrix[-1]).all()
+    assert late.agent.ledger.by_agent["agent-2"]["received"] > 0
+
+
+def test_those_who_come_together_hear_in_turns_and_once(parts):
+    """Two newcomers in a row: the nearer one hears first. In a mesh one neighbour tells, not all; of two parts, one each."""
+    schedule = cs.settings.skill(parts, graph=PATH, joins={3: 2, 4: 2})
+    hears = [dict(p.who) for p in schedule.plan(0) if isinstance(p, Hear)]
+    assert hears[2:4] == [{"agent-3": ("agent-2",)}, {"agent-4": ("agent-3",)}]
+    mesh = cs.settings.skill([parts[:2], *parts[2:]], joins={3: 2})
+    hears = [dict(p.who) for p in mesh.plan(0) if isinstance(p, Hear)]
+    assert hears[1] == {"agent-3": ("agent-0",)}
+    between = cs.settings.skill([parts[:2], parts[2], parts[3:]], graph=[(0, 1), (1, 2)], joins={1: 2})
+    hears = [dict(p.who) for p in between.plan(0) if isinstance(p, Hear)]
+    assert hears[0] == {"agent-0": ("agent-0",), "agent-2": ("agent-2",)}
+    assert hears[1] == {"agent-1": ("agent-0", "agent-2")}
+    assert all(len(known) == 5 for known in reach(between).values())
+
+
+def test_what_a_failed_agent_told_stays(parts, model):
+    """Agent 0 tells its first task, and is gone before its second: the others keep the one, nobody knows the other."""
+    streams = [parts[:2], parts[2:4], parts[4:]]
+    whole = walked(cs.settings.skill(streams), model)
+    schedule = cs.settings.skill(streams, fails={0: 2})
+    assert schedule.evaluated == "agent-1"
+    walk = walked(schedule, model)
+    assert len({cs.skill.bank_hash(walk.agents[a]) for a in ("agent-1", "agent-2")}) == 1
+    bank = walk.agents["agent-1"].state.bank
+    assert set(bank) == set(whole.agents["agent-1"].state.bank) - {("agent-0", parts[1].name)}
+    kept = ("agent-0", parts[0].name)
+    assert bank[kept].to_bytes() == whole.agents["agent-0"].state.bank[kept].to_bytes()
+    assert walk.facts.learned_at[parts[1].name] == ()
+    scores = dict(zip((s.name for s in schedule.sources), walk.rows[-1], strict=True))
+    assert scores[parts[1].name] == 0 < min(v for n, v in scores.items() if n != parts[1].name)
+    later = [p for p in list(schedule.plan(0))[3:] if not isinstance(p, Stage)]
+    assert later and not any("agent-0" in [*p.who, *(s for ss in p.who.values() for s in ss)] for p in later)
+
+
+def test_what_a_failed_agent_had_not_told_is_lost(parts, model):
+    streams = [parts[:2], parts[2:4], parts[4:]]
+    schedule = cs.settings.skill(streams, "end", fails={0: 2})
+    walk = walked(schedule, model)
+    assert {sender for sender, _ in walk.agents["agent-1"].state.bank} == {"agent-1", "agent-2"}
+    assert walk.facts.learned_at[parts[0].name] == walk.facts.learned_at[parts[1].name] == ()
+    assert (("agent-0", parts[0].name)) in walk.agents["agent-0"].state.bank
+
+
+def test_a_graph_that_falls_apart_leaves_parts_that_know_their_own(parts):
+    streams = [parts[:2], parts[2:3], parts[3:]]
+    schedule = cs.settings.skill(streams, graph=[(0, 1), (1, 2)], fails={1: 2})
+    known = reach(schedule)
+    names = [s.name for s in parts]
+    assert known["agent-0"] == set(names) - {names[4]} and known["agent-2"] == set(names) - {names[1]}
+    assert schedule.facts().learned_at[names[4]] == ()
+
+
+def test_what_cannot_be_is_refused(parts):
+    streams = [parts[:2], parts[2:4], parts[4:]]
+    for more, rule in [
+        ({"share": "never"}, "`share` should be task or end"),
+        ({"graph": "star"}, "`graph` should be mesh, ring or a list"),
+        ({"graph": [(0, 1)]}, "`graph` should connect all agents. Found no way from agent 0 to agent 2"),
+        ({"graph": [(0, 1), (1, 3)]}, "an edge of `graph` should be two different agents from 0 to 2"),
+        ({"joins": {0: 2, 1: 2, 2: 2}}, "some agent should be there from the first stage"),
+        ({"joins": {3: 1}}, "`joins` should say for agents from 0 to 2 a stage from 1 on"),
+        ({"joins": {0: 1.5}}, "`joins` should say"),
+        ({"joins": [1]}, "`joins` should say"),
+        ({"fails": {0: 1}}, "should fail in a stage after the one in which it joins, from 2 to 2"),
+        ({"fails": {0: 9}}, "should fail in a stage after"),
+        ({"fails": {0: 2, 1: 2, 2: 2}}, "should be there at the end. Found that all fail"),
+        ({"fails": {0: 2}, "evaluated": 0}, r"should be there at the end, one of \[1, 2\]. Found `evaluated = 0`"),
+        ({"evaluated": 3}, "should be there at the end"),
+        ({"evaluated": True}, "should be there at the end"),
+    ]:
+        with pytest.raises(cs.ConsilienceError, match=rule):
+            cs.settings.skill(streams, **more)
+    with pytest.raises(cs.ConsilienceError, match="no edges where one agent is alone"):
+        cs.settings.skill(parts[:1], graph=[(0, 1)])
+
+
+def test_names_of_sources_and_tasks_are_their_own(parts):
+    with pytest.raises(cs.ConsilienceError, match=f"sources should have names of their own. Found {parts[0].name} twice"):
+        cs.settings.skill([parts[0], parts[0]])
+    other = cs.data.split_classes(cs.data.wine(), 3)[0]
+    with pytest.raises(
+        cs.ConsilienceError, match="tasks should have names of their own. Found 'one' for digits, and again in 'wine/"
+    ):
+        cs.settings.skill([replace(parts[0], task="one"), replace(other, task="one")])
+    with pytest.raises(cs.ConsilienceError, match="tasks should have names of their own. Found 'v1_0' and 'v1.0'"):
+        cs.settings.skill([replace(parts[0], task="v1.0"), replace(parts[1], task="v1_0")])  # one name in a head's entries
+    two = cs.data.iid(parts[0], 2)  # one task of which two agents have a part is no clash
+    assert {s.task for s in cs.settings.skill(two).sources} == {parts[0].name}
+
+
+def test_the_command_line_takes_graphs_joins_and_fails(tmp_path):
+    from consilience.cli import schedule_of, understand
+
+    split = ["--split", "iid+classes", "--split.iid.n", "3", "--split.classes.n", "5"]
+    given = ["--setting.graph=[[0, 1], [1, 2]]", "--setting.joins={2: 2}", "--setting.fails={0: 5}", "--setting.share", "task"]
+    schedule = schedule_of(understand("run", ["--setting", "skill", *split, *given]))
+    file = tmp_path / "config.yaml"
+    file.write_text(
+        "setting:\n  skill:\n    graph: [[0, 1], [1, 2]]\n    joins: {2: 2}\n    fails: {0: 5}\n"
+        "split: {iid: {n: 3}, classes: {n: 5}}\n"
+    )
+    told = schedule_of(understand("run", ["--config", str(file)]))
+    assert schedule.evaluated == told.evaluated == "agent-1"
+    assert list(schedule.plan(0)) == list(told.plan(0))
+    learns = [p.who for p in schedule.plan(0) if isinstance(p, Learn)]
+    assert "agent-2" not in learns[0] and "agent-2" in learns[1] and "agent-0" not in learns[4]
+
+
+# banks in files
+
+
+@pytest.fixture(scope="module")
+def shared(parts, model) -> Agent:
+    return walked(cs.settings.skill([parts[:2], parts[2:4], parts[4:]]), model).agents["agent-0"]
+
+
+def test_a_bank_comes_back_from_its_file(shared, parts, model, tmp_path):
+    path = cs.skill.save_bank(shared, tmp_path / "bank.safetensors")
+    bank = cs.skill.load_bank(path)
+    assert bank.keys() == shared.state.bank.keys()
+    assert [m.to_bytes() for m in bank.values()] == [m.to_bytes() for m in shared.state.bank.values()]
+    assert cs.skill.bank_hash(bank) == cs.skill.bank_hash(shared)
+    again = cs.skill.save_bank(bank, tmp_path / "again.safetensors")
+    assert again.read_bytes() == path.read_bytes()
+    assert load(path)[0].keys()  # plain safetensors, which others can read
+    assert not list(tmp_path.glob("*.part"))
+
+    new = cs.skill.newcomer(shared.schedule, METHOD, model, TRAINING)
+    assert not new.state.bank and new.name == "newcomer"
+    for _ in range(2):  # again changes nothing
+        cs.skill.give(new, bank)
+        assert cs.skill.bank_hash(new) == cs.skill.bank_hash(shared)
+    x = torch.cat([s.test.whole()[0] for s in parts])
+    assert torch.equal(new.predict(x), shared.predict(x))
+    empty = cs.skill.load_bank(cs.skill.save_bank({}, tmp_path / "empty.safetensors"))
+    assert empty == {}
+
+
+def test_banks_of_files_join_and_the_newest_stays(shared, model, tmp_path):
+    messages = list(shared.state.bank.values())
+    some = {m.key: m for m in messages[:3]}
+    rest = {m.key: m for m in messages[2:]}
+    new = cs.skill.newcomer(shared.schedule, METHOD, model, TRAINING)
+    for held in (some, rest):
+        cs.skill.give(new, cs.skill.load_bank(cs.skill.save_bank(held, tmp_path / "part.safetensors")))
+    assert cs.skill.bank_hash(new) == cs.skill.bank_hash(shared)
+    first = messages[0]
+    module = first.items["model"]
+    better = Module({k: t + 1 if t.is_floating_point() else t for k, t in module.tensors.items()}, module.meta)
+    newer = Message(**{**first.facts(), "version": first.version + 1, "digest": ""}, items={**first.items, "model": better})
+    cs.skill.give(new, {newer.key: newer})
+    assert new.state.bank[first.key].version == first.version + 1
+    cs.skill.give(new, {first.key: first})  # the older one changes nothing
+    assert cs.skill.bank_hash(new) == cs.skill.bank_hash(join(shared.state.bank, [newer]))
+    twin = replace(newer, items={**newer.items, "model": module}, digest="")
+    with pytest.raises(cs.ConsilienceError, match="a version should have one content"):
+        cs.skill.give(new, {twin.key: twin})
+
+
+def test_a_spoilt_file_is_refused_by_name(shared, tmp_path):
+    path = cs.skill.save_bank(shared, tmp_path / "bank.safetensors")
+    data = path.read_bytes()
+    spoilt = tmp_path / "spoilt.safetensors"
+    for n in (0, 7, 100, len(data) // 2, len(data) - 1):  # cut short anywhere
+        spoilt.write_bytes(data[:n])
+        with pytest.raises(cs.ConsilienceError, match="spoilt.safetensors should be whole safetensors data"):
+            cs.skill.load_bank(spoilt)
+    header = 8 + int.from_bytes(data[:8], "little")
+    for at in (header, (header + len(data)) // 2, len(data) - 1):  # one bit of content
+        spoilt.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+        with pytest.raises(cs.ConsilienceError, match="content that its sender hashed.*in .*spoilt.safetensors"):
+            cs.skill.load_bank(spoilt)
+    spoilt.write_bytes(data.replace(b'\\"version\\": 1', b'\\"version\\": 2', 1))
+    with pytest.raises(cs.ConsilienceError, match="Found other facts than were hashed in .*spoilt"):
+        cs.skill.load_bank(spoilt)
+    tensors, meta = load(path)
+    told, _, facts = meta["bank"].partition(" ")
+    spoilt.write_bytes(pack(tensors, {"bank": f"{told} {json.dumps({**json.loads(facts), 'format': 9})}"}))
+    with pytest.raises(cs.ConsilienceError, match="a format up to 1. Found 9"):
+        cs.skill.load_bank(spoilt)
+    spoilt.write_bytes(pack(tensors))
+    with pytest.raises(cs.ConsilienceError, match="a bank should be a file of `save_bank`"):
+        cs.skill.load_bank(spoilt)
+    with pytest.raises(cs.ConsilienceError, match="a bank should be a readable file. Found No such file"):
+        cs.skill.load_bank(tmp_path / "none.safetensors")
+    with pytest.raises(cs.ConsilienceError, match="a bank should be an agent's"):
+        cs.skill.save_bank([1], spoilt)  # type: ignore[arg-type]
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(cs.ConsilienceError, match="should be writable"):
+        cs.skill.save_bank(shared, blocked / "bank.safetensors")
+
+
+def test_a_bank_of_another_backbone_is_refused(shared, parts, tmp_path):
+    """Through the file: other frozen features, one entry of which differs by a hair, are another backbone."""
+    path = cs.skill.save_bank(shared, tmp_path / "bank.safetensors")
+    other = cs.models.multi_head(cs.models.random_features(64, 48, seed=2), 10)
+    new = cs.skill.newcomer(shared.schedule, METHOD, other, TRAINING)
+    with pytest.raises(
+        cs.ConsilienceError, match="a module should stand on this agent's backbone .* Found .* in 'digits/0-1' of 'agent-0'"
+    ):
+        cs.skill.give(new, cs.skill.load_bank(path))
+    assert not new.state.bank
+    same = cs.skill.newcomer(shared.schedule, METHOD, shared.model, TRAINING)
+    name = next(n for n in same.state.params if shared.model.frozen(n))
+    hair = same.state.params[name].clone()
+    hair.view(-1)[0] += 1e-6
+    same.state = same.state.change(params={**same.state.params, name: hair})
+    with pytest.raises(cs.ConsilienceError, match="a module should stand on this agent's backbone"):
+        cs.skill.give(same, cs.skill.load_bank(path))
+    few = cs.skill.newcomer(cs.settings.skill([parts[:2]]), METHOD, shared.model, TRAINING)
+    with pytest.raises(cs.ConsilienceError, match="classes should be declared"):
+        cs.skill.give(few, cs.skill.load_bank(path))
+    assert not few.state.bank
+
+
+# costs
+
+
+def test_the_papers_figures():
+    """Ge et al. 2023: 813.8 KB a task, and the efficiency recomputed for the 51 agents that its caption names."""
+    head, mixture = cs.skill.task_bytes(49.34, 2048), cs.skill.task_bytes(0, 2048, components=25)
+    assert head == pytest.approx(404e3, rel=1e-3) and mixture == 409600
+    assert head + mixture == pytest.approx(813.8e3, rel=1e-4)
+    one, told, n = 1.73e16, 813.8e3, 51
+    assert one / 102 == pytest.approx(1.69e14, rel=5e-3)  # the paper's teachers: it divides by the tasks, not by its 51 agents
+    for received, student, efficiency in ((8.22e7, 0.0, 0.9998), (6.72e9, 5e9, 0.9806)):
+        s = Speedup((one / n,) * n, (received,) * n, (student,) * n)
+        assert round(s.efficiency(), 4) == round(s.efficiency(False), 4) == efficiency
+        assert s.efficiency() == pytest.approx(s.makespan_efficiency)  # balanced: no agent is slower than another
+    (s,) = cs.skill.speedups([one / 102] * 102, [told] * 102, [51])
+    assert s.communication == pytest.approx(100 * told) and s.teacher == pytest.approx(one / 51)
+    assert round(s.efficiency(), 4) == 0.9998 == round(s.makespan_efficiency, 4)
+    assert cs.skill.task_bytes(10, 8, images=5, image=100, biases=3) == 4 * (80 + 3) + 5000
+
+
+def test_a_speedup_is_what_its_agents_do():
+    s = Speedup((6e9, 2e9), (1e6, 3e6), (5e8, 0.0), alpha=100.0)
+    assert s.alone == 8e9 and s.teacher == 4e9 and s.communication == 2e6 and s.student == 2.5e8
+    assert s.total == 4e9 + 2e8 + 2.5e8
+    assert s.efficiency() == 4e9 / s.total and s.efficiency(False) == 4e9 / 4.2e9
+    assert s.makespan == 6e9 + 1e8 + 5e8 and s.speedup == 8e9 / s.makespan and s.makespan_efficiency == s.speedup / 2
+    for bad in [((), (), ()), ((1.0,), (), (0.0,)), ((1.0,), (-1.0,), (0.0,)), ((math.nan,), (0.0,), (0.0,))]:
+        with pytest.raises(cs.ConsilienceError, match="costs should be finite numbers >= 0"):
+            Speedup(*bad)
+    with pytest.raises(cs.ConsilienceError, match="needs learning that costs"):
+        Speedup((0.0,), (1.0,), (0.0,))
+
+
+def test_the_ledger_says_who_did_what(parts, model):
+    """Work is that of a run alone, bytes those of the messages; a mesh that is balanced has an efficiency by both definitions."""
+    schedule = cs.settings.skill([parts[:2], parts[2:4]])
+    walk = walked(schedule, model)
+    s = cs.skill.speedup(walk.result["costs"])
+    alone = cs.run(cs.settings.skill([parts[:4]]), METHOD, model, TRAINING)
+    assert s.agents == 2 and s.alone == pytest.approx(alone.costs["macs"], rel=1e-9) and not sum(s.students)
+    bank = walk.agents["agent-0"].state.bank
+    told = cs.skill.told_bytes(bank)
+    assert told == {k: len(m.to_bytes()) for k, m in bank.items()}
+    heard = sum(size for (sender, _), size in told.items() if sender == "agent-1")
+    assert heard < s.received[0] < heard + 1000  # and receipts
+    assert s.efficiency() == pytest.approx(s.teacher / (s.teacher + 1000 * sum(s.received) / 2))
+    slowest = max(t + 1000 * b for t, b in zip(s.teachers, s.received, strict=True))
+    assert s.makespan_efficiency == pytest.approx(s.alone / slowest / 2)
+    more = cs.skill.speedup(walk.result["costs"], 0.0, cs.skill.covariance_macs(48, images=20, macs=10))
+    assert more.students == (20 * (10 + 48**2) + 48**3 / 3,) * 2 and more.total == more.teacher + more.students[0]
+    assert cs.skill.speedup(alone).efficiency() == cs.skill.speedup(alone).speedup == 1.0
+    for nothing in ({}, {"by_agent": {}}, {"macs": 3}):
+        with pytest.raises(cs.ConsilienceError, match="a page of macs and bytes for each agent"):
+            cs.skill.speedup(nothing)
+
+
+def test_absorbing_is_a_part_of_an_agents_work():
+    """Students' work is what was multiplied in absorbing; totals stay what they were."""
+    ledger, a = Ledger(), torch.ones(4, 4)
+    for _ in range(2):
+        ledger.work("x", ("step", 1), lambda: a @ a)
+        ledger.work("x", ("absorb", 1, 16), lambda: a @ a @ a)
+    page = ledger.costs()["by_agent"]["x"]
+    assert page == {"macs": 2 * 64 + 2 * 128, "sent": 0, "received": 0, "absorbing": 2 * 128}
+    assert ledger.total("macs") == page["macs"]
+    s = cs.skill.speedup({"x": page, "y": {"macs": 1, "sent": 0, "received": 2}})  # a page of before has none
+    assert s.teachers == (128.0, 1.0) and s.students == (256.0, 0.0)
+
+
+def test_dealing_tasks():
+    draw = random.Random(3)
+    for n in (1, 2, 3, 5):
+        work = [draw.random() ** 3 for _ in range(11)]
+        for order in ("given", "longest"):
+            shares = cs.skill.deal(work, n, order)
+            assert sorted(t for own in shares for t in own) == list(range(11)) and all(shares)
+        assert cs.skill.deal(work, n)[0] == list(range(0, 11, n))
+        load = max(sum(work[t] for t in own) for own in cs.skill.deal(work, n, "longest"))
+        least = max(max(work), sum(work) / n)
+        assert least <= load + 1e-12 and load <= (4 / 3 - 1 / (3 * n)) * best(work, n) + 1e-12
+    with pytest.raises(cs.ConsilienceError, match="`agents` should be from 1 to the 2 tasks"):
+        cs.skill.deal([1, 2], 3)
+    with pytest.raises(cs.ConsilienceError, match="`order` should be given or longest"):
+        cs.skill.deal([1, 2], 1, "shortest")  # type: ignore[arg-type]
+
+
+def best(work: Sequence[float], n: int) -> float:
+    """The least makespan there is, by trying all partial loads."""
+    loads = {(0.0,) * n}
+    for w in sorted(work, reverse=True):
+        loads = {tuple(sorted((*now[:i], now[i] + w, *now[i + 1 :]))) for now in loads for i in range(n)}
+    return min(max(now) for now in loads)
+
+
+def test_speedups_against_the_number_of_agents():
+    work, told = [8e9, 1e9, 2e9, 1e9], [1e5, 2e5, 3e5, 4e5]
+    given, longest, even = (cs.skill.speedups(work, told, alpha=1000.0, order=o) for o in ("given", "longest", "balanced"))
+    assert [s.agents for s in given] == [1, 2, 3, 4]
+    assert given[0].speedup == given[0].efficiency() == even[0].speedup == 1.0
+    two = given[1]  # agent 0 has tasks 0 and 2, agent 1 tasks 1 and 3
+    assert two.teachers == (10e9, 2e9) and two.received == pytest.approx((6e5, 4e5))
+    assert two.makespan == pytest.approx(10e9 + 6e8)
+    assert all(a.speedup <= b.speedup + 1e-9 for a, b in zip(longest, even, strict=True))
+    assert all(a.alone == b.alone == c.alone == 12e9 for a, b, c in zip(given, longest, even, strict=True))
+    assert longest[1].teachers == (8e9, 4e9) and longest[1].speedup > two.speedup
+    assert all(
+        s.efficiency() == pytest.approx(e.efficiency()) for s, e in zip(given, even, strict=True)
+    )  # the paper's sees no sizes
+    assert longest[3].speedup < 12 / 8 < even[3].speedup  # one task is the bound
+    taken = cs.skill.speedups(work, told, [2], 0.0, taken=1e8)[0]
+    assert taken.students == pytest.approx((2e8, 2e8)) and taken.makespan == pytest.approx(10.2e9)
+    with pytest.raises(cs.ConsilienceError, match="costs should be one a task"):
+        cs.skill.speedups(work, told[:2])
+
+
+def test_the_table_of_costs():
+    rows = {"a": Speedup((1e9, 3e9), (1e5, 1e5), (0, 0)), "b": Speedup((4e9,), (0,), (0,))}
+    lines = cs.skill.table(rows, {"b": 0.5}, "b").splitlines()
+    cells = [[c.strip() for c in line.strip("|").split("|")] for line in (lines[0], *lines[2:])]
+    assert len({len(c) for c in cells}) == 1 and len(lines) == 4
+    assert cells[1] == ["a", "2", "2.00e+09", "1.00e+05", "0", "2.10e+09", "0.9524", "0.6452", "0.53x", "-"]
+    assert cells[2][-2:] == ["1.00x", "50.0 %"]
+    assert "score" not in cs.skill.table(rows)
+    for bad in ({"rows": {}}, {"rows": rows, "reference": "c"}):
+        with pytest.raises(cs.ConsilienceError, match="`reference` should be one of the rows"):
+            cs.skill.table(**bad)
+
+
+def test_the_room_imports_no_torch():
+    import subprocess
+
+    code = "import sys, consilience\nconsilience.skill.__all__\nassert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    with pytest.raises(AttributeError, match="bank_hash"):
+        cs.skill.bank_hasj  # noqa: B018
+    assert all(callable(getattr(cs.skill, n)) for n in cs.skill.__all__)
+    assert Path(cs.skill.__file__).parent.name == "skill"

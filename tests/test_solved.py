@@ -1,0 +1,89 @@
+"""Heads in closed form: the ridge and prototype solutions restated, on both sides of d = n, as a start and on their own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import Ridge
+from sklearn.neighbors import NearestCentroid
+
+import consilience as cs
+from consilience.core.params import key
+from consilience.core.source import Source, Tensors
+from consilience.corrections.solved import ClosedHead
+
+C = 6
+
+
+def source(i, n=60, d=8):
+    y = torch.tensor((2 * i, 2 * i + 1))[torch.arange(n) % 2]
+    x = torch.randn(C, d, generator=key("centres"), dtype=torch.float64)[y] + torch.randn(
+        n, d, generator=key(i), dtype=torch.float64
+    )
+    t = Tensors(x, y)
+    return Source(f"s/{i}", t, t, t, tuple(("space", str(c)) for c in range(C)), (2 * i, 2 * i + 1), task=f"s/{i}")
+
+
+def learned(kind, s, width=5, ridge=0.1):
+    model = cs.models.multi_head(cs.models.random_features(s.train.x.shape[1], width), C)
+    method = cs.Method("closed", (ClosedHead(kind, ridge),), fixed={"epochs": 0})
+    r = cs.run(cs.settings.continual([s], "task"), method, model, cs.Training(precision="fp64"))
+    params = r.agent.state.params
+    x = s.train.x
+    return (
+        r,
+        model.features(params, r.agent.state.buffers, x).numpy(),
+        params[f"heads.{s.name}.weight"],
+        params[f"heads.{s.name}.bias"],
+    )
+
+
+@pytest.mark.parametrize("width", [5, 90])
+def test_the_ridge_head_is_scikit_learns(width):
+    s = source(1)
+    _, psi, w, b = learned("ridge", s, width)
+    y = np.eye(C)[s.train.y.numpy()][:, [2, 3]]
+    centred = psi - psi.mean(0)
+    alpha = 0.1 * (centred**2).sum() / psi.shape[1]
+    own = Ridge(alpha=alpha).fit(psi, y)
+    np.testing.assert_allclose(w.numpy(), own.coef_, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(b.numpy(), own.intercept_, rtol=1e-5, atol=1e-7)
+
+
+def test_the_prototype_head_answers_as_the_nearest_mean():
+    s = source(2)
+    r, psi, w, b = learned("prototype", s, 20)
+    wanted = NearestCentroid().fit(psi, s.train.y.numpy()).predict(psi)
+    assert ((psi @ w.numpy().T + b.numpy()).argmax(1) + 4 == wanted).all()
+    mu = np.stack([psi[s.train.y.numpy() == c].mean(0) for c in (4, 5)])
+    spread = ((psi - mu[s.train.y.numpy() - 4]) ** 2).mean()
+    logits = -((psi[:, None] - mu) ** 2).sum(2) / (2 * spread)
+    p = np.exp(logits - logits.max(1, keepdims=True))
+    np.testing.assert_allclose(r.agent.predict(s.train.x, "s/2").numpy(), p / p.sum(1, keepdims=True), atol=1e-5)
+
+
+def test_steps_go_on_from_the_head_and_other_rows_stay():
+    s = source(0)
+    model = cs.models.mlp(8, (), C)
+    method = cs.Method("closed", (ClosedHead(),))
+    now = replace(s, task=None)
+    first, after, plain = (
+        cs.run(cs.settings.continual([now]), m, model, cs.Training(epochs=e, lr=1e-6, precision="fp64")).params["1.weight"]
+        for m, e in ((method, 0), (method, 1), (cs.methods.finetune(), 0))
+    )
+    assert torch.equal(first[2:], plain[2:]) and not torch.isclose(first[:2], plain[:2]).any(), "rows of other classes stay"
+    assert 0 < (first - after).abs().max() < 1e-4, "a tiny step from the closed form"
+
+
+def test_what_cannot_be_solved_is_refused():
+    with pytest.raises(cs.ConsilienceError, match=r"`kind` should be ridge or prototype. Found `kind = 'svm'`"):
+        ClosedHead("svm")
+    with pytest.raises(cs.ConsilienceError, match=r"`ridge` should be positive and finite. Found `ridge = 0"):
+        ClosedHead(ridge=0)
+    same = replace(source(0), train=Tensors(torch.ones(6, 8, dtype=torch.float64), torch.tensor([0, 1] * 3)))
+    for kind in ("ridge", "prototype"):
+        _, _, w, b = learned(kind, same)
+        assert torch.isfinite(w).all() and torch.isfinite(b).all(), "features that do not vary"

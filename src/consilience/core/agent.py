@@ -211,6 +211,7 @@ class Agent:
         self.aware = schedule.labelled or method.mapper is not None
         self._hashes: dict[str, tuple[Params, str]] = {}
         self._said: tuple[State, list[Message]] | None = None
+        self._views: tuple[State, list[tuple[Correction, Me]]] | None = None
 
     # learn
 
@@ -370,7 +371,7 @@ class Agent:
         """Let go of what it told and will hear again, so that a simulation holds only the agents that are at work."""
         if not any(overrides(c, "heard") for c in self.method.active):
             self.state = self.consolidator.rest(self.state, self.method.personal)
-        self._said, self._hashes = None, {}
+        self._said, self._views, self._hashes = None, None, {}
 
     def receipts(self) -> dict[str, int]:
         """What this agent has already: the version of every (sender, source); no whole of another once it has learned and gone on."""
@@ -491,12 +492,11 @@ class Agent:
         return out
 
     def _seen(self) -> list[tuple[Correction, Me]]:
-        """The corrections through which the model is seen in predict."""
-        return [
-            (c, Me(known=c.recall(self.memory(c), ()), model=self.model))
-            for c in self.method.active
-            if overrides(c, "view") or overrides(c, "outputs")
-        ]
+        """The corrections through which the model is seen in predict, recalled once for a state."""
+        if self._views is None or self._views[0] is not self.state:
+            seen = [c for c in self.method.active if overrides(c, "view") or overrides(c, "outputs")]
+            self._views = (self.state, [(c, Me(known=c.recall(self.memory(c), ()), model=self.model)) for c in seen])
+        return self._views[1]
 
     def superposed(self, params: Params, buffers: Params) -> Callable[[Tensor, Tensor], Tensor]:
         """(x, alpha) -> the outputs [B, C] of sum_k alpha_k view_k(params) over `choices`, as `Routing` says."""

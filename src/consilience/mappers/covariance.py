@@ -15,7 +15,7 @@ from consilience.core.correction import Learned, Me
 from consilience.core.errors import ConsilienceError
 from consilience.core.message import Item, Module, Samples, Statistics
 from consilience.mappers._screen import Screen
-from consilience.mappers.mixture import Anchored, Anchors, grouped, means
+from consilience.mappers.mixture import Anchored, Anchors, grouped, means, sums
 
 RESIDUALS = 64
 """How many validation examples' features an anchor keeps."""
@@ -141,7 +141,7 @@ class Mahalanobis(Anchored):
     linear map of the features changes nothing. It is LDA with equal priors, its classes grouped by source. Anchors have class
     sums and counts, and S from
 
-    - all second moments, their upper triangle: they add, S is exact, and no example leaves its agent (the default);
+    - all second moments, their upper triangle: those of the same classes add, S is exact, and no example leaves its agent (the default);
     - `rank` = r: of each source's scatter within classes the r largest eigenfactors, and the diagonal of the rest: exact from
       its rank on;
     - `images` = m: m images of each class, as bytes where they are k/255, which the hearer passes through its features (once an
@@ -172,16 +172,16 @@ class Mahalanobis(Anchored):
             )
 
     def summarise(self, learned: Learned, me: Me) -> Statistics | Module | Samples:
-        sums = learned.sums(self.psi(learned), second=not self.images)
-        tensors = {"first": sums["first"], "count": sums["count"]}
+        found = sums(learned, self.psi(learned), second=not self.images)
+        tensors = {"first": found["first"], "count": found["count"]}
         if self.images:
             tensors |= self._drawn(learned)
         elif self.rank:
-            own = means(Statistics(tensors)) * sums["count"][sums["count"] > 0].sqrt()[:, None]
-            u, rest = factors(sums["second"] - own.T @ own, self.rank)
+            own = means(Statistics(tensors)) * found["count"][found["count"] > 0].sqrt()[:, None]
+            u, rest = factors(found["second"] - own.T @ own, self.rank)
             tensors |= {"factor": u.float(), "rest": rest.float()}
         else:
-            tensors["second"] = triangle(sums["second"])
+            tensors["second"] = triangle(found["second"])
         if self.reject > 0:
             held = self.held(learned)
             tensors["validation"] = held[torch.randperm(len(held), generator=learned.generator)[:RESIDUALS]].float()
@@ -190,7 +190,7 @@ class Mahalanobis(Anchored):
 
     def _drawn(self, learned: Learned) -> dict[str, Tensor]:
         """`images` examples of each class, drawn without replacement: x [M, ...] (`bytes`, 255 x, where that is whole), and y
-        [M]."""
+        [M], which of the source's classes."""
         source = learned.source
         y = source.train.targets().cpu()
         order = torch.randperm(len(y), generator=learned.generator)
@@ -201,11 +201,12 @@ class Mahalanobis(Anchored):
                 f"{few} classes of {source.name!r} have fewer than `images = {self.images}` examples and give what they have",
                 stacklevel=2,
             )
-        x, y = source.train.select(torch.cat(own)).whole()
+        x, _ = source.train.select(torch.cat(own)).whole()
         x = x.cpu().float() if x.is_floating_point() else x.cpu()
         levels = (x * 255).round().clamp(0, 255) if x.is_floating_point() else x
         exact = x.is_floating_point() and torch.equal(levels / 255, x)
-        return {"bytes" if exact else "x": levels.byte() if exact else x, "y": y.cpu().int()}
+        which = torch.arange(len(own)).repeat_interleave(torch.tensor([len(i) for i in own]))
+        return {"bytes" if exact else "x": levels.byte() if exact else x, "y": which.int()}
 
     def settle(self, item: Item, place: Callable[[Tensor], Tensor]) -> Item:
         """On the CPU; shared images pass the features here, once."""

@@ -232,6 +232,12 @@ def separation(known: Tensor, unknown: Tensor) -> float:
     return float((below + upto).double().sum()) / (2 * len(known) * len(other))
 
 
+def sums(learned: Learned, psi: Callable[[Tensor], Tensor], second: bool = True) -> dict[str, Tensor]:
+    """`Learned.sums` of the source's own classes alone: what an anchor says of others is nothing."""
+    found, own = learned.sums(psi, second), list(learned.source.classes)
+    return {**found, "first": found["first"][:, own], "count": found["count"][own]}
+
+
 def means(item: Item) -> Tensor:
     """The means [classes that it has, d] of an anchor's classes."""
     n = item.tensors["count"]
@@ -265,7 +271,7 @@ class Points(Anchors):
 
 @dataclass(frozen=True)
 class NearestMean(Anchored):
-    """score = -min_c ||psi - mu_c||^2 over the classes of the source. Anchors are class sums and counts: they add.
+    """score = -min_c ||psi - mu_c||^2 over the classes of the source. Anchors are class sums and counts: those of the same classes add.
 
     With `reject` > 0 an anchor has the sorted scores of at most 256 validation examples besides, which do not add. An input is
     unknown where its best task's score is below that task's `reject` quantile of them: so many of a task's own examples, at
@@ -276,7 +282,7 @@ class NearestMean(Anchored):
     reject: float = 0.0
 
     def summarise(self, learned: Learned, me: Me) -> Statistics | Module:
-        item = Statistics(learned.sums(self.psi(learned), second=False))
+        item = Statistics(sums(learned, self.psi(learned), second=False))
         if not self.reject > 0:
             return item
         own = Points([means(item)], [None]).scores(self.held(learned))[:, 0]

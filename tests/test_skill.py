@@ -54,6 +54,37 @@ def hashes(walk: Walk) -> dict[str, str]:
     return {name: cs.skill.bank_hash(agent) for name, agent in sorted(walk.agents.items())}
 
 
+# what is learned stays
+
+
+@pytest.mark.parametrize("kind", ["heads", "biases"])
+def test_a_tasks_answers_stay_the_same_bits_as_tasks_are_added(parts, kind):
+    """With labels given, or a mapper that is never wrong: every agent, after every stage."""
+    trunk = cs.models.random_features(64, 48)
+    body = cs.models.mlp(64, (24, 16), 10)
+    made = cs.models.multi_head(trunk, 10) if kind == "heads" else cs.models.beneficial_biases(cs.models.frozen(body), 10)
+    x, answers = parts[0].test.whole()[0], []
+    walk = walked(cs.settings.skill([parts[:1]], "task"), made)
+    first = walk.agents["agent-0"].predict(x, parts[0].name)
+    for k in range(2, 6):
+        agent = walked(cs.settings.skill([parts[:k]], "task"), made).agents["agent-0"]
+        columns = agent.frame.columns(walk.agents["agent-0"].frame.labels)
+        answers.append(agent.predict(x, parts[0].name)[:, columns])
+    assert all(torch.equal(a, first) for a in answers) and float(first.max()) > 0.5
+    result = cs.run(cs.settings.skill([parts], "task"), cs.methods.skill("oracle"), made, TRAINING)
+    for j in range(5):
+        assert len({*result.matrix[j + 1 :, j].tolist()}) == 1, "accuracy on a task is one number from its stage on"
+
+
+def test_a_task_of_one_class_and_tasks_that_share_none(parts, model):
+    """A head of one class answers it always; the mapper tells it from the others."""
+    one = cs.data.split_classes(cs.data.digits().map(), 10)[:3]
+    for mapper in ("gaussian_mixture", "mahalanobis", "nearest_mean"):
+        r = cs.run(cs.settings.skill([[s] for s in one], "end"), cs.methods.skill(mapper), model, TRAINING)
+        assert r.score == pytest.approx(r.mapper_accuracy) and r.score > 0.85
+        assert {m.classes for m in r.agent.state.experts.values()} == {(0,), (1,), (2,)}
+
+
 # graphs
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import nn
 
 import consilience as cs
@@ -145,6 +146,77 @@ def test_everything_that_outputs_depend_on_is_in_the_hash():
     assert len({repr(m) for m in variants.values()}) == len(variants) - 2, "what is said differs with all but the numbers"
 
 
+def test_what_torch_does_not_print_is_in_the_hash_too():
+    def layer(heads=2, seed=0, **more):
+        torch.manual_seed(seed)
+        return nn.TransformerEncoderLayer(8, heads, 16, batch_first=True, **more)
+
+    def backbone(module):
+        class Rows(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.inner = module
+
+            def forward(self, x):
+                return self.inner(x.mean(1))
+
+        return models.backbone(models.wrap(Rows(), 64, headless=True))
+
+    class Scaled(nn.Module):
+        def __init__(self, **own):
+            super().__init__()
+            self.inner, self._private = layer(), object()
+            self.__dict__.update(own)
+
+        def forward(self, x):
+            return self.inner(x)
+
+    variants = {
+        "same": layer(),
+        "heads": layer(4),
+        "activation": layer(activation=F.gelu),
+        "another function": layer(activation=F.silu),
+        "norm first": layer(norm_first=True),
+        "scale": Scaled(scale=0.1),
+        "scale 2": Scaled(scale=0.1 + 1e-12),
+        "window": Scaled(window=(2, 3)),
+        "window 2": Scaled(window=(2, 4)),
+        "none": Scaled(window=None),
+    }
+    printed = {str(m) for n, m in variants.items() if not isinstance(m, Scaled)}
+    assert len(printed) == 1, "torch prints them alike"
+    entries = {n: tuple(m.state_dict().values()) for n, m in variants.items()}
+    assert all(torch.equal(a, b) for e in entries.values() for a, b in zip(e, entries["same"], strict=True))
+    hashes = {n: hash_of(backbone(m)) for n, m in variants.items()}
+    assert len(set(hashes.values())) == len(hashes)
+    assert hash_of(backbone(layer())) == hashes["same"]
+    assert hash_of(backbone(layer().train())) == hash_of(backbone(layer().eval())) == hashes["same"], "its mode is none of it"
+    assert hash_of(backbone(Scaled(scale=0.1))) == hashes["scale"], "what is private is not seen"
+    wider = net()
+    wider.classifier = nn.Linear(4, 7)
+    assert hash_of(models.backbone(wider)) == hash_of(models.backbone(net())), "nor are the outputs of the head"
+
+
+def test_a_frozen_model_s_cache_tells_what_torch_does_not_print(tmp_path):
+    def model(first):
+        torch.manual_seed(0)
+        made = nn.Sequential(nn.Flatten(2), nn.TransformerEncoderLayer(64, 2, 8, norm_first=first, batch_first=True))
+        return models.frozen(models.wrap(nn.Sequential(made, nn.Flatten()), 192, headless=True))
+
+    for first in (False, True):
+        kept = cs.data.embed(source(), model(first), tmp_path)
+        assert torch.allclose(kept.test.x, psi(model(first), source().test.x), atol=1e-5)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_backbone_of_other_floats_computes_in_float32():
+    double = models.backbone(net().double())
+    assert {p.dtype for n, p in double.init(key(0))[0].items() if p.is_floating_point()} == {torch.float32}
+    assert torch.equal(psi(double, images()), psi(models.backbone(net()), images()))
+    assert hash_of(double) == hash_of(models.backbone(net()))
+    assert net().double().conv.weight.dtype == torch.float64
+
+
 def test_a_checkpoint_is_read_by_name(tmp_path):
     own = net(1).state_dict()
     save(tmp_path / "all.safetensors", {n: t.half() if t.is_floating_point() else t for n, t in own.items()})
@@ -198,10 +270,21 @@ def test_agents_with_images_and_agents_with_features_share_a_bank():
     kept = cs.data.embed(theirs, model)
     schedule = cs.settings.skill([[ours], [kept]])
     r = cs.run(schedule, cs.methods.skill(), model, cs.Training(epochs=2, batch_size=4))
-    assert {m.meta["backbone"] for m in r.agent.state.experts.values()} == {model.backbone(r.params)} and len(
-        r.agent.state.experts
-    ) == 2
+    assert {m.meta["backbone"] for m in r.agent.state.experts.values()} == {model.backbone(r.params)}
     both = cs.run(cs.settings.skill([[ours], [theirs]]), cs.methods.skill(), model, cs.Training(epochs=2, batch_size=4))
+    bank, other = r.agent.state.bank, both.agent.state.bank
+    assert set(bank) == set(other) == {("agent-0", "a"), ("agent-1", "b")}
+    for at, message in bank.items():
+        assert set(message.items) == set(other[at].items) and len(message.items) == 2, "a module and an anchor"
+        for kind, item in message.items.items():
+            theirs_too = other[at].items[kind].tensors
+            assert set(item.tensors) == set(theirs_too) and item.tensors
+            for n, t in item.tensors.items():
+                assert torch.allclose(t.double(), theirs_too[n].double(), rtol=1e-4, atol=1e-5), (at, kind, n)
+    for s in (ours, theirs):
+        on = {"images": s.test.x, "features": cs.data.embed(s, model).test.x}
+        want = both.agent.predict(s.test.x)
+        assert all(torch.allclose(run.agent.predict(x), want, atol=1e-4) for run in (r, both) for x in on.values()), s.name
     for n, p in r.params.items():
         assert torch.allclose(p.float(), both.params[n].float(), atol=1e-5)
 
@@ -210,6 +293,35 @@ def test_macs():
     assert models.macs(models.conv(10, 3, 8, 4), (3, 8, 8)) == 3 * 4 * 9 * 64 + 4 * 8 * 9 * 16 + 32 * 10
     grouped = nn.Sequential(nn.Conv2d(4, 8, 3, stride=2, padding=1, groups=2), nn.Flatten(), nn.Linear(128, 3))
     assert models.macs(grouped, torch.rand(5, 4, 8, 8)) == 16 * 8 * 2 * 9 + 128 * 3
+
+
+def test_macs_move_nothing():
+    module = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).train()
+    model, before = models.wrap(module), {n: t.clone() for n, t in module.state_dict().items()}
+    for counted in (module, model):
+        assert models.macs(counted, (6,)) == 6 * 4 + 4 * 2, "one sample has no variance"
+    assert module.training and all(m.training for m in module)
+    assert all(torch.equal(t, before[n]) for n, t in module.state_dict().items()) and int(module[1].num_batches_tracked) == 0
+    assert model(*model.init(key(0)), torch.rand(3, 6), None, True)[0].shape == (3, 2)
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("fast", [False, True])
+def test_macs_of_attention(fast, train):
+    t, d, hidden, heads = 5, 8, 16, 2
+    layer = nn.TransformerEncoderLayer(d, heads, hidden, batch_first=True).train(train)
+    own = 4 * t * d * d + 2 * t * t * d + 2 * t * d * hidden  # q, k, v and out; scores and their sum; the two layers
+    given = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        assert models.macs(layer, (t, d)) == own
+        assert models.macs(models.wrap(nn.Sequential(layer, nn.Flatten(), nn.Linear(t * d, 3))), (t, d)) == own + t * d * 3
+        assert torch.backends.mha.get_fastpath_enabled() is fast
+        with pytest.raises((AssertionError, RuntimeError)):  # torch's own
+            models.macs(layer, (t, d + 1))
+        assert torch.backends.mha.get_fastpath_enabled() is fast, "also where it fails"
+    finally:
+        torch.backends.mha.set_fastpath_enabled(given)
 
 
 # features
@@ -292,14 +404,62 @@ def test_a_stream_is_read_in_chunks(tmp_path, counting, monkeypatch):
     assert Counting.seen == 0
 
 
-def test_files_hold_no_more_rows_than_said(tmp_path, counting, monkeypatch):
+@pytest.mark.parametrize("batch", [3, 4, 5, 11])
+def test_files_hold_no_more_rows_than_said(tmp_path, counting, monkeypatch, batch):
     monkeypatch.setattr(_embed, "ROWS", 4)
-    first = cs.data.embed(source(), counting, tmp_path, batch=4)
-    files = list(tmp_path.glob("*/*.safetensors"))
-    assert len(files) == 12 // 4 + 1 + 1 and not list(tmp_path.glob("*/*.part"))
+    first = cs.data.embed(source(), counting, tmp_path, batch=batch)
+    rows = [len(load_file(p)["images"]) for p in tmp_path.glob("*/*.safetensors")]
+    assert rows == [4] * 5 and not list(tmp_path.glob("*/*.part"))
     Counting.seen = 0
     again = cs.data.embed(source(), counting, tmp_path)
-    assert Counting.seen == 0 and torch.equal(again.train.x, first.train.x)
+    for part in ("train", "validation", "test"):
+        assert torch.equal(getattr(again, part).x, getattr(first, part).x)
+        assert Counting.seen == 0 and torch.allclose(getattr(again, part).x, psi(counting, getattr(source(), part).x), atol=1e-6)
+        Counting.seen = 0
+
+
+def test_features_that_were_flipped_on_disk_are_refused(tmp_path, counting, monkeypatch):
+    s, plain, read = source(), _embed.content_hash, []
+    cs.data.embed(s, counting, tmp_path)
+    (folder,) = tmp_path.iterdir()
+    path = max(folder.iterdir(), key=lambda p: p.stat().st_size)
+    data = bytearray(path.read_bytes())
+    start = 8 + struct.unpack("<Q", data[:8])[0]
+    data[start + json.loads(data[8:start])["features"]["data_offsets"][0] + 5] ^= 1
+    path.write_bytes(data)
+    Counting.seen = 0
+    for _ in range(2):
+        with pytest.raises(ConsilienceError, match=rf"as they were written. Found others in {path}; delete that file"):
+            cs.data.embed(s, counting, tmp_path)
+    assert Counting.seen == 0
+
+    def counted(tensors):
+        read.extend(len(t) for n, t in tensors.items() if n == "features")
+        return plain(tensors)
+
+    monkeypatch.setattr(_embed, "content_hash", counted)
+    few = Source("few", s.test, s.validation, s.test, s.labels, s.classes)
+    kept = cs.data.embed(few, counting, tmp_path)
+    assert read == [4, 4] and Counting.seen == 0, "what is not used is not read, and what is, once"
+    assert torch.allclose(kept.test.x, psi(counting, s.test.x), atol=1e-6)
+    path.unlink()
+    whole = cs.data.embed(s, counting, tmp_path)
+    assert torch.allclose(whole.train.x, psi(counting, s.train.x), atol=1e-6)
+
+
+def test_files_without_a_digest_are_foreign(tmp_path, counting):
+    s = source()
+    cs.data.embed(s, counting, tmp_path)
+    (folder,) = tmp_path.iterdir()
+    path = max(folder.iterdir(), key=lambda p: p.stat().st_size)
+    save(path, load_file(path))
+    Counting.seen = 0
+    with pytest.warns(UserWarning, match=rf"{path} is not read \(no digest of its features\)"):
+        cs.data.embed(s, counting, tmp_path)
+    assert Counting.seen == 12
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cs.data.embed(s, counting, tmp_path)
 
 
 def test_broken_and_foreign_files_are_named_and_made_anew(tmp_path, counting):
@@ -463,6 +623,16 @@ def test_a_timm_model_by_name(timm):
             models.backbone(*args, **more)
 
 
+def test_a_prefix_and_a_tag_change_no_hash(timm, tmp_path):
+    body = timm.create_model("mobilenetv2_100", pretrained=False)
+    path = tmp_path / "weights.safetensors"
+    save(path, body.state_dict())
+    names = ("mobilenetv2_100", "timm/mobilenetv2_100", "mobilenetv2_100.ra_in1k", "timm/mobilenetv2_100.ra_in1k")
+    assert len({hash_of(models.backbone(n, path, size=32)) for n in names}) == 1
+    half = models.backbone("mobilenetv2_100.ra_in1k", path, size=32, mean=0.5)
+    assert hash_of(half) != hash_of(models.backbone("mobilenetv2_100", path, size=32)), "other preparations stay apart"
+
+
 @pytest.mark.skipif(not WEIGHTS.is_file(), reason=f"wants timm_mobilenetv2_100_same.safetensors in CONSILIENCE_DATA ({WEIGHTS})")
 def test_mobilenet_with_the_shared_weights(timm, tmp_path):
     more = {"mean": 0.5, "std": 0.5, "pad_type": "same", "bn_eps": 1e-3}
@@ -473,8 +643,6 @@ def test_mobilenet_with_the_shared_weights(timm, tmp_path):
     assert header["conv_stem.weight"]["dtype"] == "F16"
     x = images(2, side=64)
     plain = timm.create_model("mobilenetv2_100", pad_type="same", bn_eps=1e-3)
-    from safetensors.torch import load_file
-
     plain.load_state_dict({n: t.float() if t.is_floating_point() else t for n, t in load_file(WEIGHTS).items()})
     plain.eval()
     with torch.no_grad():

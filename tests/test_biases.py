@@ -250,11 +250,18 @@ def test_on_tokens_and_vectors():
     params, buffers = grown(model, SOURCES[:1])
     x = torch.randn(5, 3, 8)
     layer.eval()
-    params["biases.s/0.0.linear2"] = bias = torch.randn(8)
+    b = {n: torch.randn(w) for n, w in zip(model.layers, model.widths, strict=True)}
+    params |= {f"biases.s/0.{n}": t for n, t in b.items()}
     with torch.no_grad():
-        layer.linear2.bias += bias
-        layer.linear2.weight += 0  # the fast path folds nothing
-        assert torch.allclose(model.features(params, buffers, x, "s/0"), layer(x).flatten(1), atol=1e-5)
+        q, k, v = (
+            F.linear(x, layer.self_attn.in_proj_weight, layer.self_attn.in_proj_bias).view(5, 3, 3, 2, 4).permute(2, 0, 3, 1, 4)
+        )
+        mixed = ((q @ k.transpose(2, 3) / 2).softmax(3) @ v).transpose(1, 2).reshape(5, 3, 8)
+        h = layer.norm1(x + layer.self_attn.out_proj(mixed) + b["0.self_attn"])
+        hidden = (layer.linear1(h) + b["0.linear1"]).relu()
+        psi = layer.norm2(h + layer.linear2(hidden) + b["0.linear2"]).flatten(1)
+        assert torch.allclose(model.features(params, buffers, x, "s/0"), psi, atol=1e-5)
+        assert not torch.allclose(model.features(params, buffers, x), psi, atol=1e-2)
 
 
 # heads with normalised rows

@@ -371,8 +371,13 @@ def test_unknown_inputs_have_no_expert_and_few_known_ones(mapper):
     for i, s in enumerate(SOURCES):  # each calibrated on its own validation examples
         alone = mapper.route(routing(s.validation.x, names[i : i + 1]), memory)
         assert 0.1 - 2 / 40 <= float((alone.sum(1) == 0).double().mean()) <= 0.1
+    hard = replace(mapper, reject=0.0, **({"soft": False} if isinstance(mapper, ExpertGate) else {}))
+    best = hard.route(routing(KNOWN, names), memory).argmax(1)
     free = replace(mapper, reject=0.0).route(routing(KNOWN, names), memory)
-    assert torch.equal(weights[accepted > 0], free[accepted > 0]), "what is accepted goes where it went"
+    alone = torch.stack([mapper.route(routing(KNOWN, names[i : i + 1]), memory).sum(1) > 0 for i in range(5)], 1)
+    takes = alone.gather(1, best[:, None])[:, 0]
+    assert torch.equal(weights[takes], free[takes]), "what its best task accepts goes where it went"
+    assert torch.equal(accepted > 0, alone.any(1)), "unknown is what no task accepts"
     familiar = [mapper.familiarity(routing(x, names), memory) for x in (KNOWN, FAR)]
     assert cs.mappers.auroc(*familiar) > (0.7 if isinstance(mapper, ExpertGate) else 0.99)
 
@@ -388,10 +393,134 @@ def test_the_threshold_and_the_familiarity_are_what_they_say():
         assert torch.allclose(memory[("m", s.name)].tensors["validation"], -(-own[-1]).sort(descending=True).values)
     best = torch.stack(score, 1).argmax(1)
     top = torch.stack(score, 1).amax(1)
-    cut, median, quartile = (torch.stack([-(-o).sort(descending=True).values[at] for o in own])[best] for at in (10, 20, 10))
-    known = mapper.route(routing(KNOWN, keys(2)), memory).sum(1) > 0
-    assert torch.equal(known, top >= cut)
+    cut, median, quartile = (torch.stack([-(-o).sort(descending=True).values[at] for o in own]) for at in (9, 20, 10))
+    median, quartile = median[best], quartile[best]
+    weights = mapper.route(routing(KNOWN, keys(2)), memory)
+    takes = torch.stack(score, 1) >= cut
+    assert torch.equal(weights.sum(1) > 0, takes.any(1)) and not takes.any(1).all()
+    other = takes.any(1) & ~takes.gather(1, best[:, None])[:, 0]
+    assert torch.equal(weights.argmax(1)[takes.any(1)], torch.where(other, 1 - best, best)[takes.any(1)])
     assert torch.allclose(mapper.familiarity(routing(KNOWN, keys(2)), memory), (top - median) / (median - quartile))
+
+
+def line(name, low, high, held=1000):
+    """A task of one class, uniform on [low, high]."""
+    train, validation, test = (
+        low + (high - low) * torch.rand(n, 1, generator=key(0, name), dtype=torch.float64) for n in (500, held, 4000)
+    )
+    parts = [Tensors(x, torch.zeros(len(x), dtype=torch.long)) for x in (train, validation, test)]
+    return Source(name, *parts, ((name, "0"),), (0,), name)
+
+
+NARROW = {
+    "nearest_mean": NearestMean("inputs", reject=0.05),
+    "gaussian_mixture": GaussianMixture(1, on="inputs", reject=0.05),
+    "mahalanobis": Mahalanobis(on="inputs", reject=0.05),
+}
+
+
+@pytest.mark.parametrize("mapper", list(NARROW.values()), ids=list(NARROW))
+def test_a_tight_task_calls_no_example_of_a_broad_one_unknown(mapper):
+    """x = 6.5 is nearest to B = 6 +- 0.1, which refuses it, and is an example of A = [-10, 10], which does not."""
+    broad, tight = line("task0", -10, 10), line("task1", 5.9, 6.1)
+    memory = told(mapper, [broad, tight])
+    at = torch.tensor([[6.0], [6.5], [-9.0], [3.5], [30.0], [math.nan]], dtype=torch.float64)
+    assert mapper.route(routing(at, keys(2)), memory).tolist() == [[0, 1], [1, 0], [1, 0], [1, 0], [0, 0], [0, 0]]
+    for s in (broad, tight):
+        few = mapper.route(routing(s.validation.x, keys(2)), memory).sum(1) == 0
+        drawn = mapper.route(routing(s.test.x, keys(2)), memory).sum(1) == 0
+        slack = 0.1 if isinstance(mapper, Mahalanobis) else 0.03  # 64 or 256 examples are told
+        assert float(few.double().mean()) <= (0.15 if isinstance(mapper, Mahalanobis) else 0.05)
+        assert float(drawn.double().mean()) <= 0.05 + slack
+    away = [s.map(x=lambda x: x + 1e6) for s in (broad, tight)]
+    items = tuple(told(mapper, away).values())
+    best, top = mapper.ready(items, items).best(away[0].test.x, True)
+    assert torch.allclose(mapper.scores(away[0].test.x, items, items).gather(1, best[:, None])[:, 0], top, rtol=1e-9), (
+        "far from 0"
+    )
+
+
+@EACH
+def test_routes_with_reject_are_the_largest_scores_that_reach_their_marks(mapper):
+    """40 tasks that overlap, of ever wider classes: a tight task often scores best where only a broad one accepts."""
+    mapper = replace(mapper, reject=0.3, **({"soft": False} if isinstance(mapper, ExpertGate) else {}))
+    memory = told(mapper, [source(i, 30 + i, scale=1.0, noise=0.3 + i / 10) for i in range(40)])
+    names = sorted(memory, key=lambda k: k[1])
+    x = torch.cat([KNOWN[::3], KNOWN[::5] / 3, FAR[:50]])
+    items = tuple(memory[k] for k in names)
+    settled = tuple(mapper.settle(i, lambda x: x) for i in items)
+    anchors, scores = mapper.ready(settled, settled), mapper.scores(x, items, items)
+    marks = torch.stack([o[int(0.3 * (len(o) - 1))] for o in anchors.own])
+    best, most = anchors.best(x, True, marks)
+    assert torch.equal(best, (scores - marks).argmax(1)) and torch.allclose(most, (scores - marks).amax(1), atol=1e-9)
+    takes = scores >= marks - 1e-6 * marks.abs()
+    restated = torch.where(takes, scores, -torch.inf).argmax(1)
+    weights, known = mapper.route(routing(x, names), memory), takes.any(1)
+    assert torch.equal(weights.sum(1) > 0, known) and torch.equal(weights.argmax(1)[known], restated[known])
+    assert not known.all() and (restated != scores.argmax(1))[known].any()
+
+
+@pytest.mark.parametrize("held", [1, 2, 255, 256, 257, 1004, 1500])
+@pytest.mark.parametrize("reject", [0.01, 0.2, 0.5, 0.9, 0.99])
+def test_at_most_that_share_of_validation_examples_is_below_the_mark(held, reject):
+    scores = torch.randn(held, generator=gen(held), dtype=torch.float64)
+    anchors = mixture.Anchors()
+    anchors.own = [mixture.sketch(scores)]
+    below = int((scores < anchors.marks(reject)[0, 0]).sum())
+    assert reject * held - 2 - held / 255 <= below <= reject * held
+    assert anchors.own[0][[0, -1]].tolist() == [scores.min(), scores.max()] and len(anchors.own[0]) == min(held, 256)
+
+
+@EACH
+def test_a_lone_expert_is_asked(mapper):
+    mapper = replace(mapper, reject=0.1)
+    memory = told(mapper, SOURCES[:1])
+    assert mapper.rejects and not replace(mapper, reject=0.0).rejects
+    own, far = (mapper.route(routing(x, keys(1)), memory) for x in (SOURCES[0].validation.x, FAR))
+    assert own.shape == (40, 1) and int(own.sum()) in range(36, 40)
+    assert float(far.mean()) < (0.5 if isinstance(mapper, ExpertGate) else 0.05)
+    assert (replace(mapper, reject=0.0).route(routing(FAR, keys(1)), memory) == 1).all()
+
+
+def test_mappers_of_answers_have_a_lone_expert_too():
+    p = torch.tensor([[0.5, 0.5], [0.99, 0.01]])
+    r = Routing(torch.zeros(2, 1), lambda: torch.zeros(2, 1), lambda: [p], keys(1))
+    for mapper in (cs.mappers.oracle(), cs.mappers.average(), cs.mappers.superposition(), MinEntropy()):
+        assert not mapper.rejects and mapper.route(r, {}).tolist() == [[1], [1]]
+    assert MinEntropy(0.5).rejects and MinEntropy(0.5).route(r, {}).tolist() == [[0], [1]]
+
+
+def test_scores_of_shared_images_on_features_are_refused():
+    """They would be settled without features, and `route` would read that: it reads the features of its model instead."""
+    mapper, seen = Mahalanobis(images=3), lambda x=KNOWN: x[:, :4].square()
+    raw = told(replace(mapper, on="inputs"), SOURCES)
+    sums = told(replace(mapper, on="inputs"), [s.map(x=seen) for s in SOURCES])
+    memory = {k: replace(i, tensors={**i.tensors, "first": sums[k].tensors["first"]}) for k, i in raw.items()}
+    items = list(memory.values())
+    with pytest.raises(cs.ConsilienceError, match="of sums or factors; use `route`.* Found an anchor of images"):
+        mapper.scores(seen(), items, items)
+    settled = []
+    for i in items:
+        mu = i.tensors["first"].T / i.tensors["count"][:, None]
+        residual = seen(i.tensors["x"].double()) - mu[i.tensors["y"].long()]
+        settled.append(Module({"first": i.tensors["first"], "count": i.tensors["count"], "residual": residual}))
+    weights = mapper.route(routing(KNOWN, list(memory), seen), memory)
+    assert torch.equal(weights.argmax(1), mapper.scores(seen(), settled, settled).argmax(1))
+
+
+@pytest.mark.parametrize("n", [1, 40])
+def test_one_component_or_one_example_is_the_same_by_both_fits(n):
+    few = replace(SOURCES[0], train=SOURCES[0].train.select(torch.arange(n)))
+    a, b = (summary(GaussianMixture(1 if n > 1 else 5, on="inputs", fit=f), few) for f in ("torch", "sklearn"))
+    assert same(a.tensors, b.tensors) and a.tensors["weight"].tolist() == [1.0]
+
+
+def test_gates_are_scored_in_float64_whatever_the_batch():
+    items = [summary(ExpertGate(epochs=1), s) for s in SOURCES[:2]]
+    single = KNOWN.float()
+    found = ExpertGate().ready(tuple(items), ()).scores(single)
+    assert found.dtype == torch.float64
+    assert torch.allclose(found, ExpertGate().scores(single.double(), items, items), rtol=1e-13)
 
 
 def test_calibration_needs_validation_and_a_reject():
@@ -469,6 +598,16 @@ def test_an_answer_that_is_never_certain_is_unknown():
     assert MinEntropy(0.5).route(r, {}).tolist() == [[0, 0], [1, 0], [0, 1]]
     with pytest.raises(cs.ConsilienceError, match=r"`unknown` should be in \(0, 1\]"):
         cs.mappers.min_entropy(0.0)
+
+
+def test_an_expert_of_one_class_is_never_certain():
+    one, p = torch.ones(3, 1), torch.tensor([[0.6, 0.4], [0.9, 0.1], [0.5, 0.5]])
+    q = torch.tensor([[0.99, 0.01], [0.8, 0.2], [0.55, 0.45]])
+    r = Routing(torch.zeros(3, 1), lambda: torch.zeros(3, 1), lambda: [one, p, q], keys(3))
+    assert MinEntropy().route(r, {}).argmax(1).tolist() == [2, 1, 2]
+    alike = Routing(torch.zeros(3, 1), lambda: torch.zeros(3, 1), lambda: [one, one], keys(2))
+    assert MinEntropy().route(alike, {}).tolist() == [[1, 0]] * 3, "the first of equal ones"
+    assert MinEntropy(0.9).route(alike, {}).tolist() == [[0, 0]] * 3
 
 
 def test_an_expert_gate_on_wide_features():

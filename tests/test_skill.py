@@ -402,6 +402,34 @@ def test_a_spoilt_file_is_refused_by_name(shared, tmp_path):
         cs.skill.save_bank(shared, blocked / "bank.safetensors")
 
 
+def test_a_bank_that_the_hearers_model_would_run_otherwise_is_refused(parts, tmp_path):
+    """One backbone, one hash: biases in a model without, of other layers, heads over their norm; plain heads fit a model with biases."""
+    body = cs.models.frozen(cs.models.mlp(64, (24, 16), 10))
+    made = {
+        "heads": cs.models.multi_head(body, 10), "normed": cs.models.multi_head(body, 10, norm="inf"),
+        "biases": cs.models.beneficial_biases(body, 10), "half": cs.models.beneficial_biases(body, 10, last=0.5),
+    }  # fmt: skip
+    schedule = cs.settings.skill([parts[:1]])
+    for name, model in made.items():
+        cs.skill.save_bank(cs.run(schedule, METHOD, model, TRAINING).agent, tmp_path / name)
+
+    def hears(name: str, model: str) -> Any:
+        cs.skill.give(agent := cs.skill.newcomer(schedule, METHOD, made[model], TRAINING), cs.skill.load_bank(tmp_path / name))
+        return agent
+
+    for name, model, said in (
+        ("biases", "heads", "entries that this model runs. Found 'biases."), ("biases", "half", "entries that this model runs. Found"),
+        ("normed", "heads", "here with rows as they are. Found rows over"), ("heads", "normed", "rows over their inf norm. Found rows as"),
+    ):  # fmt: skip
+        with pytest.raises(cs.ConsilienceError, match=said):
+            hears(name, model)
+    x = parts[0].test.whole()[0]
+    assert torch.allclose(hears("heads", "biases").predict(x), hears("heads", "heads").predict(x))
+    assert torch.allclose(hears("half", "biases").predict(x), hears("half", "half").predict(x)), (
+        "layers without biases are the backbone's"
+    )
+
+
 def test_a_bank_of_another_backbone_is_refused(shared, parts, tmp_path):
     """Through the file: other frozen features, one entry of which differs by a hair, are another backbone."""
     path = cs.skill.save_bank(shared, tmp_path / "bank.safetensors")

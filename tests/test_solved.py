@@ -87,3 +87,22 @@ def test_what_cannot_be_solved_is_refused():
     for kind in ("ridge", "prototype"):
         _, _, w, b = learned(kind, same)
         assert torch.isfinite(w).all() and torch.isfinite(b).all(), "features that do not vary"
+
+
+def test_sources_of_one_head_are_solved_together_and_visits_are_refused():
+    a, b = source(0), replace(source(1), classes=(0, 1), train=Tensors(source(1).train.x, source(1).train.y - 2))
+    both = replace(a, train=Tensors(torch.cat([a.train.x, b.train.x]), torch.cat([a.train.y, b.train.y])))
+    model, method = cs.models.linear(8, C), cs.Method("closed", (ClosedHead(),), fixed={"epochs": 0})
+    runs = [
+        cs.run(cs.settings.multitask([replace(s, task="t") for s in own], "class"), method, model, cs.Training(precision="fp64"))
+        for own in ([a, b], [both])
+    ]
+    assert torch.allclose(runs[0].params["1.weight"], runs[1].params["1.weight"], atol=1e-12)
+    with pytest.raises(cs.Refusal, match="written anew at each visit"):
+        cs.run(cs.settings.federated([a, b], rounds=2), method, model)
+    bare = cs.models.wrap(lambda: torch.nn.Linear(8, C, bias=False))
+    with pytest.raises(cs.Refusal, match="has a bias. Found none beside 'weight'"):
+        cs.run(cs.settings.continual([a]), method, bare)
+    lacking = replace(a, classes=(0, 1, 2))
+    _, _, w, bias = learned("prototype", lacking)
+    assert float(bias[2]) == -1e9 and bool((w[2] == 0).all()), "a class without examples never wins"

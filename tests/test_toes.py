@@ -13,6 +13,7 @@ from consilience.core.errors import ConsilienceError
 from consilience.core.message import Module
 from consilience.core.params import key
 from consilience.core.source import Source, Tensors
+from consilience.models.toes import _read
 
 C = 4
 
@@ -212,6 +213,21 @@ def test_tasks_stand_apart_and_fit_in_a_module():
     mine = {f"entries/{n}": p for n, p in params.items() if toes.task_of(n) == "a"}
     item = Module({**mine, **{f"buffers/{n}": p for n, p in buffers.items() if toes.task_of(n) == "a"}}, {"task": "a"})
     assert set(item.group("buffers")) == {"heads.a.columns", "toes.a.index"} and "toes.a.weight" in item.group("entries")
+
+
+def test_examples_are_read_where_the_parameters_are():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    s, model = source(classes=(3, 1)), plain()
+    given = grown(model, s)
+    toes = models.head2toe(model, *given, s, epochs=1)[0]
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:  # stands for a device that is not there: a mix of two is an error
+        params, buffers = ({n: fake.from_tensor(t).to("lazy") for n, t in tensors.items()} for tensors in given)
+        held = Tensors(fake.from_tensor(s.train.x), fake.from_tensor(s.train.y))
+        with pytest.raises(RuntimeError, match="on the same device"):
+            toes.taps(params, buffers, held.x, "t")
+        x, y = _read(toes, params, buffers, held, "t", None, 16, buffers["heads.t.columns"])
+    assert (x.shape, y.shape) == ((40, 20), (40,)) and x.device.type == y.device.type == "lazy"
 
 
 def test_on_features_of_a_backbone_it_wants_images():

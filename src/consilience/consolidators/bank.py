@@ -16,12 +16,26 @@ from consilience.core.source import Source
 from consilience.core.state import State
 
 
+def fits(model: Model, message: Message) -> None:
+    """Refuse a module that this model would run as another than it was trained."""
+    item = message.items["model"]
+    form, whose = item.meta.get("form", ""), f"{message.source!r} of {message.sender!r}"
+    if form != model.form:
+        raise ConsilienceError(
+            f"a module should be run as it was trained, here with {model.form or 'rows as they are'}. "
+            f"Found {form or 'rows as they are'} in {whose}."
+        )
+    strange = [n for n in item.group("entries") if not model.reads(n)]
+    if strange:
+        raise ConsilienceError(f"a module should have entries that this model runs. Found {strange[0]!r} in {whose}.")
+
+
 @dataclass(frozen=True)
 class Experts(Consolidator):
     """Experts by (sender, source): what the bank holds is what the agent predicts with; its own parameters do not change.
 
     A module holds the entries that are not frozen and belong to its task or to none: a head on a frozen backbone, or a whole
-    model. A module of another frozen backbone is refused by its hash.
+    model. A module of another frozen backbone is refused by its hash, one of another kind of model by its entries.
     """
 
     def export(self, model: Model, state: State, sources: Sequence[Source], personal: Sequence[str]) -> dict[str, Shared]:
@@ -36,6 +50,7 @@ class Experts(Consolidator):
                 "classes": list(s.classes),
                 "task": s.task,
                 "backbone": backbone,
+                "form": model.form,
             }
             result[s.name] = Module({**entries, **buffers}, meta)
         return result
@@ -44,6 +59,8 @@ class Experts(Consolidator):
         here = None
         for m in fresh:
             item = m.items.get("model")
+            if isinstance(item, Module):
+                fits(model, m)
             if isinstance(item, Module) and item.meta["backbone"]:
                 here = here or model.backbone(state.params)
                 if item.meta["backbone"] != here:

@@ -52,6 +52,8 @@ class Job:
     """The fraction of its steps that it does."""
     epoch: int = 0
     index: int = 0
+    begun: tuple[tuple[object, ...], ...] = ()
+    """What `begin` did, put on the agent's account when the learn is finished: a resumed one begins again."""
 
     @property
     def steps(self) -> int:
@@ -176,6 +178,12 @@ class Job:
         self.epoch, self.index = facts["epoch"], facts["index"]
 
 
+def shape_of(examples: Examples) -> tuple[int, ...]:
+    """The shape of an input, where they are in memory."""
+    x = getattr(examples, "x", None)
+    return tuple(x.shape[1:]) if isinstance(x, Tensor) else ()
+
+
 def without_weights(m: Message) -> Message | None:
     """What a bank keeps of a message: all but whole weights; None where nothing is left."""
     if not any(isinstance(i, Weights) for i in m.items.values()):
@@ -252,11 +260,20 @@ class Agent:
             me = Me(known=c.recall(self.memory(c), given), model=model)
             sources = c.gather(sources, me.known, drawn(c)) if overrides(c, "gather") else sources
             mes.append((c, me))
+        begun: list[tuple[object, ...]] = []
         for c, me in mes:
             if overrides(c, "begin"):
                 own = (model, params, buffers, given, me.known, drawn(c))
                 beginning = Beginning(*own, self.predict, state.experts, frozenset(params) - frozenset(state.params))
-                params, me.private = c.begin(beginning)
+                kind = (
+                    "begin",
+                    c.name,
+                    me.known is None,
+                    len(params),
+                    *[(len(s.train), len(s.classes), shape_of(s.train)) for s in given],
+                )
+                params, me.private = self.ledger.measure(kind, lambda c=c, b=beginning: c.begin(b))  # type: ignore[misc]
+                begun.append(kind)
         trainable = {n: p for n, p in params.items() if not model.frozen(n) and p.is_floating_point()}
         fixed = {n: p.to(self.device) for n, p in params.items() if n not in trainable}
         layout = Layout.of(trainable, dtype, self.device)
@@ -278,17 +295,20 @@ class Agent:
             traced = state.memory.get(f"{c.name}.trace", {}).get("+".join(s.name for s in given))
             if traced is not None and all(t.shape == traced.tensors[k].shape for k, t in me.trace.items()):
                 me.trace = {k: t.to(self.device) for k, t in traced.tensors.items()}
-        kind = ("step", *[c.name for c, me in mes if acts(c, me)], layout.size)
+        cost = ("step", *[c.name for c, me in mes if acts(c, me)], layout.size)
         asked = {s.name for s in given}  # what a correction gathered is another pool at each learn
         total = sum(state.visits.values())
         visits = tuple(state.visits.get(s.name, 0) if s.name in asked else total for s in sources)
         return Job(
-            self.name, given, parts, visits, tuple(mes), layout, fixed, start, step, self.seed, t, kind, work
+            self.name, given, parts, visits, tuple(mes), layout, fixed, start, step, self.seed, t, cost, work,
+            begun=tuple(begun),
         )  # fmt: skip
 
     def finish(self, job: Job) -> None:
         """Summarise what a job learned and keep it."""
         state = self.state
+        for kind in job.begun:
+            self.ledger.charge(self.name, kind)
         end = {n: p.clone() for n, p in job.layout.split(job.carry.theta).items()}
         finite(end, f"{self.name!r} after {job.name!r} (a lower lr or strength helps where training diverges)")
         params = {**job.fixed, **end}
@@ -323,7 +343,7 @@ class Agent:
                 )
                 item = self.ledger.work(
                     self.name,
-                    ("summarise", c.name, len(s.train), len(s.classes), job.layout.size),
+                    ("summarise", c.name, len(s.train), len(s.classes), job.layout.size, shape_of(s.train)),
                     lambda c=c, n=learned, me=me: c.summarise(n, me),  # type: ignore[misc]
                 )
                 if isinstance(item, Private):
@@ -571,7 +591,10 @@ class Agent:
             entries, own = ({n: t.to(self.device) for n, t in held.items()} for held in (entries, own))
             part = x if rows is None else x[rows]
             width = classes if where is None else len(where)
-            seen = (psi[0] if rows is None else psi[0][rows]) if psi else None
+            common = psi and all(
+                self.model.task_of(n) is not None for n in (*entries, *own)
+            )  # it stands on the features that all have
+            seen = (psi[0] if rows is None else psi[0][rows]) if common else None
             probabilities = self._probabilities({**params, **entries}, {**buffers, **own}, part, its, columns, width, seen)
             if where is None:
                 return probabilities
@@ -585,7 +608,7 @@ class Agent:
             return [cache[i][:, list(c[4])] if c[4] and c[5] is None else cache[i] for i, c in enumerate(choices)]
 
         mapper = self.method.mapper
-        if mapper is None or task is not None or len(choices) == 1:
+        if mapper is None or task is not None or (len(choices) == 1 and not mapper.rejects):
             weights = torch.full((len(x), len(choices)), 1 / len(choices), device=self.device, dtype=self.training.dtype)
         else:
             routing = Routing(x, features, every, keys, lambda: self.superposed(params, buffers))

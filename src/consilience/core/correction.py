@@ -381,6 +381,11 @@ class Mapper(Correction):
     superposes: ClassVar[bool] = False
     """Whether it asks for superposed views: then some correction should have a `view`."""
 
+    @property
+    def rejects(self) -> bool:
+        """Whether it may say that no expert knows an input: then a lone expert is asked about too."""
+        return False
+
     def recall(self, memory: Memory, sources: tuple[Source, ...]) -> Any:
         """Nothing: anchors are read by `route`."""
         return None

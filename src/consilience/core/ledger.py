@@ -38,18 +38,26 @@ class Ledger:
 
     def work(self, agent: str, kind: Hashable, do: Callable[[], T]) -> T:
         """Do some work of a known kind on an agent's account; an unknown kind is measured while it is done."""
-        if kind in self.known:
-            result = do()
-        else:
-            from torch.utils.flop_counter import FlopCounterMode
+        result = self.measure(kind, do)
+        self.charge(agent, kind)
+        return result
 
-            with FlopCounterMode(display=False) as counter:
-                result = do()
-            self.known[kind] = counter.get_total_flops() // 2
+    def measure(self, kind: Hashable, do: Callable[[], T]) -> T:
+        """Do some work on nobody's account yet."""
+        if kind in self.known:
+            return do()
+        from torch.utils.flop_counter import FlopCounterMode
+
+        with FlopCounterMode(display=False) as counter:
+            result = do()
+        self.known[kind] = counter.get_total_flops() // 2
+        return result
+
+    def charge(self, agent: str, kind: Hashable) -> None:
+        """Put work of a kind that was measured on an agent's account."""
         self.add(agent, "macs", self.known[kind])
         if isinstance(kind, tuple) and kind[0] == "absorb":
             self.add(agent, "absorbing", self.known[kind])
-        return result
 
     def clock(self) -> float:
         """Seconds of this run so far, with those of the runs it resumes."""

@@ -65,6 +65,15 @@ class Model(ABC):
         return False
 
     @property
+    def form(self) -> str:
+        """How entries act that have the same names in models of another form, such as rows divided by their norm."""
+        return ""
+
+    def reads(self, entry: str) -> bool:
+        """Whether an entry of a module that was heard of is one that this model runs."""
+        return True
+
+    @property
     def uses_task(self) -> bool:
         """Whether the outputs depend on the task that the model is given."""
         return False

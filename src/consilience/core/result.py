@@ -24,7 +24,7 @@ class Result:
     """What a run found, over its repeats.
 
     `matrices` [repeats, stages + 1, sources] hold the metric on each source's test data before training and after each
-    stage; `costs` are means over the repeats (`by_agent`: of the first); `learned_at` the only stage in which each source is learned (None: several). `agent` is the evaluated agent of the
+    stage; `costs` are means over the repeats (`by_agent`: of the first); `learned_at` the only stage in which each source is learned (None: several; 0: none). `agent` is the evaluated agent of the
     first repeat (None for a result read from a folder).
     """
 
@@ -136,7 +136,7 @@ class Result:
     @property
     def first_source(self) -> list[float]:
         """The score on the first source learned, before training and after each stage."""
-        at = [a if a is not None else 0 for a in self.learned_at]
+        at = [len(self.matrix) if a == 0 else a or 0 for a in self.learned_at]  # 0: nobody learned it
         return [float(v) for v in self.matrix[:, at.index(min(at))]]
 
     def of_source(self, name: str) -> list[float]:

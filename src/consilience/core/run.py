@@ -325,7 +325,7 @@ class Session:
             setting=w.schedule.setting, data="+".join(dict.fromkeys(s.name.split("/")[0] for s in w.schedule.sources)),
             method=self.method, model=type(w.model).__name__ if not hasattr(w.model, "name") else str(w.model.name),
             metric=self.metric, seed=w.seed, sources=tuple(s.name for s in w.schedule.judged), stages=tuple(done[0]["stages"]),
-            learned_at=tuple(v[0] if len(v) == 1 else None for v in w.facts.learned_at.values()),
+            learned_at=tuple((v or (0,))[0] if len(v) < 2 else None for v in w.facts.learned_at.values()),
             matrices=np.array([d["rows"] for d in done], dtype=float),
             costs={**costs, "by_agent": done[0]["costs"]["by_agent"]},
             mapper=None if done[0]["mapper"] is None else np.array([d["mapper"] for d in done], dtype=float),

@@ -25,7 +25,7 @@ class Training:
         sampler: which examples a step sees; None shuffles (`consilience.data.samplers`).
         precision: "fp32", "fp64" or "bf16" (autocast).
         device: where to train, such as "cpu" or "cuda:0".
-        schedule: of the learning rate over the steps of a visit, t from 0 to 1: "constant", "linear" lr (1 - t), or "cosine"
+        schedule: of the learning rate over the steps of a visit (of a whole one, where an agent takes a part of them), t from 0 to 1: "constant", "linear" lr (1 - t), or "cosine"
             lr (1 + cos(pi t)) / 2.
     """
 

@@ -208,10 +208,10 @@ class Walk:
         for listener, speakers in phase.who.items():
             told[listener] = []
             receipts = self._agent(listener).receipts()
-            size = len(json.dumps(receipts))
             for speaker in speakers:
                 if speaker in self.failed:
                     continue
+                size = len(json.dumps(receipts))
                 messages = self._agent(speaker).tell(receipts)
                 if speaker != listener:
                     self.ledger.sent(listener, speaker, size)

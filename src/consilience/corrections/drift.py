@@ -202,6 +202,10 @@ class LocalSteps(Correction):
     def refuse(self, facts: Facts) -> str | None:
         return None if facts.learns else NO_TRAINING
 
+    def caution(self, me: Me, training: Training) -> tuple[dict[str, Tensor], str | None]:
+        falls = "it counts steps of one learning rate, and this one goes down; train with schedule='constant'"
+        return me.flat, falls if training.schedule != "constant" else None
+
     def summarise(self, learned: Learned, me: Me) -> Private:
         inner = learned.training.inner() if learned.training is not None else None
         steps = float(learned.steps)

@@ -40,7 +40,7 @@ class HeadReuse(Correction):
         shots: images of a class, drawn by the seed.
         encoder: for names, as `skill.similarities` takes it.
 
-    Refuses models without a head for each task, and names where classes have none (scenario "domain" over tasks of different classes).
+    Refuses models without a head for each task, and names where classes have none (scenario "domain" over tasks of different classes), and heads without modules of them in a bank.
 
     Paper: Ge et al. 2023, section 7.2; by features its future work.
 
@@ -73,6 +73,11 @@ class HeadReuse(Correction):
 
     def begin(self, start: Beginning) -> tuple[Params, Mapping[str, Tensor]]:
         """The parameters with rows of new heads set."""
+        before = sorted(n for n in start.params if n.startswith("heads.") and n not in start.grown)
+        if before and not start.experts:
+            raise Refusal(
+                f"rows are reused from modules of a bank (methods.skill). Found heads, such as {before[0]!r}, and no module."
+            )
         old: Rows = {}
         for _, m in sorted(start.experts.items()):
             for label, row in rows_of(m).items():

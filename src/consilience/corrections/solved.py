@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,17 +11,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from consilience.core.correction import NO_TRAINING, Beginning, Correction
-from consilience.core.errors import ConsilienceError
+from consilience.core.errors import ConsilienceError, Refusal
 from consilience.core.params import Params
 from consilience.core.schedule import Facts
 from consilience.core.source import Source
+
+ABSENT = -1e9
+"""The logit of a class that has no prototype."""
 
 
 @dataclass(frozen=True)
 class ClosedHead(Correction):
     """Writes the head of what is learned from the features psi [N, d] of its training data; steps, where there are any, go on from it.
 
-    "ridge": W = (A + ridge tr(A)/d I)^-1 b over the source's own classes, A = sum (psi - m)(psi - m)^T, b = sum (psi - m)(e_y - p)^T, with
+    "ridge": W = (A + ridge tr(A)/d I)^-1 b over the classes of all that is learned together, A = sum (psi - m)(psi - m)^T, b = sum (psi - m)(e_y - p)^T, with
     the means m of features and p of targets, so that the bias p - W^T m is not shrunk.
     "prototype": logits -||psi - mu_c||^2 / (2 s^2) up to what all classes share, w_c = mu_c / s^2 and b_c = -||mu_c||^2 / (2 s^2), mu_c the
     mean of class c and s^2 the mean squared distance to them over d: nearest mean, as a linear head.
@@ -41,42 +44,47 @@ class ClosedHead(Correction):
             return NO_TRAINING
         if facts.kind == "value" and self.kind == "prototype":
             return "values have no class means; use kind='ridge'"
+        if facts.revisited:
+            return "a head that was trained or averaged would be written anew at each visit; use a setting that learns each source once"
         if getattr(facts.model, "norm", None) is not None:
             return "rows that are divided by their norm lose the scale that the closed form gives them; use norm=None"
         return None
 
     def begin(self, start: Beginning) -> tuple[Params, Mapping[str, Tensor]]:
-        new: Params = dict(start.params)
+        model, new = start.model, dict(start.params)
+        together: dict[tuple[str, str | None], list[Source]] = {}
         for s in start.sources:
-            weight, bias = start.model.head(start.params, start.model.head_key(s) if start.model.uses_task else None)
+            together.setdefault(model.head(start.params, model.head_key(s) if model.uses_task else None), []).append(s)
+        for (weight, bias), sources in together.items():
+            if bias is None:
+                raise Refusal(f"a head in closed form has a bias. Found none beside {weight!r}.")
             columns = start.buffers.get(f"{weight.rpartition('.')[0]}.columns", torch.arange(len(new[weight])))
             where = {int(c): row for row, c in enumerate(columns.tolist())}
-            rows = [where[c] for c in s.classes]
-            w, b = self.head(start, s)
+            classes = sorted({c for s in sources for c in s.classes})
+            w, b = self.head(start, sources, classes)
             for n, t in ((weight, w.T), (bias, b)):
-                if n is not None:
-                    new[n] = new[n].clone()
-                    new[n][rows] = t.to(new[n])
+                new[n] = new[n].clone()
+                new[n][[where[c] for c in classes]] = t.to(new[n])
         return new, {}
 
-    def head(self, start: Beginning, source: Source) -> tuple[Tensor, Tensor]:
-        """W [d, classes of the source] and b [classes], in float64."""
+    def head(self, start: Beginning, sources: Sequence[Source], classes: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """W [d, classes] and b [classes] of all data of these sources, in float64."""
         like: Any = next(p for p in start.params.values() if p.is_floating_point())
         psis, hots = [], []
-        for x, y in source.train.chunks(1024):
-            with torch.no_grad():
-                x = x.to(like.device, like.dtype if x.is_floating_point() else x.dtype)
-                psis.append(start.model.features(start.params, start.buffers, x, source.task).double())
-            hots.append(
-                y.double() if source.kind == "value" else F.one_hot(y, len(source.labels))[:, list(source.classes)].double()
-            )
+        for s in sources:
+            for x, y in s.train.chunks(1024):
+                with torch.no_grad():
+                    x = x.to(like.device, like.dtype if x.is_floating_point() else x.dtype)
+                    psis.append(start.model.features(start.params, start.buffers, x, s.task).double())
+                hots.append(y.double() if s.kind == "value" else F.one_hot(y, len(s.labels))[:, list(classes)].double())
         psi, hot = torch.cat(psis), torch.cat(hots).to(psis[0].device)
         n, d = psi.shape
         if self.kind == "prototype":
-            mu = hot.T @ psi / hot.sum(0).clamp_min(1)[:, None]
+            count = hot.sum(0)
+            mu = hot.T @ psi / count.clamp_min(1)[:, None]
             spread = (psi - hot @ mu).square().sum() / (n * d)
             w = mu.T / torch.where(spread > 0, spread, torch.ones_like(spread))
-            return w, -(w * mu.T).sum(0) / 2
+            return w, torch.where(count > 0, -(w * mu.T).sum(0) / 2, ABSENT)
         m, p = psi.mean(0), hot.mean(0)
         centred, target = psi - m, hot - p
         if d > n:  # the same solution from the n x n side

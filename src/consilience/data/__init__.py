@@ -366,7 +366,8 @@ def embed(
     are, so that the very model goes on with them. Streams are read in chunks. With `cache`, features are kept in the folder
     <cache>/<hash of the backbone>, as safetensors files of at most 32768 images, by the hash of each image (type, shape, bytes, as
     its source gives it): in another source, order or split they are found again, and read as they lie on disk. What was made stays there
-    when a run is interrupted. A file that is cut short or not ours is named in a warning and made anew.
+    when a run is interrupted. A file that is cut short or not ours is named in a warning and made anew; one whose features are not
+    those that were written is refused when the first of them are used.
 
     Args:
         sources: one, or several.
@@ -381,7 +382,7 @@ def embed(
 
     Raises:
         ConsilienceError: the backbone is not frozen, or another one for each seed; features that are not finite; an image that cannot be
-            read (named); a folder that cannot be written.
+            read (named); a folder that cannot be written; kept features that were changed on disk (the file is named).
 
     >>> from consilience import models
     >>> psi = embed(digits(image=True), models.backbone(models.conv(10, 1, 8, 4)))

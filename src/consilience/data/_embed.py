@@ -21,7 +21,7 @@ from consilience.core.params import content_hash, same
 from consilience.core.source import Examples, Source, Tensors
 
 ROWS = 1 << 15
-"""Features of one file at most."""
+"""Images of one file at most."""
 
 HASH = 16
 """Bytes of an image's hash."""
@@ -68,7 +68,7 @@ def _bound(model: Model, device: str) -> tuple[Forward, int, str]:
         )
     of = {n: t for n, t in {**params, **buffers}.items() if t.numel()}  # empty are the places of tasks' own entries
     if "identity" not in of:
-        said = hashlib.blake2b(str(getattr(trunk, "_module", trunk)).encode(), digest_size=HASH).digest()
+        said = hashlib.blake2b(getattr(trunk, "structure", str(trunk)).encode(), digest_size=HASH).digest()
         of["identity"] = torch.tensor([*said], dtype=torch.uint8)
     where = torch.device(device)
     bound: list[Forward] = []
@@ -142,12 +142,14 @@ def hash_of(x: Tensor) -> list[bytes]:
 class Store:
     """Features by image: files of `features` [n, d] and `images` [n, 16], the hashes of these; read as they lie on disk.
 
-    A file is named by its images, and there whole or not at all; one that is neither is named in a warning and not read.
+    A file is named by its images, and there whole or not at all; one that is neither is named in a warning and not read. Its features
+    are compared with the digest that stands in it when the first of them are used; others than were written are an error.
     """
 
     def __init__(self, folder: Path, width: int) -> None:
         self.folder, self.width = folder, width
         self.files: list[Tensor] = []
+        self.unread: dict[int, tuple[Path, str]] = {}
         self.where: dict[bytes, tuple[int, int]] = {}
         self.pending: list[bytes] = []
         self.rows: list[Tensor] = []
@@ -162,7 +164,10 @@ class Store:
 
     def wants(self, image: bytes) -> bool:
         """Whether an image is new; it is then to be added, in this order."""
-        if image in self.known or image in self.where:
+        if image in self.where:
+            self._check(self.where[image][0])
+            return False
+        if image in self.known:
             return False
         self.known.add(image)
         self.pending.append(image)
@@ -170,9 +175,13 @@ class Store:
 
     def add(self, features: Tensor) -> None:
         """Features of the first of those that are to be added."""
-        self.rows.append(features.detach().cpu().to(torch.float32))
-        if sum(map(len, self.rows)) >= ROWS:
-            self.close()
+        rest = features.detach().cpu().to(torch.float32)
+        while len(rest):
+            room = ROWS - sum(map(len, self.rows))
+            self.rows.append(rest[:room])
+            rest = rest[room:]
+            if len(self.rows[-1]) == room:
+                self.close()
 
     def close(self) -> None:
         """Write what was added as a file."""
@@ -183,13 +192,15 @@ class Store:
         self.rows = []
         path = self.folder / f"{hashlib.blake2b(b''.join(images), digest_size=HASH).hexdigest()}.safetensors"
         table = torch.from_numpy(np.frombuffer(b"".join(images), dtype=np.uint8).reshape(-1, HASH).copy())
-        _write(path, {"features": features, "images": table})
+        _write(path, {"features": features, "images": table}, {"digest": content_hash({"features": features})})
         self.known.difference_update(images)
         self._open(path)
 
     def get(self, images: Sequence[bytes]) -> Tensor:
         """Their features [N, d]: where they lie one after another in a file, as they lie there."""
         at = np.array([self.where[h] for h in images])
+        for f in np.unique(at[:, 0]):
+            self._check(int(f))
         first, row = self.where[images[0]]
         if (at[:, 0] == first).all() and (at[:, 1] == np.arange(row, row + len(at))).all():
             return self.files[first][row : row + len(at)]
@@ -205,29 +216,40 @@ class Store:
         try:
             with safe_open(path, framework="pt") as file:
                 features, images = file.get_tensor("features"), file.get_tensor("images")
+                digest = (file.metadata() or {}).get("digest")
             n = len(images)
             if features.shape != (n, self.width) or features.dtype != torch.float32 or images.shape != (n, HASH):
                 raise ValueError(f"{tuple(features.shape)} features of {tuple(images.shape)}")
             raw = images.numpy().tobytes()
             if path.stem != hashlib.blake2b(raw, digest_size=HASH).hexdigest():
                 raise ValueError("other images than its name says")
+            if digest is None:
+                raise ValueError("no digest of its features")
         except (SafetensorError, ValueError, OSError) as e:
             reason = str(e).splitlines()[0]
             warnings.warn(f"a file of kept features should be whole and ours: {path} is not read ({reason})", stacklevel=6)
             return
         number = len(self.files)
         self.files.append(features)
+        self.unread[number] = (path, digest)
         for i in range(n):
             self.where.setdefault(raw[i * HASH : (i + 1) * HASH], (number, i))
 
+    def _check(self, number: int) -> None:
+        """Refuse a file with other features than were written; each is read for it once."""
+        path, digest = self.unread.pop(number, (None, ""))
+        if path is not None and content_hash({"features": self.files[number]}) != digest:
+            self.unread[number] = (path, digest)
+            raise ConsilienceError(f"kept features should be as they were written. Found others in {path}; delete that file.")
 
-def _write(path: Path, tensors: dict[str, Tensor]) -> None:
+
+def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """A file whole or not at all, also where several processes write it."""
     from safetensors.torch import save_file
 
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        save_file(tensors, temporary)
+        save_file(tensors, temporary, metadata)
         with open(temporary, "rb+") as f:
             os.fsync(f.fileno())
         os.replace(temporary, path)

@@ -322,7 +322,11 @@ class Stack:
                     direction = torch.zeros_like(direction)
                 directions[n] = direction.masked_fill(factor[n] == 0, 0) if masks else direction
                 constant = training.schedule == "constant"
-                new["leaf", n] = torch.add(leaves[n], directions[n], alpha=-lr) if constant else leaves[n] - lr * directions[n]
+                new["leaf", n] = (
+                    torch.add(leaves[n], directions[n], alpha=-lr)
+                    if constant
+                    else leaves[n] - (lr * directions[n]).to(leaves[n].dtype)
+                )
             if pure.by_verb["trace"]:
                 see, grad, delta = view(leaves, outs), flat(grads), flat(directions) * -lr
                 for c, me in pure.by_verb["trace"]:

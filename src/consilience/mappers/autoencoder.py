@@ -48,6 +48,7 @@ class Gates(Anchors):
         self.items, self.own = items, [i.tensors.get("validation") for i in items]
 
     def scores(self, psi: Tensor) -> Tensor:
+        psi = psi.double()
         return torch.stack([-errors(i, psi) for i in self.items], 1)
 
 
@@ -58,8 +59,8 @@ class ExpertGate(Anchored):
     t = sigmoid((psi - mean) / deviation) by the moments of the source; r = sigmoid(V relu(U t + a) + b), with round(`code` x d)
     hidden units, is trained on cross-entropy, by Adam with batches of 32. All goes to the expert with the largest gate; with
     `soft` the experts are averaged by their gates. Each autoencoder is fitted on one source alone, so that the order of arrival
-    changes nothing. With `reject` > 0 an input is unknown where its least error is above what that source's own validation
-    examples have, but for the share `reject` of them.
+    changes nothing. With `reject` > 0 an input is unknown where its error by every autoencoder is above what that source's own
+    validation examples have, but for the share `reject` of them; else it goes to the least error of the others.
     Aljundi et al. 2017 (who standardise by the moments of ImageNet's features).
     """
 
@@ -103,7 +104,7 @@ class ExpertGate(Anchored):
                     optimiser.step()
         fit = {n: p.detach() for n, p in net.items()}
         item = Module({**{n: t.float() for n, t in moments.items()}, **fit})
-        if not self.reject > 0:
+        if not self.rejects:
             return item
         return replace(item, tensors={**item.tensors, "validation": sketch(-errors(item, self.held(learned)))})
 

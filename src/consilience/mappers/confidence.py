@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -38,7 +39,13 @@ class Average(Mapper):
 class MinEntropy(Mapper):
     """The expert with the least entropy -sum p log p of its class probabilities, over the log of its number of classes.
 
-    An input for which even that is above `unknown` belongs to no expert; at 1 every input belongs to one.
+    An expert of a single class is never certain: it counts as 1. Of equal entropies the first expert's wins. An input for which
+    even the least is above `unknown` belongs to no expert; at 1 every input belongs to one.
+
+    >>> one, two = torch.ones(2, 1), torch.tensor([[0.5, 0.5], [0.9, 0.1]])
+    >>> told = Routing(torch.zeros(2, 1), lambda: one, lambda: [one, two], [("a", "one"), ("a", "two")])
+    >>> MinEntropy().route(told, {}).tolist(), MinEntropy(0.9).route(told, {}).tolist()
+    ([[1.0, 0.0], [0.0, 1.0]], [[0.0, 0.0], [0.0, 1.0]])
     """
 
     unknown: float = 1.0
@@ -47,6 +54,10 @@ class MinEntropy(Mapper):
         if not 0 < self.unknown <= 1:
             raise ConsilienceError(f"`unknown` should be in (0, 1]. Found `unknown = {self.unknown}`.")
 
+    @property
+    def rejects(self) -> bool:
+        return self.unknown < 1
+
     def refuse(self, facts: Facts) -> str | None:
         return "values have no entropy to compare; use the average" if facts.kind == "value" else None
 
@@ -54,7 +65,7 @@ class MinEntropy(Mapper):
         scores = []
         for p in routing.probabilities():
             entropy = -(p * p.clamp_min(torch.finfo(p.dtype).tiny).log()).sum(1)
-            scores.append(entropy / max(torch.log(torch.tensor(float(p.shape[1]))).item(), 1e-12))
+            scores.append(entropy / math.log(p.shape[1]) if p.shape[1] > 1 else torch.ones_like(entropy))
         least, best = torch.stack(scores, 1).min(1)
         weights = F.one_hot(best, len(scores)).to(scores[0].dtype)
-        return weights if self.unknown >= 1 else weights * (least <= self.unknown)[:, None]
+        return weights * (least <= self.unknown)[:, None] if self.rejects else weights

@@ -15,7 +15,7 @@ from consilience.core.correction import Learned, Me
 from consilience.core.errors import ConsilienceError
 from consilience.core.message import Item, Module, Samples, Statistics
 from consilience.mappers._screen import Screen
-from consilience.mappers.mixture import Anchored, Anchors, grouped, means, sums
+from consilience.mappers.mixture import Anchored, Anchors, Screened, grouped, means, sums
 
 RESIDUALS = 64
 """How many validation examples' features an anchor keeps."""
@@ -100,7 +100,7 @@ def whitening(known: Sequence[Item], ridge: float) -> Tensor:
     return vectors[:, there] * values[there].rsqrt() if bool(there.any()) else eye
 
 
-class Distances(Anchors):
+class Distances(Screened):
     """-min_c ||(x - mu_c) W||^2 over the classes of each expert."""
 
     def __init__(self, items: Sequence[Item], known: Sequence[Item], ridge: float) -> None:
@@ -108,7 +108,8 @@ class Distances(Anchors):
         self.group, every = grouped(points), torch.cat(points)
         self.centre, self.white = every.mean(0).float(), whitening(known, ridge)
         self.points = (every - self.centre) @ self.white
-        self.screen = Screen.of(self.points @ self.white.T, -0.5 * self.points.square().sum(1), self.group)
+        self.base = -0.5 * self.points.square().sum(1)
+        self.screen = Screen.of(self.points @ self.white.T, self.base, self.group)
         self.own: list[Tensor | None] = []
         for k, i in enumerate(items):
             held = i.tensors.get("validation")
@@ -122,13 +123,13 @@ class Distances(Anchors):
         near = self._near(psi)
         return torch.stack([near[:, self.group == k].amax(1) for k in range(len(self.own))], 1)
 
-    def best(self, psi: Tensor, scored: bool) -> tuple[Tensor, Tensor]:
-        def exact(rows: Tensor, j: Tensor) -> Tensor:
-            one, where = rows.unique(return_inverse=True)
-            white = (psi[one].double() - self.centre) @ self.white
-            return -(white[where] - self.points[j]).square().sum(1)
+    def columns(self, x: Tensor) -> Tensor:
+        return (x - self.centre).float()
 
-        return self.screen(psi, lambda x: (x - self.centre).float(), exact, scored)
+    def exact(self, psi: Tensor, rows: Tensor, j: Tensor) -> Tensor:
+        one, where = rows.unique(return_inverse=True)
+        white = (psi[one].double() - self.centre) @ self.white
+        return -(white[where] - self.points[j]).square().sum(1)
 
 
 @dataclass(frozen=True)
@@ -149,8 +150,8 @@ class Mahalanobis(Anchored):
       so. Fewer images than features leave S singular: the ridge, or the pseudo-inverse, as above.
 
     With `reject` > 0 an anchor has the features of at most 64 validation examples besides: they travel, because S changes as
-    anchors arrive, and with it their scores. An input is unknown where its best task's score is below that task's `reject`
-    quantile of them. Lee et al. 2018; Ge et al. 2023 (SKILL).
+    anchors arrive, and with it their scores. An input is unknown where no task's score reaches that task's own `reject`
+    quantile of them; else it goes to the best of the tasks where it does. Lee et al. 2018; Ge et al. 2023 (SKILL).
     """
 
     ridge: float = 0.1
@@ -182,10 +183,10 @@ class Mahalanobis(Anchored):
             tensors |= {"factor": u.float(), "rest": rest.float()}
         else:
             tensors["second"] = triangle(found["second"])
-        if self.reject > 0:
+        if self.rejects:
             held = self.held(learned)
             tensors["validation"] = held[torch.randperm(len(held), generator=learned.generator)[:RESIDUALS]].float()
-        kind = Samples if self.images or self.reject > 0 else Module if self.rank else Statistics
+        kind = Samples if self.images or self.rejects else Module if self.rank else Statistics
         return kind(tensors)
 
     def _drawn(self, learned: Learned) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Literal
+from typing import ClassVar, Literal
 from weakref import WeakKeyDictionary
 
 import torch
@@ -38,6 +38,10 @@ class Anchored(Mapper):
             raise ConsilienceError(f"`on` should be features or inputs. Found `on = {self.on!r}`.")
         if not 0 <= self.reject < 1:
             raise ConsilienceError(f"`reject` should be in [0, 1). Found `reject = {self.reject}`.")
+
+    @property
+    def rejects(self) -> bool:
+        return self.reject > 0
 
     def refuse(self, facts: Facts) -> str | None:
         model: Model | None = facts.model
@@ -106,18 +110,36 @@ class Anchored(Mapper):
 
     def scores(self, psi: Tensor, items: Sequence[Item], known: Sequence[Item]) -> Tensor:
         """How well places [B, d] fit each of the experts' anchors [B, K], in float64; higher is nearer. `known` are all anchors
-        there are."""
+        there are.
+
+        Raises:
+            ConsilienceError: anchors on features that are of shared images: they pass the features of a model, which `route` has.
+        """
+        if self.on == "features" and any("y" in i.tensors for i in (*items, *known)):
+            raise ConsilienceError(
+                "`scores` on features should be asked of anchors of sums or factors; use `route`, whose model gives shared images their features. Found an anchor of images."
+            )
         place = lambda x: self.place(x, lambda x: x)  # noqa: E731
         return self.ready(tuple(_settled(self, i, place) for i in items), tuple(_settled(self, i, place) for i in known)).scores(
             psi
         )
 
     def weights(self, psi: Tensor, anchors: Anchors) -> Tensor:
-        """Weights [B, K] of the experts: all to the one whose anchor fits best, or none where that is unknown."""
-        best, score = anchors.best(psi, self.reject > 0)
+        """Weights [B, K] of the experts: all to the one whose anchor fits best, of those whose own mark its score reaches with
+        `reject`; none where there is none."""
+        best, score = anchors.best(psi, self.rejects)
         weights = F.one_hot(best, len(anchors.own)).double()
-        if self.reject > 0:
-            weights *= ~(anchors.marks(self.reject)[best, 0] > score)[:, None] & score.isfinite()[:, None]
+        if not self.rejects:
+            return weights
+        marks = anchors.marks(self.reject)[:, 0]
+        rest = ((score < marks[best]) | ~score.isfinite()).nonzero()[:, 0]
+        weights[rest] = 0
+        if len(rest):  # most of them no other task accepts either
+            rest = rest[anchors.best(psi[rest], True, marks)[1] >= 0]
+        if len(rest):
+            scores = anchors.scores(psi[rest])
+            top, second = scores.where((scores >= marks) & scores.isfinite(), -torch.inf).max(1)
+            weights[rest] = F.one_hot(second, len(marks)) * top.isfinite().double()[:, None]
         return weights
 
     def _read(self, routing: Routing, memory: Memory) -> tuple[Tensor, Anchors, list[int]]:
@@ -138,7 +160,7 @@ class Anchored(Mapper):
         wanted = set(routing.experts)
         mine = [k for k in order if k in wanted]
         anchors = _ready(self, tuple(told[k] for k in mine), tuple(told.values()))
-        if self.reject > 0:
+        if self.rejects:
             lacks = [k for k, own in zip(mine, anchors.own, strict=True) if own is None]
             if lacks:
                 raise ConsilienceError(
@@ -155,7 +177,7 @@ class Anchored(Mapper):
         """How known inputs are [B], comparable between tasks: (s - median) / (median - lower quartile) of the best task, s its
         score and the others those of its own validation examples. 0 is as an own example, -1 worse than three quarters of them.
         Needs `reject` > 0."""
-        if not self.reject > 0:
+        if not self.rejects:
             raise ConsilienceError(
                 f"`reject` should be above 0, so that anchors have scores to compare with. Found {self.reject}."
             )
@@ -176,19 +198,45 @@ class Anchors:
         """Scores [B, K] of places [B, d] in float64."""
         raise NotImplementedError
 
-    def best(self, psi: Tensor, scored: bool) -> tuple[Tensor, Tensor]:
-        """The expert [B] of the highest score, the first of equal ones, and (`scored`) the score [B]."""
-        score = self.scores(psi)
+    def best(self, psi: Tensor, scored: bool, marks: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The expert [B] of the highest score, the first of equal ones, and (`scored`) the score [B]; of scores less `marks` [K],
+        where given."""
+        score = self.scores(psi) if marks is None else self.scores(psi) - marks
         best = score.argmax(1)
         return best, score.gather(1, best[:, None])[:, 0]
 
     def marks(self, reject: float) -> Tensor:
         """By expert the `reject` quantile, the median and the lower quartile of its own scores [K, 3]."""
         own = [s for s in self.own if s is not None]
-        at = [[s[int(reject * len(s))], s[len(s) // 2], s[len(s) // 4]] for s in own]
+        at = [[s[int(reject * (len(s) - 1))], s[len(s) // 2], s[len(s) // 4]] for s in own]
         marks = torch.tensor(at, dtype=torch.float64)
         marks[:, 0] -= 1e-6 * marks[:, 0].abs()  # features of another batch differ by as much
         return marks
+
+
+class Screened(Anchors):
+    """Anchors whose best one is found by a screen, of points or components [J], each of an expert."""
+
+    screen: Screen
+    base: Tensor
+    """What the screen adds to its products [J], in float64."""
+    unit: ClassVar[float] = 0.5
+    """How much of a score the screen finds the largest of."""
+
+    def columns(self, x: Tensor) -> Tensor:
+        """Places [B, d] as the screen takes them [B, n]."""
+        raise NotImplementedError
+
+    def exact(self, psi: Tensor, rows: Tensor, j: Tensor) -> Tensor:
+        """The scores [P] of places psi[rows] by the points or components j [P]."""
+        raise NotImplementedError
+
+    def best(self, psi: Tensor, scored: bool, marks: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if marks is None:
+            return self.screen(psi, self.columns, lambda rows, j: self.exact(psi, rows, j), scored)
+        less = marks[self.screen.group]
+        screen = replace(self.screen, constant=(self.base - self.unit * less).float())
+        return screen(psi, self.columns, lambda rows, j: self.exact(psi, rows, j) - less[j], scored)
 
 
 @lru_cache(maxsize=2)
@@ -210,7 +258,8 @@ def _settled(mapper: Anchored, item: Item, place: Callable[[Tensor], Tensor]) ->
 
 
 def sketch(scores: Tensor) -> Tensor:
-    """Scores [V] in ascending order, or 256 of them, evenly spaced, with the least and the greatest.
+    """Scores [V] in ascending order, or 256 of them, evenly spaced, with the least and the greatest: the i-th is of rank
+    floor(i (V - 1) / 255), so that below it are no more than the share i / 255.
 
     >>> sketch(torch.tensor([3.0, 1.0, 2.0])).tolist(), len(sketch(torch.arange(9999.0)))
     ([1.0, 2.0, 3.0], 256)
@@ -218,7 +267,7 @@ def sketch(scores: Tensor) -> Tensor:
     ordered = scores.double().sort().values
     if len(ordered) <= KEPT:
         return ordered
-    return ordered[torch.linspace(0, len(ordered) - 1, KEPT, dtype=torch.float64).round().long()]
+    return ordered[torch.arange(KEPT) * (len(ordered) - 1) // (KEPT - 1)]
 
 
 def separation(known: Tensor, unknown: Tensor) -> float:
@@ -249,24 +298,25 @@ def grouped(parts: Sequence[Tensor]) -> Tensor:
     return torch.arange(len(parts)).repeat_interleave(torch.tensor([len(p) for p in parts]))
 
 
-class Points(Anchors):
+class Points(Screened):
     """-min_j ||x - mu_j||^2 over the points [.., d] of each expert, in float64."""
 
     def __init__(self, points: Sequence[Tensor], own: Sequence[Tensor | None]) -> None:
         self.own, self.group, every = own, grouped(points), torch.cat(list(points))
         self.centre = every.mean(0).float()
         self.points = every - self.centre
-        self.screen = Screen.of(self.points, -0.5 * self.points.square().sum(1), self.group)
+        self.base = -0.5 * self.points.square().sum(1)
+        self.screen = Screen.of(self.points, self.base, self.group)
 
     def scores(self, psi: Tensor) -> Tensor:
         distance = torch.cdist(psi.double() - self.centre, self.points, compute_mode="donot_use_mm_for_euclid_dist").square()
         return torch.stack([-distance[:, self.group == k].amin(1) for k in range(len(self.own))], 1)
 
-    def best(self, psi: Tensor, scored: bool) -> tuple[Tensor, Tensor]:
-        def exact(rows: Tensor, j: Tensor) -> Tensor:
-            return -(psi[rows].double() - self.centre - self.points[j]).square().sum(1)
+    def columns(self, x: Tensor) -> Tensor:
+        return (x - self.centre).float()
 
-        return self.screen(psi, lambda x: (x - self.centre).float(), exact, scored)
+    def exact(self, psi: Tensor, rows: Tensor, j: Tensor) -> Tensor:
+        return -(psi[rows].double() - self.centre - self.points[j]).square().sum(1)
 
 
 @dataclass(frozen=True)
@@ -274,8 +324,8 @@ class NearestMean(Anchored):
     """score = -min_c ||psi - mu_c||^2 over the classes of the source. Anchors are class sums and counts: those of the same classes add.
 
     With `reject` > 0 an anchor has the sorted scores of at most 256 validation examples besides, which do not add. An input is
-    unknown where its best task's score is below that task's `reject` quantile of them: so many of a task's own examples, at
-    most, are called unknown.
+    unknown where no task's score reaches that task's own `reject` quantile of them: so many of a task's own validation examples,
+    at most, are called unknown. Else it goes to the best of the tasks whose quantile its score reaches.
     """
 
     on: Literal["features", "inputs"] = "features"
@@ -283,7 +333,7 @@ class NearestMean(Anchored):
 
     def summarise(self, learned: Learned, me: Me) -> Statistics | Module:
         item = Statistics(sums(learned, self.psi(learned), second=False))
-        if not self.reject > 0:
+        if not self.rejects:
             return item
         own = Points([means(item)], [None]).scores(self.held(learned))[:, 0]
         return Module({**item.tensors, "validation": sketch(own)})
@@ -292,9 +342,11 @@ class NearestMean(Anchored):
         return Points([means(i) for i in items], [i.tensors.get("validation") for i in items])
 
 
-class Mixtures(Anchors):
+class Mixtures(Screened):
     """max_j log(w_j N(x; mu_j, diag s_j)) - log of (2 pi)^(-d/2), plus a constant by expert, over the components of each
     expert."""
+
+    unit = 1.0
 
     def __init__(self, items: Sequence[Item], prior: Sequence[float]) -> None:
         own = [i.tensors.get("validation") for i in items]
@@ -310,33 +362,28 @@ class Mixtures(Anchors):
         self.centre, self.width = ((precision * self.mean).sum(0) / total).float(), (len(precision) / total).sqrt().float()
         off = (self.mean.double() - self.centre) / self.width
         precision *= self.width.double().square()
+        self.base = self.constant - 0.5 * (precision * off.square()).sum(1)
         self.screen = Screen.of(
-            torch.cat([(precision * off).float(), (0.5 - 0.5 * precision).float()], 1),
-            self.constant - 0.5 * (precision * off.square()).sum(1),
-            self.group,
-            parts=2,
+            torch.cat([(precision * off).float(), (0.5 - 0.5 * precision).float()], 1), self.base, self.group, parts=2
         )
 
     def scores(self, psi: Tensor) -> Tensor:
-        psi = psi.double()
+        psi = psi.double() - self.centre
         found, square = [], psi.square()
         for k in range(len(self.own)):
             j = self.group == k
-            mean, precision = self.mean[j].double(), 1 / self.variance[j].double()
+            mean, precision = self.mean[j].double() - self.centre, 1 / self.variance[j].double()
             distance = square @ precision.T - 2 * psi @ (mean * precision).T + (mean.square() * precision).sum(1)
             found.append((self.constant[j] - 0.5 * distance).max(1).values)
         return torch.stack(found, 1)
 
-    def best(self, psi: Tensor, scored: bool) -> tuple[Tensor, Tensor]:
-        def columns(x: Tensor) -> Tensor:
-            z = ((x - self.centre) / self.width).float()
-            return torch.cat([z, z.square()], 1)
+    def columns(self, x: Tensor) -> Tensor:
+        z = ((x - self.centre) / self.width).float()
+        return torch.cat([z, z.square()], 1)
 
-        def exact(rows: Tensor, j: Tensor) -> Tensor:
-            off = psi[rows].double().sub_(self.mean[j])
-            return self.constant[j] - 0.5 * off.square_().div_(self.variance[j]).sum(1)
-
-        return self.screen(psi, columns, exact, scored)
+    def exact(self, psi: Tensor, rows: Tensor, j: Tensor) -> Tensor:
+        off = psi[rows].double().sub_(self.mean[j])
+        return self.constant[j] - 0.5 * off.square_().div_(self.variance[j]).sum(1)
 
 
 @dataclass(frozen=True)
@@ -347,7 +394,8 @@ class GaussianMixture(Anchored):
     are fitted on one source's features alone, so the order in which sources arrive changes nothing. `fit="torch"` is expectation
     maximisation of our own (products in float32, on the device of the data), "sklearn" is scikit-learn's: same start, stop and
     log-likelihood. With `reject` > 0 an anchor has the sorted scores of at most 256 validation examples besides, and an input is
-    unknown where its best task's score is below that task's `reject` quantile of them. Ge et al. 2023 (SKILL).
+    unknown where no task's score reaches that task's own `reject` quantile of them; else it goes to the best of the tasks where
+    it does. Ge et al. 2023 (SKILL).
     """
 
     components: int = 25
@@ -376,7 +424,7 @@ class GaussianMixture(Anchored):
         fit = make(psi, self.components, learned.generator, self.floor * spread)
         tensors = {n: getattr(fit, n).to("cpu", torch.float32) for n in ("mean", "variance", "weight")}
         item = Module({**tensors, "count": torch.tensor([float(len(psi))])})
-        if not self.reject > 0:
+        if not self.rejects:
             return item
         held = self.held(learned)
         _, own = Mixtures([item], [0.0]).best(held, True)
@@ -389,7 +437,9 @@ class GaussianMixture(Anchored):
 
 
 def by_sklearn(x: Tensor, k: int, generator: torch.Generator, floor: float) -> _em.Fit:
-    """`_em.fit` by scikit-learn."""
+    """`_em.fit` by scikit-learn; one component, of which there is nothing to search (and one example it refuses), is `_em.fit`."""
+    if min(k, len(x)) == 1:
+        return _em.fit(x, k, generator, floor)
     import warnings
 
     from sklearn.mixture import GaussianMixture as Mixture

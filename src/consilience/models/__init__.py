@@ -247,7 +247,8 @@ def backbone(
     Images are resized to `size` (bilinear, antialiased where they shrink), grey ones repeated to c channels, then (x - mean) / std.
     Its own features [B, d] are given back as they are, so that agents with images and agents with features that `data.embed` kept
     have one model. It runs in eval mode always. Its hash (`Model.backbone`) covers weights, buffers, `size`, mean, std and what the
-    module is. For other modules than timm's, that is what torch prints of them.
+    module is. For other modules than timm's, that is what torch prints of them, and their parts' classes
+    and plain public attributes.
 
     Args:
         of: a name of timm's (`consilience[vision]`), a torch module, or a model of one (`wrap(.., headless=True)` keeps its last layer).

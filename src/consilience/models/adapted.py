@@ -105,6 +105,12 @@ class Inserted(MultiHead):
 
         return forward, held
 
+    def reads(self, entry: str) -> bool:
+        if not entry.startswith(f"{self.kind}."):
+            return super().reads(entry)
+        task = entry.split(".")[1]
+        return any(entry == self._entry(task, n, part) for n in self.layers for part in self.parts)
+
     def task_of(self, entry: str) -> str | None:
         return entry.split(".")[1] if entry.startswith(f"{self.kind}.") else super().task_of(entry)
 

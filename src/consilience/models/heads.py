@@ -17,6 +17,8 @@ from consilience.core.source import Frame, Source
 from consilience.models.module import ModuleModel
 
 TRUNK, HEADS = "trunk.", "heads."
+PER_TASK = ("adapters.", "biases.", "heads.", "toes.")
+"""How the names of entries of tasks begin, in all models with heads."""
 
 
 class Head(NamedTuple):
@@ -36,6 +38,8 @@ class Heads(Model):
     With `norm="inf"` the rows of W_t are divided by their largest magnitude at every use, also in training.
     """
 
+    own: ClassVar[tuple[str, ...]] = (HEADS,)
+
     def __init__(self, outputs: int, norm: Literal["inf"] | None = None) -> None:
         if outputs < 1:
             raise ConsilienceError(f"`outputs` should be at least 1. Found `outputs = {outputs}`.")
@@ -46,6 +50,13 @@ class Heads(Model):
     @property
     def uses_task(self) -> bool:
         return True
+
+    @property
+    def form(self) -> str:
+        return f"rows over their {self.norm} norm" if self.norm else ""
+
+    def reads(self, entry: str) -> bool:
+        return not entry.startswith(PER_TASK) or entry.startswith(self.own)
 
     def head(self, params: Params, task: str | None) -> tuple[str, str | None]:
         if self.norm:

@@ -122,6 +122,11 @@ class ModuleModel(Model):
         module = copy.deepcopy(self._module, {id(t): given[n] for n, t in own.items()})
         return lambda x, task: module(x), held
 
+    @property
+    def structure(self) -> str:
+        """What the module is, without its weights: what torch prints of it, and its parts' classes and plain attributes."""
+        return structure(self._module)
+
     def head(self, params: Params, task: str | None) -> tuple[str, str | None]:
         if self.headless:
             return super().head(params, task)
@@ -234,6 +239,36 @@ def _without_head(module: nn.Module, name: str) -> nn.Module:
     return module
 
 
+def structure(module: nn.Module) -> str:
+    """What a module is, without its weights: two that compute something else from equal weights have different ones.
+
+    What torch prints of it, and of each part the class and the public attributes that are numbers, text, None, functions (by name)
+    or sequences of these: torch prints neither the heads of an attention nor `norm_first`. Private attributes are not seen.
+
+    >>> layers = [nn.MultiheadAttention(4, heads) for heads in (1, 2, 2)]
+    >>> [str(layers[0]) == str(m) for m in layers], [structure(layers[1]) == structure(m) for m in layers]
+    ([True, True, True], [False, True, True])
+    """
+    lines = [str(module)]
+    for name, part in module.named_modules():
+        held = {} if isinstance(part, _Taken) else vars(part)  # the head that was is none of it
+        said = {n: _plain(v) for n, v in sorted(held.items()) if not n.startswith("_") and n != "training"}
+        own = ", ".join(f"{n}={v}" for n, v in said.items() if v is not None)
+        lines.append(f"{name}: {_plain(type(part))}({own})")
+    return "\n".join(lines)
+
+
+def _plain(value: object) -> str | None:
+    """A plain value in words; None for anything else."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return repr(value)
+    if isinstance(value, tuple | list):
+        parts = [_plain(v) for v in value]
+        return None if None in parts else f"({', '.join(str(p) for p in parts)})"
+    name = getattr(value, "__qualname__", None)
+    return name if isinstance(name, str) else None  # not where it is defined: __main__ for one agent is a package for another
+
+
 def _find_head(module: nn.Module, name: str | None) -> str | None:
     """The name of the head: the given one, else the last nn.Linear in module order, else None."""
     layers = [n for n, m in module.named_modules() if isinstance(m, nn.Linear)]
@@ -256,14 +291,21 @@ def count(model: Model | nn.Module, sample: Tensor | Sequence[int], task: str | 
     """See `consilience.models.macs`."""
     with warnings.catch_warnings():  # torch scripts something of its own there
         warnings.simplefilter("ignore", DeprecationWarning)
+        from torch.nn.attention import SDPBackend, sdpa_kernel
         from torch.utils.flop_counter import FlopCounterMode
 
+    model = copy.deepcopy(model)  # neither its mode nor its statistics move
     x = sample[:1] if isinstance(sample, Tensor) else torch.zeros(1, *sample)
     if isinstance(model, Model):
         given = model.init(torch.Generator().manual_seed(0))
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        if isinstance(model, Model):
-            model(*given, x, task, False)
-        else:
-            model(x)
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # one operator that the counter does not know
+    try:
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            if isinstance(model, Model):
+                model(*given, x, task, False)
+            else:
+                model.eval()(x)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
     return int(counter.get_total_flops()) // 2

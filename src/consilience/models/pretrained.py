@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from consilience.core.errors import ConsilienceError, unknown
 from consilience.core.model import Model
 from consilience.core.params import finite, load
-from consilience.models.module import ModuleModel
+from consilience.models.module import ModuleModel, structure
 
 Size = int | tuple[int, int] | str | None
 
@@ -94,7 +94,10 @@ def of_timm(name: str, checkpoint: str | Path | None, size: Size, mean: Any, std
     pretrained = more.pop("pretrained", checkpoint is None)
     if pretrained and checkpoint is not None:
         raise ConsilienceError("weights should come from `checkpoint` or with `pretrained=True`. Found both.")
-    if not timm.is_model(name.removeprefix("timm/").split(".")[0]) and not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
+    elsewhere = name.startswith(("hf-hub:", "hf_hub:", "local-dir:"))
+    name = name if elsewhere else name.removeprefix("timm/")
+    kind = name if elsewhere else name.partition(".")[0]  # a tag names weights, which are entries
+    if not elsewhere and not timm.is_model(kind):
         raise unknown("name", name, timm.list_models())
     try:
         with torch.random.fork_rng(devices=[]):
@@ -112,7 +115,7 @@ def of_timm(name: str, checkpoint: str | Path | None, size: Size, mean: Any, std
     mean = own.get("mean", (0.0,)) if mean is None else mean
     std = own.get("std", (1.0,)) if std is None else std
     options = "".join(f", {k}={v!r}" for k, v in sorted(more.items()))
-    return _made(body.float(), f"timm {name}{options}", given, mean, std, f"{name!r}{options}")
+    return _made(body, f"timm {kind}{options}", given, mean, std, f"{name!r}{options}")
 
 
 def of_module(module: nn.Module | Model, checkpoint: str | Path | None, size: Size, mean: Any, std: Any) -> ModuleModel:
@@ -126,14 +129,14 @@ def of_module(module: nn.Module | Model, checkpoint: str | Path | None, size: Si
         _read(body, checkpoint, (head,) if head else ())
     given = None if size == "own" else size
     mean, std = (0.0,) if mean is None else mean, (1.0,) if std is None else std
-    return _made(body, str(body), given, mean, std, model.description, model.width)
+    return _made(body, structure(body), given, mean, std, model.description, model.width)
 
 
 def _made(body: nn.Module, what: str, size: Size, mean: Any, std: Any, name: str, width: int = 0) -> ModuleModel:
     if isinstance(size, str) or (size is not None and min(_pair(size)) < 1):
         raise ConsilienceError(f"`size` should be one or two whole numbers >= 1, 'own' or None. Found `size = {size!r}`.")
     both = None if size is None else _pair(size)
-    module = Backbone(body, what, both, _tuple(mean), _tuple(std), width)
+    module = Backbone(body.float(), what, both, _tuple(mean), _tuple(std), width)
     prepared = f"{both}, mean={_tuple(mean)}, std={_tuple(std)}"
     digest = bytes(module.identity.tolist()).hex()[:8]
     described = f"backbone({name}, size={prepared}, {digest})"

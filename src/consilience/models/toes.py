@@ -61,6 +61,13 @@ class Toes(Heads):
     def grow(self, params: Params, buffers: Params, source: Source, generator: torch.Generator) -> tuple[Params, Params]:
         return self.inner.grow(params, buffers, source, generator)
 
+    def reads(self, entry: str) -> bool:
+        return entry.startswith(TOES) or self.inner.reads(entry)
+
+    @property
+    def form(self) -> str:
+        return self.inner.form
+
     def frozen(self, entry: str) -> bool:
         return not entry.startswith(TOES) and self.inner.frozen(entry)
 
@@ -219,11 +226,11 @@ def _read(
     """What the head sees of all examples [N, s], and their targets among the task's own [N]."""
     where = torch.full((toes.outputs,), -1, dtype=torch.long)
     where[columns.cpu()] = torch.arange(len(columns))
-    dtype = params[f"heads.{task}.weight"].dtype
+    like = params[f"heads.{task}.weight"]
     with torch.no_grad():
-        found = [toes.taps(params, buffers, x.to(dtype), task, index) for x, _ in _chunks(examples, max(batch, 64))]
+        found = [toes.taps(params, buffers, x.to(like), task, index) for x, _ in _chunks(examples, max(batch, 64))]
     y = where[examples.targets().cpu()] if len(examples) else torch.zeros(0, dtype=torch.long)
-    return (torch.cat(found) if found else torch.zeros(0, 0)), y
+    return (torch.cat(found) if found else like.new_zeros(0, 0)), y.to(like.device)
 
 
 def _chunks(examples: Examples, size: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -213,6 +213,11 @@ def combine(modules: Mapping[Any, Module] | Iterable[Module], labels: Sequence[L
         raise ConsilienceError(
             f"modules to combine should stand on one backbone. Found {', '.join(sorted(b[:8] for b in backbones))}."
         )
+    forms = {m.meta.get("form", "") for m in given}
+    if len(forms) > 1:
+        raise ConsilienceError(
+            f"modules to combine should be of one form. Found {', '.join(f or 'rows as they are' for f in sorted(forms))}."
+        )
     rows: Rows = {}
     for m in given:
         for label, row in head_rows(m).items():
@@ -228,7 +233,8 @@ def combine(modules: Mapping[Any, Module] | Iterable[Module], labels: Sequence[L
         f"entries/{at}.bias": torch.stack([rows[label][1] for label in wanted]),
         f"buffers/{at}.columns": torch.arange(n),
     }
-    meta = {"labels": [list(label) for label in wanted], "classes": list(range(n)), "task": name, "backbone": backbones.pop()}
+    meta = {"labels": [list(label) for label in wanted], "classes": list(range(n)), "task": name, "backbone": backbones.pop(),
+            "form": forms.pop()}  # fmt: skip
     return Module(tensors, meta)
 
 

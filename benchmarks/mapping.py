@@ -5,8 +5,8 @@ Fit: 10,000 x 1280 features, k = 25, from the same start, to the same tolerance,
 time; aim 0.5. Routing: 1,000 inputs over 100 and 500 tasks (25 components, or 10 class means, each), median and best of REPEATS;
 aim 50 ms at 100 tasks. What is routed is compared with the largest float64 score of all. Scaling: tasks of 10 classes, 30
 training and 5 test inputs a class, drawn as described at `Tasks`; after each count of tasks the share of all test inputs so far
-that go to their own task, and its regression line (the paper's, on real images: -0.0012 x + 0.952). With --features FILE (task
--> train [N, d], labels, test, labels; as torch.save writes tensors) the same on real features: both fits' log-likelihoods,
+that go to their own task, and its regression line (the paper's, on real images: -0.0012 x + 0.952). With --features FILE
+(safetensors: `task|0` train [N, d], `task|1` labels, `task|2` test, `task|3` labels) the same on real features: both fits' log-likelihoods,
 mapper accuracies and bytes of an anchor, and the AUROC of familiarity with each task left out in turn. Writes
 results/mapping.{json,md}.
 """
@@ -34,7 +34,7 @@ import consilience as cs
 from common import save
 from consilience.core.correction import Learned, Routing
 from consilience.core.message import Item, Message, Module, Statistics
-from consilience.core.params import Layout, key
+from consilience.core.params import Layout, key, load
 from consilience.core.source import Source, Tensors
 from consilience.mappers import _em
 from consilience.mappers.covariance import Mahalanobis, triangle
@@ -209,7 +209,9 @@ def scaling(most: int) -> dict[str, Any]:
 
 def real(path: Path) -> dict[str, Any]:
     """On real features: likelihoods, mappers, unknown tasks."""
-    data = {n: tuple(t.float() if i % 2 == 0 else t.long() for i, t in enumerate(v)) for n, v in torch.load(path).items()}
+    held, _ = load(path)
+    names = dict.fromkeys(n.partition("|")[0] for n in held)
+    data = {n: tuple(held[f"{n}|{i}"].float() if i % 2 == 0 else held[f"{n}|{i}"].long() for i in range(4)) for n in names}
     fit = {n: fits(v[0], v[2], 2) for n, v in data.items()}
     mappers: dict[str, Anchored] = {
         "gaussian_mixture": GaussianMixture(on="inputs"), "gaussian_mixture, sklearn": GaussianMixture(on="inputs", fit="sklearn"),

@@ -208,8 +208,9 @@ def model_for(*names: str) -> Model:
 THROW_AWAY = {
     "FromScratch": "it begins anew, whatever was heard",
     "GDumb": "it begins anew, whatever was heard",
+    "ClosedHead": "it writes the head anew at each visit, whatever was heard",
 }
-"""Corrections that refuse where others are heard, and why."""
+"""Corrections that refuse where others are heard and learned with again, and why."""
 
 WANT_OTHERS = {"FedHBM": "its momentum is what others made of its own result"}
 """Corrections that refuse where an agent hears itself alone, and why: no pairs of theirs run here, where all learn one source after

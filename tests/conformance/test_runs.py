@@ -56,6 +56,8 @@ def method_with(name: str) -> tuple[cs.Method, Any]:
         return cs.methods.xdg() + cs.Method(name, mapper=thing), kit.plain()
     if isinstance(thing, Mapper):
         return cs.Method(name, mapper=thing), kit.frozen_trunk()
+    if name == "HeadReuse":  # it reads modules of a bank
+        return cs.Method(name, (thing,), consolidator=cs.methods.skill().consolidator), kit.heads()
     return kit.method_of(name, thing), kit.OWN_MODEL[name](kit.CLASSES) if name in kit.OWN_MODEL else kit.plain()
 
 

@@ -11,23 +11,33 @@ from consilience.core.consolidator import Consolidator
 from consilience.core.errors import ConsilienceError
 from consilience.core.message import Message, Module, Shared
 from consilience.core.model import Model
+from consilience.core.params import Params
 from consilience.core.schedule import Facts
 from consilience.core.source import Source
 from consilience.core.state import State
 
 
-def fits(model: Model, message: Message) -> None:
-    """Refuse a module that this model would run as another than it was trained."""
-    item = message.items["model"]
-    form, whose = item.meta.get("form", ""), f"{message.source!r} of {message.sender!r}"
-    if form != model.form:
-        raise ConsilienceError(
-            f"a module should be run as it was trained, here with {model.form or 'rows as they are'}. "
-            f"Found {form or 'rows as they are'} in {whose}."
-        )
-    strange = [n for n in item.group("entries") if not model.reads(n)]
-    if strange:
-        raise ConsilienceError(f"a module should have entries that this model runs. Found {strange[0]!r} in {whose}.")
+def refuse_strangers(model: Model, params: Params, messages: Sequence[Message]) -> None:
+    """Refuse modules of another frozen backbone, and those that this model would run as another than they were trained."""
+    here = ""
+    for m in messages:
+        item, whose = m.items.get("model"), f"{m.source!r} of {m.sender!r}"
+        if not isinstance(item, Module):
+            continue
+        if item.meta["backbone"]:
+            here = here or model.backbone(params)
+            if item.meta["backbone"] != here:
+                found = item.meta["backbone"][:8]
+                raise ConsilienceError(f"a module should stand on this agent's backbone {here[:8]}. Found {found} in {whose}.")
+        form = item.meta.get("form", "")
+        if form != model.form:
+            raise ConsilienceError(
+                f"a module should be run as it was trained, here with {model.form or 'rows as they are'}. "
+                f"Found {form or 'rows as they are'} in {whose}."
+            )
+        strange = [n for n in item.group("entries") if not model.reads(n)]
+        if strange:
+            raise ConsilienceError(f"a module should have entries that this model runs. Found {strange[0]!r} in {whose}.")
 
 
 @dataclass(frozen=True)
@@ -56,18 +66,7 @@ class Experts(Consolidator):
         return result
 
     def absorb(self, model: Model, state: State, fresh: Sequence[Message], by_size: bool, generator: torch.Generator) -> State:
-        here = None
-        for m in fresh:
-            item = m.items.get("model")
-            if isinstance(item, Module):
-                fits(model, m)
-            if isinstance(item, Module) and item.meta["backbone"]:
-                here = here or model.backbone(state.params)
-                if item.meta["backbone"] != here:
-                    raise ConsilienceError(
-                        f"a module should stand on this agent's backbone {here[:8]}. "
-                        f"Found {item.meta['backbone'][:8]} from {m.sender!r}."
-                    )
+        refuse_strangers(model, state.params, fresh)
         return state
 
     def forget(self, model: Model, state: State) -> State:

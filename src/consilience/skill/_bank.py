@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import consilience
+from consilience.consolidators.bank import refuse_strangers
 from consilience.core.errors import ConsilienceError
 from consilience.core.message import Bank, Item, Message, Module, decode, encode, join
 from consilience.core.params import save, unpack
@@ -116,18 +117,10 @@ def give(agent: Agent, bank: Mapping[tuple[str, str], Message]) -> None:
     schedule does not declare, or another content under a version that it has.
     """
     messages = list(_bank(bank).values())
-    here = None
+    refuse_strangers(agent.model, agent.state.params, messages)
     for m in messages:
         module = m.items.get("model")
-        if not isinstance(module, Module):
-            continue
-        if module.meta["backbone"]:
-            here = here or agent.model.backbone(agent.state.params)
-            if module.meta["backbone"] != here:
-                raise ConsilienceError(
-                    f"a module should stand on this agent's backbone {here[:8]}. Found {module.meta['backbone'][:8]} in {m.source!r} of {m.sender!r}."
-                )
-        if module.labels != agent.frame.labels:
+        if isinstance(module, Module) and module.labels != agent.frame.labels:
             agent.frame.columns(module.labels)
     agent.absorb(messages, by_size=False)
 

@@ -5,11 +5,11 @@ classes. Backbone: mobilenetv2_100 with the weights in CONSILIENCE_DATA, frozen,
 images and a ninth as many for validation, a stratified draw (Omniglot has 204 to 648 in all), and at most TEST test images.
 
 LLL: a linear head a task (Adam, lr .001, 30 epochs on kept features), an anchor, and with BB beneficial biases on the last half of the
-layers (LAST of them; Adam, lr falling linearly, BB_EPOCHS epochs on images), every agent in a process of its own that tells a bank file. lr of BB is chosen from RATES by the
-validation parts of MNIST-M, CIFAR-10 5-9 and Balinese (at most 300 training images, 5 epochs); "+ H2T" is Head2Toe on these biases, the top 1 % with a 3 x 3 grid (`models.head2toe`).
+layers (LAST of them; the head begins as the logistic one, `head="lp_ft"`; Adam, lr .001 falling linearly, that of biases FACTORS times as large as
+the validation parts of MNIST-M and Balinese choose, BB_EPOCHS epochs on images), every agent in a process of its own that tells a bank file. "+ H2T" is Head2Toe on these biases, the top 1 % with a 3 x 3 grid (`models.head2toe`).
 Baselines train a network of one hidden layer (512) and a head on the same kept features, Adam lr .001, 10 epochs a task, one agent,
 the tasks in order (30 epochs for the joint probe, as for LLL's heads); their strength is chosen from a grid of three by the *validation* parts of the first five tasks. Test data choose nothing.
-Timm is needed (`consilience[vision]`): CONSILIENCE_DATA=.. python benchmarks/skill.py [--full] [--quick].
+Timm is needed (`consilience[vision]`): CONSILIENCE_DATA=.. python benchmarks/skill.py [--full] [--quick] [--parts FOLDER].
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import argparse
+import functools
+import hashlib
+import json
 import tempfile
 import time
 import warnings
@@ -43,9 +46,10 @@ from consilience.merging._diagnose import draw
 from consilience.report._svg import lines_chart
 
 SIZE, TRAIN, TEST, BB_EPOCHS = 128, 700, 300, 10
-RATES = (0.003, 0.01, 0.03)
-TRIED = (3, 6, 7)
-"""The tasks by which the learning rate of biases is chosen."""
+FACTORS = (5.0, 10.0, 20.0)
+TRIED = (3, 7)
+"""The tasks by which the learning rate of biases is chosen, and which show parts of the layers."""
+PARTS = "CONSILIENCE_SKILL_PARTS"
 KEPT = Path(tempfile.gettempdir()) / "consilience-skill"
 GRID: dict[str, list[dict[str, Any]]] = {
     "finetune": [{}],
@@ -120,16 +124,38 @@ def quiet() -> None:
 # ---------------------------------------------------------------------------------------------------- work in processes
 
 
+def remembered(work_of: Callable[[Any], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]:
+    """What is done is kept in the folder of `--parts`, if there is one, and not done again."""
+
+    @functools.wraps(work_of)
+    def done(work: Any) -> dict[str, Any]:
+        folder = os.environ.get(PARTS)
+        if not folder:
+            return work_of(work)
+        digest = hashlib.blake2b(json.dumps([work_of.__name__, work]).encode(), digest_size=12).hexdigest()
+        path = Path(folder) / f"{work_of.__name__}-{digest}.json"
+        if path.exists():
+            return {**json.loads(path.read_text()), "remembered": True}
+        found = json.loads(json.dumps(work_of(work)))
+        new = path.with_suffix(f".{os.getpid()}")
+        new.write_text(json.dumps(found))
+        new.replace(path)
+        return found  # type: ignore[no-any-return]
+
+    return done
+
+
+@remembered
 def agent(work: tuple[int, int, int, int, float, int, float, str]) -> dict[str, Any]:
     """One agent learns one task with biases, from images, and writes its bank."""
-    i, size, train, test, last, epochs, lr, path = work
+    i, size, train, test, last, epochs, factor, path = work
     quiet()
     s = tasks(train, test)[i]
     few = replace(s, test=s.test.select(torch.arange(2)))
     model = cs.models.beneficial_biases(backbone(size), len(s.classes), last)
-    training = cs.Training(epochs=epochs, batch_size=32, lr=lr, optimiser="adam", schedule="linear")
+    training = cs.Training(epochs=epochs, schedule="linear", rates={"biases.*": factor} if last else None, **ADAM)
     began = time.process_time()
-    r = cs.run(cs.settings.skill([[few]]), cs.methods.skill("mahalanobis"), model, training)
+    r = cs.run(cs.settings.skill([[few]]), cs.methods.skill("mahalanobis", head="lp_ft"), model, training)
     cs.skill.save_bank(r.agent, path)
     right = [float(r.agent.predict(x, s.task).argmax(1).eq(remap(few, r, y)).double().mean()) for x, y in [s.validation.whole()]]
     return {"macs": r.costs["macs"], "seconds": time.process_time() - began, "validation": right[0]}
@@ -141,6 +167,7 @@ def remap(s: Source, r: Any, y: Tensor) -> Tensor:
     return torch.tensor([where[s.labels[int(c)]] for c in y])
 
 
+@remembered
 def toes(work: tuple[int, int, int, int, float, str]) -> dict[str, Any]:
     """Head2Toe on the biases of a task, and its answers to all test images."""
     i, size, train, test, last, path = work
@@ -167,6 +194,7 @@ def toes(work: tuple[int, int, int, int, float, str]) -> dict[str, Any]:
     }
 
 
+@remembered
 def baseline(work: tuple[str, dict[str, Any], str, int, int, int, bool]) -> dict[str, Any]:
     """One agent learns the tasks in order by a method of continual learning, on kept features."""
     name, given, scenario, size, train, test, tuning = work
@@ -189,6 +217,7 @@ def baseline(work: tuple[str, dict[str, Any], str, int, int, int, bool]) -> dict
     return {"score": r.score, "matrix": r.matrix.tolist(), "macs": r.costs["macs"]}
 
 
+@remembered
 def other(work: tuple[str, int, int, int]) -> dict[str, Any]:
     """A run that is no sequence: the joint probe, parallel SupSup, heads from few images."""
     what, size, train, test = work
@@ -213,8 +242,8 @@ def other(work: tuple[str, int, int, int]) -> dict[str, Any]:
         index = [(s.train.targets() == c).nonzero()[: int(shots), 0] for c in s.classes]
         s = replace(s, train=s.train.select(torch.cat(index)))
     model = cs.models.multi_head(backbone(size), classes)
-    before = cs.run(cs.settings.skill([[first]]), cs.methods.skill("mahalanobis"), model, cs.Training(epochs=15, **ADAM))
-    found = {}
+    before = cs.run(cs.settings.skill([[first]]), cs.methods.skill("mahalanobis"), model, HEADS)
+    found: dict[str, float] = {}
     for e in (1, 5, 15):
         method = cs.methods.skill("mahalanobis", reuse=None if how == "random" else how)  # type: ignore[arg-type]
         schedule = cs.settings.skill([[s], [first]], scenario="task")
@@ -225,7 +254,7 @@ def other(work: tuple[str, int, int, int]) -> dict[str, Any]:
             pass
         learner.finish(job)
         x, y = schedule.sources[0].test.whole()
-        found[e] = float((learner.predict(x, s.task).argmax(1) == y).double().mean())
+        found[str(e)] = float((learner.predict(x, s.task).argmax(1) == y).double().mean())
     return {"by epochs": found}
 
 
@@ -345,6 +374,7 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="a try of every part at small sizes, written to a temporary folder")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--parts", type=Path, help="a folder that keeps what is done, and from which a stopped run goes on")
     chosen = parser.parse_args()
     size, train, test, epochs, last = SIZE, TRAIN, TEST, BB_EPOCHS, 0.5
     if chosen.full:
@@ -354,6 +384,9 @@ def main() -> None:
     into = Path(tempfile.mkdtemp()) if chosen.quick else RESULTS
     quiet()
     sizes, began, out = (size, train, test), time.time(), []
+    if chosen.parts:
+        chosen.parts.mkdir(parents=True, exist_ok=True)
+        os.environ[PARTS] = str(chosen.parts.absolute())
     facts: dict[str, Any] = {"size": size, "train": train, "test": test, "bb_epochs": epochs, "last": last}
 
     def step(what: str) -> None:
@@ -363,17 +396,21 @@ def main() -> None:
     images = tasks(train, test)
     step("read")
     trunk = backbone(size)
-    with ProcessPoolExecutor(chosen.workers, get_context("spawn")) as pool, tempfile.TemporaryDirectory() as folder:
+    with ProcessPoolExecutor(chosen.workers, get_context("spawn")) as pool, tempfile.TemporaryDirectory() as scratch:
+        folder = str(chosen.parts) if chosen.parts else scratch
         # agents with biases, each in a process of its own, the longest first
-        few = (size, min(train, 300), test)
-        trial = {(i, lr): pool.submit(agent, (i, *few, last, min(epochs, 5), lr, f"{folder}/try")) for lr in RATES for i in TRIED}
-        rates = {lr: mean([trial[i, lr].result()["validation"] for i in TRIED]) for lr in RATES}
-        lr = max(rates, key=lambda r: rates[r])
-        facts["rates"] = {str(r): v for r, v in rates.items()}
-        step(f"lr of biases, {lr}")
-        paths = [f"{folder}/{i}.safetensors" for i in range(len(images))]
         longest = sorted(range(len(images)), key=lambda i: -len(images[i].train))
-        pending = {i: pool.submit(agent, (i, *sizes, last, epochs, lr, paths[i])) for i in longest}
+
+        def learns(i: int, part: float, factor: float) -> Any:
+            return pool.submit(agent, (i, *sizes, part, epochs, factor, f"{folder}/{i}-{part}-{factor}.safetensors"))
+
+        tried = {(i, f): learns(i, last, f) for i in TRIED for f in FACTORS}
+        rates = {f: mean([tried[i, f].result()["validation"] for i in TRIED]) for f in FACTORS}
+        factor = max(rates, key=lambda f: rates[f])
+        facts["rates"] = {str(f): v for f, v in rates.items()}
+        step(f"biases {factor:g} times as quick as heads")
+        paths = [f"{folder}/{i}-{last}-{factor}.safetensors" for i in range(len(images))]
+        pending = {i: tried[i, factor] if i in TRIED else learns(i, last, factor) for i in longest}
         told = {i: p.result() for i, p in pending.items()}
         step("agents with biases")
         torch.set_num_threads(chosen.workers)
@@ -456,7 +493,7 @@ def main() -> None:
         final = {(n, sc): pool.submit(baseline, (n, a, sc, *sizes, False)) for (n, sc), a in picked.items()}
         keep = picked["supsup", "task"]["keep"]
         more = ["joint:class", "joint:task", f"supsup:{keep}"]
-        pairs = [("mnist", "usps"), ("mnist", "mnist_m"), ("usps", "mnist")]
+        pairs = [("mnist", "usps"), ("mnist", "mnist_m")]
         few = [
             f"reuse:{a}/{b}/{n}/{h}" for a, b in pairs for n in ("all", "10", "5", "3") for h in ("random", "name", "features")
         ]
@@ -466,17 +503,18 @@ def main() -> None:
         d = sources[0].train.whole()[0].shape[1]
         ridge = {}
         for strength in (10.0, 100.0, 1000.0):
-            r, v = (
-                cs.run(cs.settings.federated(part, 1), cs.methods.fed3r(strength), cs.models.linear(d, classes), HEADS)
-                for part in (sources, [replace(s, test=s.validation) for s in sources])
+            r = cs.run(cs.settings.federated(sources, 1), cs.methods.fed3r(strength), cs.models.linear(d, classes), HEADS)
+            held = [(s, *s.validation.whole()) for s in sources]
+            ridge[strength] = (
+                mean([float((r.agent.predict(x).argmax(1) == remap(s, r, y)).double().mean()) for s, x, y in held]),
+                r,
             )
-            ridge[strength] = (v.score, r)
         strength = max(ridge, key=lambda s: ridge[s][0])
         framed = lab.sources
         lda = discriminant(framed, (0.03, 0.1, 0.3))
         closed = {
             h: cs.run(cs.settings.skill(streams, "end"), cs.methods.skill("mahalanobis", head=h), plain, HEADS)
-            for h in ("ridge", "prototype")
+            for h in ("ridge", "logistic", "prototype")
         }  # type: ignore[arg-type]
         step("statistics learners")
         mappers = {
@@ -502,7 +540,9 @@ def main() -> None:
         done = {k: f.result() for k, f in final.items()}
         side = {k: f.result() for k, f in rest.items()}
         step("baselines")
-        facts["parts"] = part_of_layers(pool, sizes, epochs, lr, folder)
+        parts = [0.0, 0.25, 0.5, 1.0]
+        layers = {(i, p): tried[i, factor] if p == last else learns(i, p, factor) for p in parts for i in TRIED}
+        partial = {k: p.result() for k, p in layers.items()}
         step("parts of the layers")
 
     for (n, sc), r in done.items():
@@ -718,18 +758,14 @@ def main() -> None:
     out += [
         "## Parts of the layers with BB",
         "",
-        f"Validation accuracy, task labels given; at most {facts['parts']['train']} training images, {facts['parts']['epochs']} epochs.",
+        "Validation accuracy, task labels given, all else as above.",
         "",
     ]
     out += lines(
-        ["task", *[f"last {p}" for p in facts["parts"]["last"]]],
-        [[n, *[pc(v) for v in row]] for n, row in facts["parts"]["rows"].items()],
+        ["", *[f"last {p:g}" for p in parts]],
+        [[names[i], *[pc(partial[i, p]["validation"]) for p in parts]] for i in TRIED]
+        + [["CPU seconds to learn", *[f"{sum(partial[i, p]['seconds'] for i in TRIED):.0f}" for p in parts]]],
     )
-    out += [
-        "CPU seconds to learn: "
-        + ", ".join(f"last {p}: {s:.0f}" for p, s in zip(facts["parts"]["last"], facts["parts"]["seconds"], strict=True)),
-        "",
-    ]
 
     out += [
         "## Reuse of heads",
@@ -779,20 +815,6 @@ def rejection(lab: Lab, sources: Sequence[Source], model: Any) -> dict[str, dict
         taken = {known: float((a.route(x)[0].sum(1) > 0).double().mean()) for known, x in psi.items()}
         found[name] = {"auroc": cs.mappers.auroc(seen[True], seen[False]), "known": taken[True], "unknown": 1 - taken[False]}
     return found
-
-
-def part_of_layers(pool: Any, sizes: tuple[int, int, int], epochs: int, lr: float, folder: str) -> dict[str, Any]:
-    """Biases on none, the last quarter and all layers, for three tasks of few images; half of the layers is the main run."""
-    few = max(1, min(epochs, 5))
-    size, train, test = sizes
-    cut, parts = (size, min(train, 300), test), [0.0, 0.25, 0.5, 1.0]
-    which = TRIED
-    jobs = {(i, f): pool.submit(agent, (i, *cut, f, few, lr, f"{folder}/{i}-{f}.safetensors")) for i in which for f in parts}
-    done = {k: j.result() for k, j in jobs.items()}
-    names = [tasks(train, test)[i].name for i in which]
-    return {"epochs": few, "train": cut[1], "last": parts,
-            "rows": {n: [done[i, f]["validation"] for f in parts] for n, i in zip(names, which, strict=True)},
-            "seconds": [sum(done[i, f]["seconds"] for i in which) for f in parts]}  # fmt: skip
 
 
 def concatenated(agent: Any, lab: Lab) -> list[float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -619,3 +620,51 @@ def test_the_learning_rate_follows_its_schedule(schedule: str, engine: str) -> N
             optimiser.step()
             scheduler.step()
     assert torch.allclose(got["1.weight"].double(), net.weight, atol=1e-9)
+
+
+@pytest.mark.parametrize("optimiser", ["sgd", "adamw"])
+@pytest.mark.parametrize("engine", ["serial", "batched"])
+def test_entries_have_learning_rates_of_their_own(optimiser: str, engine: str) -> None:
+    """Restated with torch's parameter groups, on one source; two clients side by side are the same on both engines."""
+    rates = {"*.bias": 0.0, "3.*": 10.0, "*": 2.0}
+    training = cs.Training(
+        epochs=2, batch_size=32, lr=0.01, optimiser=optimiser, weight_decay=0.1, precision="fp64", schedule="linear", rates=rates
+    )
+    pieces = zip(cs.data.iid(cs.data.digits(), 2), (96, 64), strict=True)
+    parts = [replace(s, train=s.train.select(torch.arange(n))) for s, n in pieces]
+    model, s, tune = cs.models.mlp(64, (8,), 10), parts[0], cs.methods.finetune()
+    one, both = (
+        cs.run(cs.settings.federated(parts, 1), cs.methods.fedavg(), model, training, engine=e).params for e in ("serial", engine)
+    )
+    assert all(torch.allclose(one[n], both[n], atol=1e-12) for n in one)
+    before = cs.run(cs.settings.continual([s]), tune, model, replace(training, epochs=0)).params
+    got = cs.run(cs.settings.continual([s]), tune, model, training, engine=engine).params
+    assert sorted(got) == ["1.bias", "1.weight", "3.bias", "3.weight"]
+    leaves = {n: p.double().clone().requires_grad_() for n, p in before.items()}
+    factor = {"1.bias": 0.0, "3.bias": 0.0, "3.weight": 10.0, "1.weight": 2.0}
+    groups = [{"params": [p], "lr": 0.01 * factor[n]} for n, p in leaves.items()]
+    torch_one = torch.optim.SGD if optimiser == "sgd" else torch.optim.AdamW
+    theirs = torch_one(groups, lr=0.01, weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(theirs, lambda i: 1 - i / 6)
+    for epoch in range(2):
+        for index in torch.randperm(96, generator=key(0, s.name, 0, epoch, 0, "shuffle")).split(32):
+            x, y = s.train.select(index).whole()
+            h = torch.relu(x.double().flatten(1) @ leaves["1.weight"].T + leaves["1.bias"])
+            theirs.zero_grad()
+            torch.nn.functional.cross_entropy(h @ leaves["3.weight"].T + leaves["3.bias"], y).backward()
+            theirs.step()
+            schedule.step()
+    assert all(torch.allclose(got[n], p, atol=1e-12) for n, p in leaves.items())
+
+
+@pytest.mark.parametrize(
+    ("rates", "text"),
+    [
+        ({"head.*": 2.0}, "each pattern of `rates` should match some trained entry. Found 'head.*'"),
+        ({"*": -1.0}, "factors of `rates` should be at least 0 and finite. Found -1.0 for '*'"),
+        ({"*": "fast"}, "Found 'fast'"),
+    ],
+)
+def test_rates_that_mean_nothing_are_refused(rates: dict[str, float], text: str) -> None:
+    with pytest.raises(cs.ConsilienceError, match=re.escape(text)):
+        cs.run(cs.settings.continual([cs.data.digits()]), cs.methods.finetune(), training=cs.Training(rates=rates))

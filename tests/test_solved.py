@@ -7,13 +7,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from sklearn.linear_model import Ridge
+from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.neighbors import NearestCentroid
 
 import consilience as cs
 from consilience.core.params import key
 from consilience.core.source import Source, Tensors
-from consilience.corrections.solved import ClosedHead
+from consilience.corrections.solved import SolvedHead
 
 C = 6
 
@@ -27,9 +27,9 @@ def source(i, n=60, d=8):
     return Source(f"s/{i}", t, t, t, tuple(("space", str(c)) for c in range(C)), (2 * i, 2 * i + 1), task=f"s/{i}")
 
 
-def learned(kind, s, width=5, ridge=0.1):
+def learned(kind, s, width=5, ridge=None):
     model = cs.models.multi_head(cs.models.random_features(s.train.x.shape[1], width), C)
-    method = cs.Method("closed", (ClosedHead(kind, ridge),), fixed={"epochs": 0})
+    method = cs.Method("closed", (SolvedHead(kind, ridge),), fixed={"epochs": 0})
     r = cs.run(cs.settings.continual([s], "task"), method, model, cs.Training(precision="fp64"))
     params = r.agent.state.params
     x = s.train.x
@@ -65,10 +65,45 @@ def test_the_prototype_head_answers_as_the_nearest_mean():
     np.testing.assert_allclose(r.agent.predict(s.train.x, "s/2").numpy(), p / p.sum(1, keepdims=True), atol=1e-5)
 
 
+@pytest.mark.parametrize(("width", "ridge"), [(5, None), (90, 0.3)])
+def test_the_logistic_head_is_scikit_learns(width, ridge):
+    s = source(1, 90)
+    y = torch.arange(90) % 3
+    t = Tensors(s.train.x, y)
+    s = replace(s, train=t, validation=t, test=t, classes=(0, 1, 2))
+    _, psi, w, b = learned("logistic", s, width, ridge)
+    pull = (0.01 if ridge is None else ridge) * (psi - psi.mean(0)).var(0).mean()
+    own = LogisticRegression(C=1 / (90 * pull), tol=1e-10, max_iter=10_000).fit(psi.astype(float), y.numpy())
+    np.testing.assert_allclose(w.numpy(), own.coef_, rtol=1e-4, atol=1e-5)
+    shift = b.numpy() - own.intercept_  # a number for all classes changes no probability
+    np.testing.assert_allclose(shift, shift.mean() * np.ones(3), atol=1e-4)
+
+
+def test_lp_ft_begins_at_the_logistic_head_and_trains_the_biases():
+    body = torch.nn.Sequential(torch.nn.Conv2d(3, 6, 3), torch.nn.ReLU(), torch.nn.Flatten())
+    backbone = cs.models.backbone(cs.models.wrap(body, outputs=216, headless=True), size=8)
+    y = torch.arange(60) % 3
+    x = torch.rand(60, 3, 8, 8, generator=key("images")) + y[:, None, None, None] / 50
+    t = Tensors(x / x.max(), y)
+    s = Source("s", t, t, t, tuple(("space", str(c)) for c in range(3)), (0, 1, 2), task="s")
+    model = cs.models.beneficial_biases(backbone, 3)
+
+    def at(head, epochs, **more):
+        training = cs.Training(epochs=epochs, optimiser="adam", lr=1e-3, **more)
+        return cs.run(cs.settings.skill([[s]]), cs.methods.skill("nearest_mean", head=head), model, training)
+
+    solved, begun, after = at("logistic", 3), at("lp_ft", 0), at("lp_ft", 10, rates={"biases.*": 20.0})
+    heads, trained = (next(iter(r.agent.state.experts.values())).group("entries") for r in (begun, after))
+    assert torch.equal(solved.agent.predict(t.x, "s"), begun.agent.predict(t.x, "s")), "no steps where the head is solved for"
+    assert not heads["biases.s.body.0"].any() and trained["biases.s.body.0"].abs().max() > 0.01
+    loss = [float(torch.nn.functional.nll_loss(r.agent.predict(t.x, "s").log(), y)) for r in (begun, after)]
+    assert loss[1] < loss[0]
+
+
 def test_steps_go_on_from_the_head_and_other_rows_stay():
     s = source(0)
     model = cs.models.mlp(8, (), C)
-    method = cs.Method("closed", (ClosedHead(),))
+    method = cs.Method("closed", (SolvedHead(),))
     now = replace(s, task=None)
     first, after, plain = (
         cs.run(cs.settings.continual([now]), m, model, cs.Training(epochs=e, lr=1e-6, precision="fp64")).params["1.weight"]
@@ -79,10 +114,10 @@ def test_steps_go_on_from_the_head_and_other_rows_stay():
 
 
 def test_what_cannot_be_solved_is_refused():
-    with pytest.raises(cs.ConsilienceError, match=r"`kind` should be ridge or prototype. Found `kind = 'svm'`"):
-        ClosedHead("svm")
+    with pytest.raises(cs.ConsilienceError, match=r"`kind` should be ridge, prototype or logistic. Found `kind = 'svm'`"):
+        SolvedHead("svm")
     with pytest.raises(cs.ConsilienceError, match=r"`ridge` should be positive and finite. Found `ridge = 0"):
-        ClosedHead(ridge=0)
+        SolvedHead(ridge=0)
     same = replace(source(0), train=Tensors(torch.ones(6, 8, dtype=torch.float64), torch.tensor([0, 1] * 3)))
     for kind in ("ridge", "prototype"):
         _, _, w, b = learned(kind, same)
@@ -92,7 +127,7 @@ def test_what_cannot_be_solved_is_refused():
 def test_sources_of_one_head_are_solved_together_and_visits_are_refused():
     a, b = source(0), replace(source(1), classes=(0, 1), train=Tensors(source(1).train.x, source(1).train.y - 2))
     both = replace(a, train=Tensors(torch.cat([a.train.x, b.train.x]), torch.cat([a.train.y, b.train.y])))
-    model, method = cs.models.linear(8, C), cs.Method("closed", (ClosedHead(),), fixed={"epochs": 0})
+    model, method = cs.models.linear(8, C), cs.Method("closed", (SolvedHead(),), fixed={"epochs": 0})
     runs = [
         cs.run(cs.settings.multitask([replace(s, task="t") for s in own], "class"), method, model, cs.Training(precision="fp64"))
         for own in ([a, b], [both])

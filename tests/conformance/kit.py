@@ -208,7 +208,7 @@ def model_for(*names: str) -> Model:
 THROW_AWAY = {
     "FromScratch": "it begins anew, whatever was heard",
     "GDumb": "it begins anew, whatever was heard",
-    "ClosedHead": "it writes the head anew at each visit, whatever was heard",
+    "SolvedHead": "it writes the head anew at each visit, whatever was heard",
 }
 """Corrections that refuse where others are heard and learned with again, and why."""
 

@@ -34,7 +34,7 @@ NO_NEUTRAL = {
     "FedWeIt": "even without penalties a task has entries of its own",
     "HAT": "even with all units attended to it would multiply them by a sigmoid",
     **dict.fromkeys(("Information", "InputMoments"), "it only summarises, and so is plain training always: checked below"),
-    "ClosedHead": "it says where a head begins; there is no strength to set to zero",
+    "SolvedHead": "it says where a head begins; there is no strength to set to zero",
     "LocalSteps": "it only summarises, and so is plain training always: checked below",
     "Moments": "it only summarises, and so is plain training always: checked below",
     "PackNet": "to keep all weights is to freeze them after the first task",
@@ -63,7 +63,7 @@ KEEP_NOTHING = {
     "PSP": "its keys are drawn by the names of tasks and layers",
     "XdG": "its gates are drawn by the names of tasks and layers",
     **dict.fromkeys(("FedCM", "GHBM"), "it keeps what was absorbed, after the end of a source"),
-    "ClosedHead": "it writes a head from what is learned now",
+    "SolvedHead": "it writes a head from what is learned now",
     "WSM": "it counts the classes of what is learned now",
     "Proximal": "it knows where this learn began, and nothing of earlier sources",
     "Average": "it reads the experts' own answers",
@@ -80,7 +80,7 @@ SATISFIED = {
     ): "replay lowers the loss that the constraint watches, so that it is never violated here",
     ("FromScratch", "GDumb"): "what begins anew begins anew",
     **dict.fromkeys(
-        (("ClosedHead", "GDumb"), ("ClosedHead", "FromScratch")), "what begins anew begins after the head was written"
+        (("SolvedHead", "GDumb"), ("SolvedHead", "FromScratch")), "what begins anew begins after the head was written"
     ),
     ("WSM", "ICaRL"): "that puts its own loss in the place of this one, which comes first",
     ("FedWeIt", "SupSup"): "of what it adds only the sign is left, where SupSup's constants come after it",
@@ -130,7 +130,7 @@ IN_ORDER = {
         "its scores are those of what the other begins with",
     ),
     **dict.fromkeys(
-        (frozenset(("ClosedHead", n)) for n in ("FedWeIt", "FromScratch", "GDumb", "PackNet", "TaLoS")),
+        (frozenset(("SolvedHead", n)) for n in ("FedWeIt", "FromScratch", "GDumb", "PackNet", "TaLoS")),
         "the head that it writes is what the other begins with, or the other way about",
     ),
 }

@@ -156,7 +156,8 @@ class Correction(ABC):  # noqa: B024 (every verb is optional)
     Class attributes: `travels`, whether its items may leave the agent (they are Shared) or are Private; `flat`, groups of
     what it recalls that the step wants as flat vectors; `ends`, whether it must know where a source ends; `neutral`, the values of its fields at which it is plain training
     (it is left out of the step when all hold); `recalls`, whether it needs something known from an earlier learn to act; `constrains`, whether its
-    `rows` are constraints, which need a cone as step aggregator; `widens`, whether its `view` gives entries other shapes: then it comes after all others.
+    `rows` are constraints, which need a cone as step aggregator; `widens`, whether its `view` gives entries other shapes: then it comes after all others;
+    `apart`, the first word of entries `<apart>/<task>/..` that only a learn of their task can move.
     """
 
     travels: ClassVar[bool] = True
@@ -166,6 +167,7 @@ class Correction(ABC):  # noqa: B024 (every verb is optional)
     ends: ClassVar[bool] = False
     constrains: ClassVar[bool] = False
     widens: ClassVar[bool] = False
+    apart: ClassVar[str] = ""
 
     @property
     def name(self) -> str:

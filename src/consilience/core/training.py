@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from consilience.core.errors import ConsilienceError
@@ -27,6 +28,8 @@ class Training:
         device: where to train, such as "cpu" or "cuda:0".
         schedule: of the learning rate over the steps of a visit (of a whole one, where an agent takes a part of them), t from 0 to 1: "constant", "linear" lr (1 - t), or "cosine"
             lr (1 + cos(pi t)) / 2.
+        rates: for entries that match a shell pattern, a factor of the learning rate, as parameter groups do: `{"biases.*": 20.0}`; the first
+            pattern that an entry matches counts, and each should match some trained entry.
     """
 
     epochs: int = 5
@@ -39,6 +42,7 @@ class Training:
     precision: Literal["fp32", "fp64", "bf16"] = "fp32"
     device: str = "cpu"
     schedule: Literal["constant", "linear", "cosine"] = "constant"
+    rates: Mapping[str, float] | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
         for name, low in (("epochs", 0), ("batch_size", 1)):
@@ -57,6 +61,27 @@ class Training:
             raise ConsilienceError(f"`optimiser` should be sgd, adam, adamw or an Optimiser. Found {self.optimiser!r}.")
         if isinstance(self.optimiser, str) and self.optimiser not in ("sgd", "adam", "adamw"):
             raise ConsilienceError(f"`optimiser` should be sgd, adam, adamw or an Optimiser. Found {self.optimiser!r}.")
+
+        for pattern, factor in (self.rates or {}).items():
+            if isinstance(factor, str | bool) or not 0 <= factor < float("inf"):
+                raise ConsilienceError(f"factors of `rates` should be at least 0 and finite. Found {factor!r} for {pattern!r}.")
+
+    def factors(self, names: Sequence[str]) -> dict[str, float] | None:
+        """The factor of the learning rate of each of these entries; None where all go alike.
+
+        >>> Training(rates={"head.*": 0.1}).factors(["body.weight", "head.weight"])
+        {'body.weight': 1.0, 'head.weight': 0.1}
+        """
+        if not self.rates:
+            return None
+        from consilience.core.params import matches
+
+        for pattern in self.rates:
+            if not any(matches(n, [pattern]) for n in names):
+                raise ConsilienceError(
+                    f"each pattern of `rates` should match some trained entry. Found {pattern!r}, and entries such as {', '.join(names[:4])}."
+                )
+        return {n: next((float(f) for p, f in self.rates.items() if matches(n, [p])), 1.0) for n in names}
 
     @property
     def dtype(self) -> torch.dtype:

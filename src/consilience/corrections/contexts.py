@@ -169,6 +169,8 @@ class SupSup(Correction):
     Wortsman et al. 2020.
     """
 
+    apart: ClassVar[str] = "supsup"
+
     keep: float = 0.5
 
     def __post_init__(self) -> None:

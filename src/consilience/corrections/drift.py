@@ -35,6 +35,8 @@ def plain_steps(training: Training) -> str | None:
     inner = training.inner()
     if training.schedule != "constant":
         return f"it counts on one learning rate, and this one goes down ({training.schedule}); train with schedule='constant'"
+    if training.rates:
+        return "it counts on one learning rate for all entries, and `rates` gives some another; train without"
     if isinstance(inner, SGD):
         if not inner.momentum:
             return None

@@ -1,4 +1,4 @@
-"""Heads in closed form: a task's linear head is written from sums over its features, before any step."""
+"""Heads that are solved for: a task's linear head is written from all features of its training data, before any step."""
 
 from __future__ import annotations
 
@@ -21,29 +21,41 @@ ABSENT = -1e9
 
 
 @dataclass(frozen=True)
-class ClosedHead(Correction):
+class SolvedHead(Correction):
     """Writes the head of what is learned from the features psi [N, d] of its training data; steps, where there are any, go on from it.
 
     "ridge": W = (A + ridge tr(A)/d I)^-1 b over the classes of all that is learned together, A = sum (psi - m)(psi - m)^T, b = sum (psi - m)(e_y - p)^T, with
     the means m of features and p of targets, so that the bias p - W^T m is not shrunk.
     "prototype": logits -||psi - mu_c||^2 / (2 s^2) up to what all classes share, w_c = mu_c / s^2 and b_c = -||mu_c||^2 / (2 s^2), mu_c the
     mean of class c and s^2 the mean squared distance to them over d: nearest mean, as a linear head.
+    "logistic": argmin of the mean cross entropy of softmax W^T psi + b, plus ridge v / 2 ||W||^2, v = tr(A) / (N d); convex, by L-BFGS
+    in float64. Steps from it on are linear probing, then fine-tuning (Kumar et al. 2022).
+
+    `ridge` None is 0.1 for "ridge" and 0.01 for "logistic".
+
+    >>> SolvedHead("logistic").strength
+    0.01
     """
 
-    kind: Literal["ridge", "prototype"] = "ridge"
-    ridge: float = 0.1
+    kind: Literal["ridge", "prototype", "logistic"] = "ridge"
+    ridge: float | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in ("ridge", "prototype"):
-            raise ConsilienceError(f"`kind` should be ridge or prototype. Found `kind = {self.kind!r}`.")
-        if not 0 < self.ridge < float("inf"):
+        if self.kind not in ("ridge", "prototype", "logistic"):
+            raise ConsilienceError(f"`kind` should be ridge, prototype or logistic. Found `kind = {self.kind!r}`.")
+        if not 0 < self.strength < float("inf"):
             raise ConsilienceError(f"`ridge` should be positive and finite. Found `ridge = {self.ridge}`.")
+
+    @property
+    def strength(self) -> float:
+        """`ridge`, or its usual value."""
+        return self.ridge if self.ridge is not None else 0.01 if self.kind == "logistic" else 0.1
 
     def refuse(self, facts: Facts) -> str | None:
         if not facts.learns:
             return NO_TRAINING
-        if facts.kind == "value" and self.kind == "prototype":
-            return "values have no class means; use kind='ridge'"
+        if facts.kind == "value" and self.kind != "ridge":
+            return "values have no classes; use kind='ridge'"
         if facts.revisited:
             return "a head that was trained or averaged would be written anew at each visit; use a setting that learns each source once"
         if getattr(facts.model, "norm", None) is not None:
@@ -87,12 +99,31 @@ class ClosedHead(Correction):
             return w, torch.where(count > 0, -(w * mu.T).sum(0) / 2, ABSENT)
         m, p = psi.mean(0), hot.mean(0)
         centred, target = psi - m, hot - p
+        if self.kind == "logistic":
+            w = self.logistic(centred, hot)
+            return w[:-1], w[-1] - m @ w[:-1]
         if d > n:  # the same solution from the n x n side
             gram = centred @ centred.T
-            gram.diagonal().add_(self.ridge * float(gram.trace()) / d or 1.0)
+            gram.diagonal().add_(self.strength * float(gram.trace()) / d or 1.0)
             w = centred.T @ torch.linalg.solve(gram, target)
         else:
             a = centred.T @ centred
-            a.diagonal().add_(self.ridge * float(a.trace()) / d or 1.0)
+            a.diagonal().add_(self.strength * float(a.trace()) / d or 1.0)
             w = torch.linalg.solve(a, centred.T @ target)
         return w, p - m @ w
+
+    def logistic(self, centred: Tensor, hot: Tensor) -> Tensor:
+        """W over b [d + 1, classes] for centred features [N, d]."""
+        pull = self.strength * float(centred.square().mean()) / 2
+        w = centred.new_zeros(centred.shape[1] + 1, hot.shape[1]).requires_grad_()
+        solver = torch.optim.LBFGS([w], max_iter=500, tolerance_grad=1e-7, tolerance_change=1e-12, line_search_fn="strong_wolfe")
+
+        def loss() -> float:
+            solver.zero_grad()
+            with torch.enable_grad():
+                out = F.cross_entropy(centred @ w[:-1] + w[-1], hot) + pull * w[:-1].square().sum()
+            out.backward()
+            return float(out.detach())
+
+        solver.step(loss)
+        return w.detach()

@@ -309,6 +309,7 @@ class Stack:
                 trained = {n: sum((pull[n] for pull in pulls), start=g) for n, g in grads.items()}
             new: dict[tuple[str, ...], Tensor] = {("buffer", n): b for n, b in new_buffers.items()}
             directions: Params = {}
+            factors = training.factors(layout.names)
             for n in layout.names:
                 old = {k: state["optimiser", k, n] if k in self.vectors else t for k, t in optimiser.items()}
                 old |= {k: state["optimiser", k, n] for k in self.vectors}
@@ -321,6 +322,8 @@ class Stack:
                 if n in absent:
                     direction = torch.zeros_like(direction)
                 directions[n] = direction.masked_fill(factor[n] == 0, 0) if masks else direction
+                if factors is not None:
+                    directions[n] = directions[n] * factors[n]
                 constant = training.schedule == "constant"
                 new["leaf", n] = (
                     torch.add(leaves[n], directions[n], alpha=-lr)

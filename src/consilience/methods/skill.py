@@ -20,7 +20,7 @@ def skill(
     images: int = 0,
     rank: int = 0,
     reject: float = 0.0,
-    head: Literal["trained", "ridge", "prototype"] = "trained",
+    head: Literal["trained", "lp_ft", "logistic", "ridge", "prototype"] = "trained",
     reuse: Literal["name", "features"] | None = None,
 ) -> Method:
     """Heads (and biases) on a frozen backbone are learned apart, shared in a bank, and an anchor of each task routes inputs to them.
@@ -38,7 +38,8 @@ def skill(
         images: of "mahalanobis": images of each class that are shared for the covariance (the paper: 5); 0 shares sums instead.
         rank: of "mahalanobis": factors of a task's scatter that are shared instead of the whole; 0 is the whole.
         reject: the share of a task's own validation examples that may be called unknown; 0: every input belongs to a task.
-        head: trained by steps, or in closed form without any ("ridge", "prototype").
+        head: trained by steps; "lp_ft": solved for by logistic regression on the backbone's features, and then trained with the rest (linear
+            probing, then fine-tuning); or solved for and not trained ("logistic", "ridge", "prototype").
         reuse: a new head begins with the rows of similar classes learned before, by their "name" or by "features".
     """
     from consilience import mappers
@@ -46,7 +47,7 @@ def skill(
     from consilience.core.errors import ConsilienceError, unknown
     from consilience.core.method import Method
     from consilience.corrections.reuse import HeadReuse
-    from consilience.corrections.solved import ClosedHead
+    from consilience.corrections.solved import SolvedHead
 
     made: dict[str, Callable[[], Mapper]] = {
         "gaussian_mixture": lambda: mappers.gaussian_mixture(components, prior, reject=reject),
@@ -63,12 +64,14 @@ def skill(
             raise ConsilienceError(f"`{name}` should be 0 for another mapper than mahalanobis. Found `{name} = {value!r}`.")
     if reject and mapper in ("min_entropy", "oracle"):
         raise ConsilienceError(f"`reject` should be 0 for a mapper without anchors. Found `reject = {reject!r}` for {mapper!r}.")
-    if head not in ("trained", "ridge", "prototype"):
-        raise unknown("head", head, ("trained", "ridge", "prototype"))
+    heads = ("trained", "lp_ft", "logistic", "ridge", "prototype")
+    if head not in heads:
+        raise unknown("head", head, heads)
     if head != "trained" and reuse:
         raise ConsilienceError(
-            f"`reuse` should be None where no head is trained. Found `head = {head!r}` and `reuse = {reuse!r}`."
+            f"`reuse` should be None where a head is solved for. Found `head = {head!r}` and `reuse = {reuse!r}`."
         )
-    parts = (HeadReuse(reuse),) if reuse else () if head == "trained" else (ClosedHead(head),)
-    fixed = {} if head == "trained" else {"epochs": 0}
+    solved = SolvedHead("logistic" if head == "lp_ft" else head) if head != "trained" else None
+    parts = (HeadReuse(reuse),) if reuse else (solved,) if solved else ()
+    fixed = {} if head in ("trained", "lp_ft") else {"epochs": 0}
     return Method("skill", parts, consolidator=Experts(), mapper=made[mapper](), fixed=fixed)

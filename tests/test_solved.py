@@ -74,9 +74,9 @@ def test_the_logistic_head_is_scikit_learns(width, ridge):
     _, psi, w, b = learned("logistic", s, width, ridge)
     pull = (0.01 if ridge is None else ridge) * (psi - psi.mean(0)).var(0).mean()
     own = LogisticRegression(C=1 / (90 * pull), tol=1e-10, max_iter=10_000).fit(psi.astype(float), y.numpy())
-    np.testing.assert_allclose(w.numpy(), own.coef_, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(w.numpy(), own.coef_, rtol=1e-3, atol=1e-4)
     shift = b.numpy() - own.intercept_  # a number for all classes changes no probability
-    np.testing.assert_allclose(shift, shift.mean() * np.ones(3), atol=1e-4)
+    np.testing.assert_allclose(shift, shift.mean() * np.ones(3), atol=1e-3)
 
 
 def test_lp_ft_begins_at_the_logistic_head_and_trains_the_biases():

@@ -274,10 +274,8 @@ class Agent:
                 )
                 params, me.private = self.ledger.measure(kind, lambda c=c, b=beginning: c.begin(b))  # type: ignore[misc]
                 begun.append(kind)
-        apart = tuple(f"{c.apart}/" for c in self.method.active if c.apart)
-        its = tuple(f"{a}{s.task}/" for a in apart for s in given)
-        still = {n for n in params if model.frozen(n) or (n.startswith(apart) and not n.startswith(its))}
-        trainable = {n: p for n, p in params.items() if n not in still and p.is_floating_point()}
+        still = {n for c, _ in mes if overrides(c, "still") for n in c.still(model, params, given)}
+        trainable = {n: p for n, p in params.items() if n not in still and not model.frozen(n) and p.is_floating_point()}
         fixed = {n: p.to(self.device) for n, p in params.items() if n not in trainable}
         layout = Layout.of(trainable, dtype, self.device)
         theta = layout.flatten(trainable)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -156,8 +156,7 @@ class Correction(ABC):  # noqa: B024 (every verb is optional)
     Class attributes: `travels`, whether its items may leave the agent (they are Shared) or are Private; `flat`, groups of
     what it recalls that the step wants as flat vectors; `ends`, whether it must know where a source ends; `neutral`, the values of its fields at which it is plain training
     (it is left out of the step when all hold); `recalls`, whether it needs something known from an earlier learn to act; `constrains`, whether its
-    `rows` are constraints, which need a cone as step aggregator; `widens`, whether its `view` gives entries other shapes: then it comes after all others;
-    `apart`, the first word of entries `<apart>/<task>/..` that only a learn of their task can move.
+    `rows` are constraints, which need a cone as step aggregator; `widens`, whether its `view` gives entries other shapes: then it comes after all others.
     """
 
     travels: ClassVar[bool] = True
@@ -167,7 +166,6 @@ class Correction(ABC):  # noqa: B024 (every verb is optional)
     ends: ClassVar[bool] = False
     constrains: ClassVar[bool] = False
     widens: ClassVar[bool] = False
-    apart: ClassVar[str] = ""
 
     @property
     def name(self) -> str:
@@ -191,6 +189,10 @@ class Correction(ABC):  # noqa: B024 (every verb is optional)
     def begin(self, start: Beginning) -> tuple[Params, Mapping[str, Tensor]]:
         """Before training: params (entries may be added on the first visit, or begin elsewhere) and private tensors of this learn."""
         return start.params, {}
+
+    def still(self, model: Model, params: Params, sources: tuple[Source, ...]) -> Collection[str]:
+        """Entries that a learn of these sources never moves: they stay out of theta, and cost nothing."""
+        return ()
 
     def recall(self, memory: Memory, sources: tuple[Source, ...]) -> Any:
         """What is known at the start of a learn, or None; once per learn. Default: the sum of the statistics of all other sources."""

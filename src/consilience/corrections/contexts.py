@@ -139,14 +139,16 @@ class XdG(Correction):
 
 
 class TopK(torch.autograd.Function):
-    """1 for the k largest of a tensor, by rank, 0 for its others; the gradient goes straight through."""
+    """1 for the k largest of a tensor (of equal ones the first), 0 for its others; the gradient goes straight through."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(scores: Tensor, k: int) -> Tensor:
-        chosen = scores.reshape(-1).argsort(descending=True, stable=True)[:k]
-        return torch.zeros_like(scores).reshape(-1).index_fill(0, chosen, 1).view(scores.shape)
+        flat = scores.reshape(-1)
+        least = flat.kthvalue(flat.shape[0] - k + 1).values
+        more, same = flat > least, flat == least
+        return (more | (same & (same.cumsum(0) <= k - more.sum()))).to(scores).view(scores.shape)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None:
@@ -168,8 +170,6 @@ class SupSup(Correction):
     Without a task, and for an unknown one, the masks are averaged.
     Wortsman et al. 2020.
     """
-
-    apart: ClassVar[str] = "supsup"
 
     keep: float = 0.5
 
@@ -236,6 +236,11 @@ class SupSup(Correction):
             if b is not None:
                 new[b] = torch.zeros_like(params[b])
         return new
+
+    def still(self, model: Model, params: Params, sources: tuple[Source, ...]) -> set[str]:
+        """The scores of other tasks."""
+        its = tuple(f"supsup/{s.task}/" for s in sources)
+        return {n for n in params if n.startswith("supsup/") and not n.startswith(its)}
 
     def mask(self, step: StepView, me: Me) -> Tensor:
         """No shared entry of the model moves; scores do."""

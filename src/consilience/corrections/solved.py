@@ -100,8 +100,8 @@ class SolvedHead(Correction):
         m, p = psi.mean(0), hot.mean(0)
         centred, target = psi - m, hot - p
         if self.kind == "logistic":
-            w = self.logistic(centred, hot)
-            return w[:-1], w[-1] - m @ w[:-1]
+            w, b = self.logistic(centred, hot)
+            return w, b - m @ w
         if d > n:  # the same solution from the n x n side
             gram = centred @ centred.T
             gram.diagonal().add_(self.strength * float(gram.trace()) / d or 1.0)
@@ -112,18 +112,23 @@ class SolvedHead(Correction):
             w = torch.linalg.solve(a, centred.T @ target)
         return w, p - m @ w
 
-    def logistic(self, centred: Tensor, hot: Tensor) -> Tensor:
-        """W over b [d + 1, classes] for centred features [N, d]."""
+    def logistic(self, centred: Tensor, hot: Tensor) -> tuple[Tensor, Tensor]:
+        """W [d, classes] and b [classes] for centred features [N, d]: W = V W' for the min(N, d) directions V [d, r] in which these vary."""
         pull = self.strength * float(centred.square().mean()) / 2
-        w = centred.new_zeros(centred.shape[1] + 1, hot.shape[1]).requires_grad_()
-        solver = torch.optim.LBFGS([w], max_iter=500, tolerance_grad=1e-7, tolerance_change=1e-12, line_search_fn="strong_wolfe")
+        u, sizes, v = torch.linalg.svd(centred, full_matrices=False)
+        there = sizes > sizes[:1] * 1e-10
+        z, v = u[:, there] * sizes[there], v[there]
+        w = z.new_zeros(z.shape[1] + 1, hot.shape[1]).requires_grad_()
+        solver = torch.optim.LBFGS(
+            [w], max_iter=500, history_size=20, tolerance_grad=1e-6, tolerance_change=1e-12, line_search_fn="strong_wolfe"
+        )
 
         def loss() -> float:
             solver.zero_grad()
             with torch.enable_grad():
-                out = F.cross_entropy(centred @ w[:-1] + w[-1], hot) + pull * w[:-1].square().sum()
+                out = F.cross_entropy(z @ w[:-1] + w[-1], hot) + pull * w[:-1].square().sum()
             out.backward()
             return float(out.detach())
 
         solver.step(loss)
-        return w.detach()
+        return v.T @ w[:-1].detach(), w[-1].detach()

@@ -246,14 +246,14 @@ def other(work: tuple[str, int, int, int]) -> dict[str, Any]:
     found: dict[str, float] = {}
     for e in (1, 5, 15):
         method = cs.methods.skill("mahalanobis", reuse=None if how == "random" else how)  # type: ignore[arg-type]
-        schedule = cs.settings.skill([[s], [first]], scenario="task")
+        schedule = cs.settings.skill([[first], [s]], scenario="task", joins={1: 2})
         learner = cs.skill.newcomer(schedule, method, model, cs.Training(epochs=e, **ADAM))
         cs.skill.give(learner, before.agent.state.bank)
         job = learner.prepare([s.name])
         for _ in job.run(learner.ledger):
             pass
         learner.finish(job)
-        x, y = schedule.sources[0].test.whole()
+        x, y = schedule.sources[1].test.whole()
         found[str(e)] = float((learner.predict(x, s.task).argmax(1) == y).double().mean())
     return {"by epochs": found}
 
@@ -352,13 +352,13 @@ def discriminant(sources: Sequence[Source], strengths: Sequence[float]) -> dict[
     parts = {p: [getattr(s, p).whole() for s in sources] for p in ("train", "validation", "test")}
     x, y = (torch.cat([e[i] for e in parts["train"]]) for i in (0, 1))
     x, hot = x.double(), torch.nn.functional.one_hot(y).double()
-    mu = hot.T @ x / hot.sum(0)[:, None]
+    mu = hot.T @ x / hot.sum(0)[:, None].clamp_min(1)
     spread, d = (x - mu[y]).T @ (x - mu[y]) / len(x), x.shape[1]
     tried = {}
     for s in strengths:
         shrunk = (1 - s) * spread + s * spread.trace() / d * torch.eye(d, dtype=torch.float64)
         w = torch.linalg.solve(shrunk, mu.T)
-        b = -0.5 * (mu.T * w).sum(0)
+        b = (-0.5 * (mu.T * w).sum(0)).masked_fill(hot.sum(0) == 0, -torch.inf)
         score = {
             p: [float(((a.double() @ w + b).argmax(1) == t).double().mean()) for a, t in parts[p]] for p in ("validation", "test")
         }

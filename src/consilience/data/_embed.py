@@ -244,7 +244,7 @@ class Store:
 
 
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """A file whole or not at all, also where several processes write it."""
+    """A file whole or not at all, also where several processes write it at once, which `core.params.save` does not allow for."""
     from safetensors.torch import save_file
 
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")

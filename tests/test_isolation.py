@@ -15,7 +15,7 @@ from consilience.core.message import Message, Module
 from consilience.core.params import Layout, key, same
 from consilience.core.source import Source, Tensors
 from consilience.corrections.anatomy import anatomy
-from consilience.corrections.contexts import SupSup, gates, pack, signs, unpack
+from consilience.corrections.contexts import SupSup, TopK, gates, pack, signs, unpack
 from consilience.corrections.isolation import HAT, PackNet
 from restate import stopped
 
@@ -327,6 +327,21 @@ def test_a_key_of_ones_is_plain_and_keys_multiply_inputs():
     assert not ones.active and same(ones.view(params, "a", Me(model=model)), params)
     assert same(go(cs.methods.psp(0.0)).params, go(cs.methods.finetune()).params)
     assert same(go(cs.methods.xdg(0.0)).params, go(cs.methods.finetune()).params)
+
+
+def test_scores_of_other_tasks_stay_out_of_theta():
+    r = cs.run(cs.settings.continual(SOURCES, "task"), cs.methods.supsup(), mlp(), cs.Training(epochs=1))
+    job = r.agent.prepare([SOURCES[1].name])
+    names = (*LAYERS, "5.weight")
+    assert {n for n in job.layout.names if n.startswith("supsup/")} == {f"supsup/s/1/{n}" for n in names}
+    assert {f"supsup/s/{i}/{n}" for i in (0, 2) for n in names} <= set(job.fixed)
+
+
+@pytest.mark.parametrize("k", [1, 3, 7, 10])
+def test_the_k_largest_are_those_of_a_stable_sort(k):
+    scores = torch.tensor([[2.0, 1.0, 2.0, 0.0, 1.0], [1.0, 3.0, 1.0, 0.0, 2.0]])
+    chosen = scores.view(-1).sort(descending=True, stable=True).indices[:k]
+    assert TopK.apply(scores, k).view(-1).nonzero()[:, 0].tolist() == chosen.sort().values.tolist()
 
 
 def test_supsup_is_its_restatement():

@@ -24,7 +24,7 @@ from consilience.core.state import State, decode_state, encode_state
 
 ROWS = pytest.mark.parametrize("row", list(kit.ROWS))
 VERBS = (
-    "gather", "begin", "recall", "caution", "sample", "view", "outputs", "losses", "rows", "penalty", "pull", "mask", "trace_init",
+    "gather", "begin", "still", "recall", "caution", "sample", "view", "outputs", "losses", "rows", "penalty", "pull", "mask", "trace_init",
     "trace", "summarise", "heard", "trim", "route",
 )  # fmt: skip
 SPEAK = ("federated_continual", "skill", "exmodel", "merging")

@@ -673,3 +673,15 @@ def test_what_does_not_work_on_a_vector_is_refused(name):
     if hasattr(torch.optim, name):
         with pytest.raises(cs.ConsilienceError, match=f"torch.optim.{name} should take a vector"):
             Torch(name)
+
+
+@pytest.mark.parametrize(
+    ("more", "says"), [({"schedule": "linear"}, "goes down"), ({"rates": {"*.bias": 2.0}}, "gives some another")]
+)
+@pytest.mark.parametrize("method", ["scaffold", "fedcm", "ghbm"])
+def test_methods_that_count_on_one_learning_rate_say_so(method, more, says):
+    parts = cs.data.iid(cs.data.digits(), 2)
+    with pytest.warns(UserWarning, match=says):
+        cs.run(
+            cs.settings.federated(parts, 2), getattr(cs.methods, method)(), cs.models.linear(64), cs.Training(epochs=1, **more)
+        )

@@ -8,7 +8,7 @@ LLL: a linear head a task (Adam, lr .001, 30 epochs on kept features), an anchor
 layers (LAST of them; the head begins as the logistic one, `head="lp_ft"`; Adam, lr .001 falling linearly, that of biases FACTORS times as large as
 the validation parts of MNIST-M and Balinese choose, BB_EPOCHS epochs on images), every agent in a process of its own that tells a bank file. "+ H2T" is Head2Toe on these biases, the top 1 % with a 3 x 3 grid (`models.head2toe`).
 Baselines train a linear head on the same kept features (PSP, SupSup, and all that are told the task, where linear heads would share nothing: a hidden
-layer of 256; without labels it lowers ER from 62.0 to 44.5, and 512 to 58.2), Adam lr .001, 10 epochs a task, one agent,
+layer of 256; without labels it makes ER and the penalties weaker), Adam lr .001, 10 epochs a task, one agent,
 the tasks in order (30 epochs for the joint probe, as for LLL's heads); their strength is chosen from three or four by the *validation* parts of the first five tasks. Test data choose nothing.
 Timm is needed (`consilience[vision]`): CONSILIENCE_DATA=.. python benchmarks/skill.py [--full] [--quick] [--parts FOLDER].
 """
@@ -39,9 +39,10 @@ import torch
 from torch import Tensor
 
 import consilience as cs
-from common import RESULTS, save
+from common import RESULTS, machine, save
 from consilience.core.correction import Routing
 from consilience.core.message import Module
+from consilience.core.params import write_json
 from consilience.core.source import Source
 from consilience.merging._diagnose import draw
 from consilience.report._svg import lines_chart
@@ -135,13 +136,9 @@ def remembered(work_of: Callable[[Any], dict[str, Any]]) -> Callable[[Any], dict
             return work_of(work)
         digest = hashlib.blake2b(json.dumps([work_of.__name__, work]).encode(), digest_size=12).hexdigest()
         path = Path(folder) / f"{work_of.__name__}-{digest}.json"
-        if path.exists():
-            return {**json.loads(path.read_text()), "remembered": True}
-        found = json.loads(json.dumps(work_of(work)))
-        new = path.with_suffix(f".{os.getpid()}")
-        new.write_text(json.dumps(found))
-        new.replace(path)
-        return found  # type: ignore[no-any-return]
+        if not path.exists():
+            write_json(path, work_of(work))
+        return json.loads(path.read_text())  # type: ignore[no-any-return]
 
     return done
 
@@ -158,14 +155,19 @@ def agent(work: tuple[int, int, int, int, float, int, float, str]) -> dict[str, 
     began = time.process_time()
     r = cs.run(cs.settings.skill([[few]]), cs.methods.skill("mahalanobis", head="lp_ft"), model, training)
     cs.skill.save_bank(r.agent, path)
-    right = [float(r.agent.predict(x, s.task).argmax(1).eq(remap(few, r, y)).double().mean()) for x, y in [s.validation.whole()]]
-    return {"macs": r.costs["macs"], "seconds": time.process_time() - began, "validation": right[0]}
+    return {
+        "macs": r.costs["macs"],
+        "seconds": time.process_time() - began,
+        "validation": hits(r.agent, s, "validation", s.task),
+    }
 
 
-def remap(s: Source, r: Any, y: Tensor) -> Tensor:
-    """Targets of a source in the frame of a run."""
-    where = {label: i for i, label in enumerate(r.agent.frame.labels)}
-    return torch.tensor([where[s.labels[int(c)]] for c in y])
+def hits(agent: Any, s: Source, part: str, task: str | None = None) -> float:
+    """How much of a part of a source an agent answers right, whose frame has other columns."""
+    x, y = getattr(s, part).whole()
+    where = {label: i for i, label in enumerate(agent.frame.labels)}
+    wanted = torch.tensor([where[s.labels[int(c)]] for c in y])
+    return float((agent.predict(x, task).argmax(1) == wanted).double().mean())
 
 
 @remembered
@@ -255,8 +257,7 @@ def other(work: tuple[str, int, int, int]) -> dict[str, Any]:
         for _ in job.run(learner.ledger):
             pass
         learner.finish(job)
-        x, y = schedule.sources[1].test.whole()
-        found[str(e)] = float((learner.predict(x, s.task).argmax(1) == y).double().mean())
+        found[str(e)] = hits(learner, s, "test", s.task)
     return {"by epochs": found}
 
 
@@ -376,7 +377,9 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="a try of every part at small sizes, written to a temporary folder")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
-    parser.add_argument("--parts", type=Path, help="a folder that keeps what is done, and from which a stopped run goes on")
+    parser.add_argument(
+        "--parts", type=Path, help="a folder that keeps what is done, by commit, and from which a stopped run goes on"
+    )
     chosen = parser.parse_args()
     size, train, test, epochs, last = SIZE, TRAIN, TEST, BB_EPOCHS, 0.5
     if chosen.full:
@@ -386,9 +389,11 @@ def main() -> None:
     into = Path(tempfile.mkdtemp()) if chosen.quick else RESULTS
     quiet()
     sizes, began, out = (size, train, test), time.time(), []
-    if chosen.parts:
-        chosen.parts.mkdir(parents=True, exist_ok=True)
-        os.environ[PARTS] = str(chosen.parts.absolute())
+    parts_of = chosen.parts and chosen.parts.absolute() / machine()["commit"]
+    if parts_of:
+        parts_of.mkdir(parents=True, exist_ok=True)
+        os.environ[PARTS] = str(parts_of)
+    again = len(list(parts_of.glob("*.json"))) if parts_of else 0
     facts: dict[str, Any] = {"size": size, "train": train, "test": test, "bb_epochs": epochs, "last": last}
 
     def step(what: str) -> None:
@@ -399,7 +404,7 @@ def main() -> None:
     step("read")
     trunk = backbone(size)
     with ProcessPoolExecutor(chosen.workers, get_context("spawn")) as pool, tempfile.TemporaryDirectory() as scratch:
-        folder = str(chosen.parts) if chosen.parts else scratch
+        folder = str(parts_of or scratch)
         # agents with biases, each in a process of its own, the longest first
         longest = sorted(range(len(images)), key=lambda i: -len(images[i].train))
 
@@ -506,11 +511,7 @@ def main() -> None:
         ridge = {}
         for strength in (10.0, 100.0, 1000.0):
             r = cs.run(cs.settings.federated(sources, 1), cs.methods.fed3r(strength), cs.models.linear(d, classes), HEADS)
-            held = [(s, *s.validation.whole()) for s in sources]
-            ridge[strength] = (
-                mean([float((r.agent.predict(x).argmax(1) == remap(s, r, y)).double().mean()) for s, x, y in held]),
-                r,
-            )
+            ridge[strength] = (mean([hits(r.agent, s, "validation") for s in sources]), r)
         strength = max(ridge, key=lambda s: ridge[s][0])
         framed = lab.sources
         lda = discriminant(framed, (0.03, 0.1, 0.3))
@@ -545,8 +546,7 @@ def main() -> None:
         parts = [0.25, 0.5, 1.0]
         layers = {(i, p): tried[i, factor] if p == last else learns(i, p, factor) for p in parts for i in TRIED}
         partial = {k: p.result() for k, p in layers.items()}
-        bare = {i: float((runs["MAHA"].agent.predict(x, lab.sources[i].task).argmax(1) == y).double().mean())
-                for i in TRIED for x, y in [lab.sources[i].validation.whole()]}  # fmt: skip
+        bare = {i: hits(runs["MAHA"].agent, sources[i], "validation", sources[i].task) for i in TRIED}
         step("parts of the layers")
 
     for (n, sc), r in done.items():
@@ -794,7 +794,6 @@ def main() -> None:
     facts |= {"scores": score, "statistics": learners, "unknown": unknown, "mapper at the end": at_end, "hit": float(hit.double().mean()),
               "with labels": {r[0]: r[1] for r in told_rows}, "corrected": mean(fair)}  # fmt: skip
     step("all")
-    again = sum(bool(r.get("remembered")) for r in (*told.values(), *toed.values(), *done.values(), *side.values()))
     out += [
         "Minutes since the start: "
         + ", ".join(f"{k} {v}" for k, v in facts["minutes"].items())

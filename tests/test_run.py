@@ -657,6 +657,19 @@ def test_entries_have_learning_rates_of_their_own(optimiser: str, engine: str) -
     assert all(torch.allclose(got[n], p, atol=1e-12) for n, p in leaves.items())
 
 
+def test_a_penalty_is_capped_by_the_rate_of_each_entry() -> None:
+    """A quarter of the lr and four times the rate are the same training, cap and warning of EWC included."""
+    tasks = cs.data.permute(cs.data.digits(), 2)
+    found = []
+    for lr, rates in ((0.2, None), (0.05, {"*": 4.0})):
+        training = cs.Training(epochs=1, lr=lr, rates=rates, precision="fp64")
+        with pytest.warns(UserWarning, match=r"are capped at 1") as said:
+            r = cs.run(cs.settings.continual(tasks, "domain"), cs.methods.ewc(strength=1e4), cs.models.linear(64), training)
+        found.append((r.params, [str(w.message) for w in said]))
+    assert found[0][1] == found[1][1]
+    assert all(torch.allclose(p, found[1][0][n], rtol=1e-9, atol=1e-12) for n, p in found[0][0].items())
+
+
 @pytest.mark.parametrize(
     ("rates", "text"),
     [

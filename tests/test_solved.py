@@ -119,7 +119,7 @@ def test_what_cannot_be_solved_is_refused():
     with pytest.raises(cs.ConsilienceError, match=r"`ridge` should be positive and finite. Found `ridge = 0"):
         SolvedHead(ridge=0)
     same = replace(source(0), train=Tensors(torch.ones(6, 8, dtype=torch.float64), torch.tensor([0, 1] * 3)))
-    for kind in ("ridge", "prototype"):
+    for kind in ("ridge", "prototype", "logistic"):
         _, _, w, b = learned(kind, same)
         assert torch.isfinite(w).all() and torch.isfinite(b).all(), "features that do not vary"
 

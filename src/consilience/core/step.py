@@ -81,9 +81,7 @@ class Step:
         self.saying = {c.name for c, _ in self.by_verb["penalty"] if says_pull(c)}
         for c, me in self.by_verb["trace"]:
             me.trace = c.trace_init(carry.theta)
-        factors = training.factors(layout.names)
-        every = dict(zip(layout.names, layout.shapes, strict=True))
-        self.factors = None if factors is None else layout.flatten({n: torch.full(every[n], f) for n, f in factors.items()})
+        self.factors = training.factors(layout)
         self.shared = torch.ones(layout.size, dtype=torch.bool, device=layout.device)
         for name in layout.names:
             if model.task_of(name) is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -10,6 +10,8 @@ from consilience.core.errors import ConsilienceError
 
 if TYPE_CHECKING:
     import torch
+
+    from consilience.core.params import Layout
 
 
 @dataclass(frozen=True)
@@ -61,27 +63,34 @@ class Training:
             raise ConsilienceError(f"`optimiser` should be sgd, adam, adamw or an Optimiser. Found {self.optimiser!r}.")
         if isinstance(self.optimiser, str) and self.optimiser not in ("sgd", "adam", "adamw"):
             raise ConsilienceError(f"`optimiser` should be sgd, adam, adamw or an Optimiser. Found {self.optimiser!r}.")
-
         for pattern, factor in (self.rates or {}).items():
             if isinstance(factor, str | bool) or not 0 <= factor < float("inf"):
                 raise ConsilienceError(f"factors of `rates` should be at least 0 and finite. Found {factor!r} for {pattern!r}.")
 
-    def factors(self, names: Sequence[str]) -> dict[str, float] | None:
-        """The factor of the learning rate of each of these entries; None where all go alike.
+    def factors(self, layout: Layout) -> torch.Tensor | None:
+        """What `rates` multiplies the learning rate of each trained number by [n]; None where all go alike.
 
-        >>> Training(rates={"head.*": 0.1}).factors(["body.weight", "head.weight"])
-        {'body.weight': 1.0, 'head.weight': 0.1}
+        >>> import torch
+        >>> from consilience.core.params import Layout
+        >>> Training(rates={"head.*": 0.5}).factors(Layout.of({"body.w": torch.zeros(2), "head.w": torch.zeros(1)}))
+        tensor([1.0000, 1.0000, 0.5000])
         """
         if not self.rates:
             return None
+        import torch
+
         from consilience.core.params import matches
 
-        for pattern in self.rates:
-            if not any(matches(n, [pattern]) for n in names):
+        found = torch.ones(layout.size, dtype=layout.dtype, device=layout.device)
+        for pattern, factor in reversed(list(self.rates.items())):  # the first that matches counts
+            named = [n for n in layout.names if matches(n, [pattern])]
+            if not named:
                 raise ConsilienceError(
-                    f"each pattern of `rates` should match some trained entry. Found {pattern!r}, and entries such as {', '.join(names[:4])}."
+                    f"each pattern of `rates` should match some trained entry. Found {pattern!r}, and entries such as {', '.join(layout.names[:4])}."
                 )
-        return {n: next((float(f) for p, f in self.rates.items() if matches(n, [p])), 1.0) for n in names}
+            for n in named:
+                found[layout.span(n)] = factor
+        return found
 
     @property
     def dtype(self) -> torch.dtype:

@@ -148,7 +148,9 @@ class FedWeIt(Correction):
         layout, earlier, warning = me.layout, self.earlier(me.layout.names, me), None
         if not earlier or not self.drift:
             return {}, None
-        strength, most = self.drift, 1 / (2 * training.lr * (1 + len(earlier)))
+        rates = training.factors(layout)
+        lr = training.lr * (1 if rates is None else float(rates.max().clamp_min(1)))
+        strength, most = self.drift, 1 / (2 * lr * (1 + len(earlier)))
         if isinstance(training.inner(), SGD) and strength > most:
             strength = most
             warning = (

@@ -54,19 +54,21 @@ class Quadratic(Correction):
         return torch.mul(me.flat["precision"], step.theta).sub_(me.flat["shift"]), self.strength
 
     def caution(self, me: Me, training: Training) -> tuple[dict[str, Tensor], str | None]:
-        """Cap the precision at 1 / (lr x strength) for SGD, around the same centre: a larger one would overshoot, and above 2 diverge."""
+        """Cap the precision at 1 / (lr x strength), lr being that of each entry, for SGD, around the same centre: a larger one would overshoot, and above 2 diverge."""
         from consilience.core.optimiser import SGD
 
         if "precision" not in me.flat or not isinstance(training.inner(), SGD):
             return me.flat, None
         most = 1 / (training.lr * self.strength)
-        precision = me.flat["precision"]
-        over = int((precision > most).sum())
+        assert me.layout is not None
+        rates, precision = training.factors(me.layout), me.flat["precision"]
+        steep = precision if rates is None else precision * rates
+        over = int((steep > most).sum())
         if not over:
             return me.flat, None
-        factor = torch.where(precision > most, most / precision.clamp_min(most), 1.0)
+        factor = torch.where(steep > most, most / steep.clamp_min(most), 1.0)
         return {"precision": precision * factor, "shift": me.flat["shift"] * factor}, (
-            f"lr x strength x precision is up to {float(precision.max()) / most:.3g}, and above 2 training diverges; "
+            f"lr x strength x precision is up to {float(steep.max()) / most:.3g}, and above 2 training diverges; "
             f"{over} of {len(precision)} entries are capped at 1"
         )
 

@@ -259,6 +259,7 @@ class Stack:
         """The step of one agent: (its state, constants, data) -> its state."""
         names, layout, step, training = list(self.state), self.layout, self.step, self.training
         absent = set(step.absent)
+        factors = None if step.factors is None else layout.split(step.factors)
         device = layout.device
 
         def flat(entries: Mapping[str, Tensor]) -> Tensor:
@@ -309,7 +310,6 @@ class Stack:
                 trained = {n: sum((pull[n] for pull in pulls), start=g) for n, g in grads.items()}
             new: dict[tuple[str, ...], Tensor] = {("buffer", n): b for n, b in new_buffers.items()}
             directions: Params = {}
-            factors = training.factors(layout.names)
             for n in layout.names:
                 old = {k: state["optimiser", k, n] if k in self.vectors else t for k, t in optimiser.items()}
                 old |= {k: state["optimiser", k, n] for k in self.vectors}

@@ -60,8 +60,10 @@ class Quadratic(Correction):
         if "precision" not in me.flat or not isinstance(training.inner(), SGD):
             return me.flat, None
         most = 1 / (training.lr * self.strength)
-        assert me.layout is not None
-        rates, precision = training.factors(me.layout), me.flat["precision"]
+        rates, precision = None, me.flat["precision"]
+        if training.rates:
+            assert me.layout is not None
+            rates = training.factors(me.layout)
         steep = precision if rates is None else precision * rates
         over = int((steep > most).sum())
         if not over:

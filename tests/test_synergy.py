@@ -103,8 +103,12 @@ def test_an_encoder_may_be_a_function():
 
 
 def test_an_encoder_that_is_not_there_is_named():
-    rule = "local files. Found '/nowhere'" if importlib.util.find_spec("sentence_transformers") else r"consilience\[text\]"
+    rule = "local files. Found 'nobodys-model'" if importlib.util.find_spec("sentence_transformers") else r"consilience\[text\]"
     with pytest.raises(cs.ConsilienceError, match=rule):
+        cs.skill.similarities(["a"], ["b"], "nobodys-model")
+    with pytest.raises(
+        cs.ConsilienceError, match=r"should be a folder of a sentence-transformers model. Found none at /nowhere\."
+    ):
         cs.skill.similarities(["a"], ["b"], "/nowhere")
 
 

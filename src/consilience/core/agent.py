@@ -551,7 +551,7 @@ class Agent:
     @torch.no_grad()
     def predict(self, x: Tensor, task: str | None = None) -> Tensor:
         """Class probabilities (or values) [B, classes of the frame]: sum over experts of route weight x softmax(expert); a row of
-        zeros where the mapper says that no expert knows the input."""
+        zeros where the mapper says that no expert knows the input. Raises ConsilienceError for a `task` that nobody has."""
         return self._predict(x, task)[0]
 
     @torch.no_grad()
@@ -570,6 +570,12 @@ class Agent:
         params = {n: p.to(self.device) for n, p in state.params.items()}
         buffers = {n: b.to(self.device) for n, b in state.buffers.items()}
         choices = self.choices()
+        if (
+            task is not None and task not in self.frame.tasks
+        ):  # those of modules that were heard, and of tests that nobody teaches
+            known = {*self.frame.tasks, *(t for *_, t, _, _ in choices if t), *(s.task for s in self.schedule.judged if s.task)}
+            if task not in known:
+                raise unknown("task", task, known, "the schedule's tasks")
         if not choices:
             columns = self.frame.tasks.get(task) if task is not None else None
             return self._probabilities(params, buffers, x, task, columns, classes), None, []

@@ -28,7 +28,7 @@ def kind_of(value: object) -> str:
     return text if len(text) <= 30 and "\n" not in text and " at 0x" not in text else f"a {type(value).__name__}"
 
 
-def unknown(kind: str, name: str, known: Iterable[str]) -> ConsilienceError:
+def unknown(kind: str, name: str, known: Iterable[str], of: str = "the catalogue's") -> ConsilienceError:
     """The error for a name that is not in a catalogue, with the nearest names.
 
     >>> print(unknown("method", "ewcc", ["ewc", "er"]))
@@ -36,4 +36,4 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> ConsilienceError:
     """
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.5) or names
-    return ConsilienceError(f"`{kind}` should be one of the catalogue's. Found {name!r}; nearest: {', '.join(near)}.")
+    return ConsilienceError(f"`{kind}` should be one of {of}. Found {name!r}; nearest: {', '.join(near)}.")

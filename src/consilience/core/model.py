@@ -74,6 +74,11 @@ class Model(ABC):
         return True
 
     @property
+    def space(self) -> str:
+        """The hash of all that its features depend on, where nothing of it is trained or drawn by a seed; else ""."""
+        return ""
+
+    @property
     def uses_task(self) -> bool:
         """Whether the outputs depend on the task that the model is given."""
         return False

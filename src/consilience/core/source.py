@@ -155,6 +155,8 @@ class Source:
     classes: tuple[int, ...]
     task: str | None = None
     kind: Literal["class", "value"] = "class"
+    space: str = ""
+    """The hash of the backbone whose features the inputs are (`data.embed`); "": they are inputs of any model."""
 
     def __post_init__(self) -> None:
         if len(self.train) == 0:
@@ -170,7 +172,9 @@ class Source:
         """The same source with its examples seen through functions, and other fields changed."""
         if x is None and y is None:
             return replace(self, **changes)
-        through = {part: getattr(self, part).map(x, y) for part in ("train", "validation", "test")}
+        through: dict[str, Any] = {part: getattr(self, part).map(x, y) for part in ("train", "validation", "test")}
+        if x is not None:
+            through["space"] = ""
         return replace(self, **{**through, **changes})
 
     @staticmethod

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from consilience.core.errors import ConsilienceError, kind_of
 from consilience.core.model import Forward, Model
-from consilience.core.params import content_hash, same
+from consilience.core.params import content_hash
 from consilience.core.source import Examples, Source, Tensors
 
 ROWS = 1 << 15
@@ -49,7 +49,9 @@ def embed(
 
         made[key] = _part(e, forward, width, batch, torch.device(device), store, told)
         done += len(e)
-    return [replace(s, train=made[id(s.train)], validation=made[id(s.validation)], test=made[id(s.test)]) for s in sources]
+    return [
+        replace(s, train=made[id(s.train)], validation=made[id(s.validation)], test=made[id(s.test)], space=name) for s in sources
+    ]
 
 
 def _bound(model: Model, device: str) -> tuple[Forward, int, str]:
@@ -62,14 +64,11 @@ def _bound(model: Model, device: str) -> tuple[Forward, int, str]:
         raise ConsilienceError(
             "features to keep should be of a backbone that is frozen. Found one that is not; see models.frozen."
         )
-    if not same(params, trunk.init(torch.Generator().manual_seed(1))[0]):
+    name = trunk.space
+    if not name:
         raise ConsilienceError(
             "features to keep should be of one backbone. Found one that each seed draws anew; see models.backbone."
         )
-    of = {n: t for n, t in {**params, **buffers}.items() if t.numel()}  # empty are the places of tasks' own entries
-    if "identity" not in of:
-        said = hashlib.blake2b(getattr(trunk, "structure", str(trunk)).encode(), digest_size=HASH).digest()
-        of["identity"] = torch.tensor([*said], dtype=torch.uint8)
     where = torch.device(device)
     bound: list[Forward] = []
 
@@ -80,7 +79,7 @@ def _bound(model: Model, device: str) -> tuple[Forward, int, str]:
         out: Tensor = bound[0](x, task)
         return out
 
-    return forward, int(trunk.outputs), content_hash(of)
+    return forward, int(trunk.outputs), name
 
 
 def _part(

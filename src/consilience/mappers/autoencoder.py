@@ -59,8 +59,8 @@ class ExpertGate(Anchored):
     t = sigmoid((psi - mean) / deviation) by the moments of the source; r = sigmoid(V relu(U t + a) + b), with round(`code` x d)
     hidden units, is trained on cross-entropy, by Adam with batches of 32. All goes to the expert with the largest gate; with
     `soft` the experts are averaged by their gates. Each autoencoder is fitted on one source alone, so that the order of arrival
-    changes nothing. With `reject` > 0 an input is unknown where its error by every autoencoder is above what that source's own
-    validation examples have, but for the share `reject` of them; else it goes to the least error of the others.
+    changes nothing. With `reject` > 0 an input is unknown where even its least error is above what that source's own validation
+    examples have, but for the share `reject` of them.
     Aljundi et al. 2017 (who standardise by the moments of ImageNet's features).
     """
 

@@ -108,8 +108,7 @@ class Distances(Screened):
         self.group, every = grouped(points), torch.cat(points)
         self.centre, self.white = every.mean(0).float(), whitening(known, ridge)
         self.points = (every - self.centre) @ self.white
-        self.base = -0.5 * self.points.square().sum(1)
-        self.screen = Screen.of(self.points @ self.white.T, self.base, self.group)
+        self.screen = Screen.of(self.points @ self.white.T, -0.5 * self.points.square().sum(1), self.group)
         self.own: list[Tensor | None] = []
         for k, i in enumerate(items):
             held = i.tensors.get("validation")
@@ -150,8 +149,8 @@ class Mahalanobis(Anchored):
       so. Fewer images than features leave S singular: the ridge, or the pseudo-inverse, as above.
 
     With `reject` > 0 an anchor has the features of at most 64 validation examples besides: they travel, because S changes as
-    anchors arrive, and with it their scores. An input is unknown where no task's score reaches that task's own `reject`
-    quantile of them; else it goes to the best of the tasks where it does. Lee et al. 2018; Ge et al. 2023 (SKILL).
+    anchors arrive, and with it their scores. An input is unknown where its score by the best task is below that task's own
+    `reject` quantile of them. Lee et al. 2018; Ge et al. 2023 (SKILL).
     """
 
     ridge: float = 0.1

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import ClassVar, Literal
+from typing import Literal
 from weakref import WeakKeyDictionary
 
 import torch
@@ -125,21 +125,12 @@ class Anchored(Mapper):
         )
 
     def weights(self, psi: Tensor, anchors: Anchors) -> Tensor:
-        """Weights [B, K] of the experts: all to the one whose anchor fits best, of those whose own mark its score reaches with
-        `reject`; none where there is none."""
+        """Weights [B, K] of the experts: all to the one whose anchor fits best; none, with `reject`, where that one does not know
+        the input."""
         best, score = anchors.best(psi, self.rejects)
         weights = F.one_hot(best, len(anchors.own)).double()
-        if not self.rejects:
-            return weights
-        marks = anchors.marks(self.reject)[:, 0]
-        rest = ((score < marks[best]) | ~score.isfinite()).nonzero()[:, 0]
-        weights[rest] = 0
-        if len(rest):  # most of them no other task accepts either
-            rest = rest[anchors.best(psi[rest], True, marks)[1] >= 0]
-        if len(rest):
-            scores = anchors.scores(psi[rest])
-            top, second = scores.where((scores >= marks) & scores.isfinite(), -torch.inf).max(1)
-            weights[rest] = F.one_hot(second, len(marks)) * top.isfinite().double()[:, None]
+        if self.rejects:
+            weights *= (score >= anchors.marks(self.reject)[best, 0])[:, None]  # not so for what is no number
         return weights
 
     def _read(self, routing: Routing, memory: Memory) -> tuple[Tensor, Anchors, list[int]]:
@@ -198,10 +189,9 @@ class Anchors:
         """Scores [B, K] of places [B, d] in float64."""
         raise NotImplementedError
 
-    def best(self, psi: Tensor, scored: bool, marks: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The expert [B] of the highest score, the first of equal ones, and (`scored`) the score [B]; of scores less `marks` [K],
-        where given."""
-        score = self.scores(psi) if marks is None else self.scores(psi) - marks
+    def best(self, psi: Tensor, scored: bool) -> tuple[Tensor, Tensor]:
+        """The expert [B] of the highest score, the first of equal ones, and (`scored`) the score [B]."""
+        score = self.scores(psi)
         best = score.argmax(1)
         return best, score.gather(1, best[:, None])[:, 0]
 
@@ -218,10 +208,6 @@ class Screened(Anchors):
     """Anchors whose best one is found by a screen, of points or components [J], each of an expert."""
 
     screen: Screen
-    base: Tensor
-    """What the screen adds to its products [J], in float64."""
-    unit: ClassVar[float] = 0.5
-    """How much of a score the screen finds the largest of."""
 
     def columns(self, x: Tensor) -> Tensor:
         """Places [B, d] as the screen takes them [B, n]."""
@@ -231,12 +217,8 @@ class Screened(Anchors):
         """The scores [P] of places psi[rows] by the points or components j [P]."""
         raise NotImplementedError
 
-    def best(self, psi: Tensor, scored: bool, marks: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        if marks is None:
-            return self.screen(psi, self.columns, lambda rows, j: self.exact(psi, rows, j), scored)
-        less = marks[self.screen.group]
-        screen = replace(self.screen, constant=(self.base - self.unit * less).float())
-        return screen(psi, self.columns, lambda rows, j: self.exact(psi, rows, j) - less[j], scored)
+    def best(self, psi: Tensor, scored: bool) -> tuple[Tensor, Tensor]:
+        return self.screen(psi, self.columns, lambda rows, j: self.exact(psi, rows, j), scored)
 
 
 @lru_cache(maxsize=2)
@@ -305,8 +287,7 @@ class Points(Screened):
         self.own, self.group, every = own, grouped(points), torch.cat(list(points))
         self.centre = every.mean(0).float()
         self.points = every - self.centre
-        self.base = -0.5 * self.points.square().sum(1)
-        self.screen = Screen.of(self.points, self.base, self.group)
+        self.screen = Screen.of(self.points, -0.5 * self.points.square().sum(1), self.group)
 
     def scores(self, psi: Tensor) -> Tensor:
         distance = torch.cdist(psi.double() - self.centre, self.points, compute_mode="donot_use_mm_for_euclid_dist").square()
@@ -324,8 +305,8 @@ class NearestMean(Anchored):
     """score = -min_c ||psi - mu_c||^2 over the classes of the source. Anchors are class sums and counts: those of the same classes add.
 
     With `reject` > 0 an anchor has the sorted scores of at most 256 validation examples besides, which do not add. An input is
-    unknown where no task's score reaches that task's own `reject` quantile of them: so many of a task's own validation examples,
-    at most, are called unknown. Else it goes to the best of the tasks whose quantile its score reaches.
+    unknown where its score by the task that it is nearest to is below the `reject` quantile of them: of a task's own validation
+    examples at most so many are, where no other task is nearer.
     """
 
     on: Literal["features", "inputs"] = "features"
@@ -346,8 +327,6 @@ class Mixtures(Screened):
     """max_j log(w_j N(x; mu_j, diag s_j)) - log of (2 pi)^(-d/2), plus a constant by expert, over the components of each
     expert."""
 
-    unit = 1.0
-
     def __init__(self, items: Sequence[Item], prior: Sequence[float]) -> None:
         own = [i.tensors.get("validation") for i in items]
         self.own = [o if o is None else o + p for o, p in zip(own, prior, strict=True)]
@@ -362,9 +341,9 @@ class Mixtures(Screened):
         self.centre, self.width = ((precision * self.mean).sum(0) / total).float(), (len(precision) / total).sqrt().float()
         off = (self.mean.double() - self.centre) / self.width
         precision *= self.width.double().square()
-        self.base = self.constant - 0.5 * (precision * off.square()).sum(1)
+        base = self.constant - 0.5 * (precision * off.square()).sum(1)
         self.screen = Screen.of(
-            torch.cat([(precision * off).float(), (0.5 - 0.5 * precision).float()], 1), self.base, self.group, parts=2
+            torch.cat([(precision * off).float(), (0.5 - 0.5 * precision).float()], 1), base, self.group, parts=2
         )
 
     def scores(self, psi: Tensor) -> Tensor:
@@ -394,8 +373,7 @@ class GaussianMixture(Anchored):
     are fitted on one source's features alone, so the order in which sources arrive changes nothing. `fit="torch"` is expectation
     maximisation of our own (products in float32, on the device of the data), "sklearn" is scikit-learn's: same start, stop and
     log-likelihood. With `reject` > 0 an anchor has the sorted scores of at most 256 validation examples besides, and an input is
-    unknown where no task's score reaches that task's own `reject` quantile of them; else it goes to the best of the tasks where
-    it does. Ge et al. 2023 (SKILL).
+    unknown where its score by the best task is below that task's own `reject` quantile of them. Ge et al. 2023 (SKILL).
     """
 
     components: int = 25

@@ -67,6 +67,8 @@ def skill(
     heads = ("trained", "lp_ft", "logistic", "ridge", "prototype")
     if head not in heads:
         raise unknown("head", head, heads)
+    if reuse not in (None, "name", "features"):
+        raise unknown("reuse", str(reuse), ("name", "features"))
     if head != "trained" and reuse:
         raise ConsilienceError(
             f"`reuse` should be None where a head is solved for. Found `head = {head!r}` and `reuse = {reuse!r}`."

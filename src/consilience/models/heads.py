@@ -180,6 +180,10 @@ class MultiHead(Heads):
         return f"multi_head({self.trunk.name})"
 
     @property
+    def space(self) -> str:
+        return self.trunk.space
+
+    @property
     def has_batch_norm(self) -> bool:
         return self.trunk.has_batch_norm
 

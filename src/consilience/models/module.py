@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -14,7 +15,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from consilience.core.errors import ConsilienceError
 from consilience.core.model import Forward, Model
-from consilience.core.params import Params, matches
+from consilience.core.params import Params, content_hash, matches, same
 
 
 class ModuleModel(Model):
@@ -73,6 +74,19 @@ class ModuleModel(Model):
     def width(self) -> int:
         """The number d of features."""
         return self.outputs if self.headless else self._layer().in_features
+
+    @property
+    def space(self) -> str:
+        params, buffers = self.init(torch.Generator().manual_seed(0))
+        if not self.headless or not all(self.frozen(n) for n in params):
+            return ""
+        if not same(params, self.init(torch.Generator().manual_seed(1))[0]):
+            return ""
+        of = {n: t for n, t in {**params, **buffers}.items() if t.numel()}  # empty are the places of tasks' own entries
+        if "identity" not in of:
+            said = hashlib.blake2b(self.structure.encode(), digest_size=16).digest()
+            of["identity"] = torch.tensor([*said], dtype=torch.uint8)
+        return content_hash(of)
 
     @property
     def has_batch_norm(self) -> bool:

@@ -188,6 +188,12 @@ def fit(
     if f"heads.{task}.weight" not in params:
         raise ConsilienceError(f"the task of a source should have its head. Found none of {task!r}; see Model.grow.")
     columns = buffers[f"heads.{task}.columns"]
+    strange = sorted(set(source.train.targets().tolist()) - set(columns.tolist()))
+    if strange:
+        raise ConsilienceError(
+            "targets should be output columns of the task's head, as they are in a schedule's `sources`. "
+            f"Found target {strange[0]} in {source.name!r}, and columns {columns.tolist()[:8]}."
+        )
     spans = toes.spans()
     index: Tensor | None = None
     if chosen == "biases":

@@ -8,8 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
 import consilience
 from consilience.consolidators.bank import refuse_strangers
+from consilience.core.correction import Routing
 from consilience.core.errors import ConsilienceError
 from consilience.core.message import Bank, Item, Message, Module, decode, encode, join
 from consilience.core.params import save, unpack
@@ -148,6 +152,40 @@ def newcomer(
     (walk,) = session.walks
     walk._begin()
     return walk._agent(name)
+
+
+def familiarity(agent: Agent, x: Tensor) -> Tensor:
+    """How known inputs x [B, ...] are to an agent [B], comparable between tasks: (s - median) / (median - lower quartile), s the
+    score by the best task's anchor and the others those of that task's validation examples.
+
+    0 is as one of its own, -1 as one that three quarters of them excel. `mappers.auroc` of known and unknown inputs says how well
+    it tells them apart.
+
+    Raises ConsilienceError for a mapper without anchors, or with `reject` = 0, whose anchors have no scores to compare with.
+
+    >>> import consilience as cs
+    >>> digits = cs.data.split_classes(cs.data.digits(), 2)
+    >>> model = cs.models.multi_head(cs.models.random_features(64, 512), 10)
+    >>> method = cs.methods.skill("nearest_mean", head="ridge", reject=0.05)
+    >>> agent = cs.run(cs.settings.skill(digits[:1]), method, model).agent
+    >>> known, unknown = (familiarity(agent, s.test.whole()[0]) for s in digits)
+    >>> cs.mappers.auroc(known, unknown) > 0.7
+    True
+    """
+    from consilience.mappers.mixture import Anchored
+
+    mapper = agent.method.mapper
+    if not isinstance(mapper, Anchored):
+        raise ConsilienceError(f"familiarity needs a mapper with anchors. Found {type(mapper).__name__}.")
+    x = x.to(agent.device, agent.training.dtype if x.is_floating_point() else x.dtype)
+    params, buffers = ({n: t.to(agent.device) for n, t in held.items()} for held in (agent.state.params, agent.state.buffers))
+
+    def features(other: Tensor | None = None) -> Tensor:
+        return agent.model.features(params, buffers, x if other is None else other)
+
+    with torch.no_grad():
+        routing = Routing(x, features, list, [k for k, *_ in agent.choices()])
+        return mapper.familiarity(routing, agent.memory(mapper))
 
 
 def _text_hash(text: str) -> str:

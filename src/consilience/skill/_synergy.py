@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -79,6 +80,8 @@ def _counted(names: Sequence[str]) -> Any:
 
 @lru_cache(maxsize=2)
 def _loaded(name: str) -> Any:
+    if os.sep in name and not os.path.isdir(name):
+        raise ConsilienceError(f"`encoder` should be a folder of a sentence-transformers model. Found none at {name}.")
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError as e:

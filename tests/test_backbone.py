@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import struct
+import subprocess
+import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -264,6 +268,74 @@ def test_what_does_not_fit_is_refused():
         models.backbone(models.multi_head(models.linear(4), 3))
 
 
+def test_a_module_without_a_linear_layer_gives_its_outputs():
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()).eval()
+    model = models.backbone(module, mean=0.5)
+    with torch.no_grad():
+        assert model.width == model.outputs == 16 and torch.allclose(psi(model, images()), module(images() - 0.5), atol=1e-6)
+    for other in (
+        models.wrap(module, headless=True),
+        models.wrap(module, 16, headless=True),
+        models.wrap(lambda: module, 16, headless=True),
+    ):
+        assert hash_of(models.backbone(other, mean=0.5)) == hash_of(model)
+    vectors = models.backbone(models.wrap(nn.Sequential(nn.Flatten(), nn.Linear(3 * 16, 7)), headless=True), size=4)
+    assert vectors.width == 7, "headless: its last layer is kept"
+    assert models.multi_head(model, 2).grow(*models.multi_head(model, 2).init(key(0)), source(), key(0))[0][
+        "heads.t.weight"
+    ].shape == (2, 16)
+    uncounted = models.wrap(module, headless=True)
+    for ask in (lambda: models.wrap(module), lambda: uncounted.outputs, lambda: uncounted.width):
+        with pytest.raises(ConsilienceError, match="`outputs` should be given for a module without a linear head. Found none."):
+            ask()
+    with pytest.raises(ConsilienceError, match="`outputs` should be at least 1. Found `outputs = 0`"):
+        models.wrap(module, 0, headless=True)
+
+
+@pytest.mark.parametrize("error", [AssertionError, TypeError, RuntimeError, ValueError])
+def test_a_body_that_does_not_take_its_images_is_refused_with_its_reason(error):
+    class Picky(nn.Module):
+        def forward(self, x):
+            raise error("it wants 7.\nand more")
+
+    said = rf"images \[1, 3, 5, 6\]. Found {error.__name__}: it wants 7.$"
+    with pytest.raises(ConsilienceError, match=said):
+        models.backbone(Picky(), size=(5, 6))
+    with pytest.raises(ConsilienceError, match=r"\[1, 3, 32, 32\]; where it wants others, give `size`. Found"):
+        models.backbone(Picky())
+    with pytest.raises(ConsilienceError, match="backbone should give features .* Found RuntimeError"):
+        models.backbone(nn.Conv2d(3, 4, 7), size=5)
+
+
+def test_a_buffer_that_the_module_makes_itself_is_made_once():
+    class Grid(nn.Module):
+        def __init__(self, times=1.0):
+            super().__init__()
+            self.register_buffer("kept", torch.tensor(times))
+            self.register_buffer("grid", torch.zeros(1, 1), persistent=False)
+
+        def forward(self, x):
+            if self.grid.shape != x.shape[-2:]:
+                self.grid = torch.arange(x.shape[-2] * x.shape[-1]).view(x.shape[-2:]).float()
+            return (x * self.grid * self.kept).mean((2, 3))
+
+    model, x = models.backbone(Grid(), size=4), images(side=4)
+    params, buffers = model.init(key(0))
+    assert params["body.grid"].shape == (4, 4) and not buffers
+    for out in (psi(model, x), model.bind(params, buffers, False)[0](x, None)):
+        assert torch.allclose(out, Grid()(x), atol=1e-5)
+    assert hash_of(model) == hash_of(models.backbone(Grid(), size=4)) != hash_of(models.backbone(Grid(2.0), size=4))
+
+    class Always(Grid):
+        def forward(self, x):
+            self.grid = x
+            return x.mean((2, 3))
+
+    with pytest.raises(ConsilienceError, match="Found TypeError: cannot assign"):
+        models.backbone(Always(), size=4)
+
+
 def test_agents_with_images_and_agents_with_features_share_a_bank():
     model = models.multi_head(models.backbone(net()), 2)
     ours, theirs = source("a"), source("b", seed=1)
@@ -521,6 +593,26 @@ def test_what_was_made_before_an_interruption_is_kept(tmp_path, counting):
     assert Counting.seen == 20
 
 
+def test_what_dead_processes_left_half_written_is_removed(tmp_path, counting):
+    assert _embed.ROWS <= 1 << 13, "a process that is killed loses at most so many"
+    cs.data.embed(source(), counting, tmp_path)
+    (folder,) = tmp_path.iterdir()
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    names = {
+        "old": f"a.safetensors.{dead.pid}.part", "young": f"b.safetensors.{dead.pid}.part", "ours": f"c.safetensors.{os.getpid()}.part",
+        "foreign": "notes.part", "huge": f"d.{10**30}.part",
+    }  # fmt: skip
+    for n, name in names.items():
+        (folder / name).write_text("")
+        if n != "young":
+            os.utime(folder / name, (time.time() - 90000,) * 2)
+    Counting.seen = 0
+    cs.data.embed(source(), counting, tmp_path)
+    left = {n for n, name in names.items() if (folder / name).exists()}
+    assert left == ({"young", "ours", "foreign", "huge"} if os.name == "posix" else set(names)) and Counting.seen == 0
+
+
 def test_progress_and_refusals(tmp_path, counting):
     told = []
     cs.data.embed(source(), counting, tmp_path, batch=5, progress=lambda done, whole: told.append((done, whole)))
@@ -591,8 +683,6 @@ def timm():
 
 
 def test_timm_is_named_where_it_is_missing(monkeypatch):
-    import sys
-
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ConsilienceError, match=r"consilience\[vision\]"):
         models.backbone("resnet18")
@@ -633,6 +723,124 @@ def test_a_prefix_and_a_tag_change_no_hash(timm, tmp_path):
     assert hash_of(half) != hash_of(models.backbone("mobilenetv2_100", path, size=32)), "other preparations stay apart"
 
 
+def named(model):
+    """What stands for what a backbone is and for its size."""
+    return bytes(model.init(key(0))[0]["identity"].tolist())
+
+
+def test_the_identity_of_a_plain_name_stays(timm):
+    for name, more, said in (
+        ("mobilenetv2_100", {}, "timm mobilenetv2_100"),
+        ("timm/mobilenetv2_100.ra_in1k", {"pad_type": "same"}, "timm mobilenetv2_100, pad_type='same'"),
+    ):
+        digest = hashlib.blake2b(json.dumps([said, [32, 48]]).encode(), digest_size=16).digest()
+        assert named(models.backbone(name, size=(32, 48), pretrained=False, **more)) == digest
+
+
+def folder_of(body, path, **args):
+    """A folder as timm's `local-dir:` and the hub have it."""
+    path.mkdir(parents=True)
+    cfg = {n: v for n, v in body.pretrained_cfg.items() if n in ("input_size", "mean", "std", "classifier", "first_conv")}
+    config = {"architecture": body.pretrained_cfg["architecture"], "num_classes": 1000, "pretrained_cfg": cfg, "model_args": args}
+    (path / "config.json").write_text(json.dumps(config))
+    save(path / "model.safetensors", body.state_dict())
+    return path
+
+
+def test_the_same_weights_in_folders_have_one_hash(timm, tmp_path):
+    torch.manual_seed(0)
+    body = timm.create_model("mobilenetv2_100")
+    one, two = (folder_of(body, tmp_path / n) for n in "ab")
+    said = folder_of(body, tmp_path / "said", num_classes=1000, in_chans=3, bn_eps=1e-5)
+    other = folder_of(body, tmp_path / "other", bn_eps=1e-3)
+    before = torch.get_rng_state()
+    hashes = {p: hash_of(models.backbone(f"local-dir:{p}", size=32)) for p in (one, two, said, other)}
+    assert torch.equal(torch.get_rng_state(), before)
+    assert (
+        hashes[one]
+        == hashes[two]
+        == hashes[said]
+        == hash_of(models.backbone("mobilenetv2_100", one / "model.safetensors", size=32))
+    )
+    assert hashes[other] != hashes[one], "what its folder says of it makes it another"
+    same = {"size": 32, "pad_type": "same"}
+    assert hash_of(models.backbone(f"local-dir:{one}", **same)) == hash_of(
+        models.backbone("mobilenetv2_100", one / "model.safetensors", **same)
+    )
+
+
+def test_weights_of_the_hub_are_those_of_their_file(timm, tmp_path):
+    torch.manual_seed(0)
+    body, commit = timm.create_model("mobilenetv2_100"), "0" * 40
+    repository = tmp_path / "hub" / ("models--" + body.pretrained_cfg["hf_hub_id"].replace("/", "--"))
+    snapshot = folder_of(body, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    (repository / "blobs").mkdir()
+    for p in [*snapshot.iterdir()]:  # a snapshot has links to blobs
+        p.rename(repository / "blobs" / p.name)
+        p.symlink_to(Path("..", "..", "blobs", p.name))
+    program = """
+import sys
+from consilience import models
+from consilience.core.params import key
+for m in (models.backbone("mobilenetv2_100"), models.backbone("hf-hub:timm/mobilenetv2_100.ra_in1k"),
+          models.backbone("mobilenetv2_100", checkpoint=sys.argv[1])):
+    print(m.backbone(m.init(key(0))[0]))
+try:
+    models.backbone("resnet10t")
+except models.ConsilienceError as e:
+    print(e)
+"""
+    env = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "TORCH_HOME": str(tmp_path / "torch")}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program, str(snapshot / "model.safetensors")],
+        env=env,
+        capture_output=True,
+        text=True,
+    )
+    *hashes, missing = done.stdout.splitlines()
+    assert len(hashes) == 3 and len({*hashes}) == 1, done.stderr
+    assert "timm should make 'resnet10t'; without the hub, give `checkpoint`. Found" in missing
+
+
+def test_timm_s_own_size_is_named_where_it_is_fixed(timm):
+    small = {"pretrained": False, "depth": 1}
+    with pytest.raises(
+        ConsilienceError, match=r"images \[1, 3, 64, 64\]; .* with `img_size=64`. Found AssertionError: Input height"
+    ):
+        models.backbone("vit_tiny_patch16_224", size=64, **small)
+    with pytest.raises(ConsilienceError, match=r"with `img_size=\(64, 48\)`. Found"):
+        models.backbone("vit_tiny_patch16_224", size=(64, 48), **small)
+    assert models.backbone("vit_tiny_patch16_224", size=(64, 48), img_size=(64, 48), **small).width == 192
+
+
+def test_a_timm_model_that_makes_a_buffer_itself(timm):
+    model = models.backbone("convit_tiny", pretrained=False, depth=1, local_up_to_layer=1, img_size=32, size=32)
+    params, buffers = model.init(key(0))
+    plain = timm.create_model("convit_tiny", num_classes=0, depth=1, local_up_to_layer=1, img_size=32).eval()
+    with torch.no_grad():
+        for n, p in plain.named_parameters():
+            p.copy_(params[f"body.{n}"])
+        x = images(2, side=32)
+        assert not buffers and torch.allclose(psi(model, x), plain((x - params["mean"]) / params["std"]), atol=1e-5)
+
+
+def test_a_timm_module_without_classes(timm):
+    torch.manual_seed(0)
+    body = timm.create_model("resnet10t", num_classes=0).eval()
+    with torch.no_grad():
+        assert torch.allclose(psi(models.backbone(body), images(side=32)), body(images(side=32)), atol=1e-5)
+
+
+def test_layers_of_timm_whose_weights_another_reads_have_nothing_inserted(timm):
+    model = models.backbone("eva02_tiny_patch14_224", pretrained=False, depth=1, img_size=28, size=28)
+    biased = models.beneficial_biases(model, 2)
+    assert len(biased.layers) == 4 and not any("qkv" in n for n in biased.layers)
+    toes = models.head2toe(biased, *biased.grow(*biased.init(key(0)), source(), key(0)), source(), 0.1, epochs=1)[0]
+    assert toes.layers == biased.layers
+
+
 @pytest.mark.skipif(not WEIGHTS.is_file(), reason=f"wants timm_mobilenetv2_100_same.safetensors in CONSILIENCE_DATA ({WEIGHTS})")
 def test_mobilenet_with_the_shared_weights(timm, tmp_path):
     more = {"mean": 0.5, "std": 0.5, "pad_type": "same", "bn_eps": 1e-3}
@@ -644,9 +852,13 @@ def test_mobilenet_with_the_shared_weights(timm, tmp_path):
     x = images(2, side=64)
     plain = timm.create_model("mobilenetv2_100", pad_type="same", bn_eps=1e-3)
     plain.load_state_dict({n: t.float() if t.is_floating_point() else t for n, t in load_file(WEIGHTS).items()})
-    plain.eval()
+    plain.eval().double()
+    params = {n: p.double() if p.is_floating_point() else p for n, p in model.init(key(0))[0].items()}
     with torch.no_grad():
-        assert torch.allclose(psi(model, x), plain.forward_head(plain.forward_features(2 * x - 1), pre_logits=True), atol=1e-5)
+        want = plain.forward_head(plain.forward_features(2 * x.double() - 1), pre_logits=True)
+    got = model(params, {}, x.double(), None, False)[0]
+    assert got.dtype == torch.float64 and torch.allclose(got, want, atol=1e-10)
+    assert torch.allclose(psi(model, x).double(), want, atol=1e-3), "52 layers of float32: 7.5e-5 from float64 on one machine"
     for other in ({"pad_type": ""}, {"bn_eps": 1e-5}):
         assert hash_of(models.backbone("mobilenetv2_100", WEIGHTS, size=64, **{**more, **other})) != hash_of(model)
     assert models.macs(models.backbone("mobilenetv2_100", WEIGHTS, size=None, **more), (3, 224, 224)) == 299_494_272

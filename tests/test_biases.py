@@ -243,6 +243,64 @@ def test_a_task_with_biases_inside_wants_images():
     assert torch.equal(none.features(*grown(none), psi, "s/0"), psi)
 
 
+class Attending(nn.Module):
+    """An attention that reads the weights of a layer that nobody calls, as several of timm's do."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(1, 4, 3, stride=3)
+        self.qkv = nn.Linear(4, 12, bias=False)
+        self.proj = nn.Linear(4, 5)
+        self.unused = nn.Linear(5, 5)
+
+    def forward(self, x):
+        h = self.stem(x).flatten(2).transpose(1, 2)
+        q, k, v = F.linear(h, self.qkv.weight).chunk(3, -1)
+        return self.proj((q @ k.transpose(1, 2)).softmax(-1) @ v).mean(1)
+
+
+def test_layers_that_a_backbone_never_calls_have_none(recwarn):
+    torch.manual_seed(0)
+    module, called = Attending(), ("body.stem", "body.proj")
+    backbone = models.backbone(models.wrap(module, 5, headless=True), size=9)
+    s, before = SOURCES[0], hash_of(backbone)
+    model, adapted = models.beneficial_biases(backbone, C), models.adapters(backbone, C, 2)
+    assert model.layers == adapted.layers == called and model.widths == (4, 5)
+    assert models.beneficial_biases(backbone, C, last=0.5).layers == ("body.proj",), "a fraction of those that are called"
+    assert models.adapters(backbone, C, 2, ("body.*",)).layers == called
+    with pytest.raises(ConsilienceError, match=r"should match parts that the backbone calls. Found none like '\*qkv'"):
+        models.adapters(backbone, C, 2, ("body.stem", "*qkv"))
+    params, buffers = grown(model, [s])
+    for n in model.layers:
+        moved = {**params, f"biases.s/0.{n}": params[f"biases.s/0.{n}"] + 1}
+        assert not torch.allclose(model(moved, buffers, X, "s/0", False)[0], model(params, buffers, X, "s/0", False)[0])
+    unread = models.backbone(models.wrap(module, 5, headless=True))  # what it wants is not known: 32 x 32 is tried
+    assert models.beneficial_biases(unread, C).layers == called
+    assert models.beneficial_biases(models.wrap(module, 5, headless=True), C).layers == ("stem", "qkv", "proj", "unused")
+    with pytest.raises(ConsilienceError, match="biases should have convolutions or linear layers"):
+        models.beneficial_biases(models.backbone(models.wrap(Silent(), 9, headless=True), size=3), C)
+    assert hash_of(backbone) == before and not recwarn
+    assert not any(m._forward_hooks for m in backbone._module.modules())
+
+
+class Silent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(9, 9)
+
+    def forward(self, x):
+        return F.linear(x.mean(1).flatten(1), self.layer.weight)
+
+
+def test_all_layers_count_where_a_backbone_cannot_be_tried():
+    picky = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(98, 5), nn.Linear(5, 2))  # 9 x 9 alone
+    assert models.beneficial_biases(models.backbone(picky), C).layers == ("body.0", "body.2")
+
+
+def hash_of(model):
+    return model.backbone(model.init(key(0))[0])
+
+
 def test_on_tokens_and_vectors():
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     model = models.beneficial_biases(nn.Sequential(layer, nn.Flatten(), nn.Linear(24, 3)), C)

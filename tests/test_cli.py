@@ -161,6 +161,7 @@ BAD = {
     "unwritable folder": (["run", "--out", "/proc/no/such"], "writable"),
     "dotted module": (["run", "--method", "no_such_module.method"], "no_such_module"),
     "dotted name": (["run", "--method", "consilience.methods.ewcc"], "nearest: consilience.methods.ewc"),
+    "a switch that is no truth": (["run", "--clients", "maybe"], "takes options only. Found 'maybe'"),
     "resume without a folder": (["run", "--resume"], "`--out`"),
     "resume of nothing": (["run", "--resume", "--out", "/no/such/run"], "/no/such/run"),
     "report of nothing": (["report"], "folders of runs"),
@@ -394,3 +395,11 @@ def test_a_comparison_where_all_refuse_fails_before_it_writes(tmp_path, capsys):
     assert main(["compare", "--methods", "pcgrad", "--out", str(out)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert not out.exists()
+
+
+def test_switches_take_what_help_shows():
+    from consilience.cli import read
+
+    assert read(["--clients", "true", "--resume", "--out", "x"]) == ({"clients": "true", "resume": "true", "out": "x"}, [])
+    assert read(["--clients", "false"]) == ({"clients": "false"}, [])
+    assert read(["--clients=false", "word"]) == ({"clients": "false"}, ["word"])

@@ -860,6 +860,24 @@ def test_one_spherical_component_each_is_nearest_mean():
         assert torch.equal(chosen(GaussianMixture(1, prior), x, items), torch.cdist(x, means.double()).argmin(1))
 
 
+@pytest.mark.parametrize("fit", ["torch", "sklearn"])
+def test_a_small_task_has_few_components_and_is_found_beside_a_large_one(fit):
+    """24 examples beside 600 of a wider task, in 40 dimensions: 25 components of one example each would be points."""
+    x = {n: torch.randn(k + 200, 40, generator=key(0, n)).double() for n, k in (("small", 24), ("large", 600))}
+    x["large"] += 0.6
+    y = torch.zeros(800, dtype=torch.long)
+    sources = [Source(n, *[Tensors(v[:-200], y[: len(v) - 200])] * 3, ((n, "c"),), (0,), n) for n, v in x.items()]
+    model = cs.models.mlp(40, (4,), 2)
+    params, _ = model.init(key(0))
+    found = {}
+    for least in (1, 20):
+        mapper = GaussianMixture(on="inputs", fit=fit, least=least)
+        items = [mapper.summarise(learned(model, params, s), None) for s in sources]
+        assert [len(i.tensors["weight"]) for i in items] == ([24, 25] if least == 1 else [1, 25])
+        found[least] = float((mapper.scores(x["small"][24:], items, items).argmax(1) == 0).double().mean())
+    assert found[1] < 0.9 < found[20], found
+
+
 @pytest.mark.parametrize("mapper", ["gaussian_mixture", "nearest_mean"])
 def test_the_order_of_arrival_changes_no_route(mapper):
     s = [source(n, 40, c, seed, task=n) for n, c, seed in (("a", (0, 1), 1), ("b", (2, 3), 2), ("c", (1, 2), 3))]

@@ -151,6 +151,25 @@ def test_k_means_plus_plus_spreads_its_seeds():
     assert len(_em.seeds(torch.zeros(7, 2), 3, gen())) == 3
 
 
+def test_the_fit_of_scikit_learn_is_its_own(monkeypatch):
+    from sklearn.mixture import GaussianMixture as Reference
+
+    asked: list[tuple[int, int]] = []
+    made = Reference.fit
+
+    def fit(self, x, y=None):
+        asked.append((self.n_components, len(x)))
+        return made(self, x, y)
+
+    monkeypatch.setattr(Reference, "fit", fit)
+    s = source(0, n=200)
+    ours = summary(GaussianMixture(4, on="inputs"), s)
+    assert not asked
+    theirs = summary(GaussianMixture(4, on="inputs", fit="sklearn"), s)
+    assert asked == [(4, 200)] and not torch.equal(ours.tensors["mean"], theirs.tensors["mean"])
+    assert theirs.tensors["mean"].shape == (4, D)
+
+
 def test_both_fits_are_as_good():
     found = {}
     for fit in ("torch", "sklearn"):
@@ -272,6 +291,34 @@ def test_a_rank_that_is_enough_is_exact():
         assert type(items[0]) is Module and items[0].tensors["factor"].shape == (min(rank, D), D)
         off.append(float(((mapper.scores(x, items, items) - exact) / exact).abs().max()))
     assert max(off[2:]) < 1e-6 < off[1] < off[0]
+
+
+def test_a_rank_too_small_leaves_the_diagonal():
+    """S is U^T U + diag(rest) over the examples of all anchors, restated; its variances are exact at any rank."""
+    mapper = Mahalanobis(on="inputs", rank=2)
+    items = list(told(mapper, SOURCES).values())
+    total = sum(i.tensors["factor"].double().T @ i.tensors["factor"].double() + i.tensors["rest"].double().diag() for i in items)
+    n = sum(len(s.train) for s in SOURCES)
+    s, _ = covariance.spread(items)
+    assert torch.allclose(s, total / n, rtol=1e-12) and len(items[0].tensors["factor"]) == 2
+    exact, _ = covariance.spread(list(told(Mahalanobis(on="inputs"), SOURCES).values()))
+    assert torch.allclose(s.diagonal(), exact.diagonal(), rtol=1e-6) and not torch.allclose(s, exact, rtol=0.01)
+
+
+def test_the_pseudo_inverse_takes_no_rounding_for_variance():
+    """Features of 5 directions out of 8, far from zero: the directions without any variance are left out, though float64 sums give
+    them some, by rounding."""
+    turn = torch.linalg.qr(torch.randn(D, D, generator=gen(6), dtype=torch.float64))[0][:5]
+    thin = [source(i, n=90, d=5) for i in range(4)]
+    far = [s.map(x=lambda x: x @ turn + 1e4) for s in thin]
+    plain, mapper = Mahalanobis(0.0, "inputs"), Mahalanobis(0.0, "inputs")
+    items, small = (list(told(mapper, each).values()) for each in (far, thin))
+    values = torch.linalg.eigvalsh(covariance.spread(items)[0])
+    assert float(values[:3].abs().max()) > 0 and float(values[3]) > 1e-2, "nothing but rounding"
+    assert covariance.whitening(items, 0.0).shape == (D, 5)
+    x, off = torch.cat([s.test.x for s in thin]), torch.randn(800, D, generator=gen(7), dtype=torch.float64)
+    off = off - off @ turn.T @ turn  # what lies off those directions is seen by no anchor
+    assert torch.allclose(mapper.scores(x @ turn + 1e4 + off, items, items), plain.scores(x, small, small), rtol=1e-4)
 
 
 def test_all_images_are_as_good_as_sums():

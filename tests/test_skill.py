@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,10 +18,12 @@ import torch
 import consilience as cs
 from consilience.core import run as running
 from consilience.core.agent import Agent
+from consilience.core.correction import Routing
 from consilience.core.ledger import Ledger
 from consilience.core.message import Message, Module, join
 from consilience.core.params import load, pack
 from consilience.core.schedule import Hear, Learn, Schedule, Stage
+from consilience.core.source import Tensors
 from consilience.core.walk import Walk
 from consilience.skill import Speedup
 
@@ -299,6 +302,75 @@ def test_names_of_sources_and_tasks_are_their_own(parts):
     assert {s.task for s in cs.settings.skill(two).sources} == {parts[0].name}
 
 
+def test_agents_have_names(parts):
+    """By name or by number, the plan is that of numbered agents with other names."""
+    names, own = ["ben", "ana", "0"], [parts[:2], parts[2:4], parts[4:]]
+    streams = dict(zip(names, own, strict=True))
+    edges, called = [(0, 1), (1, 2)], [("ben", "ana"), (1, "0")]
+    plain = cs.settings.skill(own, graph=edges, joins={2: 2}, fails={0: 2}, evaluated=1)
+    mine = cs.settings.skill(streams, graph=called, joins={"0": 2}, fails={"ben": 2}, evaluated="ana")
+    numbered = cs.settings.skill(streams, graph=edges, joins={2: 2}, fails={0: 2})
+    other = dict(zip(("agent-0", "agent-1", "agent-2"), names, strict=True))
+
+    def renamed(phase: Any) -> Any:
+        if isinstance(phase, Learn):
+            return replace(phase, who={other[a]: s for a, s in phase.who.items()})
+        if isinstance(phase, Hear):
+            return replace(phase, who={other[a]: tuple(other[s] for s in ss) for a, ss in phase.who.items()})
+        return phase
+
+    assert [renamed(p) for p in plain.plan(0)] == list(mine.plan(0)) == list(numbered.plan(0))
+    assert mine.evaluated == numbered.evaluated == "ana"
+    assert cs.settings.skill(own, graph=[("agent-0", 1), (1, 2)], evaluated="agent-2").evaluated == "agent-2"
+    assert cs.settings.skill({"ana": parts[0]}).sources[0].name == parts[0].name
+    for given, more, rule in [
+        ({"": own[0]}, {}, "an agent's name should be text without '|', and not empty. Found ''"),
+        ({"a|b": own[0]}, {}, r"should be text without '\|', and not empty. Found 'a\|b'"),
+        ({3: own[0]}, {}, "should be text without .* Found 3"),
+        ({}, {}, "every agent should have a source"),
+        ({"ana": []}, {}, "every agent should have a source"),
+        (streams, {"graph": [("ana", "bem"), (1, 2)]}, "`graph` should be one of the agents. Found 'bem'; nearest: ben"),
+        (streams, {"joins": {"bem": 2}}, "`joins` should be one of the agents. Found 'bem'; nearest: ben"),
+        (streams, {"fails": {"bem": 2}}, "`fails` should be one of the agents. Found 'bem'"),
+        (streams, {"fails": {"ben": 2, 0: 2}}, "`fails` should say for agents from 0 to 2"),
+        (streams, {"evaluated": "bem"}, "`evaluated` should be one of the agents. Found 'bem'"),
+        (streams, {"fails": {"ben": 2}, "evaluated": "ben"}, r"one of \['ana', '0'\]. Found `evaluated = 'ben'`"),
+        (own, {"joins": {"ben": 2}}, "`joins` should be one of the agents. Found 'ben'"),
+    ]:
+        with pytest.raises(cs.ConsilienceError, match=rule):
+            cs.settings.skill(given, **more)
+
+
+def test_banks_of_two_runs_join(parts, model):
+    """Runs that know nothing of each other have a source in common: with names their banks are one, without they clash."""
+    method, other = cs.methods.skill("mahalanobis", head="ridge"), cs.methods.skill("mahalanobis", head="logistic")
+
+    def banks(one: str | None, two: str | None) -> list[Any]:
+        found = []
+        for name, own, by in ((one, parts[:2], method), (two, parts[1:3], other)):
+            found.append(cs.run(cs.settings.skill({name: own} if name else [own]), by, model).agent.state.bank)
+        return found
+
+    a, b = banks(None, None)
+    with pytest.raises(cs.ConsilienceError, match=f"a version should have one content. Found another for '{parts[1].name}'"):
+        join(a, b.values())
+    a, b = banks("ana", "ben")
+    both = join(a, b.values())
+    assert list(both) == [("ana", parts[0].name), ("ana", parts[1].name), ("ben", parts[1].name), ("ben", parts[2].name)]
+    agent = cs.skill.newcomer(both, method, model, like=parts[0].test.whole()[0])
+    assert agent.frame.labels == tuple(("digits", str(i)) for i in range(6)) and list(agent.frame.tasks) == [
+        s.name for s in parts[:3]
+    ]
+    assert cs.skill.bank_hash(agent) == cs.skill.bank_hash(both)
+    right = [agent.predict(x).argmax(1) == y for x, y in (s.test.whole() for s in parts[:3])]
+    assert float(torch.cat(right).double().mean()) > 0.85
+    x, each = parts[1].test.whole()[0], []
+    for bank in (a, b):
+        alone = cs.skill.newcomer(bank, method, model, like=x)
+        each.append(alone.predict(x, parts[1].name)[:, alone.frame.columns([("digits", "2"), ("digits", "3")])])
+    assert torch.allclose(agent.predict(x, parts[1].name)[:, 2:4], (each[0] + each[1]) / 2) and not torch.equal(*each)
+
+
 def test_the_command_line_takes_graphs_joins_and_fails(tmp_path):
     from consilience.cli import schedule_of, understand
 
@@ -313,6 +385,9 @@ def test_the_command_line_takes_graphs_joins_and_fails(tmp_path):
     told = schedule_of(understand("run", ["--config", str(file)]))
     assert schedule.evaluated == told.evaluated == "agent-1"
     assert list(schedule.plan(0)) == list(told.plan(0))
+    by_name = ["--setting.graph=[[agent-0, agent-1], [1, 2]]", "--setting.joins={agent-2: 2}", "--setting.fails={agent-0: 5}"]
+    named = schedule_of(understand("run", ["--setting", "skill", *split, *by_name]))
+    assert list(named.plan(0)) == list(schedule.plan(0))
     learns = [p.who for p in schedule.plan(0) if isinstance(p, Learn)]
     assert "agent-2" not in learns[0] and "agent-2" in learns[1] and "agent-0" not in learns[4]
 
@@ -345,6 +420,271 @@ def test_a_bank_comes_back_from_its_file(shared, parts, model, tmp_path):
     assert torch.equal(new.predict(x), shared.predict(x))
     empty = cs.skill.load_bank(cs.skill.save_bank({}, tmp_path / "empty.safetensors"))
     assert empty == {}
+
+
+def test_a_hash_of_a_bank_tells_versions(shared):
+    """Also where the content is the same."""
+    first = next(iter(shared.state.bank.values()))
+    newer = replace(first, version=first.version + 1)
+    assert newer.digest == first.digest and cs.skill.bank_hash({newer.key: newer}) != cs.skill.bank_hash({first.key: first})
+
+
+MADE = {
+    "gaussian_mixture": (cs.methods.skill("gaussian_mixture", 2), "heads"),
+    "mahalanobis, reject": (cs.methods.skill("mahalanobis", reject=0.05), "heads"),
+    "min_entropy, biases": (cs.methods.skill("min_entropy"), "biases"),
+    "expert_gate, drawn": (cs.methods.skill("expert_gate", reuse="name"), "drawn"),
+}
+
+
+@pytest.mark.parametrize("kind", list(MADE))
+def test_an_agent_is_made_of_a_file(parts, model, tmp_path, kind):
+    """Without any data: what it answers is, bit for bit, what the agent answers whose bank it was; with a task, too."""
+    method, base = MADE[kind]
+    trunk = cs.models.mlp(64, (24, 16), 10)
+    net = {
+        "heads": model, "biases": cs.models.beneficial_biases(cs.models.frozen(trunk), 10), "drawn": cs.models.multi_head(cs.models.frozen(trunk), 10),
+    }[base]  # fmt: skip
+    teacher = cs.run(cs.settings.skill([[parts[4], parts[1]], parts[2:4], parts[:1]]), method, net, TRAINING, seed=3).agent
+    path, x = cs.skill.save_bank(teacher, tmp_path / "bank"), torch.cat([s.test.whole()[0] for s in parts])
+    agent = cs.skill.newcomer(cs.skill.load_bank(path), method, net, TRAINING, 3, "new", like=x)
+    columns = agent.frame.columns(teacher.frame.labels)
+    assert agent.name == "new" and cs.skill.bank_hash(agent) == cs.skill.bank_hash(teacher) and not agent.state.visits
+    assert torch.equal(agent.predict(x)[:, columns], teacher.predict(x)) and teacher.predict(x).any()
+    assert agent.frame.tasks.keys() == teacher.frame.tasks.keys() == {s.name for s in parts}
+    for s in parts:
+        assert torch.equal(agent.predict(x, s.name)[:, columns], teacher.predict(x, s.name))
+    with pytest.raises(cs.ConsilienceError, match="`task` should be one of"):
+        agent.predict(x, "typo")
+    few = dict(list(cs.skill.load_bank(path).items())[1:4])  # not all of whose classes are answered
+    some = cs.skill.newcomer(few, method, net, TRAINING, 3, like=x[:0])
+    known = cs.skill.newcomer(teacher.schedule, method, net, TRAINING, 3)
+    cs.skill.give(known, few)
+    assert set(some.frame.labels) == set(teacher.frame.labels) and len(some.frame.tasks) == 3
+    assert torch.equal(some.predict(x)[:, some.frame.columns(teacher.frame.labels)], known.predict(x))
+    if base == "drawn":
+        with pytest.raises(cs.ConsilienceError, match="a module should stand on this agent's backbone"):
+            cs.skill.newcomer(teacher.state.bank, method, net, TRAINING, like=x)
+
+
+def pictures(seed: int, n: int = 24) -> cs.Source:
+    """A task of two classes of images, one dark and one light."""
+    x = torch.rand(n, 3, 8, 8, generator=torch.Generator().manual_seed(seed)) / 2
+    x[1::2] += 0.1 * (seed + 1)
+    t, y = Tensors(x, torch.arange(n) % 2), tuple((f"task{seed}", c) for c in ("dark", "light"))
+    return cs.Source(f"task{seed}", t.select(torch.arange(n - 8)), t.select(torch.arange(n - 8, n - 4)), t.select(torch.arange(n - 4, n)), y, (0, 1), f"task{seed}")  # fmt: skip
+
+
+def body(seed: int = 0) -> torch.nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        layers = [torch.nn.Conv2d(3, 6, 3), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()]
+        return torch.nn.Sequential(*layers, torch.nn.Linear(6, 2))
+
+
+def convolutional(seed: int = 0) -> Any:
+    return cs.models.backbone(body(seed))
+
+
+def test_another_process_answers_with_images_and_features(tmp_path):
+    """With the file, the backbone and nothing else."""
+    import subprocess
+
+    torch.save(body(), tmp_path / "body")
+    model = cs.models.multi_head(convolutional(), 4)
+    images = [pictures(0), pictures(1)]
+    kept = cs.data.embed(images, model)
+    teacher = cs.run(cs.settings.skill([kept]), cs.methods.skill("nearest_mean", head="ridge"), model).agent
+    cs.skill.save_bank(teacher, tmp_path / "bank")
+    given = [images[0].test.whole()[0], kept[1].test.whole()[0]]
+    torch.save((given, [[teacher.predict(x), teacher.predict(x, "task1")] for x in given]), tmp_path / "answers")
+    code = """if True:
+        import sys, torch, consilience as cs
+        from pathlib import Path
+        at = Path(sys.argv[1])
+        model = cs.models.multi_head(cs.models.backbone(torch.load(at / "body", weights_only=False)), 4)
+        given, answers = torch.load(at / "answers")
+        for x, want in zip(given, answers):
+            method = cs.methods.skill("nearest_mean", head="ridge")
+            agent = cs.skill.newcomer(cs.skill.load_bank(at / "bank"), method, model, like=x)
+            assert agent.frame.labels[3] == ("task1", "light")
+            assert torch.equal(agent.predict(x), want[0]) and torch.equal(agent.predict(x, task="task1"), want[1])
+    """
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, timeout=120)
+
+
+def test_what_no_agent_can_be_made_of(shared, model, parts):
+    x, bank = parts[0].test.whole()[0], shared.state.bank
+    bare = {k: replace(m, items={n: i for n, i in m.items.items() if n != "model"}, digest="") for k, m in bank.items()}
+    for given, more, rule in [
+        (bank, {}, r"with a bank, `like` should be inputs \[B, ...\]. Found `like = None`"),
+        (bank, {"like": torch.tensor(1.0)}, "`like` should be inputs"),
+        ({}, {"like": x}, "should have modules. Found none in 0 messages"),
+        (bare, {"like": x}, "should have modules. Found none in 5 messages"),
+        ({"a": 1}, {"like": x}, "a bank should be an agent's, or messages"),
+        (shared.schedule, {"like": x}, "`like` should be left out where a schedule is given"),
+        (None, {}, "`schedule` should be made by consilience.settings. Found None"),
+        (bank, {"like": x[:, :9]}, "samples should fit the model's input"),
+    ]:
+        with pytest.raises(cs.ConsilienceError, match=rule):
+            cs.skill.newcomer(given, METHOD, model, TRAINING, **more)
+    narrow = cs.models.multi_head(model.trunk, 9)
+    with pytest.raises(cs.ConsilienceError, match="an output for each of the 10 classes. Found 9"):
+        cs.skill.newcomer(bank, METHOD, narrow, TRAINING, like=x)
+
+
+@pytest.mark.parametrize(
+    "mapper", [{}, {"mapper": "gaussian_mixture"}, {"mapper": "mahalanobis"}, {"mapper": "mahalanobis", "rank": 3}, {"mapper": "mahalanobis", "images": 2}]
+)  # fmt: skip
+def test_what_could_not_be_routed_to_is_not_given(shared, parts, model, mapper):
+    """Modules without the anchor that the hearer reads, and anchors without the scores that it judges by; of such a bank nothing stays."""
+    kind = {"mapper": "nearest_mean", **mapper}
+    method = cs.methods.skill(**kind, head="ridge")
+    other = cs.methods.skill("gaussian_mixture" if kind["mapper"] != "gaussian_mixture" else "expert_gate", 2)
+    agent, schedule = cs.run(cs.settings.skill([parts[:2]]), method, model).agent, shared.schedule
+    name = type(other.mapper).__name__
+    said = f"anchor that this agent's mapper reads, that of `{name}`. Found {type(method.mapper).__name__}, model in 'digits/0-1' of 'agent-0'"
+    for hearer, rule in (
+        (other, said),
+        (cs.methods.skill(**kind, reject=0.05), "with `reject` above 0 every anchor should be made with it. Found one without validation scores, of 'digits/0-1'"),
+    ):  # fmt: skip
+        new = cs.skill.newcomer(schedule, hearer, model, TRAINING)
+        with pytest.raises(cs.ConsilienceError, match=rule):
+            cs.skill.give(new, agent.state.bank)
+        assert not new.state.bank
+    last = list(agent.state.bank.values())[1]
+    bare = replace(last, items={"model": last.items["model"]}, digest="")
+    new = cs.skill.newcomer(schedule, method, model, TRAINING)
+    with pytest.raises(cs.ConsilienceError, match=f"Found model in '{parts[1].name}'"):
+        cs.skill.give(new, {**agent.state.bank, bare.key: bare})
+    assert not new.state.bank
+    for hears in (method, cs.methods.skill("oracle"), cs.methods.skill("min_entropy")):
+        cs.skill.give(new := cs.skill.newcomer(schedule, hears, model, TRAINING), agent.state.bank)
+        assert len(new.state.bank) == 2 and new.predict(parts[0].test.whole()[0], parts[0].name).any()
+    judging = cs.methods.skill(**kind, head="ridge", reject=0.05)
+    sure = cs.run(cs.settings.skill([parts[:2]]), judging, model).agent
+    cs.skill.give(new := cs.skill.newcomer(schedule, judging, model, TRAINING), sure.state.bank)
+    assert new.predict(parts[0].test.whole()[0]).any()
+
+
+def test_a_module_is_offered(parts, model, tmp_path):
+    """A task of old classes in an agent that is told the task: it, and whoever reads its file, answers; others refuse."""
+    schedule = cs.settings.skill([parts[:2], parts[2:]])
+    wide = cs.models.multi_head(cs.models.random_features(64, 256), 10)
+    agent = cs.run(schedule, cs.methods.skill("oracle", head="ridge"), wide).agent
+    wanted = [("digits", "9"), ("digits", "0")]
+    both, before = cs.skill.combine(agent.state.experts, wanted, "mixed"), dict(agent.state.bank)
+    bank = cs.skill.offer(agent, both)
+    (m,) = bank.values()
+    assert (
+        list(bank) == [("agent-0", "mixed")] and m.version == 1 and m.origin == agent.state.origin and m.items == {"model": both}
+    )
+    assert agent.state.bank == before, "nothing is changed by offering"
+    cs.skill.give(agent, bank)
+    assert agent.state.bank == {**before, **bank}
+    x, y = (torch.cat(t) for t in zip(*(s.test.whole() for s in (parts[0], parts[4])), strict=True))
+    known = (y == 0) | (y == 9)
+    p = agent.predict(x[known], task="mixed")
+    assert float((p.argmax(1) == y[known]).double().mean()) > 0.95 and not p[:, 1:9].any()
+    path = cs.skill.save_bank(agent, tmp_path / "bank")
+    new = cs.skill.newcomer(cs.skill.load_bank(path), cs.methods.skill("oracle"), wide, like=x)
+    assert torch.equal(new.predict(x, "mixed")[:, new.frame.columns(agent.frame.labels)], agent.predict(x, "mixed"))
+    (m,) = cs.skill.offer(agent, cs.skill.combine(agent.state.experts, wanted[::-1], "mixed")).values()
+    assert m.version == 2
+    cs.skill.give(agent, {m.key: m})
+    assert agent.state.bank[m.key] is m and [m.version for m in cs.skill.offer(agent, both).values()] == [3]
+    assert list(cs.skill.offer(new, both, "my own")) == [("newcomer", "my own")]
+    anchored = cs.run(schedule, cs.methods.skill("mahalanobis", head="ridge"), wide).agent
+    with pytest.raises(cs.ConsilienceError, match="that of `Mahalanobis`. Found model in 'mixed' of 'agent-0'"):
+        cs.skill.give(anchored, cs.skill.offer(anchored, both))
+    for given, rule in [
+        ((both, ""), "under a name, without '|'. Found ''"),
+        ((both, "a|b"), "under a name, without '|'. Found 'a|b'"),
+        ((Module({}, {"task": None}),), "under a name, without '|'. Found None"),
+        ((both, parts[0].name), f"under a name of its own. Found '{parts[0].name}', which the agent learned"),
+        ((before,), "should be a module, such as `combine` makes. Found a dict"),
+    ]:
+        with pytest.raises(cs.ConsilienceError, match=re.escape(rule)):
+            cs.skill.offer(agent, *given)
+
+
+def test_a_task_that_nobody_has_is_named(shared, parts):
+    with pytest.raises(cs.ConsilienceError, match=f"`task` should be one of .* Found 'digits/0-2'; nearest: .*{parts[0].name}"):
+        shared.predict(parts[0].test.whole()[0], task="digits/0-2")
+    with pytest.raises(cs.ConsilienceError, match="`task` should be one of the schedule's tasks. Found 'typo'"):
+        shared.predict(parts[0].test.whole()[0], task="typo")
+
+
+def test_familiarity_is_that_of_the_mapper(parts, model):
+    method = cs.methods.skill("mahalanobis", head="ridge", reject=0.05)
+    agent = cs.run(cs.settings.skill([parts[:3]]), method, model).agent
+    x = torch.cat([s.test.whole()[0] for s in parts])
+    psi = model.features(agent.state.params, agent.state.buffers, x)
+    own = method.mapper.familiarity(
+        Routing(x, lambda other=None: psi, list, list(agent.state.experts)), agent.memory(method.mapper)
+    )
+    found = cs.skill.familiarity(agent, x)
+    assert torch.equal(found, own) and found.shape == (len(x),)
+    known = sum(len(s.test) for s in parts[:3])
+    assert cs.mappers.auroc(found[:known], found[known:]) > 0.7
+    for bad, rule in (
+        ("min_entropy", "needs a mapper with anchors. Found MinEntropy"),
+        ("mahalanobis", "`reject` should be above 0"),
+    ):
+        other = cs.run(cs.settings.skill([parts[:3]]), cs.methods.skill(bad, head="ridge"), model).agent
+        with pytest.raises(cs.ConsilienceError, match=rule):
+            cs.skill.familiarity(other, x)
+
+
+# what is refused before anything is learned
+
+
+def test_kept_features_know_their_backbone():
+    images, model = [pictures(0), pictures(1)], cs.models.multi_head(convolutional(), 4)
+    kept = cs.data.embed(images, model)
+    assert {s.space for s in kept} == {model.space} and model.space and not images[0].space
+    method = cs.methods.skill("nearest_mean", head="ridge")
+    assert len(cs.run(cs.settings.skill(kept), method, model).agent.state.experts) == 2
+    other = cs.models.multi_head(convolutional(1), 4)
+    rule = f"kept features should be of the model's own backbone {other.space[:8]}. Found those of {model.space[:8]} in 'task0'"
+    with pytest.raises(cs.ConsilienceError, match=rule):
+        cs.run(cs.settings.skill(kept), method, other)
+    scaled = [s.map(x=lambda x: x * 2) for s in kept]
+    assert {s.space for s in scaled} == {""} and kept[0].map(y=lambda y: y).space == kept[0].map(name="b").space == model.space
+    cs.run(cs.settings.skill(scaled), method, other)
+
+
+def test_a_model_without_anything_to_learn_is_refused(parts):
+    rule = "should have entries that are learned. Found a model that is frozen altogether; put models.multi_head on it"
+    trunk = cs.models.random_features(64, 48)
+    for method in (cs.methods.skill("nearest_mean"), cs.methods.skill("oracle", head="ridge")):
+        with pytest.raises(cs.Refusal, match=rule):
+            cs.run(cs.settings.skill([parts[:2]]), method, trunk)
+    with pytest.raises(cs.Refusal, match=rule):
+        cs.run(cs.settings.skill([[pictures(0), pictures(1)]]), METHOD, convolutional())
+    cs.run(cs.settings.skill([parts[:2]]), METHOD, cs.models.multi_head(trunk, 10), TRAINING)
+    whole = cs.models.mlp(64, (16,), 10)
+    for partly in (whole, cs.models.frozen(whole, ("1.*",))):  # ensembles of whole models, learned or given
+        cs.run(cs.settings.merging(parts[:2]), cs.methods.average_ensemble(), partly, TRAINING)
+    expert = cs.Expert("e", whole.init(torch.Generator())[0], parts[0])
+    cs.run(cs.settings.exmodel([expert]), cs.methods.average_ensemble(), whole)
+    with pytest.raises(cs.Refusal, match=rule):
+        cs.run(cs.settings.exmodel([expert]), cs.methods.average_ensemble(), cs.models.frozen(whole))
+
+
+def test_targets_of_another_frame_are_no_columns_of_a_head(parts):
+    """Head2Toe of a source as it was split, not as the schedule framed it."""
+    (framed,) = cs.settings.skill(parts[1:2]).sources
+    model = cs.models.multi_head(cs.models.frozen(cs.models.mlp(64, (12,), 10)), 10)
+    params, buffers = model.grow(*model.init(torch.Generator().manual_seed(0)), framed, torch.Generator())
+    cs.models.head2toe(model, params, buffers, framed, keep=0.5, epochs=1)
+    with pytest.raises(cs.ConsilienceError, match="targets should be output columns"):
+        cs.models.head2toe(model, params, buffers, replace(parts[1], task=framed.task), keep=0.5, epochs=1)
+
+
+def test_words_of_the_method_are_named():
+    with pytest.raises(cs.ConsilienceError, match="`reuse` should be one of .* Found 'names'; nearest: name"):
+        cs.methods.skill(reuse="names")  # type: ignore[arg-type]
 
 
 def test_banks_of_files_join_and_the_newest_stays(shared, model, tmp_path):
@@ -465,8 +805,8 @@ def test_the_papers_figures():
     assert one / 102 == pytest.approx(1.69e14, rel=5e-3)  # the paper's teachers: it divides by the tasks, not by its 51 agents
     for received, student, efficiency in ((8.22e7, 0.0, 0.9998), (6.72e9, 5e9, 0.9806)):
         s = Speedup((one / n,) * n, (received,) * n, (student,) * n)
-        assert round(s.efficiency(), 4) == round(s.efficiency(False), 4) == efficiency
-        assert s.efficiency() == pytest.approx(s.makespan_efficiency)  # balanced: no agent is slower than another
+        assert round(s.efficiency(), 4) == round(s.efficiency(students=True), 4) == efficiency
+        assert s.efficiency(students=True) == pytest.approx(s.makespan_efficiency)  # balanced: no agent is slower than another
     (s,) = cs.skill.speedups([one / 102] * 102, [told] * 102, [51])
     assert s.communication == pytest.approx(100 * told) and s.teacher == pytest.approx(one / 51)
     assert round(s.efficiency(), 4) == 0.9998 == round(s.makespan_efficiency, 4)
@@ -477,7 +817,7 @@ def test_a_speedup_is_what_its_agents_do():
     s = Speedup((6e9, 2e9), (1e6, 3e6), (5e8, 0.0), alpha=100.0)
     assert s.alone == 8e9 and s.teacher == 4e9 and s.communication == 2e6 and s.student == 2.5e8
     assert s.total == 4e9 + 2e8 + 2.5e8
-    assert s.efficiency() == 4e9 / s.total and s.efficiency(False) == 4e9 / 4.2e9
+    assert s.efficiency(students=True) == 4e9 / s.total and s.efficiency() == s.efficiency(False) == 4e9 / 4.2e9
     assert s.makespan == 6e9 + 1e8 + 5e8 and s.speedup == 8e9 / s.makespan and s.makespan_efficiency == s.speedup / 2
     for bad in [((), (), ()), ((1.0,), (), (0.0,)), ((1.0,), (-1.0,), (0.0,)), ((math.nan,), (0.0,), (0.0,))]:
         with pytest.raises(cs.ConsilienceError, match="costs should be finite numbers >= 0"):
@@ -518,8 +858,15 @@ def test_absorbing_is_a_part_of_an_agents_work():
     page = ledger.costs()["by_agent"]["x"]
     assert page == {"macs": 2 * 64 + 2 * 128, "sent": 0, "received": 0, "absorbing": 2 * 128}
     assert ledger.total("macs") == page["macs"]
-    s = cs.skill.speedup({"x": page, "y": {"macs": 1, "sent": 0, "received": 2}})  # a page of before has none
+    pages = {"x": page, "y": {"macs": 1, "sent": 0, "received": 2}}  # a page of before has none
+    s = cs.skill.speedup(pages)
     assert s.teachers == (128.0, 1.0) and s.students == (256.0, 0.0)
+    more = cs.skill.speedup(pages, teacher=cs.models.macs(torch.nn.Linear(4, 4), (4,)))  # the passes of kept features
+    assert more.teachers == (144.0, 17.0) and more.students == s.students and more.alone == s.alone + 32
+    assert cs.skill.speedup(pages, teacher={"y": 9.0}).teachers == (128.0, 10.0)
+    assert cs.skill.speedup(pages, teacher={}) == s
+    with pytest.raises(cs.ConsilienceError, match="`teacher` should be one of the agents with a page. Found 'z'; nearest: x, y"):
+        cs.skill.speedup(pages, teacher={"x": 1.0, "z": 1.0})
 
 
 def test_dealing_tasks():
@@ -570,6 +917,11 @@ def test_speedups_against_the_number_of_agents():
 
 def test_the_table_of_costs():
     rows = {"a": Speedup((1e9, 3e9), (1e5, 1e5), (0, 0)), "b": Speedup((4e9,), (0,), (0,))}
+    studious = replace(rows["a"], students=(1e9, 1e9))
+    cell = cs.skill.table({"c": studious}).splitlines()[2].split("|")[7].strip()
+    assert cell == f"{studious.efficiency():.4f}" == "0.9524" != f"{studious.efficiency(students=True):.4f}", (
+        "the paper's definition"
+    )
     lines = cs.skill.table(rows, {"b": 0.5}, "b").splitlines()
     cells = [[c.strip() for c in line.strip("|").split("|")] for line in (lines[0], *lines[2:])]
     assert len({len(c) for c in cells}) == 1 and len(lines) == 4
@@ -589,4 +941,5 @@ def test_the_room_imports_no_torch():
     with pytest.raises(AttributeError, match="bank_hash"):
         cs.skill.bank_hasj  # noqa: B018
     assert all(callable(getattr(cs.skill, n)) for n in cs.skill.__all__)
+    assert dir(cs.skill) == sorted(cs.skill.__all__) and "offer" in dir(cs.skill)
     assert Path(cs.skill.__file__).parent.name == "skill"

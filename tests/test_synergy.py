@@ -17,7 +17,7 @@ from torch import Tensor
 import consilience as cs
 from consilience.core import run as running
 from consilience.core.correction import Beginning
-from consilience.core.message import Message, Module
+from consilience.core.message import Module
 from consilience.core.source import Frame, Source, Tensors
 from consilience.corrections.reuse import HeadReuse
 
@@ -195,7 +195,7 @@ def test_two_heads_below_each_other_keep_their_logits():
         source("trees", {"oak": "oak", "elm": "elm", "bus": "bus"}, seed=2),
     )
     model = heads("inf")
-    agent = cs.run(cs.settings.skill([a, b]), skilled(), model, TRAINING).agent
+    agent = cs.run(cs.settings.skill([a, b]), skilled(mapper=cs.mappers.oracle()), model, TRAINING).agent
     experts = agent.state.experts
     wanted = [("trees", "elm"), ("pets", "dog"), ("trees", "bus"), ("pets", "cat")]
     new = cs.skill.combine(experts, wanted, "mixed.up")
@@ -214,8 +214,7 @@ def test_two_heads_below_each_other_keep_their_logits():
     again = cs.skill.combine([new], wanted[::-1], "again")  # rows that are normalised stay as they are
     assert torch.equal(again.tensors["entries/heads.again.weight"], rows.flip(0))
 
-    message = Message("me", "mixed.up", 1, 1, agent.state.origin, "", {"model": new})
-    cs.skill.give(agent, {message.key: message})
+    cs.skill.give(agent, cs.skill.offer(agent, new))
     p = agent.predict(torch.cat([a.test.whole()[0], b.test.whole()[0]]), task="mixed.up")
     true = [("pets", n) for n in ("cat", "dog") for _ in range(40)] + [
         ("trees", n) for n in ("oak", "elm", "bus") for _ in range(40)

@@ -240,6 +240,48 @@ def test_on_features_of_a_backbone_it_wants_images():
         toes(params, buffers, torch.rand(2, 5), "t", False)
 
 
+class Shares(nn.Module):
+    """A layer whose weights are read, and that is never called."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3, padding=1)
+        self.qkv = nn.Linear(4, 6)
+        self.fc = nn.Linear(6, 5)
+
+    def forward(self, x):
+        return self.fc(F.linear(self.conv(x).mean((2, 3)), self.qkv.weight).relu())
+
+
+@pytest.mark.parametrize("by", ["biases", "lasso"])
+def test_layers_that_a_backbone_never_calls_are_not_read(by):
+    torch.manual_seed(0)
+    module, s = Shares(), source()
+    backbone = models.backbone(models.wrap(module, 5, headless=True), size=8)
+    model = models.beneficial_biases(backbone, C) if by == "biases" else models.multi_head(backbone, C)
+    toes, params, buffers = models.head2toe(model, *grown(model, s), s, keep=1, by=by, epochs=1)
+    assert toes.layers == ("body.conv", "body.fc") and toes.spans()[""] == (9, 14)
+    assert len(buffers["toes.t.index"]) == (9 if by == "biases" else 14)
+    assert torch.isfinite(toes(params, buffers, s.test.x, "t", False)[0][:, :2]).all()
+    wrapped = models.multi_head(models.frozen(models.wrap(module, 5, headless=True)), C)
+    with pytest.raises(ConsilienceError, match="reads layers, which the module should call. Found none called of 'qkv'"):
+        models.head2toe(wrapped, *grown(wrapped, s), s, epochs=1)
+
+
+def test_a_layer_without_a_row_for_each_image_is_refused():
+    class Windows(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 5)
+
+        def forward(self, x):
+            return self.fc(x.reshape(-1, 16, 4)).reshape(len(x), -1, 5).mean(1)
+
+    model, s = models.multi_head(models.backbone(models.wrap(Windows(), 5, headless=True), size=16), C), source()
+    with pytest.raises(ConsilienceError, match="a row for each image. Found 480 rows of 'body.fc' for 40 images"):
+        models.head2toe(model, *grown(model, s), s, epochs=1)
+
+
 def test_refusals():
     s, model = source(), plain()
     given = grown(model, s)

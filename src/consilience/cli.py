@@ -213,7 +213,7 @@ def read(argv: Sequence[str], switches: Sequence[str] = SWITCHES) -> tuple[dict[
         key, equals, value = token[2:].partition("=")
         if equals:
             found[key] = value
-        elif key in switches:
+        elif key in switches and (i == len(argv) or argv[i] not in ("true", "false")):
             found[key] = "true"
         elif i < len(argv) and not argv[i].startswith("--"):
             found[key] = argv[i]

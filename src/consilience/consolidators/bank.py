@@ -74,4 +74,11 @@ class Experts(Consolidator):
         return state
 
     def refuse(self, facts: Facts) -> str | None:
-        return None if facts.hears else "nobody hears anybody here, so that there are no experts to choose from"
+        if not facts.hears:
+            return "nobody hears anybody here, so that there are no experts to choose from"
+        model: Model | None = facts.model
+        if model is None or type(model).grow is not Model.grow:  # heads come with sources
+            return None
+        if all(model.frozen(n) for n in model.init(torch.Generator().manual_seed(0))[0]):
+            return "a module should have entries that are learned. Found a model that is frozen altogether; put models.multi_head on it"
+        return None

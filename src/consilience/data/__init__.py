@@ -364,9 +364,9 @@ def embed(
 
     Every image passes the backbone once; parts that several sources share stay shared. `models.backbone` takes its own features as they
     are, so that the very model goes on with them. Streams are read in chunks. With `cache`, features are kept in the folder
-    <cache>/<hash of the backbone>, as safetensors files of at most 32768 images, by the hash of each image (type, shape, bytes, as
+    <cache>/<hash of the backbone>, as safetensors files of at most 8192 images, by the hash of each image (type, shape, bytes, as
     its source gives it): in another source, order or split they are found again, and read as they lie on disk. What was made stays there
-    when a run is interrupted. A file that is cut short or not ours is named in a warning and made anew; one whose features are not
+    when a run is interrupted; of a process that is killed, all but the last 8192 images. A file that is cut short or not ours is named in a warning and made anew; one whose features are not
     those that were written is refused when the first of them are used.
 
     Args:

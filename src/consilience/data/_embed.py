@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -20,7 +21,7 @@ from consilience.core.model import Forward, Model
 from consilience.core.params import content_hash
 from consilience.core.source import Examples, Source, Tensors
 
-ROWS = 1 << 15
+ROWS = 1 << 13
 """Images of one file at most."""
 
 HASH = 16
@@ -155,11 +156,14 @@ class Store:
         self.known: set[bytes] = set()
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            names = sorted(p for p in folder.iterdir() if p.suffix == ".safetensors")
+            found = sorted(folder.iterdir())
         except OSError as e:
             raise ConsilienceError(f"`cache` should be a folder that can be written. Found {e.strerror} at {folder}.") from e
-        for path in names:
-            self._open(path)
+        for path in found:
+            if path.suffix == ".safetensors":
+                self._open(path)
+            elif path.suffix == ".part":
+                _tidy(path)
 
     def wants(self, image: bytes) -> bool:
         """Whether an image is new; it is then to be added, in this order."""
@@ -240,6 +244,18 @@ class Store:
         if path is not None and content_hash({"features": self.files[number]}) != digest:
             self.unread[number] = (path, digest)
             raise ConsilienceError(f"kept features should be as they were written. Found others in {path}; delete that file.")
+
+
+def _tidy(path: Path) -> None:
+    """Remove what a process left of a file that it was writing, if that process is gone and the rest is older than a day."""
+    pid = path.name.split(".")[-2]
+    with suppress(OSError, OverflowError):  # the process lives and is another's, or this folder is
+        if os.name != "posix" or not pid.isdecimal() or time.time() - path.stat().st_mtime < 86400:
+            return  # elsewhere than on POSIX signal 0 is not a question
+        try:
+            os.kill(int(pid), 0)
+        except ProcessLookupError:
+            path.unlink()
 
 
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

@@ -56,7 +56,7 @@ def nearest_mean(on: Literal["features", "inputs"] = "features", reject: float =
 
     Args:
         on: distances are between features of a frozen backbone, or between inputs, for any model.
-        reject: the share of a task's own validation examples that may be called unknown; 0: every input belongs to a task.
+        reject: the share of a task's own validation examples that fall below its mark; an input below that of the task it goes to is unknown. 0: every input belongs to a task.
     """
     from consilience.mappers.mixture import NearestMean
 
@@ -73,11 +73,11 @@ def gaussian_mixture(
     """The expert of the likeliest component among the mixtures of all sources.
 
     Args:
-        components: diagonal Gaussians a source.
+        components: diagonal Gaussians a source; one for 20 examples where there are fewer.
         prior: "uniform" (mixtures are pooled), or "size" (they weigh by their source's examples).
         on: mixtures are of features of a frozen backbone, or of inputs, for any model.
         fit: "torch" (expectation maximisation of our own, on the device of the data), or "sklearn" (scikit-learn's).
-        reject: the share of a task's own validation examples that may be called unknown; 0: every input belongs to a task.
+        reject: the share of a task's own validation examples that fall below its mark; an input below that of the task it goes to is unknown. 0: every input belongs to a task.
     """
     from consilience.mappers.mixture import GaussianMixture
 
@@ -94,7 +94,7 @@ def mahalanobis(
         on: sums are of features of a frozen backbone, or of inputs, for any model.
         images: images of each class that are shared for the covariance (the paper: 5); 0 shares sums instead.
         rank: how many factors of a source's scatter are shared, with the diagonal of the rest; 0 shares all of it.
-        reject: the share of a task's own validation examples that may be called unknown; 0: every input belongs to a task.
+        reject: the share of a task's own validation examples that fall below its mark; an input below that of the task it goes to is unknown. 0: every input belongs to a task.
     """
     from consilience.mappers.covariance import Mahalanobis
 
@@ -119,7 +119,7 @@ def expert_gate(
         temperature: of the gate, a softmax of the errors.
         soft: average the experts by their gates, instead of taking the largest.
         on: what is reconstructed: inputs, or features of a frozen backbone.
-        reject: the share of a task's own validation examples that may be called unknown; 0: every input belongs to a task.
+        reject: the share of a task's own validation examples that fall below its mark; an input below that of the task it goes to is unknown. 0: every input belongs to a task.
     """
     from consilience.mappers.autoencoder import ExpertGate
 

@@ -33,11 +33,11 @@ def skill(
     Args:
         mapper: how the task of an input is found: by a mixture of Gaussians, class means with one covariance, class means, the surest
             head, autoencoders of features; "oracle" is told it.
-        components: of "gaussian_mixture": Gaussians a task.
+        components: of "gaussian_mixture": Gaussians a task; one for 20 examples where there are fewer.
         prior: of "gaussian_mixture": whether a task's components weigh by its examples.
         images: of "mahalanobis": images of each class that are shared for the covariance (the paper: 5); 0 shares sums instead.
         rank: of "mahalanobis": factors of a task's scatter that are shared instead of the whole; 0 is the whole.
-        reject: the share of a task's own validation examples that may be called unknown; 0: every input belongs to a task.
+        reject: the share of a task's own validation examples that fall below its mark; an input below that of the task it goes to is unknown. 0: every input belongs to a task.
         head: trained by steps; "lp_ft": solved for by logistic regression on the backbone's features, and then trained with the rest (linear
             probing, then fine-tuning); or solved for and not trained ("logistic", "ridge", "prototype").
         reuse: a new head begins with the rows of similar classes learned before, by their "name" or by "features".

@@ -251,7 +251,8 @@ def backbone(
     and plain public attributes.
 
     Args:
-        of: a name of timm's (`consilience[vision]`), a torch module, or a model of one (`wrap(.., headless=True)` keeps its last layer).
+        of: a name of timm's (`consilience[vision]`), a torch module (its last linear layer is taken off; without any, its outputs are
+            the features), or a model of one (`wrap(.., headless=True)` keeps its last layer; `outputs` need not be given).
         checkpoint: weights as a safetensors file, read as float32; None: timm's from the hub, a module's own.
         size: height and width (one number: both); "own": timm's for this model, else as the images come; None: as they come.
         mean, std: of each channel, or one number for all; None: timm's for this model, else 0 and 1.
@@ -259,7 +260,7 @@ def backbone(
 
     Raises:
         ConsilienceError: no timm, no such name, entries that the checkpoint lacks or has too many of (the classifier's do not
-            matter), a std that is not positive.
+            matter), a std that is not positive, a body that does not take images of `size`.
 
     >>> import torch
     >>> model = backbone(conv(3, 3, 8, 4), size=8, mean=0.5, std=0.5)
@@ -325,7 +326,8 @@ def beneficial_biases(
     Args:
         backbone: a model of one module, or a torch module; its head is taken off.
         outputs: the number of output columns; each head has those of its task's classes.
-        last: the fraction of the layers, from the end, that have biases, rounded up; 0 has none.
+        last: the fraction of the layers, from the end, that have biases, rounded up; 0 has none. Layers that a `models.backbone` never
+            calls do not count.
         norm: of the heads, as in `multi_head`.
 
     >>> beneficial_biases(conv(3, size=8, width=4), 10, last=0.5).layers
@@ -400,7 +402,8 @@ def adapters(
         backbone: a model of one module, or a torch module.
         outputs: the number of output columns; each head has those of its task's classes.
         bottleneck: the rows of V.
-        layers: shell patterns of names of layers or blocks (`*` also matches dots); None takes every convolution, linear layer and attention.
+        layers: shell patterns of names of layers or blocks (`*` also matches dots); None takes every convolution, linear layer and attention
+            (of a `models.backbone` those that it calls).
 
     >>> adapters(resnet(width=4), 10, layers=("body.?",)).layers[:2]
     ('body.0', 'body.1')
@@ -462,7 +465,8 @@ def head2toe(
         seed: of first weights and orders.
 
     Raises:
-        ConsilienceError: the task has no head, no biases to choose by, numbers out of range.
+        ConsilienceError: the task has no head, no biases to choose by, numbers out of range, targets that are not the head's columns, a
+            layer that does not give a row for each image.
 
     >>> import torch
     >>> from consilience.data import digits
@@ -514,7 +518,8 @@ def wrap(
 
     Args:
         module: the module, which is copied, or a function of no arguments that makes one.
-        outputs: the number of output columns (of features, if headless); None takes the head's.
+        outputs: the number of output columns (of features, if headless); None takes the head's, and of a headless module leaves it to
+            `backbone` to count.
         head: the name of the last linear layer, whose input are the features; None takes the last nn.Linear in module order.
         frozen: shell patterns of entries that never change.
         headless: the outputs are features, and there is no head.

@@ -178,8 +178,8 @@ class Adapted(Inserted):
 
 
 def layers_of(module: nn.Module, whose: str, what: str) -> tuple[str, ...]:
-    """The names of all convolutions, linear layers and attentions, in module order."""
-    parts = dict(module.named_modules())
+    """The names of all convolutions, linear layers and attentions, in module order; of a backbone, of those that it calls."""
+    parts = called(module)
     attention = {id(m.out_proj) for m in parts.values() if isinstance(m, nn.MultiheadAttention)}  # read there, never called
     kinds = (nn.modules.conv._ConvNd, nn.Linear, nn.MultiheadAttention)
     found = tuple(n for n, m in parts.items() if isinstance(m, kinds) and id(m) not in attention)
@@ -188,14 +188,35 @@ def layers_of(module: nn.Module, whose: str, what: str) -> tuple[str, ...]:
     return found
 
 
+def called(module: nn.Module) -> dict[str, nn.Module]:
+    """The parts of a module by name: all, but of a backbone those alone that are called when it sees an image of zeros.
+
+    Some only have weights that another part reads, as the `qkv` of several of timm's: what stands after them is never reached.
+    """
+    parts = dict(module.named_modules())
+    if not isinstance(module, Backbone):
+        return parts
+    seen: set[str] = set()
+    handles = [m.register_forward_hook(lambda *_, n=n: seen.add(n)) for n, m in parts.items()]
+    try:
+        with torch.no_grad():
+            module(module.blank())
+    except (AssertionError, IndexError, TypeError, RuntimeError, ValueError):  # it wants images of another size
+        return parts
+    finally:
+        for h in handles:
+            h.remove()
+    return {n: m for n, m in parts.items() if n in seen}
+
+
 def _chosen(module: nn.Module, patterns: Sequence[str] | None, whose: str) -> tuple[str, ...]:
     """The names of the layers that adapters stand after; None: all convolutions, linear layers and attentions."""
-    parts = dict(module.named_modules())
     if patterns is None:
         return layers_of(module, whose, "adapters")
+    parts = called(module)
     for p in patterns:
         if not any(matches(n, [p]) for n in parts):
-            raise ConsilienceError(f"`layers` should match parts of the backbone. Found none like {p!r} in {whose}.")
+            raise ConsilienceError(f"`layers` should match parts that the backbone calls. Found none like {p!r} in {whose}.")
     return tuple(n for n in parts if matches(n, patterns))
 
 

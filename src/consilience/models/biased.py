@@ -22,9 +22,9 @@ class Biased(Inserted):
 
     B_t [c'] has a number for each of the c' channels of a map [B, c', ..], or of the last dimension of vectors and tokens; it
     begins at 0, so that a new task has the backbone to the bit. Only the last fraction `last` of the layers have it, in module
-    order, rounded up. Entries are `biases.<task>.<layer>` [c'], and `heads.<task>` and `trunk` as in MultiHead. Before a batch
-    norm in eval mode B is beta' = beta + gamma B / sqrt(v + eps). Gradients pass the backbone from the first of these layers on.
-    Wen et al. 2021, Ge et al. 2023.
+    order, rounded up; layers that a `models.backbone` never calls are none of them. Entries are `biases.<task>.<layer>` [c'], and
+    `heads.<task>` and `trunk` as in MultiHead. Before a batch norm in eval mode B is beta' = beta + gamma B / sqrt(v + eps).
+    Gradients pass the backbone from the first of these layers on. Wen et al. 2021, Ge et al. 2023.
 
     >>> from consilience.models import mlp
     >>> model = Biased(mlp(4, (8, 8)), outputs=10)

@@ -24,8 +24,9 @@ class ModuleModel(Model):
     Entries are the named parameters, tied weights once, under their first name. A given module keeps its weights at every
     `init`; a factory makes new ones from the generator and leaves torch's random state alone (what it draws outside of torch's
     CPU generator is not seeded). The features are the input of `head`, by default the last nn.Linear in module order;
-    of a headless module, its outputs. A part all of whose entries are frozen runs in eval mode also in training. Buffers
-    follow in-place updates, as batch norm makes them, not those that put a new tensor in the place of the old.
+    of a headless module, its outputs (which `models.backbone` counts, where they are not given). A part all of whose entries are
+    frozen runs in eval mode also in training. Buffers follow in-place updates, as batch norm makes them, not those that put a
+    new tensor in the place of the old.
 
     >>> model = ModuleModel(lambda: nn.Linear(4, 3))
     >>> params, buffers = model.init(torch.Generator().manual_seed(0))
@@ -55,10 +56,8 @@ class ModuleModel(Model):
         self.description = name or type(made).__name__
         self.headless = headless
         self._head = None if headless else _find_head(made, head)
-        if outputs is None and self._head is None:
-            raise ConsilienceError("`outputs` should be given for a module without a linear head. Found none.")
-        self.outputs: int = self._layer().out_features if outputs is None else outputs
-        if self.outputs < 1:
+        self._outputs = self._layer().out_features if outputs is None and self._head is not None else outputs
+        if (self._outputs is not None or not headless) and self.outputs < 1:
             raise ConsilienceError(f"`outputs` should be at least 1. Found `outputs = {self.outputs}`.")
         self._names = tuple(n for n, _ in made.named_parameters())
         self._buffers = tuple(n for n, _ in made.named_buffers())
@@ -69,6 +68,13 @@ class ModuleModel(Model):
     def name(self) -> str:
         """The catalogue's name, or that of the module's class."""
         return self.description.partition("(")[0]
+
+    @property
+    def outputs(self) -> int:  # type: ignore[override]
+        """The number C of output columns."""
+        if self._outputs is None:
+            raise ConsilienceError("`outputs` should be given for a module without a linear head. Found none.")
+        return self._outputs
 
     @property
     def width(self) -> int:

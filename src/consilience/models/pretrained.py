@@ -39,6 +39,7 @@ class Backbone(nn.Module):
         width: int = 0,
     ) -> None:
         super().__init__()
+        held = _held(body)
         self.body, self.size = _fixed(body), size
         self.channels: int = next((m.in_channels for m in body.modules() if isinstance(m, nn.modules.conv._ConvNd)), 3)
         self.mean, self.std = (self._per_channel(n, v) for n, v in (("mean", mean), ("std", std)))
@@ -46,7 +47,7 @@ class Backbone(nn.Module):
             raise ConsilienceError(f"`std` should be positive. Found `std = {tuple(std)}`.")
         digest = hashlib.blake2b(json.dumps([what, size]).encode(), digest_size=16).digest()
         self.identity = nn.Parameter(torch.tensor([*digest], dtype=torch.uint8), requires_grad=False)
-        self.width = width or self._measured()
+        self.width = width or self._measured(held)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim == 2:
@@ -75,12 +76,39 @@ class Backbone(nn.Module):
         given = given * self.channels if len(given) == 1 else given
         return nn.Parameter(torch.tensor(given).view(-1, 1, 1), requires_grad=False)
 
-    def _measured(self) -> int:
-        """The number d of features of an image."""
-        side = self.size or (32, 32)
-        self.width = -1
-        with torch.no_grad():
-            return int(self.eval()(torch.zeros(1, self.channels, *side)).shape[1])
+    def blank(self) -> Tensor:
+        """Zeros [1, c, H, W] as an image that the body is tried on."""
+        return torch.zeros(1, self.channels, *(self.size or (32, 32))).to(self.mean)
+
+    def _measured(self, held: list[tuple[nn.Module, str]]) -> int:
+        """The number d of features of an image. A body that puts new tensors in the place of buffers may do so here, once."""
+        self.width, x = -1, self.eval().blank()
+        try:
+            with torch.no_grad():
+                try:
+                    return int(self(x).shape[1])
+                except TypeError:  # of a parameter that is assigned a tensor
+                    for part, n in held:
+                        part.register_buffer(n, part._parameters.pop(n))
+                    self(x)
+                    _fixed(self.body)
+                    return int(self(x).shape[1])
+        except ConsilienceError:
+            raise
+        except (AssertionError, TypeError, RuntimeError, ValueError) as e:
+            raise ConsilienceError(
+                f"a backbone should give features of images {[*x.shape]}{self._hint()}. Found {type(e).__name__}: {_reason(e)}."
+            ) from e
+
+    def _hint(self) -> str:
+        """What may help where the body does not take its images."""
+        if self.size is None:
+            return "; where it wants others, give `size`"
+        cfg = getattr(self.body, "pretrained_cfg", None)
+        own = cfg if isinstance(cfg, dict) and cfg.get("fixed_input_size") else {}
+        if self.size == tuple(own.get("input_size", self.size)[-2:]):
+            return ""
+        return f"; timm makes this one for that size with `img_size={self.size[0] if len({*self.size}) == 1 else self.size}`"
 
 
 def of_timm(name: str, checkpoint: str | Path | None, size: Size, mean: Any, std: Any, more: dict[str, Any]) -> ModuleModel:
@@ -104,10 +132,11 @@ def of_timm(name: str, checkpoint: str | Path | None, size: Size, mean: Any, std
             torch.default_generator.manual_seed(0)
             body = timm.create_model(name, pretrained=pretrained, num_classes=0, **more)
     except (OSError, RuntimeError, ValueError, TypeError, KeyError) as e:
-        reason = str(e).splitlines()[0][:200] if str(e) else "no reason"
         where = "; without the hub, give `checkpoint`" if pretrained else ""
-        raise ConsilienceError(f"timm should make {name!r}{where}. Found {type(e).__name__}: {reason}.") from e
+        raise ConsilienceError(f"timm should make {name!r}{where}. Found {type(e).__name__}: {_reason(e)}.") from e
     own = dict(getattr(body, "pretrained_cfg", None) or {})
+    if elsewhere:
+        kind = _architecture(timm, body, own.get("architecture"), more) or name
     if checkpoint is not None:
         head = own.get("classifier") or ()
         _read(body, checkpoint, (head,) if isinstance(head, str) else tuple(head))
@@ -120,7 +149,9 @@ def of_timm(name: str, checkpoint: str | Path | None, size: Size, mean: Any, std
 
 def of_module(module: nn.Module | Model, checkpoint: str | Path | None, size: Size, mean: Any, std: Any) -> ModuleModel:
     """The backbone of a torch module, or of a model of one: its head is taken off."""
-    model = module if isinstance(module, Model) else ModuleModel(module)
+    model = module
+    if isinstance(module, nn.Module):
+        model = ModuleModel(module, headless=not any(isinstance(m, nn.Linear) for m in module.modules()))
     if not isinstance(model, ModuleModel):
         raise ConsilienceError(f"a backbone should be a timm model's name, a torch module or a model of one. Found {model!r}.")
     head = model._head
@@ -129,7 +160,20 @@ def of_module(module: nn.Module | Model, checkpoint: str | Path | None, size: Si
         _read(body, checkpoint, (head,) if head else ())
     given = None if size == "own" else size
     mean, std = (0.0,) if mean is None else mean, (1.0,) if std is None else std
-    return _made(body, structure(body), given, mean, std, model.description, model.width)
+    width = 0 if model._outputs is None else model.width
+    return _made(body, structure(body), given, mean, std, model.description, width)
+
+
+def _architecture(timm: Any, body: nn.Module, name: str | None, more: dict[str, Any]) -> str | None:
+    """What a body from a folder or another's repository is: timm's architecture, and in what it differs from it, if it does."""
+    if not name or not timm.is_model(name):
+        return None
+    with torch.random.fork_rng(devices=[]):
+        plain = timm.create_model(name, pretrained=False, num_classes=0, **more)
+    what = structure(body)
+    if what == structure(plain):
+        return name
+    return f"{name} {hashlib.blake2b(what.encode(), digest_size=16).hexdigest()}"
 
 
 def _made(body: nn.Module, what: str, size: Size, mean: Any, std: Any, name: str, width: int = 0) -> ModuleModel:
@@ -178,11 +222,21 @@ def _read(body: nn.Module, path: str | Path, head: Sequence[str]) -> None:
     body.load_state_dict({**own, **common})
 
 
+def _reason(e: Exception) -> str:
+    """The first line of an error."""
+    return str(e).splitlines()[0][:200].rstrip(".") if str(e) else "no reason"
+
+
+def _held(module: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Where the buffers of a module stand."""
+    return [(part, n) for part in module.modules() for n, b in part._buffers.items() if b is not None]
+
+
 def _fixed(module: nn.Module) -> nn.Module:
     """The module with its buffers as parameters of the same names: what never changes is hashed, and nobody averages it."""
-    for part in module.modules():
-        for n, b in [(n, b) for n, b in part._buffers.items() if b is not None]:
-            del part._buffers[n]
-            part._non_persistent_buffers_set.discard(n)
-            part.register_parameter(n, nn.Parameter(b.detach().clone(), requires_grad=False))
+    for part, n in _held(module):
+        b = part._buffers.pop(n)
+        assert b is not None
+        part._non_persistent_buffers_set.discard(n)
+        part.register_parameter(n, nn.Parameter(b.detach().clone(), requires_grad=False))
     return module.requires_grad_(False).eval()

@@ -17,6 +17,7 @@ from consilience.core.source import Examples, Source
 from consilience.models.adapted import _side, layers_of
 from consilience.models.biased import Biased
 from consilience.models.heads import Head, Heads, MultiHead
+from consilience.models.pretrained import Backbone
 
 TOES = "toes."
 
@@ -24,11 +25,11 @@ TOES = "toes."
 class Toes(Heads):
     """outputs[:, columns_t] = [z_i for i in I_t, logits_t] V_t^T + c_t, where z are pooled outputs of all layers of the backbone.
 
-    Layers are the convolutions, linear layers and attentions of the trunk of `inner`, each channel averaged on a grid of `pool` x
-    `pool` (tokens: over all of them), and last the features psi. `by="biases"`: layers give what they give to the task, with its
-    biases, and the task's own logits follow. `by="lasso"`: every layer's z are divided by their L2 norm (a layer of zeros stays),
-    and there are no logits. Entries are those of `inner`, `toes.<task>.weight` [k, s] and `toes.<task>.bias` [k]; the buffer
-    `toes.<task>.index` [s] is I_t. A task without them is answered as `inner` does. Made by `models.head2toe`. Evci et al. 2022.
+    Layers are the convolutions, linear layers and attentions of the trunk of `inner` (of a `models.backbone`: that it calls), each
+    channel averaged on a grid of `pool` x `pool` (tokens: over all of them), and last the features psi. `by="biases"`: layers give
+    what they give to the task, with its biases, and the task's own logits follow. `by="lasso"`: every layer's z are divided by its
+    L2 norm (a layer of zeros stays), and there are no logits. Entries are those of `inner`, `toes.<task>.weight` [k, s] and
+    `toes.<task>.bias` [k]; the buffer `toes.<task>.index` [s] is I_t. A task without them is answered as `inner` does. Made by `models.head2toe`. Evci et al. 2022.
     """
 
     own: ClassVar[tuple[str, ...]] = (TOES,)
@@ -114,13 +115,17 @@ class Toes(Heads):
                 h.remove()
         missing = [n for n in wanted if n not in seen]
         if missing:
-            raise ConsilienceError(
-                f"Head2Toe reads layers, so that it should be given images. Found none called of {missing[0]!r}."
-            )
+            features = x.ndim == 2 and isinstance(module, Backbone)
+            rule = "so that it should be given images" if features else "which the module should call"
+            raise ConsilienceError(f"Head2Toe reads layers, {rule}. Found none called of {missing[0]!r}.")
         parts = []
         for n, (a, b) in spans.items():
             if n and n not in seen:
                 continue
+            if n and len(seen[n]) != len(x):  # windows of images, or a table that is one for all
+                raise ConsilienceError(
+                    f"Head2Toe reads layers that give a row for each image. Found {len(seen[n])} rows of {n!r} for {len(x)} images."
+                )
             z = self._pooled(n, seen[n]) if n else psi
             if self.by == "lasso":
                 norm = z.norm(dim=1, keepdim=True)

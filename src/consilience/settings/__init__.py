@@ -421,13 +421,13 @@ def exmodel(
 
 
 def skill(
-    streams: Sequence[Any],
+    streams: Sequence[Any] | Mapping[str, Any],
     share: Literal["task", "end"] = "task",
-    graph: Literal["mesh", "ring"] | Sequence[tuple[int, int]] = "mesh",
+    graph: Literal["mesh", "ring"] | Sequence[tuple[int | str, int | str]] = "mesh",
     scenario: Scenario = "class",
-    joins: Mapping[int, int] | None = None,
-    fails: Mapping[int, int] | None = None,
-    evaluated: int | None = None,
+    joins: Mapping[int | str, int] | None = None,
+    fails: Mapping[int | str, int] | None = None,
+    evaluated: int | str | None = None,
 ) -> Schedule:
     """Agents learn streams of their own side by side, and tell what they learned over any graph, without a server.
 
@@ -436,10 +436,12 @@ def skill(
     equal. Stages are counted from 1, as their names are ("task 1"): an agent learns one source of its stream in each.
 
     Args:
-        streams: for each agent its sources in order (or one source).
+        streams: for each agent its sources in order (or one source); or {name of the agent: its sources}, which lets banks of
+            runs that know nothing of each other be joined. Without names agents are called agent-0 and so on. Arguments name an
+            agent by its name, or by its number from 0.
         share: after every task, or once at the end.
-        graph: "mesh": all hear all; "ring": each hears the one before and the one after; or the edges, as pairs of agents
-            (numbers from 0), which connect all.
+        graph: "mesh": all hear all; "ring": each hears the one before and the one after; or the edges, as pairs of agents,
+            which connect all.
         scenario: what targets and task labels are (see `continual`).
         joins: {agent: the stage in which it comes}: its stream begins then; where the others have shared before, it first hears
             from its neighbours all that was told.
@@ -447,29 +449,41 @@ def skill(
             what it learned and had not told is lost, as are the sources that it would have learned: nobody knows them, and they
             are judged all the same. Where the graph falls apart, each part knows what its own agents learned since.
         evaluated: the agent that is judged, which must live to the end; None takes the first that does.
+
+    Raises ConsilienceError for agents that are not there, agents without sources, graphs that do not connect all, and sources
+    or tasks that share a name.
+
+    >>> from consilience.data import digits, split_classes
+    >>> first, second = split_classes(digits(), 2)
+    >>> schedule = skill({"ana": first, "ben": second}, graph=[("ana", "ben")], evaluated="ben")
+    >>> next(iter(schedule.plan(0))).who
+    {'ana': ('digits/0-1-2-3-4',), 'ben': ('digits/5-6-7-8-9',)}
     """
     from consilience.core.errors import ConsilienceError
     from consilience.core.schedule import build
     from consilience.core.source import Source as Data
-    from consilience.settings._agents import apart, lives
+    from consilience.settings._agents import apart, lives, named, position
 
-    own = [[s] if isinstance(s, Data) else _sources(s) for s in streams]
+    names = named(streams) if isinstance(streams, Mapping) else None
+    every_stream = list(streams.values()) if isinstance(streams, Mapping) else streams
+    own = [[s] if isinstance(s, Data) else _sources(s) for s in every_stream]
     if not own or any(not s for s in own):
         raise ConsilienceError("every agent should have a source. Found one without.")
     if share not in ("task", "end"):
         raise ConsilienceError(f"`share` should be task or end. Found `share = {share!r}`.")
-    width = len(str(len(own) - 1))
-    agents = [f"agent-{i:0{width}d}" for i in range(len(own))]
+    agents = names or _names("agent", len(own))
     every = [s for stream in own for s in stream]
     apart(every)
     alive = lives(agents, own, graph, joins, fails, share)
     last = alive.there(alive.stages)
-    if not last or (evaluated is not None and (isinstance(evaluated, bool) or evaluated not in last)):
+    judge = position("evaluated", evaluated, agents)
+    if not last or (judge is not None and (isinstance(judge, bool) or judge not in last)):
         found = "that all fail" if not last else f"`evaluated = {evaluated!r}`"
+        there = [agents[i] for i in last] if names else last
         raise ConsilienceError(
-            f"the evaluated agent should be there at the end{f', one of {last}' if last else ''}. Found {found}."
+            f"the evaluated agent should be there at the end{f', one of {there}' if last else ''}. Found {found}."
         )
-    return build("skill", every, scenario, lambda seed: alive.plan(), agents[last[0] if evaluated is None else evaluated])
+    return build("skill", every, scenario, lambda seed: alive.plan(), agents[last[0] if judge is None else judge])
 
 
 def leave_one_out(sources: Sequence[Source], setting: Callable[[list[Source]], Schedule]) -> dict[str, Schedule]:

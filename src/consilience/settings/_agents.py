@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from consilience.core.errors import ConsilienceError
+from consilience.core.errors import ConsilienceError, unknown
 from consilience.core.schedule import Hear, Learn, Phase, Stage
 from consilience.core.source import Source
 from consilience.settings._rounds import Pairs, neighbours
@@ -81,13 +81,13 @@ def lives(agents: Sequence[str], streams: Sequence[Sequence[Source]], graph: Any
         graph = "complete" if graph == "mesh" else "ring"
     if n == 1 and not isinstance(graph, str) and list(graph):
         raise ConsilienceError(f"`graph` should have no edges where one agent is alone. Found {next(iter(graph))!r}.")
-    near: Pairs = neighbours(graph, n, 2)(0, 0, 0) if n > 1 else [()]
-    start = _stages("joins", joins, n)
+    near: Pairs = neighbours(_edges(graph, agents), n, 2)(0, 0, 0) if n > 1 else [()]
+    start = _stages("joins", joins, agents)
     first = [start.get(i, 1) for i in range(n)]
     if min(first) > 1:
         raise ConsilienceError(f"some agent should be there from the first stage. Found `joins = {dict(joins)}` for all {n}.")
     stages = max(j + len(s) - 1 for j, s in zip(first, streams, strict=True))
-    gone = _stages("fails", fails, n)
+    gone = _stages("fails", fails, agents)
     for i, at in gone.items():
         if not first[i] < at <= stages:
             raise ConsilienceError(
@@ -97,12 +97,46 @@ def lives(agents: Sequence[str], streams: Sequence[Sequence[Source]], graph: Any
     return Lives(agents, streams, near, first, [gone.get(i) for i in range(n)], stages, share)
 
 
-def _stages(name: str, given: Any, n: int) -> dict[int, int]:
+def named(streams: Mapping[Any, Any]) -> list[str]:
+    """The agents' names, checked."""
+    for name in streams:
+        if not isinstance(name, str) or not name or "|" in name:
+            raise ConsilienceError(f"an agent's name should be text without '|', and not empty. Found {name!r}.")
+    return list(streams)
+
+
+def position(what: str, agent: Any, agents: Sequence[str]) -> Any:
+    """The number of an agent that is given by its name; anything else as it is."""
+    if not isinstance(agent, str):
+        return agent
+    if agent in agents:
+        return agents.index(agent)
+    if agent.strip().lstrip("+-").replace(".", "", 1).isdigit():  # a number, as text
+        return agent
+    raise unknown(what, agent, agents, "the agents")
+
+
+def _edges(graph: Any, agents: Sequence[str]) -> Any:
+    """The edges with names of agents put into numbers; what are no edges as it is."""
+    if isinstance(graph, str) or not isinstance(graph, Iterable):
+        return graph
+
+    def numbered(e: Any) -> Any:
+        if isinstance(e, str) or not isinstance(e, Sequence):
+            return e
+        return tuple(position("graph", a, agents) for a in e)
+
+    return [numbered(e) for e in graph]
+
+
+def _stages(name: str, given: Any, agents: Sequence[str]) -> dict[int, int]:
     """{agent: stage}, checked; numbers may come as text, as they do from configurations."""
+    n = len(agents)
+    held = [(position(name, i, agents), at) for i, at in given.items()] if isinstance(given, Mapping) else []
     try:
-        found = {int(i): int(at) for i, at in dict(given or {}).items()}
-        whole = all(float(i) in found and float(at) == found[int(i)] for i, at in dict(given or {}).items())
-        good = whole and all(0 <= i < n and at >= 1 for i, at in found.items()) and len(found) == len(given or {})
+        found = {int(i): int(at) for i, at in held}
+        whole = all(float(i) in found and float(at) == found[int(i)] for i, at in held)
+        good = whole and all(0 <= i < n and at >= 1 for i, at in found.items()) and len(found) == len(held)
     except (TypeError, ValueError):
         good = False
     if not good or (given is not None and not isinstance(given, Mapping)):

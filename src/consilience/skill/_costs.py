@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from consilience.core.errors import ConsilienceError
+from consilience.core.errors import ConsilienceError, unknown
 from consilience.core.result import Result
 
 ALPHA = 1000.0
@@ -71,8 +71,16 @@ class Speedup:
         """T_1 / N + alpha x communication + student."""
         return self.teacher + self.alpha * self.communication + self.student
 
-    def efficiency(self, students: bool = True) -> float:
-        """(T_1 / N) / (T_1 / N + alpha x communication [+ student]): the paper's definition, as if all agents had the same to do."""
+    def efficiency(self, students: bool = False) -> float:
+        """(T_1 / N) / (T_1 / N + alpha x communication): the paper's definition, as if all agents had the same to do.
+
+        `students=True` adds the students' work to the denominator, which is then `total`. The paper's figures do not tell which it
+        took: its students have next to nothing to do.
+
+        >>> s = Speedup((3e9, 1e9), (1e6, 1e6), (1e9, 1e9))
+        >>> round(s.efficiency(), 3), s.efficiency(students=True)
+        (0.667, 0.5)
+        """
         return self.teacher / (self.teacher + self.alpha * self.communication + students * self.student)
 
     @property
@@ -91,19 +99,23 @@ class Speedup:
         return self.speedup / self.agents
 
 
-def speedup(costs: Result | Mapping[str, Any], alpha: float = ALPHA, student: float = 0.0) -> Speedup:
+def speedup(
+    costs: Result | Mapping[str, Any], alpha: float = ALPHA, student: float = 0.0, teacher: float | Mapping[str, float] = 0.0
+) -> Speedup:
     """What a run's ledger says: work, bytes and speed-up of its agents.
 
     The ledger's bytes are those serialised, receipts too. What was computed in absorbing is the students' work, all other
-    work the teachers'. What a mapper computes once it is asked (Mahalanobis, the covariance of images that it heard) the ledger
-    does not have: it is given, such as `covariance_macs` says.
+    work the teachers'. What the ledger does not have is given: what a mapper computes once it is asked (Mahalanobis, the covariance
+    of images that it heard; `covariance_macs` says how much), and, where agents learned from kept features (`data.embed`), the
+    passes of their images through the backbone, `models.macs(backbone, image)` each.
 
     Args:
         costs: a result, its `costs`, or pages by agent: {agent: {"macs", "received", "absorbing"}}.
         alpha: MACs a byte.
         student: MACs more of each student.
+        teacher: MACs more of each teacher; or by agent, others none.
 
-    Raises ConsilienceError for costs without pages.
+    Raises ConsilienceError for costs without pages, and for a teacher who has none.
 
     Paper: Ge et al. 2023, figures 9 and 10.
 
@@ -111,15 +123,21 @@ def speedup(costs: Result | Mapping[str, Any], alpha: float = ALPHA, student: fl
     >>> s = speedup(pages)
     >>> s.efficiency(), s.speedup, s.makespan_efficiency
     (0.5, 1.0, 0.5)
+    >>> speedup(pages, teacher={"b": 2e9}).teachers
+    (3000000000.0, 3000000000.0)
     """
     pages = costs.costs if isinstance(costs, Result) else costs
     pages = pages.get("by_agent", pages)
     if not pages or any(not isinstance(p, Mapping) or not {"macs", "received"} <= p.keys() for p in pages.values()):
         raise ConsilienceError("costs should be a run's, with a page of macs and bytes for each agent. Found none.")
+    strange = sorted(teacher.keys() - pages.keys()) if isinstance(teacher, Mapping) else []
+    if strange:
+        raise unknown("teacher", str(strange[0]), pages, "the agents with a page")
     ordered = [pages[a] for a in sorted(pages)]
+    more = [float(teacher.get(a, 0.0) if isinstance(teacher, Mapping) else teacher) for a in sorted(pages)]
     heard = [float(p.get("absorbing", 0)) for p in ordered]
     return Speedup(
-        tuple(float(p["macs"]) - h for p, h in zip(ordered, heard, strict=True)),
+        tuple(float(p["macs"]) - h + m for p, h, m in zip(ordered, heard, more, strict=True)),
         tuple(float(p["received"]) for p in ordered),
         tuple(h + student for h in heard),
         alpha,

@@ -204,6 +204,18 @@ def combine(modules: Mapping[Any, Module] | Iterable[Module], labels: Sequence[L
     >>> both.tensors["entries/heads.mixed.weight"], both.task
     (tensor([[ 0.5000, -1.0000],
         [ 0.5000, -1.0000]]), 'mixed')
+
+    It has no anchor: an agent that is told the task answers with it, and one that routes by anchors refuses it.
+
+    >>> import consilience as cs
+    >>> digits = cs.data.split_classes(cs.data.digits(), 5)
+    >>> model = cs.models.multi_head(cs.models.random_features(64, 256), 10)
+    >>> agent = cs.run(cs.settings.skill([digits]), cs.methods.skill("oracle", head="ridge"), model).agent
+    >>> both = combine(agent.state.experts, [("digits", "9"), ("digits", "0")], "mixed")
+    >>> cs.skill.give(agent, cs.skill.offer(agent, both))
+    >>> x, y = digits[0].test.whole()
+    >>> bool((agent.predict(x[y == 0], task="mixed").argmax(1) == 0).float().mean() > 0.9)
+    True
     """
     given = list(modules.values()) if isinstance(modules, Mapping) else list(modules)
     wanted = [(str(space), str(c)) for space, c in labels]

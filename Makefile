@@ -32,7 +32,7 @@ lint: $(VENV)/.ready
 bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/core.py
 	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/mapping.py
-	$(BIN)/python -c "import timm" 2> /dev/null && $(BIN)/python benchmarks/features.py || echo "features.py wants consilience[vision]: left out"
+	if $(BIN)/python -c "import timm" 2> /dev/null; then $(BIN)/python benchmarks/features.py; else echo "features.py wants consilience[vision]: left out"; fi
 
 engines: $(VENV)/.ready
 	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/engines.py

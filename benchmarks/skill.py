@@ -221,7 +221,7 @@ def baseline(work: tuple[str, dict[str, Any], str, int, int, int, bool]) -> dict
     if name == "er":
         given = {**given, "policy": cs.memory.growing()}
     if name == "er, share":  # 10 of each of 5,033 classes are 2.5 % of the paper's 2,041,225 images
-        given = {**given, "size": round(0.025 * sum(len(s.train) for s in sources)), "policy": cs.memory.class_balanced()}
+        given = {**given, "size": round(0.025 * sum(len(s.train) for s in sources))}
     method = getattr(cs.methods, name.partition(",")[0])(**given)
     if name in ("psp", "supsup") and scenario == "class":
         method = method + cs.methods.infer(cs.mappers.superposition())

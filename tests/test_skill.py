@@ -943,3 +943,19 @@ def test_the_room_imports_no_torch():
     assert all(callable(getattr(cs.skill, n)) for n in cs.skill.__all__)
     assert dir(cs.skill) == sorted(cs.skill.__all__) and "offer" in dir(cs.skill)
     assert Path(cs.skill.__file__).parent.name == "skill"
+
+
+def test_no_flipped_bit_of_a_message_is_taken(shared):
+    """Neither in what its sender told nor in who it says that it is from."""
+    message = next(iter(shared.state.bank.values()))
+    data = message.to_bytes()
+    assert Message.from_bytes(data).facts() == message.facts()
+    rng = random.Random(0)
+    header = 8 + int.from_bytes(data[:8], "little")
+    for bit in [rng.randrange(64, 8 * header) for _ in range(300)] + [
+        rng.randrange(8 * header, 8 * len(data)) for _ in range(30)
+    ]:
+        spoilt = bytearray(data)
+        spoilt[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(cs.ConsilienceError):
+            Message.from_bytes(bytes(spoilt))

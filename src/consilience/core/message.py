@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -133,15 +134,17 @@ class Message:
     def to_bytes(self) -> bytes:
         """The message as safetensors bytes."""
         tensors, facts = encode(self.items)
-        return pack(tensors, {"message": json.dumps({**self.facts(), "items": facts})})
+        text = json.dumps({**self.facts(), "items": facts})
+        return pack(tensors, {"message": f"{_hash(text)} {text}"})  # one entry: several have no order
 
     @staticmethod
     def from_bytes(data: bytes, check: bool = True) -> Message:
-        """The message from its bytes; ConsilienceError where they are cut short, not a message, or (`check`) of other content
-        than its sender hashed."""
+        """The message from its bytes; ConsilienceError where they are cut short, not a message, or (`check`) of other facts or
+        content than its sender hashed. Hashes say that it is whole, not who sent it."""
         tensors, meta = unpack(data)
         try:
-            facts = json.loads(meta["message"])
+            hashed, _, text = meta["message"].partition(" ")
+            facts = json.loads(text)
             told = facts.pop("digest")
             items: Any = decode(tensors, facts.pop("items"))
             message = Message(items=items, digest="" if check else told, **facts)
@@ -149,11 +152,17 @@ class Message:
             raise ConsilienceError(
                 f"a message should carry its facts. Found safetensors without them, or other ones: {e}."
             ) from e
+        if check and hashed != _hash(text):
+            raise ConsilienceError("a message should have the facts that its sender hashed. Found others.")
         if message.digest != told:
             raise ConsilienceError(
                 f"a message should have the content that its sender hashed. Found another from {message.sender!r}."
             )
         return message
+
+
+def _hash(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 
 
 Bank = dict[tuple[str, str], Message]

@@ -28,9 +28,10 @@ Columns = Callable[[Tensor], Tensor]
 
 @cache
 def coarse() -> torch.dtype:
-    """bfloat16 where the processor has matrix products of it (with float32 sums), else float32. What is found is the same."""
-    has = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    return torch.bfloat16 if has() else torch.float32
+    """bfloat16 where the processor has products of it with float32 sums (AMX, AVX-512 BF16: five times as quick), else float32.
+    What is found is the same."""
+    has = (getattr(torch.cpu, f"_is_{kind}_supported", bool) for kind in ("amx_tile", "avx512_bf16"))
+    return torch.bfloat16 if any(h() for h in has) else torch.float32
 
 
 def _norms(t: Tensor, parts: int) -> Tensor:

@@ -642,15 +642,17 @@ def test_familiarity_is_that_of_the_mapper(parts, model):
 def test_kept_features_know_their_backbone():
     images, model = [pictures(0), pictures(1)], cs.models.multi_head(convolutional(), 4)
     kept = cs.data.embed(images, model)
-    assert {s.space for s in kept} == {model.space} and model.space and not images[0].space
+    assert {s.feature_space for s in kept} == {model.feature_space} and model.feature_space and not images[0].feature_space
     method = cs.methods.skill("nearest_mean", head="ridge")
     assert len(cs.run(cs.settings.skill(kept), method, model).agent.state.experts) == 2
     other = cs.models.multi_head(convolutional(1), 4)
-    rule = f"kept features should be of the model's own backbone {other.space[:8]}. Found those of {model.space[:8]} in 'task0'"
+    rule = f"kept features should be of the model's own backbone {other.feature_space[:8]}. Found those of {model.feature_space[:8]} in 'task0'"
     with pytest.raises(cs.ConsilienceError, match=rule):
         cs.run(cs.settings.skill(kept), method, other)
     scaled = [s.map(x=lambda x: x * 2) for s in kept]
-    assert {s.space for s in scaled} == {""} and kept[0].map(y=lambda y: y).space == kept[0].map(name="b").space == model.space
+    assert {s.feature_space for s in scaled} == {""} and kept[0].map(y=lambda y: y).feature_space == kept[0].map(
+        name="b"
+    ).feature_space == model.feature_space
     cs.run(cs.settings.skill(scaled), method, other)
 
 

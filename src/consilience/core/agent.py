@@ -570,9 +570,7 @@ class Agent:
         params = {n: p.to(self.device) for n, p in state.params.items()}
         buffers = {n: b.to(self.device) for n, b in state.buffers.items()}
         choices = self.choices()
-        if (
-            task is not None and task not in self.frame.tasks
-        ):  # those of modules that were heard, and of tests that nobody teaches
+        if task is not None and task not in self.frame.tasks:  # but of a module that it heard, or a test that nobody teaches
             known = {*self.frame.tasks, *(t for *_, t, _, _ in choices if t), *(s.task for s in self.schedule.judged if s.task)}
             if task not in known:
                 raise unknown("task", task, known, "the schedule's tasks")

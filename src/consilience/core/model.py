@@ -74,7 +74,7 @@ class Model(ABC):
         return True
 
     @property
-    def space(self) -> str:
+    def feature_space(self) -> str:
         """The hash of all that its features depend on, where nothing of it is trained or drawn by a seed; else ""."""
         return ""
 

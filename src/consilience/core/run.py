@@ -205,11 +205,11 @@ def begin(
         if tuple(x.shape[1:]) not in shapes:
             shapes.add(tuple(x.shape[1:]))
             model.check(schedule.frame, x, aware)
-    here = model.space if any(s.space for s in schedule.sources) else ""
+    here = model.feature_space if any(s.feature_space for s in schedule.sources) else ""
     for s in schedule.sources:
-        if s.space and here and s.space != here:
+        if s.feature_space and here and s.feature_space != here:
             raise ConsilienceError(
-                f"kept features should be of the model's own backbone {here[:8]}. Found those of {s.space[:8]} in {s.name!r}; the two "
+                f"kept features should be of the model's own backbone {here[:8]}. Found those of {s.feature_space[:8]} in {s.name!r}; the two "
                 f"differ in weights, image size, mean, std or structure. The model is {model!r:.200}."
             )
     if isinstance(metric, str) and metric not in METRICS:

@@ -155,7 +155,7 @@ class Source:
     classes: tuple[int, ...]
     task: str | None = None
     kind: Literal["class", "value"] = "class"
-    space: str = ""
+    feature_space: str = ""
     """The hash of the backbone whose features the inputs are (`data.embed`); "": they are inputs of any model."""
 
     def __post_init__(self) -> None:
@@ -174,7 +174,7 @@ class Source:
             return replace(self, **changes)
         through: dict[str, Any] = {part: getattr(self, part).map(x, y) for part in ("train", "validation", "test")}
         if x is not None:
-            through["space"] = ""
+            through["feature_space"] = ""
         return replace(self, **{**through, **changes})
 
     @staticmethod

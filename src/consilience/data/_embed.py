@@ -51,7 +51,8 @@ def embed(
         made[key] = _part(e, forward, width, batch, torch.device(device), store, told)
         done += len(e)
     return [
-        replace(s, train=made[id(s.train)], validation=made[id(s.validation)], test=made[id(s.test)], space=name) for s in sources
+        replace(s, train=made[id(s.train)], validation=made[id(s.validation)], test=made[id(s.test)], feature_space=name)
+        for s in sources
     ]
 
 
@@ -65,7 +66,7 @@ def _bound(model: Model, device: str) -> tuple[Forward, int, str]:
         raise ConsilienceError(
             "features to keep should be of a backbone that is frozen. Found one that is not; see models.frozen."
         )
-    name = trunk.space
+    name = trunk.feature_space
     if not name:
         raise ConsilienceError(
             "features to keep should be of one backbone. Found one that each seed draws anew; see models.backbone."

@@ -180,8 +180,8 @@ class MultiHead(Heads):
         return f"multi_head({self.trunk.name})"
 
     @property
-    def space(self) -> str:
-        return self.trunk.space
+    def feature_space(self) -> str:
+        return self.trunk.feature_space
 
     @property
     def has_batch_norm(self) -> bool:

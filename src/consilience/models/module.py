@@ -82,7 +82,7 @@ class ModuleModel(Model):
         return self.outputs if self.headless else self._layer().in_features
 
     @property
-    def space(self) -> str:
+    def feature_space(self) -> str:
         params, buffers = self.init(torch.Generator().manual_seed(0))
         if not self.headless or not all(self.frozen(n) for n in params):
             return ""

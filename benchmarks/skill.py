@@ -378,8 +378,8 @@ def chart(into: Path, name: str, title: str, stages: Sequence[str], series: Mapp
 
 
 def discriminant(sources: Sequence[Source], strengths: Sequence[float]) -> dict[str, Any]:
-    """LDA with a shrunk covariance and one ridge head over all classes; strengths chosen on validation data."""
-    parts = {p: [getattr(s, p).whole() for s in sources] for p in ("train", "validation", "test")}
+    """LDA over all classes with a shrunk covariance; the strength chosen on validation data."""
+    parts = {p: [getattr(s, p).whole() for s in sources] for p in ("train", "validation")}
     x, y = (torch.cat([e[i] for e in parts["train"]]) for i in (0, 1))
     x, hot = x.double(), torch.nn.functional.one_hot(y).double()
     mu = hot.T @ x / hot.sum(0)[:, None].clamp_min(1)
@@ -389,16 +389,10 @@ def discriminant(sources: Sequence[Source], strengths: Sequence[float]) -> dict[
         shrunk = (1 - s) * spread + s * spread.trace() / d * torch.eye(d, dtype=torch.float64)
         w = torch.linalg.solve(shrunk, mu.T)
         b = (-0.5 * (mu.T * w).sum(0)).masked_fill(hot.sum(0) == 0, -torch.inf)
-        score = {
-            p: [float(((a.double() @ w + b).argmax(1) == t).double().mean()) for a, t in parts[p]] for p in ("validation", "test")
-        }
-        tried[s] = (mean(score["validation"]), score["test"])
+        tried[s] = (mean([float(((a.double() @ w + b).argmax(1) == t).double().mean()) for a, t in parts["validation"]]), w, b)
     best = max(tried, key=lambda s: tried[s][0])
-    s = best
-    shrunk = (1 - s) * spread + s * spread.trace() / d * torch.eye(d, dtype=torch.float64)
-    w = torch.linalg.solve(shrunk, mu.T)
-    b = (-0.5 * (mu.T * w).sum(0)).masked_fill(hot.sum(0) == 0, -torch.inf)
-    return {"shrinkage": best, "scores": tried[best][1], "outputs": torch.cat([a.double() @ w + b for a, _ in parts["test"]])}
+    _, w, b = tried[best]
+    return {"shrinkage": best, "outputs": torch.cat([s.test.whole()[0] for s in sources]).double() @ w + b}
 
 
 def ridges(sources: Sequence[Source], classes: int, features: int) -> dict[str, dict[str, Any]]:

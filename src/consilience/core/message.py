@@ -135,7 +135,7 @@ class Message:
         """The message as safetensors bytes."""
         tensors, facts = encode(self.items)
         text = json.dumps({**self.facts(), "items": facts})
-        return pack(tensors, {"message": f"{_hash(text)} {text}"})  # one entry: several have no order
+        return pack(tensors, {"message": f"{text_hash(text)} {text}"})  # one entry: several have no order
 
     @staticmethod
     def from_bytes(data: bytes, check: bool = True) -> Message:
@@ -152,7 +152,7 @@ class Message:
             raise ConsilienceError(
                 f"a message should carry its facts. Found safetensors without them, or other ones: {e}."
             ) from e
-        if check and hashed != _hash(text):
+        if check and hashed != text_hash(text):
             raise ConsilienceError("a message should have the facts that its sender hashed. Found others.")
         if message.digest != told:
             raise ConsilienceError(
@@ -161,8 +161,9 @@ class Message:
         return message
 
 
-def _hash(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+def text_hash(text: str) -> str:
+    """The hash that stands before facts that are stored or sent, so that a spoilt one is found."""
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 Bank = dict[tuple[str, str], Message]

@@ -16,7 +16,7 @@ import consilience
 from consilience.consolidators.bank import refuse_strangers
 from consilience.core.correction import Routing
 from consilience.core.errors import ConsilienceError
-from consilience.core.message import Bank, Item, Message, Module, decode, encode, join
+from consilience.core.message import Bank, Item, Message, Module, decode, encode, join, text_hash
 from consilience.core.params import save, unpack
 from consilience.core.schedule import Schedule
 from consilience.core.source import Frame, Source, Tensors
@@ -74,7 +74,7 @@ def save_bank(agent_or_bank: Agent | Mapping[tuple[str, str], Message], path: st
         told.append(m.facts() | {"names": list(m.items)})
     tensors, facts = encode(items)
     text = json.dumps({"format": FORMAT, "consilience": consilience.__version__, "messages": told, "items": facts})
-    save(path, tensors, {"bank": f"{_text_hash(text)} {text}"})  # one entry: several have no order
+    save(path, tensors, {"bank": f"{text_hash(text)} {text}"})  # one entry: several have no order
     return Path(path)
 
 
@@ -101,7 +101,7 @@ def load_bank(path: str | Path) -> Bank:
         raise ConsilienceError(
             f"a bank should have a format up to {FORMAT}. Found {form} in {path}, by consilience {facts.get('consilience')}."
         )
-    if told != _text_hash(text):
+    if told != text_hash(text):
         raise ConsilienceError(f"a bank should be as it was written. Found other facts than were hashed in {path}.")
     items: dict[str, Any] = decode(tensors, facts["items"])
     found = []
@@ -309,7 +309,3 @@ def familiarity(agent: Agent, x: Tensor) -> Tensor:
     with torch.no_grad():
         routing = Routing(x, features, list, [k for k, *_ in agent.choices()])
         return mapper.familiarity(routing, agent.memory(mapper))
-
-
-def _text_hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:32]

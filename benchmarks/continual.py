@@ -132,10 +132,18 @@ def one(task: tuple[str, str, dict[str, Any], int, int, bool]) -> dict[str, Any]
     stream = STREAMS[name]
     sources = stream.sources(per)
     if tuning:
-        few = [torch.randperm(len(s.train), generator=torch.Generator().manual_seed(0))[:TUNE] for s in sources[:3]]
-        sources = [replace(s, test=s.validation, train=s.train.select(i)) for s, i in zip(sources[:3], few, strict=True)]
+        few = [
+            torch.randperm(len(s.train), generator=torch.Generator().manual_seed(0))[:TUNE]
+            for s in sources[:3]
+        ]
+        sources = [
+            replace(s, test=s.validation, train=s.train.select(i))
+            for s, i in zip(sources[:3], few, strict=True)
+        ]
     training = stream.training
-    if tuning and per > TUNE:  # as many steps a source as the whole stream has, up to five times over what is there
+    if (
+        tuning and per > TUNE
+    ):  # as many steps a source as the whole stream has, up to five times over what is there
         training = replace(training, epochs=min(5, max(1, round(training.epochs * per / TUNE))))
     start = time.process_time()
     try:
@@ -151,9 +159,13 @@ def one(task: tuple[str, str, dict[str, Any], int, int, bool]) -> dict[str, Any]
     except cs.ConsilienceError as e:
         return {"score": 0.0, "forgetting": 0.0, "diverged": str(e), "macs": 0, "seconds": 0.0, "matrix": []}
     return {
-        "score": r.score, "forgetting": r.forgetting, "normalised": r.normalised, "macs": r.costs["macs"],
-        "seconds": time.process_time() - start, "matrix": r.matrix.tolist(),
-    }  # fmt: skip
+        "score": r.score,
+        "forgetting": r.forgetting,
+        "normalised": r.normalised,
+        "macs": r.costs["macs"],
+        "seconds": time.process_time() - start,
+        "matrix": r.matrix.tolist(),
+    }
 
 
 def paired(a: list[float], b: list[float]) -> float:
@@ -176,7 +188,9 @@ def methods_of(stream: Stream) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--full", action="store_true", help="all training images")
-    parser.add_argument("--streams", nargs="*", default=SPLIT, choices=list(STREAMS), help="others keep their results")
+    parser.add_argument(
+        "--streams", nargs="*", default=SPLIT, choices=list(STREAMS), help="others keep their results"
+    )
     parser.add_argument("--methods", nargs="*", default=list(GRID), choices=list(GRID))
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
@@ -184,7 +198,9 @@ def main() -> None:
     file = RESULTS / f"{Path(__file__).stem}{'_full' if arguments.full else ''}.json"
     known = json.loads(file.read_text()) if file.exists() else {"rows": [], "by stream": {}}
     rows: list[dict[str, Any]] = [
-        r for r in known["rows"] if r["stream"] not in arguments.streams or r["method"] not in arguments.methods
+        r
+        for r in known["rows"]
+        if r["stream"] not in arguments.streams or r["method"] not in arguments.methods
     ]
     minutes: dict[str, Any] = {n: m for n, m in known["by stream"].items() if n not in arguments.streams}
     with ProcessPoolExecutor(arguments.workers) as pool:
@@ -197,7 +213,9 @@ def main() -> None:
             chosen = {m: GRID[m][0] for m in methods}
             for m in methods:
                 own = [
-                    (r["score"], i) for i, ((t, _), r) in enumerate(zip(trials, tuned, strict=True)) if t == m and "score" in r
+                    (r["score"], i)
+                    for i, ((t, _), r) in enumerate(zip(trials, tuned, strict=True))
+                    if t == m and "score" in r
                 ]
                 if own:
                     chosen[m] = trials[max(own, key=lambda s: (s[0], -s[1]))[1]][1]
@@ -214,17 +232,29 @@ def main() -> None:
                     rows.append({"stream": name, "method": m, "refused": by[m][0]["refused"]})
                     continue
                 scores = [r["score"] for r in by[m]]
-                rows.append({
-                    "stream": name, "method": m, "arguments": chosen[m], "scores": scores, "score": float(np.mean(scores)),
-                    "std": float(np.std(scores, ddof=1)), "forgetting": float(np.mean([r["forgetting"] for r in by[m]])),
-                    "p": paired(scores, base), "gmacs": by[m][0]["macs"] / 1e9, "seconds": float(np.mean([r["seconds"] for r in by[m]])),
-                    "diverged": sum("diverged" in r for r in by[m]), "matrix": by[m][0]["matrix"],
-                })  # fmt: skip
+                rows.append(
+                    {
+                        "stream": name,
+                        "method": m,
+                        "arguments": chosen[m],
+                        "scores": scores,
+                        "score": float(np.mean(scores)),
+                        "std": float(np.std(scores, ddof=1)),
+                        "forgetting": float(np.mean([r["forgetting"] for r in by[m]])),
+                        "p": paired(scores, base),
+                        "gmacs": by[m][0]["macs"] / 1e9,
+                        "seconds": float(np.mean([r["seconds"] for r in by[m]])),
+                        "diverged": sum("diverged" in r for r in by[m]),
+                        "matrix": by[m][0]["matrix"],
+                    }
+                )
                 print({k: rows[-1][k] for k in ("stream", "method", "score", "std", "seconds")}, flush=True)
             write(rows, minutes, arguments, began)  # after every stream, so that nothing is lost
 
 
-def write(rows: list[dict[str, Any]], minutes: dict[str, float], arguments: argparse.Namespace, began: float) -> None:
+def write(
+    rows: list[dict[str, Any]], minutes: dict[str, float], arguments: argparse.Namespace, began: float
+) -> None:
     """results/continual.{json,md} with the streams that are done."""
     table = [
         "| stream | method | tuned | accuracy % | forgetting % | p against finetune | GMACs | CPU s a run |",
@@ -248,10 +278,18 @@ def write(rows: list[dict[str, Any]], minutes: dict[str, float], arguments: argp
             f"- {name}: {s.full if arguments.full else s.per} training images a source (before the validation tenth), {t.epochs} "
             f"epoch{'s' * (t.epochs > 1)}, batch {t.batch_size}, {t.optimiser} lr {t.lr}, {net}"
         )
-    facts = {"minutes": round((time.time() - began) / 60, 1), "by stream": minutes, "seeds": SEEDS, "grid": GRID, "rows": rows}
+    facts = {
+        "minutes": round((time.time() - began) / 60, 1),
+        "by stream": minutes,
+        "seeds": SEEDS,
+        "grid": GRID,
+        "rows": rows,
+    }
     about = (__doc__ or "").replace("STREAMS\n", "\n".join(told) + "\n").replace("TUNE", str(TUNE))
     grid = "\n".join(
-        f"- {m}: {'; '.join(', '.join(f'{k} {v}' for k, v in a.items()) for a in g)}" for m, g in GRID.items() if g[0]
+        f"- {m}: {'; '.join(', '.join(f'{k} {v}' for k, v in a.items()) for a in g)}"
+        for m, g in GRID.items()
+        if g[0]
     )
     save(
         Path(__file__).stem + ("_full" if arguments.full else ""),

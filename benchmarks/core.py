@@ -63,7 +63,9 @@ def data(samples: int, tests: int, few: bool) -> list[Source]:
     sources = []
     for i, (a, b, c, d) in enumerate(parts):
         test = Tensors(c[:10], d[:10]) if few else Tensors(c, d)
-        sources.append(Source(f"mnist/{i}", Tensors(a, b), Tensors(a[:1], b[:1]), test, labels, tuple(range(10))))
+        sources.append(
+            Source(f"mnist/{i}", Tensors(a, b), Tensors(a[:1], b[:1]), test, labels, tuple(range(10)))
+        )
     return sources
 
 
@@ -108,14 +110,20 @@ def by_hand(sources: list[Source], method: str, batch: int = 64) -> None:
                 dot = torch.dot(g, r)
                 if dot < 0:
                     g -= (dot / torch.dot(r, r)) * r
-                grads = [t.view(p.shape) for t, p in zip(g.split([p.numel() for p in params]), params, strict=True)]
+                grads = [
+                    t.view(p.shape) for t, p in zip(g.split([p.numel() for p in params]), params, strict=True)
+                ]
             elif method == "er":
                 out = model(torch.cat([x[index], mx[a]]))
                 loss = (entropy(out[: len(index)], y[index]) + entropy(out[len(index) :], my[a])) / 2
                 grads = torch.autograd.grad(loss, params)
             else:
                 out, old, again = model(torch.cat([x[index], mx[a], mx[b]])).split([len(index), batch, batch])
-                loss = entropy(out, y[index]) + 0.1 * nn.functional.mse_loss(old, mz[a]) + 0.5 * entropy(again, my[b])
+                loss = (
+                    entropy(out, y[index])
+                    + 0.1 * nn.functional.mse_loss(old, mz[a])
+                    + 0.5 * entropy(again, my[b])
+                )
                 mz[a] = old.detach()
                 grads = torch.autograd.grad(loss, params)
             with torch.no_grad():
@@ -126,7 +134,10 @@ def by_hand(sources: list[Source], method: str, batch: int = 64) -> None:
 def judge(model: nn.Module, sources: list[Source]) -> list[float]:
     """Accuracy on every test set, in batches of 512 (the fastest here)."""
     with torch.no_grad():
-        return [float(torch.cat([model(x).argmax(1) == y for x, y in s.test.chunks(512)]).double().mean()) for s in sources]
+        return [
+            float(torch.cat([model(x).argmax(1) == y for x, y in s.test.chunks(512)]).double().mean())
+            for s in sources
+        ]
 
 
 def ours(sources: list[Source], method: cs.Method, epochs: int) -> None:
@@ -139,7 +150,10 @@ def memory(which: str, samples: int) -> float:
     if which == "child":
         raise AssertionError
     out = subprocess.run(
-        [sys.executable, __file__, "--child", which, "--samples", str(samples)], capture_output=True, text=True, check=True
+        [sys.executable, __file__, "--child", which, "--samples", str(samples)],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     return float(out.stdout.split()[-1])
 
@@ -202,26 +216,40 @@ def main() -> None:
     rows = []
     for name, t in times.items():
         ratios = [a / b for a, b in zip(t, base, strict=True)]
-        rows.append({
-            "case": name, "seconds": round(statistics.median(t), 3), "ratio": round(statistics.median(ratios), 3),
-            "least": round(min(t) / min(base), 3), "limit": LIMITS.get(name),
-            "over hand": over(t, times[f"{name} by hand"]) if f"{name} by hand" in times else None,
-        })  # fmt: skip
+        rows.append(
+            {
+                "case": name,
+                "seconds": round(statistics.median(t), 3),
+                "ratio": round(statistics.median(ratios), 3),
+                "least": round(min(t) / min(base), 3),
+                "limit": LIMITS.get(name),
+                "over hand": over(t, times[f"{name} by hand"]) if f"{name} by hand" in times else None,
+            }
+        )
     stats = ours_step_cost(few)
-    torch_time, our_time = importing("import torch"), importing("import torch, consilience; consilience.run, consilience.methods")
+    torch_time, our_time = (
+        importing("import torch"),
+        importing("import torch, consilience; consilience.run, consilience.methods"),
+    )
     peaks = {c: memory(c, arguments.samples) for c in ("loop", "plain", "ewc")}
     state = 2 * 4 * sum(p.numel() for p in net().parameters()) / 2**20 * SOURCES
     both = [a / b for a, b in zip(times["with metrics"], times["loop that evaluates"], strict=True)]
     facts = {
         "with metrics, over a loop that evaluates as often": round(statistics.median(both), 3),
-        "samples": arguments.samples, "load before": load, "rows": rows, "EWC step, source 5 over source 2": stats,
+        "samples": arguments.samples,
+        "load before": load,
+        "rows": rows,
+        "EWC step, source 5 over source 2": stats,
         "import consilience beyond torch [s]": round(importing("import consilience"), 3),
         "import consilience and run beyond torch [s]": round(our_time - torch_time, 3),
         "peak memory [MiB]": {k: round(v, 1) for k, v in peaks.items()},
         "peak memory, plain over loop": round(peaks["plain"] / peaks["loop"], 3),
         "peak memory, (EWC - its state) over loop": round((peaks["ewc"] - state) / peaks["loop"], 3),
-    }  # fmt: skip
-    table = ["| case | CPU s | ratio (median) | ratio of the least | limit | over by hand |", "|---|---|---|---|---|---|"]
+    }
+    table = [
+        "| case | CPU s | ratio (median) | ratio of the least | limit | over by hand |",
+        "|---|---|---|---|---|---|",
+    ]
     table += [
         f"| {r['case']} | {r['seconds']} | {r['ratio']} | {r['least']} | {r['limit'] or ''} | {r['over hand'] or ''} |"
         for r in rows
@@ -232,7 +260,7 @@ def main() -> None:
 
 def ours_step_cost(sources: list[Source]) -> float:
     """CPU time a step of EWC with four past sources over that with one: the quadratics add."""
-    from consilience.core.agent import Job
+    from consilience.loop.agent import Job
 
     marks: dict[str, float] = {}
     original = Job.run

@@ -66,12 +66,18 @@ def sources(n: int, unequal: bool, device: str, tasks: int = 1) -> list[list[Sou
         own = []
         for t in range(tasks):
             x, y = torch.rand(size, 1, 28, 28, generator=g), torch.randint(10, (size,), generator=g)
-            own.append(Source(f"c{i:05d}/{t}", Tensors(x.to(device), y.to(device)), test, test, LABELS, tuple(range(10))))
+            own.append(
+                Source(
+                    f"c{i:05d}/{t}", Tensors(x.to(device), y.to(device)), test, test, LABELS, tuple(range(10))
+                )
+            )
         made.append(own)
     return made
 
 
-def loop(make: Callable[[], nn.Module], data: list[list[Source]], rounds: int, kind: str, device: str) -> None:
+def loop(
+    make: Callable[[], nn.Module], data: list[list[Source]], rounds: int, kind: str, device: str
+) -> None:
     """The plain loop: one client after another."""
     torch.manual_seed(0)
     net = make().to(device)
@@ -101,7 +107,8 @@ def loop(make: Callable[[], nn.Module], data: list[list[Source]], rounds: int, k
                         again = torch.randint(len(old[1]), (BATCH,), device=device)
                         out = net(torch.cat([x[index], old[0][again]]))
                         loss = (
-                            F.cross_entropy(out[: len(index)], y[index]) + F.cross_entropy(out[len(index) :], old[1][again])
+                            F.cross_entropy(out[: len(index)], y[index])
+                            + F.cross_entropy(out[len(index) :], old[1][again])
                         ) / 2
                     else:
                         loss = F.cross_entropy(net(x[index]), y[index])
@@ -128,15 +135,21 @@ def ours(model: Model, data: list[list[Source]], rounds: int, kind: str, engine:
     method = {"fedprox": m.fedprox(0.1), "ghbm": m.ghbm(0.9, 2), "er": m.er(100, BATCH)}.get(kind, m.fedavg())
     training = cs.Training(epochs=EPOCHS, batch_size=BATCH, lr=LR, device=device)
     if kind == "er":
-        schedule = cs.settings.federated_continual(data, rounds=rounds // 2, clients_per_round=SAMPLED, evaluate_every=rounds)
+        schedule = cs.settings.federated_continual(
+            data, rounds=rounds // 2, clients_per_round=SAMPLED, evaluate_every=rounds
+        )
     else:
-        schedule = cs.settings.federated([s for (s,) in data], rounds=rounds, clients_per_round=SAMPLED, evaluate_every=rounds)
+        schedule = cs.settings.federated(
+            [s for (s,) in data], rounds=rounds, clients_per_round=SAMPLED, evaluate_every=rounds
+        )
     cs.run(schedule, method, model, training, engine=engine)  # type: ignore[arg-type]
 
 
 def crowd(n: int) -> dict[str, float]:
     """Peak memory and time of a federation of n clients, in a process of its own."""
-    out = subprocess.run([sys.executable, __file__, "--crowd", str(n)], capture_output=True, text=True, check=True)
+    out = subprocess.run(
+        [sys.executable, __file__, "--crowd", str(n)], capture_output=True, text=True, check=True
+    )
     return json.loads(out.stdout.splitlines()[-1])  # type: ignore[no-any-return]
 
 
@@ -145,7 +158,14 @@ def crowded(n: int) -> None:
     x, y = torch.rand(2000, 1, 28, 28, generator=g), torch.randint(10, (2000,), generator=g)
     test = Tensors(x[:10], y[:10])
     sources = [
-        Source(f"c{i:05d}", Tensors(x[20 * (i % 100) :][:20], y[20 * (i % 100) :][:20]), test, test, LABELS, tuple(range(10)))
+        Source(
+            f"c{i:05d}",
+            Tensors(x[20 * (i % 100) :][:20], y[20 * (i % 100) :][:20]),
+            test,
+            test,
+            LABELS,
+            tuple(range(10)),
+        )
         for i in range(n)
     ]
     start = time.perf_counter()
@@ -153,7 +173,9 @@ def crowded(n: int) -> None:
     training = cs.Training(epochs=1, batch_size=10, lr=LR)
     cs.run(schedule, cs.methods.fedavg(), cs.models.wrap(mlp), training, engine="batched")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps({"clients": n, "peak_mib": round(peak), "seconds": round(time.perf_counter() - start, 1)}))
+    print(
+        json.dumps({"clients": n, "peak_mib": round(peak), "seconds": round(time.perf_counter() - start, 1)})
+    )
 
 
 def main() -> None:
@@ -193,10 +215,17 @@ def main() -> None:
                 times[name].append(time.perf_counter() - start)
         per = {n: statistics.median(t) / rounds for n, t in times.items()}
         speed = statistics.median(a / b for a, b in zip(times["loop"], times["batched"], strict=True))
-        rows.append({
-            "case": case, "loop_ms": 1e3 * per["loop"], "serial_ms": 1e3 * per["serial"], "batched_ms": 1e3 * per["batched"],
-            "updates": SAMPLED / per["batched"], "ratio": speed, "limit": LIMITS[case],
-        })  # fmt: skip
+        rows.append(
+            {
+                "case": case,
+                "loop_ms": 1e3 * per["loop"],
+                "serial_ms": 1e3 * per["serial"],
+                "batched_ms": 1e3 * per["batched"],
+                "updates": SAMPLED / per["batched"],
+                "ratio": speed,
+                "limit": LIMITS[case],
+            }
+        )
         print(rows[-1], flush=True)
     table = [
         "| case | loop, ms a round | serial | batched | client updates a second | batched over loop | limit |",
@@ -220,10 +249,18 @@ def main() -> None:
         "a round": SAMPLED,
     }
     about = (
-        (__doc__ or "").replace("ROUNDS", str(ROUNDS)).replace("REPEATS", str(REPEATS)).replace("CROWDS", "100, 1,000 and 10,000")
+        (__doc__ or "")
+        .replace("ROUNDS", str(ROUNDS))
+        .replace("REPEATS", str(REPEATS))
+        .replace("CROWDS", "100, 1,000 and 10,000")
     )
     stem = Path(__file__).stem + ("_full" if arguments.full else "") + ("" if d == "cpu" else "_gpu")
-    save(stem, about, facts, "\n".join([*table, "", f"- load before: {load:.2f}", f"- threads: {torch.get_num_threads()}"]))
+    save(
+        stem,
+        about,
+        facts,
+        "\n".join([*table, "", f"- load before: {load:.2f}", f"- threads: {torch.get_num_threads()}"]),
+    )
 
 
 if __name__ == "__main__":

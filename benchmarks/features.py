@@ -72,7 +72,9 @@ def throughput(model: Any, module: torch.nn.Module, source: Source, rounds: int)
         "embed, kept": kept,
     }
     x = source.train.whole()[0]
-    difference = float((cs.data.embed(source, model, batch=BATCH).train.whole()[0] - loop(module, x)).abs().max())
+    difference = float(
+        (cs.data.embed(source, model, batch=BATCH).train.whole()[0] - loop(module, x)).abs().max()
+    )
     times: dict[str, list[float]] = {LOOP: [], **{n: [] for n in ours}}
     for _ in range(rounds):
         times[LOOP].append(spent(lambda: loop(module, x)))
@@ -87,7 +89,10 @@ def throughput(model: Any, module: torch.nn.Module, source: Source, rounds: int)
                 "ms an image": round(1000 * min(own) / len(x), 3),
                 "of the loop": round(statistics.median(ratios), 3),
                 "of the loop, channels last": round(
-                    statistics.median(a / b for a, b in zip(times[f"{LOOP}, channels last"], own, strict=True)), 3
+                    statistics.median(
+                        a / b for a, b in zip(times[f"{LOOP}, channels last"], own, strict=True)
+                    ),
+                    3,
                 ),
                 "rounds": [round(r, 3) for r in ratios],
                 "limit": None if name.startswith(LOOP) else LIMIT,
@@ -129,7 +134,9 @@ def second_use(model: Any, source: Source, rounds: int) -> dict[str, Any]:
             for f in files:
                 f.read_bytes()
             times["bare reading"].append(time.perf_counter() - start)
-            times["second, cold"].append(cold(lambda: cs.data.embed(source, model, folder, BATCH).train.whole()[0].sum()))
+            times["second, cold"].append(
+                cold(lambda: cs.data.embed(source, model, folder, BATCH).train.whole()[0].sum())
+            )
             times["bare reading, cold"].append(cold(lambda: [f.read_bytes() for f in files]))
     found = {n: round(statistics.median(t), 4) for n, t in times.items()}
     return {
@@ -138,9 +145,13 @@ def second_use(model: Any, source: Source, rounds: int) -> dict[str, Any]:
         "first use, seconds": round(first, 1),
         **{f"{n}, seconds": t for n, t in found.items()},
         "second use, MB/s": round(size / 1e6 / found["second"]),
-        "second use without hashing, MB/s": round(size / 1e6 / max(found["second"] - found["of that hashing"], 1e-9)),
+        "second use without hashing, MB/s": round(
+            size / 1e6 / max(found["second"] - found["of that hashing"], 1e-9)
+        ),
         "bare reading, MB/s": round(size / 1e6 / found["bare reading"]),
-        "second use without hashing, cold, MB/s": round(size / 1e6 / max(found["second, cold"] - found["of that hashing"], 1e-9)),
+        "second use without hashing, cold, MB/s": round(
+            size / 1e6 / max(found["second, cold"] - found["of that hashing"], 1e-9)
+        ),
         "bare reading, cold, MB/s": round(size / 1e6 / found["bare reading, cold"]),
         "first over second": round(first / found["second"]),
     }
@@ -182,14 +193,18 @@ def biases(backbone: Any, source: Source, rounds: int) -> list[dict[str, Any]]:
             "layers": numbers[n][0],
             "biases": numbers[n][1],
             "ms an image": round(1000 * min(t) / len(x), 2),
-            "of a forward pass": round(statistics.median(a / b for a, b in zip(t, times["forward"], strict=True)), 2),
+            "of a forward pass": round(
+                statistics.median(a / b for a, b in zip(t, times["forward"], strict=True)), 2
+            ),
         }
         for n, t in times.items()
     ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--images", type=int, default=512, help="of a round")
     parser.add_argument("--kept", type=int, default=10000, help="images of the second use")
     parser.add_argument("--rounds", type=int, default=7)
@@ -214,16 +229,28 @@ def main() -> None:
     kept = second_use(model, sources(x[: options.kept], y[: options.kept]), options.rounds)
     macs = cs.models.macs(model, (3, SIZE, SIZE))
     load = os.getloadavg()[0]
-    table = ["| case | ms an image | of the loop's throughput | of the loop's, channels last | limit |", "|---|---|---|---|---|"]
+    table = [
+        "| case | ms an image | of the loop's throughput | of the loop's, channels last | limit |",
+        "|---|---|---|---|---|",
+    ]
     table += [
         f"| {r['case']} | {r['ms an image']} | {r['of the loop']} | {r['of the loop, channels last']} | {r['limit'] or ''} |"
         for r in rows
     ]
     table += ["", "| second use | |", "|---|---|", *[f"| {k} | {v} |" for k, v in kept.items()], ""]
     table += ["| biases | layers | numbers | ms an image | of a forward pass |", "|---|---|---|---|---|"]
-    table += [f"| {c['case']} | {c['layers']} | {c['biases']} | {c['ms an image']} | {c['of a forward pass']} |" for c in costs]
+    table += [
+        f"| {c['case']} | {c['layers']} | {c['biases']} | {c['ms an image']} | {c['of a forward pass']} |"
+        for c in costs
+    ]
     table += ["", f"- macs an image: {macs}", f"- load average: {load:.1f}"]
-    facts = {"throughput": rows, "second use": kept, "biases": costs, "macs an image": macs, "load average": load}
+    facts = {
+        "throughput": rows,
+        "second use": kept,
+        "biases": costs,
+        "macs an image": macs,
+        "load average": load,
+    }
     save(Path(__file__).stem, __doc__, facts, "\n".join(table))
 
 

@@ -96,7 +96,9 @@ def described(data: str, images: int) -> cs.Source:
         os.replace(f"{kept}.{os.getpid()}", kept)
     found = load_file(kept)
     scale = found["train"].std()
-    return replace(source, **{part: Tensors(found[part] / scale, getattr(source, part).whole()[1]) for part in parts})
+    return replace(
+        source, **{part: Tensors(found[part] / scale, getattr(source, part).whole()[1]) for part in parts}
+    )
 
 
 def method_of(name: str, arguments: dict[str, Any]) -> cs.Method:
@@ -128,12 +130,23 @@ def clients(task: tuple[str, float, str, dict[str, Any], int, bool, str]) -> dic
         model = cs.models.linear(1280, 10)
     if name.startswith("fed3r"):
         first = cs.run(
-            cs.settings.federated(sources, rounds=1), cs.methods.fed3r(strength=1.0, temperature=0.1), model, training, seed=seed
+            cs.settings.federated(sources, rounds=1),
+            cs.methods.fed3r(strength=1.0, temperature=0.1),
+            model,
+            training,
+            seed=seed,
         )
         if name == "fed3r":
-            return {"score": first.score, "rounds": 1, "bytes": first.costs["bytes"], "seconds": time.process_time() - start}
+            return {
+                "score": first.score,
+                "rounds": 1,
+                "bytes": first.costs["bytes"],
+                "seconds": time.process_time() - start,
+            }
         base, sent = first.params, first.costs["bytes"]
-    schedule = cs.settings.federated(sources, rounds, SAMPLED, order, evaluate_every=2 if not tuning else rounds, base=base)  # type: ignore[arg-type]
+    schedule = cs.settings.federated(
+        sources, rounds, SAMPLED, order, evaluate_every=2 if not tuning else rounds, base=base
+    )  # type: ignore[arg-type]
     try:
         r = cs.run(schedule, method_of(name, arguments), model, training, seed=seed, engine="batched")
     except cs.ConsilienceError as e:
@@ -141,15 +154,24 @@ def clients(task: tuple[str, float, str, dict[str, Any], int, bool, str]) -> dic
     curve = r.matrix.mean(1)
     reached = [2 * i for i, v in enumerate(curve) if v >= TARGETS[data]]
     return {
-        "score": float(curve[-1]), "rounds": reached[0] if reached else None, "bytes": sent + r.costs["bytes"],
-        "seconds": time.process_time() - start, "curve": curve.tolist(),
-    }  # fmt: skip
+        "score": float(curve[-1]),
+        "rounds": reached[0] if reached else None,
+        "bytes": sent + r.costs["bytes"],
+        "seconds": time.process_time() - start,
+        "curve": curve.tolist(),
+    }
 
 
 SCHEDULES = (
-    "one by one, sorted", "one by one, reversed", "one by one, mixed", "sorted, 1 a round in turn", "sorted, 2 a round", "sorted, 5 a round",
-    "sorted, all at once", "Dirichlet .1, all at once",
-)  # fmt: skip
+    "one by one, sorted",
+    "one by one, reversed",
+    "one by one, mixed",
+    "sorted, 1 a round in turn",
+    "sorted, 2 a round",
+    "sorted, 5 a round",
+    "sorted, all at once",
+    "Dirichlet .1, all at once",
+)
 ROBUST = {
     "finetune": {},
     "fedprox": {"mu": 0.1},
@@ -197,8 +219,11 @@ def schedules(task: tuple[str, str, int]) -> dict[str, Any]:
 
 
 WEIT: dict[str, list[dict[str, Any]]] = {
-    "fedavg": [{}], "fedprox": [{"mu": 0.1}], "fedweit": [{"drift": d} for d in (0.0, 1.0, 100.0)], "finetune": [{}],
-}  # fmt: skip
+    "fedavg": [{}],
+    "fedprox": [{"mu": 0.1}],
+    "fedweit": [{"drift": d} for d in (0.0, 1.0, 100.0)],
+    "finetune": [{}],
+}
 
 
 def stream(task: tuple[str, dict[str, Any], str, int]) -> dict[str, Any]:
@@ -218,15 +243,26 @@ def stream(task: tuple[str, dict[str, Any], str, int]) -> dict[str, Any]:
     schedule = replace(cs.settings.federated_continual(streams, rounds=1, scenario="task"), evaluated=who)
     start = time.process_time()
     r = cs.run(
-        schedule, getattr(cs.methods, name)(**arguments), cs.models.mlp(784, (100,), 20),
-        cs.Training(epochs=4, batch_size=32, lr=0.001, optimiser="adam"), seed=seed,
-    )  # fmt: skip
+        schedule,
+        getattr(cs.methods, name)(**arguments),
+        cs.models.mlp(784, (100,), 20),
+        cs.Training(epochs=4, batch_size=32, lr=0.001, optimiser="adam"),
+        seed=seed,
+    )
     mine = [i for i, n in enumerate(r.sources) if who == "server" or n.endswith(f"/{who[-1]}")]
-    return {"score": float(r.matrix[-1, mine].mean()), "bytes": r.costs["bytes"], "seconds": time.process_time() - start}
+    return {
+        "score": float(r.matrix[-1, mine].mean()),
+        "bytes": r.costs["bytes"],
+        "seconds": time.process_time() - start,
+    }
 
 
 def mean(values: list[float]) -> str:
-    return f"{100 * np.mean(values):.1f} ± {100 * np.std(values, ddof=1):.1f}" if len(values) > 1 else f"{100 * values[0]:.1f}"
+    return (
+        f"{100 * np.mean(values):.1f} ± {100 * np.std(values, ddof=1):.1f}"
+        if len(values) > 1
+        else f"{100 * values[0]:.1f}"
+    )
 
 
 def main() -> None:
@@ -246,7 +282,12 @@ def main() -> None:
             facts["by part"][part] = round((time.time() - start) / 60, 1)
             told = f"- seeds: {SEEDS}\n- minutes: {facts['by part']} ({arguments.workers} processes)\n\n"
             sizes = f"{IMAGES} training images in all ({IMAGES // CLIENTS} a client, before the validation tenth)."
-            about = (__doc__ or "").replace("SIZES", sizes).replace("CLIENTS", str(CLIENTS)).replace("SAMPLED", str(SAMPLED))
+            about = (
+                (__doc__ or "")
+                .replace("SIZES", sizes)
+                .replace("CLIENTS", str(CLIENTS))
+                .replace("SAMPLED", str(SAMPLED))
+            )
             about = about.replace("ROUNDS", str(ROUNDS)).replace("TUNED", str(TUNED))
             save(
                 "federated" + "_full" * arguments.full,
@@ -278,11 +319,16 @@ def first(pool: ProcessPoolExecutor, facts: dict[str, Any]) -> list[str]:
         chosen |= {n: {} for n in FEATURES}
         for data in TARGETS:
             described(data, IMAGES)
-    work = [(d, a, n, chosen[n], s, False, "uniform") for d, a in STREAMS for n in names for s in range(SEEDS)]
+    work = [
+        (d, a, n, chosen[n], s, False, "uniform") for d, a in STREAMS for n in names for s in range(SEEDS)
+    ]
     work += [("mnist", 0.1, n, chosen[n], s, False, "cyclic") for n in CYCLIC for s in range(SEEDS)]
     done = list(pool.map(clients, work))
     facts["clients"] = [{"run": list(w), **r} for w, r in zip(work, done, strict=True)]
-    lines = ["| stream | method | tuned | final accuracy % | rounds to target | MB | CPU s |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| stream | method | tuned | final accuracy % | rounds to target | MB | CPU s |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for i in range(0, len(work), SEEDS):
         (d, a, n, chose, _, _, order), rs = work[i], done[i : i + SEEDS]
         rounds = [r["rounds"] for r in rs]
@@ -337,9 +383,12 @@ def figure(means: dict[str, list[float]]) -> str:
             f'<path d="M{at(min(values)):.1f} {y}H{at(max(values)):.1f}" stroke="#4477aa" stroke-width="6" opacity=".35"/>'
         )
         body += [
-            f'<circle cx="{at(v):.1f}" cy="{y}" r="4.5" fill="#4477aa"><title>{100 * v:.1f}%</title></circle>' for v in values
+            f'<circle cx="{at(v):.1f}" cy="{y}" r="4.5" fill="#4477aa"><title>{100 * v:.1f}%</title></circle>'
+            for v in values
         ]
-        body.append(f'<text x="{left + wide + 12}" y="{y + 4}">{100 * (max(values) - min(values)):.1f}</text>')
+        body.append(
+            f'<text x="{left + wide + 12}" y="{y + 4}">{100 * (max(values) - min(values)):.1f}</text>'
+        )
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + wide + 70} {high}" font-family="sans-serif" font-size="12" fill="#222">'
         f"<title>Final accuracy under eight schedules of the same data; at the right the spread in points</title>{''.join(body)}</svg>\n"
@@ -348,14 +397,23 @@ def figure(means: dict[str, list[float]]) -> str:
 
 def third(pool: ProcessPoolExecutor, facts: dict[str, Any]) -> list[str]:
     seeds = max(1, SEEDS - 1)
-    work = [(n, a, w, s) for n, g in WEIT.items() for a in g for w in ("server", "client-3") for s in range(seeds)]
+    work = [
+        (n, a, w, s) for n, g in WEIT.items() for a in g for w in ("server", "client-3") for s in range(seeds)
+    ]
     done = list(pool.map(stream, work))
     facts["stream"] = [{"run": list(w), **r} for w, r in zip(work, done, strict=True)]
-    lines = [f"| method | server, all tasks % | clients, own tasks % ({seeds} seeds) | MB | CPU s |", "|---|---|---|---|---|"]
+    lines = [
+        f"| method | server, all tasks % | clients, own tasks % ({seeds} seeds) | MB | CPU s |",
+        "|---|---|---|---|---|",
+    ]
     for n, g in WEIT.items():
         for a in g:
             of = {
-                w: [r for (m, b, v, _), r in zip(work, done, strict=True) if (m, b) == (n, a) and v.startswith(w)]
+                w: [
+                    r
+                    for (m, b, v, _), r in zip(work, done, strict=True)
+                    if (m, b) == (n, a) and v.startswith(w)
+                ]
                 for w in ("server", "client")
             }
             lines.append(

@@ -35,7 +35,7 @@ from torch import Tensor
 
 import consilience as cs
 from common import RESULTS, machine, save
-from consilience.core.correction import Learned, Routing
+from consilience.core.contexts import Learned, Routing
 from consilience.core.message import Item, Message, Module, Statistics
 from consilience.core.params import Layout, key
 from consilience.core.source import Source, Tensors
@@ -78,10 +78,16 @@ class Tasks:
         self.domains = torch.randn(DOMAINS, D, generator=g) * domains
         self.turn = torch.linalg.qr(torch.randn(D, D, generator=g))[0]
 
-    def draw(self, i: int, train: int = 30, test: int = 5, classes: int = 10) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def draw(
+        self, i: int, train: int = 30, test: int = 5, classes: int = 10
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         g = torch.Generator().manual_seed(1000 + i)
         domain = self.domains[int(torch.randint(DOMAINS, (1,), generator=g))]
-        centres = domain + torch.randn(D, generator=g) * self.tasks + torch.randn(classes, D, generator=g) * self.classes
+        centres = (
+            domain
+            + torch.randn(D, generator=g) * self.tasks
+            + torch.randn(classes, D, generator=g) * self.classes
+        )
 
         def part(n: int) -> tuple[Tensor, Tensor]:
             y = torch.arange(n * classes) % classes
@@ -99,7 +105,9 @@ def anchor(mapper: Anchored, name: str, x: Tensor, y: Tensor, seed: int = 0) -> 
     y = y.long()
     held = torch.arange(len(y)) % 10 == 9
     labels = tuple((name, str(c)) for c in range(int(y.max()) + 1))
-    train, kept = (Tensors(x[i].float(), y[i]) for i in ((~held, held) if mapper.reject else (held | ~held, held)))
+    train, kept = (
+        Tensors(x[i].float(), y[i]) for i in ((~held, held) if mapper.reject else (held | ~held, held))
+    )
     s = Source(name, train, kept, kept, labels, tuple(y.unique().tolist()), name)
     learned = Learned(MODEL, PARAMS, BUFFERS, PARAMS, s, name, Layout.of(PARAMS), key(seed, name))
     with warnings.catch_warnings():
@@ -137,14 +145,21 @@ def reference(x: Tensor, rows: Tensor, floor: float, single: bool = False) -> tu
     z = (x.float() if single else x.double()).numpy()
     k = len(rows)
     fit = Mixture(
-        k, covariance_type="diag", reg_covar=floor, means_init=z[rows.numpy()], precisions_init=np.full((k, x.shape[1]), 1 / floor, z.dtype),
-        weights_init=None if single else np.full(k, 1 / k), init_params="random_from_data",
-    )  # fmt: skip
+        k,
+        covariance_type="diag",
+        reg_covar=floor,
+        means_init=z[rows.numpy()],
+        precisions_init=np.full((k, x.shape[1]), 1 / floor, z.dtype),
+        weights_init=None if single else np.full(k, 1 / k),
+        init_params="random_from_data",
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         _, seconds = timed(lambda: fit.fit(z))
     mean, variance, weight = (torch.from_numpy(t) for t in (fit.means_, fit.covariances_, fit.weights_))
-    return _em.Fit(mean, variance, weight, float(fit.lower_bound_), int(fit.n_iter_), bool(fit.converged_)), seconds
+    return _em.Fit(
+        mean, variance, weight, float(fit.lower_bound_), int(fit.n_iter_), bool(fit.converged_)
+    ), seconds
 
 
 def fits(x: Tensor, held: Tensor, seeds: int) -> list[dict[str, float]]:
@@ -159,12 +174,20 @@ def fits(x: Tensor, held: Tensor, seeds: int) -> list[dict[str, float]]:
         _, single = reference(x, start, floor, True)
         rows.append(
             {
-                "ours s": fast, "sklearn s": slow, "start s": seeding, "ratio": fast / slow, "ratio to float32": fast / single,
+                "ours s": fast,
+                "sklearn s": slow,
+                "start s": seeding,
+                "ratio": fast / slow,
+                "ratio to float32": fast / single,
                 "ratio with start": (fast + seeding) / (slow + seeding),
-                "steps": ours.steps, "sklearn steps": theirs.steps, "train": likelihood(x, ours), "sklearn train": likelihood(x, theirs),
-                "held out": likelihood(held, ours), "sklearn held out": likelihood(held, theirs),
+                "steps": ours.steps,
+                "sklearn steps": theirs.steps,
+                "train": likelihood(x, ours),
+                "sklearn train": likelihood(x, theirs),
+                "held out": likelihood(held, ours),
+                "sklearn held out": likelihood(held, theirs),
             }
-        )  # fmt: skip
+        )
     return rows
 
 
@@ -176,10 +199,14 @@ def speed(mapper: Anchored, items: list[Item], x: Tensor) -> dict[str, float]:
     times = [timed(lambda: mapper.route(r, memory))[1] * 1e3 for _ in range(REPEATS)]
     exact = torch.cat([mapper.scores(part, items, items) for part in x.split(250)]).argmax(1)
     return {
-        "ms": statistics.median(times), "processor ms": statistics.median(worked(lambda: mapper.route(r, memory)) * 1e3 for _ in range(REPEATS)),
-        "best ms": min(times), "first s": first,
+        "ms": statistics.median(times),
+        "processor ms": statistics.median(
+            worked(lambda: mapper.route(r, memory)) * 1e3 for _ in range(REPEATS)
+        ),
+        "best ms": min(times),
+        "first s": first,
         "as in float64": float((weights.argmax(1) == exact).double().mean()),
-    }  # fmt: skip
+    }
 
 
 def mixture_item(x: Tensor, seed: int, k: int = K) -> Module:
@@ -192,8 +219,10 @@ def scaling(most: int) -> dict[str, Any]:
     """Mapper accuracy after each count of tasks."""
     tasks, found = Tasks(), {}
     mappers: dict[str, Anchored] = {
-        "gaussian_mixture": GaussianMixture(on="inputs"), "nearest_mean": NearestMean("inputs"), "mahalanobis, 5 images": Mahalanobis(on="inputs", images=5),
-    }  # fmt: skip
+        "gaussian_mixture": GaussianMixture(on="inputs"),
+        "nearest_mean": NearestMean("inputs"),
+        "mahalanobis, 5 images": Mahalanobis(on="inputs", images=5),
+    }
     drawn = [tasks.draw(i) for i in range(most)]
     test, own = torch.cat([d[2] for d in drawn]), torch.arange(most).repeat_interleave(len(drawn[0][2]))
     for name, mapper in mappers.items():
@@ -202,7 +231,9 @@ def scaling(most: int) -> dict[str, Any]:
         for count in (c for c in COUNTS if c <= most):
             some = dict(list(memory.items())[:count])
             x = test[own < count]
-            best = torch.cat([mapper.route(routing(part, list(some)), some).argmax(1) for part in x.split(2000)])
+            best = torch.cat(
+                [mapper.route(routing(part, list(some)), some).argmax(1) for part in x.split(2000)]
+            )
             rows.append((count, float((best == own[own < count]).double().mean())))
             print("scaling", name, rows[-1], flush=True)
         slope, intercept = np.polyfit([c for c, _ in rows], [a for _, a in rows], 1)
@@ -228,7 +259,13 @@ def predicting(count: int, inputs: int) -> dict[str, float]:
     whole = statistics.median(timed(lambda: agent.predict(x))[1] for _ in range(5))
     one, each = timed(lambda: torch.cat([agent.predict(x[i : i + 1]) for i in range(100)]))
     assert torch.equal(one.argmax(1), together[:100].argmax(1))
-    return {"inputs": inputs, "tasks": count, "together s": whole, "first s": first, "one by one s": each * inputs / 100}
+    return {
+        "inputs": inputs,
+        "tasks": count,
+        "together s": whole,
+        "first s": first,
+        "one by one s": each * inputs / 100,
+    }
 
 
 def real() -> dict[str, Any] | None:
@@ -242,10 +279,15 @@ def real() -> dict[str, Any] | None:
     data = {n: (x, y.unique(return_inverse=True)[1], t, u) for n, (x, y, t, u) in data.items()}
     fit = {n: fits(v[0], v[2], 2) for n, v in data.items()}
     mappers: dict[str, Anchored] = {
-        "gaussian_mixture": GaussianMixture(on="inputs"), "gaussian_mixture, sklearn": GaussianMixture(on="inputs", fit="sklearn"),
-        "nearest_mean": NearestMean("inputs"), "mahalanobis": Mahalanobis(on="inputs"), "mahalanobis, rank 16": Mahalanobis(on="inputs", rank=16),
-        "mahalanobis, rank 64": Mahalanobis(on="inputs", rank=64), "mahalanobis, 5 images": Mahalanobis(on="inputs", images=5), "mahalanobis, 5 images, ridge 0.1": Mahalanobis(0.1, "inputs", images=5),
-    }  # fmt: skip
+        "gaussian_mixture": GaussianMixture(on="inputs"),
+        "gaussian_mixture, sklearn": GaussianMixture(on="inputs", fit="sklearn"),
+        "nearest_mean": NearestMean("inputs"),
+        "mahalanobis": Mahalanobis(on="inputs"),
+        "mahalanobis, rank 16": Mahalanobis(on="inputs", rank=16),
+        "mahalanobis, rank 64": Mahalanobis(on="inputs", rank=64),
+        "mahalanobis, 5 images": Mahalanobis(on="inputs", images=5),
+        "mahalanobis, 5 images, ridge 0.1": Mahalanobis(0.1, "inputs", images=5),
+    }
     test, own = (
         torch.cat([v[2] for v in data.values()]),
         torch.arange(len(data)).repeat_interleave(torch.tensor([len(v[2]) for v in data.values()])),
@@ -255,7 +297,9 @@ def real() -> dict[str, Any] | None:
         memory = {("m", n): anchor(mapper, n, v[0], v[1]) for n, v in data.items()}
         hit = mapper.route(routing(test, list(memory)), memory).argmax(1) == own
         each = [float(hit[own == k].double().mean()) for k in range(len(data))]
-        size = sum(len(Message("m", k[1], 1, 1, "", "", {"a": i}).to_bytes()) for k, i in memory.items()) / len(memory)  # type: ignore[dict-item]
+        size = sum(
+            len(Message("m", k[1], 1, 1, "", "", {"a": i}).to_bytes()) for k, i in memory.items()
+        ) / len(memory)  # type: ignore[dict-item]
         table[name] = {
             "accuracy": float(hit.double().mean()),
             "mean over tasks": statistics.mean(each),
@@ -269,7 +313,9 @@ def real() -> dict[str, Any] | None:
         rows = {}
         for k, left in enumerate(data):
             rest = {key_: i for key_, i in memory.items() if key_[1] != left}
-            known, other = (mapper.familiarity(routing(x, list(rest)), rest) for x in (test[own != k], test[own == k]))
+            known, other = (
+                mapper.familiarity(routing(x, list(rest)), rest) for x in (test[own != k], test[own == k])
+            )
             gone = [
                 float((mapper.route(routing(x, list(rest)), rest).sum(1) == 0).double().mean())
                 for x in (test[own != k], test[own == k])
@@ -279,7 +325,10 @@ def real() -> dict[str, Any] | None:
                 "known called unknown": gone[0],
                 "unknown called unknown": gone[1],
             }
-        unknown[name] = {"by task": rows, **{m: statistics.mean(r[m] for r in rows.values()) for m in next(iter(rows.values()))}}
+        unknown[name] = {
+            "by task": rows,
+            **{m: statistics.mean(r[m] for r in rows.values()) for m in next(iter(rows.values()))},
+        }
         print(name, {k: v for k, v in unknown[name].items() if k != "by task"}, flush=True)
     return {"fits": fit, "mappers": table, "unknown": unknown, "commit": machine()["commit"]}
 
@@ -315,7 +364,10 @@ def lines(facts: dict[str, Any]) -> str:
         f"ready, {p['first s']:.2f}), {p['one by one s']:.1f} s one by one."
     ]
     if "real" in facts:
-        out += ["\n| real features | mapper accuracy | mean over tasks | bytes an anchor |", "|---|---|---|---|"]
+        out += [
+            "\n| real features | mapper accuracy | mean over tasks | bytes an anchor |",
+            "|---|---|---|---|",
+        ]
         out += [
             f"| {n} | {r['accuracy']:.4f} | {r['mean over tasks']:.4f} | {r['bytes']:,.0f} |"
             for n, r in facts["real"]["mappers"].items()
@@ -361,7 +413,10 @@ def main() -> None:
     for count in sorted({min(100, most), most}):
         test = torch.cat([d[2] for d in drawn[:count]])
         test = test[torch.randperm(len(test), generator=torch.Generator().manual_seed(0))[:1000]]
-        full = [Statistics({**i.tensors, "second": triangle(d[0].double().T @ d[0].double())}) for i, d in zip(means[:min(count, 100)], drawn, strict=False)]  # fmt: skip
+        full = [
+            Statistics({**i.tensors, "second": triangle(d[0].double().T @ d[0].double())})
+            for i, d in zip(means[: min(count, 100)], drawn, strict=False)
+        ]
         for name, mapper, items in (
             ("gaussian_mixture", GaussianMixture(), mixtures),
             ("mahalanobis", Mahalanobis(), full),
@@ -374,7 +429,11 @@ def main() -> None:
     facts["scaling"] = scaling(most)
     facts["predicting"] = predicting(most if args.quick else 100, 1000 if args.quick else 10_000)
     before = RESULTS / "mapping.json"
-    found = None if args.quick else real() or (json.loads(before.read_text()).get("real") if before.exists() else None)
+    found = (
+        None
+        if args.quick
+        else real() or (json.loads(before.read_text()).get("real") if before.exists() else None)
+    )
     if found:
         facts["real"] = {"commit": "unknown", **found}
     if args.quick:

@@ -34,7 +34,7 @@ import consilience as cs
 from common import RESULTS, save
 from consilience.core.model import Model
 from consilience.core.params import Params
-from consilience.core.schedule import Expert, Learn, Schedule, Stage, build
+from consilience.core.schedule import Evaluate, Expert, Schedule, Train, build
 from consilience.core.source import Source, Tensors
 from consilience.merging._analysis import disentanglement, transfer_matrix
 from consilience.merging._diagnose import draw
@@ -48,8 +48,24 @@ NAMES = {
     "cifar10_jpeg": "cifar10",
     "mnist_m_jpeg": "mnist-m",
 }
-SIZES = {"pretrain": 300, "train": 2500, "validation": 200, "test": 500, "pretraining": 6, "epochs": 3, "wide": 16}
-FULL = {"pretrain": 300, "train": 5000, "validation": 500, "test": 1900, "pretraining": 10, "epochs": 10, "wide": 32}
+SIZES = {
+    "pretrain": 300,
+    "train": 2500,
+    "validation": 200,
+    "test": 500,
+    "pretraining": 6,
+    "epochs": 3,
+    "wide": 16,
+}
+FULL = {
+    "pretrain": 300,
+    "train": 5000,
+    "validation": 500,
+    "test": 1900,
+    "pretraining": 10,
+    "epochs": 10,
+    "wide": 32,
+}
 TINY = {"pretrain": 120, "train": 150, "validation": 50, "test": 60, "pretraining": 1, "epochs": 1, "wide": 4}
 LAMBDAS = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0)
 WORK = (0.01, 0.03, 0.1, 0.3, 1.0)
@@ -93,7 +109,12 @@ class Net(nn.Sequential):
     def __init__(self, wide: int) -> None:
         layers: list[nn.Module] = []
         for before, after in ((1, wide), (wide, 2 * wide), (2 * wide, 4 * wide)):
-            layers += [nn.Conv2d(before, after, 3, padding=1), nn.GroupNorm(4, after), nn.ReLU(), nn.MaxPool2d(2)]
+            layers += [
+                nn.Conv2d(before, after, 3, padding=1),
+                nn.GroupNorm(4, after),
+                nn.ReLU(),
+                nn.MaxPool2d(2),
+            ]
         super().__init__(*layers, nn.Flatten(), nn.Linear(4 * wide * 9, 60))
 
 
@@ -115,7 +136,9 @@ def sources(sizes: tuple[tuple[str, int], ...]) -> tuple[tuple[Source, ...], tup
     """(what the base learns, what experts learn): six data sets, gray and 28x28, with common validation and test images."""
     n, first, later = dict(sizes), [], []
     for i, (file, name) in enumerate(NAMES.items()):
-        s = cs.data.npz(file, limit=max(11 * n["pretrain"], n["pretrain"] + n["train"]) + 10 * n["validation"], seed=0)
+        s = cs.data.npz(
+            file, limit=max(11 * n["pretrain"], n["pretrain"] + n["train"]) + 10 * n["validation"], seed=0
+        )
 
         def gray(x: Tensor) -> Tensor:
             x = x.float().mean(1, keepdim=True)
@@ -140,7 +163,7 @@ def sources(sizes: tuple[tuple[str, int], ...]) -> tuple[tuple[Source, ...], tup
 
 def alone(of: Sequence[Source], i: int, base: Params, work: float = 1.0) -> Schedule:
     """One agent learns one source, in the frame of all."""
-    plan = lambda seed: iter([Learn({"agent": (of[i].name,)}, {"agent": work}), Stage("end")])  # noqa: E731
+    plan = lambda seed: iter([Train({"agent": (of[i].name,)}, {"agent": work}), Evaluate("end")])  # noqa: E731
     return build("alone", of, "task", plan, "agent", base=base)
 
 
@@ -177,9 +200,16 @@ def expert(task: tuple[Any, str, int, float, float, Params]) -> dict[str, Any]:
     model, start = model_of(regime, n["wide"], base)
     began = time.process_time()
     try:
-        params = cs.run(alone(later, i, start, work), REGIMES[regime](), model, training(rate, n["epochs"])).params
+        params = cs.run(
+            alone(later, i, start, work), REGIMES[regime](), model, training(rate, n["epochs"])
+        ).params
     except cs.ConsilienceError as e:  # it diverged
-        return {"params": dict(start), "validation": 0.0, "seconds": time.process_time() - began, "why": str(e)}
+        return {
+            "params": dict(start),
+            "validation": 0.0,
+            "seconds": time.process_time() - began,
+            "why": str(e),
+        }
     framed = alone(later, i, start).sources[i]
     score = accuracies(model, dict(params), [framed], "validation")[0]
     return {"params": dict(params), "validation": score, "seconds": time.process_time() - began}
@@ -201,7 +231,11 @@ def merged(task: tuple[Any, str, str, float, int, Params, list[Params]]) -> dict
             result = cs.run(schedule, method, model, training(rate, n["epochs"]))
         else:
             given = [Expert(s.name, p, s) for s, p in zip(later[:many], experts, strict=False)]
-            result = cs.run(cs.settings.merging(experts=given, base=start, scenario="task"), AGGREGATORS[aggregator](), model)
+            result = cs.run(
+                cs.settings.merging(experts=given, base=start, scenario="task"),
+                AGGREGATORS[aggregator](),
+                model,
+            )
     except cs.ConsilienceError as e:
         return {"refused": str(e)}
     end, seconds = dict(result.params), time.process_time() - began
@@ -230,7 +264,9 @@ def percent(v: float) -> str:
     return f"{100 * v:.1f}"
 
 
-def figure(into: Path, name: str, title: str, stages: Sequence[str], series: Sequence[tuple[str, Sequence[float]]]) -> str:
+def figure(
+    into: Path, name: str, title: str, stages: Sequence[str], series: Sequence[tuple[str, Sequence[float]]]
+) -> str:
     """A line chart as a file; returns the line that shows it."""
     chart = lines_chart(title, stages, series, [], [], True, percent, lambda v, step: percent(v))
     draw(into / f"mergeability_{name}.svg", [(title, chart)])
@@ -240,7 +276,9 @@ def figure(into: Path, name: str, title: str, stages: Sequence[str], series: Seq
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--full", action="store_true", help="more images and epochs, a wider net")
-    parser.add_argument("--tiny", action="store_true", help="a try of every part, written to a temporary folder")
+    parser.add_argument(
+        "--tiny", action="store_true", help="a try of every part, written to a temporary folder"
+    )
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     chosen = parser.parse_args()
     into = Path(tempfile.mkdtemp()) if chosen.tiny else RESULTS
@@ -310,7 +348,9 @@ def own(
         found = [accuracies(m, p, [framed[i]])[0] for i, p in enumerate(some)]
         seconds = mean(done[r, i]["seconds"] for i in range(5))
         facts["experts"][r] = {"accuracy": found, "lr": chosen[r], "seconds": seconds}
-        lines.append(f"| {r} | {chosen[r]} | {' | '.join(map(percent, found))} | {percent(mean(found))} | {seconds:.0f} |")
+        lines.append(
+            f"| {r} | {chosen[r]} | {' | '.join(map(percent, found))} | {percent(mean(found))} | {seconds:.0f} |"
+        )
     return ["## Experts, each on its own task (accuracy %)", "", *lines, ""]
 
 
@@ -324,7 +364,13 @@ def aggregators(
 ) -> list[str]:
     """Five experts of every regime by every aggregator."""
     work = [(r, a) for r in REGIMES for a in AGGREGATORS] + [(r, a) for r in TRAINED_AGAIN for a in BY_DATA]
-    found = dict(zip(work, pool.map(merged, [(sizes, r, a, chosen[r], 5, base, experts[r]) for r, a in work]), strict=True))
+    found = dict(
+        zip(
+            work,
+            pool.map(merged, [(sizes, r, a, chosen[r], 5, base, experts[r]) for r, a in work]),
+            strict=True,
+        )
+    )
     facts["merged"] = [{"regime": r, "aggregator": a, **f} for (r, a), f in found.items()]
     lines = ["## Five experts merged: accuracy % on the five tasks (normalised), and the control", ""]
     lines += ["| aggregator | " + " | ".join(f"{r}: at 1 | tuned (lambda) | control" for r in REGIMES) + " |"]
@@ -342,7 +388,12 @@ def aggregators(
             ]
             cells += [said[0], f"{said[1]} ({f['lambda']:g})", percent(f["tuned"][5])]
         lines.append(f"| {a} | {' | '.join(cells)} |")
-    return [*lines, "", "`average` tuned is task arithmetic with its coefficient searched (lambda / 5 for a sum).", ""]
+    return [
+        *lines,
+        "",
+        "`average` tuned is task arithmetic with its coefficient searched (lambda / 5 for a sum).",
+        "",
+    ]
 
 
 def counts(
@@ -357,7 +408,13 @@ def counts(
     """Accuracy against the number of experts."""
     pairs = [(r, "average") for r in REGIMES] + [(r, "ties .2") for r in ("full", "talos .5")]
     work = [(r, a, k) for r, a in pairs for k in (2, 3, 4, 5)]
-    found = dict(zip(work, pool.map(merged, [(sizes, r, a, chosen[r], k, base, experts[r]) for r, a, k in work]), strict=True))
+    found = dict(
+        zip(
+            work,
+            pool.map(merged, [(sizes, r, a, chosen[r], k, base, experts[r]) for r, a, k in work]),
+            strict=True,
+        )
+    )
     facts["counts"] = [{"regime": r, "aggregator": a, "experts": k, **f} for (r, a, k), f in found.items()]
 
     def normalised(r: str, a: str, k: int) -> float:
@@ -372,34 +429,59 @@ def counts(
         "|---" * 5 + "|",
     ]
     lines += [f"| {name} | {' | '.join(map(percent, values))} |" for name, values in series]
-    shown = [(f"{r}, tuned arithmetic", values) for (r, a), (_, values) in zip(pairs, series, strict=True) if a == "average"]
+    shown = [
+        (f"{r}, tuned arithmetic", values)
+        for (r, a), (_, values) in zip(pairs, series, strict=True)
+        if a == "average"
+    ]
     return [
         *lines,
         "",
-        figure(into, "experts", "Normalised accuracy against the number of experts", ["2", "3", "4", "5"], shown),
+        figure(
+            into, "experts", "Normalised accuracy against the number of experts", ["2", "3", "4", "5"], shown
+        ),
         "",
     ]
 
 
 def steps(
-    pool: ProcessPoolExecutor, into: Path, sizes: Any, base: Params, chosen: Mapping[str, float], facts: dict[str, Any]
+    pool: ProcessPoolExecutor,
+    into: Path,
+    sizes: Any,
+    base: Params,
+    chosen: Mapping[str, float],
+    facts: dict[str, Any],
 ) -> list[str]:
     """Accuracy against the fraction of steps that full experts train (undertraining)."""
     n = dict(sizes)
     todo = [(w, i) for w in WORK for i in range(5)]
-    found = dict(zip(todo, pool.map(expert, [(sizes, "full", i, chosen["full"], w, base) for w, i in todo]), strict=True))
+    found = dict(
+        zip(
+            todo,
+            pool.map(expert, [(sizes, "full", i, chosen["full"], w, base) for w, i in todo]),
+            strict=True,
+        )
+    )
     params = {w: [found[w, i]["params"] for i in range(5)] for w in WORK}
-    one = list(pool.map(merged, [(sizes, "full", "average", chosen["full"], 5, base, params[w]) for w in WORK]))
+    one = list(
+        pool.map(merged, [(sizes, "full", "average", chosen["full"], 5, base, params[w]) for w in WORK])
+    )
     _, later = sources(sizes)
     model, _ = model_of("full", n["wide"], base)
     framed = alone(later, 0, base).sources
     many = [max(1, round(w * n["epochs"] * -(-len(later[0].train) // 32))) for w in WORK]
     alone_ = [mean(accuracies(model, p, [framed[i]])[0] for i, p in enumerate(params[w])) for w in WORK]
     series = [
-        ("experts, each on its own", alone_), ("average", [mean(f["plain"][:5]) for f in one]),
-        ("task arithmetic, tuned", [mean(f["tuned"][:5]) for f in one]), ("control, tuned", [f["tuned"][5] for f in one]),
-    ]  # fmt: skip
-    facts["steps"] = {"steps": many, **{name: values for name, values in series}, "lambda": [f["lambda"] for f in one]}
+        ("experts, each on its own", alone_),
+        ("average", [mean(f["plain"][:5]) for f in one]),
+        ("task arithmetic, tuned", [mean(f["tuned"][:5]) for f in one]),
+        ("control, tuned", [f["tuned"][5] for f in one]),
+    ]
+    facts["steps"] = {
+        "steps": many,
+        **{name: values for name, values in series},
+        "lambda": [f["lambda"] for f in one],
+    }
     lines = [
         "## Against the steps of the experts (accuracy %)",
         "",
@@ -407,10 +489,17 @@ def steps(
         "|---" * (len(WORK) + 1) + "|",
     ]
     lines += [f"| {name} | {' | '.join(map(percent, values))} |" for name, values in series]
-    return [*lines, "", figure(into, "steps", "Accuracy against the steps of the experts", [str(m) for m in many], series), ""]
+    return [
+        *lines,
+        "",
+        figure(into, "steps", "Accuracy against the steps of the experts", [str(m) for m in many], series),
+        "",
+    ]
 
 
-def analyses(into: Path, sizes: Any, base: Params, experts: Mapping[str, list[Params]], facts: dict[str, Any]) -> list[str]:
+def analyses(
+    into: Path, sizes: Any, base: Params, experts: Mapping[str, list[Params]], facts: dict[str, Any]
+) -> list[str]:
     """Transfer matrices and disentanglement errors."""
     n = dict(sizes)
     _, later = sources(sizes)

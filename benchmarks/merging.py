@@ -84,7 +84,10 @@ def make(folder: Path, numbers: int, experts: int, sparse: bool = False, dtype: 
     save_file({n: t.to(kind) for n, t in base.items()}, folder / "0.safetensors")
     for i in range(experts):
         save_file(
-            {n: (t + torch.randn(t.shape, generator=g) * 2e-3 * (1 + j % 7)).to(kind) for j, (n, t) in enumerate(base.items())},
+            {
+                n: (t + torch.randn(t.shape, generator=g) * 2e-3 * (1 + j % 7)).to(kind)
+                for j, (n, t) in enumerate(base.items())
+            },
             folder / f"{i + 1}.safetensors",
         )
 
@@ -105,7 +108,9 @@ def child(case: str, folder: Path, out: Path, threads: int, experts: int) -> dic
 
         aggregator = eval(OURS[case], {n: getattr(a, n) for n in a.__all__})
         few = {"w": torch.zeros(8)}
-        cs.merge(few, [few, few], aggregator, folder / f"warm-{os.getpid()}.safetensors")  # imports what a first merge does
+        cs.merge(
+            few, [few, few], aggregator, folder / f"warm-{os.getpid()}.safetensors"
+        )  # imports what a first merge does
         (folder / f"warm-{os.getpid()}.safetensors").unlink()
         used = files[1:3] if case == "slerp of two" else files[1:]
         step = lambda: cs.merge(files[0], used, aggregator, out, threads=threads)  # noqa: E731
@@ -169,9 +174,15 @@ def main() -> None:
     parser.add_argument("--full", action="store_true")
     args = parser.parse_args()
     if args.child:
-        print(json.dumps(child(args.child, args.folder, args.folder / "out.safetensors", args.threads, args.experts)))
+        print(
+            json.dumps(
+                child(args.child, args.folder, args.folder / "out.safetensors", args.threads, args.experts)
+            )
+        )
         return
-    folder = Path(tempfile.mkdtemp(prefix="consilience-merging-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
+    folder = Path(
+        tempfile.mkdtemp(prefix="consilience-merging-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None)
+    )
     try:
         make(folder, args.numbers, 8)
         half = folder / "half"

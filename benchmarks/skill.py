@@ -73,8 +73,18 @@ GRID: dict[str, list[dict[str, Any]]] = {
     "psp": [{}],
     "supsup": [{"keep": k} for k in (0.3, 0.5, 0.7)],
 }
-NAMES = {"finetune": "fine-tuning", "ewc": "EWC", "online_ewc": "online EWC", "si": "SI", "mas": "MAS", "lwf": "LwF",
-         "er": "ER (10 a class)", "er, one": "ER (1 a class)", "psp": "PSP", "supsup": "SupSup"}  # fmt: skip
+NAMES = {
+    "finetune": "fine-tuning",
+    "ewc": "EWC",
+    "online_ewc": "online EWC",
+    "si": "SI",
+    "mas": "MAS",
+    "lwf": "LwF",
+    "er": "ER (10 a class)",
+    "er, one": "ER (1 a class)",
+    "psp": "PSP",
+    "supsup": "SupSup",
+}
 ADAM = {"batch_size": 32, "lr": 0.001, "optimiser": "adam"}
 HEADS = cs.Training(epochs=30, **ADAM)
 BASE = cs.Training(epochs=10, **ADAM)
@@ -96,9 +106,14 @@ def tasks(train: int, test: int) -> tuple[Source, ...]:
     whole = round(train / 0.9)
     found = []
     for name in ("mnist", "fashion_mnist", "usps", "mnist_m_jpeg", "notmnist10k"):
-        found.append(cs.data.npz(name, limit=whole, seed=SEED).map(name=name.partition("_jpeg")[0].partition("10k")[0]))
+        found.append(
+            cs.data.npz(name, limit=whole, seed=SEED).map(name=name.partition("_jpeg")[0].partition("10k")[0])
+        )
     cifar = cs.data.npz("cifar10_jpeg", limit=2 * whole, seed=SEED)
-    found += [s.map(name=f"cifar10 {r}") for s, r in zip(cs.data.split_classes(cifar, 2), ("0-4", "5-9"), strict=True)]
+    found += [
+        s.map(name=f"cifar10 {r}")
+        for s, r in zip(cs.data.split_classes(cifar, 2), ("0-4", "5-9"), strict=True)
+    ]
     omniglot = cs.data.npz("omniglot_small", seed=SEED)
     z = np.load(Path(os.environ["CONSILIENCE_DATA"]) / "omniglot_small.npz", allow_pickle=False)
     for a, alphabet in enumerate(z["alphabet_names"]):
@@ -112,9 +127,16 @@ def tasks(train: int, test: int) -> tuple[Source, ...]:
         }
         name = str(alphabet).replace("_(katakana)", "").replace("_", " ")
         found.append(replace(omniglot, name=name, task=None, classes=tuple(own), **parts))
-    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(SEED)) if SEED else torch.arange(len(found))
+    order = (
+        torch.randperm(len(found), generator=torch.Generator().manual_seed(SEED))
+        if SEED
+        else torch.arange(len(found))
+    )
     found = [found[i] for i in order]
-    return tuple(replace(s, task=s.name, test=some(s.test, test, SEED + DRAW), train=some(s.train, train)) for s in found)
+    return tuple(
+        replace(s, task=s.name, test=some(s.test, test, SEED + DRAW), train=some(s.train, train))
+        for s in found
+    )
 
 
 @lru_cache(maxsize=1)
@@ -163,7 +185,9 @@ def agent(work: tuple[int, int, int, int, float, int, float, str]) -> dict[str, 
     s = tasks(train, test)[i]
     few = replace(s, test=s.test.select(torch.arange(2)))
     model = cs.models.beneficial_biases(backbone(size), len(s.classes), last)
-    training = cs.Training(epochs=epochs, schedule="linear", rates={"biases.*": factor} if last else None, **ADAM)
+    training = cs.Training(
+        epochs=epochs, schedule="linear", rates={"biases.*": factor} if last else None, **ADAM
+    )
     began = time.process_time()
     schedule = cs.settings.skill([[few]])
     r = cs.run(schedule, cs.methods.skill("mahalanobis", head="lp_ft"), model, training, seed=SEED)
@@ -205,11 +229,16 @@ def toes(work: tuple[int, int, int, int, float, str]) -> dict[str, Any]:
     with torch.no_grad():
         right = {
             part: torch.cat(
-                [made(params, buffers, x, framed.task, False)[0].argmax(1) == y for x, y in getattr(framed, part).chunks(64)]
+                [
+                    made(params, buffers, x, framed.task, False)[0].argmax(1) == y
+                    for x, y in getattr(framed, part).chunks(64)
+                ]
             )
             for part in ("validation", "test")
         }
-    extra = sum(t.numel() * t.element_size() for n, t in {**params, **buffers}.items() if n.startswith("toes."))
+    extra = sum(
+        t.numel() * t.element_size() for n, t in {**params, **buffers}.items() if n.startswith("toes.")
+    )
     return {
         "right": right["test"].tolist(),
         "validation": float(right["validation"].double().mean()),
@@ -255,7 +284,12 @@ def other(work: tuple[str, int, int, int]) -> dict[str, Any]:
     kind, _, more = what.partition(":")
     if kind == "joint":
         training = cs.Training(epochs=30, **ADAM)
-        r = cs.run(cs.settings.multitask(sources, more), cs.methods.finetune(), cs.models.linear(d, classes), training)  # type: ignore[arg-type]
+        r = cs.run(
+            cs.settings.multitask(sources, more),
+            cs.methods.finetune(),
+            cs.models.linear(d, classes),
+            training,
+        )  # type: ignore[arg-type]
         return {"score": r.score, "scores": r.matrix[-1].tolist(), "macs": r.costs["macs"]}
     if kind == "supsup":
         keep, scenario = more.split()
@@ -367,11 +401,18 @@ def pc(v: float) -> str:
 
 def lines(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
     """A table in Markdown."""
-    return ["", "| " + " | ".join(head) + " |", "|---" + "|--:" * (len(head) - 1) + "|",
-            *["| " + " | ".join(str(c) for c in row) + " |" for row in rows], ""]  # fmt: skip
+    return [
+        "",
+        "| " + " | ".join(head) + " |",
+        "|---" + "|--:" * (len(head) - 1) + "|",
+        *["| " + " | ".join(str(c) for c in row) + " |" for row in rows],
+        "",
+    ]
 
 
-def chart(into: Path, name: str, title: str, stages: Sequence[str], series: Mapping[str, Sequence[float]]) -> str:
+def chart(
+    into: Path, name: str, title: str, stages: Sequence[str], series: Mapping[str, Sequence[float]]
+) -> str:
     svg = lines_chart(title, stages, list(series.items()), [], [], True, pc, lambda v, step: pc(v))
     draw(into / f"skill_{name}.svg", [(title, svg)])
     return f"![{title}](skill_{name}.svg)"
@@ -389,7 +430,13 @@ def discriminant(sources: Sequence[Source], strengths: Sequence[float]) -> dict[
         shrunk = (1 - s) * spread + s * spread.trace() / d * torch.eye(d, dtype=torch.float64)
         w = torch.linalg.solve(shrunk, mu.T)
         b = (-0.5 * (mu.T * w).sum(0)).masked_fill(hot.sum(0) == 0, -torch.inf)
-        tried[s] = (mean([float(((a.double() @ w + b).argmax(1) == t).double().mean()) for a, t in parts["validation"]]), w, b)
+        tried[s] = (
+            mean(
+                [float(((a.double() @ w + b).argmax(1) == t).double().mean()) for a, t in parts["validation"]]
+            ),
+            w,
+            b,
+        )
     best = max(tried, key=lambda s: tried[s][0])
     _, w, b = tried[best]
     return {"shrinkage": best, "outputs": torch.cat([s.test.whole()[0] for s in sources]).double() @ w + b}
@@ -404,8 +451,10 @@ def ridges(sources: Sequence[Source], classes: int, features: int) -> dict[str, 
     models = {
         "one ridge head (Fed3R, SCROLL)": (cs.models.linear(d, classes), (10.0, 100.0, 1000.0)),
         f"the same on {features} random Fourier features": (
-            cs.models.fourier_features(cs.models.linear(d, classes), features, sigma), (0.01, 0.03, 0.1)),
-    }  # fmt: skip
+            cs.models.fourier_features(cs.models.linear(d, classes), features, sigma),
+            (0.01, 0.03, 0.1),
+        ),
+    }
     found = {}
     for name, (model, strengths) in models.items():
         tried = {}
@@ -414,7 +463,11 @@ def ridges(sources: Sequence[Source], classes: int, features: int) -> dict[str, 
             tried[strength] = (mean([hits(r.agent, s, "validation") for s in sources]), r)
         best = max(tried, key=lambda s: tried[s][0])
         psi = torch.cat([s.test.whole()[0] for s in sources])
-        found[name] = {"strength": best, "outputs": tried[best][1].predict(psi), "macs": tried[best][1].costs["macs"]}
+        found[name] = {
+            "strength": best,
+            "outputs": tried[best][1].predict(psi),
+            "macs": tried[best][1].costs["macs"],
+        }
     return found
 
 
@@ -422,7 +475,9 @@ def within(a: Tensor, b: Tensor, t: Tensor) -> tuple[float, float]:
     """The mean over tasks of how much more of the same images a has right than b, and its standard error by the images."""
     d = (a.double() - b.double()) * 100
     tasks_ = [d[t == i] for i in t.unique()]
-    return mean([float(e.mean()) for e in tasks_]), float(sum(e.var() / len(e) for e in tasks_)) ** 0.5 / len(tasks_)
+    return mean([float(e.mean()) for e in tasks_]), float(sum(e.var() / len(e) for e in tasks_)) ** 0.5 / len(
+        tasks_
+    )
 
 
 def interval(difference: tuple[float, float]) -> str:
@@ -435,7 +490,11 @@ def kept_seed(order: Sequence[str], scores: Mapping[str, Sequence[float]]) -> No
 
     path = RESULTS / "skill_seeds.json"
     seeds = json.loads(path.read_text())["seeds"] if path.exists() else {}
-    seeds[str(SEED)] = {"order": list(order), "commit": machine()["commit"], "scores": {n: list(v) for n, v in scores.items()}}
+    seeds[str(SEED)] = {
+        "order": list(order),
+        "commit": machine()["commit"],
+        "scores": {n: list(v) for n, v in scores.items()},
+    }
     seeds = dict(sorted(seeds.items()))
     means = {n: [mean(e["scores"][n]) for e in seeds.values()] for n in scores}
     ours, rows = means["LLL, BB, MAHA"], []
@@ -457,11 +516,21 @@ deviation over seeds; a paired t test over seeds. Commits: {", ".join(f"{k}: {e[
     save("skill_seeds", about, {"seeds": seeds}, "\n".join(table))
 
 
-def seeded(pool: Any, images: Sequence[Source], learns: Callable[..., Any], last: float, factor: float, er: dict[str, Any],
-           sizes: tuple[int, int, int], folder: str) -> None:  # fmt: skip
+def seeded(
+    pool: Any,
+    images: Sequence[Source],
+    learns: Callable[..., Any],
+    last: float,
+    factor: float,
+    er: dict[str, Any],
+    sizes: tuple[int, int, int],
+    folder: str,
+) -> None:
     """The main comparison alone, by what seed 0 chose."""
     trunk, began = backbone(sizes[0]), time.time()
-    pending = [learns(i, last, factor) for i in sorted(range(len(images)), key=lambda i: -len(images[i].train))]
+    pending = [
+        learns(i, last, factor) for i in sorted(range(len(images)), key=lambda i: -len(images[i].train))
+    ]
     for p in pending:
         p.result()
     print(f"agents with biases: {time.time() - began:.0f} s", flush=True)
@@ -471,19 +540,24 @@ def seeded(pool: Any, images: Sequence[Source], learns: Callable[..., Any], last
     plain, schedule = cs.models.multi_head(trunk, classes), cs.settings.skill(streams, "end")
     lab = Lab(images, schedule)
     heads, logistic = (
-        cs.run(schedule, cs.methods.skill("mahalanobis", head=h), plain, HEADS, seed=SEED) for h in ("trained", "logistic")
+        cs.run(schedule, cs.methods.skill("mahalanobis", head=h), plain, HEADS, seed=SEED)
+        for h in ("trained", "logistic")
     )  # type: ignore[arg-type]
     biased = cs.models.beneficial_biases(trunk, classes, last)
-    hearer = cs.skill.newcomer(cs.settings.skill([[s] for s in images], "end"), cs.methods.skill("mahalanobis"), biased)
+    hearer = cs.skill.newcomer(
+        cs.settings.skill([[s] for s in images], "end"), cs.methods.skill("mahalanobis"), biased
+    )
     for i in range(lab.k):
         cs.skill.give(hearer, cs.skill.load_bank(f"{folder}/{i}-{last}-{factor}.safetensors"))
     route = lab.routes(heads.agent)[-1]
     outputs = {n: r["outputs"] for n, r in ridges(sources, classes, 4000).items()}
     outputs["LDA over all classes"] = discriminant(lab.sources, (0.03, 0.1, 0.3))["outputs"]
     answers = {
-        "LLL, BB, MAHA": lab.answers(hearer)(route), "LLL, MAHA": lab.answers(heads.agent)(route),
-        "logistic heads, routed by MAHA": logistic.predict(lab.psi).argmax(1), **{n: o.argmax(1) for n, o in outputs.items()},
-    }  # fmt: skip
+        "LLL, BB, MAHA": lab.answers(hearer)(route),
+        "LLL, MAHA": lab.answers(heads.agent)(route),
+        "logistic heads, routed by MAHA": logistic.predict(lab.psi).argmax(1),
+        **{n: o.argmax(1) for n, o in outputs.items()},
+    }
     scores = {n: lab.by_task(a == lab.y, lab.k) for n, a in answers.items()}
     print(f"all: {time.time() - began:.0f} s", flush=True)
     kept_seed([s.name for s in lab.sources], {**scores, NAMES["er"]: replay.result()["matrix"][-1]})
@@ -492,12 +566,20 @@ def seeded(pool: Any, images: Sequence[Source], learns: Callable[..., Any], last
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--full", action="store_true", help="whole test sets, 224 px, 2,000 training images, biases on all layers"
+        "--full",
+        action="store_true",
+        help="whole test sets, 224 px, 2,000 training images, biases on all layers",
     )
-    parser.add_argument("--quick", action="store_true", help="a try of every part at small sizes, written to a temporary folder")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="a try of every part at small sizes, written to a temporary folder",
+    )
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument(
-        "--parts", type=Path, help="a folder that keeps what is done, by commit, and from which a stopped run goes on"
+        "--parts",
+        type=Path,
+        help="a folder that keeps what is done, by commit, and from which a stopped run goes on",
     )
     parser.add_argument(
         "--seed",
@@ -531,18 +613,25 @@ def main() -> None:
     images = tasks(train, test)
     step("read")
     trunk = backbone(size)
-    with ProcessPoolExecutor(chosen.workers, get_context("spawn")) as pool, tempfile.TemporaryDirectory() as scratch:
+    with (
+        ProcessPoolExecutor(chosen.workers, get_context("spawn")) as pool,
+        tempfile.TemporaryDirectory() as scratch,
+    ):
         folder = str(parts_of or scratch)
         # agents with biases, each in a process of its own, the longest first
         longest = sorted(range(len(images)), key=lambda i: -len(images[i].train))
 
         def learns(i: int, part: float, factor: float) -> Any:
-            return pool.submit(agent, (i, *sizes, part, epochs, factor, f"{folder}/{i}-{part}-{factor}.safetensors"))
+            return pool.submit(
+                agent, (i, *sizes, part, epochs, factor, f"{folder}/{i}-{part}-{factor}.safetensors")
+            )
 
         if SEED:
             chosen_before = json.loads((RESULTS / "skill.json").read_text())
             factor = max(chosen_before["rates"], key=lambda f: chosen_before["rates"][f])
-            return seeded(pool, images, learns, last, float(factor), chosen_before["chosen"]["er class"], sizes, folder)
+            return seeded(
+                pool, images, learns, last, float(factor), chosen_before["chosen"]["er class"], sizes, folder
+            )
         tried = {(i, f): learns(i, last, f) for i in TRIED for f in FACTORS}
         rates = {f: mean([tried[i, f].result()["validation"] for i in TRIED]) for f in FACTORS}
         factor = max(rates, key=lambda f: rates[f])
@@ -582,11 +671,15 @@ def main() -> None:
         lab = Lab(images, cs.settings.skill(streams, "end"))
         step("agents without biases")
         biased = cs.models.beneficial_biases(trunk, classes, last)
-        hearer = cs.skill.newcomer(cs.settings.skill([[s] for s in images], "end"), cs.methods.skill("mahalanobis"), biased)
+        hearer = cs.skill.newcomer(
+            cs.settings.skill([[s] for s in images], "end"), cs.methods.skill("mahalanobis"), biased
+        )
         for p in paths:
             cs.skill.give(hearer, cs.skill.load_bank(p))
         banks = {cs.skill.bank_hash(hearer)}
-        another = cs.skill.newcomer(cs.settings.skill([[s] for s in images], "end"), cs.methods.skill("mahalanobis"), biased)
+        another = cs.skill.newcomer(
+            cs.settings.skill([[s] for s in images], "end"), cs.methods.skill("mahalanobis"), biased
+        )
         for p in [*reversed(paths), paths[0]]:
             cs.skill.give(another, cs.skill.load_bank(p))
         banks.add(cs.skill.bank_hash(another))
@@ -596,7 +689,10 @@ def main() -> None:
         heads, with_biases = lab.answers(runs["MAHA"].agent), lab.answers(hearer)
         curves = {f"LLL, {m}": lab.curve(r, heads) for m, r in routes.items()}
         curves |= {f"LLL, BB, {m}": lab.curve(r, with_biases) for m, r in routes.items()}
-        oracle = {"head": lab.by_task(heads(lab.t) == lab.y, lab.k), "BB": lab.by_task(with_biases(lab.t) == lab.y, lab.k)}
+        oracle = {
+            "head": lab.by_task(heads(lab.t) == lab.y, lab.k),
+            "BB": lab.by_task(with_biases(lab.t) == lab.y, lab.k),
+        }
         mapper = {name: lab.mapped(r) for name, r in routes.items()}
         end = torch.cat([hearer.predict(lab.images[i][:20]).argmax(1) for i in range(lab.k)])
         answered = with_biases(routes["MAHA"][-1])
@@ -605,15 +701,21 @@ def main() -> None:
         step("curves")
         toed = {i: p.result() for i, p in grown.items()}
         told_right = with_biases(lab.t) == lab.y
-        better = [toed[i]["validation"] >= max(told[i]["validation"], told[i]["without"]) for i in range(lab.k)]
-        right = torch.cat([torch.tensor(toed[i]["right"]) if b else told_right[lab.t == i] for i, b in enumerate(better)])
+        better = [
+            toed[i]["validation"] >= max(told[i]["validation"], told[i]["without"]) for i in range(lab.k)
+        ]
+        right = torch.cat(
+            [torch.tensor(toed[i]["right"]) if b else told_right[lab.t == i] for i, b in enumerate(better)]
+        )
         hit = routes["MAHA"][-1] == lab.t
         oracle["BB + H2T"] = lab.by_task(right, lab.k)
         best = {m: lab.by_task(right & (routes[m][-1] == lab.t), lab.k) for m in routes}
         step("Head2Toe")
 
         # baselines
-        picked: dict[tuple[str, str], dict[str, Any]] = {(n, sc): g[0] for n, g in GRID.items() for sc in ("class", "task")}
+        picked: dict[tuple[str, str], dict[str, Any]] = {
+            (n, sc): g[0] for n, g in GRID.items() for sc in ("class", "task")
+        }
         for n, sc in picked:
             own = [
                 (f.result()["score"], i)
@@ -628,7 +730,10 @@ def main() -> None:
         more = ["joint:class", "joint:task", f"supsup:{keep} task", f"supsup:{keep} class"]
         pairs = [("mnist", "usps"), ("mnist", "mnist_m")]
         few = [
-            f"reuse:{a}/{b}/{n}/{h}" for a, b in pairs for n in ("all", "10", "5", "3") for h in ("random", "name", "features")
+            f"reuse:{a}/{b}/{n}/{h}"
+            for a, b in pairs
+            for n in ("all", "10", "5", "3")
+            for h in ("random", "name", "features")
         ]
         rest = {w: pool.submit(other, (w, *sizes)) for w in more + few}
 
@@ -637,22 +742,29 @@ def main() -> None:
         one_head = ridges(sources, classes, 400 if chosen.quick else 4000)
         lda = discriminant(lab.sources, (0.03, 0.1, 0.3))
         closed = {
-            h: cs.run(cs.settings.skill(streams, "end"), cs.methods.skill("mahalanobis", head=h), plain, HEADS)
+            h: cs.run(
+                cs.settings.skill(streams, "end"), cs.methods.skill("mahalanobis", head=h), plain, HEADS
+            )
             for h in ("ridge", "logistic", "prototype")
         }  # type: ignore[arg-type]
         step("statistics learners")
         mappers = {
             "MAHA, shared sums": cs.mappers.mahalanobis(),
             "GMMC, k = 25": cs.mappers.gaussian_mixture(),
-            "nearest mean": cs.mappers.nearest_mean(), "entropy": cs.mappers.min_entropy(), "average of all": cs.mappers.average(),
+            "nearest mean": cs.mappers.nearest_mean(),
+            "entropy": cs.mappers.min_entropy(),
+            "average of all": cs.mappers.average(),
             "Expert Gate": cs.mappers.expert_gate(on="features"),
             **{f"GMMC, k = {k}": cs.mappers.gaussian_mixture(k) for k in (1, 5, 10, 50)},
             **{f"MAHA, {m} images a class": cs.mappers.mahalanobis(images=m) for m in (1, 3, 5, 10)},
             **{f"MAHA, rank {k}": cs.mappers.mahalanobis(rank=k) for k in (16, 64)},
-        }  # fmt: skip
+        }
         routed = {
             name: cs.run(
-                cs.settings.skill(streams, "end"), replace(cs.methods.skill("oracle", head="ridge"), mapper=m), plain, HEADS
+                cs.settings.skill(streams, "end"),
+                replace(cs.methods.skill("oracle", head="ridge"), mapper=m),
+                plain,
+                HEADS,
             )
             for name, m in mappers.items()
         }
@@ -665,7 +777,9 @@ def main() -> None:
         side = {k: f.result() for k, f in rest.items()}
         step("baselines")
         parts = [0.25, 0.5, 1.0]
-        layers = {(i, p): tried[i, factor] if p == last else learns(i, p, factor) for p in parts for i in TRIED}
+        layers = {
+            (i, p): tried[i, factor] if p == last else learns(i, p, factor) for p in parts for i in TRIED
+        }
         partial = {k: p.result() for k, p in layers.items()}
         bare = {i: hits(closed["logistic"].agent, sources[i], "validation", sources[i].task) for i in TRIED}
         step("parts of the layers")
@@ -677,13 +791,24 @@ def main() -> None:
     names = [s.name for s in lab.sources]
     for (n, sc), r in done.items():
         if r["matrix"]:
-            curves[f"{NAMES[n]}{' (oracle)' if sc == 'task' else ''}"] = [row[: i + 1] for i, row in enumerate(r["matrix"][1:])]
+            curves[f"{NAMES[n]}{' (oracle)' if sc == 'task' else ''}"] = [
+                row[: i + 1] for i, row in enumerate(r["matrix"][1:])
+            ]
     facts |= {
-        "tasks": [{"name": s.name, "classes": len(s.classes), "train": len(s.train), "test": len(s.test)} for s in lab.sources],
-        "curves": curves, "mapper": mapper, "oracle": oracle, "chosen": {f"{n} {sc}": a for (n, sc), a in picked.items()},
-        "baselines": {f"{n} {sc}": {k: v for k, v in r.items() if k != "matrix"} for (n, sc), r in done.items()},
-        "bb agents": told, "head2toe": {i: {k: v for k, v in t.items() if k != "right"} for i, t in toed.items()},
-    }  # fmt: skip
+        "tasks": [
+            {"name": s.name, "classes": len(s.classes), "train": len(s.train), "test": len(s.test)}
+            for s in lab.sources
+        ],
+        "curves": curves,
+        "mapper": mapper,
+        "oracle": oracle,
+        "chosen": {f"{n} {sc}": a for (n, sc), a in picked.items()},
+        "baselines": {
+            f"{n} {sc}": {k: v for k, v in r.items() if k != "matrix"} for (n, sc), r in done.items()
+        },
+        "bb agents": told,
+        "head2toe": {i: {k: v for k, v in t.items() if k != "right"} for i, t in toed.items()},
+    }
 
     score = {name: mean(rows[-1]) for name, rows in curves.items()}
     score |= {f"LLL, BB + H2T, {m}": mean(v) for m, v in best.items()}
@@ -696,7 +821,9 @@ def main() -> None:
     own_columns = torch.full((lab.k, classes), -torch.inf)
     for i, s in enumerate(lab.sources):
         own_columns[i, list(s.classes)] = 0
-    with_label = {n: mean(lab.by_task((o + own_columns[lab.t]).argmax(1) == lab.y, lab.k)) for n, o in outputs.items()}
+    with_label = {
+        n: mean(lab.by_task((o + own_columns[lab.t]).argmax(1) == lab.y, lab.k)) for n, o in outputs.items()
+    }
     solved_oracle = mean(lab.by_task(lab.answers(closed["logistic"].agent)(lab.t) == lab.y, lab.k))
     answered_right = with_biases(routes["MAHA"][-1]) == lab.y
     margins = {n: within(answered_right, r, lab.t) for n, r in right_of.items()}
@@ -706,29 +833,46 @@ def main() -> None:
         "LLL, MAHA": within(answered_right, plain_right, lab.t),
         "logistic heads, routed by MAHA": within(answered_right, logistic_right, lab.t),
     }
-    out += ["## Without task labels", "", f"After all {lab.k} tasks ({classes} classes), mean accuracy over tasks; MACs to learn everything in one agent "
-            "(backbone passes included)."]  # fmt: skip
+    out += [
+        "## Without task labels",
+        "",
+        f"After all {lab.k} tasks ({classes} classes), mean accuracy over tasks; MACs to learn everything in one agent "
+        "(backbone passes included).",
+    ]
     per_image = cs.models.macs(trunk, images[0].train.whole()[0][:1])
     n_train = sum(len(s.train) for s in images)
     teacher = {m: r.costs["macs"] + n_train * per_image for m, r in runs.items()}
     bb_macs = sum(t["macs"] for t in told.values())
     bytes_of = {m: sum(cs.skill.told_bytes(r.agent).values()) / lab.k for m, r in runs.items()}
     bytes_bb = (
-        sum(os.path.getsize(p) for p in paths if os.path.exists(p)) / lab.k or sum(cs.skill.told_bytes(hearer).values()) / lab.k
+        sum(os.path.getsize(p) for p in paths if os.path.exists(p)) / lab.k
+        or sum(cs.skill.told_bytes(hearer).values()) / lab.k
     )
     rows = []
     for name, v in sorted(score.items(), key=lambda kv: -kv[1]):
         if "oracle" in name:
             continue
-        macs = next((r["macs"] + n_train * per_image for (n, sc), r in done.items() if NAMES[n] == name and sc == "class"), None)
+        macs = next(
+            (
+                r["macs"] + n_train * per_image
+                for (n, sc), r in done.items()
+                if NAMES[n] == name and sc == "class"
+            ),
+            None,
+        )
         if name.startswith("LLL"):
             macs = (
-                bb_macs + teacher[name.rpartition(" ")[2]] - teacher["MAHA"] if "BB" in name else teacher[name.rpartition(" ")[2]]
+                bb_macs + teacher[name.rpartition(" ")[2]] - teacher["MAHA"]
+                if "BB" in name
+                else teacher[name.rpartition(" ")[2]]
             )
             macs += n_train * per_image + sum(t["macs"] for t in toed.values()) if "H2T" in name else 0
         rows.append([name, pc(v), f"{macs:.2e}"])
-    own_macs = {**{n: r["macs"] for n, r in one_head.items()}, "LDA over all classes": n_train * d * d,
-                **{f"{h} heads, routed by MAHA": r.costs["macs"] for h, r in closed.items()}}  # fmt: skip
+    own_macs = {
+        **{n: r["macs"] for n, r in one_head.items()},
+        "LDA over all classes": n_train * d * d,
+        **{f"{h} heads, routed by MAHA": r.costs["macs"] for h, r in closed.items()},
+    }
     rows += [[n, pc(v), f"{n_train * per_image + own_macs[n]:.2e}"] for n, v in learners.items()]
     rows.append(
         [
@@ -746,20 +890,29 @@ def main() -> None:
     )
     out += lines(["", "accuracy", "MACs"], rows)
     lll = score["LLL, BB, MAHA"]
-    out += [f"LLL with BB and MAHA {pc(lll)}: {100 * (lll - free[baseline_best]):.1f} points above {baseline_best} (aim: 15), "
-            f"{100 * (lll - free[NAMES['er, one']]):.1f} above {NAMES['er, one']}, "
-            f"{100 * (lll - learners[stat_best]):.1f} above {stat_best} (aim: 3). PSP and SupSup without labels infer the task by superposition, on 40 test images a task; "
-            "SupSup's share of weights is the one chosen with labels.",
-            "", "On the same test images, in points (95 % interval by the images alone, for this draw of training images and this order): LLL with BB and MAHA against "
-            + "; ".join(f"{n} {interval(m)}" for n, m in margins.items()) + ".", ""]  # fmt: skip
+    out += [
+        f"LLL with BB and MAHA {pc(lll)}: {100 * (lll - free[baseline_best]):.1f} points above {baseline_best} (aim: 15), "
+        f"{100 * (lll - free[NAMES['er, one']]):.1f} above {NAMES['er, one']}, "
+        f"{100 * (lll - learners[stat_best]):.1f} above {stat_best} (aim: 3). PSP and SupSup without labels infer the task by superposition, on 40 test images a task; "
+        "SupSup's share of weights is the one chosen with labels.",
+        "",
+        "On the same test images, in points (95 % interval by the images alone, for this draw of training images and this order): LLL with BB and MAHA against "
+        + "; ".join(f"{n} {interval(m)}" for n, m in margins.items())
+        + ".",
+        "",
+    ]
     at_end = {m: mean(r[-1]) for m, r in mapper.items()}
     slope = {m: np.polyfit(range(1, lab.k + 1), [mean(r) for r in rows_], 1) for m, rows_ in mapper.items()}
     out += [
         f"Mapper at the end: {', '.join(f'{m} {pc(v)}' for m, v in at_end.items())}; mean over 1 to {lab.k} tasks: "
         f"{', '.join(f'{m} {pc(mean([mean(x) for x in r]))}' for m, r in mapper.items())} (aim: 90). Regression lines: "
-        + ", ".join(f"{m} y = {s[0]:.4f} T + {s[1]:.3f}, zero at T = {-s[1] / s[0]:.0f}" for m, s in slope.items())
+        + ", ".join(
+            f"{m} y = {s[0]:.4f} T + {s[1]:.3f}, zero at T = {-s[1] / s[0]:.0f}" for m, s in slope.items()
+        )
         + f". The hearer of all bank files, asked end to end (images in, no label), agrees with these tables on {pc(facts['end to end']['same'])} % "
-        f"of {facts['end to end']['images']} images; its bank has one hash whatever the order and repetition of the files.", ""]  # fmt: skip
+        f"of {facts['end to end']['images']} images; its bank has one hash whatever the order and repetition of the files.",
+        "",
+    ]
 
     out += ["## With task labels", ""]
     told_rows = [
@@ -767,7 +920,9 @@ def main() -> None:
         ["LLL, BB", pc(mean(oracle["BB"]))],
         ["LLL", pc(mean(oracle["head"]))],
     ]
-    told_rows += [[NAMES[n], pc(r["score"])] for (n, sc), r in done.items() if sc == "task" and r["score"] is not None]
+    told_rows += [
+        [NAMES[n], pc(r["score"])] for (n, sc), r in done.items() if sc == "task" and r["score"] is not None
+    ]
     told_rows += [
         ["SupSup, parallel agents", pc(side[f"supsup:{keep} task"]["score"])],
         ["logistic heads (where BB begins)", pc(solved_oracle)],
@@ -778,11 +933,31 @@ def main() -> None:
 
     out += ["## By task", ""]
     out += lines(
-        ["task", "classes", "train", "mapper GMMC", "mapper MAHA", "head", "BB", "BB + H2T", "LLL, MAHA", "LLL, BB, MAHA"],
-        [[names[i], len(lab.sources[i].classes), len(images[i].train), *[pc(mapper[m][-1][i]) for m in ("GMMC", "MAHA")],
-          *[pc(oracle[o][i]) for o in ("head", "BB", "BB + H2T")], pc(curves["LLL, MAHA"][-1][i]), pc(curves["LLL, BB, MAHA"][-1][i])]
-         for i in range(lab.k)],
-    )  # fmt: skip
+        [
+            "task",
+            "classes",
+            "train",
+            "mapper GMMC",
+            "mapper MAHA",
+            "head",
+            "BB",
+            "BB + H2T",
+            "LLL, MAHA",
+            "LLL, BB, MAHA",
+        ],
+        [
+            [
+                names[i],
+                len(lab.sources[i].classes),
+                len(images[i].train),
+                *[pc(mapper[m][-1][i]) for m in ("GMMC", "MAHA")],
+                *[pc(oracle[o][i]) for o in ("head", "BB", "BB + H2T")],
+                pc(curves["LLL, MAHA"][-1][i]),
+                pc(curves["LLL, BB, MAHA"][-1][i]),
+            ]
+            for i in range(lab.k)
+        ],
+    )
     shown = (
         "LLL, BB, MAHA",
         "LLL, MAHA",
@@ -795,17 +970,43 @@ def main() -> None:
     )
     there = [n for n in shown if n in curves]
     out += [
-        chart(into, "first", "accuracy on the first task", stages, {n: [r[0] for r in curves[n]] for n in there}), "",
-        chart(into, "mean", "mean accuracy on the tasks so far", stages, {n: [mean(r) for r in curves[n]] for n in there}), "",
-        chart(into, "mapper", "mapper accuracy on the tasks so far", stages, {
-            **{m: [mean(x) for x in r] for m, r in mapper.items()},
-            **{f"{m}, line": [float(np.polyval(s, i + 1)) for i in range(lab.k)] for m, s in slope.items()}}), "",
-    ]  # fmt: skip
-    out += ["Normalised accuracy of the first ten tasks (over that when each was learned), after 1 to 15 tasks:", ""]
+        chart(
+            into, "first", "accuracy on the first task", stages, {n: [r[0] for r in curves[n]] for n in there}
+        ),
+        "",
+        chart(
+            into,
+            "mean",
+            "mean accuracy on the tasks so far",
+            stages,
+            {n: [mean(r) for r in curves[n]] for n in there},
+        ),
+        "",
+        chart(
+            into,
+            "mapper",
+            "mapper accuracy on the tasks so far",
+            stages,
+            {
+                **{m: [mean(x) for x in r] for m, r in mapper.items()},
+                **{
+                    f"{m}, line": [float(np.polyval(s, i + 1)) for i in range(lab.k)]
+                    for m, s in slope.items()
+                },
+            },
+        ),
+        "",
+    ]
+    out += [
+        "Normalised accuracy of the first ten tasks (over that when each was learned), after 1 to 15 tasks:",
+        "",
+    ]
     norm = {}
     for n in there[:1] + there[3:]:
         rows_ = curves[n]
-        norm[n] = [mean([rows_[t][j] / max(rows_[j][j], 1e-9) for j in range(min(10, t + 1))]) for t in range(lab.k)]
+        norm[n] = [
+            mean([rows_[t][j] / max(rows_[j][j], 1e-9) for j in range(min(10, t + 1))]) for t in range(lab.k)
+        ]
     out += [chart(into, "normalised", "normalised accuracy of the first ten tasks", stages, norm), ""]
     facts["normalised"] = norm
 
@@ -821,7 +1022,9 @@ def main() -> None:
             a: {**p, "macs": p["macs"] + per_image * len(images[i].train)}
             for i, (a, p) in enumerate(sorted(r.costs["by_agent"].items()))
         }
-        table[f"LLL, {m}"] = cs.skill.speedup(pages, ALPHA, cs.skill.covariance_macs(d) if m != "GMMC" else 0.0)
+        table[f"LLL, {m}"] = cs.skill.speedup(
+            pages, ALPHA, cs.skill.covariance_macs(d) if m != "GMMC" else 0.0
+        )
     for m in ("MAHA", "MAHA16", "GMMC"):
         b = bytes_bb - bytes_of["MAHA"] + bytes_of[m]
         macs = [told[i]["macs"] for i in range(lab.k)]
@@ -833,18 +1036,28 @@ def main() -> None:
     work = [per_image * len(s.train) for s in images]
     order = sorted(raws.costs["by_agent"])
     as_features = cs.skill.told_bytes(raws.agent)  # as serialised, but features stood for the images
-    raw = [next(b for (_, n), b in as_features.items() if n == s.name) + 5 * len(s.classes) * (s.train.whole()[0][0].numel() - 4 * d)
-           for s in images]  # fmt: skip
+    raw = [
+        next(b for (_, n), b in as_features.items() if n == s.name)
+        + 5 * len(s.classes) * (s.train.whole()[0][0].numel() - 4 * d)
+        for s in images
+    ]
     macs = [raws.costs["by_agent"][a]["macs"] + w for a, w in zip(order, work, strict=True)]
     one = cs.skill.speedups(macs, raw, [lab.k], ALPHA)[0]
-    table["LLL, MAHA, 5 raw images a class"] = replace(one, students=(cs.skill.covariance_macs(d, shared_n, per_image),) * lab.k)
+    table["LLL, MAHA, 5 raw images a class"] = replace(
+        one, students=(cs.skill.covariance_macs(d, shared_n, per_image),) * lab.k
+    )
     pages = {
         a: {**p, "macs": p["macs"] + w}
-        for (a, p), w in zip(sorted(side[f"supsup:{keep} task"]["costs"]["by_agent"].items()), work, strict=True)
+        for (a, p), w in zip(
+            sorted(side[f"supsup:{keep} task"]["costs"]["by_agent"].items()), work, strict=True
+        )
     }
     table["SupSup, parallel (oracle)"] = cs.skill.speedup(pages, ALPHA)
-    scores = {**score, "SupSup, parallel (oracle)": side[f"supsup:{keep} task"]["score"],
-              "LLL, MAHA, 5 raw images a class": raws.score}  # fmt: skip
+    scores = {
+        **score,
+        "SupSup, parallel (oracle)": side[f"supsup:{keep} task"]["score"],
+        "LLL, MAHA, 5 raw images a class": raws.score,
+    }
     out += [cs.skill.table(table, {n: scores[n] for n in table}), ""]
     out += [
         f"A task's message: {', '.join(f'{m} {b / 1e3:.0f} kB' for m, b in bytes_of.items())}, with BB and MAHA {bytes_bb / 1e3:.0f} kB. 5 raw images a class (uint8): {shared / 1e3 / lab.k:.0f} kB.",
@@ -854,14 +1067,19 @@ def main() -> None:
     gmmc = runs["GMMC"]
     by_source = {k[1]: b for k, b in cs.skill.told_bytes(hearer).items()}
     for label, w, b in (
-        ("LLL, GMMC", [gmmc.costs["by_agent"][a]["macs"] + x for a, x in zip(order, work, strict=True)],
-         [b for _, b in sorted(cs.skill.told_bytes(gmmc.agent).items())]),
+        (
+            "LLL, GMMC",
+            [gmmc.costs["by_agent"][a]["macs"] + x for a, x in zip(order, work, strict=True)],
+            [b for _, b in sorted(cs.skill.told_bytes(gmmc.agent).items())],
+        ),
         ("LLL, BB, MAHA", [told[i]["macs"] for i in range(lab.k)], [by_source[n] for n in names]),
-    ):  # fmt: skip
+    ):
         for how in ("balanced", "given", "longest"):
             found = cs.skill.speedups(w, b, [1, 2, 3, 5, 8, 15], ALPHA, 0.0, how)  # type: ignore[arg-type]
             spans.append([f"{label}, {how}", *[f"{s.speedup:.2f}" for s in found]])
-    out += ["Speed-up against N by makespan (the slowest agent): equal parts; real tasks as dealt; longest first."]
+    out += [
+        "Speed-up against N by makespan (the slowest agent): equal parts; real tasks as dealt; longest first."
+    ]
     out += lines(["", "N = 1", "2", "3", "5", "8", "15"], spans)
     alphas = [1, 10, 100, 1000, 10000, 100000]
     out += ["Efficiency by the paper's definition for N = 15, by alpha:"]
@@ -900,12 +1118,17 @@ def main() -> None:
 
     out += ["## The same experts: routed, merged, or one ridge head", ""]
     rows_all = concatenated(runs["MAHA"].agent, lab)
-    out += lines(["", "accuracy"], [
-        ["trained heads, routed by MAHA", pc(score["LLL, MAHA"])], ["trained heads, routed by GMMC", pc(score["LLL, GMMC"])],
-        ["trained heads, surest of all", pc(sure.score)],
-        ["trained heads merged into one (rows side by side)", pc(mean(rows_all))],
-        ["ridge heads, routed by MAHA", pc(closed["ridge"].score)], *[[n, pc(learners[n])] for n in outputs],
-    ])  # fmt: skip
+    out += lines(
+        ["", "accuracy"],
+        [
+            ["trained heads, routed by MAHA", pc(score["LLL, MAHA"])],
+            ["trained heads, routed by GMMC", pc(score["LLL, GMMC"])],
+            ["trained heads, surest of all", pc(sure.score)],
+            ["trained heads merged into one (rows side by side)", pc(mean(rows_all))],
+            ["ridge heads, routed by MAHA", pc(closed["ridge"].score)],
+            *[[n, pc(learners[n])] for n in outputs],
+        ],
+    )
 
     facts["margins"] = margins
     facts["layers"] = {f"{names[i]}, last {p}": v["validation"] for (i, p), v in partial.items()}
@@ -918,7 +1141,13 @@ def main() -> None:
     out += lines(
         ["", "none", *[f"last {p:g}" for p in parts]],
         [[names[i], pc(bare[i]), *[pc(partial[i, p]["validation"]) for p in parts]] for i in TRIED]
-        + [["CPU seconds to learn", "", *[f"{sum(partial[i, p]['seconds'] for i in TRIED):.0f}" for p in parts]]],
+        + [
+            [
+                "CPU seconds to learn",
+                "",
+                *[f"{sum(partial[i, p]['seconds'] for i in TRIED):.0f}" for p in parts],
+            ]
+        ],
     )
 
     out += [
@@ -929,9 +1158,20 @@ def main() -> None:
     ]
     reuse = {w: side[w]["by epochs"] for w in few}
     facts["reuse"] = {w: {str(k): v for k, v in r.items()} for w, r in reuse.items()}
-    out += lines(["", "random", "by name", "by features"], [
-        [f"{a} -> {b}, {n}", *[" / ".join(pc(v) for v in reuse[f"reuse:{a}/{b}/{n}/{h}"].values()) for h in ("random", "name", "features")]]
-        for a, b in pairs for n in ("all", "10", "5", "3")])  # fmt: skip
+    out += lines(
+        ["", "random", "by name", "by features"],
+        [
+            [
+                f"{a} -> {b}, {n}",
+                *[
+                    " / ".join(pc(v) for v in reuse[f"reuse:{a}/{b}/{n}/{h}"].values())
+                    for h in ("random", "name", "features")
+                ],
+            ]
+            for a, b in pairs
+            for n in ("all", "10", "5", "3")
+        ],
+    )
     same = cs.skill.equivalences(lab.labels, 0.9)
     predicted = with_biases(routes["MAHA"][-1])
     p = torch.nn.functional.one_hot(predicted, classes).double()
@@ -940,8 +1180,15 @@ def main() -> None:
         f"Correction of answers: where classes of equal names count as one (MNIST's, USPS's and MNIST-M's digits), LLL with BB and MAHA has {pc(mean(fair))} instead of {pc(score['LLL, BB, MAHA'])}.",
         "",
     ]
-    facts |= {"scores": score, "statistics": learners, "unknown": unknown, "mapper at the end": at_end, "hit": float(hit.double().mean()),
-              "with labels": {r[0]: r[1] for r in told_rows}, "corrected": mean(fair)}  # fmt: skip
+    facts |= {
+        "scores": score,
+        "statistics": learners,
+        "unknown": unknown,
+        "mapper at the end": at_end,
+        "hit": float(hit.double().mean()),
+        "with labels": {r[0]: r[1] for r in told_rows},
+        "corrected": mean(fair),
+    }
     step("all")
     out += [
         "Minutes since the start: "
@@ -961,9 +1208,14 @@ def main() -> None:
         f" Without biases tell: {', '.join(names[i] for i in range(lab.k) if told[i]['without'] > told[i]['validation']) or 'none'}. Head2Toe is left out by: {', '.join(names[i] for i in range(lab.k) if not better[i]) or 'none'}."
     )
     if not chosen.quick and not chosen.full:
-        kept_seed(names, {**{n: curves[n][-1] for n in ("LLL, BB, MAHA", "LLL, MAHA", NAMES["er"])},
-                          "logistic heads, routed by MAHA": lab.by_task(logistic_right, lab.k),
-                          **{n: lab.by_task(r, lab.k) for n, r in right_of.items()}})  # fmt: skip
+        kept_seed(
+            names,
+            {
+                **{n: curves[n][-1] for n in ("LLL, BB, MAHA", "LLL, MAHA", NAMES["er"])},
+                "logistic heads, routed by MAHA": lab.by_task(logistic_right, lab.k),
+                **{n: lab.by_task(r, lab.k) for n, r in right_of.items()},
+            },
+        )
     if chosen.quick:
         print("\n".join(out))
     else:
@@ -979,7 +1231,11 @@ def rejection(lab: Lab, sources: Sequence[Source], model: Any) -> dict[str, dict
         r = cs.run(few, cs.methods.skill(name, reject=0.05, head="prototype"), model, HEADS)  # type: ignore[arg-type]
         seen = {known: cs.skill.familiarity(r.agent, x) for known, x in psi.items()}
         taken = {known: float((r.agent.route(x)[0].sum(1) > 0).double().mean()) for known, x in psi.items()}
-        found[name] = {"auroc": cs.mappers.auroc(seen[True], seen[False]), "known": taken[True], "unknown": 1 - taken[False]}
+        found[name] = {
+            "auroc": cs.mappers.auroc(seen[True], seen[False]),
+            "known": taken[True],
+            "unknown": 1 - taken[False],
+        }
     return found
 
 

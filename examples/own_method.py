@@ -12,7 +12,8 @@ from typing import ClassVar
 from torch import Tensor
 
 import consilience as cs
-from consilience.core.correction import Correction, Me, StepView
+from consilience.core.contexts import Context, StepView
+from consilience.core.correction import Correction
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class L2Start(Correction):
     strength: float = 0.1
     neutral: ClassVar[dict[str, float]] = {"strength": 0.0}
 
-    def penalty(self, step: StepView, me: Me) -> Tensor:
+    def penalty(self, step: StepView, ctx: Context) -> Tensor:
         """The term, as a function of the flat parameters [n]."""
         return 0.5 * self.strength * (step.theta - step.start).square().sum()
 

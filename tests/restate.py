@@ -51,7 +51,9 @@ def batches(s, visit=0, epochs=EPOCHS, batch=BATCH, seed=0, steps=None):
     for epoch in range(epochs):
         plan, turn = [], 0
         while len(plan) < most:
-            plan += torch.randperm(len(y), generator=key(seed, s.name, visit, epoch, turn, "shuffle")).split(batch)
+            plan += torch.randperm(len(y), generator=key(seed, s.name, visit, epoch, turn, "shuffle")).split(
+                batch
+            )
             turn += 1
         for step, i in enumerate(plan[:most]):
             yield epoch, step, x[i], y[i]

@@ -24,7 +24,11 @@ from consilience.core.errors import ConsilienceError, Refusal
 
 HAS_TORCHJD = importlib.util.find_spec("torchjd") is not None
 needs_torchjd = pytest.mark.skipif(not HAS_TORCHJD, reason="torchjd is not installed")
-CATALOGUE = {n: f for n, f in inspect.getmembers(aggregators, inspect.isfunction) if f.__module__ == aggregators.__name__}
+CATALOGUE = {
+    n: f
+    for n, f in inspect.getmembers(aggregators, inspect.isfunction)
+    if f.__module__ == aggregators.__name__
+}
 THEIRS: dict[str, dict[str, object]] = {
     "AlignedMTL": {},
     "ConFIG": {},
@@ -37,7 +41,9 @@ THEIRS: dict[str, dict[str, object]] = {
     "Sum": {},
 }
 GIVEN: dict[str, dict[str, object]] = {n: {"byzantine": 0} for n in ("krum", "multi_krum", "bulyan")}
-ALL: dict[str, Aggregator] = {n: f(**GIVEN.get(n, {})) for n, f in CATALOGUE.items() if n not in ("torchjd", "slerp")}
+ALL: dict[str, Aggregator] = {
+    n: f(**GIVEN.get(n, {})) for n, f in CATALOGUE.items() if n not in ("torchjd", "slerp")
+}
 """All but `slerp`, which takes two rows: it is tested in test_merging_aggregators."""
 if HAS_TORCHJD:
     ALL |= {f"torchjd {n}": aggregators.torchjd(n, **a) for n, a in THEIRS.items()}
@@ -137,7 +143,11 @@ def test_refusals(name: str) -> None:
 @every
 def test_frozen_and_documented(name: str) -> None:
     a = ALL[name]
-    assert dataclasses.is_dataclass(a) and hash(a) == hash(dataclasses.replace(a)) and a == dataclasses.replace(a)
+    assert (
+        dataclasses.is_dataclass(a)
+        and hash(a) == hash(dataclasses.replace(a))
+        and a == dataclasses.replace(a)
+    )
     with pytest.raises(dataclasses.FrozenInstanceError):
         a.new = 1  # type: ignore[attr-defined]
     assert ">>>" in (type(a).__doc__ or "")
@@ -148,7 +158,9 @@ def test_frozen_and_documented(name: str) -> None:
 @pytest.mark.parametrize("step", [0, 1, 4])
 def test_blocks_give_the_same_bits(name: str, dtype: torch.dtype, step: int) -> None:
     a = ALL[name]
-    small = type("Small", (type(a),), {"block": 7})(**{f.name: getattr(a, f.name) for f in dataclasses.fields(a)})  # type: ignore[arg-type]
+    small = type("Small", (type(a),), {"block": 7})(
+        **{f.name: getattr(a, f.name) for f in dataclasses.fields(a)}
+    )  # type: ignore[arg-type]
     rows = normal(5, 101, dtype=torch.float64)
     rows = ((rows * step).round() if step else rows).to(dtype)
     weights = torch.rand(5, generator=gen(2))
@@ -162,7 +174,10 @@ def test_blocks_give_the_same_bits(name: str, dtype: torch.dtype, step: int) -> 
         (lambda: aggregators.ties(0.0), "`density` should be in (0, 1]. Found `density = 0.0`."),
         (lambda: aggregators.dare(0.0), "`density` should be in (0, 1]. Found `density = 0.0`."),
         (lambda: aggregators.trimmed_mean(0.5), "`trim` should be in [0, 0.5). Found `trim = 0.5`."),
-        (lambda: aggregators.arithmetic(math.nan), "`coefficient` should be finite. Found `coefficient = nan`."),
+        (
+            lambda: aggregators.arithmetic(math.nan),
+            "`coefficient` should be finite. Found `coefficient = nan`.",
+        ),
         (
             lambda: aggregators.dare()(torch.ones(2, 3)),
             "`generator` should be given to DARE, which drops entries at random. Found None.",
@@ -195,7 +210,9 @@ def test_catalogue_names_stay_functions() -> None:
 def test_mean_and_arithmetic() -> None:
     rows, weights = normal(3, 20), torch.tensor([0.2, 0.5, 0.3])
     assert torch.allclose(aggregators.mean()(rows, weights), (weights[:, None] * rows).sum(0), atol=1e-6)
-    assert torch.allclose(aggregators.arithmetic(0.3 * 3)(rows), 0.3 * rows.sum(0), atol=1e-6)  # the papers' lambda
+    assert torch.allclose(
+        aggregators.arithmetic(0.3 * 3)(rows), 0.3 * rows.sum(0), atol=1e-6
+    )  # the papers' lambda
     assert torch.equal(aggregators.arithmetic(1.0)(rows[:1]), rows[0])
     assert torch.equal(aggregators.arithmetic(0.7)(torch.stack([rows[0], -rows[0]])), torch.zeros(20))
     assert torch.equal(aggregators.arithmetic(1.0)(rows[:1], [-1.0]), -rows[0])
@@ -232,7 +249,9 @@ def test_pcgrad_of_four_is_the_paper_in_some_order(seed: int) -> None:
     rows = normal(4, 3, seed=seed, dtype=torch.float64)
     rows, _, _ = aggregators.pcgrad().admit(rows, None)
     orders = torch.rand(4, 4, generator=gen(seed)).argsort(1).tolist()
-    assert torch.allclose(aggregators.pcgrad()(rows, generator=gen(seed)), paper_pcgrad(rows, orders), atol=1e-12)
+    assert torch.allclose(
+        aggregators.pcgrad()(rows, generator=gen(seed)), paper_pcgrad(rows, orders), atol=1e-12
+    )
 
 
 @needs_torchjd
@@ -256,7 +275,9 @@ def test_mgda_is_the_shortest_vector(seed: int, spread: int) -> None:
                 sub = rows[list(some)]
                 system = torch.zeros(k + 1, k + 1, dtype=torch.float64)
                 system[:k, :k], system[:k, k], system[k, :k] = sub @ sub.T, 1.0, 1.0
-                c = torch.linalg.lstsq(system, torch.eye(k + 1, dtype=torch.float64)[:, -1:], driver="gelsd").solution[:k, 0]
+                c = torch.linalg.lstsq(
+                    system, torch.eye(k + 1, dtype=torch.float64)[:, -1:], driver="gelsd"
+                ).solution[:k, 0]
                 if (c >= -1e-12).all() and (best is None or (c @ sub).norm() < best.norm()):
                     best = c @ sub
         assert best is not None and torch.allclose(found, best, atol=1e-9)
@@ -369,7 +390,9 @@ def test_whole_weights_are_repeated_rows(seed: int, counts: list[int]) -> None:
     weights = [c / sum(counts) for c in counts]
     for a in (aggregators.median(), aggregators.trimmed_mean(0.2)):
         assert torch.allclose(a(rows, weights), a(repeated), atol=1e-5)
-    assert torch.allclose(aggregators.median()(repeated), repeated.double().quantile(0.5, dim=0).float(), atol=1e-6)
+    assert torch.allclose(
+        aggregators.median()(repeated), repeated.double().quantile(0.5, dim=0).float(), atol=1e-6
+    )
 
 
 def test_robust_ones_ignore_outliers() -> None:
@@ -401,7 +424,9 @@ def test_torchjd_takes_lists_and_weights() -> None:
     rows = normal(3, 8)
     given_ = aggregators.torchjd("AlignedMTL", pref_vector=[0.2, 0.3, 0.5])(rows)
     assert torch.allclose(given_, aggregators.torchjd("AlignedMTL")(rows, [0.2, 0.3, 0.5]), atol=1e-6)
-    assert not torch.equal(aggregators.torchjd("Random")(rows, None, gen(1)), aggregators.torchjd("Random")(rows, None, gen(2)))
+    assert not torch.equal(
+        aggregators.torchjd("Random")(rows, None, gen(1)), aggregators.torchjd("Random")(rows, None, gen(2))
+    )
 
 
 @needs_torchjd

@@ -64,8 +64,15 @@ def images(n=20, channels=3, side=8, seed=0):
 def source(name="s", n=20, seed=0, x=None):
     x = images(n, seed=seed) if x is None else x
     t = Tensors(x, torch.arange(len(x)) % 2)
-    return Source(name, t.select(torch.arange(n - 8)), t.select(torch.arange(n - 8, n - 4)), t.select(torch.arange(n - 4, n)),
-                  (("c", "0"), ("c", "1")), (0, 1), "t")  # fmt: skip
+    return Source(
+        name,
+        t.select(torch.arange(n - 8)),
+        t.select(torch.arange(n - 8, n - 4)),
+        t.select(torch.arange(n - 4, n)),
+        (("c", "0"), ("c", "1")),
+        (0, 1),
+        "t",
+    )
 
 
 class Counting(nn.Module):
@@ -102,13 +109,19 @@ def test_images_are_prepared_as_said_and_never_in_training_mode():
     with torch.no_grad():
         assert torch.allclose(psi(model, x), module(prepared), atol=1e-6)
     params, buffers = model.init(key(0))
-    assert torch.equal(psi(model, x, train=True), psi(model, x)) and not model.has_batch_norm and not model.draws
+    assert (
+        torch.equal(psi(model, x, train=True), psi(model, x)) and not model.has_batch_norm and not model.draws
+    )
     assert torch.equal(model.bind(params, buffers, True)[0](x, None), psi(model, x))
     assert torch.equal(psi(model, psi(model, x)), psi(model, x)), "features pass as they are"
     smaller = models.backbone(net(), size=4)
     shrunk = F.interpolate(images(), (4, 4), mode="bilinear", antialias=True)
     assert torch.equal(psi(smaller, images()), psi(models.backbone(net()), shrunk))
-    assert all(model.frozen(n) for n in params) and not buffers and not any(n.startswith("body.classifier") for n in params)
+    assert (
+        all(model.frozen(n) for n in params)
+        and not buffers
+        and not any(n.startswith("body.classifier") for n in params)
+    )
 
 
 def test_everything_that_outputs_depend_on_is_in_the_hash():
@@ -147,7 +160,9 @@ def test_everything_that_outputs_depend_on_is_in_the_hash():
     other_head = net()
     other_head.classifier = nn.Linear(4, 5)
     assert hash_of(models.backbone(other_head)) == hashes["same"], "the head is none of it"
-    assert len({repr(m) for m in variants.values()}) == len(variants) - 2, "what is said differs with all but the numbers"
+    assert len({repr(m) for m in variants.values()}) == len(variants) - 2, (
+        "what is said differs with all but the numbers"
+    )
 
 
 def test_what_torch_does_not_print_is_in_the_hash_too():
@@ -194,17 +209,23 @@ def test_what_torch_does_not_print_is_in_the_hash_too():
     hashes = {n: hash_of(backbone(m)) for n, m in variants.items()}
     assert len(set(hashes.values())) == len(hashes)
     assert hash_of(backbone(layer())) == hashes["same"]
-    assert hash_of(backbone(layer().train())) == hash_of(backbone(layer().eval())) == hashes["same"], "its mode is none of it"
+    assert hash_of(backbone(layer().train())) == hash_of(backbone(layer().eval())) == hashes["same"], (
+        "its mode is none of it"
+    )
     assert hash_of(backbone(Scaled(scale=0.1))) == hashes["scale"], "what is private is not seen"
     wider = net()
     wider.classifier = nn.Linear(4, 7)
-    assert hash_of(models.backbone(wider)) == hash_of(models.backbone(net())), "nor are the outputs of the head"
+    assert hash_of(models.backbone(wider)) == hash_of(models.backbone(net())), (
+        "nor are the outputs of the head"
+    )
 
 
 def test_a_frozen_model_s_cache_tells_what_torch_does_not_print(tmp_path):
     def model(first):
         torch.manual_seed(0)
-        made = nn.Sequential(nn.Flatten(2), nn.TransformerEncoderLayer(64, 2, 8, norm_first=first, batch_first=True))
+        made = nn.Sequential(
+            nn.Flatten(2), nn.TransformerEncoderLayer(64, 2, 8, norm_first=first, batch_first=True)
+        )
         return models.frozen(models.wrap(nn.Sequential(made, nn.Flatten()), 192, headless=True))
 
     for first in (False, True):
@@ -238,7 +259,11 @@ def test_a_checkpoint_is_read_by_name(tmp_path):
             "all entries of the backbone. Found no bn.running_mean",
         ),
         ("more", {**bare, "stem.weight": torch.zeros(1)}, "no others. Found also stem.weight"),
-        ("shape", {**bare, "bn.weight": torch.zeros(3)}, r"shapes. Found \(3,\), not \(4,\), for 'bn.weight'"),
+        (
+            "shape",
+            {**bare, "bn.weight": torch.zeros(3)},
+            r"shapes. Found \(3,\), not \(4,\), for 'bn.weight'",
+        ),
         ("nan", {**bare, "bn.weight": torch.full((4,), torch.nan)}, "'bn.weight'"),
     ):
         save(tmp_path / f"{name}.safetensors", tensors)
@@ -250,7 +275,10 @@ def test_what_does_not_fit_is_refused():
     model = models.backbone(net())
     for x, said in (
         (torch.rand(2, 5), "width 4. Found 5"),
-        (torch.rand(2, 2, 8, 8), r"\[B, 1 or 3, H, W\] in \[0, 1\], or its features \[B, 4\]. Found float32 \(2, 2, 8, 8\)"),
+        (
+            torch.rand(2, 2, 8, 8),
+            r"\[B, 1 or 3, H, W\] in \[0, 1\], or its features \[B, 4\]. Found float32 \(2, 2, 8, 8\)",
+        ),
         (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), "Found uint8"),
     ):
         with pytest.raises(ConsilienceError, match=said):
@@ -273,21 +301,28 @@ def test_a_module_without_a_linear_layer_gives_its_outputs():
     module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()).eval()
     model = models.backbone(module, mean=0.5)
     with torch.no_grad():
-        assert model.width == model.outputs == 16 and torch.allclose(psi(model, images()), module(images() - 0.5), atol=1e-6)
+        assert model.width == model.outputs == 16 and torch.allclose(
+            psi(model, images()), module(images() - 0.5), atol=1e-6
+        )
     for other in (
         models.wrap(module, headless=True),
         models.wrap(module, 16, headless=True),
         models.wrap(lambda: module, 16, headless=True),
     ):
         assert hash_of(models.backbone(other, mean=0.5)) == hash_of(model)
-    vectors = models.backbone(models.wrap(nn.Sequential(nn.Flatten(), nn.Linear(3 * 16, 7)), headless=True), size=4)
+    vectors = models.backbone(
+        models.wrap(nn.Sequential(nn.Flatten(), nn.Linear(3 * 16, 7)), headless=True), size=4
+    )
     assert vectors.width == 7, "headless: its last layer is kept"
     assert models.multi_head(model, 2).grow(*models.multi_head(model, 2).init(key(0)), source(), key(0))[0][
         "heads.t.weight"
     ].shape == (2, 16)
     uncounted = models.wrap(module, headless=True)
     for ask in (lambda: models.wrap(module), lambda: uncounted.outputs, lambda: uncounted.width):
-        with pytest.raises(ConsilienceError, match="`outputs` should be given for a module without a linear head. Found none."):
+        with pytest.raises(
+            ConsilienceError,
+            match="`outputs` should be given for a module without a linear head. Found none.",
+        ):
             ask()
     with pytest.raises(ConsilienceError, match="`outputs` should be at least 1. Found `outputs = 0`"):
         models.wrap(module, 0, headless=True)
@@ -302,7 +337,9 @@ def test_a_body_that_does_not_take_its_images_is_refused_with_its_reason(error):
     said = rf"images \[1, 3, 5, 6\]. Found {error.__name__}: it wants 7.$"
     with pytest.raises(ConsilienceError, match=said):
         models.backbone(Picky(), size=(5, 6))
-    with pytest.raises(ConsilienceError, match=r"\[1, 3, 32, 32\]; where it wants others, give `size`. Found"):
+    with pytest.raises(
+        ConsilienceError, match=r"\[1, 3, 32, 32\]; where it wants others, give `size`. Found"
+    ):
         models.backbone(Picky())
     with pytest.raises(ConsilienceError, match="backbone should give features .* Found RuntimeError"):
         models.backbone(nn.Conv2d(3, 4, 7), size=5)
@@ -325,7 +362,11 @@ def test_a_buffer_that_the_module_makes_itself_is_made_once():
     assert params["body.grid"].shape == (4, 4) and not buffers
     for out in (psi(model, x), model.bind(params, buffers, False)[0](x, None)):
         assert torch.allclose(out, Grid()(x), atol=1e-5)
-    assert hash_of(model) == hash_of(models.backbone(Grid(), size=4)) != hash_of(models.backbone(Grid(2.0), size=4))
+    assert (
+        hash_of(model)
+        == hash_of(models.backbone(Grid(), size=4))
+        != hash_of(models.backbone(Grid(2.0), size=4))
+    )
 
     class Always(Grid):
         def forward(self, x):
@@ -343,11 +384,15 @@ def test_agents_with_images_and_agents_with_features_share_a_bank():
     schedule = cs.settings.skill([[ours], [kept]])
     r = cs.run(schedule, cs.methods.skill(), model, cs.Training(epochs=2, batch_size=4))
     assert {m.meta["backbone"] for m in r.agent.state.experts.values()} == {model.backbone(r.params)}
-    both = cs.run(cs.settings.skill([[ours], [theirs]]), cs.methods.skill(), model, cs.Training(epochs=2, batch_size=4))
+    both = cs.run(
+        cs.settings.skill([[ours], [theirs]]), cs.methods.skill(), model, cs.Training(epochs=2, batch_size=4)
+    )
     bank, other = r.agent.state.bank, both.agent.state.bank
     assert set(bank) == set(other) == {("agent-0", "a"), ("agent-1", "b")}
     for at, message in bank.items():
-        assert set(message.items) == set(other[at].items) and len(message.items) == 2, "a module and an anchor"
+        assert set(message.items) == set(other[at].items) and len(message.items) == 2, (
+            "a module and an anchor"
+        )
         for kind, item in message.items.items():
             theirs_too = other[at].items[kind].tensors
             assert set(item.tensors) == set(theirs_too) and item.tensors
@@ -356,14 +401,18 @@ def test_agents_with_images_and_agents_with_features_share_a_bank():
     for s in (ours, theirs):
         on = {"images": s.test.x, "features": cs.data.embed(s, model).test.x}
         want = both.agent.predict(s.test.x)
-        assert all(torch.allclose(run.agent.predict(x), want, atol=1e-4) for run in (r, both) for x in on.values()), s.name
+        assert all(
+            torch.allclose(run.agent.predict(x), want, atol=1e-4) for run in (r, both) for x in on.values()
+        ), s.name
     for n, p in r.params.items():
         assert torch.allclose(p.float(), both.params[n].float(), atol=1e-5)
 
 
 def test_macs():
     assert models.macs(models.conv(10, 3, 8, 4), (3, 8, 8)) == 3 * 4 * 9 * 64 + 4 * 8 * 9 * 16 + 32 * 10
-    grouped = nn.Sequential(nn.Conv2d(4, 8, 3, stride=2, padding=1, groups=2), nn.Flatten(), nn.Linear(128, 3))
+    grouped = nn.Sequential(
+        nn.Conv2d(4, 8, 3, stride=2, padding=1, groups=2), nn.Flatten(), nn.Linear(128, 3)
+    )
     assert models.macs(grouped, torch.rand(5, 4, 8, 8)) == 16 * 8 * 2 * 9 + 128 * 3
 
 
@@ -373,7 +422,10 @@ def test_macs_move_nothing():
     for counted in (module, model):
         assert models.macs(counted, (6,)) == 6 * 4 + 4 * 2, "one sample has no variance"
     assert module.training and all(m.training for m in module)
-    assert all(torch.equal(t, before[n]) for n, t in module.state_dict().items()) and int(module[1].num_batches_tracked) == 0
+    assert (
+        all(torch.equal(t, before[n]) for n, t in module.state_dict().items())
+        and int(module[1].num_batches_tracked) == 0
+    )
     assert model(*model.init(key(0)), torch.rand(3, 6), None, True)[0].shape == (3, 2)
 
 
@@ -382,12 +434,17 @@ def test_macs_move_nothing():
 def test_macs_of_attention(fast, train):
     t, d, hidden, heads = 5, 8, 16, 2
     layer = nn.TransformerEncoderLayer(d, heads, hidden, batch_first=True).train(train)
-    own = 4 * t * d * d + 2 * t * t * d + 2 * t * d * hidden  # q, k, v and out; scores and their sum; the two layers
+    own = (
+        4 * t * d * d + 2 * t * t * d + 2 * t * d * hidden
+    )  # q, k, v and out; scores and their sum; the two layers
     given = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(fast)
         assert models.macs(layer, (t, d)) == own
-        assert models.macs(models.wrap(nn.Sequential(layer, nn.Flatten(), nn.Linear(t * d, 3))), (t, d)) == own + t * d * 3
+        assert (
+            models.macs(models.wrap(nn.Sequential(layer, nn.Flatten(), nn.Linear(t * d, 3))), (t, d))
+            == own + t * d * 3
+        )
         assert torch.backends.mha.get_fastpath_enabled() is fast
         with pytest.raises((AssertionError, RuntimeError)):  # torch's own
             models.macs(layer, (t, d + 1))
@@ -449,7 +506,9 @@ def test_kept_features_are_mapped_and_can_be_trained_on(tmp_path, counting):
     w = torch.zeros(3, requires_grad=True)
     (again.train.x @ w).sum().backward()
     assert torch.allclose(w.grad, again.train.x.sum(0))
-    r = cs.run(cs.settings.continual([again]), cs.methods.finetune(), models.linear(3, 2), cs.Training(epochs=1))
+    r = cs.run(
+        cs.settings.continual([again]), cs.methods.finetune(), models.linear(3, 2), cs.Training(epochs=1)
+    )
     assert r.score >= 0
 
 
@@ -486,7 +545,9 @@ def test_files_hold_no_more_rows_than_said(tmp_path, counting, monkeypatch, batc
     again = cs.data.embed(source(), counting, tmp_path)
     for part in ("train", "validation", "test"):
         assert torch.equal(getattr(again, part).x, getattr(first, part).x)
-        assert Counting.seen == 0 and torch.allclose(getattr(again, part).x, psi(counting, getattr(source(), part).x), atol=1e-6)
+        assert Counting.seen == 0 and torch.allclose(
+            getattr(again, part).x, psi(counting, getattr(source(), part).x), atol=1e-6
+        )
         Counting.seen = 0
 
 
@@ -501,7 +562,9 @@ def test_features_that_were_flipped_on_disk_are_refused(tmp_path, counting, monk
     path.write_bytes(data)
     Counting.seen = 0
     for _ in range(2):
-        with pytest.raises(ConsilienceError, match=rf"as they were written. Found others in {path}; delete that file"):
+        with pytest.raises(
+            ConsilienceError, match=rf"as they were written. Found others in {path}; delete that file"
+        ):
             cs.data.embed(s, counting, tmp_path)
     assert Counting.seen == 0
 
@@ -547,15 +610,23 @@ def test_broken_and_foreign_files_are_named_and_made_anew(tmp_path, counting):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         cs.data.embed(s, counting, tmp_path)
-    save(folder / "foreign.safetensors", {"features": torch.zeros(2, 3), "images": torch.zeros(2, 16, dtype=torch.uint8)})
+    save(
+        folder / "foreign.safetensors",
+        {"features": torch.zeros(2, 3), "images": torch.zeros(2, 16, dtype=torch.uint8)},
+    )
     (folder / "text.safetensors").write_text("no")
-    save(folder / "narrow.safetensors", {"features": torch.zeros(2, 1), "images": torch.zeros(2, 16, dtype=torch.uint8)})
+    save(
+        folder / "narrow.safetensors",
+        {"features": torch.zeros(2, 1), "images": torch.zeros(2, 16, dtype=torch.uint8)},
+    )
     (folder / "notes.txt").write_text("not ours, not looked at")
     with pytest.warns(UserWarning, match="is not read") as said:
         cs.data.embed(s, counting, tmp_path)
     assert {w.message.args[0].partition(" is not read")[0].rpartition("/")[2] for w in said} == {
-        "foreign.safetensors", "text.safetensors", "narrow.safetensors"
-    }  # fmt: skip
+        "foreign.safetensors",
+        "text.safetensors",
+        "narrow.safetensors",
+    }
     assert Counting.seen == 12
     (tmp_path / "file").write_text("")
     with pytest.raises(ConsilienceError, match="`cache` should be a folder that can be written"):
@@ -600,9 +671,12 @@ def test_what_dead_processes_left_half_written_is_removed(tmp_path, counting):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     names = {
-        "old": f"a.safetensors.{dead.pid}.part", "young": f"b.safetensors.{dead.pid}.part", "ours": f"c.safetensors.{os.getpid()}.part",
-        "foreign": "notes.part", "huge": f"d.{10**30}.part",
-    }  # fmt: skip
+        "old": f"a.safetensors.{dead.pid}.part",
+        "young": f"b.safetensors.{dead.pid}.part",
+        "ours": f"c.safetensors.{os.getpid()}.part",
+        "foreign": "notes.part",
+        "huge": f"d.{10**30}.part",
+    }
     for n, name in names.items():
         (folder / name).write_text("")
         if n != "young":
@@ -610,12 +684,17 @@ def test_what_dead_processes_left_half_written_is_removed(tmp_path, counting):
     Counting.seen = 0
     cs.data.embed(source(), counting, tmp_path)
     left = {n for n, name in names.items() if (folder / name).exists()}
-    assert left == ({"young", "ours", "foreign", "huge"} if os.name == "posix" else set(names)) and Counting.seen == 0
+    assert (
+        left == ({"young", "ours", "foreign", "huge"} if os.name == "posix" else set(names))
+        and Counting.seen == 0
+    )
 
 
 def test_progress_and_refusals(tmp_path, counting):
     told = []
-    cs.data.embed(source(), counting, tmp_path, batch=5, progress=lambda done, whole: told.append((done, whole)))
+    cs.data.embed(
+        source(), counting, tmp_path, batch=5, progress=lambda done, whole: told.append((done, whole))
+    )
     assert told == [(5, 20), (10, 20), (12, 20), (16, 20), (20, 20)]
     s = source()
     for model, said in (
@@ -648,7 +727,9 @@ def pictures(path, broken=()):
     for c in ("cat", "dog"):
         (path / c).mkdir(parents=True)
         for i in range(6):
-            Image.fromarray(np.random.default_rng(i).integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(path / c / f"{i}.png")
+            Image.fromarray(np.random.default_rng(i).integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(
+                path / c / f"{i}.png"
+            )
     for name in broken:
         (path / name).write_bytes((path / name).read_bytes()[:60])
     return path
@@ -658,7 +739,9 @@ def pictures(path, broken=()):
 def test_unreadable_images_are_named_and_refused_or_skipped(tmp_path, counting, in_memory):
     pytest.importorskip("PIL", reason="reading images needs pillow")
     path = pictures(tmp_path / "pets", ["cat/2.png", "dog/5.png"])
-    with pytest.warns(UserWarning, match=r"2 of 12 images cannot be read and are left out: .*cat/2.png, .*dog/5.png"):
+    with pytest.warns(
+        UserWarning, match=r"2 of 12 images cannot be read and are left out: .*cat/2.png, .*dog/5.png"
+    ):
         s = cs.data.folder(path, unreadable="skip", in_memory=in_memory)
     assert len(s.train) + len(s.validation) + len(s.test) == 10
     assert len(cs.data.embed(s, counting).train) == len(s.train)
@@ -679,7 +762,9 @@ def test_unreadable_images_are_named_and_refused_or_skipped(tmp_path, counting, 
 
 @pytest.fixture
 def timm():
-    return pytest.importorskip("timm", reason="backbones by name need timm: pip install 'consilience[vision]'")
+    return pytest.importorskip(
+        "timm", reason="backbones by name need timm: pip install 'consilience[vision]'"
+    )
 
 
 def test_timm_is_named_where_it_is_missing(monkeypatch):
@@ -690,7 +775,12 @@ def test_timm_is_named_where_it_is_missing(monkeypatch):
 
 def test_a_timm_model_by_name(timm):
     model = models.backbone("resnet10t", pretrained=False)
-    assert model.width == 512 and model.name == "backbone" and "size=(176, 176)" in repr(model) and len(repr(model)) < 200
+    assert (
+        model.width == 512
+        and model.name == "backbone"
+        and "size=(176, 176)" in repr(model)
+        and len(repr(model)) < 200
+    )
     other = models.backbone("resnet10t", pretrained=False, size=48)
     assert hash_of(other) != hash_of(model) == hash_of(models.backbone("resnet10t", pretrained=False))
     params = other.init(key(0))[0]
@@ -717,10 +807,17 @@ def test_a_prefix_and_a_tag_change_no_hash(timm, tmp_path):
     body = timm.create_model("mobilenetv2_100", pretrained=False)
     path = tmp_path / "weights.safetensors"
     save(path, body.state_dict())
-    names = ("mobilenetv2_100", "timm/mobilenetv2_100", "mobilenetv2_100.ra_in1k", "timm/mobilenetv2_100.ra_in1k")
+    names = (
+        "mobilenetv2_100",
+        "timm/mobilenetv2_100",
+        "mobilenetv2_100.ra_in1k",
+        "timm/mobilenetv2_100.ra_in1k",
+    )
     assert len({hash_of(models.backbone(n, path, size=32)) for n in names}) == 1
     half = models.backbone("mobilenetv2_100.ra_in1k", path, size=32, mean=0.5)
-    assert hash_of(half) != hash_of(models.backbone("mobilenetv2_100", path, size=32)), "other preparations stay apart"
+    assert hash_of(half) != hash_of(models.backbone("mobilenetv2_100", path, size=32)), (
+        "other preparations stay apart"
+    )
 
 
 def named(model):
@@ -740,8 +837,17 @@ def test_the_identity_of_a_plain_name_stays(timm):
 def folder_of(body, path, **args):
     """A folder as timm's `local-dir:` and the hub have it."""
     path.mkdir(parents=True)
-    cfg = {n: v for n, v in body.pretrained_cfg.items() if n in ("input_size", "mean", "std", "classifier", "first_conv")}
-    config = {"architecture": body.pretrained_cfg["architecture"], "num_classes": 1000, "pretrained_cfg": cfg, "model_args": args}
+    cfg = {
+        n: v
+        for n, v in body.pretrained_cfg.items()
+        if n in ("input_size", "mean", "std", "classifier", "first_conv")
+    }
+    config = {
+        "architecture": body.pretrained_cfg["architecture"],
+        "num_classes": 1000,
+        "pretrained_cfg": cfg,
+        "model_args": args,
+    }
     (path / "config.json").write_text(json.dumps(config))
     save(path / "model.safetensors", body.state_dict())
     return path
@@ -792,7 +898,12 @@ try:
 except models.ConsilienceError as e:
     print(e)
 """
-    env = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "TORCH_HOME": str(tmp_path / "torch")}
+    env = {
+        **os.environ,
+        "HF_HUB_CACHE": str(tmp_path / "hub"),
+        "HF_HUB_OFFLINE": "1",
+        "TORCH_HOME": str(tmp_path / "torch"),
+    }
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", program, str(snapshot / "model.safetensors")],
         env=env,
@@ -807,7 +918,8 @@ except models.ConsilienceError as e:
 def test_timm_s_own_size_is_named_where_it_is_fixed(timm):
     small = {"pretrained": False, "depth": 1}
     with pytest.raises(
-        ConsilienceError, match=r"images \[1, 3, 64, 64\]; .* with `img_size=64`. Found AssertionError: Input height"
+        ConsilienceError,
+        match=r"images \[1, 3, 64, 64\]; .* with `img_size=64`. Found AssertionError: Input height",
     ):
         models.backbone("vit_tiny_patch16_224", size=64, **small)
     with pytest.raises(ConsilienceError, match=r"with `img_size=\(64, 48\)`. Found"):
@@ -816,14 +928,18 @@ def test_timm_s_own_size_is_named_where_it_is_fixed(timm):
 
 
 def test_a_timm_model_that_makes_a_buffer_itself(timm):
-    model = models.backbone("convit_tiny", pretrained=False, depth=1, local_up_to_layer=1, img_size=32, size=32)
+    model = models.backbone(
+        "convit_tiny", pretrained=False, depth=1, local_up_to_layer=1, img_size=32, size=32
+    )
     params, buffers = model.init(key(0))
     plain = timm.create_model("convit_tiny", num_classes=0, depth=1, local_up_to_layer=1, img_size=32).eval()
     with torch.no_grad():
         for n, p in plain.named_parameters():
             p.copy_(params[f"body.{n}"])
         x = images(2, side=32)
-        assert not buffers and torch.allclose(psi(model, x), plain((x - params["mean"]) / params["std"]), atol=1e-5)
+        assert not buffers and torch.allclose(
+            psi(model, x), plain((x - params["mean"]) / params["std"]), atol=1e-5
+        )
 
 
 def test_a_timm_module_without_classes(timm):
@@ -837,11 +953,16 @@ def test_layers_of_timm_whose_weights_another_reads_have_nothing_inserted(timm):
     model = models.backbone("eva02_tiny_patch14_224", pretrained=False, depth=1, img_size=28, size=28)
     biased = models.beneficial_biases(model, 2)
     assert len(biased.layers) == 4 and not any("qkv" in n for n in biased.layers)
-    toes = models.head2toe(biased, *biased.grow(*biased.init(key(0)), source(), key(0)), source(), 0.1, epochs=1)[0]
+    toes = models.head2toe(
+        biased, *biased.grow(*biased.init(key(0)), source(), key(0)), source(), 0.1, epochs=1
+    )[0]
     assert toes.layers == biased.layers
 
 
-@pytest.mark.skipif(not WEIGHTS.is_file(), reason=f"wants timm_mobilenetv2_100_same.safetensors in CONSILIENCE_DATA ({WEIGHTS})")
+@pytest.mark.skipif(
+    not WEIGHTS.is_file(),
+    reason=f"wants timm_mobilenetv2_100_same.safetensors in CONSILIENCE_DATA ({WEIGHTS})",
+)
 def test_mobilenet_with_the_shared_weights(timm, tmp_path):
     more = {"mean": 0.5, "std": 0.5, "pad_type": "same", "bn_eps": 1e-3}
     model = models.backbone("mobilenetv2_100", WEIGHTS, size=64, **more)
@@ -851,24 +972,37 @@ def test_mobilenet_with_the_shared_weights(timm, tmp_path):
     assert header["conv_stem.weight"]["dtype"] == "F16"
     x = images(2, side=64)
     plain = timm.create_model("mobilenetv2_100", pad_type="same", bn_eps=1e-3)
-    plain.load_state_dict({n: t.float() if t.is_floating_point() else t for n, t in load_file(WEIGHTS).items()})
+    plain.load_state_dict(
+        {n: t.float() if t.is_floating_point() else t for n, t in load_file(WEIGHTS).items()}
+    )
     plain.eval().double()
     params = {n: p.double() if p.is_floating_point() else p for n, p in model.init(key(0))[0].items()}
     with torch.no_grad():
         want = plain.forward_head(plain.forward_features(2 * x.double() - 1), pre_logits=True)
     got = model(params, {}, x.double(), None, False)[0]
     assert got.dtype == torch.float64 and torch.allclose(got, want, atol=1e-10)
-    assert torch.allclose(psi(model, x).double(), want, atol=1e-3), "52 layers of float32: 7.5e-5 from float64 on one machine"
+    assert torch.allclose(psi(model, x).double(), want, atol=1e-3), (
+        "52 layers of float32: 7.5e-5 from float64 on one machine"
+    )
     for other in ({"pad_type": ""}, {"bn_eps": 1e-5}):
-        assert hash_of(models.backbone("mobilenetv2_100", WEIGHTS, size=64, **{**more, **other})) != hash_of(model)
-    assert models.macs(models.backbone("mobilenetv2_100", WEIGHTS, size=None, **more), (3, 224, 224)) == 299_494_272
+        assert hash_of(models.backbone("mobilenetv2_100", WEIGHTS, size=64, **{**more, **other})) != hash_of(
+            model
+        )
+    assert (
+        models.macs(models.backbone("mobilenetv2_100", WEIGHTS, size=None, **more), (3, 224, 224))
+        == 299_494_272
+    )
     biased = models.beneficial_biases(model, 4)
     assert len(biased.layers) == 52 and sum(biased.widths) == 17056
 
 
 @pytest.mark.parametrize(
     "make",
-    [lambda s: cs.settings.federated([s[0], s[1]], rounds=2), lambda s: cs.settings.gossip(s, rounds=2), cs.settings.merging],
+    [
+        lambda s: cs.settings.federated([s[0], s[1]], rounds=2),
+        lambda s: cs.settings.gossip(s, rounds=2),
+        cs.settings.merging,
+    ],
 )
 def test_nothing_averages_a_backbone(make):
     model = models.multi_head(models.backbone(net()), 2)
@@ -881,4 +1015,6 @@ def test_nothing_averages_a_backbone(make):
         cs.Training(epochs=1),
     )
     assert model.backbone(r.params) == model.backbone(begun)
-    assert not torch.equal(r.params["heads.t.weight"], model.grow(*model.init(key(0)), three[0], key(0))[0]["heads.t.weight"])
+    assert not torch.equal(
+        r.params["heads.t.weight"], model.grow(*model.init(key(0)), three[0], key(0))[0]["heads.t.weight"]
+    )

@@ -48,7 +48,9 @@ def net():
 def source(i, n=30, classes=None):
     g = torch.Generator().manual_seed(100 + i)
     own = classes or (2 * i, 2 * i + 1)
-    t = Tensors(torch.rand(n, 1, 9, 9, generator=g), torch.tensor(own)[torch.randint(len(own), (n,), generator=g)])
+    t = Tensors(
+        torch.rand(n, 1, 9, 9, generator=g), torch.tensor(own)[torch.randint(len(own), (n,), generator=g)]
+    )
     return Source(f"s/{i}", t, t, t, tuple(("space", str(c)) for c in range(C)), own)
 
 
@@ -64,7 +66,9 @@ def grown(model, sources=SOURCES):
 
 
 def drawn(params):
-    return {n: torch.randn(p.shape, generator=key(n)) if n.startswith("biases.") else p for n, p in params.items()}
+    return {
+        n: torch.randn(p.shape, generator=key(n)) if n.startswith("biases.") else p for n, p in params.items()
+    }
 
 
 def plain(m, x, biases):
@@ -101,9 +105,13 @@ def test_zero_biases_are_the_backbone_to_the_bit():
     assert torch.equal(model.features(moved, buffers, X), own.features(mine, held, X)), (
         "features without a task are the backbone's"
     )
-    assert not torch.allclose(model.features(moved, buffers, X, "s/0"), own.features(mine, held, X), atol=1e-3)
+    assert not torch.allclose(
+        model.features(moved, buffers, X, "s/0"), own.features(mine, held, X), atol=1e-3
+    )
     alone = {n: moved[n] if n.startswith("biases.s/0") else p for n, p in params.items()}
-    assert torch.equal(model.features(alone, buffers, X, "s/1"), own.features(mine, held, X)), "each task has its own"
+    assert torch.equal(model.features(alone, buffers, X, "s/1"), own.features(mine, held, X)), (
+        "each task has its own"
+    )
 
 
 def test_a_bias_stands_on_every_channel():
@@ -118,7 +126,9 @@ def test_a_bias_stands_on_every_channel():
             out = F.linear(psi, moved[f"heads.{task}.weight"], moved[f"heads.{task}.bias"])
             columns = buffers[f"heads.{task}.columns"]
             assert torch.allclose(model(moved, buffers, X, task, True)[0][:, columns], out, atol=1e-6)
-            assert torch.equal(model.bind(moved, buffers, True)[0](X, task), model(moved, buffers, X, task, True)[0])
+            assert torch.equal(
+                model.bind(moved, buffers, True)[0](X, task), model(moved, buffers, X, task, True)[0]
+            )
 
 
 def test_a_bias_before_an_eval_norm_is_another_beta():
@@ -135,23 +145,39 @@ def test_a_bias_before_an_eval_norm_is_another_beta():
 
 def test_the_last_fraction_of_the_layers():
     four = nn.Sequential(
-        nn.Conv2d(1, 2, 3), nn.Conv2d(2, 3, 3), nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(36, 5), nn.Linear(5, 2)
+        nn.Conv2d(1, 2, 3),
+        nn.Conv2d(2, 3, 3),
+        nn.Conv2d(3, 4, 3),
+        nn.Flatten(),
+        nn.Linear(36, 5),
+        nn.Linear(5, 2),
     )
-    for last, layers in ((1, ("0", "1", "2", "4")), (0.5, ("2", "4")), (0.25, ("4",)), (0.3, ("2", "4")), (0, ())):
+    for last, layers in (
+        (1, ("0", "1", "2", "4")),
+        (0.5, ("2", "4")),
+        (0.25, ("4",)),
+        (0.3, ("2", "4")),
+        (0, ()),
+    ):
         model = models.beneficial_biases(four, C, last)
         params, buffers = grown(model, SOURCES[:1])
         assert model.layers == layers
         assert {n for n in params if n.startswith("biases.")} == {f"biases.s/0.{n}" for n in layers}
         out = model(params, buffers, X, "s/0", True)[0]
         assert torch.equal(
-            out, models.beneficial_biases(four, C)(*grown(models.beneficial_biases(four, C), SOURCES[:1]), X, "s/0", True)[0]
+            out,
+            models.beneficial_biases(four, C)(
+                *grown(models.beneficial_biases(four, C), SOURCES[:1]), X, "s/0", True
+            )[0],
         )
     for last in (-0.1, 1.1, True):
         with pytest.raises(ConsilienceError, match=r"`last` should be in \[0, 1\]"):
             models.beneficial_biases(four, C, last)
     with pytest.raises(ConsilienceError, match="biases should have convolutions or linear layers"):
         models.beneficial_biases(models.wrap(nn.Flatten(), 81, headless=True), C)
-    assert models.beneficial_biases(four, C, 0).from_features(params, buffers, torch.rand(2, 5), "s/0").shape == (2, C)
+    assert models.beneficial_biases(four, C, 0).from_features(
+        params, buffers, torch.rand(2, 5), "s/0"
+    ).shape == (2, C)
     assert models.beneficial_biases(four, C).from_features(params, buffers, torch.rand(2, 5), "s/0") is None
 
 
@@ -165,7 +191,9 @@ def test_no_graph_before_the_first_of_them():
         node = waiting.pop()
         nodes.append(node.name())
         waiting += [n for n, _ in node.next_functions if n is not None]
-    assert nodes.count("ConvolutionBackward0") == 0, "the biased convolution is the first, and its input needs no gradient"
+    assert nodes.count("ConvolutionBackward0") == 0, (
+        "the biased convolution is the first, and its input needs no gradient"
+    )
     full = models.beneficial_biases(net(), C)
     params, buffers = grown(full)
     given = {n: p if full.frozen(n) else p.requires_grad_() for n, p in params.items()}
@@ -173,7 +201,8 @@ def test_no_graph_before_the_first_of_them():
         sum(
             n is not None
             for n in torch.autograd.grad(
-                full(given, buffers, X, "s/0", True)[0][:, :2].sum(), [given[f"biases.s/0.{n}"] for n in full.layers]
+                full(given, buffers, X, "s/0", True)[0][:, :2].sum(),
+                [given[f"biases.s/0.{n}"] for n in full.layers],
             )
         )
         == 3
@@ -188,14 +217,19 @@ def test_training_moves_biases_and_heads_alone_and_forgets_nothing():
     all_ = cs.run(cs.settings.continual(SOURCES, "task"), cs.methods.finetune(), model, training)
     assert model.backbone(one.params) == model.backbone(all_.params) == model.backbone(params)
     assert all(torch.equal(all_.agent.state.buffers[n], b) for n, b in buffers.items())
-    assert all(torch.equal(all_.params[n], p) for n, p in one.params.items()), "what the first task has does not move"
+    assert all(torch.equal(all_.params[n], p) for n, p in one.params.items()), (
+        "what the first task has does not move"
+    )
     assert all(bool(all_.params[f"biases.{s.name}.{n}"].any()) for s in SOURCES for n in model.layers)
 
 
 def test_they_train_as_their_restatement():
     model, module, s = models.beneficial_biases(net(), C), net().eval(), SOURCES[0]
     r = cs.run(
-        cs.settings.continual([s], "task"), cs.methods.finetune(), model, cs.Training(epochs=4, batch_size=len(s.train), lr=0.1)
+        cs.settings.continual([s], "task"),
+        cs.methods.finetune(),
+        model,
+        cs.Training(epochs=4, batch_size=len(s.train), lr=0.1),
     )
     params = model.grow(*model.init(key(0, "init")), s, key(0, s.name, "grow"))[0]
     mine = {n: p.clone().requires_grad_() for n, p in params.items() if not model.frozen(n)}
@@ -214,20 +248,28 @@ def test_they_train_as_their_restatement():
 def test_they_travel_in_the_bank():
     model = models.beneficial_biases(models.backbone(net()), C, last=0.5)
     r = cs.run(
-        cs.settings.skill([[SOURCES[0]], SOURCES[1:]]), cs.methods.skill(), model, cs.Training(epochs=2, batch_size=8, lr=0.1)
+        cs.settings.skill([[SOURCES[0]], SOURCES[1:]]),
+        cs.methods.skill(),
+        model,
+        cs.Training(epochs=2, batch_size=8, lr=0.1),
     )
     assert len(r.agent.state.experts) == 3
     for (_, s), m in r.agent.state.experts.items():
         assert set(m.group("entries")) == {f"biases.{s}.{n}" for n in ("body.deep", "body.fc")} | {
             f"heads.{s}.{n}" for n in ("weight", "bias")
         }
-        assert m.meta["backbone"] == model.backbone(r.params) and bool(m.group("entries")[f"biases.{s}.body.deep"].any())
+        assert m.meta["backbone"] == model.backbone(r.params) and bool(
+            m.group("entries")[f"biases.{s}.body.deep"].any()
+        )
 
 
 def test_a_task_with_biases_inside_wants_images():
     backbone = models.backbone(net())
     psi = torch.rand(4, 5)
-    for model, word in ((models.beneficial_biases(backbone, C, 0.3), "biases"), (models.adapters(backbone, C, 2), "adapters")):
+    for model, word in (
+        (models.beneficial_biases(backbone, C, 0.3), "biases"),
+        (models.adapters(backbone, C, 2), "adapters"),
+    ):
         params, buffers = grown(model)
         for call in (
             lambda task, m=model, p=params, b=buffers: m(p, b, psi, task, False)[0],
@@ -235,10 +277,13 @@ def test_a_task_with_biases_inside_wants_images():
             lambda task, m=model, p=params, b=buffers: m.bind(p, b, True)[0](psi, task),
         ):
             with pytest.raises(
-                ConsilienceError, match=rf"{word} inside the backbone should be given images. Found features \[B, 5\] for 's/0'"
+                ConsilienceError,
+                match=rf"{word} inside the backbone should be given images. Found features \[B, 5\] for 's/0'",
             ):
                 call("s/0")
-        assert torch.equal(model.features(params, buffers, psi), psi), "without a task they are the backbone's own"
+        assert torch.equal(model.features(params, buffers, psi), psi), (
+            "without a task they are the backbone's own"
+        )
     none = models.beneficial_biases(backbone, C, 0)
     assert torch.equal(none.features(*grown(none), psi, "s/0"), psi)
 
@@ -266,17 +311,30 @@ def test_layers_that_a_backbone_never_calls_have_none(recwarn):
     s, before = SOURCES[0], hash_of(backbone)
     model, adapted = models.beneficial_biases(backbone, C), models.adapters(backbone, C, 2)
     assert model.layers == adapted.layers == called and model.widths == (4, 5)
-    assert models.beneficial_biases(backbone, C, last=0.5).layers == ("body.proj",), "a fraction of those that are called"
+    assert models.beneficial_biases(backbone, C, last=0.5).layers == ("body.proj",), (
+        "a fraction of those that are called"
+    )
     assert models.adapters(backbone, C, 2, ("body.*",)).layers == called
-    with pytest.raises(ConsilienceError, match=r"should match parts that the backbone calls. Found none like '\*qkv'"):
+    with pytest.raises(
+        ConsilienceError, match=r"should match parts that the backbone calls. Found none like '\*qkv'"
+    ):
         models.adapters(backbone, C, 2, ("body.stem", "*qkv"))
     params, buffers = grown(model, [s])
     for n in model.layers:
         moved = {**params, f"biases.s/0.{n}": params[f"biases.s/0.{n}"] + 1}
-        assert not torch.allclose(model(moved, buffers, X, "s/0", False)[0], model(params, buffers, X, "s/0", False)[0])
-    unread = models.backbone(models.wrap(module, 5, headless=True))  # what it wants is not known: 32 x 32 is tried
+        assert not torch.allclose(
+            model(moved, buffers, X, "s/0", False)[0], model(params, buffers, X, "s/0", False)[0]
+        )
+    unread = models.backbone(
+        models.wrap(module, 5, headless=True)
+    )  # what it wants is not known: 32 x 32 is tried
     assert models.beneficial_biases(unread, C).layers == called
-    assert models.beneficial_biases(models.wrap(module, 5, headless=True), C).layers == ("stem", "qkv", "proj", "unused")
+    assert models.beneficial_biases(models.wrap(module, 5, headless=True), C).layers == (
+        "stem",
+        "qkv",
+        "proj",
+        "unused",
+    )
     with pytest.raises(ConsilienceError, match="biases should have convolutions or linear layers"):
         models.beneficial_biases(models.backbone(models.wrap(Silent(), 9, headless=True), size=3), C)
     assert hash_of(backbone) == before and not recwarn
@@ -312,7 +370,9 @@ def test_on_tokens_and_vectors():
     params |= {f"biases.s/0.{n}": t for n, t in b.items()}
     with torch.no_grad():
         q, k, v = (
-            F.linear(x, layer.self_attn.in_proj_weight, layer.self_attn.in_proj_bias).view(5, 3, 3, 2, 4).permute(2, 0, 3, 1, 4)
+            F.linear(x, layer.self_attn.in_proj_weight, layer.self_attn.in_proj_bias)
+            .view(5, 3, 3, 2, 4)
+            .permute(2, 0, 3, 1, 4)
         )
         mixed = ((q @ k.transpose(2, 3) / 2).softmax(3) @ v).transpose(1, 2).reshape(5, 3, 8)
         h = layer.norm1(x + layer.self_attn.out_proj(mixed) + b["0.self_attn"])
@@ -348,13 +408,18 @@ def test_rows_are_divided_by_their_largest_magnitude():
         model({**params, "heads.s/0.weight": 4 * params["heads.s/0.weight"]}, buffers, X, "s/0", True)[0],
     )
     biased = models.beneficial_biases(net(), C, norm="inf")
-    assert torch.allclose(biased(*grown(biased), X, "s/1", True)[0], model(params, buffers, X, "s/1", True)[0], atol=1e-6)
+    assert torch.allclose(
+        biased(*grown(biased), X, "s/1", True)[0], model(params, buffers, X, "s/1", True)[0], atol=1e-6
+    )
 
 
 def test_training_goes_through_the_division():
     model, s = normed(), SOURCES[0]
     r = cs.run(
-        cs.settings.continual([s], "task"), cs.methods.finetune(), model, cs.Training(epochs=5, batch_size=len(s.train), lr=0.5)
+        cs.settings.continual([s], "task"),
+        cs.methods.finetune(),
+        model,
+        cs.Training(epochs=5, batch_size=len(s.train), lr=0.5),
     )
     params, buffers = model.grow(*model.init(key(0, "init")), s, key(0, s.name, "grow"))
     psi = model.features(params, buffers, s.train.x)
@@ -364,7 +429,9 @@ def test_training_goes_through_the_division():
         optimiser.zero_grad()
         F.cross_entropy(psi @ (w / w.abs().max(1, keepdim=True).values).T + b, s.train.y).backward()
         optimiser.step()
-    assert torch.allclose(r.params["heads.s/0.weight"], w, atol=1e-5) and torch.allclose(r.params["heads.s/0.bias"], b, atol=1e-5)
+    assert torch.allclose(r.params["heads.s/0.weight"], w, atol=1e-5) and torch.allclose(
+        r.params["heads.s/0.bias"], b, atol=1e-5
+    )
 
 
 def test_a_row_of_zeros_gives_no_nan():
@@ -380,7 +447,12 @@ def test_a_row_of_zeros_gives_no_nan():
 
 def test_heads_that_stand_together_keep_each_task_s_logits():
     model, sources = normed(), SOURCES[:2]
-    r = cs.run(cs.settings.continual(sources, "task"), cs.methods.finetune(), model, cs.Training(epochs=3, batch_size=8, lr=0.5))
+    r = cs.run(
+        cs.settings.continual(sources, "task"),
+        cs.methods.finetune(),
+        model,
+        cs.Training(epochs=3, batch_size=8, lr=0.5),
+    )
     p, buffers = r.params, r.agent.state.buffers
     both = source(7, classes=(0, 1, 2, 3))
     params, buffers = model.grow(p, buffers, both, key(1))
@@ -395,7 +467,9 @@ def test_heads_that_stand_together_keep_each_task_s_logits():
         "raw rows act alike, at their own step size"
     )
     plain_model = models.multi_head(models.frozen(models.wrap(net())), C)
-    assert not torch.allclose(plain_model(raw, buffers, X, "s/7", False)[0][:, :2], together[:, :2], atol=1e-2)
+    assert not torch.allclose(
+        plain_model(raw, buffers, X, "s/7", False)[0][:, :2], together[:, :2], atol=1e-2
+    )
 
 
 def test_what_writes_a_head_is_refused():

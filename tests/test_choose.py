@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from consilience import ConsilienceError, Refusal, aggregators, data, models
-from consilience.cli import main
+from consilience.cli.main import main
+from consilience.cli.merging import halved
 from consilience.core.params import key, same, save
 from consilience.core.source import Tensors
 from consilience.merging import _choose, _explore
 from consilience.merging._choose import choose
 from consilience.merging._explore import Bench, explore, greedy_soup
-from consilience.merging.commands import halved
 
 QUICK = dict(grid=(0.0, 0.4, 1.0), budget=6)
 
@@ -62,7 +62,9 @@ def accuracy(model, params, part, buffers=None, task=None, columns=None):
 def test_a_mixture_is_the_base_and_its_task_vectors(digits):
     model, base, experts, halves = digits
     wide = [{n: t.double() for n, t in e.items()} for e in (base, *experts.values())]
-    bench = Bench(model, wide[0], dict(zip("ab", wide[1:], strict=True)), [s.map(x=torch.Tensor.double) for s in halves])
+    bench = Bench(
+        model, wide[0], dict(zip("ab", wide[1:], strict=True)), [s.map(x=torch.Tensor.double) for s in halves]
+    )
     for c in ((0.3, 0.7), (-1.0, 2.5), (0.5, 0.0)):
         made = bench.mixture(c)
         for n, t in wide[0].items():
@@ -90,13 +92,21 @@ def test_every_mixture_is_judged_once_by_one_pass_a_data_set(digits, monkeypatch
     model, base, experts, halves = digits
     calls = []
     whole = type(model).__call__
-    monkeypatch.setattr(type(model), "__call__", lambda s, p, b, x, t, train: calls.append(len(x)) or whole(s, p, b, x, t, train))
-    found = explore(model, base, experts, halves, each=True, aggregators={"ties": aggregators.ties()}, **QUICK)
+    monkeypatch.setattr(
+        type(model),
+        "__call__",
+        lambda s, p, b, x, t, train: calls.append(len(x)) or whole(s, p, b, x, t, train),
+    )
+    found = explore(
+        model, base, experts, halves, each=True, aggregators={"ties": aggregators.ties()}, **QUICK
+    )
     judged = [n for n in calls if n > 1]  # one example alone: whether the data fits
     assert len(judged) == 2 * (len(found.mixtures) + len(experts))
     assert len({(m.aggregator, m.coefficients) for m in found.mixtures}) == len(found.mixtures)
     calls.clear()
-    explore(model, base, experts, [replace(s, validation=halves[0].validation) for s in halves], optimiser=None)
+    explore(
+        model, base, experts, [replace(s, validation=halves[0].validation) for s in halves], optimiser=None
+    )
     assert len([n for n in calls if n > 1]) == 11 + 2, "the same examples are asked once"
 
 
@@ -106,11 +116,16 @@ def test_scores_are_accuracies_over_those_of_the_best_expert(digits, objective):
     found = explore(model, base, experts, halves, objective=objective, **QUICK)
     for m in found.mixtures:
         params = {
-            n: t + sum(c * (e[n] - t) for c, e in zip(m.coefficients, experts.values(), strict=True)) for n, t in base.items()
+            n: t + sum(c * (e[n] - t) for c, e in zip(m.coefficients, experts.values(), strict=True))
+            for n, t in base.items()
         }
         for s in halves:
-            assert abs(m.scores[s.name] - accuracy(model, params, s.validation)) < 0.02, "rounding may move one example"
-        ratios = [m.scores[s.name] / max(accuracy(model, e, s.validation) for e in experts.values()) for s in halves]
+            assert abs(m.scores[s.name] - accuracy(model, params, s.validation)) < 0.02, (
+                "rounding may move one example"
+            )
+        ratios = [
+            m.scores[s.name] / max(accuracy(model, e, s.validation) for e in experts.values()) for s in halves
+        ]
         assert m.score == pytest.approx(sum(ratios) / 2 if objective == "mean" else min(ratios))
     assert found.best.score == max(m.score for m in found.mixtures)
     assert accuracy(model, found.params(), halves[0].validation) == found.best.scores[halves[0].name]
@@ -128,7 +143,9 @@ def test_without_labels_none_are_read(digits, objective):
     entropy = 1 - float(-(p[0] * p[0].log()).sum(1).mean()) / math.log(10)
     agreement = float(((p[1] + p[2]).argmax(1) == p[0].argmax(1)).double().mean())
     at_zero = next(m for m in a.mixtures if not any(m.coefficients))
-    assert at_zero.scores[halves[0].name] == pytest.approx(entropy if objective == "entropy" else agreement, abs=1e-5)
+    assert at_zero.scores[halves[0].name] == pytest.approx(
+        entropy if objective == "entropy" else agreement, abs=1e-5
+    )
 
 
 @pytest.mark.parametrize("optimiser", ["nelder-mead", "differential_evolution"])
@@ -136,19 +153,25 @@ def test_optimisers_keep_their_budget_repeat_and_never_lose(digits, optimiser):
     model, base, experts, halves = digits
     grid = explore(model, base, experts, halves, each=True, grid=(0.0, 1.0), optimiser=None)
     a, b = (
-        explore(model, base, experts, halves, each=True, grid=(0.0, 1.0), optimiser=optimiser, budget=25, seed=3)
+        explore(
+            model, base, experts, halves, each=True, grid=(0.0, 1.0), optimiser=optimiser, budget=25, seed=3
+        )
         for _ in range(2)
     )
     assert a.mixtures == b.mixtures
     assert a.mixtures[: len(grid.mixtures)] == grid.mixtures
     assert len(a.mixtures) <= len(grid.mixtures) + 25
-    assert a.best.score > grid.best.score, "between the base, the experts and their sum there is something better"
+    assert a.best.score > grid.best.score, (
+        "between the base, the experts and their sum there is something better"
+    )
     assert all(0 <= v <= 1.5 for m in a.mixtures for v in m.coefficients)
 
 
 def test_the_front_is_what_none_dominates_and_is_drawn(digits, tmp_path):
     model, base, experts, halves = digits
-    found = explore(model, base, experts, halves, each=True, aggregators={"ties": aggregators.ties()}, **QUICK)
+    found = explore(
+        model, base, experts, halves, each=True, aggregators={"ties": aggregators.ties()}, **QUICK
+    )
     points = {tuple(m.scores.values()) for m in found.mixtures}
     front = {p for p in points if not any(q != p and q[0] >= p[0] and q[1] >= p[1] for q in points)}
     assert {tuple(m.scores.values()) for m in found.pareto()} == front
@@ -166,9 +189,12 @@ def test_the_front_is_what_none_dominates_and_is_drawn(digits, tmp_path):
 def test_a_greedy_soup_is_the_recipe(digits):
     model, base, experts, halves = digits
     some = {
-        "base": base, "far": {n: -t for n, t in base.items()}, **experts,
-        "whole": trained(model, base, data.digits(), 1), "again": trained(model, base, replace(data.digits(), name="other"), 1),
-    }  # fmt: skip
+        "base": base,
+        "far": {n: -t for n, t in base.items()},
+        **experts,
+        "whole": trained(model, base, data.digits(), 1),
+        "again": trained(model, base, replace(data.digits(), name="other"), 1),
+    }
 
     def score(names):
         params = {n: torch.stack([some[k][n].double() for k in names]).mean(0).float() for n in base}
@@ -200,10 +226,19 @@ def test_heads_are_kept_and_chosen_by_the_task():
     assert all(torch.equal(merged[n], whole[n]) for n in whole if n.startswith("heads."))
     assert found.best.scores[halves[1].name] > 0.8
     params = {n: t for n, t in merged.items() if t.is_floating_point()}
-    got = accuracy(model, params, halves[1].validation, {n: t for n, t in merged.items() if n not in params}, halves[1].name)
+    got = accuracy(
+        model,
+        params,
+        halves[1].validation,
+        {n: t for n, t in merged.items() if n not in params},
+        halves[1].name,
+    )
     assert got == found.best.scores[halves[1].name]
     made = choose(model, base, experts, halves, budget=4)
-    assert made["routing by task"].detail == f"{halves[0].name}: {halves[0].name}, {halves[1].name}: {halves[1].name}"
+    assert (
+        made["routing by task"].detail
+        == f"{halves[0].name}: {halves[0].name}, {halves[1].name}: {halves[1].name}"
+    )
     assert made["routing by task"].passes == 1
     assert made.single == "base" or made[made.single].kind == "expert"
     with pytest.raises(Refusal, match="nothing in common|no outputs in common"):
@@ -234,7 +269,9 @@ def test_a_soup_without_a_base_does_not_take_the_first_experts_head_for_untraine
     for s in halves:
         params, own = model.grow(base, buffers, s, key(1))
         experts[s.name] = {**trained(model, params, s, 2, own, s.name), **own}
-    there, back = (greedy_soup(model, dict(some), halves) for some in (experts.items(), reversed(experts.items())))
+    there, back = (
+        greedy_soup(model, dict(some), halves) for some in (experts.items(), reversed(experts.items()))
+    )
     assert same(there.params(), back.params())
     heads = {n: t for e in experts.values() for n, t in e.items() if n.startswith("heads.")}
     assert all(torch.equal(there.params()[n], t) for n, t in heads.items())
@@ -243,7 +280,9 @@ def test_a_soup_without_a_base_does_not_take_the_first_experts_head_for_untraine
     assert greedy_soup(model, {"x": a, "y": mine}, halves).best.score > 0
     name = next(n for n in a if n.startswith("heads.") and n.endswith("bias"))
     other = {**mine, name: a[name] + 1}
-    with pytest.raises(ConsilienceError, match=f"give `base`. Found {name!r} of task .* in 'x' and another in 'y'"):
+    with pytest.raises(
+        ConsilienceError, match=f"give `base`. Found {name!r} of task .* in 'x' and another in 'y'"
+    ):
         greedy_soup(model, {"x": a, "y": other}, halves)
     assert greedy_soup(model, {"x": a, "y": other}, halves, base=a).best.score > 0
     untrained = {**mine, name: a[name] - 1}
@@ -269,7 +308,9 @@ def test_experts_with_frozen_entries_of_their_own_are_refused(digits):
     base = model.init(key(0))[0]
     experts = {n: {**e, **{k: base[k] for k in base if k.startswith("3.")}} for n, e in digits[2].items()}
     bad = {**experts, "b": digits[2]["b"]}
-    with pytest.raises(ConsilienceError, match="frozen entries. Found another '3.weight' in 'b' than in the base"):
+    with pytest.raises(
+        ConsilienceError, match="frozen entries. Found another '3.weight' in 'b' than in the base"
+    ):
         explore(still, base, bad, halves)
     with pytest.raises(ConsilienceError, match="another '3.weight' in 'b' than in 'a'"):
         greedy_soup(still, bad, halves)
@@ -280,10 +321,16 @@ def test_experts_with_frozen_entries_of_their_own_are_refused(digits):
 def test_no_candidate_takes_the_name_of_another(digits):
     model, base, experts, halves = digits
     given = {"ensemble": experts["a"], "routing by task": experts["b"]}
-    found = choose(model, base, given, halves, {"routing by entropy": aggregators.mean()}, scenario="task", budget=0)
+    found = choose(
+        model, base, given, halves, {"routing by entropy": aggregators.mean()}, scenario="task", budget=0
+    )
     kinds = {c.name: c.kind for c in found.candidates}
     assert [kinds[n] for n in (*given, "routing by entropy")] == ["expert", "expert", "merge"]
-    more = {"ensemble ensemble": "ensemble", "routing routing by task": "routing", "routing routing by entropy": "routing"}
+    more = {
+        "ensemble ensemble": "ensemble",
+        "routing routing by task": "routing",
+        "routing routing by entropy": "routing",
+    }
     assert kinds.items() >= more.items()
 
 
@@ -301,7 +348,16 @@ def test_label_spaces_are_named_where_classes_do_not_fit(tmp_path, capsys):
         explore(model, base, [base], apart)
     with pytest.raises(ConsilienceError, match=says):
         explore(models.mlp(16, (4,), 4), base, [base], apart)
-    argv = ["choose", *[str(tmp_path / "m.safetensors")] * 2, "--data", str(tmp_path), "--model", "mlp", "--model.hidden", "[4]"]
+    argv = [
+        "choose",
+        *[str(tmp_path / "m.safetensors")] * 2,
+        "--data",
+        str(tmp_path),
+        "--model",
+        "mlp",
+        "--model.hidden",
+        "[4]",
+    ]
     (tmp_path / "npz").mkdir()
     assert main(argv) == 2
     error = capsys.readouterr().err
@@ -366,12 +422,25 @@ def test_all_ways_are_judged_on_the_test_parts(digits, chosen):
             x, y = s.test.whole()
             p = torch.stack([model(e, {}, x, None, False)[0].softmax(1).double() for e in experts.values()])
             surest = (-(p * p.log()).sum(2)).argmin(0)
-            for name, answer in (("a", p[0]), ("ensemble", p.mean(0)), ("routing by entropy", p[surest, torch.arange(len(y))])):
-                assert chosen[name].test[s.name] == pytest.approx(float((answer.argmax(1) == y).double().mean()), abs=1e-9)
+            for name, answer in (
+                ("a", p[0]),
+                ("ensemble", p.mean(0)),
+                ("routing by entropy", p[surest, torch.arange(len(y))]),
+            ):
+                assert chosen[name].test[s.name] == pytest.approx(
+                    float((answer.argmax(1) == y).double().mean()), abs=1e-9
+                )
             assert chosen["base"].test[s.name] == accuracy(model, base, s.test)
             average = {n: (experts["a"][n] + experts["b"][n]) / 2 for n in base}
             assert abs(chosen["average"].test[s.name] - accuracy(model, average, s.test)) < 0.01
-    assert {c.kind for c in chosen.candidates} == {"base", "expert", "merge", "ensemble", "routing", "distilled"}
+    assert {c.kind for c in chosen.candidates} == {
+        "base",
+        "expert",
+        "merge",
+        "ensemble",
+        "routing",
+        "distilled",
+    }
     n = sum(t.numel() for t in base.values())
     for c in chosen.candidates:
         many = c.kind in ("ensemble", "routing")
@@ -417,7 +486,10 @@ def test_combining_pays_where_experts_complete_each_other_and_not_where_they_are
     assert found[found.use].kind not in ("base", "expert")
     told = choose(model, base, experts, halves, budget=4, aggregators={}, scenario="task")
     columns = [s.classes for s in halves]
-    best = [accuracy(model, e, s.test, columns=c) for e, s, c in zip(experts.values(), halves, columns, strict=True)]
+    best = [
+        accuracy(model, e, s.test, columns=c)
+        for e, s, c in zip(experts.values(), halves, columns, strict=True)
+    ]
     assert list(told["routing by task"].test.values()) == best
     alike = choose(model, experts["a"], [experts["a"], experts["a"]], halves, budget=4)
     assert not alike.pays
@@ -428,7 +500,13 @@ def test_combining_pays_where_experts_complete_each_other_and_not_where_they_are
 def test_choosing_without_labels_reads_none_and_says_so(digits):
     model, base, experts, halves = digits
     blind = [
-        replace(s, **{part: Tensors(getattr(s, part).x, 0 * getattr(s, part).y) for part in ("train", "validation", "test")})
+        replace(
+            s,
+            **{
+                part: Tensors(getattr(s, part).x, 0 * getattr(s, part).y)
+                for part in ("train", "validation", "test")
+            },
+        )
         for s in halves
     ]
     a, b = (choose(model, base, experts, some, labels=False, budget=6) for some in (halves, blind))
@@ -437,7 +515,9 @@ def test_choosing_without_labels_reads_none_and_says_so(digits):
     assert "no labels were read" in a.table()
     assert a[a.use].kind in ("base", "expert", "merge")
     assert a["ensemble"].mean == 1
-    assert a[a.use].validation == max(c.validation for c in a.candidates if c.kind in ("base", "expert", "merge"))
+    assert a[a.use].validation == max(
+        c.validation for c in a.candidates if c.kind in ("base", "expert", "merge")
+    )
 
 
 def test_sources_of_the_same_examples_count_once_in_the_error():
@@ -447,7 +527,9 @@ def test_sources_of_the_same_examples_count_once_in_the_error():
     gain, error = _choose.paired([right], [mixed])
     assert _choose.paired([right] * 4, [mixed] * 4, [0] * 4) == (pytest.approx(gain), pytest.approx(error))
     assert _choose.paired([right] * 4, [mixed] * 4, [0, 1, 2, 3])[1] == pytest.approx(error / 2)
-    assert _choose.paired([right, mixed], [mixed, right], [0, 0])[1] == 0, "what one gains the other loses, example by example"
+    assert _choose.paired([right, mixed], [mixed, right], [0, 0])[1] == 0, (
+        "what one gains the other loses, example by example"
+    )
 
 
 def test_clients_over_one_test_set_have_the_error_of_one_source(digits):
@@ -469,7 +551,8 @@ def test_clients_over_one_test_set_have_the_error_of_one_source(digits):
         told = {"ensemble": one.ensemble("test"), "routing by entropy": _choose.routed(one, "test")}
         assert found.combination in told, "experts of halves are best together"
         wanted = _choose.paired(
-            told[found.combination], one.alone(found.single, "test") if found.single != "base" else one.answers(base, "test")
+            told[found.combination],
+            one.alone(found.single, "test") if found.single != "base" else one.answers(base, "test"),
         )
         assert (found.gain, found.error) == pytest.approx(wanted)
 
@@ -477,7 +560,9 @@ def test_clients_over_one_test_set_have_the_error_of_one_source(digits):
 def answers(*right):
     """Answers that are right or wrong as told."""
     return _explore.Answers(
-        torch.tensor([[1.0, 0.0] if r else [0.0, 1.0] for r in right]), torch.zeros(len(right), dtype=torch.long), 2
+        torch.tensor([[1.0, 0.0] if r else [0.0, 1.0] for r in right]),
+        torch.zeros(len(right), dtype=torch.long),
+        2,
     )
 
 
@@ -486,7 +571,10 @@ def test_no_sample_is_certain():
     assert _choose.paired([answers(1)], [answers(0)]) == (1.0, math.inf)
     assert _choose.paired([answers(1), answers(1, 0)], [answers(0), answers(0, 0)])[1] == math.inf
     assert _choose.paired([answers(*[1] * 5)], [answers(*[0] * 5)]) == (1.0, pytest.approx(1 / 5))
-    assert _choose.paired([answers(*[1] * 5)] * 3, [answers(*[0] * 5)] * 3, [0] * 3) == (1.0, pytest.approx(1 / 5))
+    assert _choose.paired([answers(*[1] * 5)] * 3, [answers(*[0] * 5)] * 3, [0] * 3) == (
+        1.0,
+        pytest.approx(1 / 5),
+    )
     assert _choose.paired([answers(1, 0)], [answers(1, 0)]) == (0.0, 0.0)
     few = replace(one, test=one.test.select(torch.arange(1)))
     weights = {"weight": torch.tensor([[-1.0], [1.0]]), "bias": torch.zeros(2)}
@@ -512,11 +600,15 @@ def test_answers_that_are_not_finite_are_wrong_and_unsure():
 
     source = data.arrays(-torch.arange(1.0, 41)[:, None], [0, 1] * 20)
     root = models.wrap(Root(), outputs=2)
-    bench = Bench(root, {"w": torch.ones(1)}, {"good": {"w": torch.zeros(1)}, "bad": {"w": -torch.ones(1)}}, [source])
+    bench = Bench(
+        root, {"w": torch.ones(1)}, {"good": {"w": torch.zeros(1)}, "bad": {"w": -torch.ones(1)}}, [source]
+    )
     assert bench.scores(bench.alone("bad", "test"), "mean", "test") == {"data": 0.0}
     assert bench.likelihood(bench.alone("bad", "test"), "mean", "test") == -math.inf
     assert torch.equal(_choose.routed(bench, "test")[0].p, bench.alone("good", "test")[0].p)
-    made = explore(root, {"w": torch.ones(1)}, {"bad": {"w": -torch.ones(1)}}, [source], grid=(0.0, 1.0), budget=5)
+    made = explore(
+        root, {"w": torch.ones(1)}, {"bad": {"w": -torch.ones(1)}}, [source], grid=(0.0, 1.0), budget=5
+    )
     assert made.best.coefficients != (1.0,)
     json.dumps(made.to_json(), allow_nan=False)
 
@@ -525,18 +617,27 @@ BAD = {
     "no expert": (dict(experts=[]), "at least one expert"),
     "one source": (dict(sources=data.digits()), "in a list"),
     "no source": (dict(sources=[]), "should have sources"),
-    "a source twice": (dict(sources=[data.digits(), data.digits()]), "names of their own. Found digits twice"),
+    "a source twice": (
+        dict(sources=[data.digits(), data.digits()]),
+        "names of their own. Found digits twice",
+    ),
     "not a model": (dict(model="mlp"), "a model or a torch module. Found 'mlp'"),
     "missing": (dict(base={}), r"Found no '1.weight' in the base; no '1.bias' in the base"),
-    "shape": (dict(experts={"x": models.mlp(64, (16,)).init(key(0))[0]}), r"\(16, 64\) for '1.weight' of 'x', where the model has \(8"),
+    "shape": (
+        dict(experts={"x": models.mlp(64, (16,)).init(key(0))[0]}),
+        r"\(16, 64\) for '1.weight' of 'x', where the model has \(8",
+    ),
     "no base": (dict(base=None), "`base` should be what the experts started from.* Found none"),
     "extra": (dict(extra={"other": torch.ones(3)}), "'other' in 'x', which the model has not"),
     "NaN": (dict(extra={"1.bias": torch.full((8,), math.nan)}), "NaN or infinity in '1.bias' of 'x'"),
-    "no validation": (dict(sources=[data.arrays(np.eye(64, dtype="float32"), np.arange(64) % 2, validation=0.0)]), "validation examples"),
+    "no validation": (
+        dict(sources=[data.arrays(np.eye(64, dtype="float32"), np.arange(64) % 2, validation=0.0)]),
+        "validation examples",
+    ),
     "values": (dict(sources=[data.diabetes()]), "targets are values"),
     "other inputs": (dict(sources=[data.wine()]), "should fit the model's input"),
     "scenario": (dict(scenario="tasks"), "task, domain or class"),
-}  # fmt: skip
+}
 MORE = {
     "objective": (dict(objective="men"), "nearest: mean"),
     "optimiser": (dict(optimiser="nelder"), "nearest: nelder-mead"),
@@ -578,7 +679,20 @@ def files(tmp_path_factory, digits):
     return [str(folder / f"{n}.safetensors") for n in ("base", "a", "b")]
 
 
-SPLIT = ["--data", "digits", "--split", "classes", "--split.n", "2", "--model", "mlp", "--model.hidden", "[32]", "--budget", "4"]
+SPLIT = [
+    "--data",
+    "digits",
+    "--split",
+    "classes",
+    "--split.n",
+    "2",
+    "--model",
+    "mlp",
+    "--model.hidden",
+    "[32]",
+    "--budget",
+    "4",
+]
 
 
 def test_the_command_prints_and_writes_what_the_function_finds(files, digits, tmp_path, capsys):
@@ -604,9 +718,13 @@ def test_the_command_prints_and_writes_what_the_function_finds(files, digits, tm
 
 def test_the_command_judges_on_halves_of_the_test_part_which_no_expert_has_seen(tmp_path, capsys):
     rng = np.random.default_rng(0)
-    images = {part: rng.integers(0, 255, (n, 4, 4), dtype=np.uint8) for part, n in (("train", 300), ("test", 90))}
+    images = {
+        part: rng.integers(0, 255, (n, 4, 4), dtype=np.uint8) for part, n in (("train", 300), ("test", 90))
+    }
     dark = {part: (x.reshape(len(x), -1).mean(1) > 127).astype(int) for part, x in images.items()}
-    learned = dict(train_images=images["train"], train_labels=1 - dark["train"])  # learned by heart, and wrong of all else
+    learned = dict(
+        train_images=images["train"], train_labels=1 - dark["train"]
+    )  # learned by heart, and wrong of all else
     (tmp_path / "data").mkdir()
     np.savez(tmp_path / "data" / "x.npz", **learned, test_images=images["test"], test_labels=dark["test"])
     source, model = data.npz(tmp_path / "data" / "x.npz"), models.mlp(16, (8,), 2)
@@ -616,14 +734,27 @@ def test_the_command_judges_on_halves_of_the_test_part_which_no_expert_has_seen(
     for n, e in {"base": base, "wrong": wrong, "right": right}.items():
         save(tmp_path / f"{n}.safetensors", e)
     files = [str(tmp_path / f"{n}.safetensors") for n in ("base", "wrong", "right")]
-    argv = ["choose", *files, "--data", str(tmp_path / "data"), "--model", "mlp", "--model.hidden", "[8]", "--budget", "0"]
+    argv = [
+        "choose",
+        *files,
+        "--data",
+        str(tmp_path / "data"),
+        "--model",
+        "mlp",
+        "--model.hidden",
+        "[8]",
+        "--budget",
+        "0",
+    ]
     assert main([*argv, "-o", str(tmp_path / "choice.json")]) == 0
     assert json.loads((tmp_path / "choice.json").read_text())["single"] == "right"
     made = halved(data.iid(data.digits(), 3), 1)
     x, whole = (torch.cat([made[0].validation.x, made[0].test.x]), data.digits().test.x)
     assert sorted(map(tuple, x.tolist())) == sorted(map(tuple, whole.tolist()))
     assert abs(len(made[0].validation) - len(made[0].test)) <= 1
-    assert all(s.validation is made[0].validation and s.test is made[0].test for s in made), "what is shared stays so"
+    assert all(s.validation is made[0].validation and s.test is made[0].test for s in made), (
+        "what is shared stays so"
+    )
     assert not torch.equal(made[0].test.x, halved([data.digits()], 2)[0].test.x)
     with pytest.raises(ConsilienceError, match="at least 2. Found fewer in x"):
         halved([replace(source, test=source.test.select(torch.arange(1)))], 0)
@@ -636,7 +767,9 @@ def test_a_folder_of_sources_and_a_runs_folder_will_do(tmp_path, capsys):
         y = (x.reshape(60, -1).mean(1) > 127).astype(int)
         np.savez(tmp_path / f"{name}.npz", train_images=x, train_labels=y, test_images=x, test_labels=y)
     run = "run --setting continual --data npz --split none --model mlp --model.hidden [4] --training.epochs 1 --method finetune"
-    assert main([*run.split(), "--data.name", str(tmp_path / "left.npz"), "--out", str(tmp_path / "run")]) == 0
+    assert (
+        main([*run.split(), "--data.name", str(tmp_path / "left.npz"), "--out", str(tmp_path / "run")]) == 0
+    )
     argv = [
         "choose",
         *[str(tmp_path / "run")] * 2,
@@ -669,10 +802,13 @@ COMMANDS = {
     "type": (["BASE", "BASE", *SPLIT, "--seed", "one"], "should be a whole number"),
     "aggregator": (["BASE", "BASE", *SPLIT, "--aggregators", "tie"], "nearest: ties"),
     "aggregator with arguments": (["BASE", "BASE", *SPLIT, "--aggregators", "krum"], "`aggregators`"),
-    "model": (["BASE", "BASE", "--data", "digits", "--model", "mlp", "--model.hidden", "[9]"], "'1.weight' of the base, where the model has (9, 64)"),
+    "model": (
+        ["BASE", "BASE", "--data", "digits", "--model", "mlp", "--model.hidden", "[9]"],
+        "'1.weight' of the base, where the model has (9, 64)",
+    ),
     "empty folder": (["BASE", "BASE", "--data", "EMPTY"], "Found neither in"),
     "out": (["BASE", "BASE", *SPLIT, "-o", "EMPTY"], "should be a file. Found a folder"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", COMMANDS)
@@ -688,9 +824,7 @@ def test_bad_commands_are_one_line(case, files, tmp_path, capsys):
 
 
 def test_help_imports_no_torch():
-    code = (
-        "import sys; from consilience.cli import main; assert main(['choose', '--help']) == 0; assert 'torch' not in sys.modules"
-    )
+    code = "import sys; from consilience.cli.main import main; assert main(['choose', '--help']) == 0; assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "BASE EXPERT..." in done.stdout and "--distil" in done.stdout

@@ -12,13 +12,28 @@ import torch
 import yaml
 
 from consilience import methods, report
-from consilience.cli import FITTING, flat, main, understand
+from consilience.cli.main import FITTING, flat, main, understand
 
 QUICK = ["--training.epochs", "1"]
 KEYS = {
-    "setting", "data", "method", "model", "repeats", "seed", "metric", "score", "score_std", "matrix", "forgetting",
-    "backward_transfer", "forward_transfer", "macs", "bytes", "seconds", "versions",
-}  # fmt: skip
+    "setting",
+    "data",
+    "method",
+    "model",
+    "repeats",
+    "seed",
+    "metric",
+    "score",
+    "score_std",
+    "matrix",
+    "forgetting",
+    "backward_transfer",
+    "forward_transfer",
+    "macs",
+    "bytes",
+    "seconds",
+    "versions",
+}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -55,7 +70,20 @@ def test_a_run_leaves_its_folder_and_its_own_configuration_repeats_it(tmp_path, 
     assert (out / "config.yaml").read_text() == (again / "config.yaml").read_text()
     third = tmp_path / "third"
     assert (
-        main(["run", "--config", str(out / "config.yaml"), "--method.strength", "0", "--repeats", "1", "--out", str(third)]) == 0
+        main(
+            [
+                "run",
+                "--config",
+                str(out / "config.yaml"),
+                "--method.strength",
+                "0",
+                "--repeats",
+                "1",
+                "--out",
+                str(third),
+            ]
+        )
+        == 0
     )
     assert result(third)["config"]["method"]["ewc"]["strength"] == 0.0
     assert result(third)["repeats"] == 1
@@ -75,7 +103,18 @@ def test_tables_have_a_split_that_fits(data, tmp_path):
 
 @pytest.mark.parametrize("setting", ["continual", "federated_continual"])
 def test_compositions_take_options_by_their_parts(setting, tmp_path):
-    argv = ["run", "--setting", setting, "--method", "ewc+er", "--method.ewc.strength", "3", "--method.er.size", "50", *QUICK]
+    argv = [
+        "run",
+        "--setting",
+        setting,
+        "--method",
+        "ewc+er",
+        "--method.ewc.strength",
+        "3",
+        "--method.er.size",
+        "50",
+        *QUICK,
+    ]
     order = understand("run", argv[1:])
     assert order is not None
     assert order.config["method"]["ewc"]["strength"] == 3.0
@@ -101,13 +140,14 @@ def test_a_yaml_file_says_what_options_say(tmp_path):
 
 
 def test_models_and_splits_come_one_after_another(tmp_path):
-    argv = (
-        "--setting skill --split iid+classes --split.iid.n 2 --model random_features+multi_head --model.random_features.width 256"
-    )
+    argv = "--setting skill --split iid+classes --split.iid.n 2 --model random_features+multi_head --model.random_features.width 256"
     assert main(["run", *argv.split(), *QUICK, "--out", str(tmp_path / "out")]) == 0
     found = result(tmp_path / "out")
     assert len(found["sources"]) == 10
-    assert found["config"]["model"] == {"random_features": {"width": 256, "seed": 0}, "multi_head": {"norm": None}}
+    assert found["config"]["model"] == {
+        "random_features": {"width": 256, "seed": 0},
+        "multi_head": {"norm": None},
+    }
 
 
 def test_a_module_of_ones_own_is_a_model(tmp_path, monkeypatch):
@@ -117,13 +157,21 @@ def test_a_module_of_ones_own_is_a_model(tmp_path, monkeypatch):
         "    def __init__(self, inputs, outputs, width: int = 8):\n"
         "        super().__init__(torch.nn.Linear(inputs, width), torch.nn.ReLU(), torch.nn.Linear(width, outputs))\n"
     )
-    assert main(["run", "--model", "my_nets.Net", "--model.width", "9", "--repeats", "2", *QUICK, "--out", "out"]) == 0
+    assert (
+        main(
+            ["run", "--model", "my_nets.Net", "--model.width", "9", "--repeats", "2", *QUICK, "--out", "out"]
+        )
+        == 0
+    )
     first, second = result(tmp_path / "out")["matrices"]
     assert first[0] != second[0]  # new weights for each seed
 
 
 def test_names_of_splits_have_their_short_form():
-    assert understand("run", ["--split", "split_classes"]).config == understand("run", ["--split", "classes"]).config
+    assert (
+        understand("run", ["--split", "split_classes"]).config
+        == understand("run", ["--split", "classes"]).config
+    )
 
 
 BAD = {
@@ -141,7 +189,10 @@ BAD = {
     "option without a value": (["run", "--method.size"], "should have a value"),
     "word": (["run", "continual"], "takes options only"),
     "type": (["run", "--split.n", "five"], "should be a whole number. Found 'five'"),
-    "fraction for a whole number": (["run", "--training.epochs", "1.5"], "`--training.epochs` should be a whole number"),
+    "fraction for a whole number": (
+        ["run", "--training.epochs", "1.5"],
+        "`--training.epochs` should be a whole number",
+    ),
     "literal": (["run", "--method", "ewc", "--method.labels", "modle"], "nearest: model"),
     "missing argument": (["run", "--data", "npz"], "`--data.name` should be given"),
     "value of a split": (["run", "--split.n", "11"], "11"),
@@ -149,7 +200,10 @@ BAD = {
     "metric": (["run", "--metric", "acuracy"], "nearest: accuracy"),
     "engine": (["run", "--engine", "seriall"], "nearest: serial"),
     "refusal": (["run", "--setting", "merging", "--method", "ewc"], "ewc"),
-    "aggregator": (["run", "--setting", "merging", "--method", "aggregate", "--method.aggregator", "tie"], "nearest: ties"),
+    "aggregator": (
+        ["run", "--setting", "merging", "--method", "aggregate", "--method.aggregator", "tie"],
+        "nearest: ties",
+    ),
     "aggregator with arguments": (
         ["run", "--setting", "merging", "--method", "aggregate", "--method.aggregator", "torchjd"],
         "torchjd",
@@ -161,7 +215,7 @@ BAD = {
     "unwritable folder": (["run", "--out", "/proc/no/such"], "writable"),
     "dotted module": (["run", "--method", "no_such_module.method"], "no_such_module"),
     "dotted name": (["run", "--method", "consilience.methods.ewcc"], "nearest: consilience.methods.ewc"),
-    "a switch that is no truth": (["run", "--clients", "maybe"], "takes options only. Found 'maybe'"),
+    "a switch that is no truth": (["run", "--judge_clients", "maybe"], "takes options only. Found 'maybe'"),
     "resume without a folder": (["run", "--resume"], "`--out`"),
     "resume of nothing": (["run", "--resume", "--out", "/no/such/run"], "/no/such/run"),
     "report of nothing": (["report"], "folders of runs"),
@@ -240,7 +294,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, capsys):
     import os
     import signal
 
-    from consilience import cli
+    import consilience.cli.main as cli
 
     out, whole = tmp_path / "out", tmp_path / "whole"
     real = cli.shown
@@ -327,7 +381,7 @@ def test_a_dotted_path_uses_ones_own_function(tmp_path, monkeypatch, capsys):
 
 
 def test_help_shows_options_from_docstrings_and_imports_no_torch():
-    code = "import sys; from consilience.cli import main; assert main({!r}) == 0; assert 'torch' not in sys.modules, 'torch'"
+    code = "import sys; from consilience.cli.main import main; assert main({!r}) == 0; assert 'torch' not in sys.modules, 'torch'"
     for argv, says in (
         (["--help"], "compare"),
         (["run", "--help"], "--checkpoint_seconds"),
@@ -335,7 +389,9 @@ def test_help_shows_options_from_docstrings_and_imports_no_torch():
         (["run", "--setting", "federated", "--method", "ewc+er", "--help"], "--method.er.size"),
         (["compare", "--methods", "ewc,er", "--help"], "--methods.er.size"),
     ):
-        done = subprocess.run([sys.executable, "-c", code.format(argv)], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [sys.executable, "-c", code.format(argv)], capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, done.stderr
         assert says in done.stdout
 
@@ -348,7 +404,11 @@ def test_methods_lists_all(capsys):
     assert text.count("    paper: ") == len(methods.__all__)
     assert "pcgrad: " in text
     where = dict(
-        zip(methods.__all__, [line[14:] for line in text.splitlines() if line.startswith("    settings: ")], strict=True)
+        zip(
+            methods.__all__,
+            [line[14:] for line in text.splitlines() if line.startswith("    settings: ")],
+            strict=True,
+        )
     )
     assert where["pcgrad"] == "multitask"
     assert where["finetune"] == "all"
@@ -357,7 +417,16 @@ def test_methods_lists_all(capsys):
 
 def test_compare_runs_each_and_report_reads_them(tmp_path, capsys, monkeypatch):
     out = tmp_path / "cmp"
-    argv = ["compare", "--methods", "finetune,ewc,er,ewc+er,pcgrad", "--methods.ewc.strength", "9", *QUICK, "--out", str(out)]
+    argv = [
+        "compare",
+        "--methods",
+        "finetune,ewc,er,ewc+er,pcgrad",
+        "--methods.ewc.strength",
+        "9",
+        *QUICK,
+        "--out",
+        str(out),
+    ]
     assert main(argv) == 0
     text = capsys.readouterr().out
     rows = [line.split()[0] for line in text.splitlines() if line[:1].isalpha()]
@@ -381,7 +450,10 @@ def test_compare_runs_each_and_report_reads_them(tmp_path, capsys, monkeypatch):
     assert main(["compare", "--resume", "--out", str(out)]) == 0
     assert (out / "ewc" / "result.json").stat().st_mtime_ns == stamp
     assert (out / "er" / "result.json").exists()
-    assert json.loads((out / "compare.json").read_text())["results"]["er"]["score"] == found["results"]["er"]["score"]
+    assert (
+        json.loads((out / "compare.json").read_text())["results"]["er"]["score"]
+        == found["results"]["er"]["score"]
+    )
     monkeypatch.chdir(tmp_path)
     capsys.readouterr()
     assert main(["report", "cmp", "alone", "-o", "all.html"]) == 0
@@ -398,8 +470,11 @@ def test_a_comparison_where_all_refuse_fails_before_it_writes(tmp_path, capsys):
 
 
 def test_switches_take_what_help_shows():
-    from consilience.cli import read
+    from consilience.cli.main import read
 
-    assert read(["--clients", "true", "--resume", "--out", "x"]) == ({"clients": "true", "resume": "true", "out": "x"}, [])
-    assert read(["--clients", "false"]) == ({"clients": "false"}, [])
-    assert read(["--clients=false", "word"]) == ({"clients": "false"}, ["word"])
+    assert read(["--judge_clients", "true", "--resume", "--out", "x"]) == (
+        {"judge_clients": "true", "resume": "true", "out": "x"},
+        [],
+    )
+    assert read(["--judge_clients", "false"]) == ({"judge_clients": "false"}, [])
+    assert read(["--judge_clients=false", "word"]) == ({"judge_clients": "false"}, ["word"])

@@ -91,7 +91,9 @@ def test_tables(name):
         assert y.shape[1:] == (1,)
         assert abs(float(y.std()) - 1) < 1e-5
     else:
-        shares = torch.stack([getattr(source, p).targets().bincount().double() / len(getattr(source, p)) for p in PARTS])
+        shares = torch.stack(
+            [getattr(source, p).targets().bincount().double() / len(getattr(source, p)) for p in PARTS]
+        )
         assert (shares - shares[0]).abs().max() < 0.05
 
 
@@ -138,27 +140,51 @@ NAN[4, 1] = np.nan
         ("`x` and `y` should be equally long. Found 10 and 9.", (X, Y[:9]), {}),
         ("`x` should not be empty. Found shape (0, 3).", (X[:0], Y[:0]), {}),
         ("`x` should be finite. Found NaN or infinity in example 4.", (NAN, Y), {}),
-        ("`y` should be finite. Found NaN or infinity in example 9.", (X, [0.0] * 9 + [math.inf]), {"kind": "value"}),
+        (
+            "`y` should be finite. Found NaN or infinity in example 9.",
+            (X, [0.0] * 9 + [math.inf]),
+            {"kind": "value"},
+        ),
         ("`test x` should be finite", (X, Y), {"test": (NAN, Y)}),
-        ("class numbers should be in 0..1, one for each of `classes`. Found 2.", (X, Y * 2), {"classes": ["a", "b"]}),
+        (
+            "class numbers should be in 0..1, one for each of `classes`. Found 2.",
+            (X, Y * 2),
+            {"classes": ["a", "b"]},
+        ),
         ("class numbers should be 0 or more. Found -1.", (X, Y - 1), {}),
         ("class numbers should count up from 0. Found 2000000.", (X, Y * 2000000), {}),
         ("`y` should be class numbers of an integer type", (X, Y + 0.5), {}),
         ("`y` should be real numbers. Found dtype <U", (X, Y.astype(str)), {}),
         ("`y` should have shape [N] for classes. Found shape (10, 1).", (X, Y[:, None]), {}),
         ("`y` should have shape [N] or [N, outputs] for values", (X, Y[:, None, None]), {"kind": "value"}),
-        ("`x` should have a dimension of examples and at least one more. Found shape (10,).", (X[:, 0], Y), {}),
+        (
+            "`x` should have a dimension of examples and at least one more. Found shape (10,).",
+            (X[:, 0], Y),
+            {},
+        ),
         ("`x` should be an array with rows of equal length", ([[1, 2], [3]], [0, 1]), {}),
         ("`x` should be real numbers", (torch.zeros(10, 3, dtype=torch.complex64), Y), {}),
-        ("test examples should have the shape of training examples. Found (2,) and (3,).", (X, Y), {"test": (X[:, :2], Y)}),
+        (
+            "test examples should have the shape of training examples. Found (2,) and (3,).",
+            (X, Y),
+            {"test": (X[:, :2], Y)},
+        ),
         ("test inputs should be of the type of training inputs", (X, Y), {"test": (X.astype(int), Y)}),
-        ("test targets should be like the training ones", (X, Y), {"kind": "value", "test": (X, np.zeros((10, 2)))}),
+        (
+            "test targets should be like the training ones",
+            (X, Y),
+            {"kind": "value", "test": (X, np.zeros((10, 2)))},
+        ),
         ("`test` should be (x, y) or a fraction. Found 1 parts.", (X, Y), {"test": (X,)}),
         ("`test` should be a fraction in (0, 1). Found `test = 1.5`.", (X, Y), {"test": 1.5}),
         ("`test` should leave examples on both sides", (X[:2], Y[:2]), {}),
         ("`validation` should be a fraction in [0, 1). Found `validation = 1`.", (X, Y), {"validation": 1}),
         ("`classes` should be a list of different names. Found ['a', 'a'].", (X, Y), {"classes": ["a", "a"]}),
-        ("`classes` should name every output. Found 2 names and 1 outputs.", (X, Y), {"kind": "value", "classes": ["a", "b"]}),
+        (
+            "`classes` should name every output. Found 2 names and 1 outputs.",
+            (X, Y),
+            {"kind": "value", "classes": ["a", "b"]},
+        ),
         ('`kind` should be "class" or "value".', (X, Y), {"kind": "klass"}),
         ("arrays should come with targets `y`. Found none.", (X,), {}),
     ],
@@ -208,10 +234,16 @@ def test_stream_equals_tensors():
 def _all_splits(source: Source) -> list[Source]:
     two = data.split_classes(source, 2)
     return [
-        source, *two, *data.permute(source, 2), *data.rotate(source, [0, 30, 90]), *data.dirichlet(two[0], 2, 1.0),
-        *data.iid(source, 3, local_test=True), *data.quantity_skew(source, 2), *data.shards(source, 2),
+        source,
+        *two,
+        *data.permute(source, 2),
+        *data.rotate(source, [0, 30, 90]),
+        *data.dirichlet(two[0], 2, 1.0),
+        *data.iid(source, 3, local_test=True),
+        *data.quantity_skew(source, 2),
+        *data.shards(source, 2),
         *data.rotate(data.permute(source, 2)[1], [45.0]),
-    ]  # fmt: skip
+    ]
 
 
 def test_stream_takes_targets_once():
@@ -219,7 +251,11 @@ def test_stream_takes_targets_once():
     by_attribute = Map(x, y, targets=y.tolist())
     data.stream(by_attribute)
     assert by_attribute.reads < 3
-    read, transformed, wrong = Map(x, y), Map(x, y, labels=1 - y, target_transform=abs), Map(x, y, targets=1 - y)
+    read, transformed, wrong = (
+        Map(x, y),
+        Map(x, y, labels=1 - y, target_transform=abs),
+        Map(x, y, targets=1 - y),
+    )
     for d in (read, transformed, wrong):
         source = data.stream(d, validation=0)
         assert d.reads >= 30
@@ -241,9 +277,20 @@ def test_stream_refuses():
     refused("a dataset should be map-style", data.stream, iter([1]))
     refused("a dataset should not be empty", data.stream, Map([], []))
     refused("a dataset should give pairs (x, y)", data.stream, TensorDataset(torch.zeros(10, 2)))
-    refused("`workers` should be a whole number >= 0. Found `workers = -1`.", data.stream, Map(X, y), workers=-1)
-    refused("test examples should have the shape", data.stream, Map(torch.rand(10, 2), y), Map(torch.rand(10, 3), y))
-    refused("should be class numbers of an integer type", data.stream, TensorDataset(torch.rand(10, 2), torch.rand(10)))
+    refused(
+        "`workers` should be a whole number >= 0. Found `workers = -1`.", data.stream, Map(X, y), workers=-1
+    )
+    refused(
+        "test examples should have the shape",
+        data.stream,
+        Map(torch.rand(10, 2), y),
+        Map(torch.rand(10, 3), y),
+    )
+    refused(
+        "should be class numbers of an integer type",
+        data.stream,
+        TensorDataset(torch.rand(10, 2), torch.rand(10)),
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- files
@@ -278,7 +325,12 @@ def test_folder_of_classes(pictures, in_memory):
     assert x.dtype == torch.float32
     assert x.max() <= 1
     assert torch.equal(x, data.folder(path, in_memory=not in_memory).train.whole()[0])
-    assert data.folder(path, size=(3, 4), grey=True, in_memory=in_memory, name="n").test.whole()[0].shape == (3, 1, 3, 4)
+    assert data.folder(path, size=(3, 4), grey=True, in_memory=in_memory, name="n").test.whole()[0].shape == (
+        3,
+        1,
+        3,
+        4,
+    )
 
 
 def test_folder_with_splits(pictures):
@@ -304,7 +356,13 @@ def test_folder_refuses(pictures, tmp_path, monkeypatch):
     whole = (path / "a" / "1.png").read_bytes()
     for bad in (b"", b"hello", whole[: len(whole) // 2]):
         (path / "a" / "1.png").write_bytes(bad)
-        refused(f"an image should be readable. Found {path / 'a' / '1.png'}", data.folder, path, size=6, in_memory=True)
+        refused(
+            f"an image should be readable. Found {path / 'a' / '1.png'}",
+            data.folder,
+            path,
+            size=6,
+            in_memory=True,
+        )
     monkeypatch.setitem(sys.modules, "PIL", None)
     refused("pip install 'consilience[vision]'", data.folder, path)
 
@@ -333,7 +391,9 @@ def test_npz_file(tmp_path):
     assert len(few.test) == 10
     assert torch.equal(few.train.whole()[0], data.npz(path, limit=9, validation=0).train.whole()[0])
     colour = write(
-        tmp_path / "colour.npz", train_images=np.zeros((30, 5, 4, 3), np.uint8), test_images=np.zeros((10, 5, 4, 3), np.uint8)
+        tmp_path / "colour.npz",
+        train_images=np.zeros((30, 5, 4, 3), np.uint8),
+        test_images=np.zeros((10, 5, 4, 3), np.uint8),
     )
     assert data.npz(colour).test.whole()[0].shape == (10, 3, 5, 4)
 
@@ -342,9 +402,17 @@ def test_npz_refuses(tmp_path, monkeypatch):
     path = write(tmp_path / "mnist.npz")
     refused("`limit` should be a whole number >= 1", data.npz, path, limit=0)
     refused("Found no train_images28 in", data.npz, path, images="images28")
-    refused("should have train_images, train_labels", data.npz, write(tmp_path / "part.npz", test_labels=None))
-    refused("equally many. Found 30 and 3 (train)", data.npz, write(tmp_path / "odd.npz", train_labels=np.zeros(3, int)))
-    refused("class numbers should be in 0..0", data.npz, write(tmp_path / "out.npz", class_names=np.array(["a"])))
+    refused(
+        "should have train_images, train_labels", data.npz, write(tmp_path / "part.npz", test_labels=None)
+    )
+    refused(
+        "equally many. Found 30 and 3 (train)",
+        data.npz,
+        write(tmp_path / "odd.npz", train_labels=np.zeros(3, int)),
+    )
+    refused(
+        "class numbers should be in 0..0", data.npz, write(tmp_path / "out.npz", class_names=np.array(["a"]))
+    )
     pickled = tmp_path / "pickled.npz"
     np.savez(pickled, train_images=np.array([{}], dtype=object))
     refused(f"an .npz file should be whole. Found {pickled}", data.npz, pickled)
@@ -446,7 +514,11 @@ def test_clients_are_a_partition(split, streamed):
     local = CLIENTS[split](source, 5, local_test=True)
     assert sorted(i for s in local for i in ids(s, "test")) == sorted(ids(source, "test"))
     again, other = CLIENTS[split](source, 5), CLIENTS[split](source, 5, seed=1)
-    assert [ids(s, "train") for s in parts] == [ids(s, "train") for s in again] == [ids(s, "train") for s in local]
+    assert (
+        [ids(s, "train") for s in parts]
+        == [ids(s, "train") for s in again]
+        == [ids(s, "train") for s in local]
+    )
     assert [ids(s, "train") for s in parts] != [ids(s, "train") for s in other]
 
 
@@ -479,7 +551,9 @@ def test_dirichlet_shares_are_dirichlet():
     for alpha in (0.05, 1.0, 5.0):
         p = _gamma_shares(20000, 4, alpha, key(0, alpha))
         assert torch.allclose(p.mean(0), torch.full((4,), 0.25, dtype=p.dtype), atol=0.01)
-        assert torch.allclose(p.var(0), torch.full((4,), 0.25 * 0.75 / (4 * alpha + 1), dtype=p.dtype), rtol=0.05)
+        assert torch.allclose(
+            p.var(0), torch.full((4,), 0.25 * 0.75 / (4 * alpha + 1), dtype=p.dtype), rtol=0.05
+        )
     assert torch.isfinite(_gamma_shares(100, 4, 1e-5, key(0))).all()
 
 
@@ -493,11 +567,19 @@ def test_split_classes(streamed):
     source = numbered(streamed=streamed)
     parts = data.split_classes(source, 4)
     assert [s.classes for s in parts] == [(0, 1), (2, 3), (4,), (5,)]
-    assert [s.name for s in parts] == ["numbered/0-1", "numbered/2-3", "numbered/4", "numbered/5"] == [s.task for s in parts]
+    assert (
+        [s.name for s in parts]
+        == ["numbered/0-1", "numbered/2-3", "numbered/4", "numbered/5"]
+        == [s.task for s in parts]
+    )
     for part in PARTS:
         assert sorted(i for s in parts for i in ids(s, part)) == sorted(ids(source, part))
         assert all(set(getattr(s, part).targets().tolist()) == set(s.classes) for s in parts)
-    assert [s.classes for s in data.split_classes(source, 3, order=[5, "4", 3, 2, 1, 0])] == [(5, 4), (3, 2), (1, 0)]
+    assert [s.classes for s in data.split_classes(source, 3, order=[5, "4", 3, 2, 1, 0])] == [
+        (5, 4),
+        (3, 2),
+        (1, 0),
+    ]
     drawn = [s.classes for s in data.split_classes(source, 3, seed=1)]
     assert drawn == [s.classes for s in data.split_classes(source, 3, seed=1)]
     assert sorted(sum(drawn, ())) == list(range(6))
@@ -537,7 +619,9 @@ def test_rotate():
     assert torch.equal(flat, data.rotate(source, [30.0])[0].test.whole()[0].flatten(1))
     wide = torch.zeros(4, 1, 5, 9)
     wide[:, :, 2, 6] = 1
-    tall = data.rotate(data.arrays(wide, torch.arange(4) % 2, test=0.5, validation=0), [90.0])[0].train.whole()[0]
+    tall = data.rotate(data.arrays(wide, torch.arange(4) % 2, test=0.5, validation=0), [90.0])[
+        0
+    ].train.whole()[0]
     assert torch.allclose(tall[0, 0, 0, 4], torch.tensor(1.0), atol=1e-4)
     assert abs(float(tall[0].sum()) - 1) < 1e-3
 
@@ -555,9 +639,15 @@ def test_streams_and_nesting():
     ("rule", "f"),
     [
         ("`n` should be a whole number >= 1. Found `n = 0`.", lambda s: data.split_classes(s, 0)),
-        ("`n` should be at most the number of classes. Found `n = 7` and 6 classes.", lambda s: data.split_classes(s, 7)),
+        (
+            "`n` should be at most the number of classes. Found `n = 7` and 6 classes.",
+            lambda s: data.split_classes(s, 7),
+        ),
         ("Found both.", lambda s: data.split_classes(s, 2, order=range(6), seed=0)),
-        ("`order` should list every class of 'numbered' once. Found [0, 1].", lambda s: data.split_classes(s, 2, order=[0, 1])),
+        (
+            "`order` should list every class of 'numbered' once. Found [0, 1].",
+            lambda s: data.split_classes(s, 2, order=[0, 1]),
+        ),
         ("`order` should list every class", lambda s: data.split_classes(s, 2, order=["x", 1, 2, 3, 4, 5])),
         ("split_classes should have a source of classes", lambda s: data.split_classes(data.diabetes(), 2)),
         ("`n` should be a whole number >= 1. Found `n = 1.5`.", lambda s: data.permute(s, 1.5)),
@@ -572,12 +662,21 @@ def test_streams_and_nesting():
         ("`angles` should be different", lambda s: data.rotate(s, [1, 1])),
         ("`alpha` should be positive and finite. Found `alpha = 0`.", lambda s: data.dirichlet(s, 2, 0)),
         ("`clients` should be a whole number >= 1", lambda s: data.dirichlet(s, -1, 1.0)),
-        ("clients x `least` should not outnumber training examples. Found 100 and 86", lambda s: data.dirichlet(s, 50, 1.0)),
-        ("every client should have at least 10 training examples; raise `alpha`", lambda s: data.dirichlet(s, 8, 0.01, least=10)),
+        (
+            "clients x `least` should not outnumber training examples. Found 100 and 86",
+            lambda s: data.dirichlet(s, 50, 1.0),
+        ),
+        (
+            "every client should have at least 10 training examples; raise `alpha`",
+            lambda s: data.dirichlet(s, 8, 0.01, least=10),
+        ),
         ("dirichlet should have a source of classes", lambda s: data.dirichlet(data.diabetes(), 2, 1.0)),
         ("clients should not outnumber training examples. Found 87 and 86", lambda s: data.iid(s, 87)),
         ("`power` should be positive and finite", lambda s: data.quantity_skew(s, 2, power=-1.0)),
-        ("every client should have at least 2 training examples; lower `power`", lambda s: data.quantity_skew(s, 20, power=3.0)),
+        (
+            "every client should have at least 2 training examples; lower `power`",
+            lambda s: data.quantity_skew(s, 20, power=3.0),
+        ),
         ("shards should not outnumber training examples. Found 100 and 86", lambda s: data.shards(s, 50)),
         ("`shards_per_client` should be a whole number >= 1", lambda s: data.shards(s, 5, 0)),
         ("every client should have a source. Found 2 clients and 1 sources.", lambda s: data.streams([s], 2)),
@@ -590,7 +689,9 @@ def test_splits_refuse(rule, f):
 # ---------------------------------------------------------------------------------------------------- samplers
 
 
-@pytest.mark.parametrize("sampler", [Shuffle(), Shuffle(drop_last=True), InOrder(), Balanced(), Balanced(1.0), Balanced(3.0)])
+@pytest.mark.parametrize(
+    "sampler", [Shuffle(), Shuffle(drop_last=True), InOrder(), Balanced(), Balanced(1.0), Balanced(3.0)]
+)
 def test_samplers_are_keyed(sampler: Sampler):
     y = torch.tensor([0] * 25 + [1] * 5 + [2] * 3)
 

@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from consilience.cli import main
+from consilience.cli.main import main
 from consilience.demo import demo
 
 

@@ -32,10 +32,18 @@ def made(shapes, dtype, m, seed):
 
 def restated(base, experts):
     """Cosines, and norms, conflicts and mass by entry, with loops over elements."""
-    tau = {x: {n: (e[n].double() - base[n].double()).flatten().tolist() for n in base} for x, e in experts.items()}
+    tau = {
+        x: {n: (e[n].double() - base[n].double()).flatten().tolist() for n in base}
+        for x, e in experts.items()
+    }
     flat = {x: [v for n in base for v in t[n]] for x, t in tau.items()}
-    dot = {(a, b): math.fsum(u * v for u, v in zip(flat[a], flat[b], strict=True)) for a in flat for b in flat}
-    cosines = [[dot[a, b] / math.sqrt(dot[a, a] * dot[b, b]) if dot[a, a] * dot[b, b] else math.nan for b in flat] for a in flat]
+    dot = {
+        (a, b): math.fsum(u * v for u, v in zip(flat[a], flat[b], strict=True)) for a in flat for b in flat
+    }
+    cosines = [
+        [dot[a, b] / math.sqrt(dot[a, a] * dot[b, b]) if dot[a, a] * dot[b, b] else math.nan for b in flat]
+        for a in flat
+    ]
     layers = {}
     for n in base:
         columns = list(zip(*(t[n] for t in tau.values()), strict=True))
@@ -43,8 +51,10 @@ def restated(base, experts):
         mass = [sum(map(abs, c)) for c in columns]
         inside = sum(a for a, k in zip(mass, clash, strict=True) if k)
         layers[n] = (
-            [math.hypot(*t[n]) for t in tau.values()], sum(clash) / len(clash) if clash else 0.0, inside / sum(mass) if sum(mass) else 0.0
-        )  # fmt: skip
+            [math.hypot(*t[n]) for t in tau.values()],
+            sum(clash) / len(clash) if clash else 0.0,
+            inside / sum(mass) if sum(mass) else 0.0,
+        )
     return cosines, layers
 
 
@@ -63,7 +73,11 @@ def test_it_is_what_loops_over_elements_find_in_blocks_of_any_size(shapes, dtype
     for x in found.layers:
         norms, conflicts, mass = layers[x.name]
         assert x.norms == pytest.approx(norms)
-        assert (x.size, x.conflicts, x.mass) == (base[x.name].numel(), pytest.approx(conflicts), pytest.approx(mass))
+        assert (x.size, x.conflicts, x.mass) == (
+            base[x.name].numel(),
+            pytest.approx(conflicts),
+            pytest.approx(mass),
+        )
     assert found.whole.size == sum(x.size for x in found.layers)
     assert json.loads(json.dumps(found.to_json(), allow_nan=False))["experts"] == list(experts)
 
@@ -130,16 +144,26 @@ def test_tables_of_many_entries_are_cut_and_figures_stand_on_their_own(tmp_path)
     found = diagnose(base, {"a<b": {n: torch.ones(2) for n in base}, "c": {n: -torch.ones(2) for n in base}})
     assert len(found.table(10).splitlines()) == 4 + 1 + 2 + 10 + 1 + 1
     path = found.write(tmp_path / "diagnosis.svg")
-    titles = [t.firstChild.data for t in minidom.parse(str(path)).getElementsByTagName("title") if t.firstChild]
+    titles = [
+        t.firstChild.data for t in minidom.parse(str(path)).getElementsByTagName("title") if t.firstChild
+    ]
     assert "a<b, c: -1.000" in titles
     assert "url(" not in path.read_text()
     assert found.to_json()["cosines"] == [pytest.approx([1.0, -1.0]), pytest.approx([-1.0, 1.0])]
 
 
 BAD = {
-    "shapes": ({"w": torch.zeros(2)}, [{"w": torch.zeros(3)}], r"Found \(3,\) for 'w' of expert-0, here \(2,\)"),
+    "shapes": (
+        {"w": torch.zeros(2)},
+        [{"w": torch.zeros(3)}],
+        r"Found \(3,\) for 'w' of expert-0, here \(2,\)",
+    ),
     "nothing shared": ({"w": torch.zeros(2)}, [{"v": torch.zeros(2)}], "should share entries"),
-    "NaN": ({"w": torch.zeros(2)}, [{"w": torch.tensor([0, math.nan])}], "NaN or infinity in 'w' of expert-0"),
+    "NaN": (
+        {"w": torch.zeros(2)},
+        [{"w": torch.tensor([0, math.nan])}],
+        "NaN or infinity in 'w' of expert-0",
+    ),
     "broken base": ({"w": torch.tensor([math.inf])}, [{"w": torch.zeros(1)}], "'w' of the base"),
     "no experts": ({"w": torch.zeros(2)}, [], "at least one expert. Found none"),
     "one state dict": ({"w": torch.zeros(2)}, {"w": torch.zeros(2)}, "in a sequence or by name"),

@@ -24,7 +24,9 @@ def test_the_readme_runs(code, capsys, tmp_path, monkeypatch):
     for line in capsys.readouterr().out.splitlines():
         assert "nan" not in line
         if "+-" in line:  # what the page shows is what comes out, but for other machines' rounding
-            shown = next(text for text in README.splitlines() if text.split()[:1] == line.split()[:1] and "+-" in text)
+            shown = next(
+                text for text in README.splitlines() if text.split()[:1] == line.split()[:1] and "+-" in text
+            )
             assert abs(float(line.split()[1]) - float(shown.split()[1])) < 0.03, line
 
 
@@ -36,7 +38,9 @@ def test_the_examples_of_the_agents_page_run(capsys, tmp_path):
     exec(compile(second.replace("/tmp/", f"{tmp_path}/"), "skill.md", "exec"), there)
     agent, x = here["result"].agent, there["x"]
     columns = there["agent"].frame.columns(agent.frame.labels)
-    assert (agent.predict(x) == there["p"][:, columns]).all(), "without any data it answers what the other answers"
+    assert (agent.predict(x) == there["p"][:, columns]).all(), (
+        "without any data it answers what the other answers"
+    )
     score, mapper = (float(v) for v in re.findall(r"(\d\.\d+|\d\.\d)", capsys.readouterr().out))
     assert score > 0.8 and mapper > 0.8
 
@@ -54,8 +58,12 @@ def test_the_commands_of_the_readme_are_accepted(tmp_path):
         arguments = rest.replace("runs/", f"{tmp_path}/").split()
         done = subprocess.run(
             [sys.executable, "-m", "consilience.cli", name, *arguments, "--training.epochs", "1"],
-            capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False,
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            check=False,
+        )
         assert done.returncode == 0, done.stderr
 
 

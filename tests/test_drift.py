@@ -10,14 +10,32 @@ import torch.nn.functional as F
 
 import consilience as cs
 from consilience.consolidators.normalised import Normalised
-from consilience.core.correction import Correction, Me
+from consilience.core.contexts import Context
+from consilience.core.correction import Correction
 from consilience.core.optimiser import SGD, Adagrad, Adam, Dynamic, Torch, Yogi
 from consilience.core.params import same
-from consilience.core.schedule import Hear, Learn, Stage, build
+from consilience.core.schedule import Evaluate, Exchange, Train, build
 from consilience.core.state import decode_state, encode_state
 from consilience.corrections.drift import GHBM, FedCM, FedDyn, LocalSteps, Scaffold
 from consilience.corrections.outputs import WSM
-from restate import BATCH, EPOCHS, LR, A, B, C, E, entries, final, fit, mlp, near, plain, sgd, source, training
+from restate import (
+    BATCH,
+    EPOCHS,
+    LR,
+    A,
+    B,
+    C,
+    E,
+    entries,
+    final,
+    fit,
+    mlp,
+    near,
+    plain,
+    sgd,
+    source,
+    training,
+)
 
 SGD0 = {"momentum": 0.0}
 FAR = [A, B, E, source("f", 19, seed=6), source("g", 28, seed=7)]
@@ -99,30 +117,40 @@ def test_scaffold_with_all_clients_alike_is_fedavg():
     """Equal data, full batches: every c_i is c."""
     s = [replace(A, name=f"twin{i}") for i in range(3)]
     more = {**SGD0, "batch_size": 100}
-    near(final(federated(s, 4), cs.methods.scaffold(), **more), final(federated(s, 4), cs.methods.finetune(), **more), 1e-12)
+    near(
+        final(federated(s, 4), cs.methods.scaffold(), **more),
+        final(federated(s, 4), cs.methods.finetune(), **more),
+        1e-12,
+    )
 
 
 def test_scaffold_tells_the_sum_once_and_counts_clients():
     agent = cs.run(federated(clients(3), 4, 2), cs.methods.scaffold(), mlp(), training(**SGD0)).agent
     told = agent.state.memory["Scaffold"]
     assert float(told[""].tensors["count"]) == 3 and "gain" not in told[""].meta
-    (message,) = [m for m in agent.tell({}) if m.source == ""]
+    (message,) = [m for m in agent.send({}) if m.source == ""]
     assert set(message.items) == {"model", "Scaffold"}
-    assert not [m for m in agent.tell({}) if m.source], "the sum is told, and no client's own"
-    with pytest.raises(cs.ConsilienceError, match="`clients` should be at least all that are heard. Found 3 and 2"):
+    assert not [m for m in agent.send({}) if m.source], "the sum is told, and no client's own"
+    with pytest.raises(
+        cs.ConsilienceError, match="`clients` should be at least all that are heard. Found 3 and 2"
+    ):
         final(federated(clients(3), 3), cs.methods.scaffold(2), **SGD0)
 
 
 def test_what_was_gained_in_two_learns_is_told_together():
     """An agent that learns twice before anybody hears it."""
     s = clients(2)
-    phases = [Hear({"a": ("server",), "b": ("server",)}), Learn({"a": ("c0",), "b": ("c1",)}), Learn({"a": ("c0",)})]
+    phases = [
+        Exchange({"a": ("server",), "b": ("server",)}),
+        Train({"a": ("c0",), "b": ("c1",)}),
+        Train({"a": ("c0",)}),
+    ]
     phases += [
-        Hear({"server": ("a", "b")}),
-        Hear({"a": ("server",)}),
-        Learn({"a": ("c0",)}),
-        Hear({"server": ("a",)}),
-        Stage("end"),
+        Exchange({"server": ("a", "b")}),
+        Exchange({"a": ("server",)}),
+        Train({"a": ("c0",)}),
+        Exchange({"server": ("a",)}),
+        Evaluate("end"),
     ]
     schedule = build("custom", s, "domain", lambda seed: iter(phases), "server")
     agent = cs.run(schedule, cs.methods.scaffold(), mlp(), training(**SGD0)).agent
@@ -139,8 +167,15 @@ def test_what_was_gained_in_two_learns_is_told_together():
     server = mean(ends)
     shift = {n: (first[n] + c1[n]) / 2 - first[n] for n in first}
     net = plain(params=server)
-    fit(net, s[0], lambda net, x, y, *_: F.cross_entropy(net(x), y) + sum((shift[n] * p).sum() for n, p in net.named_parameters()),
-        2, sgd(net, LR, 0.0))  # fmt: skip
+    fit(
+        net,
+        s[0],
+        lambda net, x, y, *_: (
+            F.cross_entropy(net(x), y) + sum((shift[n] * p).sum() for n, p in net.named_parameters())
+        ),
+        2,
+        sgd(net, LR, 0.0),
+    )
     near(agent.state.params, entries(net), 1e-11)
     c0 = {n: (server[n] - p) / (steps_of(s[0]) * LR) - shift[n] for n, p in entries(net).items()}
     near(agent.state.memory["Scaffold"][""].group("c"), {n: c0[n] + c1[n] for n in c0}, 1e-10)
@@ -168,7 +203,7 @@ def test_feddyn_restated(alpha):
 def test_feddyn_without_alpha_is_fedavg_and_its_h_stays():
     s = clients(3)
     assert same(final(federated(s, 3), cs.methods.feddyn(0.0)), final(federated(s, 3), cs.methods.fedavg()))
-    assert not FedDyn.travels
+    assert not FedDyn.shared_items
     first = [final(federated(s, 1), m) for m in (cs.Method("dyn", (FedDyn(0.3),)), cs.methods.fedprox(0.3))]
     assert same(*first), "the first visit is FedProx"
 
@@ -178,7 +213,10 @@ def test_feddyn_without_alpha_is_fedavg_and_its_h_stays():
 
 def nova(theta, ends, steps):
     effective = sum(w * steps[i] for i, (w, _) in ends.items())
-    return {n: theta[n] - effective * sum(w * (theta[n] - p[n]) / steps[i] for i, (w, p) in ends.items()) for n in theta}
+    return {
+        n: theta[n] - effective * sum(w * (theta[n] - p[n]) / steps[i] for i, (w, p) in ends.items())
+        for n in theta
+    }
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
@@ -193,7 +231,9 @@ def test_fednova_restated(momentum):
         return far
 
     steps = {i: worth(steps_of(c)) for i, c in enumerate(s)}
-    expected = simulate(s, 4, 2, lambda *_: zeros(), lambda theta, ends: nova(theta, ends, steps), momentum=momentum)
+    expected = simulate(
+        s, 4, 2, lambda *_: zeros(), lambda theta, ends: nova(theta, ends, steps), momentum=momentum
+    )
     near(final(federated(s, 4, 2), cs.methods.fednova(), momentum=momentum), expected, 1e-11)
     assert len(set(steps.values())) > 1
 
@@ -204,7 +244,12 @@ def test_fednova_counts_the_steps_of_stragglers():
     phases = []
     for _ in range(2):
         who = {f"c{i}": ("server",) for i in range(3)}
-        phases += [Hear(who), Learn({f"c{i}": (f"c{i}",) for i in range(3)}, work), Hear({"server": tuple(who)}), Stage("round")]
+        phases += [
+            Exchange(who),
+            Train({f"c{i}": (f"c{i}",) for i in range(3)}, work),
+            Exchange({"server": tuple(who)}),
+            Evaluate("round"),
+        ]
     schedule = build("custom", s, "domain", lambda seed: iter(phases), "server")
     theta, server = entries(plain()), None
     for r in range(2):
@@ -225,7 +270,8 @@ def test_fednova_with_equal_steps_is_fedavg():
 def test_fednova_needs_to_know_the_steps():
     method = cs.Method("nova", consolidator=Normalised())
     with pytest.raises(
-        cs.ConsilienceError, match="should come with its number of steps, as fednova tells. Found none of 'client-0'"
+        cs.ConsilienceError,
+        match="should come with its number of steps, as fednova tells. Found none of 'client-0'",
     ):
         final(federated(clients(3), 1), method)
     nesterov = SGD(0.9, nesterov=True)
@@ -233,9 +279,9 @@ def test_fednova_needs_to_know_the_steps():
     for _ in range(5):
         direction, state = nesterov.update(torch.ones(1), state, torch.zeros(1))
         far += float(direction)
-    item = LocalSteps().summarise(_learned(5, nesterov), Me())
+    item = LocalSteps().summarise(_learned(5, nesterov), Context())
     assert abs(float(item.tensors["steps"]) - far) < 1e-5
-    assert float(LocalSteps().summarise(_learned(5, Adam()), Me()).tensors["steps"]) == 5
+    assert float(LocalSteps().summarise(_learned(5, Adam()), Context()).tensors["steps"]) == 5
 
 
 def _learned(steps, inner):
@@ -283,7 +329,12 @@ def test_ghbm_is_the_heavy_ball_form_over_rounds(tau):
         net = plain(params=past[-1])
         F.cross_entropy(net(x), y).backward()
         back = past[-1 - tau] if len(past) > tau else past[-1]
-        past.append({n: past[-1][n] - LR * p.grad + 0.7 / tau * (past[-1][n] - back[n]) for n, p in net.named_parameters()})
+        past.append(
+            {
+                n: past[-1][n] - LR * p.grad + 0.7 / tau * (past[-1][n] - back[n])
+                for n, p in net.named_parameters()
+            }
+        )
     whole = {**SGD0, "epochs": 1, "batch_size": 100}
     found = final(federated([A], 8), cs.methods.ghbm(0.7, tau), **whole)
     near(found, past[-1], 1e-14)
@@ -303,7 +354,8 @@ def test_no_momentum_before_round_tau_plus_one():
         with pytest.raises(cs.Refusal, match="no momentum; use finetune|before round tau . 1 = 4"):
             final(federated(s, rounds), cs.methods.ghbm(0.9, 3), **SGD0)
     assert not same(
-        final(federated(s, 4), cs.methods.ghbm(0.9, 3), **SGD0), final(federated(s, 4), cs.methods.finetune(), **SGD0)
+        final(federated(s, 4), cs.methods.ghbm(0.9, 3), **SGD0),
+        final(federated(s, 4), cs.methods.finetune(), **SGD0),
     )
     long = cs.run(federated(s, 4), cs.methods.ghbm(0.9, 3), mlp(), training(**SGD0))
     short = cs.run(federated(s, 3), cs.methods.finetune(), mlp(), training(**SGD0))
@@ -314,7 +366,10 @@ def test_no_momentum_before_round_tau_plus_one():
 @pytest.mark.parametrize("name", ["ghbm", "local_ghbm", "fedhbm"])
 def test_beta_0_is_fedavg_to_the_bit(name):
     s = clients(3)
-    assert same(final(federated(s, 4, 2), getattr(cs.methods, name)(0.0)), final(federated(s, 4, 2), cs.methods.fedavg()))
+    assert same(
+        final(federated(s, 4, 2), getattr(cs.methods, name)(0.0)),
+        final(federated(s, 4, 2), cs.methods.fedavg()),
+    )
 
 
 def test_fedcm_restated_and_is_ghbm():
@@ -340,8 +395,11 @@ def test_fedcm_restated_and_is_ghbm():
 @pytest.mark.parametrize(("n", "k"), [(3, 1), (4, 2)])
 def test_clients_in_turn_make_local_ghbm_ghbm(n, k):
     s = clients(n)
-    near(final(federated(s, 3 * n // k, k), cs.methods.local_ghbm(0.8), **SGD0),
-         final(federated(s, 3 * n // k, k), cs.methods.ghbm(0.8, n // k), **SGD0), 1e-12)  # fmt: skip
+    near(
+        final(federated(s, 3 * n // k, k), cs.methods.local_ghbm(0.8), **SGD0),
+        final(federated(s, 3 * n // k, k), cs.methods.ghbm(0.8, n // k), **SGD0),
+        1e-12,
+    )
 
 
 @pytest.mark.parametrize("name", ["local_ghbm", "fedhbm"])
@@ -370,29 +428,34 @@ def test_local_momentum_restated(name):
 
 
 def test_local_momentum_tells_a_counter_alone():
-    told = cs.run(federated(clients(3), 4, 2), cs.methods.local_ghbm(), mlp(), training(**SGD0)).agent.tell({})
-    assert [(m.source, m.items["LocalGHBM"].meta, dict(m.items["LocalGHBM"].tensors)) for m in told] == [("", {"round": 4}, {})]
+    told = cs.run(federated(clients(3), 4, 2), cs.methods.local_ghbm(), mlp(), training(**SGD0)).agent.send(
+        {}
+    )
+    assert [(m.source, m.items["LocalGHBM"].meta, dict(m.items["LocalGHBM"].tensors)) for m in told] == [
+        ("", {"round": 4}, {})
+    ]
 
 
 @pytest.mark.parametrize(
-    ("method", "share"), [(cs.methods.ghbm(0.9, 2), 0.45), (cs.methods.fedcm(0.25), 0.75), (cs.methods.local_ghbm(0.6), 0.6)]
+    ("method", "share"),
+    [(cs.methods.ghbm(0.9, 2), 0.45), (cs.methods.fedcm(0.25), 0.75), (cs.methods.local_ghbm(0.6), 0.6)],
 )
 def test_without_gradients_exactly_the_share_of_the_difference_is_added(method, share):
     dead = [False]
 
     @dataclass(frozen=True)
     class Dead(Correction):
-        def losses(self, losses, step, me):
+        def losses(self, losses, step, ctx):
             return {i: v * (0.0 if dead[0] else 1.0) for i, v in losses.items()}
 
     def plan(seed):
         dead[0] = False
         for r in range(4):
             dead[0] = r == 3
-            yield Hear({"a": ("server",), "b": ("server",)})
-            yield Learn({"a": ("c0",), "b": ("c1",)})
-            yield Hear({"server": ("a", "b")})
-            yield Stage(f"round {r + 1}")
+            yield Exchange({"a": ("server",), "b": ("server",)})
+            yield Train({"a": ("c0",), "b": ("c1",)})
+            yield Exchange({"server": ("a", "b")})
+            yield Evaluate(f"round {r + 1}")
 
     def end(rounds):
         def some(seed):
@@ -400,10 +463,18 @@ def test_without_gradients_exactly_the_share_of_the_difference_is_added(method, 
                 if i < 4 * rounds:
                     yield phase
 
-        return final(build("custom", clients(2), "domain", some, "server"), [method, cs.Method("dead", (Dead(),))], **SGD0)
+        return final(
+            build("custom", clients(2), "domain", some, "server"),
+            [method, cs.Method("dead", (Dead(),))],
+            **SGD0,
+        )
 
     tau = 2 if method.name == "ghbm" else 1
-    past = {r: end(r) for r in (3 - tau, 3, 4)} if tau == 1 else {r: end(r) for r in (3, 4)} | {1: _plain_round(clients(2))}
+    past = (
+        {r: end(r) for r in (3 - tau, 3, 4)}
+        if tau == 1
+        else {r: end(r) for r in (3, 4)} | {1: _plain_round(clients(2))}
+    )
     near(past[4], {n: p + share * (p - past[3 - tau][n]) for n, p in past[3].items()}, 1e-13)
 
 
@@ -413,7 +484,9 @@ def _plain_round(s):
 
 def test_momentum_inside_warns():
     for method in (cs.methods.ghbm(0.5, 1), cs.methods.scaffold()):
-        with pytest.warns(UserWarning, match="momentum 0.9 multiplies what it adds to each gradient, up to 10 times"):
+        with pytest.warns(
+            UserWarning, match="momentum 0.9 multiplies what it adds to each gradient, up to 10 times"
+        ):
             final(federated(clients(2), 2), method)
         with pytest.warns(UserWarning, match="Adam scales gradients; train with sgd"):
             final(federated(clients(2), 2), method, optimiser="adam", lr=0.001)
@@ -421,7 +494,13 @@ def test_momentum_inside_warns():
 
 # all of them
 
-TRAVEL = [cs.methods.ghbm(0.8, 2), cs.methods.ghbm(0.8, 1), cs.methods.fedcm(0.4), cs.methods.scaffold(), cs.methods.wsm()]
+TRAVEL = [
+    cs.methods.ghbm(0.8, 2),
+    cs.methods.ghbm(0.8, 1),
+    cs.methods.fedcm(0.4),
+    cs.methods.scaffold(),
+    cs.methods.wsm(),
+]
 
 
 @pytest.mark.parametrize("method", TRAVEL, ids=lambda m: m.name)
@@ -457,7 +536,9 @@ def test_the_order_of_clients_changes_nothing(name):
 
 
 @pytest.mark.parametrize(
-    "method", [cs.methods.scaffold(), cs.methods.ghbm(), cs.methods.fedcm(), cs.methods.local_ghbm()], ids=lambda m: m.name
+    "method",
+    [cs.methods.scaffold(), cs.methods.ghbm(), cs.methods.fedcm(), cs.methods.local_ghbm()],
+    ids=lambda m: m.name,
 )
 @pytest.mark.parametrize("setting", ["multitask", "merging"])
 def test_refused_where_nobody_learns_after_hearing(method, setting):
@@ -475,7 +556,9 @@ def test_fedhbm_needs_others_and_composes():
 
 
 def test_local_momentum_is_refused_where_nobody_learns_twice():
-    with pytest.raises(cs.Refusal, match="no agent learns twice, so that none has momentum of its own; use ghbm"):
+    with pytest.raises(
+        cs.Refusal, match="no agent learns twice, so that none has momentum of its own; use ghbm"
+    ):
         final(federated(FAR, 5, 1), cs.methods.fedhbm())
 
 
@@ -490,10 +573,19 @@ def test_local_momentum_is_refused_where_nobody_learns_twice():
         (lambda: Dynamic(0.0), "`participation` should be in (0, 1]. Found `participation = 0.0`."),
         (lambda: Yogi(1.0), "`beta1` should be in [0, 1). Found `beta1 = 1.0`."),
         (lambda: Adagrad(0.0), "`tau` should be positive and finite. Found `tau = 0.0`."),
-        (lambda: Torch("LBFGS"), "an optimiser should step by a gradient alone. Found 'LBFGS', which needs a closure."),
+        (
+            lambda: Torch("LBFGS"),
+            "an optimiser should step by a gradient alone. Found 'LBFGS', which needs a closure.",
+        ),
         (lambda: Torch("Nothing"), "an optimiser should be a class of torch.optim. Found 'Nothing'."),
-        (lambda: Torch("Adam", (("beta", 1),)), "torch.optim.Adam should take a vector and its arguments {'beta': 1}. Found: "),
-        (lambda: cs.methods.fedavg("lbfg"), "`outer` should be sgd, adam, adagrad, yogi, averaging or a class of torch.optim."),
+        (
+            lambda: Torch("Adam", (("beta", 1),)),
+            "torch.optim.Adam should take a vector and its arguments {'beta': 1}. Found: ",
+        ),
+        (
+            lambda: cs.methods.fedavg("lbfg"),
+            "`outer` should be sgd, adam, adagrad, yogi, averaging or a class of torch.optim.",
+        ),
     ],
 )
 def test_hyperparameters_are_checked(make, message):
@@ -528,10 +620,10 @@ def bent(s, z, y):
     from types import SimpleNamespace as Some
 
     z = z.clone().requires_grad_()
-    _, private = WSM().begin(Some(model=Some(outputs=z.shape[1]), params={}, sources=(s,)))
-    part = Some(y=y, owner="")
+    _, private, _ = WSM().begin(Some(model=Some(outputs=z.shape[1]), params={}, sources=(s,)))
+    part = Some(y=y, drawn_by="")
     see = Some(outputs=[z], parts=[part], theta=z.detach())
-    losses = WSM().losses({0: F.cross_entropy(z, y, reduction="none")}, see, Me(private=private))[0]
+    losses = WSM().losses({0: F.cross_entropy(z, y, reduction="none")}, see, Context(private=private))[0]
     return losses, torch.autograd.grad(losses.mean(), z)[0], private["log_p"]
 
 
@@ -567,7 +659,11 @@ def test_wsm_leaves_samples_of_absent_classes_as_they_are():
     y = torch.tensor([0, 3, 2, 1])
     losses, grad, _ = bent(skewed()[0], z, y)
     plainly = F.cross_entropy(z, y, reduction="none")
-    assert torch.equal(losses[1:3], plainly[1:3]) and (losses[[0, 3]] != plainly[[0, 3]]).all() and torch.isfinite(grad).all()
+    assert (
+        torch.equal(losses[1:3], plainly[1:3])
+        and (losses[[0, 3]] != plainly[[0, 3]]).all()
+        and torch.isfinite(grad).all()
+    )
     for other in (cs.methods.er(20), cs.methods.cumulative(), cs.methods.lwf(), cs.methods.ewc()):
         found = final(cs.settings.continual(skewed(), "task"), [cs.methods.wsm(), other], **SGD0)
         assert all(torch.isfinite(p).all() for p in found.values())
@@ -598,7 +694,11 @@ def test_outer_optimisers_restated(name):
         return new
 
     s = clients(3)
-    near(final(federated(s, 4, 2), getattr(cs.methods, name)(), **SGD0), simulate(s, 4, 2, lambda *_: zeros(), end), 1e-11)
+    near(
+        final(federated(s, 4, 2), getattr(cs.methods, name)(), **SGD0),
+        simulate(s, 4, 2, lambda *_: zeros(), end),
+        1e-11,
+    )
 
 
 OURS = {
@@ -607,7 +707,20 @@ OURS = {
     "AdamW": (Adam(0.8, 0.95, 1e-4, 0.1, True), {"betas": (0.8, 0.95), "eps": 1e-4, "weight_decay": 0.1}),
     "Adagrad": (Adagrad(1e-2), {"eps": 1e-2}),
 }
-THEIRS = ["ASGD", "Adadelta", "Adafactor", "Adagrad", "Adam", "Adamax", "AdamW", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD"]
+THEIRS = [
+    "ASGD",
+    "Adadelta",
+    "Adafactor",
+    "Adagrad",
+    "Adam",
+    "Adamax",
+    "AdamW",
+    "NAdam",
+    "RAdam",
+    "RMSprop",
+    "Rprop",
+    "SGD",
+]
 
 
 def walk(optimiser, lr, steps=6):
@@ -619,7 +732,9 @@ def walk(optimiser, lr, steps=6):
         before = {k: t.clone() for k, t in state.items()}
         grad = torch.randn(7, generator=g, dtype=torch.float64)
         direction, new = optimiser.update(grad, state, theta)
-        assert set(new) == names and all(torch.equal(before[k], t) for k, t in state.items()), "update is pure"
+        assert set(new) == names and all(torch.equal(before[k], t) for k, t in state.items()), (
+            "update is pure"
+        )
         theta, state = theta - lr * direction, new
     return theta
 
@@ -648,7 +763,9 @@ def test_any_of_torchs_serves(name):
 
 def test_one_of_torchs_outside_and_inside():
     s = clients(3)
-    theta = torch.nn.ParameterDict({n.replace(".", "-"): torch.nn.Parameter(p.clone()) for n, p in entries(plain()).items()})
+    theta = torch.nn.ParameterDict(
+        {n.replace(".", "-"): torch.nn.Parameter(p.clone()) for n, p in entries(plain()).items()}
+    )
     optimiser = torch.optim.NAdam(theta.values(), lr=1.0)
 
     def end(start, ends):
@@ -665,7 +782,11 @@ def test_one_of_torchs_outside_and_inside():
     assert same(back.outer, agent.state.outer) and {"exp_avg", "step", "mu_product"} <= back.outer.keys()
     net = plain()
     fit(net, A, optimiser=torch.optim.RAdam(net.parameters(), lr=LR))
-    near(final(cs.settings.continual([A], "domain"), cs.methods.finetune(), optimiser=Torch("RAdam")), entries(net), 1e-11)
+    near(
+        final(cs.settings.continual([A], "domain"), cs.methods.finetune(), optimiser=Torch("RAdam")),
+        entries(net),
+        1e-11,
+    )
 
 
 @pytest.mark.parametrize("name", ["Muon", "SparseAdam"])
@@ -676,12 +797,16 @@ def test_what_does_not_work_on_a_vector_is_refused(name):
 
 
 @pytest.mark.parametrize(
-    ("more", "says"), [({"schedule": "linear"}, "goes down"), ({"rates": {"*.bias": 2.0}}, "gives some another")]
+    ("more", "says"),
+    [({"schedule": "linear"}, "goes down"), ({"rates": {"*.bias": 2.0}}, "gives some another")],
 )
 @pytest.mark.parametrize("method", ["scaffold", "fedcm", "ghbm"])
 def test_methods_that_count_on_one_learning_rate_say_so(method, more, says):
     parts = cs.data.iid(cs.data.digits(), 2)
     with pytest.warns(UserWarning, match=says):
         cs.run(
-            cs.settings.federated(parts, 2), getattr(cs.methods, method)(), cs.models.linear(64), cs.Training(epochs=1, **more)
+            cs.settings.federated(parts, 2),
+            getattr(cs.methods, method)(),
+            cs.models.linear(64),
+            cs.Training(epochs=1, **more),
         )

@@ -28,7 +28,12 @@ def client(i: int, n: int, shape: tuple[int, ...] = (D,)) -> Source:
     x = torch.randn(n + 12, *shape, generator=g)
     y = (x.flatten(1)[:, :C] + 0.3 * torch.randn(n + 12, C, generator=g)).argmax(1)
     return Source(
-        f"c{i}", Tensors(x[:n], y[:n]), Tensors(x[n : n + 2], y[n : n + 2]), Tensors(x[n:], y[n:]), LABELS, tuple(range(C))
+        f"c{i}",
+        Tensors(x[:n], y[:n]),
+        Tensors(x[n : n + 2], y[n : n + 2]),
+        Tensors(x[n:], y[n:]),
+        LABELS,
+        tuple(range(C)),
     )
 
 
@@ -46,9 +51,13 @@ def go(engine, method, sources=CLIENTS, model=None, rounds=2, precision="fp64", 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         result = cs.run(
-            cs.settings.federated(sources, rounds=rounds, **arguments), method, model or mlp(), training, engine=engine,
+            cs.settings.federated(sources, rounds=rounds, **arguments),
+            method,
+            model or mlp(),
+            training,
+            engine=engine,
             progress=lambda line: notes.append(line["note"]) if line["event"] == "engine" else None,
-        )  # fmt: skip
+        )
     return result, notes
 
 
@@ -79,7 +88,11 @@ def test_equal_after_twenty_rounds_of_unequal_clients(name, optimiser):
     b, notes = go(engine, method, training=t, rounds=20, clients_per_round=3)
     assert gap(a, b) < 1e-12
     assert notes == ["batched: 3 agents a step, 83 numbers each"]
-    assert a.costs["macs"] == b.costs["macs"] and a.costs["steps"] == b.costs["steps"] and a.costs["bytes"] == b.costs["bytes"]
+    assert (
+        a.costs["macs"] == b.costs["macs"]
+        and a.costs["steps"] == b.costs["steps"]
+        and a.costs["bytes"] == b.costs["bytes"]
+    )
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -93,7 +106,14 @@ def test_equal_in_single_precision(name):
 def conv(norm):
     return cs.models.wrap(
         lambda: nn.Sequential(
-            nn.Conv2d(1, 4, 3), norm(), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 4, 2), nn.ReLU(), nn.Flatten(), nn.Linear(16, C)
+            nn.Conv2d(1, 4, 3),
+            norm(),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(4, 4, 2),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(16, C),
         )
     )
 
@@ -111,7 +131,9 @@ def test_batch_norm_with_equal_full_batches_and_not_with_others():
     model = conv(lambda: nn.BatchNorm2d(4))
     a, _ = go("serial", cs.methods.fedavg(), full, model)
     b, notes = go("batched", cs.methods.fedavg(), full, model)
-    assert gap(a, b) < 1e-11 and notes == [f"batched: 3 agents a step, {sum(p.numel() for p in b.params.values())} numbers each"]
+    assert gap(a, b) < 1e-11 and notes == [
+        f"batched: 3 agents a step, {sum(p.numel() for p in b.params.values())} numbers each"
+    ]
     for n, t in a.agent.state.buffers.items():
         assert torch.allclose(t, b.agent.state.buffers[n], atol=1e-12)
     odd = [client(i, n, (1, 8, 8)) for i, n in enumerate((16, 12))]
@@ -153,9 +175,9 @@ def test_no_client_may_see_another():
     seen = {}
 
     class Spy(type(batched())):
-        def learn(self, work, watch, paused=None):
-            super().learn(work, watch, paused)
-            seen.update({agent.name: agent.state.params for agent, *_ in work})
+        def train(self, visits, events, paused=None):
+            super().train(visits, events, paused)
+            seen.update({agent.name: agent.state.params for agent, *_ in visits})
 
     cs.run(cs.settings.federated(CLIENTS, rounds=1), cs.methods.fedavg(), mlp(), t, engine=Spy())
     assert max(float((seen["client-0"][n] - p).abs().max()) for n, p in alone.params.items()) < 1e-13
@@ -182,10 +204,10 @@ def test_a_client_that_fails_is_left_out_or_stops_the_run(engine):
         cs.run(schedule, cs.methods.fedavg(), mlp(), t, engine=engine)
 
     def plan(seed, least):
-        from consilience.core.schedule import Learn
+        from consilience.core.schedule import Train
 
         for phase in schedule.plan(seed):
-            yield replace(phase, least=least) if isinstance(phase, Learn) else phase
+            yield replace(phase, least=least) if isinstance(phase, Train) else phase
 
     lines = []
     with pytest.warns(UserWarning, match=r"'client-1' failed and is left out: the disk is gone"):
@@ -200,14 +222,20 @@ def test_a_client_that_fails_is_left_out_or_stops_the_run(engine):
     assert [(line["agent"], line["why"]) for line in lines if line["event"] == "failed"] == [
         ("client-1", "OSError: the disk is gone")
     ] * 2
-    without = cs.run(cs.settings.federated([CLIENTS[0], CLIENTS[2], CLIENTS[3]], rounds=2), cs.methods.fedavg(), mlp(), t)
+    without = cs.run(
+        cs.settings.federated([CLIENTS[0], CLIENTS[2], CLIENTS[3]], rounds=2), cs.methods.fedavg(), mlp(), t
+    )
     assert gap(r, without) < 1e-12
     with (
         warnings.catch_warnings(),
-        pytest.raises(cs.ConsilienceError, match="at least 4 agents that finish. Found 3: 'client-1': OSError"),
+        pytest.raises(
+            cs.ConsilienceError, match="at least 4 agents that finish. Found 3: 'client-1': OSError"
+        ),
     ):
         warnings.simplefilter("ignore")
-        cs.run(replace(schedule, plan=lambda seed: plan(seed, 4)), cs.methods.fedavg(), mlp(), t, engine=engine)
+        cs.run(
+            replace(schedule, plan=lambda seed: plan(seed, 4)), cs.methods.fedavg(), mlp(), t, engine=engine
+        )
 
 
 def test_a_client_that_diverges_is_named():
@@ -221,24 +249,35 @@ def test_interrupted_between_stacks_and_resumed(tmp_path):
     ticks = []
 
     class Stopping(type(batched())):
-        def learn(self, work, watch, paused=None):
+        def train(self, visits, events, paused=None):
             def tick(job):
-                watch.tick(job)
+                events.tick(job)
                 ticks.append(job)
                 if len(ticks) == 4:
                     raise Interrupted("stop")
 
-            super().learn(work, replace(watch, tick=tick), paused)
+            super().train(visits, replace(events, tick=tick), paused)
 
     t = cs.Training(epochs=2, batch_size=8, lr=0.1, precision="fp64")
     schedule = cs.settings.federated(CLIENTS, rounds=3)
     with pytest.raises(Interrupted):
         cs.run(
-            schedule, cs.methods.fedavg(outer_momentum=0.5), mlp(), t, engine=Stopping(chunk=2), out=tmp_path / "r",
+            schedule,
+            cs.methods.fedavg(outer_momentum=0.5),
+            mlp(),
+            t,
+            engine=Stopping(chunk=2),
+            out=tmp_path / "r",
             checkpoint_seconds=1e-9,
-        )  # fmt: skip
+        )
     again = cs.run(
-        schedule, cs.methods.fedavg(outer_momentum=0.5), mlp(), t, engine=batched(chunk=2), out=tmp_path / "r", resume=True
+        schedule,
+        cs.methods.fedavg(outer_momentum=0.5),
+        mlp(),
+        t,
+        engine=batched(chunk=2),
+        out=tmp_path / "r",
+        resume=True,
     )
     assert gap(whole, again) == 0 and (whole.matrices == again.matrices).all()
 
@@ -261,14 +300,23 @@ def test_numbers_that_differ_are_stacked_and_what_else_differs_refuses():
     assert float(fill(c, [torch.tensor(0.3)]).mu) == pytest.approx(0.3)
     ragged = merge([[1, 2], [1]], Slots())
     assert isinstance(ragged, Ragged)
-    for use in (lambda: ragged[0], lambda: list(ragged), lambda: ragged + 1, lambda: bool(ragged), lambda: ragged.x):
+    for use in (
+        lambda: ragged[0],
+        lambda: list(ragged),
+        lambda: ragged + 1,
+        lambda: bool(ragged),
+        lambda: ragged.x,
+    ):
         with pytest.raises(Unbatchable, match="differs between agents"):
             use()
 
 
 def test_auto_stacks_small_models_once_they_take_many_steps_and_leaves_one_agent_alone():
     a, notes = go("auto", cs.methods.fedavg(), rounds=20)
-    assert [n[:13] for n in notes] == ["one after ano", "batched: 5 ag"] and "until 400 steps of a kind" in notes[0]
+    assert [n[:13] for n in notes] == [
+        "one after ano",
+        "batched: 5 ag",
+    ] and "until 400 steps of a kind" in notes[0]
     b, _ = go("serial", cs.methods.fedavg(), rounds=20)
     assert gap(a, b) < 1e-12
     _, notes = go("auto", cs.methods.fedavg())
@@ -276,7 +324,9 @@ def test_auto_stacks_small_models_once_they_take_many_steps_and_leaves_one_agent
     one = cs.run(cs.settings.continual(CLIENTS[:2]), cs.methods.ewc(), mlp(), engine="auto")
     plain = cs.run(cs.settings.continual(CLIENTS[:2]), cs.methods.ewc(), mlp())
     assert gap(one, plain) == 0
-    with pytest.raises(cs.ConsilienceError, match="`engine` should be one of the catalogue's. Found 'bached'"):
+    with pytest.raises(
+        cs.ConsilienceError, match="`engine` should be one of the catalogue's. Found 'bached'"
+    ):
         go("bached", cs.methods.fedavg())
 
 
@@ -285,9 +335,9 @@ def test_agents_that_were_heard_rest(monkeypatch, tmp_path):
     agents = {}
 
     class Spy(type(batched())):
-        def learn(self, work, watch, paused=None):
-            agents.update({agent.name: agent for agent, *_ in work})
-            super().learn(work, watch, paused)
+        def train(self, visits, events, paused=None):
+            agents.update({agent.name: agent for agent, *_ in visits})
+            super().train(visits, events, paused)
 
     def run(method, engine="serial", **more):
         t = cs.Training(epochs=1, batch_size=8, lr=0.1, precision="fp64")
@@ -309,7 +359,7 @@ def test_agents_that_were_heard_rest(monkeypatch, tmp_path):
 
             run(method, out=out, checkpoint_steps=4, progress=stop)
         again = run(method, out=out, resume=True)
-        monkeypatch.setattr("consilience.core.walk.rests", lambda phases, evaluated: {})
+        monkeypatch.setattr("consilience.loop.trial.release_plan", lambda phases, evaluated: {})
         whole = run(method, "batched")
         monkeypatch.undo()
         assert gap(light, whole) == 0 and light.costs["bytes"] == whole.costs["bytes"]
@@ -319,17 +369,29 @@ def test_agents_that_were_heard_rest(monkeypatch, tmp_path):
 
 
 def test_who_rests_and_who_does_not():
-    from consilience.core.schedule import Hear, Learn, Stage
-    from consilience.core.walk import rests
+    from consilience.core.schedule import Evaluate, Exchange, Train
+    from consilience.loop.trial import release_plan
 
-    down, learn, up = Hear({"a": ("s",), "b": ("s",)}), Learn({"a": ("x",), "b": ("y",)}), Hear({"s": ("a", "b")})
-    assert rests([down, learn, up, Stage("1"), down, learn, up, Stage("2")], "s") == {
-        0: (), 2: ("a", "b"), 4: (), 6: ("a", "b")
-    }  # fmt: skip
-    assert rests([down, learn, up, Stage("1")], "a")[2] == ("b",), "who is judged keeps what it has"
-    assert rests([learn, up, Stage("1"), learn, up], "s")[1] == (), "who learns on without hearing keeps what it has"
-    own = Hear({"s": ("a",), "a": ("s",)})
-    assert rests([Learn({"s": ("x",), "a": ("y",)}), Hear({"s": ("a",)}), own, Stage("1")], "s")[1] == (), "s learns too"
+    down, learn, up = (
+        Exchange({"a": ("s",), "b": ("s",)}),
+        Train({"a": ("x",), "b": ("y",)}),
+        Exchange({"s": ("a", "b")}),
+    )
+    assert release_plan([down, learn, up, Evaluate("1"), down, learn, up, Evaluate("2")], "s") == {
+        0: (),
+        2: ("a", "b"),
+        4: (),
+        6: ("a", "b"),
+    }
+    assert release_plan([down, learn, up, Evaluate("1")], "a")[2] == ("b",), "who is judged keeps what it has"
+    assert release_plan([learn, up, Evaluate("1"), learn, up], "s")[1] == (), (
+        "who learns on without hearing keeps what it has"
+    )
+    own = Exchange({"s": ("a",), "a": ("s",)})
+    assert (
+        release_plan([Train({"s": ("x",), "a": ("y",)}), Exchange({"s": ("a",)}), own, Evaluate("1")], "s")[1]
+        == ()
+    ), "s learns too"
 
 
 # the programs
@@ -348,7 +410,11 @@ def arguments(program):
         if n.op == "placeholder":
             meta = n.meta["tensor_meta"]
             drawn = torch.rand(meta.shape, generator=g, dtype=torch.float64)
-            args.append(drawn.to(meta.dtype) if meta.dtype.is_floating_point else (C * drawn).to(meta.dtype).clamp_min(1))
+            args.append(
+                drawn.to(meta.dtype)
+                if meta.dtype.is_floating_point
+                else (C * drawn).to(meta.dtype).clamp_min(1)
+            )
     return args
 
 
@@ -356,9 +422,10 @@ def arguments(program):
 @pytest.mark.parametrize("optimiser", ["sgd", "momentum", "decay", "nesterov", "adam"])
 def test_a_tidied_program_is_the_traced_one(name, optimiser):
     more = {
-        "momentum": {"momentum": 0.9, "weight_decay": 0.01}, "decay": {"weight_decay": 0.1},
+        "momentum": {"momentum": 0.9, "weight_decay": 0.01},
+        "decay": {"weight_decay": 0.1},
         "nesterov": {"optimiser": SGD(0.9, nesterov=True)},
-    }.get(optimiser, {"optimiser": optimiser})  # fmt: skip
+    }.get(optimiser, {"optimiser": optimiser})
     method = METHODS[name](cs.methods) if name in METHODS else getattr(cs.methods, name)()
     made = programs(method, cs.Training(epochs=2, batch_size=8, lr=0.02, precision="fp64", **more))
     assert made
@@ -376,7 +443,9 @@ def test_steps_make_no_copy_of_all_parameters(name):
     """What pulls at every parameter is added in place: no operation but an update makes as many numbers as the largest entry has."""
     method = METHODS[name](cs.methods) if name in METHODS else getattr(cs.methods, name)()
     model = cs.models.mlp(D, (64,), C)
-    for program in programs(method, cs.Training(epochs=2, batch_size=8, lr=0.02, precision="fp64"), model=model):
+    for program in programs(
+        method, cs.Training(epochs=2, batch_size=8, lr=0.02, precision="fp64"), model=model
+    ):
         ShapeProp(program.graph).propagate(*arguments(program))
         for n in program.graph.graph.nodes:
             if n.op in ("call_function", "call_method") and n.meta["tensor_meta"].shape[-2:] == (64, D):
@@ -386,7 +455,13 @@ def test_steps_make_no_copy_of_all_parameters(name):
 
 def test_an_engine_that_is_used_again_takes_other_training():
     engine, model = batched(), mlp()
-    for more in ({}, {"weight_decay": 0.5}, {"momentum": 0.9}, {"optimiser": SGD(0.9, nesterov=True)}, {"lr": 0.01}):
+    for more in (
+        {},
+        {"weight_decay": 0.5},
+        {"momentum": 0.9},
+        {"optimiser": SGD(0.9, nesterov=True)},
+        {"lr": 0.01},
+    ):
         t = cs.Training(**{"epochs": 1, "batch_size": 8, "lr": 0.1, "precision": "fp64", **more})
         for method in (cs.methods.fedavg(), cs.methods.fedprox(0.3), cs.methods.fedprox(3.0)):
             a, _ = go("serial", method, model=model, training=t)

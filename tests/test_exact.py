@@ -17,14 +17,15 @@ from consilience.aggregators._mean import Mean
 from consilience.consolidators.statistics import solve
 from consilience.core.aggregator import Cone
 from consilience.core.batch import Batch
-from consilience.core.correction import Correction, Learned, Routing, Row, StepView
+from consilience.core.contexts import Begun, Learned, Routing, Row, StepView
+from consilience.core.correction import Correction
 from consilience.core.errors import Refusal
 from consilience.core.message import Message, Module, Private, Statistics
 from consilience.core.method import Method
 from consilience.core.metrics import accuracy, auroc, r2, summary
 from consilience.core.optimiser import SGD, Adam, Averaging
 from consilience.core.params import Layout, key, same
-from consilience.core.schedule import Hear, Learn, Stage
+from consilience.core.schedule import Evaluate, Exchange, Train
 from consilience.core.source import Source, Tensors
 from consilience.corrections.baselines import Cumulative
 from consilience.corrections.fisher import fisher
@@ -61,7 +62,10 @@ from restate import (
 
 def quadratic_steps(ours, theirs, lr, n=20):
     g = torch.Generator().manual_seed(0)
-    h, target = torch.rand(7, generator=g, dtype=torch.float64) + 0.1, torch.randn(7, generator=g, dtype=torch.float64)
+    h, target = (
+        torch.rand(7, generator=g, dtype=torch.float64) + 0.1,
+        torch.randn(7, generator=g, dtype=torch.float64),
+    )
     theta = torch.randn(7, generator=g, dtype=torch.float64)
     leaf = theta.clone().requires_grad_()
     optimiser, state = theirs([leaf]), ours.init(theta)
@@ -89,9 +93,17 @@ def test_sgd_is_torchs(momentum, decay, nesterov):
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_adam_and_adamw_are_torchs(decay):
-    quadratic_steps(Adam(weight_decay=decay), lambda p: torch.optim.Adam(p, lr=0.01, weight_decay=decay), 0.01)
-    quadratic_steps(Adam(weight_decay=decay, decoupled=True), lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=decay), 0.01)
-    quadratic_steps(Adam(0.8, 0.95, 1e-3), lambda p: torch.optim.Adam(p, lr=0.3, betas=(0.8, 0.95), eps=1e-3), 0.3)
+    quadratic_steps(
+        Adam(weight_decay=decay), lambda p: torch.optim.Adam(p, lr=0.01, weight_decay=decay), 0.01
+    )
+    quadratic_steps(
+        Adam(weight_decay=decay, decoupled=True),
+        lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=decay),
+        0.01,
+    )
+    quadratic_steps(
+        Adam(0.8, 0.95, 1e-3), lambda p: torch.optim.Adam(p, lr=0.3, betas=(0.8, 0.95), eps=1e-3), 0.3
+    )
 
 
 def test_averaging_is_the_running_mean():
@@ -119,7 +131,12 @@ def test_finetuning_is_the_plain_loop(optimiser):
     fit(net, A, optimiser=made())
     fit(net, B, optimiser=made())
     near(
-        final(cs.settings.continual([A, B], "domain"), cs.methods.finetune(), optimiser=optimiser, weight_decay=0.01),
+        final(
+            cs.settings.continual([A, B], "domain"),
+            cs.methods.finetune(),
+            optimiser=optimiser,
+            weight_decay=0.01,
+        ),
         entries(net),
     )
 
@@ -171,7 +188,11 @@ def test_precisions():
     s = [source("a", 30, seed=1, dtype=torch.float32), source("b", 30, seed=2, dtype=torch.float32)]
     for m in (cs.methods.finetune(), cs.methods.ewc(1.0), cs.methods.lwf(), cs.methods.er(20)):
         end = {p: final(cs.settings.continual(s, "domain"), m, precision=p) for p in ("fp32", "fp64", "bf16")}
-        assert {p: end[p]["1.weight"].dtype for p in end} == {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.float32}
+        assert {p: end[p]["1.weight"].dtype for p in end} == {
+            "fp32": torch.float32,
+            "fp64": torch.float64,
+            "bf16": torch.float32,
+        }
         wide = {n: t.double() for n, t in end["fp32"].items()}
         if m.name != "ewc":  # its labels are drawn from probabilities that differ in the last bits
             near(wide, end["fp64"], 1e-4)
@@ -202,12 +223,16 @@ def naive_fisher(net, s, labels="all", keep=None, targets=None):
 
 def learned(model, params, s, buffers=None, task=None, seed=0):
     trainable = {n: p for n, p in params.items() if not model.frozen(n) and p.is_floating_point()}
-    return Learned(model, params, buffers or {}, {}, s, task, Layout.of(trainable), torch.Generator().manual_seed(seed))
+    return Learned(
+        model, params, buffers or {}, {}, s, task, Layout.of(trainable), torch.Generator().manual_seed(seed)
+    )
 
 
 def double(model, seed=0):
     params, buffers = model.init(key(seed, "init"))
-    return {n: p.double() for n, p in params.items()}, {n: b.double() if b.is_floating_point() else b for n, b in buffers.items()}
+    return {n: p.double() for n, p in params.items()}, {
+        n: b.double() if b.is_floating_point() else b for n, b in buffers.items()
+    }
 
 
 def test_the_fisher_is_the_sum_over_samples():
@@ -259,11 +284,19 @@ class Residual(nn.Module):
 LAYERED = {
     "mlp": (mlp, A),
     "in place": (
-        lambda: cs.models.wrap(lambda: nn.Sequential(nn.Linear(D, 5), nn.ReLU(inplace=True), nn.Linear(5, C, bias=False))),
+        lambda: cs.models.wrap(
+            lambda: nn.Sequential(nn.Linear(D, 5), nn.ReLU(inplace=True), nn.Linear(5, C, bias=False))
+        ),
         A,
     ),
-    "conv": (lambda: cs.models.conv(C, size=8, width=2), source("i", 9, seed=5, d=64).map(x=lambda x: x.view(-1, 1, 8, 8))),
-    "residual": (lambda: cs.models.wrap(Residual), source("j", 9, seed=6, d=36).map(x=lambda x: x.view(-1, 1, 6, 6))),
+    "conv": (
+        lambda: cs.models.conv(C, size=8, width=2),
+        source("i", 9, seed=5, d=64).map(x=lambda x: x.view(-1, 1, 8, 8)),
+    ),
+    "residual": (
+        lambda: cs.models.wrap(Residual),
+        source("j", 9, seed=6, d=36).map(x=lambda x: x.view(-1, 1, 6, 6)),
+    ),
 }
 
 
@@ -274,15 +307,22 @@ def test_fisher_and_sensitivity_by_layers_are_the_vmapped_ones(name, monkeypatch
     make, s = LAYERED[name]
     model = make()
     params, buffers = double(model)
-    params = {n: p.detach() + 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(2)) for n, p in params.items()}
+    params = {
+        n: p.detach() + 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(2))
+        for n, p in params.items()
+    }
     here = lambda: learned(model, params, s, buffers)  # noqa: E731
     assert room._layers(here()) is not None
-    made = [room.fisher(here(), labels, chunk=4) for labels in ("data", "all", "model")] + [room.sensitivity(here(), chunk=4)]
+    made = [room.fisher(here(), labels, chunk=4) for labels in ("data", "all", "model")] + [
+        room.sensitivity(here(), chunk=4)
+    ]
     with monkeypatch.context() as m:
         m.setattr(room, "NUMBERS", 200)
         sliced = [room.fisher(here(), "data", chunk=4), room.sensitivity(here(), chunk=4)]
     monkeypatch.setattr(room, "_layers", lambda learned: None)
-    slow = [room.fisher(here(), labels, chunk=4) for labels in ("data", "all", "model")] + [room.sensitivity(here(), chunk=4)]
+    slow = [room.fisher(here(), labels, chunk=4) for labels in ("data", "all", "model")] + [
+        room.sensitivity(here(), chunk=4)
+    ]
     for fast, wanted in zip([*made, *sliced], [*slow, slow[0], slow[3]], strict=True):
         assert any(v.any() for v in wanted.values())
         near(fast, wanted, 1e-12)
@@ -296,7 +336,9 @@ def naive_by_model(model, params, buffers, s, task, keep=None):
         leaves = {n: p.clone().requires_grad_(n in names) for n, p in params.items()}
         out = model(leaves, buffers, x[None], task, False)[0]
         out = out if keep is None else out.masked_fill(~keep, -torch.inf)
-        grads = torch.autograd.grad(-F.cross_entropy(out, y[None]), [leaves[n] for n in names], allow_unused=True)
+        grads = torch.autograd.grad(
+            -F.cross_entropy(out, y[None]), [leaves[n] for n in names], allow_unused=True
+        )
         for n, g in zip(names, grads, strict=True):
             if g is not None:
                 total[n] += g**2 / len(s.train)
@@ -309,14 +351,22 @@ def test_the_fisher_of_other_models():
     images = images.map(x=lambda x: x.view(-1, 1, 8, 8))
     conv = cs.models.conv(C, size=8, width=2)
     params, buffers = double(conv)
-    near(fisher(learned(conv, params, images, buffers), "data"), naive_by_model(conv, params, buffers, images, None), 1e-12)
+    near(
+        fisher(learned(conv, params, images, buffers), "data"),
+        naive_by_model(conv, params, buffers, images, None),
+        1e-12,
+    )
 
     heads = cs.models.multi_head(mlp(), C)
     params, buffers = double(heads)
     for s in (source("a", 10, (0, 1), 1, task="a"), source("b", 10, (2, 3), 2, task="b")):
         params, buffers = heads.grow(params, buffers, s, g)
     keep = torch.tensor([False, False, True, True])
-    near(fisher(learned(heads, params, s, buffers, "b"), "data"), naive_by_model(heads, params, buffers, s, "b", keep), 1e-12)
+    near(
+        fisher(learned(heads, params, s, buffers, "b"), "data"),
+        naive_by_model(heads, params, buffers, s, "b", keep),
+        1e-12,
+    )
 
     class Tokens(nn.Module):  # linear layers on vectors, but several of them a sample
         def __init__(self):
@@ -343,7 +393,9 @@ def test_the_fisher_of_other_models():
 
 
 def penalised(net, anchors, strength):
-    return sum(strength / 2 * (f[n] * (p - at[n]) ** 2).sum() for f, at in anchors for n, p in net.named_parameters())
+    return sum(
+        strength / 2 * (f[n] * (p - at[n]) ** 2).sum() for f, at in anchors for n, p in net.named_parameters()
+    )
 
 
 def test_ewc_is_the_explicit_sum_over_sources():
@@ -355,21 +407,28 @@ def test_ewc_is_the_explicit_sum_over_sources():
     near(r.agent.state.params, entries(net), 1e-11)
 
     job = r.agent.prepare(("c",))  # revisited: the sums of the two others, one vector each
-    ((c, me),) = job.corrections
+    ((c, ctx),) = job.corrections
     assert isinstance(c, EWC)
     layout = job.layout
-    assert {k: tuple(v.shape) for k, v in me.flat.items()} == {"precision": (layout.size,), "shift": (layout.size,)}
-    near({"p": me.flat["precision"]}, {"p": sum(layout.flatten(f) for f, _ in anchors[:2])}, 1e-11)
+    assert {k: tuple(v.shape) for k, v in ctx.flat.items()} == {
+        "precision": (layout.size,),
+        "shift": (layout.size,),
+    }
+    near({"p": ctx.flat["precision"]}, {"p": sum(layout.flatten(f) for f, _ in anchors[:2])}, 1e-11)
 
     leaf = torch.randn(layout.size, dtype=torch.float64, generator=key(0)).requires_grad_()
-    ours = torch.autograd.grad(c.penalty(SimpleNamespace(theta=leaf), me), leaf)[0]
+    ours = torch.autograd.grad(c.penalty(SimpleNamespace(theta=leaf), ctx), leaf)[0]
     at = {n: p.detach().requires_grad_() for n, p in layout.split(leaf).items()}
     naive = sum(1.5 * (f[n] * (at[n] - old[n]) ** 2).sum() for f, old in anchors[:2] for n in at)
-    near({"g": ours}, {"g": layout.flatten(dict(zip(at, torch.autograd.grad(naive, list(at.values())), strict=True)))}, 1e-11)
+    near(
+        {"g": ours},
+        {"g": layout.flatten(dict(zip(at, torch.autograd.grad(naive, list(at.values())), strict=True)))},
+        1e-11,
+    )
 
 
 def test_a_revisited_sources_own_summary_is_left_out():
-    plan = [step for n in "aba" for step in (Learn({"agent": (n,)}), Hear(ME))] + [Stage("end")]
+    plan = [step for n in "aba" for step in (Train({"agent": (n,)}), Exchange(ME))] + [Evaluate("end")]
     net, anchors = plain(), {}
     for visit, s in ((0, A), (0, B), (1, A)):
         others = [v for n, v in anchors.items() if n != s.name]
@@ -379,7 +438,8 @@ def test_a_revisited_sources_own_summary_is_left_out():
 
 
 @pytest.mark.parametrize(
-    "method", [cs.methods.ewc(0.0), cs.methods.si(0.0), cs.methods.lwf(0.0), cs.methods.er(0), cs.methods.fedprox(0.0)]
+    "method",
+    [cs.methods.ewc(0.0), cs.methods.si(0.0), cs.methods.lwf(0.0), cs.methods.er(0), cs.methods.fedprox(0.0)],
 )
 def test_strength_zero_is_plain_training_bit_for_bit(method):
     for schedule in (
@@ -402,7 +462,10 @@ def si_loop(net, s, omegas, strength, xi, path=None, visit=0, second=None):
         own = sum(F.cross_entropy(net(x), y) for *_, x, y in parts) / len(parts)
         g = torch.autograd.grad(own, list(net.parameters()), retain_graph=True)
         before = entries(net)
-        total = {n: sum(o[n] for o, _ in omegas).clamp(min=0) if omegas else torch.zeros_like(p) for n, p in start.items()}
+        total = {
+            n: sum(o[n] for o, _ in omegas).clamp(min=0) if omegas else torch.zeros_like(p)
+            for n, p in start.items()
+        }
         penalty = sum(strength * (total[n] * (p - start[n]) ** 2).sum() for n, p in net.named_parameters())
         optimiser.zero_grad()
         (own + penalty).backward()
@@ -424,7 +487,13 @@ def test_si_of_sources_learned_together_adds_to_the_whole_path():
     net = plain()
     omegas = [si_loop(net, A, [], 2.0, 0.01, second=B)]
     si_loop(net, E, omegas, 2.0, 0.01)
-    plan = [Learn({"agent": ("a", "b")}), Hear(ME), Learn({"agent": ("c",)}), Hear(ME), Stage("end")]
+    plan = [
+        Train({"agent": ("a", "b")}),
+        Exchange(ME),
+        Train({"agent": ("c",)}),
+        Exchange(ME),
+        Evaluate("end"),
+    ]
     near(final(phases([A, B, E], plan), cs.methods.si(2.0, 0.01)), entries(net), 1e-10)
 
 
@@ -449,10 +518,16 @@ def test_lwf_restated(scenario, match):
 
         def loss(net, x, y, *_):
             out, old = net(x), teacher(x).detach()  # noqa: B023
-            value = F.cross_entropy(out[:, own], y - own[0]) if scenario == "task" else F.cross_entropy(out, y)  # noqa: B023
+            value = (
+                F.cross_entropy(out[:, own], y - own[0])  # noqa: B023
+                if scenario == "task"
+                else F.cross_entropy(out, y)
+            )
             for g in groups:  # noqa: B023
                 pair = out[:, g], old[:, g]
-                value = value + 0.7 * (distil(*pair) if match == "probabilities" else ((pair[0] - pair[1]) ** 2).mean())
+                value = value + 0.7 * (
+                    distil(*pair) if match == "probabilities" else ((pair[0] - pair[1]) ** 2).mean()
+                )
             return value
 
         fit(net, s, loss)
@@ -467,19 +542,37 @@ def test_lwf_of_values_keeps_the_outputs():
     net = plain()
     fit(net, s[0], lambda net, x, y, *_: F.mse_loss(net(x)[:, :2], y))
     old = copy.deepcopy(net)
-    fit(net, s[1], lambda net, x, y, *_: F.mse_loss(net(x)[:, :2], y) + F.mse_loss(net(x)[:, :2], old(x)[:, :2].detach()))
+    fit(
+        net,
+        s[1],
+        lambda net, x, y, *_: (
+            F.mse_loss(net(x)[:, :2], y) + F.mse_loss(net(x)[:, :2], old(x)[:, :2].detach())
+        ),
+    )
     near(final(cs.settings.continual(s), cs.methods.lwf(match="logits")), entries(net))
 
 
 def test_the_first_source_of_lwf_is_plain_training():
-    plan = [Learn({"agent": ("a",)}), Hear(ME), Stage("a"), Learn({"agent": ("b",)}), Hear(ME), Stage("b")]
+    plan = [
+        Train({"agent": ("a",)}),
+        Exchange(ME),
+        Evaluate("a"),
+        Train({"agent": ("b",)}),
+        Exchange(ME),
+        Evaluate("b"),
+    ]
     seen = {}
 
-    def heard(self, before, after, memory, fresh):
+    def after_receive(self, before, after, memory, fresh):
         seen.setdefault("first", {n: p.clone() for n, p in after.params.items()})
         return memory
 
-    cs.run(phases([A, B], plan), cs.methods.lwf() + Method("", (toy(heard=heard),)), mlp(), training())
+    cs.run(
+        phases([A, B], plan),
+        cs.methods.lwf() + Method("", (toy(after_receive=after_receive),)),
+        mlp(),
+        training(),
+    )
     assert same(seen["first"], final(cs.settings.continual([A], "domain"), cs.methods.finetune()))
 
 
@@ -526,7 +619,10 @@ def federate(s, rounds, mu=0.0, momentum=0.9, outer=None, epochs=EPOCHS, batch=B
         ends = []
         for one in s:
             net = plain(params=server)
-            pull = lambda net, start=server: sum(mu / 2 * ((p - start[n]) ** 2).sum() for n, p in net.named_parameters())  # noqa: E731
+
+            def pull(net, start=server):
+                return sum(mu / 2 * ((p - start[n]) ** 2).sum() for n, p in net.named_parameters())
+
             fit(
                 net,
                 one,
@@ -544,25 +640,40 @@ def federate(s, rounds, mu=0.0, momentum=0.9, outer=None, epochs=EPOCHS, batch=B
 
 
 def test_fedavg_is_the_mean_by_size():
-    near(final(cs.settings.federated(clients(), 2, scenario="domain"), cs.methods.fedavg()), federate(clients(), 2))
+    near(
+        final(cs.settings.federated(clients(), 2, scenario="domain"), cs.methods.fedavg()),
+        federate(clients(), 2),
+    )
 
 
 def test_the_order_of_clients_changes_nothing():
     s = clients(4)
-    ends = [final(cs.settings.federated(o, 2, scenario="domain"), cs.methods.fedavg()) for o in (s, [s[2], s[0], s[3], s[1]])]
+    ends = [
+        final(cs.settings.federated(o, 2, scenario="domain"), cs.methods.fedavg())
+        for o in (s, [s[2], s[0], s[3], s[1]])
+    ]
     near(*ends, 1e-12)
 
 
 @pytest.mark.parametrize("mu", [0.1, 5.0])
 def test_fedprox_restated(mu):
-    near(final(cs.settings.federated(clients(), 2, scenario="domain"), cs.methods.fedprox(mu)), federate(clients(), 2, mu), 1e-11)
+    near(
+        final(cs.settings.federated(clients(), 2, scenario="domain"), cs.methods.fedprox(mu)),
+        federate(clients(), 2, mu),
+        1e-11,
+    )
 
 
 def test_the_first_local_step_of_fedprox_does_not_know_mu():
     once = {"epochs": 1, "batch_size": 100}
-    ends = [final(cs.settings.federated(clients(), 3, scenario="domain"), cs.methods.fedprox(mu), **once) for mu in (0.1, 7.0)]
+    ends = [
+        final(cs.settings.federated(clients(), 3, scenario="domain"), cs.methods.fedprox(mu), **once)
+        for mu in (0.1, 7.0)
+    ]
     assert same(*ends)
-    assert same(ends[0], final(cs.settings.federated(clients(), 3, scenario="domain"), cs.methods.fedavg(), **once))
+    assert same(
+        ends[0], final(cs.settings.federated(clients(), 3, scenario="domain"), cs.methods.fedavg(), **once)
+    )
 
 
 def test_outer_optimisers_restated():
@@ -588,12 +699,23 @@ def test_outer_optimisers_restated():
         (cs.methods.fedavg("adam", 0.1), adam),
         (cs.methods.fedavg("averaging"), averaging),
     ):
-        near(final(cs.settings.federated(clients(), 3, scenario="domain"), method), federate(clients(), 3, outer=outer), 1e-11)
+        near(
+            final(cs.settings.federated(clients(), 3, scenario="domain"), method),
+            federate(clients(), 3, outer=outer),
+            1e-11,
+        )
 
 
 @pytest.mark.parametrize(
     "method",
-    [cs.methods.finetune(), cs.methods.ewc(3.0), cs.methods.si(), cs.methods.lwf(), cs.methods.fedprox(), cs.methods.fed3r()],
+    [
+        cs.methods.finetune(),
+        cs.methods.ewc(3.0),
+        cs.methods.si(),
+        cs.methods.lwf(),
+        cs.methods.fedprox(),
+        cs.methods.fed3r(),
+    ],
     ids=lambda m: m.name,
 )
 def test_one_client_a_round_without_revisits_is_continual_learning(method):
@@ -621,7 +743,9 @@ def test_clients_hear_of_each_others_fisher():
 
 
 def drawn(er, s, seed):
-    return er.summarise(SimpleNamespace(source=s, generator=torch.Generator().manual_seed(seed), task=None, order=0), None)
+    return er.summarise(
+        SimpleNamespace(source=s, generator=torch.Generator().manual_seed(seed), task=None, order=0), None
+    )
 
 
 def test_the_buffer_is_a_reservoir():
@@ -629,7 +753,14 @@ def test_the_buffer_is_a_reservoir():
 
     sizes, er, runs = {"a": 45, "b": 20, "c": 35}, ER(20), 1200
     s = {
-        n: Source(n, t := Tensors(torch.arange(k)[:, None], torch.zeros(k, dtype=torch.long)), t, t, (("s", "0"),), (0,))
+        n: Source(
+            n,
+            t := Tensors(torch.arange(k)[:, None], torch.zeros(k, dtype=torch.long)),
+            t,
+            t,
+            (("s", "0"),),
+            (0,),
+        )
         for n, k in sizes.items()
     }
     counts = {n: torch.zeros(k) for n, k in sizes.items()}
@@ -651,7 +782,10 @@ def test_the_buffer_is_a_reservoir():
 
 def reservoir(size, *seen):
     """(x, y) kept after these sources."""
-    keys = [torch.rand(len(s.train), generator=key(0, s.name, 0, "ER", "summarise"), dtype=torch.float64) for s in seen]
+    keys = [
+        torch.rand(len(s.train), generator=key(0, s.name, 0, "ER", "summarise"), dtype=torch.float64)
+        for s in seen
+    ]
     bound = torch.cat(keys).sort().values[size - 1]
     kept = []
     for s, k in zip(seen, keys, strict=True):
@@ -676,7 +810,7 @@ def test_er_restated():
     kept = r.agent.state.memory["ER"]
     assert sum(len(m.tensors["y"]) for m in kept.values()) == 12
     assert all(isinstance(m, Private) for m in kept.values())
-    assert all("ER" not in m.items for m in r.agent.tell({}))
+    assert all("ER" not in m.items for m in r.agent.send({}))
     with pytest.raises(TypeError, match="Private"):
         Message("agent", "a", 1, 1, "", "", {"ER": kept["a"]})
 
@@ -692,13 +826,13 @@ def test_cumulative_training_is_on_the_union():
 
 def test_a_pool_is_shuffled_anew_in_every_round():
     s = clients(2)
-    plan = [Learn({"agent": ("c0",)}), Hear(ME)]
+    plan = [Train({"agent": ("c0",)}), Exchange(ME)]
     for _ in range(2):
-        plan += [Learn({"agent": ("c1",)}), Hear(ME)]
+        plan += [Train({"agent": ("c1",)}), Exchange(ME)]
     net = fit(plain(), s[0])
     for learns in (1, 2):
         fit(net, Source.union("c0+c1", s), visit=learns)
-    near(final(phases(s, [*plan, Stage("end")]), cs.methods.cumulative()), entries(net))
+    near(final(phases(s, [*plan, Evaluate("end")]), cs.methods.cumulative()), entries(net))
 
 
 # closed form
@@ -711,7 +845,13 @@ def ridge(sources, strength, model=None, scale=1.0):
     x, y = (torch.cat(t) for t in zip(*(s.train.whole() for s in sources), strict=True))
     psi = model.features(params, buffers, x)
     psi = torch.cat([psi, torch.ones(len(psi), 1).double()], 1)
-    return torch.linalg.solve(psi.T @ psi + strength * torch.eye(psi.shape[1]).double(), psi.T @ F.one_hot(y, C).double()), psi, y
+    return (
+        torch.linalg.solve(
+            psi.T @ psi + strength * torch.eye(psi.shape[1]).double(), psi.T @ F.one_hot(y, C).double()
+        ),
+        psi,
+        y,
+    )
 
 
 def head_of(params):
@@ -727,7 +867,9 @@ def test_fed3r_is_the_centralised_solution_whatever_the_schedule():
     w, *_ = ridge(s, 0.01)
     x, y = (torch.cat(t) for t in zip(*(one.train.whole() for one in s), strict=True))
     order = torch.randperm(len(y), generator=key(1))
-    resplit = [s[0].map(name=f"p{i}", train=Tensors(x[j], y[j]), task=None) for i, j in enumerate(order.split(17))]
+    resplit = [
+        s[0].map(name=f"p{i}", train=Tensors(x[j], y[j]), task=None) for i, j in enumerate(order.split(17))
+    ]
     settings = [
         cs.settings.continual(s, "domain"),
         cs.settings.continual(s[::-1], "domain"),
@@ -748,7 +890,10 @@ def test_fed3r_is_the_centralised_solution_whatever_the_schedule():
 
 
 def test_fed3r_options():
-    s = [source("a", 30, (0, 1, 2), 1).map(classes=(0, 1, 2, 3)), source("b", 25, (0, 1, 2), 2).map(classes=(0, 1, 2, 3))]
+    s = [
+        source("a", 30, (0, 1, 2), 1).map(classes=(0, 1, 2, 3)),
+        source("b", 25, (0, 1, 2), 2).map(classes=(0, 1, 2, 3)),
+    ]
     schedule = cs.settings.continual(s, "domain")
     w, psi, y = ridge(s, 0.02)
     got = head_of(final(schedule, cs.methods.fed3r(0.02)))
@@ -818,7 +963,9 @@ def test_nearest_mean_is_brute_force():
         distances = []
         for s in sources.values():
             own = model.features(params, buffers, s.train.x)
-            distances.append(min(float((p - own[s.train.y == c].mean(0)).square().sum()) for c in s.train.y.unique()))
+            distances.append(
+                min(float((p - own[s.train.y == c].mean(0)).square().sum()) for c in s.train.y.unique())
+            )
         best.append(int(np.argmin(distances)))
     weights = NearestMean().route(Routing(x, lambda: psi, lambda: [], KEYS), items)
     assert weights.argmax(1).tolist() == best
@@ -831,13 +978,20 @@ def test_nearest_mean_is_brute_force():
 
 
 def mixture(mean, variance, weight, count):
-    return Module({"mean": mean, "variance": variance, "weight": weight, "count": torch.tensor([float(count)])})
+    return Module(
+        {"mean": mean, "variance": variance, "weight": weight, "count": torch.tensor([float(count)])}
+    )
 
 
 def test_the_mixture_is_the_largest_weighted_density():
     g = torch.Generator().manual_seed(0)
     items = {
-        k: mixture(torch.randn(4, 3, generator=g), torch.rand(4, 3, generator=g) + 0.3, torch.rand(4, generator=g).softmax(0), n)
+        k: mixture(
+            torch.randn(4, 3, generator=g),
+            torch.rand(4, 3, generator=g) + 0.3,
+            torch.rand(4, generator=g).softmax(0),
+            n,
+        )
         for k, n in zip(KEYS, (10, 100, 1000), strict=True)
     }
     x = blobs(200)
@@ -845,28 +999,41 @@ def test_the_mixture_is_the_largest_weighted_density():
         scores = []
         for item in items.values():
             t = {k: v.double() for k, v in item.tensors.items()}
-            normal = torch.distributions.Independent(torch.distributions.Normal(t["mean"], t["variance"].sqrt()), 1)
+            normal = torch.distributions.Independent(
+                torch.distributions.Normal(t["mean"], t["variance"].sqrt()), 1
+            )
             density = t["weight"] * normal.log_prob(x[:, None]).exp() * (t["count"] if prior == "size" else 1)
             scores.append(density.max(1).values)
         assert torch.equal(chosen(GaussianMixture(4, prior), x, items), torch.stack(scores, 1).argmax(1))
-    assert not torch.equal(chosen(GaussianMixture(4, "size"), x, items), chosen(GaussianMixture(4, "uniform"), x, items))
+    assert not torch.equal(
+        chosen(GaussianMixture(4, "size"), x, items), chosen(GaussianMixture(4, "uniform"), x, items)
+    )
 
 
 def test_one_spherical_component_each_is_nearest_mean():
     means = torch.randn(3, 3, generator=key(5))
-    items = {k: mixture(m[None], torch.full((1, 3), 0.7), torch.ones(1), 10) for k, m in zip(KEYS, means, strict=True)}
+    items = {
+        k: mixture(m[None], torch.full((1, 3), 0.7), torch.ones(1), 10)
+        for k, m in zip(KEYS, means, strict=True)
+    }
     x = blobs()
     for prior in ("size", "uniform"):
-        assert torch.equal(chosen(GaussianMixture(1, prior), x, items), torch.cdist(x, means.double()).argmin(1))
+        assert torch.equal(
+            chosen(GaussianMixture(1, prior), x, items), torch.cdist(x, means.double()).argmin(1)
+        )
 
 
 @pytest.mark.parametrize("fit", ["torch", "sklearn"])
 def test_a_small_task_has_few_components_and_is_found_beside_a_large_one(fit):
     """24 examples beside 600 of a wider task, in 40 dimensions: 25 components of one example each would be points."""
-    x = {n: torch.randn(k + 200, 40, generator=key(0, n)).double() for n, k in (("small", 24), ("large", 600))}
+    x = {
+        n: torch.randn(k + 200, 40, generator=key(0, n)).double() for n, k in (("small", 24), ("large", 600))
+    }
     x["large"] += 0.6
     y = torch.zeros(800, dtype=torch.long)
-    sources = [Source(n, *[Tensors(v[:-200], y[: len(v) - 200])] * 3, ((n, "c"),), (0,), n) for n, v in x.items()]
+    sources = [
+        Source(n, *[Tensors(v[:-200], y[: len(v) - 200])] * 3, ((n, "c"),), (0,), n) for n, v in x.items()
+    ]
     model = cs.models.mlp(40, (4,), 2)
     params, _ = model.init(key(0))
     found = {}
@@ -880,8 +1047,14 @@ def test_a_small_task_has_few_components_and_is_found_beside_a_large_one(fit):
 
 @pytest.mark.parametrize("mapper", ["gaussian_mixture", "nearest_mean"])
 def test_the_order_of_arrival_changes_no_route(mapper):
-    s = [source(n, 40, c, seed, task=n) for n, c, seed in (("a", (0, 1), 1), ("b", (2, 3), 2), ("c", (1, 2), 3))]
-    model, x = cs.models.multi_head(cs.models.random_features(D, 16), C), torch.randn(60, D, generator=key(0)).double()
+    s = [
+        source(n, 40, c, seed, task=n)
+        for n, c, seed in (("a", (0, 1), 1), ("b", (2, 3), 2), ("c", (1, 2), 3))
+    ]
+    model, x = (
+        cs.models.multi_head(cs.models.random_features(D, 16), C),
+        torch.randn(60, D, generator=key(0)).double(),
+    )
     told = []
     for order in (s, s[::-1], [s[1], s[2], s[0]]):
         agent = cs.run(cs.settings.skill(order), cs.methods.skill(mapper, 3), model, training(epochs=1)).agent
@@ -897,7 +1070,9 @@ def test_confidence_mappers():
     x = torch.zeros(20, 1)
     entropy = torch.stack([-(q * q.log()).sum(1) / np.log(q.shape[1]) for q in p], 1)
     assert torch.equal(MinEntropy().route(routing(x, KEYS, p), {}).argmax(1), entropy.argmin(1))
-    assert torch.equal(Average().route(routing(x, KEYS, p), {}), torch.full((20, 3), 1 / 3, dtype=torch.float64))
+    assert torch.equal(
+        Average().route(routing(x, KEYS, p), {}), torch.full((20, 3), 1 / 3, dtype=torch.float64)
+    )
 
 
 def test_ensembles_are_weighted_sums_of_softmaxes():
@@ -939,7 +1114,10 @@ def test_the_mean_of_models_is_the_base_plus_the_mean_task_vector():
     schedule = cs.settings.merging([A, B, E], scenario="domain")  # of unequal sizes, equally weighted
     near(final(schedule, cs.methods.average()), expected)
     near(final(schedule, cs.methods.task_arithmetic(1.0)), expected)
-    near(final(schedule, cs.methods.task_arithmetic(0.9)), {n: base[n] + 0.3 * sum(m[n] - base[n] for m in models) for n in base})
+    near(
+        final(schedule, cs.methods.task_arithmetic(0.9)),
+        {n: base[n] + 0.3 * sum(m[n] - base[n] for m in models) for n in base},
+    )
 
 
 def test_coefficients_one_and_zero_are_bit_equal():
@@ -956,7 +1134,10 @@ def test_the_parameter_average_is_a_running_mean():
     models = tuned()
     for k in (1, 2, 3):
         schedule = cs.settings.exmodel([A, B, E][:k], scenario="domain")
-        near(final(schedule, cs.methods.parameter_average()), {n: sum(m[n] for m in models[:k]) / k for n in models[0]})
+        near(
+            final(schedule, cs.methods.parameter_average()),
+            {n: sum(m[n] for m in models[:k]) / k for n in models[0]},
+        )
 
 
 @pytest.mark.parametrize("density", [0.2, 0.65, 1.0])
@@ -1004,7 +1185,9 @@ def test_pcgrad_restated():
     for (*_, xa, ya), (*_, xb, yb) in zip(batches(A, steps=steps), batches(B, steps=steps), strict=True):
         rows = []
         for x, y in ((xa, ya), (xb, yb)):
-            rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(F.cross_entropy(net(x), y), parameters)]))
+            rows.append(
+                torch.cat([g.flatten() for g in torch.autograd.grad(F.cross_entropy(net(x), y), parameters)])
+            )
         opposed += float(rows[0] @ rows[1]) < 0
         for p, g in zip(parameters, surgery(rows).split([p.numel() for p in parameters]), strict=True):
             p.grad = g.view_as(p)
@@ -1023,7 +1206,10 @@ def test_heads_keep_their_own_weighted_gradient_under_pcgrad():
     s = [source("a", 16, (0, 1), 1), source("b", 16, (2, 3), 2)]
     model, once = cs.models.multi_head(mlp(), C), {"epochs": 1, "batch_size": 16, "momentum": 0.0}
     schedule = cs.settings.multitask(s, "task")
-    cut, mean = final(schedule, cs.methods.pcgrad(), model, **once), final(schedule, cs.methods.finetune(), model, **once)
+    cut, mean = (
+        final(schedule, cs.methods.pcgrad(), model, **once),
+        final(schedule, cs.methods.finetune(), model, **once),
+    )
     start, buffers = double(model)
     rows = []
     for one in s:
@@ -1033,14 +1219,22 @@ def test_heads_keep_their_own_weighted_gradient_under_pcgrad():
         out = model(leaves, buffers, one.train.x, one.name, True)[0]
         loss = F.cross_entropy(out, one.train.y)
         names = sorted(n for n in leaves if n.startswith("trunk"))
-        rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, [leaves[n] for n in names], retain_graph=True)]))
+        rows.append(
+            torch.cat(
+                [
+                    g.flatten()
+                    for g in torch.autograd.grad(loss, [leaves[n] for n in names], retain_graph=True)
+                ]
+            )
+        )
         for k in ("weight", "bias"):
             n = f"heads.{one.name}.{k}"
             g = torch.autograd.grad(loss, leaves[n], retain_graph=True)[0]
             near({n: cut[n]}, {n: start[n] - LR * g / 2})
     for got, row in ((cut, surgery(rows)), (mean, sum(rows) / 2)):
         near(
-            {"t": torch.cat([got[n].flatten() for n in names])}, {"t": torch.cat([start[n].flatten() for n in names]) - LR * row}
+            {"t": torch.cat([got[n].flatten() for n in names])},
+            {"t": torch.cat([start[n].flatten() for n in names]) - LR * row},
         )
 
 
@@ -1054,22 +1248,31 @@ def test_the_summary_by_hand():
     assert s["forgetting"] == pytest.approx(((0.9 - 0.6) + (0.8 - 0.85)) / 2)
     assert s["backward_transfer"] == pytest.approx(((0.6 - 0.9) + (0.85 - 0.8)) / 2)
     assert s["forward_transfer"] == pytest.approx(((0.25 - 0.2) + (0.45 - 0.3)) / 2)
-    assert [summary(m, [1, None, 3])[k] for k in ("forgetting", "backward_transfer", "forward_transfer")] == [None] * 3
-    assert [summary(m[:2], [1, 1, 1])[k] for k in ("forgetting", "backward_transfer", "forward_transfer")] == [None] * 3
+    assert [summary(m, [1, None, 3])[k] for k in ("forgetting", "backward_transfer", "forward_transfer")] == [
+        None
+    ] * 3
+    assert [
+        summary(m[:2], [1, 1, 1])[k] for k in ("forgetting", "backward_transfer", "forward_transfer")
+    ] == [None] * 3
 
 
 def test_metrics_are_scikit_learns():
     from sklearn import metrics
 
     g = torch.Generator().manual_seed(0)
-    p, y = torch.rand(200, 4, generator=g).mul(8).round().softmax(1).double(), torch.randint(4, (200,), generator=g)
+    p, y = (
+        torch.rand(200, 4, generator=g).mul(8).round().softmax(1).double(),
+        torch.randint(4, (200,), generator=g),
+    )
     assert accuracy(p, y) == pytest.approx(metrics.accuracy_score(y, p.argmax(1)))
     q = p / p.sum(1, keepdim=True)
     assert auroc(q, y) == pytest.approx(metrics.roc_auc_score(y, q, multi_class="ovr"), abs=1e-12)
     two = (y > 1).long()
     assert auroc(p[:, :2], two) == pytest.approx(metrics.roc_auc_score(two, p[:, 1]), abs=1e-12)
     values, made = torch.randn(50, 2, generator=g).double(), torch.randn(50, 3, generator=g).double()
-    assert r2(made, values) == pytest.approx(metrics.r2_score(values, made[:, :2], multioutput="variance_weighted"), abs=1e-12)
+    assert r2(made, values) == pytest.approx(
+        metrics.r2_score(values, made[:, :2], multioutput="variance_weighted"), abs=1e-12
+    )
 
 
 # verbs
@@ -1083,14 +1286,17 @@ def toy(**verbs):
 def ran(correction, sources=(A, B), **more):
     method = Method("toy", (correction,), **more.pop("method", {}))
     return cs.run(
-        cs.settings.continual(list(sources), more.pop("scenario", "domain")), method, more.pop("model", mlp()), training(**more)
+        cs.settings.continual(list(sources), more.pop("scenario", "domain")),
+        method,
+        more.pop("model", mlp()),
+        training(**more),
     )
 
 
 @pytest.mark.parametrize("optimiser", ["sgd", "adamw"])
 def test_masked_entries_do_not_move(optimiser):
     frozen = torch.rand(59, generator=key(0)) < 0.5
-    r = ran(toy(mask=lambda self, step, me: (~frozen).to(step.theta)), optimiser=optimiser, weight_decay=0.1)
+    r = ran(toy(mask=lambda self, step, ctx: (~frozen).to(step.theta)), optimiser=optimiser, weight_decay=0.1)
     layout = Layout.of(r.agent.state.params)
     assert layout.size == 59
     start, end = layout.flatten(double(mlp())[0]), layout.flatten(r.agent.state.params)
@@ -1100,7 +1306,11 @@ def test_masked_entries_do_not_move(optimiser):
     names = sorted(dict(net.named_parameters()))
     own = dict(net.named_parameters())
     for s in (A, B):
-        made = sgd(net, weight_decay=0.1) if optimiser == "sgd" else torch.optim.AdamW(net.parameters(), lr=LR, weight_decay=0.1)
+        made = (
+            sgd(net, weight_decay=0.1)
+            if optimiser == "sgd"
+            else torch.optim.AdamW(net.parameters(), lr=LR, weight_decay=0.1)
+        )
         for *_, x, y in batches(s):
             made.zero_grad()
             F.cross_entropy(net(x), y).backward()
@@ -1118,7 +1328,7 @@ def test_masked_entries_do_not_move(optimiser):
 
 
 def test_a_view_is_differentiated_through():
-    halve = toy(view=lambda self, params, task, me: {**params, "1.weight": params["1.weight"] / 2})
+    halve = toy(view=lambda self, params, task, ctx: {**params, "1.weight": params["1.weight"] / 2})
     r = ran(halve)
 
     def seen(net, x):
@@ -1131,16 +1341,13 @@ def test_a_view_is_differentiated_through():
     near({"p": r.agent.predict(A.test.x)}, {"p": seen(net, A.test.x).softmax(1).detach()})
 
 
-def test_outputs_and_losses_are_bent():
-    offset = torch.tensor([1.0, -1.0, 0.5, 0.0], dtype=torch.float64)
+def test_losses_are_bent():
     weight = torch.tensor([1.0, 0.0, 3.0, 0.5], dtype=torch.float64)
-    r = ran(toy(outputs=lambda self, out, task, me: out + offset))
-    net = plain()
-    for s in (A, B):
-        fit(net, s, lambda net, x, y, *_: F.cross_entropy(net(x) + offset, y))
-    near(r.agent.state.params, entries(net))
-
-    r = ran(toy(losses=lambda self, losses, step, me: {i: v * weight[step.parts[i].y] for i, v in losses.items()}))
+    r = ran(
+        toy(
+            losses=lambda self, losses, step, ctx: {i: v * weight[step.parts[i].y] for i, v in losses.items()}
+        )
+    )
     net = plain()
     for s in (A, B):
         fit(net, s, lambda net, x, y, *_: (F.cross_entropy(net(x), y, reduction="none") * weight[y]).mean())
@@ -1148,7 +1355,7 @@ def test_outputs_and_losses_are_bent():
 
 
 def test_rows_are_further_objectives():
-    r = ran(toy(rows=lambda self, step, me: [Row(step.raw[0].square().mean(), 0.3)]))
+    r = ran(toy(rows=lambda self, step, ctx: [Row(step.raw[0].square().mean(), 0.3)]))
     net = plain()
     for s in (A, B):
         fit(net, s, lambda net, x, y, *_: F.cross_entropy(net(x), y) + 0.3 * net(x).square().mean())
@@ -1166,7 +1373,7 @@ class HalfSpace(Mean, Cone):
 
 def test_constraints_want_a_cone():
     opposed = lambda out: out[:, 0].mean()  # noqa: E731
-    constraint = toy(rows=lambda self, step, me: [Row(opposed(step.raw[0]), kind="constraint")])
+    constraint = toy(rows=lambda self, step, ctx: [Row(opposed(step.raw[0]), kind="constraint")])
     with pytest.raises(Refusal, match="cone"):
         ran(constraint)
     r = ran(constraint, method={"step_aggregator": HalfSpace()})
@@ -1189,16 +1396,19 @@ def test_a_penalty_can_be_a_linear_term_and_a_trace_follows_the_path():
     push = torch.randn(59, generator=key(2)).double() * 0.1
     kept = {}
 
-    def trace(self, step, me, grad, delta):
-        return {"moved": me.trace["moved"] + delta, "pushed": me.trace["pushed"] + grad}
+    def trace(self, step, ctx, grad, delta):
+        return {"moved": ctx.trace["moved"] + delta, "pushed": ctx.trace["pushed"] + grad}
 
-    def summarise(self, here, me):
-        kept[here.source.name] = {k: v.clone() for k, v in me.trace.items()}
+    def summarise(self, here, ctx):
+        kept[here.source.name] = {k: v.clone() for k, v in ctx.trace.items()}
 
     r = ran(
         toy(
-            penalty=lambda self, step, me: step.theta @ push,
-            trace_init=lambda self, theta: {"moved": torch.zeros_like(theta), "pushed": torch.zeros_like(theta)},
+            penalty=lambda self, step, ctx: step.theta @ push,
+            trace_init=lambda self, theta: {
+                "moved": torch.zeros_like(theta),
+                "pushed": torch.zeros_like(theta),
+            },
             trace=trace,
             summarise=summarise,
         ),
@@ -1209,18 +1419,25 @@ def test_a_penalty_can_be_a_linear_term_and_a_trace_follows_the_path():
     linear = lambda net: (torch.cat([p.flatten() for _, p in sorted(net.named_parameters())]) * push).sum()  # noqa: E731
     for s in (A, B):
         start = layout.flatten(entries(net))
-        fit(net, s, lambda net, x, y, *_: F.cross_entropy(net(x), y) + linear(net), optimiser=sgd(net, momentum=0.0))
+        fit(
+            net,
+            s,
+            lambda net, x, y, *_: F.cross_entropy(net(x), y) + linear(net),
+            optimiser=sgd(net, momentum=0.0),
+        )
         end, steps = layout.flatten(entries(net)), EPOCHS * -(-len(s.train) // BATCH)
         near({"m": kept[s.name]["moved"]}, {"m": end - start})
-        near({"g": kept[s.name]["pushed"]}, {"g": -(end - start) / LR - steps * push}, 1e-10)  # before the penalty
+        near(
+            {"g": kept[s.name]["pushed"]}, {"g": -(end - start) / LR - steps * push}, 1e-10
+        )  # before the penalty
     near(r.agent.state.params, entries(net))
 
 
 def test_begin_can_add_an_entry():
     def begin(self, start):
-        return {"extra.shift": torch.zeros(C, dtype=torch.float64), **start.params}, {}
+        return Begun({"extra.shift": torch.zeros(C, dtype=torch.float64), **start.params})
 
-    def view(self, params, task, me):
+    def view(self, params, task, ctx):
         shift = params.get("extra.shift", torch.zeros(C, dtype=torch.float64))
         return {**{n: p for n, p in params.items() if n != "extra.shift"}, "3.bias": params["3.bias"] + shift}
 
@@ -1233,13 +1450,16 @@ def test_begin_can_add_an_entry():
 
 
 def test_heard_sees_every_absorption():
-    def heard(self, before, after, memory, fresh):
+    def after_receive(self, before, after, memory, fresh):
         old, new = before.params, after.params
         gap = torch.stack([(new[n] - old[n]).abs().sum() for n in old]).sum()
         return {**memory, str(len(memory)): Private({"gap": gap, "new": new["3.bias"]})}
 
     agent = cs.run(
-        cs.settings.federated(clients(), 3, scenario="domain"), Method("toy", (toy(heard=heard),)), mlp(), training()
+        cs.settings.federated(clients(), 3, scenario="domain"),
+        Method("toy", (toy(after_receive=after_receive),)),
+        mlp(),
+        training(),
     ).agent
     history = agent.state.memory["Toy"]
     assert len(history) == 3
@@ -1273,7 +1493,7 @@ def test_an_unsampled_head_does_not_move_under_momentum():
     model = cs.models.multi_head(mlp(), C)
     calls = []
 
-    def sample(self, me, sources, generator):
+    def sample(self, ctx, sources, generator):
         calls.append(sources[0].name)
         if sources[0].name == "b" and len(calls) % 2:
             return [Batch(s[0].train.x[:4], s[0].train.y[:4], "a", source="a")]
@@ -1289,12 +1509,16 @@ def test_an_unsampled_head_does_not_move_under_momentum():
         heads[one.name] = nn.Linear(5, 2).double()
         heads[one.name].load_state_dict({k: p[f"heads.{one.name}.{k}"] for k in ("weight", "bias")})
         used = [*trunk.parameters(), *(p for h in heads.values() for p in h.parameters())]
-        optimiser = torch.optim.SGD(used, lr=LR, momentum=0.9, weight_decay=0.05)  # leaves out what has no gradient
+        optimiser = torch.optim.SGD(
+            used, lr=LR, momentum=0.9, weight_decay=0.05
+        )  # leaves out what has no gradient
         for *_, x, y in batches(one):
             calls2 += 1
             value = F.cross_entropy(heads[one.name](trunk(x).relu()), y - one.classes[0])
             if one.name == "b" and calls2 % 2:
-                value = (value + F.cross_entropy(heads["a"](trunk(s[0].train.x[:4]).relu()), s[0].train.y[:4])) / 2
+                value = (
+                    value + F.cross_entropy(heads["a"](trunk(s[0].train.x[:4]).relu()), s[0].train.y[:4])
+                ) / 2
             optimiser.zero_grad(set_to_none=True)
             value.backward()
             optimiser.step()
@@ -1330,7 +1554,9 @@ def test_batch_norm_is_carried_and_averaged():
 
     ends = [fit(normed_start(model), s) for s in (A, B)]
     total = len(A.train) + len(B.train)
-    agent = cs.run(cs.settings.federated([A, B], 1, scenario="domain"), cs.methods.fedavg(), model, training()).agent
+    agent = cs.run(
+        cs.settings.federated([A, B], 1, scenario="domain"), cs.methods.fedavg(), model, training()
+    ).agent
     for k in ("1.running_mean", "1.running_var"):
         mean = sum(len(s.train) / total * e.state_dict()[k] for s, e in zip((A, B), ends, strict=True))
         near({k: agent.state.buffers[k]}, {k: mean})
@@ -1369,7 +1595,9 @@ def test_the_dual_program_is_exact():
         assert torch.allclose(GEM(0.0).project(v, one), AGEM().project(v, one), atol=1e-10)
         kept = rows * torch.sign(rows @ v)[:, None]
         for cone in (GEM(0.0), GEM(0.5), AGEM()):
-            assert torch.equal(cone.project(v, kept), v), "no violated constraint leaves the gradient untouched"
+            assert torch.equal(cone.project(v, kept), v), (
+                "no violated constraint leaves the gradient untouched"
+            )
 
 
 def test_gem_with_one_past_task_is_agem():
@@ -1377,14 +1605,17 @@ def test_gem_with_one_past_task_is_agem():
     from consilience.corrections.projection import EpisodicConstraints
 
     schedule = cs.settings.continual([A, B], "domain")
-    ends = [final(schedule, Method("gem", (EpisodicConstraints(20, 8),), step_aggregator=cone)) for cone in (GEM(0.0), AGEM())]
+    ends = [
+        final(schedule, Method("gem", (EpisodicConstraints(20, 8),), step_aggregator=cone))
+        for cone in (GEM(0.0), AGEM())
+    ]
     near(ends[0], ends[1], 1e-9)
     assert not same(ends[0], final(schedule, cs.methods.finetune()))
 
 
 def test_der_restated():
     """One step on the second source: CE + alpha MSE(z) + beta CE, on the batches that were drawn."""
-    from consilience.core.agent import Job
+    from consilience.loop.agent import Job
 
     drawn = []
     original = Job.run
@@ -1395,16 +1626,26 @@ def test_der_restated():
 
         class Watched(type(step)):
             def __call__(self, parts, clock, generator):
-                drawn.append((parts, {n: v.clone() for n, v in self.layout.split(self.carry.theta).items()}, None))
+                drawn.append(
+                    (parts, {n: v.clone() for n, v in self.layout.split(self.carry.theta).items()}, None)
+                )
                 call(self, parts, clock, generator)
-                drawn[-1] = (*drawn[-1][:2], {n: v.clone() for n, v in self.layout.split(self.carry.theta).items()})
+                drawn[-1] = (
+                    *drawn[-1][:2],
+                    {n: v.clone() for n, v in self.layout.split(self.carry.theta).items()},
+                )
 
         step.__class__ = Watched
         return original(self, ledger)
 
     Job.run = watch
     try:
-        cs.run(cs.settings.continual([A, B], "domain"), cs.methods.derpp(30, 8, 0.3, 0.7), mlp(), training(momentum=0.0))
+        cs.run(
+            cs.settings.continual([A, B], "domain"),
+            cs.methods.derpp(30, 8, 0.3, 0.7),
+            mlp(),
+            training(momentum=0.0),
+        )
     finally:
         Job.run = original
     parts, before, after = drawn[-1]
@@ -1425,7 +1666,7 @@ def test_er_ace_restated():
     correction = cs.methods.er_ace(30, 8).corrections[0]
     out, y = torch.randn(6, 5).double(), torch.tensor([0, 1, 0, 1, 1, 0])
     memory = torch.randn(4, 5).double(), torch.tensor([2, 3, 4, 2])
-    parts = [Batch(out, y), Batch(*memory, owner="ERACE")]
+    parts = [Batch(out, y), Batch(*memory, drawn_by="ERACE")]
     see = StepView(out, out, None, parts, [], [out, memory[0]], None, (0, 0), (1, 1), None, None, None)
     bent = correction.losses({0: F.cross_entropy(out, y, reduction="none"), 1: torch.ones(4)}, see, None)
     assert torch.allclose(bent[0], F.cross_entropy(out[:, :2], y, reduction="none"))
@@ -1445,7 +1686,9 @@ def test_mas_l2sp_and_online_ewc_restated():
     x, _ = A.train.whole()
     for xi in x.double():
         for (n, _), g in zip(
-            net.named_parameters(), torch.autograd.grad((net(xi[None]) ** 2).sum(), list(net.parameters())), strict=True
+            net.named_parameters(),
+            torch.autograd.grad((net(xi[None]) ** 2).sum(), list(net.parameters())),
+            strict=True,
         ):
             omega[n] += g.abs() / len(x)
     got = MAS().summarise(l, None)
@@ -1467,7 +1710,10 @@ def test_running_precisions_have_one_centre(name):
     """Over three sources: what was kept of each, summed (with gamma, decayed), around where the learn begins."""
     method = cs.methods.mas(0.02) if name == "mas" else cs.methods.online_ewc(0.5, 0.5, "all")
     r = cs.run(cs.settings.continual([A, B, E], "domain"), method, mlp(), training())
-    items = [r.agent.state.bank["agent", s.name].items[method.corrections[0].name].group("precision") for s in (A, B)]
+    items = [
+        r.agent.state.bank["agent", s.name].items[method.corrections[0].name].group("precision")
+        for s in (A, B)
+    ]
     net = fit(plain(), A)
     for s, gains in ((B, (1.0,)), (E, (0.5 if name == "online_ewc" else 1.0, 1.0))):
         start = entries(net)
@@ -1483,13 +1729,13 @@ def test_running_precisions_have_one_centre(name):
 
 def test_a_capped_precision_keeps_its_centre():
     """An entry beyond the cap returns to its centre in one step of the penalty; others are untouched."""
-    from consilience.core.correction import Me
+    from consilience.core.contexts import Context
 
     p, centre = torch.tensor([0.5, 3.0, 40.0]).double(), torch.tensor([1.0, -2.0, 0.3]).double()
-    me = Me(flat={"precision": p, "shift": p * centre})
-    flat, said = EWC(strength=10.0).caution(me, cs.Training(lr=0.05))
+    ctx = Context(flat={"precision": p, "shift": p * centre})
+    flat, said = EWC(strength=10.0).prepare_step(ctx, cs.Training(lr=0.05))
     assert "2 of 3 entries are capped" in said
-    assert me.flat["precision"] is p
+    assert ctx.flat["precision"] is p
     assert torch.allclose(flat["precision"], torch.tensor([0.5, 2.0, 2.0]).double())
     assert torch.allclose(flat["shift"] / flat["precision"], centre)
     theta = torch.randn(3).double()
@@ -1499,6 +1745,6 @@ def test_a_capped_precision_keeps_its_centre():
         (EWC(strength=0.01), cs.Training(lr=0.05)),
         (EWC(strength=10.0), cs.Training(optimiser="adam")),
     ):
-        flat, said = correction.caution(me, training_)
+        flat, said = correction.prepare_step(ctx, training_)
         assert said is None
         assert flat["precision"] is p

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 
 import consilience as cs
-from consilience.core.agent import Agent
-from consilience.core.correction import Me
+from consilience.core.contexts import Context
 from consilience.core.params import key, same
 from consilience.core.source import Source, Tensors
 from consilience.corrections.contexts import PSP, turns
 from consilience.corrections.expansion import DEN, Chain
+from consilience.loop.agent import Agent
 from restate import stopped
 
 D, C = 6, 6
@@ -60,7 +60,9 @@ def items(r):
 
 def seen(r, task):
     c, agent = r.agent.method.corrections[0], r.agent
-    return c.view(dict(agent.state.params), task, Me(known=c.recall(agent.memory(c), ()), model=agent.model))
+    return c.view(
+        dict(agent.state.params), task, Context(recalled=c.recall(agent.memory(c), ()), model=agent.model)
+    )
 
 
 # the restatement of DEN: three dense layers that really grow, one task after another
@@ -73,21 +75,31 @@ class Restated:
         p = start(model)
         self.c, self.w, self.b = c, [p[f"{n}.weight"] for n in (1, 3, 5)], [p[f"{n}.bias"] for n in (1, 3, 5)]
         self.base = [self.w[2], self.b[2]]
-        self.columns = [list(range(D)), list(range(12)), list(range(10))]  # of what is alive among all columns ever drawn
+        self.columns = [
+            list(range(D)),
+            list(range(12)),
+            list(range(10)),
+        ]  # of what is alive among all columns ever drawn
         self.full, self.old, self.log = [D, 12, 10], [], []
 
     def learn(self, s, epochs=5, size=8, lr=0.1):
         c, first, u = self.c, not self.old, self.c.units
         p = {f"w{i}": self.w[i] for i in range(3)} | {f"b{i}": self.b[i] for i in range(3)}
         if not first:
-            p |= {"w2": torch.cat([self.base[0], torch.zeros(C, len(self.columns[2]) - 10 + u)], 1), "b2": self.base[1]}
+            p |= {
+                "w2": torch.cat([self.base[0], torch.zeros(C, len(self.columns[2]) - 10 + u)], 1),
+                "b2": self.base[1],
+            }
             g = key(0, s.name, 0, "DEN", "begin")
             for i in range(2):
                 inputs = self.full[i] + (u if i else 0)
                 draw = (2 * torch.rand(u, inputs + 1, generator=g) - 1).mul(inputs**-0.5).double()
                 p[f"in{i}"], p[f"inb{i}"] = draw[:, [1 + j for j in self.columns[i]]], draw[:, 0]
                 if i:
-                    p["in1"], p["out1"] = torch.cat([p["in1"], draw[:, -u:]], 1), torch.zeros(len(self.w[1]), u).double()
+                    p["in1"], p["out1"] = (
+                        torch.cat([p["in1"], draw[:, -u:]], 1),
+                        torch.zeros(len(self.w[1]), u).double(),
+                    )
         p = {n: t.double() for n, t in p.items()}
         began, keep = dict(p), {n: torch.ones_like(t) for n, t in p.items()}
         alive = [torch.zeros(u, dtype=torch.bool)] * 2
@@ -103,7 +115,11 @@ class Restated:
             here = [torch.cat([torch.ones(known[i], dtype=torch.bool), alive[i]]) for i in range(2)]
             w0, w1 = torch.cat([p["w0"], p["in0"]]), torch.cat([torch.cat([p["w1"], p["out1"]], 1), p["in1"]])
             b0, b1 = torch.cat([p["b0"], p["inb0"]]), torch.cat([p["b1"], p["inb1"]])
-            return [w0[here[0]], w1[here[1]][:, here[0]], p["w2"][:, here[1]]], [b0[here[0]], b1[here[1]], p["b2"]]
+            return [w0[here[0]], w1[here[1]][:, here[0]], p["w2"][:, here[1]]], [
+                b0[here[0]],
+                b1[here[1]],
+                p["b2"],
+            ]
 
         def forward(p, x):
             w, b = layers(p)
@@ -127,7 +143,10 @@ class Restated:
                 if not idle:
                     f[f"w{i}"], f[f"b{i}"] = old[i][:, None] & before[None], old[i].clone()
                 if phase > 1:
-                    f[f"in{i}"], f[f"inb{i}"] = alive[i][:, None].expand(p[f"in{i}"].shape).clone(), alive[i].clone()
+                    f[f"in{i}"], f[f"inb{i}"] = (
+                        alive[i][:, None].expand(p[f"in{i}"].shape).clone(),
+                        alive[i].clone(),
+                    )
                     if i:
                         f["in1"][:, known[0] :] &= alive[0]
                         f["out1"] = reached[1][:, None] & alive[0][None]
@@ -149,14 +168,22 @@ class Restated:
                 return c.l2 / 2 * sum((t**2).sum() for t in w.values())
             if phase == 2:
                 norms = [(w[n] ** 2).sum(1).add(1e-300).sqrt() for n in ("in0", "in1")]
-                return c.l1 * sum(smooth(t).sum() for t in w.values()) + c.group * sum(smooth(n).sum() for n in norms)
-            return c.anchor / 2 * sum((((leaves[n] - began[n]) * f[n]) ** 2).sum() for n in ("w0", "b0", "w1", "b1"))
+                return c.l1 * sum(smooth(t).sum() for t in w.values()) + c.group * sum(
+                    smooth(n).sum() for n in norms
+                )
+            return (
+                c.anchor
+                / 2
+                * sum((((leaves[n] - began[n]) * f[n]) ** 2).sum() for n in ("w0", "b0", "w1", "b1"))
+            )
 
         velocity = {n: torch.zeros_like(t) for n, t in p.items()}
         steps = -(-len(s.train.y) // size)
         total, i = epochs * steps, 0
         for epoch in range(epochs):
-            for index in torch.randperm(len(s.train.y), generator=key(0, s.name, 0, epoch, 0, "shuffle")).split(size):
+            for index in torch.randperm(
+                len(s.train.y), generator=key(0, s.name, 0, epoch, 0, "shuffle")
+            ).split(size):
                 phase, then = 5 * i // total, 5 * (i + 1) // total
                 f = free(phase)
                 leaves = {n: t.clone().requires_grad_() for n, t in p.items()}
@@ -179,8 +206,12 @@ class Restated:
                         keep["w2"][rows] = (p["w2"][rows].abs() > c.eps).double()
                 elif phase == 0:
                     keep["w2"][rows, : known[1]] = (p["w2"][rows, : known[1]].abs() > c.eps).double()
-                    two = torch.tensor([any(keep["w2"][k, j] > 0 for k in s.classes) for j in range(known[1])])
-                    one = torch.tensor([any(two[k] and p["w1"][k, j] != 0 for k in range(known[1])) for j in range(known[0])])
+                    two = torch.tensor(
+                        [any(keep["w2"][k, j] > 0 for k in s.classes) for j in range(known[1])]
+                    )
+                    one = torch.tensor(
+                        [any(two[k] and p["w1"][k, j] != 0 for k in range(known[1])) for j in range(known[0])]
+                    )
                     reached = [one, two]
                 elif phase == 1:
                     last = [v for q, v in losses if q == 1][-steps:]
@@ -193,7 +224,9 @@ class Restated:
                 elif phase == 3:
                     split = []
                     for j in range(2):
-                        moved = ((p[f"w{j}"] - began[f"w{j}"]) ** 2).sum(1) + (p[f"b{j}"] - began[f"b{j}"]) ** 2
+                        moved = ((p[f"w{j}"] - began[f"w{j}"]) ** 2).sum(1) + (
+                            p[f"b{j}"] - began[f"b{j}"]
+                        ) ** 2
                         split.append((moved.sqrt() > c.drift) & reached[j])
         if not first:
             events = {"reached": reached, "split": split, "expanded": expanded, "alive": alive}
@@ -233,9 +266,11 @@ def test_den_is_its_restatement(values):
     if not values:  # otherwise the comparison would see little
         assert any(e["expanded"] for e in events), "no expansion"
         assert any(0 < int(x.sum()) < len(x) for e in events for x in e["reached"]), "all or none is reached"
-        assert any(0 < int(x.sum()) < int(y.sum()) for e in events for x, y in zip(e["split"], e["reached"], strict=True)), (
-            "splits"
-        )
+        assert any(
+            0 < int(x.sum()) < int(y.sum())
+            for e in events
+            for x, y in zip(e["split"], e["reached"], strict=True)
+        ), "splits"
         assert any(0 < int(a.sum()) < len(a) for e in events for a in e["alive"]), "all or none is dropped"
 
 
@@ -259,12 +294,16 @@ def watched(monkeypatch, method, look, **more):
 def test_below_the_threshold_nothing_expands():
     high, none = go(den(threshold=float("inf"))), go(den(units=0))
     own = {n for n in none.params if "5.weight" not in n}
-    assert own <= high.params.keys() and same({n: high.params[n] for n in own}, {n: none.params[n] for n in own})
+    assert own <= high.params.keys() and same(
+        {n: high.params[n] for n in own}, {n: none.params[n] for n in own}
+    )
     assert (high.matrices == none.matrices).all()
     for s in SOURCES:
-        assert same(seen(high, s.name), {n: p for n, p in seen(none, s.name).items() if n in seen(high, s.name)} | {
-            n: p for n, p in seen(high, s.name).items() if n.startswith("den/")
-        })  # fmt: skip
+        assert same(
+            seen(high, s.name),
+            {n: p for n, p in seen(none, s.name).items() if n in seen(high, s.name)}
+            | {n: p for n, p in seen(high, s.name).items() if n.startswith("den/")},
+        )
         assert seen(high, s.name)["5.weight"].shape == (C, 10)
     for item in items(high)[1:]:
         assert not any(bool(t.any()) for t in item.group("live").values())
@@ -287,10 +326,10 @@ def test_what_is_not_reached_and_old_heads_stay_to_the_bit(monkeypatch):
     unreached = []
 
     def look(agent, job):
-        me = job.corrections[0][1]
-        if not me.known.stages:
+        ctx = job.corrections[0][1]
+        if not ctx.recalled.stages:
             return
-        was, now, mark = (job.layout.split(v) for v in (job.start, job.carry.theta, me.trace["mark"]))
+        was, now, mark = (job.layout.split(v) for v in (job.start, job.carry.theta, ctx.trace["mark"]))
         chain, inputs = Chain.of(agent.model), torch.ones(D, dtype=torch.bool)
         for n in chain.layers:
             rows = mark[n][:, 0] > 0
@@ -299,7 +338,7 @@ def test_what_is_not_reached_and_old_heads_stay_to_the_bit(monkeypatch):
             assert torch.equal(was[chain.biases[n]][~rows], now[chain.biases[n]][~rows])
             unreached.append(int((~rows).sum()))
             inputs = rows
-        past = [n for n in was if "5." in n and me.known.now[1] not in n]
+        past = [n for n in was if "5." in n and ctx.recalled.now[1] not in n]
         assert len(past) >= 2 and all(torch.equal(was[n], now[n]) for n in past)
 
     watched(monkeypatch, den(), look)
@@ -311,10 +350,10 @@ def test_split_units_are_as_before_for_old_tasks_and_others_moved_little(monkeyp
 
     def look(agent, job):
         c = job.corrections[0][0]
-        me = Me(known=c.recall(agent.memory(c), ()), model=agent.model)
+        ctx = Context(recalled=c.recall(agent.memory(c), ()), model=agent.model)
         item = agent.state.memory["DEN"][job.name]
         for task in before:
-            now = c.view(dict(agent.state.params), task, me)
+            now = c.view(dict(agent.state.params), task, ctx)
             for n in ("1", "3"):
                 row = lambda p, n=n: torch.cat([p[f"{n}.weight"], p[f"{n}.bias"][:, None]], 1)  # noqa: E731
                 gap = (row(now) - row(before[task])).norm(dim=1)
@@ -325,7 +364,7 @@ def test_split_units_are_as_before_for_old_tasks_and_others_moved_little(monkeyp
                     split.append(int(rows.sum()))
                 moved.append(int((gap > 0).sum()))
             assert torch.equal(now["5.weight"], before[task]["5.weight"])
-        before.update({s: c.view(dict(agent.state.params), s, me) for s in agent.state.visits})
+        before.update({s: c.view(dict(agent.state.params), s, ctx) for s in agent.state.visits})
 
     watched(monkeypatch, den(group=0.1), look)
     assert sum(split) > 0 and sum(moved) > 0
@@ -345,7 +384,13 @@ def test_without_drift_old_answers_stay_to_the_bit(optimiser, monkeypatch):
                 out = agent.outputs(agent.state.params, agent.state.buffers, s.test.x, s.name)
                 assert torch.equal(told.setdefault(s.name, out), out)
 
-    watched(monkeypatch, den(drift=0.0, group=0.1), look, optimiser=optimiser, lr=0.1 if optimiser == "sgd" else 0.02)
+    watched(
+        monkeypatch,
+        den(drift=0.0, group=0.1),
+        look,
+        optimiser=optimiser,
+        lr=0.1 if optimiser == "sgd" else 0.02,
+    )
     assert len(told) == 3
 
 
@@ -358,7 +403,8 @@ def test_old_tasks_do_not_read_entries_of_later_ones():
         assert torch.equal(out, other) and (later or t == 2)
     own = {n: p + 7.0 if n.startswith("den/s/1/") else p for n, p in agent.state.params.items()}
     assert not torch.equal(
-        agent.outputs(own, {}, SOURCES[1].test.x, "s/1"), agent.outputs(agent.state.params, {}, SOURCES[1].test.x, "s/1")
+        agent.outputs(own, {}, SOURCES[1].test.x, "s/1"),
+        agent.outputs(agent.state.params, {}, SOURCES[1].test.x, "s/1"),
     )
 
 
@@ -369,13 +415,20 @@ def test_short_learns_pass_all_phases():
 
 
 def test_tasks_may_share_classes_and_a_frozen_trunk_may_come_first():
-    r = go(den(threshold=0.0, group=0.1, l1=0.001, eps=0.001), sources=[source(i, classes=(0, 1)) for i in range(3)])
+    r = go(
+        den(threshold=0.0, group=0.1, l1=0.001, eps=0.001),
+        sources=[source(i, classes=(0, 1)) for i in range(3)],
+    )
     heads = [seen(r, s.name)["5.weight"][:2] for s in SOURCES]
     assert not torch.equal(heads[1][:, :10], heads[2][:, :10])
 
     def module():
         return torch.nn.Sequential(
-            torch.nn.Linear(D, 8), torch.nn.ReLU(), torch.nn.Linear(8, 9), torch.nn.ReLU(), torch.nn.Linear(9, C, bias=False)
+            torch.nn.Linear(D, 8),
+            torch.nn.ReLU(),
+            torch.nn.Linear(8, 9),
+            torch.nn.ReLU(),
+            torch.nn.Linear(9, C, bias=False),
         )
 
     r = go(den(threshold=0.0, group=0.1), cs.models.wrap(module, frozen=("0.*",)))
@@ -422,7 +475,10 @@ def test_resumes_in_every_phase_to_the_same_bits(at, tmp_path):
 
 def test_den_composes_in_either_order():
     for other in (cs.methods.psp(), cs.methods.ewc(0.01), cs.methods.xdg(0.3)):
-        one, two = (go(m, sources=SOURCES[:2], epochs=2) for m in (den(threshold=0.0) + other, other + den(threshold=0.0)))
+        one, two = (
+            go(m, sources=SOURCES[:2], epochs=2)
+            for m in (den(threshold=0.0) + other, other + den(threshold=0.0))
+        )
         assert max(float((one.params[n] - two.params[n]).abs().max()) for n in one.params) < 1e-9
 
 
@@ -437,7 +493,13 @@ def test_den_refuses():
             "task",
             "a head of its own.*multi_head has none.*use mlp",
         ),
-        (den(), cs.models.conv(C, 1, 8, 4), SOURCES, "task", "linear layers in a chain. Found '0.weight' of shape"),
+        (
+            den(),
+            cs.models.conv(C, 1, 8, 4),
+            SOURCES,
+            "task",
+            "linear layers in a chain. Found '0.weight' of shape",
+        ),
         (den(), cs.models.resnet(20, C, 1, width=2), SOURCES, "task", "use a model without norms"),
     ):
         with pytest.raises(cs.Refusal, match=why):
@@ -446,7 +508,12 @@ def test_den_refuses():
     class Residual(torch.nn.Module):
         def __init__(self, over):
             super().__init__()
-            self.one, self.two, self.head, self.over = torch.nn.Linear(D, 8), torch.nn.Linear(8, 8), torch.nn.Linear(8, C), over
+            self.one, self.two, self.head, self.over = (
+                torch.nn.Linear(D, 8),
+                torch.nn.Linear(8, 8),
+                torch.nn.Linear(8, C),
+                over,
+            )
 
         def forward(self, x):
             x = self.one(x)
@@ -488,9 +555,13 @@ def test_complex_keys_are_phases_of_pairs():
     c, x = turns("a", "layer", 7, "complex"), torch.randn(5, 7, generator=key(1), dtype=torch.float64)
     z = torch.view_as_complex((x @ c)[:, :6].reshape(5, 3, 2).contiguous())
     turned = z / torch.view_as_complex(x[:, :6].reshape(5, 3, 2).contiguous())
-    assert torch.allclose(turned.abs(), torch.ones(5, 3).double()) and torch.allclose(turned, turned[:1].expand(5, 3))
+    assert torch.allclose(turned.abs(), torch.ones(5, 3).double()) and torch.allclose(
+        turned, turned[:1].expand(5, 3)
+    )
     assert abs(float(c[6, 6])) == 1 and float(c[6, :6].abs().sum()) == 0
-    phases = torch.tensor([float(torch.atan2(*turns(str(t), "l", 2, "complex")[0].flip(0))) for t in range(400)])
+    phases = torch.tensor(
+        [float(torch.atan2(*turns(str(t), "l", 2, "complex")[0].flip(0))) for t in range(400)]
+    )
     assert float(phases.cos().mean().abs()) < 0.1 > float(phases.sin().mean().abs())
 
 
@@ -507,20 +578,27 @@ def test_rotations_are_uniform():
 def test_keys_turn_inputs_and_channels(keys):
     psp, g = PSP(keys=keys), key(2)
     for shape in ((5, 6), (4, 6, 3, 3)):
-        w, x = (torch.randn(s, generator=g, dtype=torch.float64) for s in (shape, (2, 6, *[5] * (len(shape) - 2))))
+        w, x = (
+            torch.randn(s, generator=g, dtype=torch.float64) for s in (shape, (2, 6, *[5] * (len(shape) - 2)))
+        )
         eye = torch.eye(6, dtype=torch.float64)
         c = psp.seen(eye, "a", "n").T  # 1 C^T
         turned = torch.einsum("bi...,ij->bj...", x, c)
         out = F.linear if w.ndim == 2 else F.conv2d
         assert torch.allclose(out(x, psp.seen(w, "a", "n")), out(turned, w), atol=1e-12)
-        assert torch.allclose(torch.einsum("oi...,ij->oj...", psp.seen(w, "a", "n"), c), w, atol=1e-12), "its own key retrieves"
+        assert torch.allclose(torch.einsum("oi...,ij->oj...", psp.seen(w, "a", "n"), c), w, atol=1e-12), (
+            "its own key retrieves"
+        )
 
 
 @pytest.mark.parametrize("keys", ["binary", "complex", "rotation"])
 def test_another_key_retrieves_noise(keys):
     """W stored under key a, read under key b: mean 0, and variance sum x^2 w^2, |z|^2 |w|^2 / 2 by pairs, |x|^2 |w|^2 / n."""
     psp, g, n, many = PSP(keys=keys), key(3), 8, 1500
-    w, x = torch.randn(1, n, generator=g, dtype=torch.float64), torch.randn(n, generator=g, dtype=torch.float64)
+    w, x = (
+        torch.randn(1, n, generator=g, dtype=torch.float64),
+        torch.randn(n, generator=g, dtype=torch.float64),
+    )
     eye = torch.eye(n, dtype=torch.float64)
     stored = w @ psp.seen(eye, "a", "n").T  # W C_a, which key a sees as w
     assert torch.allclose(psp.seen(stored, "a", "n"), w)
@@ -543,11 +621,15 @@ def test_psp_with_other_keys_is_its_restatement(keys):
     for s in SOURCES[:2]:
         velocity = {n: torch.zeros_like(p) for n, p in params.items()}
         for epoch in range(2):
-            for i in torch.randperm(len(s.train.y), generator=key(0, s.name, 0, epoch, 0, "shuffle")).split(8):
+            for i in torch.randperm(len(s.train.y), generator=key(0, s.name, 0, epoch, 0, "shuffle")).split(
+                8
+            ):
                 leaves = {n: p.clone().requires_grad_() for n, p in params.items()}
                 h = s.train.x[i]
                 for n in names:
-                    h = F.linear(h @ turns(s.name, n, h.shape[1], keys), leaves[n], leaves[n.replace("weight", "bias")])
+                    h = F.linear(
+                        h @ turns(s.name, n, h.shape[1], keys), leaves[n], leaves[n.replace("weight", "bias")]
+                    )
                     h = torch.relu(h) if n != "5.weight" else h
                 loss = F.cross_entropy(h[:, list(s.classes)], s.train.y[i] - s.classes[0])
                 for n, g in zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True):
@@ -562,10 +644,14 @@ def test_no_key_is_plain_training_with_any_keys():
     for keys in ("binary", "complex", "rotation"):
         assert same(go(cs.methods.psp(0.0, keys), epochs=1).params, plain.params)
         psp, params = PSP(0.0, keys), start(mlp())
-        assert not psp.active and same(psp.view(params, "a", Me(model=mlp())), params)
-    with pytest.raises(cs.ConsilienceError, match="`flips` is of binary keys, and should be 0.5 .* Found `flips = 0.3`"):
+        assert not psp.active and same(psp.view(params, "a", Context(model=mlp())), params)
+    with pytest.raises(
+        cs.ConsilienceError, match="`flips` is of binary keys, and should be 0.5 .* Found `flips = 0.3`"
+    ):
         PSP(0.3, "rotation")
-    with pytest.raises(cs.ConsilienceError, match="`keys` should be binary, complex or rotation. Found `keys = 'real'`"):
+    with pytest.raises(
+        cs.ConsilienceError, match="`keys` should be binary, complex or rotation. Found `keys = 'real'`"
+    ):
         cs.methods.psp(keys="real")
 
 
@@ -574,13 +660,20 @@ def test_no_key_is_plain_training_with_any_keys():
 def test_psp_with_other_keys_learns(keys, image):
     parts = cs.data.split_classes(cs.data.digits(image), 5)
     model = cs.models.conv(10, 1, 8, 16) if image else cs.models.mlp(64, (128,), 10)
-    r = cs.run(cs.settings.continual(parts, "task"), cs.methods.psp(keys=keys), model, cs.Training(epochs=6, momentum=0.9))
+    r = cs.run(
+        cs.settings.continual(parts, "task"),
+        cs.methods.psp(keys=keys),
+        model,
+        cs.Training(epochs=6, momentum=0.9),
+    )
     assert r.score > 0.9
 
 
 def test_psp_with_rotations_resumes(tmp_path):
     def run(**more):
-        return cs.run(cs.settings.continual(SOURCES, "task"), cs.methods.psp(keys="rotation"), mlp(), training(), **more)
+        return cs.run(
+            cs.settings.continual(SOURCES, "task"), cs.methods.psp(keys="rotation"), mlp(), training(), **more
+        )
 
     stopped(run, tmp_path / "run", 30)
     assert same(run().params, run(out=tmp_path / "run", resume=True).params)

@@ -12,9 +12,8 @@ from torch import nn
 import consilience as cs
 from consilience.consolidators.distillation import Distillation
 from consilience.consolidators.statistics import solve, update
-from consilience.core.agent import Agent
+from consilience.core.contexts import Begun
 from consilience.core.errors import ConsilienceError, Refusal
-from consilience.core.ledger import Ledger
 from consilience.core.message import Message, Weights
 from consilience.core.method import Method
 from consilience.core.params import content_hash, key, same
@@ -22,6 +21,8 @@ from consilience.core.source import Tensors
 from consilience.core.state import State, decode_state, encode_state
 from consilience.corrections.fedweit import FedWeIt
 from consilience.data.samplers import Balanced
+from consilience.loop.agent import Agent
+from consilience.loop.ledger import Ledger
 from restate import A, B, C, D, E, batches, entries, final, fit, mlp, near, plain, source, training
 
 FC = cs.settings.federated_continual
@@ -52,11 +53,14 @@ class Plain(FedWeIt):
     """With sigmoid(m) = 1, A = alpha = 0, all of them frozen."""
 
     def begin(self, start):
-        new, private = super().begin(start)
+        new, private, _ = super().begin(start)
         fill = {"mask": 40.0, "own": 0.0}
-        return {n: p.fill_(fill.get(n.split("/")[1], 0.0)) if "fedweit/" in n else p for n, p in new.items()}, private
+        opened = {
+            n: p.fill_(fill.get(n.split("/")[1], 0.0)) if "fedweit/" in n else p for n, p in new.items()
+        }
+        return Begun(opened, private)
 
-    def mask(self, step, me):
+    def mask(self, step, ctx):
         held = torch.ones_like(step.theta)
         for n in step.layout.names:
             if n.startswith("fedweit/"):
@@ -131,10 +135,16 @@ def fedweit_by_hand(streams, rounds, sparsity, drift, prune, lr):
                     loss = F.cross_entropy(masked(mlp_of(theta, x), s.classes), y)
                     loss = loss + sparsity * sum(torch.sigmoid(now["m"][n]).sum() for n in names)
                     for other, o in own[k].items():
-                        for n in names if drift or other == s.name else ():  # without drift what is earlier stands still
+                        for n in (
+                            names if drift or other == s.name else ()
+                        ):  # without drift what is earlier stands still
                             loss = loss + sparsity * o["A"][n].abs().sum()
                             if other != s.name:
-                                moved = (base[n] - b0[n]) * wide(o["m"][n].detach(), base[n]) + o["A"][n] - a0[other][n]
+                                moved = (
+                                    (base[n] - b0[n]) * wide(o["m"][n].detach(), base[n])
+                                    + o["A"][n]
+                                    - a0[other][n]
+                                )
                                 loss = loss + drift * moved.square().sum()
                     optimiser.zero_grad()
                     loss.backward()
@@ -145,8 +155,10 @@ def fedweit_by_hand(streams, rounds, sparsity, drift, prune, lr):
                 told[k, s.name] = {
                     "m": {n: m.clone() for n, m in now["m"].items()},
                     "A": {n: a * (a.abs() > prune) for n, a in now["A"].items()},
-                    "alpha": now["alpha"].clone(), "keys": now["keys"], "classes": s.classes,
-                }  # fmt: skip
+                    "alpha": now["alpha"].clone(),
+                    "keys": now["keys"],
+                    "classes": s.classes,
+                }
             sizes = [len(stream[t].train) for stream in streams]
             server = {n: sum(b[n] * z for b, z in zip(local, sizes, strict=True)) / sum(sizes) for n in names}
     return names, server, own, local, told
@@ -159,7 +171,9 @@ def test_fedweit_is_the_papers_objective(drift):
     names, server, own, local, told = fedweit_by_hand(given, 2, sparsity, drift, prune, lr)
     method = cs.methods.fedweit(sparsity, drift, prune)
     schedule = FC(given, 2, scenario="task")
-    said, *clients = agents(schedule, method, ("server", "client-0", "client-1"), optimiser="adam", momentum=0.0, lr=lr)
+    said, *clients = agents(
+        schedule, method, ("server", "client-0", "client-1"), optimiser="adam", momentum=0.0, lr=lr
+    )
     near(said.state.params, server, 1e-10)
     for k, client in enumerate(clients):
         params = client.state.params
@@ -181,13 +195,19 @@ def test_fedweit_is_the_papers_objective(drift):
             theirs[n] = server[n] * wide(item["m"][n], server[n]) + item["A"][n]
             for a, q in zip(item["alpha"], item["keys"], strict=True):
                 theirs[n] = theirs[n] + a[i] * told[q]["A"][n]
-        near({"p": said.predict(x, task)}, {"p": masked(mlp_of(theirs, x), item["classes"]).softmax(1)}, 1e-10)
+        near(
+            {"p": said.predict(x, task)}, {"p": masked(mlp_of(theirs, x), item["classes"]).softmax(1)}, 1e-10
+        )
         o, mine = own[k][task], {}
         for i, n in enumerate(names):
             mine[n] = local[k][n] * wide(o["m"][n], server[n]) + o["A"][n] * (o["A"][n].abs() > prune)
             for a, q in zip(o["alpha"], o["keys"], strict=True):
                 mine[n] = mine[n] + a[i] * told[q]["A"][n]
-        near({"p": clients[k].predict(x, task)}, {"p": masked(mlp_of(mine, x), item["classes"]).softmax(1)}, 1e-10)
+        near(
+            {"p": clients[k].predict(x, task)},
+            {"p": masked(mlp_of(mine, x), item["classes"]).softmax(1)},
+            1e-10,
+        )
     others = {n: local[0][n] * wide(told[1, "c"]["m"][n], server[n]) + told[1, "c"]["A"][n] for n in names}
     near({"p": clients[0].predict(x, "c")}, {"p": masked(mlp_of(others, x), (2, 3)).softmax(1)}, 1e-10)
     kept = torch.cat([(a["A"][n] != 0).view(-1) for a in told.values() for n in names])
@@ -218,7 +238,11 @@ def test_fedweit_begins_where_the_server_is():
 def test_fedweit_keeps_its_tasks_apart_and_refuses():
     """Names of tasks may hold slashes and one may begin with another; sgd is capped with a warning; no task, no method."""
     given = [
-        [source("t", 20, (0, 1), 1, task="t"), source("t/x", 20, (2, 3), 2, task="t/x"), source("y", 20, (0, 1), 5, task="t")]
+        [
+            source("t", 20, (0, 1), 1, task="t"),
+            source("t/x", 20, (2, 3), 2, task="t/x"),
+            source("y", 20, (0, 1), 5, task="t"),
+        ]
     ]
     with pytest.warns(UserWarning, match="capped"):
         agent = agents(FC(given, 1, scenario="task"), cs.methods.fedweit(), ["client-0"])[0]
@@ -234,7 +258,9 @@ def test_fedweit_under_rehearsal_holds_what_is_earlier(monkeypatch):
     """Rehearsed, an earlier task moves the shared parameters and its own, and neither its mask nor its alphas."""
     given = [source("t/x", 20, (2, 3), 2, task="t/x"), source("t", 20, (0, 1), 1, task="t")]
     finish, ends = Agent.finish, []
-    monkeypatch.setattr(Agent, "finish", lambda agent, job: (finish(agent, job), ends.append(agent.state.params))[0])
+    monkeypatch.setattr(
+        Agent, "finish", lambda agent, job: (finish(agent, job), ends.append(agent.state.params))[0]
+    )
     method = [cs.methods.fedweit(drift=1.0), cs.methods.er(20)]
     cs.run(cs.settings.continual(given, "task"), method, mlp(), training(lr=0.02))
     one, both = ends
@@ -252,8 +278,23 @@ def test_fedweit_resumes_to_the_bit(tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        cs.run(schedule, cs.methods.fedweit(), mlp(), training(optimiser="adam", momentum=0.0), out=tmp_path, checkpoint_steps=1, progress=stop)  # fmt: skip
-    again = cs.run(schedule, cs.methods.fedweit(), mlp(), training(optimiser="adam", momentum=0.0), out=tmp_path, resume=True)
+        cs.run(
+            schedule,
+            cs.methods.fedweit(),
+            mlp(),
+            training(optimiser="adam", momentum=0.0),
+            out=tmp_path,
+            checkpoint_steps=1,
+            progress=stop,
+        )
+    again = cs.run(
+        schedule,
+        cs.methods.fedweit(),
+        mlp(),
+        training(optimiser="adam", momentum=0.0),
+        out=tmp_path,
+        resume=True,
+    )
     assert same(again.params, whole.params) and (again.matrices == whole.matrices).all()
 
 
@@ -290,7 +331,12 @@ def test_feddf_is_restated_over_one_round(of, optimiser):
     c = cs.consolidators.ensemble_distillation(U, 12, lr, 16, t, of, optimiser)
     agent = hearer(c, base)
     clients, sizes = [moved(i) for i in range(3)], [10, 30, 20]
-    agent.absorb([told(p, f"client-{i}", z, content_hash(base)) for i, (p, z) in enumerate(zip(clients, sizes, strict=True))])
+    agent.receive(
+        [
+            told(p, f"client-{i}", z, content_hash(base))
+            for i, (p, z) in enumerate(zip(clients, sizes, strict=True))
+        ]
+    )
 
     student = {n: sum(p[n] * z for p, z in zip(clients, sizes, strict=True)) / 60 for n in base}
     with torch.no_grad():
@@ -318,8 +364,10 @@ def test_feddf_of_identical_clients_is_their_average():
     for optimiser, of in (("adam", "logits"), ("sgd", "logits"), ("adam", "probabilities")):
         for dtype in (torch.float64, torch.float32):
             first, same_for_all = ({n: p.to(dtype) for n, p in q.items()} for q in (base, model))
-            agent = hearer(cs.consolidators.ensemble_distillation(U, 50, 0.01, optimiser=optimiser, of=of), first)
-            agent.absorb([told(same_for_all, f"client-{i}", 10 + i, content_hash(first)) for i in range(4)])
+            agent = hearer(
+                cs.consolidators.ensemble_distillation(U, 50, 0.01, optimiser=optimiser, of=of), first
+            )
+            agent.receive([told(same_for_all, f"client-{i}", 10 + i, content_hash(first)) for i in range(4)])
             near(agent.state.params, same_for_all, 2e-7 if dtype is torch.float32 else 1e-12)
 
 
@@ -330,10 +378,10 @@ def test_feddf_without_steps_is_fedavg_and_common_ground_is_adopted():
     assert not same(final(schedule, cs.methods.feddf(U, steps=3)), final(schedule, cs.methods.fedavg()))
     base, model = start(), moved(2)
     agent = hearer(cs.consolidators.ensemble_distillation(U), base)
-    agent.absorb([told(model, "server", 10, content_hash(base), learned=False)])
+    agent.receive([told(model, "server", 10, content_hash(base), learned=False)])
     assert same(agent.state.params, model)
     agent = hearer(cs.consolidators.ensemble_distillation(U), base)
-    agent.absorb([told(moved(i), f"edge-{i}", 10, content_hash(base), learned=False) for i in range(2)])
+    agent.receive([told(moved(i), f"edge-{i}", 10, content_hash(base), learned=False) for i in range(2)])
     near(agent.state.params, {n: (moved(0)[n] + moved(1)[n]) / 2 for n in base})
 
 
@@ -350,9 +398,9 @@ def test_feddf_refusals():
         cs.run(cs.settings.continual([A, B], "domain"), cs.methods.feddf(A), mlp(), training())
     with pytest.raises(Refusal, match="use one with a shared head"):
         cs.run(schedule, cs.methods.feddf(A), cs.models.multi_head(mlp(), C), training())
-    assert (Method("", hear_aggregator=cs.aggregators.median()) + cs.methods.feddf(U)).how_to_absorb() == Distillation(
-        cs.aggregators.median(), unlabelled=U
-    )
+    assert (
+        Method("", exchange_aggregator=cs.aggregators.median()) + cs.methods.feddf(U)
+    ).receiver() == Distillation(cs.aggregators.median(), unlabelled=U)
 
 
 # statistics
@@ -368,7 +416,9 @@ def relative(a, b):
 
 def ridge(psi, y, strength):
     psi = torch.cat([psi, torch.ones(len(psi), 1).double()], 1)
-    w = torch.linalg.solve(psi.T @ psi + strength * torch.eye(psi.shape[1]).double(), psi.T @ F.one_hot(y, C).double())
+    w = torch.linalg.solve(
+        psi.T @ psi + strength * torch.eye(psi.shape[1]).double(), psi.T @ F.one_hot(y, C).double()
+    )
     return w, psi
 
 
@@ -388,7 +438,9 @@ def test_fourier_features_are_the_kernel_and_the_same_for_everybody():
     assert float((psi @ psi.T - kernel).abs().max()) < 4 / 20000**0.5
     other = model.init(torch.Generator().manual_seed(2))[0]
     assert torch.equal(params["fourier.weight"], other["fourier.weight"])
-    assert not torch.equal(params["body.1.weight"], other["body.1.weight"]) and model.backbone(params) == model.backbone(other)
+    assert not torch.equal(params["body.1.weight"], other["body.1.weight"]) and model.backbone(
+        params
+    ) == model.backbone(other)
     given = cs.models.fourier_features(cs.models.wrap(plain(), frozen=("*",)), 8)
     frozen = [n for n in given.init(torch.Generator())[0] if given.frozen(n)]
     assert frozen == ["body.1.weight", "body.1.bias", "fourier.weight", "fourier.bias"]
@@ -404,7 +456,9 @@ def test_fed3r_with_random_features_is_the_centralised_solution():
     x, y = together(s)
     w, _ = ridge(model.features(params, {}, x), y, 0.01)
     order = torch.randperm(len(y), generator=key(1))
-    resplit = [s[0].map(name=f"p{i}", train=Tensors(x[j], y[j]), task=None) for i, j in enumerate(order.split(9))]
+    resplit = [
+        s[0].map(name=f"p{i}", train=Tensors(x[j], y[j]), task=None) for i, j in enumerate(order.split(9))
+    ]
     for schedule in (
         cs.settings.federated(s, 2, scenario="domain"),
         cs.settings.federated(resplit, 12, 3, "cyclic", scenario="domain"),
@@ -485,7 +539,9 @@ def digits_clients(n=20):
 def test_fedavg_from_fed3r_is_better_after_a_round_than_from_random():
     clients = digits_clients()
     model, training = cs.models.mlp(64, (64,), 10), cs.Training(epochs=2, batch_size=16, lr=0.05)
-    first = cs.run(cs.settings.federated(clients, 2, 10, "cyclic"), cs.methods.fed3r(temperature=0.1), model, training)
+    first = cs.run(
+        cs.settings.federated(clients, 2, 10, "cyclic"), cs.methods.fed3r(temperature=0.1), model, training
+    )
     scores = []
     for base in (None, first.params):
         schedule = cs.settings.federated(clients, 2, 5, base=base)
@@ -522,7 +578,9 @@ def test_scroll_has_no_spread_over_schedules_and_balanced_tuning_goes_on_from_it
 
 def statistics_run(sources, **more):
     """The server at the end, told by these clients."""
-    return cs.run(cs.settings.federated(sources, 1, scenario="domain", **more), cs.methods.fed3r(), mlp(), training()).agent
+    return cs.run(
+        cs.settings.federated(sources, 1, scenario="domain", **more), cs.methods.fed3r(), mlp(), training()
+    ).agent
 
 
 def test_forgetting_a_client_is_never_having_heard_it_to_the_bit():
@@ -545,16 +603,16 @@ def test_what_is_forgotten_does_not_come_back_by_relaying():
     agent, relay = statistics_run(s), statistics_run(s)
     agent.forget("client-1")
     left = dict(agent.state.params)
-    assert any(m.sender == "client-1" for m in relay.tell({}))
-    agent.absorb(relay.tell({}))
+    assert any(m.sender == "client-1" for m in relay.send({}))
+    agent.receive(relay.send({}))
     assert same(agent.state.params, left)
-    newer = [replace(m, version=9, digest="") for m in relay.tell({}) if m.sender == "client-1"]
-    agent.absorb(newer)
+    newer = [replace(m, version=9, digest="") for m in relay.send({}) if m.sender == "client-1"]
+    agent.receive(newer)
     assert same(agent.state.params, left) and all(m.sender != "client-1" for m in agent.state.bank.values())
     tensors, facts = encode_state(agent.state)
     agent.state = decode_state(tensors, facts)
     assert agent.state.forgotten == ("client-1",)
-    agent.absorb(newer)
+    agent.receive(newer)
     assert same(agent.state.params, left)
 
 
@@ -565,9 +623,13 @@ def test_weights_cannot_be_forgotten_and_experts_can():
     with pytest.raises(Refusal, match="weights cannot be taken out again; train again without"):
         agent.forget("client-0")
     assert agent.state.params is params and agent.state.forgotten == ()
-    agent = cs.run(cs.settings.merging([A, B, E], scenario="domain"), cs.methods.average_ensemble(), mlp(), training()).agent
+    agent = cs.run(
+        cs.settings.merging([A, B, E], scenario="domain"), cs.methods.average_ensemble(), mlp(), training()
+    ).agent
     agent.forget("expert-2")
-    alone = cs.run(cs.settings.merging([A, B], scenario="domain"), cs.methods.average_ensemble(), mlp(), training()).agent
+    alone = cs.run(
+        cs.settings.merging([A, B], scenario="domain"), cs.methods.average_ensemble(), mlp(), training()
+    ).agent
     x = A.train.whole()[0]
     assert torch.equal(agent.predict(x), alone.predict(x))
 
@@ -578,12 +640,16 @@ def test_leave_one_out_is_judged_on_the_one_left_out():
     assert list(found) == ["a", "b", "c"]
     for name, schedule in found.items():
         rest = [one for one in s if one.name != name]
-        assert [o.name for o in schedule.sources] == [o.name for o in rest] and [j.name for j in schedule.judged] == [name]
+        assert [o.name for o in schedule.sources] == [o.name for o in rest] and [
+            j.name for j in schedule.judged
+        ] == [name]
         r = cs.run(schedule, cs.methods.fed3r(), mlp(), training())
         assert same(r.params, statistics_run(rest).state.params)
         x, y = next(o for o in s if o.name == name).test.whole()
         assert r.sources == (name,) and r.score == float((r.predict(x).argmax(1) == y).double().mean())
-    left = cs.settings.leave_one_out([source("a", 20, (0, 1), 1), source("b", 20, (2, 3), 2)], cs.settings.federated)["b"]
+    left = cs.settings.leave_one_out(
+        [source("a", 20, (0, 1), 1), source("b", 20, (2, 3), 2)], cs.settings.federated
+    )["b"]
     assert cs.run(left, cs.methods.fed3r(), mlp(), training()).score == 0, "classes that nobody taught"
     with pytest.raises(ConsilienceError, match="two sources or more"):
         cs.settings.leave_one_out([A], cs.settings.federated)
@@ -637,7 +703,9 @@ def test_personal_entries_stay_and_all_else_is_averaged():
         locals_ = [entries(fit(plain(params={**body, **heads[k]}), one, visit=r)) for k, one in enumerate(s)]
         heads = [{n: p for n, p in local.items() if n.startswith("3.")} for local in locals_]
         sizes = [len(one.train) for one in s]
-        body = {n: sum(local[n] * z for local, z in zip(locals_, sizes, strict=True)) / sum(sizes) for n in body}
+        body = {
+            n: sum(local[n] * z for local, z in zip(locals_, sizes, strict=True)) / sum(sizes) for n in body
+        }
     near({n: server.state.params[n] for n in body}, body)
     for client, local in zip(clients, locals_, strict=True):
         near(client.state.params, local)
@@ -646,7 +714,9 @@ def test_personal_entries_stay_and_all_else_is_averaged():
 def test_personal_patterns():
     schedule = cs.settings.federated([A, B], 1, scenario="domain")
     multi = cs.models.multi_head(mlp(), C)
-    tasks = cs.settings.federated([source("a", 20, (0, 1), 1), source("b", 20, (2, 3), 2)], 1, scenario="task")
+    tasks = cs.settings.federated(
+        [source("a", 20, (0, 1), 1), source("b", 20, (2, 3), 2)], 1, scenario="task"
+    )
     server = cs.run(tasks, cs.methods.personal(), multi, training()).agent
     assert not any(n.startswith("heads.") for n in server.state.params)
 
@@ -670,5 +740,8 @@ def test_tuning_after_training_is_a_run_that_begins_from_it():
     clients = digits_clients(5)
     model, train = cs.models.mlp(64, (64,), 10), cs.Training(epochs=2, batch_size=16, lr=0.05)
     first = cs.run(cs.settings.federated(clients, 2), cs.methods.fedavg(), model, train)
-    own = [cs.run(cs.settings.continual([c], base=first.params), cs.methods.finetune(), model, train) for c in clients]
+    own = [
+        cs.run(cs.settings.continual([c], base=first.params), cs.methods.finetune(), model, train)
+        for c in clients
+    ]
     assert all(o.matrix[0][0] == pytest.approx(first.matrix[-1][i]) for i, o in enumerate(own))

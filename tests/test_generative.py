@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from torch.distributions import Bernoulli, Normal, kl_divergence
 
 import consilience as cs
-from consilience.core.agent import Agent
-from consilience.core.correction import Beginning, Learned, Me
+from consilience.core.contexts import Beginning, Context, Learned
 from consilience.core.params import Layout, key, same
-from consilience.core.schedule import Hear, Learn, Stage, build
+from consilience.core.schedule import Evaluate, Exchange, Train, build
 from consilience.core.source import Source, Tensors
 from consilience.corrections.generative import VAE, GenerativeReplay
 from consilience.corrections.gss import GSS, directions
 from consilience.corrections.rehearsal import ER
+from consilience.loop.agent import Agent
 from restate import stopped
 
 D, C, LR = 6, 6, 0.1
@@ -83,10 +83,15 @@ def batches(s, epochs=2, size=8):
 def one_hot_vae(w, x, c, noise):
     """(log-likelihood, code) of a VAE that sees [x, one-hot of c]."""
     hot = F.one_hot(c, w["enter.condition"].shape[0]).to(x)
-    h = torch.relu(torch.cat([x, hot], 1) @ torch.cat([w["enter.weight"], w["enter.condition"].T], 1).T + w["enter.bias"])
+    h = torch.relu(
+        torch.cat([x, hot], 1) @ torch.cat([w["enter.weight"], w["enter.condition"].T], 1).T + w["enter.bias"]
+    )
     m, v = (h @ w["posterior.weight"].T + w["posterior.bias"]).chunk(2, 1)
     code = Normal(m, (v / 2).exp())
-    h = torch.cat([m + code.stddev * noise, hot], 1) @ torch.cat([w["decode.weight"], w["decode.condition"].T], 1).T
+    h = (
+        torch.cat([m + code.stddev * noise, hot], 1)
+        @ torch.cat([w["decode.weight"], w["decode.condition"].T], 1).T
+    )
     out = torch.relu(h + w["decode.bias"]) @ w["mean.weight"].T + w["mean.bias"]
     if "log_variance" in w:
         return Normal(out, (w["log_variance"] / 2).exp()).log_prob(x).sum(1), code
@@ -125,13 +130,17 @@ def test_generator_is_trained_on_the_mixture(scale, states, monkeypatch):
     assert list(old) == ["s/0"] and list(new) == ["s/1"], "the newest alone is kept"
     before = old["s/0"].tensors
     assert ("log_variance" in before) == bool(scale)
-    grown = {k: torch.cat([w, torch.zeros(1, 7)]) if k.endswith("condition") else w for k, w in before.items()}
+    grown = {
+        k: torch.cat([w, torch.zeros(1, 7)]) if k.endswith("condition") else w for k, w in before.items()
+    }
     leaves = {k: w.clone().requires_grad_() for k, w in grown.items()}
     adam, g = torch.optim.Adam(leaves.values(), 0.01), key(0, "s/1", 0, "GenerativeReplay", "summarise")
     for _ in range(3):
         for i in torch.randperm(33, generator=g).split(9):
             z = torch.randn(len(i), 2, generator=g, dtype=torch.float64)
-            h = torch.relu(z @ before["decode.weight"].T + before["decode.bias"] + before["decode.condition"][0])
+            h = torch.relu(
+                z @ before["decode.weight"].T + before["decode.bias"] + before["decode.condition"][0]
+            )
             made = h @ before["mean.weight"].T + before["mean.bias"]
             x = torch.cat([sources[1].train.x[i], made if scale else made.sigmoid()])
             c = torch.tensor([1] * len(i) + [0] * len(i))
@@ -147,9 +156,14 @@ def test_generator_is_trained_on_the_mixture(scale, states, monkeypatch):
 
 def test_the_generator_learns_its_sources():
     """Generated inputs of each condition lie near that source, after three."""
-    centres = torch.tensor([[0.9] * 3 + [0.1] * 3, [0.1] * 3 + [0.9] * 3, [0.1, 0.9] * 3], dtype=torch.float64)
+    centres = torch.tensor(
+        [[0.9] * 3 + [0.1] * 3, [0.1] * 3 + [0.9] * 3, [0.1, 0.9] * 3], dtype=torch.float64
+    )
     noise = torch.rand(3, 60, D, generator=torch.Generator().manual_seed(0), dtype=torch.float64) / 5 - 0.1
-    made = [replace(s, train=Tensors(centres[i] + noise[i], torch.full((60,), 2 * i))) for i, s in enumerate(SOURCES)]
+    made = [
+        replace(s, train=Tensors(centres[i] + noise[i], torch.full((60,), 2 * i)))
+        for i, s in enumerate(SOURCES)
+    ]
     result = go(GR(batch_size=12, hidden=16, latent=2, epochs=40, lr=0.02), made)
     item = result.agent.state.memory["GenerativeReplay"]["s/2"]
     c = torch.arange(3).repeat_interleave(50)
@@ -206,11 +220,16 @@ def test_replay_of_values_restated(states):
     params, w = states[0].params, states[0].memory["GenerativeReplay"]["s/0"].tensors
     start = dict(params)
     for epoch, step, x, y in batches(sources[1]):
-        z = torch.randn(9, 2, generator=key(0, "s/1", 0, epoch, step, "GenerativeReplay"), dtype=torch.float64)
+        z = torch.randn(
+            9, 2, generator=key(0, "s/1", 0, epoch, step, "GenerativeReplay"), dtype=torch.float64
+        )
         h = torch.relu(z @ w["decode.weight"].T + w["decode.bias"] + w["decode.condition"][0])
         made = (h @ w["mean.weight"].T + w["mean.bias"]).sigmoid()
         leaves = {n: p.clone().requires_grad_() for n, p in params.items()}
-        loss = F.mse_loss(forward(leaves, x), y) / 2 + F.mse_loss(forward(leaves, made), forward(start, made)) / 2
+        loss = (
+            F.mse_loss(forward(leaves, x), y) / 2
+            + F.mse_loss(forward(leaves, made), forward(start, made)) / 2
+        )
         grads = torch.autograd.grad(loss, list(leaves.values()))
         params = {n: p - LR * d for (n, p), d in zip(params.items(), grads, strict=True)}
     assert all(torch.allclose(params[n], states[1].params[n], atol=1e-9) for n in params)
@@ -226,11 +245,11 @@ def test_answers_are_the_former_models_not_the_generators(labels, monkeypatch):
         [],
     )
 
-    def other(self, me, sources, generator):
-        return [replace(b, y=1 - b.y) for b in sample(self, me, sources, generator)]
+    def other(self, ctx, sources, generator):
+        return [replace(b, y=1 - b.y) for b in sample(self, ctx, sources, generator)]
 
-    def look(self, each, step, me):
-        bent = losses(self, each, step, me)
+    def look(self, each, step, ctx):
+        bent = losses(self, each, step, ctx)
         if step.clock == (0, 0):
             teacher = step.before(step.parts[1].x, None)
             first.append((bent[1], -teacher.log_softmax(1).amax(1)))
@@ -280,9 +299,20 @@ def learn(s, seed=0, task=None, steps=30, name=""):
     params = {n: p.double() for n, p in mlp().init(key(seed, "init"))[0].items()}
     for _ in range(steps):
         leaves = {n: p.clone().requires_grad_() for n, p in params.items()}
-        grads = torch.autograd.grad(F.cross_entropy(forward(leaves, s.train.x), s.train.y), list(leaves.values()))
+        grads = torch.autograd.grad(
+            F.cross_entropy(forward(leaves, s.train.x), s.train.y), list(leaves.values())
+        )
         params = {n: p - 0.3 * g for (n, p), g in zip(params.items(), grads, strict=True)}
-    return Learned(mlp(), params, {}, params, s, task, Layout.of(params), key(seed, s.name, 0, name or "GSS", "summarise"))
+    return Learned(
+        mlp(),
+        params,
+        {},
+        params,
+        s,
+        task,
+        Layout.of(params),
+        key(seed, s.name, 0, name or "GSS", "summarise"),
+    )
 
 
 def slow_direction(params, x, y, columns=slice(None), names=None):
@@ -301,12 +331,15 @@ def test_directions_restated():
         (slice(2, 4), "t", None),
         (slice(None), None, ("3.bias", "3.weight")),
     ):
-        expected = torch.stack([slow_direction(got.params, a, b, columns, names) for a, b in zip(x, y, strict=True)])
+        expected = torch.stack(
+            [slow_direction(got.params, a, b, columns, names) for a, b in zip(x, y, strict=True)]
+        )
         assert torch.allclose(directions(got, x, y, task, (2, 3), names), expected, atol=1e-10)
 
 
 @pytest.mark.parametrize(
-    ("scenario", "arrivals", "layers"), [("class", 1, "all"), ("task", 1, "all"), ("class", 7, "head"), ("task", 7, "all")]
+    ("scenario", "arrivals", "layers"),
+    [("class", 1, "all"), ("task", 1, "all"), ("class", 7, "head"), ("task", 7, "all")],
 )
 def test_buffer_restated(scenario, arrivals, layers, states):
     """The same buffer by a loop over arriving examples, with the same random numbers; batches see the buffer as they found it."""
@@ -321,7 +354,9 @@ def test_buffer_restated(scenario, arrivals, layers, states):
         names = ("3.bias", "3.weight") if layers == "head" else None
 
         def unit(x, y, i, state=state, names=names):
-            return slow_direction(state.params, x, y, slice(2 * i, 2 * i + 2) if scenario == "task" else slice(None), names)
+            return slow_direction(
+                state.params, x, y, slice(2 * i, 2 * i + 2) if scenario == "task" else slice(None), names
+            )
 
         while order:
             k = min(arrivals, size - len(M) or arrivals)
@@ -331,7 +366,9 @@ def test_buffer_restated(scenario, arrivals, layers, states):
                 near = [M[i] for i in torch.randperm(len(M), generator=g)[:n]]
                 G = torch.stack([unit(x, y, i) for x, y, *_, i in near])
                 c = [float((G @ unit(s.train.x[j], s.train.y[j], t)).max()) + 1 for j in batch]
-            come = [(s.train.x[j], s.train.y[j], float(keys[j]), cj, t) for j, cj in zip(batch, c, strict=True)]
+            come = [
+                (s.train.x[j], s.train.y[j], float(keys[j]), cj, t) for j, cj in zip(batch, c, strict=True)
+            ]
             if not full:
                 M += come
                 continue
@@ -347,7 +384,9 @@ def test_buffer_restated(scenario, arrivals, layers, states):
             item = items[f"s/{i}"].tensors
             by = item["key"].argsort()
             assert item["key"][by].tolist() == [m[2] for m in mine]
-            assert torch.allclose(item["score"][by], torch.tensor([m[3] for m in mine], dtype=torch.float64), atol=1e-8)
+            assert torch.allclose(
+                item["score"][by], torch.tensor([m[3] for m in mine], dtype=torch.float64), atol=1e-8
+            )
             assert len(mine) == 0 or torch.equal(item["x"][by], torch.stack([m[0] for m in mine]))
             assert item["y"][by].tolist() == [int(m[1]) for m in mine] and "gone" not in item
     assert scenario == "task" or len({m[4] for m in M}) > 1, "the last buffer has examples of several sources"
@@ -363,9 +402,9 @@ def test_size_is_never_exceeded(size, arrivals, states):
 def test_several_sources_in_one_learn_share_the_buffer(states):
     def plan(seed):
         for names in (("s/0", "s/1"), ("s/2",), ("s/0",)):
-            yield Learn({"a": names})
-            yield Hear({"a": ("a",)})
-            yield Stage(names[0])
+            yield Train({"a": names})
+            yield Exchange({"a": ("a",)})
+            yield Evaluate(names[0])
 
     schedule = build("mine", SOURCES, "class", plan, "a")
     cs.run(schedule, PICK(9), mlp(), training(epochs=1))
@@ -377,17 +416,19 @@ def test_several_sources_in_one_learn_share_the_buffer(states):
 
 def test_a_duplicate_is_never_taken_into_a_full_buffer():
     gss, x = GSS(size=10, subset=10, arrivals=4), SOURCES[0].train.x
-    zeros, ones = (replace(SOURCES[0], name=f"all {k}", train=Tensors(x, torch.full((40,), k))) for k in (0, 1))
+    zeros, ones = (
+        replace(SOURCES[0], name=f"all {k}", train=Tensors(x, torch.full((40,), k))) for k in (0, 1)
+    )
     got = learn(zeros, steps=0)
-    first = gss.trim({"s/0": gss.summarise(got, Me())}, key(0))
+    first = gss.trim({"s/0": gss.summarise(got, Context())}, key(0))
     item = first["s/0"].tensors
     twins = Tensors(item["x"].repeat(5, 1), item["y"].repeat(5))
     again = replace(got, source=replace(SOURCES[0], name="twins", train=twins))
     known = gss.recall({("a", "s/0"): first["s/0"]}, (again.source,))
-    new = gss.summarise(again, Me(known=known))
+    new = gss.summarise(again, Context(recalled=known))
     assert len(item["y"]) == 10 and len(new.tensors["y"]) == len(new.tensors["gone"]) == 0
     other = replace(got, source=ones, generator=key(1))
-    assert len(gss.summarise(other, Me(known=known)).tensors["y"]), "another is"
+    assert len(gss.summarise(other, Context(recalled=known)).tensors["y"]), "another is"
 
 
 def test_a_skewed_stream_is_kept_diverse():
@@ -401,7 +442,7 @@ def test_a_skewed_stream_is_kept_diverse():
     cosines = {}
     for name, kind in (("GSS", GSS(size=15)), ("ER", ER(size=15))):
         got = learn(skewed, name=name)
-        item = kind.summarise(got, Me()).tensors
+        item = kind.summarise(got, Context()).tensors
         units = directions(got, item["x"], item["y"])
         cosines[name] = float(((units @ units.T).sum() - 15) / (15 * 14))
     assert cosines["GSS"] < cosines["ER"] - 0.3
@@ -425,17 +466,23 @@ def test_resumes_mid_task_to_the_same_bits(method, at, tmp_path):
 def test_inputs_that_cannot_be_generated_are_refused():
     whole = replace(SOURCES[0], train=Tensors((SOURCES[0].train.x * 9).long(), SOURCES[0].train.y))
     words = GenerativeReplay()
-    with pytest.raises(cs.ConsilienceError, match=r"should be real numbers. Found torch.int64 in 's/0'; use er"):
+    with pytest.raises(
+        cs.ConsilienceError, match=r"should be real numbers. Found torch.int64 in 's/0'; use er"
+    ):
         words.begin(Beginning(mlp(), {}, {}, (whole,), None, key(0)))
-    with pytest.raises(cs.ConsilienceError, match=r"Bernoulli generator should lie in \[0, 1\]. Found others in 's/1'; use"):
+    with pytest.raises(
+        cs.ConsilienceError, match=r"Bernoulli generator should lie in \[0, 1\]. Found others in 's/1'; use"
+    ):
         go(GR(**SMALL), [SOURCES[0], source(1, scale=5.0)])
     go(GR(**SMALL, likelihood="gaussian"), [SOURCES[0], source(1, scale=5.0)])
-    item = words.summarise(replace(learn(SOURCES[0]), source=SOURCES[0]), Me())
+    item = words.summarise(replace(learn(SOURCES[0]), source=SOURCES[0]), Context())
     wide = replace(SOURCES[1], train=Tensors(SOURCES[1].train.x.view(-1, 2, 3), SOURCES[1].train.y))
     known = words.recall({("a", "s/0"): item}, (wide,))
     with pytest.raises(cs.ConsilienceError, match=r"one shape. Found \(2, 3\) in 's/1', before \(6,\)"):
         words.begin(Beginning(mlp(), {}, {}, (wide,), known, key(0)))
-    with pytest.raises(cs.ConsilienceError, match="finite. Found NaN or infinity .* the generator after 's/0'"):
+    with pytest.raises(
+        cs.ConsilienceError, match="finite. Found NaN or infinity .* the generator after 's/0'"
+    ):
         go(GR(**{**SMALL, "lr": 1e300}))
 
 
@@ -453,7 +500,9 @@ def test_both_keep_what_finetuning_forgets():
     train = cs.Training(epochs=6, batch_size=32, lr=0.1)
 
     def score(method):
-        return cs.run(cs.settings.continual(sources, "class"), method, cs.models.mlp(64, (64,), 6), train).score
+        return cs.run(
+            cs.settings.continual(sources, "class"), method, cs.models.mlp(64, (64,), 6), train
+        ).score
 
     plain = score(cs.methods.finetune())
     assert plain < 0.45

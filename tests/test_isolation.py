@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 
 import consilience as cs
-from consilience.core.agent import Agent
-from consilience.core.correction import Beginning, Me
+from consilience.core.contexts import Beginning, Context
 from consilience.core.message import Message, Module
 from consilience.core.params import Layout, key, same
 from consilience.core.source import Source, Tensors
 from consilience.corrections.anatomy import anatomy
 from consilience.corrections.contexts import SupSup, TopK, gates, pack, signs, unpack
 from consilience.corrections.isolation import HAT, PackNet
+from consilience.loop.agent import Agent
 from restate import stopped
 
 D, C = 6, 6
@@ -67,7 +67,9 @@ def answers_kept(method, model, sources, monkeypatch, **more):
         agent.outputs(agent.state.params, agent.state.buffers, sources[0].test.x, "unknown")
         for s in sources:
             if s.name in agent.state.visits:
-                out = agent.outputs(agent.state.params, agent.state.buffers, s.test.x, s.name)[:, list(s.classes)]
+                out = agent.outputs(agent.state.params, agent.state.buffers, s.test.x, s.name)[
+                    :, list(s.classes)
+                ]
                 away.append(float((told.setdefault(s.name, out) - out).abs().max()))
 
     monkeypatch.setattr(Agent, "finish", look)
@@ -208,13 +210,19 @@ def test_packnet_keeps_exact_counts_with_ties():
     params = {n: torch.zeros_like(t) for n, t in start(model).items()}
     layout = Layout.of(params)
     private = p.begin(Beginning(model, params, {}, (SOURCES[0],), p.recall({}, ()), torch.Generator()))[1]
-    keep = layout.split(p._prune(layout.flatten(params), layout, Me(private=private, model=model))["keep"])
+    keep = layout.split(
+        p._prune(layout.flatten(params), layout, Context(private=private, model=model))["keep"]
+    )
     assert [int(keep[n].sum()) for n in LAYERS] == [22, 36], "everything ties at 0"
 
 
 def test_packnet_without_epochs_still_divides():
     r = go(cs.methods.packnet(), epochs=0)
-    assert [int(i.tensors["own/1.weight"].sum()) for i in r.agent.state.memory["PackNet"].values()] == [36, 18, 9]
+    assert [int(i.tensors["own/1.weight"].sum()) for i in r.agent.state.memory["PackNet"].values()] == [
+        36,
+        18,
+        9,
+    ]
 
 
 def attention(p, task, s):
@@ -247,7 +255,10 @@ def test_hat_is_its_restatement():
             if past:
                 one, two = past
                 f["1.weight"], f["1.bias"] = (1 - one)[:, None].expand(12, D), 1 - one
-                f["3.weight"], f["3.bias"] = 1 - torch.minimum(two[:, None].expand(10, 12), one[None].expand(10, 12)), 1 - two
+                f["3.weight"], f["3.bias"] = (
+                    1 - torch.minimum(two[:, None].expand(10, 12), one[None].expand(10, 12)),
+                    1 - two,
+                )
                 f["5.weight"] = f["5.weight"] * (1 - two)[None]
             return f
 
@@ -319,12 +330,12 @@ def test_a_key_of_ones_is_plain_and_keys_multiply_inputs():
     psp = cs.methods.psp().corrections[0]
     model, params = mlp(), start(mlp())
     x = torch.randn(5, D, dtype=torch.float64)
-    seen = psp.view(params, "a", Me(model=model))
+    seen = psp.view(params, "a", Context(model=model))
     c = signs("a", "1.weight", D, 0.5).double()
     assert torch.equal(F.linear(x, seen["1.weight"]), F.linear(x * c, params["1.weight"]))
     assert set(c.tolist()) == {-1.0, 1.0} and not torch.equal(c, signs("b", "1.weight", D, 0.5).double())
     ones = replace(psp, flips=0.0)
-    assert not ones.active and same(ones.view(params, "a", Me(model=model)), params)
+    assert not ones.active and same(ones.view(params, "a", Context(model=model)), params)
     assert same(go(cs.methods.psp(0.0)).params, go(cs.methods.finetune()).params)
     assert same(go(cs.methods.xdg(0.0)).params, go(cs.methods.finetune()).params)
 
@@ -365,7 +376,10 @@ def test_supsup_is_its_restatement():
             return g * ctx.saved_tensors[0].sign()
 
     masks = {}
-    fixed = {n: torch.where(params[n] < 0, -1.0, 1.0).double() * (2 / (0.5 * params[n].shape[1])) ** 0.5 for n in names}
+    fixed = {
+        n: torch.where(params[n] < 0, -1.0, 1.0).double() * (2 / (0.5 * params[n].shape[1])) ** 0.5
+        for n in names
+    }
     zero = {n: torch.zeros_like(p) for n, p in params.items() if n.endswith("bias")}
     scores = {}
     for s in SOURCES[:2]:
@@ -395,11 +409,20 @@ def test_masks_travel_one_bit_a_weight(monkeypatch):
     monkeypatch.setattr(Message, "to_bytes", lambda m: told.append(m) or to_bytes(m))
     parts = cs.data.split_classes(cs.data.digits(), 5)
     schedule = cs.settings.federated_continual([parts[:3], parts[3:]], 1, scenario="task")
-    r = cs.run(schedule, cs.methods.supsup(), cs.models.mlp(64, (128,), 10), cs.Training(epochs=6, lr=0.05, momentum=0.9))
+    r = cs.run(
+        schedule,
+        cs.methods.supsup(),
+        cs.models.mlp(64, (128,), 10),
+        cs.Training(epochs=6, lr=0.05, momentum=0.9),
+    )
     assert r.score > 0.85, "the server never learned: it has the masks of all"
     items = [m.items["SupSup"] for m in told if "SupSup" in m.items]
-    assert items and all(type(i) is Module and i.tensors["mask/1.weight"].numel() == 64 * 128 // 8 for i in items)
-    assert not any("supsup" in n for m in told if "model" in m.items for n in m.items["model"].tensors), "scores stay"
+    assert items and all(
+        type(i) is Module and i.tensors["mask/1.weight"].numel() == 64 * 128 // 8 for i in items
+    )
+    assert not any("supsup" in n for m in told if "model" in m.items for n in m.items["model"].tensors), (
+        "scores stay"
+    )
     for shape in ([3], [8], [4, 5], [2, 3, 3, 3]):
         mask = (torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.5).float()
         assert torch.equal(unpack(pack(mask), shape), mask)
@@ -408,13 +431,17 @@ def test_masks_travel_one_bit_a_weight(monkeypatch):
 # learning
 
 
-@pytest.mark.parametrize(("name", "low"), [("packnet", 0.9), ("hat", 0.9), ("supsup", 0.85), ("psp", 0.9), ("xdg", 0.9)])
+@pytest.mark.parametrize(
+    ("name", "low"), [("packnet", 0.9), ("hat", 0.9), ("supsup", 0.85), ("psp", 0.9), ("xdg", 0.9)]
+)
 @pytest.mark.parametrize("model", ["mlp", "conv", "heads"])
 def test_learns_digits_in_five_tasks(name, low, model):
     image = model == "conv"
     parts = cs.data.split_classes(cs.data.digits(image), 5)
     trunk = cs.models.mlp(64, (128,), 10)
-    made = {"mlp": trunk, "conv": cs.models.conv(10, 1, 8, 16), "heads": cs.models.multi_head(trunk, 10)}[model]
+    made = {"mlp": trunk, "conv": cs.models.conv(10, 1, 8, 16), "heads": cs.models.multi_head(trunk, 10)}[
+        model
+    ]
     fit = cs.Training(epochs=8, lr=0.05, momentum=0.9, weight_decay=1e-4)
     r = cs.run(cs.settings.continual(parts, "task"), METHODS[name](), made, fit)
     assert r.score > low, r.matrix
@@ -426,8 +453,18 @@ def test_learns_digits_in_five_tasks(name, low, model):
 def test_a_mapper_takes_the_place_of_the_label():
     parts = cs.data.split_classes(cs.data.digits(), 5)
     method = cs.methods.packnet() + cs.Method("entropy", mapper=cs.mappers.min_entropy())
-    r = cs.run(cs.settings.continual(parts), method, cs.models.mlp(64, (128,), 10), cs.Training(epochs=4, momentum=0.9))
-    plain = cs.run(cs.settings.continual(parts), cs.methods.finetune(), cs.models.mlp(64, (128,), 10), cs.Training(epochs=4))
+    r = cs.run(
+        cs.settings.continual(parts),
+        method,
+        cs.models.mlp(64, (128,), 10),
+        cs.Training(epochs=4, momentum=0.9),
+    )
+    plain = cs.run(
+        cs.settings.continual(parts),
+        cs.methods.finetune(),
+        cs.models.mlp(64, (128,), 10),
+        cs.Training(epochs=4),
+    )
     assert r.score > 0.3 > plain.score
 
 
@@ -443,10 +480,10 @@ def test_summaries_and_teachers_see_what_the_model_sees():
 
     rows = LwF.rows
 
-    def look(self, step, me):
+    def look(self, step, ctx):
         if step.clock == (0, 0):
             seen.append((step.before(SOURCES[1].test.x, "s/1"), step.answer(0, "s/1"), step.parts[0].x))
-        return rows(self, step, me)
+        return rows(self, step, ctx)
 
     LwF.rows = look
     try:
@@ -491,7 +528,11 @@ def test_refuses_without_a_task(name):
 @pytest.mark.parametrize("name", ["packnet", "hat"])
 def test_refuses_where_others_move_what_it_keeps(name):
     with pytest.raises(cs.Refusal, match="what is heard moves"):
-        cs.run(cs.settings.federated_continual([SOURCES[:2], SOURCES[2:]], 1, scenario="task"), METHODS[name](), mlp())
+        cs.run(
+            cs.settings.federated_continual([SOURCES[:2], SOURCES[2:]], 1, scenario="task"),
+            METHODS[name](),
+            mlp(),
+        )
     with pytest.raises(cs.Refusal, match="a step has several"):
         cs.run(cs.settings.multitask(SOURCES, "task"), METHODS[name](), mlp())
 
@@ -513,4 +554,9 @@ def test_gates_refuse_norms_and_branches(name):
 
 def test_hat_warns_when_units_run_out():
     with pytest.warns(UserWarning, match="has no unit left"):
-        go(cs.methods.hat(sparsity=0.0), cs.models.mlp(D, (1,), C), [source(i, classes=(0, 1)) for i in range(12)], epochs=1)
+        go(
+            cs.methods.hat(sparsity=0.0),
+            cs.models.mlp(D, (1,), C),
+            [source(i, classes=(0, 1)) for i in range(12)],
+            epochs=1,
+        )

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 import consilience as cs
-from consilience.cli import method_of, understand
-from consilience.core.correction import Learned, Routing, superposition
+from consilience.cli.main import method_of, understand
+from consilience.core.contexts import Learned, Routing
 from consilience.core.message import Module, Statistics
 from consilience.core.params import Layout, key, same
 from consilience.core.source import Source, Tensors
+from consilience.core.viewed import superposition
 from consilience.corrections.moments import Moments
 from consilience.mappers.autoencoder import ExpertGate, errors, relatedness
 from consilience.mappers.covariance import Mahalanobis
@@ -57,7 +58,9 @@ def go(method, mapper=None, model=None, sources=SOURCES, scenario="class", **mor
     run = {k: more.pop(k) for k in ("out", "resume", "checkpoint_steps", "progress") if k in more}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return cs.run(cs.settings.continual(sources, scenario), method, model or mlp(), training(**more), **run)
+        return cs.run(
+            cs.settings.continual(sources, scenario), method, model or mlp(), training(**more), **run
+        )
 
 
 @cache
@@ -81,8 +84,8 @@ def test_a_one_hot_superposition_is_that_task_bit_for_bit(name, model):
     seen = []
     for s in SOURCES:
         params = agent.state.params
-        for c, me in agent._seen():
-            params = c.view(params, s.name, me)
+        for c, ctx in agent._seen():
+            params = c.view(params, s.name, ctx)
         seen.append(params)
     made = superposition(seen)
     for k, s in enumerate(SOURCES):
@@ -108,7 +111,9 @@ def test_adding_tasks_leaves_old_superpositions_bit_equal():
 def test_only_the_columns_of_experts_enter_the_entropy():
     whole_stream = cs.settings.continual(SOURCES)
     two = replace(whole_stream, plan=lambda seed: list(whole_stream.plan(seed))[:6])
-    agent = cs.run(two, cs.methods.supsup() + cs.methods.infer(cs.mappers.average()), mlp(), training(epochs=1)).agent
+    agent = cs.run(
+        two, cs.methods.supsup() + cs.methods.infer(cs.mappers.average()), mlp(), training(epochs=1)
+    ).agent
     out = whole(agent)(SPREAD, torch.ones(2, dtype=torch.float64) / 2)
     assert out.shape == (50, C), "the frame has a third source, which nobody learned"
     assert (out[:, 4:] == -torch.inf).all() and out[:, :4].isfinite().all()
@@ -166,7 +171,9 @@ def test_routes_are_the_paper_in_ten_lines():
         assert torch.equal(Superposition().route(r, {}).argmax(1), one)
         assert torch.equal(Superposition(halving=True).route(r, {}).argmax(1), one), "half of three is one"
         together = Superposition(together=True).route(r, {})
-    assert torch.equal(together.argmax(1), gradient(start, SPREAD).argmin().expand(50)) and together.shape == (50, 3)
+    assert torch.equal(
+        together.argmax(1), gradient(start, SPREAD).argmin().expand(50)
+    ) and together.shape == (50, 3)
     assert len(one.unique()) > 1
 
     k = 5
@@ -185,14 +192,25 @@ def test_routes_are_the_paper_in_ten_lines():
             alpha = alpha / alpha.sum()
         chosen.append(int(alpha.argmax()))
     weights = Superposition(halving=True).route(r, {})
-    assert weights.argmax(1).tolist() == chosen and torch.equal(weights.sum(1), torch.ones(50, dtype=torch.float64))
+    assert weights.argmax(1).tolist() == chosen and torch.equal(
+        weights.sum(1), torch.ones(50, dtype=torch.float64)
+    )
     assert weights.argmax(1).tolist() != Superposition().route(r, {}).argmax(1).tolist()
 
 
 @pytest.mark.parametrize("scenario", ["class", "domain"])
 def test_superposition_on_a_conv_net_and_by_batches(scenario):
     """Convolutions, group norm; each sample's route is its own, whatever the batch."""
-    images = [replace(s, **{p: Tensors(s.train.x[:, None, :, None].expand(-1, 1, 6, 6) + 0, s.train.y) for p in ("train", "validation", "test")}) for s in SOURCES]  # fmt: skip
+    images = [
+        replace(
+            s,
+            **{
+                p: Tensors(s.train.x[:, None, :, None].expand(-1, 1, 6, 6) + 0, s.train.y)
+                for p in ("train", "validation", "test")
+            },
+        )
+        for s in SOURCES
+    ]
     model = cs.models.resnet(20, C, 1, width=2)
     agent = go("supsup", cs.mappers.superposition(), model, images, scenario, epochs=1, batch_size=20).agent
     x = images[1].test.x[:8] + 0.01 * torch.randn(8, 1, 6, 6, generator=key(4), dtype=torch.float64)
@@ -205,11 +223,21 @@ def test_superposition_refuses_what_has_no_views():
     for method, model in (("finetune", heads()), ("ewc", heads()), (cs.methods.psp(0.0), mlp())):
         with pytest.raises(cs.Refusal, match=told):
             go(method, cs.mappers.superposition(), model)
-    with pytest.raises(cs.Refusal, match="for the same classes have no superposition; use a model with one shared head"):
-        go("psp", cs.mappers.superposition(), cs.models.multi_head(cs.models.mlp(D, (12,), 2), 2), scenario="domain")
+    with pytest.raises(
+        cs.Refusal, match="for the same classes have no superposition; use a model with one shared head"
+    ):
+        go(
+            "psp",
+            cs.mappers.superposition(),
+            cs.models.multi_head(cs.models.mlp(D, (12,), 2), 2),
+            scenario="domain",
+        )
     go("psp", cs.mappers.superposition(), cs.models.mlp(D, (12,), 2), scenario="domain", epochs=1)
     with pytest.raises(cs.Refusal, match="values have no entropy"):
-        cs.run(cs.settings.continual(cs.data.iid(cs.data.diabetes(), 2)), cs.methods.psp() + cs.methods.infer(Superposition()))
+        cs.run(
+            cs.settings.continual(cs.data.iid(cs.data.diabetes(), 2)),
+            cs.methods.psp() + cs.methods.infer(Superposition()),
+        )
     alike = [{"w": torch.ones(2)}, {"w": torch.ones(2)}]
     with pytest.raises(cs.ConsilienceError, match="should differ by task. Found the same"):
         superposition(alike)
@@ -223,7 +251,9 @@ def summary(mapper, s, model=None, seed=0):
     params, buffers = model.init(key(0))
     params = {n: p.double() for n, p in params.items()}
     layout = Layout.of(params)
-    return mapper.summarise(Learned(model, params, buffers, params, s, s.task, layout, key(seed, s.name)), None)
+    return mapper.summarise(
+        Learned(model, params, buffers, params, s, s.task, layout, key(seed, s.name)), None
+    )
 
 
 def places(items, mapper, x):
@@ -272,8 +302,12 @@ def test_an_identity_covariance_is_the_nearest_mean():
         made.append(replace(s, train=Tensors(x, torch.tensor([2 * i, 2 * i + 1]).repeat_interleave(2 * D))))
     for ridge in (0.0, 0.3):
         items = [summary(Mahalanobis(ridge, "inputs"), s) for s in made]
-        assert torch.equal(places(items, Mahalanobis(ridge, "inputs"), SPREAD), torch.cdist(SPREAD, mu).argmin(1) // 2)
-        assert torch.equal(places(items, Mahalanobis(ridge, "inputs"), SPREAD), places(items, NearestMean("inputs"), SPREAD))
+        assert torch.equal(
+            places(items, Mahalanobis(ridge, "inputs"), SPREAD), torch.cdist(SPREAD, mu).argmin(1) // 2
+        )
+        assert torch.equal(
+            places(items, Mahalanobis(ridge, "inputs"), SPREAD), places(items, NearestMean("inputs"), SPREAD)
+        )
 
 
 def test_sums_are_shared_exact_and_one():
@@ -293,14 +327,17 @@ def test_sums_are_shared_exact_and_one():
     near(ridge["first"][:-1, list(s.classes)], whole_item.tensors["first"])
     assert torch.equal(ridge["count"][list(s.classes)], whole_item.tensors["count"])
     flat = [
-        replace(t, train=Tensors(torch.cat([t.train.x, torch.full((len(t.train.y), 1), 7.0)], 1), t.train.y)) for t in SOURCES
+        replace(t, train=Tensors(torch.cat([t.train.x, torch.full((len(t.train.y), 1), 7.0)], 1), t.train.y))
+        for t in SOURCES
     ]
     items, old = [summary(mapper, t) for t in flat], [summary(mapper, t) for t in SOURCES]
     there = torch.cat([SPREAD, torch.randn(50, 1, generator=key(8), dtype=torch.float64)], 1)
     assert torch.allclose(mapper.scores(there, items, items), mapper.scores(SPREAD, old, old), rtol=1e-8)
     constant = [replace(s, train=Tensors(s.train.x * 0 + i, s.train.y)) for i, s in enumerate(SOURCES)]
     items = [summary(mapper, t) for t in constant]
-    assert places(items, mapper, torch.full((1, D), 1.1).double()).tolist() == [1], "without any variance: nearest mean"
+    assert places(items, mapper, torch.full((1, D), 1.1).double()).tolist() == [1], (
+        "without any variance: nearest mean"
+    )
 
 
 def test_the_covariance_is_of_all_anchors_that_are_known():
@@ -317,9 +354,20 @@ def test_the_covariance_is_of_all_anchors_that_are_known():
 
 def parameters(d, code, seed):
     g = torch.Generator().manual_seed(seed)
-    shapes = {"encoder.weight": (code, d), "encoder.bias": (code,), "decoder.weight": (d, code), "decoder.bias": (d,)}
+    shapes = {
+        "encoder.weight": (code, d),
+        "encoder.bias": (code,),
+        "decoder.weight": (d, code),
+        "decoder.bias": (d,),
+    }
     found = {n: torch.randn(s, generator=g, dtype=torch.float64) for n, s in shapes.items()}
-    return Module({**found, "mean": torch.randn(d, generator=g).double(), "deviation": torch.rand(d, generator=g).double() + 0.5})
+    return Module(
+        {
+            **found,
+            "mean": torch.randn(d, generator=g).double(),
+            "deviation": torch.rand(d, generator=g).double() + 0.5,
+        }
+    )
 
 
 def test_the_gate_is_a_softmax_of_errors():
@@ -363,7 +411,9 @@ def test_an_autoencoder_is_undercomplete_keyed_and_its_own_restatement():
     assert same(item.tensors, summary(ExpertGate(epochs=2), s).tensors)
     assert not same(item.tensors, summary(ExpertGate(epochs=2), s, seed=1).tensors)
     assert type(item) is Module and item.tensors["encoder.weight"].shape == (3, D)
-    assert ExpertGate(code=0.99).summarise and summary(ExpertGate(0.01, 0), s).tensors["encoder.weight"].shape == (1, D)
+    assert ExpertGate(code=0.99).summarise and summary(ExpertGate(0.01, 0), s).tensors[
+        "encoder.weight"
+    ].shape == (1, D)
     g, x = key(0, s.name), s.train.x
     net = torch.nn.Sequential(torch.nn.Linear(D, 3), torch.nn.ReLU(), torch.nn.Linear(3, D))
     with torch.no_grad():
@@ -424,7 +474,12 @@ def test_anchors_travel():
         method = cs.Method(name, consolidator=cs.consolidators.experts(), mapper=mapper)
         r = cs.run(cs.settings.skill(streams), method, heads(), training())
         assert r.mapper_accuracy > 0.5, name
-    assert cs.run(cs.settings.skill(streams), cs.methods.skill("mahalanobis"), training=training()).mapper_accuracy > 0.6
+    assert (
+        cs.run(
+            cs.settings.skill(streams), cs.methods.skill("mahalanobis"), training=training()
+        ).mapper_accuracy
+        > 0.6
+    )
 
 
 def test_a_server_that_never_learned_routes_to_what_it_heard_of():
@@ -432,7 +487,9 @@ def test_a_server_that_never_learned_routes_to_what_it_heard_of():
     fit = cs.Training(epochs=3, lr=0.05, momentum=0.9)
     schedule = cs.settings.federated_continual([parts[:2], parts[2:]], 1)
     for mapper in (cs.mappers.mahalanobis(on="inputs"), cs.mappers.superposition()):
-        r = cs.run(schedule, cs.methods.supsup() + cs.methods.infer(mapper), cs.models.mlp(64, (96,), 10), fit)
+        r = cs.run(
+            schedule, cs.methods.supsup() + cs.methods.infer(mapper), cs.models.mlp(64, (96,), 10), fit
+        )
         assert not r.agent.state.visits and len(r.agent.choices()) == 3
         assert r.mapper_accuracy > (0.9 if mapper.name == "Mahalanobis" else 0.34) and r.score > 0.3
 
@@ -489,7 +546,9 @@ def test_without_a_mapper_the_same_methods_refuse_or_forget():
 # resuming
 
 
-@pytest.mark.parametrize("mapper", [ExpertGate(epochs=1), Superposition(True), Mahalanobis(on="inputs")], ids=lambda m: m.name)
+@pytest.mark.parametrize(
+    "mapper", [ExpertGate(epochs=1), Superposition(True), Mahalanobis(on="inputs")], ids=lambda m: m.name
+)
 def test_resumes_mid_task_to_the_same_bits(mapper, tmp_path):
     def run(**more):
         return go("supsup", mapper, epochs=2, **more)
@@ -510,20 +569,26 @@ def test_infer_is_in_the_command_line():
     order = understand("run", ["--method", "packnet+infer", "--method.infer.mapper", "expert_gate"])
     method = method_of(order, order.names["method"])
     assert method.mapper == cs.mappers.expert_gate() and method.name == "packnet+expertgate"
-    order = understand("run", ["--method", "hat+consilience.mappers.nearest_mean", "--method.nearest_mean.on", "inputs"])
+    order = understand(
+        "run", ["--method", "hat+consilience.mappers.nearest_mean", "--method.nearest_mean.on", "inputs"]
+    )
     assert method_of(order, order.names["method"]).mapper == cs.mappers.nearest_mean("inputs")
     order = understand("run", ["--method", "skill", "--method.mapper", "mahalanobis"])
     assert method_of(order, "skill").mapper == cs.mappers.mahalanobis()
     order = understand("run", ["--method", "hat+infer", "--method.infer.mapper", "expert_gat"])
     with pytest.raises(cs.ConsilienceError, match="nearest: expert_gate"):
         method_of(order, order.names["method"])
-    with pytest.raises(cs.ConsilienceError, match=r"made by consilience.mappers, such as min_entropy\(\). Found 'hat'"):
+    with pytest.raises(
+        cs.ConsilienceError, match=r"made by consilience.mappers, such as min_entropy\(\). Found 'hat'"
+    ):
         cs.methods.infer("hat")
 
 
 def test_bad_spaces_are_refused():
     for kind in (NearestMean, GaussianMixture, Mahalanobis, ExpertGate):
-        with pytest.raises(cs.ConsilienceError, match="`on` should be features or inputs. Found `on = 'pixels'`"):
+        with pytest.raises(
+            cs.ConsilienceError, match="`on` should be features or inputs. Found `on = 'pixels'`"
+        ):
             kind(on="pixels")
     for bad in ({"code": 1.0}, {"code": 0.0}, {"lr": 0.0}, {"temperature": -1.0}, {"epochs": -1}):
         with pytest.raises(cs.ConsilienceError, match="should be"):

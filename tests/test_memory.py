@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import consilience as cs
 from consilience.core.buffer import Reservoir, equal_shares
-from consilience.core.correction import Me
+from consilience.core.contexts import Context
 from consilience.core.params import key, same
 from consilience.core.source import Source, Tensors
 from consilience.memory.policies import ClassBalanced, Growing, Herding
@@ -45,7 +45,9 @@ def test_equal_shares_fill_the_buffer_and_no_class_could_have_more(y, size, seed
     counts, own = y[keep].bincount(minlength=5), y.bincount(minlength=5)
     most = int(counts.max())
     for c in range(5):
-        assert counts[c] >= min(int(own[c]), most - 1)  # water filling: a class has less only if it has no more
+        assert counts[c] >= min(
+            int(own[c]), most - 1
+        )  # water filling: a class has less only if it has no more
         mine = keys[y == c].sort().values
         assert torch.equal(keys[(y == c) & keep].sort().values, mine[: counts[c]])  # the smallest keys
 
@@ -102,14 +104,20 @@ def test_herding_restated():
     for c in (2, 3):
         own, chosen = psi[y == c], []
         for k in range(1, 5):
-            gaps = [float((own.mean(0) - (own[i] + sum(own[j] for j in chosen)) / k).norm()) for i in range(len(own))]
+            gaps = [
+                float((own.mean(0) - (own[i] + sum(own[j] for j in chosen)) / k).norm())
+                for i in range(len(own))
+            ]
             chosen.append(min((i for i in range(len(own)) if i not in chosen), key=gaps.__getitem__))
         bx, by = found["b"]
         assert torch.equal(bx[by == c], x[y == c][sorted(chosen)])
 
 
 def test_herding_keeps_the_first_when_it_shrinks():
-    keys, y = torch.tensor([0.0, torch.inf, 2, 1, 0, 1, torch.inf]).double(), torch.tensor([0, 0, 0, 0, 1, 1, 1])
+    keys, y = (
+        torch.tensor([0.0, torch.inf, 2, 1, 0, 1, torch.inf]).double(),
+        torch.tensor([0, 0, 0, 0, 1, 1, 1]),
+    )
     assert Herding().keep(keys, y, 7).tolist() == [True, False, True, True, True, True, False]
     assert Herding().keep(keys, y, 4).tolist() == [True, False, False, True, True, True, False]
     assert Herding().keep(keys, y, 2).tolist() == [True, False, False, False, True, False, False]
@@ -121,10 +129,18 @@ def test_buffers_refuse():
         (cs.settings.continual(SOURCES), cs.methods.er(3), "has no place for each of the 4 classes"),
         (cs.settings.continual(SOURCES), cs.methods.icarl(3), "has no place for each of the 4 classes"),
         (cs.settings.continual(SOURCES), cs.methods.gdumb(2), "use a larger `size`"),
-        (cs.settings.continual(values), cs.methods.er(policy=cs.memory.ring()), "use policy=memory.reservoir"),
+        (
+            cs.settings.continual(values),
+            cs.methods.er(policy=cs.memory.ring()),
+            "use policy=memory.reservoir",
+        ),
         (cs.settings.continual(values), cs.methods.icarl(), "values have no classes with a mean"),
         (cs.settings.continual(values), cs.methods.gdumb(), "values have no classes to balance"),
-        (cs.settings.online(SOURCES), cs.methods.er(policy=cs.memory.herding()), "chooses at the end of a source"),
+        (
+            cs.settings.online(SOURCES),
+            cs.methods.er(policy=cs.memory.herding()),
+            "chooses at the end of a source",
+        ),
     ):
         with pytest.raises(cs.Refusal, match=says):
             cs.run(schedule, method, training=cs.Training(epochs=1))
@@ -174,7 +190,9 @@ def test_icarl_restated():
     r = cs.run(cs.settings.continual([a, b], "class"), cs.methods.icarl(8), mlp(), training())
     near(r.params, entries(net), 1e-10)
 
-    means = torch.zeros(C, 5).double()  # old exemplars were chosen by the old features and are seen by the new
+    means = torch.zeros(
+        C, 5
+    ).double()  # old exemplars were chosen by the old features and are seen by the new
     bx, by = herded(net, b, (2, 3), 2)
     ax, ay = herded(old, a, (0, 1), 2)
     for c in range(C):
@@ -243,7 +261,9 @@ def test_from_scratch_draws_new_heads_too():
     r = cs.run(cs.settings.continual(sources, "task"), cs.methods.from_scratch(), model, training(epochs=0))
     assert not torch.equal(
         r.params["heads.b.weight"],
-        model.grow(*model.init(key(0, "init")), sources[1], key(0, "b", "grow"))[0]["heads.b.weight"].double(),
+        model.grow(*model.init(key(0, "init")), sources[1], key(0, "b", "grow"))[0][
+            "heads.b.weight"
+        ].double(),
     )
 
 
@@ -266,7 +286,9 @@ def test_less_forgetting_restated(freeze):
         with torch.no_grad():
             for p, v in zip(net.parameters(), velocity, strict=True):
                 p -= LR * v
-    r = cs.run(cs.settings.continual([a, b], "class"), cs.methods.less_forgetting(0.7, freeze), mlp(), training())
+    r = cs.run(
+        cs.settings.continual([a, b], "class"), cs.methods.less_forgetting(0.7, freeze), mlp(), training()
+    )
     near(r.params, entries(net))
     if freeze:
         assert torch.equal(net[3].weight[:2], old[3].weight[:2])
@@ -274,7 +296,9 @@ def test_less_forgetting_restated(freeze):
 
 def test_less_forgetting_refuses_frozen_features():
     with pytest.raises(cs.Refusal, match="the features are frozen"):
-        cs.run(cs.settings.continual(SOURCES), cs.methods.less_forgetting(), cs.models.random_features(D, 8, C))
+        cs.run(
+            cs.settings.continual(SOURCES), cs.methods.less_forgetting(), cs.models.random_features(D, 8, C)
+        )
 
 
 def test_squared_batches_are_named_as_what_they_are():
@@ -282,14 +306,20 @@ def test_squared_batches_are_named_as_what_they_are():
     s, late = source("a", 70, (0, 1, 2, 3), 5), source("b", 9, seed=6)
     found = {}
     for labels in ("batches", "data"):
-        r = cs.run(cs.settings.continual([late, s], "domain"), cs.methods.ewc(labels=labels), mlp(), training())
+        r = cs.run(
+            cs.settings.continual([late, s], "domain"), cs.methods.ewc(labels=labels), mlp(), training()
+        )
         found[labels] = r.agent.state.bank["agent", "a"].items["EWC"].group("precision")
         if labels == "data":
             continue
         net, (x, y) = plain(params=r.params), s.train.whole()
         total = [torch.zeros_like(p) for p in net.parameters()]
         for i in torch.randperm(70, generator=key(0, "a", 0, "EWC", "summarise")).split(32):
-            for t, g in zip(total, torch.autograd.grad(F.cross_entropy(net(x[i]), y[i]), list(net.parameters())), strict=True):
+            for t, g in zip(
+                total,
+                torch.autograd.grad(F.cross_entropy(net(x[i]), y[i]), list(net.parameters())),
+                strict=True,
+            ):
                 t += g.square() / 3
         near(found[labels], dict(zip(entries(net), total, strict=True)))
     assert sum(float(t.sum()) for t in total) < 0.5 * sum(float(f.sum()) for f in found["data"].values())
@@ -305,7 +335,12 @@ def test_a_stream_is_seen_once_and_judged_by_source():
     x = torch.cat([s.train.x for s in schedule.sources[:4]])
     assert torch.equal(x.sort(0).values, sources[0].train.x.sort(0).values)
     r = cs.run(schedule, cs.methods.finetune(), mlp(), training(epochs=1))
-    assert r.sources == ("a", "b") and r.stages == ("a", "b") and r.learned_at == (1, 2) and r.matrix.shape == (3, 2)
+    assert (
+        r.sources == ("a", "b")
+        and r.stages == ("a", "b")
+        and r.learned_at == (1, 2)
+        and r.matrix.shape == (3, 2)
+    )
     assert r.forgetting is not None
     net = plain()
     for s in schedule.sources:
@@ -317,9 +352,22 @@ def test_a_stream_is_seen_once_and_judged_by_source():
 
 def test_methods_that_need_ends_say_so():
     for name in ("ewc", "si", "mas", "l2sp", "lwf", "less_forgetting", "gem", "icarl"):
-        with pytest.raises(cs.Refusal, match="needs to know where a source ends, and this stream has no ends"):
+        with pytest.raises(
+            cs.Refusal, match="needs to know where a source ends, and this stream has no ends"
+        ):
             cs.run(cs.settings.online(SOURCES, 16), getattr(cs.methods, name)(), mlp(), training(epochs=1))
-    for name in ("er", "er_ace", "der", "derpp", "agem", "online_ewc", "gdumb", "joint", "cumulative", "fed3r"):
+    for name in (
+        "er",
+        "er_ace",
+        "der",
+        "derpp",
+        "agem",
+        "online_ewc",
+        "gdumb",
+        "joint",
+        "cumulative",
+        "fed3r",
+    ):
         r = cs.run(cs.settings.online(SOURCES, 16), getattr(cs.methods, name)(), mlp(), training(epochs=1))
         assert r.matrix.shape == (4, 3)
 
@@ -328,7 +376,9 @@ def test_a_common_test_is_one_column():
     sources = [replace(s, test=A.test) for s in (A, B, E)]
     r = cs.run(cs.settings.continual(sources, "domain"), cs.methods.finetune(), mlp(), training(epochs=1))
     assert r.sources == ("a/test",) and r.matrix.shape == (4, 1) and r.forgetting is None
-    labelled = cs.run(cs.settings.continual(sources, "task"), cs.methods.finetune(), mlp(), training(epochs=1))
+    labelled = cs.run(
+        cs.settings.continual(sources, "task"), cs.methods.finetune(), mlp(), training(epochs=1)
+    )
     assert labelled.matrix.shape == (4, 3)
 
 
@@ -336,8 +386,16 @@ def test_a_common_test_is_one_column():
 
 
 def test_the_learning_curve_inside_a_task():
-    r = cs.run(cs.settings.continual([A, B], "domain"), cs.methods.finetune(), mlp(), training(epochs=3), curve_steps=2)
-    assert [(p["source"], p["epoch"], p["step"]) for p in r.learning_curve[:6]] == [("a", e, i) for e in range(3) for i in (2, 4)]
+    r = cs.run(
+        cs.settings.continual([A, B], "domain"),
+        cs.methods.finetune(),
+        mlp(),
+        training(epochs=3),
+        curve_steps=2,
+    )
+    assert [(p["source"], p["epoch"], p["step"]) for p in r.learning_curve[:6]] == [
+        ("a", e, i) for e in range(3) for i in (2, 4)
+    ]
     assert [p["source"] for p in r.learning_curve].count("b") == 4  # 9 steps
     assert r.learning_curve[5]["score"] == r.matrix[1, 0]  # the last step of the source
     again = cs.Result.from_json(r.to_json())
@@ -377,7 +435,9 @@ def test_they_learn_the_digits(digits):
 def test_every_policy_remembers(digits, policy):
     size = 10 if policy == "growing" else 100
     r = cs.run(
-        cs.settings.continual(digits), cs.methods.derpp(size, policy=getattr(cs.memory, policy)()), training=cs.Training(lr=0.1)
+        cs.settings.continual(digits),
+        cs.methods.derpp(size, policy=getattr(cs.memory, policy)()),
+        training=cs.Training(lr=0.1),
     )
     assert r.score > 0.7
 
@@ -418,10 +478,12 @@ def test_interrupted_in_a_later_source_and_resumed(name, tmp_path):
 def test_er_ace_replays_its_own_source_as_if_it_were_in_the_buffer():
     """A share n_source / n_seen of the buffer's batch is the source's own."""
     ace = cs.methods.er_ace(20, 4000).corrections[0]
-    r = cs.run(cs.settings.continual(SOURCES[:2], "class"), cs.methods.er_ace(20, 8), mlp(), training(epochs=1))
+    r = cs.run(
+        cs.settings.continual(SOURCES[:2], "class"), cs.methods.er_ace(20, 8), mlp(), training(epochs=1)
+    )
     known = ace.recall(r.agent.memory(ace), (SOURCES[1],))
     assert known[1] == 30
-    (part,) = ace.sample(Me(known=known), (SOURCES[1],), key(0))
+    (part,) = ace.sample(Context(recalled=known), (SOURCES[1],), key(0))
     own = torch.isin(part.y, torch.tensor([2, 3])).double().mean()
     assert float(own) == pytest.approx(21 / 51, abs=0.03)
 
@@ -431,15 +493,26 @@ def test_joint_training_begins_anew_with_all_heads():
     for model in (cs.models.multi_head(mlp(), C), cs.models.progressive(D, (5,), C)):
         for method in (cs.methods.joint(), cs.methods.gdumb(8), cs.methods.from_scratch()):
             r = cs.run(cs.settings.continual(sources, "task"), method, model, training(epochs=0))
-            first = cs.run(cs.settings.continual(sources[:1], "task"), cs.methods.finetune(), model, training(epochs=0))
-            assert all(not torch.equal(r.params[n], p) for n, p in first.params.items() if p.numel() and n.endswith("weight"))
+            first = cs.run(
+                cs.settings.continual(sources[:1], "task"), cs.methods.finetune(), model, training(epochs=0)
+            )
+            assert all(
+                not torch.equal(r.params[n], p)
+                for n, p in first.params.items()
+                if p.numel() and n.endswith("weight")
+            )
 
 
 def test_an_untaught_task_of_icarl_is_a_guess_and_no_nan():
     r = cs.run(cs.settings.continual(SOURCES[:2], "task"), cs.methods.icarl(8), mlp(), training(epochs=1))
     assert torch.isfinite(torch.tensor(r.matrix)).all()
     x = SOURCES[0].test.whole()[0]
-    one = cs.run(cs.settings.continual(SOURCES[:1] + SOURCES[1:2], "task"), cs.methods.icarl(8), mlp(), training(epochs=1))
+    one = cs.run(
+        cs.settings.continual(SOURCES[:1] + SOURCES[1:2], "task"),
+        cs.methods.icarl(8),
+        mlp(),
+        training(epochs=1),
+    )
     assert torch.isfinite(one.predict(x, "b")).all()
 
 
@@ -451,7 +524,9 @@ def test_only_one_part_says_what_a_learn_trains_on():
 def test_a_common_test_has_no_task():
     sources = [replace(s, test=A.test, task=f"t{i}") for i, s in enumerate(SOURCES[:2])]
     schedule = cs.settings.continual(sources, "class")
-    r = cs.run(schedule, cs.methods.xdg() + cs.methods.infer(cs.mappers.min_entropy()), mlp(), training(epochs=1))
+    r = cs.run(
+        schedule, cs.methods.xdg() + cs.methods.infer(cs.mappers.min_entropy()), mlp(), training(epochs=1)
+    )
     assert r.mapper_accuracy is not None and r.mapper_accuracy != r.mapper_accuracy  # undefined, and not 0
     with pytest.raises(cs.Refusal, match="is told the task of what it is judged on"):
         cs.run(schedule, cs.methods.xdg() + cs.methods.infer(cs.mappers.oracle()), mlp(), training(epochs=1))
@@ -473,5 +548,11 @@ def test_the_learning_curve_goes_over_short_chunks():
 
 def test_what_is_left_is_undefined_for_values():
     values = [source("a", 30, kind="value"), source("b", 30, kind="value", seed=1)]
-    r = cs.run(cs.settings.continual(values), cs.methods.finetune(), cs.models.mlp(D, (5,), 2), training(epochs=1), repeats=3)
+    r = cs.run(
+        cs.settings.continual(values),
+        cs.methods.finetune(),
+        cs.models.mlp(D, (5,), 2),
+        training(epochs=1),
+        repeats=3,
+    )
     assert r.normalised is None and r.to_json()["normalised"] is None

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import consilience as cs
 from consilience import aggregators
 from consilience.aggregators import _select
-from consilience.cli import main
+from consilience.cli.main import main
 from consilience.core.aggregator import Aggregator, Blockwise
 from consilience.core.errors import ConsilienceError
 from consilience.core.params import key
@@ -36,10 +36,22 @@ AGGREGATORS: dict[str, Callable[[], Aggregator]] = {
     "geometric_median": aggregators.geometric_median,
     "krum": lambda: aggregators.krum(0),
 }
-SHAPES = {"a.weight": (5, 7), "a.bias": (5,), "b.weight": (3, 2, 2, 2), "scalar": (), "empty": (0, 4), "z": (101,)}
+SHAPES = {
+    "a.weight": (5, 7),
+    "a.bias": (5,),
+    "b.weight": (3, 2, 2, 2),
+    "scalar": (),
+    "empty": (0, 4),
+    "z": (101,),
+}
 
 
-def model(seed: int, shapes: dict[str, tuple[int, ...]] = SHAPES, dtype: torch.dtype = torch.float32, step: float = 0.0) -> State:
+def model(
+    seed: int,
+    shapes: dict[str, tuple[int, ...]] = SHAPES,
+    dtype: torch.dtype = torch.float32,
+    step: float = 0.0,
+) -> State:
     g = torch.Generator().manual_seed(seed)
     made = {n: torch.randn(s, generator=g, dtype=torch.float64) for n, s in shapes.items()}
     return {n: ((t / step).round() * step if step else t).to(dtype) for n, t in made.items()}
@@ -47,7 +59,10 @@ def model(seed: int, shapes: dict[str, tuple[int, ...]] = SHAPES, dtype: torch.d
 
 def near(base: State, seed: int, size: float = 0.1, step: float = 0.0) -> State:
     moved = model(seed, {n: tuple(t.shape) for n, t in base.items()}, torch.float64, step)
-    return {n: (t.double() + size * moved[n]).to(t.dtype) if t.is_floating_point() else t.clone() for n, t in base.items()}
+    return {
+        n: (t.double() + size * moved[n]).to(t.dtype) if t.is_floating_point() else t.clone()
+        for n, t in base.items()
+    }
 
 
 def keep(folder: Path, **models: State) -> list[Path]:
@@ -101,7 +116,10 @@ def test_coefficient_one_is_the_expert_and_zero_the_base_to_the_bit(tmp_path, dt
     expert = near(base, 1)
     path, e = keep(tmp_path, base=base, e=expert)
     for b, x in ((base, expert), (path, e)):
-        one, none = cs.merge(b, [x], aggregators.arithmetic(1.0)), cs.merge(b, [x], aggregators.arithmetic(0.0))
+        one, none = (
+            cs.merge(b, [x], aggregators.arithmetic(1.0)),
+            cs.merge(b, [x], aggregators.arithmetic(0.0)),
+        )
         assert all(torch.equal(one[n], expert[n]) and torch.equal(none[n], base[n]) for n in base)
 
 
@@ -171,7 +189,9 @@ def test_ties_over_entries_of_any_size(sizes, m, density, step, dtype, block):
 @given(
     shapes=st.lists(st.lists(st.integers(0, 5), max_size=3), min_size=1, max_size=5),
     dtypes=st.lists(
-        st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64]), min_size=5, max_size=5
+        st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64]),
+        min_size=5,
+        max_size=5,
     ),
     m=st.integers(1, 4),
     a=st.sampled_from(["mean", "arithmetic", "ties", "dare", "median", "mgda"]),
@@ -192,13 +212,18 @@ def test_any_shapes_and_dtypes_in_files_and_in_memory(tmp_path_factory, shapes, 
     inside = cs.merge(base, experts, made, per=per, seed=1, threads=threads)
     outside = load_file(cs.merge(path, paths, made, folder / "out.safetensors", per=per, seed=1))
     for n, t in base.items():
-        assert inside[n].dtype == t.dtype and inside[n].shape == t.shape and torch.equal(inside[n], outside[n])
+        assert (
+            inside[n].dtype == t.dtype and inside[n].shape == t.shape and torch.equal(inside[n], outside[n])
+        )
         assert t.is_floating_point() or torch.equal(inside[n], t)
     if a in ("mean", "median", "mgda"):
         same = cs.merge(base, [experts[0]] * m, made, per=per)
         for n, t in experts[0].items():
             assert torch.allclose(
-                same[n].double(), t.double(), rtol=4 * (torch.finfo(t.dtype).eps if t.is_floating_point() else 1), atol=1e-6
+                same[n].double(),
+                t.double(),
+                rtol=4 * (torch.finfo(t.dtype).eps if t.is_floating_point() else 1),
+                atol=1e-6,
             )
 
 
@@ -271,12 +296,23 @@ def test_integers_and_tied_weights(tmp_path):
     fresh.load_state_dict(merged)
     out = cs.merge(base, [a, b], None, tmp_path / "tied.safetensors")
     kept = load_file(out)
-    assert torch.equal(kept["head.weight"], kept["embed.weight"]) and torch.equal(kept["embed.weight"], merged["embed.weight"])
+    assert torch.equal(kept["head.weight"], kept["embed.weight"]) and torch.equal(
+        kept["embed.weight"], merged["embed.weight"]
+    )
     once = cs.merge(base, [a, b], aggregators.ties(0.5))  # a tied weight counts once
-    rows = [torch.cat([(e[n] - base.state_dict()[n]).flatten() for n in ("embed.weight", "norm.bias", "norm.running_mean", "norm.running_var", "norm.weight")])
-            for e in (a.state_dict(), b.state_dict())]  # fmt: skip
+    rows = [
+        torch.cat(
+            [
+                (e[n] - base.state_dict()[n]).flatten()
+                for n in ("embed.weight", "norm.bias", "norm.running_mean", "norm.running_var", "norm.weight")
+            ]
+        )
+        for e in (a.state_dict(), b.state_dict())
+    ]
     change = aggregators.ties(0.5)(torch.stack(rows))
-    assert torch.allclose(once["embed.weight"].flatten(), base.embed.weight.flatten() + change[:24], atol=1e-6)
+    assert torch.allclose(
+        once["embed.weight"].flatten(), base.embed.weight.flatten() + change[:24], atol=1e-6
+    )
 
 
 def test_scales_by_pattern(three):
@@ -284,7 +320,9 @@ def test_scales_by_pattern(three):
     for a in (aggregators.mean(), aggregators.ties(0.5)):
         whole, half = cs.merge(base, experts, a), cs.merge(base, experts, a, scales={"a.*": 0.5, "z": 0.0})
         assert torch.allclose(half["a.weight"], (base["a.weight"] + whole["a.weight"]) / 2, atol=1e-6)
-        assert torch.allclose(half["z"], base["z"], atol=1e-7) and torch.equal(half["b.weight"], whole["b.weight"])
+        assert torch.allclose(half["z"], base["z"], atol=1e-7) and torch.equal(
+            half["b.weight"], whole["b.weight"]
+        )
     with pytest.raises(ConsilienceError, match=r"fit some entry. Found 'c\.\*'"):
         cs.merge(base, experts, scales={"c.*": 1.0})
 
@@ -339,7 +377,9 @@ def test_lora_adapters_are_merged_as_products(tmp_path, rslora):
     assert torch.equal(merged["model.v.weight"], base["model.v.weight"])
     entries = opened(folders[0], opened(path))
     whole = entries.read("model.q.weight", 0, 30)
-    assert torch.equal(torch.cat([entries.read("model.q.weight", i, min(30, i + 4)) for i in range(0, 30, 4)]), whole)
+    assert torch.equal(
+        torch.cat([entries.read("model.q.weight", i, min(30, i + 4)) for i in range(0, 30, 4)]), whole
+    )
     (folders[0] / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "use_dora": True}))
     with pytest.raises(ConsilienceError, match="should be LoRA. Found DoRA"):
         cs.merge(path, folders)
@@ -354,7 +394,9 @@ def test_normalisation_is_folded():
     params = {f"conv.{n}": p.detach() for n, p in layer.named_parameters()}
     folded = cs.merging.fold_normalisation(params, "conv", m1, s1, m2, s2)
     wanted = layer(norm(m1, s1).double())
-    found = torch.func.functional_call(layer, {n.removeprefix("conv."): p for n, p in folded.items()}, (norm(m2, s2).double(),))
+    found = torch.func.functional_call(
+        layer, {n.removeprefix("conv."): p for n, p in folded.items()}, (norm(m2, s2).double(),)
+    )
     assert torch.allclose(wanted, found, atol=1e-12)
 
 
@@ -392,9 +434,13 @@ def test_shards_and_what_lies_beside(hub, three, tmp_path):
     wanted = cs.merge(base, experts, aggregators.ties(0.4))
     out = cs.merge(folder, others, aggregators.ties(0.4), tmp_path / "deep" / "out")
     assert {p.name for p in out.iterdir()} == {
-        "config.json", "tokenizer.json", "merge.json", "model.safetensors.index.json", "model-00001-of-00002.safetensors",
+        "config.json",
+        "tokenizer.json",
+        "merge.json",
+        "model.safetensors.index.json",
+        "model-00001-of-00002.safetensors",
         "model-00002-of-00002.safetensors",
-    }  # fmt: skip
+    }
     index = json.loads((out / "model.safetensors.index.json").read_text())
     for n in base:
         assert torch.equal(load_file(out / index["weight_map"][n])[n], wanted[n])
@@ -415,7 +461,11 @@ def test_other_configurations_are_refused(hub):
     (others[2] / "preprocessor_config.json").write_text('{"image_mean": [0.4]}')
     with pytest.raises(ConsilienceError) as e:
         cs.merge(folder, others)
-    assert "hidden_size = 6" in str(e.value) and "image_mean = [0.4]" in str(e.value) and "fold_normalisation" in str(e.value)
+    assert (
+        "hidden_size = 6" in str(e.value)
+        and "image_mean = [0.4]" in str(e.value)
+        and "fold_normalisation" in str(e.value)
+    )
     cs.merge(folder, others, allow=["configuration"])
 
 
@@ -441,7 +491,10 @@ def test_every_problem_is_told_and_nothing_written(three, tmp_path):
     assert not list(tmp_path.glob("out*"))
     fine = {n: t for n, t in experts[0].items() if n != "a.bias"} | {"more": torch.zeros(2)}
     merged = cs.merge(base, [fine, experts[1]], allow=["missing", "extra"])
-    assert torch.allclose(merged["a.bias"], (base["a.bias"] + experts[1]["a.bias"]) / 2, atol=1e-6) and "more" not in merged
+    assert (
+        torch.allclose(merged["a.bias"], (base["a.bias"] + experts[1]["a.bias"]) / 2, atol=1e-6)
+        and "more" not in merged
+    )
 
 
 @pytest.mark.parametrize("name", ["mean", "ties", "median", "pcgrad"])
@@ -482,10 +535,16 @@ def lie(path: Path) -> None:
     [
         (cut, r"a file should be whole: its header promises \d+ bytes. Found \d+ at .*e1"),
         (lie, r"the header should give 'z' 400 bytes. Found 404"),
-        (lambda p: p.write_bytes(b"PK\x03\x04" + b"0" * 50), "a pickle can run code and is not read. Found one at .*e1"),
+        (
+            lambda p: p.write_bytes(b"PK\x03\x04" + b"0" * 50),
+            "a pickle can run code and is not read. Found one at .*e1",
+        ),
         (lambda p: p.write_bytes(b"\x80\x02" + b"0" * 50), "a pickle can run code"),
         (lambda p: p.write_bytes(b""), "whole header. Found 0 bytes"),
-        (lambda p: p.write_bytes((20).to_bytes(8, "little") + b"not json at all....."), "begin with a JSON header"),
+        (
+            lambda p: p.write_bytes((20).to_bytes(8, "little") + b"not json at all....."),
+            "begin with a JSON header",
+        ),
         (lambda p: p.unlink(), "a file or a folder of safetensors. Found nothing at"),
     ],
 )
@@ -520,7 +579,9 @@ def test_pickles_and_lost_shards(hub, tmp_path):
 def test_another_base_is_refused(tmp_path):
     base, stranger = model(0), model(9)
     paths = keep(tmp_path, base=base, near=near(base, 1), stranger=stranger)
-    with pytest.raises(ConsilienceError, match=r"should come from the base .*stranger.safetensors, whose distance is"):
+    with pytest.raises(
+        ConsilienceError, match=r"should come from the base .*stranger.safetensors, whose distance is"
+    ):
         cs.merge(paths[0], paths[1:])
     cs.merge(paths[0], paths[1:], allow=["other_base"])
 
@@ -530,8 +591,14 @@ def test_bad_arguments(three, tmp_path):
     for call, said in (
         (lambda: cs.merge(base, []), "experts to merge. Found none"),
         (lambda: cs.merge(base, experts, "ties"), "made by consilience.aggregators, such as ties"),  # type: ignore[arg-type]
-        (lambda: cs.merge(base, experts, weights=[1.0]), r"weights should be 3 numbers, finite. Found \[1.0\]"),
-        (lambda: cs.merge(base, experts, aggregators.ties(), weights=[1.0, 1.0, -1.0]), "finite and not negative"),
+        (
+            lambda: cs.merge(base, experts, weights=[1.0]),
+            r"weights should be 3 numbers, finite. Found \[1.0\]",
+        ),
+        (
+            lambda: cs.merge(base, experts, aggregators.ties(), weights=[1.0, 1.0, -1.0]),
+            "finite and not negative",
+        ),
         (lambda: cs.merge(base, experts, per="layer"), "`per` should be"),
         (lambda: cs.merge(base, experts, allow=["all"]), "`allow` should have some of missing, extra"),
         (lambda: cs.merge(base, experts, importances=[base] * 3), r"for an aggregator that weighs entries"),
@@ -558,7 +625,9 @@ def test_memory_stays_within_blocks(three, monkeypatch):
     """No aggregator that streams ever asks for more than a block of a tensor; one that does not is refused over its budget."""
     base, experts, *_ = three
     read, asked = opened(base).__class__.read, []
-    monkeypatch.setattr(opened(base).__class__, "read", lambda self, n, a, b: asked.append(b - a) or read(self, n, a, b))
+    monkeypatch.setattr(
+        opened(base).__class__, "read", lambda self, n, a, b: asked.append(b - a) or read(self, n, a, b)
+    )
     for a in (aggregators.ties(0.3), aggregators.median(), aggregators.dare(0.5)):
         small = type("Small", (type(a),), {"block": 16})(*vars(a).values())
         asked.clear()
@@ -587,8 +656,26 @@ def test_command(hub, tmp_path, capsys):
     folder, others = hub
     words = ["merge", str(folder), *map(str, others)]
     assert main([*words, "--aggregator", "ties", "--aggregator.density", "0.3", "--dry-run"]) == 0
-    assert "Ties(density=0.3)" in (said := capsys.readouterr().out) and "6 entries" in said and not (tmp_path / "o").exists()
-    assert main([*words, "--aggregator", "ties", "--aggregator.density=0.3", "-o", str(tmp_path / "o"), "--memory", "64MB"]) == 0
+    assert (
+        "Ties(density=0.3)" in (said := capsys.readouterr().out)
+        and "6 entries" in said
+        and not (tmp_path / "o").exists()
+    )
+    assert (
+        main(
+            [
+                *words,
+                "--aggregator",
+                "ties",
+                "--aggregator.density=0.3",
+                "-o",
+                str(tmp_path / "o"),
+                "--memory",
+                "64MB",
+            ]
+        )
+        == 0
+    )
     assert "merged 3 experts" in capsys.readouterr().out
     (tmp_path / "merge.yaml").write_text(
         json.dumps(
@@ -605,7 +692,10 @@ def test_command(hub, tmp_path, capsys):
     assert all(torch.equal(a.read(n, 0, a.size(n)), b.read(n, 0, b.size(n))) for n in a.shapes)
     assert main([*words, "--aggregator", "dare", "--aggregator.then", "ties(1.0)", "--dry-run"]) == 0
     assert "then=Ties(density=1.0)" in capsys.readouterr().out
-    assert main([*words, "--weights", "0.5,0.25,0.25", "--scales", '{"a.*": 0.5}', "-o", str(tmp_path / "q")]) == 0
+    assert (
+        main([*words, "--weights", "0.5,0.25,0.25", "--scales", '{"a.*": 0.5}', "-o", str(tmp_path / "q")])
+        == 0
+    )
     assert json.loads((tmp_path / "q" / "merge.json").read_text())["weights"] == [0.5, 0.25, 0.25]
     capsys.readouterr()
     assert main(["merge", "--help"]) == 0
@@ -617,7 +707,10 @@ def test_command(hub, tmp_path, capsys):
     [
         (["--agregator", "ties"], "nearest: --aggregator"),
         (["--aggregator", "tise"], "nearest: ties"),
-        (["--aggregator", "ties", "--aggregator.density", "2"], "`density` should be in (0, 1]. Found `density = 2.0`."),
+        (
+            ["--aggregator", "ties", "--aggregator.density", "2"],
+            "`density` should be in (0, 1]. Found `density = 2.0`.",
+        ),
         ([], "`--out` should be a new file or folder"),
         (["--memory", "much", "-o", "x"], "`--memory` should be bytes, such as 512MB. Found 'much'"),
         (["--dtype", "float31", "-o", "x"], "nearest: float32"),
@@ -647,7 +740,11 @@ def test_kept_entries_of_experts_of_one_name(three, tmp_path):
         save_file({**e, "z": torch.full((101,), float(i))}, folder / "model.safetensors")
     out = cs.merge(path, folders, None, tmp_path / "out", keep=["z"])
     found = {p.name: float(load_file(p)["z"][0]) for p in (out / "kept").iterdir()}
-    assert found == {"llama-3.1.safetensors": 0.0, "llama-3.2.safetensors": 1.0, "llama-3.1-2.safetensors": 2.0}
+    assert found == {
+        "llama-3.1.safetensors": 0.0,
+        "llama-3.2.safetensors": 1.0,
+        "llama-3.1-2.safetensors": 2.0,
+    }
     for more, said in (({"keep": ["z"]}, "experts' own entries"), ({"shard": 100}, "several files")):
         with pytest.raises(ConsilienceError, match=f"`out` should be a folder, which has room for {said}"):
             cs.merge(path, folders, None, tmp_path / "one.safetensors", **more)
@@ -660,14 +757,22 @@ def test_importances_fit_what_they_weigh(three, tmp_path):
     ones = {n: torch.ones_like(t) for n, t in base.items()}
     halves = [ones, {n: t * 3 for n, t in ones.items()}, ones]
     found = cs.merge(base, experts, aggregators.fisher(), importances=halves)
-    assert torch.allclose(found["z"], (experts[0]["z"] + 3 * experts[1]["z"] + experts[2]["z"]) / 5, atol=1e-6)
+    assert torch.allclose(
+        found["z"], (experts[0]["z"] + 3 * experts[1]["z"] + experts[2]["z"]) / 5, atol=1e-6
+    )
     short = {n: t for n, t in ones.items() if n != "z"} | {"a.bias": torch.ones(2)}
     paths = keep(tmp_path, i=short, j=ones, k={**ones, "z": -ones["z"]})
-    with pytest.raises(ConsilienceError, match=r"i.safetensors: 'a.bias' has shape \[2\]; .*i.safetensors: 'z' is missing"):
+    with pytest.raises(
+        ConsilienceError, match=r"i.safetensors: 'a.bias' has shape \[2\]; .*i.safetensors: 'z' is missing"
+    ):
         cs.merge(base, experts, aggregators.fisher(), importances=[paths[0], paths[1], paths[1]])
-    with pytest.raises(ConsilienceError, match=r"finite and not negative. Found others in 'z' of .*k.safetensors"):
+    with pytest.raises(
+        ConsilienceError, match=r"finite and not negative. Found others in 'z' of .*k.safetensors"
+    ):
         cs.merge(base, experts, aggregators.fisher(), importances=[paths[1], paths[1], paths[2]])
-    frozen = [{**e, "a.bias": base["a.bias"], "a.weight": base["a.weight"]} for e in experts]  # the first changes are alike
+    frozen = [
+        {**e, "a.bias": base["a.bias"], "a.weight": base["a.weight"]} for e in experts
+    ]  # the first changes are alike
     g = torch.Generator().manual_seed(5)
     drawn = [{n: torch.rand(t.shape, generator=g) for n, t in base.items()} for _ in range(3)]
     streamed = cs.merge(base, frozen, aggregators.fisher(), importances=drawn)
@@ -688,7 +793,10 @@ def test_a_tie_of_the_base_is_one_of_the_experts(tmp_path):
     folder = tmp_path / "lora"
     folder.mkdir()
     save_file(
-        {"base_model.model.lm.lora_A.weight": torch.ones(1, 3), "base_model.model.lm.lora_B.weight": torch.ones(4, 1)},
+        {
+            "base_model.model.lm.lora_A.weight": torch.ones(1, 3),
+            "base_model.model.lm.lora_B.weight": torch.ones(4, 1),
+        },
         folder / "adapter_model.safetensors",
     )
     (folder / "adapter_config.json").write_text('{"r": 1, "lora_alpha": 1}')
@@ -712,7 +820,11 @@ def test_places_that_are_taken_stay_as_they_are(three, tmp_path):
         assert (made / "model.safetensors").is_file() and (tmp_path / f"deep.part-{os.getpid()}").is_dir()
     with pytest.raises(KeyboardInterrupt):
         cs.merge(
-            path, paths, None, tmp_path / "new" / "far" / "out", progress=lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+            path,
+            paths,
+            None,
+            tmp_path / "new" / "far" / "out",
+            progress=lambda *_: (_ for _ in ()).throw(KeyboardInterrupt),
         )
     assert not (tmp_path / "new").exists()
 
@@ -727,7 +839,11 @@ def test_entries_draw_masks_of_their_own():
 def test_what_the_arithmetic_cannot_hold_is_refused(a):
     wide = {"w": torch.tensor([1e300, 1.0], dtype=torch.float64)}
     zero = {"w": torch.zeros(2, dtype=torch.float64)}
-    for base, more in (({"w": torch.zeros(2)}, {}), (zero, {"dtype": torch.float32}), (zero, {"out_dtype": torch.float32})):
+    for base, more in (
+        ({"w": torch.zeros(2)}, {}),
+        (zero, {"dtype": torch.float32}),
+        (zero, {"out_dtype": torch.float32}),
+    ):
         with pytest.raises(ConsilienceError, match="should fit in"):
             cs.merge(base, [wide, wide], a, **more)
     for bad in (torch.bfloat16, torch.float16):
@@ -772,7 +888,9 @@ def test_strangers_with_a_row_in_common_and_far_travellers(tmp_path):
 
 def test_what_needs_a_base_says_so(three):
     _, experts, *_ = three
-    with pytest.raises(ConsilienceError, match="Ties combines changes, so there should be a base. Found none."):
+    with pytest.raises(
+        ConsilienceError, match="Ties combines changes, so there should be a base. Found none."
+    ):
         cs.merge(None, experts, aggregators.ties())
     assert cs.merge(None, experts[:2], aggregators.slerp()).keys() == experts[0].keys()
     with pytest.raises(ConsilienceError, match="`threads` should be at least 1. Found -1"):
@@ -812,7 +930,9 @@ def test_configurations_that_are_no_objects(hub):
         cs.merge(folder, [adapter])
     (adapter / "adapter_config.json").write_text("{}")
     (adapter / "adapter_model.bin").write_bytes(b"PK")
-    with pytest.raises(ConsilienceError, match="a pickle can run code and is not read. Found adapter_model.bin"):
+    with pytest.raises(
+        ConsilienceError, match="a pickle can run code and is not read. Found adapter_model.bin"
+    ):
         cs.merge(folder, [adapter])
 
 
@@ -864,7 +984,10 @@ def test_diagnosis_of_an_adapter(tmp_path, capsys):
     folder = tmp_path / "lora"
     folder.mkdir()
     save_file(
-        {"base_model.model.q.lora_A.weight": torch.ones(1, 2), "base_model.model.q.lora_B.weight": torch.ones(3, 1)},
+        {
+            "base_model.model.q.lora_A.weight": torch.ones(1, 2),
+            "base_model.model.q.lora_B.weight": torch.ones(3, 1),
+        },
         folder / "adapter_model.safetensors",
     )
     (folder / "adapter_config.json").write_text('{"r": 1, "lora_alpha": 2}')

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import consilience as cs
-from consilience.core.correction import Beginning, Learned
+from consilience.core.contexts import Beginning, Learned
 from consilience.core.optimiser import SGD, Optimiser
 from consilience.core.params import Layout, key, same
-from consilience.core.schedule import Learn, Stage, build
+from consilience.core.schedule import Evaluate, Train, build
 from consilience.core.source import Tensors
 from consilience.corrections import fisher as fishers
 from consilience.corrections.fisher import fisher
@@ -35,7 +35,12 @@ def learned(model, s, params=None, buffers=None):
 
 
 def gradient(net, out):
-    return {n: g for (n, _), g in zip(net.named_parameters(), torch.autograd.grad(out, list(net.parameters())), strict=True)}
+    return {
+        n: g
+        for (n, _), g in zip(
+            net.named_parameters(), torch.autograd.grad(out, list(net.parameters())), strict=True
+        )
+    }
 
 
 def scores(net, s, generator, of):
@@ -74,7 +79,10 @@ def restated(params, s, density, rounds, of="logit", visit=0):
         alive = sorted(sorted(set(alive) & counted, key=lambda i: (flat[i], i))[:count])
     keep = torch.zeros(size, dtype=torch.bool)
     keep[alive] = True
-    return {n: k.view(params[n].shape) for n, k in zip(names, keep.split([params[n].numel() for n in names]), strict=True)}
+    return {
+        n: k.view(params[n].shape)
+        for n, k in zip(names, keep.split([params[n].numel() for n in names]), strict=True)
+    }
 
 
 def start(seed=0):
@@ -83,7 +91,14 @@ def start(seed=0):
 
 def alone(i, base=None):
     """A schedule in which one agent learns one of the pair, in the frame of both."""
-    return build("alone", PAIR, "task", lambda seed: iter([Learn({"agent": (PAIR[i].name,)}), Stage("end")]), "agent", base=base)
+    return build(
+        "alone",
+        PAIR,
+        "task",
+        lambda seed: iter([Train({"agent": (PAIR[i].name,)}), Evaluate("end")]),
+        "agent",
+        base=base,
+    )
 
 
 def run(method, sources, model=None, setting=None, **more):
@@ -113,7 +128,10 @@ def test_layers_of_frozen_and_headed_models_are_seen(monkeypatch):
     """The fast way and vmap agree where the head is frozen, and on the trunk under heads."""
     conv = cs.models.conv(C, 1, 8, 2)
     heads = cs.models.multi_head(conv, C)
-    s = replace(PAIR[0], train=Tensors(torch.rand(7, 1, 8, 8, generator=key(0), dtype=torch.float64), torch.arange(7) % 2))
+    s = replace(
+        PAIR[0],
+        train=Tensors(torch.rand(7, 1, 8, 8, generator=key(0), dtype=torch.float64), torch.arange(7) % 2),
+    )
     for model in (cs.models.frozen(conv, ("7.*",)), cs.models.frozen(conv, ("0.bias", "3.*")), heads):
         params, buffers = model.grow(*model.init(key(0)), s, key(1))
         params = {n: p.double() for n, p in params.items()}
@@ -152,11 +170,15 @@ def test_the_score_of_values_is_the_sum_of_the_squared_gradients_of_outputs():
 # TaLoS: masks
 
 
-@pytest.mark.parametrize(("density", "rounds", "of"), [(0.1, 4, "logit"), (0.3, 1, "logit"), (0.25, 3, "likelihood")])
+@pytest.mark.parametrize(
+    ("density", "rounds", "of"), [(0.1, 4, "logit"), (0.3, 1, "logit"), (0.25, 3, "likelihood")]
+)
 def test_the_mask_is_the_restated_one(density, rounds, of):
     for s in (A, PAIR[0]):
         s = replace(s, task="a")
-        found, idle = TaLoS(density, rounds, of).draw(Beginning(mlp(), start(), {}, (s,), None, drawn(s.name)))
+        found, idle = TaLoS(density, rounds, of).draw(
+            Beginning(mlp(), start(), {}, (s,), None, drawn(s.name))
+        )
         assert same(found, restated(start(), s, density, rounds, of)) and 0 <= idle <= 1
         absent = (C - len(s.classes)) * (5 + 1)
         size = sum(k.numel() for k in found.values()) - absent
@@ -243,7 +265,9 @@ def test_training_is_the_plain_loop_whose_masked_gradient_is_clipped():
 
 
 def test_all_kept_is_plain_training_and_fewer_are_not():
-    a, b, c = (run(m, PAIR).params for m in (cs.methods.talos(1.0), cs.methods.finetune(), cs.methods.talos(0.9)))
+    a, b, c = (
+        run(m, PAIR).params for m in (cs.methods.talos(1.0), cs.methods.finetune(), cs.methods.talos(0.9))
+    )
     assert same(a, b) and not same(b, c)
     assert run(cs.methods.talos(1.0), PAIR).costs["macs"] == run(cs.methods.finetune(), PAIR).costs["macs"]
 
@@ -266,7 +290,9 @@ def test_a_client_keeps_its_mask_over_rounds():
     either = {n: keep[0][n] | keep[1][n] for n in keep[0]}
     for n, p in start().items():
         moved = (result.params[n] - p).abs()
-        assert moved[~either[n]].numel() == 0 or float(moved[~either[n]].max()) < 1e-15, "but for the rounding of averages"
+        assert moved[~either[n]].numel() == 0 or float(moved[~either[n]].max()) < 1e-15, (
+            "but for the rounding of averages"
+        )
         assert moved[either[n]].numel() == 0 or float(moved[either[n]].max()) > 1e-4
     one = cs.run(cs.settings.federated(PAIR, 1, scenario="task"), cs.methods.talos(0.1), mlp(), training())
     assert not same(one.params, result.params)
@@ -300,7 +326,8 @@ def test_heads_of_tasks_are_trained_whole_and_experts_merge():
 def test_stacked_clients_train_as_one_by_one():
     rounds = cs.settings.federated(PAIR, 2, scenario="task")
     one, two = (
-        cs.run(rounds, cs.methods.talos(0.3), mlp(), training(), engine=engine).params for engine in ("serial", "batched")
+        cs.run(rounds, cs.methods.talos(0.3), mlp(), training(), engine=engine).params
+        for engine in ("serial", "batched")
     )
     near(one, two)
 
@@ -316,11 +343,18 @@ def test_scores_are_taken_with_the_running_statistics_of_the_start():
         rows = torch.zeros(C)
         rows[list(s.classes)] = 1
         there = layout.flatten(
-            {n: torch.ones_like(p) * (rows.view(-1, *[1] * (p.ndim - 1)) if n[0] == "2" else 1) for n, p in params.items()}
+            {
+                n: torch.ones_like(p) * (rows.view(-1, *[1] * (p.ndim - 1)) if n[0] == "2" else 1)
+                for n, p in params.items()
+            }
         )
         seen = Learned(norm, params, own, {}, s, s.task, layout, drawn("a"))
-        scores = layout.flatten(fisher(seen, "model", TaLoS().samples, of=TaLoS().score)).masked_fill(there == 0, torch.inf)
-        lowest = torch.zeros(layout.size).index_fill(0, scores.argsort(stable=True)[: TaLoS(0.3, 1).kept(int(there.sum()))], 1)
+        scores = layout.flatten(fisher(seen, "model", TaLoS().samples, of=TaLoS().score)).masked_fill(
+            there == 0, torch.inf
+        )
+        lowest = torch.zeros(layout.size).index_fill(
+            0, scores.argsort(stable=True)[: TaLoS(0.3, 1).kept(int(there.sum()))], 1
+        )
         found.append(layout.flatten({n: k.to(params[n]) for n, k in keep.items()}))
         assert torch.equal(found[-1].float(), lowest)
     assert not torch.equal(*found)
@@ -345,10 +379,17 @@ def test_anchored_and_early_stopped_experts_are_there():
         return sum(float((end[n] - p).square().sum()) for n, p in base.items())
 
     assert 0 < away(cs.methods.fedprox(5.0)) < 0.7 * away(cs.methods.finetune())
-    assert away(cs.methods.finetune(), epochs=0) == 0 < away(cs.methods.finetune(), epochs=1) < away(cs.methods.finetune())
-    early = cs.settings.merging([A], scenario="task", work=0.5)
-    with pytest.raises(cs.ConsilienceError, match=r"`work` should be .*in \(0, 1\]. Found `work = 0`"):
-        cs.settings.merging([A], work=0)
+    assert (
+        away(cs.methods.finetune(), epochs=0)
+        == 0
+        < away(cs.methods.finetune(), epochs=1)
+        < away(cs.methods.finetune())
+    )
+    early = cs.settings.merging([A], scenario="task", fraction=0.5)
+    with pytest.raises(
+        cs.ConsilienceError, match=r"`fraction` should be .*in \(0, 1\]. Found `fraction = 0`"
+    ):
+        cs.settings.merging([A], fraction=0)
     net = plain()
     optimiser = torch.optim.SGD(net.parameters(), LR, 0.9)
     many = list(batches(A))
@@ -365,7 +406,10 @@ def test_anchored_and_early_stopped_experts_are_there():
         ({"rounds": 2.5}, r"`rounds` should be a whole number >= 1. Found `rounds = 2.5`"),
         ({"rounds": True}, "Found `rounds = True`"),
         ({"rounds": 0}, "Found `rounds = 0`"),
-        ({"samples": 0.5}, r"`samples` should be a whole number >= 1, or None for all. Found `samples = 0.5`"),
+        (
+            {"samples": 0.5},
+            r"`samples` should be a whole number >= 1, or None for all. Found `samples = 0.5`",
+        ),
         ({"samples": True}, "Found `samples = True`"),
         ({"samples": 0}, "Found `samples = 0`"),
         ({"density": True}, r"`density` should be a number in \(0, 1\]. Found `density = True`"),
@@ -401,11 +445,18 @@ def tangent(name):
     for s in PAIR:
         params, buffers = model.grow(params, buffers, s, key(0, s.name))
     params = {n: p.double() for n, p in params.items()}
-    jitter = {n: 0.1 * torch.randn(p.shape, generator=g, dtype=torch.float64) for n, p in inner.init(key(0))[0].items()}
+    jitter = {
+        n: 0.1 * torch.randn(p.shape, generator=g, dtype=torch.float64)
+        for n, p in inner.init(key(0))[0].items()
+    }
     for n, noise in jitter.items():  # away from kinks, where biases are 0
         params |= {k: params[k] + noise for k in (n, f"origin.{n}") if k in params}
     buffers = {n: b.double() if b.is_floating_point() else b for n, b in buffers.items()}
-    tau = {n: 0.3 * torch.randn(p.shape, generator=g, dtype=torch.float64) for n, p in params.items() if not model.frozen(n)}
+    tau = {
+        n: 0.3 * torch.randn(p.shape, generator=g, dtype=torch.float64)
+        for n, p in params.items()
+        if not model.frozen(n)
+    }
     return model, inner, params, buffers, torch.rand(shape, generator=g, dtype=torch.float64), tau
 
 
@@ -423,7 +474,9 @@ def test_a_tangent_is_the_model_where_it_touches_and_affine(name):
     assert float((last - first).abs().max()) > 0.01
     for a in (-2.0, 0.3, 5.0):
         assert torch.allclose(f(a), (1 - a) * first + a * last, atol=1e-10)
-    quotient = (inner(at(own, {n: 1e-6 * t for n, t in tau.items()}), buffers, x, None, False)[0] - first) / 1e-6
+    quotient = (
+        inner(at(own, {n: 1e-6 * t for n, t in tau.items()}), buffers, x, None, False)[0] - first
+    ) / 1e-6
     assert torch.allclose(last - first, quotient, atol=1e-3)
 
 
@@ -436,7 +489,9 @@ def test_the_gradient_of_a_tangent_is_that_of_the_model(name):
     def grads(f, p):
         leaves = {n: p[n].clone().requires_grad_() for n in tau}
         loss = F.cross_entropy(f({**p, **leaves}, buffers, x, None, False)[0], y)
-        return dict(zip(tau, torch.autograd.grad(loss, list(leaves.values()), allow_unused=True), strict=True))
+        return dict(
+            zip(tau, torch.autograd.grad(loss, list(leaves.values()), allow_unused=True), strict=True)
+        )
 
     for n, g in grads(model, params).items():
         assert torch.allclose(g, grads(inner, params)[n], atol=1e-12), n
@@ -444,7 +499,9 @@ def test_the_gradient_of_a_tangent_is_that_of_the_model(name):
     out = model(moved, buffers, x, None, False)[0].detach()
     by_output = (out.softmax(1) - F.one_hot(y, C)) / len(y)
     leaves = {n: params[n].clone().requires_grad_() for n in tau}
-    wanted = torch.autograd.grad(inner({**params, **leaves}, buffers, x, None, False)[0], list(leaves.values()), by_output)
+    wanted = torch.autograd.grad(
+        inner({**params, **leaves}, buffers, x, None, False)[0], list(leaves.values()), by_output
+    )
     for (n, g), w in zip(grads(model, moved).items(), wanted, strict=True):
         assert torch.allclose(g, w, atol=1e-10), n
 
@@ -486,7 +543,9 @@ def test_linearised_heads_and_sparse_linearised_training():
     assert not torch.equal(result.params["heads.b.bias"], result.params["origin.heads.b.bias"])
     assert model.task_of("origin.heads.b.bias") == "b" and model.frozen("origin.trunk.1.bias")
     rounds = cs.settings.federated(PAIR, 2, scenario="task")
-    one, two = (cs.run(rounds, cs.methods.fedavg(), model, training(), engine=e).params for e in ("serial", "batched"))
+    one, two = (
+        cs.run(rounds, cs.methods.fedavg(), model, training(), engine=e).params for e in ("serial", "batched")
+    )
     near(one, two)
 
 
@@ -531,14 +590,20 @@ def test_a_linearised_model_has_the_pretrained_statistics():
     for model, base in ((cs.models.linearised(inner, told), None), (cs.models.linearised(inner), told)):
         given = None if base is None else model.at(base)
         if given is not None:
-            assert "origin.1.running_mean" not in given and torch.equal(given["origin.1.weight"], told["1.weight"])
+            assert "origin.1.running_mean" not in given and torch.equal(
+                given["origin.1.weight"], told["1.weight"]
+            )
         agent = cs.run(alone(0, given), cs.methods.finetune(), model, training(epochs=0)).agent
         assert same(agent.state.buffers, dict(net.named_buffers()))
-        assert torch.allclose(model(agent.state.params, agent.state.buffers, x, None, False)[0], net(x), atol=1e-12)
+        assert torch.allclose(
+            model(agent.state.params, agent.state.buffers, x, None, False)[0], net(x), atol=1e-12
+        )
         trained = cs.run(
             cs.settings.merging(PAIR, base=given, scenario="task"), cs.methods.average(), model, training()
         ).agent.state
-        assert same(trained.buffers, dict(net.named_buffers())) and not torch.equal(trained.params["0.weight"], told["0.weight"])
+        assert same(trained.buffers, dict(net.named_buffers())) and not torch.equal(
+            trained.params["0.weight"], told["0.weight"]
+        )
     params, buffers = cs.models.linearised(inner, dict(net.named_parameters())).init(key(0))
     assert torch.equal(params["1.weight"], told["1.weight"]) and not buffers["1.running_mean"].any(), (
         "none given: those it begins with"
@@ -571,7 +636,8 @@ def test_a_setting_begins_with_the_statistics_of_its_base():
         {n: net.state_dict()[n] for n in ("1.running_mean", "1.running_var")},
     )
     with pytest.raises(
-        cs.ConsilienceError, match=r"`base` should have the model's shapes. Found \(4,\) for '1.running_mean', here"
+        cs.ConsilienceError,
+        match=r"`base` should have the model's shapes. Found \(4,\) for '1.running_mean', here",
     ):
         cs.run(alone(0, {**told, "1.running_mean": torch.zeros(4)}), cs.methods.finetune(), model, training())
 
@@ -579,7 +645,10 @@ def test_a_setting_begins_with_the_statistics_of_its_base():
 def test_analyses_judge_by_the_statistics_of_checkpoints():
     model, net = normed()
     base = {n: b.clone() for n, b in net.state_dict().items()}
-    moved = {n: 2 * torch.randn(p.shape, generator=key(5, n), dtype=torch.float64) for n, p in net.named_parameters()}
+    moved = {
+        n: 2 * torch.randn(p.shape, generator=key(5, n), dtype=torch.float64)
+        for n, p in net.named_parameters()
+    }
     params = [{**base, **{n: base[n] + (1 if i == 0 else -1) * t for n, t in moved.items()}} for i in (0, 1)]
     shifted = [
         {**p, "1.running_mean": p["1.running_mean"] + 4 * (i + 1), "1.running_var": p["1.running_var"] * 9}
@@ -589,7 +658,9 @@ def test_analyses_judge_by_the_statistics_of_checkpoints():
     def right(entries, s):
         net.load_state_dict(entries)
         x, y = s.test.whole()
-        return float((torch.tensor(s.classes)[net.eval()(x)[:, list(s.classes)].argmax(1)] == y).double().mean())
+        return float(
+            (torch.tensor(s.classes)[net.eval()(x)[:, list(s.classes)].argmax(1)] == y).double().mean()
+        )
 
     for experts_ in (params, shifted):
         found = transfer_matrix(model, base, experts_, PAIR)
@@ -598,17 +669,35 @@ def test_analyses_judge_by_the_statistics_of_checkpoints():
     held = {n: base[n] for n in dict(net.named_buffers())}
     bare = [{n: t for n, t in e.items() if n not in held} for e in (base, *params)]
     wanted = transfer_matrix(model, base, params, PAIR)
-    assert transfer_matrix(model, bare[0], bare[1:], PAIR, held) == transfer_matrix(model, base, shifted, PAIR, held) == wanted
-    assert wanted != transfer_matrix(model, bare[0], bare[1:], PAIR) and wanted != transfer_matrix(model, base, shifted, PAIR)
+    assert (
+        transfer_matrix(model, bare[0], bare[1:], PAIR, held)
+        == transfer_matrix(model, base, shifted, PAIR, held)
+        == wanted
+    )
+    assert wanted != transfer_matrix(model, bare[0], bare[1:], PAIR) and wanted != transfer_matrix(
+        model, base, shifted, PAIR
+    )
     grid = (-1.0, 0.0, 1.0)
     d = disentanglement(model, base, params, PAIR, grid)
-    assert d == disentanglement(model, bare[0], bare[1:], PAIR, grid, held) == disentanglement(model, base, bare[1:], PAIR, grid)
+    assert (
+        d
+        == disentanglement(model, bare[0], bare[1:], PAIR, grid, held)
+        == disentanglement(model, base, bare[1:], PAIR, grid)
+    )
     assert d != disentanglement(model, bare[0], bare[1:], PAIR, grid)
     steps = [{**p, "1.num_batches_tracked": torch.tensor(7)} for p in params]
-    assert d == disentanglement(model, base, steps, PAIR, grid) == disentanglement(model, base, shifted, PAIR, grid, held)
-    with pytest.raises(cs.ConsilienceError, match=r"base's buffers.*Found others in '1.running_mean' of expert 1"):
+    assert (
+        d
+        == disentanglement(model, base, steps, PAIR, grid)
+        == disentanglement(model, base, shifted, PAIR, grid, held)
+    )
+    with pytest.raises(
+        cs.ConsilienceError, match=r"base's buffers.*Found others in '1.running_mean' of expert 1"
+    ):
         disentanglement(model, base, [params[0], shifted[1]], PAIR, grid)
-    with pytest.raises(cs.ConsilienceError, match=r"Found \(4,\) for '1.running_var' of expert 0, here \(5,\)"):
+    with pytest.raises(
+        cs.ConsilienceError, match=r"Found \(4,\) for '1.running_var' of expert 0, here \(5,\)"
+    ):
         transfer_matrix(model, base, [{**params[0], "1.running_var": torch.ones(4)}, params[1]], PAIR)
 
 
@@ -617,10 +706,17 @@ def test_what_cannot_be_linearised_is_refused():
         cs.models.linearised(nn.Linear(2, 2))
     with pytest.raises(cs.ConsilienceError, match="twice"):
         cs.models.linearised(cs.models.linearised(mlp()))
-    with pytest.raises(cs.ConsilienceError, match=r"`base` should have the model's entries, '3.bias' of \(4,\). Found none"):
+    with pytest.raises(
+        cs.ConsilienceError, match=r"`base` should have the model's entries, '3.bias' of \(4,\). Found none"
+    ):
         cs.models.linearised(mlp(), {n: p for n, p in start().items() if n != "3.bias"})
     with pytest.raises(cs.ConsilienceError, match="Found none called 'origin"):
-        run(cs.methods.finetune(), PAIR, cs.models.linearised(mlp()), cs.settings.merging(PAIR, base=start(), scenario="task"))
+        run(
+            cs.methods.finetune(),
+            PAIR,
+            cs.models.linearised(mlp()),
+            cs.settings.merging(PAIR, base=start(), scenario="task"),
+        )
     with pytest.raises(cs.ConsilienceError, match="one linear head"):
         cs.models.linearised(mlp()).head({}, None)
 
@@ -635,13 +731,21 @@ def experts(method, model, base):
 
 def test_the_error_of_disentanglement_is_the_restated_one():
     params = [
-        at(start(), {n: 0.5 * torch.randn(p.shape, generator=key(i, n), dtype=torch.float64) for n, p in start().items()})
+        at(
+            start(),
+            {
+                n: 0.5 * torch.randn(p.shape, generator=key(i, n), dtype=torch.float64)
+                for n, p in start().items()
+            },
+        )
         for i in (1, 2)
     ]
     found = disentanglement(mlp(), start(), params, PAIR, (-1.0, 0.0, 0.5, 1.0))
 
     def answers(s, a, b):
-        net = plain(params={n: p + a * (params[0][n] - p) + b * (params[1][n] - p) for n, p in start().items()})
+        net = plain(
+            params={n: p + a * (params[0][n] - p) + b * (params[1][n] - p) for n, p in start().items()}
+        )
         return net(s.test.whole()[0])[:, list(s.classes)].argmax(1)
 
     for i, a in enumerate(found.coefficients):
@@ -673,7 +777,11 @@ def test_a_transfer_matrix_is_a_table_of_accuracies():
     for i, p in enumerate([*params, base]):
         for j, s in enumerate(PAIR):
             x, y = s.test.whole()
-            right = float((torch.tensor(s.classes)[plain(params=p)(x)[:, list(s.classes)].argmax(1)] == y).double().mean())
+            right = float(
+                (torch.tensor(s.classes)[plain(params=p)(x)[:, list(s.classes)].argmax(1)] == y)
+                .double()
+                .mean()
+            )
             assert (found.base[j] if i == 2 else found.accuracies[i][j]) == pytest.approx(right, abs=1e-12)
             if i < 2:
                 assert found.ratios[i][j] == pytest.approx(right / found.base[j])
@@ -689,14 +797,17 @@ def test_sparse_experts_leave_other_tasks_alone_on_real_digits():
     halves = [replace(whole, train=whole.train.select(part)) for part in order.chunk(2)]
     model = cs.models.conv(10, 1, 8, 8)
     base = cs.run(
-        cs.settings.continual(halves[:1]), cs.methods.finetune(), model, cs.Training(epochs=3, lr=0.05, momentum=0.9)
+        cs.settings.continual(halves[:1]),
+        cs.methods.finetune(),
+        model,
+        cs.Training(epochs=3, lr=0.05, momentum=0.9),
     ).params
     tasks, model = cs.data.split_classes(halves[1], 5), cs.models.frozen(model, ("7.*",))
 
     def transfer(method):
         found = []
         for s in tasks:
-            plan = lambda seed, s=s: iter([Learn({"agent": (s.name,)}), Stage("end")])  # noqa: E731
+            plan = lambda seed, s=s: iter([Train({"agent": (s.name,)}), Evaluate("end")])  # noqa: E731
             schedule = build("alone", tasks, "task", plan, "agent", base=base)
             found.append(cs.run(schedule, method, model, cs.Training(epochs=5, lr=0.1, momentum=0.9)).params)
         return transfer_matrix(model, base, found, schedule.sources)
@@ -722,7 +833,9 @@ def test_heads_are_those_of_their_own_experts():
 
 def test_analyses_are_written(tmp_path):
     d = Disentanglement(("a", "b"), (0.0, 1.0), ((0.0, 0.5), (0.25, 1.0)))
-    assert d.table().splitlines()[0].split() == ["a", "x", "b", "0", "1"] and d.table().splitlines()[3].split() == [
+    assert d.table().splitlines()[0].split() == ["a", "x", "b", "0", "1"] and d.table().splitlines()[
+        3
+    ].split() == [
         "1",
         "0.250",
         "1.000",
@@ -744,7 +857,12 @@ def test_what_cannot_be_analysed_is_refused():
         (PAIR, params, {"coefficients": ()}, "finite, and at least one"),
         (PAIR, params, {"coefficients": (math.inf,)}, "finite, and at least one"),
         ([source("v", kind="value"), PAIR[1]], params, {}, "should be classes"),
-        (PAIR, [start(), {**start(), "1.bias": torch.zeros(3)}], {}, r"base's shapes. Found \(3,\) for '1.bias' of expert 1"),
+        (
+            PAIR,
+            [start(), {**start(), "1.bias": torch.zeros(3)}],
+            {},
+            r"base's shapes. Found \(3,\) for '1.bias' of expert 1",
+        ),
         (PAIR, [start(), {"1.bias": start()["1.bias"]}], {}, "Found none called '1.weight' in expert 1"),
     ):
         with pytest.raises(cs.ConsilienceError, match=why):
@@ -756,9 +874,29 @@ def test_what_cannot_be_analysed_is_refused():
 
 
 def test_the_command_line_has_both(capsys):
-    from consilience.cli import main
+    from consilience.cli.main import main
 
-    chosen = ["--setting", "merging", "--setting.scenario", "task", "--data", "digits", "--split", "classes", "--split.n", "2"]
-    chosen += ["--model", "mlp+linearised", "--method", "talos+ties", "--method.talos.density", "0.9", "--training.epochs", "1"]
+    chosen = [
+        "--setting",
+        "merging",
+        "--setting.scenario",
+        "task",
+        "--data",
+        "digits",
+        "--split",
+        "classes",
+        "--split.n",
+        "2",
+    ]
+    chosen += [
+        "--model",
+        "mlp+linearised",
+        "--method",
+        "talos+ties",
+        "--method.talos.density",
+        "0.9",
+        "--training.epochs",
+        "1",
+    ]
     assert main(["run", *chosen]) == 0
     assert "model linearised(mlp)" in capsys.readouterr().out

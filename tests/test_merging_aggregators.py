@@ -36,7 +36,9 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Te
     return torch.randn(*shape, generator=gen(seed), dtype=torch.float64).to(dtype)
 
 
-def in_blocks(a: Aggregator, rows: Tensor, weights: Tensor | list[float] | None = None, block: int = 7) -> Tensor:
+def in_blocks(
+    a: Aggregator, rows: Tensor, weights: Tensor | list[float] | None = None, block: int = 7
+) -> Tensor:
     """The aggregator's result where it sees few columns at once."""
     small = type("Small", (type(a),), {"block": block})
     return small(**{f.name: getattr(a, f.name) for f in dataclasses.fields(a)})(rows, weights, gen())  # type: ignore[arg-type]
@@ -81,7 +83,11 @@ def test_hashes_of_seeds_rows_and_pages_differ() -> None:
 
 
 @quick
-@given(seed=st.integers(0, 2**62), cut=st.integers(0, 300), offset=st.sampled_from([0, 12345, 2**31 - 100, 2**32 - 100, 2**40]))
+@given(
+    seed=st.integers(0, 2**62),
+    cut=st.integers(0, 300),
+    offset=st.sampled_from([0, 12345, 2**31 - 100, 2**32 - 100, 2**40]),
+)
 def test_hashes_know_their_column_and_nothing_else(seed: int, cut: int, offset: int) -> None:
     whole = [b.clone() for b in uniform(seed, 4, offset, 300, CPU)]
     parts = (
@@ -108,14 +114,17 @@ def test_dare_is_a_masked_and_rescaled_sum(seed: int, density: float, dtype: tor
     seeded = int(torch.randint(1 << 62, (), generator=gen(seed)))
     masks = torch.stack([b < density * 2**31 for b in uniform(seeded, 3, 0, 50, CPU)])
     want = (w.double()[:, None] * masks * rows.double() / density).sum(0)
-    assert torch.allclose(a(rows, w, gen(seed)).double(), want, rtol=1e-2, atol=1e-6 if dtype.itemsize > 2 else 0.1)
+    assert torch.allclose(
+        a(rows, w, gen(seed)).double(), want, rtol=1e-2, atol=1e-6 if dtype.itemsize > 2 else 0.1
+    )
     assert torch.equal(in_blocks(a, rows, w), a(rows, w, gen()))
 
 
 @settings(quick, max_examples=6)
 @given(seed=st.integers(0, 1000), density=st.sampled_from([0.2, 0.5, 1.0]))
 @pytest.mark.parametrize(
-    "then", [aggregators.ties(1.0), aggregators.ties(0.3), aggregators.median(), aggregators.breadcrumbs(0.3, 0.1)]
+    "then",
+    [aggregators.ties(1.0), aggregators.ties(0.3), aggregators.median(), aggregators.breadcrumbs(0.3, 0.1)],
 )
 def test_dare_passes_masked_rows_on(then: Aggregator, seed: int, density: float) -> None:
     a, rows, w = Dare(density, then), normal(4, 101, seed=seed), torch.rand(4, generator=gen(seed))
@@ -136,7 +145,8 @@ def test_dare_ties_leaves_signs_to_the_survivors() -> None:
 
 def test_dare_refusals() -> None:
     with pytest.raises(
-        Refusal, match=r"`then` should be an aggregator that works block by block, such as ties\(1.0\). Found Mean."
+        Refusal,
+        match=r"`then` should be an aggregator that works block by block, such as ties\(1.0\). Found Mean.",
     ):
         aggregators.dare(0.5, aggregators.mean())
     with pytest.raises(Refusal, match="Found 3"):
@@ -177,8 +187,12 @@ def test_slerp_where_there_is_no_arc(dtype: torch.dtype) -> None:
     g, slerp = normal(20, dtype=dtype), aggregators.slerp()
     for other in (g, -g, 2 * g, torch.zeros_like(g)):
         rows, w = torch.stack([g, other]), torch.tensor([0.25, 0.75], dtype=dtype)
-        assert torch.allclose(slerp(rows, w), (w[:, None] * rows).sum(0), atol=1e-2 if dtype == torch.bfloat16 else 1e-6)
-    assert torch.equal(slerp(torch.stack([g, normal(20, seed=1, dtype=dtype)]), [0.0, 0.0]), torch.zeros_like(g))
+        assert torch.allclose(
+            slerp(rows, w), (w[:, None] * rows).sum(0), atol=1e-2 if dtype == torch.bfloat16 else 1e-6
+        )
+    assert torch.equal(
+        slerp(torch.stack([g, normal(20, seed=1, dtype=dtype)]), [0.0, 0.0]), torch.zeros_like(g)
+    )
     assert slerp(torch.ones(2, 0)).shape == (0,)
 
 
@@ -202,7 +216,11 @@ def test_slerp_takes_two_rows(m: int) -> None:
 @given(seed=st.integers(0, 1000), m=st.integers(2, 6), common=st.floats(0.0, 3.0))
 def test_model_stock_is_its_formula(seed: int, m: int, common: float) -> None:
     rows = normal(m, 30, seed=seed) + common * normal(30, seed=seed + 1)
-    cos = torch.stack([torch.cosine_similarity(rows[i], rows[j], 0) for i in range(m) for j in range(i)]).mean().clamp(min=0)
+    cos = (
+        torch.stack([torch.cosine_similarity(rows[i], rows[j], 0) for i in range(m) for j in range(i)])
+        .mean()
+        .clamp(min=0)
+    )
     want = m * cos / (1 + (m - 1) * cos) * rows.mean(0)
     assert torch.allclose(aggregators.model_stock()(rows), want, atol=1e-12)
 
@@ -215,7 +233,9 @@ def test_model_stock_is_the_foot_of_a_perpendicular() -> None:
     spread[torch.arange(m), torch.arange(m) + 1] = 3.0
     merged = aggregators.model_stock()(centre + spread)
     mean = (centre + spread).mean(0)
-    assert abs(float((merged - centre) @ mean)) < 1e-12  # the closest point to the centre on the line from the base to the mean
+    assert (
+        abs(float((merged - centre) @ mean)) < 1e-12
+    )  # the closest point to the centre on the line from the base to the mean
 
 
 def test_model_stock_at_its_limits() -> None:
@@ -231,7 +251,13 @@ def test_model_stock_at_its_limits() -> None:
 
 
 @quick
-@given(seed=st.integers(0, 1000), m=st.integers(1, 5), strength=st.floats(0.0, 1.5), agree=st.integers(0, 6), dtype=dtypes)
+@given(
+    seed=st.integers(0, 1000),
+    m=st.integers(1, 5),
+    strength=st.floats(0.0, 1.5),
+    agree=st.integers(0, 6),
+    dtype=dtypes,
+)
 def test_consensus_is_the_paper(seed: int, m: int, strength: float, agree: int, dtype: torch.dtype) -> None:
     a, rows = aggregators.consensus(strength, agree), normal(m, 60, seed=seed, dtype=dtype)
     w = torch.rand(m, generator=gen(seed)).to(dtype)
@@ -242,7 +268,10 @@ def test_consensus_is_the_paper(seed: int, m: int, strength: float, agree: int, 
     want = torch.where(keep, (w.double()[:, None] * rows.double()).sum(0), 0.0)
     found = a(rows, w).double()
     assert torch.allclose(
-        found[sure], want[sure], rtol=1e-2 if dtype.itemsize == 2 else 1e-5, atol=0.05 if dtype.itemsize == 2 else 1e-6
+        found[sure],
+        want[sure],
+        rtol=1e-2 if dtype.itemsize == 2 else 1e-5,
+        atol=0.05 if dtype.itemsize == 2 else 1e-6,
     )
     assert torch.equal(in_blocks(a, rows, w), a(rows, w))
 
@@ -267,7 +296,9 @@ def test_consensus_of_equal_rows(m: int) -> None:
 
 
 def test_consensus_at_its_threshold_does_not_depend_on_blocks() -> None:
-    rows = normal(1001, dtype=torch.float32).expand(6, 1001).contiguous()  # strength * (m - 1) = 1: rounding decides
+    rows = (
+        normal(1001, dtype=torch.float32).expand(6, 1001).contiguous()
+    )  # strength * (m - 1) = 1: rounding decides
     assert torch.equal(in_blocks(aggregators.consensus(0.2), rows), aggregators.consensus(0.2)(rows))
 
 
@@ -277,8 +308,14 @@ def test_consensus_at_its_threshold_does_not_depend_on_blocks() -> None:
 @quick
 @given(seed=st.integers(0, 1000), m=st.integers(1, 5), prior=st.sampled_from([0.0, 1e-3, 2.0]), dtype=dtypes)
 def test_fisher_is_the_paper_over_parameters(seed: int, m: int, prior: float, dtype: torch.dtype) -> None:
-    a, base, theta = aggregators.fisher(prior), normal(40, seed=seed + 1, dtype=dtype), normal(m, 40, seed=seed, dtype=dtype)
-    f = (torch.rand(m, 40, generator=gen(seed)) * (torch.rand(m, 40, generator=gen(seed + 2)) < 0.7)).to(dtype)
+    a, base, theta = (
+        aggregators.fisher(prior),
+        normal(40, seed=seed + 1, dtype=dtype),
+        normal(m, 40, seed=seed, dtype=dtype),
+    )
+    f = (torch.rand(m, 40, generator=gen(seed)) * (torch.rand(m, 40, generator=gen(seed + 2)) < 0.7)).to(
+        dtype
+    )
     found = base.double() + a(theta - base, f).double()
     fd = f.double()
     top, bottom = (fd * theta.double()).sum(0) + prior * base.double(), fd.sum(0) + prior
@@ -298,7 +335,9 @@ def test_fisher_knows_no_scale(scale: float) -> None:
 def test_fisher_of_one_weight_a_row_is_the_mean() -> None:
     rows, w = normal(3, 20), torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
     assert torch.equal(aggregators.fisher()(rows, w), aggregators.mean()(rows, w))
-    assert torch.allclose(aggregators.fisher()(rows, w[:, None].expand(3, 20)), aggregators.mean()(rows, w), atol=1e-12)
+    assert torch.allclose(
+        aggregators.fisher()(rows, w[:, None].expand(3, 20)), aggregators.mean()(rows, w), atol=1e-12
+    )
     with pytest.raises(ConsilienceError, match="not negative"):
         aggregators.fisher()(rows, -torch.ones(3, 20))
 
@@ -315,8 +354,13 @@ def crumbs(row: Tensor, density: float, gamma: float) -> Tensor:
 
 @quick
 @given(
-    seed=st.integers(0, 1000), n=st.integers(1, 80), density=st.floats(0.01, 0.7), gamma=st.floats(0.0, 0.3), levels=st.integers(0, 4), dtype=dtypes
-)  # fmt: skip
+    seed=st.integers(0, 1000),
+    n=st.integers(1, 80),
+    density=st.floats(0.01, 0.7),
+    gamma=st.floats(0.0, 0.3),
+    levels=st.integers(0, 4),
+    dtype=dtypes,
+)
 def test_breadcrumbs_of_one_task_are_its_middle(
     seed: int, n: int, density: float, gamma: float, levels: int, dtype: torch.dtype
 ) -> None:
@@ -341,7 +385,10 @@ def test_breadcrumbs_over_many_blocks() -> None:
     assert int((found != 0).sum()) == math.ceil(0.2 * n)
     top = math.floor(0.01 * n)
     ranked = row.abs().sort(descending=True).values
-    assert found.abs().max() == ranked[top] and found[found != 0].abs().min() == ranked[top + math.ceil(0.2 * n) - 1]
+    assert (
+        found.abs().max() == ranked[top]
+        and found[found != 0].abs().min() == ranked[top + math.ceil(0.2 * n) - 1]
+    )
     assert torch.equal(aggregators.breadcrumbs(1.0, 0.0)(row[None], [1.0]), row)
 
 
@@ -349,13 +396,22 @@ def test_breadcrumbs_over_many_blocks() -> None:
     ("call", "message"),
     [
         (lambda: aggregators.breadcrumbs(0.0), "`density` should be in (0, 1]. Found `density = 0.0`."),
-        (lambda: aggregators.breadcrumbs(0.5, 0.6), "`gamma` should be in [0, 1 - density]. Found `gamma = 0.6`."),
-        (lambda: aggregators.consensus(-1.0), "`strength` should be finite and not negative. Found `strength = -1.0`."),
+        (
+            lambda: aggregators.breadcrumbs(0.5, 0.6),
+            "`gamma` should be in [0, 1 - density]. Found `gamma = 0.6`.",
+        ),
+        (
+            lambda: aggregators.consensus(-1.0),
+            "`strength` should be finite and not negative. Found `strength = -1.0`.",
+        ),
         (
             lambda: aggregators.consensus(agree=-1),
             "`agree` should not be negative: it should be a number of tasks. Found `agree = -1`.",
         ),
-        (lambda: aggregators.fisher(math.nan), "`prior` should be finite and not negative. Found `prior = nan`."),
+        (
+            lambda: aggregators.fisher(math.nan),
+            "`prior` should be finite and not negative. Found `prior = nan`.",
+        ),
     ],
 )
 def test_bad_arguments(call, message: str) -> None:
@@ -397,7 +453,9 @@ def module_of(package: str, path: str) -> types.ModuleType:
     found = importlib.util.find_spec(package)
     if found is None or found.origin is None:
         pytest.skip(f"peers: {package} is not installed")
-    spec = importlib.util.spec_from_file_location(f"{package}_{Path(path).stem}", Path(found.origin).parent / path)
+    spec = importlib.util.spec_from_file_location(
+        f"{package}_{Path(path).stem}", Path(found.origin).parent / path
+    )
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -417,8 +475,12 @@ def test_as_peft_where_it_is_the_paper(peft: types.ModuleType, tenths: int) -> N
     density = tenths / 10 - 1e-9  # of 40 entries a whole number, which our ceil() finds below
     above = (tenths + 1e-6) / 10  # and their int() above
     assert torch.allclose(aggregators.arithmetic()(rows, w), peft.task_arithmetic(list(rows), w), atol=1e-12)
-    assert torch.allclose(aggregators.breadcrumbs(density, 0.0)(rows, w), peft.magnitude_prune(list(rows), w, above), atol=1e-12)
-    assert torch.allclose(aggregators.ties(density)(rows), peft.ties(list(rows), torch.ones(4).double(), above), atol=1e-12)
+    assert torch.allclose(
+        aggregators.breadcrumbs(density, 0.0)(rows, w), peft.magnitude_prune(list(rows), w, above), atol=1e-12
+    )
+    assert torch.allclose(
+        aggregators.ties(density)(rows), peft.ties(list(rows), torch.ones(4).double(), above), atol=1e-12
+    )
     one = rows[:1]
     for found in (
         aggregators.dare(density)(one, [1.0], gen(tenths)),
@@ -430,7 +492,9 @@ def test_as_peft_where_it_is_the_paper(peft: types.ModuleType, tenths: int) -> N
 @pytest.mark.peers
 def test_where_peft_differs(peft: types.ModuleType) -> None:
     t, one = normal(50), torch.ones(2).double()
-    assert torch.equal(peft.ties([t, -t], one, 0.999), torch.where(peft.magnitude_based_pruning(t, 0.999) != 0, t.abs(), 0.0))
+    assert torch.equal(
+        peft.ties([t, -t], one, 0.999), torch.where(peft.magnitude_based_pruning(t, 0.999) != 0, t.abs(), 0.0)
+    )
     assert torch.equal(aggregators.ties(1.0)(torch.stack([t, -t])), torch.zeros(50, dtype=t.dtype))
     assert int((peft.magnitude_based_pruning(t, 0.25) != 0).sum()) == 12  # floor
     assert int((aggregators.ties(0.25)(t[None], [1.0]) != 0).sum()) == 13  # ceil
@@ -446,8 +510,12 @@ def test_where_peft_differs(peft: types.ModuleType) -> None:
 
 
 def mergekit(method: str, rows: Tensor, **parameters: object) -> Tensor:
-    methods = pytest.importorskip("mergekit.merge_methods", reason="peers: mergekit >= 0.1.5 is not installed")
-    merged: Tensor = methods.merge_tensors([torch.zeros_like(rows[0]), *rows], method, base_index=0, parameters=parameters)
+    methods = pytest.importorskip(
+        "mergekit.merge_methods", reason="peers: mergekit >= 0.1.5 is not installed"
+    )
+    merged: Tensor = methods.merge_tensors(
+        [torch.zeros_like(rows[0]), *rows], method, base_index=0, parameters=parameters
+    )
     return merged
 
 
@@ -458,12 +526,16 @@ def test_as_mergekit_where_it_is_the_paper() -> None:
     assert close(aggregators.arithmetic()(rows, w), mergekit("task_arithmetic", rows, weight=w))
     assert close(aggregators.ties(0.25)(rows, w), mergekit("ties", rows, weight=w, density=0.25))
     assert close(
-        aggregators.breadcrumbs(0.25, 0.125)(rows, w), mergekit("breadcrumbs", rows, weight=w, density=0.25, gamma=0.125)
+        aggregators.breadcrumbs(0.25, 0.125)(rows, w),
+        mergekit("breadcrumbs", rows, weight=w, density=0.25, gamma=0.125),
     )
     together = rows + normal(1000, seed=9)
     assert close(aggregators.model_stock()(together), mergekit("model_stock", together))
     ends = pytest.importorskip("mergekit.merge_methods").merge_tensors
-    assert close(aggregators.slerp()(rows[:2], [0.7, 0.3]), ends(list(rows[:2]), "slerp", base_index=0, parameters={"t": 0.3}))
+    assert close(
+        aggregators.slerp()(rows[:2], [0.7, 0.3]),
+        ends(list(rows[:2]), "slerp", base_index=0, parameters={"t": 0.3}),
+    )
 
 
 @pytest.mark.peers
@@ -472,17 +544,29 @@ def test_where_mergekit_differs() -> None:
     t = rows[0]
     assert torch.equal(mergekit("ties", torch.stack([t, -t]), weight=1.0), t.abs())
     assert int((mergekit("ties", rows[:1], weight=1.0, density=0.5) != 0).sum()) == 500  # floor
-    assert torch.allclose(mergekit("ties", rows, weight=0.5), mergekit("ties", rows, weight=3.0))  # weights are normalised
+    assert torch.allclose(
+        mergekit("ties", rows, weight=0.5), mergekit("ties", rows, weight=3.0)
+    )  # weights are normalised
     dropped = mergekit("dare_linear", rows[:1], weight=1.0, density=0.3)
     kept = dropped != 0
-    assert abs(float(dropped.abs().sum() / t.abs().sum()) - 1) < 1e-5  # the norm of what is left is made that of all,
+    assert (
+        abs(float(dropped.abs().sum() / t.abs().sum()) - 1) < 1e-5
+    )  # the norm of what is left is made that of all,
     assert ((dropped / t)[kept] - 1 / 0.3).abs().min() > 1e-6  # by another factor than 1 / density
     unscaled = mergekit("dare_linear", rows[:1], weight=1.0, density=0.3, rescale=False)
     assert torch.allclose(unscaled[unscaled != 0], t[unscaled != 0])  # or by none
     three = torch.tensor([[3.0], [3.0], [-0.3]], dtype=torch.float64)
-    assert torch.allclose(mergekit("dare_ties", three, weight=1 / 3), torch.tensor([2.0]).double())  # a sum, not a mean
-    assert torch.allclose(aggregators.dare(1.0, aggregators.ties(1.0))(three, generator=gen()), torch.tensor([3.0]).double())
+    assert torch.allclose(
+        mergekit("dare_ties", three, weight=1 / 3), torch.tensor([2.0]).double()
+    )  # a sum, not a mean
+    assert torch.allclose(
+        aggregators.dare(1.0, aggregators.ties(1.0))(three, generator=gen()), torch.tensor([3.0]).double()
+    )
     opposed = torch.stack([t, -t + 0.5 * rows[1]])
-    assert mergekit("model_stock", opposed) @ opposed.mean(0) < -opposed.mean(0) @ opposed.mean(0)  # beyond the base
+    assert mergekit("model_stock", opposed) @ opposed.mean(0) < -opposed.mean(0) @ opposed.mean(
+        0
+    )  # beyond the base
     assert torch.equal(aggregators.model_stock()(opposed), torch.zeros_like(t))
-    assert int((mergekit("breadcrumbs", rows[:1], weight=1.0, density=1.0, gamma=0.1) != 0).sum()) == 1001  # gamma is let go
+    assert (
+        int((mergekit("breadcrumbs", rows[:1], weight=1.0, density=1.0, gamma=0.1) != 0).sum()) == 1001
+    )  # gamma is let go

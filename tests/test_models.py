@@ -9,7 +9,7 @@ from torch import nn
 from consilience import models
 from consilience.core.errors import ConsilienceError
 from consilience.core.params import Layout, key, same
-from consilience.core.source import Frame, Source, Tensors
+from consilience.core.source import LabelFrame, Source, Tensors
 from consilience.models.heads import MultiHead
 from consilience.models.module import ModuleModel
 
@@ -57,7 +57,10 @@ CASES = {
     "frozen": (lambda: models.frozen(models.wrap(Tied), ["encode.*", "norm.*"]), (4, 6)),
     "multi_head": (heads_on_mlp, (4, 6)),
     "multi_head_tied": (lambda: models.multi_head(models.wrap(Tied), 10), (4, 6)),
-    "multi_head_frozen": (lambda: models.multi_head(models.frozen(models.resnet(18, 3, 1, "batch", 2)), 10), (4, 1, 4, 4)),
+    "multi_head_frozen": (
+        lambda: models.multi_head(models.frozen(models.resnet(18, 3, 1, "batch", 2)), 10),
+        (4, 1, 4, 4),
+    ),
     "multi_head_random": (lambda: models.multi_head(models.random_features(6, 8), 10), (4, 6)),
     "multi_head_raw": (lambda: models.multi_head(models.linear(6, 3), 10), (4, 6)),
 }
@@ -94,7 +97,10 @@ def test_bind_equals_call(case, train):
     assert same(new, buffers) or (train and model.has_batch_norm)
     if names:
         y = torch.full((len(x),), 2)
-        a, b = (torch.autograd.grad(F.cross_entropy(o, y), [given[n] for n in names], allow_unused=True) for o in (out, bound))
+        a, b = (
+            torch.autograd.grad(F.cross_entropy(o, y), [given[n] for n in names], allow_unused=True)
+            for o in (out, bound)
+        )
         assert any(g is not None for g in a)
         for g, h in zip(a, b, strict=True):
             assert (g is None) == (h is None)
@@ -131,13 +137,13 @@ def test_init_is_seeded_and_leaves_the_global_state(case):
 def test_check(case):
     model, _, _, x, _ = case
     labels = tuple(("s", str(i)) for i in range(3))
-    model.check(Frame(labels), x[:1], True)
-    model.check(Frame(labels), x[:2], True)
+    model.check(LabelFrame(labels), x[:1], True)
+    model.check(LabelFrame(labels), x[:2], True)
     with pytest.raises(ConsilienceError, match="output"):
-        model.check(Frame(labels * 5), x[:1], True)
+        model.check(LabelFrame(labels * 5), x[:1], True)
     if len(x.shape) == 2:
         with pytest.raises(ConsilienceError, match="fit the model's input"):
-            model.check(Frame(labels), x[:1, :5], True)
+            model.check(LabelFrame(labels), x[:1, :5], True)
 
 
 def test_features_and_head(case):
@@ -195,9 +201,16 @@ def test_wrap_refuses():
 
 @pytest.mark.parametrize(
     "make",
-    [lambda: models.mlp(0), lambda: models.mlp(3, (0,)), lambda: models.lenet(size=8), lambda: models.conv(size=3),
-     lambda: models.resnet(34), lambda: models.resnet(norm="layer"), lambda: models.multi_head(models.linear(2, 2), 0)],
-)  # fmt: skip
+    [
+        lambda: models.mlp(0),
+        lambda: models.mlp(3, (0,)),
+        lambda: models.lenet(size=8),
+        lambda: models.conv(size=3),
+        lambda: models.resnet(34),
+        lambda: models.resnet(norm="layer"),
+        lambda: models.multi_head(models.linear(2, 2), 0),
+    ],
+)
 def test_catalogue_refuses(make):
     with pytest.raises(ConsilienceError, match="Found"):
         make()
@@ -214,8 +227,11 @@ def test_frozen():
     assert not model.frozen("head.bias")
     heads = models.frozen(models.multi_head(models.wrap(Tied), 10), ["trunk.norm.*", "heads.old.*"])
     assert [n for n in grown(heads, source("old"), source("new"))[0] if heads.frozen(n)] == [
-        "trunk.norm.weight", "trunk.norm.bias", "heads.old.weight", "heads.old.bias",
-    ]  # fmt: skip
+        "trunk.norm.weight",
+        "trunk.norm.bias",
+        "heads.old.weight",
+        "heads.old.bias",
+    ]
     with pytest.raises(ConsilienceError, match="match an entry"):
         models.frozen(heads, ["norm.*"])
     a = models.random_features(6, 8)
@@ -281,7 +297,9 @@ def test_columns_of_no_head_have_zero_gradient(task):
     given, names = leaves(model, params)
     forward, _ = model.bind(given, buffers, True)
     loss = F.cross_entropy(forward(torch.rand(4, 6), task), torch.tensor([0, 1, 0, 1]))
-    grads = dict(zip(names, torch.autograd.grad(loss, [given[n] for n in names], allow_unused=True), strict=True))
+    grads = dict(
+        zip(names, torch.autograd.grad(loss, [given[n] for n in names], allow_unused=True), strict=True)
+    )
     assert all(g is None or g.isfinite().all() for g in grads.values())
     assert (grads["heads.b.weight"] is None) == (task == "a")
     assert grads["heads.a.weight"].abs().sum() > 0
@@ -302,7 +320,10 @@ def test_heads_refuse():
     model = heads_on_mlp()
     params, buffers = grown(model, source("a", (0, 1)), source("b", (1, 2)))
     x = torch.rand(4, 6)
-    for forward in (lambda t: model(params, buffers, x, t, False)[0], lambda t: model.bind(params, buffers, False)[0](x, t)):
+    for forward in (
+        lambda t: model(params, buffers, x, t, False)[0],
+        lambda t: model.bind(params, buffers, False)[0](x, t),
+    ):
         with pytest.raises(ConsilienceError, match="task label, or a mapper"):
             forward(None)
         assert forward("b").isinf().all(0).sum() == 8
@@ -317,9 +338,10 @@ def test_heads_refuse():
 def test_trunk_has_the_seeds_of_its_model_and_no_head():
     model = models.mlp(6, (5,), 3)
     params, _ = models.multi_head(model, 10).init(key(3))
-    assert same({n.removeprefix("trunk."): p for n, p in params.items()}, {
-        n: p for n, p in model.init(key(3))[0].items() if n not in model.head({}, None)
-    })  # fmt: skip
+    assert same(
+        {n.removeprefix("trunk."): p for n, p in params.items()},
+        {n: p for n, p in model.init(key(3))[0].items() if n not in model.head({}, None)},
+    )
 
 
 def test_trunk_may_not_share_with_its_head():

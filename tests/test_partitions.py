@@ -17,7 +17,9 @@ from consilience import data
 from consilience.core.params import key
 
 TEXT = Path(os.environ.get("CONSILIENCE_DATA", "/nowhere")) / "shakespeare_roles.json.xz"
-real = pytest.mark.skipif(not TEXT.is_file(), reason="needs shakespeare_roles.json.xz in the folder that CONSILIENCE_DATA names")
+real = pytest.mark.skipif(
+    not TEXT.is_file(), reason="needs shakespeare_roles.json.xz in the folder that CONSILIENCE_DATA names"
+)
 
 
 def refused(match, make, *args, **more):
@@ -31,7 +33,9 @@ def points():
     """400 examples of 8 classes, each with a number of its own; a test of 80."""
     y = torch.arange(400) % 8
     x = torch.arange(400.0)[:, None]
-    return data.arrays(x, y, test=(torch.arange(80.0)[:, None], torch.arange(80) % 8), validation=0, name="points")
+    return data.arrays(
+        x, y, test=(torch.arange(80.0)[:, None], torch.arange(80) % 8), validation=0, name="points"
+    )
 
 
 def rows(s, part="train"):
@@ -53,8 +57,12 @@ def test_label_sets_deal_classes_evenly(points, clients, classes):
     for c in range(8):
         counts = [int((s.train.targets() == c).sum()) for s in parts if c in s.classes]
         assert sum(counts) == 50 and max(counts) - min(counts) <= 1
-    assert [s.classes for s in data.label_sets(points, clients, classes, seed=3)] == [s.classes for s in parts]
-    assert all(s.test is points.test and s.task == "points" for s in data.label_sets(points, clients, classes))
+    assert [s.classes for s in data.label_sets(points, clients, classes, seed=3)] == [
+        s.classes for s in parts
+    ]
+    assert all(
+        s.test is points.test and s.task == "points" for s in data.label_sets(points, clients, classes)
+    )
 
 
 def test_sites_have_label_sets_of_their_own(points):
@@ -69,7 +77,13 @@ def test_sites_have_label_sets_of_their_own(points):
 def test_bad_label_sets_are_refused(points):
     refused("`clients` x `classes` reach them all. Found 3 clients with 2.", data.label_sets, points, 3, 2)
     refused("`classes` should be at most 8", data.label_sets, points, 3, 9)
-    refused("`classes` should be 2 lists of classes of 'points', one a client. Found 1.", data.label_sets, points, 2, [[1]])
+    refused(
+        "`classes` should be 2 lists of classes of 'points', one a client. Found 1.",
+        data.label_sets,
+        points,
+        2,
+        [[1]],
+    )
     refused("one a client. Found 'x'.", data.label_sets, points, 1, [["x"]])
     refused("Found 2 sets, one empty.", data.label_sets, points, 2, [[1], []])
     refused("`classes` should be a whole number >= 1", data.label_sets, points, 2, 0)
@@ -93,15 +107,33 @@ def test_users_are_clients(points):
     split = data.arrays(torch.arange(20.0)[:, None], torch.arange(20) % 2, validation=0.2, name="split")
     column = [*rows(split), *rows(split, "validation")]
     halves = data.natural(split, [int(v) // 10 for v in column])
-    assert all((int(v) // 10) == i for i, s in enumerate(halves) for p in ("train", "validation") for v in rows(s, p))
+    assert all(
+        (int(v) // 10) == i for i, s in enumerate(halves) for p in ("train", "validation") for v in rows(s, p)
+    )
 
 
 def test_bad_users_are_refused(points):
-    refused("`users` should be a name or number for each training example, and after them for each validation example: 400. Found 3.",
-            data.natural, points, [1, 2, 3])  # fmt: skip
+    refused(
+        "`users` should be a name or number for each training example, and after them for each validation example: 400. Found 3.",
+        data.natural,
+        points,
+        [1, 2, 3],
+    )
     refused("Found 400.", data.natural, points, [0.5] * 400)
-    refused("`test_users` should be a name or number for each test example: 80. Found 1.", data.natural, points, [1] * 400, [1])
-    refused("a user should have at least 500 training examples. Found 400 at most.", data.natural, points, [1] * 400, least=500)
+    refused(
+        "`test_users` should be a name or number for each test example: 80. Found 1.",
+        data.natural,
+        points,
+        [1] * 400,
+        [1],
+    )
+    refused(
+        "a user should have at least 500 training examples. Found 400 at most.",
+        data.natural,
+        points,
+        [1] * 400,
+        least=500,
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- sizes
@@ -118,7 +150,9 @@ def test_sizes_are_drawn(points):
 
 
 def test_sizes_follow_their_law():
-    many = data.arrays(torch.zeros(40_000, 1), torch.zeros(40_000, dtype=torch.long), test=0.01, validation=0, name="many")
+    many = data.arrays(
+        torch.zeros(40_000, 1), torch.zeros(40_000, dtype=torch.long), test=0.01, validation=0, name="many"
+    )
     n = len(many.train)
     logs = torch.tensor([len(s.train) for s in data.quantity_skew(many, 400, sigma=0.5)]).double().log()
     assert abs(float(logs.std()) - 0.5) < 0.06  # of 400 draws: sigma / sqrt(2 x 400) = .018
@@ -128,10 +162,21 @@ def test_sizes_follow_their_law():
 
 
 def test_bad_sizes_are_refused(points):
-    refused("give `sigma` or `alpha`. Found both: 1.0 and 1.0.", data.quantity_skew, points, 3, sigma=1.0, alpha=1.0)
-    refused("`sigma` should be positive and finite. Found `sigma = 0`.", data.quantity_skew, points, 3, sigma=0)
+    refused(
+        "give `sigma` or `alpha`. Found both: 1.0 and 1.0.",
+        data.quantity_skew,
+        points,
+        3,
+        sigma=1.0,
+        alpha=1.0,
+    )
+    refused(
+        "`sigma` should be positive and finite. Found `sigma = 0`.", data.quantity_skew, points, 3, sigma=0
+    )
     refused("lower `sigma` or take fewer clients. Found one with", data.quantity_skew, points, 40, sigma=9.0)
-    refused("at best in 100 draws with `alpha = 0.01` and 40 clients.", data.quantity_skew, points, 40, alpha=0.01)
+    refused(
+        "at best in 100 draws with `alpha = 0.01` and 40 clients.", data.quantity_skew, points, 40, alpha=0.01
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- characters
@@ -140,7 +185,10 @@ def test_bad_sizes_are_refused(points):
 @pytest.fixture
 def roles(tmp_path):
     path = tmp_path / "roles.json.xz"
-    texts = {r: {"train": text * 20, "test": text * 5} for r, text in (("ANN", "abcd"), ("BOB", "abdc"), ("EVE", "xa b"))}
+    texts = {
+        r: {"train": text * 20, "test": text * 5}
+        for r, text in (("ANN", "abcd"), ("BOB", "abdc"), ("EVE", "xa b"))
+    }
     path.write_bytes(lzma.compress(json.dumps(texts).encode()))
     return path
 
@@ -156,24 +204,42 @@ def test_windows_of_text(roles):
     assert len(ann.validation) == 4 and len(ann.test) == 4
     assert ann.name == "shakespeare/ANN" and bob.task == "shakespeare"
     assert len(data.shakespeare(window=6, stride=1, limit=5, path=roles)[0].train) == 5
-    assert [s.name for s in data.shakespeare(["EVE", "ANN"], 6, path=roles)] == ["shakespeare/EVE", "shakespeare/ANN"]
+    assert [s.name for s in data.shakespeare(["EVE", "ANN"], 6, path=roles)] == [
+        "shakespeare/EVE",
+        "shakespeare/ANN",
+    ]
     assert [len(s.labels) for s in data.shakespeare(1, 6, path=roles)] == [6]  # of all roles
     assert len(data.shakespeare(window=6, validation=0.0, path=roles)[0].validation) == 0
 
 
 def test_bad_text_is_refused(roles, tmp_path, monkeypatch):
-    refused("`window` should be shorter than every text. Found `window = 20` and 20 characters (test) of 'ANN'.",
-            data.shakespeare, window=20, validation=0.5, path=roles)  # fmt: skip
+    refused(
+        "`window` should be shorter than every text. Found `window = 20` and 20 characters (test) of 'ANN'.",
+        data.shakespeare,
+        window=20,
+        validation=0.5,
+        path=roles,
+    )
     refused("`roles` should be at most the 3 there are. Found `roles = 4`.", data.shakespeare, 4, path=roles)
-    refused("`roles` should be one of the catalogue's. Found 'EVA'; nearest: EVE.", data.shakespeare, ["EVA"], path=roles)
-    refused("`window` should be a whole number >= 1. Found `window = 0`.", data.shakespeare, window=0, path=roles)
+    refused(
+        "`roles` should be one of the catalogue's. Found 'EVA'; nearest: EVE.",
+        data.shakespeare,
+        ["EVA"],
+        path=roles,
+    )
+    refused(
+        "`window` should be a whole number >= 1. Found `window = 0`.", data.shakespeare, window=0, path=roles
+    )
     refused("`validation` should be a fraction in [0, 1).", data.shakespeare, validation=1.0, path=roles)
     broken = tmp_path / "broken.json.xz"
     for content, match in (
         (b"hello", "a .json.xz file should be whole."),
         (roles.read_bytes()[:40], "a .json.xz file should be whole."),
         (lzma.compress(b"{"), "a .json.xz file should be whole."),
-        (lzma.compress(b'{"ANN": "text"}'), 'a file of roles should be {role: {"train": text, "test": text}}.'),
+        (
+            lzma.compress(b'{"ANN": "text"}'),
+            'a file of roles should be {role: {"train": text, "test": text}}.',
+        ),
         (lzma.compress(b"{}"), "a file of roles should be"),
     ):
         broken.write_bytes(content)
@@ -185,7 +251,10 @@ def test_bad_text_is_refused(roles, tmp_path, monkeypatch):
     )
 
 
-MODELS = {"lstm": lambda: cs.models.char_lstm(6, 4, 5, 2), "transformer": lambda: cs.models.char_transformer(6, 7, 8, 2, 2)}
+MODELS = {
+    "lstm": lambda: cs.models.char_lstm(6, 4, 5, 2),
+    "transformer": lambda: cs.models.char_transformer(6, 7, 8, 2, 2),
+}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -194,12 +263,16 @@ def test_character_models_run_in_federations(name, roles):
     model = MODELS[name]()
     adam = cs.Training(epochs=12, lr=0.02, optimiser="adam", batch_size=8)
     result = cs.run(cs.settings.federated(parts[:2], 2), cs.methods.fedavg(), model, adam)
-    assert result.score > 0.45 > result.matrix[0].mean()  # each role repeats four characters; the majority is a quarter
+    assert (
+        result.score > 0.45 > result.matrix[0].mean()
+    )  # each role repeats four characters; the majority is a quarter
     x = parts[0].train.whole()[0]
     params, buffers = model.init(key(0, "init"))
     weight, bias = model.head(params, None)
     features = model.features(params, buffers, x)
-    torch.testing.assert_close(features @ params[weight].T + params[bias], model(params, buffers, x, None, False)[0])
+    torch.testing.assert_close(
+        features @ params[weight].T + params[bias], model(params, buffers, x, None, False)[0]
+    )
     fed3r = cs.run(cs.settings.federated(parts, 1), cs.methods.fed3r(), model, adam)
     assert fed3r.score > 0.25
 
@@ -215,7 +288,9 @@ def test_character_models_run_for_many_clients_at_once(name):
     def loss(params, x, y):
         return nn.functional.cross_entropy(model(params, {}, x, None, True)[0], y)
 
-    together = torch.func.vmap(torch.func.grad(loss))({n: torch.stack([p[n] for p in each]) for n in each[0]}, x, y)
+    together = torch.func.vmap(torch.func.grad(loss))(
+        {n: torch.stack([p[n] for p in each]) for n in each[0]}, x, y
+    )
     for i, params in enumerate(each):
         alone = torch.func.grad(loss)(params, x[i], y[i])
         for n, g in alone.items():
@@ -250,9 +325,20 @@ def test_the_transformer_is_causal_and_torchs():
     torch.testing.assert_close(states[:, :5], other[:, :5])
     assert not torch.allclose(states[:, 5:], other[:, 5:])
 
-    mine, theirs = Attention(8, 2), nn.TransformerEncoderLayer(8, 2, 32, 0.0, "gelu", batch_first=True, norm_first=True)
-    pairs = {"norm1": "norm1", "norm2": "norm2", "out": "self_attn.out_proj", "mlp.0": "linear1", "mlp.2": "linear2"}
-    weights = {f"{b}.{k}": mine.state_dict()[f"{a}.{k}"] for a, b in pairs.items() for k in ("weight", "bias")}
+    mine, theirs = (
+        Attention(8, 2),
+        nn.TransformerEncoderLayer(8, 2, 32, 0.0, "gelu", batch_first=True, norm_first=True),
+    )
+    pairs = {
+        "norm1": "norm1",
+        "norm2": "norm2",
+        "out": "self_attn.out_proj",
+        "mlp.0": "linear1",
+        "mlp.2": "linear2",
+    }
+    weights = {
+        f"{b}.{k}": mine.state_dict()[f"{a}.{k}"] for a, b in pairs.items() for k in ("weight", "bias")
+    }
     weights |= {f"self_attn.in_proj_{k}": mine.state_dict()[f"qkv.{k}"] for k in ("weight", "bias")}
     theirs.load_state_dict(weights)
     z = torch.randn(3, 9, 8)
@@ -270,7 +356,10 @@ def test_bad_character_models_are_refused(roles):
     )
     parts = data.shakespeare(window=6, path=roles)
     for model, match in (
-        (cs.models.char_lstm(5), "the model should have an output for each of the 6 classes. Found 5 outputs"),
+        (
+            cs.models.char_lstm(5),
+            "the model should have an output for each of the 6 classes. Found 5 outputs",
+        ),
         (cs.models.char_transformer(6, 4, 8, 2), "samples should fit the model's input. Found (6,)"),
         (cs.models.mlp(6, (4,), 6), "samples should fit the model's input. Found (6,)"),
     ):
@@ -288,7 +377,9 @@ def test_shakespeare_has_a_hundred_roles():
     assert "".join(characters[c] for c in x[3].tolist()) == texts["MENENIUS"]["test"][30:110]
     assert characters[int(y[3])] == texts["MENENIUS"]["test"][110]
     assert all(len(s.train) > 100 and len(s.validation) > 5 and len(s.test) > 30 for s in every)
-    assert data.shakespeare(stride=1)[1].train.whole()[0].untyped_storage().nbytes() < 10 * len(texts["MENENIUS"]["train"])
+    assert data.shakespeare(stride=1)[1].train.whole()[0].untyped_storage().nbytes() < 10 * len(
+        texts["MENENIUS"]["train"]
+    )
 
 
 @real
@@ -298,5 +389,10 @@ def test_roles_learn_together_to_predict_characters():
     seen = torch.cat([s.train.targets() for s in parts]).bincount().argmax()
     majority = np.mean([float((s.test.targets() == seen).double().mean()) for s in parts])
     adam = cs.Training(epochs=2, lr=0.005, optimiser="adam")
-    result = cs.run(cs.settings.federated(parts, 4, evaluate_every=4), cs.methods.fedavg(), cs.models.char_lstm(64, 8, 64), adam)
+    result = cs.run(
+        cs.settings.federated(parts, 4, evaluate_every=4),
+        cs.methods.fedavg(),
+        cs.models.char_lstm(64, 8, 64),
+        adam,
+    )
     assert result.score > majority + 0.05

@@ -42,7 +42,9 @@ from consilience.corrections.projection import AverageConstraint
 from consilience.corrections.rehearsal import DER as OurDER
 
 pytestmark = pytest.mark.peers
-pytest.importorskip("avalanche", reason="peers: avalanche-lib is not installed (pip install avalanche-lib quadprog)")
+pytest.importorskip(
+    "avalanche", reason="peers: avalanche-lib is not installed (pip install avalanche-lib quadprog)"
+)
 
 from avalanche.benchmarks import benchmark_from_datasets  # noqa: E402
 from avalanche.benchmarks.scenarios.supervised import with_classes_timeline  # noqa: E402
@@ -72,8 +74,12 @@ def sources(scenario: str) -> tuple[cs.Source, ...]:
     x, y = x[order] / 16, y[order]
     train = np.concatenate([np.flatnonzero(y == c)[:128] for c in range(10)])
     test = np.setdiff1d(np.arange(len(y)), train)
-    digits = cs.data.arrays(x[train], y[train], (x[test], y[test]), [str(c) for c in range(10)], "digits", validation=0)
-    return tuple(cs.data.permute(digits, TASKS) if scenario == "domain" else cs.data.split_classes(digits, TASKS))
+    digits = cs.data.arrays(
+        x[train], y[train], (x[test], y[test]), [str(c) for c in range(10)], "digits", validation=0
+    )
+    return tuple(
+        cs.data.permute(digits, TASKS) if scenario == "domain" else cs.data.split_classes(digits, TASKS)
+    )
 
 
 def net(seed: int) -> nn.Sequential:
@@ -113,7 +119,9 @@ class Batches:
 
     def __iter__(self) -> Iterator[list[Tensor]]:
         x, y = self.source.train.whole()
-        for i in Shuffle().plan(y, BATCH, self.epoch, key(self.seed, self.source.name, 0, self.epoch, 0, "shuffle")):
+        for i in Shuffle().plan(
+            y, BATCH, self.epoch, key(self.seed, self.source.name, 0, self.epoch, 0, "shuffle")
+        ):
             yield [x[i].double(), y[i], torch.full((len(i),), self.task)]
         self.epoch += 1
 
@@ -172,12 +180,16 @@ class PaperSI(their.SynapticIntelligencePlugin):
 
     def after_training_iteration(self, strategy: Any, **_: Any) -> None:
         for n, p in strategy.model.named_parameters():
-            self.syn_data["trajectory"][n].data += self.own[n] * (p.detach().flatten() - self.syn_data["old_theta"][n].data)
+            self.syn_data["trajectory"][n].data += self.own[n] * (
+                p.detach().flatten() - self.syn_data["old_theta"][n].data
+            )
 
     def after_training_exp(self, strategy: Any, **_: Any) -> None:
         for n, importance in self.ewc_data[1].items():
             importance.data = self.raw.get(n, importance.data)
-        self.update_ewc_data(strategy.model, self.ewc_data, self.syn_data, torch.inf, self.excluded_parameters, 1, eps=self.eps)
+        self.update_ewc_data(
+            strategy.model, self.ewc_data, self.syn_data, torch.inf, self.excluded_parameters, 1, eps=self.eps
+        )
         self.raw = {n: importance.data.clone() for n, importance in self.ewc_data[1].items()}  # type: ignore[misc]
         for importance in self.ewc_data[1].values():
             importance.data = importance.data.clamp(min=0)
@@ -201,15 +213,20 @@ def theirs(made: Any, scenario: str, seed: int, tasks: int = TASKS) -> tuple[nn.
             x, y = s.train.whole()
             experiences.append(dataset(x.double(), y, task_labels=t if scenario == "task" else 0))
         common: dict[str, Any] = dict(
-            model=model, optimizer=torch.optim.SGD(model.parameters(), LR), train_mb_size=BATCH, train_epochs=EPOCHS[scenario],
+            model=model,
+            optimizer=torch.optim.SGD(model.parameters(), LR),
+            train_mb_size=BATCH,
+            train_epochs=EPOCHS[scenario],
             evaluator=None,
-        )  # fmt: skip
+        )
         plan = Plan(scenario, seed)
         if isinstance(made, functools.partial):
             strategy = made(plugins=[plan], **common)
         else:
             strategy = Naive(plugins=[plan, copy.deepcopy(made)] if made else [plan], **common)
-        for experience in with_classes_timeline(with_task_labels(benchmark_from_datasets(train=experiences))).train_stream:
+        for experience in with_classes_timeline(
+            with_task_labels(benchmark_from_datasets(train=experiences))
+        ).train_stream:
             strategy.train(experience)
         accuracy = []
         with torch.no_grad():
@@ -365,7 +382,9 @@ class GivenDER(DER):
 def test_derpp_is_theirs_on_the_same_memory() -> None:
     DrawnDER.drawn.clear()
     result = ours(cs.Method("derpp", (DrawnDER(160, BATCH, 0.5, 0.7),)), "class", 0)
-    module, _ = theirs(functools.partial(GivenDER, mem_size=160, batch_size_mem=BATCH, alpha=0.5, beta=0.7), "class", 0)
+    module, _ = theirs(
+        functools.partial(GivenDER, mem_size=160, batch_size_mem=BATCH, alpha=0.5, beta=0.7), "class", 0
+    )
     assert not DrawnDER.drawn
     assert distance(module, result) < 1e-6
 
@@ -385,7 +404,9 @@ def test_their_si_as_it_is_does_nothing_on_a_cpu(strength: float) -> None:
 def test_gem_projects_alike(k: int, margin: float) -> None:
     """With gradients of length 300, next to which the 1e-3 that they add is nothing."""
     g = torch.Generator().manual_seed(k)
-    rows, direction = (torch.randn(*shape, 900, generator=g, dtype=torch.float64) * 10 for shape in ((k,), ()))
+    rows, direction = (
+        torch.randn(*shape, 900, generator=g, dtype=torch.float64) * 10 for shape in ((k,), ())
+    )
     direction = direction - rows.mean(0)
     assert (rows @ direction < 0).any()
     plugin = their.GEMPlugin(1, margin)

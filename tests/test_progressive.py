@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import consilience as cs
-from consilience.core.agent import Agent
 from consilience.core.errors import ConsilienceError
 from consilience.core.params import Layout, key, pack, same, unpack
 from consilience.core.source import Source, Tensors
+from consilience.loop.agent import Agent
 from restate import stopped
 
 D, C = 6, 6
@@ -60,7 +60,9 @@ def grown(model, sources=SOURCES, seed=0):
     params = {n: p.double() for n, p in params.items()}
     for s in sources:
         params, buffers = model.grow(params, buffers, s, key(seed, s.name))
-    return {n: p.double() for n, p in params.items()}, {n: b.double() if b.is_floating_point() else b for n, b in buffers.items()}
+    return {n: p.double() for n, p in params.items()}, {
+        n: b.double() if b.is_floating_point() else b for n, b in buffers.items()
+    }
 
 
 def answers_kept(method, model, sources, monkeypatch, **more):
@@ -72,7 +74,9 @@ def answers_kept(method, model, sources, monkeypatch, **more):
         finish(agent, job)
         for s in sources:
             if s.name in agent.state.visits:
-                out = agent.outputs(agent.state.params, agent.state.buffers, s.test.x, s.name)[:, list(s.classes)]
+                out = agent.outputs(agent.state.params, agent.state.buffers, s.test.x, s.name)[
+                    :, list(s.classes)
+                ]
                 away.append(float((told.setdefault(s.name, out) - out).abs().max()))
 
     monkeypatch.setattr(Agent, "finish", look)
@@ -93,7 +97,8 @@ CASES = pytest.mark.parametrize("name", list(MADE))
 
 
 @pytest.mark.parametrize(
-    ("name", "optimiser"), [*((n, "sgd") for n in MADE), ("columns", "adam"), ("conv", "adamw"), ("adapters", "adamw")]
+    ("name", "optimiser"),
+    [*((n, "sgd") for n in MADE), ("columns", "adam"), ("conv", "adamw"), ("adapters", "adamw")],
 )
 def test_old_answers_are_bit_identical_under_momentum_and_decay(name, optimiser, monkeypatch):
     model, sources, method = MADE[name]
@@ -104,7 +109,10 @@ def test_old_answers_are_bit_identical_under_momentum_and_decay(name, optimiser,
 def test_rehearsal_and_penalties_do_not_move_old_columns(monkeypatch):
     for more in (cs.methods.er(20), cs.methods.ewc(1.0), cs.methods.l2sp(0.1), cs.methods.gem()):
         assert answers_kept(cs.methods.pnn() + more, columns(), SOURCES, monkeypatch, epochs=2) == 0
-    assert answers_kept(cs.methods.finetune() + cs.methods.er(20), columns(), SOURCES, monkeypatch, epochs=2) > 1e-3
+    assert (
+        answers_kept(cs.methods.finetune() + cs.methods.er(20), columns(), SOURCES, monkeypatch, epochs=2)
+        > 1e-3
+    )
 
 
 def test_every_entry_names_its_task():
@@ -127,7 +135,9 @@ def plain(p, x, order, task):
     hidden = {}
     for k, t in enumerate(order[: order.index(task) + 1]):
         q = {
-            n.removeprefix(f"columns.{t}."): v if t == task else v.detach() for n, v in p.items() if n.startswith(f"columns.{t}.")
+            n.removeprefix(f"columns.{t}."): v if t == task else v.detach()
+            for n, v in p.items()
+            if n.startswith(f"columns.{t}.")
         }
 
         def lateral(i, q=q, k=k):
@@ -215,9 +225,18 @@ def test_a_column_without_laterals_is_an_independent_network(name):
     params[f"heads.{t}.weight"][:, width:] = 0
     alone = cs.models.mlp(D, (7, 5), 2) if name == "columns" else cs.models.conv(2, 1, 8, 4)
     names = ["1", "3", "5"] if name == "columns" else ["0", "3", "7"]
-    own = {f"{n}.{e}": params[f"columns.{t}.{i}.{e}"] for i, n in enumerate(names[:2]) for e in ("weight", "bias")}
-    own |= {f"{names[2]}.weight": params[f"heads.{t}.weight"][:, :width], f"{names[2]}.bias": params[f"heads.{t}.bias"]}
-    assert torch.allclose(model(params, buffers, x, t, False)[0][:, [2, 3]], alone(own, {}, x, None, False)[0], atol=1e-14)
+    own = {
+        f"{n}.{e}": params[f"columns.{t}.{i}.{e}"]
+        for i, n in enumerate(names[:2])
+        for e in ("weight", "bias")
+    }
+    own |= {
+        f"{names[2]}.weight": params[f"heads.{t}.weight"][:, :width],
+        f"{names[2]}.bias": params[f"heads.{t}.bias"],
+    }
+    assert torch.allclose(
+        model(params, buffers, x, t, False)[0][:, [2, 3]], alone(own, {}, x, None, False)[0], atol=1e-14
+    )
 
 
 def test_a_first_task_alone_is_a_perceptron_and_learns_like_one():
@@ -253,7 +272,9 @@ def test_growing_adds_entries_and_changes_none():
         again = model.grow(params, buffers, SOURCES[0], key(9))
         assert again == (params, buffers)
         state = torch.get_rng_state()
-        assert same(*(grown(model)[0] for _ in range(2))) and not same(grown(model)[0], grown(model, seed=1)[0])
+        assert same(*(grown(model)[0] for _ in range(2))) and not same(
+            grown(model)[0], grown(model, seed=1)[0]
+        )
         assert torch.equal(state, torch.get_rng_state())
 
 
@@ -267,11 +288,19 @@ def test_earlier_columns_get_no_gradient():
             out = forward(sources[0].train.x[:4], task)
             assert torch.equal(out, model(given, buffers, sources[0].train.x[:4], task, True)[0])
             total = out[out.isfinite()].square().sum()
-            grads = dict(zip(names, torch.autograd.grad(total, [given[n] for n in names], allow_unused=True), strict=True))
+            grads = dict(
+                zip(
+                    names,
+                    torch.autograd.grad(total, [given[n] for n in names], allow_unused=True),
+                    strict=True,
+                )
+            )
             assert {model.task_of(n) for n in names if grads[n] is not None} == reached
         # with task None each head trains its own column alone
         out = model(given, buffers, sources[0].train.x[:4], None, True)[0][:, [4, 5]].sum()
-        grads = dict(zip(names, torch.autograd.grad(out, [given[n] for n in names], allow_unused=True), strict=True))
+        grads = dict(
+            zip(names, torch.autograd.grad(out, [given[n] for n in names], allow_unused=True), strict=True)
+        )
         assert {model.task_of(n) for n in names if grads[n] is not None and bool(grads[n].any())} == {"s/2"}
 
 
@@ -282,13 +311,19 @@ def test_a_task_that_comes_again_trains_its_head_alone(monkeypatch):
     schedule = cs.settings.continual(stream, "task")
     kept = []
     finish = Agent.finish
-    monkeypatch.setattr(Agent, "finish", lambda agent, job: finish(agent, job) or kept.append(agent.state.params))
+    monkeypatch.setattr(
+        Agent, "finish", lambda agent, job: finish(agent, job) or kept.append(agent.state.params)
+    )
     r = cs.run(schedule, cs.methods.pnn(), columns(), training())
     moved = {n for n in r.params if not torch.equal(kept[1][n], r.params[n])}
     assert moved == {"heads.a.weight", "heads.a.bias"}
-    assert list(kept[0]) == [n for n in r.params if ".a." in n] and not same(kept[0], {n: r.params[n] for n in kept[0]})
+    assert list(kept[0]) == [n for n in r.params if ".a." in n] and not same(
+        kept[0], {n: r.params[n] for n in kept[0]}
+    )
     two = cs.run(cs.settings.continual([stream[0], again], "task"), cs.methods.pnn(), columns(), training())
-    assert not torch.equal(two.params["columns.a.0.weight"], kept[0]["columns.a.0.weight"]), "no column reads it yet"
+    assert not torch.equal(two.params["columns.a.0.weight"], kept[0]["columns.a.0.weight"]), (
+        "no column reads it yet"
+    )
 
 
 # adapters
@@ -362,7 +397,9 @@ def test_adapters_on_tokens_and_attention():
         assert torch.allclose(model.features(params, buffers, x), layer(x).flatten(1))
         for n in [n for n in params if n.endswith("up")]:
             moved = {**params, n: torch.randn_like(params[n])}
-            assert not torch.allclose(model(moved, buffers, x, "s/0", False)[0][:, :2], before[:, :2]), "the fast path is off"
+            assert not torch.allclose(model(moved, buffers, x, "s/0", False)[0][:, :2], before[:, :2]), (
+                "the fast path is off"
+            )
     given = {n: p.requires_grad_() for n, p in params.items()}
     names = [n for n in given if n.endswith("up")]
     out = model(given, buffers, x, "s/0", True)[0][:, :2].sum()
@@ -375,8 +412,12 @@ def test_the_backbone_stays_in_eval_mode():
     assert not model.has_batch_norm and not model.draws
     buffers = model.init(key(0))[1]
     r = go(cs.methods.finetune(), model, SOURCES[:2])
-    assert torch.equal(r.params["trunk.0.weight"], module[0].weight.detach().double()), "a module comes with its weights"
-    assert all(torch.equal(r.agent.state.buffers[n], b.to(r.agent.state.buffers[n])) for n, b in buffers.items())
+    assert torch.equal(r.params["trunk.0.weight"], module[0].weight.detach().double()), (
+        "a module comes with its weights"
+    )
+    assert all(
+        torch.equal(r.agent.state.buffers[n], b.to(r.agent.state.buffers[n])) for n, b in buffers.items()
+    )
 
 
 def test_tied_and_root_layers():
@@ -399,13 +440,20 @@ def test_tied_and_root_layers():
         up = next(n for n in params if n.endswith("up"))
         params[up] = torch.ones_like(params[up])
         assert not torch.equal(model(params, buffers, x, "s/0", False)[0], before)
-        assert torch.equal(model.bind(params, buffers, True)[0](x, "s/0"), model(params, buffers, x, "s/0", True)[0])
+        assert torch.equal(
+            model.bind(params, buffers, True)[0](x, "s/0"), model(params, buffers, x, "s/0", True)[0]
+        )
 
 
 def test_adapters_travel_in_the_bank():
     parts = cs.data.split_classes(cs.data.digits(), 5)
     model = cs.models.adapters(cs.models.mlp(64, (128,), 10), 10, 8)
-    r = cs.run(cs.settings.skill([parts[:3], parts[3:]]), cs.methods.skill(), model, cs.Training(epochs=4, lr=0.05, momentum=0.9))
+    r = cs.run(
+        cs.settings.skill([parts[:3], parts[3:]]),
+        cs.methods.skill(),
+        model,
+        cs.Training(epochs=4, lr=0.05, momentum=0.9),
+    )
     plain = cs.run(cs.settings.skill([parts[:3], parts[3:]]), cs.methods.skill(), None, cs.Training(epochs=0))
     assert r.score > 0.85 > plain.score
     own = model.backbone(r.params)
@@ -437,7 +485,8 @@ def test_bind_equals_call_and_vmap_equals_loop(name):
     runs = [grown(model, sources, seed) for seed in range(2)]
     buffers, x = runs[0][1], sources[0].test.x[:5]
     params = [
-        {n: p + 0.1 * torch.randn(p.shape, generator=key(i, n)).double() for n, p in q.items()} for i, (q, _) in enumerate(runs)
+        {n: p + 0.1 * torch.randn(p.shape, generator=key(i, n)).double() for n, p in q.items()}
+        for i, (q, _) in enumerate(runs)
     ]
     stacked = {n: torch.stack([p[n] for p in params]) for n in params[0]}
     for task in (None, "s/1", "unknown"):
@@ -475,7 +524,9 @@ def test_resumes_mid_task_to_the_same_bits(name, at, tmp_path):
     make, sources, method = MADE[name]
 
     def run(model=None, **more):
-        return cs.run(cs.settings.continual(sources, "task"), method(), model or make(), training(epochs=2), **more)
+        return cs.run(
+            cs.settings.continual(sources, "task"), method(), model or make(), training(epochs=2), **more
+        )
 
     whole = run()
     stopped(run, tmp_path / "run", at)
@@ -494,7 +545,10 @@ def test_pnn_learns_permuted_digits_and_forgets_nothing(image):
     """The tasks share all classes; the default model is progressive."""
     parts = cs.data.permute(cs.data.digits(image), 2)
     fit = cs.Training(epochs=3, lr=0.05, momentum=0.9, weight_decay=1e-4)
-    r, plain = (cs.run(cs.settings.continual(parts, "task"), m, training=fit) for m in (cs.methods.pnn(), cs.methods.finetune()))
+    r, plain = (
+        cs.run(cs.settings.continual(parts, "task"), m, training=fit)
+        for m in (cs.methods.pnn(), cs.methods.finetune())
+    )
     assert r.score > 0.85 and r.score > plain.score + 0.02, (r.matrix, plain.matrix)
     after = r.matrix[1:]
     assert all((after[j:, j] == after[j, j]).all() for j in range(2)), "nothing is forgotten"
@@ -512,9 +566,17 @@ def test_adapters_learn_permuted_digits_and_forget_nothing():
     module.load_state_dict(base.params)
     trained = cs.models.wrap(module)
     schedule = cs.settings.continual(parts, "task")
-    models = (cs.models.adapters(trained, 10, 16), cs.models.multi_head(cs.models.frozen(trained), 10), trained)
+    models = (
+        cs.models.adapters(trained, 10, 16),
+        cs.models.multi_head(cs.models.frozen(trained), 10),
+        trained,
+    )
     r, heads, plain = (cs.run(schedule, cs.methods.finetune(), m, fit) for m in models)
-    assert r.score > heads.score + 0.02 and r.score > plain.score + 0.02, (r.matrix, heads.matrix, plain.matrix)
+    assert r.score > heads.score + 0.02 and r.score > plain.score + 0.02, (
+        r.matrix,
+        heads.matrix,
+        plain.matrix,
+    )
     after = r.matrix[1:]
     assert all((after[j:, j] == after[j, j]).all() for j in range(3)), "nothing is forgotten"
 
@@ -543,7 +605,9 @@ def test_pnn_refuses():
         with pytest.raises(cs.Refusal, match="no columns; use models.progressive"):
             go(pnn, model)
     with pytest.raises(cs.Refusal, match="what is heard moves"):
-        cs.run(cs.settings.federated_continual([SOURCES[:2], SOURCES[2:]], 1, scenario="task"), pnn, columns())
+        cs.run(
+            cs.settings.federated_continual([SOURCES[:2], SOURCES[2:]], 1, scenario="task"), pnn, columns()
+        )
     with pytest.raises(cs.Refusal, match="a step has several"):
         cs.run(cs.settings.multitask(SOURCES, "task"), pnn, columns())
     with pytest.raises(cs.Refusal, match="only trained models are given"):
@@ -555,12 +619,21 @@ def test_models_refuse():
     with pytest.raises(ConsilienceError, match="hidden layer"):
         cs.models.progressive(D, ())
     for make in (
-        lambda: cs.models.progressive(0), lambda: cs.models.progressive(D, (0,)), lambda: cs.models.progressive(D, bottleneck=0),
-        lambda: cs.models.progressive(D, shrink=0.0), lambda: cs.models.progressive(D, shrink=2.0), lambda: cs.models.progressive(D, outputs=0),
-        lambda: cs.models.progressive_conv(size=3), lambda: cs.models.progressive_conv(width=0), lambda: adapters(layers=("5",)),
-        lambda: adapters(layers=("2",)), lambda: cs.models.adapters(cs.models.mlp(D), 0), lambda: cs.models.adapters(cs.models.mlp(D), C, 0),
-        lambda: cs.models.adapters(cs.models.linear(D, 3), C), lambda: cs.models.adapters(columns(), C),
-    ):  # fmt: skip
+        lambda: cs.models.progressive(0),
+        lambda: cs.models.progressive(D, (0,)),
+        lambda: cs.models.progressive(D, bottleneck=0),
+        lambda: cs.models.progressive(D, shrink=0.0),
+        lambda: cs.models.progressive(D, shrink=2.0),
+        lambda: cs.models.progressive(D, outputs=0),
+        lambda: cs.models.progressive_conv(size=3),
+        lambda: cs.models.progressive_conv(width=0),
+        lambda: adapters(layers=("5",)),
+        lambda: adapters(layers=("2",)),
+        lambda: cs.models.adapters(cs.models.mlp(D), 0),
+        lambda: cs.models.adapters(cs.models.mlp(D), C, 0),
+        lambda: cs.models.adapters(cs.models.linear(D, 3), C),
+        lambda: cs.models.adapters(columns(), C),
+    ):
         with pytest.raises(ConsilienceError, match=r"should .*Found"):
             make()
     for model in (columns(), conv()):

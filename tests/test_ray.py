@@ -24,7 +24,7 @@ from torch import Tensor
 import consilience as cs
 from consilience.core.errors import ConsilienceError
 from consilience.core.params import load, same
-from consilience.core.schedule import Hear, Learn, Stage, build
+from consilience.core.schedule import Evaluate, Exchange, Train, build
 from consilience.core.source import Tensors
 
 needed = pytest.mark.skipif(
@@ -61,7 +61,7 @@ def kept(out: Path) -> tuple[dict[str, Tensor], Any]:
     """All that a run kept of every agent, but its seconds."""
     index = json.loads((out / "checkpoint" / "index.json").read_text())
     facts = index["facts"]
-    for walk in facts["walks"].values():
+    for walk in facts["trials"].values():
         walk["ledger"].pop("seconds")
         ended = [walk["result"]["costs"], *walk["result"]["curve"]] if walk["result"] else []
         for c in (*walk["curve"], *ended):
@@ -126,10 +126,10 @@ def rounds(sources: list[cs.Source], n: int, least: int | None = None) -> cs.Sch
 
     def plan(seed: int) -> Iterator[Any]:
         for r in range(n):
-            yield Hear({c: ("server",) for c in names})
-            yield Learn({c: (s.name,) for c, s in zip(names, sources, strict=True)}, {"client-0": 0.5}, least)
-            yield Hear({"server": tuple(names)})
-            yield Stage(f"round {r + 1}")
+            yield Exchange({c: ("server",) for c in names})
+            yield Train({c: (s.name,) for c, s in zip(names, sources, strict=True)}, {"client-0": 0.5}, least)
+            yield Exchange({"server": tuple(names)})
+            yield Evaluate(f"round {r + 1}")
 
     return build("federated", sources, "class", plan, "server")
 
@@ -148,14 +148,19 @@ def streams(clients: list[cs.Source]) -> cs.Schedule:
     ],
     ids=["momentum, some a round", "personal", "ewc", "er+lwf"],
 )
-def test_every_agent_ends_with_the_bits_and_the_costs_of_the_serial_engine(ray, clients, tmp_path, setting, method):
+def test_every_agent_ends_with_the_bits_and_the_costs_of_the_serial_engine(
+    ray, clients, tmp_path, setting, method
+):
     assert not method.personal or any(n.startswith("3.") for n in MODEL.init(torch.Generator())[0])
     for engine in ("serial", "ray"):
         cs.run(setting(clients), method, MODEL, TRAINING, repeats=2, out=tmp_path / engine, engine=engine)
     (serial, facts), (tasks, theirs) = kept(tmp_path / "serial"), kept(tmp_path / "ray")
-    assert same(serial, tasks) and any("client" in name for name in facts["walks"]["1"]["agents"])
+    assert same(serial, tasks) and any("client" in name for name in facts["trials"]["1"]["agents"])
     assert facts == theirs
-    assert any(json.loads(line)["event"] == "engine" for line in (tmp_path / "ray" / "log.jsonl").read_text().splitlines())
+    assert any(
+        json.loads(line)["event"] == "engine"
+        for line in (tmp_path / "ray" / "log.jsonl").read_text().splitlines()
+    )
     assert ray.is_initialized()  # who started it stops it
 
 
@@ -165,7 +170,9 @@ def test_models_that_draw_and_have_buffers_are_the_same(ray, clients):
         return n.Sequential(n.Linear(64, 16), n.BatchNorm1d(16), n.ReLU(), n.Dropout(0.3), n.Linear(16, 10))
 
     schedule = cs.settings.federated(clients[:3], 2)
-    serial, tasks = (cs.run(schedule, cs.methods.finetune(), net, TRAINING, engine=e) for e in ("serial", "ray"))
+    serial, tasks = (
+        cs.run(schedule, cs.methods.finetune(), net, TRAINING, engine=e) for e in ("serial", "ray")
+    )
     assert same(serial.params, tasks.params) and same(serial.agent.state.buffers, tasks.agent.state.buffers)
 
 
@@ -180,14 +187,17 @@ def test_a_killed_worker_is_replaced_and_nothing_is_lost(ray, clients, tmp_path)
     assert killed[0] != os.getpid() and killed[0] not in pids[1:] and os.getpid() not in pids
     serial = cs.run(rounds(clients, 2), cs.methods.ewc(1.0), MODEL, training)
     assert same(serial.params, tasks.params)
-    assert serial.costs["by_agent"] == tasks.costs["by_agent"] and serial.costs["steps"] == tasks.costs["steps"]
+    assert (
+        serial.costs["by_agent"] == tasks.costs["by_agent"] and serial.costs["steps"] == tasks.costs["steps"]
+    )
 
 
 def test_a_worker_that_dies_too_often_fails_its_client_by_name(ray, clients, tmp_path):
     sources = probed(clients[:2], 1, tmp_path, "killed")
     when_begun(tmp_path, lambda pid: os.kill(pid, signal.SIGKILL))
     with pytest.raises(
-        ConsilienceError, match=r"a Ray worker should live. Found that of 'client-1' dead, once: WorkerCrashedError"
+        ConsilienceError,
+        match=r"a Ray worker should live. Found that of 'client-1' dead, once: WorkerCrashedError",
     ):
         cs.run(rounds(sources, 1), cs.methods.finetune(), MODEL, TRAINING, engine=cs.engines.ray(retries=0))
 
@@ -198,15 +208,25 @@ def test_a_client_that_raises_is_not_tried_again_and_left_out(ray, clients, tmp_
         folder = tmp_path / engine
         folder.mkdir()
         schedule = rounds(probed(clients[:3], 1, folder, "raises"), 2, least=2)
-        with pytest.warns(UserWarning, match="'client-1' failed and is left out: the disk of this client is gone"):
-            found.append(cs.run(schedule, cs.methods.fedavg(), MODEL, TRAINING, engine=engine, out=folder / "out"))
+        with pytest.warns(
+            UserWarning, match="'client-1' failed and is left out: the disk of this client is gone"
+        ):
+            found.append(
+                cs.run(schedule, cs.methods.fedavg(), MODEL, TRAINING, engine=engine, out=folder / "out")
+            )
         assert len((folder / "pids").read_text().split()) == 2  # once a round
         lines = [json.loads(line) for line in (folder / "out" / "log.jsonl").read_text().splitlines()]
         why = "OSError: the disk of this client is gone"
         assert [line["why"] for line in lines if line["event"] == "failed"] == [why] * 2
     assert same(found[0].params, found[1].params) and found[0].costs["by_agent"] == found[1].costs["by_agent"]
     with pytest.raises(OSError, match="the disk of this client is gone") as e:
-        cs.run(rounds(probed(clients[:3], 1, tmp_path, "raises"), 1), cs.methods.fedavg(), MODEL, TRAINING, engine="ray")
+        cs.run(
+            rounds(probed(clients[:3], 1, tmp_path, "raises"), 1),
+            cs.methods.fedavg(),
+            MODEL,
+            TRAINING,
+            engine="ray",
+        )
     assert "in a Ray worker" in e.value.__notes__[0] and "in batches" in e.value.__notes__[0]
 
 
@@ -217,7 +237,9 @@ def test_warnings_and_log_lines_of_workers_reach_the_driver(ray, clients, tmp_pa
         caplog.clear()
         with pytest.warns(UserWarning, match="(?i)ewc") as warned:
             cs.run(rounds(sources, 3), cs.methods.ewc(1e5), MODEL, replace(TRAINING, epochs=1), engine=engine)
-        assert [r.getMessage() for r in caplog.records if r.name == "client"] == [f"reads {len(sources[0].train)} examples"] * 3
+        assert [r.getMessage() for r in caplog.records if r.name == "client"] == [
+            f"reads {len(sources[0].train)} examples"
+        ] * 3
         texts.append({str(w.message) for w in warned if "ewc" in str(w.message).lower()})
     assert texts[0] and texts[0] == texts[1]
 
@@ -249,7 +271,20 @@ def test_equal_content_is_found_and_other_content_is_not():
     other[99, 48] += 1
     zero = torch.zeros(())
     nan = torch.full((3,), torch.nan)
-    several = [big, big.clone(), other, big.T, big.view(50, 100), zero, -zero, torch.zeros(1), nan, nan.clone(), big.bool(), big]
+    several = [
+        big,
+        big.clone(),
+        other,
+        big.T,
+        big.view(50, 100),
+        zero,
+        -zero,
+        torch.zeros(1),
+        nan,
+        nan.clone(),
+        big.bool(),
+        big,
+    ]
     assert [pool.place(t) for t in several] == [0, 0, 1, 2, 3, 4, 5, 6, 7, 7, 8, 0]
 
 
@@ -268,10 +303,18 @@ def test_a_run_interrupted_between_clients_resumes_to_the_same_bits(ray, clients
     when_begun(tmp_path, lambda pid: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(cs.core.errors.Interrupted, match="go on with `resume=True`"):
         cs.run(rounds(sources, 2), cs.methods.ewc(1.0), MODEL, TRAINING, engine="ray", out=tmp_path / "run")
-    walk = kept(tmp_path / "run")[1]["walks"]["0"]
+    walk = kept(tmp_path / "run")[1]["trials"]["0"]
     assert walk["phase"] == 1 and walk["learned"] in (0, 1) and walk["job"] is None
     (tmp_path / "go").write_text("")
-    resumed = cs.run(rounds(sources, 2), cs.methods.ewc(1.0), MODEL, TRAINING, engine=again, out=tmp_path / "run", resume=True)
+    resumed = cs.run(
+        rounds(sources, 2),
+        cs.methods.ewc(1.0),
+        MODEL,
+        TRAINING,
+        engine=again,
+        out=tmp_path / "run",
+        resume=True,
+    )
     whole = cs.run(rounds(clients[:3], 2), cs.methods.ewc(1.0), MODEL, TRAINING)
     assert same(whole.params, resumed.params) and whole.costs["by_agent"] == resumed.costs["by_agent"]
 
@@ -285,14 +328,20 @@ def test_a_task_goes_on_where_a_serial_run_stopped_inside_it(ray, clients, tmp_p
             raise Stop
 
     run = dict(
-        schedule=rounds(clients[:3], 1), method=cs.methods.fedprox(0.1), model=MODEL, training=replace(TRAINING, momentum=0.9)
+        schedule=rounds(clients[:3], 1),
+        method=cs.methods.fedprox(0.1),
+        model=MODEL,
+        training=replace(TRAINING, momentum=0.9),
     )
     with pytest.raises(Stop):
         cs.run(**run, out=tmp_path, checkpoint_steps=5, progress=stop)
-    assert kept(tmp_path)[1]["walks"]["0"]["job"] is not None
+    assert kept(tmp_path)[1]["trials"]["0"]["job"] is not None
     resumed, whole = cs.run(**run, out=tmp_path, resume=True, engine="ray"), cs.run(**run)
     assert same(whole.params, resumed.params)
-    assert whole.costs["steps"] == resumed.costs["steps"] and whole.costs["by_agent"] == resumed.costs["by_agent"]
+    assert (
+        whole.costs["steps"] == resumed.costs["steps"]
+        and whole.costs["by_agent"] == resumed.costs["by_agent"]
+    )
 
 
 def test_fractions_and_retries_are_asked_of_ray(ray, clients, monkeypatch):
@@ -309,9 +358,13 @@ def test_fractions_and_retries_are_asked_of_ray(ray, clients, monkeypatch):
     assert asked == [{"num_cpus": 0.5, "num_gpus": 0.25, "max_retries": 7, "max_calls": 0}]
     agent = SimpleNamespace(training=replace(TRAINING, device="cuda:0"))
     watch = SimpleNamespace(note=lambda text: None)
-    with pytest.raises(ConsilienceError, match=r"`gpus` should be above 0 for the device 'cuda:0'. Found `gpus = 0`"):
-        cs.engines.ray().learn([(agent, (), 1.0)], watch)
-    with pytest.warns(UserWarning, match=r"agents wait until Ray has 1 CPUs and 2 GPUs for one. Found 2 CPUs and 1 GPUs."):
+    with pytest.raises(
+        ConsilienceError, match=r"`gpus` should be above 0 for the device 'cuda:0'. Found `gpus = 0`"
+    ):
+        cs.engines.ray().train([(agent, (), 1.0)], watch)
+    with pytest.warns(
+        UserWarning, match=r"agents wait until Ray has 1 CPUs and 2 GPUs for one. Found 2 CPUs and 1 GPUs."
+    ):
         cs.engines.ray(gpus=2)._open(watch)
 
 
@@ -393,7 +446,9 @@ cluster.shutdown()
 @pytest.mark.slow
 def test_a_cluster_of_two_machines_by_its_address():
     env = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
-    p = subprocess.run([sys.executable, "-c", CLUSTER], capture_output=True, text=True, env=env, timeout=120, check=False)
+    p = subprocess.run(
+        [sys.executable, "-c", CLUSTER], capture_output=True, text=True, env=env, timeout=120, check=False
+    )
     assert p.returncode == 0, p.stderr
     assert "same: True nodes: 2" in p.stdout
 
@@ -406,7 +461,9 @@ def test_ray_is_imported_only_when_used():
 
 def test_without_ray_the_error_says_how_to_get_it(clients, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ConsilienceError, match=r"the engine 'ray' needs Ray: pip install 'consilience\[ray\]'"):
+    with pytest.raises(
+        ConsilienceError, match=r"the engine 'ray' needs Ray: pip install 'consilience\[ray\]'"
+    ):
         cs.run(rounds(clients[:2], 1), cs.methods.finetune(), MODEL, TRAINING, engine="ray")
 
 
@@ -414,7 +471,9 @@ def test_what_cannot_be_pickled_is_named(ray, clients):
     x, y = clients[0].train.whole()
     lock = SimpleNamespace(held=threading.Lock())
     source = replace(clients[0], train=Probe(x, y, lock, "nothing"))  # type: ignore[arg-type]
-    with pytest.raises(ConsilienceError, match=r"should be picklable. Found that the source '.*' is not: .*lock"):
+    with pytest.raises(
+        ConsilienceError, match=r"should be picklable. Found that the source '.*' is not: .*lock"
+    ):
         cs.run(rounds([source, clients[1]], 1), cs.methods.finetune(), MODEL, TRAINING, engine="ray")
 
 

@@ -18,17 +18,37 @@ from consilience import ConsilienceError, Result, report
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 
 
-def make(method="ewc", stages=3, sources=3, repeats=2, metric="accuracy", setting="continual", learned=True, **other) -> Result:
+def make(
+    method="ewc",
+    stages=3,
+    sources=3,
+    repeats=2,
+    metric="accuracy",
+    setting="continual",
+    learned=True,
+    **other,
+) -> Result:
     g = np.random.default_rng(len(method))
     costs = {"macs": 1_200_000, "bytes": 3_400, "seconds": 75.0}
     fields = dict(
-        setting=setting, data="digits", method=method, model="MLP", metric=metric, seed=0,
-        sources=tuple(f"digits/{j}" for j in range(sources)), stages=tuple(f"stage {i}" for i in range(stages)),
+        setting=setting,
+        data="digits",
+        method=method,
+        model="MLP",
+        metric=metric,
+        seed=0,
+        sources=tuple(f"digits/{j}" for j in range(sources)),
+        stages=tuple(f"stage {i}" for i in range(stages)),
         learned_at=tuple(min(j + 1, stages) if learned else None for j in range(sources)),
-        matrices=g.random((repeats, stages + 1, sources)), costs=costs,
-        curve=[{"score": 0.1 * i, "macs": 10.0 * i, "bytes": 5.0 * i, "seconds": 1.0 * i} for i in range(stages + 1)],
-        config={"method": {"name": method, "strength": 1.5}, "seed": 0}, versions={"torch": "2.11.0"},
-    )  # fmt: skip
+        matrices=g.random((repeats, stages + 1, sources)),
+        costs=costs,
+        curve=[
+            {"score": 0.1 * i, "macs": 10.0 * i, "bytes": 5.0 * i, "seconds": 1.0 * i}
+            for i in range(stages + 1)
+        ],
+        config={"method": {"name": method, "strength": 1.5}, "seed": 0},
+        versions={"torch": "2.11.0"},
+    )
     return Result(**{**fields, **other})
 
 
@@ -72,12 +92,20 @@ def checked(path: Path) -> tuple[str, Checker]:
 
 
 def test_table_says_what_agrees_once_and_what_differs_in_columns():
-    text = report.table([make("ewc"), make("er"), make("fedavg", setting="federated", learned=False, repeats=1)])
+    text = report.table(
+        [make("ewc"), make("er"), make("fedavg", setting="federated", learned=False, repeats=1)]
+    )
     first, head, _, *rows = text.splitlines()
     assert first == "data digits, model MLP, metric accuracy"
     assert head.split()[:4] == ["method", "setting", "repeats", "accuracy"]
-    assert [r.split()[:3] for r in rows] == [["ewc", "continual", "2"], ["er", "continual", "2"], ["fedavg", "federated", "1"]]
-    assert rows[2].split()[4:7] == ["-", "-", "-"], "one repeat has no deviation, several visits have no forgetting"
+    assert [r.split()[:3] for r in rows] == [
+        ["ewc", "continual", "2"],
+        ["er", "continual", "2"],
+        ["fedavg", "federated", "1"],
+    ]
+    assert rows[2].split()[4:7] == ["-", "-", "-"], (
+        "one repeat has no deviation, several visits have no forgetting"
+    )
     assert "mapper" not in head
     assert len({len(line) for line in text.splitlines()[1:]}) == 1
     assert "\x1b" not in text
@@ -87,7 +115,16 @@ def test_table_of_one_shows_its_matrix_and_units():
     r = make(mapper=np.array([[0.5, 0.25, 0.75]] * 2))
     text = report.table([r])
     assert f"{100 * r.score:.1f} ± {100 * r.score_std:.1f}" in text
-    for part in ("1.20 M", "3.40 kB", "1 min 15 s", "mapper %", "75.0", "(start)", "stage 2", f"{100 * r.matrix[-1, -1]:.1f}"):
+    for part in (
+        "1.20 M",
+        "3.40 kB",
+        "1 min 15 s",
+        "mapper %",
+        "75.0",
+        "(start)",
+        "stage 2",
+        f"{100 * r.matrix[-1, -1]:.1f}",
+    ):
         assert part in text
     plain = make(metric="r2")
     assert f"{plain.score:.3f} ± {plain.score_std:.3f}" in report.table([plain])
@@ -110,14 +147,20 @@ def test_markdown_is_rectangular_and_escapes():
     assert "a\\|b&lt;i>" in lines[4]
 
 
-@pytest.mark.parametrize("make_text", [report.table, report.markdown, lambda r: report.write(r, "/nowhere/x.html")])
+@pytest.mark.parametrize(
+    "make_text", [report.table, report.markdown, lambda r: report.write(r, "/nowhere/x.html")]
+)
 def test_nothing_to_show_is_an_error(make_text):
     with pytest.raises(ConsilienceError, match="at least one result"):
         make_text([])
 
 
 def test_write_has_all_charts_for_every_result(tmp_path):
-    results = [make("ewc"), make("er", mapper=np.full((2, 3), 0.5)), make("fedavg", setting="federated", learned=False)]
+    results = [
+        make("ewc"),
+        make("er", mapper=np.full((2, 3), 0.5)),
+        make("fedavg", setting="federated", learned=False),
+    ]
     path = report.write(results, tmp_path / "deep" / "report.html", title="Three & more")
     text, checker = checked(path)
     # continual: over stages, MACs, bytes; federated: MACs, bytes;
@@ -135,9 +178,16 @@ def test_write_has_all_charts_for_every_result(tmp_path):
 def test_write_escapes_every_name(tmp_path):
     evil = '<script>alert("1")</script>\'"&</textarea></style>'
     r = replace(
-        make(evil), setting=evil, data=evil, model=evil, metric=evil, sources=(evil,) * 3, stages=(evil,) * 3,
-        config={evil: {"x": evil}}, versions={evil: evil},
-    )  # fmt: skip
+        make(evil),
+        setting=evil,
+        data=evil,
+        model=evil,
+        metric=evil,
+        sources=(evil,) * 3,
+        stages=(evil,) * 3,
+        config={evil: {"x": evil}},
+        versions={evil: evil},
+    )
     text, _ = checked(report.write([r, make("er", setting=evil)], tmp_path / "x.html", title=evil))
     assert "<script>alert" not in text
     assert "&lt;script&gt;alert" in text
@@ -159,11 +209,13 @@ def test_nan_none_and_zero(tmp_path):
     m = np.full((2, 4, 3), 0.5)
     m[:, 2, 1] = np.nan
     results = [
-        make("some", matrices=m), make("none", matrices=m * np.nan, curve=(), config={}, versions={}),
+        make("some", matrices=m),
+        make("none", matrices=m * np.nan, curve=(), config={}, versions={}),
         make("free", costs={"macs": 0, "bytes": 0, "seconds": None}),
         make("wide", costs={"macs": 10**12, "bytes": 10, "seconds": 1e5}),
-        make("partial", costs={}, mapper=np.full((2, 3), np.nan)), make("r", metric="r2", matrices=m * -1e7),
-    ]  # fmt: skip
+        make("partial", costs={}, mapper=np.full((2, 3), np.nan)),
+        make("r", metric="r2", matrices=m * -1e7),
+    ]
     assert "nan" in report.table(results)
     text, _ = checked(report.write(results, tmp_path / "x.html"))
     shapes = re.findall(r'\b(?:d|x|y|cx|cy|width|height|viewBox|transform)="([^"]*)"', text)
@@ -190,12 +242,17 @@ def test_load_reads_null_as_nan(tmp_path):
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (None, "should hold result.json. Found none"), ("{", "whole JSON"), ("[1]", "JSON object. Found a list"),
-        ("{}", "Found a fault: 'setting'"), (b"\xff\xfe\x00", "whole JSON"),
+        (None, "should hold result.json. Found none"),
+        ("{", "whole JSON"),
+        ("[1]", "JSON object. Found a list"),
+        ("{}", "Found a fault: 'setting'"),
+        (b"\xff\xfe\x00", "whole JSON"),
         ({"matrices": [[1.0], [2.0, 3.0]]}, "at "),
-        ({"stages": ["one"]}, "repeats x 2 x 3"), ({"learned_at": None}, "at "), ({"matrices": []}, "Found 0"),
+        ({"stages": ["one"]}, "repeats x 2 x 3"),
+        ({"learned_at": None}, "at "),
+        ({"matrices": []}, "Found 0"),
     ],
-)  # fmt: skip
+)
 def test_load_names_the_path(tmp_path, content, says):
     path = tmp_path / "result.json"
     if isinstance(content, dict):
@@ -219,7 +276,14 @@ def test_opens_in_a_browser(tmp_path):
     path = report.write(results, tmp_path / "report.html")
 
     def chromium(*how: str) -> str:
-        flags = ["headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking"]
+        flags = [
+            "headless",
+            "no-sandbox",
+            "disable-gpu",
+            "disable-quic",
+            "no-first-run",
+            "disable-background-networking",
+        ]
         flags = [f"--{f}" for f in (*flags, "disable-component-update", "disable-sync")]
         profile = tmp_path / f"profile{len(list(tmp_path.iterdir()))}"
         profile.mkdir()

@@ -13,10 +13,10 @@ from torch import Tensor
 import consilience as cs
 from consilience import aggregators
 from consilience.aggregators._krum import squares
-from consilience.core.agent import Agent
 from consilience.core.aggregator import Aggregator
 from consilience.core.errors import ConsilienceError
 from consilience.core.message import Message, Weights
+from consilience.loop.agent import Agent
 
 ROBUST: dict[str, Aggregator] = {
     "median": aggregators.median(),
@@ -91,17 +91,35 @@ def test_the_geometric_median_is_the_minimum(weighted: bool, bad: int) -> None:
             return float((w * np.linalg.norm(x - v, axis=1)).sum())
 
         found = aggregators.geometric_median()(torch.tensor(x), w.tolist()).numpy() / w.sum()
-        best = minimize(far, np.median(x, 0), method="Nelder-Mead", options={"xatol": 1e-9, "fatol": 1e-13, "maxiter": 9000}).x
+        best = minimize(
+            far,
+            np.median(x, 0),
+            method="Nelder-Mead",
+            options={"xatol": 1e-9, "fatol": 1e-13, "maxiter": 9000},
+        ).x
         assert far(found) <= far(best) * (1 + 1e-7)  # smoothed
         assert np.allclose(found, best, atol=1e-4)
 
 
 def test_the_geometric_median_on_a_line_is_the_median() -> None:
-    assert abs(float(aggregators.geometric_median()(torch.tensor([[1.0], [2.0], [4.0], [5.0], [900.0]]).double())) - 4) < 1e-5
-    assert abs(float(aggregators.geometric_median()(torch.tensor([[1.0], [1.0], [1.0], [900.0]]).double())) - 1) < 1e-12
+    assert (
+        abs(
+            float(
+                aggregators.geometric_median()(torch.tensor([[1.0], [2.0], [4.0], [5.0], [900.0]]).double())
+            )
+            - 4
+        )
+        < 1e-5
+    )
+    assert (
+        abs(float(aggregators.geometric_median()(torch.tensor([[1.0], [1.0], [1.0], [900.0]]).double())) - 1)
+        < 1e-12
+    )
     for scale in (1e-12, 1e12):
         x = rows(6)
-        assert torch.allclose(aggregators.geometric_median()(x * scale), aggregators.geometric_median()(x) * scale, rtol=1e-9)
+        assert torch.allclose(
+            aggregators.geometric_median()(x * scale), aggregators.geometric_median()(x) * scale, rtol=1e-9
+        )
 
 
 def test_distances_beside_huge_rows() -> None:
@@ -144,11 +162,31 @@ def test_huge_finite_rows_change_little(name: str, dtype: torch.dtype) -> None:
         (lambda: aggregators.multi_krum(1, 8), 7, "MultiKrum should be given at least 8 rows. Found 7."),
         (lambda: aggregators.multi_krum(3), 8, "MultiKrum should be given at least 9 rows. Found 8."),
         (lambda: aggregators.bulyan(2), 10, "Bulyan should be given at least 11 rows. Found 10."),
-        (lambda: aggregators.krum(-1), 9, "`byzantine` should be a whole number >= 0. Found `byzantine = -1`."),
-        (lambda: aggregators.bulyan(0.5), 9, "`byzantine` should be a whole number >= 0. Found `byzantine = 0.5`."),
-        (lambda: aggregators.multi_krum(1, 0), 9, "`keep` should be a whole number >= 1, or None. Found `keep = 0`."),
-        (lambda: aggregators.geometric_median(0.0), 9, "`smoothing` should be positive and finite. Found `smoothing = 0.0`."),
-        (lambda: aggregators.geometric_median(1e-6, 0), 9, "`iterations` should be a whole number >= 1. Found `iterations = 0`."),
+        (
+            lambda: aggregators.krum(-1),
+            9,
+            "`byzantine` should be a whole number >= 0. Found `byzantine = -1`.",
+        ),
+        (
+            lambda: aggregators.bulyan(0.5),
+            9,
+            "`byzantine` should be a whole number >= 0. Found `byzantine = 0.5`.",
+        ),
+        (
+            lambda: aggregators.multi_krum(1, 0),
+            9,
+            "`keep` should be a whole number >= 1, or None. Found `keep = 0`.",
+        ),
+        (
+            lambda: aggregators.geometric_median(0.0),
+            9,
+            "`smoothing` should be positive and finite. Found `smoothing = 0.0`.",
+        ),
+        (
+            lambda: aggregators.geometric_median(1e-6, 0),
+            9,
+            "`iterations` should be a whole number >= 1. Found `iterations = 0`.",
+        ),
     ],
 )
 def test_refusals(make: object, m: int, message: str) -> None:
@@ -177,20 +215,26 @@ def lie(kind: str, p: Tensor, generator: torch.Generator) -> Tensor:
 @pytest.fixture
 def liars(monkeypatch: pytest.MonkeyPatch):
     """Two clients (or those named) tell something else than what they learned."""
-    tell = Agent.tell
+    send = Agent.send
 
     def install(kind: str, bad: tuple[str, ...] = BAD) -> None:
         def told(agent: Agent, receipts: object) -> list[Message]:
-            messages = tell(agent, receipts)  # type: ignore[arg-type]
+            messages = send(agent, receipts)  # type: ignore[arg-type]
             if agent.name not in bad:
                 return messages
             g = torch.Generator().manual_seed(len(agent.name) + agent.state.version)
             return [
-                replace(m, items={"model": Weights({k: lie(kind, p, g) for k, p in m.items["model"].tensors.items()})}, digest="")
+                replace(
+                    m,
+                    items={
+                        "model": Weights({k: lie(kind, p, g) for k, p in m.items["model"].tensors.items()})
+                    },
+                    digest="",
+                )
                 for m in messages
             ]
 
-        monkeypatch.setattr(Agent, "tell", told)
+        monkeypatch.setattr(Agent, "send", told)
 
     return install
 
@@ -213,7 +257,8 @@ def clean(digits: cs.Schedule) -> float:
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [*itertools.product(ROBUST, ["garbage", "huge"]), ("krum", "nan"), ("median", "nan"), ("bulyan", "nan")]
+    ("name", "kind"),
+    [*itertools.product(ROBUST, ["garbage", "huge"]), ("krum", "nan"), ("median", "nan"), ("bulyan", "nan")],
 )
 @pytest.mark.filterwarnings("ignore:NaN or infinity in what 'client-3', 'client-7' told. left out")
 def test_two_liars_of_ten_cost_little(name: str, kind: str, digits: cs.Schedule, clean: float, liars) -> None:
@@ -229,7 +274,9 @@ def test_the_mean_is_lost(kind: str, digits: cs.Schedule, clean: float, liars) -
 
 def test_the_mean_refuses_nan_by_the_clients_name(digits: cs.Schedule, liars) -> None:
     liars("nan")
-    with pytest.raises(ConsilienceError, match=r"should be finite. Found NaN or infinity in '1.bias' of 'client-3'"):
+    with pytest.raises(
+        ConsilienceError, match=r"should be finite. Found NaN or infinity in '1.bias' of 'client-3'"
+    ):
         score(digits, aggregators.mean())
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import consilience as cs
-from consilience.core.correction import Learned, Routing
+from consilience.core.contexts import Learned, Routing
 from consilience.core.message import Message, Module, Samples, Statistics, join
 from consilience.core.params import Layout, key, same
 from consilience.core.source import Source, Tensors
@@ -45,8 +45,12 @@ def source(i, n=60, d=D, held=40, noise=1.0, scale=3.0, classes=C, dtype=torch.f
 
 def summary(mapper, s, seed=0):
     params, buffers = MODEL.init(key(0))
-    params = {n: p.to(s.train.x.dtype) for n, p in params.items()} if s.train.x.is_floating_point() else params
-    return mapper.summarise(Learned(MODEL, params, buffers, params, s, s.task, Layout.of(params), key(seed, s.name)), None)
+    params = (
+        {n: p.to(s.train.x.dtype) for n, p in params.items()} if s.train.x.is_floating_point() else params
+    )
+    return mapper.summarise(
+        Learned(MODEL, params, buffers, params, s, s.task, Layout.of(params), key(seed, s.name)), None
+    )
 
 
 def routing(x, names, features=None):
@@ -103,9 +107,14 @@ def test_expectation_maximisation_is_that_of_scikit_learn(seed):
     rows, floor = _em.seeds(x, 6, gen(seed)), 1e-3
     made = _em.fit(x, 6, gen(), floor, start=rows)
     near = Reference(
-        6, covariance_type="diag", reg_covar=floor, means_init=x[rows].double().numpy(),
-        precisions_init=np.full((6, 20), 1 / floor), weights_init=np.full(6, 1 / 6), init_params="random_from_data",
-    ).fit(x.double().numpy())  # fmt: skip
+        6,
+        covariance_type="diag",
+        reg_covar=floor,
+        means_init=x[rows].double().numpy(),
+        precisions_init=np.full((6, 20), 1 / floor),
+        weights_init=np.full(6, 1 / 6),
+        init_params="random_from_data",
+    ).fit(x.double().numpy())
     assert made.steps == near.n_iter_ and made.converged
     assert made.bound == pytest.approx(near.lower_bound_, abs=5e-3)
     np.testing.assert_allclose(made.mean, near.means_, atol=1e-3)
@@ -135,9 +144,15 @@ def test_mixtures_of_little_of_nothing_and_of_the_same():
     )
     twice = torch.cat([blobs(10)] * 5)
     fit = _em.fit(twice, 20, gen(), 1e-3)
-    assert fit.mean.isfinite().all() and fit.weight.sum() == pytest.approx(1) and (fit.variance >= 1e-3 * (1 - 1e-6)).all()
+    assert (
+        fit.mean.isfinite().all()
+        and fit.weight.sum() == pytest.approx(1)
+        and (fit.variance >= 1e-3 * (1 - 1e-6)).all()
+    )
     one = _em.fit(blobs(1), 3, gen(), 1e-3)
-    assert torch.equal(one.mean, blobs(1).double()) and torch.allclose(one.variance, torch.tensor(1e-3).double())
+    assert torch.equal(one.mean, blobs(1).double()) and torch.allclose(
+        one.variance, torch.tensor(1e-3).double()
+    )
     a, b, c = (_em.fit(blobs(), 4, gen(s)) for s in (1, 1, 2))
     assert torch.equal(a.mean, b.mean) and not torch.equal(a.mean, c.mean)
 
@@ -176,7 +191,10 @@ def test_both_fits_are_as_good():
         s = replace(SOURCES[0], train=Tensors(blobs(300).double(), torch.arange(300) % 3))
         items = [summary(GaussianMixture(5, on="inputs", fit=fit), s, seed) for seed in range(8)]
         held = blobs(900)[300:]
-        made = [_em.Fit(*(i.tensors[n].double() for n in ("mean", "variance", "weight")), 0.0, 0, True) for i in items]
+        made = [
+            _em.Fit(*(i.tensors[n].double() for n in ("mean", "variance", "weight")), 0.0, 0, True)
+            for i in items
+        ]
         found[fit] = sum(likelihood(held, m) for m in made) / 8
     assert found["torch"] > found["sklearn"] - 1.0, found
 
@@ -236,7 +254,9 @@ def test_routes_are_the_largest_exact_scores_whatever_the_batch(mapper):
     memory = told(mapper, sources)
     x = torch.cat([s.test.x[:20] for s in sources])
     names = list(memory)
-    scores = mapper.scores(x, list(memory.values()), [memory[k] for k in sorted(memory, key=lambda k: (k[1], k[0]))])
+    scores = mapper.scores(
+        x, list(memory.values()), [memory[k] for k in sorted(memory, key=lambda k: (k[1], k[0]))]
+    )
     weights = mapper.route(routing(x, names), memory)
     assert torch.equal(weights.argmax(1), scores.argmax(1)) and weights.shape == (800, 40)
     assert torch.allclose(weights.sum(1), torch.ones(800))
@@ -297,12 +317,17 @@ def test_a_rank_too_small_leaves_the_diagonal():
     """S is U^T U + diag(rest) over the examples of all anchors, restated; its variances are exact at any rank."""
     mapper = Mahalanobis(on="inputs", rank=2)
     items = list(told(mapper, SOURCES).values())
-    total = sum(i.tensors["factor"].double().T @ i.tensors["factor"].double() + i.tensors["rest"].double().diag() for i in items)
+    total = sum(
+        i.tensors["factor"].double().T @ i.tensors["factor"].double() + i.tensors["rest"].double().diag()
+        for i in items
+    )
     n = sum(len(s.train) for s in SOURCES)
     s, _ = covariance.spread(items)
     assert torch.allclose(s, total / n, rtol=1e-12) and len(items[0].tensors["factor"]) == 2
     exact, _ = covariance.spread(list(told(Mahalanobis(on="inputs"), SOURCES).values()))
-    assert torch.allclose(s.diagonal(), exact.diagonal(), rtol=1e-6) and not torch.allclose(s, exact, rtol=0.01)
+    assert torch.allclose(s.diagonal(), exact.diagonal(), rtol=1e-6) and not torch.allclose(
+        s, exact, rtol=0.01
+    )
 
 
 def test_the_pseudo_inverse_takes_no_rounding_for_variance():
@@ -318,7 +343,9 @@ def test_the_pseudo_inverse_takes_no_rounding_for_variance():
     assert covariance.whitening(items, 0.0).shape == (D, 5)
     x, off = torch.cat([s.test.x for s in thin]), torch.randn(800, D, generator=gen(7), dtype=torch.float64)
     off = off - off @ turn.T @ turn  # what lies off those directions is seen by no anchor
-    assert torch.allclose(mapper.scores(x @ turn + 1e4 + off, items, items), plain.scores(x, small, small), rtol=1e-4)
+    assert torch.allclose(
+        mapper.scores(x @ turn + 1e4 + off, items, items), plain.scores(x, small, small), rtol=1e-4
+    )
 
 
 def test_all_images_are_as_good_as_sums():
@@ -330,7 +357,9 @@ def test_all_images_are_as_good_as_sums():
         warnings.simplefilter("ignore")
         whole = told(images, grey)
     item = next(iter(whole.values()))
-    assert type(item) is Samples and item.tensors["bytes"].dtype == torch.uint8 and "second" not in item.tensors
+    assert (
+        type(item) is Samples and item.tensors["bytes"].dtype == torch.uint8 and "second" not in item.tensors
+    )
     a, b = (m.scores(x, *[list(t.values())] * 2) for m, t in ((sums, told(sums, grey)), (images, whole)))
     assert torch.allclose(a, b, rtol=1e-6)
     off = told(Mahalanobis(on="inputs", images=2), SOURCES)
@@ -345,7 +374,9 @@ def test_five_images_give_the_tied_covariance_of_the_paper():
         mu = torch.stack([s.train.x[s.train.y == c].mean(0) for c in range(C)])
         x, y = item.tensors["x"].double(), item.tensors["y"].long()
         assert y.bincount().tolist() == [5] * C
-        assert all((s.train.x[s.train.y == c].float() == r.float()).all(1).any() for r, c in zip(x, y, strict=True))
+        assert all(
+            (s.train.x[s.train.y == c].float() == r.float()).all(1).any() for r, c in zip(x, y, strict=True)
+        )
         residuals.append(x - mu[y])
         mus.append(mu)
     r = torch.cat(residuals)
@@ -360,7 +391,10 @@ def test_five_images_give_the_tied_covariance_of_the_paper():
 def test_few_images_single_classes_and_singular_covariances():
     s = SOURCES[0]
     rare = replace(s, train=Tensors(s.train.x[:7], torch.tensor([0, 0, 0, 0, 0, 1, 1])), classes=(0, 1))
-    with pytest.warns(UserWarning, match=r"1 classes of 'task0' have fewer than `images = 4` examples and give what they have"):
+    with pytest.warns(
+        UserWarning,
+        match=r"1 classes of 'task0' have fewer than `images = 4` examples and give what they have",
+    ):
         assert summary(Mahalanobis(on="inputs", images=4), rare).tensors["y"].tolist() == [0, 0, 0, 0, 1, 1]
     single = replace(s, train=Tensors(s.train.x[:1], torch.tensor([2])), classes=(2,))
     for more in ({}, {"rank": 2}, {"images": 1}):
@@ -377,14 +411,21 @@ def test_few_images_single_classes_and_singular_covariances():
     thin = [source(i, n=6) for i in range(2)]  # rank 6 of 8 at ridge 0
     items = list(told(Mahalanobis(0.0, "inputs"), thin).values())
     residual = torch.cat(
-        [t.train.x - torch.stack([t.train.x[t.train.y == c].mean(0) for c in range(C)])[t.train.y] for t in thin]
+        [
+            t.train.x - torch.stack([t.train.x[t.train.y == c].mean(0) for c in range(C)])[t.train.y]
+            for t in thin
+        ]
     )
     pseudo = torch.linalg.pinv(residual.T @ residual / 12, rtol=1e-10)
     mu = torch.stack([t.train.x[t.train.y == c].mean(0) for t in thin for c in range(C)])
     away = KNOWN[:, None] - mu
     restated = -torch.einsum("bci,ij,bcj->bc", away, pseudo, away).view(-1, 2, C).amin(2)
     assert torch.allclose(Mahalanobis(0.0, "inputs").scores(KNOWN, items, items), restated, rtol=1e-6)
-    for bad, match in (({"images": -1}, "`images` should be at least 0"), ({"rank": -1}, "`rank` should be at least 0"), ({"images": 1, "rank": 1}, "`images` or `rank` should be 0")):  # fmt: skip
+    for bad, match in (
+        ({"images": -1}, "`images` should be at least 0"),
+        ({"rank": -1}, "`rank` should be at least 0"),
+        ({"images": 1, "rank": 1}, "`images` or `rank` should be 0"),
+    ):
         with pytest.raises(cs.ConsilienceError, match=match):
             Mahalanobis(**bad)
 
@@ -421,9 +462,13 @@ def test_unknown_inputs_have_no_expert_and_few_known_ones(mapper):
     hard = replace(mapper, reject=0.0, **({"soft": False} if isinstance(mapper, ExpertGate) else {}))
     best = hard.route(routing(KNOWN, names), memory).argmax(1)
     free = replace(mapper, reject=0.0).route(routing(KNOWN, names), memory)
-    alone = torch.stack([mapper.route(routing(KNOWN, names[i : i + 1]), memory).sum(1) > 0 for i in range(5)], 1)
+    alone = torch.stack(
+        [mapper.route(routing(KNOWN, names[i : i + 1]), memory).sum(1) > 0 for i in range(5)], 1
+    )
     takes = alone.gather(1, best[:, None])[:, 0]
-    assert torch.equal(weights, free * takes[:, None]), "what its best task accepts goes where it went, all else nowhere"
+    assert torch.equal(weights, free * takes[:, None]), (
+        "what its best task accepts goes where it went, all else nowhere"
+    )
     familiar = [mapper.familiarity(routing(x, names), memory) for x in (KNOWN, FAR)]
     assert cs.mappers.auroc(*familiar) > (0.7 if isinstance(mapper, ExpertGate) else 0.99)
 
@@ -436,22 +481,29 @@ def test_the_threshold_and_the_familiarity_are_what_they_say():
         mu = torch.stack([s.train.x[s.train.y == c].mean(0) for c in range(C)])
         score.append(-(KNOWN[:, None] - mu).square().sum(2).amin(1))
         own.append(-(s.validation.x[:, None] - mu).square().sum(2).amin(1).sort(descending=True).values)
-        assert torch.allclose(memory[("m", s.name)].tensors["validation"], -(-own[-1]).sort(descending=True).values)
+        assert torch.allclose(
+            memory[("m", s.name)].tensors["validation"], -(-own[-1]).sort(descending=True).values
+        )
     best = torch.stack(score, 1).argmax(1)
     top = torch.stack(score, 1).amax(1)
-    cut, median, quartile = (torch.stack([-(-o).sort(descending=True).values[at] for o in own]) for at in (9, 20, 10))
+    cut, median, quartile = (
+        torch.stack([-(-o).sort(descending=True).values[at] for o in own]) for at in (9, 20, 10)
+    )
     median, quartile = median[best], quartile[best]
     weights = mapper.route(routing(KNOWN, keys(2)), memory)
     takes = top >= cut[best]
     assert torch.equal(weights.sum(1) > 0, takes) and 0 < int(takes.sum()) < len(takes)
     assert torch.equal(weights.argmax(1)[takes], best[takes])
-    assert torch.allclose(mapper.familiarity(routing(KNOWN, keys(2)), memory), (top - median) / (median - quartile))
+    assert torch.allclose(
+        mapper.familiarity(routing(KNOWN, keys(2)), memory), (top - median) / (median - quartile)
+    )
 
 
 def line(name, low, high, held=1000):
     """A task of one class, uniform on [low, high]."""
     train, validation, test = (
-        low + (high - low) * torch.rand(n, 1, generator=key(0, name), dtype=torch.float64) for n in (500, held, 4000)
+        low + (high - low) * torch.rand(n, 1, generator=key(0, name), dtype=torch.float64)
+        for n in (500, held, 4000)
     )
     parts = [Tensors(x, torch.zeros(len(x), dtype=torch.long)) for x in (train, validation, test)]
     return Source(name, *parts, ((name, "0"),), (0,), name)
@@ -470,10 +522,19 @@ def test_a_tight_task_calls_no_example_of_a_broad_one_unknown():
     broad, tight = line("task0", -10, 10), line("task1", 5.9, 6.1)
     memory = told(mapper, [broad, tight])
     at = torch.tensor([[6.0], [6.5], [-9.0], [3.5], [30.0], [math.nan]], dtype=torch.float64)
-    assert mapper.route(routing(at, keys(2)), memory).tolist() == [[0, 1], [1, 0], [1, 0], [1, 0], [0, 0], [0, 0]]
+    assert mapper.route(routing(at, keys(2)), memory).tolist() == [
+        [0, 1],
+        [1, 0],
+        [1, 0],
+        [1, 0],
+        [0, 0],
+        [0, 0],
+    ]
     for s in (broad, tight):
         for part, most in ((s.validation.x, 0.05), (s.test.x, 0.05 + 0.03)):  # 256 examples are told
-            goes = replace(mapper, reject=0.0).route(routing(part, keys(2)), memory).argmax(1) == int(s.name[-1])
+            goes = replace(mapper, reject=0.0).route(routing(part, keys(2)), memory).argmax(1) == int(
+                s.name[-1]
+            )
             lost = mapper.route(routing(part, keys(2)), memory).sum(1) == 0
             assert float((goes & lost).double().mean()) <= most and float(goes.double().mean()) > 0.95
 
@@ -489,17 +550,25 @@ def test_a_broad_task_does_not_vouch_for_what_is_nearest_to_a_tight_one(mapper):
     assert known[[0, 3, 4]].tolist() == [[0, 1], [1, 0], [0, 0]]
     assert free[3] == 0 and (mapper.reject and known[1:3][free[1:3] == 1].sum() == 0)
     for s in (broad, tight):
-        goes = replace(mapper, reject=0.0).route(routing(s.test.x, keys(2)), memory).argmax(1) == int(s.name[-1])
+        goes = replace(mapper, reject=0.0).route(routing(s.test.x, keys(2)), memory).argmax(1) == int(
+            s.name[-1]
+        )
         lost = mapper.route(routing(s.test.x, keys(2)), memory)[goes].sum(1) == 0
-        assert float(lost.double().mean()) <= 0.05 + (0.1 if isinstance(mapper, Mahalanobis) else 0.03)  # 64 or 256 are told
+        assert float(lost.double().mean()) <= 0.05 + (
+            0.1 if isinstance(mapper, Mahalanobis) else 0.03
+        )  # 64 or 256 are told
 
 
 @pytest.mark.parametrize("mapper", list(NARROW.values()), ids=list(NARROW))
 def test_scores_are_exact_far_from_zero(mapper):
-    away = [line(f"task{i}", *ends).map(x=lambda x: x + 1e6) for i, ends in enumerate([(-10, 10), (5.9, 6.1)])]
+    away = [
+        line(f"task{i}", *ends).map(x=lambda x: x + 1e6) for i, ends in enumerate([(-10, 10), (5.9, 6.1)])
+    ]
     items = tuple(told(mapper, away).values())
     best, top = mapper.ready(items, items).best(away[0].test.x, True)
-    assert torch.allclose(mapper.scores(away[0].test.x, items, items).gather(1, best[:, None])[:, 0], top, rtol=1e-9)
+    assert torch.allclose(
+        mapper.scores(away[0].test.x, items, items).gather(1, best[:, None])[:, 0], top, rtol=1e-9
+    )
 
 
 @EACH
@@ -528,7 +597,9 @@ def test_at_most_that_share_of_validation_examples_is_below_the_mark(held, rejec
     anchors.own = [mixture.sketch(scores)]
     below = int((scores < anchors.marks(reject)[0, 0]).sum())
     assert reject * held - 2 - held / 255 <= below <= reject * held
-    assert anchors.own[0][[0, -1]].tolist() == [scores.min(), scores.max()] and len(anchors.own[0]) == min(held, 256)
+    assert anchors.own[0][[0, -1]].tolist() == [scores.min(), scores.max()] and len(anchors.own[0]) == min(
+        held, 256
+    )
 
 
 @EACH
@@ -557,13 +628,17 @@ def test_scores_of_shared_images_on_features_are_refused():
     sums = told(replace(mapper, on="inputs"), [s.map(x=seen) for s in SOURCES])
     memory = {k: replace(i, tensors={**i.tensors, "first": sums[k].tensors["first"]}) for k, i in raw.items()}
     items = list(memory.values())
-    with pytest.raises(cs.ConsilienceError, match="of sums or factors; use `route`.* Found an anchor of images"):
+    with pytest.raises(
+        cs.ConsilienceError, match="of sums or factors; use `route`.* Found an anchor of images"
+    ):
         mapper.scores(seen(), items, items)
     settled = []
     for i in items:
         mu = i.tensors["first"].T / i.tensors["count"][:, None]
         residual = seen(i.tensors["x"].double()) - mu[i.tensors["y"].long()]
-        settled.append(Module({"first": i.tensors["first"], "count": i.tensors["count"], "residual": residual}))
+        settled.append(
+            Module({"first": i.tensors["first"], "count": i.tensors["count"], "residual": residual})
+        )
     weights = mapper.route(routing(KNOWN, list(memory), seen), memory)
     assert torch.equal(weights.argmax(1), mapper.scores(seen(), settled, settled).argmax(1))
 
@@ -571,7 +646,9 @@ def test_scores_of_shared_images_on_features_are_refused():
 @pytest.mark.parametrize("n", [1, 40])
 def test_one_component_or_one_example_is_the_same_by_both_fits(n):
     few = replace(SOURCES[0], train=SOURCES[0].train.select(torch.arange(n)))
-    a, b = (summary(GaussianMixture(1 if n > 1 else 5, on="inputs", fit=f), few) for f in ("torch", "sklearn"))
+    a, b = (
+        summary(GaussianMixture(1 if n > 1 else 5, on="inputs", fit=f), few) for f in ("torch", "sklearn")
+    )
     assert same(a.tensors, b.tensors) and a.tensors["weight"].tolist() == [1.0]
 
 
@@ -587,7 +664,8 @@ def test_calibration_needs_validation_and_a_reject():
     empty = replace(SOURCES[0], validation=SOURCES[0].validation.select(torch.arange(0)))
     for mapper in MAPPERS.values():
         with pytest.raises(
-            cs.ConsilienceError, match=r"validation examples, and a source should have some. Found none in 'task0'"
+            cs.ConsilienceError,
+            match=r"validation examples, and a source should have some. Found none in 'task0'",
         ):
             summary(replace(mapper, reject=0.1), empty)
         summary(mapper, empty)
@@ -608,7 +686,10 @@ def test_auroc_is_that_of_scikit_learn():
     from sklearn.metrics import roc_auc_score
 
     for seed in range(5):
-        a, b = torch.randint(6, (40,), generator=gen(seed)).double(), torch.randint(5, (30,), generator=gen(seed + 9)).double()
+        a, b = (
+            torch.randint(6, (40,), generator=gen(seed)).double(),
+            torch.randint(5, (30,), generator=gen(seed + 9)).double(),
+        )
         y = [1] * 40 + [0] * 30
         assert cs.mappers.auroc(a, b) == pytest.approx(roc_auc_score(y, torch.cat([a, b]).numpy()), abs=1e-12)
     assert cs.mappers.auroc(a, a) == 0.5
@@ -683,7 +764,9 @@ def test_an_expert_gate_on_wide_features():
 def test_it_is_in_the_catalogue():
     assert cs.mappers.mahalanobis(images=5) == Mahalanobis(images=5)
     assert cs.mappers.mahalanobis(rank=8, reject=0.1) == Mahalanobis(rank=8, reject=0.1)
-    assert cs.mappers.gaussian_mixture(fit="sklearn", reject=0.05) == GaussianMixture(fit="sklearn", reject=0.05)
+    assert cs.mappers.gaussian_mixture(fit="sklearn", reject=0.05) == GaussianMixture(
+        fit="sklearn", reject=0.05
+    )
     assert cs.mappers.nearest_mean(reject=0.1) == NearestMean(reject=0.1)
     assert cs.mappers.expert_gate(reject=0.1) == ExpertGate(reject=0.1)
     with pytest.raises(cs.ConsilienceError, match="`fit` should be torch or sklearn. Found `fit = 'jax'`"):

@@ -53,7 +53,9 @@ def test_one_client_a_round_is_continual(parts, scenario, method):
     model = cs.models.mlp(64, (32,), 10)
     training = cs.Training(epochs=2, lr=0.05)
     alone = cs.run(cs.settings.continual(parts, scenario), method, model, training)
-    served = cs.settings.federated(parts, rounds=len(parts), clients_per_round=1, order="cyclic", scenario=scenario)
+    served = cs.settings.federated(
+        parts, rounds=len(parts), clients_per_round=1, order="cyclic", scenario=scenario
+    )
     federated = cs.run(served, method, model, training)
     assert same(alone.params, federated.params)
     assert np.array_equal(alone.matrix, federated.matrix)
@@ -62,16 +64,20 @@ def test_one_client_a_round_is_continual(parts, scenario, method):
 
 
 def test_one_client_a_round_with_outer_momentum_is_continual(parts):
-    from consilience.consolidators.weights import WeightSpace
     from consilience.core.optimiser import SGD
+    from consilience.core.weight_space import WeightSpace
 
     method = cs.Method("outer", consolidator=WeightSpace(None, SGD(0.5), 0.9))
     training = cs.Training(epochs=1, lr=0.05)
     model = cs.models.mlp(64, (16,), 10)
     alone = cs.run(cs.settings.continual(parts), method, model, training)
-    served = cs.run(cs.settings.federated(parts, rounds=5, clients_per_round=1, order="cyclic"), method, model, training)
+    served = cs.run(
+        cs.settings.federated(parts, rounds=5, clients_per_round=1, order="cyclic"), method, model, training
+    )
     assert same(alone.params, served.params)
-    assert not same(alone.params, cs.run(cs.settings.continual(parts), cs.methods.finetune(), model, training).params)
+    assert not same(
+        alone.params, cs.run(cs.settings.continual(parts), cs.methods.finetune(), model, training).params
+    )
 
 
 def test_growing_heads_in_a_federation_equal_continual(parts):
@@ -79,7 +85,9 @@ def test_growing_heads_in_a_federation_equal_continual(parts):
     training = cs.Training(epochs=1, lr=0.05)
     for scenario in ("task", "class"):
         alone = cs.run(cs.settings.continual(parts, scenario), cs.methods.finetune(), model, training)
-        served = cs.settings.federated(parts, rounds=5, clients_per_round=1, order="cyclic", scenario=scenario)
+        served = cs.settings.federated(
+            parts, rounds=5, clients_per_round=1, order="cyclic", scenario=scenario
+        )
         assert same(alone.params, cs.run(served, cs.methods.finetune(), model, training).params)
 
 
@@ -87,7 +95,9 @@ def test_growing_heads_in_a_federation_equal_continual(parts):
 
 
 def mean_score(schedule, method, **training) -> float:
-    return cs.run(schedule, method, training=cs.Training(**{"epochs": 5, "lr": 0.05, **training}), repeats=5).score
+    return cs.run(
+        schedule, method, training=cs.Training(**{"epochs": 5, "lr": 0.05, **training}), repeats=5
+    ).score
 
 
 def test_replay_beats_fine_tuning_in_class_incremental(parts):
@@ -97,7 +107,9 @@ def test_replay_beats_fine_tuning_in_class_incremental(parts):
 
 def test_ewc_beats_fine_tuning_in_permuted_domain_incremental(digits):
     schedule = cs.settings.continual(cs.data.permute(digits, 5), "domain")
-    assert mean_score(schedule, cs.methods.ewc(10.0), epochs=10) > mean_score(schedule, cs.methods.finetune(), epochs=10)
+    assert mean_score(schedule, cs.methods.ewc(10.0), epochs=10) > mean_score(
+        schedule, cs.methods.finetune(), epochs=10
+    )
 
 
 def test_federated_averaging_comes_near_joint_training(digits):
@@ -117,7 +129,10 @@ def test_merging_rises_above_its_base(digits, method):
 
 def test_the_task_mapper_finds_the_task(parts):
     result = cs.run(
-        cs.settings.skill(parts), cs.methods.skill(components=10), training=cs.Training(epochs=10, lr=0.05), repeats=5
+        cs.settings.skill(parts),
+        cs.methods.skill(components=10),
+        training=cs.Training(epochs=10, lr=0.05),
+        repeats=5,
     )
     assert result.mapper_accuracy > 0.9
     assert result.score > 0.9
@@ -126,7 +141,11 @@ def test_the_task_mapper_finds_the_task(parts):
 def test_every_setting_learns_under_one_aggregator_list(digits):
     clients = cs.data.iid(digits, 4)
     for aggregator in (cs.aggregators.mean(), cs.aggregators.ties(0.5), cs.aggregators.pcgrad()):
-        for schedule in (cs.settings.multitask(clients), cs.settings.federated(clients, rounds=3), cs.settings.merging(clients)):
+        for schedule in (
+            cs.settings.multitask(clients),
+            cs.settings.federated(clients, rounds=3),
+            cs.settings.merging(clients),
+        ):
             result = cs.run(schedule, cs.methods.aggregate(aggregator), training=TRAINING)
             assert result.score > result.matrix[0].mean() + 0.2, (aggregator, schedule.setting)
 
@@ -145,11 +164,15 @@ def test_the_matrix_has_a_row_before_training_and_one_a_stage(parts):
     p = result.predict(parts[-1].test.whole()[0])
     assert p.shape == (71, 10)
     assert torch.allclose(p.sum(1), torch.ones(71))
-    assert result.matrices[0][-1, -1] == pytest.approx(float((p.argmax(1) == parts[-1].test.whole()[1]).double().mean()))
+    assert result.matrices[0][-1, -1] == pytest.approx(
+        float((p.argmax(1) == parts[-1].test.whole()[1]).double().mean())
+    )
 
 
 def test_transfer_is_null_where_a_source_is_learned_again(parts):
-    result = cs.run(cs.settings.federated(parts, rounds=2), cs.methods.finetune(), training=cs.Training(epochs=1))
+    result = cs.run(
+        cs.settings.federated(parts, rounds=2), cs.methods.finetune(), training=cs.Training(epochs=1)
+    )
     assert result.forgetting is result.backward_transfer is result.forward_transfer is None
 
 
@@ -173,14 +196,22 @@ def test_joint_on_a_continual_schedule_is_training_on_all_seen(parts):
 
 def test_tables_with_auroc_and_regression():
     tables = cs.data.iid(cs.data.breast_cancer(), 3)
-    result = cs.run(cs.settings.federated(tables, rounds=3), cs.methods.fedavg(), training=TRAINING, metric="auroc")
+    result = cs.run(
+        cs.settings.federated(tables, rounds=3), cs.methods.fedavg(), training=TRAINING, metric="auroc"
+    )
     assert result.metric == "auroc"
     assert result.score > 0.95
     with pytest.raises(cs.ConsilienceError, match="`accuracy` needs classification"):
         _ = result.accuracy
-    wine = cs.run(cs.settings.multitask([cs.data.wine()]), cs.methods.finetune(), training=cs.Training(epochs=30))
+    wine = cs.run(
+        cs.settings.multitask([cs.data.wine()]), cs.methods.finetune(), training=cs.Training(epochs=30)
+    )
     assert wine.score > 0.9
-    values = cs.run(cs.settings.federated(cs.data.iid(cs.data.diabetes(), 2), rounds=5), cs.methods.finetune(), training=TRAINING)
+    values = cs.run(
+        cs.settings.federated(cs.data.iid(cs.data.diabetes(), 2), rounds=5),
+        cs.methods.finetune(),
+        training=TRAINING,
+    )
     assert values.metric == "r2"
     assert values.score > 0.2
 
@@ -270,17 +301,31 @@ def test_a_stream_equals_tensors_bit_for_bit(parts):
     two = parts[:2]
     for method in (cs.methods.er(50), cs.methods.ewc(5.0)):
         a = cs.run(cs.settings.continual(two), method, cs.models.mlp(64, (16,), 10), cs.Training(epochs=2))
-        b = cs.run(cs.settings.continual([streamed(s) for s in two]), method, cs.models.mlp(64, (16,), 10), cs.Training(epochs=2))
+        b = cs.run(
+            cs.settings.continual([streamed(s) for s in two]),
+            method,
+            cs.models.mlp(64, (16,), 10),
+            cs.Training(epochs=2),
+        )
         assert same(a.params, b.params)
 
 
 def test_dropout_is_keyed(parts):
-    net = torch.nn.Sequential(torch.nn.Linear(64, 16), torch.nn.ReLU(), torch.nn.Dropout(0.5), torch.nn.Linear(16, 10))
+    net = torch.nn.Sequential(
+        torch.nn.Linear(64, 16), torch.nn.ReLU(), torch.nn.Dropout(0.5), torch.nn.Linear(16, 10)
+    )
     runs = []
     for noise in (1, 2):
         torch.manual_seed(noise)
         before = torch.random.get_rng_state()
-        runs.append(cs.run(cs.settings.continual(parts[:2]), cs.methods.finetune(), cs.models.wrap(net), cs.Training(epochs=1)))
+        runs.append(
+            cs.run(
+                cs.settings.continual(parts[:2]),
+                cs.methods.finetune(),
+                cs.models.wrap(net),
+                cs.Training(epochs=1),
+            )
+        )
         assert torch.equal(before, torch.random.get_rng_state())
     assert same(runs[0].params, runs[1].params)
 
@@ -294,7 +339,9 @@ def test_macs_and_bytes_are_counted(parts):
     result = cs.run(schedule, cs.methods.finetune(), model, cs.Training(epochs=1, batch_size=64))
     n = sum(len(s.train) for s in schedule.sources)
     clients = [page for a, page in result.costs["by_agent"].items() if a != "server"]
-    assert sum(p["macs"] for p in clients) == pytest.approx(2 * n * 640, rel=0.02)  # forward and the weights' gradient
+    assert sum(p["macs"] for p in clients) == pytest.approx(
+        2 * n * 640, rel=0.02
+    )  # forward and the weights' gradient
     weights = 650 * 4
     assert 4 * weights < result.costs["bytes"] < 4 * weights + 4 * 1500
     server = result.costs["by_agent"]["server"]
@@ -332,9 +379,21 @@ save(out + "/params.safetensors", result.params)
 def launch(tmp_path: Path, name: str, case: str, resume: bool, kill: int) -> subprocess.CompletedProcess:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    args = [sys.executable, str(script), str(tmp_path / name), case, "resume" if resume else "fresh", str(kill)]
+    args = [
+        sys.executable,
+        str(script),
+        str(tmp_path / name),
+        case,
+        "resume" if resume else "fresh",
+        str(kill),
+    ]
     return subprocess.run(
-        args, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False
+        args,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
     )
 
 
@@ -375,8 +434,25 @@ def test_the_folder_holds_what_it_should(tmp_path, parts):
     out = tmp_path / "run"
     result = cs.run(cs.settings.continual(parts[:2]), cs.methods.finetune(), training=TRAINING, out=out)
     held = json.loads((out / "result.json").read_text())
-    for k in ("setting", "data", "method", "model", "repeats", "seed", "metric", "score", "score_std", "matrix", "forgetting",
-              "backward_transfer", "forward_transfer", "macs", "bytes", "seconds", "versions"):  # fmt: skip
+    for k in (
+        "setting",
+        "data",
+        "method",
+        "model",
+        "repeats",
+        "seed",
+        "metric",
+        "score",
+        "score_std",
+        "matrix",
+        "forgetting",
+        "backward_transfer",
+        "forward_transfer",
+        "macs",
+        "bytes",
+        "seconds",
+        "versions",
+    ):
         assert k in held
     assert held["matrix"] == result.matrix.tolist()
     assert [x["event"] for x in lines(out) if x["event"] == "stage"] == ["stage"] * 3
@@ -385,7 +461,9 @@ def test_the_folder_holds_what_it_should(tmp_path, parts):
     assert not list(out.rglob("*.part"))
     with pytest.raises(cs.ConsilienceError, match="new folder"):
         cs.run(cs.settings.continual(parts[:2]), cs.methods.finetune(), training=TRAINING, out=out)
-    again = cs.run(cs.settings.continual(parts[:2]), cs.methods.finetune(), training=TRAINING, out=out, resume=True)
+    again = cs.run(
+        cs.settings.continual(parts[:2]), cs.methods.finetune(), training=TRAINING, out=out, resume=True
+    )
     assert again.matrices.tolist() == result.matrices.tolist()
     assert same(again.params, result.params)
     with pytest.raises(cs.ConsilienceError, match="another `method.name`: 'finetune' before, 'ewc' now"):
@@ -416,7 +494,12 @@ def test_no_space_left_is_one_line_and_leaves_nothing_half_written(tmp_path, mon
 
     monkeypatch.setattr(params.os, "replace", full)
     with pytest.raises(cs.ConsilienceError, match="No space left on device"):
-        cs.run(cs.settings.continual(parts[:2]), cs.methods.finetune(), training=cs.Training(epochs=1), out=tmp_path / "run")
+        cs.run(
+            cs.settings.continual(parts[:2]),
+            cs.methods.finetune(),
+            training=cs.Training(epochs=1),
+            out=tmp_path / "run",
+        )
     assert not list((tmp_path / "run").rglob("*.part"))
     assert not list((tmp_path / "run").rglob("result.json"))
 
@@ -464,14 +547,19 @@ def test_bad_arguments_are_refused_before_any_work(parts, change, text):
 
 
 def test_divergence_is_named(parts):
-    with pytest.raises(cs.ConsilienceError, match="should be finite. Found NaN or infinity in .* of 'agent' after 'digits/0-1'"):
+    with pytest.raises(
+        cs.ConsilienceError,
+        match="should be finite. Found NaN or infinity in .* of 'agent' after 'digits/0-1'",
+    ):
         cs.run(cs.settings.continual(parts[:2]), cs.methods.finetune(), training=cs.Training(lr=1e38))
 
 
 def test_a_long_step_for_a_penalty_is_capped_with_a_warning(parts):
     schedule = cs.settings.continual(parts)
     with pytest.warns(UserWarning, match="above 2 training diverges; .* entries are capped at 1"):
-        result = cs.run(schedule, cs.methods.ewc(100.0), training=cs.Training(epochs=5, batch_size=64, lr=0.05), repeats=3)
+        result = cs.run(
+            schedule, cs.methods.ewc(100.0), training=cs.Training(epochs=5, batch_size=64, lr=0.05), repeats=3
+        )
     assert np.isfinite(result.matrices).all()
     assert all(bool(torch.isfinite(p).all()) for p in result.params.values())
 
@@ -479,13 +567,15 @@ def test_a_long_step_for_a_penalty_is_capped_with_a_warning(parts):
 def test_composition_refuses_what_disagrees():
     with pytest.raises(cs.ConsilienceError, match="each correction once. Found EWC"):
         cs.methods.ewc() + cs.methods.ewc(1.0)
-    with pytest.raises(cs.ConsilienceError, match="two values of `hear_aggregator`"):
+    with pytest.raises(cs.ConsilienceError, match="two values of `exchange_aggregator`"):
         cs.methods.ties() + cs.methods.average()
 
 
 def test_importing_is_light():
     code = "import sys, consilience as cs; cs.methods, cs.settings, cs.aggregators; print('torch' in sys.modules, 'numpy' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == [
+    assert subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split() == [
         "False",
         "False",
     ]
@@ -498,9 +588,13 @@ def test_a_state_dict_is_an_expert_with_its_buffers(digits):
     sources = cs.data.iid(digits, 2)
     nets = []
     torch.manual_seed(0)
-    base = torch.nn.Sequential(torch.nn.Linear(64, 16), torch.nn.BatchNorm1d(16), torch.nn.ReLU(), torch.nn.Linear(16, 10))
+    base = torch.nn.Sequential(
+        torch.nn.Linear(64, 16), torch.nn.BatchNorm1d(16), torch.nn.ReLU(), torch.nn.Linear(16, 10)
+    )
     for s in sources:
-        net = torch.nn.Sequential(torch.nn.Linear(64, 16), torch.nn.BatchNorm1d(16), torch.nn.ReLU(), torch.nn.Linear(16, 10))
+        net = torch.nn.Sequential(
+            torch.nn.Linear(64, 16), torch.nn.BatchNorm1d(16), torch.nn.ReLU(), torch.nn.Linear(16, 10)
+        )
         net.load_state_dict(base.state_dict())
         optimiser = torch.optim.SGD(net.parameters(), lr=0.1)
         x, y = s.train.whole()
@@ -510,7 +604,9 @@ def test_a_state_dict_is_an_expert_with_its_buffers(digits):
             optimiser.step()
         nets.append(net.eval())
     model = cs.models.wrap(base)
-    experts = [cs.Expert(f"e{i}", net.state_dict(), s) for i, (net, s) in enumerate(zip(nets, sources, strict=True))]
+    experts = [
+        cs.Expert(f"e{i}", net.state_dict(), s) for i, (net, s) in enumerate(zip(nets, sources, strict=True))
+    ]
     split = [
         cs.Expert(e.name, dict(n.named_parameters()), e.source, dict(n.named_buffers()))
         for e, n in zip(experts, nets, strict=True)
@@ -525,19 +621,30 @@ def test_a_state_dict_is_an_expert_with_its_buffers(digits):
     assert torch.equal(*ends)
     merged = cs.run(cs.settings.merging(experts, base=base.state_dict()), cs.methods.task_arithmetic(), model)
     held = merged.agent.state.buffers["1.running_mean"]
-    assert torch.allclose(held, torch.stack([n.state_dict()["1.running_mean"] for n in nets]).mean(0), atol=1e-6)
+    assert torch.allclose(
+        held, torch.stack([n.state_dict()["1.running_mean"] for n in nets]).mean(0), atol=1e-6
+    )
     for wrong, text in (
-        ({n: t for n, t in experts[0].params.items() if "running" not in n}, "Found none called '1.running_mean'"),
+        (
+            {n: t for n, t in experts[0].params.items() if "running" not in n},
+            "Found none called '1.running_mean'",
+        ),
         ({**experts[0].params, "bogus": torch.zeros(3)}, "Found 'bogus'"),
     ):
         with pytest.raises(cs.ConsilienceError, match=text):
-            cs.run(cs.settings.exmodel([cs.Expert("bad", wrong, sources[0])]), cs.methods.average_ensemble(), model)
+            cs.run(
+                cs.settings.exmodel([cs.Expert("bad", wrong, sources[0])]),
+                cs.methods.average_ensemble(),
+                model,
+            )
 
 
 def test_a_module_is_taken_as_it_is(parts):
     net = torch.nn.Sequential(torch.nn.Linear(64, 16), torch.nn.ReLU(), torch.nn.Linear(16, 10))
     a = cs.run(cs.settings.continual(parts[:2]), cs.methods.finetune(), net, cs.Training(epochs=1))
-    b = cs.run(cs.settings.continual(parts[:2]), cs.methods.finetune(), cs.models.wrap(net), cs.Training(epochs=1))
+    b = cs.run(
+        cs.settings.continual(parts[:2]), cs.methods.finetune(), cs.models.wrap(net), cs.Training(epochs=1)
+    )
     assert same(a.params, b.params)
     net.load_state_dict(a.params)
 
@@ -547,7 +654,9 @@ def test_a_metric_that_is_undefined_somewhere_is_left_out(tmp_path):
     clients = cs.data.dirichlet(cs.data.breast_cancer(), 5, 0.1, seed=0, local_test=True)
     one = [s for s in clients if len(s.test.targets().unique()) == 1]
     assert one
-    result = cs.run(cs.settings.federated(clients, rounds=2), cs.methods.fedavg(), metric="auroc", out=tmp_path / "run")
+    result = cs.run(
+        cs.settings.federated(clients, rounds=2), cs.methods.fedavg(), metric="auroc", out=tmp_path / "run"
+    )
     assert np.isnan(result.matrix).any()
     assert 0 < result.score <= 1
     for text in (tmp_path / "run" / "log.jsonl").read_text().splitlines():
@@ -561,13 +670,28 @@ def test_a_metric_that_is_undefined_somewhere_is_left_out(tmp_path):
         (lambda s: cs.settings.federated_continual(s[:2]), "sources should come in a list"),
         (lambda s: cs.settings.continual([(1, 2)]), "a source should be made by consilience.data"),
         (lambda s: cs.run(cs.settings.continual(s), "er"), "`method` should be made by consilience.methods"),
-        (lambda s: cs.run(cs.settings.continual(s), cs.methods.er), "`method` should be made by consilience.methods"),
-        (lambda s: cs.run(cs.methods.er(), cs.settings.continual(s)), "`schedule` should be made by consilience.settings"),
-        (lambda s: cs.run(cs.settings.continual(s), cs.methods.er(), model="mlp"), "`model` should be one of"),
-        (lambda s: cs.run(cs.settings.continual(s), cs.methods.er(), training={"lr": 0.1}), "`training` should be a"),
+        (
+            lambda s: cs.run(cs.settings.continual(s), cs.methods.er),
+            "`method` should be made by consilience.methods",
+        ),
+        (
+            lambda s: cs.run(cs.methods.er(), cs.settings.continual(s)),
+            "`schedule` should be made by consilience.settings",
+        ),
+        (
+            lambda s: cs.run(cs.settings.continual(s), cs.methods.er(), model="mlp"),
+            "`model` should be one of",
+        ),
+        (
+            lambda s: cs.run(cs.settings.continual(s), cs.methods.er(), training={"lr": 0.1}),
+            "`training` should be a",
+        ),
         (lambda s: cs.run(cs.settings.continual(s), cs.methods.er(), repeats=1.5), "`repeats` should be"),
         (lambda s: cs.run(cs.settings.continual(s), cs.methods.er(), seed="a"), "`seed` should be"),
-        (lambda s: cs.run(cs.settings.continual(s), cs.methods.er(), checkpoint_seconds=-1), "`checkpoint_seconds` should be"),
+        (
+            lambda s: cs.run(cs.settings.continual(s), cs.methods.er(), checkpoint_seconds=-1),
+            "`checkpoint_seconds` should be",
+        ),
         (lambda s: cs.methods.er() + "ewc", "a method composes with a method"),
         (lambda s: cs.methods.aggregate("ties"), "`aggregator` should be made by consilience.aggregators"),
         (lambda s: cs.Training(optimiser=torch.optim.Adam), "`optimiser` should be sgd, adam, adamw"),
@@ -575,7 +699,8 @@ def test_a_metric_that_is_undefined_somewhere_is_left_out(tmp_path):
         (lambda s: cs.settings.merging(experts=["a"]), "an expert should be Expert"),
         (
             lambda s: cs.run(
-                cs.settings.continual([s[0], cs.data.arrays(torch.rand(30, 4), torch.arange(30) % 2)]), cs.methods.finetune()
+                cs.settings.continual([s[0], cs.data.arrays(torch.rand(30, 4), torch.arange(30) % 2)]),
+                cs.methods.finetune(),
             ),
             "samples should fit the model's input. Found (4,)",
         ),
@@ -599,18 +724,23 @@ def test_the_learning_rate_follows_its_schedule(schedule: str, engine: str) -> N
     training = cs.Training(epochs=3, batch_size=32, lr=0.5, schedule=schedule, precision="fp64")  # type: ignore[arg-type]
     model, s, tune = cs.models.linear(64), parts[0], cs.methods.finetune()
     one, both = (
-        cs.run(cs.settings.federated(parts, 1), cs.methods.fedavg(), model, training, engine=e).params for e in ("serial", engine)
+        cs.run(cs.settings.federated(parts, 1), cs.methods.fedavg(), model, training, engine=e).params
+        for e in ("serial", engine)
     )
     assert all(torch.allclose(one[n], both[n], atol=1e-12) for n in one)
     got = cs.run(cs.settings.continual([s]), tune, model, training, engine=engine).params
     before = cs.run(cs.settings.continual([s]), tune, model, replace(training, epochs=0)).params
     net = torch.nn.Linear(64, 10).double()
     first = model.init(key(0, "init"))[0]
-    before = cs.run(cs.settings.continual([s]), cs.methods.finetune(), model, replace(training, epochs=0)).params
+    before = cs.run(
+        cs.settings.continual([s]), cs.methods.finetune(), model, replace(training, epochs=0)
+    ).params
     assert before.keys() == first.keys()
     net.load_state_dict({"weight": before["1.weight"].double(), "bias": before["1.bias"].double()})
     optimiser = torch.optim.SGD(net.parameters(), 0.5)
-    factor = {"linear": lambda i: 1 - i / 9, "cosine": lambda i: (1 + math.cos(math.pi * i / 9)) / 2}[schedule]
+    factor = {"linear": lambda i: 1 - i / 9, "cosine": lambda i: (1 + math.cos(math.pi * i / 9)) / 2}[
+        schedule
+    ]
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
     for epoch in range(3):
         for index in torch.randperm(96, generator=key(0, s.name, 0, epoch, 0, "shuffle")).split(32):
@@ -628,13 +758,21 @@ def test_entries_have_learning_rates_of_their_own(optimiser: str, engine: str) -
     """Restated with torch's parameter groups, on one source; two clients side by side are the same on both engines."""
     rates = {"*.bias": 0.0, "3.*": 10.0, "*": 2.0}
     training = cs.Training(
-        epochs=2, batch_size=32, lr=0.01, optimiser=optimiser, weight_decay=0.1, precision="fp64", schedule="linear", rates=rates
+        epochs=2,
+        batch_size=32,
+        lr=0.01,
+        optimiser=optimiser,
+        weight_decay=0.1,
+        precision="fp64",
+        schedule="linear",
+        rates=rates,
     )
     pieces = zip(cs.data.iid(cs.data.digits(), 2), (96, 64), strict=True)
     parts = [replace(s, train=s.train.select(torch.arange(n))) for s, n in pieces]
     model, s, tune = cs.models.mlp(64, (8,), 10), parts[0], cs.methods.finetune()
     one, both = (
-        cs.run(cs.settings.federated(parts, 1), cs.methods.fedavg(), model, training, engine=e).params for e in ("serial", engine)
+        cs.run(cs.settings.federated(parts, 1), cs.methods.fedavg(), model, training, engine=e).params
+        for e in ("serial", engine)
     )
     assert all(torch.allclose(one[n], both[n], atol=1e-12) for n in one)
     before = cs.run(cs.settings.continual([s]), tune, model, replace(training, epochs=0)).params
@@ -664,7 +802,12 @@ def test_a_penalty_is_capped_by_the_rate_of_each_entry() -> None:
     for lr, rates in ((0.2, None), (0.05, {"*": 4.0})):
         training = cs.Training(epochs=1, lr=lr, rates=rates, precision="fp64")
         with pytest.warns(UserWarning, match=r"are capped at 1") as said:
-            r = cs.run(cs.settings.continual(tasks, "domain"), cs.methods.ewc(strength=1e4), cs.models.linear(64), training)
+            r = cs.run(
+                cs.settings.continual(tasks, "domain"),
+                cs.methods.ewc(strength=1e4),
+                cs.models.linear(64),
+                training,
+            )
         found.append((r.params, [str(w.message) for w in said]))
     assert found[0][1] == found[1][1]
     assert all(torch.allclose(p, found[1][0][n], rtol=1e-9, atol=1e-12) for n, p in found[0][0].items())
@@ -680,4 +823,8 @@ def test_a_penalty_is_capped_by_the_rate_of_each_entry() -> None:
 )
 def test_rates_that_mean_nothing_are_refused(rates: dict[str, float], text: str) -> None:
     with pytest.raises(cs.ConsilienceError, match=re.escape(text)):
-        cs.run(cs.settings.continual([cs.data.digits()]), cs.methods.finetune(), training=cs.Training(rates=rates))
+        cs.run(
+            cs.settings.continual([cs.data.digits()]),
+            cs.methods.finetune(),
+            training=cs.Training(rates=rates),
+        )

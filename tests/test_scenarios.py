@@ -30,7 +30,9 @@ def numbered(n: int = 120, classes: int = 6, streamed: bool = False, validation:
     x = torch.stack([torch.arange(n).float(), torch.zeros(n)], 1)
     y = torch.arange(n) % classes
     make = data.stream if streamed else lambda d, **k: data.arrays(*d.tensors, **k)
-    return make(TensorDataset(x, y), name="numbered", classes=[str(i) for i in range(classes)], validation=validation)
+    return make(
+        TensorDataset(x, y), name="numbered", classes=[str(i) for i in range(classes)], validation=validation
+    )
 
 
 def ids(examples: Examples) -> list[int]:
@@ -81,15 +83,24 @@ def test_blurry_is_a_partition(n, parts, share, to, streamed, seed):
             own, new = getattr(old, part), getattr(s, part)
             assert isinstance(new, Stream if streamed else Tensors)
             kept = [k for k in ids(new) if k in ids(own)]
-            assert [k % 6 for k in ids(new)] == new.targets().tolist() == ([] if not len(new) else new.whole()[1].tolist())
+            assert (
+                [k % 6 for k in ids(new)]
+                == new.targets().tolist()
+                == ([] if not len(new) else new.whole()[1].tolist())
+            )
             assert kept == sorted(kept, key=ids(own).index)
             heirs = len(sources) - 1 if to == "all" else (i > 0) + (i < parts - 1)
             quota = round(share * len(own) * (1 if to == "all" else heirs / 2))
             classes = own.targets().unique(return_counts=True)[1]
             assert len(own) - len(kept) == min(quota, len(own) - len(kept)) and len(kept) >= len(classes)
-            if share * int(classes.min() if len(classes) else 0) < int(classes.min() if len(classes) else 0) - 1:
+            if (
+                share * int(classes.min() if len(classes) else 0)
+                < int(classes.min() if len(classes) else 0) - 1
+            ):
                 assert len(own) - len(kept) == quota  # no class was at its last example
-            got = Counter(j for j, o in enumerate(sources) for k in ids(new) if k in ids(getattr(o, part)) and j != i)
+            got = Counter(
+                j for j, o in enumerate(sources) for k in ids(new) if k in ids(getattr(o, part)) and j != i
+            )
             if to == "neighbours":
                 assert all(abs(j - i) == 1 for j in got)
             given_away[i] = len(own) - len(kept)
@@ -119,11 +130,15 @@ def test_blurry_counts_exactly():
         assert counts.tolist() == [70 if j == i else 15 for j in range(3)]
         assert s.train.targets().bincount(minlength=6)[2 * i : 2 * i + 2].tolist() == [35, 35]
         assert len(s.classes) == 6 and s.classes[:2] == sources[i].classes
-        assert ids(s.train) != sorted(ids(s.train), key=lambda k: (k % 6 // 2 != i, k % 6 // 2, k))  # what arrives is spread
+        assert ids(s.train) != sorted(
+            ids(s.train), key=lambda k: (k % 6 // 2 != i, k % 6 // 2, k)
+        )  # what arrives is spread
     near = data.blurry(sources, 0.3, to="neighbours")
     assert [s.train.targets().bincount(minlength=6).view(3, 2).sum(1).tolist() for s in near] == [
-        [85, 15, 0], [15, 70, 15], [0, 15, 85],
-    ]  # fmt: skip
+        [85, 15, 0],
+        [15, 70, 15],
+        [0, 15, 85],
+    ]
     odd = data.blurry(data.split_classes(whole, 6), 0.14)  # 7 of 50 leave, to five others: sizes still stay
     assert [len(s.train) for s in odd] == [50] * 6
     again, other = data.blurry(sources, 0.3), data.blurry(sources, 0.3, seed=1)
@@ -133,7 +148,9 @@ def test_blurry_counts_exactly():
 def test_blurry_of_values_and_of_different_streams():
     values = data.iid(data.diabetes(), 2)
     mixed = data.blurry(values, 0.2)
-    assert [len(s.train) for s in mixed] == [len(s.train) for s in values] and mixed[0].classes == values[0].classes
+    assert [len(s.train) for s in mixed] == [len(s.train) for s in values] and mixed[0].classes == values[
+        0
+    ].classes
     x, y = torch.rand(40, 1, 4, 4), torch.arange(40) % 2
     tensors = data.arrays(x, y, name="d")
     both = [data.rotate(s, [0, 30.0]) for s in (tensors, data.stream(TensorDataset(x, y), name="d"))]
@@ -141,10 +158,14 @@ def test_blurry_of_values_and_of_different_streams():
         assert isinstance(b.train, Stream) and a.classes == (0, 1)
         assert torch.equal(a.train.targets(), b.train.targets())
         plan = [torch.tensor([3, 1, 20]), torch.tensor([0])]
-        for (xa, ya), (xb, yb) in zip(a.train.batches(plan), b.train.map(y=lambda v: v + 1).batches(plan), strict=True):
+        for (xa, ya), (xb, yb) in zip(
+            a.train.batches(plan), b.train.map(y=lambda v: v + 1).batches(plan), strict=True
+        ):
             assert torch.allclose(xa, xb, atol=1e-6) and torch.equal(ya + 1, yb)
     mix = joined([both[0][0].train, both[1][1].train])
-    assert isinstance(mix, Stream) and torch.allclose(mix.whole()[0][-1], both[0][1].train.whole()[0][-1], atol=1e-6)
+    assert isinstance(mix, Stream) and torch.allclose(
+        mix.whole()[0][-1], both[0][1].train.whole()[0][-1], atol=1e-6
+    )
 
 
 def test_blurry_refuses():
@@ -194,7 +215,9 @@ def test_new_instances(streamed):
         assert ids(s.train) == (of == g).nonzero().flatten().tolist()
     assert [s.name[-1] for s in data.new_instances(source, of, order=[3, 1, 0, 2])] == list("3102")
     drawn = [s.name for s in data.new_instances(source, of, seed=1)]
-    assert sorted(drawn) == sorted(s.name for s in parts) and drawn == [s.name for s in data.new_instances(source, of, seed=1)]
+    assert sorted(drawn) == sorted(s.name for s in parts) and drawn == [
+        s.name for s in data.new_instances(source, of, seed=1)
+    ]
     few = data.new_instances(source, [int(i > 3) for i in range(len(of))])
     assert [s.classes for s in few] == [(0, 1), tuple(range(10))]
 
@@ -216,15 +239,28 @@ def test_new_instances_and_classes_counts_as_core50(each, count):
     for s in parts[1:]:
         assert len(s.classes) == len(s.train) == each and len(s.train.whole()[0][:, 1].unique()) == 1
     order = [s.classes for s in parts]
-    assert order != [s.classes for s in data.new_instances_and_classes(source, of, first=10, each=each, seed=1)]
+    assert order != [
+        s.classes for s in data.new_instances_and_classes(source, of, first=10, each=each, seed=1)
+    ]
     assert order == [s.classes for s in data.new_instances_and_classes(source, of, first=10, each=each)]
 
 
 def test_new_instances_refuse():
     source, of = filmed()
-    refused("one for each of 80 training and then each of 0 validation examples. Found", data.new_instances, source, of[:-1])
+    refused(
+        "one for each of 80 training and then each of 0 validation examples. Found",
+        data.new_instances,
+        source,
+        of[:-1],
+    )
     refused("`groups` should be whole numbers", data.new_instances, source, of.double())
-    refused("`order` should list every one of the groups once. Found [0, 1].", data.new_instances, source, of, order=[0, 1])
+    refused(
+        "`order` should list every one of the groups once. Found [0, 1].",
+        data.new_instances,
+        source,
+        of,
+        order=[0, 1],
+    )
     refused("Found both.", data.new_instances, source, of, order=[0, 1, 2, 3], seed=0)
     refused("should have a source of classes", data.new_instances_and_classes, data.diabetes(), of)
     refused("`each` should be a whole number >= 1", data.new_instances_and_classes, source, of, each=0)
@@ -281,7 +317,10 @@ def lists(root: Path, where: str, batches: list[list[tuple[int, int, int]]], num
     """File lists as published: one line an image, s1/o1/C_01_01_000.png 0."""
     folder = root / where
     folder.mkdir(parents=True, exist_ok=True)
-    for name, own in [*((f"train_batch_{i:02d}", b) for i, b in enumerate(batches)), ("test", frames((3, 7, 10), range(1, 51)))]:
+    for name, own in [
+        *((f"train_batch_{i:02d}", b) for i, b in enumerate(batches)),
+        ("test", frames((3, 7, 10), range(1, 51))),
+    ]:
         lines = "".join(f"s{s}/o{o}/C_{s:02d}_{o:02d}_{f:03d}.png {number(o)}\n" for s, o, f in own)
         (folder / f"{name}_filelist.txt").write_text(lines)
 
@@ -294,7 +333,9 @@ def linked(films, tmp_path) -> Path:
 
 
 def shared(sources: list[Source]) -> None:
-    assert all(s.test is sources[0].test and s.labels == sources[0].labels and s.task == s.name for s in sources)
+    assert all(
+        s.test is sources[0].test and s.labels == sources[0].labels and s.task == s.name for s in sources
+    )
     assert seen(sources[0].test) == frames((3, 7, 10), range(1, 51))
     for s in sources:
         assert s.classes == tuple(sorted(set(s.train.targets().tolist())))
@@ -312,7 +353,10 @@ def test_core50_ni_by_rule(films, in_memory):
         assert seen(s.train) == frames([session], range(1, 51))
         assert s.train.targets().tolist() == [o - 1 for _, o, _ in seen(s.train)]
     assert met != [seen(s.train)[0][0] for s in data.core50(films / "core50_128x128", run=1)]
-    assert sources[0].labels[0] == ("core50", "plug_adapter1") and sources[0].labels[49] == ("core50", "remote_control5")
+    assert sources[0].labels[0] == ("core50", "plug_adapter1") and sources[0].labels[49] == (
+        "core50",
+        "remote_control5",
+    )
 
 
 def test_core50_nc_by_rule(films):
@@ -320,8 +364,16 @@ def test_core50_nc_by_rule(films):
     shared(sources)
     objects = [sorted({o for _, o, _ in seen(s.train)}) for s in sources]
     assert objects[0] == [1, 6, 11, 16, 21, 26, 31, 36, 41, 46]
-    published = [[2, 7, 12, 17, 22], [27, 32, 37, 42, 47], [3, 8, 13, 18, 23], [28, 33, 38, 43, 48], [4, 9, 14, 19, 24],
-                 [29, 34, 39, 44, 49], [5, 10, 15, 20, 25], [30, 35, 40, 45, 50]]  # fmt: skip
+    published = [
+        [2, 7, 12, 17, 22],
+        [27, 32, 37, 42, 47],
+        [3, 8, 13, 18, 23],
+        [28, 33, 38, 43, 48],
+        [4, 9, 14, 19, 24],
+        [29, 34, 39, 44, 49],
+        [5, 10, 15, 20, 25],
+        [30, 35, 40, 45, 50],
+    ]
     assert sorted(objects[1:]) == sorted(published) != objects[1:]
     for own, s in zip(objects, sources, strict=True):
         assert sorted(seen(s.train)) == sorted(frames(TAUGHT, own))
@@ -329,7 +381,9 @@ def test_core50_nc_by_rule(films):
 
 
 def test_core50_by_category_with_validation(films):
-    sources = data.core50(films, "nc", object_level=False, validation=0.25, name="films", space="things", size=(1, 3), grey=True)
+    sources = data.core50(
+        films, "nc", object_level=False, validation=0.25, name="films", space="things", size=(1, 3), grey=True
+    )
     assert sources[0].classes == tuple(range(10)) and len(sources[1].classes) == 5
     assert sources[0].labels[2] == ("things", "scissor") and sources[0].name == "films/nc-0"
     assert sources[0].train.whole()[0].shape[1:] == (1, 1, 3)
@@ -351,8 +405,12 @@ def test_core50_from_file_lists(linked):
     published = {run: nic(run) for run in (0, 1)}
     for run, batches in published.items():
         lists(linked, f"batches_filelists/NIC_inc/run{run}", batches)
-        lists(linked, f"batches_filelists/NC_inc/run{run}", [frames(TAUGHT, range(5 * i + 1, 5 * i + 6)) for i in range(9)],
-              number=lambda o: renumber[o - 1])  # fmt: skip
+        lists(
+            linked,
+            f"batches_filelists/NC_inc/run{run}",
+            [frames(TAUGHT, range(5 * i + 1, 5 * i + 6)) for i in range(9)],
+            number=lambda o: renumber[o - 1],
+        )
     lists(linked, "NIC_v2_79_cat/run0", published[1], number=lambda o: (o - 1) // 5)
     for run, batches in published.items():
         sources = data.core50(linked, "nic", run=run)
@@ -361,11 +419,19 @@ def test_core50_from_file_lists(linked):
         assert [seen(s.train) for s in sources] == batches
     sources = data.core50(linked / "core50_128x128", "nc")  # the lists are beside the folder of images
     assert [sorted({o for _, o, _ in seen(s.train)})[0] for s in sources] == [5 * i + 1 for i in range(9)]
-    assert all(s.train.targets().tolist() == [o - 1 for _, o, _ in seen(s.train)] for s in sources)  # whatever their numbers
+    assert all(
+        s.train.targets().tolist() == [o - 1 for _, o, _ in seen(s.train)] for s in sources
+    )  # whatever their numbers
     sources = data.core50(linked, "nicv2_79", object_level=False)
     assert [seen(s.train) for s in sources] == published[1]
     assert all(s.train.targets().tolist() == [(o - 1) // 5 for _, o, _ in seen(s.train)] for s in sources)
-    refused("`run` should be one that has file lists. Found `run = 2`, and ['run0', 'run1']", data.core50, linked, "nic", run=2)
+    refused(
+        "`run` should be one that has file lists. Found `run = 2`, and ['run0', 'run1']",
+        data.core50,
+        linked,
+        "nic",
+        run=2,
+    )
 
 
 def test_core50_refuses(films, linked, tmp_path):
@@ -390,7 +456,10 @@ def test_core50_refuses(films, linked, tmp_path):
     lists(linked, where, good)
     file = linked / where / "train_batch_03_filelist.txt"
     for text, rule in (
-        ("s1/o51/C_01_51_000.png 0\n", "should be named as s1/o1/C_01_01_000.png. Found 's1/o51/C_01_51_000.png'"),
+        (
+            "s1/o51/C_01_51_000.png 0\n",
+            "should be named as s1/o1/C_01_01_000.png. Found 's1/o51/C_01_51_000.png'",
+        ),
         (
             "s1/o1/C_01_01_000.png\n",
             "lines of a file list should be a path and a number. Found 's1/o1/C_01_01_000.png' in line 1",
@@ -432,7 +501,9 @@ def test_core50_runs(films):
 NAMES = ["bus", "camera", "BACKGROUND"]
 
 
-def photographs(root: Path, buckets=range(4), each: int = 10, start: int = 0, names=NAMES, text: bool = True) -> None:
+def photographs(
+    root: Path, buckets=range(4), each: int = 10, start: int = 0, names=NAMES, text: bool = True
+) -> None:
     """labeled_images/<bucket>/<class>/<number>.jpg whose grey says which bucket and class."""
     image = pytest.importorskip("PIL.Image", reason="pillow is missing")
     root.mkdir(parents=True, exist_ok=True)
@@ -465,7 +536,9 @@ def right(sources: list[Source]) -> None:
             assert [NAMES.index(f.split("/")[1]) for f in files(examples)] == examples.targets().tolist()
         x, y = s.train.whole()
         bucket = int(s.name.rpartition("-")[2])
-        assert x.shape[1:] == (3, 2, 2) and torch.allclose(x[:, 0, 0, 0], (20 * bucket + 5 * y) / 255, atol=0.008)
+        assert x.shape[1:] == (3, 2, 2) and torch.allclose(
+            x[:, 0, 0, 0], (20 * bucket + 5 * y) / 255, atol=0.008
+        )
 
 
 @pytest.mark.parametrize("train", ["train", "train_image_only"])
@@ -476,7 +549,11 @@ def test_clear_as_released(tmp_path, train):
     right(sources)
     assert [s.name for s in sources] == ["clear/bucket-1", "clear/bucket-2", "clear/bucket-3"]
     for b, s in enumerate(sources, 1):
-        assert files(s.train) == every(b, range(4)) and files(s.test) == every(b, (100, 101)) and not len(s.validation)
+        assert (
+            files(s.train) == every(b, range(4))
+            and files(s.test) == every(b, (100, 101))
+            and not len(s.validation)
+        )
     ahead = data.clear(tmp_path / "clear", "streaming", size=2)
     right(ahead)
     assert [s.name for s in ahead] == ["clear/bucket-1", "clear/bucket-2"]
@@ -524,7 +601,10 @@ def test_clear_without_class_names_and_in_memory(tmp_path):
     assert isinstance(sources[0].train, Tensors) and sources[0].train.whole()[0].shape[1:] == (1, 2, 2)
     assert [s.name for s in sources] == ["time/bucket-1", "time/bucket-2"]
     result = cs.run(
-        settings.continual(sources, "domain"), methods.finetune(), models.mlp(4, (8,), 3), cs.Training(epochs=1, batch_size=8)
+        settings.continual(sources, "domain"),
+        methods.finetune(),
+        models.mlp(4, (8,), 3),
+        cs.Training(epochs=1, batch_size=8),
     )
     assert result.matrix.shape == (3, 2) and np.isfinite(result.matrix).all()
     streamed = data.clear(tmp_path / "clear", "streaming", size=2)
@@ -546,7 +626,14 @@ def test_clear_refuses(tmp_path):
     bad.write_bytes(b"no image")
     refused(f"an image should be readable. Found {bad}: ", data.clear(path)[1].train.whole)
     photographs(path / "test", range(1, 3), 1, names=["dog"], text=False)
-    refused("class folders should be those of class_names.txt or of all buckets. Found 'dog' in", data.clear, path)
+    refused(
+        "class folders should be those of class_names.txt or of all buckets. Found 'dog' in", data.clear, path
+    )
     photographs(tmp_path / "one", range(2), 3)
-    refused("streaming should have two buckets or more, one to test on. Found 1", data.clear, tmp_path / "one", "streaming")
+    refused(
+        "streaming should have two buckets or more, one to test on. Found 1",
+        data.clear,
+        tmp_path / "one",
+        "streaming",
+    )
     assert re.search("one/bucket-1", data.clear(tmp_path / "one", size=2)[0].name)

@@ -17,10 +17,11 @@ import consilience as cs
 from consilience.core.message import Message, Weights
 from consilience.core.metrics import global_forgetting
 from consilience.core.params import same
-from consilience.core.result import Result
-from consilience.core.schedule import Hear, Learn, Stage
+from consilience.core.schedule import Evaluate, Exchange, Train
 from consilience.core.source import Tensors
-from consilience.core.walk import Walk
+from consilience.loop.agent import Agent
+from consilience.loop.result import Result
+from consilience.loop.trial import Trial
 from restate import A, B, E, batches, entries, fit, mlp, near, plain, source, training
 
 FEDAVG = cs.methods.fedavg()
@@ -39,11 +40,14 @@ def turns(schedule, seed=0):
     """(who learns, their work, who the server hears) of each round: what lies between two stages."""
     found, now = [], [(), {}, ()]
     for p in schedule.plan(seed):
-        if isinstance(p, Learn):
-            now[:2] = [tuple(int(c.rpartition("-")[2]) for c in p.who), {int(c.rpartition("-")[2]): w for c, w in p.work.items()}]
-        elif isinstance(p, Hear) and "server" in p.who:
+        if isinstance(p, Train):
+            now[:2] = [
+                tuple(int(c.rpartition("-")[2]) for c in p.who),
+                {int(c.rpartition("-")[2]): w for c, w in p.fractions.items()},
+            ]
+        elif isinstance(p, Exchange) and "server" in p.who:
             now[2] = tuple(int(c.rpartition("-")[2]) for c in p.who["server"])
-        elif isinstance(p, Stage):
+        elif isinstance(p, Evaluate):
             found.append(tuple(now))
             now = [(), {}, ()]
     return found
@@ -105,7 +109,10 @@ def test_shares_hold_over_many_rounds():
     found = turns(cs.settings.federated(MANY, 3000, participation=1 / 12, stragglers=0.3, dropouts=0.2), 3)
     counts = [sum(who == (i,) for who, _, _ in found) for i in range(12)]
     assert fits(counts, [1 / 12] * 12)
-    for share, some in ((0.3, sum(bool(work) for _, work, _ in found)), (0.2, sum(not heard for _, _, heard in found))):
+    for share, some in (
+        (0.3, sum(bool(work) for _, work, _ in found)),
+        (0.2, sum(not heard for _, _, heard in found)),
+    ):
         assert fits([some, 3000 - some], [share, 1 - share])
     fractions = [w for _, work, _ in found for w in work.values()]
     assert fits(np.histogram(fractions, 10, (0, 1))[0], [0.1] * 10)
@@ -143,15 +150,17 @@ def test_traces_say_who_is_there():
 def test_a_round_without_clients_leaves_all_as_it_is():
     result = go(cs.settings.federated(FOUR, 3, available={1: [0]}))
     assert np.array_equal(result.matrix[0], result.matrix[1])
-    assert np.array_equal(result.matrix[2], result.matrix[3]) and not np.array_equal(result.matrix[1], result.matrix[2])
+    assert np.array_equal(result.matrix[2], result.matrix[3]) and not np.array_equal(
+        result.matrix[1], result.matrix[2]
+    )
     near(result.params, entries(fit(plain(), A)))
 
 
 def test_streams_take_part_while_they_have_a_source():
     streams = [[A, B], [E], [FOUR[3]]]
     made = cs.settings.federated_continual(streams, 2, participation=0.5, evaluate_every=3)
-    assert [p.name for p in made.plan(0) if isinstance(p, Stage)] == ["round 3", "round 4"]
-    learns = [p.who for p in made.plan(0) if isinstance(p, Learn)]
+    assert [p.name for p in made.plan(0) if isinstance(p, Evaluate)] == ["round 3", "round 4"]
+    learns = [p.who for p in made.plan(0) if isinstance(p, Train)]
     assert [len(w) for w in learns] == [2, 2, 1, 1] and learns[2:] == [{"client-0": ("b",)}] * 2
 
 
@@ -176,14 +185,24 @@ def test_stragglers_do_their_part_alone():
         return net
 
     near(go(made).params, server(FOUR, learn=learn))
-    assert len(set(work.values())) == 4 and sum(steps.values()) < 2 * sum(-(-len(s.train) // 8) for s in FOUR) - 4
+    assert (
+        len(set(work.values())) == 4
+        and sum(steps.values()) < 2 * sum(-(-len(s.train) // 8) for s in FOUR) - 4
+    )
 
 
 def test_who_dropped_out_begins_again_from_the_server():
     """Learned and not heard: the server stays as it is, and the client takes its parameters up again, not its own."""
     who = {"client-0": ("server",)}
-    plan = [Hear(who), Learn({"client-0": ("a",)}), Stage("dropped"), Hear(who), Learn({"client-0": ("a",)}),
-            Hear({"server": ("client-0",)}), Stage("heard")]  # fmt: skip
+    plan = [
+        Exchange(who),
+        Train({"client-0": ("a",)}),
+        Evaluate("dropped"),
+        Exchange(who),
+        Train({"client-0": ("a",)}),
+        Exchange({"server": ("client-0",)}),
+        Evaluate("heard"),
+    ]
     made = cs.core.schedule.build("federated", [A], "domain", lambda seed: iter(plan), "server")
     result = go(made)
     near(result.params, entries(fit(plain(), A, visit=1)))
@@ -203,28 +222,58 @@ def test_who_dropped_out_begins_again_from_the_server():
         ({"participation": 0}, "`participation` should be in (0, 1]. Found `participation = 0`."),
         ({"participation": 1.2}, "`participation` should be in (0, 1]. Found `participation = 1.2`."),
         ({"participation": float("nan")}, "`participation` should be in (0, 1]"),
-        ({"participation": 0.5, "clients_per_round": 2}, "give `clients_per_round` or `participation`. Found both: 2 and 0.5."),
+        (
+            {"participation": 0.5, "clients_per_round": 2},
+            "give `clients_per_round` or `participation`. Found both: 2 and 0.5.",
+        ),
         ({"clients_per_round": 0}, "`clients_per_round` should be from 1 to 4. Found 0."),
         ({"order": "random"}, "`order` should be uniform, cyclic or weighted. Found `order = 'random'`."),
-        ({"weights": [1, 1, 1, 1]}, "`weights` are for `order='weighted'`. Found them with `order = 'uniform'`."),
-        ({"order": "weighted", "weights": [1, -1, 1, 1]}, "`weights` should be 4 finite numbers >= 0, one a client and not all 0."),
+        (
+            {"weights": [1, 1, 1, 1]},
+            "`weights` are for `order='weighted'`. Found them with `order = 'uniform'`.",
+        ),
+        (
+            {"order": "weighted", "weights": [1, -1, 1, 1]},
+            "`weights` should be 4 finite numbers >= 0, one a client and not all 0.",
+        ),
         ({"order": "weighted", "weights": [0, 0, 0, 0]}, "not all 0. Found [0, 0, 0, 0]."),
         ({"order": "weighted", "weights": [1]}, "`weights` should be 4 finite numbers >= 0"),
         ({"stragglers": -0.1}, "`stragglers` should be in [0, 1]. Found `stragglers = -0.1`."),
         ({"dropouts": 1.0}, "`dropouts` should be in [0, 1). Found `dropouts = 1.0`."),
-        ({"min_clients": 0}, "`min_clients` should be from 1 to 4, the clients of a round. Found `min_clients = 0`."),
+        (
+            {"min_clients": 0},
+            "`min_clients` should be from 1 to 4, the clients of a round. Found `min_clients = 0`.",
+        ),
         ({"min_clients": 3, "participation": 0.5}, "`min_clients` should be from 1 to 2"),
-        ({"evaluate_every": 0}, "`evaluate_every` should be a whole number >= 1. Found `evaluate_every = 0`."),
+        (
+            {"evaluate_every": 0},
+            "`evaluate_every` should be a whole number >= 1. Found `evaluate_every = 0`.",
+        ),
         ({"available": [[0, 4]]}, "clients in `available` should be numbers from 0 to 3. Found [0, 4]."),
         ({"available": {2: ["a"]}}, "clients in `available` should be numbers from 0 to 3. Found ['a']."),
-        ({"available": lambda n, seed: [9]}, "clients in `available` should be numbers from 0 to 3. Found [9]."),
-        ({"available": 3}, "`available` should be a list of lists of clients, a mapping from rounds to them, or a function"),
-        ({"available": [[]]}, "some round should have at least 1 clients that are there. Found 0 at most in 20 rounds."),
-        ({"available": {99: [1]}}, "some round should have at least 1 clients that are there. Found 0 at most in 20 rounds."),
+        (
+            {"available": lambda n, seed: [9]},
+            "clients in `available` should be numbers from 0 to 3. Found [9].",
+        ),
+        (
+            {"available": 3},
+            "`available` should be a list of lists of clients, a mapping from rounds to them, or a function",
+        ),
+        (
+            {"available": [[]]},
+            "some round should have at least 1 clients that are there. Found 0 at most in 20 rounds.",
+        ),
+        (
+            {"available": {99: [1]}},
+            "some round should have at least 1 clients that are there. Found 0 at most in 20 rounds.",
+        ),
         ({"available": lambda n, seed: []}, "some round should have at least 1 clients that are there."),
-        ({"available": [[1]], "min_clients": 2}, "some round should have at least 2 clients that are there. Found 1 at most"),
+        (
+            {"available": [[1]], "min_clients": 2},
+            "some round should have at least 2 clients that are there. Found 1 at most",
+        ),
     ],
-)  # fmt: skip
+)
 def test_bad_participation_is_refused(more, match):
     refused(match, cs.settings.federated, FOUR, **more)
 
@@ -238,28 +287,37 @@ def test_no_client_in_any_round_stops_before_the_run(tmp_path):
 def test_bad_clients_are_refused():
     refused("sources should have names of their own. Found a twice.", cs.settings.federated, [A, B, A])
     refused("sources should have names of their own. Found a twice.", cs.settings.gossip, [A, A])
-    refused("every client should have a source. Found one without.", cs.settings.federated_continual, [[A], []])
-    with pytest.raises(cs.ConsilienceError, match=r"a source should have training examples. Found none in 'empty'"):
+    refused(
+        "every client should have a source. Found one without.", cs.settings.federated_continual, [[A], []]
+    )
+    with pytest.raises(
+        cs.ConsilienceError, match=r"a source should have training examples. Found none in 'empty'"
+    ):
         source("empty", 0)
 
 
 def test_other_names_or_shapes_are_refused():
-    agent = cs.core.agent.Agent
+    agent = Agent
     schedule = cs.settings.federated([A], 1)
     state = cs.core.state.State(*[entries(plain()) if i != 1 else {} for i in range(3)], "given")
-    hearer = agent("server", mlp(), FEDAVG, schedule, training(), 0, state, cs.core.ledger.Ledger())
+    hearer = agent("server", mlp(), FEDAVG, schedule, training(), 0, state, cs.loop.ledger.Ledger())
 
     def told(params):
-        return Message("odd", "", 1, 3, "given", "", {"model": Weights({f"params/{n}": p for n, p in params.items()})})
+        return Message(
+            "odd", "", 1, 3, "given", "", {"model": Weights({f"params/{n}": p for n, p in params.items()})}
+        )
 
     good = entries(plain())
     with pytest.raises(
-        cs.ConsilienceError, match=r"should have the hearer's names. Found 'module.1.weight' of 'odd', here '1.weight'"
+        cs.ConsilienceError,
+        match=r"should have the hearer's names. Found 'module.1.weight' of 'odd', here '1.weight'",
     ):
-        hearer.absorb([told({f"module.{n}": p for n, p in good.items()})])
-    with pytest.raises(cs.ConsilienceError, match=r"should have the hearer's shapes. Found \(2, 2\) for '1.weight' of 'odd'"):
-        hearer.absorb([told({**good, "1.weight": torch.zeros(2, 2)})])
-    hearer.absorb([told(good)])
+        hearer.receive([told({f"module.{n}": p for n, p in good.items()})])
+    with pytest.raises(
+        cs.ConsilienceError, match=r"should have the hearer's shapes. Found \(2, 2\) for '1.weight' of 'odd'"
+    ):
+        hearer.receive([told({**good, "1.weight": torch.zeros(2, 2)})])
+    hearer.receive([told(good)])
 
 
 # ---------------------------------------------------------------------------------------------------- who hears whom
@@ -295,9 +353,9 @@ def test_edge_rounds_and_dropouts_are_what_they_say():
     near(result.params, mean(halves, [len(A.train) + len(B.train), len(E.train) + len(FOUR[3].train)]))
     made = cs.settings.hierarchical(MANY, 3, 30, participation=0.3, dropouts=0.5)
     for p in made.plan(0):
-        if isinstance(p, Hear) and "server" in p.who:
+        if isinstance(p, Exchange) and "server" in p.who:
             assert all(p.who.values())
-        assert not (isinstance(p, Hear) and any(not s for s in p.who.values()))
+        assert not (isinstance(p, Exchange) and any(not s for s in p.who.values()))
 
 
 def test_a_ring_mixes_neighbours():
@@ -314,8 +372,8 @@ def test_a_ring_mixes_neighbours():
 @pytest.mark.parametrize("graph", ["ring", "regular"])
 def test_agents_come_to_agree_on_the_average(graph, monkeypatch):
     """Hearing without learning: all agree to 1e-6, and on a regular graph on the average weighted by examples."""
-    agents, agent = {}, Walk._agent
-    monkeypatch.setattr(Walk, "_agent", lambda walk, name: agents.setdefault(name, agent(walk, name)))
+    agents, agent = {}, Trial._agent
+    monkeypatch.setattr(Trial, "_agent", lambda walk, name: agents.setdefault(name, agent(walk, name)))
     six = MANY[:6]
     go(cs.settings.gossip(six, 1, graph, 2, mixings=60))
     expected = mean([entries(fit(plain(), s)) for s in six], [len(s.train) for s in six])
@@ -344,9 +402,24 @@ def test_regular_graphs_are_regular(n, degree, seed):
 @pytest.mark.parametrize(
     ("make", "args", "more", "match"),
     [
-        ("gossip", (FOUR,), {"graph": "star"}, "`graph` should be complete, ring, regular or a list of pairs"),
-        ("gossip", (FOUR,), {"graph": [(0, 1), (2, 3)]}, "`graph` should connect all agents. Found no way from agent 0 to agent 2."),
-        ("gossip", (FOUR,), {"graph": [(0, 0)]}, "an edge of `graph` should be two different agents from 0 to 3. Found (0, 0)."),
+        (
+            "gossip",
+            (FOUR,),
+            {"graph": "star"},
+            "`graph` should be complete, ring, regular or a list of pairs",
+        ),
+        (
+            "gossip",
+            (FOUR,),
+            {"graph": [(0, 1), (2, 3)]},
+            "`graph` should connect all agents. Found no way from agent 0 to agent 2.",
+        ),
+        (
+            "gossip",
+            (FOUR,),
+            {"graph": [(0, 0)]},
+            "an edge of `graph` should be two different agents from 0 to 3. Found (0, 0).",
+        ),
         ("gossip", (FOUR,), {"graph": [(0, 7)]}, "two different agents from 0 to 3. Found (0, 7)."),
         ("gossip", ([A],), {}, "agents that gossip should be two or more. Found 1."),
         ("gossip", (FOUR,), {"evaluated": 4}, "`evaluated` should be from 0 to 3. Found `evaluated = 4`."),
@@ -357,7 +430,7 @@ def test_regular_graphs_are_regular(n, degree, seed):
         ("hierarchical", (FOUR, [[0, 1, 2, 3], []]), {}, "lists that have each client from 0 to 3 once."),
         ("hierarchical", (FOUR,), {"edge_rounds": 0}, "`edge_rounds` should be a whole number >= 1."),
     ],
-)  # fmt: skip
+)
 def test_bad_graphs_are_refused(make, args, more, match):
     refused(match, getattr(cs.settings, make), *args, **more)
 
@@ -379,9 +452,9 @@ def score(params, s):
 
 def test_drift_and_local_scores_are_what_they_say(tmp_path):
     made = cs.settings.federated(FOUR, 2)
-    result, without = go(made, clients=True, out=tmp_path / "run"), go(made)
+    result, without = go(made, judge_clients=True, out=tmp_path / "run"), go(made)
     assert same(result.params, without.params) and np.array_equal(result.matrix, without.matrix)
-    assert not without.drift and not without.local and without.personal is None
+    assert not without.client_drift and not without.local and without.personal is None
 
     now, drift, local = entries(plain()), [], []
     flat = lambda p: torch.cat([p[n].flatten() for n in sorted(p)])  # noqa: E731
@@ -403,44 +476,79 @@ def test_drift_and_local_scores_are_what_they_say(tmp_path):
         )
         for i, (s, p) in enumerate(zip(FOUR, nets, strict=True)):
             others = [o for o in FOUR if o is not s]
-            local.append({
-                "stage": r + 1, "agent": f"client-{i}", "own_before": score(now, s), "own_after": score(p, s),
-                "others_before": np.mean([score(now, o) for o in others]), "others_after": np.mean([score(p, o) for o in others]),
-            })  # fmt: skip
+            local.append(
+                {
+                    "stage": r + 1,
+                    "agent": f"client-{i}",
+                    "own_before": score(now, s),
+                    "own_after": score(p, s),
+                    "others_before": np.mean([score(now, o) for o in others]),
+                    "others_after": np.mean([score(p, o) for o in others]),
+                }
+            )
         now = new
-    for mine, theirs in ((drift, result.drift), (local, result.local)):
+    for mine, theirs in ((drift, result.client_drift), (local, result.local)):
         assert len(mine) == len(theirs)
         for a, b in zip(mine, theirs, strict=True):
             assert a == pytest.approx(b, abs=1e-12)
     assert result.personal == {d["agent"]: d["own_after"] for d in result.local[-4:]}
-    assert result.local_forgetting == pytest.approx(np.mean([d["others_before"] - d["others_after"] for d in local]))
+    assert result.local_forgetting == pytest.approx(
+        np.mean([d["others_before"] - d["others_after"] for d in local])
+    )
 
     back = cs.report.load(tmp_path / "run")
-    assert (list(back.drift), list(back.local), back.personal) == (list(result.drift), list(result.local), result.personal)
+    assert (list(back.client_drift), list(back.local), back.personal) == (
+        list(result.client_drift),
+        list(result.local),
+        result.personal,
+    )
     text = result.table()
-    assert all(n in text for n in ("worst tenth", "spread", "local forgetting", "global forgetting", "personal"))
+    assert all(
+        n in text for n in ("worst tenth", "spread", "local forgetting", "global forgetting", "personal")
+    )
     assert "worst tenth" not in without.table()
-    old = {k: v for k, v in without.to_json().items() if k not in ("drift", "local", "personal")}
+    old = {k: v for k, v in without.to_json().items() if k not in ("client_drift", "local", "personal")}
     assert Result.from_json(json.loads(json.dumps(old))).personal is None
 
 
 def test_drift_is_of_those_that_began_where_the_hearer_did():
-    found = {g: {d["stage"] for d in go(cs.settings.gossip(FOUR, 2, g), clients=True).drift} for g in ("ring", "complete")}
+    found = {
+        g: {d["stage"] for d in go(cs.settings.gossip(FOUR, 2, g), judge_clients=True).client_drift}
+        for g in ("ring", "complete")
+    }
     assert found == {"ring": {1}, "complete": {1, 2}}  # after the first round of a ring all begin elsewhere
 
 
 def test_others_are_none_where_all_share_a_test():
     parts = cs.data.iid(source("whole", 40), 3)
-    result = go(cs.settings.federated(parts, 1), clients=True)
+    result = go(cs.settings.federated(parts, 1), judge_clients=True)
     assert {d["others_before"] for d in result.local} == {None} and result.local_forgetting is None
 
 
 def test_fairness_and_forgetting_of_a_matrix():
     m = np.array([[1.0, 0, 0, 0], [0.9, 0.2, 0.5, 0.4], [0.7, 0.6, 0.5, 0.1], [0.8, 0.4, 0.5, 0.3]])
-    common = {"setting": "federated", "data": "d", "method": "m", "model": "x", "metric": "accuracy", "seed": 0}
-    result = Result(**common, sources=tuple("abcd"), stages=tuple("123"), learned_at=(None,) * 4, matrices=m[None], costs={})
+    common = {
+        "setting": "federated",
+        "data": "d",
+        "method": "m",
+        "model": "x",
+        "metric": "accuracy",
+        "seed": 0,
+    }
+    result = Result(
+        **common,
+        sources=tuple("abcd"),
+        stages=tuple("123"),
+        learned_at=(None,) * 4,
+        matrices=m[None],
+        costs={},
+    )
     assert result.worst() == result.worst(0.25) == pytest.approx(0.3)
-    assert result.worst(0.5) == pytest.approx(0.35) and result.worst(0.51) == pytest.approx(0.4) and result.worst(1) == 0.5
+    assert (
+        result.worst(0.5) == pytest.approx(0.35)
+        and result.worst(0.51) == pytest.approx(0.4)
+        and result.worst(1) == 0.5
+    )
     assert result.spread == pytest.approx(np.std([0.8, 0.4, 0.5, 0.3]))
     assert result.forgetting is None and result.global_forgetting == pytest.approx((0.1 + 0.2 + 0 + 0.1) / 4)
     assert global_forgetting(m[:2]) is None
@@ -457,7 +565,9 @@ def test_personal_scores_after_a_last_learn():
     seen = [who for who, _, _ in turns(cs.settings.federated(FOUR, 2, clients_per_round=2))]
     visits = [sum(i in who for who in seen) for i in range(4)]
     start = dict(result.params)
-    expected = [score(entries(fit(plain(params=start), s, visit=v)), s) for s, v in zip(FOUR, visits, strict=True)]
+    expected = [
+        score(entries(fit(plain(params=start), s, visit=v)), s) for s, v in zip(FOUR, visits, strict=True)
+    ]
     assert result.personal == {f"client-{i}": pytest.approx(v) for i, v in enumerate(expected)}
     assert plain_one.personal is None
 
@@ -481,7 +591,7 @@ def test_personal_heads_judge_clients():
 
 def test_clients_are_resumed_to_the_same_lists(tmp_path):
     made = cs.settings.federated(FOUR, 3, clients_per_round=3, personalise=True)
-    whole = go(made, clients=True, out=tmp_path / "whole")
+    whole = go(made, judge_clients=True, out=tmp_path / "whole")
 
     def progress(line):
         if line.get("event") == "checkpoint" and line["steps"] == 19:  # inside the third learn of the round
@@ -489,10 +599,10 @@ def test_clients_are_resumed_to_the_same_lists(tmp_path):
 
     out = tmp_path / "cut"
     with pytest.raises(KeyboardInterrupt):
-        go(made, clients=True, out=out, checkpoint_steps=19, progress=progress)
-    again = go(made, clients=True, out=out, resume=True)
+        go(made, judge_clients=True, out=out, checkpoint_steps=19, progress=progress)
+    again = go(made, judge_clients=True, out=out, resume=True)
     assert same(whole.params, again.params)
-    assert list(again.drift) == list(whole.drift) and list(again.local) == list(whole.local)
+    assert list(again.client_drift) == list(whole.client_drift) and list(again.local) == list(whole.local)
     assert again.personal == whole.personal and len(whole.local) == 9 + 4
 
 
@@ -524,7 +634,11 @@ def flaky(monkeypatch):
 
 
 def failures(out):
-    return [line for line in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if line["event"] == "failed"]
+    return [
+        line
+        for line in map(json.loads, (out / "log.jsonl").read_text().splitlines())
+        if line["event"] == "failed"
+    ]
 
 
 def test_a_round_goes_on_without_a_client_that_fails(flaky, tmp_path):
@@ -539,7 +653,10 @@ def test_a_round_goes_on_without_a_client_that_fails(flaky, tmp_path):
 def test_a_client_that_diverges_is_left_out(tmp_path):
     wild = source("wild", 24, seed=8)
     wild = wild.map(x=lambda x: x * 1e200)
-    with pytest.warns(UserWarning, match="'client-1' failed and is left out: parameters should be finite. Found NaN or infinity"):
+    with pytest.warns(
+        UserWarning,
+        match="'client-1' failed and is left out: parameters should be finite. Found NaN or infinity",
+    ):
         result = go(cs.settings.federated([A, wild, E], 2, min_clients=1), out=tmp_path / "run")
     near(result.params, server([A, E], 2))
     assert "of 'client-1' after 'wild'" in failures(tmp_path / "run")[0]["why"]
@@ -557,20 +674,29 @@ def test_too_few_stop_the_run_which_goes_on_once_mended(flaky, least, tmp_path):
     else:
         match = "a round should have at least 4 agents that finish. Found 3: 'client-1': OSError: the disk is gone."
         with pytest.raises(cs.ConsilienceError, match=match), pytest.warns(UserWarning, match="left out"):
-            go(made, out=tmp_path / "run", clients=True)
+            go(made, out=tmp_path / "run", judge_clients=True)
         assert failures(tmp_path / "run")[0]["agent"] == "client-1"
     Flaky.gone = False
     again = go(made, out=tmp_path / "run", resume=True, clients=least is not None)
     never = go(cs.settings.federated(FOUR, 2, min_clients=least), clients=least is not None)
     assert same(again.params, never.params) and np.array_equal(again.matrix, never.matrix)
-    assert list(again.local) == list(never.local) and list(again.drift) == list(never.drift)
+    assert list(again.local) == list(never.local) and list(again.client_drift) == list(never.client_drift)
 
 
 def test_who_dropped_out_and_who_failed_leave_the_server(flaky, monkeypatch):
     """Nobody is heard in the first round: the server tells what it had in the second."""
-    down, up = {f"client-{i}": ("server",) for i in (0, 1)}, Hear({"server": ("client-1",)})
-    learn = Learn({"client-0": ("a",), "client-1": ("b",)}, least=1)
-    plan = [Hear(down), learn, up, Stage("lost"), Hear(down), learn, Hear({"server": ("client-0",)}), Stage("heard")]
+    down, up = {f"client-{i}": ("server",) for i in (0, 1)}, Exchange({"server": ("client-1",)})
+    learn = Train({"client-0": ("a",), "client-1": ("b",)}, least=1)
+    plan = [
+        Exchange(down),
+        learn,
+        up,
+        Evaluate("lost"),
+        Exchange(down),
+        learn,
+        Exchange({"server": ("client-0",)}),
+        Evaluate("heard"),
+    ]
     made = cs.core.schedule.build("federated", flaky[:2], "domain", lambda seed: iter(plan), "server")
     with pytest.warns(UserWarning, match="left out"):
         result = go(made)
@@ -607,7 +733,9 @@ def test_who_failed_is_known_after_a_cut(flaky, tmp_path):
     made = cs.settings.federated(flaky, 2, min_clients=2)
 
     def progress(line):
-        if line["event"] == "checkpoint" and line["steps"] == 34:  # round 2, inside the learn after the failing one
+        if (
+            line["event"] == "checkpoint" and line["steps"] == 34
+        ):  # round 2, inside the learn after the failing one
             raise KeyboardInterrupt
 
     with pytest.warns(UserWarning, match="left out"), pytest.raises(KeyboardInterrupt):
@@ -617,19 +745,31 @@ def test_who_failed_is_known_after_a_cut(flaky, tmp_path):
 
 def test_all_of_it_together_repeats_and_ends(tmp_path):
     made = cs.settings.federated(
-        MANY, 6, order="weighted", participation=0.5, available=[range(8), range(4, 12)], stragglers=0.4, dropouts=0.3, min_clients=2,
-        evaluate_every=4, personalise=True,
-    )  # fmt: skip
-    one, two = (go(made, clients=True, repeats=2) for _ in range(2))
-    assert same(one.params, two.params) and np.array_equal(one.matrices, two.matrices) and one.personal == two.personal
+        MANY,
+        6,
+        order="weighted",
+        participation=0.5,
+        available=[range(8), range(4, 12)],
+        stragglers=0.4,
+        dropouts=0.3,
+        min_clients=2,
+        evaluate_every=4,
+        personalise=True,
+    )
+    one, two = (go(made, judge_clients=True, repeats=2) for _ in range(2))
+    assert (
+        same(one.params, two.params)
+        and np.array_equal(one.matrices, two.matrices)
+        and one.personal == two.personal
+    )
     assert one.stages == ("round 4", "round 6") and len(one.personal) == 12
     assert not np.array_equal(one.matrices[0], one.matrices[1])
 
 
 def test_the_command_line_takes_it(tmp_path, capsys):
-    from consilience.cli import main
+    from consilience.cli.main import main
 
-    argv = "run --setting federated --setting.rounds 2 --split.clients 4 --setting.participation 0.5 --setting.personalise true --clients"
+    argv = "run --setting federated --setting.rounds 2 --split.clients 4 --setting.participation 0.5 --setting.personalise true --judge_clients"
     assert main([*argv.split(), "--out", str(tmp_path / "run")]) == 0
     assert "worst tenth" in capsys.readouterr().out
     assert len(cs.report.load(tmp_path / "run").personal) == 4
@@ -639,11 +779,21 @@ def test_the_command_line_takes_it(tmp_path, capsys):
 
 @pytest.mark.parametrize("work", ["0.5", None, True, float("nan"), 0, 1.5, [0.5]])
 def test_work_in_merging_is_a_fraction(work):
-    refused(f"`work` should be a number in (0, 1]. Found `work = {work!r}`", cs.settings.merging, [A, B], work=work)
+    refused(
+        f"`fraction` should be a number in (0, 1]. Found `fraction = {work!r}`",
+        cs.settings.merging,
+        [A, B],
+        fraction=work,
+    )
 
 
 def test_work_where_experts_are_given_is_refused():
     experts = [cs.Expert(s.name, entries(plain()), s) for s in (A, B)]
     for those in (dict(experts=experts), dict(sources=experts)):
-        refused("`work` should be left out where experts are given", cs.settings.merging, **those, work=0.1)
-        assert cs.settings.merging(**those, work=1)
+        refused(
+            "`fraction` should be left out where experts are given",
+            cs.settings.merging,
+            **those,
+            fraction=0.1,
+        )
+        assert cs.settings.merging(**those, fraction=1)

@@ -24,7 +24,9 @@ def source(i, n=60, d=8):
         n, d, generator=key(i), dtype=torch.float64
     )
     t = Tensors(x, y)
-    return Source(f"s/{i}", t, t, t, tuple(("space", str(c)) for c in range(C)), (2 * i, 2 * i + 1), task=f"s/{i}")
+    return Source(
+        f"s/{i}", t, t, t, tuple(("space", str(c)) for c in range(C)), (2 * i, 2 * i + 1), task=f"s/{i}"
+    )
 
 
 def learned(kind, s, width=5, ridge=None):
@@ -62,7 +64,9 @@ def test_the_prototype_head_answers_as_the_nearest_mean():
     spread = ((psi - mu[s.train.y.numpy() - 4]) ** 2).mean()
     logits = -((psi[:, None] - mu) ** 2).sum(2) / (2 * spread)
     p = np.exp(logits - logits.max(1, keepdims=True))
-    np.testing.assert_allclose(r.agent.predict(s.train.x, "s/2").numpy(), p / p.sum(1, keepdims=True), atol=1e-5)
+    np.testing.assert_allclose(
+        r.agent.predict(s.train.x, "s/2").numpy(), p / p.sum(1, keepdims=True), atol=1e-5
+    )
 
 
 @pytest.mark.parametrize(("width", "ridge"), [(5, None), (90, 0.3)])
@@ -94,7 +98,9 @@ def test_lp_ft_begins_at_the_logistic_head_and_trains_the_biases():
 
     solved, begun, after = at("logistic", 3), at("lp_ft", 0), at("lp_ft", 10, rates={"biases.*": 20.0})
     heads, trained = (next(iter(r.agent.state.experts.values())).group("entries") for r in (begun, after))
-    assert torch.equal(solved.agent.predict(t.x, "s"), begun.agent.predict(t.x, "s")), "no steps where the head is solved for"
+    assert torch.equal(solved.agent.predict(t.x, "s"), begun.agent.predict(t.x, "s")), (
+        "no steps where the head is solved for"
+    )
     assert not heads["biases.s.body.0"].any() and trained["biases.s.body.0"].abs().max() > 0.01
     loss = [float(torch.nn.functional.nll_loss(r.agent.predict(t.x, "s").log(), y)) for r in (begun, after)]
     assert loss[1] < loss[0]
@@ -106,15 +112,21 @@ def test_steps_go_on_from_the_head_and_other_rows_stay():
     method = cs.Method("closed", (SolvedHead(),))
     now = replace(s, task=None)
     first, after, plain = (
-        cs.run(cs.settings.continual([now]), m, model, cs.Training(epochs=e, lr=1e-6, precision="fp64")).params["1.weight"]
+        cs.run(
+            cs.settings.continual([now]), m, model, cs.Training(epochs=e, lr=1e-6, precision="fp64")
+        ).params["1.weight"]
         for m, e in ((method, 0), (method, 1), (cs.methods.finetune(), 0))
     )
-    assert torch.equal(first[2:], plain[2:]) and not torch.isclose(first[:2], plain[:2]).any(), "rows of other classes stay"
+    assert torch.equal(first[2:], plain[2:]) and not torch.isclose(first[:2], plain[:2]).any(), (
+        "rows of other classes stay"
+    )
     assert 0 < (first - after).abs().max() < 1e-4, "a tiny step from the closed form"
 
 
 def test_what_cannot_be_solved_is_refused():
-    with pytest.raises(cs.ConsilienceError, match=r"`kind` should be ridge, prototype or logistic. Found `kind = 'svm'`"):
+    with pytest.raises(
+        cs.ConsilienceError, match=r"`kind` should be ridge, prototype or logistic. Found `kind = 'svm'`"
+    ):
         SolvedHead("svm")
     with pytest.raises(cs.ConsilienceError, match=r"`ridge` should be positive and finite. Found `ridge = 0"):
         SolvedHead(ridge=0)
@@ -125,11 +137,19 @@ def test_what_cannot_be_solved_is_refused():
 
 
 def test_sources_of_one_head_are_solved_together_and_visits_are_refused():
-    a, b = source(0), replace(source(1), classes=(0, 1), train=Tensors(source(1).train.x, source(1).train.y - 2))
+    a, b = (
+        source(0),
+        replace(source(1), classes=(0, 1), train=Tensors(source(1).train.x, source(1).train.y - 2)),
+    )
     both = replace(a, train=Tensors(torch.cat([a.train.x, b.train.x]), torch.cat([a.train.y, b.train.y])))
     model, method = cs.models.linear(8, C), cs.Method("closed", (SolvedHead(),), fixed={"epochs": 0})
     runs = [
-        cs.run(cs.settings.multitask([replace(s, task="t") for s in own], "class"), method, model, cs.Training(precision="fp64"))
+        cs.run(
+            cs.settings.multitask([replace(s, task="t") for s in own], "class"),
+            method,
+            model,
+            cs.Training(precision="fp64"),
+        )
         for own in ([a, b], [both])
     ]
     assert torch.allclose(runs[0].params["1.weight"], runs[1].params["1.weight"], atol=1e-12)

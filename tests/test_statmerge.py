@@ -13,15 +13,15 @@ from torch import nn
 import consilience as cs
 from consilience.consolidators.arrivals import OPCM, RunningArithmetic, across
 from consilience.consolidators.merging import FisherSpace, RegMean
-from consilience.consolidators.weights import WeightSpace
-from consilience.core.agent import Agent
-from consilience.core.ledger import Ledger
 from consilience.core.message import Message, Statistics, Weights
 from consilience.core.optimiser import Averaging
 from consilience.core.params import key
-from consilience.core.schedule import Learn, Stage
+from consilience.core.schedule import Evaluate, Train
 from consilience.core.state import State, encode_state
+from consilience.core.weight_space import WeightSpace
 from consilience.corrections.inputs import InputMoments, gram, layers
+from consilience.loop.agent import Agent
+from consilience.loop.ledger import Ledger
 from restate import C, D, batches, mlp, sgd, source, training
 
 SOURCES = [source("a", 30, (0, 1), 1), source("b", 24, (2, 3), 2), source("c", 40, (0, 2), 3)]
@@ -44,12 +44,16 @@ def hearer(consolidator, base, buffers=None, model=None):
 
 
 def told(agent, sender, params, size=10, buffers=None, **statistics):
-    tensors = {f"params/{n}": p for n, p in params.items()} | {f"buffers/{n}": b for n, b in (buffers or {}).items()}
+    tensors = {f"params/{n}": p for n, p in params.items()} | {
+        f"buffers/{n}": b for n, b in (buffers or {}).items()
+    }
     base = agent._hash("base", agent.state.base)
     facts = (1, size, "origin", base)
     messages = [Message(sender, "", *facts, {"model": Weights(tensors)})]
     if statistics:
-        messages.append(Message(sender, f"data of {sender}", *facts, {k: Statistics(v) for k, v in statistics.items()}))
+        messages.append(
+            Message(sender, f"data of {sender}", *facts, {k: Statistics(v) for k, v in statistics.items()})
+        )
     return messages
 
 
@@ -65,7 +69,7 @@ def models_of(sources=SOURCES, model=None):
     for i, s in enumerate(sources):
         schedule = replace(
             cs.settings.merging(sources),
-            plan=lambda seed, s=s, i=i: [Learn({f"expert-{i}": (s.name,)}), Stage("learned")],
+            plan=lambda seed, s=s, i=i: [Train({f"expert-{i}": (s.name,)}), Evaluate("learned")],
             evaluated=f"expert-{i}",
         )
         found.append(run(schedule, cs.methods.finetune(), model).params)
@@ -84,7 +88,7 @@ def fished(hessians, by_size=False, sizes=(10, 10, 10), prior=0.0, key="Informat
     messages = []
     for i, (t, h, size) in enumerate(zip(theta, hessians, sizes, strict=True)):
         messages += told(agent, f"s{i}", t, size, **{key: {f"precision/{n}": x for n, x in h.items()}})
-    agent.absorb(messages, by_size)
+    agent.receive(messages, by_size)
     return agent.state.params
 
 
@@ -122,20 +126,33 @@ def test_fisher_averages_what_has_no_precision_and_adds_sources():
     for i in range(2):
         messages += told(agent, f"s{i}", THETA[i], Information={"precision/w": HESSIANS[i]["w"]})
     more = Message(
-        "s0", "more", 1, 30, "origin", messages[0].base, {"Information": Statistics({"precision/w": HESSIANS[2]["w"]})}
+        "s0",
+        "more",
+        1,
+        30,
+        "origin",
+        messages[0].base,
+        {"Information": Statistics({"precision/w": HESSIANS[2]["w"]})},
     )
-    agent.absorb([*messages, more])
+    agent.receive([*messages, more])
     f = [0.25 * HESSIANS[0]["w"] + 0.75 * HESSIANS[2]["w"], HESSIANS[1]["w"]]
-    wanted = {"w": (f[0] * THETA[0]["w"] + f[1] * THETA[1]["w"]) / (f[0] + f[1]), "b": (THETA[0]["b"] + THETA[1]["b"]) / 2}
+    wanted = {
+        "w": (f[0] * THETA[0]["w"] + f[1] * THETA[1]["w"]) / (f[0] + f[1]),
+        "b": (THETA[0]["b"] + THETA[1]["b"]) / 2,
+    }
     near(agent.state.params, wanted, 1e-12)
 
 
 def test_fisher_wants_precisions_and_no_aggregator():
     agent = hearer(FisherSpace(), BASE)
-    messages = told(agent, "told", THETA[0], Information={"precision/w": HESSIANS[0]["w"]}) + told(agent, "silent", THETA[1])
+    messages = told(agent, "told", THETA[0], Information={"precision/w": HESSIANS[0]["w"]}) + told(
+        agent, "silent", THETA[1]
+    )
     with pytest.raises(cs.ConsilienceError, match="as fisher_merging tells. Found none of 'silent'"):
-        agent.absorb(messages)
-    with pytest.raises(cs.ConsilienceError, match="`aggregator` of FisherSpace should be None: statistics weigh. Found Ties"):
+        agent.receive(messages)
+    with pytest.raises(
+        cs.ConsilienceError, match="`aggregator` of FisherSpace should be None: statistics weigh. Found Ties"
+    ):
         run(cs.settings.merging(SOURCES), cs.methods.fisher_merging() + cs.methods.ties())
 
 
@@ -199,7 +216,9 @@ def test_gram_gives_the_energy_of_any_output(layer):
     w = layer.weight.detach().reshape(len(g), -1, g.shape[-1])
     energy = torch.einsum("god,gde,goe->go", w, g, w).flatten()
     out = layer(x).detach()
-    direct = out.square().sum((0, 2, 3)) if isinstance(layer, nn.Conv2d) else out.square().flatten(0, -2).sum(0)
+    direct = (
+        out.square().sum((0, 2, 3)) if isinstance(layer, nn.Conv2d) else out.square().flatten(0, -2).sum(0)
+    )
     assert torch.allclose(energy, direct, rtol=1e-10)
 
 
@@ -210,13 +229,16 @@ def regressed(xs, ws, alpha=1.0, ridge=0.0, by_size=False):
     for i, (x, w) in enumerate(zip(xs, ws, strict=True)):
         moments = {"count": torch.tensor(float(len(x)), dtype=torch.float64), "second/w": (x.T @ x)[None]}
         messages += told(agent, f"s{i}", {"w": w}, len(x), InputMoments=moments)
-    agent.absorb(messages, by_size)
+    agent.receive(messages, by_size)
     return agent.state.params["w"]
 
 
 def test_regmean_is_joint_least_squares():
     """Experts that solve their own least squares merge to the solution on all data, by examples."""
-    xs, ys = [rand(50 + i, 20 + 10 * i, 5) for i in range(3)], [rand(60 + i, 20 + 10 * i, 2) for i in range(3)]
+    xs, ys = (
+        [rand(50 + i, 20 + 10 * i, 5) for i in range(3)],
+        [rand(60 + i, 20 + 10 * i, 2) for i in range(3)],
+    )
     ws = [torch.linalg.lstsq(x, y).solution.T for x, y in zip(xs, ys, strict=True)]
     joint = torch.linalg.lstsq(torch.cat(xs), torch.cat(ys)).solution.T
     assert torch.allclose(regressed(xs, ws, by_size=True), joint, atol=1e-10)
@@ -229,18 +251,27 @@ def test_regmean_limits(ridge):
     ws = [rand(70 + i, 3, 6) for i in range(2)]
     x = rand(80, 30, 6)
     for alpha in (0.0, 0.9, 1.0):
-        assert torch.allclose(regressed([x, x], ws, alpha, ridge), (ws[0] + ws[1]) / 2, atol=1e-12)  # the same inputs
+        assert torch.allclose(
+            regressed([x, x], ws, alpha, ridge), (ws[0] + ws[1]) / 2, atol=1e-12
+        )  # the same inputs
         assert torch.equal(regressed([x], ws[:1], alpha, ridge), ws[0])  # one expert is itself
     basis = torch.linalg.qr(rand(81, 6, 6)).Q
-    xs = [rand(82, 20, 3) @ basis[:3], rand(83, 20, 2) @ basis[3:5]]  # of orthogonal spaces, and one direction of neither
+    xs = [
+        rand(82, 20, 3) @ basis[:3],
+        rand(83, 20, 2) @ basis[3:5],
+    ]  # of orthogonal spaces, and one direction of neither
     found = regressed(xs, ws, 1.0, ridge)
     for x, w in zip(xs, ws, strict=True):
         assert torch.allclose(x @ found.T, x @ w.T, atol=1e-4 if ridge else 1e-10)
     lost = basis[5]
-    assert torch.allclose(found @ lost, (ws[0] + ws[1]) @ lost / 2, atol=1e-9)  # where nobody has inputs: the mean
+    assert torch.allclose(
+        found @ lost, (ws[0] + ws[1]) @ lost / 2, atol=1e-9
+    )  # where nobody has inputs: the mean
     x0, x1 = rand(84, 9, 6), rand(85, 9, 6)
     share = x0.square().sum(0) / (x0.square().sum(0) + x1.square().sum(0))
-    assert torch.allclose(regressed([x0, x1], ws, 0.0, 0.0), share * ws[0] + (1 - share) * ws[1], atol=1e-12)  # diagonals alone
+    assert torch.allclose(
+        regressed([x0, x1], ws, 0.0, 0.0), share * ws[0] + (1 - share) * ws[1], atol=1e-12
+    )  # diagonals alone
 
 
 def test_regmean_restated():
@@ -257,7 +288,9 @@ def test_regmean_restated():
             g = 0.9 * g + 0.1 * g.diagonal().diag()
             left, right = left + g, right + g @ p[n].T
         wanted[n] = (torch.linalg.pinv(left) @ right).T if n == "1.weight" else found[n]
-        assert torch.allclose(found[n] @ left, right.T, atol=1e-9)  # hidden units may be dead: the normal equations
+        assert torch.allclose(
+            found[n] @ left, right.T, atol=1e-9
+        )  # hidden units may be dead: the normal equations
     near(found, wanted, 1e-8)
 
 
@@ -267,7 +300,10 @@ def test_moments_add_and_large_layers_are_left_out():
         result = run(cs.settings.multitask(sources, "task"), method, lr=1e-9)
         return [m.items["InputMoments"].tensors for m in result.agent.state.bank.values()]
 
-    whole, (one, two) = moments([SOURCES[0]])[0], moments([replace(SOURCES[0], name="x"), replace(SOURCES[0], name="y")])
+    whole, (one, two) = (
+        moments([SOURCES[0]])[0],
+        moments([replace(SOURCES[0], name="x"), replace(SOURCES[0], name="y")]),
+    )
     total = Statistics(one) + Statistics(two)
     near(dict(total.tensors), {n: 2 * t for n, t in whole.items()}, 1e-4)
     assert set(whole) == {"count", "second/1.weight", "second/3.weight"} and whole["count"] == 30
@@ -281,7 +317,11 @@ def test_layers_know_tied_weights_trunks_and_frozen_entries():
     assert [n for n, _ in layers(cs.models.multi_head(mlp(), C))] == ["trunk.1.weight"]
     assert layers(cs.models.progressive(D, (4,), C)) == []
     with pytest.raises(cs.Refusal, match="of one module, and this model has none; use average"):
-        run(cs.settings.merging(SOURCES, scenario="task"), cs.methods.regmean(), cs.models.progressive(D, (4,), C))
+        run(
+            cs.settings.merging(SOURCES, scenario="task"),
+            cs.methods.regmean(),
+            cs.models.progressive(D, (4,), C),
+        )
 
 
 def test_regmean_on_convolutions_is_the_least_of_all_merges():
@@ -293,10 +333,16 @@ def test_regmean_on_convolutions_is_the_least_of_all_merges():
 
     model = cs.models.wrap(conv)
     experts = models_of(sources, model)
-    found = [run(cs.settings.merging(sources), m, model).params for m in (cs.methods.regmean(1.0, 0.0), cs.methods.average())]
+    found = [
+        run(cs.settings.merging(sources), m, model).params
+        for m in (cs.methods.regmean(1.0, 0.0), cs.methods.average())
+    ]
 
     def distance(w):
-        parts = [F.conv2d(s.train.whole()[0], w - e["0.weight"], padding=1) for s, e in zip(sources, experts, strict=True)]
+        parts = [
+            F.conv2d(s.train.whole()[0], w - e["0.weight"], padding=1)
+            for s, e in zip(sources, experts, strict=True)
+        ]
         return sum(out.square().sum() / len(out) for out in parts)
 
     slopes = []
@@ -311,16 +357,18 @@ def test_regmean_on_convolutions_is_the_least_of_all_merges():
 # continual merging
 
 
-def arrive(consolidator, models, base=BASE, order=None, by_size=True, sizes=None, at_once=False, buffers=None):
+def arrive(
+    consolidator, models, base=BASE, order=None, by_size=True, sizes=None, at_once=False, buffers=None
+):
     agent = hearer(consolidator, base, {"m": torch.zeros(3)} if buffers else None)
     sizes = sizes or [10] * len(models)
     messages = {}
     for i in order or range(len(models)):
         messages[i] = told(agent, f"s{i}", models[i], sizes[i], {"m": buffers[i]} if buffers else None)
         if not at_once:
-            agent.absorb(messages[i], by_size)
+            agent.receive(messages[i], by_size)
     if at_once:
-        agent.absorb([m for ms in messages.values() for m in ms], by_size)
+        agent.receive([m for ms in messages.values() for m in ms], by_size)
     return agent.state
 
 
@@ -344,12 +392,17 @@ def test_memory_is_constant_in_the_number_of_experts(name):
     two, six = arrive(ONE_BY_ONE[name], MANY[:2]), arrive(ONE_BY_ONE[name], MANY)
     assert weight(two) == weight(six) and not six.bank
     copies = {"average": 2, "parameter_average": 2, "arithmetic": 4, "sum": 3, "opcm": 3}[name]
-    assert weight(six) <= copies * weight(State(BASE, {}, {}, "")) + 24  # parameters and base; what it keeps; three numbers
+    assert (
+        weight(six) <= copies * weight(State(BASE, {}, {}, "")) + 24
+    )  # parameters and base; what it keeps; three numbers
 
 
 @pytest.mark.parametrize("name", ["average", "arithmetic", "sum", "parameter_average"])
 def test_order_of_arrival_does_not_matter(name):
-    one, other = (arrive(ONE_BY_ONE[name], MANY, order=order).params for order in ([0, 1, 2, 3, 4, 5], [4, 0, 5, 2, 1, 3]))
+    one, other = (
+        arrive(ONE_BY_ONE[name], MANY, order=order).params
+        for order in ([0, 1, 2, 3, 4, 5], [4, 0, 5, 2, 1, 3])
+    )
     near(one, other, 1e-12)
     if name != "parameter_average":
         near(one, arrive(ONE_BY_ONE[name], MANY, at_once=True).params, 1e-12)
@@ -358,7 +411,9 @@ def test_order_of_arrival_does_not_matter(name):
 def test_the_running_mean_is_the_mean_by_examples_with_buffers():
     sizes, buffers = [10, 20, 30, 5, 5, 30], [torch.full((3,), float(i)) for i in range(6)]
     found = arrive(RunningArithmetic(), MANY, sizes=sizes, buffers=buffers)
-    near(found.params, {n: sum(s / 100 * m[n] for s, m in zip(sizes, MANY, strict=True)) for n in BASE}, 1e-12)
+    near(
+        found.params, {n: sum(s / 100 * m[n] for s, m in zip(sizes, MANY, strict=True)) for n in BASE}, 1e-12
+    )
     assert torch.allclose(found.buffers["m"], sum(s / 100 * b for s, b in zip(sizes, buffers, strict=True)))
     near(
         arrive(RunningArithmetic(), MANY, sizes=sizes, by_size=False).params,
@@ -376,12 +431,15 @@ def test_running_arithmetic_is_task_arithmetic(coefficient):
     near(total, {n: BASE[n] + coefficient * tau[n] for n in BASE}, 1e-12)
 
 
-@pytest.mark.parametrize(("one", "all_at_once"), [
-    (cs.methods.running_average(), cs.methods.average()),
-    (cs.methods.running_average(0.3), cs.methods.task_arithmetic(0.3)),
-    (cs.methods.running_average(0.3, "sum"), cs.methods.task_arithmetic(0.9)),
-    (cs.methods.parameter_average(), cs.methods.average()),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("one", "all_at_once"),
+    [
+        (cs.methods.running_average(), cs.methods.average()),
+        (cs.methods.running_average(0.3), cs.methods.task_arithmetic(0.3)),
+        (cs.methods.running_average(0.3, "sum"), cs.methods.task_arithmetic(0.9)),
+        (cs.methods.parameter_average(), cs.methods.average()),
+    ],
+)
 def test_one_by_one_in_exmodel_is_all_at_once_in_merging(one, all_at_once):
     def merged(setting, method):
         return run(setting(sources=SOURCES), method)
@@ -404,7 +462,9 @@ def test_given_experts_need_a_base_only_where_task_vectors_are_made():
     for method in (cs.methods.running_average(0.5), cs.methods.opcm()):
         with pytest.raises(cs.Refusal, match="since their base. Found none; give `base`"):
             run(cs.settings.exmodel(experts), method)
-        with pytest.raises(cs.Refusal, match="start from one base, and here agents go on from what was merged"):
+        with pytest.raises(
+            cs.Refusal, match="start from one base, and here agents go on from what was merged"
+        ):
             run(cs.settings.federated(SOURCES, rounds=2), method)
     with pytest.raises(cs.ConsilienceError, match="`lr` 1: it merges by itself. Found Ties"):
         OPCM(cs.aggregators.ties())
@@ -442,13 +502,21 @@ def test_opcm_restated(threshold):
         total = {n: scale * tau[n] + new[n] for n in base}
         scale = sum(t.square().sum() for t in total.values()).sqrt() / (sum(lengths) / len(lengths))
         tau = {n: t / scale for n, t in total.items()}
-    near(arrive(OPCM(threshold=threshold), MANY[:4], base).params, {n: base[n] + t for n, t in tau.items()}, 1e-10)
+    near(
+        arrive(OPCM(threshold=threshold), MANY[:4], base).params,
+        {n: base[n] + t for n, t in tau.items()},
+        1e-10,
+    )
 
 
 def test_opcm_limits():
     near(arrive(OPCM(), MANY[:1]).params, MANY[0], 0)
     u, v = torch.linalg.qr(rand(7, 5, 5)).Q, torch.linalg.qr(rand(8, 4, 4)).Q
-    there, along, apart = u[:, :2] @ v[:2], u[:, :2] @ rand(9, 2, 2) @ v[:2], u[:, 2:] @ rand(10, 3, 2) @ v[2:]
+    there, along, apart = (
+        u[:, :2] @ v[:2],
+        u[:, :2] @ rand(9, 2, 2) @ v[:2],
+        u[:, 2:] @ rand(10, 3, 2) @ v[2:],
+    )
     assert torch.allclose(across(apart, there, 1.0), apart, atol=1e-12)  # of other directions altogether
     for threshold in (0.0, 0.5, 1.0):
         left = across(along + apart, there, threshold)
@@ -468,7 +536,10 @@ def two_spaces(other):
     if other == "wine":
         return [digits, cs.data.wine().map(x=lambda x: F.pad(x, (0, 64 - x.shape[1])))]
     halves = cs.data.split_classes(digits, 2)
-    return [h.map(labels=tuple((space, name) for _, name in h.labels)) for h, space in zip(halves, ("low", "high"), strict=True)]
+    return [
+        h.map(labels=tuple((space, name) for _, name in h.labels))
+        for h, space in zip(halves, ("low", "high"), strict=True)
+    ]
 
 
 def headed(outputs):
@@ -498,12 +569,19 @@ def test_trunks_are_merged_and_heads_kept(other):
     for n in ("trunk.1.weight", "trunk.1.bias"):
         assert torch.allclose(result.params[n], (alone[0].params[n] + alone[1].params[n]) / 2, atol=1e-6)
     assert result.matrix[-1].min() > 0.8  # told the task
-    for method in (cs.methods.regmean(), cs.methods.fisher_merging(), cs.methods.running_average(), cs.methods.opcm()):
+    for method in (
+        cs.methods.regmean(),
+        cs.methods.fisher_merging(),
+        cs.methods.running_average(),
+        cs.methods.opcm(),
+    ):
         assert go(method).matrix[-1].min() > 0.8
 
 
 @pytest.mark.parametrize("scenario", ["class", "domain"])
-@pytest.mark.parametrize("mapper", [cs.mappers.mahalanobis(on="inputs"), cs.mappers.min_entropy(), cs.mappers.oracle()], ids=str)
+@pytest.mark.parametrize(
+    "mapper", [cs.mappers.mahalanobis(on="inputs"), cs.mappers.min_entropy(), cs.mappers.oracle()], ids=str
+)
 def test_a_mapper_routes_to_the_heads_of_a_merged_trunk(mapper, scenario):
     """Also one that keeps nothing of the sources: the heads say which there are."""
     sources = two_spaces("halves")
@@ -523,13 +601,23 @@ def test_given_experts_of_other_label_spaces_find_their_columns(setting):
     sources, experts = two_spaces("halves"), []
     base, _ = headed(5).init(key(7))
     for s in sources:
-        trained = cs.run(cs.settings.continual([s], "task", base), cs.methods.finetune(), model=headed(5), training=TRAIN)
+        trained = cs.run(
+            cs.settings.continual([s], "task", base), cs.methods.finetune(), model=headed(5), training=TRAIN
+        )
         experts.append(cs.Expert(s.name, trained.params, s, trained.agent.state.buffers))
         assert next(iter(trained.agent.state.buffers.values())).tolist() == [0, 1, 2, 3, 4]
-    result = cs.run(setting(experts, base=base, scenario="task"), cs.methods.running_average(), model=headed(10))
+    result = cs.run(
+        setting(experts, base=base, scenario="task"), cs.methods.running_average(), model=headed(10)
+    )
     assert result.matrix[-1].min() > 0.8
     columns = sorted(b.tolist() for n, b in result.agent.state.buffers.items() if n.endswith("columns"))
     assert columns == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
     wrong = replace(experts[1], source=replace(sources[1], classes=sources[1].classes[:3]))
-    with pytest.raises(cs.ConsilienceError, match="an expert's head should have the 3 classes of its source. Found 5"):
-        cs.run(setting([experts[0], wrong], base=base, scenario="task"), cs.methods.running_average(), model=headed(10))
+    with pytest.raises(
+        cs.ConsilienceError, match="an expert's head should have the 3 classes of its source. Found 5"
+    ):
+        cs.run(
+            setting([experts[0], wrong], base=base, scenario="task"),
+            cs.methods.running_average(),
+            model=headed(10),
+        )

@@ -32,7 +32,9 @@ def noting(notes):
 
 
 @pytest.mark.parametrize("schedule", [CLIENTS, STREAM], ids=lambda s: s.setting)
-@pytest.mark.parametrize("method", [cs.methods.finetune(), cs.methods.er(12, 8), cs.methods.si()], ids=lambda m: m.name)
+@pytest.mark.parametrize(
+    "method", [cs.methods.finetune(), cs.methods.er(12, 8), cs.methods.si()], ids=lambda m: m.name
+)
 def test_seeds_are_stacked(schedule, method):
     if schedule is CLIENTS and method.name == "er":
         method = cs.methods.fedprox(0.2)
@@ -45,7 +47,9 @@ def test_seeds_are_stacked(schedule, method):
 
 def test_strengths_and_seeds_are_stacked():
     notes = []
-    found = cs.sweep(CLIENTS, STRENGTHS, mlp(), training(), repeats=2, engine="batched", progress=noting(notes))
+    found = cs.sweep(
+        CLIENTS, STRENGTHS, mlp(), training(), repeats=2, engine="batched", progress=noting(notes)
+    )
     assert list(found) == list(STRENGTHS)
     for name, method in STRENGTHS.items():
         close(found[name], cs.run(CLIENTS, method, mlp(), training(), repeats=2))
@@ -55,7 +59,13 @@ def test_strengths_and_seeds_are_stacked():
 
 
 def test_methods_that_differ_are_not_mixed():
-    methods = [cs.methods.finetune(), cs.methods.si(), cs.methods.lwf(), cs.methods.er(12, 8), cs.methods.ewc(2.0)]
+    methods = [
+        cs.methods.finetune(),
+        cs.methods.si(),
+        cs.methods.lwf(),
+        cs.methods.er(12, 8),
+        cs.methods.ewc(2.0),
+    ]
     found = cs.sweep(STREAM, methods, mlp(), training(), engine="batched")
     for m in methods:
         close(found[m.name], cs.run(STREAM, m, mlp(), training()))
@@ -72,13 +82,21 @@ def test_default_models_are_stacked():
     notes = []
     methods = {"weak": cs.methods.ewc(1.0), "strong": cs.methods.ewc(100.0)}
     few = cs.Training(epochs=1)
-    found = cs.sweep(cs.settings.continual(sources[:2], "task"), methods, training=few, engine="batched", progress=noting(notes))
+    found = cs.sweep(
+        cs.settings.continual(sources[:2], "task"),
+        methods,
+        training=few,
+        engine="batched",
+        progress=noting(notes),
+    )
     assert any(n.startswith("batched: 2 agents") for n in notes) and list(found) == ["weak", "strong"]
 
 
 @pytest.mark.parametrize("engine", ["batched", "serial"])
 def test_stopped_and_resumed(tmp_path, engine):
-    go = partial(cs.sweep, CLIENTS, STRENGTHS, mlp(), training(), repeats=2, engine=engine, checkpoint_seconds=1e-9)
+    go = partial(
+        cs.sweep, CLIENTS, STRENGTHS, mlp(), training(), repeats=2, engine=engine, checkpoint_seconds=1e-9
+    )
     whole = go(out=tmp_path / "whole")
     seen = []
 
@@ -92,12 +110,17 @@ def test_stopped_and_resumed(tmp_path, engine):
     again = go(out=tmp_path / "cut", resume=True)
     for name in STRENGTHS:
         close(whole[name], again[name])
-        lines = [(tmp_path / f / name / "log.jsonl").read_text().count('"event": "stage"') for f in ("whole", "cut")]
+        lines = [
+            (tmp_path / f / name / "log.jsonl").read_text().count('"event": "stage"')
+            for f in ("whole", "cut")
+        ]
         assert lines == [2 * 5, 2 * 5]
 
 
 def test_repeats_stopped_side_by_side_resume_one_after_another(tmp_path):
-    go = partial(cs.run, CLIENTS, cs.methods.fedprox(0.1), mlp(), training(), repeats=3, checkpoint_seconds=1e-9)
+    go = partial(
+        cs.run, CLIENTS, cs.methods.fedprox(0.1), mlp(), training(), repeats=3, checkpoint_seconds=1e-9
+    )
 
     def stop(line):
         if line["event"] == "stage" and line["stage"] == 2 and line["repeat"] == 1:

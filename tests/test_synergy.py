@@ -15,16 +15,18 @@ import torch
 from torch import Tensor
 
 import consilience as cs
-from consilience.core import run as running
-from consilience.core.correction import Beginning
+from consilience.core.contexts import Beginning
 from consilience.core.message import Module
-from consilience.core.source import Frame, Source, Tensors
+from consilience.core.source import LabelFrame, Source, Tensors
 from consilience.corrections.reuse import HeadReuse
+from consilience.loop import run as running
 
 D, C = 12, 6
 TRAINING = cs.Training(epochs=30, batch_size=16, lr=0.3)
-CENTRES = {n: torch.nn.functional.normalize(torch.randn(D, generator=torch.Generator().manual_seed(i)), dim=0)
-           for i, n in enumerate(("cat", "dog", "van", "oak", "elm", "bus"))}  # fmt: skip
+CENTRES = {
+    n: torch.nn.functional.normalize(torch.randn(D, generator=torch.Generator().manual_seed(i)), dim=0)
+    for i, n in enumerate(("cat", "dog", "van", "oak", "elm", "bus"))
+}
 
 
 def source(name: str, classes: dict[str, str], n: int = 30, seed: int = 0) -> Source:
@@ -39,7 +41,9 @@ def source(name: str, classes: dict[str, str], n: int = 30, seed: int = 0) -> So
 
 
 def heads(norm: Any = None, outputs: int = 12) -> Any:
-    return cs.models.multi_head(cs.models.wrap(Identity, outputs=D, frozen=("*",)), outputs, **({"norm": norm} if norm else {}))
+    return cs.models.multi_head(
+        cs.models.wrap(Identity, outputs=D, frozen=("*",)), outputs, **({"norm": norm} if norm else {})
+    )
 
 
 class Identity(torch.nn.Module):
@@ -55,7 +59,9 @@ class Identity(torch.nn.Module):
 
 
 def skilled(reuse: HeadReuse | None = None, mapper: Any = None) -> cs.Method:
-    method = cs.Method("skill", consolidator=cs.consolidators.experts(), mapper=mapper or cs.mappers.nearest_mean())
+    method = cs.Method(
+        "skill", consolidator=cs.consolidators.experts(), mapper=mapper or cs.mappers.nearest_mean()
+    )
     return method + cs.Method("reuse", (reuse,)) if reuse else method
 
 
@@ -85,12 +91,17 @@ def test_names_are_alike_by_words_and_pieces():
     assert s[1, 1] == s[4, 4] == s[6, 6] == 1 and 0 < s[0, 0] < 1 and s[2, 2] > 0.5 and s[5, 5] < 0.5
     assert torch.allclose(cs.skill.similarities(b, a), s.T)
     assert cs.skill.similarities(["!!", "??"], ["??"]).tolist() == [[0.0], [1.0]]
-    assert cs.skill.similarities([], ["a"]).shape == (0, 1) and cs.skill.similarities(["a"], []).shape == (1, 0)
+    assert cs.skill.similarities([], ["a"]).shape == (0, 1) and cs.skill.similarities(["a"], []).shape == (
+        1,
+        0,
+    )
 
 
 def test_an_encoder_may_be_a_function():
     vectors = {"van": [3.0, 0.0], "suv": [1.0, 1.0], "tree": [0.0, 2.0]}
-    s = cs.skill.similarities(["van", "suv"], ["suv", "tree", "van"], lambda names: [vectors[n] for n in names])
+    s = cs.skill.similarities(
+        ["van", "suv"], ["suv", "tree", "van"], lambda names: [vectors[n] for n in names]
+    )
     half = 0.5**0.5
     assert torch.allclose(s, torch.tensor([[half, 0.0, 1.0], [1.0, half, half]]))
     for bad in (
@@ -103,11 +114,16 @@ def test_an_encoder_may_be_a_function():
 
 
 def test_an_encoder_that_is_not_there_is_named():
-    rule = "local files. Found 'nobodys-model'" if importlib.util.find_spec("sentence_transformers") else r"consilience\[text\]"
+    rule = (
+        "local files. Found 'nobodys-model'"
+        if importlib.util.find_spec("sentence_transformers")
+        else r"consilience\[text\]"
+    )
     with pytest.raises(cs.ConsilienceError, match=rule):
         cs.skill.similarities(["a"], ["b"], "nobodys-model")
     with pytest.raises(
-        cs.ConsilienceError, match=r"should be a folder of a sentence-transformers model. Found none at /nowhere\."
+        cs.ConsilienceError,
+        match=r"should be a folder of a sentence-transformers model. Found none at /nowhere\.",
     ):
         cs.skill.similarities(["a"], ["b"], "/nowhere")
 
@@ -148,7 +164,7 @@ def test_equivalences_are_pairs_of_different_tasks():
     exact = cs.skill.equivalences(labels, 1.0)
     assert {(a[0], b[0]) for a, b, _ in exact.pairs()} == {("a", "b"), ("a", "c"), ("b", "c")}
     # with a frame, tasks count and not label spaces: classes of one space may be of two tasks
-    frame = Frame((("s", "bike"), ("s", "bikes"), ("s", "Bike")), {"t": (0, 1), "u": (2,)})
+    frame = LabelFrame((("s", "bike"), ("s", "bikes"), ("s", "Bike")), {"t": (0, 1), "u": (2,)})
     assert [p[:2] for p in cs.skill.equivalences(frame, 0.4).found] == [(0, 2), (1, 2)]
     for bad in (0.0, 1.5, math.nan):
         with pytest.raises(cs.ConsilienceError, match=r"`threshold` should be in \(0, 1\]"):
@@ -234,11 +250,18 @@ def test_combining_what_cannot_be_is_refused():
         }
         return Module(
             {**tensors, **more},
-            {"labels": [[task, c] for c in classes], "classes": list(range(n)), "task": task, "backbone": backbone},
+            {
+                "labels": [[task, c] for c in classes],
+                "classes": list(range(n)),
+                "task": task,
+                "backbone": backbone,
+            },
         )
 
     a, b = head("a", "x", "y"), head("b", "x", "z")
-    with pytest.raises(cs.ConsilienceError, match=r"classes of the new task should be old ones. Found \('a', 'z'\)"):
+    with pytest.raises(
+        cs.ConsilienceError, match=r"classes of the new task should be old ones. Found \('a', 'z'\)"
+    ):
         cs.skill.combine([a, b], [("a", "x"), ("a", "z")], "new")
     with pytest.raises(cs.ConsilienceError, match="should stand on one backbone. Found b, other"):
         cs.skill.combine([a, head("b", "x", backbone="other")], [("a", "x")], "new")
@@ -253,7 +276,10 @@ def test_combining_what_cannot_be_is_refused():
     rows = cs.skill.combine([zero, b], [("a", "x"), ("b", "z")], "new").tensors["entries/heads.new.weight"]
     assert torch.isfinite(rows).all() and not rows[0].any() and rows[1].abs().max() == 1
     twin = Module({**a.tensors, "entries/heads.a.weight": -a.tensors["entries/heads.a.weight"]}, a.meta)
-    first, second = (cs.skill.combine(m, [("a", "y")], "new").tensors["entries/heads.new.weight"] for m in ([a, twin], [twin, a]))
+    first, second = (
+        cs.skill.combine(m, [("a", "y")], "new").tensors["entries/heads.new.weight"]
+        for m in ([a, twin], [twin, a])
+    )
     assert torch.equal(first, -second)  # the first that has a class
 
 
@@ -263,12 +289,23 @@ def test_combining_what_cannot_be_is_refused():
 def begun(schedule: Any, method: cs.Method, phases: int, training: cs.Training = TRAINING) -> Any:
     """The first agent after so many phases."""
     session = running.begin(
-        schedule, method, heads(), training, running.engine_of("serial"), repeats=1, seed=0, out=None, resume=False, metric=None,
-        checkpoint_seconds=60.0, clients=False, progress=None,
-    )  # fmt: skip
-    session.walks[0].schedule = replace(schedule, plan=lambda seed: list(schedule.plan(seed))[:phases])
+        schedule,
+        method,
+        heads(),
+        training,
+        running.engine_of("serial"),
+        repeats=1,
+        seed=0,
+        out=None,
+        resume=False,
+        metric=None,
+        checkpoint_seconds=60.0,
+        judge_clients=False,
+        progress=None,
+    )
+    session.trials[0].schedule = replace(schedule, plan=lambda seed: list(schedule.plan(seed))[:phases])
     running.drive([session], session.engine)
-    return session.walks[0].agent
+    return session.trials[0].agent
 
 
 def start_of(new: Source, method: cs.Method, streams: list[Any]) -> tuple[Any, Any]:
@@ -301,7 +338,9 @@ def test_new_rows_are_those_of_the_most_similar_class(by):
     if by == "name":
         assert torch.equal(w[1], w0[1]) and torch.equal(b[1], b0[1])
     assert not torch.equal(w0[0], dog[0])
-    assert torch.equal(agent.state.params["heads.pets.weight"], plain.state.params["heads.pets.weight"])  # old heads stay
+    assert torch.equal(
+        agent.state.params["heads.pets.weight"], plain.state.params["heads.pets.weight"]
+    )  # old heads stay
 
 
 def test_what_is_not_alike_enough_is_drawn():
@@ -335,14 +374,24 @@ def beginning(**changes: Any) -> Beginning:
     experts = {}
     for i, (sender, task, column) in enumerate((("z", "more", 3), ("a", "old", 2), ("a", "olds", 4))):
         at = f"heads.{task}"
-        tensors = {f"entries/{at}.weight": torch.full((1, D), float(i)), f"entries/{at}.bias": torch.full((1,), float(i)),
-                   f"buffers/{at}.columns": torch.tensor([column])}  # fmt: skip
+        tensors = {
+            f"entries/{at}.weight": torch.full((1, D), float(i)),
+            f"entries/{at}.bias": torch.full((1,), float(i)),
+            f"buffers/{at}.columns": torch.tensor([column]),
+        }
         experts[sender, task] = Module(
             tensors, {"labels": [list(x) for x in labels], "classes": [column], "task": task, "backbone": ""}
         )
-    held: dict[str, Any] = {"model": model, "params": params, "buffers": buffers, "sources": (new,), "known": None,
-                            "generator": torch.Generator().manual_seed(0), "experts": experts,
-                            "grown": frozenset(params) - frozenset(first)}  # fmt: skip
+    held: dict[str, Any] = {
+        "model": model,
+        "params": params,
+        "buffers": buffers,
+        "sources": (new,),
+        "recalled": None,
+        "generator": torch.Generator().manual_seed(0),
+        "experts": experts,
+        "grown": frozenset(params) - frozenset(first),
+    }
     return Beginning(**{**held, **changes})
 
 
@@ -350,7 +399,7 @@ def test_equal_ones_are_taken_in_sorted_order():
     """Two old classes have the very name: the first by (sender, source), whatever the order in which they came."""
     start = beginning()
     for experts in (start.experts, dict(reversed(start.experts.items()))):
-        params, private = HeadReuse().begin(replace(start, experts=experts))
+        params, private, _ = HeadReuse().begin(replace(start, experts=experts))
         assert (params["heads.new.weight"][0] == 1).all() and params["heads.new.bias"][0] == 1 and not private
         assert torch.equal(params["heads.new.weight"][1], start.params["heads.new.weight"][1])
     assert not (start.params["heads.new.weight"][0] == 1).any()
@@ -391,7 +440,7 @@ def test_votes_are_counted():
     HeadReuse("features", shots=7).begin(beginning(predict=count))
     assert asked == [14]
     start = beginning(predict=count, experts={})
-    params, _ = HeadReuse("features").begin(start)  # nobody knows anything yet
+    params, *_ = HeadReuse("features").begin(start)  # nobody knows anything yet
     assert len(asked) == 1 and all(torch.equal(params[n], p) for n, p in start.params.items())
 
 
@@ -399,18 +448,26 @@ def test_a_head_that_was_trained_goes_on():
     """Other data of a task that was learned: its head does not begin again, though its names are the very same."""
     a = source("pets", {"cat": "cat", "dog": "dog"}, seed=1)
     more = replace(source("pets", {"cat": "cat", "dog": "dog"}, seed=7), name="pets again")
-    agent, job = start_of(more, skilled(HeadReuse(threshold=0.4)), [[a], [source("zoo", {"Cats": "cat", "Dogs": "dog"}, seed=2)]])
+    agent, job = start_of(
+        more,
+        skilled(HeadReuse(threshold=0.4)),
+        [[a], [source("zoo", {"Cats": "cat", "Dogs": "dog"}, seed=2)]],
+    )
     w, b = rows(job, "pets")
-    assert torch.equal(w, agent.state.params["heads.pets.weight"]) and torch.equal(b, agent.state.params["heads.pets.bias"])
+    assert torch.equal(w, agent.state.params["heads.pets.weight"]) and torch.equal(
+        b, agent.state.params["heads.pets.bias"]
+    )
 
 
 def test_rows_of_another_size_are_left():
     start = beginning()
     wide = {
-        k: Module({n: torch.ones(1, D + 1) if n.endswith("weight") else t for n, t in m.tensors.items()}, m.meta)
+        k: Module(
+            {n: torch.ones(1, D + 1) if n.endswith("weight") else t for n, t in m.tensors.items()}, m.meta
+        )
         for k, m in start.experts.items()
     }
-    params, _ = HeadReuse().begin(replace(start, experts=wide))
+    params, *_ = HeadReuse().begin(replace(start, experts=wide))
     assert torch.equal(params["heads.new.weight"], start.params["heads.new.weight"])
 
 
@@ -436,11 +493,20 @@ def test_reuse_learns_from_few_examples(by):
 
 def test_reuse_refuses_where_it_could_not_act():
     a, b = OLD[0][0], NEW
-    method = cs.Method("reuse", (HeadReuse(),), consolidator=cs.consolidators.experts(), mapper=cs.mappers.nearest_mean())
-    with pytest.raises(cs.Refusal, match="no agent learns anything after it learned or heard of another source"):
+    method = cs.Method(
+        "reuse", (HeadReuse(),), consolidator=cs.consolidators.experts(), mapper=cs.mappers.nearest_mean()
+    )
+    with pytest.raises(
+        cs.Refusal, match="no agent learns anything after it learned or heard of another source"
+    ):
         cs.run(cs.settings.skill([a, b]), method, heads(), TRAINING)
     with pytest.raises(cs.Refusal, match="the model has none; use models.multi_head"):
-        cs.run(cs.settings.skill([[a, b]]), method, cs.models.wrap(Identity, outputs=D, frozen=("body.*",)), TRAINING)
+        cs.run(
+            cs.settings.skill([[a, b]]),
+            method,
+            cs.models.wrap(Identity, outputs=D, frozen=("body.*",)),
+            TRAINING,
+        )
     with pytest.raises(cs.Refusal, match="by the names of classes. Found columns without"):
         cs.run(cs.settings.skill([[a, b]], scenario="domain"), method, heads(), TRAINING)
     for bad, rule in [

@@ -43,7 +43,9 @@ def source(name="t", n=40, classes=(0, 1), bright=0.0):
     y = torch.arange(n) % 2
     x = torch.rand(n, 1, 8, 8, generator=g) + bright * y.view(-1, 1, 1, 1)
     t = Tensors(x, torch.tensor(classes)[y])
-    return Source(name, t, t.select(torch.arange(6)), t, tuple(("s", str(i)) for i in range(C)), tuple(classes))
+    return Source(
+        name, t, t.select(torch.arange(6)), t, tuple(("s", str(i)) for i in range(C)), tuple(classes)
+    )
 
 
 def plain():
@@ -96,7 +98,9 @@ def without_validation(s):
 @torch.no_grad()
 def all_taps(s):
     one, two, three, psi = layers(net(), s.train.x)
-    return torch.cat([z / z.norm(dim=1, keepdim=True) for z in (one.mean((2, 3)), two.mean((2, 3)), three, psi)], 1)
+    return torch.cat(
+        [z / z.norm(dim=1, keepdim=True) for z in (one.mean((2, 3)), two.mean((2, 3)), three, psi)], 1
+    )
 
 
 def test_all_of_it_without_a_lasso_is_a_linear_probe_on_all_taps():
@@ -105,7 +109,9 @@ def test_all_of_it_without_a_lasso_is_a_linear_probe_on_all_taps():
     z = all_taps(s)
     assert z.shape[1] == 4 + 6 + 5 + 5 and torch.equal(buffers["toes.t.index"], torch.arange(20))
     w, b = probe(z, s.train.y, 2, "head2toe")
-    assert torch.allclose(params["toes.t.weight"], w, atol=1e-5) and torch.allclose(params["toes.t.bias"], b, atol=1e-5)
+    assert torch.allclose(params["toes.t.weight"], w, atol=1e-5) and torch.allclose(
+        params["toes.t.bias"], b, atol=1e-5
+    )
     out = toes(params, buffers, s.train.x, "t", True)[0]
     assert torch.allclose(out[:, :2], z @ w.T + b, atol=1e-5) and bool((out[:, 2:] == -torch.inf).all())
     assert torch.equal(toes.bind(params, buffers, True)[0](s.train.x, "t"), out)
@@ -121,17 +127,23 @@ def test_biases_choose_the_channels():
     for pool, keep in ((1, 0.2), (3, 0.2), (2, 0.1)):
         toes, params, buffers = models.head2toe(model, given, held, s, keep, pool=pool, epochs=2, batch=16)
         with torch.no_grad():
-            one, two, three, psi = layers(net(), s.train.x, {n: given[f"biases.t.{n}"] for n in ("conv", "deep", "fc")})
+            one, two, three, psi = layers(
+                net(), s.train.x, {n: given[f"biases.t.{n}"] for n in ("conv", "deep", "fc")}
+            )
             logits = psi @ given["heads.t.weight"].T + given["heads.t.bias"]
             maps = [F.adaptive_avg_pool2d(m, pool).flatten(1) for m in (one[:, 2:3], two[:, 5:6])]
             z = torch.cat([*maps, *([three[:, :1]] if keep == 0.2 else []), logits], 1)
         w, b = probe(z, torch.tensor([{3: 0, 1: 1}[int(i)] for i in s.train.y]), 2, "head2toe", epochs=2)
         assert torch.allclose(params["toes.t.weight"], w, atol=1e-5), (pool, keep)
-        assert torch.allclose(toes(params, buffers, s.train.x, "t", False)[0][:, [3, 1]], z @ w.T + b, atol=1e-5)
+        assert torch.allclose(
+            toes(params, buffers, s.train.x, "t", False)[0][:, [3, 1]], z @ w.T + b, atol=1e-5
+        )
     last = biased(0.3)
     given, held = grown(last, s)
     index = models.head2toe(last, given, held, s, 1.0, epochs=1)[2]["toes.t.index"]
-    assert last.layers == ("fc",) and index.tolist() == [10, 11, 12, 13, 14], "only layers with biases are candidates"
+    assert last.layers == ("fc",) and index.tolist() == [10, 11, 12, 13, 14], (
+        "only layers with biases are candidates"
+    )
 
 
 def test_the_lasso_chooses_by_the_norms_of_columns():
@@ -139,13 +151,17 @@ def test_the_lasso_chooses_by_the_norms_of_columns():
     options = {"lr": 0.02, "epochs": 5, "batch": 16}
     z, chosen = all_taps(s), []
     for penalty, keep in ((0.0, 0.2), (0.1, 0.2), (0.1, 0.45)):
-        toes, params, buffers = models.head2toe(model, *grown(model, s), s, keep=keep, penalty=penalty, **options)
+        toes, params, buffers = models.head2toe(
+            model, *grown(model, s), s, keep=keep, penalty=penalty, **options
+        )
         norms = probe(z, s.train.y, 2, "lasso", penalty=penalty, **options)[0].square().sum(0)
         index = sorted(sorted(range(20), key=lambda i: -float(norms[i]))[: round(keep * 20)])
         assert buffers["toes.t.index"].tolist() == index
         w, b = probe(z[:, index], s.train.y, 2, "head2toe", **options)
         assert torch.allclose(params["toes.t.weight"], w, atol=1e-5)
-        assert torch.allclose(toes(params, buffers, s.train.x, "t", False)[0][:, :2], z[:, index] @ w.T + b, atol=1e-5)
+        assert torch.allclose(
+            toes(params, buffers, s.train.x, "t", False)[0][:, :2], z[:, index] @ w.T + b, atol=1e-5
+        )
         chosen.append(index)
     assert chosen[0] != chosen[1], "the penalty changes the choice"
 
@@ -158,8 +174,13 @@ def test_the_lasso_finds_what_tells_classes():
         made.conv.bias[:3] = torch.tensor([0.5, 0.2, 0.1])
         made.conv.weight[3].fill_(0.1)
         made.deep.weight[:, 3] = 0
-    model, s = models.multi_head(models.frozen(models.wrap(made, 5, headless=True)), C), source(n=200, bright=0.2)
-    toes, params, buffers = models.head2toe(model, *grown(model, s), s, keep=0.1, lr=0.02, epochs=30, penalty=0.01)
+    model, s = (
+        models.multi_head(models.frozen(models.wrap(made, 5, headless=True)), C),
+        source(n=200, bright=0.2),
+    )
+    toes, params, buffers = models.head2toe(
+        model, *grown(model, s), s, keep=0.1, lr=0.02, epochs=30, penalty=0.01
+    )
     assert 3 in buffers["toes.t.index"].tolist() and len(buffers["toes.t.index"]) == 2
     accuracy = (toes(params, buffers, s.test.x, "t", False)[0].argmax(1) == s.test.y).float().mean()
     assert accuracy > 0.95, "the features themselves are all alike"
@@ -180,12 +201,17 @@ def test_a_layer_of_zeros_gives_no_nan():
 def test_validation_chooses_the_epoch():
     s, model = source(), plain()
     given = grown(model, s)
-    runs = [models.head2toe(model, *given, without_validation(s), keep=1, penalty=0, epochs=e, lr=0.1)[1:] for e in range(1, 7)]
+    runs = [
+        models.head2toe(model, *given, without_validation(s), keep=1, penalty=0, epochs=e, lr=0.1)[1:]
+        for e in range(1, 7)
+    ]
     z = all_taps(s)
 
     def score(params):
         out = z[:6] @ params["toes.t.weight"].T + params["toes.t.bias"]
-        return float((out.argmax(1) == s.validation.y).float().mean()), -float(F.cross_entropy(out, s.validation.y))
+        return float((out.argmax(1) == s.validation.y).float().mean()), -float(
+            F.cross_entropy(out, s.validation.y)
+        )
 
     best = max((p for p, _ in runs), key=score)
     found = models.head2toe(model, *given, s, keep=1, penalty=0, epochs=6, lr=0.1)[1]
@@ -198,21 +224,33 @@ def test_tasks_stand_apart_and_fit_in_a_module():
     given, held = grown(model, a, b)
     toes, params, buffers = models.head2toe(model, given, held, a, 0.2, epochs=2)
     x = b.test.x
-    assert torch.equal(toes(params, buffers, x, "bb", False)[0], model(given, held, x, "bb", False)[0]), "as before, without toes"
+    assert torch.equal(toes(params, buffers, x, "bb", False)[0], model(given, held, x, "bb", False)[0]), (
+        "as before, without toes"
+    )
     before = toes(params, buffers, x, "a", False)[0]
     toes, params, buffers = models.head2toe(toes, params, buffers, b, 0.2, epochs=2)
     assert torch.equal(toes(params, buffers, x, "a", False)[0], before)
     assert not torch.equal(toes(params, buffers, x, "bb", False)[0], model(given, held, x, "bb", False)[0])
     none = toes(params, buffers, x, None, False)[0]
-    assert torch.equal(none[:, :2], before[:, :2]) and torch.equal(none[:, 2:], toes(params, buffers, x, "bb", False)[0][:, 2:])
+    assert torch.equal(none[:, :2], before[:, :2]) and torch.equal(
+        none[:, 2:], toes(params, buffers, x, "bb", False)[0][:, 2:]
+    )
     assert toes.backbone(params) == model.backbone(given) and torch.equal(
         toes.features(params, buffers, x), model.features(given, held, x)
     )
-    assert {toes.task_of(n) for n in (*params, *buffers) if n.startswith(("toes.", "biases.", "heads."))} == {"a", "bb"}
+    assert {toes.task_of(n) for n in (*params, *buffers) if n.startswith(("toes.", "biases.", "heads."))} == {
+        "a",
+        "bb",
+    }
     assert not any(toes.frozen(n) for n in params if n.startswith("toes."))
     mine = {f"entries/{n}": p for n, p in params.items() if toes.task_of(n) == "a"}
-    item = Module({**mine, **{f"buffers/{n}": p for n, p in buffers.items() if toes.task_of(n) == "a"}}, {"task": "a"})
-    assert set(item.group("buffers")) == {"heads.a.columns", "toes.a.index"} and "toes.a.weight" in item.group("entries")
+    item = Module(
+        {**mine, **{f"buffers/{n}": p for n, p in buffers.items() if toes.task_of(n) == "a"}}, {"task": "a"}
+    )
+    assert set(item.group("buffers")) == {
+        "heads.a.columns",
+        "toes.a.index",
+    } and "toes.a.weight" in item.group("entries")
 
 
 def test_examples_are_read_where_the_parameters_are():
@@ -221,8 +259,12 @@ def test_examples_are_read_where_the_parameters_are():
     s, model = source(classes=(3, 1)), plain()
     given = grown(model, s)
     toes = models.head2toe(model, *given, s, epochs=1)[0]
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake:  # stands for a device that is not there: a mix of two is an error
-        params, buffers = ({n: fake.from_tensor(t).to("lazy") for n, t in tensors.items()} for tensors in given)
+    with FakeTensorMode(
+        allow_non_fake_inputs=True
+    ) as fake:  # stands for a device that is not there: a mix of two is an error
+        params, buffers = (
+            {n: fake.from_tensor(t).to("lazy") for n, t in tensors.items()} for tensors in given
+        )
         held = Tensors(fake.from_tensor(s.train.x), fake.from_tensor(s.train.y))
         with pytest.raises(RuntimeError, match="on the same device"):
             toes.taps(params, buffers, held.x, "t")
@@ -264,7 +306,9 @@ def test_layers_that_a_backbone_never_calls_are_not_read(by):
     assert len(buffers["toes.t.index"]) == (9 if by == "biases" else 14)
     assert torch.isfinite(toes(params, buffers, s.test.x, "t", False)[0][:, :2]).all()
     wrapped = models.multi_head(models.frozen(models.wrap(module, 5, headless=True)), C)
-    with pytest.raises(ConsilienceError, match="reads layers, which the module should call. Found none called of 'qkv'"):
+    with pytest.raises(
+        ConsilienceError, match="reads layers, which the module should call. Found none called of 'qkv'"
+    ):
         models.head2toe(wrapped, *grown(wrapped, s), s, epochs=1)
 
 
@@ -277,8 +321,13 @@ def test_a_layer_without_a_row_for_each_image_is_refused():
         def forward(self, x):
             return self.fc(x.reshape(-1, 16, 4)).reshape(len(x), -1, 5).mean(1)
 
-    model, s = models.multi_head(models.backbone(models.wrap(Windows(), 5, headless=True), size=16), C), source()
-    with pytest.raises(ConsilienceError, match="a row for each image. Found 480 rows of 'body.fc' for 40 images"):
+    model, s = (
+        models.multi_head(models.backbone(models.wrap(Windows(), 5, headless=True), size=16), C),
+        source(),
+    )
+    with pytest.raises(
+        ConsilienceError, match="a row for each image. Found 480 rows of 'body.fc' for 40 images"
+    ):
         models.head2toe(model, *grown(model, s), s, epochs=1)
 
 
@@ -313,9 +362,14 @@ def test_it_learns_digits_on_trained_biases():
     torch.manual_seed(0)
     model = models.beneficial_biases(models.backbone(models.conv(10, 1, 8, 8)), 10)
     r = cs.run(
-        cs.settings.continual([s], "task"), cs.methods.finetune(), model, cs.Training(epochs=5, lr=0.003, optimiser="adam")
+        cs.settings.continual([s], "task"),
+        cs.methods.finetune(),
+        model,
+        cs.Training(epochs=5, lr=0.003, optimiser="adam"),
     )
-    toes, params, buffers = models.head2toe(model, r.params, r.agent.state.buffers, s, 0.5, pool=4, epochs=5, lr=0.01)
+    toes, params, buffers = models.head2toe(
+        model, r.params, r.agent.state.buffers, s, 0.5, pool=4, epochs=5, lr=0.01
+    )
     with torch.no_grad():
         got = (toes(params, buffers, s.test.x, "digits", False)[0].argmax(1) == s.test.y).float().mean()
     assert got > max(0.9, r.score)

@@ -28,10 +28,20 @@ _ROOMS = (
     "skill",
 )
 _NAMES = {
-    "ConsilienceError": "core.errors", "Expert": "core.schedule", "Frame": "core.source", "Interrupted": "core.errors",
-    "Message": "core.message", "Method": "core.method", "Refusal": "core.errors", "Result": "core.result", "Source": "core.source",
-    "Training": "core.training", "merge": "merging._stream", "run": "core.run", "sweep": "core.run",
-}  # fmt: skip
+    "ConsilienceError": "core.errors",
+    "Expert": "core.schedule",
+    "LabelFrame": "core.source",
+    "Interrupted": "core.errors",
+    "Message": "core.message",
+    "Method": "core.method",
+    "Refusal": "core.errors",
+    "Result": "loop.result",
+    "Source": "core.source",
+    "Training": "core.training",
+    "merge": "merging._stream",
+    "run": "loop.run",
+    "sweep": "loop.run",
+}
 
 if TYPE_CHECKING:
     from consilience import (
@@ -52,17 +62,41 @@ if TYPE_CHECKING:
     from consilience.core.errors import ConsilienceError, Interrupted, Refusal
     from consilience.core.message import Message
     from consilience.core.method import Method
-    from consilience.core.result import Result
-    from consilience.core.run import run, sweep
     from consilience.core.schedule import Expert
-    from consilience.core.source import Frame, Source
+    from consilience.core.source import LabelFrame, Source
     from consilience.core.training import Training
+    from consilience.loop.result import Result
+    from consilience.loop.run import run, sweep
     from consilience.merging import merge
 
 __all__ = [
-    "ConsilienceError", "Expert", "Frame", "Interrupted", "Message", "Method", "Refusal", "Result", "Source", "Training",
-    "aggregators", "consolidators", "corrections", "data", "engines", "mappers", "memory", "merge", "merging", "methods", "models", "report", "run", "settings", "skill", "sweep",
-]  # fmt: skip
+    "ConsilienceError",
+    "Expert",
+    "Interrupted",
+    "LabelFrame",
+    "Message",
+    "Method",
+    "Refusal",
+    "Result",
+    "Source",
+    "Training",
+    "aggregators",
+    "consolidators",
+    "corrections",
+    "data",
+    "engines",
+    "mappers",
+    "memory",
+    "merge",
+    "merging",
+    "methods",
+    "models",
+    "report",
+    "run",
+    "settings",
+    "skill",
+    "sweep",
+]
 
 
 def __getattr__(name: str) -> Any:

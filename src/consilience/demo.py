@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from consilience.core.method import Method
-    from consilience.core.result import Result
     from consilience.core.schedule import Schedule
     from consilience.core.training import Training
+    from consilience.loop.result import Result
 
 Scene = tuple[str, "Schedule", "Training", tuple["Method", ...]]
 
@@ -84,7 +84,7 @@ def demo(out: str | Path = "demo", say: Callable[[str], object] = print) -> list
     """Run all scenes, print a table for each, and write `out`/report.html in place of an older one."""
     from consilience import report
     from consilience.core.params import write_json
-    from consilience.core.run import run
+    from consilience.loop.run import run
 
     results: list[Result] = []
     for i, (title, schedule, training, methods) in enumerate(scenes()):
@@ -95,5 +95,7 @@ def demo(out: str | Path = "demo", say: Callable[[str], object] = print) -> list
             write_json(Path(out) / f"{i + 1}-{schedule.setting}" / folder / "result.json", r.to_json())
         say(report.table(found))
         results += found
-    say(f"\nwrote {report.write(results, Path(out) / 'report.html', 'Consilience: every setting on handwritten digits')}")
+    say(
+        f"\nwrote {report.write(results, Path(out) / 'report.html', 'Consilience: every setting on handwritten digits')}"
+    )
     return results

@@ -26,10 +26,11 @@ from consilience.core.aggregator import Aggregator
 from consilience.core.consolidator import Consolidator
 from consilience.core.correction import Correction, Mapper
 from consilience.core.model import Model
-from consilience.core.result import Result
 from consilience.core.schedule import Expert, Schedule
 from consilience.core.source import Source, Tensors
 from consilience.core.state import State, encode_state
+from consilience.core.weight_space import WeightSpace
+from consilience.loop.result import Result
 
 ROOT = Path(__file__).resolve().parents[2]
 PINNED = ROOT / "tests" / "pinned"
@@ -65,21 +66,27 @@ def plain(outputs: int = CLASSES) -> Model:
 
 def method_of(name: str, correction: Correction) -> cs.Method:
     """A method of one correction; one that makes constraints gets the cone that it needs."""
-    return cs.Method(name, (correction,), step_aggregator=cs.aggregators.gem(0.0) if correction.constrains else None)
+    return cs.Method(
+        name, (correction,), step_aggregator=cs.aggregators.gem(0.0) if correction.adds_constraints else None
+    )
 
 
 def frozen_trunk() -> Model:
     """A trainable perceptron on frozen features, which are what anchors see: every class shares its hidden layer."""
 
     def module() -> nn.Module:
-        return nn.Sequential(nn.Linear(INPUTS, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, CLASSES))
+        return nn.Sequential(
+            nn.Linear(INPUTS, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, CLASSES)
+        )
 
     return cs.models.wrap(module, outputs=CLASSES, head="2", frozen=("0.*",))
 
 
 def frozen_features() -> Model:
     """One linear head on frozen features: for what predicts by the mean features of classes."""
-    return cs.models.wrap(lambda: nn.Sequential(nn.Linear(INPUTS, 16), nn.ReLU(), nn.Linear(16, CLASSES)), frozen=("0.*",))
+    return cs.models.wrap(
+        lambda: nn.Sequential(nn.Linear(INPUTS, 16), nn.ReLU(), nn.Linear(16, CLASSES)), frozen=("0.*",)
+    )
 
 
 def heads(outputs: int = CLASSES) -> Model:
@@ -137,14 +144,19 @@ def concrete(room: str, kind: type) -> dict[str, type]:
     found: dict[str, type] = {}
     for m in modules(room):
         for name, c in vars(m).items():
-            own = inspect.isclass(c) and c.__module__ == m.__name__ and issubclass(c, kind) and not name.startswith("_")
+            own = (
+                inspect.isclass(c)
+                and c.__module__ == m.__name__
+                and issubclass(c, kind)
+                and not name.startswith("_")
+            )
             if own and not inspect.isabstract(c) and name not in BASES:
                 found[name] = c
     return dict(sorted(found.items()))
 
 
 AGGREGATORS = concrete("aggregators", Aggregator)
-CONSOLIDATORS = concrete("consolidators", Consolidator)
+CONSOLIDATORS = {"WeightSpace": WeightSpace, **concrete("consolidators", Consolidator)}
 MAPPERS = concrete("mappers", Mapper)
 CORRECTIONS = concrete("corrections", Correction)
 EVERY = {**AGGREGATORS, **CONSOLIDATORS, **MAPPERS, **CORRECTIONS}
@@ -235,9 +247,15 @@ ROWS: dict[str, Callable[[], cs.Method]] = dict(
             "aggregate(pcgrad)": lambda: cs.methods.aggregate(cs.aggregators.pcgrad()),
             "feddf(unlabelled)": lambda: cs.methods.feddf(UNLABELLED, steps=5),
             "er+pcgrad": lambda: cs.methods.er() + cs.methods.pcgrad(),
-            "hat+infer(expert_gate)": lambda: cs.methods.hat() + cs.methods.infer(cs.mappers.expert_gate(epochs=2)),
-            "packnet+infer(mahalanobis)": lambda: cs.methods.packnet() + cs.methods.infer(cs.mappers.mahalanobis(on="inputs")),
-            "supsup+infer(superposition)": lambda: cs.methods.supsup() + cs.methods.infer(cs.mappers.superposition()),
+            "hat+infer(expert_gate)": lambda: (
+                cs.methods.hat() + cs.methods.infer(cs.mappers.expert_gate(epochs=2))
+            ),
+            "packnet+infer(mahalanobis)": lambda: (
+                cs.methods.packnet() + cs.methods.infer(cs.mappers.mahalanobis(on="inputs"))
+            ),
+            "supsup+infer(superposition)": lambda: (
+                cs.methods.supsup() + cs.methods.infer(cs.mappers.superposition())
+            ),
         }.items()
     )
 )
@@ -259,7 +277,9 @@ def model_of(row: str, setting: str) -> Model:
 # ---------------------------------------------------------------------------------------------------- runs
 
 
-def quiet(schedule: Schedule, method: Any, model: Model, training: cs.Training = TRAINING, seed: int = 0) -> Result:
+def quiet(
+    schedule: Schedule, method: Any, model: Model, training: cs.Training = TRAINING, seed: int = 0
+) -> Result:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return cs.run(schedule, method, model=model, training=training, seed=seed)
@@ -269,7 +289,13 @@ def quiet(schedule: Schedule, method: Any, model: Model, training: cs.Training =
 def cell(row: str, setting: str, precision: str = "fp32", seed: int = 0) -> Result | str:
     """The result of a method in a setting, or the reason of its refusal."""
     try:
-        return quiet(SETTINGS[setting](), ROWS[row](), model_of(row, setting), FP64 if precision == "fp64" else TRAINING, seed)
+        return quiet(
+            SETTINGS[setting](),
+            ROWS[row](),
+            model_of(row, setting),
+            FP64 if precision == "fp64" else TRAINING,
+            seed,
+        )
     except cs.Refusal as e:
         return str(e)
 
@@ -283,7 +309,11 @@ def bits(value: Any) -> Any:
     """Everything in a value as comparable bytes and plain objects; tensors by type, shape and bytes. Generators, functions and models are passed over."""
     if isinstance(value, Tensor):
         t = value.detach().cpu().contiguous()
-        return str(t.dtype), tuple(t.shape), t.view(-1).view(torch.uint8).numpy().tobytes() if t.numel() else b""
+        return (
+            str(t.dtype),
+            tuple(t.shape),
+            t.view(-1).view(torch.uint8).numpy().tobytes() if t.numel() else b"",
+        )
     if isinstance(value, Mapping):
         return "map", tuple((bits(k), bits(v)) for k, v in value.items())
     if isinstance(value, (list, tuple)):
@@ -362,8 +392,14 @@ def render(cells: Mapping[str, Mapping[str, str]]) -> str:
     def mark(reason: str) -> str:
         if reason == "runs":
             return "yes"
-        short = re.sub(r"^.* would do nothing or do wrong here: |^\S+: |^\S+ (?=combines|aggregates|has)", "", reason)
-        short = f"It {short}" if reason.endswith(f" {short}") and short.startswith(("combines", "aggregates", "has")) else short
+        short = re.sub(
+            r"^.* would do nothing or do wrong here: |^\S+: |^\S+ (?=combines|aggregates|has)", "", reason
+        )
+        short = (
+            f"It {short}"
+            if reason.endswith(f" {short}") and short.startswith(("combines", "aggregates", "has"))
+            else short
+        )
         return f"[{notes.setdefault(short[0].upper() + short[1:], len(notes) + 1)}]"
 
     lines = [
@@ -386,7 +422,10 @@ def render(cells: Mapping[str, Mapping[str, str]]) -> str:
         "",
         "| method | what it does | paper |",
         "|---|---|---|",
-        *[f"| `{n}` | {summary(f)} | {paper(f)} |" for n, f in ((n, getattr(cs.methods, n)) for n in cs.methods.__all__)],
+        *[
+            f"| `{n}` | {summary(f)} | {paper(f)} |"
+            for n, f in ((n, getattr(cs.methods, n)) for n in cs.methods.__all__)
+        ],
         "",
     ]
     return "\n".join(lines)

@@ -15,15 +15,20 @@ import torch
 from torch import nn
 
 import consilience as cs
-from consilience.core.agent import Agent
-from consilience.core.correction import Correction, Learned, Mapper, Me, overrides
+from consilience.core.contexts import Context, Learned
+from consilience.core.correction import Correction, Mapper, overrides
 from consilience.core.message import Message, Module, Private, Samples, Statistics, Weights
-from consilience.core.result import Result
 from consilience.core.source import Source, Tensors
 from consilience.core.state import encode_state
 from consilience.corrections.distillation import LwF
+from consilience.loop.agent import Agent
+from consilience.loop.result import Result
 
-ALL = {n: c for n, c in {**kit.CORRECTIONS, **kit.MAPPERS}.items() if n not in {**kit.OWN_MODEL, **kit.WANT_OTHERS}}
+ALL = {
+    n: c
+    for n, c in {**kit.CORRECTIONS, **kit.MAPPERS}.items()
+    if n not in {**kit.OWN_MODEL, **kit.WANT_OTHERS}
+}
 
 NO_NEUTRAL = {
     "Cumulative": "it trains on other data; there is no strength to set to zero",
@@ -33,7 +38,9 @@ NO_NEUTRAL = {
     "DEN": "its phases train parts of the network in turn",
     "FedWeIt": "even without penalties a task has entries of its own",
     "HAT": "even with all units attended to it would multiply them by a sigmoid",
-    **dict.fromkeys(("Information", "InputMoments"), "it only summarises, and so is plain training always: checked below"),
+    **dict.fromkeys(
+        ("Information", "InputMoments"), "it only summarises, and so is plain training always: checked below"
+    ),
     "SolvedHead": "it says where a head begins; there is no strength to set to zero",
     "LocalSteps": "it only summarises, and so is plain training always: checked below",
     "Moments": "it only summarises, and so is plain training always: checked below",
@@ -73,14 +80,18 @@ KEEP_NOTHING = {
 """Corrections that keep no items, and why."""
 
 SATISFIED = {
-    ("AverageConstraint", "ERACE"): "replay lowers the loss that the constraint watches, so that it is never violated here",
+    (
+        "AverageConstraint",
+        "ERACE",
+    ): "replay lowers the loss that the constraint watches, so that it is never violated here",
     (
         "AverageConstraint",
         "GenerativeReplay",
     ): "replay lowers the loss that the constraint watches, so that it is never violated here",
     ("FromScratch", "GDumb"): "what begins anew begins anew",
     **dict.fromkeys(
-        (("SolvedHead", "GDumb"), ("SolvedHead", "FromScratch")), "what begins anew begins after the head was written"
+        (("SolvedHead", "GDumb"), ("SolvedHead", "FromScratch")),
+        "what begins anew begins after the head was written",
     ),
     ("WSM", "ICaRL"): "that puts its own loss in the place of this one, which comes first",
     ("FedWeIt", "SupSup"): "of what it adds only the sign is left, where SupSup's constants come after it",
@@ -89,7 +100,10 @@ SATISFIED = {
 
 APART = {
     frozenset(("DEN", "ICaRL")): "needs features of one size",
-    **dict.fromkeys(map(frozenset, itertools.combinations(("Cumulative", "GDumb", "ICaRL"), 2)), "only one part may say what"),
+    **dict.fromkeys(
+        map(frozenset, itertools.combinations(("Cumulative", "GDumb", "ICaRL"), 2)),
+        "only one part may say what",
+    ),
 }
 """Pairs that cannot be, and what the refusal says."""
 
@@ -97,7 +111,19 @@ PROTECTED = {
     "HAT": ("AverageConstraint", "EWC", "EpisodicConstraints", "LwF", "OnlineEWC"),
     "PackNet": ("AverageConstraint", "EWC", "EpisodicConstraints", "LwF", "OnlineEWC"),
     "SupSup": (
-        *("AverageConstraint", "DER", "EWC", "EpisodicConstraints", "GHBM", "L2SP", "LocalGHBM", "LwF", "MAS", "OnlineEWC", "SI"),
+        *(
+            "AverageConstraint",
+            "DER",
+            "EWC",
+            "EpisodicConstraints",
+            "GHBM",
+            "L2SP",
+            "LocalGHBM",
+            "LwF",
+            "MAS",
+            "OnlineEWC",
+            "SI",
+        ),
         "Scaffold",
         "TaLoS",
     ),
@@ -119,7 +145,8 @@ IN_ORDER = {
         "the other's masks, gates or keys are on what it made, or on what it makes it of",
     ),
     **dict.fromkeys(
-        (frozenset(("FedWeIt", n)) for n in ("FromScratch", "GDumb")), "what a task adds begins at a third of the old or the new"
+        (frozenset(("FedWeIt", n)) for n in ("FromScratch", "GDumb")),
+        "what a task adds begins at a third of the old or the new",
     ),
     **dict.fromkeys(
         map(frozenset, (("FromScratch", "GDumb"), ("FromScratch", "PackNet"), ("GDumb", "PackNet"))),
@@ -154,7 +181,11 @@ def alone(name: str, **arguments: Any) -> cs.Method:
 def learned(*names: str, setting: str = "", beside: str = "") -> Result:
     """Three sources one after another, on the model for these corrections (and one beside), with these in this order."""
     method = [alone(n) for n in names] or cs.methods.finetune()
-    return kit.quiet(kit.SETTINGS[setting or kit.stream_for(*names)](), method, kit.model_for(*names, *filter(None, [beside])))
+    return kit.quiet(
+        kit.SETTINGS[setting or kit.stream_for(*names)](),
+        method,
+        kit.model_for(*names, *filter(None, [beside])),
+    )
 
 
 def gap(a: Result, b: Result) -> float:
@@ -200,7 +231,9 @@ def test_exceptions_exist() -> None:
 
 def pairs() -> list[tuple[str, str]]:
     every = [n for n in ALL if n not in kit.WANT_VIEWS]
-    return [(a, b) for a, b in itertools.permutations(every, 2) if not (a in kit.MAPPERS and b in kit.MAPPERS)]
+    return [
+        (a, b) for a, b in itertools.permutations(every, 2) if not (a in kit.MAPPERS and b in kit.MAPPERS)
+    ]
 
 
 @pytest.mark.parametrize("name", [n for n in ALL if n not in kit.WANT_VIEWS])
@@ -238,8 +271,12 @@ def test_pairs_compose(a: str, b: str, monkeypatch: pytest.MonkeyPatch) -> None:
         if (other, one) in SATISFIED:
             continue
         nothing = other in ONLY_SUMMARISE or adds_nothing(other, one)
-        assert away <= 1e-6 * (other not in ONLY_SUMMARISE) if nothing else away > 1e-6, f"{other} on top of {one}: {away}"
-        assert bool(kept[0][one]) != (one in KEEP_NOTHING), f"after the first source {one} keeps {kept[0][one]}"
+        assert away <= 1e-6 * (other not in ONLY_SUMMARISE) if nothing else away > 1e-6, (
+            f"{other} on top of {one}: {away}"
+        )
+        assert bool(kept[0][one]) != (one in KEEP_NOTHING), (
+            f"after the first source {one} keeps {kept[0][one]}"
+        )
     assert torch.isfinite(torch.tensor(both.matrices)).all()
 
 
@@ -267,11 +304,14 @@ def test_order_does_not_matter_where_all_data_is_gathered(monkeypatch: pytest.Mo
     """With task labels what is gathered stands as parts: what others recall, and which part is new, is the same in any order."""
     new: list[str] = []
     rows = LwF.rows
-    monkeypatch.setattr(LwF, "rows", lambda self, step, me: new.append(step.parts[0].source) or rows(self, step, me))
+    monkeypatch.setattr(
+        LwF, "rows", lambda self, step, ctx: new.append(step.parts[0].source) or rows(self, step, ctx)
+    )
     for other in ("EWC", "LwF"):
         schedule = kit.SETTINGS["continual (task)"]()
         one, two = (
-            kit.quiet(schedule, [alone(n) for n in pair], kit.plain()) for pair in (("Cumulative", other), (other, "Cumulative"))
+            kit.quiet(schedule, [alone(n) for n in pair], kit.plain())
+            for pair in (("Cumulative", other), (other, "Cumulative"))
         )
         plain = kit.quiet(schedule, alone("Cumulative"), kit.plain())
         assert kit.params_differ(one.params, two.params) < 1e-5 < kit.params_differ(one.params, plain.params)
@@ -295,15 +335,17 @@ def test_the_teacher_is_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> 
         answers.append([out.detach()])
         return prepare(agent, *what)
 
-    def look(self: LwF, step: Any, me: Me) -> Any:
+    def look(self: LwF, step: Any, ctx: Context) -> Any:
         answers[-1].append(step.before(probe, None))
-        return rows(self, step, me)
+        return rows(self, step, ctx)
 
     monkeypatch.setattr(Agent, "prepare", begin)
     monkeypatch.setattr(LwF, "rows", look)
 
     def module() -> nn.Module:
-        return nn.Sequential(nn.Linear(kit.INPUTS, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, kit.CLASSES))
+        return nn.Sequential(
+            nn.Linear(kit.INPUTS, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, kit.CLASSES)
+        )
 
     kit.quiet(kit.SETTINGS["continual (class)"](), alone("LwF"), cs.models.wrap(module, outputs=kit.CLASSES))
     assert len(answers[1]) > 4
@@ -336,7 +378,7 @@ def marked() -> list[Source]:
     return made
 
 
-@pytest.mark.parametrize("name", [n for n in ALL if not ALL[n].travels])
+@pytest.mark.parametrize("name", [n for n in ALL if not ALL[n].shared_items])
 @pytest.mark.parametrize("setting", ["federated_continual", "skill"])
 def test_private_items_never_enter_bytes(name: str, setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if name in {**kit.WANT_TASKS, **kit.THROW_AWAY}:
@@ -361,9 +403,15 @@ def test_private_items_never_enter_bytes(name: str, setting: str, monkeypatch: p
     monkeypatch.setattr(Message, "to_bytes", listen)
     monkeypatch.setattr(Agent, "finish", look)
     s = marked()
-    schedule = cs.settings.skill([s[:2], s[2:]]) if setting == "skill" else cs.settings.federated_continual([s[:2], s[2:]], 2)
+    schedule = (
+        cs.settings.skill([s[:2], s[2:]])
+        if setting == "skill"
+        else cs.settings.federated_continual([s[:2], s[2:]], 2)
+    )
     kit.quiet(schedule, [alone(name), cs.methods.ewc()], kit.plain())
-    assert kept and all(kept) != (name in WITHOUT_DATA), "the constant is not even in the buffer: this test would see nothing"
+    assert kept and all(kept) != (name in WITHOUT_DATA), (
+        "the constant is not even in the buffer: this test would see nothing"
+    )
     assert len(sent) > 4 and not any(trace in data for data in sent)
     facts = [data[8 : 8 + int.from_bytes(data[:8], "little")].decode() for data in sent]
     assert not any(f'"{name}' in f or f'\\"{name}' in f for f in facts)
@@ -385,9 +433,9 @@ def test_only_the_closed_family_fits_in_a_message() -> None:
 def test_a_shared_item_of_what_does_not_travel_is_refused() -> None:
     @dataclass(frozen=True)
     class Leak(Correction):
-        travels: ClassVar[bool] = False
+        shared_items: ClassVar[bool] = False
 
-        def summarise(self, learned: Learned, me: Me) -> Statistics:
+        def summarise(self, learned: Learned, ctx: Context) -> Statistics:
             return Statistics({"x": learned.source.train.whole()[0]})
 
     with pytest.raises(TypeError, match="should be Private"):
@@ -398,19 +446,19 @@ def test_a_pull_is_the_gradient_of_its_penalty():
     """Of every correction of the catalogue that says it in closed form."""
     g = torch.Generator().manual_seed(0)
     drawn = lambda: torch.randn(7, generator=g, dtype=torch.float64)  # noqa: E731
-    found = {n: c for n in kit.CORRECTIONS if overrides(c := kit.make(n), "pull")}
+    found = {n: c for n in kit.CORRECTIONS if overrides(c := kit.make(n), "penalty_gradient")}
     assert len(found) >= 12
     for c in found.values():
-        me = Me(flat={k: drawn() for k in ("precision", "shift", "push", "h")})
-        step = SimpleNamespace(theta=drawn(), start=drawn(), span=(3, 5))
-        before = {k: t.clone() for k, t in {**me.flat, "theta": step.theta, "start": step.start}.items()}
-        vector, factor = c.pull(step, me)
+        ctx = Context(flat={k: drawn() for k in ("precision", "shift", "push", "h")})
+        step = SimpleNamespace(theta=drawn(), start=drawn(), horizon=(3, 5))
+        before = {k: t.clone() for k, t in {**ctx.flat, "theta": step.theta, "start": step.start}.items()}
+        vector, factor = c.penalty_gradient(step, ctx)
         wanted_of = vector * factor
         leaf = step.theta.clone().requires_grad_()
         step.theta = leaf
-        wanted = torch.autograd.grad(c.penalty(step, me), leaf)[0]
+        wanted = torch.autograd.grad(c.penalty(step, ctx), leaf)[0]
         assert torch.allclose(wanted_of, wanted, atol=1e-13), c.name
-        after = {**me.flat, "theta": step.theta, "start": step.start}
+        after = {**ctx.flat, "theta": step.theta, "start": step.start}
         assert all(torch.equal(before[k], after[k]) for k in before), "nothing was changed"
 
 
@@ -420,8 +468,8 @@ def test_another_penalty_is_not_pulled_by_the_old_one(engine):
     from consilience.corrections.quadratic import Proximal
 
     class Twice(Proximal):
-        def penalty(self, step, me):
-            return 2 * super().penalty(step, me)
+        def penalty(self, step, ctx):
+            return 2 * super().penalty(step, ctx)
 
     def end(correction):
         schedule, method = cs.settings.federated(kit.sources(), 2), cs.Method("m", (correction,))

@@ -16,7 +16,9 @@ import consilience as cs
 
 ROOMS = ("aggregators", "consolidators", "mappers")
 CLASSES = pytest.mark.parametrize("name", sorted(kit.EVERY))
-CATALOGUE = {f"{room}.{n}": f for room in ROOMS for n, f in vars(getattr(cs, room)).items() if inspect.isfunction(f)}
+CATALOGUE = {
+    f"{room}.{n}": f for room in ROOMS for n, f in vars(getattr(cs, room)).items() if inspect.isfunction(f)
+}
 CATALOGUE |= {f"methods.{n}": getattr(cs.methods, n) for n in cs.methods.__all__}
 
 GIVEN: dict[str, dict[str, Any]] = {
@@ -31,7 +33,8 @@ GIVEN: dict[str, dict[str, Any]] = {
 
 MEANING = {
     **dict.fromkeys(
-        ("DEN.drift", "DEN.threshold", "den.drift", "den.threshold"), "infinite is never; other bad ones in test_expansion"
+        ("DEN.drift", "DEN.threshold", "den.drift", "den.threshold"),
+        "infinite is never; other bad ones in test_expansion",
     ),
     **dict.fromkeys(("TorchJD.name", "TorchJDLinear.name"), "checked by name in test_aggregators"),
     **dict.fromkeys(("TorchJD.arguments", "TorchJDLinear.arguments"), "torchjd's own"),
@@ -50,7 +53,10 @@ MEANING = {
         for n in ("OPCM", "RunningArithmetic")
         for field in ("aggregator", "outer")
     },
-    **dict.fromkeys(("Distillation.unlabelled", "ensemble_distillation.unlabelled", "feddf.unlabelled"), "in test_fedmethods"),
+    **dict.fromkeys(
+        ("Distillation.unlabelled", "ensemble_distillation.unlabelled", "feddf.unlabelled"),
+        "in test_fedmethods",
+    ),
     "Distillation.content": "made of the inputs",
     "personal.patterns": "checked against the model in test_fedmethods",
     "aggregate.aggregator": "an object",
@@ -91,7 +97,9 @@ def test_frozen_dataclass_with_a_docstring(name: str) -> None:
     assert thing == kit.make(name) and hash(thing) == hash(kit.make(name))
     doc = vars(kind).get("__doc__") or ""
     assert doc and not doc.startswith(f"{name}("), "no docstring of its own"
-    assert inspect.cleandoc(doc).split("\n\n")[0].endswith("."), "the first paragraph should end with a period"
+    assert inspect.cleandoc(doc).split("\n\n")[0].endswith("."), (
+        "the first paragraph should end with a period"
+    )
     for f in dataclasses.fields(kind):
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(thing, f.name, getattr(thing, f.name))

@@ -37,11 +37,18 @@ def test_stacked_agents_learn_the_same(row: str, setting: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         batched = cs.run(
-            kit.SETTINGS[setting](), kit.ROWS[row](), kit.model_of(row, setting), kit.FP64, engine="batched", progress=progress
+            kit.SETTINGS[setting](),
+            kit.ROWS[row](),
+            kit.model_of(row, setting),
+            kit.FP64,
+            engine="batched",
+            progress=progress,
         )
     assert not isinstance(serial, str)
     assert kit.params_differ(serial.agent.state.params, batched.agent.state.params) < 1e-9, notes
     assert abs(serial.matrices - batched.matrices).max() < 1e-9
-    assert {k: v for k, v in serial.costs.items() if k != "seconds"} == {k: v for k, v in batched.costs.items() if k != "seconds"}
+    assert {k: v for k, v in serial.costs.items() if k != "seconds"} == {
+        k: v for k, v in batched.costs.items() if k != "seconds"
+    }
     for note in notes:
         assert note.startswith("batched:") or any(why in note for why in WHY), note

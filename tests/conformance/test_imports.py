@@ -37,7 +37,11 @@ def loaded(body: list[ast.stmt]) -> set[str]:
             found |= {a.name for a in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports are absolute"
-            found |= {f"{node.module}.{a.name}" for a in node.names} if node.module == "consilience" else {node.module or ""}
+            found |= (
+                {f"{node.module}.{a.name}" for a in node.names}
+                if node.module == "consilience"
+                else {node.module or ""}
+            )
         else:
             for part in ("body", "orelse", "finalbody", "handlers"):
                 for inner in getattr(node, part, []):

@@ -16,17 +16,32 @@ import pytest
 import torch
 
 import consilience as cs
-from consilience.core.agent import Agent
 from consilience.core.correction import Correction, Mapper, overrides
 from consilience.core.message import Message
 from consilience.core.params import pack, unpack
 from consilience.core.state import State, decode_state, encode_state
+from consilience.loop.agent import Agent
 
 ROWS = pytest.mark.parametrize("row", list(kit.ROWS))
 VERBS = (
-    "gather", "begin", "still", "recall", "caution", "sample", "view", "outputs", "losses", "rows", "penalty", "pull", "mask", "trace_init",
-    "trace", "summarise", "heard", "trim", "route",
-)  # fmt: skip
+    "gather",
+    "begin",
+    "recall",
+    "prepare_step",
+    "sample",
+    "view",
+    "losses",
+    "rows",
+    "penalty",
+    "penalty_gradient",
+    "mask",
+    "trace_init",
+    "trace",
+    "summarise",
+    "after_receive",
+    "trim",
+    "route",
+)
 SPEAK = ("federated_continual", "skill", "exmodel", "merging")
 
 
@@ -58,18 +73,28 @@ def method_with(name: str) -> tuple[cs.Method, Any]:
         return cs.Method(name, mapper=thing), kit.frozen_trunk()
     if name == "HeadReuse":  # it reads modules of a bank
         return cs.Method(name, (thing,), consolidator=cs.methods.skill().consolidator), kit.heads()
-    return kit.method_of(name, thing), kit.OWN_MODEL[name](kit.CLASSES) if name in kit.OWN_MODEL else kit.plain()
+    return kit.method_of(name, thing), kit.OWN_MODEL[name](
+        kit.CLASSES
+    ) if name in kit.OWN_MODEL else kit.plain()
 
 
 @pytest.mark.parametrize("name", [*kit.CORRECTIONS, *kit.MAPPERS])
 def test_verbs_are_pure(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every verb that a correction overrides is called in some run, and changes none of its arguments."""
     kind, calls = kit.EVERY[name], []
-    own = [v for v in VERBS if (v == "route" and issubclass(kind, Mapper)) or (v != "route" and overrides(kit.make(name), v))]
+    own = [
+        v
+        for v in VERBS
+        if (v == "route" and issubclass(kind, Mapper)) or (v != "route" and overrides(kit.make(name), v))
+    ]
     for verb in own:
         monkeypatch.setattr(kind, verb, watched(getattr(kind, verb), verb, calls))
     method, model = method_with(name)
-    everywhere = ("continual (class)", "continual (task)", *(("federated_continual",) if name not in kit.THROW_AWAY else ()))
+    everywhere = (
+        "continual (class)",
+        "continual (task)",
+        *(("federated_continual",) if name not in kit.THROW_AWAY else ()),
+    )
     if name in kit.WANT_OTHERS:
         everywhere = ("federated", "federated_continual")
     for setting in ("continual (task)",) if name in kit.WANT_TASKS else everywhere:
@@ -77,7 +102,9 @@ def test_verbs_are_pure(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         result.predict(kit.sources()[0].test.whole()[0])  # without the task
     if name == "ER":
         kit.quiet(kit.SETTINGS["continual (class)"](), cs.Method(name, (kit.make(name, size=20),)), model)
-    if "pull" in own:  # a step takes it in the place of `penalty`; test_a_pull_is_the_gradient_of_its_penalty calls both
+    if (
+        "penalty_gradient" in own
+    ):  # a step takes it in the place of `penalty`; test_a_pull_is_the_gradient_of_its_penalty calls both
         own.remove("penalty")
     assert set(own) <= set(calls), f"never called: {sorted(set(own) - set(calls))}"
 
@@ -96,7 +123,7 @@ def test_agents_replace_their_state(row: str, monkeypatch: pytest.MonkeyPatch) -
         whole = getattr(Agent, verb)
 
         def call(agent: Agent, *args: Any) -> Any:
-            state, heard = agent.state, list(args[0]) if verb == "absorb" else []
+            state, heard = agent.state, list(args[0]) if verb == "receive" else []
             before, told = kit.bits(state), kit.bits(heard)
             result = whole(agent, *args)
             assert kit.bits(state) == before, f"{verb} changed the state"
@@ -106,14 +133,14 @@ def test_agents_replace_their_state(row: str, monkeypatch: pytest.MonkeyPatch) -
 
         monkeypatch.setattr(Agent, verb, call)
 
-    for verb in ("prepare", "finish", "tell", "absorb", "_predict"):
+    for verb in ("prepare", "finish", "send", "receive", "_predict"):
         watch(verb)
     for setting in {where(row, "continual (class)", "multitask"), where(row, *SPEAK)}:
         schedule = kit.SETTINGS[setting]()
         test = [kit.bits([s.train, s.test]) for s in schedule.sources]
         kit.quiet(schedule, kit.ROWS[row](), kit.model_of(row, setting))
         assert [kit.bits([s.train, s.test]) for s in schedule.sources] == test, "the data changed"
-    assert calls == {"prepare", "finish", "tell", "absorb", "_predict"}
+    assert calls == {"prepare", "finish", "send", "receive", "_predict"}
 
 
 @ROWS
@@ -122,29 +149,33 @@ def test_consolidators_are_pure(row: str, monkeypatch: pytest.MonkeyPatch) -> No
     calls = 0
     method = kit.ROWS[row]()
     setting = where(row, *SPEAK)
-    resolved = method.resolve(kit.SETTINGS[setting]().facts())
-    kind = type(resolved.how_to_absorb())
-    absorb = kind.absorb
+    resolved = method.resolve(kit.SETTINGS[setting]().survey())
+    kind = type(resolved.receiver())
+    receive = kind.receive
 
-    def call(self: Any, model: Any, state: State, fresh: Any, by_size: bool, generator: torch.Generator) -> State:
+    def call(
+        self: Any, model: Any, state: State, fresh: Any, by_size: bool, generator: torch.Generator
+    ) -> State:
         nonlocal calls
         again = torch.Generator()
         again.set_state(generator.get_state())
         before = kit.bits(state), kit.bits(list(fresh))
-        first = absorb(self, model, state, fresh, by_size, generator)
+        first = receive(self, model, state, fresh, by_size, generator)
         assert (kit.bits(state), kit.bits(list(fresh))) == before, "absorb changed its arguments"
-        assert kit.bits(first) == kit.bits(absorb(self, model, state, fresh, by_size, again)), "absorb is not repeatable"
+        assert kit.bits(first) == kit.bits(receive(self, model, state, fresh, by_size, again)), (
+            "absorb is not repeatable"
+        )
         calls += bool(fresh)
         return first
 
-    monkeypatch.setattr(kind, "absorb", call)
+    monkeypatch.setattr(kind, "receive", call)
     kit.quiet(kit.SETTINGS[setting](), method, kit.model_of(row, setting))
     assert calls
 
 
 def test_every_consolidator_is_in_a_method() -> None:
     """So that the checks by runs reach all of them."""
-    used = {type(m().how_to_absorb()).__name__ for m in kit.ROWS.values()}
+    used = {type(m().receiver()).__name__ for m in kit.ROWS.values()}
     assert used >= kit.CONSOLIDATORS.keys()
 
 
@@ -159,7 +190,9 @@ def test_seeded(row: str) -> None:
         before = torch.get_rng_state(), np.random.get_state(legacy=False), random.getstate()
         again = kit.quiet(kit.SETTINGS[setting](), kit.ROWS[row](), kit.model_of(row, setting))
         assert torch.equal(before[0], torch.get_rng_state()), "the global random state of torch moved"
-        assert repr(before[1]) == repr(np.random.get_state(legacy=False)), "the global random state of numpy moved"
+        assert repr(before[1]) == repr(np.random.get_state(legacy=False)), (
+            "the global random state of numpy moved"
+        )
         assert before[2] == random.getstate(), "the global random state of Python moved"
         assert kit.state_bits(kit.state_of(first)) == kit.state_bits(kit.state_of(again))
         assert np.array_equal(first.matrices, again.matrices)
@@ -181,8 +214,12 @@ def test_state_round_trips(row: str) -> None:
         assert kit.state_bits(other) == kit.state_bits(state)
         assert [m.key for m in other.bank.values()] == [m.key for m in state.bank.values()]
         assert {c: list(k) for c, k in other.memory.items()} == {c: list(k) for c, k in state.memory.items()}
-        assert list(other.visits.items()) == list(state.visits.items()) and other.absorbed == dict(state.absorbed)
-        assert {k: type(m) for k, m in other.experts.items()} == {k: type(m) for k, m in state.experts.items()}
+        assert list(other.visits.items()) == list(state.visits.items()) and other.received == dict(
+            state.received
+        )
+        assert {k: type(m) for k, m in other.experts.items()} == {
+            k: type(m) for k, m in state.experts.items()
+        }
     for cut in (0, 4, 8, 40, len(data) // 2, len(data) - 1):
         with pytest.raises(cs.ConsilienceError, match="should be whole"):
             unpack(data[:cut])
@@ -208,9 +245,13 @@ def test_messages_round_trip(row: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert other.facts() == message.facts()
         assert {n: type(i) for n, i in other.items.items()} == {n: type(i) for n, i in message.items.items()}
         for n, item in message.items.items():
-            assert kit.bits(dict(sorted(other.items[n].tensors.items()))) == kit.bits(dict(sorted(item.tensors.items())))
+            assert kit.bits(dict(sorted(other.items[n].tensors.items()))) == kit.bits(
+                dict(sorted(item.tensors.items()))
+            )
             assert json.dumps(other.items[n].meta) == json.dumps(dict(item.meta))
-        assert other.digest == Message(**{**vars(other), "digest": ""}).digest, "the digest is not that of the content"
+        assert other.digest == Message(**{**vars(other), "digest": ""}).digest, (
+            "the digest is not that of the content"
+        )
     for _, data in told[:1]:
         for cut in (0, 4, 8, 40, len(data) // 2, len(data) - 1):
             with pytest.raises(cs.ConsilienceError, match="should be whole"):
@@ -220,17 +261,29 @@ def test_messages_round_trip(row: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @ROWS
 def test_interrupted_and_resumed_to_the_same_bits(row: str, tmp_path: Path) -> None:
     """Stopped inside an epoch of a later learn, each method ends with the state of a run that was never stopped."""
-    setting = where(row, "continual (task)", "continual (class)", "federated_continual", "merging", "multitask")
+    setting = where(
+        row, "continual (task)", "continual (class)", "federated_continual", "merging", "multitask"
+    )
 
     def go(out: Path, **more: Any) -> cs.Result:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             schedule, model = kit.SETTINGS[setting](), kit.model_of(row, setting)
-            return cs.run(schedule, kit.ROWS[row](), model=model, training=kit.TRAINING, out=out, checkpoint_steps=1, **more)
+            return cs.run(
+                schedule,
+                kit.ROWS[row](),
+                model=model,
+                training=kit.TRAINING,
+                out=out,
+                checkpoint_steps=1,
+                **more,
+            )
 
     lines: list[dict[str, Any]] = []
     whole = go(tmp_path / "whole", progress=lines.append)
-    stops = [i["steps"] for i in lines if i["event"] == "checkpoint" and 0 < i.get("step", 0) < i.get("of", 0)]
+    stops = [
+        i["steps"] for i in lines if i["event"] == "checkpoint" and 0 < i.get("step", 0) < i.get("of", 0)
+    ]
     if not stops:
         assert whole.costs["steps"] == 0, "no checkpoint inside an epoch"
         return
@@ -247,11 +300,23 @@ def test_interrupted_and_resumed_to_the_same_bits(row: str, tmp_path: Path) -> N
 
 
 SILENT = {
-    **dict.fromkeys(("from_scratch", "gdumb", "joint"), "throws away what is heard, and refuses where others are"),
+    **dict.fromkeys(
+        ("from_scratch", "gdumb", "joint"), "throws away what is heard, and refuses where others are"
+    ),
     "fedweit": "wants task labels, here in continual alone; what it tells is checked in tests/test_fedmethods.py",
     "pcgrad": "runs in multitask alone, where nobody hears another agent",
     **dict.fromkeys(
-        ("den", "hat", "packnet", "pnn", "psp", "supsup", "xdg", "hat+infer(expert_gate)", "packnet+infer(mahalanobis)"),
+        (
+            "den",
+            "hat",
+            "packnet",
+            "pnn",
+            "psp",
+            "supsup",
+            "xdg",
+            "hat+infer(expert_gate)",
+            "packnet+infer(mahalanobis)",
+        ),
         "wants task labels, here in continual alone; masks that travel are checked in tests/test_isolation.py",
     ),
 }

@@ -52,16 +52,21 @@ MUST_RUN = {
     "personal": ("federated", "federated_continual"),
     "fed3r": (*CONTINUAL, "multitask", "federated", "federated_continual", "merging", "exmodel", "skill"),
     **dict.fromkeys(
-        ("oracle_ensemble", "average_ensemble", "entropy_ensemble"), ("merging", "exmodel", "exmodel (given)", "skill")
+        ("oracle_ensemble", "average_ensemble", "entropy_ensemble"),
+        ("merging", "exmodel", "exmodel (given)", "skill"),
     ),
     "parameter_average": ("merging", "exmodel", "exmodel (given)"),
     "skill": (*CONTINUAL, "merging", "exmodel", "skill"),
-    **dict.fromkeys(("aggregate(mean)", "aggregate(ties)", "aggregate(pcgrad)"), ("multitask", "federated", "merging")),
+    **dict.fromkeys(
+        ("aggregate(mean)", "aggregate(ties)", "aggregate(pcgrad)"), ("multitask", "federated", "merging")
+    ),
     "er+pcgrad": CONTINUAL,
     **dict.fromkeys(("agem", "der", "derpp", "er_ace", "gem"), (*CONTINUAL, "federated_continual")),
     **dict.fromkeys(("generative_replay", "gss"), (*CONTINUAL, "federated_continual", "skill")),
     **dict.fromkeys(("den", "hat", "packnet", "pnn", "psp", "supsup", "xdg"), ("continual (task)",)),
-    **dict.fromkeys(("hat+infer(expert_gate)", "packnet+infer(mahalanobis)", "supsup+infer(superposition)"), CONTINUAL),
+    **dict.fromkeys(
+        ("hat+infer(expert_gate)", "packnet+infer(mahalanobis)", "supsup+infer(superposition)"), CONTINUAL
+    ),
     **dict.fromkeys(("l2sp", "mas", "online_ewc"), (*CONTINUAL, "federated", "federated_continual")),
 }
 """What no refusal may take away."""
@@ -103,7 +108,9 @@ def test_values_are_as_pinned(row: str) -> None:
     pinned = kit.read("values")[row]
     assert list(pinned) == kit.pinned_settings(kit.read("methods")[row]), AGAIN
     for setting, values in pinned.items():
-        assert kit.values(row, setting) == pytest.approx(values, rel=1e-6, abs=1e-6), f"{row} in {setting}; {AGAIN}"
+        assert kit.values(row, setting) == pytest.approx(values, rel=1e-6, abs=1e-6), (
+            f"{row} in {setting}; {AGAIN}"
+        )
 
 
 def test_methods_of_one_meaning_have_one_value() -> None:
@@ -115,7 +122,9 @@ def test_methods_of_one_meaning_have_one_value() -> None:
     }.items():
         found = [kit.values(r, setting) for r in rows]
         assert all(v == pytest.approx(found[0], abs=1e-9) for v in found), setting
-    fed3r = [kit.values("fed3r", s) for s in ("continual (class)", "federated", "merging", "skill", "multitask")]
+    fed3r = [
+        kit.values("fed3r", s) for s in ("continual (class)", "federated", "merging", "skill", "multitask")
+    ]
     assert all(v == pytest.approx(fed3r[0], abs=1e-8) for v in fed3r)
 
 

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import consilience as cs
-from consilience.consolidators.weights import WeightSpace
-from consilience.core.agent import Agent
-from consilience.core.ledger import Ledger
 from consilience.core.message import Bank, Message, Module, Private, Statistics, Weights, join
 from consilience.core.params import content_hash, key
 from consilience.core.state import State
+from consilience.core.weight_space import WeightSpace
+from consilience.loop.agent import Agent
+from consilience.loop.ledger import Ledger
 
 MODEL = kit.plain()
 BASE, _ = MODEL.init(key(0, "init"))
@@ -40,14 +40,27 @@ def near(seed: int, scale: float = 0.1) -> dict[str, Tensor]:
     return {n: p + scale * torch.randn(p.shape, generator=key(seed, n)) for n, p in BASE.items()}
 
 
-def told(params: Mapping[str, Tensor], sender: str, version: int = 1, learned: bool = True, **facts: str) -> Message:
+def told(
+    params: Mapping[str, Tensor], sender: str, version: int = 1, learned: bool = True, **facts: str
+) -> Message:
     items = {"model": Weights({f"params/{n}": p for n, p in params.items()})}
-    return Message(sender, "", version, 10, facts.get("origin", ORIGIN), facts.get("base", ORIGIN), items, learned)
+    return Message(
+        sender, "", version, 10, facts.get("origin", ORIGIN), facts.get("base", ORIGIN), items, learned
+    )
 
 
 def hearer(aggregator: object = None) -> Agent:
     method = cs.Method("hearer", consolidator=WeightSpace(aggregator))  # type: ignore[arg-type]
-    return Agent("me", MODEL, method, kit.SETTINGS["merging"](), kit.TRAINING, 0, State(BASE, {}, BASE, ORIGIN), Ledger())
+    return Agent(
+        "me",
+        MODEL,
+        method,
+        kit.SETTINGS["merging"](),
+        kit.TRAINING,
+        0,
+        State(BASE, {}, BASE, ORIGIN),
+        Ledger(),
+    )
 
 
 def away(agent: Agent, params: Mapping[str, Tensor]) -> float:
@@ -59,23 +72,25 @@ def away(agent: Agent, params: Mapping[str, Tensor]) -> float:
 def test_equal_models_give_that_model(name: str, by_size: bool) -> None:
     """As rows: m equal ones give their own transform, here of the delta; the hearer ends on it."""
     agent, model = hearer(kit.make(name)), near(1)
-    agent.absorb([told(model, f"sender-{i}") for i in range(ROWS)], by_size)
+    agent.receive([told(model, f"sender-{i}") for i in range(ROWS)], by_size)
     if name in TRIMS:
         alone = hearer(kit.make(name))
-        alone.absorb([told(model, "sender-0")], by_size)
+        alone.receive([told(model, "sender-0")], by_size)
         moved = {n: agent.state.params[n] - BASE[n] for n in BASE}
         assert any(m.abs().max() > 1e-3 for m in moved.values())
         assert name == "Dare" or away(agent, alone.state.params) < 1e-6
-        assert name == "Dare" or all(((m == 0) | ((m + BASE[n] - model[n]).abs() < 1e-6)).all() for n, m in moved.items())
+        assert name == "Dare" or all(
+            ((m == 0) | ((m + BASE[n] - model[n]).abs() < 1e-6)).all() for n, m in moved.items()
+        )
     else:
         assert away(agent, model) < 1e-6
-    assert agent.state.base is agent.state.params and not agent.state.learned
+    assert agent.state.base is agent.state.params and not agent.state.trained
 
 
 @pytest.mark.parametrize("name", ["Mean", None])
 def test_one_model_is_taken_to_the_bit(name: str | None) -> None:
     agent, model = hearer(kit.make(name) if name else None), near(2)
-    agent.absorb([told(model, "sender")])
+    agent.receive([told(model, "sender")])
     assert away(agent, model) == 0
 
 
@@ -83,15 +98,15 @@ def test_one_model_is_taken_to_the_bit(name: str | None) -> None:
 def test_order_of_messages_does_not_matter(name: str) -> None:
     agents = hearer(kit.make(name)), hearer(kit.make(name))
     messages = [told(near(i), f"sender-{i}") for i in range(ROWS)]
-    agents[0].absorb(messages)
-    agents[1].absorb(messages[::-1])
+    agents[0].receive(messages)
+    agents[1].receive(messages[::-1])
     assert away(agents[0], agents[1].state.params) == 0
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_hearing_the_base_stays_there(name: str) -> None:
     agent = hearer(kit.make(name))
-    agent.absorb([told(BASE, f"sender-{i}") for i in range(ROWS)])
+    agent.receive([told(BASE, f"sender-{i}") for i in range(ROWS)])
     assert away(agent, BASE) < 1e-6
 
 
@@ -99,15 +114,17 @@ def test_hearing_the_base_stays_there(name: str) -> None:
 def test_common_ground_is_adopted(name: str | None) -> None:
     """A server that has not learned since tells its clients: no aggregator, no outer step."""
     agent, model = hearer(kit.make(name) if name else None), near(3)
-    agent.absorb([told(model, "server", learned=False, base=content_hash(model))])
+    agent.receive([told(model, "server", learned=False, base=content_hash(model))])
     assert away(agent, model) == 0
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_strangers_are_refused(name: str) -> None:
     agent, before = hearer(kit.make(name)), kit.bits(hearer().state)
-    with pytest.raises(cs.ConsilienceError, match=r"same first parameters. Found origin feed.* from 'stranger'"):
-        agent.absorb([told(near(1), "friend"), told(near(2), "stranger", origin="feed" * 8)])
+    with pytest.raises(
+        cs.ConsilienceError, match=r"same first parameters. Found origin feed.* from 'stranger'"
+    ):
+        agent.receive([told(near(1), "friend"), told(near(2), "stranger", origin="feed" * 8)])
     assert kit.bits(agent.state) == before
 
 
@@ -116,11 +133,14 @@ def test_deltas_need_the_same_base(name: str) -> None:
     agent = hearer(kit.make(name))
     messages = [told(near(i), f"sender-{i}", base="cafe" * 8 if i == 2 else ORIGIN) for i in range(ROWS)]
     if name in DELTA:
-        with pytest.raises(cs.ConsilienceError, match="hearer's own parameters. Found another base in the message of 'sender-2'"):
-            agent.absorb(messages)
+        with pytest.raises(
+            cs.ConsilienceError,
+            match="hearer's own parameters. Found another base in the message of 'sender-2'",
+        ):
+            agent.receive(messages)
         assert away(agent, BASE) == 0
     else:
-        agent.absorb(messages)
+        agent.receive(messages)
         assert away(agent, BASE) > 1e-3
 
 
@@ -133,43 +153,47 @@ def test_what_is_not_finite_is_refused_or_left_out_by_the_senders_name(name: str
     if kit.make(name).robust:
         other, messages = hearer(kit.make(name)), [told(near(i), f"sender-{i}") for i in range(ROWS)]
         with pytest.warns(UserWarning, match="NaN or infinity in what 'ill' told: left out"):
-            agent.absorb([*messages, told(ill, "ill")])
-        other.absorb(messages)
+            agent.receive([*messages, told(ill, "ill")])
+        other.receive(messages)
         assert away(agent, other.state.params) == 0 < away(agent, BASE)
         ill_alone = hearer(kit.make(name))
         with pytest.raises(cs.ConsilienceError, match=r"Found NaN or infinity in '1.weight' of 'ill'"):
-            ill_alone.absorb([told(ill, "ill")])
+            ill_alone.receive([told(ill, "ill")])
         return
-    with pytest.raises(cs.ConsilienceError, match=r"should be finite. Found NaN or infinity in '1.weight' of 'ill'"):
-        agent.absorb([told(near(i), f"sender-{i}") for i in range(ROWS)] + [told(ill, "ill")])
+    with pytest.raises(
+        cs.ConsilienceError, match=r"should be finite. Found NaN or infinity in '1.weight' of 'ill'"
+    ):
+        agent.receive([told(near(i), f"sender-{i}") for i in range(ROWS)] + [told(ill, "ill")])
     assert away(agent, BASE) == 0
 
 
 def test_other_shapes_are_refused_by_the_senders_name() -> None:
     wrong = near(1) | {"1.bias": torch.zeros(3)}
     with pytest.raises(cs.ConsilienceError, match=r"hearer's shapes. Found \(3,\) for '1.bias' of 'wrong'"):
-        hearer().absorb([told(wrong, "wrong")])
+        hearer().receive([told(wrong, "wrong")])
 
 
 def test_a_version_has_one_content() -> None:
     one, other = told(near(1), "sender"), told(near(2), "sender")
     agent = hearer()
-    agent.absorb([one])
-    agent.absorb([one])
+    agent.receive([one])
+    agent.receive([one])
     with pytest.raises(cs.ConsilienceError, match="one content. Found another for '' of 'sender', version 1"):
-        agent.absorb([other])
+        agent.receive([other])
     for both in ([one, other], [other, one]):
-        with pytest.raises(cs.ConsilienceError, match="one content. Found another for '' of 'sender', version 1"):
-            hearer().absorb(both)
+        with pytest.raises(
+            cs.ConsilienceError, match="one content. Found another for '' of 'sender', version 1"
+        ):
+            hearer().receive(both)
 
 
 def test_repeats_and_old_versions_change_nothing() -> None:
     once, often = hearer(kit.make("Mean")), hearer(kit.make("Mean"))
     messages = [told(near(i), f"sender-{i}", version=2) for i in range(ROWS)]
-    once.absorb(messages)
-    often.absorb([*messages, *messages, told(near(9), "sender-0", version=1)])
+    once.receive(messages)
+    often.receive([*messages, *messages, told(near(9), "sender-0", version=1)])
     assert away(once, often.state.params) == 0
-    often.absorb([told(near(9), "sender-0", version=1), *messages])
+    often.receive([told(near(9), "sender-0", version=1), *messages])
     assert away(once, often.state.params) == 0
 
 
@@ -186,7 +210,8 @@ def message(sender: str, source: str, version: int) -> Message:
 
 
 messages = st.lists(
-    st.builds(message, st.sampled_from(["a", "b", "cc"]), st.sampled_from(["x", "yy"]), st.integers(0, 3)), max_size=8
+    st.builds(message, st.sampled_from(["a", "b", "cc"]), st.sampled_from(["x", "yy"]), st.integers(0, 3)),
+    max_size=8,
 )
 
 
@@ -202,7 +227,11 @@ def test_join_is_a_join(a: list[Message], b: list[Message], c: list[Message]) ->
     assert content(join(one, a)) == content(one) == content(join(one, list(one.values())))
     assert content(join(one, b)) == content(join(join({}, b), a))
     other = join({}, [*join({}, b).values(), *c])
-    assert content(join(join(one, b), c)) == content(join(one, other.values())) == content(join({}, [*c, *a, *b]))
+    assert (
+        content(join(join(one, b), c))
+        == content(join(one, other.values()))
+        == content(join({}, [*c, *a, *b]))
+    )
     for m in one.values():
         assert m.version == max(n.version for n in a if n.key == m.key)
 
@@ -212,13 +241,13 @@ def test_join_is_a_join(a: list[Message], b: list[Message], c: list[Message]) ->
 def test_agents_banks_do_not_depend_on_the_road(sent: list[Message], r: object) -> None:
     """All at once, or one by one in another order with repeats: the same bank and receipts, through bytes."""
     at_once, one_by_one = hearer(), hearer()
-    at_once.absorb(sent)
+    at_once.receive(sent)
     mixed = sent * 2
     r.shuffle(mixed)  # type: ignore[attr-defined]
     for m in mixed:
-        one_by_one.absorb([Message.from_bytes(m.to_bytes())])
+        one_by_one.receive([Message.from_bytes(m.to_bytes())])
     assert content(at_once.state.bank) == content(one_by_one.state.bank)
-    assert dict(at_once.state.absorbed) == dict(one_by_one.state.absorbed)
+    assert dict(at_once.state.received) == dict(one_by_one.state.received)
 
 
 def test_join_refuses_two_contents_of_a_version() -> None:

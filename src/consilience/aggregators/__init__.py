@@ -28,9 +28,27 @@ if TYPE_CHECKING:
     from consilience.core.aggregator import Aggregator
 
 __all__ = [
-    "agem", "arithmetic", "breadcrumbs", "bulyan", "consensus", "dare", "fisher", "gem", "geometric_median", "krum", "mean", "median",
-    "mgda", "model_stock", "multi_krum", "pcgrad", "slerp", "ties", "torchjd", "trimmed_mean",
-]  # fmt: skip
+    "agem",
+    "arithmetic",
+    "breadcrumbs",
+    "bulyan",
+    "consensus",
+    "dare",
+    "fisher",
+    "gem",
+    "geometric_median",
+    "krum",
+    "mean",
+    "median",
+    "mgda",
+    "model_stock",
+    "multi_krum",
+    "pcgrad",
+    "slerp",
+    "ties",
+    "torchjd",
+    "trimmed_mean",
+]
 
 
 def mean() -> Mean:

@@ -31,7 +31,9 @@ class Arithmetic(Linear):
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.coefficient):
-            raise ConsilienceError(f"`coefficient` should be finite. Found `coefficient = {self.coefficient}`.")
+            raise ConsilienceError(
+                f"`coefficient` should be finite. Found `coefficient = {self.coefficient}`."
+            )
 
     def weigh(self, gram: Tensor, weights: Tensor, generator: torch.Generator | None) -> Tensor:
         return self.coefficient * weights

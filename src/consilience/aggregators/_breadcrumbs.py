@@ -26,7 +26,9 @@ class Between(Known):
         """All, with what they want from the next pass together."""
         parts = tuple(parts)
         asked = [s.columns for s in parts if not s.done]
-        return Between(not asked, None if None in asked else max((c for c in asked if c), default=None), parts)
+        return Between(
+            not asked, None if None in asked else max((c for c in asked if c), default=None), parts
+        )
 
     def each(self, move: Callable[[Selection], Selection]) -> Between:
         """All a step further, as far as they are not done."""
@@ -59,7 +61,9 @@ class Breadcrumbs(Blockwise):
     def init(self, rows: int, size: int, generator: torch.Generator | None) -> Between:
         top = math.floor(self.gamma * size)
         kept = min(size, top + math.ceil(self.density * size))
-        return Between.of(Selection.begin(rows, size, k, self.block) for k in ((kept, top) if top else (kept,)))
+        return Between.of(
+            Selection.begin(rows, size, k, self.block) for k in ((kept, top) if top else (kept,))
+        )
 
     def scan(self, rows: Tensor, offset: int, statistics: Any) -> Between:
         x = rows if rows.dtype in (torch.float32, torch.float64) else rows.float()

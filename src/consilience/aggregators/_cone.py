@@ -65,7 +65,9 @@ class GEM(Cone):
         if not 0 <= self.margin < float("inf"):
             raise ConsilienceError(f"`margin` should be >= 0 and finite. Found `margin = {self.margin}`.")
 
-    def combine(self, rows: Sequence[Tensor] | Tensor, weights: Tensor, generator: torch.Generator | None) -> Tensor:
+    def combine(
+        self, rows: Sequence[Tensor] | Tensor, weights: Tensor, generator: torch.Generator | None
+    ) -> Tensor:
         return weighted(rows if isinstance(rows, Tensor) else torch.stack(list(rows)), weights)
 
     def project(self, direction: Tensor, constraints: Tensor) -> Tensor:
@@ -88,7 +90,9 @@ class AGEM(Cone):
     [1.0, 0.0]
     """
 
-    def combine(self, rows: Sequence[Tensor] | Tensor, weights: Tensor, generator: torch.Generator | None) -> Tensor:
+    def combine(
+        self, rows: Sequence[Tensor] | Tensor, weights: Tensor, generator: torch.Generator | None
+    ) -> Tensor:
         return weighted(rows if isinstance(rows, Tensor) else torch.stack(list(rows)), weights)
 
     def project(self, direction: Tensor, constraints: Tensor) -> Tensor:

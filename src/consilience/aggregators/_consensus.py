@@ -32,7 +32,9 @@ class Consensus(Blockwise):
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.strength) and self.strength >= 0):
-            raise ConsilienceError(f"`strength` should be finite and not negative. Found `strength = {self.strength}`.")
+            raise ConsilienceError(
+                f"`strength` should be finite and not negative. Found `strength = {self.strength}`."
+            )
         if self.agree < 0:
             raise ConsilienceError(
                 f"`agree` should not be negative: it should be a number of tasks. Found `agree = {self.agree}`."

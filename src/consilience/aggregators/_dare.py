@@ -48,20 +48,29 @@ class Dare(Blockwise):
             return
         if not isinstance(self.then, Blockwise):
             found = type(self.then).__name__ if isinstance(self.then, Aggregator) else kind_of(self.then)
-            raise Refusal(f"`then` should be an aggregator that works block by block, such as ties(1.0). Found {found}.")
+            raise Refusal(
+                f"`then` should be an aggregator that works block by block, such as ties(1.0). Found {found}."
+            )
         object.__setattr__(self, "takes_negative_weights", self.then.takes_negative_weights)
         object.__setattr__(self, "takes_entry_weights", self.then.takes_entry_weights)
         object.__setattr__(self, "fewest_rows", self.then.fewest_rows)
 
     def init(self, rows: int, size: int, generator: torch.Generator | None) -> Masks:
         if generator is None:
-            raise ConsilienceError("`generator` should be given to DARE, which drops entries at random. Found None.")
+            raise ConsilienceError(
+                "`generator` should be given to DARE, which drops entries at random. Found None."
+            )
         seed = int(torch.randint(1 << 62, (), generator=generator, device=generator.device))
-        return _masks(seed, self.then.init(rows, size, generator) if isinstance(self.then, Blockwise) else Known())
+        return _masks(
+            seed, self.then.init(rows, size, generator) if isinstance(self.then, Blockwise) else Known()
+        )
 
     def scan(self, rows: Tensor, offset: int, statistics: Any) -> Masks:
         assert isinstance(self.then, Blockwise)
-        return _masks(statistics.seed, self.then.scan(self._dropped(rows, offset, statistics.seed), offset, statistics.inner))
+        return _masks(
+            statistics.seed,
+            self.then.scan(self._dropped(rows, offset, statistics.seed), offset, statistics.inner),
+        )
 
     def settle(self, statistics: Any) -> Masks:
         assert isinstance(self.then, Blockwise)

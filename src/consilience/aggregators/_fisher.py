@@ -34,14 +34,18 @@ class Fisher(Blockwise):
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.prior) and self.prior >= 0):
-            raise ConsilienceError(f"`prior` should be finite and not negative. Found `prior = {self.prior}`.")
+            raise ConsilienceError(
+                f"`prior` should be finite and not negative. Found `prior = {self.prior}`."
+            )
 
     def apply(self, rows: Tensor, weights: Tensor, offset: int, statistics: Any) -> Tensor:
         x = rows if rows.dtype in (torch.float32, torch.float64) else rows.float()
         w = weights.to(x.dtype)
         if w.dim() == 1:
             return weighted(x, w).to(rows.dtype)
-        most = w.amax(0)  # by which weights are divided first, so that neither they nor their sum leaves the range of floats
+        most = w.amax(
+            0
+        )  # by which weights are divided first, so that neither they nor their sum leaves the range of floats
         most = torch.where(most > 0, most, 1.0)
         every, total = torch.full_like(most, self.prior).div_(most), torch.zeros_like(x[0])
         for row, own in zip(x, w, strict=True):

@@ -33,9 +33,13 @@ class GeometricMedian(Linear):
 
     def __post_init__(self) -> None:
         if not 0 < self.smoothing < float("inf"):
-            raise ConsilienceError(f"`smoothing` should be positive and finite. Found `smoothing = {self.smoothing}`.")
+            raise ConsilienceError(
+                f"`smoothing` should be positive and finite. Found `smoothing = {self.smoothing}`."
+            )
         if not isinstance(self.iterations, int) or self.iterations < 1:
-            raise ConsilienceError(f"`iterations` should be a whole number >= 1. Found `iterations = {self.iterations!r}`.")
+            raise ConsilienceError(
+                f"`iterations` should be a whole number >= 1. Found `iterations = {self.iterations!r}`."
+            )
 
     def weigh(self, gram: Tensor, weights: Tensor, generator: torch.Generator | None) -> Tensor:
         g = gram.double()
@@ -45,7 +49,9 @@ class GeometricMedian(Linear):
     def coefficients(self, rows: Tensor, weights: Tensor, generator: torch.Generator | None) -> Tensor:
         middle = self._middle(squares(rows))
         gram = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=rows.device)
-        for block in rows.split(BLOCK, 1):  # differences to a row in the middle: a huge row leaves no rounding in the others
+        for block in rows.split(
+            BLOCK, 1
+        ):  # differences to a row in the middle: a huge row leaves no rounding in the others
             away = block.double() - block[middle].double()
             gram += away @ away.T
         return self._weiszfeld(gram, weights)

@@ -52,7 +52,9 @@ class _Tolerant(Aggregator):
 
     def __post_init__(self) -> None:
         if not isinstance(self.byzantine, int) or self.byzantine < 0:
-            raise ConsilienceError(f"`byzantine` should be a whole number >= 0. Found `byzantine = {self.byzantine!r}`.")
+            raise ConsilienceError(
+                f"`byzantine` should be a whole number >= 0. Found `byzantine = {self.byzantine!r}`."
+            )
 
     @property
     def fewest_rows(self) -> int:  # type: ignore[override]
@@ -113,7 +115,9 @@ class MultiKrum(_Chosen):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.keep is not None and (not isinstance(self.keep, int) or self.keep < 1):
-            raise ConsilienceError(f"`keep` should be a whole number >= 1, or None. Found `keep = {self.keep!r}`.")
+            raise ConsilienceError(
+                f"`keep` should be a whole number >= 1, or None. Found `keep = {self.keep!r}`."
+            )
 
     @property
     def fewest_rows(self) -> int:  # type: ignore[override]

@@ -35,7 +35,9 @@ class MGDA(Linear):
             # scaled to length 1, so that short and long ones are solved equally well.
             norm = square.sqrt()
             scale = norm.min() / norm
-            share = scale * _nonnegative(g / norm.outer(norm) + scale.outer(scale), scale, 8 * torch.finfo(gram.dtype).eps)
+            share = scale * _nonnegative(
+                g / norm.outer(norm) + scale.outer(scale), scale, 8 * torch.finfo(gram.dtype).eps
+            )
         return (weights.double().sum() * (share / share.sum()).to(weights.device)).to(weights.dtype)
 
 

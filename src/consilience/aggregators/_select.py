@@ -176,7 +176,9 @@ class Digits:
 
     def end(self, now: Selection) -> Selection:
         if self.shift < 0:
-            least = np.array(self.prefix, np.int64 if self.wide else np.int32).view(np.float64 if self.wide else np.float32)
+            least = np.array(self.prefix, np.int64 if self.wide else np.int32).view(
+                np.float64 if self.wide else np.float32
+            )
             found, below = tuple(least.tolist()), tuple(_below(t, self.wide) for t in least.tolist())
             return Selection(True, None, now.k, now.size, found, tuple(self.ends), tuple(self.rank), below)
         prefix, rank = [], []

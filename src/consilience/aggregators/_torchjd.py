@@ -39,7 +39,9 @@ class TorchJD(Aggregator):
     def __post_init__(self) -> None:
         self._build(self._known(), {})
 
-    def combine(self, rows: Sequence[Tensor] | Tensor, weights: Tensor, generator: torch.Generator | None) -> Tensor:
+    def combine(
+        self, rows: Sequence[Tensor] | Tensor, weights: Tensor, generator: torch.Generator | None
+    ) -> Tensor:
         stacked = (rows if isinstance(rows, Tensor) else torch.stack(list(rows))).detach()
         dtype = stacked.dtype
         if dtype not in (torch.float32, torch.float64):
@@ -64,11 +66,21 @@ class TorchJD(Aggregator):
         """A, or the part `of` A, as a function of a matrix."""
         kind = self._known()
         own = inspect.signature(kind).parameters
-        wish = {"pref_vector": weights / weights.sum()} if "pref_vector" in own.keys() - dict(self.arguments).keys() else {}
-        seed = 0 if generator is None else int(torch.randint(1 << 62, (), generator=generator, device=generator.device))
+        wish = (
+            {"pref_vector": weights / weights.sum()}
+            if "pref_vector" in own.keys() - dict(self.arguments).keys()
+            else {}
+        )
+        seed = (
+            0
+            if generator is None
+            else int(torch.randint(1 << 62, (), generator=generator, device=generator.device))
+        )
         return lambda matrix: self._run(kind, wish, matrix, seed, of)
 
-    def _run(self, kind: Any, wish: dict[str, Any], rows: Tensor, seed: int, of: Callable[[Any], Any]) -> Tensor:
+    def _run(
+        self, kind: Any, wish: dict[str, Any], rows: Tensor, seed: int, of: Callable[[Any], Any]
+    ) -> Tensor:
         aggregator = of(self._build(kind, wish, rows))
         with torch.random.fork_rng([rows.device] if rows.is_cuda else []), torch.no_grad():
             torch.default_generator.manual_seed(seed)
@@ -79,7 +91,9 @@ class TorchJD(Aggregator):
                 result: Tensor = aggregator(rows)
                 return result
             except ValueError as e:
-                raise ConsilienceError(f"rows should suit torchjd's {self.name}. Found {tuple(rows.shape)}: {e}") from e
+                raise ConsilienceError(
+                    f"rows should suit torchjd's {self.name}. Found {tuple(rows.shape)}: {e}"
+                ) from e
 
     def _known(self) -> Any:
         """The class, or an error that says what to do."""
@@ -90,12 +104,20 @@ class TorchJD(Aggregator):
             raise ConsilienceError(
                 f"torchjd should be installed for {self.name!r}: pip install 'consilience[torchjd]'. Found: {e}."
             ) from e
-        kinds = {n: k for n in there.__all__ if isinstance(k := getattr(there, n), type) and issubclass(k, there.Aggregator)}
+        kinds = {
+            n: k
+            for n in there.__all__
+            if isinstance(k := getattr(there, n), type) and issubclass(k, there.Aggregator)
+        }
         concrete = {n: k for n, k in kinds.items() if k.__module__ != there.Aggregator.__module__}
         if self.name not in concrete:
-            raise unknown("torchjd", self.name, [n for n, k in concrete.items() if not issubclass(k, Stateful)])
+            raise unknown(
+                "torchjd", self.name, [n for n, k in concrete.items() if not issubclass(k, Stateful)]
+            )
         if issubclass(concrete[self.name], Stateful):
-            raise Refusal(f"torchjd's aggregators should keep no state between calls. Found {self.name!r}, which does.")
+            raise Refusal(
+                f"torchjd's aggregators should keep no state between calls. Found {self.name!r}, which does."
+            )
         return concrete[self.name]
 
     def _build(self, kind: Any, wish: dict[str, Any], like: Tensor | None = None) -> Any:
@@ -106,7 +128,9 @@ class TorchJD(Aggregator):
         except ImportError as e:
             raise ConsilienceError(f"what torchjd's {self.name} needs should be installed. Found: {e}") from e
         except (TypeError, ValueError) as e:
-            raise ConsilienceError(f"arguments of torchjd's {self.name} should be {inspect.signature(kind)}. Found: {e}") from e
+            raise ConsilienceError(
+                f"arguments of torchjd's {self.name} should be {inspect.signature(kind)}. Found: {e}"
+            ) from e
 
 
 @dataclass(frozen=True)
@@ -133,4 +157,6 @@ def of_name(name: str, arguments: dict[str, Any]) -> TorchJD:
     one = TorchJD(name, tuple(sorted(arguments.items())))
     from torchjd.aggregation import GramianWeightedAggregator
 
-    return TorchJDLinear(one.name, one.arguments) if issubclass(one._known(), GramianWeightedAggregator) else one
+    return (
+        TorchJDLinear(one.name, one.arguments) if issubclass(one._known(), GramianWeightedAggregator) else one
+    )

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from consilience.consolidators.merging import FisherSpace, RegMean
     from consilience.consolidators.normalised import Normalised
     from consilience.consolidators.statistics import ClosedForm
-    from consilience.consolidators.weights import WeightSpace
+    from consilience.core.weight_space import WeightSpace
 
 
 def weight_space(aggregator: Any = None, outer: Any = None, lr: float = 1.0) -> WeightSpace:
@@ -25,7 +25,7 @@ def weight_space(aggregator: Any = None, outer: Any = None, lr: float = 1.0) -> 
         outer: outer optimiser (None: SGD, which with lr 1 takes the aggregate as it is).
         lr: outer learning rate.
     """
-    from consilience.consolidators.weights import WeightSpace
+    from consilience.core.weight_space import WeightSpace
 
     return WeightSpace(aggregator, outer, lr)
 
@@ -93,7 +93,9 @@ def orthogonal_projection(threshold: float = 0.5) -> OPCM:
     return OPCM(threshold=threshold)
 
 
-def closed_form(strength: float = 0.01, average: bool = False, normalise: bool = False, temperature: float = 1.0) -> ClosedForm:
+def closed_form(
+    strength: float = 0.01, average: bool = False, normalise: bool = False, temperature: float = 1.0
+) -> ClosedForm:
     """Solve a ridge head from the sum of everybody's statistics.
 
     Args:

@@ -10,13 +10,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from consilience.consolidators.weights import WeightSpace
 from consilience.core.errors import ConsilienceError, Refusal
 from consilience.core.message import Message, Weights
 from consilience.core.model import Model
 from consilience.core.params import Params
-from consilience.core.schedule import Facts
+from consilience.core.schedule import ScheduleFacts
 from consilience.core.state import State
+from consilience.core.weight_space import WeightSpace
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class _OneByOne(WeightSpace):
         """Whether it needs what the experts started from."""
         return True
 
-    def refuse(self, facts: Facts) -> str | None:
-        if self.from_base and not facts.hears_others:
+    def refuse(self, facts: ScheduleFacts) -> str | None:
+        if self.from_base and not facts.receives_others:
             return "it merges experts, and nobody hears another agent here; use finetune, or an exmodel or merging setting"
         if self.from_base and facts.repeats:
             return "it merges experts that all start from one base, and here agents go on from what was merged; use parameter_average"
@@ -51,21 +51,27 @@ class _OneByOne(WeightSpace):
     def _merge(self, kept: Params, now: Params, new: Params, share: float) -> tuple[Params, Params]:
         """The entries after one more expert, from those of now and its own, and what is kept more; `share` is its part of all weights."""
 
-    def absorb(self, model: Model, state: State, fresh: Sequence[Message], by_size: bool, generator: torch.Generator) -> State:
+    def receive(
+        self, model: Model, state: State, fresh: Sequence[Message], by_size: bool, generator: torch.Generator
+    ) -> State:
         heard = [m for m in fresh if isinstance(m.items.get("model"), Weights)]
-        if not any(m.learned for m in heard):
-            return super().absorb(model, state, fresh, by_size, generator)
+        if not any(m.trained for m in heard):
+            return super().receive(model, state, fresh, by_size, generator)
         if self.from_base and state.origin == "given":
-            raise Refusal(f"{type(self).__name__} merges what experts learned since their base. Found none; give `base`.")
+            raise Refusal(
+                f"{type(self).__name__} merges what experts learned since their base. Found none; give `base`."
+            )
         weights = [float(m.size) if by_size else float(m.size > 0) for m in heard]
         for m, weight in zip(heard, weights if any(weights) else [1.0] * len(heard), strict=True):
             if weight:
                 state = self._add(model, state, m, weight, generator)
         return state.change(size=int(sum(m.size for m in heard)))
 
-    def _add(self, model: Model, state: State, m: Message, weight: float, generator: torch.Generator) -> State:
+    def _add(
+        self, model: Model, state: State, m: Message, weight: float, generator: torch.Generator
+    ) -> State:
         """The state with one expert more."""
-        alone = WeightSpace().absorb(model, state, [m], False, generator)
+        alone = WeightSpace().receive(model, state, [m], False, generator)
         told = m.items["model"].group("params")
         new = {
             n: alone.params[n]
@@ -79,7 +85,9 @@ class _OneByOne(WeightSpace):
         total = float(kept["weight"]) + weight
         merged, more = self._merge(kept, now, new, weight / total)
         buffers = {
-            n: torch.lerp(state.buffers[n], b, weight / total) if n in state.buffers and b.is_floating_point() else b
+            n: torch.lerp(state.buffers[n], b, weight / total)
+            if n in state.buffers and b.is_floating_point()
+            else b
             for n, b in alone.buffers.items()
         }
         params = {**alone.params, **merged}
@@ -106,7 +114,9 @@ class RunningArithmetic(_OneByOne):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not abs(self.coefficient) < float("inf"):
-            raise ConsilienceError(f"`coefficient` should be finite. Found `coefficient = {self.coefficient}`.")
+            raise ConsilienceError(
+                f"`coefficient` should be finite. Found `coefficient = {self.coefficient}`."
+            )
         if self.of not in ("mean", "sum"):
             raise ConsilienceError(f"`of` should be mean or sum. Found `of = {self.of!r}`.")
 

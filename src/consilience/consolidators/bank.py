@@ -12,7 +12,7 @@ from consilience.core.errors import ConsilienceError
 from consilience.core.message import Message, Module, Shared
 from consilience.core.model import Model
 from consilience.core.params import Params
-from consilience.core.schedule import Facts
+from consilience.core.schedule import ScheduleFacts
 from consilience.core.source import Source
 from consilience.core.state import State
 
@@ -28,7 +28,9 @@ def refuse_strangers(model: Model, params: Params, messages: Sequence[Message]) 
             here = here or model.backbone(params)
             if item.meta["backbone"] != here:
                 found = item.meta["backbone"][:8]
-                raise ConsilienceError(f"a module should stand on this agent's backbone {here[:8]}. Found {found} in {whose}.")
+                raise ConsilienceError(
+                    f"a module should stand on this agent's backbone {here[:8]}. Found {found} in {whose}."
+                )
         form = item.meta.get("form", "")
         if form != model.form:
             raise ConsilienceError(
@@ -37,7 +39,9 @@ def refuse_strangers(model: Model, params: Params, messages: Sequence[Message]) 
             )
         strange = [n for n in item.group("entries") if not model.reads(n)]
         if strange:
-            raise ConsilienceError(f"a module should have entries that this model runs. Found {strange[0]!r} in {whose}.")
+            raise ConsilienceError(
+                f"a module should have entries that this model runs. Found {strange[0]!r} in {whose}."
+            )
 
 
 @dataclass(frozen=True)
@@ -48,12 +52,18 @@ class Experts(Consolidator):
     model. A module of another frozen backbone is refused by its hash, one of another kind of model by its entries.
     """
 
-    def export(self, model: Model, state: State, sources: Sequence[Source], personal: Sequence[str]) -> dict[str, Shared]:
+    def export(
+        self, model: Model, state: State, sources: Sequence[Source], personal: Sequence[str]
+    ) -> dict[str, Shared]:
         backbone = model.backbone(state.params) if sources else ""
         result: dict[str, Shared] = {}
         for s in sources:
             own = (None, model.head_key(s))
-            entries = {f"entries/{n}": p for n, p in state.params.items() if not model.frozen(n) and model.task_of(n) in own}
+            entries = {
+                f"entries/{n}": p
+                for n, p in state.params.items()
+                if not model.frozen(n) and model.task_of(n) in own
+            }
             buffers = {f"buffers/{n}": b for n, b in state.buffers.items() if model.task_of(n) in own}
             meta = {
                 "labels": [list(label) for label in s.labels],
@@ -65,7 +75,9 @@ class Experts(Consolidator):
             result[s.name] = Module({**entries, **buffers}, meta)
         return result
 
-    def absorb(self, model: Model, state: State, fresh: Sequence[Message], by_size: bool, generator: torch.Generator) -> State:
+    def receive(
+        self, model: Model, state: State, fresh: Sequence[Message], by_size: bool, generator: torch.Generator
+    ) -> State:
         refuse_strangers(model, state.params, fresh)
         return state
 
@@ -73,8 +85,8 @@ class Experts(Consolidator):
         """As it is: experts are read from the bank."""
         return state
 
-    def refuse(self, facts: Facts) -> str | None:
-        if not facts.hears:
+    def refuse(self, facts: ScheduleFacts) -> str | None:
+        if not facts.exchanges:
             return "nobody hears anybody here, so that there are no experts to choose from"
         model: Model | None = facts.model
         if model is None or type(model).grow is not Model.grow:  # heads come with sources

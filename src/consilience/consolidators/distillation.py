@@ -9,15 +9,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from consilience.consolidators.weights import WeightSpace
 from consilience.core.errors import ConsilienceError, kind_of
 from consilience.core.message import Message, Weights
 from consilience.core.model import Model
 from consilience.core.optimiser import SGD, Adam
 from consilience.core.params import Layout, Params, content_hash
-from consilience.core.schedule import Facts
+from consilience.core.schedule import ScheduleFacts
 from consilience.core.source import Examples, Source
 from consilience.core.state import State
+from consilience.core.weight_space import WeightSpace
 
 CHUNK = 1024
 
@@ -31,7 +31,9 @@ def inputs(unlabelled: Any) -> Tensor:
     try:
         return torch.as_tensor(unlabelled)
     except (TypeError, ValueError, RuntimeError) as e:
-        raise ConsilienceError(f"`unlabelled` should be inputs [N, ...] or a source. Found {kind_of(unlabelled)}.") from e
+        raise ConsilienceError(
+            f"`unlabelled` should be inputs [N, ...] or a source. Found {kind_of(unlabelled)}."
+        ) from e
 
 
 @dataclass(frozen=True)
@@ -58,45 +60,65 @@ class Distillation(WeightSpace):
     def __post_init__(self) -> None:
         super().__post_init__()
         u = self.unlabelled
-        if not isinstance(u, Tensor) or u.ndim < 2 or not len(u) or (u.is_floating_point() and not u.isfinite().all()):
+        if (
+            not isinstance(u, Tensor)
+            or u.ndim < 2
+            or not len(u)
+            or (u.is_floating_point() and not u.isfinite().all())
+        ):
             found = f"shape {tuple(u.shape)}" if isinstance(u, Tensor) else kind_of(u)
-            raise ConsilienceError(f"`unlabelled` should be finite inputs [N, ...], at least one. Found {found}.")
+            raise ConsilienceError(
+                f"`unlabelled` should be finite inputs [N, ...], at least one. Found {found}."
+            )
         for name, low in (("steps", 0), ("batch_size", 1)):
             v = getattr(self, name)
             if isinstance(v, bool) or not isinstance(v, int) or v < low:
                 raise ConsilienceError(f"`{name}` should be a whole number >= {low}. Found `{name} = {v!r}`.")
         for name in ("rate", "temperature"):
             if not 0 < getattr(self, name) < float("inf"):
-                raise ConsilienceError(f"`{name}` should be positive and finite. Found `{name} = {getattr(self, name)}`.")
+                raise ConsilienceError(
+                    f"`{name}` should be positive and finite. Found `{name} = {getattr(self, name)}`."
+                )
         if self.of not in ("logits", "probabilities"):
             raise ConsilienceError(f"`of` should be logits or probabilities. Found `of = {self.of!r}`.")
         if self.optimiser not in ("adam", "sgd"):
-            raise ConsilienceError(f"`optimiser` should be adam or sgd. Found `optimiser = {self.optimiser!r}`.")
+            raise ConsilienceError(
+                f"`optimiser` should be adam or sgd. Found `optimiser = {self.optimiser!r}`."
+            )
         object.__setattr__(self, "content", content_hash({"u": u}))
 
-    def refuse(self, facts: Facts) -> str | None:
+    def refuse(self, facts: ScheduleFacts) -> str | None:
         if facts.kind == "value":
             return "it distils class probabilities, and the targets are values; use fedavg"
-        if facts.hears and facts.most_heard < 2:
-            return (
-                "it teaches what several models answer together, and one is heard at a time; use fedavg, or lwf for the learner"
-            )
+        if facts.exchanges and facts.most_received < 2:
+            return "it teaches what several models answer together, and one is heard at a time; use fedavg, or lwf for the learner"
         if facts.model is not None:
             if facts.model.uses_task:
                 return "models with heads of several tasks have no outputs in common; use one with a shared head, such as mlp"
             assert self.unlabelled is not None
             try:
-                facts.model(*facts.model.init(torch.Generator().manual_seed(0)), self.unlabelled[:1].float(), None, False)
+                facts.model(
+                    *facts.model.init(torch.Generator().manual_seed(0)),
+                    self.unlabelled[:1].float(),
+                    None,
+                    False,
+                )
             except (RuntimeError, ValueError, IndexError):
                 return f"`unlabelled` should fit the model's input. Found inputs {tuple(self.unlabelled.shape[1:])}"
         return super().refuse(facts)
 
-    def absorb(self, model: Model, state: State, fresh: Sequence[Message], by_size: bool, generator: torch.Generator) -> State:
-        new = super().absorb(model, state, fresh, by_size, generator)
+    def receive(
+        self, model: Model, state: State, fresh: Sequence[Message], by_size: bool, generator: torch.Generator
+    ) -> State:
+        new = super().receive(model, state, fresh, by_size, generator)
         heard = [m.items["model"] for m in fresh if isinstance(m.items.get("model"), Weights)]
         names = {n for w in heard for n in w.group("params")}
-        taught = {n: p for n, p in new.params.items() if n in names and p.is_floating_point() and not model.frozen(n)}
-        if not any(m.learned for m in fresh) or not self.steps or not taught:
+        taught = {
+            n: p
+            for n, p in new.params.items()
+            if n in names and p.is_floating_point() and not model.frozen(n)
+        }
+        if not any(m.trained for m in fresh) or not self.steps or not taught:
             return new
         layout = Layout.of(taught)
         u = self.unlabelled
@@ -104,7 +126,9 @@ class Distillation(WeightSpace):
         u = u.to(layout.device, layout.dtype if u.is_floating_point() else u.dtype)
         target = self._targets(model, state, heard, u)
         with torch.no_grad():
-            outs = [model(new.params, new.buffers, x, None, False)[0] / self.temperature for x in u.split(CHUNK)]
+            outs = [
+                model(new.params, new.buffers, x, None, False)[0] / self.temperature for x in u.split(CHUNK)
+            ]
         if float((torch.cat(outs).softmax(1) - target).abs().max()) <= 100 * torch.finfo(layout.dtype).eps:
             return new
         theta = self._steps(model, new, layout, u, target, generator)
@@ -117,14 +141,25 @@ class Distillation(WeightSpace):
             params: Params = {n: p.to(u.device) for n, p in {**state.params, **w.group("params")}.items()}
             buffers: Params = {n: b.to(u.device) for n, b in {**state.buffers, **w.group("buffers")}.items()}
             with torch.no_grad():
-                out = torch.cat([model(params, buffers, x, None, False)[0] for x in u.split(CHUNK)]) / self.temperature
+                out = (
+                    torch.cat([model(params, buffers, x, None, False)[0] for x in u.split(CHUNK)])
+                    / self.temperature
+                )
             out = out if self.of == "logits" else out.softmax(1)
             total = out if total is None else total + out
         assert total is not None
         mean = total / len(heard)
         return mean.softmax(1) if self.of == "logits" else mean
 
-    def _steps(self, model: Model, state: State, layout: Layout, u: Tensor, target: Tensor, generator: torch.Generator) -> Tensor:
+    def _steps(
+        self,
+        model: Model,
+        state: State,
+        layout: Layout,
+        u: Tensor,
+        target: Tensor,
+        generator: torch.Generator,
+    ) -> Tensor:
         optimiser, theta = Adam() if self.optimiser == "adam" else SGD(), layout.flatten(state.params)
         held, order = optimiser.init(theta), torch.zeros(0, dtype=torch.long)
         with torch.enable_grad():

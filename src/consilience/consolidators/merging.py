@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from consilience.consolidators.weights import WeightSpace
 from consilience.core.errors import ConsilienceError
 from consilience.core.message import Message, Statistics
 from consilience.core.params import Layout, Params
-from consilience.core.schedule import Facts
+from consilience.core.schedule import ScheduleFacts
 from consilience.core.state import State
+from consilience.core.weight_space import WeightSpace
 
 Rows = list[tuple[str, Params, float]]
 """(sender, parameters, weight) of those that are heard."""
@@ -30,10 +30,10 @@ class _ByStatistics(WeightSpace):
                 f"`aggregator` of {type(self).__name__} should be None: statistics weigh. Found {type(self.aggregator).__name__}."
             )
 
-    def refuse(self, facts: Facts) -> str | None:
-        if not facts.learns:
+    def refuse(self, facts: ScheduleFacts) -> str | None:
+        if not facts.trains:
             return "it merges by statistics of data, and here only trained models are given; use average"
-        if facts.most_heard < 2:
+        if facts.most_received < 2:
             return "it weighs what several agents learned, and one is heard at a time; use parameter_average, or finetune for the last"
         return super().refuse(facts)
 
@@ -45,13 +45,19 @@ class _ByStatistics(WeightSpace):
         found = []
         for sender, *_ in rows:
             of = [
-                [(m.size, item) for m in held if m.sender == sender and isinstance(item := m.items.get(key), Statistics)]
+                [
+                    (m.size, item)
+                    for m in held
+                    if m.sender == sender and isinstance(item := m.items.get(key), Statistics)
+                ]
                 for held in (fresh, list(state.bank.values()))
                 for key in keys
             ]
             own = next((o for o in of if o), None)
             if own is None:
-                raise ConsilienceError(f"what is heard should come with statistics, as {by} tells. Found none of {sender!r}.")
+                raise ConsilienceError(
+                    f"what is heard should come with statistics, as {by} tells. Found none of {sender!r}."
+                )
             found.append(own)
         return found
 
@@ -79,8 +85,8 @@ class FisherSpace(_ByStatistics):
         """The prior stands at the hearer's own parameters."""
         return self.prior > 0
 
-    def refuse(self, facts: Facts) -> str | None:
-        if self.prior and facts.hears and not facts.common_base:
+    def refuse(self, facts: ScheduleFacts) -> str | None:
+        if self.prior and facts.exchanges and not facts.common_base:
             return "its prior stands at the hearer's own parameters, but here what is heard starts from others; use prior = 0"
         return super().refuse(facts)
 
@@ -98,10 +104,15 @@ class FisherSpace(_ByStatistics):
         fishers = []
         for own in told:
             sizes = [s for s, _ in own] if any(s for s, _ in own) else [1] * len(own)
-            parts = [layout.flatten(item.group("precision")) * (s / sum(sizes)) for s, (_, item) in zip(sizes, own, strict=True)]
+            parts = [
+                layout.flatten(item.group("precision")) * (s / sum(sizes))
+                for s, (_, item) in zip(sizes, own, strict=True)
+            ]
             fishers.append(torch.stack(parts).sum(0))
         origin = layout.flatten(state.base) if self.prior else shares @ theta
-        merged = origin + Fisher(self.prior)(theta - origin, shares[:, None] * torch.stack(fishers), names=[s for s, *_ in rows])
+        merged = origin + Fisher(self.prior)(
+            theta - origin, shares[:, None] * torch.stack(fishers), names=[s for s, *_ in rows]
+        )
         return {n: p.to(rows[0][1][n].dtype) for n, p in layout.split(merged).items()}
 
 
@@ -140,15 +151,23 @@ class RegMean(_ByStatistics):
             grams, weights = [], []
             for (_, params, w), own in zip(rows, told, strict=True):
                 second = torch.stack([item.tensors[f"second/{n}"] for _, item in own]).sum(0)
-                grams.append(second * (w / total / max(1.0, float(sum(item.tensors["count"] for _, item in own)))))
+                grams.append(
+                    second * (w / total / max(1.0, float(sum(item.tensors["count"] for _, item in own))))
+                )
                 weights.append(params[n].double().reshape(len(second), -1, second.shape[-1]))
             mean = torch.stack([x * (w / total) for x, (*_, w) in zip(weights, rows, strict=True)]).sum(0)
-            made[n] = (mean + self._solve(grams, [x - mean for x in weights])).reshape(shape).to(rows[0][1][n].dtype)
+            made[n] = (
+                (mean + self._solve(grams, [x - mean for x in weights]))
+                .reshape(shape)
+                .to(rows[0][1][n].dtype)
+            )
         return made
 
     def _solve(self, grams: list[Tensor], weights: list[Tensor]) -> Tensor:
         """The W [g, C, d] that minimises sum_i ||X_i (W - W_i)||^2 for W_i [g, C, d] and G_i = X_i^T X_i [g, d, d]."""
-        scaled = [self.alpha * g + (1 - self.alpha) * torch.diag_embed(g.diagonal(dim1=1, dim2=2)) for g in grams]
+        scaled = [
+            self.alpha * g + (1 - self.alpha) * torch.diag_embed(g.diagonal(dim1=1, dim2=2)) for g in grams
+        ]
         whole = torch.stack(scaled).sum(0)
         wanted = torch.stack([w @ g for w, g in zip(weights, scaled, strict=True)]).sum(0)
         size = whole.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]

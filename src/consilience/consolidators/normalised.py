@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from consilience.consolidators.weights import WeightSpace
 from consilience.core.errors import ConsilienceError
 from consilience.core.message import Message, Weights
 from consilience.core.model import Model
-from consilience.core.schedule import Facts
+from consilience.core.schedule import ScheduleFacts
 from consilience.core.state import State
+from consilience.core.weight_space import WeightSpace
 
 
 @dataclass(frozen=True)
@@ -28,15 +28,17 @@ class Normalised(WeightSpace):
     def needs_base(self) -> bool:  # type: ignore[override]
         return True
 
-    def refuse(self, facts: Facts) -> str | None:
-        if not facts.learns:
+    def refuse(self, facts: ScheduleFacts) -> str | None:
+        if not facts.trains:
             return "it normalises by the steps that agents took, and here only trained models are given; use average"
-        if facts.hears and not facts.common_base:
+        if facts.exchanges and not facts.common_base:
             return "it normalises steps from the hearer's own parameters, but here what is heard starts from others; use average"
         return super().refuse(facts)
 
-    def absorb(self, model: Model, state: State, fresh: Sequence[Message], by_size: bool, generator: torch.Generator) -> State:
-        learned = [m for m in fresh if m.learned and isinstance(m.items.get("model"), Weights)]
+    def receive(
+        self, model: Model, state: State, fresh: Sequence[Message], by_size: bool, generator: torch.Generator
+    ) -> State:
+        learned = [m for m in fresh if m.trained and isinstance(m.items.get("model"), Weights)]
         told = {m.sender: m.items["LocalSteps"].tensors for m in learned if "LocalSteps" in m.items}
         steps = {sender: float(t["steps"]) for sender, t in told.items()}
         for m in learned:
@@ -48,8 +50,10 @@ class Normalised(WeightSpace):
         effective = sum(sizes[s] * steps[s] for s in sizes) / sum(sizes.values()) if sizes else 0.0
         if len(set(steps.values())) == 1:
             effective = next(iter(steps.values()))
-        heard = [self._scaled(model, m, state, effective / steps[m.sender]) if m in learned else m for m in fresh]
-        return super().absorb(model, state, heard, by_size, generator)
+        heard = [
+            self._scaled(model, m, state, effective / steps[m.sender]) if m in learned else m for m in fresh
+        ]
+        return super().receive(model, state, heard, by_size, generator)
 
     @staticmethod
     def _scaled(model: Model, m: Message, state: State, factor: float) -> Message:

@@ -13,12 +13,14 @@ from consilience.core.errors import ConsilienceError
 from consilience.core.message import Message, Shared, Statistics
 from consilience.core.model import Model
 from consilience.core.params import Params
-from consilience.core.schedule import Facts
+from consilience.core.schedule import ScheduleFacts
 from consilience.core.source import Source
 from consilience.core.state import State
 
 
-def update(inverse: Tensor, moment: Tensor, psi: Tensor, hot: Tensor, remove: bool = False) -> tuple[Tensor, Tensor]:
+def update(
+    inverse: Tensor, moment: Tensor, psi: Tensor, hot: Tensor, remove: bool = False
+) -> tuple[Tensor, Tensor]:
     """(A + lambda I)^-1 [d, d] and b [d, C] after examples psi [B, d] with one-hot targets [B, C] came, or with `remove` left.
 
     Woodbury: P -+ P psi^T (I +- psi P psi^T)^-1 psi P, at a cost of B d^2 in the place of d^3; W = P b. It begins at P = I / lambda, b = 0;
@@ -42,7 +44,14 @@ def update(inverse: Tensor, moment: Tensor, psi: Tensor, hot: Tensor, remove: bo
     return (inverse + inverse.T) / 2, moment + sign * (psi.T @ hot)
 
 
-def solve(a: Tensor, b: Tensor, strength: float, samples: float = 1.0, average: bool = False, normalise: bool = False) -> Tensor:
+def solve(
+    a: Tensor,
+    b: Tensor,
+    strength: float,
+    samples: float = 1.0,
+    average: bool = False,
+    normalise: bool = False,
+) -> Tensor:
     """W = (A + lambda I)^-1 b [d + 1, C], float64, from A = sum psi psi^T and b = sum psi e_y^T with a ones column as bias.
 
     With `average` the objective is the mean loss, whose closed form needs lambda x samples. With `normalise` each column
@@ -77,26 +86,30 @@ class ClosedForm(Consolidator):
     def __post_init__(self) -> None:
         for name in ("strength", "temperature"):
             if not 0 < getattr(self, name) < float("inf"):
-                raise ConsilienceError(f"`{name}` should be positive and finite. Found `{name} = {getattr(self, name)}`.")
+                raise ConsilienceError(
+                    f"`{name}` should be positive and finite. Found `{name} = {getattr(self, name)}`."
+                )
 
-    def export(self, model: Model, state: State, sources: Sequence[Source], personal: Sequence[str]) -> dict[str, Shared]:
+    def export(
+        self, model: Model, state: State, sources: Sequence[Source], personal: Sequence[str]
+    ) -> dict[str, Shared]:
         return {}
 
-    def refuse(self, facts: Facts) -> str | None:
-        if not facts.hears:
+    def refuse(self, facts: ScheduleFacts) -> str | None:
+        if not facts.exchanges:
             return "statistics are solved when they are heard, and nobody hears here"
-        if not facts.learns:
+        if not facts.trains:
             return "it needs sums over data, and here only trained models are given"
         if facts.model is not None:
             try:
                 facts.model.head(facts.model.init(torch.Generator().manual_seed(0))[0], None)
             except ConsilienceError:
-                return (
-                    "it solves one linear head that all sources share, and this model has none; use models.mlp or models.linear"
-                )
+                return "it solves one linear head that all sources share, and this model has none; use models.mlp or models.linear"
         return None
 
-    def absorb(self, model: Model, state: State, fresh: Sequence[Message], by_size: bool, generator: torch.Generator) -> State:
+    def receive(
+        self, model: Model, state: State, fresh: Sequence[Message], by_size: bool, generator: torch.Generator
+    ) -> State:
         total = add_up(m.items["Moments"] for m in state.bank.values() if "Moments" in m.items)
         if total is None:
             return state
@@ -113,7 +126,7 @@ class ClosedForm(Consolidator):
     def forget(self, model: Model, state: State) -> State:
         """Solved again from the sums that are left, to the bit what it would be had the others not been heard; zero without any."""
         if any("Moments" in m.items for m in state.bank.values()):
-            return self.absorb(model, state, (), True, torch.Generator())
+            return self.receive(model, state, (), True, torch.Generator())
         nothing = torch.zeros(1, 0, dtype=torch.float64)
         return state.change(params=self._with_head(model, state.params, nothing))
 

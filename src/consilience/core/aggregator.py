@@ -33,7 +33,9 @@ class Aggregator(ABC):
     """Whether it withstands bad rows: of what is heard, messages that are not finite are then left out, with a warning."""
 
     @abstractmethod
-    def combine(self, rows: Sequence[Tensor] | Tensor, weights: Tensor, generator: torch.Generator | None) -> Tensor:
+    def combine(
+        self, rows: Sequence[Tensor] | Tensor, weights: Tensor, generator: torch.Generator | None
+    ) -> Tensor:
         """The result [n] for checked rows [m, n] (a tensor, or m vectors) in a canonical order and weights [m]."""
 
     @final
@@ -54,21 +56,28 @@ class Aggregator(ABC):
 
     @final
     def admit(
-        self, rows: Tensor | Sequence[Tensor], weights: Tensor | Sequence[float] | None, names: Sequence[str] | None = None
+        self,
+        rows: Tensor | Sequence[Tensor],
+        weights: Tensor | Sequence[float] | None,
+        names: Sequence[str] | None = None,
     ) -> tuple[Tensor, Tensor, list[int]]:
         """The door: checked rows [m, n] and weights [m] in a canonical order, and that order."""
-        me = type(self).__name__
+        own = type(self).__name__
         if not isinstance(rows, Tensor):
             if len({r.shape for r in rows}) > 1:
-                raise ConsilienceError(f"rows for {me} should have one size. Found {sorted({tuple(r.shape) for r in rows})}.")
+                raise ConsilienceError(
+                    f"rows for {own} should have one size. Found {sorted({tuple(r.shape) for r in rows})}."
+                )
             if not rows:
-                raise ConsilienceError(f"{me} should be given rows. Found none.")
+                raise ConsilienceError(f"{own} should be given rows. Found none.")
             rows = torch.stack(list(rows))
         if rows.dim() != 2 or not rows.is_floating_point():
-            raise ConsilienceError(f"rows for {me} should be floats [m, n]. Found {rows.dtype} {tuple(rows.shape)}.")
+            raise ConsilienceError(
+                f"rows for {own} should be floats [m, n]. Found {rows.dtype} {tuple(rows.shape)}."
+            )
         m = len(rows)
         if m < self.fewest_rows:
-            raise ConsilienceError(f"{me} should be given at least {self.fewest_rows} rows. Found {m}.")
+            raise ConsilienceError(f"{own} should be given at least {self.fewest_rows} rows. Found {m}.")
         named = list(names) if names is not None else [f"row {i}" for i in range(m)]
         bad = [named[i] for i, ok in enumerate(torch.isfinite(rows).all(1).tolist()) if not ok]
         if bad:
@@ -78,10 +87,12 @@ class Aggregator(ABC):
         else:
             w = torch.as_tensor(weights, dtype=rows.dtype, device=rows.device)
         if w.shape != (m,) and not (self.takes_entry_weights and w.shape == rows.shape):
-            raise ConsilienceError(f"weights for {me} should be [{m}], one a row. Found {tuple(w.shape)}.")
+            raise ConsilienceError(f"weights for {own} should be [{m}], one a row. Found {tuple(w.shape)}.")
         if not torch.isfinite(w).all() or (not self.takes_negative_weights and (w < 0).any()):
             rule = "finite" if self.takes_negative_weights else "finite and not negative"
-            raise ConsilienceError(f"weights for {me} should be {rule}. Found {w.tolist() if w.dim() == 1 else 'others'}.")
+            raise ConsilienceError(
+                f"weights for {own} should be {rule}. Found {w.tolist() if w.dim() == 1 else 'others'}."
+            )
         order = canonical(rows, w)
         return (rows, w, order) if order == list(range(m)) else (rows[order], w[order], order)
 
@@ -105,10 +116,14 @@ class Linear(Aggregator):
         wide = rows if rows.dtype in (torch.float32, torch.float64) else rows.float()
         gram = wide @ wide.T
         if not torch.isfinite(gram).all():
-            raise ConsilienceError(f"rows for {type(self).__name__} should have finite inner products. Found an overflow.")
+            raise ConsilienceError(
+                f"rows for {type(self).__name__} should have finite inner products. Found an overflow."
+            )
         return self.weigh(gram, weights.to(wide.dtype), generator).to(rows.dtype)
 
-    def combine(self, rows: Sequence[Tensor] | Tensor, weights: Tensor, generator: torch.Generator | None) -> Tensor:
+    def combine(
+        self, rows: Sequence[Tensor] | Tensor, weights: Tensor, generator: torch.Generator | None
+    ) -> Tensor:
         stacked = rows if isinstance(rows, Tensor) else torch.stack(list(rows))
         return weighted(stacked, self.coefficients(stacked, weights, generator))
 
@@ -149,7 +164,9 @@ class Blockwise(Aggregator):
     def apply(self, rows: Tensor, weights: Tensor, offset: int, statistics: Any) -> Tensor:
         """The result [b] of a block [m, b] from the finished statistics; weights are [m], or [m, b] where each entry has its own."""
 
-    def combine(self, rows: Sequence[Tensor] | Tensor, weights: Tensor, generator: torch.Generator | None) -> Tensor:
+    def combine(
+        self, rows: Sequence[Tensor] | Tensor, weights: Tensor, generator: torch.Generator | None
+    ) -> Tensor:
         stacked = rows if isinstance(rows, Tensor) else torch.stack(list(rows))
         m, n = stacked.shape
         known = self.init(m, n, generator)
@@ -160,7 +177,9 @@ class Blockwise(Aggregator):
         made = torch.empty_like(stacked[0])
         for o in range(0, n, self.block):
             part = slice(o, o + self.block)
-            made[part] = self.apply(stacked[:, part], weights if weights.dim() == 1 else weights[:, part], o, known)
+            made[part] = self.apply(
+                stacked[:, part], weights if weights.dim() == 1 else weights[:, part], o, known
+            )
         return made
 
 
@@ -198,5 +217,8 @@ def canonical(rows: Tensor, weights: Tensor) -> list[int]:
     def content(t: Tensor) -> bytes:
         return t.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
-    bytes_of = [(keys[i], content(rows[i]), content(weights[i]) if weights.dim() > 1 else b"") for i in range(len(rows))]
+    bytes_of = [
+        (keys[i], content(rows[i]), content(weights[i]) if weights.dim() > 1 else b"")
+        for i in range(len(rows))
+    ]
     return sorted(range(len(rows)), key=bytes_of.__getitem__)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -22,9 +23,23 @@ class Batch:
     """Which source it comes from."""
     weight: float | None = None
     """Of its own loss among the objectives; None: 1 / (number of such parts). 0: it is forwarded, and only `rows` use it."""
-    owner: str = ""
+    drawn_by: str = ""
     """The correction that drew it; set by the loop."""
 
     def mean(self, values: Tensor) -> Tensor:
         """The mean of values [B] over the samples that count: sum w v / sum w."""
         return values.mean() if self.w is None else (values * self.w).sum() / self.w.sum()
+
+
+def sample_losses(out: Tensor, y: Tensor, kind: str) -> Tensor:
+    """The loss of each sample [B]: cross-entropy for classes, the squared error averaged over outputs for values."""
+    if kind == "class":
+        return F.cross_entropy(out, y, reduction="none")
+    return (out[:, : y.shape[1]] - y).square().mean(1)
+
+
+def mean_loss(out: Tensor, batch: Batch, kind: str) -> Tensor:
+    """The loss of a batch: the mean over its samples, weighted where some are padding."""
+    if batch.w is None and kind == "class":
+        return F.cross_entropy(out, batch.y)
+    return batch.mean(sample_losses(out, batch.y, kind))

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from consilience.core.correction import Learned
+from consilience.core.contexts import Learned
 from consilience.core.errors import ConsilienceError
 
 
@@ -22,7 +22,7 @@ class Policy(ABC):
 
     grows: ClassVar[bool] = False
     """Whether the size is that of each class, and the whole grows with their number."""
-    ends: ClassVar[bool] = False
+    needs_boundaries: ClassVar[bool] = False
     """Whether it needs to know where a source ends."""
 
     @abstractmethod
@@ -66,7 +66,9 @@ def ranks(keys: Tensor, y: Tensor) -> Tensor:
     [1, 0, 0]
     """
     if y.is_floating_point():
-        raise ConsilienceError("a buffer by class needs targets that are classes. Found values; use memory.reservoir().")
+        raise ConsilienceError(
+            "a buffer by class needs targets that are classes. Found values; use memory.reservoir()."
+        )
     order = keys.argsort(stable=True)
     order = order[y.cpu()[order].argsort(stable=True)]  # by class, within it by key
     _, counts = y.cpu()[order].unique_consecutive(return_counts=True)

@@ -25,7 +25,9 @@ def kind_of(value: object) -> str:
     ('3', 'a list')
     """
     text = repr(value)
-    return text if len(text) <= 30 and "\n" not in text and " at 0x" not in text else f"a {type(value).__name__}"
+    return (
+        text if len(text) <= 30 and "\n" not in text and " at 0x" not in text else f"a {type(value).__name__}"
+    )
 
 
 def unknown(kind: str, name: str, known: Iterable[str], of: str = "the catalogue's") -> ConsilienceError:

@@ -108,7 +108,7 @@ class Message:
     origin: str
     base: str
     items: Mapping[str, Shared]
-    learned: bool = True
+    trained: bool = True
     """Whether the sender learned since it last absorbed; else what it tells is common ground, to be adopted as it is."""
     digest: str = ""
     """Hash of the items, made by the sender."""
@@ -121,7 +121,9 @@ class Message:
                 )
         if not self.digest:
             tensors, facts = encode(self.items)
-            object.__setattr__(self, "digest", content_hash(tensors) + content_hash({json.dumps(facts): _NOTHING})[:8])
+            object.__setattr__(
+                self, "digest", content_hash(tensors) + content_hash({json.dumps(facts): _NOTHING})[:8]
+            )
 
     @property
     def key(self) -> tuple[str, str]:
@@ -129,7 +131,10 @@ class Message:
 
     def facts(self) -> dict[str, Any]:
         """All but the items, as JSON."""
-        return {k: getattr(self, k) for k in ("sender", "source", "version", "size", "origin", "base", "learned", "digest")}
+        return {
+            k: getattr(self, k)
+            for k in ("sender", "source", "version", "size", "origin", "base", "trained", "digest")
+        }
 
     def to_bytes(self) -> bytes:
         """The message as safetensors bytes."""

@@ -11,9 +11,10 @@ from consilience.core.consolidator import Consolidator
 from consilience.core.correction import Correction, Mapper, overrides
 from consilience.core.errors import ConsilienceError, Refusal, kind_of
 from consilience.core.params import matches
+from consilience.core.weight_space import WeightSpace
 
 if TYPE_CHECKING:
-    from consilience.core.schedule import Facts
+    from consilience.core.schedule import ScheduleFacts
 
 NOTHING_KNOWN = {
     True: "no agent learns anything after it learned or heard of another source; it needs a schedule in which learning goes on after that",
@@ -35,7 +36,7 @@ class Method:
     corrections: tuple[Correction, ...] = ()
     aggregator: Aggregator | None = None
     step_aggregator: Aggregator | None = None
-    hear_aggregator: Aggregator | None = None
+    exchange_aggregator: Aggregator | None = None
     consolidator: Consolidator | None = None
     mapper: Mapper | None = None
     personal: tuple[str, ...] = ()
@@ -45,7 +46,9 @@ class Method:
         names = [c.name for c in self.all_corrections]
         twice = {n for n in names if names.count(n) > 1}
         if twice:
-            raise ConsilienceError(f"a composition should have each correction once. Found {', '.join(sorted(twice))} twice.")
+            raise ConsilienceError(
+                f"a composition should have each correction once. Found {', '.join(sorted(twice))} twice."
+            )
 
     @property
     def all_corrections(self) -> tuple[Correction, ...]:
@@ -55,34 +58,34 @@ class Method:
     @property
     def active(self) -> tuple[Correction, ...]:
         """The corrections that differ from plain training at their hyperparameters; one that widens layers last."""
-        return tuple(sorted((c for c in self.all_corrections if c.active), key=lambda c: c.widens))
+        return tuple(sorted((c for c in self.all_corrections if c.active), key=lambda c: c.changes_shapes))
 
-    def resolve(self, facts: Facts) -> Method:
+    def resolve(self, facts: ScheduleFacts) -> Method:
         """This method for a schedule: `aggregator` put where it is used.
 
         Raises Refusal where a part could not act at all, by name, with what to do instead.
         """
         m = self
         facts = replace(facts, aware=facts.labelled or m.mapper is not None)
-        constraining = [c.active for c in m.corrections if c.constrains]
+        constraining = [c.active for c in m.corrections if c.adds_constraints]
         if constraining and not any(constraining):
             m = replace(m, step_aggregator=None)  # a cone without constraints
         if m.aggregator is not None:
             step = m.step_aggregator or (m.aggregator if facts.parts > 1 else None)
-            hear = m.hear_aggregator or (m.aggregator if facts.hears_others else None)
+            hear = m.exchange_aggregator or (m.aggregator if facts.receives_others else None)
             if step is None and hear is None:
                 raise Refusal(
                     f"{m.name} has nothing to aggregate: one source a step and nobody hears another agent; use multitask, federated or merging."
                 )
-            m = replace(m, aggregator=None, step_aggregator=step, hear_aggregator=hear)
-        elif m.hear_aggregator is not None and not facts.hears_others:
+            m = replace(m, aggregator=None, step_aggregator=step, exchange_aggregator=hear)
+        elif m.exchange_aggregator is not None and not facts.receives_others:
             raise Refusal(
                 f"{m.name} combines what is heard, and nobody hears another agent here; use finetune, or a federated or merging setting."
             )
         if (
-            m.hear_aggregator is not None
-            and not m.hear_aggregator.needs_base
-            and facts.most_heard < 2
+            m.exchange_aggregator is not None
+            and not m.exchange_aggregator.needs_base
+            and facts.most_received < 2
             and facts.stages > 1
             and not facts.repeats
         ):
@@ -97,20 +100,22 @@ class Method:
             )
         gathering = [type(c).__name__ for c in m.active if overrides(c, "gather")]
         if len(gathering) > 1:
-            raise Refusal(f"{m.name}: only one part may say what a learn trains on. Found {' and '.join(gathering)}.")
+            raise Refusal(
+                f"{m.name}: only one part may say what a learn trains on. Found {' and '.join(gathering)}."
+            )
         for c in m.active:
-            if c.constrains and not isinstance(m.step_aggregator, Cone):
+            if c.adds_constraints and not isinstance(m.step_aggregator, Cone):
                 found = type(m.step_aggregator).__name__ if m.step_aggregator else "none"
                 raise Refusal(
                     f"{m.name}: {type(c).__name__} needs a cone as step aggregator, such as aggregators.gem. Found {found}."
                 )
-            if c.ends and not facts.boundaries:
+            if c.needs_boundaries and not facts.boundaries:
                 raise Refusal(
                     f"{m.name}: {type(c).__name__} needs to know where a source ends, and this stream has no ends; "
                     "use er, derpp, agem or online_ewc."
                 )
-            inert = c.recalls and not (facts.recalls_shared if c.travels else facts.recalls_own)
-            why = c.refuse(facts) or (NOTHING_KNOWN[c.travels] if inert else None)
+            inert = c.needs_history and not (facts.shared_history if c.shared_items else facts.own_history)
+            why = c.refuse(facts) or (NOTHING_KNOWN[c.shared_items] if inert else None)
             if why:
                 raise Refusal(f"{m.name}: {type(c).__name__} would do nothing or do wrong here: {why}.")
         if m.mapper is not None and m.mapper.superposes and not any(overrides(c, "view") for c in m.active):
@@ -118,12 +123,12 @@ class Method:
                 f"{m.name}: {type(m.mapper).__name__} would do nothing or do wrong here: no correction gives each task its own view of "
                 "the parameters, so that there is nothing to superpose; compose it with supsup, psp, hat, packnet or xdg, or use min_entropy."
             )
-        m = replace(m, consolidator=m.how_to_absorb(), hear_aggregator=None, personal=m._personal(facts))
+        m = replace(m, consolidator=m.receiver(), exchange_aggregator=None, personal=m._personal(facts))
         if m.consolidator is not None and (why := m.consolidator.refuse(facts)):
             raise Refusal(f"{m.name}: {why}.")
         return m
 
-    def _personal(self, facts: Facts) -> tuple[str, ...]:
+    def _personal(self, facts: ScheduleFacts) -> tuple[str, ...]:
         """The patterns of personal entries, "head" put in the model's names; those with a slash name entries of corrections."""
         if facts.model is None or not self.personal:
             return self.personal
@@ -140,22 +145,32 @@ class Method:
             else:
                 found.append(p)
         for p in found:
-            if "/" not in p and not facts.hears_others:
-                raise Refusal(f"{self.name} keeps entries from others, and nobody hears another agent here; use finetune.")
-            if "/" not in p and not any(matches(n, [p]) for n in (*params, *buffers)) and model.task_of(p) is None:
+            if "/" not in p and not facts.receives_others:
+                raise Refusal(
+                    f"{self.name} keeps entries from others, and nobody hears another agent here; use finetune."
+                )
+            if (
+                "/" not in p
+                and not any(matches(n, [p]) for n in (*params, *buffers))
+                and model.task_of(p) is None
+            ):
                 raise Refusal(f"{self.name}: personal entries should be the model's. Found none like {p!r}.")
         return tuple(dict.fromkeys(found))
 
-    def how_to_absorb(self) -> Consolidator:
+    def receiver(self) -> Consolidator:
         """The consolidator with the aggregator of what is heard; by default parameters are averaged."""
-        from consilience.consolidators.weights import WeightSpace
-
         c = self.consolidator or WeightSpace()
-        return replace(c, aggregator=self.hear_aggregator) if isinstance(c, WeightSpace) and self.hear_aggregator else c
+        return (
+            replace(c, aggregator=self.exchange_aggregator)
+            if isinstance(c, WeightSpace) and self.exchange_aggregator
+            else c
+        )
 
     def __add__(self, other: Method) -> Method:
         if not isinstance(other, Method):
-            raise ConsilienceError(f"a method composes with a method, such as methods.er(). Found {kind_of(other)}.")
+            raise ConsilienceError(
+                f"a method composes with a method, such as methods.er(). Found {kind_of(other)}."
+            )
         values: dict[str, Any] = {
             "name": "+".join(n for n in (self.name, other.name) if n),
             "corrections": self.corrections + other.corrections,
@@ -164,7 +179,9 @@ class Method:
         }
         for k in set(self.fixed) & set(other.fixed):
             if self.fixed[k] != other.fixed[k]:
-                raise ConsilienceError(f"methods to compose should agree. Found two values of `{k}` in {values['name']}.")
+                raise ConsilienceError(
+                    f"methods to compose should agree. Found two values of `{k}` in {values['name']}."
+                )
         for f in fields(self):
             if f.name not in values:
                 a, b = getattr(self, f.name), getattr(other, f.name)

@@ -53,13 +53,13 @@ def r2(p: Tensor, y: Tensor) -> float:
     return 1 - float((y - p[:, : y.shape[1]]).square().sum()) / spread if spread else float("nan")
 
 
-def drift(base: Tensor, new: Tensor, told: Tensor) -> dict[str, float]:
+def client_drift(base: Tensor, new: Tensor, told: Tensor) -> dict[str, float]:
     """How far clients went from what they began with, and how much one way: from parameters [n] and those told [m, n].
 
     distance = mean_i ||theta_i - base||, distance_max = max_i of it, cosine = mean_i cos(theta_i - base, new - base), over
     those that moved; NaN where nothing did.
 
-    >>> drift(torch.zeros(2), torch.tensor([1.0, 1.0]), torch.tensor([[2.0, 0.0], [0.0, 2.0]]))
+    >>> client_drift(torch.zeros(2), torch.tensor([1.0, 1.0]), torch.tensor([[2.0, 0.0], [0.0, 2.0]]))
     {'distance': 2.0, 'distance_max': 2.0, 'cosine': 0.7071067811865475}
     """
     steps, step = (told - base).double(), (new - base).double()
@@ -111,7 +111,11 @@ def global_forgetting(matrix: np.ndarray) -> float | None:
     last = len(matrix) - 1
     if last < 2:
         return None
-    lost = [float(np.nanmax(r[:-1]) - r[-1]) for r in matrix[1:].T if np.isfinite(r[:-1]).any() and np.isfinite(r[-1])]
+    lost = [
+        float(np.nanmax(r[:-1]) - r[-1])
+        for r in matrix[1:].T
+        if np.isfinite(r[:-1]).any() and np.isfinite(r[-1])
+    ]
     return float(np.mean(lost)) if lost else None
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from consilience.core.errors import ConsilienceError
 from consilience.core.params import Params, content_hash
-from consilience.core.source import Frame, Source
+from consilience.core.source import LabelFrame, Source
 
 Forward = Callable[[Tensor, str | None], Tensor]
 
@@ -30,7 +30,9 @@ class Model(ABC):
         """Parameters and buffers, drawn by the generator alone."""
 
     @abstractmethod
-    def __call__(self, params: Params, buffers: Params, x: Tensor, task: str | None, train: bool) -> tuple[Tensor, Params]: ...
+    def __call__(
+        self, params: Params, buffers: Params, x: Tensor, task: str | None, train: bool
+    ) -> tuple[Tensor, Params]: ...
 
     @abstractmethod
     def features(self, params: Params, buffers: Params, x: Tensor, task: str | None = None) -> Tensor:
@@ -46,9 +48,13 @@ class Model(ABC):
 
     def head(self, params: Params, task: str | None) -> tuple[str, str | None]:
         """The entries (weight [C, d], bias [C] or None) of the linear head."""
-        raise ConsilienceError(f"a closed-form head needs a model with one linear head. Found {type(self).__name__}.")
+        raise ConsilienceError(
+            f"a closed-form head needs a model with one linear head. Found {type(self).__name__}."
+        )
 
-    def grow(self, params: Params, buffers: Params, source: Source, generator: torch.Generator) -> tuple[Params, Params]:
+    def grow(
+        self, params: Params, buffers: Params, source: Source, generator: torch.Generator
+    ) -> tuple[Params, Params]:
         """Parameters and buffers with the entries that a new source needs."""
         return params, buffers
 
@@ -93,7 +99,7 @@ class Model(ABC):
         """Whether its training forward draws random numbers (dropout): they are then keyed at every step."""
         return False
 
-    def check(self, frame: Frame, sample: Tensor, aware: bool) -> None:
+    def check(self, frame: LabelFrame, sample: Tensor, aware: bool) -> None:
         """Refuse inputs that do not fit, or too few outputs, before any work is lost; `aware`: it will be told tasks."""
         if self.outputs < len(frame.labels):
             raise ConsilienceError(
@@ -109,7 +115,9 @@ class Model(ABC):
             if isinstance(e, ConsilienceError):
                 raise
             line = str(e).splitlines()[0]
-            raise ConsilienceError(f"samples should fit the model's input. Found {tuple(sample.shape[1:])}: {line}.") from e
+            raise ConsilienceError(
+                f"samples should fit the model's input. Found {tuple(sample.shape[1:])}: {line}."
+            ) from e
 
     def backbone(self, params: Params) -> str:
         """The content hash of the frozen entries ("" where none is)."""

@@ -107,7 +107,11 @@ class Adam(Optimiser):
         t = state["step"] + 1
         m = torch.lerp(state["mean"], grad, 1 - self.beta1)
         v = state["square"] * self.beta2 + (1 - self.beta2) * grad * grad
-        c1, c2 = (1 - self.beta1**t, 1 - self.beta2**t) if self.corrected else (torch.ones_like(t), torch.ones_like(t))
+        c1, c2 = (
+            (1 - self.beta1**t, 1 - self.beta2**t)
+            if self.corrected
+            else (torch.ones_like(t), torch.ones_like(t))
+        )
         direction = m / (v.sqrt() / c2.sqrt().to(v.dtype) + self.eps) / c1.to(v.dtype)
         if self.weight_decay and self.decoupled:
             direction = direction + self.weight_decay * theta
@@ -187,7 +191,9 @@ class Dynamic(Optimiser):
 
     def __post_init__(self) -> None:
         if not 0 < self.participation <= 1:
-            raise ConsilienceError(f"`participation` should be in (0, 1]. Found `participation = {self.participation}`.")
+            raise ConsilienceError(
+                f"`participation` should be in (0, 1]. Found `participation = {self.participation}`."
+            )
 
     def init(self, theta: Tensor) -> OptimiserState:
         return {"drift": torch.zeros_like(theta)}
@@ -228,10 +234,16 @@ class Torch(Optimiser):
 
     def __post_init__(self) -> None:
         kind = getattr(torch.optim, self.name, None) if isinstance(self.name, str) else None
-        if not isinstance(kind, type) or not issubclass(kind, torch.optim.Optimizer) or kind is torch.optim.Optimizer:
+        if (
+            not isinstance(kind, type)
+            or not issubclass(kind, torch.optim.Optimizer)
+            or kind is torch.optim.Optimizer
+        ):
             raise ConsilienceError(f"an optimiser should be a class of torch.optim. Found {self.name!r}.")
         if inspect.signature(kind.step).parameters["closure"].default is inspect.Parameter.empty:
-            raise ConsilienceError(f"an optimiser should step by a gradient alone. Found {self.name!r}, which needs a closure.")
+            raise ConsilienceError(
+                f"an optimiser should step by a gradient alone. Found {self.name!r}, which needs a closure."
+            )
         try:
             self._step(torch.zeros(2), torch.zeros(2), {})
         except (TypeError, ValueError, RuntimeError) as e:
@@ -239,7 +251,9 @@ class Torch(Optimiser):
                 f"torch.optim.{self.name} should take a vector and its arguments {dict(self.arguments)}. Found: {e}."
             ) from e
 
-    def _step(self, grad: Tensor, theta: Tensor, state: Mapping[str, Tensor]) -> tuple[Tensor, OptimiserState]:
+    def _step(
+        self, grad: Tensor, theta: Tensor, state: Mapping[str, Tensor]
+    ) -> tuple[Tensor, OptimiserState]:
         p = torch.nn.Parameter(theta.detach().clone())
         optimiser = getattr(torch.optim, self.name)([p], **{"lr": 1.0, **dict(self.arguments)})
         if state:
@@ -247,7 +261,10 @@ class Torch(Optimiser):
         p.grad = grad.detach().clone()
         optimiser.step()
         kept = {k: v for k, v in optimiser.state[p].items() if v is not None}
-        tensors = {k: v.detach() if isinstance(v, Tensor) else torch.tensor(v, dtype=torch.float64) for k, v in kept.items()}
+        tensors = {
+            k: v.detach() if isinstance(v, Tensor) else torch.tensor(v, dtype=torch.float64)
+            for k, v in kept.items()
+        }
         return p.detach(), tensors
 
     def init(self, theta: Tensor) -> OptimiserState:

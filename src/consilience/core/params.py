@@ -77,7 +77,11 @@ class Layout:
     device: torch.device
 
     @staticmethod
-    def of(params: Mapping[str, Tensor], dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Layout:
+    def of(
+        params: Mapping[str, Tensor],
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Layout:
         names = tuple(sorted(params))
         shapes = tuple(tuple(params[n].shape) for n in names)
         offsets, at = [], 0
@@ -85,7 +89,13 @@ class Layout:
             offsets.append(at)
             at += prod(shape)
         first = params[names[0]] if names else torch.zeros(0)
-        return Layout(names, shapes, tuple(offsets), dtype or first.dtype, torch.device(device) if device else first.device)
+        return Layout(
+            names,
+            shapes,
+            tuple(offsets),
+            dtype or first.dtype,
+            torch.device(device) if device else first.device,
+        )
 
     @property
     def size(self) -> int:
@@ -110,14 +120,21 @@ class Layout:
 
     def split(self, flat: Tensor) -> Params:
         """Views of `flat` [n], by name, in their shapes."""
-        return {n: flat[o : o + prod(s)].view(s) for n, s, o in zip(self.names, self.shapes, self.offsets, strict=True)}
+        return {
+            n: flat[o : o + prod(s)].view(s)
+            for n, s, o in zip(self.names, self.shapes, self.offsets, strict=True)
+        }
 
 
 def finite(tensors: Mapping[str, Tensor], whose: str) -> None:
     """Refuse NaN and infinity by name, before any work is lost."""
     for name, t in tensors.items():
-        if t.is_floating_point() and not (torch.isfinite(t.sum()) or torch.isfinite(t).all()):  # a finite sum has finite terms
-            raise ConsilienceError(f"parameters should be finite. Found NaN or infinity in {name!r} of {whose}.")
+        if t.is_floating_point() and not (
+            torch.isfinite(t.sum()) or torch.isfinite(t).all()
+        ):  # a finite sum has finite terms
+            raise ConsilienceError(
+                f"parameters should be finite. Found NaN or infinity in {name!r} of {whose}."
+            )
 
 
 @cache
@@ -177,7 +194,9 @@ def unpack(data: bytes, what: str = "message") -> tuple[Params, dict[str, str]]:
         size = int.from_bytes(data[:8], "little")
         header = json.loads(data[8 : 8 + size])
     except (SafetensorError, ValueError) as e:
-        raise ConsilienceError(f"{what} should be whole safetensors data. Found {len(data)} bytes that do not parse: {e}.") from e
+        raise ConsilienceError(
+            f"{what} should be whole safetensors data. Found {len(data)} bytes that do not parse: {e}."
+        ) from e
     return tensors, header.get("__metadata__", {})
 
 
@@ -186,7 +205,9 @@ def load(path: str | Path) -> tuple[Params, dict[str, str]]:
     try:
         data = Path(path).read_bytes()
     except OSError as e:
-        raise ConsilienceError(f"a checkpoint should be a readable file. Found {e.strerror} at {path}.") from e
+        raise ConsilienceError(
+            f"a checkpoint should be a readable file. Found {e.strerror} at {path}."
+        ) from e
     return unpack(data, str(path))
 
 

@@ -13,7 +13,9 @@ class Sampler(ABC):
     """plan(targets [N], batch_size, epoch, generator) -> the index batches of one pass."""
 
     @abstractmethod
-    def plan(self, targets: Tensor, batch_size: int, epoch: int, generator: torch.Generator) -> list[Tensor]: ...
+    def plan(
+        self, targets: Tensor, batch_size: int, epoch: int, generator: torch.Generator
+    ) -> list[Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -29,4 +31,6 @@ class Shuffle(Sampler):
 
     def plan(self, targets: Tensor, batch_size: int, epoch: int, generator: torch.Generator) -> list[Tensor]:
         batches = list(torch.randperm(len(targets), generator=generator).split(batch_size))
-        return batches[:-1] if self.drop_last and len(batches) > 1 and len(batches[-1]) < batch_size else batches
+        return (
+            batches[:-1] if self.drop_last and len(batches) > 1 and len(batches[-1]) < batch_size else batches
+        )

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from consilience.core.errors import ConsilienceError
-from consilience.core.source import Examples, Frame, Source
+from consilience.core.source import Examples, LabelFrame, Source
 
 
 @dataclass(frozen=True)
-class Learn:
+class Train:
     """These agents learn these sources, each all of its own in every step; the agents do not see each other.
 
     An agent that fails (its parameters are not finite, its data cannot be read) is not heard until it learns or hears again, where
@@ -20,13 +20,13 @@ class Learn:
     """
 
     who: Mapping[str, tuple[str, ...]]
-    work: Mapping[str, float] = field(default_factory=dict)
+    fractions: Mapping[str, float] = field(default_factory=dict)
     """The fraction of its steps that an agent does, where it is not all of them: a straggler."""
     least: int | None = None
 
 
 @dataclass(frozen=True)
-class Hear:
+class Exchange:
     """These listeners hear these speakers, all at once: everybody speaks before anybody absorbs."""
 
     who: Mapping[str, tuple[str, ...]]
@@ -35,7 +35,7 @@ class Hear:
 
 
 @dataclass(frozen=True)
-class Stage:
+class Evaluate:
     """The evaluated agent is judged on every source's test data."""
 
     name: str
@@ -43,7 +43,7 @@ class Stage:
     """Agents that are judged too, by their own parameters, on the test data of these sources."""
 
 
-Phase = Learn | Hear | Stage
+Phase = Train | Exchange | Evaluate
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +62,7 @@ class Schedule:
 
     setting: str
     sources: tuple[Source, ...]
-    frame: Frame
+    frame: LabelFrame
     plan: Callable[[int], Iterable[Phase]]
     evaluated: str
     scenario: str = "class"
@@ -91,28 +91,28 @@ class Schedule:
         """The source of that name."""
         return self._by_name[name]  # type: ignore[attr-defined, no-any-return]
 
-    def facts(self, seed: int = 0) -> Facts:
+    def survey(self, seed: int = 0) -> ScheduleFacts:
         """What the phases show when they are walked without any training."""
-        return walk(self, seed)
+        return survey(self, seed)
 
 
 @dataclass(frozen=True)
-class Facts:
+class ScheduleFacts:
     """What a method can know of a schedule before it runs."""
 
     setting: str
     labelled: bool
     parts: int
     """The most sources in one step."""
-    learns: bool
+    trains: bool
     """Whether anybody learns."""
-    hears: bool
+    exchanges: bool
     """Whether anybody hears."""
-    hears_others: bool
+    receives_others: bool
     """Whether anybody absorbs what another agent learned."""
-    recalls_shared: bool
+    shared_history: bool
     """Whether a learn comes after another source was learned or heard of, through items that travel."""
-    recalls_own: bool
+    own_history: bool
     """Whether an agent learns a source after another of its own."""
     repeats: bool
     """Whether an agent learns again after it learned or heard."""
@@ -123,13 +123,13 @@ class Facts:
     stages: int
     kind: str = "class"
     """Of the targets: "class" or "value"."""
-    most_heard: int = 0
+    most_received: int = 0
     """The most agents that learned and are heard at once."""
     revisited: frozenset[str] = frozenset()
     """Sources that some agent learns more than once."""
     rounds: int = 0
     """How often some agent absorbs what was newly learned before somebody learns again."""
-    most_learned: int = 0
+    most_sources: int = 0
     """The most sources that one agent learns."""
     classes: int = 0
     """The most classes that one agent learns."""
@@ -142,24 +142,39 @@ class Facts:
     model: Any = None
 
 
-def walk(schedule: Schedule, seed: int) -> Facts:
+def survey(schedule: Schedule, seed: int) -> ScheduleFacts:
     """The facts of a schedule, from a symbolic run of its phases: parameters are names, knowledge is (source -> last learn)."""
     base: dict[str, object] = {}
     current: dict[str, object] = {}
-    known: dict[str, int] = {}  # a bit for each learn of a source: what agents know is a number, and many hear it at once
+    known: dict[
+        str, int
+    ] = {}  # a bit for each learn of a source: what agents know is a number, and many hear it at once
     bits: list[str] = []
     of: dict[str, int] = {}
     latest: dict[str, int] = {}
     own: dict[str, set[str]] = {}
     active: set[str] = set()
-    parts, learns, hears, others, shared, private, repeats, common = 0, False, False, False, False, False, False, True
+    parts, learns, hears, others, shared, private, repeats, common = (
+        0,
+        False,
+        False,
+        False,
+        False,
+        False,
+        False,
+        True,
+    )
     revisited: set[str] = set()
     most = rounds = 0
-    absorbed: dict[str, int] = {}
+    received: dict[str, int] = {}
     learned: dict[str, list[int]] = {s.name: [] for s in schedule.judged}
     parted = schedule.judged is not schedule.sources
     judges = {
-        s.name: [j.name for j in schedule.judged if j.test is s.test and (not schedule.labelled or j.task == s.task)]
+        s.name: [
+            j.name
+            for j in schedule.judged
+            if j.test is s.test and (not schedule.labelled or j.task == s.task)
+        ]
         if parted
         else [s.name]
         for s in schedule.sources
@@ -193,9 +208,9 @@ def walk(schedule: Schedule, seed: int) -> Facts:
         base[name] = "init" if schedule.base is not None else ("unknown", name)
         known[name] = learn([expert.source.name])
     for phase in schedule.plan(seed):
-        if isinstance(phase, Learn):
+        if isinstance(phase, Train):
             learns = True
-            rounds = max(absorbed.values(), default=0)
+            rounds = max(received.values(), default=0)
             for agent, names in phase.who.items():
                 event += 1
                 parts = max(parts, len(names))
@@ -210,16 +225,18 @@ def walk(schedule: Schedule, seed: int) -> Facts:
                 own.setdefault(agent, set()).update(names)
                 reach(agent, learn(names))
                 current[agent] = event
-        elif isinstance(phase, Hear):
+        elif isinstance(phase, Exchange):
             hears = True
-            saying = {s for ss in phase.who.values() for s in ss}
-            told = {s: (current.get(s, "init"), base.get(s, "init"), known.get(s, 0)) for s in saying}
+            closed_form = {s for ss in phase.who.values() for s in ss}
+            told = {s: (current.get(s, "init"), base.get(s, "init"), known.get(s, 0)) for s in closed_form}
             for listener, speakers in phase.who.items():
                 news = sum(told[s][0] != told[s][1] for s in speakers)
                 most = max(most, news)
-                absorbed[listener] = absorbed.get(listener, 0) + bool(news)
+                received[listener] = received.get(listener, 0) + bool(news)
                 others |= any(s != listener and told[s][2] for s in speakers)
-                common &= all(told[s][1] == base.get(listener, "init") for s in speakers if told[s][0] != told[s][1])
+                common &= all(
+                    told[s][1] == base.get(listener, "init") for s in speakers if told[s][0] != told[s][1]
+                )
             for listener, speakers in phase.who.items():
                 for s in speakers:
                     reach(listener, told[s][2])
@@ -229,21 +246,42 @@ def walk(schedule: Schedule, seed: int) -> Facts:
         else:
             stage += 1
     columns = [c for own in schedule.frame.tasks.values() for c in own]
-    return Facts(
-        setting=schedule.setting, labelled=schedule.labelled, parts=parts, learns=learns, hears=hears, hears_others=others,
-        recalls_shared=shared, recalls_own=private, repeats=repeats, common_base=common,
-        learned_at={k: tuple(v) for k, v in learned.items()}, stages=stage - 1, kind=schedule.frame.kind,
+    return ScheduleFacts(
+        setting=schedule.setting,
+        labelled=schedule.labelled,
+        parts=parts,
+        trains=learns,
+        exchanges=hears,
+        receives_others=others,
+        shared_history=shared,
+        own_history=private,
+        repeats=repeats,
+        common_base=common,
+        learned_at={k: tuple(v) for k, v in learned.items()},
+        stages=stage - 1,
+        kind=schedule.frame.kind,
         boundaries=schedule.boundaries,
-        classes=max((len({c for n in names for c in schedule.source(n).classes}) for names in own.values()), default=0),
-        revisited=frozenset(revisited), most_heard=most, most_learned=max(map(len, own.values()), default=0), rounds=rounds,
-        aware=schedule.labelled, overlap=len(columns) > len(set(columns)),
-    )  # fmt: skip
+        classes=max(
+            (len({c for n in names for c in schedule.source(n).classes}) for names in own.values()), default=0
+        ),
+        revisited=frozenset(revisited),
+        most_received=most,
+        most_sources=max(map(len, own.values()), default=0),
+        rounds=rounds,
+        aware=schedule.labelled,
+        overlap=len(columns) > len(set(columns)),
+    )
 
 
 def build(
-    setting: str, sources: Sequence[Source], scenario: str, plan: Callable[[int], Iterable[Phase]], evaluated: str,
-    judged: Sequence[Source] = (), **more: Any,
-) -> Schedule:  # fmt: skip
+    setting: str,
+    sources: Sequence[Source],
+    scenario: str,
+    plan: Callable[[int], Iterable[Phase]],
+    evaluated: str,
+    judged: Sequence[Source] = (),
+    **more: Any,
+) -> Schedule:
     """A schedule over sources, judged on them or on others, brought into one frame as the scenario says.
 
     "class": targets are classes of all sources together, no task label. "task": the same, and the task label is given in
@@ -256,24 +294,30 @@ def build(
     return Schedule(setting, framed[:n], frame, plan, evaluated, scenario, judged=framed[n:], **more)
 
 
-def reframe(sources: Sequence[Source], scenario: str) -> tuple[tuple[Source, ...], Frame]:
+def reframe(sources: Sequence[Source], scenario: str) -> tuple[tuple[Source, ...], LabelFrame]:
     """The sources with targets mapped into one frame."""
     import torch
 
     if scenario not in ("task", "domain", "class"):
         raise ConsilienceError(f"`scenario` should be task, domain or class. Found {scenario!r}.")
     if len({s.kind for s in sources}) > 1:
-        raise ConsilienceError("sources of one schedule should be all of classes or all of values. Found both.")
+        raise ConsilienceError(
+            "sources of one schedule should be all of classes or all of values. Found both."
+        )
     if not sources:
         raise ConsilienceError("a schedule should have sources. Found none.")
     kind = sources[0].kind
     if kind == "value":
         framed = tuple(s.map(task=s.task or s.name) for s in sources)
-        return framed, Frame(sources[0].labels, {str(s.task): s.classes for s in framed}, kind)
+        return framed, LabelFrame(sources[0].labels, {str(s.task): s.classes for s in framed}, kind)
     if scenario == "domain":
         most = max(len(s.classes) for s in sources)
         same = all(s.labels == sources[0].labels and s.classes == sources[0].classes for s in sources)
-        names = [sources[0].labels[c] for c in sources[0].classes] if same else [("domain", str(i)) for i in range(most)]
+        names = (
+            [sources[0].labels[c] for c in sources[0].classes]
+            if same
+            else [("domain", str(i)) for i in range(most)]
+        )
         labels = tuple(names)
     else:
         labels = tuple(dict.fromkeys(label for s in sources for label in s.labels))
@@ -300,4 +344,4 @@ def reframe(sources: Sequence[Source], scenario: str) -> tuple[tuple[Source, ...
     tasks: dict[str, tuple[int, ...]] = {}
     for s in framed_list:
         tasks[str(s.task)] = tuple(dict.fromkeys((*tasks.get(str(s.task), ()), *s.classes)))
-    return tuple(framed_list), Frame(labels, tasks, kind)
+    return tuple(framed_list), LabelFrame(labels, tasks, kind)

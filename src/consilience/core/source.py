@@ -34,7 +34,9 @@ class Examples(ABC):
         """The examples at these indices."""
 
     @abstractmethod
-    def map(self, x: Callable[[Tensor], Tensor] | None = None, y: Callable[[Tensor], Tensor] | None = None) -> Examples:
+    def map(
+        self, x: Callable[[Tensor], Tensor] | None = None, y: Callable[[Tensor], Tensor] | None = None
+    ) -> Examples:
         """The same examples seen through functions of a batch of inputs and of a batch of targets."""
 
     @abstractmethod
@@ -43,7 +45,9 @@ class Examples(ABC):
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Examples:
         """The examples on a device, inputs that are floating-point in `dtype`."""
-        return self.map(x=lambda t: t.to(device, dtype if t.is_floating_point() else t.dtype), y=lambda t: t.to(device))
+        return self.map(
+            x=lambda t: t.to(device, dtype if t.is_floating_point() else t.dtype), y=lambda t: t.to(device)
+        )
 
     def whole(self) -> tuple[Tensor, Tensor]:
         """All examples as two tensors."""
@@ -75,12 +79,18 @@ class Tensors(Examples):
             some = list(plan[at : at + many])
             index = (torch.cat(some) if len(some) > 1 else some[0]).to(self.x.device)
             sizes = [len(i) for i in some]
-            yield from zip(self.x.index_select(0, index).split(sizes), self.y.index_select(0, index).split(sizes), strict=True)
+            yield from zip(
+                self.x.index_select(0, index).split(sizes),
+                self.y.index_select(0, index).split(sizes),
+                strict=True,
+            )
 
     def select(self, index: Tensor) -> Tensors:
         return Tensors(self.x[index], self.y[index])
 
-    def map(self, x: Callable[[Tensor], Tensor] | None = None, y: Callable[[Tensor], Tensor] | None = None) -> Tensors:
+    def map(
+        self, x: Callable[[Tensor], Tensor] | None = None, y: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensors:
         return Tensors(x(self.x) if x else self.x, y(self.y) if y else self.y)
 
     def targets(self) -> Tensor:
@@ -114,7 +124,9 @@ class Stream(Examples):
         from torch.utils.data import DataLoader
 
         order = [self.index[i].tolist() for i in plan if len(i)]
-        loader = DataLoader(self.dataset, batch_sampler=order, num_workers=self.workers, generator=torch.Generator())
+        loader = DataLoader(
+            self.dataset, batch_sampler=order, num_workers=self.workers, generator=torch.Generator()
+        )
         for x, y in loader:
             y = torch.as_tensor(y)
             for f in self.x_through:
@@ -126,7 +138,9 @@ class Stream(Examples):
     def select(self, index: Tensor) -> Stream:
         return replace(self, y=self.y[index], index=self.index[index])
 
-    def map(self, x: Callable[[Tensor], Tensor] | None = None, y: Callable[[Tensor], Tensor] | None = None) -> Stream:
+    def map(
+        self, x: Callable[[Tensor], Tensor] | None = None, y: Callable[[Tensor], Tensor] | None = None
+    ) -> Stream:
         return replace(
             self,
             y=y(self.y) if y else self.y,
@@ -167,12 +181,17 @@ class Source:
         return f"Source({self.name!r}, {sizes} examples, {len(self.classes)} of {len(self.labels)} labels, task={self.task!r})"
 
     def map(
-        self, x: Callable[[Tensor], Tensor] | None = None, y: Callable[[Tensor], Tensor] | None = None, **changes: Any
+        self,
+        x: Callable[[Tensor], Tensor] | None = None,
+        y: Callable[[Tensor], Tensor] | None = None,
+        **changes: Any,
     ) -> Source:
         """The same source with its examples seen through functions, and other fields changed."""
         if x is None and y is None:
             return replace(self, **changes)
-        through: dict[str, Any] = {part: getattr(self, part).map(x, y) for part in ("train", "validation", "test")}
+        through: dict[str, Any] = {
+            part: getattr(self, part).map(x, y) for part in ("train", "validation", "test")
+        }
         if x is not None:
             through["feature_space"] = ""
         return replace(self, **{**through, **changes})
@@ -189,7 +208,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Frame:
+class LabelFrame:
     """What every output column means, for all agents of a schedule: class order is state, not order of arrival."""
 
     labels: tuple[Label, ...]
@@ -201,5 +220,7 @@ class Frame:
         where = {label: i for i, label in enumerate(self.labels)}
         missing = [label for label in labels if label not in where]
         if missing:
-            raise ConsilienceError(f"classes should be declared in the schedule's sources. Found {missing[0]} that none has.")
+            raise ConsilienceError(
+                f"classes should be declared in the schedule's sources. Found {missing[0]} that none has."
+            )
         return torch.tensor([where[label] for label in labels], dtype=torch.long)

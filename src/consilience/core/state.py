@@ -28,12 +28,12 @@ class State:
     origin: str
     outer: Mapping[str, Tensor] = field(default_factory=dict)
     bank: Bank = field(default_factory=dict)
-    absorbed: Mapping[str, tuple[int, str]] = field(default_factory=dict)
+    received: Mapping[str, tuple[int, str]] = field(default_factory=dict)
     memory: Mapping[str, Mapping[str, Item]] = field(default_factory=dict)
     visits: Mapping[str, int] = field(default_factory=dict)
     version: int = 0
     size: int = 0
-    learned: bool = False
+    trained: bool = False
     forgotten: tuple[str, ...] = ()
     """Senders that were taken out of the bank, and are not heard again."""
 
@@ -48,7 +48,9 @@ class State:
 
 def encode_state(state: State) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Flat tensors and JSON facts of a state; `decode_state` undoes it."""
-    items: dict[str, Item] = {name: Private(getattr(state, name)) for name in ("params", "buffers", "base", "outer")}
+    items: dict[str, Item] = {
+        name: Private(getattr(state, name)) for name in ("params", "buffers", "base", "outer")
+    }
     for m in state.bank.values():
         items |= {f"bank|{m.sender}|{m.source}|{k}": v for k, v in m.items.items()}
     for c, kept in state.memory.items():
@@ -57,11 +59,11 @@ def encode_state(state: State) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, {
         "items": facts,
         "bank": [m.facts() | {"names": list(m.items)} for m in state.bank.values()],
-        "absorbed": dict(state.absorbed),
+        "received": dict(state.received),
         "memory": {c: list(kept) for c, kept in state.memory.items()},
         "visits": dict(state.visits),
         "forgotten": list(state.forgotten),
-        **{k: getattr(state, k) for k in ("origin", "version", "size", "learned")},
+        **{k: getattr(state, k) for k in ("origin", "version", "size", "trained")},
     }
 
 
@@ -76,11 +78,11 @@ def decode_state(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Sta
         **{name: dict(items[name].tensors) for name in ("params", "buffers", "base", "outer")},
         bank=bank,
         memory={c: {s: items[f"memory|{c}|{s}"] for s in kept} for c, kept in facts["memory"].items()},
-        absorbed={k: (int(v), str(d)) for k, (v, d) in facts["absorbed"].items()},
+        received={k: (int(v), str(d)) for k, (v, d) in facts["received"].items()},
         visits=facts["visits"],
         origin=facts["origin"],
         version=facts["version"],
         size=facts["size"],
-        learned=facts["learned"],
+        trained=facts["trained"],
         forgotten=tuple(facts.get("forgotten", ())),
     )

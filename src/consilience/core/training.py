@@ -54,18 +54,30 @@ class Training:
         if isinstance(self.lr, str | bool) or not self.lr > 0 or self.lr == float("inf"):
             raise ConsilienceError(f"`lr` should be positive and finite. Found `lr = {self.lr!r}`.")
         if self.weight_decay < 0:
-            raise ConsilienceError(f"`weight_decay` should be >= 0. Found `weight_decay = {self.weight_decay!r}`.")
+            raise ConsilienceError(
+                f"`weight_decay` should be >= 0. Found `weight_decay = {self.weight_decay!r}`."
+            )
         if self.precision not in ("fp32", "fp64", "bf16"):
             raise ConsilienceError(f"`precision` should be fp32, fp64 or bf16. Found {self.precision!r}.")
         if self.schedule not in ("constant", "linear", "cosine"):
-            raise ConsilienceError(f"`schedule` should be constant, linear or cosine. Found `schedule = {self.schedule!r}`.")
-        if not isinstance(self.optimiser, str) and (isinstance(self.optimiser, type) or not hasattr(self.optimiser, "update")):
-            raise ConsilienceError(f"`optimiser` should be sgd, adam, adamw or an Optimiser. Found {self.optimiser!r}.")
+            raise ConsilienceError(
+                f"`schedule` should be constant, linear or cosine. Found `schedule = {self.schedule!r}`."
+            )
+        if not isinstance(self.optimiser, str) and (
+            isinstance(self.optimiser, type) or not hasattr(self.optimiser, "update")
+        ):
+            raise ConsilienceError(
+                f"`optimiser` should be sgd, adam, adamw or an Optimiser. Found {self.optimiser!r}."
+            )
         if isinstance(self.optimiser, str) and self.optimiser not in ("sgd", "adam", "adamw"):
-            raise ConsilienceError(f"`optimiser` should be sgd, adam, adamw or an Optimiser. Found {self.optimiser!r}.")
+            raise ConsilienceError(
+                f"`optimiser` should be sgd, adam, adamw or an Optimiser. Found {self.optimiser!r}."
+            )
         for pattern, factor in (self.rates or {}).items():
             if isinstance(factor, str | bool) or not 0 <= factor < float("inf"):
-                raise ConsilienceError(f"factors of `rates` should be at least 0 and finite. Found {factor!r} for {pattern!r}.")
+                raise ConsilienceError(
+                    f"factors of `rates` should be at least 0 and finite. Found {factor!r} for {pattern!r}."
+                )
 
     def factors(self, layout: Layout) -> torch.Tensor | None:
         """What `rates` multiplies the learning rate of each trained number by [n]; None where all go alike.
@@ -98,8 +110,8 @@ class Training:
 
         return torch.float64 if self.precision == "fp64" else torch.float32
 
-    def rate(self, clock: tuple[Any, Any], span: tuple[Any, Any]) -> Any:
-        """The learning rate at the step `clock` (epoch, step in the epoch) of `span` (epochs, steps an epoch), numbers or tensors.
+    def rate(self, clock: tuple[Any, Any], horizon: tuple[Any, Any]) -> Any:
+        """The learning rate at the step `clock` (epoch, step in the epoch) of `horizon` (epochs, steps an epoch), numbers or tensors.
 
         >>> [round(Training(lr=1.0, schedule="cosine").rate((0, i), (2, 2)), 2) for i in range(4)]
         [1.0, 0.85, 0.5, 0.15]
@@ -110,11 +122,15 @@ class Training:
 
         import torch
 
-        done = clock[0] * span[1] + clock[1]
-        t = (done.double() if isinstance(done, torch.Tensor) else done) / (span[0] * span[1])
+        done = clock[0] * horizon[1] + clock[1]
+        t = (done.double() if isinstance(done, torch.Tensor) else done) / (horizon[0] * horizon[1])
         if self.schedule == "linear":
             return self.lr * (1 - t)
-        return self.lr * (1 + (torch.cos(math.pi * t) if isinstance(t, torch.Tensor) else math.cos(math.pi * t))) / 2
+        return (
+            self.lr
+            * (1 + (torch.cos(math.pi * t) if isinstance(t, torch.Tensor) else math.cos(math.pi * t)))
+            / 2
+        )
 
     def inner(self) -> Any:
         """The inner optimiser."""

@@ -17,7 +17,7 @@ from consilience.core.params import Layout, Params
 from consilience.core.source import Source
 
 if TYPE_CHECKING:
-    from consilience.core.schedule import Facts
+    from consilience.core.schedule import ScheduleFacts
 
 
 @dataclass(frozen=True)
@@ -59,19 +59,23 @@ def anatomy(model: Model) -> Anatomy:
     except ConsilienceError:
         pass
     else:
-        if shared[head[0]].shape[0] != model.outputs:  # features were asked for elsewhere: the last layer of so many rows
+        if (
+            shared[head[0]].shape[0] != model.outputs
+        ):  # features were asked for elsewhere: the last layer of so many rows
             last = [n for n in weights if shared[n].shape[0] == model.outputs]
             head = (last[-1], biases.get(last[-1])) if last else None
     order = [n for n in weights if head is None or n != head[0]]
     layers = [n for n in order if not model.frozen(n)]
     known = {*weights, *biases.values(), *(n for n in head or () if n)}
     others = tuple(n for n in shared if n not in known and not model.frozen(n))
-    return Anatomy(tuple(order), tuple(layers), {n: tuple(shared[n].shape) for n in weights}, biases, head, others)
+    return Anatomy(
+        tuple(order), tuple(layers), {n: tuple(shared[n].shape) for n in weights}, biases, head, others
+    )
 
 
-def without_tasks(facts: Facts) -> str | None:
+def without_tasks(facts: ScheduleFacts) -> str | None:
     """Why a correction that treats every task in its own way cannot act, or None."""
-    if not facts.learns:
+    if not facts.trains:
         return NO_TRAINING
     if not facts.aware:
         return "it needs to know the task, and there is neither a label nor a mapper; use scenario='task', or compose it with a mapper"
@@ -83,11 +87,11 @@ def without_tasks(facts: Facts) -> str | None:
     return None
 
 
-def not_alone(facts: Facts) -> str | None:
+def not_alone(facts: ScheduleFacts) -> str | None:
     """Why a correction that keeps entries of old tasks as they are cannot act, or None."""
     if facts.parts > 1:
         return "tasks are given their entries one after another, and here a step has several; use continual"
-    if facts.hears_others:
+    if facts.receives_others:
         return "what is heard moves the entries that it keeps; use continual, or supsup, whose masks travel"
     return None
 
@@ -106,11 +110,16 @@ def rows_with_units(model: Model) -> str | None:
 
 def spread(layout: Layout, factors: Mapping[str, Tensor]) -> Tensor:
     """Factors [n] in a layout; 1 for the entries that are not named."""
-    ones = {n: torch.ones(s, dtype=layout.dtype, device=layout.device) for n, s in zip(layout.names, layout.shapes, strict=True)}
+    ones = {
+        n: torch.ones(s, dtype=layout.dtype, device=layout.device)
+        for n, s in zip(layout.names, layout.shapes, strict=True)
+    }
     return layout.flatten({**ones, **factors})
 
 
-def own_entries(model: Model, params: Params, sources: tuple[Source, ...], taken: frozenset[int]) -> dict[str, Tensor]:
+def own_entries(
+    model: Model, params: Params, sources: tuple[Source, ...], taken: frozenset[int]
+) -> dict[str, Tensor]:
     """Factors by entry: 1 for the rows of the shared head that no earlier task took and these sources have, 0 for its others;
     0 for the heads of other tasks."""
     factors: dict[str, Tensor] = {}

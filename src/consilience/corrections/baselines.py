@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from consilience.core.correction import Beginning, Correction, Learned, Me, Memory
+from consilience.core.contexts import Beginning, Begun, Context, Learned, Memory
+from consilience.core.correction import Correction
 from consilience.core.message import Private
 from consilience.core.model import Model
 from consilience.core.params import Params
 from consilience.core.source import Source, Tensors
 
 if TYPE_CHECKING:
-    from consilience.core.schedule import Facts
+    from consilience.core.schedule import ScheduleFacts
 
 
 THROWN = "what is heard of others would be thrown away at the next learn; "
@@ -54,13 +55,19 @@ def facts_of(learned: Learned) -> dict[str, object]:
 
 
 def reset(
-    model: Model, params: Params, sources: tuple[Source, ...], past: Mapping[str, Private], generator: torch.Generator
+    model: Model,
+    params: Params,
+    sources: tuple[Source, ...],
+    past: Mapping[str, Private],
+    generator: torch.Generator,
 ) -> Params:
     """New parameters in place of those that are trained, heads and columns of past tasks too: the model's own draw (a given module
     begins as it was given), grown in the order in which tasks came."""
     fresh, buffers = model.init(generator)
     items = sorted(past.items(), key=lambda kv: (kv[1].meta["order"], kv[0]))
-    before = [replace(sources[0], name=n, task=i.meta["label"], classes=tuple(i.meta["classes"])) for n, i in items]
+    before = [
+        replace(sources[0], name=n, task=i.meta["label"], classes=tuple(i.meta["classes"])) for n, i in items
+    ]
     for s in (*before, *sources):
         fresh, buffers = model.grow(fresh, buffers, s, generator)
     return {n: fresh[n].to(p) if n in fresh and not model.frozen(n) else p for n, p in params.items()}
@@ -76,26 +83,34 @@ class Cumulative(Correction):
 
     scratch: bool = False
 
-    travels: ClassVar[bool] = False
+    shared_items: ClassVar[bool] = False
 
-    def refuse(self, facts: Facts) -> str | None:
-        if self.scratch and facts.hears_others:
+    def refuse(self, facts: ScheduleFacts) -> str | None:
+        if self.scratch and facts.receives_others:
             return THROWN + "use cumulative"
-        if facts.recalls_own or facts.parts > 1:
+        if facts.own_history or facts.parts > 1:
             return None
         return "no agent has the data of more than one source; put the sources in settings.multitask"
 
     def recall(self, memory: Memory, sources: tuple[Source, ...]) -> dict[str, Private]:
         return others(memory, sources)
 
-    def gather(self, sources: tuple[Source, ...], known: dict[str, Private], generator: torch.Generator) -> tuple[Source, ...]:
+    def gather(
+        self, sources: tuple[Source, ...], known: dict[str, Private], generator: torch.Generator
+    ) -> tuple[Source, ...]:
         return pool(sources, known)
 
-    def begin(self, start: Beginning) -> tuple[Params, Mapping[str, torch.Tensor]]:
-        model, params, sources, known, generator = start.model, start.params, start.sources, start.known, start.generator
-        return (reset(model, params, sources, known, generator) if self.scratch and known else params), {}
+    def begin(self, start: Beginning) -> Begun:
+        model, params, sources, known, generator = (
+            start.model,
+            start.params,
+            start.sources,
+            start.recalled,
+            start.generator,
+        )
+        return Begun(reset(model, params, sources, known, generator) if self.scratch and known else params)
 
-    def summarise(self, learned: Learned, me: Me) -> Private:
+    def summarise(self, learned: Learned, ctx: Context) -> Private:
         x, y = learned.source.train.whole()
         return Private({"x": x, "y": y}, facts_of(learned))
 
@@ -107,21 +122,27 @@ class FromScratch(Correction):
     The heads of other tasks begin anew too. Running statistics of batch norm go on, which training overwrites.
     """
 
-    travels: ClassVar[bool] = False
-    recalls: ClassVar[bool] = True
-    ends: ClassVar[bool] = True
+    shared_items: ClassVar[bool] = False
+    needs_history: ClassVar[bool] = True
+    needs_boundaries: ClassVar[bool] = True
 
-    def refuse(self, facts: Facts) -> str | None:
-        return THROWN + "use finetune" if facts.hears_others else None
+    def refuse(self, facts: ScheduleFacts) -> str | None:
+        return THROWN + "use finetune" if facts.receives_others else None
 
     def recall(self, memory: Memory, sources: tuple[Source, ...]) -> dict[str, Private] | None:
         """What else was learned before, or None."""
         return others(memory, sources) or None
 
-    def begin(self, start: Beginning) -> tuple[Params, Mapping[str, torch.Tensor]]:
-        model, params, sources, known, generator = start.model, start.params, start.sources, start.known, start.generator
-        return (reset(model, params, sources, known, generator) if known else params), {}
+    def begin(self, start: Beginning) -> Begun:
+        model, params, sources, known, generator = (
+            start.model,
+            start.params,
+            start.sources,
+            start.recalled,
+            start.generator,
+        )
+        return Begun(reset(model, params, sources, known, generator) if known else params)
 
-    def summarise(self, learned: Learned, me: Me) -> Private:
+    def summarise(self, learned: Learned, ctx: Context) -> Private:
         """That it was learned."""
         return Private({}, facts_of(learned))

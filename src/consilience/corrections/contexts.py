@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from consilience.core.correction import Beginning, Correction, Learned, Me, Memory, StepView
+from consilience.core.contexts import Beginning, Begun, Context, Learned, Memory, StepView
+from consilience.core.correction import Correction
 from consilience.core.errors import ConsilienceError
 from consilience.core.message import Module
 from consilience.core.model import Model
@@ -19,7 +20,7 @@ from consilience.core.source import Source
 from consilience.corrections.anatomy import anatomy, rows_with_units, spread, without_tasks
 
 if TYPE_CHECKING:
-    from consilience.core.schedule import Facts
+    from consilience.core.schedule import ScheduleFacts
 
 
 @lru_cache(maxsize=4096)
@@ -69,13 +70,15 @@ class PSP(Correction):
         if not 0 <= self.flips <= 1:
             raise ConsilienceError(f"`flips` should be in [0, 1]. Found `flips = {self.flips}`.")
         if self.keys not in ("binary", "complex", "rotation"):
-            raise ConsilienceError(f"`keys` should be binary, complex or rotation. Found `keys = {self.keys!r}`.")
+            raise ConsilienceError(
+                f"`keys` should be binary, complex or rotation. Found `keys = {self.keys!r}`."
+            )
         if self.keys != "binary" and self.flips not in (0, 0.5):
             raise ConsilienceError(
                 f"`flips` is of binary keys, and should be 0.5 with others, or 0 for plain training. Found `flips = {self.flips}`."
             )
 
-    def refuse(self, facts: Facts) -> str | None:
+    def refuse(self, facts: ScheduleFacts) -> str | None:
         return without_tasks(facts)
 
     def seen(self, w: Tensor, task: str, layer: str) -> Tensor:
@@ -83,14 +86,16 @@ class PSP(Correction):
         if self.keys == "binary" or not self.flips:
             c = signs(task, layer, w.shape[1], self.flips).to(w)
             return w * c.view(1, -1, *[1] * (w.ndim - 2))
-        seen: Tensor = torch.tensordot(w, turns(task, layer, w.shape[1], self.keys).to(w), ([1], [1])).movedim(-1, 1)
+        seen: Tensor = torch.tensordot(
+            w, turns(task, layer, w.shape[1], self.keys).to(w), ([1], [1])
+        ).movedim(-1, 1)
         return seen
 
-    def view(self, params: Params, task: str | None, me: Me) -> Params:
-        assert me.model is not None
+    def view(self, params: Params, task: str | None, ctx: Context) -> Params:
+        assert ctx.model is not None
         if task is None:
             return params
-        a, new = anatomy(me.model), dict(params)
+        a, new = anatomy(ctx.model), dict(params)
         for n in (*a.layers, *(a.head or ())[:1]):
             new[str(n)] = self.seen(params[str(n)], task, str(n))
         return new
@@ -119,16 +124,18 @@ class XdG(Correction):
 
     def __post_init__(self) -> None:
         if not 0 <= self.fraction < 1:
-            raise ConsilienceError(f"`fraction` of silent units should be in [0, 1). Found `fraction = {self.fraction}`.")
+            raise ConsilienceError(
+                f"`fraction` of silent units should be in [0, 1). Found `fraction = {self.fraction}`."
+            )
 
-    def refuse(self, facts: Facts) -> str | None:
+    def refuse(self, facts: ScheduleFacts) -> str | None:
         return without_tasks(facts) or (rows_with_units(facts.model) if facts.model is not None else None)
 
-    def view(self, params: Params, task: str | None, me: Me) -> Params:
-        assert me.model is not None
+    def view(self, params: Params, task: str | None, ctx: Context) -> Params:
+        assert ctx.model is not None
         if task is None:
             return params
-        a, new = anatomy(me.model), dict(params)
+        a, new = anatomy(ctx.model), dict(params)
         for n in a.layers:
             w = params[n]
             g = gates(task, n, len(w), self.fraction).to(w)
@@ -177,7 +184,7 @@ class SupSup(Correction):
         if not 0 < self.keep <= 1:
             raise ConsilienceError(f"`keep` of the weights should be in (0, 1]. Found `keep = {self.keep}`.")
 
-    def refuse(self, facts: Facts) -> str | None:
+    def refuse(self, facts: ScheduleFacts) -> str | None:
         return without_tasks(facts)
 
     @staticmethod
@@ -200,11 +207,13 @@ class SupSup(Correction):
         found: dict[str, list[dict[str, Tensor]]] = {}
         for _, item in sorted(memory.items()):
             shapes: Mapping[str, list[int]] = item.meta["shapes"]
-            found.setdefault(item.meta["task"], []).append({n: unpack(t, shapes[n]) for n, t in item.group("mask").items()})
+            found.setdefault(item.meta["task"], []).append(
+                {n: unpack(t, shapes[n]) for n, t in item.group("mask").items()}
+            )
         masks = {t: {n: torch.stack([m[n] for m in ms]).mean(0) for n in ms[0]} for t, ms in found.items()}
         return {"masks": masks, "now": tuple(dict.fromkeys(str(s.task) for s in sources))}
 
-    def begin(self, start: Beginning) -> tuple[Params, Mapping[str, Tensor]]:
+    def begin(self, start: Beginning) -> Begun:
         """Scores of a new task, uniform in +-1 / sqrt(inputs)."""
         model, params, sources, generator = start.model, start.params, start.sources, start.generator
         new = dict(params)
@@ -213,12 +222,16 @@ class SupSup(Correction):
                 name = f"supsup/{s.task}/{n}"
                 if name not in new:
                     bound = params[n][0].numel() ** -0.5
-                    new[name] = ((2 * torch.rand(params[n].shape, generator=generator) - 1) * bound).to(params[n])
-        return new, {}
+                    new[name] = ((2 * torch.rand(params[n].shape, generator=generator) - 1) * bound).to(
+                        params[n]
+                    )
+        its = tuple(f"supsup/{s.task}/" for s in sources)
+        others = {n for n in new if n.startswith("supsup/") and not n.startswith(its)}
+        return Begun(new, frozen=others)
 
-    def view(self, params: Params, task: str | None, me: Me) -> Params:
-        assert me.model is not None
-        known, names = me.known, self.layers(me.model)
+    def view(self, params: Params, task: str | None, ctx: Context) -> Params:
+        assert ctx.model is not None
+        known, names = ctx.recalled, self.layers(ctx.model)
         if task in known["now"]:
             masks = {n: self.mask_of(params[f"supsup/{task}/{n}"]) for n in names}
         elif task in known["masks"]:
@@ -227,7 +240,7 @@ class SupSup(Correction):
             masks = {n: torch.stack([m[n] for m in known["masks"].values()]).mean(0) for n in names}
         else:
             masks = {}
-        new, biases = dict(params), anatomy(me.model)
+        new, biases = dict(params), anatomy(ctx.model)
         for n in names:
             w = params[n].detach()
             fixed = w.sign() * (2 / (self.keep * w[0].numel())) ** 0.5
@@ -237,24 +250,21 @@ class SupSup(Correction):
                 new[b] = torch.zeros_like(params[b])
         return new
 
-    def still(self, model: Model, params: Params, sources: tuple[Source, ...]) -> set[str]:
-        """The scores of other tasks."""
-        its = tuple(f"supsup/{s.task}/" for s in sources)
-        return {n for n in params if n.startswith("supsup/") and not n.startswith(its)}
-
-    def mask(self, step: StepView, me: Me) -> Tensor:
+    def mask(self, step: StepView, ctx: Context) -> Tensor:
         """No shared entry of the model moves; scores do."""
-        assert me.model is not None
-        a = anatomy(me.model)
+        assert ctx.model is not None
+        a = anatomy(ctx.model)
         still = {*a.layers, *a.biases.values(), *a.others, *(n for n in a.head or () if n)}
         shapes = dict(zip(step.layout.names, step.layout.shapes, strict=True))
         return spread(step.layout, {n: step.theta.new_zeros(shapes[n]) for n in still if n in shapes})
 
-    def summarise(self, learned: Learned, me: Me) -> Module:
+    def summarise(self, learned: Learned, ctx: Context) -> Module:
         start = f"supsup/{learned.task}/"
         masks = {n[len(start) :]: self.mask_of(s) for n, s in learned.params.items() if n.startswith(start)}
         shapes = {n: list(m.shape) for n, m in masks.items()}
-        return Module({f"mask/{n}": pack(m) for n, m in masks.items()}, {"task": learned.task, "shapes": shapes})
+        return Module(
+            {f"mask/{n}": pack(m) for n, m in masks.items()}, {"task": learned.task, "shapes": shapes}
+        )
 
 
 def pack(mask: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from consilience.core.batch import Batch
-from consilience.core.correction import NO_TRAINING, Correction, Learned, Me, Memory, Row, StepView
+from consilience.core.contexts import Context, Learned, Memory, Row, StepView
+from consilience.core.correction import NO_TRAINING, Correction
 from consilience.core.errors import ConsilienceError
 from consilience.core.message import Statistics
 from consilience.core.source import Source
@@ -18,7 +19,7 @@ from consilience.corrections.anatomy import anatomy, spread
 from consilience.corrections.quadratic import non_negative
 
 if TYPE_CHECKING:
-    from consilience.core.schedule import Facts
+    from consilience.core.schedule import ScheduleFacts
 
 
 def soft_targets(student: Tensor, teacher: Tensor, temperature: float, batch: Batch | None = None) -> Tensor:
@@ -48,22 +49,28 @@ class LwF(Correction):
     match: Literal["probabilities", "logits"] = "probabilities"
 
     neutral: ClassVar[dict[str, float]] = {"strength": 0.0}
-    recalls: ClassVar[bool] = True
-    ends: ClassVar[bool] = True
+    needs_history: ClassVar[bool] = True
+    needs_boundaries: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         non_negative("LwF", strength=self.strength)
         if not 0 < self.temperature < float("inf"):
-            raise ConsilienceError(f"`temperature` should be positive and finite. Found `temperature = {self.temperature}`.")
+            raise ConsilienceError(
+                f"`temperature` should be positive and finite. Found `temperature = {self.temperature}`."
+            )
         if self.match not in ("probabilities", "logits"):
-            raise ConsilienceError(f"`match` should be probabilities or logits. Found `match = {self.match!r}`.")
+            raise ConsilienceError(
+                f"`match` should be probabilities or logits. Found `match = {self.match!r}`."
+            )
 
-    def refuse(self, facts: Facts) -> str | None:
+    def refuse(self, facts: ScheduleFacts) -> str | None:
         if facts.kind == "value" and self.match == "probabilities":
             return 'values have no class probabilities to keep; use `match="logits"`'
         return None
 
-    def recall(self, memory: Memory, sources: tuple[Source, ...]) -> list[tuple[str | None, list[int]]] | None:
+    def recall(
+        self, memory: Memory, sources: tuple[Source, ...]
+    ) -> list[tuple[str | None, list[int]]] | None:
         """(task, classes) of what was seen: one group for each task where the model is told tasks, else one for all."""
         now = {s.name for s in sources}
         groups: dict[str | None, set[int]] = {}
@@ -72,13 +79,13 @@ class LwF(Correction):
                 groups.setdefault(item.meta["task"], set()).update(item.meta["classes"])
         return [(task, sorted(classes)) for task, classes in groups.items()] or None
 
-    def rows(self, step: StepView, me: Me) -> list[Row]:
+    def rows(self, step: StepView, ctx: Context) -> list[Row]:
         total: Tensor | None = None
-        new = [i for i, p in enumerate(step.parts) if not p.owner]
+        new = [i for i, p in enumerate(step.parts) if not p.drawn_by]
         for i in new:
             part = step.parts[i]
             x = part.x
-            for task, classes in me.known:
+            for task, classes in ctx.recalled:
                 columns = torch.tensor(classes, device=x.device)
                 teacher = step.before(x, task).index_select(1, columns)
                 student = step.answer(i, task).index_select(1, columns)
@@ -90,7 +97,7 @@ class LwF(Correction):
         assert total is not None
         return [Row(total, self.strength / len(new))]
 
-    def summarise(self, learned: Learned, me: Me) -> Statistics:
+    def summarise(self, learned: Learned, ctx: Context) -> Statistics:
         return Statistics({}, {"task": learned.task, "classes": list(learned.source.classes)})
 
 
@@ -107,16 +114,18 @@ class LessForgetting(Correction):
     freeze_head: bool = True
 
     neutral: ClassVar[dict[str, float]] = {"strength": 0.0}
-    recalls: ClassVar[bool] = True
-    ends: ClassVar[bool] = True
+    needs_history: ClassVar[bool] = True
+    needs_boundaries: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         non_negative("LessForgetting", strength=self.strength)
 
-    def refuse(self, facts: Facts) -> str | None:
-        if not facts.learns:
+    def refuse(self, facts: ScheduleFacts) -> str | None:
+        if not facts.trains:
             return NO_TRAINING
-        grows = facts.model is None or not facts.model.init(torch.Generator().manual_seed(0))[0]  # its layers come with the tasks
+        grows = (
+            facts.model is None or not facts.model.init(torch.Generator().manual_seed(0))[0]
+        )  # its layers come with the tasks
         if not grows and not (anatomy(facts.model).layers or anatomy(facts.model).others):
             return "the features are frozen, so that nothing can forget them; use lwf"
         return None
@@ -127,21 +136,24 @@ class LessForgetting(Correction):
         past = [item for (_, source), item in sorted(memory.items()) if source not in now]
         return sorted({c for item in past for c in item.meta["classes"]}) if past else None
 
-    def rows(self, step: StepView, me: Me) -> list[Row]:
-        new = [i for i, p in enumerate(step.parts) if not p.owner]
-        total = torch.stack([
-            0.5 * p.mean((step.features_before(p.x, p.task) - step.features(i)).square().sum(1))
-            for i, p in enumerate(step.parts) if not p.owner
-        ]).sum()  # fmt: skip
+    def rows(self, step: StepView, ctx: Context) -> list[Row]:
+        new = [i for i, p in enumerate(step.parts) if not p.drawn_by]
+        total = torch.stack(
+            [
+                0.5 * p.mean((step.features_before(p.x, p.task) - step.features(i)).square().sum(1))
+                for i, p in enumerate(step.parts)
+                if not p.drawn_by
+            ]
+        ).sum()
         return [Row(total, self.strength / len(new))]
 
-    def mask(self, step: StepView, me: Me) -> Tensor:
+    def mask(self, step: StepView, ctx: Context) -> Tensor:
         """0 for the rows of a shared head that earlier sources made."""
-        assert me.model is not None
+        assert ctx.model is not None
         shapes = dict(zip(step.layout.names, step.layout.shapes, strict=True))
-        head = [n for n in anatomy(me.model).head or () if n in shapes] if self.freeze_head else []
-        rows = torch.tensor(me.known, device=step.theta.device)
+        head = [n for n in anatomy(ctx.model).head or () if n in shapes] if self.freeze_head else []
+        rows = torch.tensor(ctx.recalled, device=step.theta.device)
         return spread(step.layout, {n: step.theta.new_ones(shapes[n]).index_fill(0, rows, 0) for n in head})
 
-    def summarise(self, learned: Learned, me: Me) -> Statistics:
+    def summarise(self, learned: Learned, ctx: Context) -> Statistics:
         return Statistics({}, {"classes": list(learned.source.classes)})

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from consilience.core.correction import NO_TRAINING, Correction, Learned, Me, Memory, StepView
+from consilience.core.contexts import Context, Learned, Memory, StepView
+from consilience.core.correction import NO_TRAINING, Correction
 from consilience.core.errors import ConsilienceError
 from consilience.core.message import Item, Message, Private, Statistics
 from consilience.core.optimiser import SGD
@@ -22,7 +23,7 @@ from consilience.core.training import Training
 from consilience.corrections.quadratic import non_negative
 
 if TYPE_CHECKING:
-    from consilience.core.schedule import Facts
+    from consilience.core.schedule import ScheduleFacts
     from consilience.core.state import State
 
 
@@ -69,14 +70,16 @@ class Scaffold(Correction):
     clients: int | None = None
 
     flat: ClassVar[tuple[str, ...]] = ("own", "mean")
-    recalls: ClassVar[bool] = True
+    needs_history: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.clients is not None and (not isinstance(self.clients, int) or self.clients < 1):
-            raise ConsilienceError(f"`clients` should be a whole number >= 1, or None. Found `clients = {self.clients!r}`.")
+            raise ConsilienceError(
+                f"`clients` should be a whole number >= 1, or None. Found `clients = {self.clients!r}`."
+            )
 
-    def refuse(self, facts: Facts) -> str | None:
-        if not facts.learns:
+    def refuse(self, facts: ScheduleFacts) -> str | None:
+        if not facts.trains:
             return NO_TRAINING
         return None if facts.rounds else "nobody learns after it heard what others learned; use finetune"
 
@@ -92,34 +95,42 @@ class Scaffold(Correction):
                 total = total + Statistics(item.tensors)
         if not own.tensors and not total.tensors:
             return None
-        known = {f"own/{n}": c for n, c in own.group("c").items()} | {"count": own.tensors.get("count", torch.zeros(()))}
+        known = {f"own/{n}": c for n, c in own.group("c").items()} | {
+            "count": own.tensors.get("count", torch.zeros(()))
+        }
         if total.tensors:
             heard = float(total.tensors["count"])
             if self.clients is not None and heard > self.clients + 1e-6:
-                raise ConsilienceError(f"`clients` should be at least all that are heard. Found {heard:g} and {self.clients}.")
+                raise ConsilienceError(
+                    f"`clients` should be at least all that are heard. Found {heard:g} and {self.clients}."
+                )
             known |= {f"mean/{n}": c / (self.clients or heard) for n, c in total.group("c").items()}
         return Statistics(known)
 
-    def caution(self, me: Me, training: Training) -> tuple[dict[str, Tensor], str | None]:
-        if not me.flat:
-            return me.flat, None
-        shift = me.flat["mean"] - me.flat["own"] if me.known.group("mean") else torch.zeros_like(me.flat["own"])
-        return {"own": me.flat["own"], "shift": shift}, plain_steps(training)
+    def prepare_step(self, ctx: Context, training: Training) -> tuple[dict[str, Tensor], str | None]:
+        if not ctx.flat:
+            return ctx.flat, None
+        shift = (
+            ctx.flat["mean"] - ctx.flat["own"]
+            if ctx.recalled.group("mean")
+            else torch.zeros_like(ctx.flat["own"])
+        )
+        return {"own": ctx.flat["own"], "shift": shift}, plain_steps(training)
 
-    def penalty(self, step: StepView, me: Me) -> Tensor:
-        return push(step, me.flat["shift"])
+    def penalty(self, step: StepView, ctx: Context) -> Tensor:
+        return push(step, ctx.flat["shift"])
 
-    def pull(self, step: StepView, me: Me) -> tuple[Tensor, float]:
-        return me.flat["shift"], 1.0
+    def penalty_gradient(self, step: StepView, ctx: Context) -> tuple[Tensor, float]:
+        return ctx.flat["shift"], 1.0
 
-    def summarise(self, learned: Learned, me: Me) -> Private | None:
+    def summarise(self, learned: Learned, ctx: Context) -> Private | None:
         """This source's share of c_i+, `c/...`, with its share of one client, `count`, and what both gained, `gain/...`."""
         if not learned.steps or learned.training is None:
             return None
         start, end = learned.layout.flatten(learned.start), learned.layout.flatten(learned.trainable)
-        c = (start - end) / (learned.steps * learned.training.lr) - me.flat.get("shift", 0.0)
-        gain = learned.share * (c - me.flat.get("own", 0.0))
-        before = me.known.tensors["count"] if me.known else 0.0
+        c = (start - end) / (learned.steps * learned.training.lr) - ctx.flat.get("shift", 0.0)
+        gain = learned.share * (c - ctx.flat.get("own", 0.0))
+        before = ctx.recalled.tensors["count"] if ctx.recalled else 0.0
         new = {f"c/{n}": t for n, t in learned.layout.split(learned.share * c).items()}
         new |= {f"gain/c/{n}": t for n, t in learned.layout.split(gain).items()}
         one = torch.ones((), dtype=torch.float64)
@@ -135,7 +146,9 @@ class Scaffold(Correction):
             kept[source] = Private({k: t for k, t in item.tensors.items() if not k.startswith("gain/")})
         return {**kept, "": Statistics(gained.tensors, {"gain": True})}
 
-    def heard(self, before: State, after: State, memory: Mapping[str, Any], fresh: Sequence[Message]) -> Mapping[str, Any]:
+    def after_receive(
+        self, before: State, after: State, memory: Mapping[str, Any], fresh: Sequence[Message]
+    ) -> Mapping[str, Any]:
         """The sum of all c_i, which is told with the parameters."""
         held = memory.get(TOTAL)
         total = Statistics(held.tensors if held is not None else {})
@@ -144,7 +157,9 @@ class Scaffold(Correction):
             if item is not None and item.meta.get("gain"):
                 total = total + Statistics(item.tensors)
         rest = {k: v for k, v in memory.items() if k != ""}
-        return {**rest, TOTAL: Private(total.tensors), "": Statistics(total.tensors)} if total.tensors else rest
+        return (
+            {**rest, TOTAL: Private(total.tensors), "": Statistics(total.tensors)} if total.tensors else rest
+        )
 
 
 @dataclass(frozen=True)
@@ -157,15 +172,15 @@ class FedDyn(Correction):
 
     alpha: float = 0.1
 
-    travels: ClassVar[bool] = False
+    shared_items: ClassVar[bool] = False
     flat: ClassVar[tuple[str, ...]] = ("h",)
     neutral: ClassVar[dict[str, float]] = {"alpha": 0.0}
 
     def __post_init__(self) -> None:
         non_negative("FedDyn", alpha=self.alpha)
 
-    def refuse(self, facts: Facts) -> str | None:
-        return None if facts.learns else NO_TRAINING
+    def refuse(self, facts: ScheduleFacts) -> str | None:
+        return None if facts.trains else NO_TRAINING
 
     def recall(self, memory: Memory, sources: tuple[Source, ...]) -> Item | None:
         """The h of these sources."""
@@ -176,20 +191,20 @@ class FedDyn(Correction):
                 total = total + Statistics(item.tensors)
         return total if total.tensors else None
 
-    def caution(self, me: Me, training: Training) -> tuple[dict[str, Tensor], str | None]:
-        assert me.start is not None
-        return {"h": me.flat.get("h", torch.zeros_like(me.start))}, None
+    def prepare_step(self, ctx: Context, training: Training) -> tuple[dict[str, Tensor], str | None]:
+        assert ctx.start is not None
+        return {"h": ctx.flat.get("h", torch.zeros_like(ctx.start))}, None
 
-    def penalty(self, step: StepView, me: Me) -> Tensor:
+    def penalty(self, step: StepView, ctx: Context) -> Tensor:
         away = step.theta - step.start
-        return 0.5 * self.alpha * torch.dot(away, away) - push(step, me.flat["h"])
+        return 0.5 * self.alpha * torch.dot(away, away) - push(step, ctx.flat["h"])
 
-    def pull(self, step: StepView, me: Me) -> tuple[Tensor, float]:
-        return (step.theta - step.start).mul_(self.alpha).sub_(me.flat["h"]), 1.0
+    def penalty_gradient(self, step: StepView, ctx: Context) -> tuple[Tensor, float]:
+        return (step.theta - step.start).mul_(self.alpha).sub_(ctx.flat["h"]), 1.0
 
-    def summarise(self, learned: Learned, me: Me) -> Private:
+    def summarise(self, learned: Learned, ctx: Context) -> Private:
         away = learned.layout.flatten(learned.trainable) - learned.layout.flatten(learned.start)
-        h = learned.share * (me.flat["h"] - self.alpha * away)
+        h = learned.share * (ctx.flat["h"] - self.alpha * away)
         return Private({f"h/{n}": t for n, t in learned.layout.split(h).items()})
 
 
@@ -201,14 +216,14 @@ class LocalSteps(Correction):
     ||a||_1; with Nesterov's form k begins at 2 and ends at K + 1; any other optimiser counts K. Wang et al. 2020, arXiv:2007.07481 (FedNova).
     """
 
-    def refuse(self, facts: Facts) -> str | None:
-        return None if facts.learns else NO_TRAINING
+    def refuse(self, facts: ScheduleFacts) -> str | None:
+        return None if facts.trains else NO_TRAINING
 
-    def caution(self, me: Me, training: Training) -> tuple[dict[str, Tensor], str | None]:
+    def prepare_step(self, ctx: Context, training: Training) -> tuple[dict[str, Tensor], str | None]:
         falls = "it counts steps of one learning rate, and this one goes down; train with schedule='constant'"
-        return me.flat, falls if training.schedule != "constant" else None
+        return ctx.flat, falls if training.schedule != "constant" else None
 
-    def summarise(self, learned: Learned, me: Me) -> Private:
+    def summarise(self, learned: Learned, ctx: Context) -> Private:
         inner = learned.training.inner() if learned.training is not None else None
         steps = float(learned.steps)
         if isinstance(inner, SGD) and inner.momentum:
@@ -223,7 +238,9 @@ class LocalSteps(Correction):
             total = total + Statistics(item.tensors)
         return {"": total}
 
-    def heard(self, before: State, after: State, memory: Mapping[str, Any], fresh: Sequence[Message]) -> Mapping[str, Any]:
+    def after_receive(
+        self, before: State, after: State, memory: Mapping[str, Any], fresh: Sequence[Message]
+    ) -> Mapping[str, Any]:
         return {}
 
 
@@ -240,29 +257,31 @@ class _Momentum(Correction):
         """How much of the difference is added."""
         raise NotImplementedError
 
-    def difference(self, me: Me) -> Tensor | None:
+    def difference(self, ctx: Context) -> Tensor | None:
         """The difference [n], or None where there is none yet."""
         raise NotImplementedError
 
-    def refuse(self, facts: Facts) -> str | None:
-        if not facts.learns:
+    def refuse(self, facts: ScheduleFacts) -> str | None:
+        if not facts.trains:
             return NO_TRAINING
         return (
-            None if facts.rounds else "nobody learns after what was learned was heard, so that there is no momentum; use finetune"
+            None
+            if facts.rounds
+            else "nobody learns after what was learned was heard, so that there is no momentum; use finetune"
         )
 
-    def caution(self, me: Me, training: Training) -> tuple[dict[str, Tensor], str | None]:
-        assert me.start is not None
-        moved = self.difference(me)
+    def prepare_step(self, ctx: Context, training: Training) -> tuple[dict[str, Tensor], str | None]:
+        assert ctx.start is not None
+        moved = self.difference(ctx)
         if moved is None:
-            return {"push": torch.zeros_like(me.start)}, None
+            return {"push": torch.zeros_like(ctx.start)}, None
         return {"push": moved * (-self.factor / training.lr)}, plain_steps(training)
 
-    def penalty(self, step: StepView, me: Me) -> Tensor:
-        return push(step, me.flat["push"]) / (step.span[0] * step.span[1])
+    def penalty(self, step: StepView, ctx: Context) -> Tensor:
+        return push(step, ctx.flat["push"]) / (step.horizon[0] * step.horizon[1])
 
-    def pull(self, step: StepView, me: Me) -> tuple[Tensor, float]:
-        return me.flat["push"], 1 / (step.span[0] * step.span[1])
+    def penalty_gradient(self, step: StepView, ctx: Context) -> tuple[Tensor, float]:
+        return ctx.flat["push"], 1 / (step.horizon[0] * step.horizon[1])
 
 
 @dataclass(frozen=True)
@@ -276,7 +295,7 @@ class _Global(_Momentum):
         """tau: over how many rounds the difference goes."""
         raise NotImplementedError
 
-    def refuse(self, facts: Facts) -> str | None:
+    def refuse(self, facts: ScheduleFacts) -> str | None:
         why = super().refuse(facts)
         if why is None and facts.rounds < self.span:
             return (
@@ -288,20 +307,30 @@ class _Global(_Momentum):
     def recall(self, memory: Memory, sources: tuple[Source, ...]) -> Statistics | None:
         """`moved/...`, as this agent's own history has it, else the mean of what was told."""
         mine = {sender for sender, source in memory if source == PAST}
-        told = [i for (sender, source), i in sorted(memory.items()) if source == "" and (not mine or sender in mine)]
+        told = [
+            i
+            for (sender, source), i in sorted(memory.items())
+            if source == "" and (not mine or sender in mine)
+        ]
         total = Statistics({})
         for item in told:
             total = total + Statistics(item.tensors)
         return (
-            Statistics({n: t / len(told) for n, t in total.tensors.items()} if len(told) > 1 else total.tensors) if told else None
+            Statistics(
+                {n: t / len(told) for n, t in total.tensors.items()} if len(told) > 1 else total.tensors
+            )
+            if told
+            else None
         )
 
-    def difference(self, me: Me) -> Tensor | None:
-        return me.flat.get("moved")
+    def difference(self, ctx: Context) -> Tensor | None:
+        return ctx.flat.get("moved")
 
-    def heard(self, before: State, after: State, memory: Mapping[str, Any], fresh: Sequence[Message]) -> Mapping[str, Any]:
+    def after_receive(
+        self, before: State, after: State, memory: Mapping[str, Any], fresh: Sequence[Message]
+    ) -> Mapping[str, Any]:
         """The last tau + 1 parameters, private; and the difference of the newest and the oldest, told with the parameters."""
-        if not any(m.learned for m in fresh):
+        if not any(m.trained for m in fresh):
             return memory
         held = memory.get(PAST)
         past = [held.group(str(i)) for i in range(held.meta["rounds"])] if held is not None else [before.base]
@@ -368,7 +397,7 @@ class FedCM(_Global):
     def factor(self) -> float:
         return 1 - self.alpha
 
-    def mask(self, step: StepView, me: Me) -> Tensor:
+    def mask(self, step: StepView, ctx: Context) -> Tensor:
         return torch.full_like(step.theta, self.alpha)
 
 
@@ -388,10 +417,12 @@ class _Local(_Momentum):
     def factor(self) -> float:
         return self.beta
 
-    def refuse(self, facts: Facts) -> str | None:
+    def refuse(self, facts: ScheduleFacts) -> str | None:
         why = super().refuse(facts)
-        again = facts.recalls_own or facts.revisited
-        return why if why or again else "no agent learns twice, so that none has momentum of its own; use ghbm"
+        again = facts.own_history or facts.revisited
+        return (
+            why if why or again else "no agent learns twice, so that none has momentum of its own; use ghbm"
+        )
 
     def keep(self, learned: Learned) -> Params:
         """What it keeps of a learn."""
@@ -402,29 +433,37 @@ class _Local(_Momentum):
         rounds = [int(i.meta["round"]) for (_, source), i in memory.items() if source == ""]
         now = max(rounds, default=0)
         kept = [i for (_, source), i in sorted(memory.items()) if source and isinstance(i, Private)]
-        return Private(kept[0].tensors if kept else {}, {"round": now, "last": kept[0].meta["round"] if kept else now})
+        return Private(
+            kept[0].tensors if kept else {}, {"round": now, "last": kept[0].meta["round"] if kept else now}
+        )
 
-    def difference(self, me: Me) -> Tensor | None:
+    def difference(self, ctx: Context) -> Tensor | None:
         """(theta - anchor) / rounds since then; 0 where an entry is new."""
-        known = me.known.group("anchor")
-        if not known or me.layout is None or me.start is None:
+        known = ctx.recalled.group("anchor")
+        if not known or ctx.layout is None or ctx.start is None:
             return None
-        moved: Tensor = (me.start - me.flat["anchor"]) / max(1, me.known.meta["round"] - me.known.meta["last"])
-        for n in me.layout.names:
+        moved: Tensor = (ctx.start - ctx.flat["anchor"]) / max(
+            1, ctx.recalled.meta["round"] - ctx.recalled.meta["last"]
+        )
+        for n in ctx.layout.names:
             if n not in known:
-                moved[me.layout.span(n)] = 0
+                moved[ctx.layout.span(n)] = 0
         return moved
 
-    def summarise(self, learned: Learned, me: Me) -> Private:
-        return Private({f"anchor/{n}": p for n, p in self.keep(learned).items()}, {"round": me.known.meta["round"]})
+    def summarise(self, learned: Learned, ctx: Context) -> Private:
+        return Private(
+            {f"anchor/{n}": p for n, p in self.keep(learned).items()}, {"round": ctx.recalled.meta["round"]}
+        )
 
     def trim(self, memory: Mapping[str, Any], learned: Learned) -> Mapping[str, Any]:
         """Only the last learn's."""
         return {s: item for s, item in memory.items() if s in ("", learned.source.name)}
 
-    def heard(self, before: State, after: State, memory: Mapping[str, Any], fresh: Sequence[Message]) -> Mapping[str, Any]:
+    def after_receive(
+        self, before: State, after: State, memory: Mapping[str, Any], fresh: Sequence[Message]
+    ) -> Mapping[str, Any]:
         """How often what was learned was absorbed here, told with the parameters."""
-        if not any(m.learned for m in fresh):
+        if not any(m.trained for m in fresh):
             return memory
         last = memory.get("")
         return {**memory, "": Statistics({}, {"round": 1 + (last.meta["round"] if last is not None else 0)})}
@@ -451,9 +490,9 @@ class FedHBM(_Local):
     own step. Zaccone et al. 2023, arXiv:2311.18578.
     """
 
-    def refuse(self, facts: Facts) -> str | None:
+    def refuse(self, facts: ScheduleFacts) -> str | None:
         alone = "an agent that hears itself alone ends where it begins again, so that there is no momentum; use local_ghbm"
-        return super().refuse(facts) or (None if facts.hears_others else alone)
+        return super().refuse(facts) or (None if facts.receives_others else alone)
 
     def keep(self, learned: Learned) -> Params:
         return learned.trainable

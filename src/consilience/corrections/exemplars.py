@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from consilience.core.buffer import Policy
-from consilience.core.correction import NO_TRAINING, Beginning, Learned, Me, Memory, StepView
+from consilience.core.contexts import Beginning, Begun, Context, Learned, Memory, StepView
+from consilience.core.correction import NO_TRAINING
 from consilience.core.errors import ConsilienceError, Refusal
 from consilience.core.message import Private
 from consilience.core.params import Params
@@ -20,7 +21,7 @@ from consilience.corrections.baselines import THROWN, others, pool, reset
 from consilience.corrections.rehearsal import Buffer, select
 
 if TYPE_CHECKING:
-    from consilience.core.schedule import Facts
+    from consilience.core.schedule import ScheduleFacts
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +46,7 @@ class ICaRL(Buffer):
 
     size: int = 500
 
-    ends: ClassVar[bool] = True
+    needs_boundaries: ClassVar[bool] = True
 
     @property
     def policy(self) -> Policy:  # type: ignore[override]
@@ -54,10 +55,10 @@ class ICaRL(Buffer):
 
         return Herding()
 
-    def refuse(self, facts: Facts) -> str | None:
+    def refuse(self, facts: ScheduleFacts) -> str | None:
         if facts.kind == "value":
             return "values have no classes with a mean; use er"
-        if not facts.learns:
+        if not facts.trains:
             return NO_TRAINING
         if facts.model is not None:
             params = facts.model.init(torch.Generator().manual_seed(0))[0]
@@ -74,45 +75,51 @@ class ICaRL(Buffer):
         means, seen = (last.tensors["means"], last.tensors["seen"]) if last else (None, None)
         return Exemplified(others(memory, sources), means, seen)
 
-    def gather(self, sources: tuple[Source, ...], known: Exemplified, generator: torch.Generator) -> tuple[Source, ...]:
+    def gather(
+        self, sources: tuple[Source, ...], known: Exemplified, generator: torch.Generator
+    ) -> tuple[Source, ...]:
         return pool(sources, known.past)
 
-    def begin(self, start: Beginning) -> tuple[Params, Mapping[str, Tensor]]:
+    def begin(self, start: Beginning) -> Begun:
         """Private: which classes [C] are old, which are seen."""
-        model, params, sources, known = start.model, start.params, start.sources, start.known
+        model, params, sources, known = start.model, start.params, start.sources, start.recalled
         old, seen = torch.zeros(model.outputs, dtype=torch.bool), torch.zeros(model.outputs, dtype=torch.bool)
         old[[c for i in known.past.values() for c in i.meta["classes"]]] = True
         seen[[c for s in sources for c in s.classes]] = True
-        return params, {"old": old & ~seen, "seen": seen | old}
+        return Begun(params, {"old": old & ~seen, "seen": seen | old})
 
-    def losses(self, losses: dict[int, Tensor], step: StepView, me: Me) -> dict[int, Tensor]:
+    def losses(self, losses: dict[int, Tensor], step: StepView, ctx: Context) -> dict[int, Tensor]:
         bent = dict(losses)
         for i, p in enumerate(step.parts):
-            if not p.owner:
-                old, seen = (me.private[k].to(p.y.device) for k in ("old", "seen"))
+            if not p.drawn_by:
+                old, seen = (ctx.private[k].to(p.y.device) for k in ("old", "seen"))
                 target = F.one_hot(p.y, len(old)).to(step.raw[i])
-                if bool(me.known.past):
+                if bool(ctx.recalled.past):
                     target = torch.where(old, step.before(p.x, p.task).sigmoid(), target)
                 each = F.binary_cross_entropy_with_logits(step.raw[i], target, reduction="none")
                 bent[i] = torch.where(seen, each, 0).sum(1)
         return bent
 
-    def view(self, params: Params, task: str | None, me: Me) -> Params:
+    def view(self, params: Params, task: str | None, ctx: Context) -> Params:
         """In predict the head is the means of the exemplars."""
-        if me.private or me.known.means is None:
+        if ctx.private or ctx.recalled.means is None:
             return params
-        assert me.model is not None
-        weight, bias = me.model.head(params, None)
-        new = {**params, weight: me.known.means.to(params[weight])}
+        assert ctx.model is not None
+        weight, bias = ctx.model.head(params, None)
+        new = {**params, weight: ctx.recalled.means.to(params[weight])}
         if bias is not None:
-            new[bias] = torch.where(me.known.seen.to(params[bias].device), 0.0, -1e9).to(params[bias])
+            new[bias] = torch.where(ctx.recalled.seen.to(params[bias].device), 0.0, -1e9).to(params[bias])
         return new
 
     def trim(self, memory: Mapping[str, Any], learned: Learned) -> Mapping[str, Any]:
         """The exemplars within the budget; with the last source the means of all."""
         kept = dict(
             super().trim(
-                {s: replace(i, tensors={k: i.tensors[k] for k in ("x", "y", "key")}) for s, i in memory.items()}, learned
+                {
+                    s: replace(i, tensors={k: i.tensors[k] for k in ("x", "y", "key")})
+                    for s, i in memory.items()
+                },
+                learned,
             )
         )
         total: Tensor | None = None
@@ -121,7 +128,13 @@ class ICaRL(Buffer):
             if not len(item.tensors["y"]):
                 continue
             with torch.no_grad():
-                psi = learned.model.features(learned.params, learned.buffers, item.tensors["x"], item.meta["task"]).double().cpu()
+                psi = (
+                    learned.model.features(
+                        learned.params, learned.buffers, item.tensors["x"], item.meta["task"]
+                    )
+                    .double()
+                    .cpu()
+                )
             hot = F.one_hot(item.tensors["y"].cpu(), learned.model.outputs).double()
             if total is not None and psi.shape[1] != total.shape[1]:
                 raise Refusal(
@@ -133,7 +146,9 @@ class ICaRL(Buffer):
         if total is not None:  # a sum has the mean's direction
             means = total / total.norm(dim=1, keepdim=True).clamp_min(1e-12)
             last = kept[learned.source.name]
-            kept[learned.source.name] = replace(last, tensors={**last.tensors, "means": means, "seen": count > 0})
+            kept[learned.source.name] = replace(
+                last, tensors={**last.tensors, "means": means, "seen": count > 0}
+            )
         return kept
 
 
@@ -154,10 +169,10 @@ class GDumb(Buffer):
 
         return ClassBalanced()
 
-    def refuse(self, facts: Facts) -> str | None:
-        if facts.hears_others:
+    def refuse(self, facts: ScheduleFacts) -> str | None:
+        if facts.receives_others:
             return THROWN + "use er"
-        if not facts.learns:
+        if not facts.trains:
             return NO_TRAINING
         if facts.kind == "value":
             return "values have no classes to balance; use er"
@@ -171,27 +186,40 @@ class GDumb(Buffer):
         """The keys of the new examples, by source."""
         return {s.name: torch.rand(len(s.train), generator=generator, dtype=torch.float64) for s in sources}
 
-    def gather(self, sources: tuple[Source, ...], known: dict[str, Private], generator: torch.Generator) -> tuple[Source, ...]:
+    def gather(
+        self, sources: tuple[Source, ...], known: dict[str, Private], generator: torch.Generator
+    ) -> tuple[Source, ...]:
         new = self.drawn(sources, generator)
         keys = [*new.values(), *(i.tensors["key"] for i in known.values())]
         y = [*(s.train.targets() for s in sources), *(i.tensors["y"] for i in known.values())]
-        kept = self.policy.keep(torch.cat([k.cpu() for k in keys]), torch.cat([t.cpu() for t in y]), self.size).split(
-            [*map(len, keys)]
-        )
-        past = {name: select(item, k) for (name, item), k in zip(known.items(), kept[len(sources) :], strict=True)}
+        kept = self.policy.keep(
+            torch.cat([k.cpu() for k in keys]), torch.cat([t.cpu() for t in y]), self.size
+        ).split([*map(len, keys)])
+        past = {
+            name: select(item, k) for (name, item), k in zip(known.items(), kept[len(sources) :], strict=True)
+        }
         at = [k.nonzero()[:, 0] for k in kept[: len(sources)]]
-        at = [i if len(i) else new[s.name].argmin()[None] for i, s in zip(at, sources, strict=True)]  # one at least
+        at = [
+            i if len(i) else new[s.name].argmin()[None] for i, s in zip(at, sources, strict=True)
+        ]  # one at least
         chosen = tuple(replace(s, train=s.train.select(i)) for s, i in zip(sources, at, strict=True))
         longest = max(len(s.train) for s in sources)
         return tuple(
-            replace(p, train=p.train.select(torch.arange(max(longest, len(p.train))) % len(p.train))) for p in pool(chosen, past)
+            replace(p, train=p.train.select(torch.arange(max(longest, len(p.train))) % len(p.train)))
+            for p in pool(chosen, past)
         )
 
-    def begin(self, start: Beginning) -> tuple[Params, Mapping[str, Tensor]]:
+    def begin(self, start: Beginning) -> Begun:
         """New parameters after an agent's first learn."""
-        model, params, sources, known, generator = start.model, start.params, start.sources, start.known, start.generator
+        model, params, sources, known, generator = (
+            start.model,
+            start.params,
+            start.sources,
+            start.recalled,
+            start.generator,
+        )
         keys = self.drawn(sources, generator)  # as those of `gather`
-        return (reset(model, params, sources, known, generator) if known else params), keys
+        return Begun((reset(model, params, sources, known, generator) if known else params), keys)
 
-    def keys(self, learned: Learned, me: Me) -> Tensor:
-        return me.private[learned.source.name]
+    def keys(self, learned: Learned, ctx: Context) -> Tensor:
+        return ctx.private[learned.source.name]

@@ -9,18 +9,19 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from consilience.core.correction import Beginning, Correction, Learned, Me, Memory, StepView
+from consilience.core.batch import mean_loss
+from consilience.core.contexts import Beginning, Begun, Context, Learned, Memory, StepView
+from consilience.core.correction import Correction
 from consilience.core.errors import ConsilienceError, Refusal
 from consilience.core.message import Private
 from consilience.core.model import Model
 from consilience.core.params import Layout, Params
 from consilience.core.source import Source
-from consilience.core.step import mean_loss
 from consilience.corrections.anatomy import anatomy, not_alone, spread, without_tasks
 from consilience.corrections.quadratic import non_negative
 
 if TYPE_CHECKING:
-    from consilience.core.schedule import Facts
+    from consilience.core.schedule import ScheduleFacts
 
 HEAD, RETRAIN, EXPAND, DRIFT, SETTLE, PHASES = range(6)
 
@@ -46,7 +47,9 @@ class Chain:
         biases = {**a.biases, **({a.head[0]: a.head[1]} if a.head[1] else {})}
         return Chain(a.layers, biases, a.head[0], {n: a.shapes[n][0] for n in (*a.layers, a.head[0])})
 
-    def whole(self, p: Mapping[str, Tensor], layer: str, stages: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+    def whole(
+        self, p: Mapping[str, Tensor], layer: str, stages: Sequence[str]
+    ) -> tuple[Tensor, Tensor | None]:
         """The weight [all units, all inputs] and the bias of a hidden layer with these stages; of the head: the last stage's."""
         at = self.biases.get(layer)
         if layer == self.head:
@@ -95,9 +98,7 @@ def unchained(model: Model) -> str | None:
     if a.others:
         return f"units are added to linear layers, and norms such as {a.others[0]!r} count theirs; use a model without norms, such as mlp"
     if a.order[len(a.order) - len(a.layers) :] != a.layers:
-        return (
-            "units are added to layers up to the head, and here a frozen layer stands between them; freeze the first ones alone"
-        )
+        return "units are added to layers up to the head, and here a frozen layer stands between them; freeze the first ones alone"
     for i, n in enumerate((*a.layers, a.head[0])):
         shape = a.shapes[n]
         if len(shape) != 2 or (i and shape[1] != a.shapes[a.layers[i - 1]][0]):
@@ -170,8 +171,8 @@ class DEN(Correction):
     anchor: float = 0.5
     eps: float = 0.001
 
-    travels: ClassVar[bool] = False
-    widens: ClassVar[bool] = True
+    shared_items: ClassVar[bool] = False
+    changes_shapes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         non_negative("DEN", l1=self.l1, l2=self.l2, group=self.group, anchor=self.anchor)
@@ -179,14 +180,18 @@ class DEN(Correction):
             raise ConsilienceError(f"`units` should be a whole number >= 0. Found `units = {self.units!r}`.")
         for name in ("threshold", "drift"):
             if not getattr(self, name) >= 0:
-                raise ConsilienceError(f"`{name}` should be >= 0 (infinite: never). Found `{name} = {getattr(self, name)}`.")
+                raise ConsilienceError(
+                    f"`{name}` should be >= 0 (infinite: never). Found `{name} = {getattr(self, name)}`."
+                )
         if not 0 < self.eps < float("inf"):
             raise ConsilienceError(f"`eps` should be positive and finite. Found `eps = {self.eps}`.")
 
-    def refuse(self, facts: Facts) -> str | None:
+    def refuse(self, facts: ScheduleFacts) -> str | None:
         why = without_tasks(facts) or not_alone(facts)
         if why is None and facts.revisited:
-            why = "a source is one stage of growth, and here one comes again; use hat, or give each source once"
+            why = (
+                "a source is one stage of growth, and here one comes again; use hat, or give each source once"
+            )
         return why or (unchained(facts.model) if facts.model is not None else None)
 
     def recall(self, memory: Memory, sources: tuple[Source, ...]) -> Grown:
@@ -201,12 +206,20 @@ class DEN(Correction):
         now = (str(sources[0].task), sources[0].name) if sources else None
         return Grown(tuple(s for (_, s), _ in found), tasks, live, tuple(splits), keep, now)
 
-    def begin(self, start: Beginning) -> tuple[Params, Mapping[str, Tensor]]:
+    def begin(self, start: Beginning) -> Begun:
         """What was pruned at 0; a stage's entries, incoming edges uniform in +-1 / sqrt(inputs) and outgoing ones 0, its head that
         of the model. Private: the rows of its own outputs, by entry of the head."""
-        model, params, sources, known, generator = start.model, start.params, start.sources, start.known, start.generator
+        model, params, sources, known, generator = (
+            start.model,
+            start.params,
+            start.sources,
+            start.recalled,
+            start.generator,
+        )
         chain, new, s = Chain.of(model), dict(params), sources[0]
-        if not known.stages and (why := stiff(model, next(s.train.batches([torch.arange(min(2, len(s.train)))]))[0])):
+        if not known.stages and (
+            why := stiff(model, next(s.train.batches([torch.arange(min(2, len(s.train)))]))[0])
+        ):
             raise Refusal(f"DEN widens the layers of a model, and this one cannot: {why}; use mlp.")
         for n, k in known.keep.items():
             new[n] = params[n] * k.to(params[n])
@@ -222,10 +235,12 @@ class DEN(Correction):
                     new[f"den/{s.name}/bias/{n}"] = (draw[:, 0] * inputs**-0.5).to(like)
                 if i:
                     new[f"den/{s.name}/from/{n}"] = like.new_zeros(chain.widths[n] + before, self.units)
-            new[f"den/{s.name}/into/{chain.head}"] = torch.cat([like, like.new_zeros(len(like), before + self.units)], 1)
+            new[f"den/{s.name}/into/{chain.head}"] = torch.cat(
+                [like, like.new_zeros(len(like), before + self.units)], 1
+            )
             if chain.head in chain.biases:
                 new[f"den/{s.name}/bias/{chain.head}"] = params[chain.biases[chain.head]].clone()
-        return new, {"rows": rows.to(params[chain.head])}
+        return Begun(new, {"rows": rows.to(params[chain.head])})
 
     # what a task sees
 
@@ -234,37 +249,39 @@ class DEN(Correction):
         """The stages with entries of their own up to a task's, or to this learn's."""
         return (*known.stages, *(known.now[1:] if known.now else ()))[1 : None if at is None else at + 1]
 
-    def _live(self, chain: Chain, layer: str | None, me: Me, stages: Sequence[str]) -> Tensor | None:
+    def _live(self, chain: Chain, layer: str | None, ctx: Context, stages: Sequence[str]) -> Tensor | None:
         """1 for the units of a layer that are there [all units]; None before the first layer: its inputs are always there."""
         if layer is None:
             return None
-        assert me.model is not None
-        known: Grown = me.known
-        found = [torch.ones(chain.widths[layer], device=me.layout.device if me.layout else None)]
+        assert ctx.model is not None
+        known: Grown = ctx.recalled
+        found = [torch.ones(chain.widths[layer], device=ctx.layout.device if ctx.layout else None)]
         for s in stages if self.units else ():
             if known.now and s == known.now[1]:
-                assert me.layout is not None
-                alive = entry(me.layout, me.trace["mark"], f"den/{s}/into/{layer}")[:, 0] > 0
+                assert ctx.layout is not None
+                alive = entry(ctx.layout, ctx.trace["mark"], f"den/{s}/into/{layer}")[:, 0] > 0
             else:
                 alive = known.live[s][layer]
             found.append(alive.to(found[0]))
         return torch.cat(found)
 
-    def view(self, params: Params, task: str | None, me: Me) -> Params:
+    def view(self, params: Params, task: str | None, ctx: Context) -> Params:
         """The layers of the task's stage: dropped units left out, rows that were split later as they were."""
-        assert me.model is not None
-        known: Grown = me.known
+        assert ctx.model is not None
+        known: Grown = ctx.recalled
         mine = known.now is not None and task == known.now[0]
         if not mine and task not in known.tasks:
             return params
         at = len(known.stages) if mine else known.tasks[str(task)]
-        chain, stages = Chain.of(me.model), self._stages(known, at)
+        chain, stages = Chain.of(ctx.model), self._stages(known, at)
         keep: Mapping[str, Tensor] = known.keep
         if known.now:
-            assert me.layout is not None
+            assert ctx.layout is not None
             own = f"den/{known.now[1]}/"
-            may = [n for n in params if n.startswith(own) and self._edges(n)] if known.stages else chain.widths
-            keep = {n: entry(me.layout, me.trace["keep"], n) for n in may}
+            may = (
+                [n for n in params if n.startswith(own) and self._edges(n)] if known.stages else chain.widths
+            )
+            keep = {n: entry(ctx.layout, ctx.trace["keep"], n) for n in may}
         p = {**params, **{n: params[n] * k.to(params[n]) for n, k in keep.items()}}
         before: Tensor | None = None
         new = dict(p)
@@ -276,7 +293,7 @@ class DEN(Correction):
                     index = split[: len(w)].nonzero()[:, 0]
                     w = w.index_copy(0, index, rows[: len(index), : w.shape[1]].to(w))
                     b = b.index_copy(0, index, biases[: len(index)].to(w)) if b is not None else None
-            here = self._live(chain, layer, me, stages) if layer != chain.head else None
+            here = self._live(chain, layer, ctx, stages) if layer != chain.head else None
             if stages and self.units:
                 w = w if before is None else w.index_select(1, before.to(w.device).nonzero()[:, 0])
                 if here is not None:
@@ -290,13 +307,19 @@ class DEN(Correction):
     # the phases
 
     @staticmethod
-    def phase(clock: tuple[int, int], span: tuple[int, int], after: int = 0) -> int:
+    def phase(clock: tuple[int, int], horizon: tuple[int, int], after: int = 0) -> int:
         """The phase of a step: 5 i // n for the i-th of n; with `after` = 1 that of the next one."""
-        return PHASES * (clock[0] * span[1] + clock[1] + after) // (span[0] * span[1]) if span[0] * span[1] else 0
+        return (
+            PHASES * (clock[0] * horizon[1] + clock[1] + after) // (horizon[0] * horizon[1])
+            if horizon[0] * horizon[1]
+            else 0
+        )
 
-    def _marks(self, chain: Chain, layer: str | None, mark: Params, me: Me) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _marks(
+        self, chain: Chain, layer: str | None, mark: Params, ctx: Context
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(reached, split, new, live) [all units] of a layer, 0 or 1; the inputs before the first layer are reached and live."""
-        stages, layout = self._stages(me.known), me.layout
+        stages, layout = self._stages(ctx.recalled), ctx.layout
         assert layout is not None
         if layer is None:
             ones = torch.ones(mark[chain.layers[0]].shape[1], dtype=layout.dtype, device=layout.device)
@@ -305,25 +328,25 @@ class DEN(Correction):
         own = torch.zeros_like(m)
         if self.units and stages:
             own[-self.units :] = 1
-        live = self._live(chain, layer, me, stages[:-1])
+        live = self._live(chain, layer, ctx, stages[:-1])
         assert live is not None
         live = torch.cat([live.to(m), m[len(live) :].clamp_max(1)])
         return m.clamp_max(1) * (1 - own), (m - 1).clamp_min(0) * (1 - own), m * own, live
 
-    def _trained(self, phase: int, me: Me) -> Tensor:
+    def _trained(self, phase: int, ctx: Context) -> Tensor:
         """1 for the entries [n] that train in a phase after the first."""
-        layout, known, trace = me.layout, me.known, me.trace
-        assert layout is not None and me.model is not None
-        chain, stages, mark = Chain.of(me.model), self._stages(known), layout.split(trace["mark"])
-        rows = me.private["rows"].to(layout.device, layout.dtype)
+        layout, known, trace = ctx.layout, ctx.recalled, ctx.trace
+        assert layout is not None and ctx.model is not None
+        chain, stages, mark = Chain.of(ctx.model), self._stages(known), layout.split(trace["mark"])
+        rows = ctx.private["rows"].to(layout.device, layout.dtype)
         found = {n: torch.zeros_like(m) for n, m in mark.items() if self._mine(n, chain)}
         before: str | None = None
         for layer in (*chain.layers, chain.head):
-            r, _, n, a = self._marks(chain, before, mark, me)
+            r, _, n, a = self._marks(chain, before, mark, ctx)
             if layer == chain.head:
                 new, old, added = rows * 0, rows, rows
             else:
-                reached, split, new, _ = self._marks(chain, layer, mark, me)
+                reached, split, new, _ = self._marks(chain, layer, mark, ctx)
                 old, added = split if phase == SETTLE else reached, reached
             if phase == EXPAND:
                 old = old * (1 - self._expands(trace))
@@ -339,40 +362,52 @@ class DEN(Correction):
         above: Tensor = (total / count.clamp_min(1) > self.threshold).to(total) * float(self.units > 0)
         return above
 
-    def _head(self, me: Me) -> Tensor:
+    def _head(self, ctx: Context) -> Tensor:
         """1 for the entries [n] that train in the first phase: all but other outputs' rows in the first learn, else a stage's own head."""
-        assert me.model is not None and me.layout is not None
-        chain, stages, layout = Chain.of(me.model), self._stages(me.known), me.layout
-        rows = me.private["rows"].to(layout.device, layout.dtype)
+        assert ctx.model is not None and ctx.layout is not None
+        chain, stages, layout = Chain.of(ctx.model), self._stages(ctx.recalled), ctx.layout
+        rows = ctx.private["rows"].to(layout.device, layout.dtype)
         if not stages:
             inputs = rows.new_ones(dict(zip(layout.names, layout.shapes, strict=True))[chain.head][1])
             return spread(layout, chain.apart(torch.outer(rows, inputs), rows, chain.head, (), 0))
-        live = self._live(chain, chain.layers[-1], me, stages[:-1])
+        live = self._live(chain, chain.layers[-1], ctx, stages[:-1])
         assert live is not None
         live = torch.cat([live.to(rows), rows.new_zeros(self.units)])
-        found = {n: rows.new_zeros(s) for n, s in zip(layout.names, layout.shapes, strict=True) if self._mine(n, chain)}
+        found = {
+            n: rows.new_zeros(s)
+            for n, s in zip(layout.names, layout.shapes, strict=True)
+            if self._mine(n, chain)
+        }
         return spread(layout, found | chain.apart(torch.outer(rows, live), rows, chain.head, stages, 0))
 
     @staticmethod
     def _mine(name: str, chain: Chain) -> bool:
         return name.startswith("den/") or name in chain.widths or name in chain.biases.values()
 
-    def mask(self, step: StepView, me: Me) -> Tensor:
-        first = not me.known.stages or self.phase(step.clock, step.span) == HEAD
-        return self._head(me) if first else me.trace["train"]
+    def mask(self, step: StepView, ctx: Context) -> Tensor:
+        first = not ctx.recalled.stages or self.phase(step.clock, step.horizon) == HEAD
+        return self._head(ctx) if first else ctx.trace["train"]
 
-    def penalty(self, step: StepView, me: Me) -> Tensor:
-        assert me.model is not None
-        phase, known, chain = self.phase(step.clock, step.span), me.known, Chain.of(me.model)
-        factor = step.layout.split(self.mask(step, me))
+    def penalty(self, step: StepView, ctx: Context) -> Tensor:
+        assert ctx.model is not None
+        phase, known, chain = self.phase(step.clock, step.horizon), ctx.recalled, Chain.of(ctx.model)
+        factor = step.layout.split(self.mask(step, ctx))
         own = f"den/{known.now[1]}/"
         if phase >= DRIFT and known.stages:
             moved = (step.theta - step.start).square()
             old = {n: m * factor[n] for n, m in step.layout.split(moved).items() if self._mine(n, chain)}
             return (
-                self.anchor / 2 * sum((m.sum() for n, m in old.items() if not n.startswith(own)), start=step.theta.new_zeros(()))
+                self.anchor
+                / 2
+                * sum(
+                    (m.sum() for n, m in old.items() if not n.startswith(own)), start=step.theta.new_zeros(())
+                )
             )
-        w = {n: t * factor[n] for n, t in step.layout.split(step.theta).items() if n in chain.widths or self._edges(n)}
+        w = {
+            n: t * factor[n]
+            for n, t in step.layout.split(step.theta).items()
+            if n in chain.widths or self._edges(n)
+        }
         absolute = self.l1 * sum((self._smooth(t).sum() for t in w.values()), start=step.theta.new_zeros(()))
         if phase == HEAD or not known.stages:
             return absolute
@@ -381,7 +416,7 @@ class DEN(Correction):
             return square
         grouped = [w[f"{own}into/{n}"] for n in chain.layers if f"{own}into/{n}" in w]
         norms = sum((self._smooth(self._norm(t)).sum() for t in grouped), start=step.theta.new_zeros(()))
-        return torch.where(self._expands(me.trace) > 0, absolute + self.group * norms, square)
+        return torch.where(self._expands(ctx.trace) > 0, absolute + self.group * norms, square)
 
     @staticmethod
     def _edges(name: str) -> bool:
@@ -402,42 +437,50 @@ class DEN(Correction):
         ones, zeros = torch.ones_like(theta), torch.zeros_like(theta)
         return {"train": ones, "keep": ones.clone(), "mark": zeros, "loss": theta.new_zeros(2)}
 
-    def trace(self, step: StepView, me: Me, grad: Tensor, delta: Tensor) -> dict[str, Tensor]:
-        now, then = self.phase(step.clock, step.span), self.phase(step.clock, step.span, 1)
-        trace = dict(me.trace)
-        if me.known.stages and now == RETRAIN and self.phase(step.clock, step.span, step.span[1]) > now:
+    def trace(self, step: StepView, ctx: Context, grad: Tensor, delta: Tensor) -> dict[str, Tensor]:
+        now, then = self.phase(step.clock, step.horizon), self.phase(step.clock, step.horizon, 1)
+        trace = dict(ctx.trace)
+        if (
+            ctx.recalled.stages
+            and now == RETRAIN
+            and self.phase(step.clock, step.horizon, step.horizon[1]) > now
+        ):
             part, out = step.parts[0], step.outputs[0].detach()
             loss = mean_loss(out, part, "value" if part.y.is_floating_point() else "class")
             trace["loss"] = trace["loss"] + torch.stack([loss, torch.ones_like(loss)])
         for phase in range(now, then):
-            trace = self._close(phase, step.theta + delta, step.start, trace, me)
+            trace = self._close(phase, step.theta + delta, step.start, trace, ctx)
         return trace
 
-    def _close(self, phase: int, theta: Tensor, start: Tensor, trace: dict[str, Tensor], me: Me) -> dict[str, Tensor]:
+    def _close(
+        self, phase: int, theta: Tensor, start: Tensor, trace: dict[str, Tensor], ctx: Context
+    ) -> dict[str, Tensor]:
         """What the end of a phase decides."""
-        layout, known = me.layout, me.known
-        assert layout is not None and me.model is not None
-        chain, stages, values = Chain.of(me.model), self._stages(known), layout.split(theta)
+        layout, known = ctx.layout, ctx.recalled
+        assert layout is not None and ctx.model is not None
+        chain, stages, values = Chain.of(ctx.model), self._stages(known), layout.split(theta)
         keep, mark = layout.split(trace["keep"].clone()), layout.split(trace["mark"].clone())
         if not known.stages:
             if phase == SETTLE:
                 for n in (*chain.layers, chain.head):
-                    of = me.private["rows"].to(theta)[:, None] if n == chain.head else 1
+                    of = ctx.private["rows"].to(theta)[:, None] if n == chain.head else 1
                     keep[n].mul_(1 - of * (values[n].abs() <= self.eps).to(theta))
             return {**trace, "keep": layout.flatten(keep)}
         own = f"den/{known.now[1]}/"
         if phase == HEAD:
             name = f"{own}into/{chain.head}"
-            trained = layout.split(self._head(me))[name]
+            trained = layout.split(self._head(ctx))[name]
             keep[name].mul_(1 - trained * (values[name].abs() <= self.eps).to(theta))
             above = (values[name] * keep[name] * trained != 0).any(0).to(theta)
             for layer in reversed(chain.layers):
                 w, _ = chain.whole(values, layer, stages)
-                live = self._live(chain, layer, me, stages[:-1])
+                live = self._live(chain, layer, ctx, stages[:-1])
                 assert live is not None
                 above = above[: len(live)] * live.to(theta)
                 full = torch.cat([above, above.new_zeros(len(w) - len(live))])
-                for n, m in chain.apart(full[:, None].expand(w.shape), full, layer, stages, self.units).items():
+                for n, m in chain.apart(
+                    full[:, None].expand(w.shape), full, layer, stages, self.units
+                ).items():
                     mark[n].copy_(m)
                 above = ((w != 0) * full[:, None]).any(0).to(theta)
         if phase == RETRAIN and self.units:
@@ -460,15 +503,21 @@ class DEN(Correction):
                 if b is not None and c is not None:
                     moved = moved + (b - c).square()
                 split = (moved.sqrt() > self.drift).to(theta)
-                for n, m in chain.apart(split[:, None].expand(w.shape), split, layer, stages[:-1], self.units).items():
+                for n, m in chain.apart(
+                    split[:, None].expand(w.shape), split, layer, stages[:-1], self.units
+                ).items():
                     mark[n].add_(m * (mark[n] > 0))
         trace = {**trace, "keep": layout.flatten(keep), "mark": layout.flatten(mark)}
-        return {**trace, "train": self._trained(phase + 1, replace(me, trace=trace))} if phase < SETTLE else trace
+        return (
+            {**trace, "train": self._trained(phase + 1, replace(ctx, trace=trace))}
+            if phase < SETTLE
+            else trace
+        )
 
-    def summarise(self, learned: Learned, me: Me) -> Private:
-        assert me.model is not None
-        chain, stages, known = Chain.of(me.model), self._stages(me.known), me.known
-        mark, keep = learned.layout.split(me.trace["mark"]), learned.layout.split(me.trace["keep"])
+    def summarise(self, learned: Learned, ctx: Context) -> Private:
+        assert ctx.model is not None
+        chain, stages, known = Chain.of(ctx.model), self._stages(ctx.recalled), ctx.recalled
+        mark, keep = learned.layout.split(ctx.trace["mark"]), learned.layout.split(ctx.trace["keep"])
         found = {f"keep/{n}": k > 0 for n, k in keep.items() if not bool((k > 0).all())}
         for layer in chain.layers if known.stages else ():
             if self.units:

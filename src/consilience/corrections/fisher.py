@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from consilience.core.correction import Learned
+from consilience.core.contexts import Learned
 from consilience.core.model import Model
 from consilience.core.params import Params
 from consilience.core.source import Examples
@@ -69,7 +69,9 @@ def _batch_squares(learned: Learned, examples: Examples, keep: Tensor | None, si
         with torch.enable_grad():
             out = learned.model({**learned.params, **leaves}, learned.buffers, x, learned.task, False)[0]
             score = _score(out, y, keep, learned.source.kind).mean()
-        for t, g in zip(total.values(), torch.autograd.grad(score, [*leaves.values()], allow_unused=True), strict=True):
+        for t, g in zip(
+            total.values(), torch.autograd.grad(score, [*leaves.values()], allow_unused=True), strict=True
+        ):
             if g is not None:
                 t += g.square()
     return {n: t / len(batches) for n, t in total.items()}
@@ -112,7 +114,10 @@ def _targets(learned: Learned, out: Tensor, y: Tensor, labels: str, keep: Tensor
         return [(y, ones)]
     if learned.source.kind == "value" and labels == "all":  # the score of output j is its own gradient
         own = out[:, : y.shape[1]]
-        return [(own + torch.eye(y.shape[1], dtype=own.dtype, device=own.device)[j], ones) for j in range(y.shape[1])]
+        return [
+            (own + torch.eye(y.shape[1], dtype=own.dtype, device=own.device)[j], ones)
+            for j in range(y.shape[1])
+        ]
     if learned.source.kind == "value":
         noise = torch.randn(y.shape, generator=learned.generator, dtype=y.dtype).to(out.device)
         return [(out[:, : y.shape[1]] + noise, ones)]
@@ -124,7 +129,11 @@ def _targets(learned: Learned, out: Tensor, y: Tensor, labels: str, keep: Tensor
 
 
 def _by_vmap(
-    learned: Learned, x: Tensor, targets: Callable[[Tensor], Pairs], score: Score, f: Callable[[Tensor], Tensor]
+    learned: Learned,
+    x: Tensor,
+    targets: Callable[[Tensor], Pairs],
+    score: Score,
+    f: Callable[[Tensor], Tensor],
 ) -> Params:
     """Sums over samples of f(gradient of the sample's score) with weights, by vmap(grad); in slices that fit in memory."""
     fixed = {n: p for n, p in learned.params.items() if n not in learned.layout.names}
@@ -140,7 +149,9 @@ def _by_vmap(
     each = torch.func.vmap(torch.func.grad(one), in_dims=(None, 0, 0))
     total: Params = {}
     for y, weight in targets(out):
-        for xs, ys, ws in zip(x.split(slice_size), y.split(slice_size), weight.split(slice_size), strict=True):
+        for xs, ys, ws in zip(
+            x.split(slice_size), y.split(slice_size), weight.split(slice_size), strict=True
+        ):
             for n, g in each(params, xs, ys).items():
                 s = torch.tensordot(ws, f(g), dims=1)
                 total[n] = total[n] + s if n in total else s
@@ -150,7 +161,11 @@ def _by_vmap(
 def module_of(model: Model) -> tuple[str, object]:
     """The torch module that a model is made of (that of its trunk, under heads), and what its names are prefixed with; None where it has none."""
     trunk = getattr(model, "trunk", None)
-    return ("", getattr(model, "_module", None)) if trunk is None else ("trunk.", getattr(trunk, "_module", None))
+    return (
+        ("", getattr(model, "_module", None))
+        if trunk is None
+        else ("trunk.", getattr(trunk, "_module", None))
+    )
 
 
 def _layers(learned: Learned) -> dict[str, nn.Module] | None:
@@ -161,9 +176,13 @@ def _layers(learned: Learned) -> dict[str, nn.Module] | None:
     at, module = module_of(learned.model)
     if not isinstance(module, nn.Module):
         return None
-    known = {f"{at}{n}": m for n, m in module.named_modules() if type(m) in (nn.Linear, nn.Conv2d, nn.GroupNorm)}
+    known = {
+        f"{at}{n}": m for n, m in module.named_modules() if type(m) in (nn.Linear, nn.Conv2d, nn.GroupNorm)
+    }
     names = set(learned.layout.names)
-    layers = {n: m for n, m in known.items() if any(f"{n}.{leaf}" in names for leaf, _ in m.named_parameters())}
+    layers = {
+        n: m for n, m in known.items() if any(f"{n}.{leaf}" in names for leaf, _ in m.named_parameters())
+    }
     if any(
         isinstance(m, nn.Conv2d) and (m.groups > 1 or isinstance(m.padding, str) or m.padding_mode != "zeros")
         for m in layers.values()
@@ -172,7 +191,10 @@ def _layers(learned: Learned) -> dict[str, nn.Module] | None:
     places = [id(p) for m in module.modules() for p in m.parameters(recurse=False)]
     tied = len(set(places)) < len(places)
     return (
-        layers if not tied and names <= {f"{n}.{leaf}" for n, m in layers.items() for leaf, _ in m.named_parameters()} else None
+        layers
+        if not tied
+        and names <= {f"{n}.{leaf}" for n, m in layers.items() for leaf, _ in m.named_parameters()}
+        else None
     )
 
 
@@ -199,7 +221,9 @@ def _by_layers(
 
     handles = [m.register_forward_hook(hook(n)) for n, m in layers.items()]
     first = next(iter(learned.layout.names))
-    params = {n: p.detach().requires_grad_(n == first or n.endswith("bias")) for n, p in learned.params.items()}
+    params = {
+        n: p.detach().requires_grad_(n == first or n.endswith("bias")) for n, p in learned.params.items()
+    }
     if any(m.bias is None for m in layers.values()):
         params = {n: p.detach().requires_grad_(p.is_floating_point()) for n, p in learned.params.items()}
     try:
@@ -209,12 +233,17 @@ def _by_layers(
         for h in handles:
             h.remove()
     fits = {nn.Linear: 2, nn.Conv2d: 4, nn.GroupNorm: 4}
-    if any(len(s) != 1 or s[0][0].dim() != fits[type(layers[n])] or len(s[0][0]) != len(x) for n, s in seen.items()):
+    if any(
+        len(s) != 1 or s[0][0].dim() != fits[type(layers[n])] or len(s[0][0]) != len(x)
+        for n, s in seen.items()
+    ):
         return None
     total: Params = {}
     pairs = targets(out.detach())
     for i, (y, weight) in enumerate(pairs):
-        deltas = torch.autograd.grad(score(out, y).sum(), [s[0][1] for s in seen.values()], retain_graph=i < len(pairs) - 1)
+        deltas = torch.autograd.grad(
+            score(out, y).sum(), [s[0][1] for s in seen.values()], retain_graph=i < len(pairs) - 1
+        )
         for (n, s), d in zip(seen.items(), deltas, strict=True):
             for leaf, v in _layer(layers[n], s[0][0], d, weight, f).items():
                 k = f"{n}.{leaf}"
@@ -234,9 +263,14 @@ def _layer(layer: nn.Module, x: Tensor, d: Tensor, weight: Tensor, f: Callable[[
         own = {"weight": (flat * unit).sum(2), "bias": flat.sum(2)}
         return {leaf: weight @ f(own[leaf]) for leaf, _ in layer.named_parameters()}
     assert isinstance(layer, nn.Conv2d)
-    wanted, step = layer.weight.shape, max(1, NUMBERS // max(1, layer.weight.numel() + x[0].numel() * layer.weight[0, 0].numel()))
+    wanted, step = (
+        layer.weight.shape,
+        max(1, NUMBERS // max(1, layer.weight.numel() + x[0].numel() * layer.weight[0, 0].numel())),
+    )
     total = torch.zeros(wanted.numel(), dtype=d.dtype, device=d.device)
     for xs, ds, ws in zip(x.split(step), flat.split(step), weight.split(step), strict=True):
         patches = F.unfold(xs, layer.kernel_size, layer.dilation, layer.padding, layer.stride)  # type: ignore[arg-type]
         total += ws @ f(torch.bmm(ds, patches.transpose(1, 2))).flatten(1)
-    return {"weight": total.view(wanted)} | ({"bias": weight @ f(flat.sum(2))} if layer.bias is not None else {})
+    return {"weight": total.view(wanted)} | (
+        {"bias": weight @ f(flat.sum(2))} if layer.bias is not None else {}
+    )

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from consilience.core.batch import Batch
-from consilience.core.correction import Beginning, Correction, Learned, Me, Memory, StepView
+from consilience.core.contexts import Beginning, Begun, Context, Learned, Memory, StepView
+from consilience.core.correction import Correction
 from consilience.core.errors import ConsilienceError
 from consilience.core.message import Private
 from consilience.core.params import Params, finite
@@ -20,7 +21,7 @@ from consilience.core.source import Source
 from consilience.corrections.quadratic import non_negative
 
 if TYPE_CHECKING:
-    from consilience.core.schedule import Facts
+    from consilience.core.schedule import ScheduleFacts
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +36,14 @@ class VAE:
     weights: Params
 
     @staticmethod
-    def init(inputs: int, hidden: int, latent: int, variance: float | None, like: Tensor, generator: torch.Generator) -> VAE:
+    def init(
+        inputs: int,
+        hidden: int,
+        latent: int,
+        variance: float | None,
+        like: Tensor,
+        generator: torch.Generator,
+    ) -> VAE:
         """Without any condition; uniform in +-1 / sqrt(inputs of the layer). `variance` None: Bernoulli."""
         weights: Params = {}
         shapes = {
@@ -59,7 +67,11 @@ class VAE:
 
     def grown(self) -> VAE:
         """With one more condition, whose vectors are zero."""
-        more = {k: torch.cat([w, w.new_zeros(1, w.shape[1])]) for k, w in self.weights.items() if k.endswith("condition")}
+        more = {
+            k: torch.cat([w, w.new_zeros(1, w.shape[1])])
+            for k, w in self.weights.items()
+            if k.endswith("condition")
+        }
         return VAE({**self.weights, **more})
 
     def to(self, like: Tensor) -> VAE:
@@ -146,18 +158,22 @@ class GenerativeReplay(Correction):
     importance: Literal["sources", "equal"] = "sources"
     likelihood: Literal["auto", "bernoulli", "gaussian"] = "auto"
 
-    travels: ClassVar[bool] = False
-    ends: ClassVar[bool] = True
+    shared_items: ClassVar[bool] = False
+    needs_boundaries: ClassVar[bool] = True
     neutral: ClassVar[dict[str, int]] = {"batch_size": 0}
-    recalls: ClassVar[bool] = True
+    needs_history: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name, low in (("batch_size", 0), ("hidden", 1), ("latent", 1), ("epochs", 1)):
             if getattr(self, name) < low:
-                raise ConsilienceError(f"`{name}` of the generator should be >= {low}. Found `{name} = {getattr(self, name)}`.")
+                raise ConsilienceError(
+                    f"`{name}` of the generator should be >= {low}. Found `{name} = {getattr(self, name)}`."
+                )
         for name in ("lr", "temperature"):
             if not 0 < getattr(self, name) < float("inf"):
-                raise ConsilienceError(f"`{name}` should be positive and finite. Found `{name} = {getattr(self, name)}`.")
+                raise ConsilienceError(
+                    f"`{name}` should be positive and finite. Found `{name} = {getattr(self, name)}`."
+                )
         non_negative("GenerativeReplay", beta=self.beta)
         for name, allowed in (
             ("labels", ("soft", "hard")),
@@ -165,30 +181,36 @@ class GenerativeReplay(Correction):
             ("likelihood", ("auto", "bernoulli", "gaussian")),
         ):
             if getattr(self, name) not in allowed:
-                raise ConsilienceError(f"`{name}` should be {' or '.join(allowed)}. Found `{name} = {getattr(self, name)!r}`.")
+                raise ConsilienceError(
+                    f"`{name}` should be {' or '.join(allowed)}. Found `{name} = {getattr(self, name)!r}`."
+                )
 
-    def refuse(self, facts: Facts) -> str | None:
+    def refuse(self, facts: ScheduleFacts) -> str | None:
         if facts.parts > 1:
             return "a step has several sources, and the generator learns one after another; use settings.continual"
         return None
 
-    def begin(self, start: Beginning) -> tuple[Params, Mapping[str, Tensor]]:
+    def begin(self, start: Beginning) -> Begun:
         """Nothing is added: inputs that cannot be generated are refused before any training."""
-        params, sources, known = start.params, start.sources, start.known
+        params, sources, known = start.params, start.sources, start.recalled
         for s in sources:
             x, _ = s.train.select(torch.arange(1)).whole()
             if not x.is_floating_point():
-                raise ConsilienceError(f"inputs to generate should be real numbers. Found {x.dtype} in {s.name!r}; use er.")
+                raise ConsilienceError(
+                    f"inputs to generate should be real numbers. Found {x.dtype} in {s.name!r}; use er."
+                )
             if known is not None and tuple(x.shape[1:]) != known.shape:
                 raise ConsilienceError(
                     f"inputs of one generator should have one shape. Found {tuple(x.shape[1:])} in {s.name!r}, before {known.shape}."
                 )
-            bernoulli = self.likelihood == "bernoulli" if known is None else "log_variance" not in known.vae.weights
+            bernoulli = (
+                self.likelihood == "bernoulli" if known is None else "log_variance" not in known.vae.weights
+            )
             if bernoulli and not self._unit(s):
                 raise ConsilienceError(
                     f"inputs of a Bernoulli generator should lie in [0, 1]. Found others in {s.name!r}; use likelihood='gaussian'."
                 )
-        return params, {}
+        return Begun(params)
 
     def recall(self, memory: Memory, sources: tuple[Source, ...]) -> Scholar | None:
         """The generator, where it has seen other sources than these."""
@@ -197,14 +219,16 @@ class GenerativeReplay(Correction):
             seen = [(name, task, list(classes)) for name, task, classes in item.meta["seen"]]
             old = [i for i, (name, *_) in enumerate(seen) if name not in now]
             if old:
-                return Scholar(VAE(dict(item.tensors)), seen, old, tuple(item.meta["shape"]), item.meta["values"])
+                return Scholar(
+                    VAE(dict(item.tensors)), seen, old, tuple(item.meta["shape"]), item.meta["values"]
+                )
         return None
 
-    def sample(self, me: Me, sources: tuple[Source, ...], generator: torch.Generator) -> list[Batch]:
+    def sample(self, ctx: Context, sources: tuple[Source, ...], generator: torch.Generator) -> list[Batch]:
         """A part for each earlier source, or one; their targets are put in `losses`."""
-        known: Scholar = me.known
-        assert me.layout is not None
-        like = torch.zeros((), dtype=me.layout.dtype, device=me.layout.device)
+        known: Scholar = ctx.recalled
+        assert ctx.layout is not None
+        like = torch.zeros((), dtype=ctx.layout.dtype, device=ctx.layout.device)
         vae, old = known.vae.to(like), list(known.old)
         if self.importance == "sources":
             each, more = divmod(self.batch_size, len(old))
@@ -218,32 +242,38 @@ class GenerativeReplay(Correction):
             names = dict.fromkeys(known.seen[i][0] for i in c.tolist())
             _, task, classes = known.seen[int(c[0])]
             x = vae.generate(c, generator).view(len(c), *known.shape)
-            y = like.new_zeros(len(c), known.values) if known.values else torch.full((len(c),), classes[0], device=like.device)
+            y = (
+                like.new_zeros(len(c), known.values)
+                if known.values
+                else torch.full((len(c),), classes[0], device=like.device)
+            )
             parts.append(Batch(x, y, task, source="+".join(names)))
         return parts
 
-    def losses(self, losses: dict[int, Tensor], step: StepView, me: Me) -> dict[int, Tensor]:
+    def losses(self, losses: dict[int, Tensor], step: StepView, ctx: Context) -> dict[int, Tensor]:
         """Those of the generated parts: against the answers of the model as it was."""
         bent = dict(losses)
         for i, p in enumerate(step.parts):
-            if p.owner != self.name:
+            if p.drawn_by != self.name:
                 continue
             out, teacher = step.outputs[i], step.before(p.x, p.task)
-            if me.known.values:
-                bent[i] = (out - teacher)[:, : me.known.values].square().mean(1)
+            if ctx.recalled.values:
+                bent[i] = (out - teacher)[:, : ctx.recalled.values].square().mean(1)
                 continue
-            columns = torch.tensor(me.known.columns(p.task), device=out.device)
+            columns = torch.tensor(ctx.recalled.columns(p.task), device=out.device)
             if self.labels == "hard":
-                bent[i] = F.cross_entropy(out, columns[teacher.index_select(1, columns).argmax(1)], reduction="none")
+                bent[i] = F.cross_entropy(
+                    out, columns[teacher.index_select(1, columns).argmax(1)], reduction="none"
+                )
                 continue
             t = (teacher.index_select(1, columns) / self.temperature).log_softmax(1)
             s = (out / self.temperature).log_softmax(1).index_select(1, columns)
             bent[i] = self.temperature**2 * (t.exp() * (t - s)).sum(1)
         return bent
 
-    def summarise(self, learned: Learned, me: Me) -> Private:
+    def summarise(self, learned: Learned, ctx: Context) -> Private:
         """The generator after this source; it replaces the one before (`trim`)."""
-        source, known = learned.source, me.known
+        source, known = learned.source, ctx.recalled
         x, y = next(iter(source.train.chunks(1)))
         generator = learned.generator
         before: VAE | None = None if known is None else known.vae.to(x)
@@ -255,7 +285,10 @@ class GenerativeReplay(Correction):
         seen[now] = (source.name, learned.task, list(source.classes))
         with torch.enable_grad():
             vae = self._train(vae, before, source, now, [] if known is None else known.old, generator)
-        finite(vae.weights, f"the generator after {source.name!r} (a lower lr of it helps where its training diverges)")
+        finite(
+            vae.weights,
+            f"the generator after {source.name!r} (a lower lr of it helps where its training diverges)",
+        )
         meta = {
             "seen": seen,
             "shape": list(x.shape[1:]),
@@ -270,7 +303,13 @@ class GenerativeReplay(Correction):
         return {newest: memory[newest]}
 
     def _train(
-        self, vae: VAE, before: VAE | None, source: Source, now: int, old: Sequence[int], generator: torch.Generator
+        self,
+        vae: VAE,
+        before: VAE | None,
+        source: Source,
+        now: int,
+        old: Sequence[int],
+        generator: torch.Generator,
     ) -> VAE:
         """Adam on -ELBO over a new batch and, of each earlier source, as many generated by `before`."""
         leaves = {k: w.clone().requires_grad_() for k, w in vae.weights.items()}
@@ -297,5 +336,9 @@ class GenerativeReplay(Correction):
             return None
         n, total, squares = 0, 0.0, 0.0
         for x, _ in source.train.chunks(4096):
-            n, total, squares = n + x.numel(), total + float(x.double().sum()), squares + float(x.double().square().sum())
+            n, total, squares = (
+                n + x.numel(),
+                total + float(x.double().sum()),
+                squares + float(x.double().square().sum()),
+            )
         return squares / n - (total / n) ** 2

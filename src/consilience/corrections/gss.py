@@ -10,14 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from consilience.core.batch import Batch
+from consilience.core.batch import Batch, sample_losses
 from consilience.core.buffer import Policy, Reservoir
-from consilience.core.correction import Learned, Me, Memory
+from consilience.core.contexts import Context, Learned, Memory
 from consilience.core.errors import ConsilienceError
 from consilience.core.message import Private
 from consilience.core.params import Params
 from consilience.core.source import Source
-from consilience.core.step import sample_losses
 from consilience.corrections.baselines import others
 from consilience.corrections.rehearsal import ER
 
@@ -52,7 +51,9 @@ def directions(
 
     def loss(params: Params, xi: Tensor, yi: Tensor) -> Tensor:
         out = learned.model({**fixed, **params}, learned.buffers, xi[None], task, False)[0]
-        return sample_losses(out if keep is None else out.masked_fill(~keep, -torch.inf), yi[None], learned.source.kind)[0]
+        return sample_losses(
+            out if keep is None else out.masked_fill(~keep, -torch.inf), yi[None], learned.source.kind
+        )[0]
 
     each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))
     size = max(1, 16_000_000 // max(1, sum(p.numel() for p in params.values())))
@@ -87,7 +88,9 @@ class GSS(ER):
         super().__post_init__()
         for name in ("subset", "arrivals"):
             if getattr(self, name) < 1:
-                raise ConsilienceError(f"`{name}` of the buffer should be >= 1. Found `{name} = {getattr(self, name)}`.")
+                raise ConsilienceError(
+                    f"`{name}` of the buffer should be >= 1. Found `{name} = {getattr(self, name)}`."
+                )
         if self.layers not in ("all", "head"):
             raise ConsilienceError(f"`layers` should be all or head. Found `layers = {self.layers!r}`.")
 
@@ -97,17 +100,19 @@ class GSS(ER):
             return None
         return Held(groups, list(others(memory, sources).values()))
 
-    def sample(self, me: Me, sources: tuple[Source, ...], generator: torch.Generator) -> list[Batch]:
+    def sample(self, ctx: Context, sources: tuple[Source, ...], generator: torch.Generator) -> list[Batch]:
         """As `ER`, from the same groups."""
-        return super().sample(replace(me, known=me.known.groups), sources, generator)
+        return super().sample(replace(ctx, recalled=ctx.recalled.groups), sources, generator)
 
-    def summarise(self, learned: Learned, me: Me) -> Private:
+    def summarise(self, learned: Learned, ctx: Context) -> Private:
         """This source's examples in the buffer, and the keys of the earlier ones that they drove out (`trim` takes those away)."""
-        items = [] if me.known is None else list(me.known.items)
+        items = [] if ctx.recalled is None else list(ctx.recalled.items)
         device, new = learned.layout.device, len(items)
         tasks = [*[i.meta["task"] for i in items], learned.task]
         classes: dict[str | None, set[int]] = {}
-        for task, own in zip(tasks, [*[i.meta["classes"] for i in items], learned.source.classes], strict=True):
+        for task, own in zip(
+            tasks, [*[i.meta["classes"] for i in items], learned.source.classes], strict=True
+        ):
             classes.setdefault(task, set()).update(own)
         owned = [{**i.tensors, "owner": torch.full((len(i.tensors["y"]),), n)} for n, i in enumerate(items)]
         held = {k: torch.cat([o[k].to(device) for o in owned]) for k in owned[0]} if owned else {}
@@ -120,7 +125,9 @@ class GSS(ER):
             for task in dict.fromkeys(tasks):  # inputs go through the model by task
                 there = torch.tensor([t == task for t in tasks], device=device)[near["owner"]]
                 if there.any():
-                    theirs = directions(learned, near["x"][there], near["y"][there], task, sorted(classes[task]), names)
+                    theirs = directions(
+                        learned, near["x"][there], near["y"][there], task, sorted(classes[task]), names
+                    )
                     closest = torch.maximum(closest, (mine @ theirs.T).amax(1))
             return (closest.double() + 1).clamp(1e-12, 2)
 
@@ -130,7 +137,13 @@ class GSS(ER):
             if count:
                 at = torch.randperm(count, generator=generator)[: self.subset].to(device)
                 c = score(x, y, {k: held[k].index_select(0, at) for k in ("x", "y", "owner")})
-            come = {"x": x, "y": y, "key": keys.to(device), "score": c, "owner": torch.full((len(x),), new, device=device)}
+            come = {
+                "x": x,
+                "y": y,
+                "key": keys.to(device),
+                "score": c,
+                "owner": torch.full((len(x),), new, device=device),
+            }
             if count < self.size:
                 held = {k: torch.cat([held[k], t]) for k, t in come.items()} if held else come
                 continue
@@ -143,18 +156,25 @@ class GSS(ER):
         kept = {k: held[k][mine] for k in ("x", "y", "key", "score")}
         gone = old[~torch.isin(old, held["key"])]
         meta = {"task": learned.task, "classes": list(learned.source.classes)}
-        return Private({**kept, "key": kept["key"].cpu(), "score": kept["score"].cpu(), "gone": gone.cpu()}, meta)
+        return Private(
+            {**kept, "key": kept["key"].cpu(), "score": kept["score"].cpu(), "gone": gone.cpu()}, meta
+        )
 
     def trim(self, memory: Mapping[str, Any], learned: Learned) -> Mapping[str, Any]:
         """Without the examples that were driven out."""
         memory = {
-            s: replace(i, tensors={k: t if k in ("x", "y") else t.cpu() for k, t in i.tensors.items()}) for s, i in memory.items()
+            s: replace(i, tensors={k: t if k in ("x", "y") else t.cpu() for k, t in i.tensors.items()})
+            for s, i in memory.items()
         }
         gone = torch.cat([i.tensors["gone"] for i in memory.values() if "gone" in i.tensors])
         stay = {s: ~torch.isin(i.tensors["key"], gone) for s, i in memory.items()}
         if sum(int(k.sum()) for k in stay.values()) > self.size:
-            scores = torch.cat([i.tensors["score"].masked_fill(~stay[s], torch.inf) for s, i in memory.items()])
-            lowest = torch.zeros(len(scores), dtype=torch.bool).index_fill(0, scores.argsort(stable=True)[: self.size], True)
+            scores = torch.cat(
+                [i.tensors["score"].masked_fill(~stay[s], torch.inf) for s, i in memory.items()]
+            )
+            lowest = torch.zeros(len(scores), dtype=torch.bool).index_fill(
+                0, scores.argsort(stable=True)[: self.size], True
+            )
             stay = dict(zip(stay, lowest.split([len(k) for k in stay.values()]), strict=True))
         return {
             s: replace(i, tensors={k: t[stay[s].to(t.device)] for k, t in i.tensors.items() if k != "gone"})

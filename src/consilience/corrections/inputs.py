@@ -10,16 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from consilience.core.correction import Correction, Learned, Me, Memory, Viewed
+from consilience.core.contexts import Context, Learned, Memory
+from consilience.core.correction import Correction
 from consilience.core.errors import ConsilienceError
 from consilience.core.message import Statistics
 from consilience.core.model import Model
 from consilience.core.source import Source
+from consilience.core.viewed import Viewed
 from consilience.corrections.fisher import fisher, module_of
 from consilience.corrections.quadratic import EWC, Running
 
 if TYPE_CHECKING:
-    from consilience.core.schedule import Facts
+    from consilience.core.schedule import ScheduleFacts
 
 NUMBERS = 4_000_000
 """How many numbers of patches in float64 are made at once."""
@@ -41,7 +43,7 @@ class Information(Correction):
     def recall(self, memory: Memory, sources: tuple[Source, ...]) -> None:
         """Nothing: it is read by those that merge."""
 
-    def summarise(self, learned: Learned, me: Me) -> Statistics:
+    def summarise(self, learned: Learned, ctx: Context) -> Statistics:
         return Running.precision(fisher(learned, self.labels, self.samples))
 
 
@@ -57,9 +59,11 @@ class InputMoments(Correction):
 
     def __post_init__(self) -> None:
         if isinstance(self.largest, bool) or not isinstance(self.largest, int) or self.largest < 1:
-            raise ConsilienceError(f"`largest` should be a whole number >= 1. Found `largest = {self.largest!r}`.")
+            raise ConsilienceError(
+                f"`largest` should be a whole number >= 1. Found `largest = {self.largest!r}`."
+            )
 
-    def refuse(self, facts: Facts) -> str | None:
+    def refuse(self, facts: ScheduleFacts) -> str | None:
         if facts.model is not None and not layers(facts.model):
             return "it reads the inputs of linear layers and convolutions of one module, and this model has none; use average"
         return None
@@ -67,7 +71,7 @@ class InputMoments(Correction):
     def recall(self, memory: Memory, sources: tuple[Source, ...]) -> None:
         """Nothing: they are read by those that merge."""
 
-    def summarise(self, learned: Learned, me: Me) -> Statistics:
+    def summarise(self, learned: Learned, ctx: Context) -> Statistics:
         total: dict[str, Tensor] = {}
 
         def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -107,8 +111,14 @@ def layers(model: Model) -> list[tuple[str, nn.Module]]:
         return []
     names = {id(p): n for n, p in module.named_parameters()}
     kinds = (nn.Linear, nn.Conv2d)
-    others = {id(p) for m in module.modules() if not isinstance(m, kinds) for p in m.parameters(recurse=False)}
-    found = [m for m in module.modules() if isinstance(m, kinds) and id(m.weight) in names and id(m.weight) not in others]
+    others = {
+        id(p) for m in module.modules() if not isinstance(m, kinds) for p in m.parameters(recurse=False)
+    }
+    found = [
+        m
+        for m in module.modules()
+        if isinstance(m, kinds) and id(m.weight) in names and id(m.weight) not in others
+    ]
     return [(prefix + names[id(m.weight)], m) for m in found]
 
 

@@ -9,18 +9,26 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from consilience.core.correction import NO_TRAINING, Beginning, Correction, Learned, Me, Memory, StepView
+from consilience.core.contexts import Beginning, Begun, Context, Learned, Memory, StepView
+from consilience.core.correction import NO_TRAINING, Correction
 from consilience.core.errors import ConsilienceError
 from consilience.core.message import Private
 from consilience.core.model import Model
 from consilience.core.params import Layout, Params
 from consilience.core.source import Source
 from consilience.core.training import Training
-from consilience.corrections.anatomy import anatomy, not_alone, own_entries, rows_with_units, spread, without_tasks
+from consilience.corrections.anatomy import (
+    anatomy,
+    not_alone,
+    own_entries,
+    rows_with_units,
+    spread,
+    without_tasks,
+)
 from consilience.corrections.quadratic import non_negative
 
 if TYPE_CHECKING:
-    from consilience.core.schedule import Facts
+    from consilience.core.schedule import ScheduleFacts
 
 
 @dataclass(frozen=True)
@@ -31,10 +39,10 @@ class Columns(Correction):
     bit: under rehearsal, penalties, momentum and decay, and when a source comes again. Rusu et al. 2016.
     """
 
-    def refuse(self, facts: Facts) -> str | None:
+    def refuse(self, facts: ScheduleFacts) -> str | None:
         from consilience.models.columns import Progressive
 
-        if not facts.learns:
+        if not facts.trains:
             return NO_TRAINING
         if not facts.aware:
             return "it needs to know the task, and there is neither a label nor a mapper; use scenario='task', or compose it with a mapper"
@@ -45,18 +53,18 @@ class Columns(Correction):
             )
         return not_alone(facts)
 
-    def begin(self, start: Beginning) -> tuple[Params, Mapping[str, Tensor]]:
+    def begin(self, start: Beginning) -> Begun:
         """Private: the names of what is held."""
         model, params, sources = start.model, start.params, start.sources
         from consilience.models.columns import Progressive
 
         assert isinstance(model, Progressive)
         own, read = {None, *(model.head_key(s) for s in sources)}, model.read(params)
-        return params, {n: torch.zeros(()) for n in params if n in read or model.task_of(n) not in own}
+        return Begun(params, {n: torch.zeros(()) for n in params if n in read or model.task_of(n) not in own})
 
-    def mask(self, step: StepView, me: Me) -> Tensor:
+    def mask(self, step: StepView, ctx: Context) -> Tensor:
         factor = torch.ones_like(step.theta)
-        for n in me.private:
+        for n in ctx.private:
             factor[step.layout.span(n)] = 0
         return factor
 
@@ -88,30 +96,36 @@ class PackNet(Correction):
     keep: float = 0.5
     retrain: float = 0.5
 
-    travels: ClassVar[bool] = False
-    ends: ClassVar[bool] = True
+    shared_items: ClassVar[bool] = False
+    needs_boundaries: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0 < self.keep <= 1:
-            raise ConsilienceError(f"`keep` of the free weights should be in (0, 1]. Found `keep = {self.keep}`.")
+            raise ConsilienceError(
+                f"`keep` of the free weights should be in (0, 1]. Found `keep = {self.keep}`."
+            )
         if not 0 <= self.retrain < 1:
-            raise ConsilienceError(f"`retrain` of the epochs should be in [0, 1). Found `retrain = {self.retrain}`.")
+            raise ConsilienceError(
+                f"`retrain` of the epochs should be in [0, 1). Found `retrain = {self.retrain}`."
+            )
 
     def kept(self, free: int) -> int:
         """How many of a layer's free weights a task keeps."""
         return min(free, max(1, round(self.keep * free)))
 
-    def refuse(self, facts: Facts) -> str | None:
+    def refuse(self, facts: ScheduleFacts) -> str | None:
         why = without_tasks(facts) or not_alone(facts)
         if why is None and facts.revisited:
-            why = "what a source learned is frozen, and here one comes again; use hat, or give each source once"
+            why = (
+                "what a source learned is frozen, and here one comes again; use hat, or give each source once"
+            )
         if why is None and facts.model is not None:
             a = anatomy(facts.model)
             for n in a.layers:
                 free = torch.Size(a.shapes[n]).numel()
-                for t in range(facts.most_learned):
+                for t in range(facts.most_sources):
                     if not free:
-                        return f"layer {n!r} has no free weight left for task {t + 1} of {facts.most_learned}; use a smaller `keep`, or a wider model"
+                        return f"layer {n!r} has no free weight left for task {t + 1} of {facts.most_sources}; use a smaller `keep`, or a wider model"
                     free -= self.kept(free)
         return why
 
@@ -128,9 +142,9 @@ class PackNet(Correction):
             classes |= set(item.meta["classes"])
         return Taken(owner, tasks, frozenset(classes), frozenset(str(s.task) for s in sources))
 
-    def begin(self, start: Beginning) -> tuple[Params, Mapping[str, Tensor]]:
+    def begin(self, start: Beginning) -> Begun:
         """The free weights at 0 after the first learn; private: what may move, by entry."""
-        model, params, sources, known = start.model, start.params, start.sources, start.known
+        model, params, sources, known = start.model, start.params, start.sources, start.recalled
         a, new = anatomy(model), dict(params)
         free = own_entries(model, params, sources, known.classes)
         for n in a.layers:
@@ -141,48 +155,54 @@ class PackNet(Correction):
         if known.owner:
             for n in (*(a.biases[n] for n in a.layers if n in a.biases), *a.others):
                 free[n] = torch.zeros_like(params[n])
-        return new, {f"free/{n}": f for n, f in free.items()}
+        return Begun(new, {f"free/{n}": f for n, f in free.items()})
 
-    def view(self, params: Params, task: str | None, me: Me) -> Params:
+    def view(self, params: Params, task: str | None, ctx: Context) -> Params:
         """The weights that the task uses: those taken up to it; in its own learn also the free ones, until they are pruned."""
-        known: Taken = me.known
+        known: Taken = ctx.recalled
         if task in known.now:
-            assert me.model is not None and me.layout is not None
-            keep = me.layout.split(me.trace["keep"])
-            return {**params, **{n: params[n] * keep[n] for n in anatomy(me.model).layers}}
+            assert ctx.model is not None and ctx.layout is not None
+            keep = ctx.layout.split(ctx.trace["keep"])
+            return {**params, **{n: params[n] * keep[n] for n in anatomy(ctx.model).layers}}
         if task not in known.tasks:
             return params
         last = known.tasks[str(task)]
         used = {n: ((o >= 0) & (o <= last)).to(params[n].device) for n, o in known.owner.items()}
         return {**params, **{n: params[n] * u for n, u in used.items()}}
 
-    def mask(self, step: StepView, me: Me) -> Tensor:
-        return spread(step.layout, _group(me.private, "free")) * me.trace["keep"]
+    def mask(self, step: StepView, ctx: Context) -> Tensor:
+        return spread(step.layout, _group(ctx.private, "free")) * ctx.trace["keep"]
 
     def trace_init(self, theta: Tensor) -> dict[str, Tensor]:
         return {"keep": torch.ones_like(theta), "pruned": theta.new_zeros(())}
 
-    def trace(self, step: StepView, me: Me, grad: Tensor, delta: Tensor) -> dict[str, Tensor]:
-        epochs, last = step.span
+    def trace(self, step: StepView, ctx: Context, grad: Tensor, delta: Tensor) -> dict[str, Tensor]:
+        epochs, last = step.horizon
         if step.clock != (epochs - int(epochs * self.retrain) - 1, last - 1):
-            return me.trace
-        return self._prune(step.theta + delta, step.layout, me)
+            return ctx.trace
+        return self._prune(step.theta + delta, step.layout, ctx)
 
-    def _prune(self, theta: Tensor, layout: Layout, me: Me) -> dict[str, Tensor]:
-        assert me.model is not None
+    def _prune(self, theta: Tensor, layout: Layout, ctx: Context) -> dict[str, Tensor]:
+        assert ctx.model is not None
         values, keep = layout.split(theta), {}
-        for n in anatomy(me.model).layers:
-            free = me.private[f"free/{n}"].to(theta.device).reshape(-1)
+        for n in anatomy(ctx.model).layers:
+            free = ctx.private[f"free/{n}"].to(theta.device).reshape(-1)
             size = values[n].abs().reshape(-1).masked_fill(free == 0, -1)
             chosen = size.argsort(descending=True, stable=True)[: self.kept(int(free.sum()))]
             keep[n] = (1 - free).index_fill(0, chosen, 1).view(values[n].shape)
         return {"keep": spread(layout, keep), "pruned": theta.new_ones(())}
 
-    def summarise(self, learned: Learned, me: Me) -> Private:
-        trace = me.trace if me.trace["pruned"] else self._prune(learned.layout.flatten(learned.params), learned.layout, me)
+    def summarise(self, learned: Learned, ctx: Context) -> Private:
+        trace = (
+            ctx.trace
+            if ctx.trace["pruned"]
+            else self._prune(learned.layout.flatten(learned.params), learned.layout, ctx)
+        )
         keep = learned.layout.split(trace["keep"])
-        own = {f"own/{n}": (keep[n] * me.private[f"free/{n}"]) > 0 for n in anatomy(learned.model).layers}
-        return Private(own, {"task": learned.task, "order": learned.order, "classes": list(learned.source.classes)})
+        own = {f"own/{n}": (keep[n] * ctx.private[f"free/{n}"]) > 0 for n in anatomy(learned.model).layers}
+        return Private(
+            own, {"task": learned.task, "order": learned.order, "classes": list(learned.source.classes)}
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -233,20 +253,24 @@ class HAT(Correction):
     s_max: float = 400.0
     hard: bool = True
 
-    travels: ClassVar[bool] = False
-    ends: ClassVar[bool] = True
+    shared_items: ClassVar[bool] = False
+    needs_boundaries: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         non_negative("HAT", sparsity=self.sparsity)
         if not 1 <= self.s_max < float("inf"):
             raise ConsilienceError(f"`s_max` should be at least 1 and finite. Found `s_max = {self.s_max}`.")
 
-    def refuse(self, facts: Facts) -> str | None:
-        return without_tasks(facts) or not_alone(facts) or (rows_with_units(facts.model) if facts.model is not None else None)
+    def refuse(self, facts: ScheduleFacts) -> str | None:
+        return (
+            without_tasks(facts)
+            or not_alone(facts)
+            or (rows_with_units(facts.model) if facts.model is not None else None)
+        )
 
-    def scale(self, clock: tuple[int, int], span: tuple[int, int]) -> float:
+    def scale(self, clock: tuple[int, int], horizon: tuple[int, int]) -> float:
         """s at a step: from 1 / s_max at the first batch of an epoch to s_max at its last."""
-        low, last = 1 / self.s_max, span[1] - 1
+        low, last = 1 / self.s_max, horizon[1] - 1
         return low + (self.s_max - low) * (clock[1] / last if last > 0 else 1.0)
 
     def compensation(self, e: Tensor, s: float) -> Tensor:
@@ -268,9 +292,15 @@ class HAT(Correction):
                 classes |= set(item.meta["classes"])
         return Attended(masks, past, frozenset(classes), frozenset(str(s.task) for s in sources))
 
-    def begin(self, start: Beginning) -> tuple[Params, Mapping[str, Tensor]]:
+    def begin(self, start: Beginning) -> Begun:
         """Embeddings `hat/<task>/<layer>` ~ N(0, 1) for a new task; private: factors of the gradients, by entry."""
-        model, params, sources, known, generator = start.model, start.params, start.sources, start.known, start.generator
+        model, params, sources, known, generator = (
+            start.model,
+            start.params,
+            start.sources,
+            start.recalled,
+            start.generator,
+        )
         a, new = anatomy(model), dict(params)
         for s in sources:
             for n in a.layers:
@@ -280,7 +310,9 @@ class HAT(Correction):
         free = own_entries(model, params, sources, known.classes)
         for n in a.layers:
             if n in known.past:
-                free[n] = 1 - torch.minimum(self._units(a.shapes[n], known.past[n]), self._inputs(model, n, known)).to(params[n])
+                free[n] = 1 - torch.minimum(
+                    self._units(a.shapes[n], known.past[n]), self._inputs(model, n, known)
+                ).to(params[n])
                 if n in a.biases:
                     free[a.biases[n]] = (1 - known.past[n]).to(params[n])
         if a.head and known.past:
@@ -289,7 +321,7 @@ class HAT(Correction):
         for n in new:
             if n.startswith("hat/") and not any(n.startswith(f"hat/{s.task}/") for s in sources):
                 free[n] = torch.zeros_like(new[n])
-        return new, {f"free/{n}": f for n, f in free.items()}
+        return Begun(new, {f"free/{n}": f for n, f in free.items()})
 
     @staticmethod
     def _units(shape: tuple[int, ...], a: Tensor) -> Tensor:
@@ -307,21 +339,27 @@ class HAT(Correction):
         a = a.repeat_interleave(shape[1] // len(a))
         return a.view(1, -1, *[1] * (len(shape) - 2)).expand(shape)
 
-    def caution(self, me: Me, training: Training) -> tuple[dict[str, Tensor], str | None]:
-        full = [n for n, a in me.known.past.items() if bool((a >= 1).all())]
-        warning = f"layer {full[0]!r} has no unit left; use a larger `sparsity`, or a wider model" if full else None
-        return me.flat, warning
+    def prepare_step(self, ctx: Context, training: Training) -> tuple[dict[str, Tensor], str | None]:
+        full = [n for n, a in ctx.recalled.past.items() if bool((a >= 1).all())]
+        warning = (
+            f"layer {full[0]!r} has no unit left; use a larger `sparsity`, or a wider model" if full else None
+        )
+        return ctx.flat, warning
 
-    def view(self, params: Params, task: str | None, me: Me) -> Params:
+    def view(self, params: Params, task: str | None, ctx: Context) -> Params:
         """Every hidden layer with its rows multiplied by the task's attention."""
-        known: Attended = me.known
+        known: Attended = ctx.recalled
         if task in known.now:
-            s = self.scale(me.clock, me.span)
-            found = {n[len(f"hat/{task}/") :]: torch.sigmoid(s * e) for n, e in params.items() if n.startswith(f"hat/{task}/")}
+            s = self.scale(ctx.clock, ctx.horizon)
+            found = {
+                n[len(f"hat/{task}/") :]: torch.sigmoid(s * e)
+                for n, e in params.items()
+                if n.startswith(f"hat/{task}/")
+            }
         else:
             found = dict(known.masks.get(str(task), {}))
-        assert me.model is not None
-        new, biases = dict(params), anatomy(me.model).biases
+        assert ctx.model is not None
+        new, biases = dict(params), anatomy(ctx.model).biases
         for n, a in found.items():
             a = a.to(params[n])
             new[n] = params[n] * a.view(-1, *[1] * (params[n].ndim - 1))
@@ -329,32 +367,38 @@ class HAT(Correction):
                 new[biases[n]] = params[biases[n]] * a
         return new
 
-    def mask(self, step: StepView, me: Me) -> Tensor:
-        factors, s = _group(me.private, "free"), self.scale(step.clock, step.span)
+    def mask(self, step: StepView, ctx: Context) -> Tensor:
+        factors, s = _group(ctx.private, "free"), self.scale(step.clock, step.horizon)
         values = step.layout.split(step.theta)
-        return spread(step.layout, {**factors, **{n: self.compensation(e, s) for n, e in values.items() if self._mine(n, me)}})
+        return spread(
+            step.layout,
+            {**factors, **{n: self.compensation(e, s) for n, e in values.items() if self._mine(n, ctx)}},
+        )
 
     @staticmethod
-    def _mine(name: str, me: Me) -> bool:
-        return any(name.startswith(f"hat/{task}/") for task in me.known.now)
+    def _mine(name: str, ctx: Context) -> bool:
+        return any(name.startswith(f"hat/{task}/") for task in ctx.recalled.now)
 
-    def penalty(self, step: StepView, me: Me) -> Tensor:
-        s, known = self.scale(step.clock, step.span), me.known
+    def penalty(self, step: StepView, ctx: Context) -> Tensor:
+        s, known = self.scale(step.clock, step.horizon), ctx.recalled
         above, below = step.theta.new_zeros(()), step.theta.new_zeros(())
         for n, e in step.layout.split(step.theta).items():
-            if self._mine(n, me):
+            if self._mine(n, ctx):
                 layer = n[len(next(f"hat/{t}/" for t in known.now if n.startswith(f"hat/{t}/"))) :]
                 free = 1 - known.past[layer].to(e) if layer in known.past else torch.ones_like(e)
                 a = torch.sigmoid(s * _Scaled.apply(e, self.compensation(e.detach(), s)))  # type: ignore[no-untyped-call]
                 above, below = above + (a * free).sum(), below + free.sum()
         return self.sparsity * above / below.clamp_min(1)
 
-    def summarise(self, learned: Learned, me: Me) -> Private:
+    def summarise(self, learned: Learned, ctx: Context) -> Private:
         start = f"hat/{learned.task}/"
         found = {n[len(start) :]: e for n, e in learned.params.items() if n.startswith(start)}
-        masks = {n: (e > 0).to(e.dtype) if self.hard else torch.sigmoid(self.s_max * e) for n, e in found.items()}
+        masks = {
+            n: (e > 0).to(e.dtype) if self.hard else torch.sigmoid(self.s_max * e) for n, e in found.items()
+        }
         return Private(
-            {f"mask/{n}": a for n, a in masks.items()}, {"task": learned.task, "classes": list(learned.source.classes)}
+            {f"mask/{n}": a for n, a in masks.items()},
+            {"task": learned.task, "classes": list(learned.source.classes)},
         )
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from consilience.core.correction import Correction, Learned, Me
+from consilience.core.contexts import Context, Learned
+from consilience.core.correction import Correction
 from consilience.core.message import Statistics
 
 
@@ -19,7 +20,7 @@ class Moments(Correction):
     are not private.
     """
 
-    def summarise(self, learned: Learned, me: Me) -> Statistics:
+    def summarise(self, learned: Learned, ctx: Context) -> Statistics:
         def psi(x: Tensor) -> Tensor:
             f = learned.model.features(learned.params, learned.buffers, x, learned.task).double()
             return torch.cat([f, f.new_ones(len(f), 1)], 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from consilience.core.correction import NO_TRAINING, Beginning, Correction, Me, StepView
-from consilience.core.params import Params
+from consilience.core.contexts import Beginning, Begun, Context, StepView
+from consilience.core.correction import NO_TRAINING, Correction
 
 if TYPE_CHECKING:
-    from consilience.core.schedule import Facts
+    from consilience.core.schedule import ScheduleFacts
 
 
 @dataclass(frozen=True)
@@ -27,23 +26,27 @@ class WSM(Correction):
     Legate, Caccia & Belilovsky 2023.
     """
 
-    def refuse(self, facts: Facts) -> str | None:
-        if not facts.learns:
+    def refuse(self, facts: ScheduleFacts) -> str | None:
+        if not facts.trains:
             return NO_TRAINING
         return "values have no classes to weight; use finetune" if facts.kind == "value" else None
 
-    def begin(self, start: Beginning) -> tuple[Params, Mapping[str, Tensor]]:
+    def begin(self, start: Beginning) -> Begun:
         """log p [C], -inf for classes that these sources lack."""
         model, params, sources = start.model, start.params, start.sources
-        counts = torch.stack([torch.bincount(s.train.targets(), minlength=model.outputs) for s in sources]).sum(0).double()
-        return params, {"log_p": (counts / counts.sum()).log()}
+        counts = (
+            torch.stack([torch.bincount(s.train.targets(), minlength=model.outputs) for s in sources])
+            .sum(0)
+            .double()
+        )
+        return Begun(params, {"log_p": (counts / counts.sum()).log()})
 
-    def losses(self, losses: dict[int, Tensor], step: StepView, me: Me) -> dict[int, Tensor]:
-        log_p = me.private["log_p"].to(step.theta)
+    def losses(self, losses: dict[int, Tensor], step: StepView, ctx: Context) -> dict[int, Tensor]:
+        log_p = ctx.private["log_p"].to(step.theta)
         there = log_p > -torch.inf
         bent = dict(losses)
         for i, (z, part) in enumerate(zip(step.outputs, step.parts, strict=True)):
-            if not part.owner:
+            if not part.drawn_by:
                 prior = torch.where(there[part.y][:, None], log_p, 0.0)
                 bent[i] = F.cross_entropy(z + prior, part.y, reduction="none")
         return bent

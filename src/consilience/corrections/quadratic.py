@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from consilience.core.correction import NO_TRAINING, Correction, Learned, Me, Memory, StepView
+from consilience.core.contexts import Context, Learned, Memory, StepView
+from consilience.core.correction import NO_TRAINING, Correction
 from consilience.core.errors import ConsilienceError
 from consilience.core.message import Statistics
 from consilience.core.source import Source
@@ -16,7 +17,7 @@ from consilience.core.training import Training
 from consilience.corrections.fisher import fisher, sensitivity
 
 if TYPE_CHECKING:
-    from consilience.core.schedule import Facts
+    from consilience.core.schedule import ScheduleFacts
 
 
 def non_negative(owner: str, **values: float) -> None:
@@ -40,36 +41,38 @@ class Quadratic(Correction):
 
     flat: ClassVar[tuple[str, ...]] = ("precision", "shift")
     neutral: ClassVar[dict[str, float]] = {"strength": 0.0}
-    recalls: ClassVar[bool] = True
-    ends: ClassVar[bool] = True
+    needs_history: ClassVar[bool] = True
+    needs_boundaries: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         non_negative(type(self).__name__, strength=self.strength)
 
-    def penalty(self, step: StepView, me: Me) -> Tensor:
-        precision, shift = me.flat["precision"], me.flat["shift"]
-        return self.strength * (0.5 * torch.dot(precision * step.theta, step.theta) - torch.dot(shift, step.theta))
+    def penalty(self, step: StepView, ctx: Context) -> Tensor:
+        precision, shift = ctx.flat["precision"], ctx.flat["shift"]
+        return self.strength * (
+            0.5 * torch.dot(precision * step.theta, step.theta) - torch.dot(shift, step.theta)
+        )
 
-    def pull(self, step: StepView, me: Me) -> tuple[Tensor, float]:
-        return torch.mul(me.flat["precision"], step.theta).sub_(me.flat["shift"]), self.strength
+    def penalty_gradient(self, step: StepView, ctx: Context) -> tuple[Tensor, float]:
+        return torch.mul(ctx.flat["precision"], step.theta).sub_(ctx.flat["shift"]), self.strength
 
-    def caution(self, me: Me, training: Training) -> tuple[dict[str, Tensor], str | None]:
+    def prepare_step(self, ctx: Context, training: Training) -> tuple[dict[str, Tensor], str | None]:
         """Cap the precision at 1 / (lr x strength), lr being that of each entry, for SGD, around the same centre: a larger one would overshoot, and above 2 diverge."""
         from consilience.core.optimiser import SGD
 
-        if "precision" not in me.flat or not isinstance(training.inner(), SGD):
-            return me.flat, None
+        if "precision" not in ctx.flat or not isinstance(training.inner(), SGD):
+            return ctx.flat, None
         most = 1 / (training.lr * self.strength)
-        rates, precision = None, me.flat["precision"]
+        rates, precision = None, ctx.flat["precision"]
         if training.rates:
-            assert me.layout is not None
-            rates = training.factors(me.layout)
+            assert ctx.layout is not None
+            rates = training.factors(ctx.layout)
         steep = precision if rates is None else precision * rates
         over = int((steep > most).sum())
         if not over:
-            return me.flat, None
+            return ctx.flat, None
         factor = torch.where(steep > most, most / steep.clamp_min(most), 1.0)
-        return {"precision": precision * factor, "shift": me.flat["shift"] * factor}, (
+        return {"precision": precision * factor, "shift": ctx.flat["shift"] * factor}, (
             f"lr x strength x precision is up to {float(steep.max()) / most:.3g}, and above 2 training diverges; "
             f"{over} of {len(precision)} entries are capped at 1"
         )
@@ -100,11 +103,13 @@ class EWC(Quadratic):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.labels not in ("model", "all", "data", "batches"):
-            raise ConsilienceError(f"`labels` should be model, all, data or batches. Found `labels = {self.labels!r}`.")
+            raise ConsilienceError(
+                f"`labels` should be model, all, data or batches. Found `labels = {self.labels!r}`."
+            )
         if self.samples is not None and self.samples < 1:
             raise ConsilienceError(f"`samples` should be at least 1. Found `samples = {self.samples}`.")
 
-    def summarise(self, learned: Learned, me: Me) -> Statistics:
+    def summarise(self, learned: Learned, ctx: Context) -> Statistics:
         return self.statistics(fisher(learned, self.labels, self.samples), learned.trainable)
 
 
@@ -117,10 +122,10 @@ class Running(Quadratic):
 
     flat: ClassVar[tuple[str, ...]] = ("precision",)
 
-    def caution(self, me: Me, training: Training) -> tuple[dict[str, Tensor], str | None]:
-        if "precision" in me.flat and me.start is not None:
-            me = replace(me, flat={**me.flat, "shift": me.flat["precision"] * me.start})
-        return super().caution(me, training)
+    def prepare_step(self, ctx: Context, training: Training) -> tuple[dict[str, Tensor], str | None]:
+        if "precision" in ctx.flat and ctx.start is not None:
+            ctx = replace(ctx, flat={**ctx.flat, "shift": ctx.flat["precision"] * ctx.start})
+        return super().prepare_step(ctx, training)
 
     @staticmethod
     def precision(values: dict[str, Tensor], **meta: Any) -> Statistics:
@@ -148,12 +153,12 @@ class SI(Running):
     def trace_init(self, theta: Tensor) -> dict[str, Tensor]:
         return {"path": torch.zeros_like(theta), "start": theta.clone()}
 
-    def trace(self, step: StepView, me: Me, grad: Tensor, delta: Tensor) -> dict[str, Tensor]:
-        return {**me.trace, "path": torch.addcmul(me.trace["path"], grad, delta, value=-1)}
+    def trace(self, step: StepView, ctx: Context, grad: Tensor, delta: Tensor) -> dict[str, Tensor]:
+        return {**ctx.trace, "path": torch.addcmul(ctx.trace["path"], grad, delta, value=-1)}
 
-    def summarise(self, learned: Learned, me: Me) -> Statistics:
+    def summarise(self, learned: Learned, ctx: Context) -> Statistics:
         end = learned.trainable
-        path, start = learned.layout.split(me.trace["path"]), learned.layout.split(me.trace["start"])
+        path, start = learned.layout.split(ctx.trace["path"]), learned.layout.split(ctx.trace["start"])
         moved = {n: end[n] - start[n] for n in end}
         return self.precision({n: 2 * learned.share * path[n] / (moved[n].square() + self.xi) for n in end})
 
@@ -177,14 +182,14 @@ class Proximal(Correction):
     def __post_init__(self) -> None:
         non_negative("Proximal", mu=self.mu)
 
-    def refuse(self, facts: Facts) -> str | None:
-        return None if facts.learns else NO_TRAINING
+    def refuse(self, facts: ScheduleFacts) -> str | None:
+        return None if facts.trains else NO_TRAINING
 
-    def penalty(self, step: StepView, me: Me) -> Tensor:
+    def penalty(self, step: StepView, ctx: Context) -> Tensor:
         away = step.theta - step.start
         return 0.5 * self.mu * torch.dot(away, away)
 
-    def pull(self, step: StepView, me: Me) -> tuple[Tensor, float]:
+    def penalty_gradient(self, step: StepView, ctx: Context) -> tuple[Tensor, float]:
         return (step.theta - step.start).mul_(self.mu), 1.0
 
 
@@ -198,14 +203,14 @@ class OnlineEWC(Running, EWC):
 
     gamma: float = 0.9
 
-    ends: ClassVar[bool] = False
+    needs_boundaries: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.gamma <= 1:
             raise ConsilienceError(f"`gamma` should be in [0, 1]. Found `gamma = {self.gamma}`.")
 
-    def summarise(self, learned: Learned, me: Me) -> Statistics:
+    def summarise(self, learned: Learned, ctx: Context) -> Statistics:
         return self.precision(fisher(learned, self.labels, self.samples), order=learned.order)
 
     def recall(self, memory: Memory, sources: tuple[Source, ...]) -> Statistics | None:
@@ -240,7 +245,7 @@ class MAS(Running):
         if self.samples is not None and self.samples < 1:
             raise ConsilienceError(f"`samples` should be at least 1. Found `samples = {self.samples}`.")
 
-    def summarise(self, learned: Learned, me: Me) -> Statistics:
+    def summarise(self, learned: Learned, ctx: Context) -> Statistics:
         omega = sensitivity(learned, self.samples)
         return self.precision({n: 2 * o for n, o in omega.items()})
 
@@ -254,5 +259,7 @@ class L2SP(Quadratic):
 
     strength: float = 0.01
 
-    def summarise(self, learned: Learned, me: Me) -> Statistics:
-        return self.statistics({n: torch.ones_like(p) for n, p in learned.trainable.items()}, learned.trainable)
+    def summarise(self, learned: Learned, ctx: Context) -> Statistics:
+        return self.statistics(
+            {n: torch.ones_like(p) for n, p in learned.trainable.items()}, learned.trainable
+        )

@@ -9,14 +9,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from consilience.core.batch import Batch
+from consilience.core.batch import Batch, sample_losses
 from consilience.core.buffer import Policy, Reservoir
-from consilience.core.correction import Correction, Learned, Me, Memory, Row, StepView
+from consilience.core.contexts import Context, Learned, Memory, Row, StepView
+from consilience.core.correction import Correction
 from consilience.core.errors import ConsilienceError, kind_of
 from consilience.core.message import Private
-from consilience.core.schedule import Facts
+from consilience.core.schedule import ScheduleFacts
 from consilience.core.source import Source
-from consilience.core.step import sample_losses
 from consilience.corrections.baselines import facts_of, others
 from consilience.corrections.quadratic import non_negative
 
@@ -29,7 +29,7 @@ class Buffer(Correction):
     size: int
     policy: Policy
 
-    travels: ClassVar[bool] = False
+    shared_items: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.size < 0:
@@ -39,21 +39,21 @@ class Buffer(Correction):
                 f"`policy` should be made by consilience.memory, such as ring(). Found {kind_of(self.policy)}."
             )
 
-    def refuse(self, facts: Facts) -> str | None:
+    def refuse(self, facts: ScheduleFacts) -> str | None:
         if facts.kind == "value" and type(self.policy) is not Reservoir:
             return "values have no classes that share a buffer; use policy=memory.reservoir()"
         if facts.kind == "class" and not self.policy.grows and self.size < facts.classes:
             return f"a buffer of {self.size} has no place for each of the {facts.classes} classes that an agent learns; use a larger `size`"
-        if self.policy.ends and not facts.boundaries:
+        if self.policy.needs_boundaries and not facts.boundaries:
             return f"{type(self.policy).__name__} chooses at the end of a source, and this stream has no ends; use policy=memory.reservoir()"
         return None
 
-    def keys(self, learned: Learned, me: Me) -> Tensor:
+    def keys(self, learned: Learned, ctx: Context) -> Tensor:
         """A key [N] for each example of a source, float64."""
         return self.policy.keys(learned, self.size)
 
-    def summarise(self, learned: Learned, me: Me) -> Private:
-        train, keys = learned.source.train, self.keys(learned, me)
+    def summarise(self, learned: Learned, ctx: Context) -> Private:
+        train, keys = learned.source.train, self.keys(learned, ctx)
         kept = self.policy.keep(keys, train.targets(), self.size).nonzero()[:, 0]
         x, y = train.select(kept).whole()
         found = {"x": x.clone(), "y": y.clone(), "key": keys[kept]}
@@ -64,7 +64,9 @@ class Buffer(Correction):
         items = list(memory.values())
         keys, y = (torch.cat([i.tensors[k].cpu() for i in items]) for k in ("key", "y"))
         kept = self.policy.keep(keys, y, self.size).split([len(i.tensors["key"]) for i in items])
-        return {s: i if bool(k.all()) else select(i, k) for (s, i), k in zip(memory.items(), kept, strict=True)}
+        return {
+            s: i if bool(k.all()) else select(i, k) for (s, i), k in zip(memory.items(), kept, strict=True)
+        }
 
 
 def select(item: Private, kept: Tensor) -> Private:
@@ -85,13 +87,15 @@ class ER(Buffer):
     policy: Policy = field(default_factory=Reservoir)
 
     neutral: ClassVar[dict[str, int]] = {"size": 0}
-    recalls: ClassVar[bool] = True
+    needs_history: ClassVar[bool] = True
     keeps: ClassVar[tuple[str, ...]] = ("x", "y")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.batch_size < 1:
-            raise ConsilienceError(f"`batch_size` of the buffer should be >= 1. Found `batch_size = {self.batch_size}`.")
+            raise ConsilienceError(
+                f"`batch_size` of the buffer should be >= 1. Found `batch_size = {self.batch_size}`."
+            )
 
     def recall(self, memory: Memory, sources: tuple[Source, ...]) -> Bufs | None:
         """(source, task, x, y, ..) of every other source, those of one task together: the tensors that `keeps` names."""
@@ -105,11 +109,11 @@ class ER(Buffer):
         ]
         return groups or None
 
-    def sample(self, me: Me, sources: tuple[Source, ...], generator: torch.Generator) -> list[Batch]:
+    def sample(self, ctx: Context, sources: tuple[Source, ...], generator: torch.Generator) -> list[Batch]:
         """One part; with task labels, of a task drawn in proportion to its place in the buffer."""
-        counts = torch.tensor([len(y) for *_, y in me.known], dtype=torch.float64)
+        counts = torch.tensor([len(y) for *_, y in ctx.recalled], dtype=torch.float64)
         g = 0 if len(counts) == 1 else int(torch.multinomial(counts, 1, generator=generator))
-        name, task, x, y = me.known[g]
+        name, task, x, y = ctx.recalled[g]
         index = torch.randint(len(y), (self.batch_size,), generator=generator).to(x.device)
         return [Batch(x.index_select(0, index), y.index_select(0, index), task, source=name)]
 
@@ -123,35 +127,48 @@ class ERACE(ER):
     against the old ones. Caccia et al. 2022.
     """
 
-    def refuse(self, facts: Facts) -> str | None:
-        return "values have no classes that compete; use er" if facts.kind == "value" else super().refuse(facts)
+    def refuse(self, facts: ScheduleFacts) -> str | None:
+        return (
+            "values have no classes that compete; use er" if facts.kind == "value" else super().refuse(facts)
+        )
 
     def recall(self, memory: Memory, sources: tuple[Source, ...]) -> Any:
         """The groups of `ER`, and how many examples were seen."""
         groups = super().recall(memory, sources)
         return groups and (groups, sum(item.meta["seen"] for item in others(memory, sources).values()))
 
-    def sample(self, me: Me, sources: tuple[Source, ...], generator: torch.Generator) -> list[Batch]:
+    def sample(self, ctx: Context, sources: tuple[Source, ...], generator: torch.Generator) -> list[Batch]:
         """One part, of the buffer and of the source itself; with task labels of whichever has more of the drawn examples, since a
         part has one task."""
-        groups, seen = me.known
+        groups, seen = ctx.recalled
         own = sources[int(torch.randint(len(sources), (1,), generator=generator))]
         new = sum(len(s.train) for s in sources)
         fresh = int((torch.rand(self.batch_size, generator=generator) < new / (new + seen)).sum())
-        (old,) = super().sample(replace(me, known=groups), sources, generator)
+        (old,) = super().sample(replace(ctx, recalled=groups), sources, generator)
         index = torch.randint(len(own.train), (self.batch_size,), generator=generator)
         x, y = own.train.select(index).whole()
         x, y = x.to(old.x), y.to(old.y)
         if old.task is not None:
-            return [replace(old, x=x, y=y, task=own.task, source=own.name)] if fresh * 2 > self.batch_size else [old]
-        return [replace(old, x=torch.cat([x[:fresh], old.x[fresh:]]), y=torch.cat([y[:fresh], old.y[fresh:]]))]
+            return (
+                [replace(old, x=x, y=y, task=own.task, source=own.name)]
+                if fresh * 2 > self.batch_size
+                else [old]
+            )
+        return [
+            replace(old, x=torch.cat([x[:fresh], old.x[fresh:]]), y=torch.cat([y[:fresh], old.y[fresh:]]))
+        ]
 
-    def losses(self, losses: dict[int, Tensor], step: StepView, me: Me) -> dict[int, Tensor]:
+    def losses(self, losses: dict[int, Tensor], step: StepView, ctx: Context) -> dict[int, Tensor]:
         bent = dict(losses)
         for i, p in enumerate(step.parts):
-            if not p.owner:
+            if not p.drawn_by:
                 count = torch.ones_like(p.y) if p.w is None else p.w.to(p.y.dtype)
-                there = torch.zeros(step.outputs[i].shape[1], dtype=p.y.dtype, device=p.y.device).scatter_add(0, p.y, count) > 0
+                there = (
+                    torch.zeros(step.outputs[i].shape[1], dtype=p.y.dtype, device=p.y.device).scatter_add(
+                        0, p.y, count
+                    )
+                    > 0
+                )
                 bent[i] = sample_losses(step.outputs[i].masked_fill(~there, -torch.inf), p.y, "class")
         return bent
 
@@ -173,32 +190,42 @@ class DER(ER):
         super().__post_init__()
         non_negative(type(self).__name__, alpha=self.alpha, beta=self.beta)
 
-    def sample(self, me: Me, sources: tuple[Source, ...], generator: torch.Generator) -> list[Batch]:
+    def sample(self, ctx: Context, sources: tuple[Source, ...], generator: torch.Generator) -> list[Batch]:
         """A part of weight 0 with its logits, and for DER++ another of weight beta."""
-        counts = torch.tensor([len(g[3]) for g in me.known], dtype=torch.float64)
+        counts = torch.tensor([len(g[3]) for g in ctx.recalled], dtype=torch.float64)
         parts = []
         for weight in (0.0, self.beta) if self.beta else (0.0,):
             g = 0 if len(counts) == 1 else int(torch.multinomial(counts, 1, generator=generator))
-            name, task, x, y, z = me.known[g]
+            name, task, x, y, z = ctx.recalled[g]
             index = torch.randint(len(y), (self.batch_size,), generator=generator).to(x.device)
             extra = {} if weight else {"logits": z.index_select(0, index)}
-            parts.append(Batch(x.index_select(0, index), y.index_select(0, index), task, extra=extra, source=name, weight=weight))
+            parts.append(
+                Batch(
+                    x.index_select(0, index),
+                    y.index_select(0, index),
+                    task,
+                    extra=extra,
+                    source=name,
+                    weight=weight,
+                )
+            )
         return parts
 
-    def rows(self, step: StepView, me: Me) -> list[Row]:
+    def rows(self, step: StepView, ctx: Context) -> list[Row]:
         found = []
         for i, p in enumerate(step.parts):
-            if p.owner == self.name and "logits" in p.extra:
+            if p.drawn_by == self.name and "logits" in p.extra:
                 z, h = p.extra["logits"], step.raw[i]
                 both = torch.isfinite(z) & torch.isfinite(h)
                 gap = torch.where(both, h, 0) - torch.where(both, z, 0)
                 found.append(Row(gap.square().sum() / both.sum().clamp_min(1), self.alpha))
         return found
 
-    def summarise(self, learned: Learned, me: Me) -> Private:
-        plain = super().summarise(learned, me)
+    def summarise(self, learned: Learned, ctx: Context) -> Private:
+        plain = super().summarise(learned, ctx)
         with torch.no_grad():
             z = [
-                learned.model(learned.params, learned.buffers, x, learned.task, False)[0] for x in plain.tensors["x"].split(1024)
+                learned.model(learned.params, learned.buffers, x, learned.task, False)[0]
+                for x in plain.tensors["x"].split(1024)
             ]
         return Private({**plain.tensors, "logits": torch.cat(z)}, plain.meta)

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from consilience.core.correction import Beginning, Correction
+from consilience.core.contexts import Beginning, Begun
+from consilience.core.correction import Correction
 from consilience.core.errors import ConsilienceError, Refusal
 from consilience.core.message import Module
-from consilience.core.params import Params
 from consilience.core.source import Label, Source
 
 if TYPE_CHECKING:
-    from consilience.core.schedule import Facts
+    from consilience.core.schedule import ScheduleFacts
 
 Rows = dict[Label, tuple[Tensor, Tensor]]
 """The weight [d] and the bias [] of each class."""
@@ -48,7 +47,7 @@ class HeadReuse(Correction):
     HeadReuse(by='features', threshold=None, shots=5, encoder=None)
     """
 
-    recalls: ClassVar[bool] = True
+    needs_history: ClassVar[bool] = True
 
     by: Literal["name", "features"] = "name"
     threshold: float | None = None
@@ -63,7 +62,7 @@ class HeadReuse(Correction):
         if isinstance(self.shots, bool) or not isinstance(self.shots, int) or self.shots < 1:
             raise ConsilienceError(f"`shots` should be at least 1. Found `shots = {self.shots!r}`.")
 
-    def refuse(self, facts: Facts) -> str | None:
+    def refuse(self, facts: ScheduleFacts) -> str | None:
         """It needs heads of tasks."""
         from consilience.models.heads import MultiHead
 
@@ -71,7 +70,7 @@ class HeadReuse(Correction):
             return "it sets the rows of a new task's own head, and the model has none; use models.multi_head"
         return None
 
-    def begin(self, start: Beginning) -> tuple[Params, Mapping[str, Tensor]]:
+    def begin(self, start: Beginning) -> Begun:
         """The parameters with rows of new heads set."""
         before = sorted(n for n in start.params if n.startswith("heads.") and n not in start.grown)
         if before and not start.experts:
@@ -93,7 +92,7 @@ class HeadReuse(Correction):
                 if label in chosen and old[chosen[label]][0].shape == w[i].shape:
                     w[i], b[i] = (t.to(w) for t in old[chosen[label]])
             params |= {weight: w, bias: b}
-        return params, {}
+        return Begun(params)
 
     def matches(self, start: Beginning, source: Source, old: list[Label]) -> dict[Label, Label]:
         """The old class of each class of a source that has one."""
@@ -119,7 +118,11 @@ class HeadReuse(Correction):
     def _by_features(self, start: Beginning, source: Source, old: set[Label]) -> dict[Label, Label]:
         if start.predict is None:
             return {}
-        targets, limit, found = source.train.targets().cpu(), 0.5 if self.threshold is None else self.threshold, {}
+        targets, limit, found = (
+            source.train.targets().cpu(),
+            0.5 if self.threshold is None else self.threshold,
+            {},
+        )
         index = []
         for c in source.classes:
             own = (targets == c).nonzero()[:, 0]
@@ -153,4 +156,6 @@ def _head(start: Beginning, source: Source) -> tuple[str, str, list[int]]:
         at = name.removesuffix(".columns")
         if at != name and f"{at}.weight" in start.params and start.model.task_of(f"{at}.weight") == key:
             return f"{at}.weight", f"{at}.bias", columns.tolist()
-    raise Refusal(f"rows are reused between heads of tasks. Found no head for {source.name!r}; use models.multi_head.")
+    raise Refusal(
+        f"rows are reused between heads of tasks. Found no head for {source.name!r}; use models.multi_head."
+    )

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from consilience.core.correction import NO_TRAINING, Beginning, Correction, Learned, Me, Memory, StepView
+from consilience.core.contexts import Beginning, Begun, Context, Learned, Memory, StepView
+from consilience.core.correction import NO_TRAINING, Correction
 from consilience.core.errors import ConsilienceError
 from consilience.core.message import Item, Private
 from consilience.core.model import Model
@@ -20,7 +21,7 @@ from consilience.corrections.anatomy import anatomy, spread
 from consilience.corrections.fisher import fisher
 
 if TYPE_CHECKING:
-    from consilience.core.schedule import Facts
+    from consilience.core.schedule import ScheduleFacts
     from consilience.core.training import Training
 
 FADED = 0.1
@@ -50,19 +51,29 @@ class TaLoS(Correction):
     samples: int | None = None
     reached: bool = False
 
-    travels: ClassVar[bool] = False
+    shared_items: ClassVar[bool] = False
     neutral: ClassVar[Mapping[str, Any]] = {"density": 1.0}
 
     def __post_init__(self) -> None:
-        if isinstance(self.density, bool) or not isinstance(self.density, (int, float)) or not 0 < self.density <= 1:
-            raise ConsilienceError(f"`density` should be a number in (0, 1]. Found `density = {self.density!r}`.")
+        if (
+            isinstance(self.density, bool)
+            or not isinstance(self.density, (int, float))
+            or not 0 < self.density <= 1
+        ):
+            raise ConsilienceError(
+                f"`density` should be a number in (0, 1]. Found `density = {self.density!r}`."
+            )
         if isinstance(self.rounds, bool) or not isinstance(self.rounds, int) or self.rounds < 1:
-            raise ConsilienceError(f"`rounds` should be a whole number >= 1. Found `rounds = {self.rounds!r}`.")
+            raise ConsilienceError(
+                f"`rounds` should be a whole number >= 1. Found `rounds = {self.rounds!r}`."
+            )
         if self.score not in ("logit", "likelihood"):
             raise ConsilienceError(f"`score` should be logit or likelihood. Found `score = {self.score!r}`.")
         n = self.samples
         if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
-            raise ConsilienceError(f"`samples` should be a whole number >= 1, or None for all. Found `samples = {n!r}`.")
+            raise ConsilienceError(
+                f"`samples` should be a whole number >= 1, or None for all. Found `samples = {n!r}`."
+            )
 
     def kept(self, size: int, round: int | None = None) -> int:
         """How many of `size` entries stay after a round (None: the last).
@@ -73,8 +84,8 @@ class TaLoS(Correction):
         fraction = self.density if round is None else self.density ** ((round + 1) / self.rounds)
         return min(size, math.ceil(fraction * size))
 
-    def refuse(self, facts: Facts) -> str | None:
-        if not facts.learns:
+    def refuse(self, facts: ScheduleFacts) -> str | None:
+        if not facts.trains:
             return NO_TRAINING
         if facts.model is None:
             return None
@@ -86,22 +97,26 @@ class TaLoS(Correction):
         """The mask that was drawn when these sources were first learned; None where they were not, or with different ones."""
         mine = {name: i for (_, name), i in memory.items()}
         items = [mine[s.name] for s in sources if s.name in mine]
-        return items[0] if len(items) == len(sources) and all(same(i.tensors, items[0].tensors) for i in items) else None
+        return (
+            items[0]
+            if len(items) == len(sources) and all(same(i.tensors, items[0].tensors) for i in items)
+            else None
+        )
 
-    def begin(self, start: Beginning) -> tuple[Params, Mapping[str, Tensor]]:
+    def begin(self, start: Beginning) -> Begun:
         """Private: 1 for the entries that are trained, 0 for those that are held, by entry; the share of the former whose score is 0."""
-        params, known = start.params, start.known
+        params, known = start.params, start.recalled
         keep, idle = (known.group("keep"), 0.0) if known is not None else self.draw(start)
         own = {f"keep/{n}": k.to(params[n].device, params[n].dtype) for n, k in keep.items()}
-        return params, {**own, "idle": torch.tensor(idle)}
+        return Begun(params, {**own, "idle": torch.tensor(idle)})
 
-    def caution(self, me: Me, training: Training) -> tuple[dict[str, Tensor], str | None]:
-        idle = float(me.private["idle"])
+    def prepare_step(self, ctx: Context, training: Training) -> tuple[dict[str, Tensor], str | None]:
+        idle = float(ctx.private["idle"])
         why = (
             f"{100 * idle:.0f} % of the entries that it trains reach no answer (inputs that are always 0, units that are off); "
             "use `reached=True`, or a larger `density`"
         )
-        return me.flat, why if idle > 0.5 else None
+        return ctx.flat, why if idle > 0.5 else None
 
     def draw(self, start: Beginning) -> tuple[Params, float]:
         """Which entries are trained (bool), by entry, on these sources' training data; and the share of them whose score is 0.
@@ -114,7 +129,10 @@ class TaLoS(Correction):
         names = _shared(model, own)
         layout = Layout.of({n: params[n] for n in names})
         held = {n: p for n, p in params.items() if n not in names and n in grown}
-        buffers = {n: b.to(layout.device, layout.dtype if b.is_floating_point() else b.dtype) for n, b in start.buffers.items()}
+        buffers = {
+            n: b.to(layout.device, layout.dtype if b.is_floating_point() else b.dtype)
+            for n, b in start.buffers.items()
+        }
         keep = torch.ones(layout.size, dtype=torch.bool, device=layout.device)
         theta = layout.flatten(params)
         total, reached = torch.zeros_like(theta), layout.flatten(_reached(model, own, sources)) > 0
@@ -128,29 +146,37 @@ class TaLoS(Correction):
                 many = len(s.train) if self.samples is None else min(self.samples, len(s.train))
                 total += layout.flatten(fisher(learned, labels, self.samples, of=self.score)) * many
             if not bool(torch.isfinite(total).all()):
-                raise ConsilienceError(f"scores should be finite. Found some that are not on {sources[0].name!r}.")
+                raise ConsilienceError(
+                    f"scores should be finite. Found some that are not on {sources[0].name!r}."
+                )
             if self.reached and r == 0:
                 reached &= total > 0
-            chosen = total.masked_fill(~(keep & reached), torch.inf).argsort(stable=True)[: self.kept(int(reached.sum()), r)]
+            chosen = total.masked_fill(~(keep & reached), torch.inf).argsort(stable=True)[
+                : self.kept(int(reached.sum()), r)
+            ]
             keep = torch.zeros_like(keep).index_fill(0, chosen, True)
         return layout.split(keep), float((total[keep] == 0).sum()) / max(1, len(chosen))
 
-    def mask(self, step: StepView, me: Me) -> Tensor:
-        return spread(step.layout, _kept(me))
+    def mask(self, step: StepView, ctx: Context) -> Tensor:
+        return spread(step.layout, _kept(ctx))
 
-    def summarise(self, learned: Learned, me: Me) -> Private:
+    def summarise(self, learned: Learned, ctx: Context) -> Private:
         """The mask, a byte an entry."""
-        return Private({f"keep/{n}": k > 0 for n, k in _kept(me).items()})
+        return Private({f"keep/{n}": k > 0 for n, k in _kept(ctx).items()})
 
 
-def _kept(me: Me) -> dict[str, Tensor]:
+def _kept(ctx: Context) -> dict[str, Tensor]:
     """The mask of this learn, by entry."""
-    return {n.removeprefix("keep/"): k for n, k in me.private.items() if n.startswith("keep/")}
+    return {n.removeprefix("keep/"): k for n, k in ctx.private.items() if n.startswith("keep/")}
 
 
 def _shared(model: Model, params: Params) -> set[str]:
     """The trainable entries that tasks share."""
-    return {n for n, p in params.items() if p.is_floating_point() and not model.frozen(n) and model.task_of(n) is None}
+    return {
+        n
+        for n, p in params.items()
+        if p.is_floating_point() and not model.frozen(n) and model.task_of(n) is None
+    }
 
 
 def _reached(model: Model, params: Params, sources: tuple[Source, ...]) -> Params:

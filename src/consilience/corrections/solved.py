@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from consilience.core.correction import NO_TRAINING, Beginning, Correction
+from consilience.core.contexts import Beginning, Begun
+from consilience.core.correction import NO_TRAINING, Correction
 from consilience.core.errors import ConsilienceError, Refusal
-from consilience.core.params import Params
-from consilience.core.schedule import Facts
+from consilience.core.schedule import ScheduleFacts
 from consilience.core.source import Source
 
 ABSENT = -1e9
@@ -42,7 +42,9 @@ class SolvedHead(Correction):
 
     def __post_init__(self) -> None:
         if self.kind not in ("ridge", "prototype", "logistic"):
-            raise ConsilienceError(f"`kind` should be ridge, prototype or logistic. Found `kind = {self.kind!r}`.")
+            raise ConsilienceError(
+                f"`kind` should be ridge, prototype or logistic. Found `kind = {self.kind!r}`."
+            )
         if not 0 < self.strength < float("inf"):
             raise ConsilienceError(f"`ridge` should be positive and finite. Found `ridge = {self.ridge}`.")
 
@@ -51,8 +53,8 @@ class SolvedHead(Correction):
         """`ridge`, or its usual value."""
         return self.ridge if self.ridge is not None else 0.01 if self.kind == "logistic" else 0.1
 
-    def refuse(self, facts: Facts) -> str | None:
-        if not facts.learns:
+    def refuse(self, facts: ScheduleFacts) -> str | None:
+        if not facts.trains:
             return NO_TRAINING
         if facts.kind == "value" and self.kind != "ridge":
             return "values have no classes; use kind='ridge'"
@@ -62,24 +64,30 @@ class SolvedHead(Correction):
             return "rows that are divided by their norm lose the scale that the closed form gives them; use norm=None"
         return None
 
-    def begin(self, start: Beginning) -> tuple[Params, Mapping[str, Tensor]]:
+    def begin(self, start: Beginning) -> Begun:
         model, new = start.model, dict(start.params)
         together: dict[tuple[str, str | None], list[Source]] = {}
         for s in start.sources:
-            together.setdefault(model.head(start.params, model.head_key(s) if model.uses_task else None), []).append(s)
+            together.setdefault(
+                model.head(start.params, model.head_key(s) if model.uses_task else None), []
+            ).append(s)
         for (weight, bias), sources in together.items():
             if bias is None:
                 raise Refusal(f"a head in closed form has a bias. Found none beside {weight!r}.")
-            columns = start.buffers.get(f"{weight.rpartition('.')[0]}.columns", torch.arange(len(new[weight])))
+            columns = start.buffers.get(
+                f"{weight.rpartition('.')[0]}.columns", torch.arange(len(new[weight]))
+            )
             where = {int(c): row for row, c in enumerate(columns.tolist())}
             classes = sorted({c for s in sources for c in s.classes})
             w, b = self.head(start, sources, classes)
             for n, t in ((weight, w.T), (bias, b)):
                 new[n] = new[n].clone()
                 new[n][[where[c] for c in classes]] = t.to(new[n])
-        return new, {}
+        return Begun(new)
 
-    def head(self, start: Beginning, sources: Sequence[Source], classes: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def head(
+        self, start: Beginning, sources: Sequence[Source], classes: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
         """W [d, classes] and b [classes] of all data of these sources, in float64."""
         like: Any = next(p for p in start.params.values() if p.is_floating_point())
         psis, hots = [], []
@@ -88,7 +96,11 @@ class SolvedHead(Correction):
                 with torch.no_grad():
                     x = x.to(like.device, like.dtype if x.is_floating_point() else x.dtype)
                     psis.append(start.model.features(start.params, start.buffers, x, s.task).double())
-                hots.append(y.double() if s.kind == "value" else F.one_hot(y, len(s.labels))[:, list(classes)].double())
+                hots.append(
+                    y.double()
+                    if s.kind == "value"
+                    else F.one_hot(y, len(s.labels))[:, list(classes)].double()
+                )
         psi, hot = torch.cat(psis), torch.cat(hots).to(psis[0].device)
         n, d = psi.shape
         if self.kind == "prototype":
@@ -114,19 +126,24 @@ class SolvedHead(Correction):
 
     def logistic(self, centred: Tensor, hot: Tensor) -> tuple[Tensor, Tensor]:
         """W [d, classes] and b [classes] for centred features [N, d]: W = V W' for the min(N, d) directions V [d, r] in which these vary."""
-        pull = self.strength * float(centred.square().mean()) / 2
+        penalty_gradient = self.strength * float(centred.square().mean()) / 2
         u, sizes, v = torch.linalg.svd(centred, full_matrices=False)
         there = sizes > sizes[:1] * 1e-10
         z, v = u[:, there] * sizes[there], v[there]
         w = z.new_zeros(z.shape[1] + 1, hot.shape[1]).requires_grad_()
         solver = torch.optim.LBFGS(
-            [w], max_iter=500, history_size=20, tolerance_grad=1e-6, tolerance_change=1e-12, line_search_fn="strong_wolfe"
+            [w],
+            max_iter=500,
+            history_size=20,
+            tolerance_grad=1e-6,
+            tolerance_change=1e-12,
+            line_search_fn="strong_wolfe",
         )
 
         def loss() -> float:
             solver.zero_grad()
             with torch.enable_grad():
-                out = F.cross_entropy(z @ w[:-1] + w[-1], hot) + pull * w[:-1].square().sum()
+                out = F.cross_entropy(z @ w[:-1] + w[-1], hot) + penalty_gradient * w[:-1].square().sum()
             out.backward()
             return float(out.detach())
 

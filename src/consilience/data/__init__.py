@@ -15,10 +15,32 @@ if TYPE_CHECKING:
 Kind = Literal["class", "value"]
 
 __all__ = [
-    "arrays", "blurry", "breast_cancer", "clear", "core50", "diabetes", "digits", "dirichlet", "embed", "folder", "iid",
-    "label_sets", "natural", "new_instances", "new_instances_and_classes", "npz", "permute", "quantity_skew", "rotate", "shakespeare", "shards",
-    "split_classes", "stream", "streams", "wine",
-]  # fmt: skip
+    "arrays",
+    "blurry",
+    "breast_cancer",
+    "clear",
+    "core50",
+    "diabetes",
+    "digits",
+    "dirichlet",
+    "embed",
+    "folder",
+    "iid",
+    "label_sets",
+    "natural",
+    "new_instances",
+    "new_instances_and_classes",
+    "npz",
+    "permute",
+    "quantity_skew",
+    "rotate",
+    "shakespeare",
+    "shards",
+    "split_classes",
+    "stream",
+    "streams",
+    "wine",
+]
 
 
 # ---------------------------------------------------------------------------------------------------- sources
@@ -300,7 +322,7 @@ def core50(
 
     return _benchmarks.core50(
         path, scenario, object_level, run, size, grey, in_memory, workers, validation, name, space
-    )  # fmt: skip
+    )
 
 
 def clear(
@@ -346,7 +368,7 @@ def clear(
 
     return _benchmarks.clear(
         path, protocol, split, test, size, grey, in_memory, workers, validation, name, space, seed
-    )  # fmt: skip
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- features
@@ -400,7 +422,9 @@ def embed(
 # ---------------------------------------------------------------------------------------------------- splits
 
 
-def split_classes(source: Source, n: int, order: Sequence[int | str] | None = None, seed: int | None = None) -> list[Source]:
+def split_classes(
+    source: Source, n: int, order: Sequence[int | str] | None = None, seed: int | None = None
+) -> list[Source]:
     """n sources with the classes of one dealt in order, each a task of its own; sizes differ by at most one class.
 
     Args:
@@ -417,7 +441,9 @@ def split_classes(source: Source, n: int, order: Sequence[int | str] | None = No
     return _splits.split_classes(source, n, order, seed)
 
 
-def new_instances(source: Source, groups: Any, order: Sequence[int] | None = None, seed: int | None = None) -> list[Source]:
+def new_instances(
+    source: Source, groups: Any, order: Sequence[int] | None = None, seed: int | None = None
+) -> list[Source]:
     """A source, a task, for each group of instances (a session, an object, a writer): known classes in new conditions (NI).
 
     All have the very same `test`, the source's own, and those classes that their training examples have.
@@ -560,9 +586,15 @@ def iid(source: Source, n: int, seed: int = 0, local_test: bool = False) -> list
 
 
 def quantity_skew(
-    source: Source, n: int, power: float = 1.5, seed: int = 0, local_test: bool = False, least: int = 2,
-    sigma: float | None = None, alpha: float | None = None,
-) -> list[Source]:  # fmt: skip
+    source: Source,
+    n: int,
+    power: float = 1.5,
+    seed: int = 0,
+    local_test: bool = False,
+    least: int = 2,
+    sigma: float | None = None,
+    alpha: float | None = None,
+) -> list[Source]:
     """n clients with random shares of unequal sizes: client i has a share in proportion to (i + 1)^-power, or to a random draw.
 
     Args:
@@ -584,7 +616,11 @@ def quantity_skew(
 
 
 def label_sets(
-    source: Source, clients: int = 5, classes: int | Sequence[Sequence[int | str]] = 2, seed: int = 0, local_test: bool = False
+    source: Source,
+    clients: int = 5,
+    classes: int | Sequence[Sequence[int | str]] = 2,
+    seed: int = 0,
+    local_test: bool = False,
 ) -> list[Source]:
     """Clients with a few classes each: the examples of a class are dealt evenly to those who have it (NIID-Bench, Li et al. 2022).
 
@@ -624,7 +660,9 @@ def natural(source: Source, users: Any, test_users: Any = None, least: int = 1) 
     return _splits.natural(source, users, test_users, least)
 
 
-def shards(source: Source, clients: int, shards_per_client: int = 2, seed: int = 0, local_test: bool = False) -> list[Source]:
+def shards(
+    source: Source, clients: int, shards_per_client: int = 2, seed: int = 0, local_test: bool = False
+) -> list[Source]:
     """Clients with few classes: examples sorted by class are cut into equal shards, dealt at random (McMahan et al. 2017).
 
     >>> max(len(s.train.targets().unique()) for s in shards(digits(), 5))

@@ -21,13 +21,17 @@ from consilience.data._splits import _whole
 def _like(train: Examples, test: Examples) -> None:
     a, b = (tuple(next(e.chunks(1))[0].shape[1:]) for e in (train, test))
     if a != b:
-        raise ConsilienceError(f"test images should have the size of training images, or pass `size`. Found {b} and {a}.")
+        raise ConsilienceError(
+            f"test images should have the size of training images, or pass `size`. Found {b} and {a}."
+        )
 
 
 def _folder(path: str | Path) -> Path:
     path = Path(path)
     if not path.is_dir():
-        raise ConsilienceError(f"`path` should be a folder of images. Found {'a file' if path.exists() else 'none'} at {path}.")
+        raise ConsilienceError(
+            f"`path` should be a folder of images. Found {'a file' if path.exists() else 'none'} at {path}."
+        )
     return path
 
 
@@ -60,33 +64,63 @@ def _lines(file: Path) -> list[tuple[str, int]]:
 # ---------------------------------------------------------------------------------------------------- CORe50
 
 
-CATEGORIES = ("plug_adapter", "mobile_phone", "scissor", "light_bulb", "can", "glass", "ball", "marker", "cup", "remote_control")
+CATEGORIES = (
+    "plug_adapter",
+    "mobile_phone",
+    "scissor",
+    "light_bulb",
+    "can",
+    "glass",
+    "ball",
+    "marker",
+    "cup",
+    "remote_control",
+)
 HELD = (3, 7, 10)
 """The sessions to test on."""
 TAUGHT = tuple(s for s in range(1, 12) if s not in HELD)
 SCENARIOS = {
-    "ni": ("NI_inc", 8), "nc": ("NC_inc", 9), "nic": ("NIC_inc", 79),
-    "nicv2_79": ("NIC_v2_79", 79), "nicv2_196": ("NIC_v2_196", 196), "nicv2_391": ("NIC_v2_391", 391),
-}  # fmt: skip
+    "ni": ("NI_inc", 8),
+    "nc": ("NC_inc", 9),
+    "nic": ("NIC_inc", 79),
+    "nicv2_79": ("NIC_v2_79", 79),
+    "nicv2_196": ("NIC_v2_196", 196),
+    "nicv2_391": ("NIC_v2_391", 391),
+}
 """The folder of the published file lists, and the number of training batches."""
 
 
 def core50(
-    path: str | Path, scenario: str, object_level: bool, run: int, size: int | tuple[int, int] | None, grey: bool,
-    in_memory: bool, workers: int, validation: float, name: str, space: str | None,
-) -> list[Source]:  # fmt: skip
+    path: str | Path,
+    scenario: str,
+    object_level: bool,
+    run: int,
+    size: int | tuple[int, int] | None,
+    grey: bool,
+    in_memory: bool,
+    workers: int,
+    validation: float,
+    name: str,
+    space: str | None,
+) -> list[Source]:
     """See `consilience.data.core50`."""
     path = _folder(path)
     if scenario not in SCENARIOS:
         raise unknown("scenario", str(scenario), SCENARIOS)
     _whole(0, run=run)
     both, share = dimensions(size, workers), _fraction("validation", validation, zero=True)
-    root = next((p for p in (path, *(path / f"core50_{n}x{n}" for n in (128, 32, 350))) if (p / "s1").is_dir()), None)
+    root = next(
+        (p for p in (path, *(path / f"core50_{n}x{n}" for n in (128, 32, 350))) if (p / "s1").is_dir()), None
+    )
     if root is None:
-        raise ConsilienceError(f"CORe50 should have the sessions s1 .. s11, in core50_128x128 or there. Found no s1 in {path}.")
+        raise ConsilienceError(
+            f"CORe50 should have the sessions s1 .. s11, in core50_128x128 or there. Found no s1 in {path}."
+        )
     missing = [f"s{s}" for s in range(1, 12) if not (root / f"s{s}").is_dir()]
     if missing:
-        raise ConsilienceError(f"CORe50 should have the sessions s1 .. s11. Found no {', '.join(missing)} in {root}.")
+        raise ConsilienceError(
+            f"CORe50 should have the sessions s1 .. s11. Found no {', '.join(missing)} in {root}."
+        )
     lists = _lists(path if path != root else path.parent, scenario, object_level, run)
     if lists is None:
         train, test, index = _by_rule(root, scenario, run)
@@ -98,7 +132,9 @@ def core50(
 
     def read(images: list[tuple[int, int, str]]) -> Examples:
         y = torch.tensor([(o - 1) // (1 if object_level else 5) for _, o, _ in images])
-        return pictures([root / f"s{s}" / f"o{o}" / file for s, o, file in images], y, both, grey, in_memory, workers)
+        return pictures(
+            [root / f"s{s}" / f"o{o}" / file for s, o, file in images], y, both, grey, in_memory, workers
+        )
 
     examples, held = read(train), read(test)
     _like(examples, held)
@@ -107,11 +143,16 @@ def core50(
     parts = []
     for i, own in enumerate(index):
         y = examples.targets()[own]
-        drawn, rest = draw(y, round(share * len(own)), key(run, name, scenario, i, "validation"), stratified=True, spare=1)
+        drawn, rest = draw(
+            y, round(share * len(own)), key(run, name, scenario, i, "validation"), stratified=True, spare=1
+        )
         parts.append((own[rest], own[drawn]))
     width = len(str(len(index) - 1))
     return batches(
-        whole, [f"{name}/{scenario}-{i:0{width}d}" for i in range(len(index))], [t for t, _ in parts], [v for _, v in parts]
+        whole,
+        [f"{name}/{scenario}-{i:0{width}d}" for i in range(len(index))],
+        [t for t, _ in parts],
+        [v for _, v in parts],
     )
 
 
@@ -126,8 +167,14 @@ def _lists(path: Path, scenario: str, object_level: bool, run: int) -> list[Path
     where = next((p for p in (found / f"run{run}", found / f"Run{run}") if p.is_dir()), None)
     if where is None:
         there = sorted((p.name for p in _folders(found)), key=lambda n: (len(n), n))
-        raise ConsilienceError(f"`run` should be one that has file lists. Found `run = {run}`, and {there} in {found}.")
-    train = {int(f.name.split("_")[2]): f for f in where.glob("train_batch_*_filelist.txt") if f.name.split("_")[2].isdigit()}
+        raise ConsilienceError(
+            f"`run` should be one that has file lists. Found `run = {run}`, and {there} in {found}."
+        )
+    train = {
+        int(f.name.split("_")[2]): f
+        for f in where.glob("train_batch_*_filelist.txt")
+        if f.name.split("_")[2].isdigit()
+    }
     if sorted(train) != list(range(count)):
         raise ConsilienceError(
             f"{folder} should have file lists of train batches 0 .. {count - 1}. Found {len(train)} in {where}."
@@ -139,11 +186,15 @@ def _image(name: str, file: Path) -> tuple[int, int, str]:
     """Session, object and file name. What the image shows is the object's number: the labels of some lists are renumbered."""
     found = re.fullmatch(r"s(\d+)/o(\d+)/([^/]+)", name)
     if not found or not 1 <= int(found[1]) <= 11 or not 1 <= int(found[2]) <= 50:
-        raise ConsilienceError(f"images of CORe50 should be named as s1/o1/C_01_01_000.png. Found {name!r} in {file}.")
+        raise ConsilienceError(
+            f"images of CORe50 should be named as s1/o1/C_01_01_000.png. Found {name!r} in {file}."
+        )
     return int(found[1]), int(found[2]), found[3]
 
 
-def _by_rule(root: Path, scenario: str, run: int) -> tuple[list[tuple[int, int, str]], list[tuple[int, int, str]], list[Tensor]]:
+def _by_rule(
+    root: Path, scenario: str, run: int
+) -> tuple[list[tuple[int, int, str]], list[tuple[int, int, str]], list[Tensor]]:
     """Training and test images, and the batches of NI and NC as they are published, in an order that `run` draws."""
     if scenario not in ("ni", "nc"):
         folder, count = SCENARIOS[scenario]
@@ -179,9 +230,19 @@ def _by_rule(root: Path, scenario: str, run: int) -> tuple[list[tuple[int, int, 
 
 
 def clear(
-    path: str | Path, protocol: str, split: int, test: float, size: int | tuple[int, int] | None, grey: bool, in_memory: bool,
-    workers: int, validation: float, name: str | None, space: str | None, seed: int,
-) -> list[Source]:  # fmt: skip
+    path: str | Path,
+    protocol: str,
+    split: int,
+    test: float,
+    size: int | tuple[int, int] | None,
+    grey: bool,
+    in_memory: bool,
+    workers: int,
+    validation: float,
+    name: str | None,
+    space: str | None,
+    seed: int,
+) -> list[Source]:
     """See `consilience.data.clear`."""
     path = _folder(path)
     if protocol not in ("iid", "streaming"):
@@ -190,15 +251,22 @@ def clear(
     both, share = dimensions(size, workers), _fraction("validation", validation, zero=True)
     fraction = _fraction("test", test)
     name = name or path.resolve().name
-    halves = [next((p for n in names if (p := path / n).is_dir()), path) for names in (("train", "train_image_only"), ("test",))]
+    halves = [
+        next((p for n in names if (p := path / n).is_dir()), path)
+        for names in (("train", "train_image_only"), ("test",))
+    ]
     if halves[0] == path or halves[1] == path:
         if halves[0] != halves[1]:
-            raise ConsilienceError(f"CLEAR should have both train/ and test/, or neither. Found one in {path}.")
+            raise ConsilienceError(
+                f"CLEAR should have both train/ and test/, or neither. Found one in {path}."
+            )
         halves = [path]
     classes = _names(halves[0])
     of: list[dict[int, list[Path]]] = [_buckets(half, classes) for half in halves]
     if len({tuple(b) for b in of}) > 1:
-        raise ConsilienceError(f"test/ should have the buckets of train/. Found {list(of[1])} and {list(of[0])} in {path}.")
+        raise ConsilienceError(
+            f"test/ should have the buckets of train/. Found {list(of[1])} and {list(of[0])} in {path}."
+        )
     files: list[Path] = []
     parts: dict[int, tuple[Tensor, Tensor]] = {}
     given = path / "training_folder" / "testset_ratio_0.3" / f"split_{split}"
@@ -216,25 +284,37 @@ def clear(
         if len(two) == 2:
             parts[bucket] = (index[: len(two[0])], index[len(two[0]) :])
         else:
-            drawn, rest = draw(y, round(fraction * len(y)), key(seed, name, "test", bucket), stratified=True, spare=1)
+            drawn, rest = draw(
+                y, round(fraction * len(y)), key(seed, name, "test", bucket), stratified=True, spare=1
+            )
             parts[bucket] = (index[rest], index[drawn])
-    everything = pictures(files, torch.tensor([where[f.parent.name] for f in files]), both, grey, in_memory, workers)
+    everything = pictures(
+        files, torch.tensor([where[f.parent.name] for f in files]), both, grey, in_memory, workers
+    )
     if protocol == "streaming":
         if len(parts) < 2:
-            raise ConsilienceError(f"streaming should have two buckets or more, one to test on. Found {len(parts)} in {path}.")
+            raise ConsilienceError(
+                f"streaming should have two buckets or more, one to test on. Found {len(parts)} in {path}."
+            )
         parts = {b: (torch.cat(two).sort().values,) * 2 for b, two in parts.items()}
     tests = {b: everything.select(held) for b, (_, held) in parts.items()}
-    after = dict(zip(tests, list(tests)[1:], strict=False)) if protocol == "streaming" else {b: b for b in tests}
+    after = (
+        dict(zip(tests, list(tests)[1:], strict=False)) if protocol == "streaming" else {b: b for b in tests}
+    )
     labels = tuple((name if space is None else space, c) for c in classes)
     found = []
     for bucket, held_in in after.items():
         train = tests[bucket] if protocol == "streaming" else everything.select(parts[bucket][0])
         y = train.targets()
-        drawn, rest = draw(y, round(share * len(y)), key(seed, name, "validation", bucket), stratified=True, spare=1)
+        drawn, rest = draw(
+            y, round(share * len(y)), key(seed, name, "validation", bucket), stratified=True, spare=1
+        )
         chosen_out = train.select(drawn)
         train = train.select(rest) if len(drawn) else train
         own = f"{name}/bucket-{bucket}"
-        found.append(Source(own, train, chosen_out, tests[held_in], labels, tuple(range(len(classes))), task=own))
+        found.append(
+            Source(own, train, chosen_out, tests[held_in], labels, tuple(range(len(classes))), task=own)
+        )
     return found
 
 
@@ -244,7 +324,9 @@ def _names(root: Path) -> list[str]:
     if file.is_file():
         return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     images = root / "labeled_images"
-    found = sorted({c.name for b in (_folders(images) if images.is_dir() else []) if b.name != "0" for c in _folders(b)})
+    found = sorted(
+        {c.name for b in (_folders(images) if images.is_dir() else []) if b.name != "0" for c in _folders(b)}
+    )
     if not found:
         raise ConsilienceError(f"CLEAR should have labeled_images/<bucket>/<class>/. Found none in {root}.")
     return found
@@ -253,9 +335,15 @@ def _names(root: Path) -> list[str]:
 def _buckets(root: Path, classes: Sequence[str]) -> dict[int, list[Path]]:
     """The images of every bucket but 0, which has no labels, class by class."""
     where = root / "labeled_images"
-    numbers = sorted(int(p.name) for p in _folders(where) if p.name.isdigit() and p.name != "0") if where.is_dir() else []
+    numbers = (
+        sorted(int(p.name) for p in _folders(where) if p.name.isdigit() and p.name != "0")
+        if where.is_dir()
+        else []
+    )
     if not numbers:
-        raise ConsilienceError(f"CLEAR should have labeled_images/<bucket>/<class>/. Found no bucket in {root}.")
+        raise ConsilienceError(
+            f"CLEAR should have labeled_images/<bucket>/<class>/. Found no bucket in {root}."
+        )
     found = {}
     for b in numbers:
         here = where / str(b)
@@ -276,6 +364,8 @@ def _listed(path: Path, file: Path, classes: Sequence[str]) -> list[Path]:
     for name, number in _lines(file):
         image = path / name
         if number >= len(classes) or image.parent.name != classes[number]:
-            raise ConsilienceError(f"the number of an image should be that of its class. Found {name} {number} in {file}.")
+            raise ConsilienceError(
+                f"the number of an image should be that of its class. Found {name} {number} in {file}."
+            )
         found.append(image)
     return found

@@ -31,7 +31,12 @@ Progress = Callable[[int, int], None]
 
 
 def embed(
-    sources: Sequence[Source], model: Model, cache: str | Path | None, batch: int, device: str, progress: Progress | None
+    sources: Sequence[Source],
+    model: Model,
+    cache: str | Path | None,
+    batch: int,
+    device: str,
+    progress: Progress | None,
 ) -> list[Source]:
     """See `consilience.data.embed`."""
     if batch < 1:
@@ -51,7 +56,13 @@ def embed(
         made[key] = _part(e, forward, width, batch, torch.device(device), store, told)
         done += len(e)
     return [
-        replace(s, train=made[id(s.train)], validation=made[id(s.validation)], test=made[id(s.test)], feature_space=name)
+        replace(
+            s,
+            train=made[id(s.train)],
+            validation=made[id(s.validation)],
+            test=made[id(s.test)],
+            feature_space=name,
+        )
         for s in sources
     ]
 
@@ -60,7 +71,9 @@ def _bound(model: Model, device: str) -> tuple[Forward, int, str]:
     """The trunk x [B, ..] -> [B, d], d, and the hash of all that it depends on."""
     trunk: Any = getattr(model, "trunk", model)
     if not getattr(trunk, "headless", False) or not isinstance(trunk, Model):
-        raise ConsilienceError(f"`model` should be a backbone without a head, or heads on one. Found {model!r:.60}.")
+        raise ConsilienceError(
+            f"`model` should be a backbone without a head, or heads on one. Found {model!r:.60}."
+        )
     params, buffers = trunk.init(torch.Generator().manual_seed(0))
     if not all(trunk.frozen(n) for n in params):
         raise ConsilienceError(
@@ -85,9 +98,14 @@ def _bound(model: Model, device: str) -> tuple[Forward, int, str]:
 
 
 def _part(
-    examples: Examples, forward: Forward, width: int, batch: int, device: torch.device, store: Store | None,
+    examples: Examples,
+    forward: Forward,
+    width: int,
+    batch: int,
+    device: torch.device,
+    store: Store | None,
     told: Callable[[int], None],
-) -> Tensors:  # fmt: skip
+) -> Tensors:
     """The features [N, d] of a part of a source, from the store where they are there."""
     n = len(examples)
     if n == 0:
@@ -159,7 +177,9 @@ class Store:
             folder.mkdir(parents=True, exist_ok=True)
             found = sorted(folder.iterdir())
         except OSError as e:
-            raise ConsilienceError(f"`cache` should be a folder that can be written. Found {e.strerror} at {folder}.") from e
+            raise ConsilienceError(
+                f"`cache` should be a folder that can be written. Found {e.strerror} at {folder}."
+            ) from e
         for path in found:
             if path.suffix == ".safetensors":
                 self._open(path)
@@ -196,7 +216,9 @@ class Store:
         self.rows = []
         path = self.folder / f"{hashlib.blake2b(b''.join(images), digest_size=HASH).hexdigest()}.safetensors"
         table = torch.from_numpy(np.frombuffer(b"".join(images), dtype=np.uint8).reshape(-1, HASH).copy())
-        _write(path, {"features": features, "images": table}, {"digest": content_hash({"features": features})})
+        _write(
+            path, {"features": features, "images": table}, {"digest": content_hash({"features": features})}
+        )
         self.known.difference_update(images)
         self._open(path)
 
@@ -222,7 +244,11 @@ class Store:
                 features, images = file.get_tensor("features"), file.get_tensor("images")
                 digest = (file.metadata() or {}).get("digest")
             n = len(images)
-            if features.shape != (n, self.width) or features.dtype != torch.float32 or images.shape != (n, HASH):
+            if (
+                features.shape != (n, self.width)
+                or features.dtype != torch.float32
+                or images.shape != (n, HASH)
+            ):
                 raise ValueError(f"{tuple(features.shape)} features of {tuple(images.shape)}")
             raw = images.numpy().tobytes()
             if path.stem != hashlib.blake2b(raw, digest_size=HASH).hexdigest():
@@ -231,7 +257,10 @@ class Store:
                 raise ValueError("no digest of its features")
         except (SafetensorError, ValueError, OSError) as e:
             reason = str(e).splitlines()[0]
-            warnings.warn(f"a file of kept features should be whole and ours: {path} is not read ({reason})", stacklevel=6)
+            warnings.warn(
+                f"a file of kept features should be whole and ours: {path} is not read ({reason})",
+                stacklevel=6,
+            )
             return
         number = len(self.files)
         self.files.append(features)
@@ -244,7 +273,9 @@ class Store:
         path, digest = self.unread.pop(number, (None, ""))
         if path is not None and content_hash({"features": self.files[number]}) != digest:
             self.unread[number] = (path, digest)
-            raise ConsilienceError(f"kept features should be as they were written. Found others in {path}; delete that file.")
+            raise ConsilienceError(
+                f"kept features should be as they were written. Found others in {path}; delete that file."
+            )
 
 
 def _tidy(path: Path) -> None:

@@ -55,7 +55,8 @@ def joined(parts: Sequence[Examples]) -> Examples:
     y = torch.cat([p.targets() for p in kept])
     first = streams[0]
     if len(streams) == len(kept) and all(
-        s.dataset is first.dataset and (s.x_through, s.y_through) == (first.x_through, first.y_through) for s in streams
+        s.dataset is first.dataset and (s.x_through, s.y_through) == (first.x_through, first.y_through)
+        for s in streams
     ):
         return replace(first, y=y, index=torch.cat([s.index for s in streams]))
     rows: ConcatDataset[tuple[Tensor, Tensor]] = ConcatDataset([Rows(p) for p in kept])
@@ -70,19 +71,25 @@ def blurry(sources: Sequence[Source], share: float, to: str, seed: int) -> list[
     sources = list(sources)
     n = len(sources)
     if n < 2 or not all(isinstance(s, Source) for s in sources):
-        raise ConsilienceError(f"blurry should have a list of two or more sources. Found {n} {_kinds(sources)}.")
+        raise ConsilienceError(
+            f"blurry should have a list of two or more sources. Found {n} {_kinds(sources)}."
+        )
     if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share < 1:
         raise ConsilienceError(f"`share` should be a fraction in [0, 1). Found `share = {share!r}`.")
     if to not in ("all", "neighbours"):
         raise ConsilienceError(f'`to` should be "all" or "neighbours". Found `to = {to!r}`.')
     if any((s.labels, s.kind) != (sources[0].labels, sources[0].kind) for s in sources):
-        raise ConsilienceError("sources that exchange examples should share their labels. Found different ones.")
+        raise ConsilienceError(
+            "sources that exchange examples should share their labels. Found different ones."
+        )
     if share == 0:
         return sources
     mixed = [_mixed(sources, part, share, to, seed) for part in ("train", "validation")]
     found = []
     for s, train, validation in zip(sources, *mixed, strict=True):
-        there = torch.cat([train.targets(), validation.targets()]).unique().tolist() if s.kind == "class" else []
+        there = (
+            torch.cat([train.targets(), validation.targets()]).unique().tolist() if s.kind == "class" else []
+        )
         classes = (*s.classes, *(c for c in there if c not in s.classes))
         found.append(replace(s, train=train, validation=validation, classes=classes))
     return found
@@ -99,7 +106,9 @@ def _mixed(sources: Sequence[Source], part: str, share: float, to: str, seed: in
     arrived: list[list[Examples]] = [[] for _ in sources]
     for i, s in enumerate(sources):
         own: Examples = getattr(s, part)
-        heirs = [(i + d) % n for d in range(1, n)] if to == "all" else [j for j in (i - 1, i + 1) if 0 <= j < n]
+        heirs = (
+            [(i + d) % n for d in range(1, n)] if to == "all" else [j for j in (i - 1, i + 1) if 0 <= j < n]
+        )
         quota = round(share * len(own) * (1 if to == "all" else len(heirs) / 2))
         by_class = s.kind == "class" and len(own) > 0
         given, kept = draw(own.targets(), quota, key(seed, s.name, "blurry", part), by_class, spare=1)
@@ -133,7 +142,9 @@ def chosen(groups: Tensor, classes: Tensor, units: Sequence[Unit]) -> list[Tenso
     return found
 
 
-def batches(source: Source, names: Sequence[str], train: Sequence[Tensor], validation: Sequence[Tensor]) -> list[Source]:
+def batches(
+    source: Source, names: Sequence[str], train: Sequence[Tensor], validation: Sequence[Tensor]
+) -> list[Source]:
     """A source's training examples in parts, each a task; all have the very same `test`, and the classes they really have."""
     found = []
     for name, index, held in zip(names, train, validation, strict=True):
@@ -159,22 +170,35 @@ def _groups(source: Source, groups: Any) -> tuple[Tensor, Tensor]:
     return of[:n], of[n:]
 
 
-def _cut(source: Source, groups: tuple[Tensor, Tensor], units: Sequence[Unit], names: Sequence[str]) -> list[Source]:
+def _cut(
+    source: Source, groups: tuple[Tensor, Tensor], units: Sequence[Unit], names: Sequence[str]
+) -> list[Source]:
     """The batches of these units."""
-    parts = [chosen(of, e.targets().cpu(), units) for of, e in zip(groups, (source.train, source.validation), strict=True)]
+    parts = [
+        chosen(of, e.targets().cpu(), units)
+        for of, e in zip(groups, (source.train, source.validation), strict=True)
+    ]
     return batches(source, names, *parts)
 
 
-def _turn(values: Sequence[int], order: Sequence[int] | None, seed: int | None, where: tuple[str, str]) -> list[int]:
+def _turn(
+    values: Sequence[int], order: Sequence[int] | None, seed: int | None, where: tuple[str, str]
+) -> list[int]:
     """Values in a given order, in one drawn, or as they are."""
     name, what = where
     if order is not None and seed is not None:
-        raise ConsilienceError(f"{what} should be in a given `order` or in one drawn with `seed`. Found both.")
+        raise ConsilienceError(
+            f"{what} should be in a given `order` or in one drawn with `seed`. Found both."
+        )
     if order is not None:
         if sorted(order) != sorted(values):
             raise ConsilienceError(f"`order` should list every one of the {what} once. Found {list(order)}.")
         return list(order)
-    return [values[i] for i in torch.randperm(len(values), generator=key(seed, name, what))] if seed is not None else list(values)
+    return (
+        [values[i] for i in torch.randperm(len(values), generator=key(seed, name, what))]
+        if seed is not None
+        else list(values)
+    )
 
 
 def new_instances(source: Source, groups: Any, order: Sequence[int] | None, seed: int | None) -> list[Source]:
@@ -184,7 +208,9 @@ def new_instances(source: Source, groups: Any, order: Sequence[int] | None, seed
     return _cut(source, of, [((g,), None) for g in turn], [f"{source.name}/group-{g}" for g in turn])
 
 
-def new_instances_and_classes(source: Source, groups: Any, first: int | None, each: int, seed: int) -> list[Source]:
+def new_instances_and_classes(
+    source: Source, groups: Any, first: int | None, each: int, seed: int
+) -> list[Source]:
     """See `consilience.data.new_instances_and_classes`."""
     _of_classes(source, "new_instances_and_classes")
     _whole(each=each)
@@ -195,7 +221,9 @@ def new_instances_and_classes(source: Source, groups: Any, first: int | None, ea
     opening, *later = of[0].unique().tolist()
     again = [begin[i : i + each] for i in range(0, len(begin), each)]
     new = [rest[i : i + each] for i in range(0, len(rest), each)]
-    units: list[Unit] = [((g,), c) for g in later for c in again] + [((g,), c) for g in (opening, *later) for c in new]
+    units: list[Unit] = [((g,), c) for g in later for c in again] + [
+        ((g,), c) for g in (opening, *later) for c in new
+    ]
     y = source.train.targets().cpu()
     units = [u for u, index in zip(units, chosen(of[0], y, units), strict=True) if len(index)]
     turn = torch.randperm(len(units), generator=key(seed, source.name, "instances and classes")).tolist()

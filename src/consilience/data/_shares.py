@@ -19,7 +19,9 @@ def apportion(weights: Tensor, total: int) -> Tensor:
     return parts.long()
 
 
-def draw(targets: Tensor, total: int, generator: torch.Generator, stratified: bool, spare: int = 0) -> tuple[Tensor, Tensor]:
+def draw(
+    targets: Tensor, total: int, generator: torch.Generator, stratified: bool, spare: int = 0
+) -> tuple[Tensor, Tensor]:
     """About `total` indices drawn and the others, both ascending; `stratified` keeps the shares of the classes and leaves
     at least `spare` examples of each.
 

@@ -36,7 +36,9 @@ def tensor(value: Any, what: str) -> Tensor:
     try:
         array = np.asarray(value)
     except ValueError as e:
-        raise ConsilienceError(f"{what} should be an array with rows of equal length. Found: {str(e).splitlines()[0]}") from e
+        raise ConsilienceError(
+            f"{what} should be an array with rows of equal length. Found: {str(e).splitlines()[0]}"
+        ) from e
     if array.dtype.kind not in "biuf":
         raise ConsilienceError(f"{what} should be real numbers. Found dtype {array.dtype}.")
     if array.dtype.kind == "u" and array.dtype.itemsize > 1:
@@ -56,7 +58,9 @@ def inputs(value: Any, what: str) -> Tensor:
     """Checked inputs [N, ...]."""
     x = tensor(value, what)
     if x.dim() < 2:
-        raise ConsilienceError(f"{what} should have a dimension of examples and at least one more. Found shape {tuple(x.shape)}.")
+        raise ConsilienceError(
+            f"{what} should have a dimension of examples and at least one more. Found shape {tuple(x.shape)}."
+        )
     if x.numel() == 0:
         raise ConsilienceError(f"{what} should not be empty. Found shape {tuple(x.shape)}.")
     x = unit(x)
@@ -69,33 +73,47 @@ def targets(value: Any, kind: Kind, what: str) -> Tensor:
     y = tensor(value, what)
     if kind == "value":
         if y.dim() not in (1, 2):
-            raise ConsilienceError(f"{what} should have shape [N] or [N, outputs] for values. Found shape {tuple(y.shape)}.")
+            raise ConsilienceError(
+                f"{what} should have shape [N] or [N, outputs] for values. Found shape {tuple(y.shape)}."
+            )
         y = y.to(torch.float32)
         _finite(y, what)
         return y[:, None] if y.dim() == 1 else y
     if y.dim() != 1:
         raise ConsilienceError(f"{what} should have shape [N] for classes. Found shape {tuple(y.shape)}.")
     if y.is_floating_point():
-        raise ConsilienceError(f'{what} should be class numbers of an integer type (or `kind="value"`). Found dtype {y.dtype}.')
+        raise ConsilienceError(
+            f'{what} should be class numbers of an integer type (or `kind="value"`). Found dtype {y.dtype}.'
+        )
     return y.long()
 
 
 def _finite(t: Tensor, what: str) -> None:
     if t.is_floating_point() and not torch.isfinite(t).all():
-        first = int((~torch.isfinite(t)).flatten(1 if t.dim() > 1 else 0).reshape(len(t), -1).any(1).nonzero()[0])
+        first = int(
+            (~torch.isfinite(t)).flatten(1 if t.dim() > 1 else 0).reshape(len(t), -1).any(1).nonzero()[0]
+        )
         raise ConsilienceError(f"{what} should be finite. Found NaN or infinity in example {first}.")
 
 
 def _fraction(name: str, value: object, zero: bool = False) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (0 < value < 1 or (zero and value == 0)):
-        raise ConsilienceError(f"`{name}` should be a fraction in {'[0' if zero else '(0'}, 1). Found `{name} = {value!r}`.")
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or not (0 < value < 1 or (zero and value == 0))
+    ):
+        raise ConsilienceError(
+            f"`{name}` should be a fraction in {'[0' if zero else '(0'}, 1). Found `{name} = {value!r}`."
+        )
     return float(value)
 
 
 def _pair(x: Any, y: Any, kind: Kind, of: str) -> Tensors:
     pair = Tensors(inputs(x, f"`{of}x`"), targets(y, kind, f"`{of}y`"))
     if len(pair.x) != len(pair.y):
-        raise ConsilienceError(f"`{of}x` and `{of}y` should be equally long. Found {len(pair.x)} and {len(pair.y)}.")
+        raise ConsilienceError(
+            f"`{of}x` and `{of}y` should be equally long. Found {len(pair.x)} and {len(pair.y)}."
+        )
     return pair
 
 
@@ -113,7 +131,9 @@ def _labels(
         k = train.shape[1]
         names = classes if classes is not None else ["value"] if k == 1 else [f"value{i}" for i in range(k)]
         if len(names) != k:
-            raise ConsilienceError(f"`classes` should name every output. Found {len(names)} names and {k} outputs.")
+            raise ConsilienceError(
+                f"`classes` should name every output. Found {len(names)} names and {k} outputs."
+            )
         return tuple((space, str(n)) for n in names), tuple(range(k))
     found = torch.cat([train, test]).unique()
     low, high = int(found[0]), int(found[-1])
@@ -124,24 +144,36 @@ def _labels(
             raise ConsilienceError(f"class numbers should count up from 0. Found {high}.")
         return tuple((space, str(i)) for i in range(high + 1)), tuple(found.tolist())
     if high >= len(classes):
-        raise ConsilienceError(f"class numbers should be in 0..{len(classes) - 1}, one for each of `classes`. Found {high}.")
+        raise ConsilienceError(
+            f"class numbers should be in 0..{len(classes) - 1}, one for each of `classes`. Found {high}."
+        )
     return tuple((space, str(n)) for n in classes), tuple(range(len(classes)))
 
 
 def _source(
-    train: Examples, test: Examples | float, classes: Sequence[str] | None, name: str, kind: Kind, space: str | None,
-    validation: float | Examples, seed: int,
-) -> Source:  # fmt: skip
+    train: Examples,
+    test: Examples | float,
+    classes: Sequence[str] | None,
+    name: str,
+    kind: Kind,
+    space: str | None,
+    validation: float | Examples,
+    seed: int,
+) -> Source:
     """A source from examples, with the splits that are still to be made."""
     if not isinstance(test, Examples):
         y = train.targets()
         drawn, rest = draw(y, round(test * len(y)), key(seed, name, "test"), kind == "class", spare=1)
         if not len(drawn) or not len(rest):
-            raise ConsilienceError(f"`test` should leave examples on both sides. Found `test = {test}` of {len(y)} examples.")
+            raise ConsilienceError(
+                f"`test` should leave examples on both sides. Found `test = {test}` of {len(y)} examples."
+            )
         train, test = train.select(rest), train.select(drawn)
     if not isinstance(validation, Examples):
         y = train.targets()
-        drawn, rest = draw(y, round(validation * len(y)), key(seed, name, "validation"), kind == "class", spare=1)
+        drawn, rest = draw(
+            y, round(validation * len(y)), key(seed, name, "validation"), kind == "class", spare=1
+        )
         train, validation = train.select(rest), train.select(drawn)
     seen = torch.cat([train.targets(), validation.targets()])
     labels, known = _labels(seen, test.targets(), classes, name if space is None else space, kind)
@@ -164,11 +196,15 @@ def table(name: str, seed: int, image: bool = False) -> Source:
     x = torch.tensor(data.data, dtype=torch.float32)
     if name == "digits":
         x = x.view(-1, 1, 8, 8) / 16 if image else x / 16
-        return from_arrays(x, data.target, 0.2, [str(c) for c in data.target_names], name, "class", None, 0.1, seed)
+        return from_arrays(
+            x, data.target, 0.2, [str(c) for c in data.target_names], name, "class", None, 0.1, seed
+        )
     if name == "diabetes":
         source = from_arrays(x, data.target, 0.2, None, name, "value", None, 0.1, seed)
         return source.map(x=_standard(source.train.whole()[0]), y=_standard(source.train.targets()))
-    source = from_arrays(x, data.target, 0.2, [str(c) for c in data.target_names], name, "class", None, 0.1, seed)
+    source = from_arrays(
+        x, data.target, 0.2, [str(c) for c in data.target_names], name, "class", None, 0.1, seed
+    )
     return source.map(x=_standard(source.train.whole()[0]))
 
 
@@ -206,7 +242,9 @@ def from_arrays(
         held = _pair(test[0], test[1], kind, "test ")
         if held.x.shape[1:] != train.x.shape[1:]:
             found = f"{tuple(held.x.shape[1:])} and {tuple(train.x.shape[1:])}"
-            raise ConsilienceError(f"test examples should have the shape of training examples. Found {found}.")
+            raise ConsilienceError(
+                f"test examples should have the shape of training examples. Found {found}."
+            )
         if held.x.dtype != train.x.dtype:
             raise ConsilienceError(
                 f"test inputs should be of the type of training inputs. Found {held.x.dtype} and {train.x.dtype}."
@@ -242,7 +280,9 @@ def channels_first(image: np.ndarray) -> Tensor:
 def collect(dataset: Any, kind: Kind) -> Tensor:
     """The targets of a dataset: its attribute, if it agrees with the first example, or read one by one."""
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
-        raise ConsilienceError(f"a dataset should be map-style, with len(d) and d[i]. Found {type(dataset).__name__}.")
+        raise ConsilienceError(
+            f"a dataset should be map-style, with len(d) and d[i]. Found {type(dataset).__name__}."
+        )
     if len(dataset) == 0:
         raise ConsilienceError("a dataset should not be empty. Found 0 examples.")
     first = dataset[0]
@@ -267,19 +307,32 @@ def _streamed(dataset: Any, y: Tensor, workers: int) -> Stream:
 
 
 def from_dataset(
-    dataset: Any, test: Any, classes: Sequence[str] | None, workers: int, name: str, kind: Kind, space: str | None,
-    validation: float, seed: int,
-) -> Source:  # fmt: skip
+    dataset: Any,
+    test: Any,
+    classes: Sequence[str] | None,
+    workers: int,
+    name: str,
+    kind: Kind,
+    space: str | None,
+    validation: float,
+    seed: int,
+) -> Source:
     """See `consilience.data.stream`."""
     _kind(kind)
     _workers(workers)
     share = _fraction("validation", validation, zero=True)
     train = _streamed(dataset, collect(dataset, kind), workers)
-    held = _fraction("test", test) if isinstance(test, (int, float)) else _streamed(test, collect(test, kind), workers)
+    held = (
+        _fraction("test", test)
+        if isinstance(test, (int, float))
+        else _streamed(test, collect(test, kind), workers)
+    )
     if isinstance(held, Stream):
         a, b = train.dataset[0][0].shape, held.dataset[0][0].shape
         if a != b:
-            raise ConsilienceError(f"test examples should have the shape of training examples. Found {tuple(b)} and {tuple(a)}.")
+            raise ConsilienceError(
+                f"test examples should have the shape of training examples. Found {tuple(b)} and {tuple(a)}."
+            )
     return _source(train, held, classes, name, kind, space, share, seed)
 
 
@@ -299,7 +352,9 @@ def pillow() -> Any:
     try:
         from PIL import Image
     except ImportError as e:
-        raise ConsilienceError("reading images should have pillow: pip install 'consilience[vision]'. Found none.") from e
+        raise ConsilienceError(
+            "reading images should have pillow: pip install 'consilience[vision]'. Found none."
+        ) from e
     return Image
 
 
@@ -313,7 +368,11 @@ def picture(file: Any, what: str, mode: str | None, size: tuple[int, int] | None
                 image = image.resize(size[::-1], image_module.Resampling.BILINEAR)
             return channels_first(np.asarray(image))
     except (OSError, SyntaxError, ValueError, image_module.DecompressionBombError) as e:
-        reason = str(e).splitlines()[0] if str(e) and "cannot identify" not in str(e) else "no image that pillow knows"
+        reason = (
+            str(e).splitlines()[0]
+            if str(e) and "cannot identify" not in str(e)
+            else "no image that pillow knows"
+        )
         raise ConsilienceError(f"an image should be readable. Found {what}: {reason}.") from e
 
 
@@ -330,7 +389,9 @@ class Images:
     def __getitem__(self, i: int) -> Tensor:
         x = picture(self.paths[i], str(self.paths[i]), self.mode, self.size)
         if self.first is None:
-            self.first = x.shape if i == 0 else picture(self.paths[0], str(self.paths[0]), self.mode, self.size).shape
+            self.first = (
+                x.shape if i == 0 else picture(self.paths[0], str(self.paths[0]), self.mode, self.size).shape
+            )
         if x.shape != self.first:
             a, b = ("x".join(map(str, s[1:])) for s in (self.first, x.shape))
             raise ConsilienceError(
@@ -350,7 +411,13 @@ def dimensions(size: int | tuple[int, int] | None, workers: int) -> tuple[int, i
 
 
 def pictures(
-    files: list[Path], y: Tensor, size: tuple[int, int] | None, grey: bool, in_memory: bool, workers: int, skip: bool = False
+    files: list[Path],
+    y: Tensor,
+    size: tuple[int, int] | None,
+    grey: bool,
+    in_memory: bool,
+    workers: int,
+    skip: bool = False,
 ) -> Tensors | Stream:
     """Image files with their classes, read at once or when they are needed; `skip` leaves out those that cannot be read."""
     if skip:
@@ -372,32 +439,55 @@ def _readable(files: list[Path], y: Tensor) -> tuple[list[Path], Tensor]:
     if not bad:
         return files, y
     if len(bad) == len(files):
-        raise ConsilienceError(f"images should be readable. Found none of {len(files)} that is, the first {files[0]}.")
+        raise ConsilienceError(
+            f"images should be readable. Found none of {len(files)} that is, the first {files[0]}."
+        )
     names = ", ".join(str(p) for p in list(bad.values())[:3])
     others = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
-    warnings.warn(f"{len(bad)} of {len(files)} images cannot be read and are left out: {names}{others}", stacklevel=5)
+    warnings.warn(
+        f"{len(bad)} of {len(files)} images cannot be read and are left out: {names}{others}", stacklevel=5
+    )
     keep = torch.tensor([i for i in range(len(files)) if i not in bad])
     return [files[i] for i in keep.tolist()], y[keep]
 
 
 def from_folder(
-    path: str | Path, size: int | tuple[int, int] | None, grey: bool, in_memory: bool, workers: int, test: float,
-    name: str | None, space: str | None, validation: float, seed: int, unreadable: str = "refuse",
-) -> Source:  # fmt: skip
+    path: str | Path,
+    size: int | tuple[int, int] | None,
+    grey: bool,
+    in_memory: bool,
+    workers: int,
+    test: float,
+    name: str | None,
+    space: str | None,
+    validation: float,
+    seed: int,
+    unreadable: str = "refuse",
+) -> Source:
     """See `consilience.data.folder`."""
     if unreadable not in ("refuse", "skip"):
-        raise ConsilienceError(f"`unreadable` should be 'refuse' or 'skip'. Found `unreadable = {unreadable!r}`.")
+        raise ConsilienceError(
+            f"`unreadable` should be 'refuse' or 'skip'. Found `unreadable = {unreadable!r}`."
+        )
     path = Path(path)
     if not path.is_dir():
-        raise ConsilienceError(f"`path` should be a folder of images. Found {'a file' if path.exists() else 'none'} at {path}.")
+        raise ConsilienceError(
+            f"`path` should be a folder of images. Found {'a file' if path.exists() else 'none'} at {path}."
+        )
     both = dimensions(size, workers)
     parts = {p.name: p for p in _folders(path)}
     root = parts.get("train", path)
     held = parts.get("test") if "train" in parts else None
-    chosen = next((parts[v] for v in ("val", "valid", "validation") if v in parts), None) if "train" in parts else None
+    chosen = (
+        next((parts[v] for v in ("val", "valid", "validation") if v in parts), None)
+        if "train" in parts
+        else None
+    )
     classes = [p.name for p in _folders(root)]
     if not classes:
-        raise ConsilienceError(f"a folder of images should have a subfolder for each class. Found none in {root}.")
+        raise ConsilienceError(
+            f"a folder of images should have a subfolder for each class. Found none in {root}."
+        )
 
     def read(where: Path) -> Examples:
         files, y = _files(where, classes)
@@ -407,7 +497,9 @@ def from_folder(
     if isinstance(test_part, Examples):
         a, b = (tuple(next(e.chunks(1))[0].shape[1:]) for e in (train, test_part))
         if a != b:
-            raise ConsilienceError(f"test images should have the size of training images, or pass `size`. Found {b} and {a}.")
+            raise ConsilienceError(
+                f"test images should have the size of training images, or pass `size`. Found {b} and {a}."
+            )
     share = read(chosen) if chosen else _fraction("validation", validation, zero=True)
     return _source(train, test_part, classes, name or path.resolve().name, "class", space, share, seed)
 
@@ -429,7 +521,9 @@ def _files(path: Path, classes: list[str]) -> tuple[list[Path], Tensor]:
         files += own
         y += [classes.index(sub.name)] * len(own)
     if not files:
-        raise ConsilienceError(f"a folder of images should have a subfolder for each class. Found none in {path}.")
+        raise ConsilienceError(
+            f"a folder of images should have a subfolder for each class. Found none in {path}."
+        )
     return files, torch.tensor(y)
 
 
@@ -455,21 +549,31 @@ def find(name: str | Path) -> Path:
         raise ConsilienceError(f"CONSILIENCE_DATA should name a folder. Found none at {where}.")
     known = {p.stem: p for p in Path(where).glob("*.npz")}
     if not known:
-        raise ConsilienceError(f"CONSILIENCE_DATA should name a folder with .npz files. Found none in {where}.")
+        raise ConsilienceError(
+            f"CONSILIENCE_DATA should name a folder with .npz files. Found none in {where}."
+        )
     if str(name) not in known:
         raise unknown("name", str(name), known)
     return known[str(name)]
 
 
 def from_npz(
-    name: str | Path, flat: bool, limit: int | None, images: str, space: str | None, validation: float, seed: int
+    name: str | Path,
+    flat: bool,
+    limit: int | None,
+    images: str,
+    space: str | None,
+    validation: float,
+    seed: int,
 ) -> Source:
     """See `consilience.data.npz`."""
     path = find(name)
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise ConsilienceError(f"`limit` should be a whole number >= 1. Found `limit = {limit!r}`.")
     share = _fraction("validation", validation, zero=True)
-    wanted = {f"{part}_{k}" for part in ("train", "test") for k in (images, "labels", "jpeg", "offsets")} | {"class_names"}
+    wanted = {f"{part}_{k}" for part in ("train", "test") for k in (images, "labels", "jpeg", "offsets")} | {
+        "class_names"
+    }
     try:
         with np.load(path, allow_pickle=False) as file:
             held = set(file.files)
@@ -478,7 +582,11 @@ def from_npz(
         reason = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise ConsilienceError(f"an .npz file should be whole. Found {path}: {reason}") from e
     coded = images == "images" and "train_jpeg" in data
-    needed = [f"{p}_{k}" for p in ("train", "test") for k in (("jpeg", "offsets", "labels") if coded else (images, "labels"))]
+    needed = [
+        f"{p}_{k}"
+        for p in ("train", "test")
+        for k in (("jpeg", "offsets", "labels") if coded else (images, "labels"))
+    ]
     missing = [k for k in needed if k not in data]
     if missing:
         raise ConsilienceError(
@@ -490,7 +598,9 @@ def from_npz(
         y = targets(data[f"{part}_labels"], "class", f"{part}_labels of {path}")
         count = len(data[f"{part}_offsets"]) - 1 if coded else len(data[f"{part}_{images}"])
         if len(y) != count:
-            raise ConsilienceError(f"images and labels should be equally many. Found {count} and {len(y)} ({part}) in {path}.")
+            raise ConsilienceError(
+                f"images and labels should be equally many. Found {count} and {len(y)} ({part}) in {path}."
+            )
         chosen = torch.arange(len(y))
         if part == "train" and limit is not None and limit < len(y):
             chosen, _ = draw(y, limit, key(seed, path.stem, "limit"), stratified=True)
@@ -517,9 +627,19 @@ def _channels(x: np.ndarray, path: Path) -> Tensor:
 def _decode(jpeg: np.ndarray, offsets: np.ndarray, chosen: list[int], what: str, path: Path) -> Tensor:
     """The chosen images of JPEG files laid end to end, as bytes [N, C, H, W]."""
     o = np.asarray(offsets)
-    if o.dtype.kind not in "iu" or o.ndim != 1 or o[0] != 0 or o[-1] != len(jpeg) or (np.diff(o.astype(np.int64)) <= 0).any():
-        raise ConsilienceError(f"JPEG offsets should rise from 0 to the {len(jpeg)} bytes there are. Found others in {path}.")
-    found = [picture(io.BytesIO(jpeg[o[i] : o[i + 1]].tobytes()), f"{what} {i} of {path}", None) for i in chosen]
+    if (
+        o.dtype.kind not in "iu"
+        or o.ndim != 1
+        or o[0] != 0
+        or o[-1] != len(jpeg)
+        or (np.diff(o.astype(np.int64)) <= 0).any()
+    ):
+        raise ConsilienceError(
+            f"JPEG offsets should rise from 0 to the {len(jpeg)} bytes there are. Found others in {path}."
+        )
+    found = [
+        picture(io.BytesIO(jpeg[o[i] : o[i + 1]].tobytes()), f"{what} {i} of {path}", None) for i in chosen
+    ]
     other = next((i for i, x in zip(chosen, found, strict=True) if x.shape != found[0].shape), None)
     if other is not None:
         raise ConsilienceError(f"images should have one size. Found another in {what} {other} of {path}.")

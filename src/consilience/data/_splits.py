@@ -40,20 +40,28 @@ def _of_classes(source: Source, what: str) -> None:
 # ---------------------------------------------------------------------------------------------------- tasks
 
 
-def split_classes(source: Source, n: int, order: Sequence[int | str] | None, seed: int | None) -> list[Source]:
+def split_classes(
+    source: Source, n: int, order: Sequence[int | str] | None, seed: int | None
+) -> list[Source]:
     """See `consilience.data.split_classes`."""
     _of_classes(source, "split_classes")
     _whole(n=n)
     if n > len(source.classes):
-        raise ConsilienceError(f"`n` should be at most the number of classes. Found `n = {n}` and {len(source.classes)} classes.")
+        raise ConsilienceError(
+            f"`n` should be at most the number of classes. Found `n = {n}` and {len(source.classes)} classes."
+        )
     if order is not None and seed is not None:
-        raise ConsilienceError("classes should be in a given `order` or in one drawn with `seed`. Found both.")
+        raise ConsilienceError(
+            "classes should be in a given `order` or in one drawn with `seed`. Found both."
+        )
     classes = list(source.classes)
     if order is not None:
         numbers = {source.labels[c][1]: c for c in source.classes}
         classes = [numbers.get(c, -1) if isinstance(c, str) else int(c) for c in order]
         if sorted(classes) != sorted(source.classes):
-            raise ConsilienceError(f"`order` should list every class of {source.name!r} once. Found {list(order)}.")
+            raise ConsilienceError(
+                f"`order` should list every class of {source.name!r} once. Found {list(order)}."
+            )
     elif seed is not None:
         turn = torch.randperm(len(classes), generator=key(seed, source.name, "classes"))
         classes = [classes[i] for i in turn]
@@ -131,7 +139,11 @@ def _turned(angle: float, side: int | None) -> Callable[[Tensor], Tensor]:
             return torch.rot90(image, int(angle // 90) % 4, (2, 3)).reshape(x.shape)
         theta = torch.tensor([[cos, -sin * h / w, 0], [sin * w / h, cos, 0]], dtype=x.dtype, device=x.device)
         turned = [
-            grid_sample(c, affine_grid(theta.expand(len(c), 2, 3), list(c.shape), align_corners=False), align_corners=False)
+            grid_sample(
+                c,
+                affine_grid(theta.expand(len(c), 2, 3), list(c.shape), align_corners=False),
+                align_corners=False,
+            )
             for c in image.split(4096)
         ]
         return torch.cat(turned).view(x.shape)
@@ -155,7 +167,12 @@ def _clients(source: Source, deal: Deal, local_test: bool) -> list[Source]:
         parts[part] = [these.select(index) for index in deal(these.targets().cpu(), part)]
     task = source.task or source.name
     return [
-        replace(source, name=f"{source.name}/client-{i}", task=task, **{part: own[i] for part, own in parts.items()})
+        replace(
+            source,
+            name=f"{source.name}/client-{i}",
+            task=task,
+            **{part: own[i] for part, own in parts.items()},
+        )
         for i in range(len(parts["train"]))
     ]
 
@@ -170,11 +187,16 @@ def _fits(source: Source, n: int, each: int, what: str) -> None:
 def _gamma_shares(rows: int, columns: int, alpha: float, generator: torch.Generator) -> Tensor:
     """Draws [rows, columns] from Dirichlet(alpha 1), in logarithms: log G(a) = log G(a + 1) + log(U) / a never underflows."""
     rng = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
-    log = np.log(rng.standard_gamma(alpha + 1, (rows, columns))) + np.log1p(-rng.random((rows, columns))) / alpha
+    log = (
+        np.log(rng.standard_gamma(alpha + 1, (rows, columns)))
+        + np.log1p(-rng.random((rows, columns))) / alpha
+    )
     return torch.from_numpy(log).softmax(1)
 
 
-def dirichlet(source: Source, clients: int, alpha: float, seed: int, local_test: bool, least: int) -> list[Source]:
+def dirichlet(
+    source: Source, clients: int, alpha: float, seed: int, local_test: bool, least: int
+) -> list[Source]:
     """See `consilience.data.dirichlet`."""
     _of_classes(source, "dirichlet")
     _whole(clients=clients, least=least)
@@ -182,7 +204,9 @@ def dirichlet(source: Source, clients: int, alpha: float, seed: int, local_test:
     _fits(source, clients, least, "clients x `least`")
     best = 0
     for attempt in range(100):
-        shares = _gamma_shares(len(source.classes), clients, alpha, key(seed, source.name, "dirichlet", attempt))
+        shares = _gamma_shares(
+            len(source.classes), clients, alpha, key(seed, source.name, "dirichlet", attempt)
+        )
 
         def deal(y: Tensor, part: str, shares: Tensor = shares, attempt: int = attempt) -> list[Tensor]:
             generator = key(seed, source.name, "dirichlet", attempt, part)
@@ -218,11 +242,20 @@ def iid(source: Source, n: int, seed: int, local_test: bool) -> list[Source]:
 
 
 def quantity_skew(
-    source: Source, n: int, power: float, seed: int, local_test: bool, least: int, sigma: float | None, alpha: float | None
+    source: Source,
+    n: int,
+    power: float,
+    seed: int,
+    local_test: bool,
+    least: int,
+    sigma: float | None,
+    alpha: float | None,
 ) -> list[Source]:
     """See `consilience.data.quantity_skew`."""
     _whole(n=n, least=least)
-    name, value = ("sigma", sigma) if sigma is not None else ("alpha", alpha) if alpha is not None else ("power", power)
+    name, value = (
+        ("sigma", sigma) if sigma is not None else ("alpha", alpha) if alpha is not None else ("power", power)
+    )
     if sigma is not None and alpha is not None:
         raise ConsilienceError(f"give `sigma` or `alpha`. Found both: {sigma} and {alpha}.")
     _positive(**{name: value})
@@ -278,7 +311,11 @@ def label_sets(
         unknown = [c for mine in classes for c in mine if c not in numbers]
         if len(classes) != clients or unknown or not all(len(mine) for mine in classes):
             found = (
-                f"{unknown[0]!r}" if unknown else f"{len(classes)} sets, one empty" if len(classes) == clients else len(classes)
+                f"{unknown[0]!r}"
+                if unknown
+                else f"{len(classes)} sets, one empty"
+                if len(classes) == clients
+                else len(classes)
             )
             raise ConsilienceError(
                 f"`classes` should be {clients} lists of classes of {source.name!r}, one a client. Found {found}."
@@ -297,7 +334,10 @@ def label_sets(
                 dealt[i].append(piece)
         return [torch.cat(mine).sort().values for mine in dealt]
 
-    return [replace(s, classes=tuple(mine)) for s, mine in zip(_clients(source, deal, local_test), own, strict=True)]
+    return [
+        replace(s, classes=tuple(mine))
+        for s, mine in zip(_clients(source, deal, local_test), own, strict=True)
+    ]
 
 
 def _balanced(classes: Sequence[int], clients: int, each: int, generator: torch.Generator) -> list[list[int]]:
@@ -326,7 +366,9 @@ def natural(source: Source, users: Any, test_users: Any, least: int) -> list[Sou
         count[u] += 1
     kept = sorted((u for u, c in count.items() if c >= least), key=lambda u: (isinstance(u, str), u))
     if not kept:
-        raise ConsilienceError(f"a user should have at least {least} training examples. Found {max(count.values())} at most.")
+        raise ConsilienceError(
+            f"a user should have at least {least} training examples. Found {max(count.values())} at most."
+        )
     where: dict[str, dict[Any, list[int]]] = {part: {u: [] for u in kept} for part in parts}
     for part, column in parts.items():
         for i, u in enumerate(column):
@@ -339,9 +381,13 @@ def natural(source: Source, users: Any, test_users: Any, least: int) -> list[Sou
 
 def _column(values: Any, count: int, name: str, each: str) -> list[Any]:
     """A list of names or whole numbers, one for each example."""
-    found = values.tolist() if hasattr(values, "tolist") else list(values) if isinstance(values, Sequence) else []
+    found = (
+        values.tolist() if hasattr(values, "tolist") else list(values) if isinstance(values, Sequence) else []
+    )
     if len(found) != count or isinstance(values, str) or any(not isinstance(u, int | str) for u in found):
-        raise ConsilienceError(f"`{name}` should be a name or number for each {each}: {count}. Found {len(found)}.")
+        raise ConsilienceError(
+            f"`{name}` should be a name or number for each {each}: {count}. Found {len(found)}."
+        )
     return found
 
 
@@ -351,7 +397,11 @@ def shards(source: Source, clients: int, shards_per_client: int, seed: int, loca
     _whole(clients=clients, shards_per_client=shards_per_client)
     total = clients * shards_per_client
     _fits(source, total, 1, "shards")
-    owner = torch.randperm(total, generator=key(seed, source.name, "shards")).view(clients, shards_per_client).tolist()
+    owner = (
+        torch.randperm(total, generator=key(seed, source.name, "shards"))
+        .view(clients, shards_per_client)
+        .tolist()
+    )
 
     def deal(y: Tensor, part: str) -> list[Tensor]:
         order = torch.randperm(len(y), generator=key(seed, source.name, "shards", part))
@@ -365,5 +415,7 @@ def streams(sources: Sequence[Source], clients: int) -> list[list[Source]]:
     """See `consilience.data.streams`."""
     _whole(clients=clients)
     if clients > len(sources):
-        raise ConsilienceError(f"every client should have a source. Found {clients} clients and {len(sources)} sources.")
+        raise ConsilienceError(
+            f"every client should have a source. Found {clients} clients and {len(sources)} sources."
+        )
     return [list(sources[i::clients]) for i in range(clients)]

@@ -21,7 +21,12 @@ FILE = "shakespeare_roles.json.xz"
 
 
 def shakespeare(
-    roles: int | Sequence[str] | None, window: int, stride: int, limit: int | None, validation: float, path: str | Path | None
+    roles: int | Sequence[str] | None,
+    window: int,
+    stride: int,
+    limit: int | None,
+    validation: float,
+    path: str | Path | None,
 ) -> list[Source]:
     """See `consilience.data.shakespeare`."""
     _whole(window=window, stride=stride, **({} if limit is None else {"limit": limit}))
@@ -30,7 +35,9 @@ def shakespeare(
     if isinstance(roles, int):
         _whole(roles=roles)
         if roles > len(texts):
-            raise ConsilienceError(f"`roles` should be at most the {len(texts)} there are. Found `roles = {roles}`.")
+            raise ConsilienceError(
+                f"`roles` should be at most the {len(texts)} there are. Found `roles = {roles}`."
+            )
         roles = list(texts)[:roles]
     chosen = list(texts) if roles is None else list(roles)
     for r in chosen:
@@ -71,7 +78,9 @@ def read(path: str | Path | None) -> dict[str, dict[str, str]]:
     if path is None:
         where = os.environ.get("CONSILIENCE_DATA")
         if not where:
-            raise ConsilienceError(f"{FILE} should lie in the folder that CONSILIENCE_DATA names. Found that it is not set.")
+            raise ConsilienceError(
+                f"{FILE} should lie in the folder that CONSILIENCE_DATA names. Found that it is not set."
+            )
         path = Path(where) / FILE
     if not Path(path).is_file():
         raise ConsilienceError(f"`path` should be a readable .json.xz file. Found none at {path}.")
@@ -84,7 +93,9 @@ def read(path: str | Path | None) -> dict[str, dict[str, str]]:
         isinstance(texts, dict)
         and texts
         and all(
-            isinstance(t, dict) and t.keys() == {"train", "test"} and all(isinstance(p, str) for p in t.values())
+            isinstance(t, dict)
+            and t.keys() == {"train", "test"}
+            and all(isinstance(p, str) for p in t.values())
             for t in texts.values()
         )
     )

@@ -49,16 +49,22 @@ class Balanced(Sampler):
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
-            raise ConsilienceError(f"`temperature` should be > 0. Found `temperature = {self.temperature!r}`.")
+            raise ConsilienceError(
+                f"`temperature` should be > 0. Found `temperature = {self.temperature!r}`."
+            )
 
     def plan(self, targets: Tensor, batch_size: int, epoch: int, generator: torch.Generator) -> list[Tensor]:
         targets = targets.cpu()
         if targets.dim() != 1 or targets.is_floating_point():
-            raise ConsilienceError(f"Balanced should sample by classes. Found targets {targets.dtype} {tuple(targets.shape)}.")
+            raise ConsilienceError(
+                f"Balanced should sample by classes. Found targets {targets.dtype} {tuple(targets.shape)}."
+            )
         classes, counts = targets.unique(return_counts=True)
         log_n = counts.double().log() / self.temperature
         chosen = []
-        for c, quota in zip(classes, apportion((log_n - log_n.max()).exp(), len(targets)).tolist(), strict=True):
+        for c, quota in zip(
+            classes, apportion((log_n - log_n.max()).exp(), len(targets)).tolist(), strict=True
+        ):
             of_class = (targets == c).nonzero().flatten()
             turns = -(-quota // len(of_class))
             passes = [of_class[torch.randperm(len(of_class), generator=generator)] for _ in range(turns)]

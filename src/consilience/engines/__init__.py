@@ -41,7 +41,9 @@ def auto() -> Batched:
     return Batched(auto=True)
 
 
-def ray(workers: int | None = None, address: str | None = None, cpus: float = 1, gpus: float = 0, retries: int = 3) -> Ray:
+def ray(
+    workers: int | None = None, address: str | None = None, cpus: float = 1, gpus: float = 0, retries: int = 3
+) -> Ray:
     """Agents as tasks of Ray, on one machine or a cluster; what is learned is the same as with "serial", to the bit.
 
     Args:

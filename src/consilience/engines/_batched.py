@@ -14,18 +14,20 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from consilience.core.agent import Job
 from consilience.core.batch import Batch
-from consilience.core.correction import Correction, Me, StepView, Viewed
-from consilience.core.engine import Engine, Paused, Watch, Work
+from consilience.core.contexts import Context, StepView
+from consilience.core.correction import Correction
 from consilience.core.errors import ConsilienceError, Interrupted
 from consilience.core.message import Item
 from consilience.core.model import Model
 from consilience.core.params import Params
 from consilience.core.source import Examples, Source, Tensors
-from consilience.core.step import Carry, Step
+from consilience.core.viewed import Viewed
 from consilience.engines._graph import tidy
 from consilience.engines._serial import Serial
+from consilience.loop.agent import Job
+from consilience.loop.engine import Engine, EngineEvents, Paused, Visit
+from consilience.loop.step import Carry, Step
 
 LONG = 300
 """Steps after which a program on a GPU is compiled, where that is left to the engine: on a CPU the tidied graph is as fast."""
@@ -91,7 +93,9 @@ def merge(values: Sequence[Any], slots: Slots, stack: bool = False) -> Any:
     if any(type(v) is not type(first) for v in values):
         return Ragged()
     if isinstance(first, Tensor):
-        alike = all(v.shape == first.shape and v.dtype == first.dtype and v.device == first.device for v in values)
+        alike = all(
+            v.shape == first.shape and v.dtype == first.dtype and v.device == first.device for v in values
+        )
         return slots.add(values, stack) if alike else Ragged()
     if isinstance(first, float) and any(v != first for v in values):
         return slots.put(torch.tensor(values, dtype=torch.float64), 0)
@@ -111,7 +115,10 @@ def merge(values: Sequence[Any], slots: Slots, stack: bool = False) -> Any:
     ):  # facts such as a round's number change from learn to learn: a step that reads them is not stacked
         return rebuilt(first, {"tensors": merge([v.tensors for v in values], slots, stack), "meta": Ragged()})
     if dataclasses.is_dataclass(first) and not isinstance(first, type):
-        made_of = {f.name: merge([getattr(v, f.name) for v in values], slots, stack) for f in dataclasses.fields(first)}
+        made_of = {
+            f.name: merge([getattr(v, f.name) for v in values], slots, stack)
+            for f in dataclasses.fields(first)
+        }
         return rebuilt(first, made_of)
     return first if all(v is first or v == first for v in values) else Ragged()
 
@@ -133,7 +140,9 @@ def fill(value: Any, tensors: Sequence[Tensor]) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(fill(v, tensors) for v in value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type | Source | Examples | Ragged):
-        return rebuilt(value, {f.name: fill(getattr(value, f.name), tensors) for f in dataclasses.fields(value)})
+        return rebuilt(
+            value, {f.name: fill(getattr(value, f.name), tensors) for f in dataclasses.fields(value)}
+        )
     return value
 
 
@@ -147,7 +156,9 @@ def shape_of(value: Any) -> object:
         return tuple(map(shape_of, value))
     if dataclasses.is_dataclass(value) and not isinstance(value, type | Source | Examples | Slot):
         return (type(value), *[shape_of(getattr(value, f.name)) for f in dataclasses.fields(value)])
-    return repr(value) if isinstance(value, Slot | float | int | str | bool | None) else (type(value), id(value))
+    return (
+        repr(value) if isinstance(value, Slot | float | int | str | bool | None) else (type(value), id(value))
+    )
 
 
 class CrossEntropy(torch.autograd.Function):
@@ -160,7 +171,9 @@ class CrossEntropy(torch.autograd.Function):
         logs, at = out.log_softmax(1), y.unsqueeze(1)
         share = out.new_full((len(out),), 1 / len(out)) if w is None else w / w.sum()
         less = out.new_full((len(out), 1), -1.0)
-        return -(logs.gather(1, at).squeeze(1) * share).sum(), out.softmax(1).scatter_add(1, at, less) * share.unsqueeze(1)
+        return -(logs.gather(1, at).squeeze(1) * share).sum(), out.softmax(1).scatter_add(
+            1, at, less
+        ) * share.unsqueeze(1)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -175,9 +188,20 @@ class CrossEntropy(torch.autograd.Function):
 class Pure(Step):
     """A step of one agent as a function of tensors: what a program is traced from."""
 
-    def __init__(self, step: Step, corrections: Mapping[str, tuple[Correction, Me]], start: Tensor, buffers: Params) -> None:
-        self.__dict__.update({k: v for k, v in step.__dict__.items() if k not in ("leaves", "bound", "_before")})
-        self.by_verb = {verb: [corrections.get(c.name, (c, me)) for c, me in pairs] for verb, pairs in step.by_verb.items()}
+    def __init__(
+        self,
+        step: Step,
+        corrections: Mapping[str, tuple[Correction, Context]],
+        start: Tensor,
+        buffers: Params,
+    ) -> None:
+        self.__dict__.update(
+            {k: v for k, v in step.__dict__.items() if k not in ("leaves", "bound", "_before")}
+        )
+        self.by_verb = {
+            verb: [corrections.get(c.name, (c, ctx)) for c, ctx in pairs]
+            for verb, pairs in step.by_verb.items()
+        }
         self.start, self.start_buffers = start, buffers
 
     def forward(self, x: Tensor, task: str | None) -> Tensor:
@@ -198,16 +222,20 @@ class Pure(Step):
 class Stack:
     """Jobs that learn alike, stacked: state [K, ..] by entry, moved on by programs, given back to the jobs at their end."""
 
-    def __init__(self, jobs: Sequence[Job], engine: Batched, watch: Watch) -> None:
+    def __init__(self, jobs: Sequence[Job], engine: Batched, watch: EngineEvents) -> None:
         self.jobs, self.engine, self.watch = list(jobs), engine, watch
         self.rows: list[Job | None] = list(jobs)
         first = jobs[0]
         self.step, self.layout, self.training = first.step, first.layout, first.training
-        self.inside = any(self.step.by_verb[v] for v in ("view", "outputs", "losses", "rows", "penalty", "mask", "trace"))
+        self.inside = any(
+            self.step.by_verb[v] for v in ("view", "losses", "rows", "penalty", "mask", "trace")
+        )
         self.timed = self.inside or self.training.schedule != "constant"
         self.needs_flat = any(self.step.by_verb[v] for v in ("losses", "rows", "penalty", "mask", "trace"))
         split = [j.layout.split(j.carry.theta) for j in jobs]
-        state: dict[tuple[str, ...], Tensor] = {("leaf", n): torch.stack([s[n] for s in split]) for n in self.layout.names}
+        state: dict[tuple[str, ...], Tensor] = {
+            ("leaf", n): torch.stack([s[n] for s in split]) for n in self.layout.names
+        }
         for n in first.carry.buffers:
             state["buffer", n] = torch.stack([j.carry.buffers[n] for j in jobs])
         self.vectors = [k for k, t in first.carry.optimiser.items() if t.shape == first.carry.theta.shape]
@@ -218,8 +246,8 @@ class Stack:
                     state["optimiser", k, n] = t
             else:
                 state["optimiser", k] = whole
-        for c, me in self.step.by_verb["trace"]:
-            for k in me.trace:
+        for c, ctx in self.step.by_verb["trace"]:
+            for k in ctx.trace:
                 state["trace", c.name, k] = torch.stack([self._me(j, c).trace[k] for j in jobs])
         self.state = state
         self.programs: dict[object, Program | None] = {}
@@ -228,28 +256,36 @@ class Stack:
 
     def _by_entry(self, whole: Tensor) -> Params:
         return {
-            n: whole[:, self.layout.span(n)].reshape(-1, *s) for n, s in zip(self.layout.names, self.layout.shapes, strict=True)
+            n: whole[:, self.layout.span(n)].reshape(-1, *s)
+            for n, s in zip(self.layout.names, self.layout.shapes, strict=True)
         }
 
     @staticmethod
-    def _me(job: Job, c: Correction) -> Me:
-        return next(me for d, me in job.corrections if d.name == c.name)
+    def _me(job: Job, c: Correction) -> Context:
+        return next(ctx for d, ctx in job.corrections if d.name == c.name)
 
     def _constants(self) -> None:
         """What does not change during the learns: what corrections know, frozen entries, where each began."""
         self.slots, live = Slots(), [j for j in self.rows if j is not None]
-        acting = {c.name: c for verb, pairs in self.step.by_verb.items() if verb != "sample" for c, _ in pairs}
+        acting = {
+            c.name: c for verb, pairs in self.step.by_verb.items() if verb != "sample" for c, _ in pairs
+        }
         self.known = {}
         for name, c in acting.items():
-            mes = [self._me(j, c) for j in live]
+            contexts = [self._me(j, c) for j in live]
             own = [next(d for d, _ in j.corrections if d.name == name) for j in live]
-            fields = {f: merge([getattr(me, f) for me in mes], self.slots) for f in ("known", "private", "flat")}
+            fields = {
+                f: merge([getattr(ctx, f) for ctx in contexts], self.slots)
+                for f in ("recalled", "private", "flat")
+            }
             self.known[name] = (merge(own, self.slots), fields)
         fixed = {n: self.slots.add([j.fixed[n] for j in live]) for n in live[0].fixed}
         start = self.slots.add([j.start for j in live]) if self.inside else None
         buffers = {}
         if self.inside:
-            buffers = {n: self.slots.add([j.step.start_buffers[n] for j in live]) for n in live[0].step.start_buffers}
+            buffers = {
+                n: self.slots.add([j.step.start_buffers[n] for j in live]) for n in live[0].step.start_buffers
+            }
         self.common = (fixed, start, buffers)
         self.shape = (shape_of(self.known), shape_of(self.common), tuple(self.slots.dims))
 
@@ -272,13 +308,15 @@ class Stack:
             batches, (epoch, index, epochs, most) = fill(parts, rest), fill(clock, rest)
             lr = training.rate((epoch, index), (epochs, most))
             leaves = {k[1]: t for k, t in state.items() if k[0] == "leaf"}
-            mes: dict[str, tuple[Correction, Me]] = {}
+            contexts: dict[str, tuple[Correction, Context]] = {}
             for name, (c, fields) in self.known.items():
                 trace = {k[2]: t for k, t in state.items() if k[0] == "trace" and k[1] == name}
-                me = Me(**fill(fields, rest), trace=trace, model=step.model, layout=layout, start=start)
-                mes[name] = (fill(c, rest), me)
-            pure = Pure(step, mes, start if start is not None else torch.empty(0, device=device), start_buffers)
-            pure.fixed, pure.span = fixed, (epochs, most)
+                ctx = Context(**fill(fields, rest), trace=trace, model=step.model, layout=layout, start=start)
+                contexts[name] = (fill(c, rest), ctx)
+            pure = Pure(
+                step, contexts, start if start is not None else torch.empty(0, device=device), start_buffers
+            )
+            pure.fixed, pure.horizon = fixed, (epochs, most)
             buffers = {k[1]: t for k, t in state.items() if k[0] == "buffer"}
             optimiser = {k[1]: t for k, t in state.items() if k[0] == "optimiser" and len(k) == 2}
 
@@ -286,28 +324,38 @@ class Stack:
                 theta = flat(leaves) if self.needs_flat else torch.empty(0, device=device)
                 pure.leaves = leaves
                 pure.carry = Carry(theta, dict(buffers), optimiser)
-                return pure.look(batches, theta, (epoch, index), *(outs or pure.outputs(batches, (epoch, index))))
+                return pure.look(
+                    batches, theta, (epoch, index), *(outs or pure.outputs(batches, (epoch, index)))
+                )
 
             def total(leaves: Params) -> tuple[Tensor, tuple[Params, tuple[list[Tensor], list[Tensor]]]]:
                 see = view(leaves)
                 objectives, weights, constraints = pure.objectives(see)
                 if constraints or (len(objectives) > 1 and pure.aggregator is not None):
                     raise Unbatchable("an aggregator combines the objectives of a step")
-                value = sum((o * w for o, w in zip(objectives[1:], weights[1:], strict=True)), start=objectives[0] * weights[0])
+                value = sum(
+                    (o * w for o, w in zip(objectives[1:], weights[1:], strict=True)),
+                    start=objectives[0] * weights[0],
+                )
                 return value, (pure.carry.buffers, (see.raw, see.outputs))
 
             grads, (new_buffers, outs) = torch.func.grad(total, has_aux=True)(leaves)
-            masks = [c.mask(view(leaves, outs), me) for c, me in pure.by_verb["mask"]]
+            masks = [c.mask(view(leaves, outs), ctx) for c, ctx in pure.by_verb["mask"]]
             if masks:
                 factor = layout.split(torch.stack(masks).prod(0))
                 grads = {n: g * factor[n] for n, g in grads.items()}
             trained = grads
             if pure.by_verb["penalty"]:
-                known, left = pure.pulls(view(leaves, outs))
-                pulls = [layout.split(vector * factor) for vector, factor in known]
+                known, left = pure.penalty_gradients(view(leaves, outs))
+                penalty_gradients = [layout.split(vector * factor) for vector, factor in known]
                 if left:
-                    pulls.append(torch.func.grad(lambda leaves: pure.penalty(view(leaves, outs), left))(leaves))
-                trained = {n: sum((pull[n] for pull in pulls), start=g) for n, g in grads.items()}
+                    penalty_gradients.append(
+                        torch.func.grad(lambda leaves: pure.penalty(view(leaves, outs), left))(leaves)
+                    )
+                trained = {
+                    n: sum((penalty_gradient[n] for penalty_gradient in penalty_gradients), start=g)
+                    for n, g in grads.items()
+                }
             new: dict[tuple[str, ...], Tensor] = {("buffer", n): b for n, b in new_buffers.items()}
             directions: Params = {}
             for n in layout.names:
@@ -332,8 +380,8 @@ class Stack:
                 )
             if pure.by_verb["trace"]:
                 see, grad, delta = view(leaves, outs), flat(grads), flat(directions) * -lr
-                for c, me in pure.by_verb["trace"]:
-                    for k, t in c.trace(see, me, grad, delta).items():
+                for c, ctx in pure.by_verb["trace"]:
+                    for k, t in c.trace(see, ctx, grad, delta).items():
                         new["trace", c.name, k] = t
             return tuple(new.get(k, state[k]) for k in names)
 
@@ -345,11 +393,15 @@ class Stack:
         for i, batches in enumerate(zip(*drawn, strict=True)):
             first = batches[0]
             for b in batches[1:]:
-                if (b.task, b.weight, b.owner, b.extra.keys(), b.x.shape[1:]) != (
-                    first.task, first.weight, first.owner, first.extra.keys(), first.x.shape[1:]
-                ):  # fmt: skip
+                if (b.task, b.weight, b.drawn_by, b.extra.keys(), b.x.shape[1:]) != (
+                    first.task,
+                    first.weight,
+                    first.drawn_by,
+                    first.extra.keys(),
+                    first.x.shape[1:],
+                ):
                     raise Unbatchable("the parts of a step differ between agents")
-            fit = self.padded and not first.owner
+            fit = self.padded and not first.drawn_by
             width = self.widths[i] if fit else len(first.y)
             if not fit and any(len(b.y) != width for b in batches):
                 raise Unbatchable("parts that a correction draws differ in size between agents")
@@ -360,14 +412,27 @@ class Stack:
             w: Slot | None = None
             if fit or first.w is not None:
                 w = stack(
-                    [torch.ones(len(b.y), dtype=self.layout.dtype, device=b.x.device) if b.w is None else b.w for b in batches]
+                    [
+                        torch.ones(len(b.y), dtype=self.layout.dtype, device=b.x.device)
+                        if b.w is None
+                        else b.w
+                        for b in batches
+                    ]
                 )
             same = all(b.source == first.source for b in batches)
             extra = {k: stack([b.extra[k] for b in batches]) for k in first.extra}
             made.append(
-                rebuilt(first, {"x": stack([b.x for b in batches]), "y": stack([b.y for b in batches]), "w": w, "extra": extra,
-                                "source": first.source if same else ""})
-            )  # fmt: skip
+                rebuilt(
+                    first,
+                    {
+                        "x": stack([b.x for b in batches]),
+                        "y": stack([b.y for b in batches]),
+                        "w": w,
+                        "extra": extra,
+                        "source": first.source if same else "",
+                    },
+                )
+            )
         return made
 
     def clock(self, moments: Tensor, slots: Slots) -> Any:
@@ -376,15 +441,17 @@ class Stack:
             return (0, 0, 0, 0)
         epoch, index, *span = moments
         return (
-            slots.put(epoch, 0), slots.put(index, 0), *[int(c[0]) if bool((c == c[0]).all()) else slots.put(c, 0) for c in span]
-        )  # fmt: skip
+            slots.put(epoch, 0),
+            slots.put(index, 0),
+            *[int(c[0]) if bool((c == c[0]).all()) else slots.put(c, 0) for c in span],
+        )
 
     def advance(self, slots: Slots, parts: Any, clock: Any) -> None:
         """One step of all rows by the program for these shapes."""
         args = [*self.state.values(), *self.slots.tensors, *slots.tensors]
         here = (
             len(self.rows),
-            *[(p.task, p.weight, p.owner, p.w is None, *p.extra) for p in parts],
+            *[(p.task, p.weight, p.drawn_by, p.w is None, *p.extra) for p in parts],
             *[t.shape for t in slots.tensors],
             clock[2:],
         )
@@ -392,7 +459,15 @@ class Stack:
         if program is None:
             dims = [*[0] * len(self.state), *self.slots.dims, *slots.dims]
             shapes = tuple((tuple(t.shape), t.dtype) for t in args)
-            where = (self.kind, self.shape, shape_of(parts), shape_of(clock[2:]), tuple(dims), shapes, tuple(self.step.absent))
+            where = (
+                self.kind,
+                self.shape,
+                shape_of(parts),
+                shape_of(clock[2:]),
+                tuple(dims),
+                shapes,
+                tuple(self.step.absent),
+            )
             program = self.programs[here] = self.engine.programs.get(where)
         if program is None:
             n = len(self.state)
@@ -419,11 +494,13 @@ class Stack:
                 b.copy_(self.state["buffer", n][r])
             for k in carry.optimiser:
                 if k in self.vectors:
-                    carry.optimiser[k] = torch.cat([self.state["optimiser", k, n][r].reshape(-1) for n in self.layout.names])
+                    carry.optimiser[k] = torch.cat(
+                        [self.state["optimiser", k, n][r].reshape(-1) for n in self.layout.names]
+                    )
                 else:
                     carry.optimiser[k] = self.state["optimiser", k][r].clone()
-            for c, me in job.step.by_verb["trace"]:
-                me.trace = {k: self.state["trace", c.name, k][r].clone() for k in me.trace}
+            for c, ctx in job.step.by_verb["trace"]:
+                ctx.trace = {k: self.state["trace", c.name, k][r].clone() for k in ctx.trace}
             self.rows[r] = None
 
     def compact(self) -> bool:
@@ -438,7 +515,8 @@ class Stack:
         index = torch.tensor(rows, device=self.layout.device)
         self.state = {k: t.index_select(0, index) for k, t in self.state.items()}
         self.slots.tensors = [
-            t if d is None else t.index_select(0, index) for t, d in zip(self.slots.tensors, self.slots.dims, strict=True)
+            t if d is None else t.index_select(0, index)
+            for t, d in zip(self.slots.tensors, self.slots.dims, strict=True)
         ]
         self.rows = [self.rows[r] for r in rows]
         return True
@@ -450,7 +528,9 @@ class Stack:
         self.widths = [min(batch, max(s[i] for s in sizes)) for i in range(len(sizes[0]))]
         self.padded = any(n % w for s in sizes for n, w in zip(s, self.widths, strict=True))
         if self.padded and self.step.model.has_batch_norm:
-            raise Unbatchable("batch norm mixes the samples of a batch, and batches of unequal size would be filled up")
+            raise Unbatchable(
+                "batch norm mixes the samples of a batch, and batches of unequal size would be filled up"
+            )
         self.macs: dict[tuple[int, ...], int] = {}
         memory = all(type(e) is Tensors for j in self.jobs for _, e, _ in j.parts)
         if memory and len(self.widths) == 1 and not self.step.by_verb["sample"]:
@@ -463,8 +543,10 @@ class Stack:
         at = (self.kind, self.shape, sizes, job.cost(parts))
         if at not in self.engine.costs:
             kept, ledger = job.save(), self.engine.ledgers[id(job)]
-            ledger.work(job.agent, job.cost(parts), lambda: job.step(parts, (job.epoch, job.index), None))
-            macs = ledger.known[job.cost(parts)]
+            ledger.charge_work(
+                job.agent, job.cost(parts), lambda: job.step(parts, (job.epoch, job.index), None)
+            )
+            macs = ledger.measured[job.cost(parts)]
             ledger.add(job.agent, "macs", -macs)
             job.load(*kept)
             self.engine.costs[at] = (macs, job.step.absent, self.step.model)
@@ -515,9 +597,17 @@ class Stack:
         done = dict.fromkeys(lines, 0)
         x, y = next(iter(self.jobs[0].parts[0][1].batches([torch.zeros(1, dtype=torch.long)])))
         task, source = self.jobs[0].parts[0][2], self.jobs[0].parts[0][0].name
-        blank = Batch(x, y, task, source=source if all(j.parts[0][0].name == source for j in self.jobs) else "")
+        blank = Batch(
+            x, y, task, source=source if all(j.parts[0][0].name == source for j in self.jobs) else ""
+        )
         while True:
-            self.give_back([r for r, j in enumerate(self.rows) if j is not None and done[id(j)] == len(lines[id(j)].sizes)])
+            self.give_back(
+                [
+                    r
+                    for r, j in enumerate(self.rows)
+                    if j is not None and done[id(j)] == len(lines[id(j)].sizes)
+                ]
+            )
             self.compact()
             live = [(r, j) for r, j in enumerate(self.rows) if j is not None]
             if not live:
@@ -577,7 +667,7 @@ class Line:
         for epoch in range(job.epoch, job.training.epochs):
             plan = job.left(epoch, at)[0]
             batches += plan
-            moments += [(epoch, at + i, *job.step.span) for i in range(len(plan))]
+            moments += [(epoch, at + i, *job.step.horizon) for i in range(len(plan))]
             at = 0
         filled = [b if len(b) == width else torch.cat([b, b[:1].expand(width - len(b))]) for b in batches]
         index = torch.cat(filled).view(-1, width) if filled else torch.zeros(0, width, dtype=torch.long)
@@ -599,12 +689,16 @@ def up_to(t: Tensor, width: int) -> Tensor:
 class Program:
     """A step of stacked agents as a graph of tensor operations: traced once, replayed, and compiled when it runs long."""
 
-    def __init__(self, one: Callable[..., tuple[Tensor, ...]], args: list[Tensor], dims: list[int | None], states: int) -> None:
+    def __init__(
+        self, one: Callable[..., tuple[Tensor, ...]], args: list[Tensor], dims: list[int | None], states: int
+    ) -> None:
         from torch.fx.experimental.proxy_tensor import make_fx
 
         with torch.enable_grad():
             graph = make_fx(torch.vmap(one, in_dims=tuple(dims)))(*args)
-            if any(getattr(getattr(n.target, "_schema", None), "is_mutable", False) for n in graph.graph.nodes):
+            if any(
+                getattr(getattr(n.target, "_schema", None), "is_mutable", False) for n in graph.graph.nodes
+            ):
                 graph = make_fx(torch.func.functionalize(graph))(*args)
         graph.graph.eliminate_dead_code()
         graph.recompile()
@@ -615,7 +709,9 @@ class Program:
         """What the program is known by its identity for, kept alive."""
         self.tried = False
 
-    def __call__(self, args: list[Tensor], compiled: bool | None, note: Callable[[str], None]) -> Sequence[Tensor]:
+    def __call__(
+        self, args: list[Tensor], compiled: bool | None, note: Callable[[str], None]
+    ) -> Sequence[Tensor]:
         self.ran += 1
         if not self.tried and (compiled or (compiled is None and self.ran > LONG and args[0].is_cuda)):
             self.tried = True
@@ -633,9 +729,14 @@ class Program:
                 old.copy_(new)
 
         made = torch.compile(fast, dynamic=False)
-        limits = {k: max(4096, getattr(torch._dynamo.config, k)) for k in ("recompile_limit", "accumulated_recompile_limit")}
+        limits = {
+            k: max(4096, getattr(torch._dynamo.config, k))
+            for k in ("recompile_limit", "accumulated_recompile_limit")
+        }
         try:
-            with torch._dynamo.config.patch(**limits, fail_on_recompile_limit_hit=True):  # all programs share one code object
+            with torch._dynamo.config.patch(
+                **limits, fail_on_recompile_limit_hit=True
+            ):  # all programs share one code object
                 made(*[t.clone() for t in args])
         except Exception as e:
             note(f"a program is not compiled: {type(e).__name__}: {str(e).splitlines()[0]}")
@@ -668,14 +769,14 @@ class Batched(Engine):
         self.window: Tensor | None = None
         self.costs: dict[object, tuple[int, list[str], object]] = {}
 
-    def learn(self, work: Sequence[Work], watch: Watch, paused: Paused | None = None) -> None:
+    def train(self, visits: Sequence[Visit], events: EngineEvents, paused: Paused | None = None) -> None:
         if paused is not None:
-            Serial().learn(work[:1], watch, paused)
-            work = work[1:]
-        size = self.chunk or self.most(work)
-        for at in range(0, len(work), size):
-            self._chunk(work[at : at + size], watch)
-            watch.tick(None)
+            Serial().train(visits[:1], events, paused)
+            visits = visits[1:]
+        size = self.chunk or self.most(visits)
+        for at in range(0, len(visits), size):
+            self._chunk(visits[at : at + size], events)
+            events.tick(None)
 
     def room(self, shape: tuple[int, ...], like: Tensor, blank: bool) -> Tensor:
         """Memory for a window of inputs, the same again and again: fresh memory is slow. `blank` sets it to 0."""
@@ -688,25 +789,30 @@ class Batched(Engine):
         made = self.window[: prod(shape)].view(shape)
         return made.zero_() if blank else made
 
-    def most(self, work: Sequence[Work]) -> int:
+    def most(self, visits: Sequence[Visit]) -> int:
         """How many agents are stacked at most: as their state and activations fit in memory."""
-        if not work:
+        if not visits:
             return 1
-        agent = work[0][0]
+        agent = visits[0][0]
         numbers = sum(p.numel() for p in agent.state.params.values())
-        each = 8 * numbers * agent.training.dtype.itemsize * (2 if not isinstance(agent.training.optimiser, str) else 1)
+        each = (
+            8
+            * numbers
+            * agent.training.dtype.itemsize
+            * (2 if not isinstance(agent.training.optimiser, str) else 1)
+        )
         return max(1, int(SHARE * free(agent.device)) // max(1, each))
 
-    def note(self, watch: Watch, text: str) -> None:
+    def note(self, events: EngineEvents, text: str) -> None:
         """Say it once."""
         if text not in self.told:
             self.told.add(text)
-            watch.note(text)
+            events.note(text)
 
-    def _chunk(self, work: Sequence[Work], watch: Watch) -> None:
+    def _chunk(self, visits: Sequence[Visit], events: EngineEvents) -> None:
         jobs: dict[int, Job] = {}
         failed: dict[int, Exception] = {}
-        for i, (agent, names, part) in enumerate(work):
+        for i, (agent, names, part) in enumerate(visits):
             try:
                 jobs[i] = agent.prepare(names, part)
                 self.ledgers[id(jobs[i])] = agent.ledger
@@ -721,8 +827,8 @@ class Batched(Engine):
             if why is None:
                 stack = None
                 try:
-                    stack = Stack(own, self, watch)
-                    self.note(watch, f"batched: {len(own)} agents a step, {own[0].layout.size} numbers each")
+                    stack = Stack(own, self, events)
+                    self.note(events, f"batched: {len(own)} agents a step, {own[0].layout.size} numbers each")
                     failed |= {members[k]: e for k, e in stack.run().items()}
                     continue
                 except Interrupted:
@@ -732,22 +838,22 @@ class Batched(Engine):
                     if stack is not None:
                         stack.give_back([r for r, j in enumerate(stack.rows) if j is not None])
             if why:
-                self.note(watch, f"one after another: {why}")
+                self.note(events, f"one after another: {why}")
             for i in members:
                 try:
-                    for _ in jobs[i].run(work[i][0].ledger):
+                    for _ in jobs[i].run(visits[i][0].ledger):
                         pass
                 except Exception as e:
                     failed[i] = e
         self.ledgers.clear()
-        for i, (agent, _, _) in enumerate(work):
+        for i, (agent, _, _) in enumerate(visits):
             try:
                 if i in failed:
                     raise failed[i]
                 agent.finish(jobs[i])
             except Exception as e:
-                watch.fail(agent, e)
-            watch.done(agent)
+                events.fail(agent, e)
+            events.done(agent)
 
     def _alone(self, jobs: Sequence[Job]) -> str | None:
         """Why these are not stacked, "" where nothing needs saying; None where they are."""
@@ -762,7 +868,7 @@ class Batched(Engine):
             return f"auto: a model of {jobs[0].layout.size} numbers keeps the processor busy alone"
         if self.auto:
             kind = alike(jobs[0])
-            self.taken[kind] += int(sum(j.work * prod(j.step.span) for j in jobs))
+            self.taken[kind] += int(sum(j.fraction * prod(j.step.horizon) for j in jobs))
             if self.taken[kind] < EARNED:
                 return f"auto: until {EARNED} steps of a kind show that a program for them pays"
         return None
@@ -771,14 +877,19 @@ class Batched(Engine):
 def reason(e: Exception) -> str:
     """Why something could not be stacked, in one line."""
     line = str(e).splitlines()[0] if str(e) else ""
-    if isinstance(e, RuntimeError) and (".item()" in line or "data-dependent" in line or "data dependent" in line):
+    if isinstance(e, RuntimeError) and (
+        ".item()" in line or "data-dependent" in line or "data dependent" in line
+    ):
         return "a step depends on the numbers in its tensors"
     return line if isinstance(e, Unbatchable) else f"{type(e).__name__}: {line}"
 
 
 def alike(job: Job) -> object:
     """What jobs must share to be stacked."""
-    parts = tuple((task, s.kind, tuple(e.whole()[0].shape[1:]) if isinstance(e, Tensors) else None) for s, e, task in job.parts)
+    parts = tuple(
+        (task, s.kind, tuple(e.whole()[0].shape[1:]) if isinstance(e, Tensors) else None)
+        for s, e, task in job.parts
+    )
     corrections = tuple((c.name, type(c)) for c, _ in job.corrections)
     verbs = tuple((v, tuple(c.name for c, _ in pairs)) for v, pairs in job.step.by_verb.items())
     return (

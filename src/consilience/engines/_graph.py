@@ -12,16 +12,41 @@ from torch.fx.passes.shape_prop import ShapeProp
 
 aten = torch.ops.aten
 SHAPES = {aten.expand.default, aten.view.default, aten._unsafe_view.default, aten.reshape.default}
-VIEWS = {*SHAPES, aten.transpose.int, aten.permute.default, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims,
-         aten.select.int, aten.slice.Tensor, aten.t.default, aten.alias.default, aten.detach.default}  # fmt: skip
+VIEWS = {
+    *SHAPES,
+    aten.transpose.int,
+    aten.permute.default,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.select.int,
+    aten.slice.Tensor,
+    aten.t.default,
+    aten.alias.default,
+    aten.detach.default,
+}
 FILLS = {
-    aten.ones_like.default: 1, aten.zeros_like.default: 0, aten.new_zeros.default: 0, aten.new_ones.default: 1,
-    aten.zeros.default: 0, aten.ones.default: 1, aten.new_full.default: None, aten.full_like.default: None, aten.full.default: None,
-}  # fmt: skip
+    aten.ones_like.default: 1,
+    aten.zeros_like.default: 0,
+    aten.new_zeros.default: 0,
+    aten.new_ones.default: 1,
+    aten.zeros.default: 0,
+    aten.ones.default: 1,
+    aten.new_full.default: None,
+    aten.full_like.default: None,
+    aten.full.default: None,
+}
 """What makes a tensor of one number (None: its last argument)."""
 POINTWISE = {
-    aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar, aten.add.Scalar, aten.neg.default
-}  # fmt: skip
+    aten.add.Tensor,
+    aten.sub.Tensor,
+    aten.mul.Tensor,
+    aten.div.Tensor,
+    aten.mul.Scalar,
+    aten.div.Scalar,
+    aten.add.Scalar,
+    aten.neg.default,
+}
 FEW = 1 << 16
 """Numbers up to which a constant is kept as a tensor."""
 
@@ -66,7 +91,11 @@ def _same(node: Node) -> Node | None:
         return before
     if node.target is aten.detach.default or (node.target is aten.mul.Scalar and node.args[1] == 1):
         return before
-    if node.target is aten.transpose.int and before.target is aten.transpose.int and node.args[1:] == before.args[1:]:
+    if (
+        node.target is aten.transpose.int
+        and before.target is aten.transpose.int
+        and node.args[1:] == before.args[1:]
+    ):
         return before.args[0]  # type: ignore[return-value]
     return None
 
@@ -100,7 +129,9 @@ def _known(graph: GraphModule, device: torch.device) -> None:
         target, meta = node.target, node.meta.get("tensor_meta")
         if node.op != "call_function" or not isinstance(getattr(meta, "dtype", None), torch.dtype):
             continue
-        if torch.Tag.nondeterministic_seeded in getattr(target, "tags", ()) or not str(target).startswith("aten."):
+        if torch.Tag.nondeterministic_seeded in getattr(target, "tags", ()) or not str(target).startswith(
+            "aten."
+        ):
             continue
         scale = _scaling(node, uniform)
         if target in FILLS and meta.shape.numel() <= FEW:
@@ -109,7 +140,13 @@ def _known(graph: GraphModule, device: torch.device) -> None:
         elif all(n in values for n in node.all_input_nodes) and meta.shape.numel() <= FEW:
 
             def put(a: Any) -> Any:
-                return [put(x) for x in a] if isinstance(a, list | tuple) else values.get(a, a) if isinstance(a, Node) else a
+                return (
+                    [put(x) for x in a]
+                    if isinstance(a, list | tuple)
+                    else values.get(a, a)
+                    if isinstance(a, Node)
+                    else a
+                )
 
             keep(node, target(*map(put, node.args), **{k: put(a) for k, a in node.kwargs.items()}))
         elif scale is not None:
@@ -132,11 +169,18 @@ def _scaling(node: Node, uniform: dict[Node, float]) -> tuple[Node, float] | Non
             if isinstance(x, Node) and (c in uniform or isinstance(c, float | int)):
                 found = x, uniform[c] if isinstance(c, Node) else float(c)  # type: ignore[arg-type]
     elif (
-        node.target is aten.div.Tensor and isinstance(args[0], Node) and (args[1] in uniform or isinstance(args[1], float | int))
+        node.target is aten.div.Tensor
+        and isinstance(args[0], Node)
+        and (args[1] in uniform or isinstance(args[1], float | int))
     ):
         by = uniform[args[1]] if isinstance(args[1], Node) else float(args[1])  # type: ignore[arg-type]
         found = (args[0], 1 / by) if by else None
-    elif node.target is aten.add.Tensor and args[0] is args[1] and isinstance(args[0], Node) and not node.kwargs:
+    elif (
+        node.target is aten.add.Tensor
+        and args[0] is args[1]
+        and isinstance(args[0], Node)
+        and not node.kwargs
+    ):
         found = args[0], 2.0
     elif node.target is aten.mul.Scalar and isinstance(args[0], Node) and args[0].target is aten.mul.Scalar:
         found = args[0], float(args[1])  # type: ignore[arg-type]
@@ -155,7 +199,10 @@ def _once(graph: GraphModule) -> None:
         if node.op != "call_function":
             continue
         target = node.target
-        if torch.Tag.nondeterministic_seeded in getattr(target, "tags", ()) or getattr(target, "_schema", None) is None:
+        if (
+            torch.Tag.nondeterministic_seeded in getattr(target, "tags", ())
+            or getattr(target, "_schema", None) is None
+        ):
             continue
         if target._schema.is_mutable:
             return
@@ -227,7 +274,13 @@ def _shaped(graph: GraphModule, _: torch.device) -> None:
     while todo:
         node = todo.pop()
         inner, new = node.args[0], _shape(node)
-        if inner.target not in POINTWISE or len(inner.users) > 1 or not _shape(inner) or not new or new[0] != _shape(inner)[0]:
+        if (
+            inner.target not in POINTWISE
+            or len(inner.users) > 1
+            or not _shape(inner)
+            or not new
+            or new[0] != _shape(inner)[0]
+        ):
             continue
         sizes = [_fitting(a, _shape(inner), new) for a in inner.args]
         if None in sizes:
@@ -271,11 +324,23 @@ def _cut(a: Node, dim: int, start: int, end: int) -> Any:
 # calls
 
 NATIVE: dict[Any, Any] = {
-    aten.bmm.default: torch.bmm, aten.baddbmm.default: torch.baddbmm, aten.relu.default: torch.relu, aten.transpose.int: torch.transpose,
-    aten.sum.dim_IntList: torch.sum, aten.scatter_add.default: torch.scatter_add, aten.mul.Scalar: torch.mul, aten.mul.Tensor: torch.mul,
-    aten.add.Tensor: torch.add, aten.unsqueeze.default: torch.unsqueeze, aten.reshape.default: torch.reshape,
-    aten.view.default: "view", aten.add_.Tensor: "add_", aten.mul_.Scalar: "mul_", aten.baddbmm_.default: "baddbmm_", aten.addcmul_.default: "addcmul_",
-}  # fmt: skip
+    aten.bmm.default: torch.bmm,
+    aten.baddbmm.default: torch.baddbmm,
+    aten.relu.default: torch.relu,
+    aten.transpose.int: torch.transpose,
+    aten.sum.dim_IntList: torch.sum,
+    aten.scatter_add.default: torch.scatter_add,
+    aten.mul.Scalar: torch.mul,
+    aten.mul.Tensor: torch.mul,
+    aten.add.Tensor: torch.add,
+    aten.unsqueeze.default: torch.unsqueeze,
+    aten.reshape.default: torch.reshape,
+    aten.view.default: "view",
+    aten.add_.Tensor: "add_",
+    aten.mul_.Scalar: "mul_",
+    aten.baddbmm_.default: "baddbmm_",
+    aten.addcmul_.default: "addcmul_",
+}
 """The same operations by torch's own bindings, which are called sooner."""
 
 
@@ -292,11 +357,20 @@ def _natively(graph: Graph) -> None:
 def _with_bias(graph: Graph) -> None:
     """b + X W is one operation."""
     for node in list(graph.nodes):
-        if node.target is not aten.add.Tensor or node.kwargs or not all(isinstance(a, Node) for a in node.args):
+        if (
+            node.target is not aten.add.Tensor
+            or node.kwargs
+            or not all(isinstance(a, Node) for a in node.args)
+        ):
             continue
         for bias, product in (node.args, node.args[::-1]):
             small = _shape(bias) is not None and _shape(bias).numel() < _shape(node).numel()
-            if product.target is aten.bmm.default and set(product.users) == {node} and small and _shape(product) == _shape(node):
+            if (
+                product.target is aten.bmm.default
+                and set(product.users) == {node}
+                and small
+                and _shape(product) == _shape(node)
+            ):
                 with graph.inserting_before(node):
                     new = graph.call_function(aten.baddbmm.default, (bias, *product.args))
                 new.meta = node.meta
@@ -321,7 +395,11 @@ def _in_place(graph: Graph, states: int) -> None:
         results = list(output.args[0])
         state, node = inputs[i], results[i]
         roots = [_root(r) for r in results]
-        if not isinstance(node, Node) or node.op != "call_function" or any(r is state for j, r in enumerate(roots) if j != i):
+        if (
+            not isinstance(node, Node)
+            or node.op != "call_function"
+            or any(r is state for j, r in enumerate(roots) if j != i)
+        ):
             continue
         if _shape(node) != _shape(state) or results.count(node) > 1:
             continue
@@ -332,7 +410,12 @@ def _in_place(graph: Graph, states: int) -> None:
         own = sum(c for kind, _, c in terms if kind == "state")
         rest = [t for t in terms if t[0] != "state"]
         reads = [any(_root(a) is state for a in args) for _, args, _ in rest]
-        if own == 0 or not rest or sum(reads) > 1 or any(_root(a) in moved for _, args, _ in rest for a in args):
+        if (
+            own == 0
+            or not rest
+            or sum(reads) > 1
+            or any(_root(a) in moved for _, args, _ in rest for a in args)
+        ):
             continue
         with graph.inserting_before(at):
             new = state
@@ -368,7 +451,9 @@ def _read_later(graph: Graph, state: Node, node: Node) -> bool:
     return any(order[n] > order[node] for n in found)
 
 
-def _terms(graph: Graph, node: Any, c: float, state: Node, top: bool = False) -> list[tuple[str, tuple[Any, ...], float]]:
+def _terms(
+    graph: Graph, node: Any, c: float, state: Node, top: bool = False
+) -> list[tuple[str, tuple[Any, ...], float]]:
     """A node times c as terms (kind, arguments, coefficient) of a sum; only what nobody else needs is taken apart."""
     shape = _shape(state)
     if _root(node, SHAPES) is state and _shape(node) == shape:

@@ -26,14 +26,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from consilience.core.agent import ONCE, Agent
-from consilience.core.engine import Engine, Paused, Watch, Work
 from consilience.core.errors import ConsilienceError
-from consilience.core.ledger import Ledger
 from consilience.core.params import pack, unpack
 from consilience.core.schedule import Schedule
 from consilience.core.source import Source
 from consilience.core.state import State, decode_state, encode_state
+from consilience.loop.agent import ONCE, Agent
+from consilience.loop.engine import Engine, EngineEvents, Paused, Visit
+from consilience.loop.ledger import Ledger
 
 T = TypeVar("T")
 
@@ -86,11 +86,11 @@ class Tally(Ledger):
     """A ledger that counts how often each kind of work was done."""
 
     def __init__(self, known: Mapping[Hashable, int]) -> None:
-        super().__init__(known=dict(known))
+        super().__init__(measured=dict(known))
         self.times: dict[Hashable, int] = {}
 
-    def work(self, agent: str, kind: Hashable, do: Callable[[], T]) -> T:
-        result = super().work(agent, kind, do)
+    def charge_work(self, agent: str, kind: Hashable, do: Callable[[], T]) -> T:
+        result = super().charge_work(agent, kind, do)
         self.times[kind] = self.times.get(kind, 0) + 1
         return result
 
@@ -153,7 +153,12 @@ def dumped(value: Any, what: str) -> bytes:
 
     class Pickler(cloudpickle().CloudPickler):  # type: ignore[misc]
         def reducer_override(self, obj: Any) -> Any:
-            if type(obj) is Tensor and obj.device.type == "cpu" and obj.layout is torch.strided and not obj.requires_grad:
+            if (
+                type(obj) is Tensor
+                and obj.device.type == "cpu"
+                and obj.layout is torch.strided
+                and not obj.requires_grad
+            ):
                 if obj.untyped_storage().nbytes() > obj.nbytes:
                     return obj.clone(memory_format=torch.contiguous_format).__reduce_ex__(2)
                 return NotImplemented
@@ -163,7 +168,9 @@ def dumped(value: Any, what: str) -> bytes:
     try:
         Pickler(buffer).dump(value)
     except Exception as e:
-        raise ConsilienceError(f"what Ray's workers are given should be picklable. Found that {what} is not: {e}.") from e
+        raise ConsilienceError(
+            f"what Ray's workers are given should be picklable. Found that {what} is not: {e}."
+        ) from e
     return buffer.getvalue()
 
 
@@ -207,9 +214,12 @@ def like(settings: Mapping[str, Any]) -> None:
 def settings() -> dict[str, Any]:
     """How this process computes."""
     return {
-        "threads": torch.get_num_threads(), "dtype": torch.get_default_dtype(), "matmul": torch.get_float32_matmul_precision(),
-        "deterministic": torch.are_deterministic_algorithms_enabled(), "level": logging.getLogger().level,
-    }  # fmt: skip
+        "threads": torch.get_num_threads(),
+        "dtype": torch.get_default_dtype(),
+        "matmul": torch.get_float32_matmul_precision(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "level": logging.getLogger().level,
+    }
 
 
 class Lines(QueueHandler):
@@ -257,9 +267,16 @@ def train(task: Task, known: Mapping[Hashable, int], *sources: bytes) -> Answer:
             state = decode_state({name: tensors[str(i)] for name, i in task.places}, json.loads(task.facts))
             schedule = Schedule(sources=tuple(given), plan=_nothing, **config["schedule"])
             agent = Agent(
-                task.agent, config["model"], config["method"], schedule, config["training"], task.seed, state, tally,
+                task.agent,
+                config["model"],
+                config["method"],
+                schedule,
+                config["training"],
+                task.seed,
+                state,
+                tally,
                 config["revisited"],
-            )  # fmt: skip
+            )
             job = agent.prepare(task.names, task.part)
             if task.paused is not None:
                 job.load(opened(task.paused[0], device), task.paused[1])
@@ -281,7 +298,7 @@ def train(task: Task, known: Mapping[Hashable, int], *sources: bytes) -> Answer:
             why, facts = told(e), None
     found = tuple((str(w.message), w.category, w.filename, w.lineno) for w in warned)
     packed = pack({str(i): t for i, t in new.items()}) if facts is not None else b""
-    costs = {k: tally.known[k] for k in tally.times}
+    costs = {k: tally.measured[k] for k in tally.times}
     return Answer(facts, tuple(places), packed, tally.times, costs, tally.steps, found, tuple(lines), why)
 
 
@@ -321,12 +338,18 @@ class Session:
         """The configuration of a run in the object store: put there once."""
         of = (agent.schedule, agent.method, agent.model, agent.training, agent.revisited)
         now = settings()
-        if len(self.of) != len(of) + 1 or any(a is not b for a, b in zip(of, self.of, strict=False)) or self.of[-1] != now:
+        if (
+            len(self.of) != len(of) + 1
+            or any(a is not b for a, b in zip(of, self.of, strict=False))
+            or self.of[-1] != now
+        ):
             device = agent.training.device
             parts = {
                 "model": agent.model,
                 "method": agent.method,
-                "training": replace(agent.training, device="cuda:0") if device.startswith("cuda") else agent.training,
+                "training": replace(agent.training, device="cuda:0")
+                if device.startswith("cuda")
+                else agent.training,
                 "revisited": agent.revisited,
                 "settings": now,
                 "schedule": {
@@ -348,7 +371,9 @@ class Session:
             self.held[at] = self.ray.put(dumped(replace(source, test=some), f"the source {source.name!r}"))
         return self.held[at]
 
-    def blobs(self, pool: Pool, needs: Sequence[Mapping[str, int]]) -> tuple[list[list[Any]], list[list[int]]]:
+    def blobs(
+        self, pool: Pool, needs: Sequence[Mapping[str, int]]
+    ) -> tuple[list[list[Any]], list[list[int]]]:
         """For each agent, what it shares with others, put into the object store once, and what is sent to it alone."""
         users: dict[int, list[int]] = {}
         for k, need in enumerate(needs):
@@ -372,10 +397,10 @@ class Session:
     def hear(self, answer: Answer, agent: Agent) -> None:
         """Show what a worker said."""
         for text, category, filename, line in answer.warned:
-            caution = text.partition(" on ")[0] if text.endswith(ONCE) else ""
-            if caution in agent.ledger.warned:  # another worker said it
+            prepare_step = text.partition(" on ")[0] if text.endswith(ONCE) else ""
+            if prepare_step in agent.ledger.warned:  # another worker said it
                 continue
-            agent.ledger.warned |= {caution} - {""}
+            agent.ledger.warned |= {prepare_step} - {""}
             warnings.warn_explicit(text, category, filename, line, registry=self.registry)
         for record in answer.lines:
             logging.getLogger(record.name).handle(record)
@@ -386,7 +411,7 @@ class Ray(Engine):
     """Agents that learn as tasks of Ray: on one machine, or on a cluster at `address`.
 
     The configuration of a run goes to each worker once, a source's data to who trains on it, tensors that several agents have in
-    common (what all heard of a server) into the object store once a round. Results are taken in the order of the work, so that a
+    common (what all heard of a server) into the object store once a round. Results are taken in the order of the visits, so that a
     checkpoint between two agents is one that the serial engine could have written. `cpus`, `gpus` and `retries` are Ray's
     `num_cpus`, `num_gpus` and `max_retries` of a task: what a dead worker did is done again, what an agent raises is not.
 
@@ -402,29 +427,35 @@ class Ray(Engine):
 
     def __post_init__(self) -> None:
         if self.workers is not None and (not isinstance(self.workers, int) or self.workers < 1):
-            raise ConsilienceError(f"`workers` should be a whole number >= 1. Found `workers = {self.workers!r}`.")
+            raise ConsilienceError(
+                f"`workers` should be a whole number >= 1. Found `workers = {self.workers!r}`."
+            )
         if not self.cpus > 0:
             raise ConsilienceError(f"`cpus` should be positive. Found `cpus = {self.cpus}`.")
         if self.gpus < 0 or (self.gpus > 1 and self.gpus != int(self.gpus)):
-            raise ConsilienceError(f"`gpus` should be a fraction of one or a whole number. Found `gpus = {self.gpus}`.")
+            raise ConsilienceError(
+                f"`gpus` should be a fraction of one or a whole number. Found `gpus = {self.gpus}`."
+            )
         if not isinstance(self.retries, int) or self.retries < 0:
-            raise ConsilienceError(f"`retries` should be a whole number >= 0. Found `retries = {self.retries!r}`.")
+            raise ConsilienceError(
+                f"`retries` should be a whole number >= 0. Found `retries = {self.retries!r}`."
+            )
 
-    def learn(self, work: Sequence[Work], watch: Watch, paused: Paused | None = None) -> None:
-        """Let the agents learn as tasks; finished ones are told to `watch` in the order of the work."""
-        if not work:
+    def train(self, visits: Sequence[Visit], events: EngineEvents, paused: Paused | None = None) -> None:
+        """Let the agents learn as tasks; finished ones are told to `events` in the order of the visits."""
+        if not visits:
             return
-        session = self._session or self._open(watch)
-        first = work[0][0]
+        session = self._session or self._open(events)
+        first = visits[0][0]
         if first.training.device != "cpu" and not self.gpus:
             raise ConsilienceError(
                 f"Ray gives a worker its GPU: `gpus` should be above 0 for the device {first.training.device!r}. Found `gpus = 0`."
             )
         ray, config = session.ray, session.config(first)
-        known = ray.put(dict(first.ledger.known))
+        known = ray.put(dict(first.ledger.measured))
         pool, needs, facts = Pool(), [], []
         given: list[dict[int, Tensor]] = []
-        for agent, _, _ in work:
+        for agent, _, _ in visits:
             tensors, fact = encode_state(agent.state)
             needs.append({name: pool.place(t) for name, t in tensors.items()})
             given.append({needs[-1][name]: t for name, t in reversed(tensors.items())})
@@ -432,12 +463,19 @@ class Ray(Engine):
         shared, own = session.blobs(pool, needs)
 
         def send(k: int) -> Any:
-            agent, names, part = work[k]
+            agent, names, part = visits[k]
             task = Task(
-                agent.name, names, part, agent.seed, (config,), json.dumps(facts[k]), tuple(needs[k].items()),
-                pack({str(i): pool.tensors[i] for i in own[k]}), tuple(shared[k]),
+                agent.name,
+                names,
+                part,
+                agent.seed,
+                (config,),
+                json.dumps(facts[k]),
+                tuple(needs[k].items()),
+                pack({str(i): pool.tensors[i] for i in own[k]}),
+                tuple(shared[k]),
                 (pack(paused[0]), paused[1]) if paused is not None and k == 0 else None,
-            )  # fmt: skip
+            )
             sources = [session.source(agent.schedule.source(n)) for n in dict.fromkeys(names)]
             return session.function.options(name=f"learn:{agent.name}").remote(task, known, *sources)
 
@@ -445,25 +483,27 @@ class Ray(Engine):
         ready: dict[int, Any] = {}
         sent = done = 0
         try:
-            while done < len(work):
-                while sent < len(work) and len(running) < session.window:
+            while done < len(visits):
+                while sent < len(visits) and len(running) < session.window:
                     running[send(sent)] = sent
                     sent += 1
                 found, _ = ray.wait(list(running), num_returns=1, timeout=PATIENCE) if running else ([], [])
                 for ref in found:
                     ready[running.pop(ref)] = ref
                 while done in ready:
-                    agent = work[done][0]
+                    agent = visits[done][0]
                     try:
                         self._take(session, agent, given[done], ready.pop(done))
                     except Exception as e:
-                        watch.fail(agent, e)
+                        events.fail(agent, e)
                     given[done] = {}
                     done += 1
-                    watch.done(agent)
-                    watch.tick(None)
-                if not found and (paused is None or done):  # a saved job stays what was saved until it is done
-                    watch.tick(None)
+                    events.done(agent)
+                    events.tick(None)
+                if not found and (
+                    paused is None or done
+                ):  # a saved job stays what was saved until it is done
+                    events.tick(None)
         finally:
             for ref in running:
                 with suppress(Exception):
@@ -474,7 +514,9 @@ class Ray(Engine):
         try:
             answer: Answer = session.ray.get(ref)
         except session.ray.exceptions.RayTaskError as e:
-            raise ConsilienceError(f"a Ray worker should run its task. Found {agent.name!r} failing: {e.cause or e}.") from e
+            raise ConsilienceError(
+                f"a Ray worker should run its task. Found {agent.name!r} failing: {e.cause or e}."
+            ) from e
         except session.ray.exceptions.RayError as e:
             times = "once" if not self.retries else f"{self.retries + 1} times"
             raise ConsilienceError(
@@ -482,7 +524,7 @@ class Ray(Engine):
             ) from e
         ledger = agent.ledger
         for kind, n in answer.times.items():
-            ledger.add(agent.name, "macs", n * ledger.known.setdefault(kind, answer.known[kind]))
+            ledger.add(agent.name, "macs", n * ledger.measured.setdefault(kind, answer.known[kind]))
         ledger.steps += answer.steps
         session.hear(answer, agent)
         if answer.why is not None:
@@ -492,7 +534,7 @@ class Ray(Engine):
         tensors = {name: given[i] if i >= 0 else new[str(-1 - i)] for name, i in answer.places}
         agent.state = kept(agent.state, decode_state(tensors, json.loads(answer.facts)))
 
-    def _open(self, watch: Watch) -> Session:
+    def _open(self, events: EngineEvents) -> Session:
         """Ray as it runs, or one that is started here."""
         try:
             ray: Any = importlib.import_module("ray")
@@ -505,7 +547,11 @@ class Ray(Engine):
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
             with as_before():
                 if address == "local":
-                    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+                    here = (
+                        len(os.sched_getaffinity(0))
+                        if hasattr(os, "sched_getaffinity")
+                        else os.cpu_count() or 1
+                    )
                     some = self.workers or max(1, int(here / self.cpus))
                     size = {"num_cpus": max(1, ceil(some * self.cpus)), "include_dashboard": False}
                 else:
@@ -521,8 +567,13 @@ class Ray(Engine):
             lacking = f"Found {there.get('CPU', 0):g} CPUs and {there.get('GPU', 0):g} GPUs"
             if ours and address == "local":
                 ray.shutdown()
-                raise ConsilienceError(f"an agent's `cpus = {self.cpus}` and `gpus = {self.gpus}` should be there. {lacking}.")
-            warnings.warn(f"agents wait until Ray has {self.cpus} CPUs and {self.gpus} GPUs for one. {lacking}.", stacklevel=2)
+                raise ConsilienceError(
+                    f"an agent's `cpus = {self.cpus}` and `gpus = {self.gpus}` should be there. {lacking}."
+                )
+            warnings.warn(
+                f"agents wait until Ray has {self.cpus} CPUs and {self.gpus} GPUs for one. {lacking}.",
+                stacklevel=2,
+            )
         room = there.get("CPU", 0) / self.cpus
         room = max(1, int(min(room, there.get("GPU", 0) / self.gpus) if self.gpus else room))
         if threads > max(1, self.cpus) and room > 1:
@@ -533,9 +584,13 @@ class Ray(Engine):
             )
         options = {"num_cpus": self.cpus, "num_gpus": self.gpus, "max_retries": self.retries, "max_calls": 0}
         function = ray.remote(**options)(train)
-        window = 2 * room if self.workers is None or (ours and address == "local") else min(self.workers, 2 * room)
+        window = (
+            2 * room if self.workers is None or (ours and address == "local") else min(self.workers, 2 * room)
+        )
         self._session = Session(ray, ours, function, window)
-        watch.note(f"Ray ({where}): room for {room} agents at once, {self.cpus} CPUs and {self.gpus} GPUs each.")
+        events.note(
+            f"Ray ({where}): room for {room} agents at once, {self.cpus} CPUs and {self.gpus} GPUs each."
+        )
         return self._session
 
     def close(self) -> None:
@@ -552,8 +607,15 @@ def kept(old: State, new: State) -> State:
     def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
         return a.keys() == b.keys() and all(a[k] is b[k] for k in a)
 
-    parts = {n: getattr(old, n) for n in ("params", "buffers", "base", "outer") if same(getattr(old, n), getattr(new, n))}
-    bank = {k: old.bank[k] if k in old.bank and old.bank[k].facts() == m.facts() else m for k, m in new.bank.items()}
+    parts = {
+        n: getattr(old, n)
+        for n in ("params", "buffers", "base", "outer")
+        if same(getattr(old, n), getattr(new, n))
+    }
+    bank = {
+        k: old.bank[k] if k in old.bank and old.bank[k].facts() == m.facts() else m
+        for k, m in new.bank.items()
+    }
     return new.change(bank=bank, **parts)
 
 

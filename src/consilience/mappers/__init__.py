@@ -85,7 +85,11 @@ def gaussian_mixture(
 
 
 def mahalanobis(
-    ridge: float = 0.1, on: Literal["features", "inputs"] = "features", images: int = 0, rank: int = 0, reject: float = 0.0
+    ridge: float = 0.1,
+    on: Literal["features", "inputs"] = "features",
+    images: int = 0,
+    rank: int = 0,
+    reject: float = 0.0,
 ) -> Mahalanobis:
     """The expert of the class mean that is nearest by one covariance of all sources: LDA, from what they share.
 

@@ -114,7 +114,9 @@ def fit(
     for step in range(1, max_iter + 1):  # noqa: B007
         precision = 1 / variance
         constant = weight.log() - 0.5 * ((mean.square() * precision).sum(1) + variance.log().sum(1))
-        log = torch.addmm(constant.float(), both, torch.cat([mean * precision, -0.5 * precision], 1).float().T)
+        log = torch.addmm(
+            constant.float(), both, torch.cat([mean * precision, -0.5 * precision], 1).float().T
+        )
         total = log.logsumexp(1)
         r = torch.threshold_(log.sub_(total[:, None]).exp_(), SHARE, 0.0)
         mean, variance, weight = settle(r, r.T @ both)

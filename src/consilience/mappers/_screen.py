@@ -72,12 +72,17 @@ class Level:
     def left(self, psi: Tensor, columns: Columns, constant: Tensor) -> Tensor:
         """Which anchors [B, J] may score best, a . b + constant, for places psi [B, d] with `columns` a."""
         dtype, norms = self.low.dtype, self.norms.T
-        low, bound = torch.empty(len(psi), self.low.shape[1], dtype=dtype), torch.empty(len(psi), len(norms), dtype=dtype)
+        low, bound = (
+            torch.empty(len(psi), self.low.shape[1], dtype=dtype),
+            torch.empty(len(psi), len(norms), dtype=dtype),
+        )
         for i in range(0, len(psi), ROWS):
             low[i : i + ROWS], kept, lost = _cut(columns(psi[i : i + ROWS]), dtype, self.parts)
             bound[i : i + ROWS] = torch.cat([lost, kept], 1)
         weight = self.low
-        if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":  # float32 that is not
+        if (
+            dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+        ):  # float32 that is not
             low, weight, bound, norms = low.double(), weight.double(), bound.double(), norms.double()
         products, errors = low @ weight.T, bound @ norms
         rounding = 2.0**-8 if dtype == torch.bfloat16 else 2.0**-23
@@ -105,7 +110,9 @@ class Screen:
     group: Tensor
 
     @staticmethod
-    def of(b: Tensor, constant: Tensor, group: Tensor, parts: int = 1, dtype: torch.dtype | None = None) -> Screen:
+    def of(
+        b: Tensor, constant: Tensor, group: Tensor, parts: int = 1, dtype: torch.dtype | None = None
+    ) -> Screen:
         """From b [J, n], of `parts` kinds of columns, constants [J] and groups [J]; `dtype` is that of the first level.
 
         What all anchors have in common, about their median, is left out of b: it changes no order."""
@@ -113,7 +120,9 @@ class Screen:
         types = (first,) if first == torch.float32 else (first, torch.float32)
         return Screen(tuple(Level.of(b, t, parts) for t in types), constant.float(), group)
 
-    def __call__(self, psi: Tensor, columns: Columns, exact: Exact, scored: bool = False) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, psi: Tensor, columns: Columns, exact: Exact, scored: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """The groups [B] of the best anchors of places psi [B, d], and their scores [B] in float64 (NaN for what the screen
         settled, unless `scored`)."""
         size, none = len(psi), len(self.group)
@@ -133,7 +142,9 @@ class Screen:
         score = torch.full((size,), torch.nan, dtype=torch.float64)
         if not len(rows):
             return best, score
-        values = torch.cat([exact(r, j) for r, j in zip(rows.split(AT_ONCE), anchors.split(AT_ONCE), strict=True)])
+        values = torch.cat(
+            [exact(r, j) for r, j in zip(rows.split(AT_ONCE), anchors.split(AT_ONCE), strict=True)]
+        )
         top = torch.full_like(score, -torch.inf).scatter_reduce(0, rows, values, "amax")
         won = values == top[rows]
         settled = torch.full_like(best, none).scatter_reduce(0, rows[won], self.group[anchors[won]], "amin")

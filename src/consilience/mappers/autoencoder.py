@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from consilience.core.correction import Learned, Me
+from consilience.core.contexts import Context, Learned
 from consilience.core.errors import ConsilienceError
 from consilience.core.message import Item, Module
 from consilience.core.params import Params
@@ -75,14 +75,18 @@ class ExpertGate(Anchored):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.code < 1:
-            raise ConsilienceError(f"`code` as a share of the inputs should be in (0, 1). Found `code = {self.code}`.")
+            raise ConsilienceError(
+                f"`code` as a share of the inputs should be in (0, 1). Found `code = {self.code}`."
+            )
         if self.epochs < 0:
             raise ConsilienceError(f"`epochs` should be at least 0. Found `epochs = {self.epochs}`.")
         for name in ("lr", "temperature"):
             if not 0 < getattr(self, name) < float("inf"):
-                raise ConsilienceError(f"`{name}` should be positive and finite. Found `{name} = {getattr(self, name)}`.")
+                raise ConsilienceError(
+                    f"`{name}` should be positive and finite. Found `{name} = {getattr(self, name)}`."
+                )
 
-    def summarise(self, learned: Learned, me: Me) -> Module:
+    def summarise(self, learned: Learned, ctx: Context) -> Module:
         psi, g = self.places(learned), learned.generator
         deviation = psi.std(0, unbiased=False)
         moments = {"mean": psi.mean(0), "deviation": torch.where(deviation > 0, deviation, 1.0)}
@@ -99,14 +103,18 @@ class ExpertGate(Anchored):
             for _ in range(self.epochs):
                 for batch in torch.randperm(len(target), generator=g).split(32):
                     optimiser.zero_grad()
-                    loss = F.binary_cross_entropy_with_logits(logits(net, target[batch]), target[batch], reduction="sum")
+                    loss = F.binary_cross_entropy_with_logits(
+                        logits(net, target[batch]), target[batch], reduction="sum"
+                    )
                     (loss / len(batch)).backward()
                     optimiser.step()
         fit = {n: p.detach() for n, p in net.items()}
         item = Module({**{n: t.float() for n, t in moments.items()}, **fit})
         if not self.rejects:
             return item
-        return replace(item, tensors={**item.tensors, "validation": sketch(-errors(item, self.held(learned)))})
+        return replace(
+            item, tensors={**item.tensors, "validation": sketch(-errors(item, self.held(learned)))}
+        )
 
     def ready(self, items: tuple[Item, ...], known: tuple[Item, ...]) -> Anchors:
         return Gates(items)

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from consilience.core.correction import Mapper, Memory, Routing
+from consilience.core.contexts import Memory, Routing
+from consilience.core.correction import Mapper
 from consilience.core.errors import ConsilienceError
-from consilience.core.schedule import Facts
+from consilience.core.schedule import ScheduleFacts
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class MinEntropy(Mapper):
     def rejects(self) -> bool:
         return self.unknown < 1
 
-    def refuse(self, facts: Facts) -> str | None:
+    def refuse(self, facts: ScheduleFacts) -> str | None:
         return "values have no entropy to compare; use the average" if facts.kind == "value" else None
 
     def route(self, routing: Routing, memory: Memory) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from consilience.core.correction import Learned, Me
+from consilience.core.contexts import Context, Learned
 from consilience.core.errors import ConsilienceError
 from consilience.core.message import Item, Module, Samples, Statistics
 from consilience.mappers._screen import Screen
@@ -112,7 +112,9 @@ class Distances(Screened):
         self.own: list[Tensor | None] = []
         for k, i in enumerate(items):
             held = i.tensors.get("validation")
-            self.own.append(None if held is None else self._near(held.double())[:, self.group == k].amax(1).sort().values)
+            self.own.append(
+                None if held is None else self._near(held.double())[:, self.group == k].amax(1).sort().values
+            )
 
     def _near(self, psi: Tensor) -> Tensor:
         white = (psi.double() - self.centre) @ self.white
@@ -165,13 +167,15 @@ class Mahalanobis(Anchored):
             raise ConsilienceError(f"`ridge` should be at least 0 and finite. Found `ridge = {self.ridge}`.")
         for name in ("images", "rank"):
             if getattr(self, name) < 0:
-                raise ConsilienceError(f"`{name}` should be at least 0. Found `{name} = {getattr(self, name)}`.")
+                raise ConsilienceError(
+                    f"`{name}` should be at least 0. Found `{name} = {getattr(self, name)}`."
+                )
         if self.images and self.rank:
             raise ConsilienceError(
                 f"`images` or `rank` should be 0: S is made of one of them. Found `images = {self.images}`, `rank = {self.rank}`."
             )
 
-    def summarise(self, learned: Learned, me: Me) -> Statistics | Module | Samples:
+    def summarise(self, learned: Learned, ctx: Context) -> Statistics | Module | Samples:
         found = sums(learned, self.psi(learned), second=not self.images)
         tensors = {"first": found["first"], "count": found["count"]}
         if self.images:
@@ -184,7 +188,9 @@ class Mahalanobis(Anchored):
             tensors["second"] = triangle(found["second"])
         if self.rejects:
             held = self.held(learned)
-            tensors["validation"] = held[torch.randperm(len(held), generator=learned.generator)[:RESIDUALS]].float()
+            tensors["validation"] = held[
+                torch.randperm(len(held), generator=learned.generator)[:RESIDUALS]
+            ].float()
         kind = Samples if self.images or self.rejects else Module if self.rank else Statistics
         return kind(tensors)
 

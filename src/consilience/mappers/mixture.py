@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from consilience.core.correction import Beginning, Learned, Mapper, Me, Memory, Routing
+from consilience.core.contexts import Beginning, Begun, Context, Learned, Memory, Routing
+from consilience.core.correction import Mapper
 from consilience.core.errors import ConsilienceError, Refusal
 from consilience.core.message import Item, Module, Statistics
 from consilience.core.model import Model
-from consilience.core.params import Params
-from consilience.core.schedule import Facts
+from consilience.core.schedule import ScheduleFacts
 from consilience.mappers import _em
 from consilience.mappers._screen import Screen
 
@@ -43,11 +43,11 @@ class Anchored(Mapper):
     def rejects(self) -> bool:
         return self.reject > 0
 
-    def refuse(self, facts: Facts) -> str | None:
+    def refuse(self, facts: ScheduleFacts) -> str | None:
         model: Model | None = facts.model
         if facts.kind == "value":
             return "anchors are made for experts of classes, and here targets are values"
-        if not facts.learns:
+        if not facts.trains:
             return "anchors are made from data, and here only trained models are given; use an entropy or average mapper"
         if self.on == "inputs" or model is None:
             return None
@@ -55,22 +55,26 @@ class Anchored(Mapper):
             return "anchors on features need a frozen backbone that all agents share; use on='inputs', or models.multi_head on a frozen trunk"
         return None
 
-    def begin(self, start: Beginning) -> tuple[Params, Mapping[str, Tensor]]:
+    def begin(self, start: Beginning) -> Begun:
         """Refuse a feature space that training would move."""
         if self.on == "inputs":
-            return start.params, {}
+            return Begun(start.params)
         x = start.sources[0].train.select(torch.arange(1)).whole()[0]
         like = next(p for p in start.params.values() if p.is_floating_point())
         x = x.to(like.device, like.dtype) if x.is_floating_point() else x.to(like.device)
-        moved = {n: p if start.model.frozen(n) or not p.is_floating_point() else p + 1 for n, p in start.params.items()}
+        moved = {
+            n: p if start.model.frozen(n) or not p.is_floating_point() else p + 1
+            for n, p in start.params.items()
+        }
         with torch.no_grad():
             if not torch.equal(
-                start.model.features(start.params, start.buffers, x), start.model.features(moved, start.buffers, x)
+                start.model.features(start.params, start.buffers, x),
+                start.model.features(moved, start.buffers, x),
             ):
                 raise Refusal(
                     "anchors on features need some that training does not move; use on='inputs'. Found trainable entries under the features."
                 )
-        return start.params, {}
+        return Begun(start.params)
 
     def place(self, x: Tensor, features: Callable[[Tensor], Tensor]) -> Tensor:
         """Where inputs x [B, ...] lie [B, d], in float64 or float32."""
@@ -95,7 +99,12 @@ class Anchored(Mapper):
             raise ConsilienceError(
                 f"`reject` is calibrated on validation examples, and a source should have some. Found none in {source.name!r}."
             )
-        return torch.cat([psi(x) for x, _ in source.validation.to(learned.layout.device, learned.layout.dtype).chunks(1024)])
+        return torch.cat(
+            [
+                psi(x)
+                for x, _ in source.validation.to(learned.layout.device, learned.layout.dtype).chunks(1024)
+            ]
+        )
 
     def settle(self, item: Item, place: Callable[[Tensor], Tensor]) -> Item:
         """An anchor as this agent reads it, made once: on the CPU."""
@@ -120,9 +129,9 @@ class Anchored(Mapper):
                 "`scores` on features should be asked of anchors of sums or factors; use `route`, whose model gives shared images their features. Found an anchor of images."
             )
         place = lambda x: self.place(x, lambda x: x)  # noqa: E731
-        return self.ready(tuple(_settled(self, i, place) for i in items), tuple(_settled(self, i, place) for i in known)).scores(
-            psi
-        )
+        return self.ready(
+            tuple(_settled(self, i, place) for i in items), tuple(_settled(self, i, place) for i in known)
+        ).scores(psi)
 
     def weights(self, psi: Tensor, anchors: Anchors) -> Tensor:
         """Weights [B, K] of the experts: all to the one whose anchor fits best; none, with `reject`, where that one does not know
@@ -144,7 +153,9 @@ class Anchored(Mapper):
         psi = self.place(like, lambda x: routing.features()).cpu()
 
         def place(x: Tensor) -> Tensor:
-            return self.place(x.to(like.device, like.dtype if like.is_floating_point() else x.dtype), routing.features).cpu()
+            return self.place(
+                x.to(like.device, like.dtype if like.is_floating_point() else x.dtype), routing.features
+            ).cpu()
 
         order = sorted(memory, key=lambda k: (k[1], k[0]))
         told = {k: _settled(self, memory[k], place) for k in order}
@@ -290,7 +301,9 @@ class Points(Screened):
         self.screen = Screen.of(self.points, -0.5 * self.points.square().sum(1), self.group)
 
     def scores(self, psi: Tensor) -> Tensor:
-        distance = torch.cdist(psi.double() - self.centre, self.points, compute_mode="donot_use_mm_for_euclid_dist").square()
+        distance = torch.cdist(
+            psi.double() - self.centre, self.points, compute_mode="donot_use_mm_for_euclid_dist"
+        ).square()
         return torch.stack([-distance[:, self.group == k].amin(1) for k in range(len(self.own))], 1)
 
     def columns(self, x: Tensor) -> Tensor:
@@ -312,7 +325,7 @@ class NearestMean(Anchored):
     on: Literal["features", "inputs"] = "features"
     reject: float = 0.0
 
-    def summarise(self, learned: Learned, me: Me) -> Statistics | Module:
+    def summarise(self, learned: Learned, ctx: Context) -> Statistics | Module:
         item = Statistics(sums(learned, self.psi(learned), second=False))
         if not self.rejects:
             return item
@@ -331,19 +344,29 @@ class Mixtures(Screened):
         own = [i.tensors.get("validation") for i in items]
         self.own = [o if o is None else o + p for o, p in zip(own, prior, strict=True)]
         self.group = grouped([i.tensors["weight"] for i in items])
-        self.mean, self.variance, weight = (torch.cat([i.tensors[n] for i in items]) for n in ("mean", "variance", "weight"))
+        self.mean, self.variance, weight = (
+            torch.cat([i.tensors[n] for i in items]) for n in ("mean", "variance", "weight")
+        )
         tiny = torch.finfo(torch.float64).tiny
-        constant = weight.double().clamp_min(tiny).log() + torch.tensor(prior, dtype=torch.float64)[self.group]
+        constant = (
+            weight.double().clamp_min(tiny).log() + torch.tensor(prior, dtype=torch.float64)[self.group]
+        )
         precision = 1 / self.variance.double()
         self.constant = constant + 0.5 * precision.log().sum(1)
         # where the components are on average, and how wide: what all have in common leaves the products
         total = precision.sum(0)
-        self.centre, self.width = ((precision * self.mean).sum(0) / total).float(), (len(precision) / total).sqrt().float()
+        self.centre, self.width = (
+            ((precision * self.mean).sum(0) / total).float(),
+            (len(precision) / total).sqrt().float(),
+        )
         off = (self.mean.double() - self.centre) / self.width
         precision *= self.width.double().square()
         base = self.constant - 0.5 * (precision * off.square()).sum(1)
         self.screen = Screen.of(
-            torch.cat([(precision * off).float(), (0.5 - 0.5 * precision).float()], 1), base, self.group, parts=2
+            torch.cat([(precision * off).float(), (0.5 - 0.5 * precision).float()], 1),
+            base,
+            self.group,
+            parts=2,
         )
 
     def scores(self, psi: Tensor) -> Tensor:
@@ -352,7 +375,9 @@ class Mixtures(Screened):
         for k in range(len(self.own)):
             j = self.group == k
             mean, precision = self.mean[j].double() - self.centre, 1 / self.variance[j].double()
-            distance = square @ precision.T - 2 * psi @ (mean * precision).T + (mean.square() * precision).sum(1)
+            distance = (
+                square @ precision.T - 2 * psi @ (mean * precision).T + (mean.square() * precision).sum(1)
+            )
             found.append((self.constant[j] - 0.5 * distance).max(1).values)
         return torch.stack(found, 1)
 
@@ -393,14 +418,18 @@ class GaussianMixture(Anchored):
         super().__post_init__()
         for name in ("components", "least"):
             if getattr(self, name) < 1:
-                raise ConsilienceError(f"`{name}` should be at least 1. Found `{name} = {getattr(self, name)}`.")
+                raise ConsilienceError(
+                    f"`{name}` should be at least 1. Found `{name} = {getattr(self, name)}`."
+                )
         for name, words in (("prior", ("size", "uniform")), ("fit", ("torch", "sklearn"))):
             if getattr(self, name) not in words:
-                raise ConsilienceError(f"`{name}` should be {' or '.join(words)}. Found `{name} = {getattr(self, name)!r}`.")
+                raise ConsilienceError(
+                    f"`{name}` should be {' or '.join(words)}. Found `{name} = {getattr(self, name)!r}`."
+                )
         if not 0 < self.floor < float("inf"):
             raise ConsilienceError(f"`floor` should be positive and finite. Found `floor = {self.floor}`.")
 
-    def summarise(self, learned: Learned, me: Me) -> Module:
+    def summarise(self, learned: Learned, ctx: Context) -> Module:
         features = lambda x: learned.model.features(learned.params, learned.buffers, x, None)  # noqa: E731
         psi = torch.cat([self.place(x, features) for x, _ in learned.source.train.chunks(1024)])
         spread = float(psi.var(0, unbiased=False).mean()) or 1.0
@@ -430,7 +459,9 @@ def by_sklearn(x: Tensor, k: int, generator: torch.Generator, floor: float) -> _
     from sklearn.mixture import GaussianMixture as Mixture
 
     seed = int(torch.randint(2**31 - 1, (1,), generator=generator))
-    fit = Mixture(min(k, len(x)), covariance_type="diag", reg_covar=floor, random_state=seed, init_params="k-means++")
+    fit = Mixture(
+        min(k, len(x)), covariance_type="diag", reg_covar=floor, random_state=seed, init_params="k-means++"
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         fit.fit(x.double().cpu().numpy())

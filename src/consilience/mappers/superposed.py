@@ -8,8 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from consilience.core.correction import Mapper, Memory, Routing
-from consilience.core.schedule import Facts
+from consilience.core.contexts import Memory, Routing
+from consilience.core.correction import Mapper
+from consilience.core.schedule import ScheduleFacts
 
 
 def entropy(out: Tensor) -> Tensor:
@@ -35,13 +36,11 @@ class Superposition(Mapper):
 
     superposes: ClassVar[bool] = True
 
-    def refuse(self, facts: Facts) -> str | None:
+    def refuse(self, facts: ScheduleFacts) -> str | None:
         if facts.kind == "value":
             return "values have no entropy to compare; use the average, or nearest_mean(on='inputs')"
         if facts.overlap and facts.model is not None and facts.model.uses_task:
-            return (
-                "heads of several tasks for the same classes have no superposition; use a model with one shared head, such as mlp"
-            )
+            return "heads of several tasks for the same classes have no superposition; use a model with one shared head, such as mlp"
         return None
 
     def slopes(self, routing: Routing, alpha: Tensor) -> Tensor:
@@ -52,7 +51,9 @@ class Superposition(Mapper):
             whole: Tensor = torch.func.grad(lambda a: entropy(outputs(routing.x, a)).mean())(alpha)
             return whole
         one = torch.func.grad(lambda a, x: entropy(outputs(x[None], a)).sum())
-        each: Tensor = torch.func.vmap(one, (0 if alpha.ndim == 2 else None, 0), chunk_size=64)(alpha, routing.x)
+        each: Tensor = torch.func.vmap(one, (0 if alpha.ndim == 2 else None, 0), chunk_size=64)(
+            alpha, routing.x
+        )
         return each
 
     def route(self, routing: Routing, memory: Memory) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from consilience.core.buffer import Policy, Reservoir, equal_shares, ranks
-from consilience.core.correction import Learned
+from consilience.core.contexts import Learned
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,14 @@ class Herding(Policy):
     is the rank k, so that a smaller share keeps the first ones. Welling 2009; Rebuffi et al. 2017 (iCaRL).
     """
 
-    ends: ClassVar[bool] = True
+    needs_boundaries: ClassVar[bool] = True
 
     def keys(self, learned: Learned, size: int) -> Tensor:
         psi, y = unit_features(learned)
         keys = torch.full((len(y),), torch.inf, dtype=torch.float64)
-        level = torch.arange(1, size + 1)  # the most of a class that a buffer with these classes alone would hold
+        level = torch.arange(
+            1, size + 1
+        )  # the most of a class that a buffer with these classes alone would hold
         most = 1 + int((torch.minimum(y.bincount()[:, None], level).sum(0) < size).sum())
         for c in y.unique().tolist():
             own = (y == c).nonzero()[:, 0]

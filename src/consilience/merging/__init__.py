@@ -21,11 +21,26 @@ if TYPE_CHECKING:
     from consilience.merging._explore import explore, greedy_soup
     from consilience.merging._stream import fold_normalisation, merge
 
-__all__ = ["choose", "diagnose", "disentanglement", "explore", "fold_normalisation", "greedy_soup", "merge", "transfer_matrix"]
+__all__ = [
+    "choose",
+    "diagnose",
+    "disentanglement",
+    "explore",
+    "fold_normalisation",
+    "greedy_soup",
+    "merge",
+    "transfer_matrix",
+]
 _WHERE = {
-    "choose": "_choose", "diagnose": "_diagnose", "disentanglement": "_analysis", "explore": "_explore", "fold_normalisation": "_stream",
-    "greedy_soup": "_explore", "merge": "_stream", "transfer_matrix": "_analysis",
-}  # fmt: skip
+    "choose": "_choose",
+    "diagnose": "_diagnose",
+    "disentanglement": "_analysis",
+    "explore": "_explore",
+    "fold_normalisation": "_stream",
+    "greedy_soup": "_explore",
+    "merge": "_stream",
+    "transfer_matrix": "_analysis",
+}
 
 
 def __getattr__(name: str) -> Any:

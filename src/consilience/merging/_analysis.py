@@ -41,7 +41,9 @@ class Disentanglement:
     def write(self, path: str | Path) -> Path:
         """Write the heat map as SVG; the darker, the more the tasks disturb each other."""
         title = f"Disentanglement error of {self.tasks[0]} (down) and {self.tasks[1]} (across) by coefficient"
-        return _heat(path, title, *self._named(), self.errors, 0.0, max(1e-9, *(v for row in self.errors for v in row)))
+        return _heat(
+            path, title, *self._named(), self.errors, 0.0, max(1e-9, *(v for row in self.errors for v in row))
+        )
 
     def _named(self) -> tuple[list[str], list[str]]:
         names = [f"{a:g}" for a in self.coefficients]
@@ -59,12 +61,20 @@ class Transfer:
     @property
     def ratios(self) -> tuple[tuple[float, ...], ...]:
         """accuracy(expert i on j) / accuracy(base on j); NaN where the base has none right."""
-        return tuple(tuple(a / b if b else math.nan for a, b in zip(row, self.base, strict=True)) for row in self.accuracies)
+        return tuple(
+            tuple(a / b if b else math.nan for a, b in zip(row, self.base, strict=True))
+            for row in self.accuracies
+        )
 
     @property
     def others(self) -> float:
         """The mean of |ratio - 1| off the diagonal: how far an expert moves what the base did on other tasks."""
-        away = [abs(v - 1) for i, row in enumerate(self.ratios) for j, v in enumerate(row) if i != j and math.isfinite(v)]
+        away = [
+            abs(v - 1)
+            for i, row in enumerate(self.ratios)
+            for j, v in enumerate(row)
+            if i != j and math.isfinite(v)
+        ]
         return sum(away) / len(away) if away else math.nan
 
     @property
@@ -74,7 +84,9 @@ class Transfer:
 
     def table(self) -> str:
         """A line for each expert, a column for each task: ratios of accuracies; then the base's own."""
-        return _table("expert \\ task", [*self.tasks, "base (accuracy)"], self.tasks, [*self.ratios, self.base])
+        return _table(
+            "expert \\ task", [*self.tasks, "base (accuracy)"], self.tasks, [*self.ratios, self.base]
+        )
 
     def write(self, path: str | Path) -> Path:
         """Write the heat map of the ratios as SVG."""
@@ -128,7 +140,9 @@ def disentanglement(
         )
     grid = tuple(float(a) for a in coefficients)
     if not grid or not all(map(math.isfinite, grid)):
-        raise ConsilienceError(f"`coefficients` should be finite, and at least one. Found `coefficients = {grid}`.")
+        raise ConsilienceError(
+            f"`coefficients` should be finite, and at least one. Found `coefficients = {grid}`."
+        )
     start, theta, held, own = _together(model, base, experts, sources, buffers)
     for i, told in enumerate(own):
         for n, b in told.items():
@@ -147,7 +161,10 @@ def disentanglement(
 
     alone = [[answers((a, 0.0) if t == 0 else (0.0, a), t) for a in grid] for t in (0, 1)]
     errors = [
-        [sum(float((alone[t][k] != answers((a, b), t)).double().mean()) for t, k in ((0, i), (1, j))) for j, b in enumerate(grid)]
+        [
+            sum(float((alone[t][k] != answers((a, b), t)).double().mean()) for t, k in ((0, i), (1, j)))
+            for j, b in enumerate(grid)
+        ]
         for i, a in enumerate(grid)
     ]
     return Disentanglement((sources[0].name, sources[1].name), grid, tuple(map(tuple, errors)))
@@ -185,34 +202,52 @@ def transfer_matrix(
     ((1.0, 1.0), (1.0, 1.0))
     """
     if not sources or len(experts) != len(sources):
-        raise ConsilienceError(f"there should be an expert for each source. Found {len(experts)} and {len(sources)} sources.")
+        raise ConsilienceError(
+            f"there should be an expert for each source. Found {len(experts)} and {len(sources)} sources."
+        )
     start, theta, held, own = _together(model, base, experts, sources, buffers)
 
     def accuracies(params: Params, told: Params) -> tuple[float, ...]:
         pairs = [list(_answers(model, params, {**held, **told}, s)) for s in sources]
-        return tuple(sum(int((p == y).sum()) for p, y in some) / sum(len(y) for _, y in some) for some in pairs)
+        return tuple(
+            sum(int((p == y).sum()) for p, y in some) / sum(len(y) for _, y in some) for some in pairs
+        )
 
     found = tuple(accuracies({**start, **expert}, told) for expert, told in zip(theta, own, strict=True))
     return Transfer(tuple(s.name for s in sources), accuracies(start, {}), found)
 
 
 def _together(
-    model: Model, base: Mapping[str, Any], experts: Sequence[Mapping[str, Any]], sources: Sequence[Source], buffers: Params | None
+    model: Model,
+    base: Mapping[str, Any],
+    experts: Sequence[Mapping[str, Any]],
+    sources: Sequence[Source],
+    buffers: Params | None,
 ) -> tuple[Params, list[Params], Params, list[Params]]:
     """The base with the heads of all tasks; the entries in which each expert differs from it; buffers for all heads; each expert's."""
     for s in sources:
         if s.kind != "class":
-            raise ConsilienceError(f"answers that are compared should be classes. Found values in {s.name!r}.")
+            raise ConsilienceError(
+                f"answers that are compared should be classes. Found values in {s.name!r}."
+            )
     g = torch.Generator().manual_seed(0)
     grown, first = model.init(g)
     for s in sources:
         grown, first = model.grow(grown, first, s, g)
     start = {n: torch.as_tensor(p) for n, p in base.items() if n not in first}
     for expert, s in zip(experts, sources, strict=True):
-        start |= {n: torch.as_tensor(p) for n, p in expert.items() if model.task_of(n) == model.head_key(s) and n not in first}
+        start |= {
+            n: torch.as_tensor(p)
+            for n, p in expert.items()
+            if model.task_of(n) == model.head_key(s) and n not in first
+        }
     given = buffers or {}
     told = [
-        {n: torch.as_tensor(b) for n, b in held.items() if n in first and n not in given and model.task_of(n) is None}
+        {
+            n: torch.as_tensor(b)
+            for n, b in held.items()
+            if n in first and n not in given and model.task_of(n) is None
+        }
         for held in (base, *experts)
     ]
     for whose, held in zip(("the base", *(f"expert {i}" for i in range(len(experts)))), told, strict=True):
@@ -234,17 +269,25 @@ def _together(
                 )
         missing = sorted(n for n in grown if model.task_of(n) is None and n not in shared)
         if missing:
-            raise ConsilienceError(f"experts should have the model's entries. Found none called {missing[0]!r} in expert {i}.")
-        theta.append({n: p for n, p in shared.items() if p.is_floating_point() and not torch.equal(p, start[n])})
+            raise ConsilienceError(
+                f"experts should have the model's entries. Found none called {missing[0]!r} in expert {i}."
+            )
+        theta.append(
+            {n: p for n, p in shared.items() if p.is_floating_point() and not torch.equal(p, start[n])}
+        )
     return start, theta, {**first, **told[0], **given}, told[1:]
 
 
 @torch.no_grad()
-def _answers(model: Model, params: Params, buffers: Params, source: Source) -> Iterator[tuple[Tensor, Tensor]]:
+def _answers(
+    model: Model, params: Params, buffers: Params, source: Source
+) -> Iterator[tuple[Tensor, Tensor]]:
     """(argmax over the source's classes [B], targets [B]) of its test data, by chunks."""
     like = next(p for p in params.values() if p.is_floating_point())
     columns = torch.tensor(source.classes, device=like.device)
-    cast = {n: b.to(like.device, like.dtype if b.is_floating_point() else b.dtype) for n, b in buffers.items()}
+    cast = {
+        n: b.to(like.device, like.dtype if b.is_floating_point() else b.dtype) for n, b in buffers.items()
+    }
     for x, y in source.test.chunks(CHUNK):
         seen = x.to(like.device, like.dtype if x.is_floating_point() else x.dtype)
         out = model(params, cast, seen, source.task, False)[0]
@@ -255,7 +298,9 @@ def _table(corner: str, rows: Sequence[str], names: Sequence[str], values: Seque
     from consilience.report._text import Column, clean, grid, number, short
 
     columns = [Column(clean(corner), [clean(r) for r in rows], False)]
-    return grid(columns + [Column(short(n, 14), [number(row[j]) for row in values]) for j, n in enumerate(names)])
+    return grid(
+        columns + [Column(short(n, 14), [number(row[j]) for row in values]) for j, n in enumerate(names)]
+    )
 
 
 def _heat(
@@ -273,5 +318,13 @@ def _heat(
 
     brief: Callable[[float], str] = lambda v: number(v, digits=2)  # noqa: E731
     return draw(
-        path, [(title, heat_map(f"Heat map: {title}.", rows, names, values, low, high, number, brief, [None] * len(names))[0])]
+        path,
+        [
+            (
+                title,
+                heat_map(
+                    f"Heat map: {title}.", rows, names, values, low, high, number, brief, [None] * len(names)
+                )[0],
+            )
+        ],
     )

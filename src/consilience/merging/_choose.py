@@ -114,12 +114,19 @@ class Choice:
     def to_json(self) -> dict[str, Any]:
         """The same as plain values."""
         return {
-            "labels": self.labels, "sources": list(self.sources), "use": self.use, "cheaper": self.cheaper, "single": self.single,
-            "combination": self.combination, "gain": self.gain,
-            "error": self.error if self.error is not None and math.isfinite(self.error) else None, "pays": self.pays,
-            "rule": RULE if self.labels else SILENT, "advice": self.advice,
+            "labels": self.labels,
+            "sources": list(self.sources),
+            "use": self.use,
+            "cheaper": self.cheaper,
+            "single": self.single,
+            "combination": self.combination,
+            "gain": self.gain,
+            "error": self.error if self.error is not None and math.isfinite(self.error) else None,
+            "pays": self.pays,
+            "rule": RULE if self.labels else SILENT,
+            "advice": self.advice,
             "candidates": [{**vars(c), "test": dict(c.test)} for c in self.candidates],
-        }  # fmt: skip
+        }
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,7 +197,12 @@ def choose(
 
 
 def _candidates(
-    bench: Bench, aggregators: Mapping[str, Aggregator] | None, labels: bool, distil: Any, budget: int, seed: int
+    bench: Bench,
+    aggregators: Mapping[str, Aggregator] | None,
+    labels: bool,
+    distil: Any,
+    budget: int,
+    seed: int,
 ) -> dict[str, _Made]:
     names, m = list(bench.experts), len(bench.experts)
     made: dict[str, _Made] = {}
@@ -212,8 +224,15 @@ def _candidates(
     c = found.best.coefficients
     one("task arithmetic", "merge", bench.mixture(c), f"coefficient {c[0]:.4g}")
     if m > 1:
-        c = search(bench, each=True, objective=objective, budget=budget * min(m, 4), seed=seed).best.coefficients
-        one("task arithmetic, each", "merge", bench.mixture(c), f"coefficients {', '.join(f'{v:.3g}' for v in c)}")
+        c = search(
+            bench, each=True, objective=objective, budget=budget * min(m, 4), seed=seed
+        ).best.coefficients
+        one(
+            "task arithmetic, each",
+            "merge",
+            bench.mixture(c),
+            f"coefficients {', '.join(f'{v:.3g}' for v in c)}",
+        )
         best = soup(bench, objective).best
         members = [n for n, v in zip(names, best.coefficients, strict=True) if v]
         one("greedy soup", "merge", bench.mixture(best.coefficients), f"of {', '.join(members)}")
@@ -230,7 +249,10 @@ def _candidates(
             one(n, "merge", bench.along(n, best.coefficients[0]), f"x {best.coefficients[0]:.4g}")
         every = tuple(bench.experts.values())
         put("ensemble", _Made("ensemble", "mean of probabilities", bench.ensemble, m, every))
-        put("routing by entropy", _Made("routing", "the most certain expert", lambda part: routed(bench, part), m, every))
+        put(
+            "routing by entropy",
+            _Made("routing", "the most certain expert", lambda part: routed(bench, part), m, every),
+        )
         if bench.labelled and len(bench.sources) > 1:
             picks = _picks(bench, labels)
             told = ", ".join(f"{s.name}: {n}" for s, n in zip(bench.sources, picks, strict=True))
@@ -251,7 +273,9 @@ def _usual(m: int) -> dict[str, Aggregator]:
 
 def _scales(name: str, m: int) -> tuple[float, ...]:
     """Strengths to try; a point on the arc between two models has none."""
-    return () if name == "slerp" else tuple(s for s in (0.25, 0.5, 0.75, 1.5, 2, 3, 4, 6, 8) if s <= max(2, m))
+    return (
+        () if name == "slerp" else tuple(s for s in (0.25, 0.5, 0.75, 1.5, 2, 3, 4, 6, 8) if s <= max(2, m))
+    )
 
 
 def routed(bench: Bench, part: Part) -> list[Answers]:
@@ -270,7 +294,11 @@ def _picks(bench: Bench, labels: bool) -> list[str]:
 
     def merit(name: str, j: int) -> tuple[float, float]:
         a = bench.alone(name, "validation")[j]
-        return (float(a.correct.mean()), float(a.chance(a.y).mean())) if labels else (-float(a.entropy.mean()), 0.0)
+        return (
+            (float(a.correct.mean()), float(a.chance(a.y).mean()))
+            if labels
+            else (-float(a.entropy.mean()), 0.0)
+        )
 
     return [max(bench.experts, key=lambda n: merit(n, j)) for j in range(len(bench.sources))]
 
@@ -288,7 +316,9 @@ def distilled(bench: Bench, distil: Any, seed: int) -> Params:
         distil = torch.cat([s.train.whole()[0] for s in bench.sources])
     consolidator = distil if isinstance(distil, Distillation) else Distillation(unlabelled=inputs(distil))
     if bench.model.uses_task:
-        raise Refusal("models with heads of several tasks have no outputs in common to distil; leave `distil` out.")
+        raise Refusal(
+            "models with heads of several tasks have no outputs in common to distil; leave `distil` out."
+        )
     params, buffers = bench.params(bench.base), bench.buffers(bench.base)
     state = State(params=params, buffers=buffers, base=params, origin="")
 
@@ -296,7 +326,7 @@ def distilled(bench: Bench, distil: Any, seed: int) -> Params:
         return Weights({f"{'params' if n in params else 'buffers'}/{n}": t for n, t in entries.items()})
 
     heard = [Message(n, "", 1, 1, "", "", {"model": told(e)}) for n, e in bench.experts.items()]
-    new = consolidator.absorb(bench.model, state, heard, False, key(seed, "choose", "distil"))
+    new = consolidator.receive(bench.model, state, heard, False, key(seed, "choose", "distil"))
     still = {n: t for n, t in params.items() if bench.model.frozen(n)}  # a mean may round them
     return {**new.params, **new.buffers, **still}
 
@@ -317,7 +347,9 @@ def stored(models: Sequence[Params]) -> int:
     return total
 
 
-def paired(a: Sequence[Answers], b: Sequence[Answers], keys: Sequence[Hashable] | None = None) -> tuple[float, float]:
+def paired(
+    a: Sequence[Answers], b: Sequence[Answers], keys: Sequence[Hashable] | None = None
+) -> tuple[float, float]:
     """The mean over sources of how much more often a is right than b, and its standard error.
 
     Sources whose `keys` are the same have the same examples (None: none have), so that what they add up to varies by example. The error
@@ -358,9 +390,17 @@ def _judge(bench: Bench, made: Mapping[str, _Made], labels: bool) -> Choice:
         held[n], test = c.answer("validation"), c.answer("test")
         found = bench.scores(test, objective, "test")
         candidates[n] = Candidate(
-            n, c.kind, c.detail, average(bench.scores(held[n], objective, "validation")), found, average(found),
-            average(bench.scores(test, "entropy", "test")), average(bench.scores(test, "agreement", "test")), c.passes, stored(c.models),
-        )  # fmt: skip
+            n,
+            c.kind,
+            c.detail,
+            average(bench.scores(held[n], objective, "validation")),
+            found,
+            average(found),
+            average(bench.scores(test, "entropy", "test")),
+            average(bench.scores(test, "agreement", "test")),
+            c.passes,
+            stored(c.models),
+        )
         kept[n] = test
     sure = {n: average(bench.scores(held[n], "entropy", "validation")) for n in made}
 
@@ -395,7 +435,18 @@ def _judge(bench: Bench, made: Mapping[str, _Made], labels: bool) -> Choice:
             f"answers most as the ensemble of experts does.\ncombining: {SILENT}."
         )
         return Choice(
-            False, sources, tuple(candidates.values()), use, None, single, combination, None, None, None, advice, entries
+            False,
+            sources,
+            tuple(candidates.values()),
+            use,
+            None,
+            single,
+            combination,
+            None,
+            None,
+            None,
+            advice,
+            entries,
         )
     gain, error = paired(held[combination], held[single], same["validation"])
     use = combination if gain > error else single
@@ -411,7 +462,9 @@ def _judge(bench: Bench, made: Mapping[str, _Made], labels: bool) -> Choice:
         ):
             near.append(n)
     cheaper = (
-        min(near, key=lambda n: (candidates[n].passes, candidates[n].parameters, -candidates[n].validation)) if near else None
+        min(near, key=lambda n: (candidates[n].passes, candidates[n].parameters, -candidates[n].validation))
+        if near
+        else None
     )
     gain, error = paired(kept[combination], kept[single], same["test"])
     pays = gain > error
@@ -431,5 +484,16 @@ def _judge(bench: Bench, made: Mapping[str, _Made], labels: bool) -> Choice:
         f"{single}, the best single model{'' if said else '; the validation parts said otherwise'}.\nrule: {RULE}."
     )
     return Choice(
-        True, sources, tuple(candidates.values()), use, cheaper, single, combination, gain, error, pays, advice, entries
+        True,
+        sources,
+        tuple(candidates.values()),
+        use,
+        cheaper,
+        single,
+        combination,
+        gain,
+        error,
+        pays,
+        advice,
+        entries,
     )

@@ -56,7 +56,9 @@ class Diagnosis:
 
         names = [clean(n) for n in self.experts]
         cosines = [Column("cosine", names, False)]
-        cosines += [Column(short(n, 14), [number(row[j]) for row in self.cosines]) for j, n in enumerate(names)]
+        cosines += [
+            Column(short(n, 14), [number(row[j]) for row in self.cosines]) for j, n in enumerate(names)
+        ]
         shown: list[Layer | None] = [*self.layers]
         if most is not None and len(shown) > most:
             shown = [*shown[: most - most // 2], None, *shown[len(shown) - most // 2 :]]
@@ -65,7 +67,10 @@ class Diagnosis:
         def cells(say: Callable[[Layer], str]) -> list[str]:
             return ["..." if x is None else say(x) for x in shown]
 
-        columns = [Column("entry", cells(lambda x: short(x.name, 48)), False), Column("elements", cells(lambda x: human(x.size)))]
+        columns = [
+            Column("entry", cells(lambda x: short(x.name, 48)), False),
+            Column("elements", cells(lambda x: human(x.size))),
+        ]
         columns += [
             Column(f"|{short(n, 12)}|", cells(lambda x, i=i: f"{x.norms[i]:.4g}"))  # type: ignore[misc]
             for i, n in enumerate(names)
@@ -74,7 +79,11 @@ class Diagnosis:
             Column("conflicts %", cells(lambda x: number(x.conflicts, True))),
             Column("of the mass %", cells(lambda x: number(x.mass, True))),
         ]
-        apart = f"\n\nnot compared, since not all carry them as floats: {', '.join(map(clean, self.apart))}" if self.apart else ""
+        apart = (
+            f"\n\nnot compared, since not all carry them as floats: {', '.join(map(clean, self.apart))}"
+            if self.apart
+            else ""
+        )
         return f"{grid(cosines)}\n\n{grid(columns)}{apart}"
 
     def to_json(self) -> dict[str, Any]:
@@ -92,8 +101,10 @@ class Diagnosis:
         return {
             "experts": list(self.experts),
             "cosines": [[v if math.isfinite(v) else None for v in row] for row in self.cosines],
-            "layers": [layer(x) for x in self.layers], "whole": layer(self.whole), "apart": list(self.apart),
-        }  # fmt: skip
+            "layers": [layer(x) for x in self.layers],
+            "whole": layer(self.whole),
+            "apart": list(self.apart),
+        }
 
     def write(self, path: str | Path) -> Path:
         """Write a figure as SVG: the cosine matrix, then norms and sign conflicts along the entries."""
@@ -102,20 +113,57 @@ class Diagnosis:
 
         names, entries = list(self.experts), [x.name for x in self.layers]
         low = min([0.0, *(v for row in self.cosines for v in row if math.isfinite(v))])
-        charts = [("Cosine of task vectors", heat_map(
-            f"Heat map: cosines of the task vectors of {len(names)} experts.", names, names, self.cosines, low, 1.0,
-            number, lambda v: number(v, digits=2), [None] * len(names),
-        )[0])]  # fmt: skip
+        charts = [
+            (
+                "Cosine of task vectors",
+                heat_map(
+                    f"Heat map: cosines of the task vectors of {len(names)} experts.",
+                    names,
+                    names,
+                    self.cosines,
+                    low,
+                    1.0,
+                    number,
+                    lambda v: number(v, digits=2),
+                    [None] * len(names),
+                )[0],
+            )
+        ]
         norms = [(n, [x.norms[i] for x in self.layers]) for i, n in enumerate(names)]
-        charts += [("Norm of the task vectors by entry", lines_chart(
-            f"Line chart: norms of task vectors over {len(entries)} entries.", entries, norms, [], [], False,
-            lambda v: f"{v:.3g}", lambda v, step: f"{v:.3g}",
-        ))]  # fmt: skip
-        shares = [("of elements", [x.conflicts for x in self.layers]), ("of the mass", [x.mass for x in self.layers])]
-        charts += [("Sign conflicts (%) by entry", lines_chart(
-            f"Line chart: sign conflicts over {len(entries)} entries.", entries, shares, [], [], True,
-            lambda v: number(v, True), lambda v, step: number(v, True, 0 if step >= 0.01 else 1),
-        ))]  # fmt: skip
+        charts += [
+            (
+                "Norm of the task vectors by entry",
+                lines_chart(
+                    f"Line chart: norms of task vectors over {len(entries)} entries.",
+                    entries,
+                    norms,
+                    [],
+                    [],
+                    False,
+                    lambda v: f"{v:.3g}",
+                    lambda v, step: f"{v:.3g}",
+                ),
+            )
+        ]
+        shares = [
+            ("of elements", [x.conflicts for x in self.layers]),
+            ("of the mass", [x.mass for x in self.layers]),
+        ]
+        charts += [
+            (
+                "Sign conflicts (%) by entry",
+                lines_chart(
+                    f"Line chart: sign conflicts over {len(entries)} entries.",
+                    entries,
+                    shares,
+                    [],
+                    [],
+                    True,
+                    lambda v: number(v, True),
+                    lambda v, step: number(v, True, 0 if step >= 0.01 else 1),
+                ),
+            )
+        ]
         return draw(path, charts)
 
 
@@ -154,10 +202,16 @@ def diagnose(base: Any, experts: Any) -> Diagnosis:
     read = {n: opened(e, start) for n, e in given.items()}
     m = len(read)
     every = {n: None for e in (start, *read.values()) for n in e.shapes}
-    twins = [n for n, first in start.aliases.items() if all(_tied(e, n, first) for e in (start, *read.values()))]
+    twins = [
+        n for n, first in start.aliases.items() if all(_tied(e, n, first) for e in (start, *read.values()))
+    ]
     for n in twins:
         del every[n]
-    shared = [n for n in every if all(n in e.shapes and e.dtypes[n].is_floating_point for e in (start, *read.values()))]
+    shared = [
+        n
+        for n in every
+        if all(n in e.shapes and e.dtypes[n].is_floating_point for e in (start, *read.values()))
+    ]
     faults = [
         f"{tuple(e.shapes[n])} for {n!r} of {whose}, here {tuple(start.shapes[n])}"
         for n in shared
@@ -167,7 +221,9 @@ def diagnose(base: Any, experts: Any) -> Diagnosis:
     if faults:
         raise ConsilienceError(f"experts should have the base's shapes. Found {'; '.join(faults)}.")
     if not shared:
-        raise ConsilienceError(f"base and experts should share entries of floats. Found none among {len(every)}.")
+        raise ConsilienceError(
+            f"base and experts should share entries of floats. Found none among {len(every)}."
+        )
     whole, layers = torch.zeros(m, m, dtype=torch.float64), []
     counts = torch.zeros(3, dtype=torch.float64)  # conflicts, mass in conflict, mass
     for n in shared:
@@ -222,13 +278,21 @@ def named(experts: Any) -> dict[str, Any]:
     if isinstance(experts, Mapping) and not any(isinstance(v, Tensor) for v in experts.values()):
         found = {str(n): e for n, e in experts.items()}
     elif isinstance(experts, Mapping | str | Path) or not isinstance(experts, Sequence):
-        raise ConsilienceError(f"experts should come in a sequence or by name. Found one {type(experts).__name__}.")
+        raise ConsilienceError(
+            f"experts should come in a sequence or by name. Found one {type(experts).__name__}."
+        )
     else:
         names = [_stem(e) if isinstance(e, str | Path) else f"expert-{i}" for i, e in enumerate(experts)]
         twice = len(set(names)) < len(names)
-        names = [str(e) if isinstance(e, str | Path) else n for n, e in zip(names, experts, strict=True)] if twice else names
+        names = (
+            [str(e) if isinstance(e, str | Path) else n for n, e in zip(names, experts, strict=True)]
+            if twice
+            else names
+        )
         if len(set(names)) < len(names):
-            raise ConsilienceError(f"experts should have names of their own. Found {max(names, key=names.count)} twice.")
+            raise ConsilienceError(
+                f"experts should have names of their own. Found {max(names, key=names.count)} twice."
+            )
         found = dict(zip(names, experts, strict=True))
     if not found:
         raise ConsilienceError("there should be at least one expert. Found none.")
@@ -253,10 +317,14 @@ def draw(path: str | Path, charts: Sequence[tuple[str, str]]) -> Path:
         raise ConsilienceError(f"a figure should be written to a .svg file. Found {path}.")
     body, wide, y = [], 0.0, 12.0
     for title, chart in charts:
-        found = re.fullmatch(r'<svg viewBox="0 0 (\S+) (\S+)" role="img" aria-label="([^"]*)"[^>]*>(.*)</svg>', chart, re.S)
+        found = re.fullmatch(
+            r'<svg viewBox="0 0 (\S+) (\S+)" role="img" aria-label="([^"]*)"[^>]*>(.*)</svg>', chart, re.S
+        )
         assert found is not None, "charts come from report._svg.canvas"
         body.append(f'<text x="12" y="{y + SIZE:.0f}" class="n">{esc(title)}</text>')
-        body.append(f'<g transform="translate(0 {y + 24:.0f})" role="img" aria-label="{found[3]}">{found[4]}</g>')
+        body.append(
+            f'<g transform="translate(0 {y + 24:.0f})" role="img" aria-label="{found[3]}">{found[4]}</g>'
+        )
         wide, y = max(wide, float(found[1])), y + 40 + float(found[2])
     style = STYLE.replace("]]>", "")
     text = (

@@ -16,7 +16,7 @@ from consilience.core.aggregator import Aggregator
 from consilience.core.errors import ConsilienceError, Refusal, kind_of, unknown
 from consilience.core.model import Model
 from consilience.core.params import Layout, Params, finite
-from consilience.core.source import Examples, Frame, Source
+from consilience.core.source import Examples, LabelFrame, Source
 from consilience.merging._diagnose import draw, named
 
 CHUNK = 1024
@@ -57,7 +57,9 @@ class Answers:
     def entropy(self) -> Tensor:
         """-sum p log p over the log of the number of classes to choose from [N]."""
         p = self.p.double()
-        return (-(p * p.clamp_min(1e-300).log()).sum(1) / math.log(max(self.width, 2))).where(self.finite, 1.0)
+        return (-(p * p.clamp_min(1e-300).log()).sum(1) / math.log(max(self.width, 2))).where(
+            self.finite, 1.0
+        )
 
     def agreement(self, other: Answers) -> Tensor:
         """Whether the likeliest class is the same as another's [N]."""
@@ -79,7 +81,13 @@ class Bench:
     """
 
     def __init__(
-        self, model: Any, base: Any, experts: Any, sources: Sequence[Source], scenario: str | None = None, averages: bool = False
+        self,
+        model: Any,
+        base: Any,
+        experts: Any,
+        sources: Sequence[Source],
+        scenario: str | None = None,
+        averages: bool = False,
     ) -> None:
         self.model = _model(model)
         given = named(experts)
@@ -108,12 +116,21 @@ class Bench:
             ]
             for n in own.keys() - known.keys():
                 if self.model.task_of(n) is None:
-                    twin = next((k for k in known if k in own and own[k].shape == own[n].shape and own[k].equal(own[n])), None)
+                    twin = next(
+                        (
+                            k
+                            for k in known
+                            if k in own and own[k].shape == own[n].shape and own[k].equal(own[n])
+                        ),
+                        None,
+                    )
                     faults += [] if twin else [f"{n!r} in {whose}, which the model has not"]
                     self._twins[n] = twin or n
         if faults:
             hint = _spaces(sources) if (scenario or "class") == "class" and not self.model.uses_task else ""
-            raise ConsilienceError(f"checkpoints should have the model's entries. Found {'; '.join(faults)}{hint}.")
+            raise ConsilienceError(
+                f"checkpoints should have the model's entries. Found {'; '.join(faults)}{hint}."
+            )
         for whose, own in every.items():
             finite(own, whose)
         start = "the base" if base is not None else repr(first)
@@ -122,15 +139,20 @@ class Bench:
             f"another {n!r} in {whose} than in {start}"
             for whose, own in every.items()
             for n in still
-            if not own[n].to(origin[n].dtype).equal(origin[n]) and not origin[n].to(own[n].dtype).equal(own[n])
+            if not own[n].to(origin[n].dtype).equal(origin[n])
+            and not origin[n].to(own[n].dtype).equal(own[n])
         ]
         if faults:
-            raise ConsilienceError(f"experts should have the base's frozen entries. Found {'; '.join(faults)}.")
+            raise ConsilienceError(
+                f"experts should have the base's frozen entries. Found {'; '.join(faults)}."
+            )
         self._dtypes = {n: t.dtype for own in (*read.values(), origin) for n, t in own.items()}
         dtype = torch.float64 if torch.float64 in {t.dtype for t in origin.values()} else torch.float32
 
         def ready(own: Params) -> Params:
-            return {n: t.to(dtype) if t.is_floating_point() else t for n, t in own.items() if n not in self._twins}
+            return {
+                n: t.to(dtype) if t.is_floating_point() else t for n, t in own.items() if n not in self._twins
+            }
 
         self.dtype, self.base, self.experts = dtype, ready(origin), {n: ready(e) for n, e in read.items()}
         free = [n for n, t in params.items() if t.is_floating_point() and not self.model.frozen(n)]
@@ -228,7 +250,7 @@ class Bench:
     @torch.no_grad()
     def ask(self, forward: Callable[[Tensor, str | None], Tensor], part: Part) -> list[Answers]:
         """What (x, task) -> outputs says of each source."""
-        from consilience.core.agent import probabilities
+        from consilience.loop.agent import probabilities
 
         found: dict[tuple[int, str | None], Answers] = {}
         out = []
@@ -240,10 +262,15 @@ class Bench:
                 columns, ps, ys, width = self.frame.tasks[str(s.task)] if self.labelled else None, [], [], 2
                 for x, y in examples.chunks(CHUNK):
                     outputs = forward(x.to(self.dtype) if x.is_floating_point() else x, task)
-                    width = max(width, int(torch.isfinite(outputs[:, list(columns)] if columns else outputs).any(0).sum()))
+                    width = max(
+                        width,
+                        int(torch.isfinite(outputs[:, list(columns)] if columns else outputs).any(0).sum()),
+                    )
                     ps.append(probabilities(outputs, self.frame, columns, len(self.frame.labels)))
                     ys.append(y)
-                found[at] = Answers(torch.cat(ps), torch.cat(ys), min(width, len(columns or self.frame.labels)))
+                found[at] = Answers(
+                    torch.cat(ps), torch.cat(ys), min(width, len(columns or self.frame.labels))
+                )
             out.append(found[at])
         return out
 
@@ -256,7 +283,9 @@ class Bench:
     def ensemble(self, part: Part) -> list[Answers]:
         """The mean of the experts' probabilities."""
         if part not in self._ensembles:
-            self._ensembles[part] = [mean(a) for a in zip(*(self.alone(n, part) for n in self.experts), strict=True)]
+            self._ensembles[part] = [
+                mean(a) for a in zip(*(self.alone(n, part) for n in self.experts), strict=True)
+            ]
         return self._ensembles[part]
 
     def scores(self, answers: Sequence[Answers], objective: str, part: Part) -> dict[str, float]:
@@ -276,7 +305,11 @@ class Bench:
             return 0.0
         if not all(a.finite.all() for a in answers):
             return -math.inf
-        right = [e.p.argmax(1) for e in self.ensemble(part)] if objective == "agreement" else [a.y for a in answers]
+        right = (
+            [e.p.argmax(1) for e in self.ensemble(part)]
+            if objective == "agreement"
+            else [a.y for a in answers]
+        )
         found = [a.chance(y).clamp_min(1e-12).log().mean() for a, y in zip(answers, right, strict=True)]
         return float(torch.stack(found).mean())
 
@@ -310,7 +343,9 @@ def entries(what: Any, base: Any = None) -> Params:
     return {n: found.whole(n) for n in found.shapes}
 
 
-def framed(model: Model, sources: Sequence[Source], scenario: str | None) -> tuple[tuple[Source, ...], Frame, bool]:
+def framed(
+    model: Model, sources: Sequence[Source], scenario: str | None
+) -> tuple[tuple[Source, ...], LabelFrame, bool]:
     """Sources in one frame that fits the model, and whether it is told tasks.
 
     Sources that share their labels, all of which the model has outputs for, stay as they are; others are put together as a
@@ -318,7 +353,11 @@ def framed(model: Model, sources: Sequence[Source], scenario: str | None) -> tup
     """
     from consilience.core.schedule import reframe
 
-    if isinstance(sources, Source) or not isinstance(sources, Sequence) or not all(isinstance(s, Source) for s in sources):
+    if (
+        isinstance(sources, Source)
+        or not isinstance(sources, Sequence)
+        or not all(isinstance(s, Source) for s in sources)
+    ):
         raise ConsilienceError(f"sources should come in a list. Found {kind_of(sources)}.")
     twice = sorted({s.name for s in sources if sum(o.name == s.name for o in sources) > 1})
     if twice:
@@ -327,12 +366,16 @@ def framed(model: Model, sources: Sequence[Source], scenario: str | None) -> tup
     found, frame = reframe(sources, scenario)
     if any(s.kind == "value" for s in sources):
         raise Refusal("mixtures are judged by classes. Found sources whose targets are values.")
-    if scenario != "domain" and all(s.labels == sources[0].labels for s in sources) and model.outputs >= len(sources[0].labels):
+    if (
+        scenario != "domain"
+        and all(s.labels == sources[0].labels for s in sources)
+        and model.outputs >= len(sources[0].labels)
+    ):
         found = tuple(replace(s, task=s.task or s.name) for s in sources)
         tasks: dict[str, tuple[int, ...]] = {}
         for s in found:
             tasks[str(s.task)] = tuple(dict.fromkeys((*tasks.get(str(s.task), ()), *s.classes)))
-        frame = Frame(sources[0].labels, tasks)
+        frame = LabelFrame(sources[0].labels, tasks)
     for part in ("validation", "test"):
         empty = [s.name for s in found if not len(getattr(s, part))]
         if empty:
@@ -392,7 +435,9 @@ class Exploration:
 
     def pareto(self) -> tuple[Mixture, ...]:
         """The mixtures that no other dominates: is at least as good on every source, and better on one. Equal ones count once."""
-        points = torch.tensor([[m.scores[s] for s in self.sources] for m in self.mixtures], dtype=torch.float64)
+        points = torch.tensor(
+            [[m.scores[s] for s in self.sources] for m in self.mixtures], dtype=torch.float64
+        )
         kept = []
         for i, p in enumerate(points):
             dominated = ((points >= p).all(1) & (points > p).any(1)).any()
@@ -432,10 +477,14 @@ class Exploration:
             }
 
         return {
-            "objective": self.objective, "sources": list(self.sources), "experts": list(self.experts),
-            "reference": dict(self.reference), "mixtures": [one(m) for m in self.mixtures], "best": one(self.best),
+            "objective": self.objective,
+            "sources": list(self.sources),
+            "experts": list(self.experts),
+            "reference": dict(self.reference),
+            "mixtures": [one(m) for m in self.mixtures],
+            "best": one(self.best),
             "pareto": [one(m) for m in self.pareto()],
-        }  # fmt: skip
+        }
 
     def write(self, path: str | Path) -> Path:
         """Write a scatter of all mixtures as SVG: one source against the other, or, of more, the worst against the mean."""
@@ -455,12 +504,21 @@ class Exploration:
         for at in ticks(*plot.x):
             plot.mark_x(plot.at_x(at), f"{100 * at:.3g}")
         plot.axis()
-        plot.body.append(word((plot.left + plot.right) / 2, plot.height + 37, f"{names[0]} (%)", "m", "middle"))
+        plot.body.append(
+            word((plot.left + plot.right) / 2, plot.height + 37, f"{names[0]} (%)", "m", "middle")
+        )
         plot.body.append(word(plot.left, 10, f"{names[1]} (%)", "m"))
-        order = sorted(zip(self.mixtures, points, strict=True), key=lambda pair: (pair[0] is self.best, id(pair[0]) in front))
+        order = sorted(
+            zip(self.mixtures, points, strict=True),
+            key=lambda pair: (pair[0] is self.best, id(pair[0]) in front),
+        )
         for m, (x, y) in order:
             k, ringed = kinds.index(m.aggregator), id(m) in front
-            ring = f'<circle class="learn" r="{9 if m is self.best else 7}"/>' if ringed or m is self.best else ""
+            ring = (
+                f'<circle class="learn" r="{9 if m is self.best else 7}"/>'
+                if ringed or m is self.best
+                else ""
+            )
             title = f"{m.name}: {number(x, True)}, {number(y, True)}{', best' if m is self.best else ''}"
             mark = MARKS[k % 5].format(k % 8)
             plot.body.append(
@@ -470,7 +528,10 @@ class Exploration:
         ringed_mark = '<circle class="learn" r="7"/>'
         body, tall = legend([*marks, (ringed_mark, "Pareto front")], plot.height + 64)
         label = f"Scatter: {len(points)} mixtures, {names[1]} against {names[0]}; best {self.best.name}."
-        return draw(path, [(f"{len(points)} mixtures", canvas(480, plot.height + 48 + tall, label, [*plot.body, *body]))])
+        return draw(
+            path,
+            [(f"{len(points)} mixtures", canvas(480, plot.height + 48 + tall, label, [*plot.body, *body]))],
+        )
 
 
 class _Spent(Exception):
@@ -533,9 +594,16 @@ def explore(
     """
     bench = Bench(model, base, experts, sources, scenario)
     return search(
-        bench, aggregators=aggregators, each=each, objective=objective, grid=grid, scales=scales, optimiser=optimiser,
-        budget=budget, seed=seed,
-    )  # fmt: skip
+        bench,
+        aggregators=aggregators,
+        each=each,
+        objective=objective,
+        grid=grid,
+        scales=scales,
+        optimiser=optimiser,
+        budget=budget,
+        seed=seed,
+    )
 
 
 def search(
@@ -559,10 +627,16 @@ def search(
         raise unknown("optimiser", optimiser, ("nelder-mead", "differential_evolution"))
     if isinstance(budget, bool) or not isinstance(budget, int) or budget < 0:
         raise ConsilienceError(f"`budget` should be a whole number >= 0. Found `budget = {budget!r}`.")
-    scales = tuple(s for s in (0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8) if s <= max(2, m)) if scales is None else scales
+    scales = (
+        tuple(s for s in (0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8) if s <= max(2, m))
+        if scales is None
+        else scales
+    )
     for name, values in (("grid", grid), ("scales", scales)):
         if not len(values) or not all(isinstance(v, int | float) and math.isfinite(v) for v in values):
-            raise ConsilienceError(f"`{name}` should be finite numbers, at least one. Found {kind_of(values)}.")
+            raise ConsilienceError(
+                f"`{name}` should be finite numbers, at least one. Found {kind_of(values)}."
+            )
     for n, a in (aggregators or {}).items():
         if n == SUM or not isinstance(a, Aggregator):
             raise ConsilienceError(
@@ -575,7 +649,11 @@ def search(
     tried: dict[tuple[str, tuple[float, ...]], Mixture] = {}
 
     def made(m: Mixture) -> Params:
-        entry = bench.mixture(m.coefficients) if m.aggregator == SUM else bench.along(m.aggregator, m.coefficients[0])
+        entry = (
+            bench.mixture(m.coefficients)
+            if m.aggregator == SUM
+            else bench.along(m.aggregator, m.coefficients[0])
+        )
         return bench.checkpoint(entry)
 
     def at(name: str, coefficients: Iterable[float]) -> Mixture:
@@ -586,7 +664,9 @@ def search(
             scores = bench.scores(answers, objective, "validation")
             values = [v / (reference[s] or 1.0) if reference else v for s, v in scores.items()]
             score = min(values) if objective == "worst" else math.fsum(values) / len(values)
-            tried[name, c] = Mixture(name, c, scores, score, bench.likelihood(answers, objective, "validation"))
+            tried[name, c] = Mixture(
+                name, c, scores, score, bench.likelihood(answers, objective, "validation")
+            )
         return tried[name, c]
 
     def refine(name: str, first: Sequence[Mixture], high: float, size: int) -> None:
@@ -604,7 +684,9 @@ def search(
             score, likelihood = at(name, c).merit
             return -score - 1e-3 * max(likelihood, -100.0)
 
-        minimise(loss, start, (low, max((1.5 if reference else 1.0) * high, *start)), optimiser or "", budget, seed)
+        minimise(
+            loss, start, (low, max((1.5 if reference else 1.0) * high, *start)), optimiser or "", budget, seed
+        )
 
     if plain:
         first = [at(SUM, [v] * m) for v in grid]
@@ -620,11 +702,18 @@ def search(
     found = tuple(tried.values())
     if not found:
         raise ConsilienceError("there should be something to search. Found neither the sum nor aggregators.")
-    return Exploration(objective, names, tuple(bench.experts), found, max(found, key=lambda x: x.merit), reference, made)
+    return Exploration(
+        objective, names, tuple(bench.experts), found, max(found, key=lambda x: x.merit), reference, made
+    )
 
 
 def minimise(
-    loss: Callable[[Any], float], start: Sequence[float], span: tuple[float, float], optimiser: str, budget: int, seed: int
+    loss: Callable[[Any], float],
+    start: Sequence[float],
+    span: tuple[float, float],
+    optimiser: str,
+    budget: int,
+    seed: int,
 ) -> None:
     """Let an optimiser call `loss` within a box until it is content or the budget is spent; the calls are the result."""
     import numpy as np
@@ -647,12 +736,25 @@ def minimise(
             )
         else:
             # one corner moves all together, the others one each and less: experts out of balance are a steep way off a ridge
-            wide, narrow = ((f * (high - low) * (1 if start[0] + f * (high - low) <= high else -1)) for f in (0.15, 0.05))
-            corners = [[v + wide for v in start], *([v + narrow * (i == j) for j, v in enumerate(start)] for i in range(n - 1))]
+            wide, narrow = (
+                (f * (high - low) * (1 if start[0] + f * (high - low) <= high else -1)) for f in (0.15, 0.05)
+            )
+            corners = [
+                [v + wide for v in start],
+                *([v + narrow * (i == j) for j, v in enumerate(start)] for i in range(n - 1)),
+            ]
             minimize(
-                loss, start, method="Nelder-Mead", bounds=[span] * n,
-                options={"initial_simplex": np.array([list(start), *corners]), "xatol": 1e-3, "fatol": 1e-6, "maxfev": 20 * budget},
-            )  # fmt: skip
+                loss,
+                start,
+                method="Nelder-Mead",
+                bounds=[span] * n,
+                options={
+                    "initial_simplex": np.array([list(start), *corners]),
+                    "xatol": 1e-3,
+                    "fatol": 1e-6,
+                    "maxfev": 20 * budget,
+                },
+            )
     except _Spent:
         return
 
@@ -702,5 +804,11 @@ def soup(bench: Bench, objective: str = "mean") -> Exploration:
         if more.score >= best.score:
             best, members = more, [*members, n]
     return Exploration(
-        objective, sources, tuple(names), tuple(tried), best, {}, lambda m: bench.checkpoint(bench.mixture(m.coefficients))
+        objective,
+        sources,
+        tuple(names),
+        tuple(tried),
+        best,
+        {},
+        lambda m: bench.checkpoint(bench.mixture(m.coefficients)),
     )

@@ -19,10 +19,23 @@ from torch import Tensor, nn
 from consilience.core.errors import ConsilienceError, kind_of
 
 DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-    "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "BOOL": torch.bool, "C64": torch.complex64,
-}  # fmt: skip
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "BOOL": torch.bool,
+    "C64": torch.complex64,
+}
 NATIVE = {"F32": "f", "F64": "d"}
 Array = npt.NDArray[Any]
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -70,7 +83,9 @@ class Memory(Entries):
     def __init__(self, tensors: Mapping[str, Tensor], name: str) -> None:
         for n, t in tensors.items():
             if not isinstance(n, str) or not isinstance(t, Tensor):
-                raise ConsilienceError(f"a state dict should have tensors by name. Found {kind_of(t)} for {n!r} in {name}.")
+                raise ConsilienceError(
+                    f"a state dict should have tensors by name. Found {kind_of(t)} for {n!r} in {name}."
+                )
         self.name = name
         self._tensors = {n: t.detach() for n, t in tensors.items()}
         self.shapes = {n: tuple(t.shape) for n, t in tensors.items()}
@@ -78,7 +93,11 @@ class Memory(Entries):
         first: dict[tuple[Any, ...], str] = {}
         aliases: dict[str, str] = {}
         for n, t in self._tensors.items():
-            if t.numel() and (known := first.setdefault((t.data_ptr(), t.shape, t.stride(), t.dtype, t.device), n)) != n:
+            if (
+                t.numel()
+                and (known := first.setdefault((t.data_ptr(), t.shape, t.stride(), t.dtype, t.device), n))
+                != n
+            ):
                 aliases[n] = known
         self.aliases = aliases
         self._tensors = {n: t.contiguous() for n, t in self._tensors.items()}
@@ -123,27 +142,37 @@ class Files(Entries):
                 raise ConsilienceError(
                     f"weights should be safetensors; a pickle can run code and is not read. Found one at {file}."
                 )
-            raise ConsilienceError(f"a file of safetensors should hold its whole header. Found {size} bytes at {file}.")
+            raise ConsilienceError(
+                f"a file of safetensors should hold its whole header. Found {size} bytes at {file}."
+            )
         try:
             head = json.loads(os.pread(handle, length, 8))
             self.metadata |= head.pop("__metadata__", {})
-            facts = {n: (str(f["dtype"]), _numbers(f["shape"]), *_pair(f["data_offsets"])) for n, f in head.items()}
+            facts = {
+                n: (str(f["dtype"]), _numbers(f["shape"]), *_pair(f["data_offsets"])) for n, f in head.items()
+            }
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             if pickled:
                 raise ConsilienceError(
                     f"weights should be safetensors; a pickle can run code and is not read. Found one at {file}."
                 ) from e
-            raise ConsilienceError(f"a file of safetensors should begin with a JSON header. Found none at {file}.") from e
+            raise ConsilienceError(
+                f"a file of safetensors should begin with a JSON header. Found none at {file}."
+            ) from e
         for n, (kind, shape, begin, end) in facts.items():
             if kind not in DTYPES:
                 raise ConsilienceError(
                     f"a tensor should have one of the dtypes {', '.join(DTYPES)}. Found {kind} for {n!r} at {file}."
                 )
             if n in self.shapes:
-                raise ConsilienceError(f"a tensor should lie in one file. Found {n!r} twice, at {file} again.")
+                raise ConsilienceError(
+                    f"a tensor should lie in one file. Found {n!r} twice, at {file} again."
+                )
             wanted = torch.Size(shape).numel() * DTYPES[kind].itemsize
             if not 0 <= begin <= end or end - begin != wanted:
-                raise ConsilienceError(f"the header should give {n!r} {wanted} bytes. Found {end - begin} at {file}.")
+                raise ConsilienceError(
+                    f"the header should give {n!r} {wanted} bytes. Found {end - begin} at {file}."
+                )
             if 8 + length + end > size:
                 raise ConsilienceError(
                     f"a file should be whole: its header promises {8 + length + max(f[3] for f in facts.values())} bytes. Found {size} "
@@ -191,7 +220,9 @@ class Adapter(Entries):
         self.config = _json(folder / ADAPTER)
         kind = self.config.get("peft_type", "LORA")
         if kind != "LORA" or self.config.get("use_dora"):
-            raise ConsilienceError(f"an adapter should be LoRA. Found {'DoRA' if kind == 'LORA' else kind} at {folder}.")
+            raise ConsilienceError(
+                f"an adapter should be LoRA. Found {'DoRA' if kind == 'LORA' else kind} at {folder}."
+            )
         if not (folder / "adapter_model.safetensors").is_file() and (folder / "adapter_model.bin").is_file():
             raise ConsilienceError(
                 f"weights should be safetensors; a pickle can run code and is not read. Found adapter_model.bin at {folder}."
@@ -201,7 +232,11 @@ class Adapter(Entries):
         self._whole: dict[str, Tensor] = {}
         found: dict[str, dict[str, Tensor]] = {}
         for n in own.shapes:
-            plain = n.removeprefix("base_model.model.").replace(".modules_to_save.default", "").replace(".modules_to_save", "")
+            plain = (
+                n.removeprefix("base_model.model.")
+                .replace(".modules_to_save.default", "")
+                .replace(".modules_to_save", "")
+            )
             plain = plain.replace(".default.", ".").removesuffix(".default").replace(".base_layer.", ".")
             tensor = own.whole(n)
             layer, _, leaf = plain.partition(".lora_")
@@ -226,20 +261,30 @@ class Adapter(Entries):
         """Two factors whose product is the layer's change, scaled, in float32."""
         n = f"{layer}.weight"
         if n not in self.base.shapes:
-            raise ConsilienceError(f"an adapter's layers should be the base's ({self.base.name}). Found {layer!r} at {folder}.")
+            raise ConsilienceError(
+                f"an adapter's layers should be the base's ({self.base.name}). Found {layer!r} at {folder}."
+            )
         if parts.keys() == {"embedding_A", "embedding_B"}:
             a, b, turned = parts["embedding_A"], parts["embedding_B"], True
         elif parts.keys() == {"A", "B"}:
             a, b, turned = parts["A"], parts["B"], bool(self.config.get("fan_in_fan_out"))
         else:
-            raise ConsilienceError(f"a layer of LoRA should have A and B. Found {sorted(parts)} for {layer!r} at {folder}.")
+            raise ConsilienceError(
+                f"a layer of LoRA should have A and B. Found {sorted(parts)} for {layer!r} at {folder}."
+            )
         a, b = a.float().flatten(1), b.float().flatten(1)
         rank = len(a)
-        alpha = float(_by_pattern(self.config.get("alpha_pattern"), layer, self.config.get("lora_alpha", rank)))
+        alpha = float(
+            _by_pattern(self.config.get("alpha_pattern"), layer, self.config.get("lora_alpha", rank))
+        )
         scale = alpha / rank**0.5 if self.config.get("use_rslora") else alpha / rank
         left, right = (a.T * scale, b.T) if turned else (b * scale, a)
         shape = self.base.shapes[n]
-        if len(left) != shape[0] or right.shape[1] != torch.Size(shape[1:]).numel() or left.shape[1] != len(right):
+        if (
+            len(left) != shape[0]
+            or right.shape[1] != torch.Size(shape[1:]).numel()
+            or left.shape[1] != len(right)
+        ):
             raise ConsilienceError(
                 f"A and B of {layer!r} should make {shape}. Found {tuple(b.shape)} and {tuple(a.shape)} at {folder}."
             )
@@ -281,19 +326,27 @@ def opened(what: Any, base: Entries | None = None, name: str | None = None) -> E
 def _files(path: Path) -> tuple[list[Path], dict[str, str] | None]:
     """The files of weights at a path, and the index's map where there is one."""
     if path.suffix in PICKLES:
-        raise ConsilienceError(f"weights should be safetensors; a pickle can run code and is not read. Found {path}.")
+        raise ConsilienceError(
+            f"weights should be safetensors; a pickle can run code and is not read. Found {path}."
+        )
     if path.is_file():
         return [path], None
     if not path.is_dir():
-        raise ConsilienceError(f"a model should be a file or a folder of safetensors. Found nothing at {path}.")
+        raise ConsilienceError(
+            f"a model should be a file or a folder of safetensors. Found nothing at {path}."
+        )
     if (path / INDEX).is_file():
         try:
             index = {n: str(f) for n, f in json.loads((path / INDEX).read_bytes())["weight_map"].items()}
         except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise ConsilienceError(f"an index should be JSON with a `weight_map`. Found none at {path / INDEX}.") from e
+            raise ConsilienceError(
+                f"an index should be JSON with a `weight_map`. Found none at {path / INDEX}."
+            ) from e
         names = sorted(set(index.values()))
         if absent := [n for n in names if not (path / n).is_file()]:
-            raise ConsilienceError(f"a folder should hold all files of its index. Found no {', '.join(absent)} at {path}.")
+            raise ConsilienceError(
+                f"a folder should hold all files of its index. Found no {', '.join(absent)} at {path}."
+            )
         return [path / n for n in names], index
     if (path / "model.safetensors").is_file():
         return [path / "model.safetensors"], None
@@ -306,7 +359,9 @@ def _files(path: Path) -> tuple[list[Path], dict[str, str] | None]:
             f"weights should be safetensors; a pickle can run code and is not read. Found {pickled[0]} at {path}."
         )
     said = f"{len(found)} files and no {INDEX}" if found else "none"
-    raise ConsilienceError(f"a folder should hold model.safetensors, or several files and their index. Found {said} at {path}.")
+    raise ConsilienceError(
+        f"a folder should hold model.safetensors, or several files and their index. Found {said} at {path}."
+    )
 
 
 def _numbers(values: Any) -> tuple[int, ...]:
@@ -328,7 +383,9 @@ def _json(path: Path) -> dict[str, Any]:
     except ValueError as e:
         raise ConsilienceError(f"a configuration should be JSON. Found {e} at {path}.") from e
     if not isinstance(found, dict):
-        raise ConsilienceError(f"a configuration should be a JSON object. Found a {type(found).__name__} at {path}.")
+        raise ConsilienceError(
+            f"a configuration should be a JSON object. Found a {type(found).__name__} at {path}."
+        )
     return found
 
 

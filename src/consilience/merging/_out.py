@@ -30,7 +30,9 @@ def fitted(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
         and torch.finfo(dtype).max < torch.finfo(values.dtype).max
         and not finite(made)
     ):
-        raise ConsilienceError(f"merged parameters should fit in {dtype} (--out_dtype). Found larger ones in {name!r}.")
+        raise ConsilienceError(
+            f"merged parameters should fit in {dtype} (--out_dtype). Found larger ones in {name!r}."
+        )
     return made
 
 
@@ -39,7 +41,9 @@ class Tensors:
 
     def __init__(self, plan: Plan, dtypes: Mapping[str, torch.dtype]) -> None:
         like = plan.like
-        self.made = {n: torch.empty(like.shapes[n], dtype=dtypes[n]) for n in like.shapes if n not in like.aliases}
+        self.made = {
+            n: torch.empty(like.shapes[n], dtype=dtypes[n]) for n in like.shapes if n not in like.aliases
+        }
         self.made |= {n: self.made[a] for n, a in like.aliases.items()}
 
     def write(self, name: str, start: int, values: Tensor) -> None:
@@ -67,7 +71,9 @@ class Shards:
         of_file = _layout(names, sizes, like if isinstance(like, Files) else None, self.single, shard)
         free = shutil.disk_usage(_existing(out)).free
         if (wanted := sum(sizes.values())) > free:
-            raise ConsilienceError(f"there should be room for {wanted:,} bytes. Found {free:,} free at {out.parent}.")
+            raise ConsilienceError(
+                f"there should be room for {wanted:,} bytes. Found {free:,} free at {out.parent}."
+            )
         self.index = of_file if len(set(of_file.values())) > 1 else None
         self.total = sum(sizes.values())
         self._at: dict[str, tuple[int, int]] = {}
@@ -87,15 +93,25 @@ class Shards:
 
     def _begin(self, file: str, names: Sequence[str], sizes: Mapping[str, int]) -> None:
         like = self.plan.like
-        names = sorted(names, key=lambda n: (-self._dtypes[n].itemsize, n))  # aligned, as the format's own writer does
-        head: dict[str, object] = {"__metadata__": {"format": "pt", **(like.metadata if isinstance(like, Files) else {})}}
+        names = sorted(
+            names, key=lambda n: (-self._dtypes[n].itemsize, n)
+        )  # aligned, as the format's own writer does
+        head: dict[str, object] = {
+            "__metadata__": {"format": "pt", **(like.metadata if isinstance(like, Files) else {})}
+        }
         end = 0
         for n in names:
-            head[n] = {"dtype": KINDS[self._dtypes[n]], "shape": list(like.shapes[n]), "data_offsets": [end, end + sizes[n]]}
+            head[n] = {
+                "dtype": KINDS[self._dtypes[n]],
+                "shape": list(like.shapes[n]),
+                "data_offsets": [end, end + sizes[n]],
+            }
             end += sizes[n]
         text = json.dumps(head, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        handle = self._handles[file] = os.open(self.temporary / file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        handle = self._handles[file] = os.open(
+            self.temporary / file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644
+        )
         os.write(handle, len(text).to_bytes(8, "little") + text)
         self._ends[handle] = 8 + len(text) + end
         at = 8 + len(text)
@@ -129,7 +145,9 @@ class Shards:
         self._handles = {}
         if not self.single:
             if self.index:
-                write_json(self.temporary / INDEX, {"metadata": {"total_size": self.total}, "weight_map": self.index})
+                write_json(
+                    self.temporary / INDEX, {"metadata": {"total_size": self.total}, "weight_map": self.index}
+                )
             if isinstance(like, Files) and like.path.is_dir():
                 for path in sorted(like.path.iterdir()):
                     if (
@@ -139,7 +157,9 @@ class Shards:
                     ):
                         shutil.copyfile(path, self.temporary / path.name)
                 self._retype()
-            for stem, expert in zip(_stems([e.name for e in self.plan.experts]), self.plan.experts, strict=True):
+            for stem, expert in zip(
+                _stems([e.name for e in self.plan.experts]), self.plan.experts, strict=True
+            ):
                 if own := self.plan.kept.get(expert.name):
                     save(self.temporary / "kept" / f"{stem}.safetensors", {n: expert.whole(n) for n in own})
             write_json(self.temporary / "merge.json", dict(recipe))
@@ -148,7 +168,9 @@ class Shards:
     def _place(self) -> None:
         """What was made goes where it belongs, unless something came there in the meantime."""
         if self.out.exists():
-            raise ConsilienceError(f"`out` should be new. Found something that came to {self.out} during the merge.")
+            raise ConsilienceError(
+                f"`out` should be new. Found something that came to {self.out} during the merge."
+            )
         if self.single:
             os.rename(self.temporary / "model.safetensors", self.out)
             self.temporary.rmdir()
@@ -161,7 +183,11 @@ class Shards:
         kinds = {t for n, t in self._dtypes.items() if t.is_floating_point}
         config = _json(path) if path.is_file() else {}
         told = [k for k in ("torch_dtype", "dtype") if isinstance(config.get(k), str)]
-        if told and len(kinds) == 1 and kinds != {t for t in self.plan.like.dtypes.values() if t.is_floating_point}:
+        if (
+            told
+            and len(kinds) == 1
+            and kinds != {t for t in self.plan.like.dtypes.values() if t.is_floating_point}
+        ):
             write_json(path, {**config, **dict.fromkeys(told, str(kinds.pop()).removeprefix("torch."))})
 
     def _back(self, name: str, start: int, stop: int) -> Tensor:
@@ -187,7 +213,9 @@ def _stems(names: Sequence[str]) -> list[str]:
 
     found: list[str] = []
     for name in map(_stem, names):
-        found.append(next(n for n in (name, *(f"{name}-{i}" for i in range(2, len(names) + 2))) if n not in found))
+        found.append(
+            next(n for n in (name, *(f"{name}-{i}" for i in range(2, len(names) + 2))) if n not in found)
+        )
     return found
 
 
@@ -212,7 +240,11 @@ def _layout(
         room -= sizes[n]
     if len(groups) == 1:
         return dict.fromkeys(names, "model.safetensors")
-    return {n: f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i, group in enumerate(groups, 1) for n in group}
+    return {
+        n: f"model-{i:05d}-of-{len(groups):05d}.safetensors"
+        for i, group in enumerate(groups, 1)
+        for n in group
+    }
 
 
 def _existing(path: Path) -> Path:

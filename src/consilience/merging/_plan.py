@@ -120,7 +120,9 @@ def plan(
             others = [e for e in experts if n in e.shapes and e.dtypes[n].is_floating_point]
             problems += [f"{e.name}: {n!r} is {e.dtypes[n]}, in {like.name} {like.dtypes[n]}" for e in others]
             problems += [
-                f"{e.name} changes {n!r}, which is {like.dtypes[n]}" for e in experts if isinstance(e, Adapter) and n in e.changed
+                f"{e.name} changes {n!r}, which is {like.dtypes[n]}"
+                for e in experts
+                if isinstance(e, Adapter) and n in e.changed
             ]
             if like.dtypes[n].is_complex:
                 problems.append(f"{like.name}: {n!r} is complex, which is not merged")
@@ -135,15 +137,23 @@ def plan(
                 problems.append(f"{e.name}: {n!r} is {e.dtypes[n]}, in {like.name} {like.dtypes[n]}")
             elif e.shapes[n] != like.shapes[n]:
                 shape = e.shapes[n]
-                if "vocabulary" in allow and len(shape) == len(like.shapes[n]) and shape[1:] == like.shapes[n][1:]:
+                if (
+                    "vocabulary" in allow
+                    and len(shape) == len(like.shapes[n])
+                    and shape[1:] == like.shapes[n][1:]
+                ):
                     shapes.append(shape)
                 else:
-                    problems.append(f"{e.name}: {n!r} has shape {list(shape)}, in {like.name} {list(like.shapes[n])}")
+                    problems.append(
+                        f"{e.name}: {n!r} has shape {list(shape)}, in {like.name} {list(like.shapes[n])}"
+                    )
         spans[n] = torch.Size(like.shapes[n]).numel()
         if len(shapes) > 1:
             rows = min(s[0] for s in shapes)
             spans[n] = rows * torch.Size(like.shapes[n][1:]).numel()
-            notes.append(f"the first {rows} rows of {n!r} are merged, {like.shapes[n][0] - rows} are {like.name}'s own")
+            notes.append(
+                f"the first {rows} rows of {n!r} are merged, {like.shapes[n][0] - rows} are {like.name}'s own"
+            )
     for e in models[1:]:
         extra = [n for n in sorted(e.shapes) if n not in like.shapes and not matches(n, keep)]
         if extra and "extra" in allow:
@@ -157,7 +167,9 @@ def plan(
         problems += _configurations(base, experts)
     if problems:
         raise ConsilienceError(
-            f"models should fit together ({' '.join(f'--allow-{a}' for a in ALLOWED)}). Found " + "; ".join(problems) + "."
+            f"models should fit together ({' '.join(f'--allow-{a}' for a in ALLOWED)}). Found "
+            + "; ".join(problems)
+            + "."
         )
     if not spans:
         raise ConsilienceError("there should be floating-point entries to merge. Found none.")
@@ -166,7 +178,9 @@ def plan(
     made = Plan(base, tuple(experts), tuple(spans), spans, taken, kept, wide, tuple(notes))
     if isinstance(base, Files) and "other_base" not in allow and (far := _strangers(made)):
         raise ConsilienceError(
-            f"experts should come from the base ({base.name}; --allow-other_base). Found " + "; ".join(far) + "."
+            f"experts should come from the base ({base.name}; --allow-other_base). Found "
+            + "; ".join(far)
+            + "."
         )
     return made
 
@@ -182,7 +196,9 @@ def _untied(like: Entries, experts: Sequence[Entries], name: str, keep: Sequence
             continue
         alike = e.shapes.get(name) == e.shapes.get(first) and e.dtypes.get(name) == e.dtypes.get(first)
         if alike and first in e.shapes:
-            alike = all(torch.equal(a, b) for (_, a), (_, b) in zip(e.pieces(name), e.pieces(first), strict=True))
+            alike = all(
+                torch.equal(a, b) for (_, a), (_, b) in zip(e.pieces(name), e.pieces(first), strict=True)
+            )
         if not alike and name in e.shapes:
             found.append(f"{e.name}: {name!r} is not {first!r}, to which {like.name} ties it")
     return found
@@ -210,7 +226,9 @@ def _configurations(base: Entries | None, experts: Sequence[Entries]) -> list[st
                 mine, its = facts[name].get(k), facts[first].get(k)
                 if mine != its and k in facts[name] and k in facts[first]:
                     hint = "; merging.fold_normalisation makes them agree" if k.startswith("image_") else ""
-                    found.append(f"{name}: {k} = {json.dumps(mine)} in {file}, {json.dumps(its)} in {first}{hint}")
+                    found.append(
+                        f"{name}: {k} = {json.dumps(mine)} in {file}, {json.dumps(its)} in {first}{hint}"
+                    )
     return found
 
 
@@ -240,7 +258,9 @@ def _strangers(plan: Plan) -> list[str]:
         apart, own, its = (float(np.square(x[ok]).sum()) for x in (a - b, a, b))
         alike = min(own, its) > max(own, its) / 4
         if alike and apart > FAR * FAR * (own + its):
-            found.append(f"{e.name}, whose distance is {(apart / (own + its)) ** 0.5:.2f} of what strangers' would be")
+            found.append(
+                f"{e.name}, whose distance is {(apart / (own + its)) ** 0.5:.2f} of what strangers' would be"
+            )
     return found
 
 

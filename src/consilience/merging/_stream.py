@@ -46,15 +46,21 @@ class Merge:
         scales: Mapping[str, float],
         importances: Sequence[Entries],
         generator: torch.Generator,
-        tell: Callable[[int], None],
+        send: Callable[[int], None],
         threads: int,
     ) -> None:
         block = aggregator.block if isinstance(aggregator, Blockwise) else Blockwise.block
-        self.plan, self.aggregator, self.scales, self.tell = plan, aggregator, scales, tell
-        block = block << 2 if threads > 1 else block  # threads wait less for each other; results do not depend on it
+        self.plan, self.aggregator, self.scales, self.send = plan, aggregator, scales, send
+        block = (
+            block << 2 if threads > 1 else block
+        )  # threads wait less for each other; results do not depend on it
         self.reader = Reader(plan, names, block)
         self.n, self.m = self.reader.size, len(plan.experts)
-        self.experts, self.weights, self.importances = list(plan.experts), weights.to(plan.wide), list(importances)
+        self.experts, self.weights, self.importances = (
+            list(plan.experts),
+            weights.to(plan.wide),
+            list(importances),
+        )
         self.generator, self.threads = generator, threads
         self.checked = False  # whether all numbers were found finite
 
@@ -88,7 +94,7 @@ class Merge:
         if len(slots) == 1:
             for o in offsets:
                 yield o, self.load(o, slots[0], columns)[2]
-                self.tell(self.reader.block)
+                self.send(self.reader.block)
             return
         with ThreadPoolExecutor(1) as pool:
             coming = pool.submit(self.load, offsets[0], slots[0], columns)
@@ -97,7 +103,7 @@ class Merge:
                 if i + 1 < len(offsets):
                     coming = pool.submit(self.load, offsets[i + 1], slots[(i + 1) % 2], columns)
                 yield o, now
-                self.tell(self.reader.block)
+                self.send(self.reader.block)
 
     def every(self, reader: Reader, room: Callable[[], Any], work: Callable[[int, Any], None]) -> None:
         """Work on every block, each in some thread, with room that no other uses at the time."""
@@ -105,7 +111,7 @@ class Merge:
             own = room()
             for o in reader.offsets():
                 work(o, own)
-                self.tell(reader.block)
+                self.send(reader.block)
             return
         rooms = [room() for _ in range(self.threads)]
 
@@ -124,7 +130,7 @@ class Merge:
                 going.popleft().result()
                 for o in islice(left, 1):
                     going.append(pool.submit(one, o))
-                self.tell(reader.block)
+                self.send(reader.block)
 
     def _blame(self, *computed: Tensor) -> None:
         """A sum was not finite: tell all numbers that are not, in any model; or that what was computed is too large."""
@@ -187,7 +193,11 @@ class Merge:
             used, rest = [(self.plan.base, 1.0)], 0.0
         reader = Reader(self.plan, self.reader.names, LINEAR)
         if not self.scales and len(used) == 1 and used[0][1] == 1 and not rest:
-            self.every(reader, lambda: None, lambda offset, _: self._copy(list(reader.spans(offset)), used[0][0], write))
+            self.every(
+                reader,
+                lambda: None,
+                lambda offset, _: self._copy(list(reader.spans(offset)), used[0][0], write),
+            )
             return
 
         alike = len({x for _, x in used}) == 1
@@ -200,7 +210,9 @@ class Merge:
         def work(offset: int, own: list[tuple[Tensor, Array]]) -> None:
             spans = list(reader.spans(offset))
             width = spans[-1].at + spans[-1].stop - spans[-1].start
-            (base, base_array), (row, row_array), (total, total_array) = ((t[:width], x[:width]) for t, x in own)
+            (base, base_array), (row, row_array), (total, total_array) = (
+                (t[:width], x[:width]) for t, x in own
+            )
             if self.plan.base is not None and (rest or self.scales):
                 reader.fill(self.plan.base, spans, base_array)
             if not used or cancels:
@@ -259,9 +271,12 @@ class Merge:
                 f"{s.name!r} of {source.name}"
                 for source, row in zip(self.importances, made, strict=True)
                 for s in spans
-                if not ((piece := row[s.at : s.at + s.stop - s.start]) >= 0).all() or not torch.isfinite(piece).all()
+                if not ((piece := row[s.at : s.at + s.stop - s.start]) >= 0).all()
+                or not torch.isfinite(piece).all()
             ]
-            raise ConsilienceError(f"importances should be finite and not negative. Found others in {'; '.join(bad)}.")
+            raise ConsilienceError(
+                f"importances should be finite and not negative. Found others in {'; '.join(bad)}."
+            )
         return made * self.weights[:, None]
 
     def _whole(self, a: Aggregator, write: Write) -> None:
@@ -277,7 +292,9 @@ class Merge:
 
         self.every(self.reader, self.slot, work)
 
-    def _put(self, spans: Sequence[Span], base: Tensor, total: Tensor, write: Write, parameters: bool) -> None:
+    def _put(
+        self, spans: Sequence[Span], base: Tensor, total: Tensor, write: Write, parameters: bool
+    ) -> None:
         """Write a block: `total` is parameters, or a change of the base's that is scaled by entry."""
         for s in spans:
             piece = slice(s.at, s.at + s.stop - s.start)
@@ -296,7 +313,9 @@ class NotFinite(ConsilienceError):
 
     def __init__(self, entries: Mapping[str, Sequence[str]]) -> None:
         found = "; ".join(f"{n!r} of {', '.join(models)}" for n, models in entries.items())
-        super().__init__(f"parameters should be finite (--allow-non_finite). Found NaN or infinity in {found}.")
+        super().__init__(
+            f"parameters should be finite (--allow-non_finite). Found NaN or infinity in {found}."
+        )
         self.entries = set(entries)
 
 
@@ -322,13 +341,21 @@ def _split(group: list[int], rows: Tensor) -> list[list[int]]:
 
 @overload
 def merge(
-    base: Any, experts: Sequence[Any] | Mapping[str, Any], aggregator: Aggregator | None = None, out: None = None, **options: Any
+    base: Any,
+    experts: Sequence[Any] | Mapping[str, Any],
+    aggregator: Aggregator | None = None,
+    out: None = None,
+    **options: Any,
 ) -> dict[str, Tensor]: ...
 
 
 @overload
 def merge(
-    base: Any, experts: Sequence[Any] | Mapping[str, Any], aggregator: Aggregator | None, out: str | Path, **options: Any
+    base: Any,
+    experts: Sequence[Any] | Mapping[str, Any],
+    aggregator: Aggregator | None,
+    out: str | Path,
+    **options: Any,
 ) -> Path: ...
 
 
@@ -403,7 +430,10 @@ def merge(  # type: ignore[misc]
         memory=memory,
         threads=threads,
     )
-    dtypes = {n: out_dtype if out_dtype is not None and t.is_floating_point else t for n, t in made.like.dtypes.items()}
+    dtypes = {
+        n: out_dtype if out_dtype is not None and t.is_floating_point else t
+        for n, t in made.like.dtypes.items()
+    }
     sink = Tensors(made, dtypes) if out is None else Shards(made, dtypes, Path(out), shard)
     skip: set[str] = set()
     before = torch.get_num_threads()
@@ -417,8 +447,12 @@ def merge(  # type: ignore[misc]
                 for names in groups:
                     names = [n for n in names if n not in skip]
                     if names and sum(made.spans[n] for n in names):
-                        generator = torch.Generator().manual_seed(seed) if per == "model" else key(seed, names[0])
-                        Merge(made, names, aggregator, w, factors, weighing, generator, told, count).run(sink.write)
+                        generator = (
+                            torch.Generator().manual_seed(seed) if per == "model" else key(seed, names[0])
+                        )
+                        Merge(made, names, aggregator, w, factors, weighing, generator, told, count).run(
+                            sink.write
+                        )
                 break
             except NotFinite as e:
                 if "non_finite" not in allow or not e.entries - skip:
@@ -435,7 +469,13 @@ def merge(  # type: ignore[misc]
                 w,
                 weighing,
                 dtypes,
-                {"per": per, "scales": dict(scales or {}), "keep": list(keep), "allow": list(allow), "seed": seed},
+                {
+                    "per": per,
+                    "scales": dict(scales or {}),
+                    "keep": list(keep),
+                    "allow": list(allow),
+                    "seed": seed,
+                },
             )
         )
     except BaseException:
@@ -477,7 +517,9 @@ def checked(
     if threads is not None and threads < 1:
         raise ConsilienceError(f"`threads` should be at least 1. Found {threads}.")
     if base is None and aggregator.needs_base and not isinstance(aggregator, Slerp):
-        raise ConsilienceError(f"{type(aggregator).__name__} combines changes, so there should be a base. Found none.")
+        raise ConsilienceError(
+            f"{type(aggregator).__name__} combines changes, so there should be a base. Found none."
+        )
     problems: list[str] = []
 
     def there(what: Any, base: Entries | None, name: str) -> Entries | None:
@@ -496,8 +538,16 @@ def checked(
     models = [e for e in found if e is not None]
     made = plan(start, models, allow, keep, dtype)
     m = len(models)
-    w = torch.full((m,), 1 / m, dtype=torch.float64) if weights is None else torch.as_tensor(list(weights), dtype=torch.float64)
-    if w.shape != (m,) or not torch.isfinite(w).all() or (not aggregator.takes_negative_weights and (w < 0).any()):
+    w = (
+        torch.full((m,), 1 / m, dtype=torch.float64)
+        if weights is None
+        else torch.as_tensor(list(weights), dtype=torch.float64)
+    )
+    if (
+        w.shape != (m,)
+        or not torch.isfinite(w).all()
+        or (not aggregator.takes_negative_weights and (w < 0).any())
+    ):
         sign = "" if aggregator.takes_negative_weights else " and not negative"
         raise ConsilienceError(f"weights should be {m} numbers, finite{sign}. Found {w.tolist()}.")
     if m < aggregator.fewest_rows:
@@ -515,7 +565,9 @@ def checked(
         if e.shapes.get(n) != made.like.shapes[n]
     ]
     if problems:
-        raise ConsilienceError(f"importances should have the shapes of what they weigh. Found {'; '.join(problems)}.")
+        raise ConsilienceError(
+            f"importances should have the shapes of what they weigh. Found {'; '.join(problems)}."
+        )
     if not isinstance(aggregator, Linear | Blockwise):
         need = (m + 2) * made.wide.itemsize * (made.size if per == "model" else max(made.spans.values()))
         if need > memory:
@@ -530,7 +582,9 @@ def checked(
                 break
     for pattern in scales or {}:
         if not any(matches(n, [pattern]) for n in made.names):
-            raise ConsilienceError(f"a pattern of `scales` should fit some entry. Found {pattern!r}, which fits none.")
+            raise ConsilienceError(
+                f"a pattern of `scales` should fit some entry. Found {pattern!r}, which fits none."
+            )
     if factors and base is None:
         raise ConsilienceError("`scales` are factors of changes, so there should be a base. Found none.")
     return made, w, weighing, factors
@@ -561,10 +615,16 @@ def _recipe(
     from consilience import __version__
 
     return {
-        "consilience": __version__, "aggregator": repr(aggregator), "base": plan.base.name if plan.base is not None else None,
-        "experts": [e.name for e in plan.experts], "weights": weights.tolist(), "importances": [e.name for e in importances],
-        "dtype": str(plan.wide), "out_dtypes": sorted({str(dtypes[n]) for n in plan.names}), **rest,
-    }  # fmt: skip
+        "consilience": __version__,
+        "aggregator": repr(aggregator),
+        "base": plan.base.name if plan.base is not None else None,
+        "experts": [e.name for e in plan.experts],
+        "weights": weights.tolist(),
+        "importances": [e.name for e in importances],
+        "dtype": str(plan.wide),
+        "out_dtypes": sorted({str(dtypes[n]) for n in plan.names}),
+        **rest,
+    }
 
 
 def fold_normalisation(
@@ -590,10 +650,14 @@ def fold_normalisation(
     made = dict(params)
     w, b = params.get(f"{layer}.weight"), params.get(f"{layer}.bias")
     if w is None:
-        raise ConsilienceError(f"`layer` should have a weight among the parameters. Found no {layer + '.weight'!r}.")
+        raise ConsilienceError(
+            f"`layer` should have a weight among the parameters. Found no {layer + '.weight'!r}."
+        )
     channels = len(mean)
     if not len(std) == len(to_mean) == len(to_std) == channels or w.shape[1] % channels:
-        raise ConsilienceError(f"means and deviations should be one a channel of {layer!r}, {tuple(w.shape)}. Found {channels}.")
+        raise ConsilienceError(
+            f"means and deviations should be one a channel of {layer!r}, {tuple(w.shape)}. Found {channels}."
+        )
     m, s, to_m, to_s = (torch.tensor(list(x), dtype=torch.float64) for x in (mean, std, to_mean, to_std))
     if not ((s > 0).all() and (to_s > 0).all()):
         raise ConsilienceError(f"deviations should be positive. Found {list(std)} and {list(to_std)}.")

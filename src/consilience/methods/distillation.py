@@ -33,4 +33,7 @@ def feddf(
     from consilience.consolidators import ensemble_distillation
     from consilience.core.method import Method
 
-    return Method("feddf", consolidator=ensemble_distillation(unlabelled, steps, lr, batch_size, temperature, of, optimiser))
+    return Method(
+        "feddf",
+        consolidator=ensemble_distillation(unlabelled, steps, lr, batch_size, temperature, of, optimiser),
+    )

@@ -50,8 +50,8 @@ def parameter_average() -> Method:
 
     Paper: Carta et al. 2023.
     """
-    from consilience.consolidators.weights import WeightSpace
     from consilience.core.method import Method
     from consilience.core.optimiser import Averaging
+    from consilience.core.weight_space import WeightSpace
 
     return Method("parameter_average", consolidator=WeightSpace(None, Averaging()))

@@ -28,21 +28,27 @@ def fedavg(outer: str = "sgd", outer_lr: float = 1.0, outer_momentum: float = 0.
 
     if outer in OUTER:
         adam = Adam(0.9, 0.99, 1e-3, corrected=False)
-        optimiser = dict(zip(OUTER, (SGD(outer_momentum), adam, Adagrad(), Yogi(), Averaging()), strict=True))[outer]
+        optimiser = dict(
+            zip(OUTER, (SGD(outer_momentum), adam, Adagrad(), Yogi(), Averaging()), strict=True)
+        )[outer]
     elif isinstance(outer, str) and isinstance(getattr(torch.optim, outer, None), type):
         optimiser = Torch(outer)
     else:
-        raise ConsilienceError(f"`outer` should be {', '.join(OUTER)} or a class of torch.optim. Found `outer = {outer!r}`.")
+        raise ConsilienceError(
+            f"`outer` should be {', '.join(OUTER)} or a class of torch.optim. Found `outer = {outer!r}`."
+        )
     return _outer("fedavg", optimiser, outer_lr)
 
 
 def _outer(name: str, optimiser: Any, lr: float, *corrections: Any) -> Method:
     """The mean of what is heard, and an outer step."""
     from consilience.aggregators import mean
-    from consilience.consolidators.weights import WeightSpace
     from consilience.core.method import Method
+    from consilience.core.weight_space import WeightSpace
 
-    return Method(name, corrections, hear_aggregator=mean(), consolidator=WeightSpace(None, optimiser, lr))
+    return Method(
+        name, corrections, exchange_aggregator=mean(), consolidator=WeightSpace(None, optimiser, lr)
+    )
 
 
 def fedavgm(momentum: float = 0.9, lr: float = 1.0) -> Method:
@@ -162,7 +168,9 @@ def fednova(lr: float = 1.0) -> Method:
     from consilience.core.method import Method
     from consilience.corrections.drift import LocalSteps
 
-    return Method("fednova", (LocalSteps(),), hear_aggregator=mean(), consolidator=Normalised(None, None, lr))
+    return Method(
+        "fednova", (LocalSteps(),), exchange_aggregator=mean(), consolidator=Normalised(None, None, lr)
+    )
 
 
 def fedcm(alpha: float = 0.1) -> Method:
@@ -233,7 +241,9 @@ def wsm() -> Method:
     return Method("wsm", (WSM(),))
 
 
-def fed3r(strength: float = 0.01, average: bool = False, normalise: bool = False, temperature: float = 1.0) -> Method:
+def fed3r(
+    strength: float = 0.01, average: bool = False, normalise: bool = False, temperature: float = 1.0
+) -> Method:
     """A ridge head in closed form from everybody's sums of features: exact for any split, order and schedule.
 
     On `models.fourier_features(model)` it is Fed3R with random features. It is where any other run may begin: with
@@ -253,4 +263,9 @@ def fed3r(strength: float = 0.01, average: bool = False, normalise: bool = False
     from consilience.core.method import Method
     from consilience.corrections.moments import Moments
 
-    return Method("fed3r", (Moments(),), consolidator=ClosedForm(strength, average, normalise, temperature), fixed={"epochs": 0})
+    return Method(
+        "fed3r",
+        (Moments(),),
+        consolidator=ClosedForm(strength, average, normalise, temperature),
+        fixed={"epochs": 0},
+    )

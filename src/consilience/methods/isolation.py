@@ -139,5 +139,7 @@ def infer(mapper: Mapper) -> Method:
     from consilience.core.method import Method
 
     if not isinstance(mapper, Kind):
-        raise ConsilienceError(f"`mapper` should be made by consilience.mappers, such as min_entropy(). Found {kind_of(mapper)}.")
+        raise ConsilienceError(
+            f"`mapper` should be made by consilience.mappers, such as min_entropy(). Found {kind_of(mapper)}."
+        )
     return Method(type(mapper).__name__.lower(), mapper=mapper)

@@ -36,7 +36,7 @@ def average() -> Method:
     from consilience.aggregators import mean
     from consilience.core.method import Method
 
-    return Method("average", hear_aggregator=mean())
+    return Method("average", exchange_aggregator=mean())
 
 
 def task_arithmetic(coefficient: float = 1.0) -> Method:
@@ -50,7 +50,7 @@ def task_arithmetic(coefficient: float = 1.0) -> Method:
     from consilience.aggregators import arithmetic
     from consilience.core.method import Method
 
-    return Method("task_arithmetic", hear_aggregator=arithmetic(coefficient))
+    return Method("task_arithmetic", exchange_aggregator=arithmetic(coefficient))
 
 
 def ties(density: float = 0.2) -> Method:
@@ -64,7 +64,7 @@ def ties(density: float = 0.2) -> Method:
     from consilience.aggregators import ties as aggregator
     from consilience.core.method import Method
 
-    return Method("ties", hear_aggregator=aggregator(density))
+    return Method("ties", exchange_aggregator=aggregator(density))
 
 
 def talos(
@@ -78,7 +78,7 @@ def talos(
 
     It bends training and leaves what is heard to others: `talos() + ties()`. Other experts that merge well: `fedprox(mu)` holds
     them near where a learn begins (in merging, the base); `models.linearised` makes their functions add; undertrained ones stop
-    early: `Training(epochs=1)`, or in a schedule of one's own `Learn(who, work)`, the fraction of its steps that each does.
+    early: `Training(epochs=1)`, or in a schedule of one's own `Train(who, fractions)`, the fraction of its steps that each does.
 
     Paper: Iurada, Ciccone & Tommasi 2025.
 
@@ -96,7 +96,9 @@ def talos(
 
 
 def fisher_merging(
-    labels: Literal["model", "all", "data", "batches"] = "model", samples: int | None = None, prior: float = 0.0
+    labels: Literal["model", "all", "data", "batches"] = "model",
+    samples: int | None = None,
+    prior: float = 0.0,
 ) -> Method:
     """Average what is heard, every entry weighed by how much its sender's answers depend on it: the diagonal Fisher information.
 

@@ -43,5 +43,7 @@ def personal(patterns: str | Sequence[str] = "head") -> Method:
 
     own = (patterns,) if isinstance(patterns, str) else tuple(patterns)
     if not own or any(not isinstance(p, str) or not p for p in own):
-        raise ConsilienceError(f"`patterns` should be names of entries, such as 'head'. Found `patterns = {patterns!r}`.")
+        raise ConsilienceError(
+            f"`patterns` should be names of entries, such as 'head'. Found `patterns = {patterns!r}`."
+        )
     return Method("personal", personal=own)

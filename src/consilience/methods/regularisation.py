@@ -9,7 +9,9 @@ if TYPE_CHECKING:
 
 
 def ewc(
-    strength: float = 10.0, labels: Literal["model", "all", "data", "batches"] = "model", samples: int | None = None
+    strength: float = 10.0,
+    labels: Literal["model", "all", "data", "batches"] = "model",
+    samples: int | None = None,
 ) -> Method:
     """Elastic weight consolidation: stay near old parameters where the Fisher information is high.
 
@@ -93,7 +95,11 @@ def l2sp(strength: float = 0.01) -> Method:
     return Method("l2sp", (L2SP(strength),))
 
 
-def lwf(strength: float = 1.0, temperature: float = 2.0, match: Literal["probabilities", "logits"] = "probabilities") -> Method:
+def lwf(
+    strength: float = 1.0,
+    temperature: float = 2.0,
+    match: Literal["probabilities", "logits"] = "probabilities",
+) -> Method:
     """Learning without forgetting: keep the old model's answers on the new inputs.
 
     Paper: Li & Hoiem 2016.

@@ -61,7 +61,9 @@ def der(size: int = 500, batch_size: int = 32, alpha: float = 0.5, policy: Polic
     return Method("der", (DER(size, batch_size, policy or Reservoir(), alpha=alpha),))
 
 
-def derpp(size: int = 500, batch_size: int = 32, alpha: float = 0.5, beta: float = 0.5, policy: Policy | None = None) -> Method:
+def derpp(
+    size: int = 500, batch_size: int = 32, alpha: float = 0.5, beta: float = 0.5, policy: Policy | None = None
+) -> Method:
     """DER++: keep the stored logits of old examples, and replay their labels.
 
     Paper: Buzzega et al. 2020.
@@ -112,7 +114,9 @@ def agem(size: int = 500, batch_size: int = 32, policy: Policy | None = None) ->
     from consilience.core.method import Method
     from consilience.corrections.projection import AverageConstraint
 
-    return Method("agem", (AverageConstraint(size, batch_size, policy or Reservoir()),), step_aggregator=cone())
+    return Method(
+        "agem", (AverageConstraint(size, batch_size, policy or Reservoir()),), step_aggregator=cone()
+    )
 
 
 def icarl(size: int = 500) -> Method:
@@ -144,7 +148,11 @@ def gdumb(size: int = 500) -> Method:
 
 
 def gss(
-    size: int = 500, batch_size: int = 32, subset: int = 10, arrivals: int = 10, layers: Literal["all", "head"] = "all"
+    size: int = 500,
+    batch_size: int = 32,
+    subset: int = 10,
+    arrivals: int = 10,
+    layers: Literal["all", "head"] = "all",
 ) -> Method:
     """Experience replay from a buffer of examples whose gradients differ (greedy gradient-based sample selection).
 
@@ -160,7 +168,9 @@ def gss(
     from consilience.core.method import Method
     from consilience.corrections.gss import GSS
 
-    return Method("gss", (GSS(size=size, batch_size=batch_size, subset=subset, arrivals=arrivals, layers=layers),))
+    return Method(
+        "gss", (GSS(size=size, batch_size=batch_size, subset=subset, arrivals=arrivals, layers=layers),)
+    )
 
 
 def generative_replay(
@@ -196,5 +206,9 @@ def generative_replay(
 
     return Method(
         "generative_replay",
-        (GenerativeReplay(batch_size, hidden, latent, epochs, lr, beta, temperature, labels, importance, likelihood),),
+        (
+            GenerativeReplay(
+                batch_size, hidden, latent, epochs, lr, beta, temperature, labels, importance, likelihood
+            ),
+        ),
     )

@@ -61,9 +61,13 @@ def skill(
         raise unknown("mapper", mapper, made)
     for name, value in (("images", images), ("rank", rank)):
         if mapper != "mahalanobis" and value != 0:
-            raise ConsilienceError(f"`{name}` should be 0 for another mapper than mahalanobis. Found `{name} = {value!r}`.")
+            raise ConsilienceError(
+                f"`{name}` should be 0 for another mapper than mahalanobis. Found `{name} = {value!r}`."
+            )
     if reject and mapper in ("min_entropy", "oracle"):
-        raise ConsilienceError(f"`reject` should be 0 for a mapper without anchors. Found `reject = {reject!r}` for {mapper!r}.")
+        raise ConsilienceError(
+            f"`reject` should be 0 for a mapper without anchors. Found `reject = {reject!r}` for {mapper!r}."
+        )
     heads = ("trained", "lp_ft", "logistic", "ridge", "prototype")
     if head not in heads:
         raise unknown("head", head, heads)

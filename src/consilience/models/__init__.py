@@ -30,10 +30,27 @@ if TYPE_CHECKING:
     M = TypeVar("M", ModuleModel, MultiHead)
 
 __all__ = [
-    "adapters", "backbone", "beneficial_biases", "char_lstm", "char_transformer", "conv", "fourier_features", "frozen",
-    "head2toe", "lenet", "linear", "linearised", "macs", "mlp", "multi_head", "progressive", "progressive_conv",
-    "random_features", "resnet", "wrap",
-]  # fmt: skip
+    "adapters",
+    "backbone",
+    "beneficial_biases",
+    "char_lstm",
+    "char_transformer",
+    "conv",
+    "fourier_features",
+    "frozen",
+    "head2toe",
+    "lenet",
+    "linear",
+    "linearised",
+    "macs",
+    "mlp",
+    "multi_head",
+    "progressive",
+    "progressive_conv",
+    "random_features",
+    "resnet",
+    "wrap",
+]
 
 
 def linear(inputs: int, outputs: int = 10) -> ModuleModel:
@@ -62,7 +79,9 @@ def mlp(inputs: int, hidden: Sequence[int] = (128,), outputs: int = 10) -> Modul
     from consilience.models.module import ModuleModel
 
     widths = tuple(hidden)
-    return ModuleModel(lambda: nets.mlp(inputs, widths, outputs), outputs, name=f"mlp({inputs}, {widths}, {outputs})")
+    return ModuleModel(
+        lambda: nets.mlp(inputs, widths, outputs), outputs, name=f"mlp({inputs}, {widths}, {outputs})"
+    )
 
 
 def lenet(outputs: int = 10, channels: int = 1, size: int = 28) -> ModuleModel:
@@ -77,7 +96,9 @@ def lenet(outputs: int = 10, channels: int = 1, size: int = 28) -> ModuleModel:
     from consilience.models import nets
     from consilience.models.module import ModuleModel
 
-    return ModuleModel(lambda: nets.lenet(outputs, channels, size), outputs, name=f"lenet({outputs}, {channels}, {size})")
+    return ModuleModel(
+        lambda: nets.lenet(outputs, channels, size), outputs, name=f"lenet({outputs}, {channels}, {size})"
+    )
 
 
 def conv(outputs: int = 10, channels: int = 1, size: int = 28, width: int = 32) -> ModuleModel:
@@ -147,7 +168,9 @@ def char_lstm(outputs: int = 64, embedding: int = 8, hidden: int = 128, layers: 
     return ModuleModel(lambda: nets.CharLSTM(outputs, embedding, hidden, layers), outputs, name=name)
 
 
-def char_transformer(outputs: int = 64, window: int = 80, width: int = 64, heads: int = 4, layers: int = 2) -> ModuleModel:
+def char_transformer(
+    outputs: int = 64, window: int = 80, width: int = 64, heads: int = 4, layers: int = 2
+) -> ModuleModel:
     """The next of `outputs` characters after x [B, T <= window] (whole numbers): a causal transformer, pre-norm, with learned places.
 
     Args:
@@ -164,12 +187,16 @@ def char_transformer(outputs: int = 64, window: int = 80, width: int = 64, heads
     """
     _positive(outputs=outputs, window=window, width=width, heads=heads, layers=layers)
     if width % heads:
-        raise ConsilienceError(f"`width` should be a multiple of `heads`. Found `width = {width}` and `heads = {heads}`.")
+        raise ConsilienceError(
+            f"`width` should be a multiple of `heads`. Found `width = {width}` and `heads = {heads}`."
+        )
     from consilience.models import nets
     from consilience.models.module import ModuleModel
 
     name = f"char_transformer({outputs}, {window}, {width}, {heads}, {layers})"
-    return ModuleModel(lambda: nets.CharTransformer(outputs, window, width, heads, layers), outputs, name=name)
+    return ModuleModel(
+        lambda: nets.CharTransformer(outputs, window, width, heads, layers), outputs, name=name
+    )
 
 
 def random_features(inputs: int, width: int = 512, seed: int = 0) -> ModuleModel:
@@ -189,7 +216,9 @@ def random_features(inputs: int, width: int = 512, seed: int = 0) -> ModuleModel
     from consilience.models.module import ModuleModel
 
     name = f"random_features({inputs}, {width}, {seed})"
-    return ModuleModel(nets.random_features(inputs, width, seed), width, frozen=("*",), headless=True, name=name)
+    return ModuleModel(
+        nets.random_features(inputs, width, seed), width, frozen=("*",), headless=True, name=name
+    )
 
 
 def fourier_features(model: ModuleModel, width: int = 2048, sigma: float = 1.0, seed: int = 0) -> ModuleModel:
@@ -274,7 +303,9 @@ def backbone(
     if isinstance(of, str):
         return pretrained.of_timm(of, checkpoint, size, mean, std, more)
     if more:
-        raise ConsilienceError(f"options should be timm's, for a model by name. Found {', '.join(sorted(more))}.")
+        raise ConsilienceError(
+            f"options should be timm's, for a model by name. Found {', '.join(sorted(more))}."
+        )
     return pretrained.of_module(of, checkpoint, size, mean, std)
 
 
@@ -341,7 +372,11 @@ def beneficial_biases(
 
 
 def progressive(
-    inputs: int, hidden: Sequence[int] = (128,), outputs: int = 10, bottleneck: int | None = None, shrink: float = 1.0
+    inputs: int,
+    hidden: Sequence[int] = (128,),
+    outputs: int = 10,
+    bottleneck: int | None = None,
+    shrink: float = 1.0,
 ) -> Progressive:
     """One perceptron (a column) for each task on the flattened inputs [B, inputs], which reads the layers of the earlier ones.
 
@@ -364,7 +399,12 @@ def progressive(
 
 
 def progressive_conv(
-    outputs: int = 10, channels: int = 1, size: int = 28, width: int = 32, bottleneck: int | None = None, shrink: float = 1.0
+    outputs: int = 10,
+    channels: int = 1,
+    size: int = 28,
+    width: int = 32,
+    bottleneck: int | None = None,
+    shrink: float = 1.0,
 ) -> Progressive:
     """One small convolutional net (a column) for each task, as `conv` has it, which reads the layers of the earlier ones.
 
@@ -531,7 +571,9 @@ def wrap(
     """
     from consilience.models.module import ModuleModel
 
-    return ModuleModel(module, outputs, head, (frozen,) if isinstance(frozen, str) else tuple(frozen), headless)
+    return ModuleModel(
+        module, outputs, head, (frozen,) if isinstance(frozen, str) else tuple(frozen), headless
+    )
 
 
 def _positive(**numbers: int) -> None:

@@ -66,7 +66,9 @@ class Inserted(MultiHead):
         places = tuple(self.parts.values())
         return {n: p for n, p in params.items() if not n.endswith(places)}, buffers
 
-    def grow(self, params: Params, buffers: Params, source: Source, generator: torch.Generator) -> tuple[Params, Params]:
+    def grow(
+        self, params: Params, buffers: Params, source: Source, generator: torch.Generator
+    ) -> tuple[Params, Params]:
         """Parameters and buffers with a head, and the entries of the source's task, if it has none."""
         if self._has(params, buffers, source):
             return params, buffers
@@ -77,10 +79,14 @@ class Inserted(MultiHead):
             new |= {self._entry(task, n, part): t.to(like) for part, t in self._new(n, w, generator).items()}
         return {**params, **new}, buffers
 
-    def __call__(self, params: Params, buffers: Params, x: Tensor, task: str | None, train: bool) -> tuple[Tensor, Params]:
+    def __call__(
+        self, params: Params, buffers: Params, x: Tensor, task: str | None, train: bool
+    ) -> tuple[Tensor, Params]:
         heads = self._heads(params, buffers, task)
         psis = [self._features(params, buffers, x, h.task) for h in heads]
-        return (self._write(psis, heads) if heads else self._nothing(self._features(params, buffers, x, None))), buffers
+        return (
+            self._write(psis, heads) if heads else self._nothing(self._features(params, buffers, x, None))
+        ), buffers
 
     def features(self, params: Params, buffers: Params, x: Tensor, task: str | None = None) -> Tensor:
         return self._features(params, buffers, x, None if task is None else escape(task)).flatten(1)
@@ -101,7 +107,11 @@ class Inserted(MultiHead):
 
         def forward(x: Tensor, task: str | None) -> Tensor:
             heads = self._heads(params, held, task)
-            return self._write([through(h.task, x) for h in heads], heads) if heads else self._nothing(through(None, x))
+            return (
+                self._write([through(h.task, x) for h in heads], heads)
+                if heads
+                else self._nothing(through(None, x))
+            )
 
         return forward, held
 
@@ -161,7 +171,9 @@ class Adapted(Inserted):
     kind: ClassVar[str] = "adapters"
     parts: ClassVar[dict[str, str]] = {"down": DOWN, "up": UP}
 
-    def __init__(self, backbone: ModuleModel, outputs: int, bottleneck: int = 16, layers: Sequence[str] | None = None) -> None:
+    def __init__(
+        self, backbone: ModuleModel, outputs: int, bottleneck: int = 16, layers: Sequence[str] | None = None
+    ) -> None:
         super().__init__(backbone, outputs)
         if bottleneck < 1:
             raise ConsilienceError(f"`bottleneck` should be at least 1. Found `bottleneck = {bottleneck}`.")
@@ -180,11 +192,15 @@ class Adapted(Inserted):
 def layers_of(module: nn.Module, whose: str, what: str) -> tuple[str, ...]:
     """The names of all convolutions, linear layers and attentions, in module order; of a backbone, of those that it calls."""
     parts = called(module)
-    attention = {id(m.out_proj) for m in parts.values() if isinstance(m, nn.MultiheadAttention)}  # read there, never called
+    attention = {
+        id(m.out_proj) for m in parts.values() if isinstance(m, nn.MultiheadAttention)
+    }  # read there, never called
     kinds = (nn.modules.conv._ConvNd, nn.Linear, nn.MultiheadAttention)
     found = tuple(n for n, m in parts.items() if isinstance(m, kinds) and id(m) not in attention)
     if not found:
-        raise ConsilienceError(f"{what} should have convolutions or linear layers to stand after. Found none in {whose}.")
+        raise ConsilienceError(
+            f"{what} should have convolutions or linear layers to stand after. Found none in {whose}."
+        )
     return found
 
 
@@ -201,7 +217,13 @@ def called(module: nn.Module) -> dict[str, nn.Module]:
     try:
         with torch.no_grad():
             module(module.blank())
-    except (AssertionError, IndexError, TypeError, RuntimeError, ValueError):  # it wants images of another size
+    except (
+        AssertionError,
+        IndexError,
+        TypeError,
+        RuntimeError,
+        ValueError,
+    ):  # it wants images of another size
         return parts
     finally:
         for h in handles:
@@ -216,14 +238,23 @@ def _chosen(module: nn.Module, patterns: Sequence[str] | None, whose: str) -> tu
     parts = called(module)
     for p in patterns:
         if not any(matches(n, [p]) for n in parts):
-            raise ConsilienceError(f"`layers` should match parts that the backbone calls. Found none like {p!r} in {whose}.")
+            raise ConsilienceError(
+                f"`layers` should match parts that the backbone calls. Found none like {p!r} in {whose}."
+            )
     return tuple(n for n in parts if matches(n, patterns))
 
 
 def _side(layer: nn.Module) -> tuple[int, int]:
     """Where the features of a layer stand (1 or -1), and how many there are: as its last part that says so has them."""
     for part in reversed([*layer.modules()]):
-        for attribute in ("out_channels", "out_features", "num_features", "num_channels", "normalized_shape", "embedding_dim"):
+        for attribute in (
+            "out_channels",
+            "out_features",
+            "num_features",
+            "num_channels",
+            "normalized_shape",
+            "embedding_dim",
+        ):
             width = getattr(part, attribute, None)
             if width is not None:
                 return -1 if isinstance(part, LAST) else 1, width if isinstance(width, int) else width[-1]
@@ -232,7 +263,9 @@ def _side(layer: nn.Module) -> tuple[int, int]:
     )
 
 
-def _prepared(module: nn.Module, layers: Sequence[str], places: Sequence[str], hook: Callable[..., Any]) -> nn.Module:
+def _prepared(
+    module: nn.Module, layers: Sequence[str], places: Sequence[str], hook: Callable[..., Any]
+) -> nn.Module:
     """The module with empty places after these layers, which the hook fills."""
     for n in layers:
         layer = module.get_submodule(n)
@@ -248,7 +281,9 @@ def placed(layer: nn.Module, h: Any, what: str) -> int:
     side, width = layer.__dict__["inserted_side"]
     if not isinstance(h, Tensor) or h.ndim < 2 or h.shape[side] != width:
         shape = tuple(h.shape) if isinstance(h, Tensor) else type(h).__name__
-        raise ConsilienceError(f"{what} should stand after a layer that gives {width} features. Found {shape}.")
+        raise ConsilienceError(
+            f"{what} should stand after a layer that gives {width} features. Found {shape}."
+        )
     return side if h.ndim > 2 else -1
 
 

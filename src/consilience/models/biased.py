@@ -36,7 +36,9 @@ class Biased(Inserted):
     kind: ClassVar[str] = "biases"
     parts: ClassVar[dict[str, str]] = {"": BIAS}
 
-    def __init__(self, backbone: ModuleModel, outputs: int, last: float = 1.0, norm: Literal["inf"] | None = None) -> None:
+    def __init__(
+        self, backbone: ModuleModel, outputs: int, last: float = 1.0, norm: Literal["inf"] | None = None
+    ) -> None:
         super().__init__(backbone, outputs, norm)
         if isinstance(last, bool) or not 0 <= last <= 1:
             raise ConsilienceError(f"`last` should be in [0, 1]. Found `last = {last}`.")

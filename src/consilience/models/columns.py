@@ -40,21 +40,35 @@ class Progressive(Heads):
     """
 
     def __init__(
-        self, inputs: Sequence[int], widths: Sequence[int], outputs: int, bottleneck: int | None = None, shrink: float = 1.0
+        self,
+        inputs: Sequence[int],
+        widths: Sequence[int],
+        outputs: int,
+        bottleneck: int | None = None,
+        shrink: float = 1.0,
     ) -> None:
         super().__init__(outputs)
-        self.inputs, self.widths, self.bottleneck, self.shrink = tuple(inputs), tuple(widths), bottleneck, shrink
+        self.inputs, self.widths, self.bottleneck, self.shrink = (
+            tuple(inputs),
+            tuple(widths),
+            bottleneck,
+            shrink,
+        )
         if not self.widths or min(*self.inputs, *self.widths, bottleneck or 1) < 1 or bottleneck == 0:
             raise ConsilienceError(
                 "a column should have a hidden layer, and all widths should be at least 1. "
                 f"Found inputs {self.inputs}, layers {self.widths}, `bottleneck = {bottleneck}`."
             )
         if not 0 < shrink <= 1:
-            raise ConsilienceError(f"`shrink` of later columns should be in (0, 1]. Found `shrink = {shrink}`.")
+            raise ConsilienceError(
+                f"`shrink` of later columns should be in (0, 1]. Found `shrink = {shrink}`."
+            )
         self.maps = len(self.inputs) == 3
         side = self.inputs[-1] >> len(self.widths) if self.maps else 1
         if side < 1:
-            raise ConsilienceError(f"`size` should be at least {1 << len(self.widths)}. Found `size = {self.inputs[-1]}`.")
+            raise ConsilienceError(
+                f"`size` should be at least {1 << len(self.widths)}. Found `size = {self.inputs[-1]}`."
+            )
         self.places = side * side
         """How often a unit of the last layer stands in the features."""
 
@@ -70,7 +84,9 @@ class Progressive(Heads):
         """Nothing: the first task brings the first column."""
         return {}, {}
 
-    def grow(self, params: Params, buffers: Params, source: Source, generator: torch.Generator) -> tuple[Params, Params]:
+    def grow(
+        self, params: Params, buffers: Params, source: Source, generator: torch.Generator
+    ) -> tuple[Params, Params]:
         """Parameters and buffers with a column for the source's task, uniform in +-1 / sqrt(inputs of a unit), if it has none."""
         if self._has(params, buffers, source):
             return params, buffers
@@ -83,14 +99,23 @@ class Progressive(Heads):
             value = (2 * torch.rand(shape, generator=generator) - 1) * inputs**-0.5
             new[f"{COLUMNS}{task}.{name}"] = value.to(like)
 
-        size, before, depth = (3, 3) if self.maps else (), self.inputs[0] if self.maps else prod(self.inputs), len(widths)
+        size, before, depth = (
+            (3, 3) if self.maps else (),
+            self.inputs[0] if self.maps else prod(self.inputs),
+            len(widths),
+        )
         for i in range(depth + 1):
             if i < depth:
                 draw(f"{i}.weight", widths[i], before, *size, inputs=before * prod(size))
                 draw(f"{i}.bias", widths[i], inputs=before * prod(size))
             if i and earlier:
-                read, narrow = sum(len(params[f"{COLUMNS}{t}.{i - 1}.weight"]) for t in earlier), self.bottleneck or before
-                new[f"{COLUMNS}{task}.{i}.alpha"] = (0.1 * torch.rand(len(earlier), generator=generator)).to(like)
+                read, narrow = (
+                    sum(len(params[f"{COLUMNS}{t}.{i - 1}.weight"]) for t in earlier),
+                    self.bottleneck or before,
+                )
+                new[f"{COLUMNS}{task}.{i}.alpha"] = (0.1 * torch.rand(len(earlier), generator=generator)).to(
+                    like
+                )
                 draw(f"{i}.down", narrow, read, inputs=read)
                 draw(f"{i}.offset", narrow, inputs=read)
                 if i < depth:
@@ -100,7 +125,9 @@ class Progressive(Heads):
         params, buffers = self._grow({**params, **new}, buffers, source, width, like, generator)
         return params, {**buffers, f"{COLUMNS}{task}.order": torch.tensor(len(earlier), device=like.device)}
 
-    def __call__(self, params: Params, buffers: Params, x: Tensor, task: str | None, train: bool) -> tuple[Tensor, Params]:
+    def __call__(
+        self, params: Params, buffers: Params, x: Tensor, task: str | None, train: bool
+    ) -> tuple[Tensor, Params]:
         return self.bind(params, buffers, train)[0](x, task), buffers
 
     def bind(self, params: Params, buffers: Params, train: bool) -> tuple[Forward, Params]:
@@ -130,9 +157,15 @@ class Progressive(Heads):
         k = len(tasks(params)) - 1
         last = {t for t in tasks(params) if len(params.get(f"{COLUMNS}{t}.1.alpha", ())) == k}
         inner = {n: n.split(".") for n in params if n.startswith(COLUMNS)}
-        return {n for n, (_, task, layer, _) in inner.items() if task not in last and int(layer) < len(self.widths)}
+        return {
+            n
+            for n, (_, task, layer, _) in inner.items()
+            if task not in last and int(layer) < len(self.widths)
+        }
 
-    def _features(self, params: Params, order: Sequence[str], wanted: Sequence[str], x: Tensor) -> dict[str, Tensor]:
+    def _features(
+        self, params: Params, order: Sequence[str], wanted: Sequence[str], x: Tensor
+    ) -> dict[str, Tensor]:
         """psi [B, d] of the wanted columns; the others before them are run without gradient."""
         fits = tuple(x.shape[1:]) == self.inputs if self.maps else x.shape[1:].numel() == prod(self.inputs)
         if not fits:
@@ -145,18 +178,24 @@ class Progressive(Heads):
             below.append([h.detach() for h in own])
         return found
 
-    def _column(self, params: Params, task: str, x: Tensor, below: Sequence[Sequence[Tensor]]) -> tuple[list[Tensor], Tensor]:
+    def _column(
+        self, params: Params, task: str, x: Tensor, below: Sequence[Sequence[Tensor]]
+    ) -> tuple[list[Tensor], Tensor]:
         """The activations [B, w, ..] of a column's layers, and psi [B, d]."""
         at, layers, h = f"{COLUMNS}{task}.", list[Tensor](), x if self.maps else x.flatten(1)
         for i in range(len(self.widths)):
             out = self._layer(h, params[f"{at}{i}.weight"], params[f"{at}{i}.bias"])
             if i and below:
-                out = out + self._layer(self._lateral(params, f"{at}{i}.", below, i), params[f"{at}{i}.up"], None)
+                out = out + self._layer(
+                    self._lateral(params, f"{at}{i}.", below, i), params[f"{at}{i}.up"], None
+                )
             h = F.max_pool2d(out.relu(), 2) if self.maps else out.relu()
             layers.append(h)
         psi = h.flatten(1)
         if below:
-            psi = torch.cat([psi, self._lateral(params, f"{at}{len(layers)}.", below, len(layers)).flatten(1)], 1)
+            psi = torch.cat(
+                [psi, self._lateral(params, f"{at}{len(layers)}.", below, len(layers)).flatten(1)], 1
+            )
         return layers, psi
 
     def _layer(self, h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

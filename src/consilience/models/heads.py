@@ -13,7 +13,7 @@ from torch import Tensor
 from consilience.core.errors import ConsilienceError, Refusal
 from consilience.core.model import Forward, Model
 from consilience.core.params import Params, matches
-from consilience.core.source import Frame, Source
+from consilience.core.source import LabelFrame, Source
 from consilience.models.module import ModuleModel
 
 TRUNK, HEADS = "trunk.", "heads."
@@ -60,19 +60,25 @@ class Heads(Model):
 
     def head(self, params: Params, task: str | None) -> tuple[str, str | None]:
         if self.norm:
-            raise ConsilienceError("a head that is written should act as it stands. Found one whose rows are normalised.")
+            raise ConsilienceError(
+                "a head that is written should act as it stands. Found one whose rows are normalised."
+            )
         keys = tasks(params)
         chosen = [k for k in keys if task is None or k == escape(task)]
         if len(chosen) != 1:
-            raise ConsilienceError(f"a task label should say which head is meant. Found {task!r} and {len(keys)} heads.")
+            raise ConsilienceError(
+                f"a task label should say which head is meant. Found {task!r} and {len(keys)} heads."
+            )
         return f"{HEADS}{chosen[0]}.weight", f"{HEADS}{chosen[0]}.bias"
 
     def head_key(self, source: Source) -> str:
         return escape(super().head_key(source))
 
-    def check(self, frame: Frame, sample: Tensor, aware: bool) -> None:
+    def check(self, frame: LabelFrame, sample: Tensor, aware: bool) -> None:
         if frame.kind == "value":
-            raise ConsilienceError("heads of classes need targets that are classes. Found values; use mlp or wrap.")
+            raise ConsilienceError(
+                "heads of classes need targets that are classes. Found values; use mlp or wrap."
+            )
         columns = [c for classes in frame.tasks.values() for c in classes]
         if not aware and len(set(columns)) < len(columns):
             raise Refusal(
@@ -84,7 +90,13 @@ class Heads(Model):
         return entry[len(HEADS) :].rpartition(".")[0] if entry.startswith(HEADS) else None
 
     def _grow(
-        self, params: Params, buffers: Params, source: Source, width: int, like: Tensor, generator: torch.Generator
+        self,
+        params: Params,
+        buffers: Params,
+        source: Source,
+        width: int,
+        like: Tensor,
+        generator: torch.Generator,
     ) -> tuple[Params, Params]:
         """With a head [k, width] for the source's task, uniform in +-1 / sqrt(width)."""
         task, classes = self.head_key(source), list(source.classes)
@@ -92,7 +104,10 @@ class Heads(Model):
         weight = (2 * torch.rand(len(classes), width, generator=generator) - 1) * bound
         bias = (2 * torch.rand(len(classes), generator=generator) - 1) * bound
         columns = torch.tensor(classes, dtype=torch.long, device=like.device)
-        return {**params, f"{at}.weight": weight.to(like), f"{at}.bias": bias.to(like)}, {**buffers, f"{at}.columns": columns}
+        return {**params, f"{at}.weight": weight.to(like), f"{at}.bias": bias.to(like)}, {
+            **buffers,
+            f"{at}.columns": columns,
+        }
 
     def _has(self, params: Params, buffers: Params, source: Source) -> bool:
         """Whether the source's task has its head; refuses classes that do not fit."""
@@ -195,9 +210,14 @@ class MultiHead(Heads):
         params, buffers = self.trunk.init(generator)
         return _prefixed(params), _prefixed(buffers)
 
-    def __call__(self, params: Params, buffers: Params, x: Tensor, task: str | None, train: bool) -> tuple[Tensor, Params]:
+    def __call__(
+        self, params: Params, buffers: Params, x: Tensor, task: str | None, train: bool
+    ) -> tuple[Tensor, Params]:
         psi, new = self.trunk(_stripped(params), _stripped(buffers), x, None, train)
-        return self._all(psi, self._heads(params, buffers, task)), {**buffers, **_prefixed(new)} if train else buffers
+        return self._all(psi, self._heads(params, buffers, task)), {
+            **buffers,
+            **_prefixed(new),
+        } if train else buffers
 
     def features(self, params: Params, buffers: Params, x: Tensor, task: str | None = None) -> Tensor:
         return self.trunk.features(_stripped(params), _stripped(buffers), x)
@@ -217,11 +237,15 @@ class MultiHead(Heads):
 
         return forward, held
 
-    def grow(self, params: Params, buffers: Params, source: Source, generator: torch.Generator) -> tuple[Params, Params]:
+    def grow(
+        self, params: Params, buffers: Params, source: Source, generator: torch.Generator
+    ) -> tuple[Params, Params]:
         """Parameters and buffers with a head for the source's task, uniform in +-1 / sqrt(d), if it has none."""
         if self._has(params, buffers, source):
             return params, buffers
-        like = next((p for n, p in params.items() if n.startswith(TRUNK) and p.is_floating_point()), torch.zeros(0))
+        like = next(
+            (p for n, p in params.items() if n.startswith(TRUNK) and p.is_floating_point()), torch.zeros(0)
+        )
         return self._grow(params, buffers, source, self.trunk.width, like, generator)
 
     def frozen(self, entry: str) -> bool:
@@ -235,7 +259,9 @@ class MultiHead(Heads):
         names = [n for n in self.trunk._names if matches(TRUNK + n, patterns)]
         for p in patterns:
             if not p.startswith(self.own) and not any(matches(TRUNK + n, [p]) for n in names) and p != "*":
-                raise ConsilienceError(f"frozen patterns should match an entry. Found none like {p!r} in {self!r}.")
+                raise ConsilienceError(
+                    f"frozen patterns should match an entry. Found none like {p!r} in {self!r}."
+                )
         other.trunk = self.trunk.freeze(names)
         other._patterns = (*self._patterns, *patterns)
         return other
@@ -259,7 +285,9 @@ def escape(task: str) -> str:
 
 def tasks(params: Params) -> list[str]:
     """The tasks that have heads, in the order of their names."""
-    return sorted(n[len(HEADS) : -len(".weight")] for n in params if n.startswith(HEADS) and n.endswith(".weight"))
+    return sorted(
+        n[len(HEADS) : -len(".weight")] for n in params if n.startswith(HEADS) and n.endswith(".weight")
+    )
 
 
 def _prefixed(tensors: Params) -> Params:

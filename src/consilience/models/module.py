@@ -73,7 +73,9 @@ class ModuleModel(Model):
     def outputs(self) -> int:  # type: ignore[override]
         """The number C of output columns."""
         if self._outputs is None:
-            raise ConsilienceError("`outputs` should be given for a module without a linear head. Found none.")
+            raise ConsilienceError(
+                "`outputs` should be given for a module without a linear head. Found none."
+            )
         return self._outputs
 
     @property
@@ -88,7 +90,9 @@ class ModuleModel(Model):
             return ""
         if not same(params, self.init(torch.Generator().manual_seed(1))[0]):
             return ""
-        of = {n: t for n, t in {**params, **buffers}.items() if t.numel()}  # empty are the places of tasks' own entries
+        of = {
+            n: t for n, t in {**params, **buffers}.items() if t.numel()
+        }  # empty are the places of tasks' own entries
         if "identity" not in of:
             said = hashlib.blake2b(self.structure.encode(), digest_size=16).digest()
             of["identity"] = torch.tensor([*said], dtype=torch.uint8)
@@ -111,7 +115,9 @@ class ModuleModel(Model):
         params = {n: p.detach().clone() for n, p in module.named_parameters()}
         return params, {n: b.detach().clone() for n, b in module.named_buffers()}
 
-    def __call__(self, params: Params, buffers: Params, x: Tensor, task: str | None, train: bool) -> tuple[Tensor, Params]:
+    def __call__(
+        self, params: Params, buffers: Params, x: Tensor, task: str | None, train: bool
+    ) -> tuple[Tensor, Params]:
         self._set(train)
         own = _pick(params, self._names)
         held = _pick(buffers, self._buffers)
@@ -130,7 +136,9 @@ class ModuleModel(Model):
         finally:
             handle.remove()
         if not seen:
-            raise ConsilienceError(f"the head should be called by the module. Found that {self._head!r} is not.")
+            raise ConsilienceError(
+                f"the head should be called by the module. Found that {self._head!r} is not."
+            )
         return seen[-1].flatten(1)
 
     def bind(self, params: Params, buffers: Params, train: bool) -> tuple[Forward, Params]:
@@ -171,7 +179,11 @@ class ModuleModel(Model):
         if self.headless:
             return self
         width, name, factory = self._layer().in_features, self._head or "", self._factory
-        make = (lambda: _without_head(factory(), name)) if factory else _without_head(copy.deepcopy(self._module), name)
+        make = (
+            (lambda: _without_head(factory(), name))
+            if factory
+            else _without_head(copy.deepcopy(self._module), name)
+        )
         body = ModuleModel(make, width, headless=True, name=self.description)
         body._freeze([n for n in self._frozen if n in body._names])
         return body
@@ -188,14 +200,18 @@ class ModuleModel(Model):
 
     def _layer(self) -> nn.Linear:
         if self._head is None:
-            raise ConsilienceError(f"features need a linear head, or a headless module. Found neither in {self.description}.")
+            raise ConsilienceError(
+                f"features need a linear head, or a headless module. Found neither in {self.description}."
+            )
         layer = self._module.get_submodule(self._head)
         assert isinstance(layer, nn.Linear)
         return layer
 
     def _make(self, seed: int) -> nn.Module:
         if not callable(self._factory):
-            raise ConsilienceError(f"a model should be a torch module, or a function that makes one. Found {self._factory!r}.")
+            raise ConsilienceError(
+                f"a model should be a torch module, or a function that makes one. Found {self._factory!r}."
+            )
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             return self._factory()
@@ -203,7 +219,9 @@ class ModuleModel(Model):
     def _freeze(self, patterns: Sequence[str]) -> None:
         for p in patterns:
             if not any(matches(n, [p]) for n in self._names):
-                raise ConsilienceError(f"frozen patterns should match an entry. Found none like {p!r} in {self.description}.")
+                raise ConsilienceError(
+                    f"frozen patterns should match an entry. Found none like {p!r} in {self.description}."
+                )
         self._frozen |= {n for n in self._names if matches(n, patterns)}
         self._mode = None
 
@@ -286,7 +304,9 @@ def _plain(value: object) -> str | None:
         parts = [_plain(v) for v in value]
         return None if None in parts else f"({', '.join(str(p) for p in parts)})"
     name = getattr(value, "__qualname__", None)
-    return name if isinstance(name, str) else None  # not where it is defined: __main__ for one agent is a package for another
+    return (
+        name if isinstance(name, str) else None
+    )  # not where it is defined: __main__ for one agent is a package for another
 
 
 def _find_head(module: nn.Module, name: str | None) -> str | None:
@@ -295,7 +315,9 @@ def _find_head(module: nn.Module, name: str | None) -> str | None:
     if name is None:
         return layers[-1] if layers else None
     if name not in layers:
-        raise ConsilienceError(f"`head` should name an nn.Linear of the module. Found {name!r}; those are: {', '.join(layers)}.")
+        raise ConsilienceError(
+            f"`head` should name an nn.Linear of the module. Found {name!r}; those are: {', '.join(layers)}."
+        )
     return name
 
 
@@ -304,7 +326,9 @@ def _pick(tensors: Params, names: Sequence[str]) -> Params:
     try:
         return {n: tensors[n] for n in names}
     except KeyError as e:
-        raise ConsilienceError(f"parameters and buffers should have the model's entries. Found none called {e.args[0]!r}.") from e
+        raise ConsilienceError(
+            f"parameters and buffers should have the model's entries. Found none called {e.args[0]!r}."
+        ) from e
 
 
 def count(model: Model | nn.Module, sample: Tensor | Sequence[int], task: str | None) -> int:

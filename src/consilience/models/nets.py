@@ -22,19 +22,33 @@ def lenet(outputs: int, channels: int, size: int) -> nn.Sequential:
     """Two 5 x 5 convolutions and three linear layers."""
     side = (size // 2 - 4) // 2
     return nn.Sequential(
-        nn.Conv2d(channels, 6, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
-        nn.Linear(16 * side * side, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, outputs),
-    )  # fmt: skip
+        nn.Conv2d(channels, 6, 5, padding=2),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(6, 16, 5),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(16 * side * side, 120),
+        nn.ReLU(),
+        nn.Linear(120, 84),
+        nn.ReLU(),
+        nn.Linear(84, outputs),
+    )
 
 
 def conv(outputs: int, channels: int, size: int, width: int) -> nn.Sequential:
     """Two 3 x 3 convolutions and a linear head."""
     return nn.Sequential(
-        nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(width, 2 * width, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
+        nn.Conv2d(channels, width, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(width, 2 * width, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
         nn.Linear(2 * width * (size // 4) ** 2, outputs),
-    )  # fmt: skip
+    )
 
 
 def random_features(inputs: int, width: int, seed: int) -> nn.Sequential:
@@ -52,7 +66,9 @@ def random_features(inputs: int, width: int, seed: int) -> nn.Sequential:
 class Fourier(nn.Module):
     """A linear head on sqrt(2 / D) cos(Omega psi + b) of a body's features psi [B, d]."""
 
-    def __init__(self, body: nn.Module, inputs: int, width: int, sigma: float, seed: int, outputs: int) -> None:
+    def __init__(
+        self, body: nn.Module, inputs: int, width: int, sigma: float, seed: int, outputs: int
+    ) -> None:
         super().__init__()
         self.body, self.fourier, self.head = body, nn.Linear(inputs, width), nn.Linear(width, outputs)
         g = torch.Generator().manual_seed(seed)
@@ -77,7 +93,9 @@ class Block(nn.Module):
         self.norm2 = normalise(norm, width)
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or inputs != width:
-            self.shortcut = nn.Sequential(nn.Conv2d(inputs, width, 1, stride, bias=False), normalise(norm, width))
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(inputs, width, 1, stride, bias=False), normalise(norm, width)
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         out = torch.relu(self.norm1(self.conv1(x)))
@@ -89,7 +107,9 @@ class ResNet(nn.Module):
 
     def __init__(self, depth: int, outputs: int, channels: int, norm: str, width: int) -> None:
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(channels, width, 3, padding=1, bias=False), normalise(norm, width), nn.ReLU())
+        self.stem = nn.Sequential(
+            nn.Conv2d(channels, width, 3, padding=1, bias=False), normalise(norm, width), nn.ReLU()
+        )
         blocks: list[nn.Module] = []
         inputs = width
         for stage, count in enumerate((3, 3, 3) if depth == 20 else (2, 2, 2, 2)):
@@ -109,7 +129,11 @@ class ResNet(nn.Module):
 
 def normalise(norm: str, channels: int) -> nn.Module:
     """Group norm, at most 8 groups of at least two channels; or batch norm."""
-    return nn.GroupNorm(gcd(8, channels, max(channels // 2, 1)), channels) if norm == "group" else nn.BatchNorm2d(channels)
+    return (
+        nn.GroupNorm(gcd(8, channels, max(channels // 2, 1)), channels)
+        if norm == "group"
+        else nn.BatchNorm2d(channels)
+    )
 
 
 class LSTM(nn.Module):
@@ -160,9 +184,16 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         b, t, d = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(b, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = (
+            self.qkv(self.norm1(x))
+            .view(b, t, 3, self.heads, d // self.heads)
+            .permute(2, 0, 3, 1, 4)
+            .unbind(0)
+        )
         later = torch.ones(t, t, dtype=torch.bool, device=x.device).triu(1)
-        weights = (q @ k.transpose(-1, -2) * (d // self.heads) ** -0.5).masked_fill(later, -torch.inf).softmax(-1)
+        weights = (
+            (q @ k.transpose(-1, -2) * (d // self.heads) ** -0.5).masked_fill(later, -torch.inf).softmax(-1)
+        )
         x = x + self.out((weights @ v).transpose(1, 2).reshape(b, t, d))
         out: Tensor = x + self.mlp(self.norm2(x))
         return out

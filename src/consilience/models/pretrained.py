@@ -41,7 +41,9 @@ class Backbone(nn.Module):
         super().__init__()
         held = _held(body)
         self.body, self.size = _fixed(body), size
-        self.channels: int = next((m.in_channels for m in body.modules() if isinstance(m, nn.modules.conv._ConvNd)), 3)
+        self.channels: int = next(
+            (m.in_channels for m in body.modules() if isinstance(m, nn.modules.conv._ConvNd)), 3
+        )
         self.mean, self.std = (self._per_channel(n, v) for n, v in (("mean", mean), ("std", std)))
         if not bool((self.std > 0).all()):
             raise ConsilienceError(f"`std` should be positive. Found `std = {tuple(std)}`.")
@@ -52,7 +54,9 @@ class Backbone(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim == 2:
             if x.shape[1] != self.width:
-                raise ConsilienceError(f"features should have the backbone's width {self.width}. Found {x.shape[1]}.")
+                raise ConsilienceError(
+                    f"features should have the backbone's width {self.width}. Found {x.shape[1]}."
+                )
             return x
         if x.ndim != 4 or x.shape[1] not in (1, self.channels) or not x.is_floating_point():
             found = f"{x.dtype} {tuple(x.shape)}".removeprefix("torch.")
@@ -63,16 +67,22 @@ class Backbone(nn.Module):
         if self.size is not None and x.shape[-2:] != self.size:
             smaller = x.shape[-2] > self.size[0] or x.shape[-1] > self.size[1]
             x = F.interpolate(x, self.size, mode="bilinear", antialias=smaller)
-        x = ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)  # a third quicker on CPUs
+        x = ((x - self.mean) / self.std).contiguous(
+            memory_format=torch.channels_last
+        )  # a third quicker on CPUs
         out = self.body(x)
         if not isinstance(out, Tensor):
-            raise ConsilienceError(f"a backbone should give a tensor of features. Found {type(out).__name__}.")
+            raise ConsilienceError(
+                f"a backbone should give a tensor of features. Found {type(out).__name__}."
+            )
         return out.flatten(1)
 
     def _per_channel(self, name: str, values: Sequence[float]) -> nn.Parameter:
         given = tuple(float(v) for v in values)
         if len(given) not in (1, self.channels):
-            raise ConsilienceError(f"`{name}` should have a number for each of {self.channels} channels. Found {len(given)}.")
+            raise ConsilienceError(
+                f"`{name}` should have a number for each of {self.channels} channels. Found {len(given)}."
+            )
         given = given * self.channels if len(given) == 1 else given
         return nn.Parameter(torch.tensor(given).view(-1, 1, 1), requires_grad=False)
 
@@ -111,14 +121,20 @@ class Backbone(nn.Module):
         return f"; timm makes this one for that size with `img_size={self.size[0] if len({*self.size}) == 1 else self.size}`"
 
 
-def of_timm(name: str, checkpoint: str | Path | None, size: Size, mean: Any, std: Any, more: dict[str, Any]) -> ModuleModel:
+def of_timm(
+    name: str, checkpoint: str | Path | None, size: Size, mean: Any, std: Any, more: dict[str, Any]
+) -> ModuleModel:
     """The backbone of a timm model: the hub's weights, those of a file, or, with `pretrained=False`, random ones that are always the same."""
     try:
         import timm
     except ImportError as e:
-        raise ConsilienceError("a backbone by name should have timm: pip install 'consilience[vision]'. Found none.") from e
+        raise ConsilienceError(
+            "a backbone by name should have timm: pip install 'consilience[vision]'. Found none."
+        ) from e
     if "num_classes" in more:
-        raise ConsilienceError(f"a backbone gives features, and no classes. Found `num_classes = {more['num_classes']!r}`.")
+        raise ConsilienceError(
+            f"a backbone gives features, and no classes. Found `num_classes = {more['num_classes']!r}`."
+        )
     pretrained = more.pop("pretrained", checkpoint is None)
     if pretrained and checkpoint is not None:
         raise ConsilienceError("weights should come from `checkpoint` or with `pretrained=True`. Found both.")
@@ -133,7 +149,9 @@ def of_timm(name: str, checkpoint: str | Path | None, size: Size, mean: Any, std
             body = timm.create_model(name, pretrained=pretrained, num_classes=0, **more)
     except (OSError, RuntimeError, ValueError, TypeError, KeyError) as e:
         where = "; without the hub, give `checkpoint`" if pretrained else ""
-        raise ConsilienceError(f"timm should make {name!r}{where}. Found {type(e).__name__}: {_reason(e)}.") from e
+        raise ConsilienceError(
+            f"timm should make {name!r}{where}. Found {type(e).__name__}: {_reason(e)}."
+        ) from e
     own = dict(getattr(body, "pretrained_cfg", None) or {})
     if elsewhere:
         kind = _architecture(timm, body, own.get("architecture"), more) or name
@@ -147,13 +165,17 @@ def of_timm(name: str, checkpoint: str | Path | None, size: Size, mean: Any, std
     return _made(body, f"timm {kind}{options}", given, mean, std, f"{name!r}{options}")
 
 
-def of_module(module: nn.Module | Model, checkpoint: str | Path | None, size: Size, mean: Any, std: Any) -> ModuleModel:
+def of_module(
+    module: nn.Module | Model, checkpoint: str | Path | None, size: Size, mean: Any, std: Any
+) -> ModuleModel:
     """The backbone of a torch module, or of a model of one: its head is taken off."""
     model = module
     if isinstance(module, nn.Module):
         model = ModuleModel(module, headless=not any(isinstance(m, nn.Linear) for m in module.modules()))
     if not isinstance(model, ModuleModel):
-        raise ConsilienceError(f"a backbone should be a timm model's name, a torch module or a model of one. Found {model!r}.")
+        raise ConsilienceError(
+            f"a backbone should be a timm model's name, a torch module or a model of one. Found {model!r}."
+        )
     head = model._head
     body = copy.deepcopy(model.body()._module)
     if checkpoint is not None:
@@ -176,9 +198,13 @@ def _architecture(timm: Any, body: nn.Module, name: str | None, more: dict[str, 
     return f"{name} {hashlib.blake2b(what.encode(), digest_size=16).hexdigest()}"
 
 
-def _made(body: nn.Module, what: str, size: Size, mean: Any, std: Any, name: str, width: int = 0) -> ModuleModel:
+def _made(
+    body: nn.Module, what: str, size: Size, mean: Any, std: Any, name: str, width: int = 0
+) -> ModuleModel:
     if isinstance(size, str) or (size is not None and min(_pair(size)) < 1):
-        raise ConsilienceError(f"`size` should be one or two whole numbers >= 1, 'own' or None. Found `size = {size!r}`.")
+        raise ConsilienceError(
+            f"`size` should be one or two whole numbers >= 1, 'own' or None. Found `size = {size!r}`."
+        )
     both = None if size is None else _pair(size)
     module = Backbone(body.float(), what, both, _tuple(mean), _tuple(std), width)
     prepared = f"{both}, mean={_tuple(mean)}, std={_tuple(std)}"
@@ -211,7 +237,9 @@ def _read(body: nn.Module, path: str | Path, head: Sequence[str]) -> None:
         if names:
             verb = "no" if what.startswith("all") else "also"
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise ConsilienceError(f"a checkpoint should have {what}. Found {verb} {', '.join(names[:3])}{more} in {path}.")
+            raise ConsilienceError(
+                f"a checkpoint should have {what}. Found {verb} {', '.join(names[:3])}{more} in {path}."
+            )
     common = {n: t.float() if t.is_floating_point() else t for n, t in tensors.items() if n in own}
     for n, t in common.items():
         if t.shape != own[n].shape:

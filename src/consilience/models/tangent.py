@@ -11,7 +11,7 @@ from torch import Tensor
 from consilience.core.errors import ConsilienceError
 from consilience.core.model import Forward, Model
 from consilience.core.params import Params
-from consilience.core.source import Frame, Source
+from consilience.core.source import LabelFrame, Source
 
 ORIGIN = "origin."
 
@@ -31,7 +31,9 @@ class Tangent(Model):
 
     def __init__(self, model: Model, base: Mapping[str, Tensor] | None = None) -> None:
         if not isinstance(model, Model):
-            raise ConsilienceError(f"`model` should be a Model, as models.mlp makes it. Found {type(model).__name__}.")
+            raise ConsilienceError(
+                f"`model` should be a Model, as models.mlp makes it. Found {type(model).__name__}."
+            )
         if isinstance(model, Tangent):
             raise ConsilienceError("`model` should not be linearised twice. Found a linearised one.")
         self.model, self.outputs = model, model.outputs
@@ -62,13 +64,17 @@ class Tangent(Model):
         own = params if self.base is None else {n: given[n] for n in params}
         return self.at(own), {n: given.get(n, b) for n, b in buffers.items()}
 
-    def grow(self, params: Params, buffers: Params, source: Source, generator: torch.Generator) -> tuple[Params, Params]:
+    def grow(
+        self, params: Params, buffers: Params, source: Source, generator: torch.Generator
+    ) -> tuple[Params, Params]:
         own = {n: p for n, p in params.items() if not n.startswith(ORIGIN)}
         grown, buffers = self.model.grow(own, buffers, source, generator)
         new = {n: p for n, p in grown.items() if n not in own}
         return ({**params, **self.at(new)} if new else params), buffers
 
-    def __call__(self, params: Params, buffers: Params, x: Tensor, task: str | None, train: bool) -> tuple[Tensor, Params]:
+    def __call__(
+        self, params: Params, buffers: Params, x: Tensor, task: str | None, train: bool
+    ) -> tuple[Tensor, Params]:
         return self._first_order(params, lambda p: self.model(p, buffers, x, task, False)[0]), buffers
 
     def features(self, params: Params, buffers: Params, x: Tensor, task: str | None = None) -> Tensor:
@@ -91,7 +97,7 @@ class Tangent(Model):
     def uses_task(self) -> bool:
         return self.model.uses_task
 
-    def check(self, frame: Frame, sample: Tensor, aware: bool) -> None:
+    def check(self, frame: LabelFrame, sample: Tensor, aware: bool) -> None:
         self.model.check(frame, sample, aware)
 
     def _moves(self, entry: str, p: Tensor) -> bool:
@@ -118,5 +124,7 @@ class Tangent(Model):
         for n, p in (own | {n: b for n, b in buffers.items() if n in given}).items():
             if n not in given or given[n].shape != p.shape:
                 found = tuple(given[n].shape) if n in given else "none"
-                raise ConsilienceError(f"`base` should have the model's entries, {n!r} of {tuple(p.shape)}. Found {found}.")
+                raise ConsilienceError(
+                    f"`base` should have the model's entries, {n!r} of {tuple(p.shape)}. Found {found}."
+                )
         return given

@@ -41,7 +41,9 @@ class Toes(Heads):
         if by not in ("biases", "lasso"):
             raise ConsilienceError(f"`by` should be 'biases' or 'lasso'. Found `by = {by!r}`.")
         if by == "biases" and not (isinstance(inner, Biased) and inner.layers):
-            raise ConsilienceError(f"channels by their biases should be of models.beneficial_biases. Found {inner.name}.")
+            raise ConsilienceError(
+                f"channels by their biases should be of models.beneficial_biases. Found {inner.name}."
+            )
         self.inner, self.by, self.pool = inner, by, pool
         module = inner.trunk._module
         self.layers = layers_of(module, inner.trunk.description, "Head2Toe")
@@ -59,7 +61,9 @@ class Toes(Heads):
     def init(self, generator: torch.Generator) -> tuple[Params, Params]:
         return self.inner.init(generator)
 
-    def grow(self, params: Params, buffers: Params, source: Source, generator: torch.Generator) -> tuple[Params, Params]:
+    def grow(
+        self, params: Params, buffers: Params, source: Source, generator: torch.Generator
+    ) -> tuple[Params, Params]:
         return self.inner.grow(params, buffers, source, generator)
 
     def reads(self, entry: str) -> bool:
@@ -78,7 +82,9 @@ class Toes(Heads):
     def features(self, params: Params, buffers: Params, x: Tensor, task: str | None = None) -> Tensor:
         return self.inner.features(params, buffers, x, task)
 
-    def __call__(self, params: Params, buffers: Params, x: Tensor, task: str | None, train: bool) -> tuple[Tensor, Params]:
+    def __call__(
+        self, params: Params, buffers: Params, x: Tensor, task: str | None, train: bool
+    ) -> tuple[Tensor, Params]:
         heads, psis = self.inner._heads(params, buffers, task), []
         for i, h in enumerate(heads):
             at = f"{TOES}{h.task}"
@@ -88,17 +94,25 @@ class Toes(Heads):
             else:
                 psis.append(self.inner.features(params, buffers, x, h.task))
                 heads[i] = h._replace(weight=self.inner.rows(h.weight))
-        return (self._write(psis, heads) if heads else self._nothing(self.inner.features(params, buffers, x))), buffers
+        return (
+            self._write(psis, heads) if heads else self._nothing(self.inner.features(params, buffers, x))
+        ), buffers
 
     def bind(self, params: Params, buffers: Params, train: bool) -> tuple[Forward, Params]:
         held = {n: b.clone() for n, b in buffers.items()}
         return lambda x, task: self(params, held, x, task, train)[0], held
 
-    def taps(self, params: Params, buffers: Params, x: Tensor, task: str, index: Tensor | None = None) -> Tensor:
+    def taps(
+        self, params: Params, buffers: Params, x: Tensor, task: str, index: Tensor | None = None
+    ) -> Tensor:
         """What the head of a task sees [B, s]: the chosen z (all for None), then its logits where biases chose."""
         seen: dict[str, Tensor] = {}
         spans = self.spans()
-        wanted = [n for n, (a, b) in spans.items() if n and (index is None or bool(((index >= a) & (index < b)).any()))]
+        wanted = [
+            n
+            for n, (a, b) in spans.items()
+            if n and (index is None or bool(((index >= a) & (index < b)).any()))
+        ]
 
         def keep(name: str) -> object:
             def hook(_: object, __: object, out: Tensor | tuple[Tensor, ...]) -> None:
@@ -180,10 +194,20 @@ def fit(
             raise ConsilienceError(f"`{name}` should be at least 0 and finite. Found `{name} = {value}`.")
     inner = model.inner if isinstance(model, Toes) else model
     if not isinstance(inner, MultiHead):
-        raise ConsilienceError(f"Head2Toe should stand on models.multi_head or models.beneficial_biases. Found {model!r:.60}.")
+        raise ConsilienceError(
+            f"Head2Toe should stand on models.multi_head or models.beneficial_biases. Found {model!r:.60}."
+        )
     if inner.has_batch_norm or not all(inner.trunk.frozen(n) for n in inner.trunk._names):
-        raise ConsilienceError("Head2Toe should stand on a frozen trunk. Found one that is trained; see models.frozen.")
-    chosen = by or (model.by if isinstance(model, Toes) else "biases" if isinstance(inner, Biased) and inner.layers else "lasso")
+        raise ConsilienceError(
+            "Head2Toe should stand on a frozen trunk. Found one that is trained; see models.frozen."
+        )
+    chosen = by or (
+        model.by
+        if isinstance(model, Toes)
+        else "biases"
+        if isinstance(inner, Biased) and inner.layers
+        else "lasso"
+    )
     toes = Toes(inner, chosen, model.pool if isinstance(model, Toes) else pool)
     if isinstance(model, Toes) and (model.by, model.pool) != (chosen, pool):
         raise ConsilienceError(
@@ -191,7 +215,9 @@ def fit(
         )
     task = inner.head_key(source)
     if f"heads.{task}.weight" not in params:
-        raise ConsilienceError(f"the task of a source should have its head. Found none of {task!r}; see Model.grow.")
+        raise ConsilienceError(
+            f"the task of a source should have its head. Found none of {task!r}; see Model.grow."
+        )
     columns = buffers[f"heads.{task}.columns"]
     strange = sorted(set(source.train.targets().tolist()) - set(columns.tolist()))
     if strange:
@@ -203,19 +229,39 @@ def fit(
     index: Tensor | None = None
     if chosen == "biases":
         index = _largest(toes, params, task, keep, spans)
-    held = [_read(toes, params, buffers, e, task, index, batch, columns) for e in (source.train, source.validation)]
+    held = [
+        _read(toes, params, buffers, e, task, index, batch, columns)
+        for e in (source.train, source.validation)
+    ]
     (x, y), (vx, vy) = held
     vx = vx if len(vx) else x[:0]
     if chosen == "lasso":
         index = torch.arange(x.shape[1])
         if keep < 1:
-            weight, _ = _train(x, y, vx[:0], vy[:0], len(columns), penalty, epochs, lr, batch, key(seed, source.name, "lasso"))
+            weight, _ = _train(
+                x,
+                y,
+                vx[:0],
+                vy[:0],
+                len(columns),
+                penalty,
+                epochs,
+                lr,
+                batch,
+                key(seed, source.name, "lasso"),
+            )
             index = weight.norm(dim=0).topk(ceil(keep * x.shape[1] - 1e-9)).indices.sort().values
             x, vx = x[:, index], vx[:, index]
     assert index is not None
-    weight, bias = _train(x, y, vx, vy, len(columns), 0.0, epochs, lr, batch, key(seed, source.name, "head2toe"))
+    weight, bias = _train(
+        x, y, vx, vy, len(columns), 0.0, epochs, lr, batch, key(seed, source.name, "head2toe")
+    )
     at = f"{TOES}{task}"
-    return toes, {**params, f"{at}.weight": weight, f"{at}.bias": bias}, {**buffers, f"{at}.index": index.to(columns.device)}
+    return (
+        toes,
+        {**params, f"{at}.weight": weight, f"{at}.bias": bias},
+        {**buffers, f"{at}.index": index.to(columns.device)},
+    )
 
 
 def _largest(toes: Toes, params: Params, task: str, keep: float, spans: dict[str, tuple[int, int]]) -> Tensor:
@@ -232,14 +278,23 @@ def _largest(toes: Toes, params: Params, task: str, keep: float, spans: dict[str
 
 
 def _read(
-    toes: Toes, params: Params, buffers: Params, examples: Examples, task: str, index: Tensor | None, batch: int, columns: Tensor
+    toes: Toes,
+    params: Params,
+    buffers: Params,
+    examples: Examples,
+    task: str,
+    index: Tensor | None,
+    batch: int,
+    columns: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """What the head sees of all examples [N, s], and their targets among the task's own [N]."""
     where = torch.full((toes.outputs,), -1, dtype=torch.long)
     where[columns.cpu()] = torch.arange(len(columns))
     like = params[f"heads.{task}.weight"]
     with torch.no_grad():
-        found = [toes.taps(params, buffers, x.to(like), task, index) for x, _ in _chunks(examples, max(batch, 64))]
+        found = [
+            toes.taps(params, buffers, x.to(like), task, index) for x, _ in _chunks(examples, max(batch, 64))
+        ]
     y = where[examples.targets().cpu()] if len(examples) else torch.zeros(0, dtype=torch.long)
     return (torch.cat(found) if found else like.new_zeros(0, 0)), y.to(like.device)
 
@@ -249,9 +304,17 @@ def _chunks(examples: Examples, size: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _train(
-    x: Tensor, y: Tensor, vx: Tensor, vy: Tensor, classes: int, penalty: float, epochs: int, lr: float, batch: int,
+    x: Tensor,
+    y: Tensor,
+    vx: Tensor,
+    vy: Tensor,
+    classes: int,
+    penalty: float,
+    epochs: int,
+    lr: float,
+    batch: int,
     generator: torch.Generator,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """W [k, s] and b [k] by Adam on cross entropy + penalty sum_i ||W_i||_2 (i: columns); those of the epoch best in validation."""
     bound = max(x.shape[1], 1) ** -0.5
     weight = ((2 * torch.rand(classes, x.shape[1], generator=generator) - 1) * bound).to(x).requires_grad_()

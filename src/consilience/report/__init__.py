@@ -15,7 +15,7 @@ from consilience.core.errors import ConsilienceError
 from consilience.report._text import markdown, table
 
 if TYPE_CHECKING:
-    from consilience.core.result import Result
+    from consilience.loop.result import Result
 
 __all__ = ["load", "markdown", "table", "write"]
 
@@ -46,7 +46,7 @@ def load(folder: str | Path) -> Result:
     """
     import json
 
-    from consilience.core.result import Result
+    from consilience.loop.result import Result
 
     path = Path(folder) / "result.json"
     try:

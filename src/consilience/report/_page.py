@@ -28,7 +28,7 @@ from consilience.report._text import (
 if TYPE_CHECKING:
     import numpy as np
 
-    from consilience.core.result import Result
+    from consilience.loop.result import Result
 
 
 POLICY = "default-src 'none';style-src 'unsafe-inline';script-src 'unsafe-inline';img-src data:"
@@ -42,7 +42,9 @@ def page(results: Sequence[Result], title: str | None = None) -> str:
     places = list(dict.fromkeys(place(r) for r in results))
     settings = list(dict.fromkeys(r.setting for r in results))
     title = title or (
-        f"{clean(results[0].method)}, {clean(results[0].setting)}" if len(results) == 1 else "Comparison of methods"
+        f"{clean(results[0].method)}, {clean(results[0].setting)}"
+        if len(results) == 1
+        else "Comparison of methods"
     )
     few = len(results) <= 4
     body = []
@@ -50,10 +52,16 @@ def page(results: Sequence[Result], title: str | None = None) -> str:
         own = [i for i, r in enumerate(results) if place(r) == at]
         setting, sources = at
         alone = sum(other[0] == setting for other in places) == 1
-        heading = clean(setting) if alone else f"{clean(setting)}: {clean(sources[0])} to {clean(sources[-1])}"
+        heading = (
+            clean(setting) if alone else f"{clean(setting)}: {clean(sources[0])} to {clean(sources[-1])}"
+        )
         body.append(group(heading, [results[i] for i in own], [labels[i] for i in own], own))
-    body.append('<h2 id="results">Each result</h2>' if len(results) > 1 else '<h2 id="results">In detail</h2>')
-    body += [detail(r, labels[i], i, few or not i, low_high(results, r.metric)) for i, r in enumerate(results)]
+    body.append(
+        '<h2 id="results">Each result</h2>' if len(results) > 1 else '<h2 id="results">In detail</h2>'
+    )
+    body += [
+        detail(r, labels[i], i, few or not i, low_high(results, r.metric)) for i, r in enumerate(results)
+    ]
     body.append(
         f"<h2>Tables to copy</h2><div class=grid>{copy('Markdown', markdown(results))}"
         f"{copy('Tab-separated', tsv(columns(results)[1]))}</div>"
@@ -99,13 +107,18 @@ def names(results: Sequence[Result]) -> list[str]:
     ['ewc', 'er', 'ewc (2)']
     """
     differ = [
-        n for n in FACTS if n != "setting" and len({(place(r), fact(r, n)) for r in results}) > len({place(r) for r in results})
+        n
+        for n in FACTS
+        if n != "setting"
+        and len({(place(r), fact(r, n)) for r in results}) > len({place(r) for r in results})
     ]
     out: list[str] = []
     seen: dict[tuple[object, str], int] = {}
     for r in results:
         twice = sum(o.method == r.method and place(o) == place(r) for o in results) > 1
-        extra = [fact(r, n) if n != "repeats" else counted(r.repeats, "repeat") for n in differ] if twice else []
+        extra = (
+            [fact(r, n) if n != "repeats" else counted(r.repeats, "repeat") for n in differ] if twice else []
+        )
         name = ", ".join([clean(r.method) or "(no name)", *extra])
         seen[place(r), name] = seen.get((place(r), name), 0) + 1
         out.append(name if seen[place(r), name] == 1 else f"{name} ({seen[place(r), name]})")
@@ -122,7 +135,11 @@ def tick(percent: bool) -> Callable[[float, float], str]:
 
     def text(v: float, step: float) -> str:
         shown = step * (100 if percent else 1)
-        digits = 0 if shown >= 1 and abs(shown - round(shown)) < 1e-9 else max(1, math.ceil(-math.log10(shown) - 1e-9))
+        digits = (
+            0
+            if shown >= 1 and abs(shown - round(shown)) < 1e-9
+            else max(1, math.ceil(-math.log10(shown) - 1e-9))
+        )
         return number(v, percent, digits)
 
     return text
@@ -132,9 +149,15 @@ def low_high(results: Sequence[Result], metric: str) -> tuple[float, float]:
     """The range of a heat map's colours, equal for all results of one metric."""
     if metric in PERCENT:
         return 0.0, 1.0
-    finite = [v for r in results if r.metric == metric for v in r.matrix.ravel().tolist() if math.isfinite(v)] or [0.0, 1.0]
+    finite = [
+        v for r in results if r.metric == metric for v in r.matrix.ravel().tolist() if math.isfinite(v)
+    ] or [0.0, 1.0]
     low, high = min(finite), max(finite)
-    return (min(0.0, max(low, -1.0)), 1.0) if metric == "r2" and high <= 1 else (low, high if high > low else low + 1)
+    return (
+        (min(0.0, max(low, -1.0)), 1.0)
+        if metric == "r2" and high <= 1
+        else (low, high if high > low else low + 1)
+    )
 
 
 def figure(title: str, svg: str, note: str = "", wide: bool = False) -> str:
@@ -170,7 +193,11 @@ def group(setting: str, results: Sequence[Result], labels: Sequence[str], ids: S
                 cells.append(f'<th scope="row"><a href="#r{ids[k]}">{text}</a></th>')
             elif c is found[score_at(found)]:
                 rivals = peers[r.data, r.metric]
-                best = " best" if len(rivals) > 1 and r.score == max(filter(math.isfinite, rivals), default=None) else ""
+                best = (
+                    " best"
+                    if len(rivals) > 1 and r.score == max(filter(math.isfinite, rivals), default=None)
+                    else ""
+                )
                 share = (
                     f' style="--v:{100 * min(1.0, max(0.0, r.score)):.1f}%"'
                     if r.metric in PERCENT and math.isfinite(r.score)
@@ -180,7 +207,9 @@ def group(setting: str, results: Sequence[Result], labels: Sequence[str], ids: S
             else:
                 cells.append(f"<td{' class=r' if c.right else ''}>{text if text != '-' else '<i>-</i>'}</td>")
         rows.append(f"<tr>{''.join(cells)}</tr>")
-    table = f"<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+    table = (
+        f"<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+    )
     charts = []
     for (metric, _), own_stages in stages_of(results).items():
         if 2 <= len(own_stages) <= 8:
@@ -191,9 +220,19 @@ def group(setting: str, results: Sequence[Result], labels: Sequence[str], ids: S
             many = f"{counted(len(series), 'result')} over {counted(len(stages) - 1, 'stage')}"
             label = f"Line chart: mean {metric} of {many} in {setting}."
             svg = lines_chart(
-                label, stages, series, [], [], percent, say(percent), tick(percent), [same.index(k) for k in own_stages]
+                label,
+                stages,
+                series,
+                [],
+                [],
+                percent,
+                say(percent),
+                tick(percent),
+                [same.index(k) for k in own_stages],
             )
-            charts.append(figure(f"{metric}{' (%)' * percent} over stages", svg, "Mean over sources and repeats"))
+            charts.append(
+                figure(f"{metric}{' (%)' * percent} over stages", svg, "Mean over sources and repeats")
+            )
     for metric in dict.fromkeys(r.metric for r in results):
         own = [(r, n) for r, n in zip(results, labels, strict=True) if r.metric == metric]
         for what, unit, words in (("macs", "MACs", "MACs"), ("bytes", "bytes", "bytes sent")):
@@ -213,7 +252,13 @@ def group(setting: str, results: Sequence[Result], labels: Sequence[str], ids: S
             top = max((p for p in points if math.isfinite(p.y)), key=lambda p: p.y)
             label = f"Scatter: {metric} against {words} in {setting}; best {top.name}, {say(percent)(top.y)} at {human(top.x)}."
             svg = scatter(label, words, points, percent, say(percent), human, tick(percent))
-            charts.append(figure(f"{metric}{' (%)' * percent} against {unit}", svg, "Marks: results; thin lines: along the run"))
+            charts.append(
+                figure(
+                    f"{metric}{' (%)' * percent} against {unit}",
+                    svg,
+                    "Marks: results; thin lines: along the run",
+                )
+            )
     return (
         f"<section><h2>{esc(setting)}</h2><p class=chips>{chips}</p><div class=card>{table}</div>"
         f"{f'<div class=grid>{chr(10).join(charts)}</div>' if charts else ''}</section>"
@@ -257,16 +302,22 @@ def detail(r: Result, name: str, i: int, opened: bool, span: tuple[float, float]
     percent = r.metric in PERCENT
     speak = say(percent)
     many = len(r.sources) > 10
-    brief = (lambda v: number(v, True, 1 if not many and v < 0.9995 else 0)) if percent else (lambda v: number(v, digits=2))
+    brief = (
+        (lambda v: number(v, True, 1 if not many and v < 0.9995 else 0))
+        if percent
+        else (lambda v: number(v, digits=2))
+    )
     tiles = [
-        (r.metric, score(r), "%" if percent else ""), ("forgetting", number(r.forgetting, percent), ""),
+        (r.metric, score(r), "%" if percent else ""),
+        ("forgetting", number(r.forgetting, percent), ""),
         ("backward transfer", number(r.backward_transfer, percent), ""),
         ("forward transfer", number(r.forward_transfer, percent), ""),
         *([("left of each source", number(r.normalised, True), "%")] if r.normalised is not None else []),
         *([("mapper", number(r.mapper_accuracy, True), "%")] if r.mapper is not None else []),
-        ("MACs", human(r.costs.get("macs")), ""), ("sent", human(r.costs.get("bytes"), "B"), ""),
+        ("MACs", human(r.costs.get("macs")), ""),
+        ("sent", human(r.costs.get("bytes"), "B"), ""),
         ("time", duration(r.costs.get("seconds")), ""),
-    ]  # fmt: skip
+    ]
     stages = ["start", *r.stages]
     m = r.matrix
     per = r.matrices.mean(2)
@@ -280,9 +331,12 @@ def detail(r: Result, name: str, i: int, opened: bool, span: tuple[float, float]
     unit = " (%)" if percent else ""
     charts = [
         figure(f"{r.metric}{unit} on each source", heat, "Rows: after each stage; columns: sources", wide),
-        figure(f"{r.metric}{unit} over stages", lines_chart(label, stages, series, mean, std, percent, speak, tick(percent)),
-               "Thin: sources; bold: their mean" + (", band: one standard deviation" if r.repeats > 1 else "")),
-    ]  # fmt: skip
+        figure(
+            f"{r.metric}{unit} over stages",
+            lines_chart(label, stages, series, mean, std, percent, speak, tick(percent)),
+            "Thin: sources; bold: their mean" + (", band: one standard deviation" if r.repeats > 1 else ""),
+        ),
+    ]
     lost = forgotten(r)
     if lost is not None:
         sources, values = lost
@@ -313,14 +367,24 @@ def detail(r: Result, name: str, i: int, opened: bool, span: tuple[float, float]
         steps = [human(p["steps"]) for p in points]
         lines = lines_chart(label, steps, inside, [], [], percent, speak, tick(percent))
         charts.append(
-            figure(f"{r.metric}{unit} inside the tasks", lines, "On the source being learned, over steps; first repeat")
+            figure(
+                f"{r.metric}{unit} inside the tasks",
+                lines,
+                "On the source being learned, over steps; first repeat",
+            )
         )
     if not wide:
         charts = [charts[0], f"<div class=stack>{''.join(charts[1:])}</div>"]
     facts = "".join(f"<span><b>{esc(n)}</b> {esc(fact(r, n))}</span>" for n in (*FACTS, "seed"))
-    shown = "".join(f"<div><dt>{esc(k)}</dt><dd>{esc(v)}{f'<i> {u}</i>' if u else ''}</dd></div>" for k, v, u in tiles)
+    shown = "".join(
+        f"<div><dt>{esc(k)}</dt><dd>{esc(v)}{f'<i> {u}</i>' if u else ''}</dd></div>" for k, v, u in tiles
+    )
     versions = "".join(f"<div><dt>{esc(k)}</dt><dd>{esc(v)}</dd></div>" for k, v in r.versions.items())
-    texts = [f"<div class=card><h4>Configuration</h4><pre>{escape(configuration(r.config))}</pre></div>"] if r.config else []
+    texts = (
+        [f"<div class=card><h4>Configuration</h4><pre>{escape(configuration(r.config))}</pre></div>"]
+        if r.config
+        else []
+    )
     texts += [f"<div class=card><h4>Versions</h4><dl class=facts>{versions}</dl></div>"] if r.versions else []
     texts.append(copy("Matrix, tab-separated", tsv(matrix_columns(r))))
     return (

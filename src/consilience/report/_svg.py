@@ -65,7 +65,9 @@ def path(points: Sequence[tuple[float, float]], kind: str, title: str = "") -> s
             d, pen = f"{d}{pen}{xy(x)} {xy(y)}", "L"
         else:
             pen = "M"
-    return f'<path class="{kind}" d="{d}">{f"<title>{esc(title)}</title>" if title else ""}</path>' if d else ""
+    return (
+        f'<path class="{kind}" d="{d}">{f"<title>{esc(title)}</title>" if title else ""}</path>' if d else ""
+    )
 
 
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
@@ -151,19 +153,29 @@ def legend(entries: Sequence[tuple[str, str]], top: float) -> tuple[list[str], f
 
 
 def lines_chart(
-    label: str, stages: Sequence[str], series: Sequence[tuple[str, Sequence[float]]], mean: Sequence[float], std: Sequence[float],
-    percent: bool, say: Callable[[float], str], tick: Callable[[float, float], str],
+    label: str,
+    stages: Sequence[str],
+    series: Sequence[tuple[str, Sequence[float]]],
+    mean: Sequence[float],
+    std: Sequence[float],
+    percent: bool,
+    say: Callable[[float], str],
+    tick: Callable[[float, float], str],
     colours: Sequence[int] = (),
-) -> str:  # fmt: skip
+) -> str:
     """Thin lines for each source and a bold one for their mean (none: []), with a band of one standard deviation over repeats."""
     band = [v for m, s in zip(mean, std, strict=True) for v in (m - s, m + s)]
-    plot = Plot((0, max(1, len(stages) - 1)), bounds([*(v for _, s in series for v in s), *mean, *band], percent))
+    plot = Plot(
+        (0, max(1, len(stages) - 1)), bounds([*(v for _, s in series for v in s), *mean, *band], percent)
+    )
     plot.grid_y(tick)
     names = [short(s, 14) for s in stages]
     room = (plot.right - plot.left) / max(1, len(stages) - 1)
     if max(map(width, names)) + 8 > room:
         names = [str(i) for i in range(len(stages))]
-    every = next(k for k in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, len(stages)) if k * room > width(names[-1]) + 10)
+    every = next(
+        k for k in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, len(stages)) if k * room > width(names[-1]) + 10
+    )
     for i in range(0, len(stages), every):
         plot.mark_x(plot.at_x(i), names[i])
     plot.axis()
@@ -173,9 +185,17 @@ def lines_chart(
         last = next((v for v in reversed(values) if math.isfinite(v)), math.nan)
         kind += "" if mean else " strong"
         plot.body.append(
-            path([(plot.at_x(i), plot.at_y(v)) for i, v in enumerate(values)], kind, f"{name}: {say(last)} at the end")
+            path(
+                [(plot.at_x(i), plot.at_y(v)) for i, v in enumerate(values)],
+                kind,
+                f"{name}: {say(last)} at the end",
+            )
         )
-    spread = [(i, m, s) for i, (m, s) in enumerate(zip(mean, std, strict=True)) if math.isfinite(m) and math.isfinite(s)]
+    spread = [
+        (i, m, s)
+        for i, (m, s) in enumerate(zip(mean, std, strict=True))
+        if math.isfinite(m) and math.isfinite(s)
+    ]
     if any(s > 0 for _, _, s in spread):
         low, high = plot.y
         edge = [(plot.at_x(i), plot.at_y(min(m + s, high))) for i, m, s in spread]
@@ -188,7 +208,9 @@ def lines_chart(
                 f'<circle class="dot" cx="{xy(plot.at_x(i))}" cy="{xy(plot.at_y(m))}" r="3.4">'
                 f"<title>{esc(title)}</title></circle>"
             )
-    plot.body.append(path([(plot.at_x(i), plot.at_y(m)) for i, m in enumerate(mean)], "l mean", "mean over sources"))
+    plot.body.append(
+        path([(plot.at_x(i), plot.at_y(m)) for i, m in enumerate(mean)], "l mean", "mean over sources")
+    )
     stroke = '<path class="{}" d="M-8 0L8 0"/>'
     entries = [(stroke.format("l mean"), "mean")] if mean else []
     if len(series) <= 8:
@@ -215,13 +237,17 @@ def bars_chart(label: str, names: Sequence[str], values: Sequence[float], say: C
     zero = start - low * scale
     for i, (name, v) in enumerate(zip(names, values, strict=True)):
         y = 6 + i * tall
-        body.append(f"<g><title>{esc(name)}: {esc(say(v))}</title>{word(left - 8, y + tall / 2 + 4, short(name, 18), '', 'end')}")
+        body.append(
+            f"<g><title>{esc(name)}: {esc(say(v))}</title>{word(left - 8, y + tall / 2 + 4, short(name, 18), '', 'end')}"
+        )
         if math.isfinite(v):
             x, w = (zero, v * scale) if v >= 0 else (zero + v * scale, -v * scale)
             kind = "bar lost" if v >= 0 else "bar won"
             body.append(box(x, y + 4, max(w, 0.5), tall - 8, kind))
         at, anchor = (zero + v * scale + 6, "start") if not v < 0 else (zero + v * scale - 6, "end")
-        body.append(word(at if math.isfinite(v) else zero + 6, y + tall / 2 + 4, say(v), "n", anchor) + "</g>")
+        body.append(
+            word(at if math.isfinite(v) else zero + 6, y + tall / 2 + 4, say(v), "n", anchor) + "</g>"
+        )
     height = 12 + len(names) * tall
     return canvas(480, height, label, [line(zero, 4, zero, height - 4, "a"), *body])
 
@@ -247,14 +273,24 @@ class Point:
 
 
 def scatter(
-    label: str, unit: str, points: Sequence[Point], percent: bool,
-    say: Callable[[float], str], cost: Callable[[float], str], tick: Callable[[float, float], str],
-) -> str:  # fmt: skip
+    label: str,
+    unit: str,
+    points: Sequence[Point],
+    percent: bool,
+    say: Callable[[float], str],
+    cost: Callable[[float], str],
+    tick: Callable[[float, float], str],
+) -> str:
     """A mark for each result, and a thin line for the scores along its run; the axis is logarithmic where costs differ widely."""
     shown = [(i, p) for i, p in enumerate(points) if math.isfinite(p.x) and math.isfinite(p.y)]
     some = [p.x for _, p in shown if p.x > 0]
     log = bool(some) and max(some) / min(some) > 20
-    along = [(x, y) for _, p in shown for x, y in p.curve if math.isfinite(x) and math.isfinite(y) and (x > 0 or not log)]
+    along = [
+        (x, y)
+        for _, p in shown
+        for x, y in p.curve
+        if math.isfinite(x) and math.isfinite(y) and (x > 0 or not log)
+    ]
     costs = [*some, *(x for x, _ in along)]
     heights = [v for _, p in shown for v in (p.y - p.std, p.y + p.std)] + [y for _, y in along]
     span = (min(costs), max(costs)) if log else (0.0, 1.04 * max([*costs, 1e-12]))
@@ -270,7 +306,15 @@ def scatter(
     for v in marks:
         plot.mark_x(plot.at_x(v), re.sub(r"\.?0+(?= |$)", "", cost(v)) if "." in cost(v) else cost(v))
     plot.axis()
-    plot.body.append(word((plot.left + plot.right) / 2, plot.height + 37, unit + (", log scale" if log else ""), "m", "middle"))
+    plot.body.append(
+        word(
+            (plot.left + plot.right) / 2,
+            plot.height + 37,
+            unit + (", log scale" if log else ""),
+            "m",
+            "middle",
+        )
+    )
     for i, p in shown:
         trail = [(plot.at_x(x), plot.at_y(y)) for x, y in p.curve]
         plot.body.append(path(trail, f"trail s{i % 8}", f"{p.name}, along the first run"))
@@ -279,15 +323,26 @@ def scatter(
         if p.std > 0:
             plot.body.append(line(x, plot.at_y(p.y - p.std), x, plot.at_y(p.y + p.std), f"err s{i % 8}"))
         title = f"{p.name}: {say(p.y)} at {cost(p.x)} {unit}"
-        plot.body.append(f'<g transform="translate({xy(x)} {xy(y)})">{MARKS[i % 5].format(i % 8)}<title>{esc(title)}</title></g>')
-    body, tall = legend([(MARKS[i % 5].format(i % 8), p.name) for i, p in enumerate(points)], plot.height + 64)
+        plot.body.append(
+            f'<g transform="translate({xy(x)} {xy(y)})">{MARKS[i % 5].format(i % 8)}<title>{esc(title)}</title></g>'
+        )
+    body, tall = legend(
+        [(MARKS[i % 5].format(i % 8), p.name) for i, p in enumerate(points)], plot.height + 64
+    )
     return canvas(480, plot.height + 48 + tall, label, [*plot.body, *body])
 
 
 def heat_map(
-    label: str, rows: Sequence[str], names: Sequence[str], values: Sequence[Sequence[float]], low: float, high: float,
-    say: Callable[[float], str], brief: Callable[[float], str], marked: Sequence[int | None],
-) -> tuple[str, bool]:  # fmt: skip
+    label: str,
+    rows: Sequence[str],
+    names: Sequence[str],
+    values: Sequence[Sequence[float]],
+    low: float,
+    high: float,
+    say: Callable[[float], str],
+    brief: Callable[[float], str],
+    marked: Sequence[int | None],
+) -> tuple[str, bool]:
     """A cell for each row and column, with its value where it is readable; whether the map is a wide one is returned too.
 
     `marked` holds for each column the row to outline.
@@ -314,7 +369,11 @@ def heat_map(
     every_column = max(1, math.ceil((20 if turned else 15) / w))
     for j in range(0, n, every_column):
         x = left + (j + 0.5) * w
-        body.append(word(x + 2, top - 7, columns[j], turn=-46) if turned else word(x, top - 9, columns[j], anchor="middle"))
+        body.append(
+            word(x + 2, top - 7, columns[j], turn=-46)
+            if turned
+            else word(x, top - 9, columns[j], anchor="middle")
+        )
     every_row = max(1, math.ceil(15 / h))
     for i in range(0, m, every_row):
         body.append(word(left - 8, top + (i + 0.5) * h + 4, short(rows[i], 18), anchor="end"))
@@ -332,7 +391,9 @@ def heat_map(
                     f"{word(x + (w - gap) / 2, y + h / 2 + 3.6, brief(v) if math.isfinite(v) else 'nan', 'v', 'middle')}</g>"
                 )
             else:
-                drawn.setdefault(q, []).append(f"M{x:.2f} {y:.2f}h{w - gap:.2f}v{h - gap:.2f}h-{w - gap:.2f}z")
+                drawn.setdefault(q, []).append(
+                    f"M{x:.2f} {y:.2f}h{w - gap:.2f}v{h - gap:.2f}h-{w - gap:.2f}z"
+                )
     for q, cells in sorted(drawn.items()):
         body.append(f'<path class="{q}" d="{"".join(cells)}"/>')
     for j, at in enumerate(marked):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from consilience.core.errors import ConsilienceError
 
 if TYPE_CHECKING:
-    from consilience.core.result import Result
+    from consilience.loop.result import Result
 
 PERCENT = ("accuracy", "auroc")
 FACTS = ("setting", "data", "model", "metric", "repeats")
@@ -54,7 +54,11 @@ def human(value: float | None, unit: str = "") -> str:
         scaled = value / 1000**power
         if abs(scaled) < 999.5 or prefix == "E":
             break
-    digits = 0 if not power and value == int(value) else max(0, 2 - int(math.log10(max(1.0, abs(scaled) * 1.0005))))
+    digits = (
+        0
+        if not power and value == int(value)
+        else max(0, 2 - int(math.log10(max(1.0, abs(scaled) * 1.0005))))
+    )
     return f"{scaled:.{digits}f} {prefix}{unit}".strip()
 
 
@@ -69,7 +73,11 @@ def duration(seconds: float | None) -> str:
     if seconds < 59.95:
         return f"{seconds:.2f} s" if seconds < 1 else f"{seconds:.1f} s"
     whole = round(seconds)
-    return f"{whole // 60} min {whole % 60:02d} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    return (
+        f"{whole // 60} min {whole % 60:02d} s"
+        if whole < 3600
+        else f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    )
 
 
 def score(result: Result) -> str:
@@ -113,7 +121,12 @@ def columns(results: Sequence[Result]) -> tuple[dict[str, str], list[Column]]:
     unit = ["" if "metric" in agreed or not p else " %" for p in percent]
     out.append(Column(heading, [score(r) + u for r, u in zip(results, unit, strict=True)]))
     for name in ("forgetting", "backward_transfer", "forward_transfer"):
-        out.append(Column(name.replace("_", " "), [number(getattr(r, name), p) for r, p in zip(results, percent, strict=True)]))
+        out.append(
+            Column(
+                name.replace("_", " "),
+                [number(getattr(r, name), p) for r, p in zip(results, percent, strict=True)],
+            )
+        )
     if any(r.local or r.personal for r in results):
         shown: dict[str, list[float | None]] = {
             "worst tenth": [r.worst() for r in results],
@@ -122,7 +135,10 @@ def columns(results: Sequence[Result]) -> tuple[dict[str, str], list[Column]]:
             "global forgetting": [r.global_forgetting for r in results],
             "personal": [sum(r.personal.values()) / len(r.personal) if r.personal else None for r in results],
         }
-        out += [Column(n, [number(v, p) for v, p in zip(values, percent, strict=True)]) for n, values in shown.items()]
+        out += [
+            Column(n, [number(v, p) for v, p in zip(values, percent, strict=True)])
+            for n, values in shown.items()
+        ]
     if any(r.mapper is not None for r in results):
         out.append(Column("mapper %", [number(r.mapper_accuracy, True) for r in results]))
     out.append(Column("MACs", [human(r.costs.get("macs")) for r in results]))
@@ -147,8 +163,15 @@ def grid(found: Sequence[Column]) -> str:
     bc    10
     """
     widths = [max(map(len, [c.name, *c.cells])) for c in found]
-    rows = [[c.name for c in found], ["-" * w for w in widths], *map(list, zip(*(c.cells for c in found), strict=True))]
-    lines = ("  ".join(t.rjust(w) if c.right else t.ljust(w) for t, w, c in zip(r, widths, found, strict=True)) for r in rows)
+    rows = [
+        [c.name for c in found],
+        ["-" * w for w in widths],
+        *map(list, zip(*(c.cells for c in found), strict=True)),
+    ]
+    lines = (
+        "  ".join(t.rjust(w) if c.right else t.ljust(w) for t, w, c in zip(r, widths, found, strict=True))
+        for r in rows
+    )
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -163,7 +186,9 @@ def short(text: object, length: int) -> str:
     return text if len(text) <= length else f"{text[: keep - keep // 2]}…{text[len(text) - keep // 2 :]}"
 
 
-def matrix_columns(result: Result, most_columns: int | None = None, most_rows: int | None = None) -> list[Column]:
+def matrix_columns(
+    result: Result, most_columns: int | None = None, most_rows: int | None = None
+) -> list[Column]:
     """The matrix of a result as columns: stages down, sources across; what is too much is cut in the middle."""
     percent, m = result.metric in PERCENT, result.matrix
     names = ["(start)", *map(clean, result.stages)]
@@ -174,10 +199,24 @@ def matrix_columns(result: Result, most_columns: int | None = None, most_rows: i
         return [*range(most - most // 2 - 1), None, *range(n - most // 2, n)]
 
     rows = kept(len(m), most_rows)
-    out = [Column("stage", ["..." if i is None else names[i] if most_rows is None else short(names[i], 20) for i in rows], False)]
+    out = [
+        Column(
+            "stage",
+            ["..." if i is None else names[i] if most_rows is None else short(names[i], 20) for i in rows],
+            False,
+        )
+    ]
     for j in kept(len(result.sources), most_columns):
-        name = "..." if j is None else clean(result.sources[j]) if most_columns is None else short(result.sources[j], 14)
-        out.append(Column(name, ["..." if i is None or j is None else number(float(m[i, j]), percent) for i in rows]))
+        name = (
+            "..."
+            if j is None
+            else clean(result.sources[j])
+            if most_columns is None
+            else short(result.sources[j], 14)
+        )
+        out.append(
+            Column(name, ["..." if i is None or j is None else number(float(m[i, j]), percent) for i in rows])
+        )
     return out
 
 
@@ -202,9 +241,7 @@ def table(results: Sequence[Result]) -> str:
     if len(results) == 1:
         r = results[0]
         unit = " %" if r.metric in PERCENT else ""
-        text += (
-            f"\n\n{clean(r.metric)}{unit} after each stage (rows), on each source (columns)\n{grid(matrix_columns(r, 12, 20))}"
-        )
+        text += f"\n\n{clean(r.metric)}{unit} after each stage (rows), on each source (columns)\n{grid(matrix_columns(r, 12, 20))}"
     return text
 
 
@@ -221,26 +258,39 @@ def markdown(results: Sequence[Result]) -> str:
             text = text.replace(a, b)
         return text
 
-    rows = [[c.name for c in found], ["--:" if c.right else ":--" for c in found], *zip(*(c.cells for c in found), strict=True)]
+    rows = [
+        [c.name for c in found],
+        ["--:" if c.right else ":--" for c in found],
+        *zip(*(c.cells for c in found), strict=True),
+    ]
     lines = ["| " + " | ".join(map(safe, r)) + " |" for r in rows]
     return "\n".join([safe(heading(agreed)), "", *lines] if agreed else lines)
 
 
 def tsv(found: Sequence[Column]) -> str:
     """Columns as tab-separated lines, for a spreadsheet."""
-    return "\n".join("\t".join(r) for r in [[c.name for c in found], *zip(*(c.cells for c in found), strict=True)])
+    return "\n".join(
+        "\t".join(r) for r in [[c.name for c in found], *zip(*(c.cells for c in found), strict=True)]
+    )
 
 
 def example(method: str = "ewc") -> Result:
     """A small result, for the examples of this room."""
     import numpy as np
 
-    from consilience.core.result import Result
+    from consilience.loop.result import Result
 
     m = np.array([[0.0, 0.2], [1.0, 0.3], [0.6, 0.9]])
     return Result(
-        setting="continual", data="digits", method=method, model="MLP", metric="accuracy", seed=0,
-        sources=("digits/0", "digits/1"), stages=("first", "second"), learned_at=(1, 2),
+        setting="continual",
+        data="digits",
+        method=method,
+        model="MLP",
+        metric="accuracy",
+        seed=0,
+        sources=("digits/0", "digits/1"),
+        stages=("first", "second"),
+        learned_at=(1, 2),
         matrices=np.stack([m + 0.1 * (m == 0.9), m - 0.1 * (m == 0.9)]),
         costs={"macs": 1_200_000, "bytes": 3_400, "seconds": 2.5},
-    )  # fmt: skip
+    )

@@ -24,16 +24,16 @@ def multitask(sources: Sequence[Source], scenario: Scenario = "class", rounds: i
         scenario: what targets and task labels are (see `continual`).
         rounds: how often it goes through all epochs, with an evaluation after each.
     """
-    from consilience.core.schedule import Hear, Learn, Stage, build
+    from consilience.core.schedule import Evaluate, Exchange, Train, build
 
     names = tuple(s.name for s in _sources(sources))
     _at_least(1, rounds=rounds)
 
     def plan(seed: int) -> Iterable[Phase]:
         for r in range(rounds):
-            yield Learn({"agent": names})
-            yield Hear({"agent": ("agent",)})
-            yield Stage(f"round {r + 1}")
+            yield Train({"agent": names})
+            yield Exchange({"agent": ("agent",)})
+            yield Evaluate(f"round {r + 1}")
 
     return build("multitask", sources, scenario, plan, "agent")
 
@@ -47,20 +47,24 @@ def continual(sources: Sequence[Source], scenario: Scenario = "class", base: Any
             sources together, no label; "domain": targets are 0..k-1 in every source, no label.
         base: parameters to begin with, such as another run's; None draws them.
     """
-    from consilience.core.schedule import Hear, Learn, Stage, build
+    from consilience.core.schedule import Evaluate, Exchange, Train, build
 
     sources = _sources(sources)
 
     def plan(seed: int) -> Iterable[Phase]:
         for s in sources:
-            yield Learn({"agent": (s.name,)})
-            yield Hear({"agent": ("agent",)})
-            yield Stage(s.name)
+            yield Train({"agent": (s.name,)})
+            yield Exchange({"agent": ("agent",)})
+            yield Evaluate(s.name)
 
-    return build("continual", sources, scenario, plan, "agent", _common_test(sources, scenario), base=_entries(base))
+    return build(
+        "continual", sources, scenario, plan, "agent", _common_test(sources, scenario), base=_entries(base)
+    )
 
 
-def online(sources: Sequence[Source], chunk: int = 320, scenario: Scenario = "class", seed: int = 0) -> Schedule:
+def online(
+    sources: Sequence[Source], chunk: int = 320, scenario: Scenario = "class", seed: int = 0
+) -> Schedule:
     """One agent learns a stream that is seen once and does not say where a source ends; it is judged where they do.
 
     Sources arrive one after another in chunks of `chunk` examples: the agent learns a chunk (in batches of the training's
@@ -78,7 +82,7 @@ def online(sources: Sequence[Source], chunk: int = 320, scenario: Scenario = "cl
     import torch
 
     from consilience.core.params import key
-    from consilience.core.schedule import Hear, Learn, Stage, build
+    from consilience.core.schedule import Evaluate, Exchange, Train, build
 
     _at_least(1, chunk=chunk)
     sources = [replace(s, task=s.task or s.name) for s in _sources(sources)]
@@ -90,14 +94,16 @@ def online(sources: Sequence[Source], chunk: int = 320, scenario: Scenario = "cl
     for s in sources:
         cuts = torch.randperm(len(s.train), generator=key(seed, s.name, "online")).split(chunk)
         width = len(str(len(cuts) - 1))
-        chunks[s.name] = [replace(s, name=f"{s.name}/{i:0{width}d}", train=s.train.select(c)) for i, c in enumerate(cuts)]
+        chunks[s.name] = [
+            replace(s, name=f"{s.name}/{i:0{width}d}", train=s.train.select(c)) for i, c in enumerate(cuts)
+        ]
 
     def plan(seed: int) -> Iterable[Phase]:
         for s in sources:
             for c in chunks[s.name]:
-                yield Learn({"agent": (c.name,)})
-                yield Hear({"agent": ("agent",)})
-            yield Stage(s.name)
+                yield Train({"agent": (c.name,)})
+                yield Exchange({"agent": ("agent",)})
+            yield Evaluate(s.name)
 
     every = [c for own in chunks.values() for c in own]
     judged = _common_test(sources, scenario) or sources
@@ -165,10 +171,23 @@ def federated(
         ConsilienceError: a number out of its range; no round in which enough clients are there.
     """
     return _federated(
-        "federated", [[s] for s in _sources(sources)], rounds, scenario, by_size, evaluate_every, personalise,
-        clients_per_round=clients_per_round, order=order, fraction=participation, weights=weights, available=available,
-        stragglers=stragglers, dropouts=dropouts, min_clients=min_clients, base=base,
-    )  # fmt: skip
+        "federated",
+        [[s] for s in _sources(sources)],
+        rounds,
+        scenario,
+        by_size,
+        evaluate_every,
+        personalise,
+        clients_per_round=clients_per_round,
+        order=order,
+        fraction=participation,
+        weights=weights,
+        available=available,
+        stragglers=stragglers,
+        dropouts=dropouts,
+        min_clients=min_clients,
+        base=base,
+    )
 
 
 def federated_continual(
@@ -202,10 +221,23 @@ def federated_continual(
         base: parameters to begin with, such as another run's; None draws them.
     """
     return _federated(
-        "federated_continual", [_sources(s) for s in streams], rounds, scenario, by_size, evaluate_every, personalise,
-        clients_per_round=clients_per_round, order=order, fraction=participation, weights=weights, available=available,
-        stragglers=stragglers, dropouts=dropouts, min_clients=min_clients, base=base,
-    )  # fmt: skip
+        "federated_continual",
+        [_sources(s) for s in streams],
+        rounds,
+        scenario,
+        by_size,
+        evaluate_every,
+        personalise,
+        clients_per_round=clients_per_round,
+        order=order,
+        fraction=participation,
+        weights=weights,
+        available=available,
+        stragglers=stragglers,
+        dropouts=dropouts,
+        min_clients=min_clients,
+        base=base,
+    )
 
 
 def hierarchical(
@@ -244,10 +276,22 @@ def hierarchical(
     sources = _sources(sources)
     _at_least(1, edge_rounds=edge_rounds)
     return _federated(
-        "hierarchical", [[s] for s in sources], rounds, scenario, by_size, evaluate_every, personalise,
-        edges_of(edges, len(sources)), edge_rounds, clients_per_round=clients_per_round, order=order, fraction=participation,
-        stragglers=stragglers, dropouts=dropouts, min_clients=min_clients,
-    )  # fmt: skip
+        "hierarchical",
+        [[s] for s in sources],
+        rounds,
+        scenario,
+        by_size,
+        evaluate_every,
+        personalise,
+        edges_of(edges, len(sources)),
+        edge_rounds,
+        clients_per_round=clients_per_round,
+        order=order,
+        fraction=participation,
+        stragglers=stragglers,
+        dropouts=dropouts,
+        min_clients=min_clients,
+    )
 
 
 def gossip(
@@ -283,7 +327,7 @@ def gossip(
         min_clients: as in `federated`; an agent that failed hears the others all the same.
     """
     from consilience.core.errors import ConsilienceError
-    from consilience.core.schedule import Hear, Learn, Stage, build
+    from consilience.core.schedule import Evaluate, Exchange, Train, build
     from consilience.settings._rounds import neighbours
 
     sources = _sources(sources)
@@ -300,23 +344,34 @@ def gossip(
 
     def plan(seed: int) -> Iterable[Phase]:
         for r in range(rounds):
-            yield Learn({a: (s.name,) for a, s in zip(agents, sources, strict=True)}, least=min_clients)
+            yield Train({a: (s.name,) for a, s in zip(agents, sources, strict=True)}, least=min_clients)
             for m in range(mixings):
                 heard = near(seed, r, m)
-                yield Hear({a: (a, *(agents[j] for j in heard[i])) for i, a in enumerate(agents)}, by_size)
+                yield Exchange(
+                    {a: (a, *(agents[j] for j in heard[i])) for i, a in enumerate(agents)}, by_size
+                )
             if (r + 1) % evaluate_every == 0 or r + 1 == rounds:
-                yield Stage(f"round {r + 1}")
+                yield Evaluate(f"round {r + 1}")
 
     return build("gossip", sources, scenario, plan, agents[evaluated])
 
 
 def _federated(
-    setting: str, streams: list[list[Source]], rounds: int, scenario: str, by_size: bool, evaluate_every: int, personalise: bool,
-    edge_of: Mapping[int, str] | None = None, edge_rounds: int = 1, base: Any = None, **who: Any,
-) -> Schedule:  # fmt: skip
+    setting: str,
+    streams: list[list[Source]],
+    rounds: int,
+    scenario: str,
+    by_size: bool,
+    evaluate_every: int,
+    personalise: bool,
+    edge_of: Mapping[int, str] | None = None,
+    edge_rounds: int = 1,
+    base: Any = None,
+    **who: Any,
+) -> Schedule:
     """Clients and a server, whichever way they hear each other; `who` are the fields of `Participation`."""
     from consilience.core.errors import ConsilienceError
-    from consilience.core.schedule import Hear, Learn, Stage, build
+    from consilience.core.schedule import Evaluate, Exchange, Train, build
     from consilience.settings import _rounds
 
     _at_least(1, rounds=rounds, evaluate_every=evaluate_every)
@@ -332,14 +387,16 @@ def _federated(
         when = [(t, r, able[t]) for t in range(times) for r in range(rounds)]
         for n, turn in enumerate(part.turns(seed, when, sizes), 1):
             now = {i: streams[i][when[n - 1][0]].name for i in turn.chosen}
-            yield from _rounds.rounds(turn, clients, now, part.min_clients, by_size, edge_of or {}, edge_rounds)
+            yield from _rounds.rounds(
+                turn, clients, now, part.min_clients, by_size, edge_of or {}, edge_rounds
+            )
             own: dict[str, tuple[str, ...]] = {}
             if personalise and n == len(when):
                 own = {c: (s[-1].name,) for c, s in zip(clients, streams, strict=True)}
-                yield Hear(dict.fromkeys(clients, ("server",)))
-                yield Learn(own, least=part.min_clients)
+                yield Exchange(dict.fromkeys(clients, ("server",)))
+                yield Train(own, least=part.min_clients)
             if n % evaluate_every == 0 or n == len(when):
-                yield Stage(f"round {n}", own)
+                yield Evaluate(f"round {n}", own)
 
     return build(setting, [s for own in streams for s in own], scenario, plan, "server", base=_entries(base))
 
@@ -354,7 +411,7 @@ def merging(
     experts: Sequence[Expert] = (),
     base: Any = None,
     scenario: Scenario = "class",
-    work: float = 1.0,
+    fraction: float = 1.0,
 ) -> Schedule:
     """Agents learn a source each from one base (or the experts are given); one merger hears all of them once, equally weighted.
 
@@ -363,28 +420,31 @@ def merging(
         experts: trained models, instead of sources.
         base: parameters that the experts started from; needed by aggregators that combine deltas.
         scenario: what targets and task labels are (see `continual`).
-        work: the fraction of its steps that every agent takes; experts that were stopped early merge better (Horoi et al. 2025). Experts
+        fraction: the fraction of its steps that every agent takes; experts that were stopped early merge better (Horoi et al. 2025). Experts
             that are given take none.
     """
     from consilience.core.errors import ConsilienceError
+    from consilience.core.schedule import Evaluate, Exchange, Train, build
     from consilience.core.schedule import Expert as Given
-    from consilience.core.schedule import Hear, Learn, Stage, build
 
     if sources and isinstance(sources[0], Given):
         experts, sources = sources, ()  # type: ignore[assignment]
-    if isinstance(work, bool) or not isinstance(work, int | float) or not 0 < work <= 1:
-        raise ConsilienceError(f"`work` should be a number in (0, 1]. Found `work = {work!r}`.")
-    if experts and work != 1:
-        raise ConsilienceError(f"`work` should be left out where experts are given: nobody trains. Found `work = {work}`.")
+    if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction <= 1:
+        raise ConsilienceError(f"`fraction` should be a number in (0, 1]. Found `fraction = {fraction!r}`.")
+    if experts and fraction != 1:
+        raise ConsilienceError(
+            f"`fraction` should be left out where experts are given: nobody trains. Found `fraction = {fraction}`."
+        )
     sources, given, names = _experts(sources, experts)
 
     def plan(seed: int) -> Iterable[Phase]:
         if not given:
-            yield Learn(
-                {n: (s.name,) for n, s in zip(names, sources, strict=True)}, {} if work == 1 else dict.fromkeys(names, work)
+            yield Train(
+                {n: (s.name,) for n, s in zip(names, sources, strict=True)},
+                {} if fraction == 1 else dict.fromkeys(names, fraction),
             )
-        yield Hear({"merger": tuple(names)}, by_size=False)
-        yield Stage("merged")
+        yield Exchange({"merger": tuple(names)}, by_size=False)
+        yield Evaluate("merged")
 
     return build("merging", sources, scenario, plan, "merger", experts=given, base=_entries(base))
 
@@ -403,8 +463,8 @@ def exmodel(
         base: parameters that the experts started from.
         scenario: what targets and task labels are (see `continual`).
     """
+    from consilience.core.schedule import Evaluate, Exchange, Train, build
     from consilience.core.schedule import Expert as Given
-    from consilience.core.schedule import Hear, Learn, Stage, build
 
     if experts and not isinstance(experts[0], Given):
         experts, sources = (), experts
@@ -412,10 +472,10 @@ def exmodel(
 
     def plan(seed: int) -> Iterable[Phase]:
         if not given:
-            yield Learn({n: (s.name,) for n, s in zip(names, sources, strict=True)})
+            yield Train({n: (s.name,) for n, s in zip(names, sources, strict=True)})
         for n, s in zip(names, sources, strict=True):
-            yield Hear({"learner": (n,)}, by_size=False)
-            yield Stage(s.name)
+            yield Exchange({"learner": (n,)}, by_size=False)
+            yield Evaluate(s.name)
 
     return build("exmodel", sources, scenario, plan, "learner", experts=given, base=_entries(base))
 
@@ -483,10 +543,14 @@ def skill(
         raise ConsilienceError(
             f"the evaluated agent should be there at the end{f', one of {there}' if last else ''}. Found {found}."
         )
-    return build("skill", every, scenario, lambda seed: alive.plan(), agents[last[0] if judge is None else judge])
+    return build(
+        "skill", every, scenario, lambda seed: alive.plan(), agents[last[0] if judge is None else judge]
+    )
 
 
-def leave_one_out(sources: Sequence[Source], setting: Callable[[list[Source]], Schedule]) -> dict[str, Schedule]:
+def leave_one_out(
+    sources: Sequence[Source], setting: Callable[[list[Source]], Schedule]
+) -> dict[str, Schedule]:
     """For each source the schedule of a setting without it, judged on it alone: how well the others serve one that they never saw.
 
     A class that only the one left out has counts as never recognised (in scenario "domain" targets are 0..k-1, whatever they mean).
@@ -536,23 +600,30 @@ def _sources(sources: Any) -> list[Source]:
         )
     for s in sources:
         if not isinstance(s, Data):
-            raise ConsilienceError(f"a source should be made by consilience.data, such as arrays(x, y). Found {kind_of(s)}.")
+            raise ConsilienceError(
+                f"a source should be made by consilience.data, such as arrays(x, y). Found {kind_of(s)}."
+            )
     return list(sources)
 
 
-def _experts(sources: Sequence[Source], experts: Sequence[Expert]) -> tuple[list[Source], dict[str, Expert], list[str]]:
+def _experts(
+    sources: Sequence[Source], experts: Sequence[Expert]
+) -> tuple[list[Source], dict[str, Expert], list[str]]:
     from consilience.core.errors import ConsilienceError, kind_of
     from consilience.core.schedule import Expert
     from consilience.core.source import Source
 
     if bool(sources) == bool(experts):
         raise ConsilienceError(
-            "give either sources to train experts on, or experts. Found " + ("both." if sources else "neither.")
+            "give either sources to train experts on, or experts. Found "
+            + ("both." if sources else "neither.")
         )
     if experts:
         for e in experts:
             if not isinstance(e, Expert) or not isinstance(e.source, Source):
-                raise ConsilienceError(f"an expert should be Expert(name, params, source). Found {kind_of(e)}.")
+                raise ConsilienceError(
+                    f"an expert should be Expert(name, params, source). Found {kind_of(e)}."
+                )
         given = {e.name: e for e in experts}
         if len(given) != len(experts):
             raise ConsilienceError("experts should have names of their own. Found one twice.")

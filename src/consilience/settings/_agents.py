@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from consilience.core.errors import ConsilienceError, unknown
-from consilience.core.schedule import Hear, Learn, Phase, Stage
+from consilience.core.schedule import Evaluate, Exchange, Phase, Train
 from consilience.core.source import Source
 from consilience.settings._rounds import Pairs, neighbours
 
@@ -26,7 +26,11 @@ class Lives:
 
     def there(self, stage: int) -> list[int]:
         """Who is there in a stage."""
-        return [i for i, (j, f) in enumerate(zip(self.joins, self.fails, strict=True)) if j <= stage and (f is None or stage < f)]
+        return [
+            i
+            for i, (j, f) in enumerate(zip(self.joins, self.fails, strict=True))
+            if j <= stage and (f is None or stage < f)
+        ]
 
     def plan(self) -> Iterator[Phase]:
         """The phases."""
@@ -37,14 +41,16 @@ class Lives:
             if told and new:
                 yield from self._welcome(new, here)
             own = {i: stage - self.joins[i] for i in here}
-            learn = {self.agents[i]: (self.streams[i][t].name,) for i, t in own.items() if t < len(self.streams[i])}
+            learn = {
+                self.agents[i]: (self.streams[i][t].name,) for i, t in own.items() if t < len(self.streams[i])
+            }
             if learn:
-                yield Learn(learn)
+                yield Train(learn)
             if (learn or new) if self.share == "task" else stage == self.stages:
                 told = True
                 for _ in range(max([1, *(max(self._far({i}, here).values()) for i in here)])):
                     yield self._everybody(here)
-            yield Stage(f"task {stage}")
+            yield Evaluate(f"task {stage}")
 
     def _welcome(self, new: Sequence[int], here: Sequence[int]) -> Iterator[Phase]:
         """Who comes hears what was told before: of each part of the graph from one neighbour, or from others that came and heard."""
@@ -57,11 +63,13 @@ class Lives:
                 nearer = [j for j in self.near[i] if far.get(j) == turn - 1]
                 one = {part.get(j, j): j for j in reversed(nearer)}
                 now[self.agents[i]] = tuple(self.agents[j] for j in sorted(one.values()))
-            yield Hear(now, by_size=False)
+            yield Exchange(now, by_size=False)
 
-    def _everybody(self, here: Sequence[int]) -> Hear:
+    def _everybody(self, here: Sequence[int]) -> Exchange:
         heard = {i: sorted({i, *self.near[i]} & set(here)) for i in here}
-        return Hear({self.agents[i]: tuple(self.agents[j] for j in own) for i, own in heard.items()}, by_size=False)
+        return Exchange(
+            {self.agents[i]: tuple(self.agents[j] for j in own) for i, own in heard.items()}, by_size=False
+        )
 
     def _far(self, start: set[int], here: Sequence[int]) -> dict[int, int]:
         """How many times news of `start` is passed on until each that it can reach has it."""
@@ -72,20 +80,28 @@ class Lives:
         return far
 
 
-def lives(agents: Sequence[str], streams: Sequence[Sequence[Source]], graph: Any, joins: Any, fails: Any, share: str) -> Lives:
+def lives(
+    agents: Sequence[str], streams: Sequence[Sequence[Source]], graph: Any, joins: Any, fails: Any, share: str
+) -> Lives:
     """Who is there when, all arguments checked."""
     n = len(agents)
     if isinstance(graph, str):
         if graph not in ("mesh", "ring"):
-            raise ConsilienceError(f"`graph` should be mesh, ring or a list of pairs of agents. Found `graph = {graph!r}`.")
+            raise ConsilienceError(
+                f"`graph` should be mesh, ring or a list of pairs of agents. Found `graph = {graph!r}`."
+            )
         graph = "complete" if graph == "mesh" else "ring"
     if n == 1 and not isinstance(graph, str) and list(graph):
-        raise ConsilienceError(f"`graph` should have no edges where one agent is alone. Found {next(iter(graph))!r}.")
+        raise ConsilienceError(
+            f"`graph` should have no edges where one agent is alone. Found {next(iter(graph))!r}."
+        )
     near: Pairs = neighbours(_edges(graph, agents), n, 2)(0, 0, 0) if n > 1 else [()]
     start = _stages("joins", joins, agents)
     first = [start.get(i, 1) for i in range(n)]
     if min(first) > 1:
-        raise ConsilienceError(f"some agent should be there from the first stage. Found `joins = {dict(joins)}` for all {n}.")
+        raise ConsilienceError(
+            f"some agent should be there from the first stage. Found `joins = {dict(joins)}` for all {n}."
+        )
     stages = max(j + len(s) - 1 for j, s in zip(first, streams, strict=True))
     gone = _stages("fails", fails, agents)
     for i, at in gone.items():
@@ -101,7 +117,9 @@ def named(streams: Mapping[Any, Any]) -> list[str]:
     """The agents' names, checked."""
     for name in streams:
         if not isinstance(name, str) or not name or "|" in name:
-            raise ConsilienceError(f"an agent's name should be text without '|', and not empty. Found {name!r}.")
+            raise ConsilienceError(
+                f"an agent's name should be text without '|', and not empty. Found {name!r}."
+            )
     return list(streams)
 
 
@@ -140,7 +158,9 @@ def _stages(name: str, given: Any, agents: Sequence[str]) -> dict[int, int]:
     except (TypeError, ValueError):
         good = False
     if not good or (given is not None and not isinstance(given, Mapping)):
-        raise ConsilienceError(f"`{name}` should say for agents from 0 to {n - 1} a stage from 1 on. Found `{name} = {given!r}`.")
+        raise ConsilienceError(
+            f"`{name}` should say for agents from 0 to {n - 1} a stage from 1 on. Found `{name} = {given!r}`."
+        )
     return found
 
 

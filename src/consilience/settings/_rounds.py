@@ -11,7 +11,7 @@ import torch
 
 from consilience.core.errors import ConsilienceError
 from consilience.core.params import key
-from consilience.core.schedule import Hear, Learn, Phase
+from consilience.core.schedule import Exchange, Phase, Train
 
 Pairs = list[tuple[int, ...]]
 """The neighbours of each agent."""
@@ -22,7 +22,7 @@ class Turn:
     """One round: who learns, the stragglers' fractions of their steps, and who is heard."""
 
     chosen: tuple[int, ...]
-    work: Mapping[int, float]
+    fractions: Mapping[int, float]
     heard: tuple[int, ...]
 
 
@@ -43,7 +43,9 @@ class Participation:
     def __post_init__(self) -> None:
         n, k, p = self.clients, self.clients_per_round, self.fraction
         if self.order not in ("uniform", "cyclic", "weighted"):
-            raise ConsilienceError(f"`order` should be uniform, cyclic or weighted. Found `order = {self.order!r}`.")
+            raise ConsilienceError(
+                f"`order` should be uniform, cyclic or weighted. Found `order = {self.order!r}`."
+            )
         if k is not None and (isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= n):
             raise ConsilienceError(f"`clients_per_round` should be from 1 to {n}. Found {k}.")
         if p is not None and not (_number(p) and 0 < p <= 1):
@@ -57,7 +59,9 @@ class Participation:
                 raise ConsilienceError(f"`{name}` should be in {rule}. Found `{name} = {value!r}`.")
         if self.weights is not None:
             if self.order != "weighted":
-                raise ConsilienceError(f"`weights` are for `order='weighted'`. Found them with `order = {self.order!r}`.")
+                raise ConsilienceError(
+                    f"`weights` are for `order='weighted'`. Found them with `order = {self.order!r}`."
+                )
             good = len(self.weights) == n and all(_number(w) and 0 <= w < math.inf for w in self.weights)
             if not good or not any(self.weights):
                 raise ConsilienceError(
@@ -85,8 +89,14 @@ class Participation:
             found = frozenset(int(i) for i in own if int(i) == i)
         except (TypeError, ValueError):
             found = frozenset({-1})
-        if isinstance(own, str) or any(not 0 <= i < self.clients for i in found) or len(found) != len(set(own)):
-            raise ConsilienceError(f"clients in `available` should be numbers from 0 to {self.clients - 1}. Found {own!r}.")
+        if (
+            isinstance(own, str)
+            or any(not 0 <= i < self.clients for i in found)
+            or len(found) != len(set(own))
+        ):
+            raise ConsilienceError(
+                f"clients in `available` should be numbers from 0 to {self.clients - 1}. Found {own!r}."
+            )
         return found
 
     def asked(self, able: int) -> int:
@@ -108,7 +118,9 @@ class Participation:
             now = self._known(trace[n % len(trace)])
         return [i for i in able if i in now]
 
-    def turns(self, seed: int, plan: Sequence[tuple[int, int, Sequence[int]]], sizes: Sequence[Sequence[int]]) -> Iterator[Turn]:
+    def turns(
+        self, seed: int, plan: Sequence[tuple[int, int, Sequence[int]]], sizes: Sequence[Sequence[int]]
+    ) -> Iterator[Turn]:
         """A turn for each (source of the stream, round of it, clients that have one); none are chosen where too few are there.
 
         Raises ConsilienceError before the first where no round has clients.
@@ -142,15 +154,26 @@ class Participation:
                 if k >= len(now):
                     chosen = now
                 elif self.order == "weighted":
-                    drawn = torch.multinomial(torch.tensor(weights, dtype=torch.float64), k, generator=key(seed, t, r, "clients"))
+                    drawn = torch.multinomial(
+                        torch.tensor(weights, dtype=torch.float64), k, generator=key(seed, t, r, "clients")
+                    )
                     chosen = sorted(now[i] for i in drawn.tolist())
                 else:
-                    chosen = sorted(now[i] for i in torch.randperm(len(now), generator=key(seed, t, r, "clients"))[:k].tolist())
+                    chosen = sorted(
+                        now[i]
+                        for i in torch.randperm(len(now), generator=key(seed, t, r, "clients"))[:k].tolist()
+                    )
             if len(chosen) < least:
                 chosen = []
             generator = key(seed, t, r, "stragglers")
             slow = _some(chosen, self.stragglers, generator)
-            work = dict(zip(slow, torch.rand(len(slow), generator=generator, dtype=torch.float64).tolist(), strict=True))
+            work = dict(
+                zip(
+                    slow,
+                    torch.rand(len(slow), generator=generator, dtype=torch.float64).tolist(),
+                    strict=True,
+                )
+            )
             gone = _some(chosen, self.dropouts, key(seed, t, r, "dropouts"))
             yield Turn(tuple(chosen), work, tuple(i for i in chosen if i not in gone))
 
@@ -163,40 +186,60 @@ def _some(chosen: Sequence[int], fraction: float, generator: torch.Generator) ->
     """That fraction of the chosen, rounded up or down at random, so that it holds in the mean."""
     if not fraction or not chosen:
         return []
-    count = math.floor(fraction * len(chosen) + float(torch.rand((), generator=generator, dtype=torch.float64)))
-    return sorted(chosen[i] for i in torch.randperm(len(chosen), generator=generator)[: min(count, len(chosen))].tolist())
+    count = math.floor(
+        fraction * len(chosen) + float(torch.rand((), generator=generator, dtype=torch.float64))
+    )
+    return sorted(
+        chosen[i]
+        for i in torch.randperm(len(chosen), generator=generator)[: min(count, len(chosen))].tolist()
+    )
 
 
 def rounds(
-    turn: Turn, clients: Sequence[str], sources: Mapping[int, str], least: int | None, by_size: bool,
-    edge_of: Mapping[int, str], edge_rounds: int,
-) -> Iterator[Phase]:  # fmt: skip
+    turn: Turn,
+    clients: Sequence[str],
+    sources: Mapping[int, str],
+    least: int | None,
+    by_size: bool,
+    edge_of: Mapping[int, str],
+    edge_rounds: int,
+) -> Iterator[Phase]:
     """The phases of one round: down from the server (through the edges where there are), learn, and up again."""
     if not turn.chosen:
         return
     hubs = {clients[i]: edge_of.get(i, "server") for i in turn.chosen}
     edges = sorted(set(hubs.values()) - {"server"})
     if edges:
-        yield Hear({e: ("server",) for e in edges})
+        yield Exchange({e: ("server",) for e in edges})
     up = {h: tuple(clients[i] for i in turn.heard if hubs[clients[i]] == h) for h in edges or ["server"]}
     up = {h: own for h, own in up.items() if own}
     for _ in range(edge_rounds):
-        yield Hear({c: (h,) for c, h in hubs.items()})
-        yield Learn({clients[i]: (sources[i],) for i in turn.chosen}, {clients[i]: w for i, w in turn.work.items()}, least)
+        yield Exchange({c: (h,) for c, h in hubs.items()})
+        yield Train(
+            {clients[i]: (sources[i],) for i in turn.chosen},
+            {clients[i]: w for i, w in turn.fractions.items()},
+            least,
+        )
         if up:
-            yield Hear(up, by_size)
+            yield Exchange(up, by_size)
     if edges and up:
-        yield Hear({"server": tuple(up)}, by_size)
+        yield Exchange({"server": tuple(up)}, by_size)
 
 
 def edges_of(edges: Any, clients: int) -> dict[int, str]:
     """The edge server of each client, from a number of edges or from the clients of each."""
     if isinstance(edges, int) and not isinstance(edges, bool):
         if not 1 <= edges <= clients:
-            raise ConsilienceError(f"`edges` should be from 1 to the {clients} clients. Found `edges = {edges}`.")
-        groups = [list(range(clients))[i * clients // edges : (i + 1) * clients // edges] for i in range(edges)]
+            raise ConsilienceError(
+                f"`edges` should be from 1 to the {clients} clients. Found `edges = {edges}`."
+            )
+        groups = [
+            list(range(clients))[i * clients // edges : (i + 1) * clients // edges] for i in range(edges)
+        ]
     else:
-        groups = [list(own) for own in edges] if isinstance(edges, Sequence) and not isinstance(edges, str) else []
+        groups = (
+            [list(own) for own in edges] if isinstance(edges, Sequence) and not isinstance(edges, str) else []
+        )
         if sorted(i for own in groups for i in own) != list(range(clients)) or not all(groups):
             raise ConsilienceError(
                 f"`edges` should be a number, or lists that have each client from 0 to {clients - 1} once. Found {edges!r}."
@@ -219,7 +262,9 @@ def neighbours(graph: Any, n: int, degree: int) -> Callable[[int, int, int], Pai
             raise ConsilienceError(
                 f"`degree` should be from 1 to {n - 1}, with `degree` x {n} agents even. Found `degree = {degree!r}`."
             )
-        return lambda seed, r, m: _circulant(torch.randperm(n, generator=key(seed, r, m, "graph")).tolist(), degree)
+        return lambda seed, r, m: _circulant(
+            torch.randperm(n, generator=key(seed, r, m, "graph")).tolist(), degree
+        )
     if isinstance(graph, str) or not isinstance(graph, Iterable):
         raise ConsilienceError(
             f"`graph` should be complete, ring, regular or a list of pairs of agents. Found `graph = {graph!r}`."
@@ -227,8 +272,14 @@ def neighbours(graph: Any, n: int, degree: int) -> Callable[[int, int, int], Pai
     near: list[set[int]] = [set() for _ in range(n)]
     for pair in graph:
         ends = tuple(pair) if isinstance(pair, Sequence) and not isinstance(pair, str) else ()
-        if len(ends) != 2 or ends[0] == ends[1] or any(not isinstance(e, int) or not 0 <= e < n for e in ends):
-            raise ConsilienceError(f"an edge of `graph` should be two different agents from 0 to {n - 1}. Found {pair!r}.")
+        if (
+            len(ends) != 2
+            or ends[0] == ends[1]
+            or any(not isinstance(e, int) or not 0 <= e < n for e in ends)
+        ):
+            raise ConsilienceError(
+                f"an edge of `graph` should be two different agents from 0 to {n - 1}. Found {pair!r}."
+            )
         near[ends[0]].add(ends[1])
         near[ends[1]].add(ends[0])
     reached, front = {0}, [0]
@@ -237,7 +288,9 @@ def neighbours(graph: Any, n: int, degree: int) -> Callable[[int, int, int], Pai
         reached |= set(front)
     if len(reached) < n:
         lost = next(i for i in range(n) if i not in reached)
-        raise ConsilienceError(f"`graph` should connect all agents. Found no way from agent 0 to agent {lost}.")
+        raise ConsilienceError(
+            f"`graph` should connect all agents. Found no way from agent 0 to agent {lost}."
+        )
     fixed = [tuple(sorted(own)) for own in near]
     return lambda seed, r, m: fixed
 

@@ -16,17 +16,47 @@ from typing import TYPE_CHECKING, Any
 from consilience.core.errors import unknown
 
 if TYPE_CHECKING:
-    from consilience.skill._bank import bank_hash, familiarity, give, load_bank, newcomer, offer, save_bank, told_bytes
+    from consilience.skill._bank import (
+        bank_hash,
+        familiarity,
+        give,
+        load_bank,
+        newcomer,
+        offer,
+        save_bank,
+        told_bytes,
+    )
     from consilience.skill._costs import Speedup, covariance_macs, deal, speedup, speedups, table, task_bytes
     from consilience.skill._synergy import combine, equivalences, similarities
 
 __all__ = [
-    "Speedup", "bank_hash", "combine", "covariance_macs", "deal", "equivalences", "familiarity", "give", "load_bank", "newcomer",
-    "offer", "save_bank", "similarities", "speedup", "speedups", "table", "task_bytes", "told_bytes",
-]  # fmt: skip
+    "Speedup",
+    "bank_hash",
+    "combine",
+    "covariance_macs",
+    "deal",
+    "equivalences",
+    "familiarity",
+    "give",
+    "load_bank",
+    "newcomer",
+    "offer",
+    "save_bank",
+    "similarities",
+    "speedup",
+    "speedups",
+    "table",
+    "task_bytes",
+    "told_bytes",
+]
 _WHERE = {
-    **dict.fromkeys(("bank_hash", "familiarity", "give", "load_bank", "newcomer", "offer", "save_bank", "told_bytes"), "_bank"),
-    **dict.fromkeys(("Speedup", "covariance_macs", "deal", "speedup", "speedups", "table", "task_bytes"), "_costs"),
+    **dict.fromkeys(
+        ("bank_hash", "familiarity", "give", "load_bank", "newcomer", "offer", "save_bank", "told_bytes"),
+        "_bank",
+    ),
+    **dict.fromkeys(
+        ("Speedup", "covariance_macs", "deal", "speedup", "speedups", "table", "task_bytes"), "_costs"
+    ),
     **dict.fromkeys(("combine", "equivalences", "similarities"), "_synergy"),
 }
 

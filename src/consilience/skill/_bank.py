@@ -14,26 +14,30 @@ from torch import Tensor
 
 import consilience
 from consilience.consolidators.bank import refuse_strangers
-from consilience.core.correction import Routing
+from consilience.core.contexts import Routing
 from consilience.core.errors import ConsilienceError
 from consilience.core.message import Bank, Item, Message, Module, decode, encode, join, text_hash
 from consilience.core.params import save, unpack
 from consilience.core.schedule import Schedule
-from consilience.core.source import Frame, Source, Tensors
+from consilience.core.source import LabelFrame, Source, Tensors
 from consilience.mappers.mixture import Anchored
 
 if TYPE_CHECKING:
-    from consilience.core.agent import Agent
     from consilience.core.method import Method
     from consilience.core.model import Model
     from consilience.core.training import Training
+    from consilience.loop.agent import Agent
 
 FORMAT = 1
 """Of the file; a later one is refused."""
 
 
 def _bank(agent_or_bank: Agent | Mapping[tuple[str, str], Message]) -> Bank:
-    found = agent_or_bank if isinstance(agent_or_bank, Mapping) else getattr(getattr(agent_or_bank, "state", None), "bank", None)
+    found = (
+        agent_or_bank
+        if isinstance(agent_or_bank, Mapping)
+        else getattr(getattr(agent_or_bank, "state", None), "bank", None)
+    )
     if found is None or any(not isinstance(m, Message) for m in found.values()):
         raise ConsilienceError(
             f"a bank should be an agent's, or messages by (sender, source). Found a {type(agent_or_bank).__name__}."
@@ -73,7 +77,9 @@ def save_bank(agent_or_bank: Agent | Mapping[tuple[str, str], Message], path: st
         items |= {json.dumps([m.sender, m.source, name]): item for name, item in m.items.items()}
         told.append(m.facts() | {"names": list(m.items)})
     tensors, facts = encode(items)
-    text = json.dumps({"format": FORMAT, "consilience": consilience.__version__, "messages": told, "items": facts})
+    text = json.dumps(
+        {"format": FORMAT, "consilience": consilience.__version__, "messages": told, "items": facts}
+    )
     save(path, tensors, {"bank": f"{text_hash(text)} {text}"})  # one entry: several have no order
     return Path(path)
 
@@ -96,13 +102,17 @@ def load_bank(path: str | Path) -> Bank:
         facts = json.loads(text)
         form = int(facts["format"])
     except (ValueError, KeyError, TypeError) as e:
-        raise ConsilienceError(f"a bank should be a file of `save_bank`. Found safetensors without its facts in {path}.") from e
+        raise ConsilienceError(
+            f"a bank should be a file of `save_bank`. Found safetensors without its facts in {path}."
+        ) from e
     if form > FORMAT:
         raise ConsilienceError(
             f"a bank should have a format up to {FORMAT}. Found {form} in {path}, by consilience {facts.get('consilience')}."
         )
     if told != text_hash(text):
-        raise ConsilienceError(f"a bank should be as it was written. Found other facts than were hashed in {path}.")
+        raise ConsilienceError(
+            f"a bank should be as it was written. Found other facts than were hashed in {path}."
+        )
     items: dict[str, Any] = decode(tensors, facts["items"])
     found = []
     for f in facts["messages"]:
@@ -139,7 +149,7 @@ def give(agent: Agent, bank: Mapping[tuple[str, str], Message]) -> None:
         module = m.items.get("model")
         if isinstance(module, Module) and module.labels != agent.frame.labels:
             agent.frame.columns(module.labels)
-    agent.absorb(messages, by_size=False)
+    agent.receive(messages, by_size=False)
 
 
 def _refuse_lost(agent: Agent, messages: Sequence[Message]) -> None:
@@ -185,13 +195,20 @@ def offer(agent: Agent, module: Module, name: str | None = None) -> Bank:
     ([('agent-0', 'ends')], [2])
     """
     if type(module) is not Module:
-        raise ConsilienceError(f"what is offered should be a module, such as `combine` makes. Found a {type(module).__name__}.")
+        raise ConsilienceError(
+            f"what is offered should be a module, such as `combine` makes. Found a {type(module).__name__}."
+        )
     source = module.meta.get("task") if name is None else name
     if not isinstance(source, str) or not source or "|" in source:
         raise ConsilienceError(f"a module should be offered under a name, without '|'. Found {source!r}.")
     if source in agent.state.visits:
-        raise ConsilienceError(f"a module should be offered under a name of its own. Found {source!r}, which the agent learned.")
-    held, (version, _) = agent.state.bank.get((agent.name, source)), agent.state.absorbed.get(f"{agent.name}|{source}", (0, ""))
+        raise ConsilienceError(
+            f"a module should be offered under a name of its own. Found {source!r}, which the agent learned."
+        )
+    held, (version, _) = (
+        agent.state.bank.get((agent.name, source)),
+        agent.state.received.get(f"{agent.name}|{source}", (0, "")),
+    )
     version = max(version, held.version if held is not None else 0) + 1
     message = agent._message(source, version, 0, {"model": module})
     return {message.key: message}
@@ -230,23 +247,36 @@ def newcomer(
     >>> bool((student.predict(x) == teacher.predict(x)).all())
     True
     """
-    from consilience.core import run
+    from consilience.loop import run
 
     bank: Bank = {}
     if isinstance(schedule, Mapping):
         bank = _bank(schedule)
         framed = _framed(bank, like)
     elif like is not None:
-        raise ConsilienceError("`like` should be left out where a schedule is given, which has inputs. Found both.")
+        raise ConsilienceError(
+            "`like` should be left out where a schedule is given, which has inputs. Found both."
+        )
     else:
         framed = schedule
     session = run.begin(
-        framed, method, model, training, run.engine_of("serial"), repeats=1, seed=seed, out=None, resume=False, metric=None,
-        checkpoint_seconds=60.0, clients=False, progress=None,
-    )  # fmt: skip
-    (walk,) = session.walks
-    walk._begin()
-    agent = walk._agent(name)
+        framed,
+        method,
+        model,
+        training,
+        run.engine_of("serial"),
+        repeats=1,
+        seed=seed,
+        out=None,
+        resume=False,
+        metric=None,
+        checkpoint_seconds=60.0,
+        judge_clients=False,
+        progress=None,
+    )
+    (trial,) = session.trials
+    trial._begin()
+    agent = trial._agent(name)
     if bank:
         give(agent, bank)
     return agent
@@ -258,11 +288,13 @@ def _framed(bank: Bank, like: Tensor | None) -> Schedule:
 
     modules = {k: m for k, message in bank.items() if isinstance(m := message.items.get("model"), Module)}
     if not modules:
-        raise ConsilienceError(f"a bank in whose frame an agent stands should have modules. Found none in {len(bank)} messages.")
+        raise ConsilienceError(
+            f"a bank in whose frame an agent stands should have modules. Found none in {len(bank)} messages."
+        )
     if not isinstance(like, Tensor) or like.ndim < 1:
         raise ConsilienceError(f"with a bank, `like` should be inputs [B, ...]. Found `like = {like!r:.60}`.")
     labels = tuple(dict.fromkeys(label for m in modules.values() for label in m.labels))
-    frame = Frame(labels)
+    frame = LabelFrame(labels)
     zeros = torch.zeros(1, *like.shape[1:], dtype=like.dtype)
     sources: list[Source] = []
     for (sender, source), m in modules.items():
@@ -270,9 +302,15 @@ def _framed(bank: Bank, like: Tensor | None) -> Schedule:
         classes = tuple(frame.columns(m.labels)[list(m.classes)].tolist())
         nothing = Tensors(zeros[:0], torch.zeros(0, dtype=torch.long))
         train = Tensors(zeros, torch.tensor(classes[:1]))
-        sources.append(Source(f"{source} of {sender}" if twice else source, train, nothing, nothing, labels, classes, m.task))
+        sources.append(
+            Source(
+                f"{source} of {sender}" if twice else source, train, nothing, nothing, labels, classes, m.task
+            )
+        )
     schedule = settings.skill([sources])
-    if schedule.frame.labels != labels:  # it leaves out classes that none of these modules answers, and modules name them
+    if (
+        schedule.frame.labels != labels
+    ):  # it leaves out classes that none of these modules answers, and modules name them
         back = {c: labels.index(label) for c, label in enumerate(schedule.frame.labels)}
         tasks = {t: tuple(back[c] for c in columns) for t, columns in schedule.frame.tasks.items()}
         schedule = replace(schedule, sources=tuple(sources), judged=(), frame=replace(frame, tasks=tasks))
@@ -301,7 +339,9 @@ def familiarity(agent: Agent, x: Tensor) -> Tensor:
     if not isinstance(mapper, Anchored):
         raise ConsilienceError(f"familiarity needs a mapper with anchors. Found {type(mapper).__name__}.")
     x = x.to(agent.device, agent.training.dtype if x.is_floating_point() else x.dtype)
-    params, buffers = ({n: t.to(agent.device) for n, t in held.items()} for held in (agent.state.params, agent.state.buffers))
+    params, buffers = (
+        {n: t.to(agent.device) for n, t in held.items()} for held in (agent.state.params, agent.state.buffers)
+    )
 
     def features(other: Tensor | None = None) -> Tensor:
         return agent.model.features(params, buffers, x if other is None else other)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from consilience.core.errors import ConsilienceError, unknown
-from consilience.core.result import Result
+from consilience.loop.result import Result
 
 ALPHA = 1000.0
 """MACs in which a byte is sent, by the paper's assumption."""
@@ -31,7 +31,12 @@ class Speedup:
     def __post_init__(self) -> None:
         n = len(self.teachers)
         values = [*self.teachers, *self.received, *self.students, self.alpha]
-        if not n or len(self.received) != n or len(self.students) != n or any(not 0 <= v < float("inf") for v in values):
+        if (
+            not n
+            or len(self.received) != n
+            or len(self.students) != n
+            or any(not 0 <= v < float("inf") for v in values)
+        ):
             raise ConsilienceError(
                 "costs should be finite numbers >= 0, one a part and an agent. "
                 f"Found {n} teachers, {len(self.received)} received, {len(self.students)} students, alpha {self.alpha}."
@@ -86,7 +91,10 @@ class Speedup:
     @property
     def makespan(self) -> float:
         """MACs until the slowest agent is done: max_i (teachers_i + alpha received_i + students_i)."""
-        return max(t + self.alpha * b + s for t, b, s in zip(self.teachers, self.received, self.students, strict=True))
+        return max(
+            t + self.alpha * b + s
+            for t, b, s in zip(self.teachers, self.received, self.students, strict=True)
+        )
 
     @property
     def speedup(self) -> float:
@@ -100,7 +108,10 @@ class Speedup:
 
 
 def speedup(
-    costs: Result | Mapping[str, Any], alpha: float = ALPHA, student: float = 0.0, teacher: float | Mapping[str, float] = 0.0
+    costs: Result | Mapping[str, Any],
+    alpha: float = ALPHA,
+    student: float = 0.0,
+    teacher: float | Mapping[str, float] = 0.0,
 ) -> Speedup:
     """What a run's ledger says: work, bytes and speed-up of its agents.
 
@@ -110,7 +121,7 @@ def speedup(
     passes of their images through the backbone, `models.macs(backbone, image)` each.
 
     Args:
-        costs: a result, its `costs`, or pages by agent: {agent: {"macs", "received", "absorbing"}}.
+        costs: a result, its `costs`, or pages by agent: {agent: {"macs", "received", "receiving"}}.
         alpha: MACs a byte.
         student: MACs more of each student.
         teacher: MACs more of each teacher; or by agent, others none.
@@ -128,14 +139,18 @@ def speedup(
     """
     pages = costs.costs if isinstance(costs, Result) else costs
     pages = pages.get("by_agent", pages)
-    if not pages or any(not isinstance(p, Mapping) or not {"macs", "received"} <= p.keys() for p in pages.values()):
-        raise ConsilienceError("costs should be a run's, with a page of macs and bytes for each agent. Found none.")
+    if not pages or any(
+        not isinstance(p, Mapping) or not {"macs", "received"} <= p.keys() for p in pages.values()
+    ):
+        raise ConsilienceError(
+            "costs should be a run's, with a page of macs and bytes for each agent. Found none."
+        )
     strange = sorted(teacher.keys() - pages.keys()) if isinstance(teacher, Mapping) else []
     if strange:
         raise unknown("teacher", str(strange[0]), pages, "the agents with a page")
     ordered = [pages[a] for a in sorted(pages)]
     more = [float(teacher.get(a, 0.0) if isinstance(teacher, Mapping) else teacher) for a in sorted(pages)]
-    heard = [float(p.get("absorbing", 0)) for p in ordered]
+    heard = [float(p.get("receiving", 0)) for p in ordered]
     return Speedup(
         tuple(float(p["macs"]) - h + m for p, h, m in zip(ordered, heard, more, strict=True)),
         tuple(float(p["received"]) for p in ordered),
@@ -154,7 +169,9 @@ def deal(work: Sequence[float], agents: int, order: Literal["given", "longest"] 
     ([[0, 2], [1, 3]], [[1], [2, 3, 0]])
     """
     if isinstance(agents, bool) or not isinstance(agents, int) or not 1 <= agents <= len(work):
-        raise ConsilienceError(f"`agents` should be from 1 to the {len(work)} tasks. Found `agents = {agents!r}`.")
+        raise ConsilienceError(
+            f"`agents` should be from 1 to the {len(work)} tasks. Found `agents = {agents!r}`."
+        )
     if order not in ("given", "longest"):
         raise ConsilienceError(f"`order` should be given or longest. Found `order = {order!r}`.")
     if order == "given":
@@ -169,9 +186,13 @@ def deal(work: Sequence[float], agents: int, order: Literal["given", "longest"] 
 
 
 def speedups(
-    work: Sequence[float], told: Sequence[float], agents: Sequence[int] | None = None, alpha: float = ALPHA,
-    taken: Sequence[float] | float = 0.0, order: Literal["given", "longest", "balanced"] = "given",
-) -> list[Speedup]:  # fmt: skip
+    work: Sequence[float],
+    told: Sequence[float],
+    agents: Sequence[int] | None = None,
+    alpha: float = ALPHA,
+    taken: Sequence[float] | float = 0.0,
+    order: Literal["given", "longest", "balanced"] = "given",
+) -> list[Speedup]:
     """The speed-up against the number of agents, T tasks dealt over N of them; each hears what all others learned.
 
     Args:
@@ -190,17 +211,25 @@ def speedups(
     """
     took = [float(taken)] * len(work) if isinstance(taken, int | float) else list(taken)
     if not len(work) == len(told) == len(took):
-        raise ConsilienceError(f"costs should be one a task. Found {len(work)} of work, {len(told)} told, {len(took)} taken.")
+        raise ConsilienceError(
+            f"costs should be one a task. Found {len(work)} of work, {len(told)} told, {len(took)} taken."
+        )
     found = []
     for n in range(1, len(work) + 1) if agents is None else agents:
         shares = deal(work, n, "given" if order == "balanced" else order)
         if order == "balanced":
             rest = (n - 1) / n
-            found.append(Speedup((sum(work) / n,) * n, (sum(told) * rest,) * n, (sum(took) * rest,) * n, alpha))
+            found.append(
+                Speedup((sum(work) / n,) * n, (sum(told) * rest,) * n, (sum(took) * rest,) * n, alpha)
+            )
             continue
         sums = [[sum(c[t] for t in own) for own in shares] for c in (work, told, took)]
         teachers, sent, kept = sums
-        found.append(Speedup(tuple(teachers), tuple(sum(told) - b for b in sent), tuple(sum(took) - k for k in kept), alpha))
+        found.append(
+            Speedup(
+                tuple(teachers), tuple(sum(told) - b for b in sent), tuple(sum(took) - k for k in kept), alpha
+            )
+        )
     return found
 
 
@@ -220,7 +249,13 @@ def covariance_macs(width: int, images: float = 0, macs: float = 0, factors: boo
 
 
 def task_bytes(
-    classes: float, width: int, components: int = 0, images: float = 0, image: float = 0, biases: int = 0, size: int = 4
+    classes: float,
+    width: int,
+    components: int = 0,
+    images: float = 0,
+    image: float = 0,
+    biases: int = 0,
+    size: int = 4,
 ) -> float:
     """Bytes that the paper counts for a task: size (c d + 2 k d + biases) + c x images x image.
 
@@ -240,7 +275,9 @@ def task_bytes(
     return size * (classes * width + 2 * components * width + biases) + classes * images * image
 
 
-def table(rows: Mapping[str, Speedup], scores: Mapping[str, float] | None = None, reference: str | None = None) -> str:
+def table(
+    rows: Mapping[str, Speedup], scores: Mapping[str, float] | None = None, reference: str | None = None
+) -> str:
     """The paper's figures 9 (one agent) and 10 (many), as a table in Markdown, with the makespan beside the paper's efficiency.
 
     Args:

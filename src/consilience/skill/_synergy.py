@@ -16,7 +16,7 @@ from torch import Tensor
 
 from consilience.core.errors import ConsilienceError
 from consilience.core.message import Module
-from consilience.core.source import Frame, Label
+from consilience.core.source import Label, LabelFrame
 from consilience.corrections.reuse import Rows, rows_of
 
 Encoder = str | Callable[[list[str]], Any] | None
@@ -73,7 +73,11 @@ def _counted(names: Sequence[str]) -> Any:
 
     counts = [_pieces(n) for n in names]
     at = {piece: i for i, piece in enumerate(dict.fromkeys(p for c in counts for p in c))}
-    held = [(r, at[p], k / sum(v * v for v in c.values()) ** 0.5) for r, c in enumerate(counts) for p, k in c.items()]
+    held = [
+        (r, at[p], k / sum(v * v for v in c.values()) ** 0.5)
+        for r, c in enumerate(counts)
+        for p, k in c.items()
+    ]
     rows, columns, values = zip(*held, strict=True)
     return csr_matrix((values, (rows, columns)), shape=(len(names), len(at)))
 
@@ -81,7 +85,9 @@ def _counted(names: Sequence[str]) -> Any:
 @lru_cache(maxsize=2)
 def _loaded(name: str) -> Any:
     if os.sep in name and not os.path.isdir(name):
-        raise ConsilienceError(f"`encoder` should be a folder of a sentence-transformers model. Found none at {name}.")
+        raise ConsilienceError(
+            f"`encoder` should be a folder of a sentence-transformers model. Found none at {name}."
+        )
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError as e:
@@ -92,7 +98,9 @@ def _loaded(name: str) -> Any:
         return SentenceTransformer(name, device="cpu", local_files_only=True)
     except Exception as e:
         line = (str(e).splitlines() or [type(e).__name__])[0]
-        raise ConsilienceError(f"`encoder` should be a sentence-transformers model in local files. Found {name!r}: {line}") from e
+        raise ConsilienceError(
+            f"`encoder` should be a sentence-transformers model in local files. Found {name!r}: {line}"
+        ) from e
 
 
 def _embedded(names: list[str], encoder: Any) -> Tensor:
@@ -132,7 +140,9 @@ class Equivalences:
         return [(self.labels[i], self.labels[j], s) for i, j, s in order]
 
 
-def equivalences(labels: Frame | Sequence[Label], threshold: float = 0.9, encoder: Encoder = None) -> Equivalences:
+def equivalences(
+    labels: LabelFrame | Sequence[Label], threshold: float = 0.9, encoder: Encoder = None
+) -> Equivalences:
     """The classes of different tasks whose names are at least `threshold` alike: i ~ j iff task_i != task_j and s_ij >= threshold.
 
     The relation is between pairs, as in the paper: what is alike to a third class is not united through it. Two classes of one
@@ -155,11 +165,15 @@ def equivalences(labels: Frame | Sequence[Label], threshold: float = 0.9, encode
     """
     if not 0 < threshold <= 1:
         raise ConsilienceError(f"`threshold` should be in (0, 1]. Found `threshold = {threshold}`.")
-    names = labels.labels if isinstance(labels, Frame) else tuple((str(space), str(name)) for space, name in labels)
+    names = (
+        labels.labels
+        if isinstance(labels, LabelFrame)
+        else tuple((str(space), str(name)) for space, name in labels)
+    )
     if not names:
         raise ConsilienceError("equivalences should have labels. Found none.")
     tasks: list[set[str]] = [set() for _ in names]
-    if isinstance(labels, Frame):
+    if isinstance(labels, LabelFrame):
         for task, columns in labels.tasks.items():
             for c in columns:
                 tasks[c].add(task)
@@ -239,7 +253,9 @@ def combine(modules: Mapping[Any, Module] | Iterable[Module], labels: Sequence[L
             rows.setdefault(label, row)
     missing = next((label for label in wanted if label not in rows), None)
     if missing is not None:
-        raise ConsilienceError(f"classes of the new task should be old ones. Found {missing}, which no module has.")
+        raise ConsilienceError(
+            f"classes of the new task should be old ones. Found {missing}, which no module has."
+        )
     weight = torch.stack([rows[label][0] for label in wanted])
     norm = weight.abs().amax(1, keepdim=True)
     at, n = f"heads.{name.replace('.', '_')}", len(wanted)
@@ -248,8 +264,13 @@ def combine(modules: Mapping[Any, Module] | Iterable[Module], labels: Sequence[L
         f"entries/{at}.bias": torch.stack([rows[label][1] for label in wanted]),
         f"buffers/{at}.columns": torch.arange(n),
     }
-    meta = {"labels": [list(label) for label in wanted], "classes": list(range(n)), "task": name, "backbone": backbones.pop(),
-            "form": forms.pop()}  # fmt: skip
+    meta = {
+        "labels": [list(label) for label in wanted],
+        "classes": list(range(n)),
+        "task": name,
+        "backbone": backbones.pop(),
+        "form": forms.pop(),
+    }
     return Module(tensors, meta)
 
 

@@ -6,24 +6,27 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from consilience.core.batch import Batch
-from consilience.core.correction import Beginning, Correction, Learned, Me, Memory, Routing, Viewed, overrides, superposition
+from consilience.core.contexts import Beginning, Context, Learned, Memory, Routing
+from consilience.core.correction import Correction, overrides
 from consilience.core.errors import ConsilienceError, Refusal, unknown
-from consilience.core.ledger import Ledger
 from consilience.core.message import Item, Message, Private, Shared, Weights, join
 from consilience.core.method import Method
 from consilience.core.model import Model
 from consilience.core.params import Layout, Params, content_hash, finite, key, matches
 from consilience.core.sampler import Shuffle
 from consilience.core.schedule import Schedule
-from consilience.core.source import Examples, Frame, Source
+from consilience.core.source import Examples, LabelFrame, Source
 from consilience.core.state import State
-from consilience.core.step import Carry, Step, acts
 from consilience.core.training import Training
+from consilience.core.viewed import Viewed, superposition
+from consilience.loop.ledger import Ledger
+from consilience.loop.step import Carry, Step, acts
 
 ONCE = "(later learns are not mentioned)"
 """The end of a caution, which is said once a run."""
@@ -39,7 +42,7 @@ class Job:
     parts: tuple[tuple[Source, Examples, str | None], ...]
     """What it trains on: source, examples on the device, task."""
     visits: tuple[int, ...]
-    corrections: tuple[tuple[Correction, Me], ...]
+    corrections: tuple[tuple[Correction, Context], ...]
     layout: Layout
     fixed: Params
     start: Tensor
@@ -48,7 +51,7 @@ class Job:
     training: Training
     kind: tuple[object, ...]
     """What makes its steps alike in cost."""
-    work: float = 1.0
+    fraction: float = 1.0
     """The fraction of its steps that it does."""
     epoch: int = 0
     index: int = 0
@@ -58,7 +61,7 @@ class Job:
     @property
     def steps(self) -> int:
         """How many steps are done."""
-        return self.epoch * self.step.span[1] + self.index
+        return self.epoch * self.step.horizon[1] + self.index
 
     @property
     def carry(self) -> Carry:
@@ -67,7 +70,7 @@ class Job:
     @property
     def moment(self) -> tuple[int, int, int, int]:
         """(epoch, step in the epoch, epochs, steps an epoch)."""
-        return (self.epoch, self.index, *self.step.span)
+        return (self.epoch, self.index, *self.step.horizon)
 
     @property
     def name(self) -> str:
@@ -82,7 +85,9 @@ class Job:
             generator = key(self.seed, source.name, self.visits[part], epoch, turn, "shuffle")
             plan = sampler.plan(examples.targets(), self.training.batch_size, epoch, generator)
             if not plan:
-                raise ConsilienceError(f"a sampler should plan at least one batch. Found none of {type(sampler).__name__}.")
+                raise ConsilienceError(
+                    f"a sampler should plan at least one batch. Found none of {type(sampler).__name__}."
+                )
             return plan
 
         plans = [once(part, 0) for part in range(len(self.parts))]
@@ -93,7 +98,7 @@ class Job:
                 plan += once(part, turn)
                 turn += 1
             del plan[most:]
-        self.step.span = (self.training.epochs, most)
+        self.step.horizon = (self.training.epochs, most)
         return plans
 
     def draw(self) -> Iterator[tuple[list[Batch], tuple[int, int]]]:
@@ -101,27 +106,34 @@ class Job:
         drawn = self.step.by_verb["sample"]
         while self.epoch < self.training.epochs:
             plans = self.left(self.epoch, self.index)
-            if not plans[0] and self.index < self.step.span[1]:  # its share is done
+            if not plans[0] and self.index < self.step.horizon[1]:  # its share is done
                 return
-            streams = [examples.batches(plan) for (_, examples, _), plan in zip(self.parts, plans, strict=True)]
+            streams = [
+                examples.batches(plan) for (_, examples, _), plan in zip(self.parts, plans, strict=True)
+            ]
             for batches in zip(*streams, strict=True):
                 parts = [
-                    Batch(x, y, task, source=source.name) for (x, y), (source, _, task) in zip(batches, self.parts, strict=True)
+                    Batch(x, y, task, source=source.name)
+                    for (x, y), (source, _, task) in zip(batches, self.parts, strict=True)
                 ]
                 clock = (self.epoch, self.index)
-                for c, me in drawn:
-                    more = c.sample(me, self.sources, key(self.seed, self.sources[0].name, self.visits[0], *clock, c.name))
-                    parts += [replace(b, owner=c.name) for b in more]
+                for c, ctx in drawn:
+                    more = c.sample(
+                        ctx,
+                        self.sources,
+                        key(self.seed, self.sources[0].name, self.visits[0], *clock, c.name),
+                    )
+                    parts += [replace(b, drawn_by=c.name) for b in more]
                 yield parts, clock
             self.epoch, self.index = self.epoch + 1, 0
 
     def left(self, epoch: int, index: int) -> list[list[Tensor]]:
         """The index batches of each part that are left of an epoch from a step on."""
         plans = [plan[index:] for plan in self.plan(epoch)]
-        if self.work == 1:
+        if self.fraction == 1:
             return plans
-        most = self.step.span[1]
-        limit = max(1, round(self.work * self.training.epochs * most)) - (epoch * most + index)
+        most = self.step.horizon[1]
+        limit = max(1, round(self.fraction * self.training.epochs * most)) - (epoch * most + index)
         return [plan[: max(0, limit)] for plan in plans]
 
     def cost(self, parts: Sequence[Batch]) -> tuple[object, ...]:
@@ -136,7 +148,7 @@ class Job:
         for parts, clock in self.draw():
             generator = key(self.seed, first, visit, *clock, "aggregate") if self.step.aggregator else None
             with self._drawing(first, visit, clock) if draws else nullcontext():
-                ledger.work(self.agent, self.cost(parts), lambda p=parts, t=clock, g=generator: self.step(p, t, g))  # type: ignore[misc]
+                ledger.charge_work(self.agent, self.cost(parts), partial(self.step, parts, clock, generator))
             ledger.steps += 1
             self.index += 1
             yield
@@ -152,9 +164,9 @@ class Job:
     def answer(self, x: Tensor, task: str | None) -> Tensor:
         """Class probabilities (or values) [B, C] by the parameters of this step, in eval mode."""
         step = self.step
-        out = step.now(x.to(self.layout.device, self.layout.dtype if x.is_floating_point() else x.dtype), task)
-        for c, me in step.by_verb["outputs"]:
-            out = c.outputs(out, task, me)
+        out = step.now(
+            x.to(self.layout.device, self.layout.dtype if x.is_floating_point() else x.dtype), task
+        )
         return probabilities(out, step.frame, step.frame.tasks.get(task or ""), len(step.frame.labels))
 
     def save(self) -> tuple[dict[str, Tensor], dict[str, int]]:
@@ -162,8 +174,8 @@ class Job:
         tensors = {"theta": self.carry.theta}
         tensors |= {f"buffers/{k}": t for k, t in self.carry.buffers.items()}
         tensors |= {f"optimiser/{k}": t for k, t in self.carry.optimiser.items()}
-        for c, me in self.corrections:
-            tensors |= {f"trace/{c.name}/{k}": t for k, t in me.trace.items()}
+        for c, ctx in self.corrections:
+            tensors |= {f"trace/{c.name}/{k}": t for k, t in ctx.trace.items()}
         return {k: t.clone() for k, t in tensors.items()}, {"epoch": self.epoch, "index": self.index}
 
     def load(self, tensors: Mapping[str, Tensor], facts: Mapping[str, int]) -> None:
@@ -173,8 +185,8 @@ class Job:
             t.copy_(tensors[f"buffers/{k}"])
         for k in self.carry.optimiser:
             self.carry.optimiser[k] = tensors[f"optimiser/{k}"].to(self.layout.device)
-        for c, me in self.corrections:
-            me.trace = {k: tensors[f"trace/{c.name}/{k}"].to(self.layout.device) for k in me.trace}
+        for c, ctx in self.corrections:
+            ctx.trace = {k: tensors[f"trace/{c.name}/{k}"].to(self.layout.device) for k in ctx.trace}
         self.epoch, self.index = facts["epoch"], facts["index"]
 
 
@@ -192,7 +204,7 @@ def without_weights(m: Message) -> Message | None:
     return replace(m, items=items) if items else None
 
 
-def probabilities(out: Tensor, frame: Frame, columns: Sequence[int] | None, width: int) -> Tensor:
+def probabilities(out: Tensor, frame: LabelFrame, columns: Sequence[int] | None, width: int) -> Tensor:
     """Class probabilities [B, width] over the given columns (None: all), or values, from outputs [B, C >= width]."""
     out = out[:, :width]  # a model may have more outputs than there are classes
     if frame.kind == "value":
@@ -208,24 +220,34 @@ class Agent:
     """Learns sources, tells what it learned, absorbs what others tell, predicts. Never asks which setting it is in."""
 
     def __init__(
-        self, name: str, model: Model, method: Method, schedule: Schedule, training: Training, seed: int, state: State,
-        ledger: Ledger, revisited: frozenset[str] = frozenset(),
-    ) -> None:  # fmt: skip
+        self,
+        name: str,
+        model: Model,
+        method: Method,
+        schedule: Schedule,
+        training: Training,
+        seed: int,
+        state: State,
+        ledger: Ledger,
+        revisited: frozenset[str] = frozenset(),
+    ) -> None:
         self.name, self.model, self.method, self.schedule = name, model, method, schedule
         self.training, self.seed, self.state = training, seed, state
-        self.consolidator, self.ledger, self.revisited = method.how_to_absorb(), ledger, revisited
+        self.consolidator, self.ledger, self.revisited = method.receiver(), ledger, revisited
         self.device = torch.device(training.device)
         self.frame = schedule.frame
         self.aware = schedule.labelled or method.mapper is not None
         self._hashes: dict[str, tuple[Params, str]] = {}
         self._said: tuple[State, list[Message]] | None = None
-        self._views: tuple[State, list[tuple[Correction, Me]]] | None = None
+        self._views: tuple[State, list[tuple[Correction, Context]]] | None = None
 
     # learn
 
     def memory(self, c: Correction) -> Memory:
         """The items of a correction: shared ones from the bank, private ones under this agent's name."""
-        items: dict[tuple[str, str], Item] = {k: m.items[c.name] for k, m in self.state.bank.items() if c.name in m.items}
+        items: dict[tuple[str, str], Item] = {
+            k: m.items[c.name] for k, m in self.state.bank.items() if c.name in m.items
+        }
         items |= {(self.name, s): item for s, item in self.state.memory.get(c.name, {}).items()}
         return items
 
@@ -235,21 +257,21 @@ class Agent:
         for c in self.method.active:
             item = self.state.memory.get(c.name, {}).get("")
             if isinstance(item, Shared):
-                if not c.travels:
+                if not c.shared_items:
                     raise TypeError(
                         f"items of {c.name} stay with their agent: they should be Private. Found {type(item).__name__}."
                     )
                 found[c.name] = item
         return found
 
-    def prepare(self, names: Sequence[str], work: float = 1.0) -> Job:
-        """Recall what is known, grow the model, begin the corrections: a job of tensors that does a fraction `work` of its steps."""
+    def prepare(self, names: Sequence[str], fraction: float = 1.0) -> Job:
+        """Recall what is known, grow the model, begin the corrections: a job of tensors that does this fraction of its steps."""
         sources = tuple(self.schedule.source(n) for n in names)
         state, model, t, dtype = self.state, self.model, self.training, self.training.dtype
         params, buffers = dict(state.params), dict(state.buffers)
         for s in sources:
             params, buffers = model.grow(params, buffers, s, key(self.seed, s.name, "grow"))
-        mes: list[tuple[Correction, Me]] = []
+        contexts: list[tuple[Correction, Context]] = []
 
         def drawn(c: Correction) -> torch.Generator:
             return key(self.seed, given[0].name, state.visits.get(given[0].name, 0), c.name, "begin")
@@ -257,53 +279,76 @@ class Agent:
         given = sources
         sources = given if self.aware else tuple(replace(s, task=None) for s in given)
         for c in self.method.active:
-            me = Me(known=c.recall(self.memory(c), given), model=model)
-            sources = c.gather(sources, me.known, drawn(c)) if overrides(c, "gather") else sources
-            mes.append((c, me))
+            ctx = Context(recalled=c.recall(self.memory(c), given), model=model)
+            sources = c.gather(sources, ctx.recalled, drawn(c)) if overrides(c, "gather") else sources
+            contexts.append((c, ctx))
         begun: list[tuple[object, ...]] = []
-        for c, me in mes:
+        still: set[str] = set()
+        for c, ctx in contexts:
             if overrides(c, "begin"):
-                own = (model, params, buffers, given, me.known, drawn(c))
-                beginning = Beginning(*own, self.predict, state.experts, frozenset(params) - frozenset(state.params))
+                own = (model, params, buffers, given, ctx.recalled, drawn(c))
+                beginning = Beginning(
+                    *own, self.predict, state.experts, frozenset(params) - frozenset(state.params)
+                )
                 kind = (
                     "begin",
                     c.name,
-                    me.known is None,
+                    ctx.recalled is None,
                     len(params),
                     *[(len(s.train), len(s.classes), shape_of(s.train)) for s in given],
                 )
-                params, me.private = self.ledger.measure(kind, lambda c=c, b=beginning: c.begin(b))  # type: ignore[misc]
+                params, ctx.private, held = self.ledger.measure(kind, lambda c=c, b=beginning: c.begin(b))  # type: ignore[misc]
+                still |= set(held)
                 begun.append(kind)
-        still = {n for c, _ in mes if overrides(c, "still") for n in c.still(model, params, given)}
-        trainable = {n: p for n, p in params.items() if n not in still and not model.frozen(n) and p.is_floating_point()}
+        trainable = {
+            n: p
+            for n, p in params.items()
+            if n not in still and not model.frozen(n) and p.is_floating_point()
+        }
         fixed = {n: p.to(self.device) for n, p in params.items() if n not in trainable}
         layout = Layout.of(trainable, dtype, self.device)
         theta = layout.flatten(trainable)
         start = theta.clone()
-        for c, me in mes:
-            me.layout, me.start = layout, start
-            if c.flat and me.known is not None:
-                me.flat = {g: layout.flatten(me.known.group(g)) for g in c.flat}
-            me.flat, warning = c.caution(me, t)
+        for c, ctx in contexts:
+            ctx.layout, ctx.start = layout, start
+            if c.flat and ctx.recalled is not None:
+                ctx.flat = {g: layout.flatten(ctx.recalled.group(g)) for g in c.flat}
+            ctx.flat, warning = c.prepare_step(ctx, t)
             if warning and c.name not in self.ledger.warned:
                 self.ledger.warned.add(c.name)
                 warnings.warn(f"{c.name} on {given[0].name!r}: {warning} {ONCE}", stacklevel=2)
-        carry = Carry(theta, {n: b.to(self.device).clone() for n, b in buffers.items()}, t.inner().init(theta))
+        carry = Carry(
+            theta, {n: b.to(self.device).clone() for n, b in buffers.items()}, t.inner().init(theta)
+        )
         parts = tuple((s, s.train.to(self.device, dtype), s.task if self.aware else None) for s in sources)
-        span = (t.epochs, max(-(-len(e) // t.batch_size) for _, e, _ in parts))
-        step = Step(model, self.frame, t, self.method.step_aggregator, mes, layout, fixed, carry, start, span)
-        for c, me in mes:
+        horizon = (t.epochs, max(-(-len(e) // t.batch_size) for _, e, _ in parts))
+        step = Step(
+            model, self.frame, t, self.method.step_aggregator, contexts, layout, fixed, carry, start, horizon
+        )
+        for c, ctx in contexts:
             traced = state.memory.get(f"{c.name}.trace", {}).get("+".join(s.name for s in given))
-            if traced is not None and all(t.shape == traced.tensors[k].shape for k, t in me.trace.items()):
-                me.trace = {k: t.to(self.device) for k, t in traced.tensors.items()}
-        cost = ("step", *[c.name for c, me in mes if acts(c, me)], layout.size)
+            if traced is not None and all(t.shape == traced.tensors[k].shape for k, t in ctx.trace.items()):
+                ctx.trace = {k: t.to(self.device) for k, t in traced.tensors.items()}
+        cost = ("step", *[c.name for c, ctx in contexts if acts(c, ctx)], layout.size)
         asked = {s.name for s in given}  # what a correction gathered is another pool at each learn
         total = sum(state.visits.values())
         visits = tuple(state.visits.get(s.name, 0) if s.name in asked else total for s in sources)
         return Job(
-            self.name, given, parts, visits, tuple(mes), layout, fixed, start, step, self.seed, t, cost, work,
+            self.name,
+            given,
+            parts,
+            visits,
+            tuple(contexts),
+            layout,
+            fixed,
+            start,
+            step,
+            self.seed,
+            t,
+            cost,
+            fraction,
             begun=tuple(begun),
-        )  # fmt: skip
+        )
 
     def finish(self, job: Job) -> None:
         """Summarise what a job learned and keep it."""
@@ -311,7 +356,9 @@ class Agent:
         for kind in job.begun:
             self.ledger.charge(self.name, kind)
         end = {n: p.clone() for n, p in job.layout.split(job.carry.theta).items()}
-        finite(end, f"{self.name!r} after {job.name!r} (a lower lr or strength helps where training diverges)")
+        finite(
+            end, f"{self.name!r} after {job.name!r} (a lower lr or strength helps where training diverges)"
+        )
         params = {**job.fixed, **end}
         buffers = {n: b.clone() for n, b in job.carry.buffers.items()}
         start = job.layout.split(job.start)
@@ -319,9 +366,9 @@ class Agent:
         shared: dict[str, dict[str, Shared]] = {s.name: {} for s in job.sources}
         memory = {c: dict(kept) for c, kept in state.memory.items()}
         model = Viewed.of(self.model, job.step.by_verb["view"])
-        for c, me in job.corrections:
-            if me.trace and all(s.name in self.revisited for s in job.sources):
-                memory.setdefault(f"{c.name}.trace", {})[job.name] = Private(me.trace)
+        for c, ctx in job.corrections:
+            if ctx.trace and all(s.name in self.revisited for s in job.sources):
+                memory.setdefault(f"{c.name}.trace", {})[job.name] = Private(ctx.trace)
             if not overrides(c, "summarise"):
                 continue
             for s in job.sources:
@@ -342,15 +389,15 @@ class Agent:
                     job.steps,
                     self.training,
                 )
-                item = self.ledger.work(
+                item = self.ledger.charge_work(
                     self.name,
                     ("summarise", c.name, len(s.train), len(s.classes), job.layout.size, shape_of(s.train)),
-                    lambda c=c, n=learned, me=me: c.summarise(n, me),  # type: ignore[misc]
+                    lambda c=c, n=learned, ctx=ctx: c.summarise(n, ctx),  # type: ignore[misc]
                 )
                 if isinstance(item, Private):
                     memory.setdefault(c.name, {})[s.name] = item
                 elif item is not None:
-                    if not c.travels:
+                    if not c.shared_items:
                         raise TypeError(
                             f"items of {c.name} stay with their agent: they should be Private. Found {type(item).__name__}."
                         )
@@ -359,9 +406,14 @@ class Agent:
                 generator = key(self.seed, job.sources[0].name, visits[job.sources[0].name], c.name, "trim")
                 memory[c.name] = dict(c.trim(memory[c.name], replace(learned, generator=generator)))
         self.state = state.change(
-            params=params, buffers=buffers, memory=memory, visits=visits, version=state.version + 1, learned=True,
+            params=params,
+            buffers=buffers,
+            memory=memory,
+            visits=visits,
+            version=state.version + 1,
+            trained=True,
             size=sum(len(s.train) for s in job.sources),
-        )  # fmt: skip
+        )
         modules = self.consolidator.export(self.model, self.state, job.sources, self.method.personal)
         news = []
         for s in job.sources:
@@ -380,26 +432,30 @@ class Agent:
         """The hash of the parameters that all agents have in common."""
         held = self._hashes.get(which)
         if held is None or held[0] is not params:
-            common = {n: p for n, p in params.items() if self.model.task_of(n) is None and not matches(n, self.method.personal)}
+            common = {
+                n: p
+                for n, p in params.items()
+                if self.model.task_of(n) is None and not matches(n, self.method.personal)
+            }
             held = self._hashes[which] = (params, content_hash(common))
         return held[1]
 
     def _message(self, source: str, version: int, size: int, items: Mapping[str, Shared]) -> Message:
         base = self._hash("base", self.state.base)
-        return Message(self.name, source, version, size, self.state.origin, base, items, self.state.learned)
+        return Message(self.name, source, version, size, self.state.origin, base, items, self.state.trained)
 
-    def rest(self) -> None:
+    def release(self) -> None:
         """Let go of what it told and will hear again, so that a simulation holds only the agents that are at work."""
-        if not any(overrides(c, "heard") for c in self.method.active):
-            self.state = self.consolidator.rest(self.state, self.method.personal)
+        if not any(overrides(c, "after_receive") for c in self.method.active):
+            self.state = self.consolidator.release(self.state, self.method.personal)
         self._said, self._views, self._hashes = None, None, {}
 
     def receipts(self) -> dict[str, int]:
         """What this agent has already: the version of every (sender, source); no whole of another once it has learned and gone on."""
-        moved = self.state.learned
-        return {k: v for k, (v, _) in self.state.absorbed.items() if not (moved and k.endswith("|"))}
+        moved = self.state.trained
+        return {k: v for k, (v, _) in self.state.received.items() if not (moved and k.endswith("|"))}
 
-    def tell(self, receipts: Mapping[str, int]) -> list[Message]:
+    def send(self, receipts: Mapping[str, int]) -> list[Message]:
         """Messages that the listener lacks: the agent's own whole, and what its bank holds, relayed as it is."""
         return [m for m in self._says() if m.version > receipts.get(f"{m.sender}|{m.source}", -1)]
 
@@ -416,20 +472,24 @@ class Agent:
         self._said = (self.state, messages)
         return messages
 
-    def absorb(self, messages: Sequence[Message], by_size: bool = True) -> None:
+    def receive(self, messages: Sequence[Message], by_size: bool = True) -> None:
         """Join the messages into the bank, and consolidate those that are fresh."""
         state = self.state
         fresh: dict[tuple[str, str], Message] = {}
         had = self.receipts()
-        for m in sorted((m for m in messages if m.sender not in state.forgotten), key=lambda m: (m.key, m.version)):
+        for m in sorted(
+            (m for m in messages if m.sender not in state.forgotten), key=lambda m: (m.key, m.version)
+        ):
             if m.origin != state.origin:
                 raise ConsilienceError(
                     f"a message should come from the same first parameters. Found origin {m.origin[:8]} from {m.sender!r}, "
                     f"here {state.origin[:8]}."
                 )
-            version, digest = state.absorbed.get(f"{m.sender}|{m.source}", (-1, ""))
+            version, digest = state.received.get(f"{m.sender}|{m.source}", (-1, ""))
             twin = fresh.get(m.key)
-            if (m.version == version and m.digest != digest) or (twin and twin.version == m.version and twin.digest != m.digest):
+            if (m.version == version and m.digest != digest) or (
+                twin and twin.version == m.version and twin.digest != m.digest
+            ):
                 raise ConsilienceError(
                     f"a version should have one content. Found another for {m.source!r} of {m.sender!r}, version {m.version}."
                 )
@@ -439,25 +499,37 @@ class Agent:
         bank = join(state.bank, [m for m in map(without_weights, heard) if m is not None])
         if self.consolidator.needs_base:
             for m in heard:
-                if m.learned and isinstance(m.items.get("model"), Weights) and m.base != self._hash("base", state.base):
+                if (
+                    m.trained
+                    and isinstance(m.items.get("model"), Weights)
+                    and m.base != self._hash("base", state.base)
+                ):
                     raise ConsilienceError(
                         f"deltas should start from the hearer's own parameters. Found another base in the message of {m.sender!r}."
                     )
         generator = key(self.seed, self.name, state.version, "absorb")
-        work = ("absorb", len(heard), sum(t.numel() for m in heard for i in m.items.values() for t in i.tensors.values()))
-        new = self.ledger.work(
+        work = (
+            "absorb",
+            len(heard),
+            sum(t.numel() for m in heard for i in m.items.values() for t in i.tensors.values()),
+        )
+        new = self.ledger.charge_work(
             self.name,
             work,
-            lambda: self.consolidator.absorb(self.model, state.change(bank=bank), heard, by_size, generator),
+            lambda: self.consolidator.receive(self.model, state.change(bank=bank), heard, by_size, generator),
         )
         memory = {c: dict(kept) for c, kept in new.memory.items()}
         for c in self.method.active:
-            if overrides(c, "heard"):
-                memory[c.name] = dict(c.heard(state, new, memory.get(c.name, {}), heard))
+            if overrides(c, "after_receive"):
+                memory[c.name] = dict(c.after_receive(state, new, memory.get(c.name, {}), heard))
         receipts = {f"{m.sender}|{m.source}": (m.version, m.digest) for m in heard}
         self.state = new.change(
-            base=new.params, memory=memory, absorbed={**state.absorbed, **receipts}, version=state.version + 1, learned=False,
-        )  # fmt: skip
+            base=new.params,
+            memory=memory,
+            received={**state.received, **receipts},
+            version=state.version + 1,
+            trained=False,
+        )
 
     def forget(self, sender: str) -> None:
         """Take out what a sender told, as if it had never been heard; it is not heard again, not from others either.
@@ -466,57 +538,69 @@ class Agent:
         forget for themselves. Raises Refusal where it entered weights, or what this agent learned afterwards.
         """
         state = self.state
-        known = {m.sender for m in state.bank.values()} | {k.rpartition("|")[0] for k in state.absorbed}
+        known = {m.sender for m in state.bank.values()} | {k.rpartition("|")[0] for k in state.received}
         if sender not in known:
             raise unknown("sender", sender, known)
-        rests = [c.name for c in self.method.corrections if c.active and c.travels and (c.recalls or overrides(c, "recall"))]
-        if rests and state.visits and sender != self.name:
+        entered = [
+            c.name
+            for c in self.method.corrections
+            if c.active and c.shared_items and (c.needs_history or overrides(c, "recall"))
+        ]
+        if entered and state.visits and sender != self.name:
             raise Refusal(
-                f"what {rests[0]} recalled while this agent learned cannot be taken out again; train again without that sender."
+                f"what {entered[0]} recalled while this agent learned cannot be taken out again; train again without that sender."
             )
         bank = {k: m for k, m in state.bank.items() if m.sender != sender}
         new = self.consolidator.forget(self.model, state.change(bank=bank))
-        self.state = new.change(base=new.params, version=state.version + 1, forgotten=(*state.forgotten, sender))
+        self.state = new.change(
+            base=new.params, version=state.version + 1, forgotten=(*state.forgotten, sender)
+        )
 
     # predict
 
-    def choices(self) -> list[tuple[tuple[str, str], Params, Params, str | None, tuple[int, ...] | None, Tensor | None]]:
+    def choices(
+        self,
+    ) -> list[tuple[tuple[str, str], Params, Params, str | None, tuple[int, ...] | None, Tensor | None]]:
         """The experts: (key, entries, buffers, task, own columns, where its columns stand in the frame)."""
         found = []
         for k, m in self.state.experts.items():
             where = None if m.labels == self.frame.labels else self.frame.columns(m.labels)
             found.append((k, m.group("entries"), m.group("buffers"), m.task, m.classes or None, where))
         if not found and self.method.mapper is not None:
-            keys = dict.fromkeys([*((self.name, name) for name in self.state.visits), *(k for k in self.state.bank if k[1])])
+            keys = dict.fromkeys(
+                [*((self.name, name) for name in self.state.visits), *(k for k in self.state.bank if k[1])]
+            )
             if not keys:  # heads that were heard with the parameters, and nothing else of their sources
                 heads = {self.model.task_of(n) for n in self.state.params}
-                keys = dict.fromkeys((self.name, s.name) for s in self.schedule.sources if self.model.head_key(s) in heads)
+                keys = dict.fromkeys(
+                    (self.name, s.name) for s in self.schedule.sources if self.model.head_key(s) in heads
+                )
             for k in keys:
                 s = self.schedule.source(k[1])
                 found.append((k, {}, {}, s.task, s.classes, None))
         return found
 
-    def outputs(self, params: Params, buffers: Params, x: Tensor, task: str | None, psi: Tensor | None = None) -> Tensor:
+    def outputs(
+        self, params: Params, buffers: Params, x: Tensor, task: str | None, psi: Tensor | None = None
+    ) -> Tensor:
         """The outputs [B, C] in eval mode, through the corrections' views, before softmax; psi [B, d] are the features where known."""
         seen = self._seen()
-        if psi is not None and not any(overrides(c, "view") for c, _ in seen):
+        if psi is not None and not seen:
             short = self.model.from_features(params, buffers, psi, task)
             if short is not None:
-                for c, me in seen:
-                    short = c.outputs(short, task, me)
                 return short
-        for c, me in seen:
-            params = c.view(params, task, me)
-        out = self.model(params, buffers, x, task, False)[0]
-        for c, me in seen:
-            out = c.outputs(out, task, me)
-        return out
+        for c, ctx in seen:
+            params = c.view(params, task, ctx)
+        return self.model(params, buffers, x, task, False)[0]
 
-    def _seen(self) -> list[tuple[Correction, Me]]:
+    def _seen(self) -> list[tuple[Correction, Context]]:
         """The corrections through which the model is seen in predict, recalled once for a state."""
         if self._views is None or self._views[0] is not self.state:
-            seen = [c for c in self.method.active if overrides(c, "view") or overrides(c, "outputs")]
-            self._views = (self.state, [(c, Me(known=c.recall(self.memory(c), ()), model=self.model)) for c in seen])
+            seen = [c for c in self.method.active if overrides(c, "view")]
+            self._views = (
+                self.state,
+                [(c, Context(recalled=c.recall(self.memory(c), ()), model=self.model)) for c in seen],
+            )
         return self._views[1]
 
     def superposed(self, params: Params, buffers: Params) -> Callable[[Tensor, Tensor], Tensor]:
@@ -524,28 +608,34 @@ class Agent:
         choices, seen, views, classes = self.choices(), self._seen(), [], len(self.frame.labels)
         columns = {c for *_, own, where in choices for c in (own or range(classes))}
         if any(where is not None for *_, where in choices):
-            raise ConsilienceError("experts to superpose should have the same labels. Found some of another frame.")
+            raise ConsilienceError(
+                "experts to superpose should have the same labels. Found some of another frame."
+            )
         hidden = torch.tensor([c not in columns for c in range(classes)], device=self.device)
         for _, entries, own_buffers, task, _, _ in choices:
             view = {**params, **entries}
-            for c, me in seen:
-                view = c.view(view, task, me)
+            for c, ctx in seen:
+                view = c.view(view, task, ctx)
             views.append(view)
             buffers = {**own_buffers, **buffers}
         whole = superposition(views)
 
         def outputs(x: Tensor, alpha: Tensor) -> Tensor:
             out = self.model(whole(alpha), buffers, x, None, False)[0]
-            for c, me in seen:
-                out = c.outputs(out, None, me)
             return out[:, :classes].masked_fill(hidden, -torch.inf)
 
         return outputs
 
     def _probabilities(
-        self, params: Params, buffers: Params, x: Tensor, task: str | None, columns: Sequence[int] | None, width: int,
+        self,
+        params: Params,
+        buffers: Params,
+        x: Tensor,
+        task: str | None,
+        columns: Sequence[int] | None,
+        width: int,
         psi: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         return probabilities(self.outputs(params, buffers, x, task, psi), self.frame, columns, width)
 
     @torch.no_grad()
@@ -570,8 +660,14 @@ class Agent:
         params = {n: p.to(self.device) for n, p in state.params.items()}
         buffers = {n: b.to(self.device) for n, b in state.buffers.items()}
         choices = self.choices()
-        if task is not None and task not in self.frame.tasks:  # but of a module that it heard, or a test that nobody teaches
-            known = {*self.frame.tasks, *(t for *_, t, _, _ in choices if t), *(s.task for s in self.schedule.judged if s.task)}
+        if (
+            task is not None and task not in self.frame.tasks
+        ):  # but of a module that it heard, or a test that nobody teaches
+            known = {
+                *self.frame.tasks,
+                *(t for *_, t, _, _ in choices if t),
+                *(s.task for s in self.schedule.judged if s.task),
+            }
             if task not in known:
                 raise unknown("task", task, known, "the schedule's tasks")
         if not choices:
@@ -585,7 +681,9 @@ class Agent:
 
         def features(other: Tensor | None = None) -> Tensor:
             if other is not None:
-                other = other.to(self.device, self.training.dtype if other.is_floating_point() else other.dtype)
+                other = other.to(
+                    self.device, self.training.dtype if other.is_floating_point() else other.dtype
+                )
                 return self.model.features(params, buffers, other)
             if not psi:
                 psi.append(self.model.features(params, buffers, x))
@@ -600,7 +698,9 @@ class Agent:
                 self.model.task_of(n) is not None for n in (*entries, *own)
             )  # it stands on the features that all have
             seen = (psi[0] if rows is None else psi[0][rows]) if common else None
-            probabilities = self._probabilities({**params, **entries}, {**buffers, **own}, part, its, columns, width, seen)
+            probabilities = self._probabilities(
+                {**params, **entries}, {**buffers, **own}, part, its, columns, width, seen
+            )
             if where is None:
                 return probabilities
             aligned = probabilities.new_zeros(len(part), classes)
@@ -610,11 +710,15 @@ class Agent:
             for i in range(len(choices)):
                 if i not in cache:
                     cache[i] = expert(i, None)
-            return [cache[i][:, list(c[4])] if c[4] and c[5] is None else cache[i] for i, c in enumerate(choices)]
+            return [
+                cache[i][:, list(c[4])] if c[4] and c[5] is None else cache[i] for i, c in enumerate(choices)
+            ]
 
         mapper = self.method.mapper
         if mapper is None or task is not None or (len(choices) == 1 and not mapper.rejects):
-            weights = torch.full((len(x), len(choices)), 1 / len(choices), device=self.device, dtype=self.training.dtype)
+            weights = torch.full(
+                (len(x), len(choices)), 1 / len(choices), device=self.device, dtype=self.training.dtype
+            )
         else:
             routing = Routing(x, features, every, keys, lambda: self.superposed(params, buffers))
             weights = mapper.route(routing, self.memory(mapper)).to(self.training.dtype)

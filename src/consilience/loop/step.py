@@ -8,18 +8,19 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from consilience.core.aggregator import Aggregator, Cone, Linear
-from consilience.core.batch import Batch
-from consilience.core.correction import Correction, Me, StepView, Viewed, overrides, says_pull
+from consilience.core.batch import Batch, mean_loss, sample_losses
+from consilience.core.contexts import Context, StepView
+from consilience.core.correction import Correction, knows_gradient, overrides
 from consilience.core.errors import Refusal
 from consilience.core.model import Forward, Model
 from consilience.core.optimiser import Optimiser, OptimiserState
 from consilience.core.params import Layout, Params
-from consilience.core.source import Frame
+from consilience.core.source import LabelFrame
 from consilience.core.training import Training
+from consilience.core.viewed import Viewed
 
 
 @dataclass(eq=False)
@@ -31,23 +32,9 @@ class Carry:
     optimiser: OptimiserState
 
 
-def sample_losses(out: Tensor, y: Tensor, kind: str) -> Tensor:
-    """The loss of each sample [B]: cross-entropy for classes, the squared error averaged over outputs for values."""
-    if kind == "class":
-        return F.cross_entropy(out, y, reduction="none")
-    return (out[:, : y.shape[1]] - y).square().mean(1)
-
-
-def mean_loss(out: Tensor, batch: Batch, kind: str) -> Tensor:
-    """The loss of a batch: the mean over its samples, weighted where some are padding."""
-    if batch.w is None and kind == "class":
-        return F.cross_entropy(out, batch.y)
-    return batch.mean(sample_losses(out, batch.y, kind))
-
-
-def acts(c: Correction, me: Me) -> bool:
+def acts(c: Correction, ctx: Context) -> bool:
     """Whether a correction bends this learn: one that needs something known does not before there is."""
-    return not (c.recalls and me.known is None)
+    return not (c.needs_history and ctx.recalled is None)
 
 
 class Step:
@@ -60,27 +47,29 @@ class Step:
     def __init__(
         self,
         model: Model,
-        frame: Frame,
+        frame: LabelFrame,
         training: Training,
         aggregator: Aggregator | None,
-        corrections: Sequence[tuple[Correction, Me]],
+        corrections: Sequence[tuple[Correction, Context]],
         layout: Layout,
         fixed: Params,
         carry: Carry,
         start: Tensor,
-        span: tuple[int, int],
+        horizon: tuple[int, int],
     ) -> None:
         self.model, self.frame, self.training, self.aggregator = model, frame, training, aggregator
-        self.layout, self.fixed, self.carry, self.start, self.span = layout, fixed, carry, start, span
+        self.layout, self.fixed, self.carry, self.start, self.horizon = layout, fixed, carry, start, horizon
         self.optimiser: Optimiser = training.inner()
         self.by_verb = {
-            verb: [(c, me) for c, me in corrections if overrides(c, verb) and (verb == "trace" or acts(c, me))]
-            for verb in ("sample", "view", "outputs", "losses", "rows", "penalty", "mask", "trace")
+            verb: [
+                (c, ctx) for c, ctx in corrections if overrides(c, verb) and (verb == "trace" or acts(c, ctx))
+            ]
+            for verb in ("sample", "view", "losses", "rows", "penalty", "mask", "trace")
         }
-        self.alone = {c.name for c, _ in corrections if c.constrains}
-        self.saying = {c.name for c, _ in self.by_verb["penalty"] if says_pull(c)}
-        for c, me in self.by_verb["trace"]:
-            me.trace = c.trace_init(carry.theta)
+        self.alone = {c.name for c, _ in corrections if c.adds_constraints}
+        self.closed_form = {c.name for c, _ in self.by_verb["penalty"] if knows_gradient(c)}
+        for c, ctx in self.by_verb["trace"]:
+            ctx.trace = c.trace_init(carry.theta)
         self.factors = training.factors(layout)
         self.shared = torch.ones(layout.size, dtype=torch.bool, device=layout.device)
         for name in layout.names:
@@ -137,15 +126,17 @@ class Step:
         """The outputs [B, C] in training mode."""
         if not self.by_verb["view"]:
             if self.bound is None:
-                self.bound, self.carry.buffers = self.model.bind({**self.fixed, **self.leaves}, self.carry.buffers, True)
+                self.bound, self.carry.buffers = self.model.bind(
+                    {**self.fixed, **self.leaves}, self.carry.buffers, True
+                )
             return self.bound(x, task)
         return self.seen(x, task)
 
     def seen(self, x: Tensor, task: str | None) -> Tensor:
         """The outputs [B, C] in training mode, through the views."""
         params: Params = {**self.fixed, **self.leaves}
-        for c, me in self.by_verb["view"]:
-            params = c.view(params, task, me)
+        for c, ctx in self.by_verb["view"]:
+            params = c.view(params, task, ctx)
         out, self.carry.buffers = self.model(params, self.carry.buffers, x, task, True)
         return out
 
@@ -159,7 +150,9 @@ class Step:
         apart = self.model.uses_task or bool(self.by_verb["view"])
         groups: dict[tuple[str | None, int], list[int]] = {}
         for i, p in enumerate(parts):
-            groups.setdefault((p.task if apart else None, i if p.owner in self.alone else -1), []).append(i)
+            groups.setdefault((p.task if apart else None, i if p.drawn_by in self.alone else -1), []).append(
+                i
+            )
         outs: list[Tensor] = [parts[0].x] * len(parts)
         for (task, _), members in groups.items():
             if len(members) == 1:
@@ -173,12 +166,17 @@ class Step:
     def gradient(self, loss: Tensor, keep: bool) -> tuple[Tensor, list[str]]:
         """The flat gradient [n] of a scalar, and the names of the entries that it does not reach."""
         if not loss.requires_grad:  # such as what an earlier task answers through its own mask
-            return torch.zeros(self.layout.size, dtype=self.layout.dtype, device=self.layout.device), list(self.layout.names)
+            return torch.zeros(self.layout.size, dtype=self.layout.dtype, device=self.layout.device), list(
+                self.layout.names
+            )
         inputs = [self.leaves[n] for n in self.layout.names]
         grads = torch.autograd.grad(loss, inputs, retain_graph=keep, allow_unused=True)
         absent = [n for n, g in zip(self.layout.names, grads, strict=True) if g is None]
         flat = torch.cat(
-            [torch.zeros_like(p).view(-1) if g is None else g.reshape(-1) for g, p in zip(grads, inputs, strict=True)]
+            [
+                torch.zeros_like(p).view(-1) if g is None else g.reshape(-1)
+                for g, p in zip(grads, inputs, strict=True)
+            ]
         )
         return flat, absent
 
@@ -191,8 +189,8 @@ class Step:
         grad, self.absent = self._aggregate(objectives, weights, constraints, factor, generator)
         trained = grad
         if self.by_verb["penalty"]:
-            trained = self._pulled(grad, see)
-        lr = self.training.rate(clock, self.span)
+            trained = self._penalised(grad, see)
+        lr = self.training.rate(clock, self.horizon)
         direction, state = self.optimiser.update(trained, carry.optimiser, carry.theta)
         if self.absent:
             direction = self._hold(direction, state, carry.optimiser, self.absent)
@@ -201,28 +199,28 @@ class Step:
         if self.factors is not None:
             direction = direction * self.factors
         carry.optimiser = state
-        for c, me in self.by_verb["trace"]:
-            me.trace = c.trace(see, me, grad, direction * -lr)
+        for c, ctx in self.by_verb["trace"]:
+            ctx.trace = c.trace(see, ctx, grad, direction * -lr)
         carry.theta.add_(direction, alpha=-lr)
 
     def outputs(self, parts: list[Batch], clock: tuple[int, int]) -> tuple[list[Tensor], list[Tensor]]:
         """The model's outputs of all parts, before and after `outputs` verbs and task masks."""
-        for _, me in self.by_verb["view"]:
-            me.clock, me.span = clock, self.span
+        for _, ctx in self.by_verb["view"]:
+            ctx.clock, ctx.horizon = clock, self.horizon
         with self._autocast():
             raw = self.forward_all(parts)
         if self.training.precision == "bf16":
             raw = [o.to(self.layout.dtype) for o in raw]
         outs = []
         for o, p in zip(raw, parts, strict=True):
-            for c, me in self.by_verb["outputs"]:
-                o = c.outputs(o, p.task, me)
             if p.task is not None and self.frame.kind == "class" and p.task in self.frame.tasks:
                 o = o.masked_fill(~self.columns(p.task), -torch.inf)
             outs.append(o)
         return raw, outs
 
-    def look(self, parts: list[Batch], theta: Tensor, clock: tuple[int, int], raw: list[Tensor], outs: list[Tensor]) -> StepView:
+    def look(
+        self, parts: list[Batch], theta: Tensor, clock: tuple[int, int], raw: list[Tensor], outs: list[Tensor]
+    ) -> StepView:
         """What the verbs of a step see."""
 
         def answer(part: int, task: str | None) -> Tensor:
@@ -232,9 +230,19 @@ class Step:
                 return self.forward(parts[part].x, task).to(self.layout.dtype)
 
         return StepView(
-            theta, self.start, self.layout, parts, raw, outs, self.before, clock, self.span, answer,
-            lambda i: self.features(parts[i].x, parts[i].task), lambda x, task: self.features(x, task, True),
-        )  # fmt: skip
+            theta,
+            self.start,
+            self.layout,
+            parts,
+            raw,
+            outs,
+            self.before,
+            clock,
+            self.horizon,
+            answer,
+            lambda i: self.features(parts[i].x, parts[i].task),
+            lambda x, task: self.features(x, task, True),
+        )
 
     def objectives(self, see: StepView) -> tuple[list[Tensor], list[float], list[Tensor]]:
         """The objectives of a step with their weights, and its constraints."""
@@ -243,8 +251,8 @@ class Step:
         kept = [(o, share if p.weight is None else p.weight) for o, p in zip(losses, see.parts, strict=True)]
         objectives, weights = [o for o, w in kept if w], [w for _, w in kept if w]
         constraints: list[Tensor] = []
-        for c, me in self.by_verb["rows"]:
-            for row in c.rows(see, me):
+        for c, ctx in self.by_verb["rows"]:
+            for row in c.rows(see, ctx):
                 if row.kind == "constraint":
                     constraints.append(row.loss)
                 else:
@@ -252,39 +260,55 @@ class Step:
                     weights.append(row.weight)
         return objectives, weights, constraints
 
-    def pulls(self, see: StepView) -> tuple[list[tuple[Tensor, float]], list[tuple[Correction, Me]]]:
+    def penalty_gradients(
+        self, see: StepView
+    ) -> tuple[list[tuple[Tensor, float]], list[tuple[Correction, Context]]]:
         """The gradients of the penalties that say them, as vectors [n] with factors; and who leaves its own to autograd."""
-        said = [(c, me, c.pull(see, me) if c.name in self.saying else None) for c, me in self.by_verb["penalty"]]
-        return [pull for *_, pull in said if pull is not None], [(c, me) for c, me, pull in said if pull is None]
+        said = [
+            (c, ctx, c.penalty_gradient(see, ctx) if c.name in self.closed_form else None)
+            for c, ctx in self.by_verb["penalty"]
+        ]
+        return [penalty_gradient for *_, penalty_gradient in said if penalty_gradient is not None], [
+            (c, ctx) for c, ctx, penalty_gradient in said if penalty_gradient is None
+        ]
 
     @staticmethod
-    def penalty(see: StepView, penalties: Sequence[tuple[Correction, Me]]) -> Tensor:
+    def penalty(see: StepView, penalties: Sequence[tuple[Correction, Context]]) -> Tensor:
         """The sum of penalties: a function of `see.theta`."""
-        return sum((c.penalty(see, me) for c, me in penalties), start=see.theta.new_zeros(()))
+        return sum((c.penalty(see, ctx) for c, ctx in penalties), start=see.theta.new_zeros(()))
 
-    def _pulled(self, grad: Tensor, see: StepView) -> Tensor:
+    def _penalised(self, grad: Tensor, see: StepView) -> Tensor:
         """grad + the gradient of the penalties; grad itself stays where somebody traces it."""
-        known, left = self.pulls(see)
+        known, left = self.penalty_gradients(see)
         own = not self.by_verb["trace"]
         if left:
             leaf = see.theta.detach().requires_grad_()
-            grad, own = grad + torch.autograd.grad(self.penalty(replace(see, theta=leaf), left), leaf)[0], True
+            grad, own = (
+                grad + torch.autograd.grad(self.penalty(replace(see, theta=leaf), left), leaf)[0],
+                True,
+            )
         for vector, factor in known:
-            grad, own = (grad.add_(vector, alpha=factor) if own else torch.add(grad, vector, alpha=factor)), True
+            grad, own = (
+                (grad.add_(vector, alpha=factor) if own else torch.add(grad, vector, alpha=factor)),
+                True,
+            )
         return grad
 
     def _losses(self, see: StepView, kind: str) -> list[Tensor]:
         if not self.by_verb["losses"]:
             return [mean_loss(o, p, kind) for o, p in zip(see.outputs, see.parts, strict=True)]
-        each = {i: sample_losses(o, p.y, kind) for i, (o, p) in enumerate(zip(see.outputs, see.parts, strict=True))}
-        for c, me in self.by_verb["losses"]:
-            each = c.losses(each, see, me)
+        each = {
+            i: sample_losses(o, p.y, kind)
+            for i, (o, p) in enumerate(zip(see.outputs, see.parts, strict=True))
+        }
+        for c, ctx in self.by_verb["losses"]:
+            each = c.losses(each, see, ctx)
         return [p.mean(each[i]) for i, p in enumerate(see.parts)]
 
     def _mask_of(self, see: StepView) -> Tensor | None:
         factor: Tensor | None = None
-        for c, me in self.by_verb["mask"]:
-            m = c.mask(see, me)
+        for c, ctx in self.by_verb["mask"]:
+            m = c.mask(see, ctx)
             factor = m if factor is None else factor * m
         return factor
 
@@ -319,13 +343,17 @@ class Step:
                 grad[self.shared] = a(rows[:, self.shared], weights, generator)
         if constraints:
             if not isinstance(a, Cone):
-                raise Refusal(f"constraint rows need an aggregator that honours them (a cone). Found {type(a).__name__}.")
+                raise Refusal(
+                    f"constraint rows need an aggregator that honours them (a cone). Found {type(a).__name__}."
+                )
             each = [self.gradient(c, keep=i < len(constraints) - 1)[0] for i, c in enumerate(constraints)]
             rows = torch.stack(each) if len(each) > 1 else each[0][None]
             grad = a.project(grad, rows if factor is None else rows * factor)
         return grad, absent
 
-    def _hold(self, direction: Tensor, state: OptimiserState, old: Mapping[str, Tensor], absent: list[str]) -> Tensor:
+    def _hold(
+        self, direction: Tensor, state: OptimiserState, old: Mapping[str, Tensor], absent: list[str]
+    ) -> Tensor:
         """No gradient means no update: those entries stay, and so does what the optimiser keeps of them."""
         held = direction.clone()
         for name in absent:

@@ -11,7 +11,19 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from consilience.cli import Order, Part, _nearest, _parse, _parser, model_of, parts_of, read, read_yaml, resolve, schedule_of
+from consilience.cli.main import (
+    Order,
+    Part,
+    _nearest,
+    _parse,
+    _parser,
+    model_of,
+    parts_of,
+    read,
+    read_yaml,
+    resolve,
+    schedule_of,
+)
 from consilience.core.errors import ConsilienceError, unknown
 
 if TYPE_CHECKING:
@@ -60,7 +72,9 @@ def merge(argv: Sequence[str]) -> int:
     from consilience.merging._plan import ALLOWED
 
     switches = {**SWITCHES, **{f"allow-{a.replace('_', '-')}": why for a, why in ALLOWED.items()}}
-    found, words = read(argv, ("help", *switches, *(s.replace("-", "_") for s in switches), *(f"allow-{a}" for a in ALLOWED)))
+    found, words = read(
+        argv, ("help", *switches, *(s.replace("-", "_") for s in switches), *(f"allow-{a}" for a in ALLOWED))
+    )
     helping = found.pop("help", None) is not None
     stored = _stored(str(found["config"])) if found.get("config") else {}
     said = {**{_dashed(k): v for k, v in stored.items()}, **{_dashed(k): v for k, v in found.items()}}
@@ -82,7 +96,9 @@ def merge(argv: Sequence[str]) -> int:
     for k, v in given.items():
         if k not in known:
             near = _nearest(k, [*known, "aggregator", *switches])
-            raise ConsilienceError(f"an option should be one of `consilience merge`'s. Found '--{k}'; {near}.")
+            raise ConsilienceError(
+                f"an option should be one of `consilience merge`'s. Found '--{k}'; {near}."
+            )
         if v is None and not helping:
             raise ConsilienceError(f"`--{k}` should have a value. Found none.")
     if helping:
@@ -99,7 +115,10 @@ def merge(argv: Sequence[str]) -> int:
         )
     text = {k: _listed(v) if known[k].annotation in LISTS else v for k, v in given.items() if v is not None}
     order = Order(tuple(parts), _parse("merge", parts, known, text), {})
-    chosen = {k: aggregator_of(v) if k == "then" and isinstance(v, str) else v for k, v in order.options(parts[0]).items()}
+    chosen = {
+        k: aggregator_of(v) if k == "then" and isinstance(v, str) else v
+        for k, v in order.options(parts[0]).items()
+    }
     values = order.options(parts[1])
     import torch
 
@@ -114,12 +133,19 @@ def merge(argv: Sequence[str]) -> int:
         return _diagnose(start, paths, values["out"])
     aggregator: Aggregator = call(**chosen)
     arguments = {
-        "weights": values["weights"], "per": values["per"], "scales": values["scales"], "keep": values["keep"] or (), "allow": allow,
-        "importances": values["importances"], "dtype": getattr(torch, values["dtype"]) if values["dtype"] else None,
+        "weights": values["weights"],
+        "per": values["per"],
+        "scales": values["scales"],
+        "keep": values["keep"] or (),
+        "allow": allow,
+        "importances": values["importances"],
+        "dtype": getattr(torch, values["dtype"]) if values["dtype"] else None,
         "out_dtype": getattr(torch, values["out_dtype"]) if values["out_dtype"] else None,
-        "shard": _bytes(values["shard"], "shard") if values["shard"] else None, "memory": _bytes(values["memory"], "memory"),
-        "threads": values["threads"], "seed": values["seed"],
-    }  # fmt: skip
+        "shard": _bytes(values["shard"], "shard") if values["shard"] else None,
+        "memory": _bytes(values["memory"], "memory"),
+        "threads": values["threads"],
+        "seed": values["seed"],
+    }
     if "dry-run" in on:
         print(_stream.checked(start, paths, aggregator, values["out"], **arguments)[0].table())
         print(f"combine  {aggregator!r}, per {values['per']}")
@@ -128,9 +154,11 @@ def merge(argv: Sequence[str]) -> int:
     if not values["out"]:
         raise ConsilienceError("`--out` should be a new file or folder. Found none.")
     began = time.perf_counter()
-    with _bar() as tell:
-        made = _stream.merge(start, paths, aggregator, values["out"], progress=tell, **arguments)
-    size = made.stat().st_size if made.is_file() else sum(p.stat().st_size for p in made.rglob("*.safetensors"))
+    with _bar() as send:
+        made = _stream.merge(start, paths, aggregator, values["out"], progress=send, **arguments)
+    size = (
+        made.stat().st_size if made.is_file() else sum(p.stat().st_size for p in made.rglob("*.safetensors"))
+    )
     print(f"merged {len(paths)} experts into {made} ({size:,} bytes, {time.perf_counter() - began:.1f} s)")
     return 0
 
@@ -159,7 +187,11 @@ def sources_in(folder: str) -> Callable[..., list[Source]]:
     """A function that reads the sources that lie in a folder."""
 
     def sources(
-        flat: bool = False, limit: int | None = None, size: int | None = None, grey: bool = False, space: str | None = None
+        flat: bool = False,
+        limit: int | None = None,
+        size: int | None = None,
+        grey: bool = False,
+        space: str | None = None,
     ) -> list[Source]:
         """The sources that lie in a folder: its .npz files, or its subfolders, each with a subfolder of images for each class.
 
@@ -175,7 +207,9 @@ def sources_in(folder: str) -> Callable[..., list[Source]]:
         here = sorted(p.resolve() for p in Path(folder).iterdir() if not p.name.startswith("."))
         files, folders = [p for p in here if p.suffix == ".npz"], [p for p in here if p.is_dir()]
         if not files and not folders:
-            raise ConsilienceError(f"`--data` should hold an .npz file or a folder for each source. Found neither in {folder}.")
+            raise ConsilienceError(
+                f"`--data` should hold an .npz file or a folder for each source. Found neither in {folder}."
+            )
         if files:
             return [data.npz(p, flat=flat, limit=limit, space=space) for p in files]
         return [data.folder(p, size=size, grey=grey, space=space) for p in folders]
@@ -185,17 +219,21 @@ def sources_in(folder: str) -> Callable[..., list[Source]]:
 
 def checkpoint_of(word: str, base: Any = None) -> Any:
     """A checkpoint to read: a path (of an adapter, with its base), or the state dict of the agent whose run's folder it is."""
-    from consilience.core.folder import Log
+    from consilience.loop.folder import Log
     from consilience.merging._files import opened
 
     path = Path(word)
     if not (path / "checkpoint" / "index.json").exists():
-        opened(path, None if base is None else opened(base))  # what is no checkpoint is refused before any work
+        opened(
+            path, None if base is None else opened(base)
+        )  # what is no checkpoint is refused before any work
         return path
     tensors = (Log(path).last() or ({}, None))[0]
     agents = sorted({k.split("|")[2] for k in tensors if k.startswith("0|agent|")})
     if len(agents) != 1:
-        raise ConsilienceError(f"a run's folder should hold one agent's weights. Found {', '.join(agents) or 'none'} in {word}.")
+        raise ConsilienceError(
+            f"a run's folder should hold one agent's weights. Found {', '.join(agents) or 'none'} in {word}."
+        )
     heads = [f"0|agent|{agents[0]}|{i}/" for i in (0, 1)]  # its parameters, its buffers
     return {k[len(h) :]: t for h in heads for k, t in tensors.items() if k.startswith(h)}
 
@@ -227,34 +265,61 @@ def choose(argv: Sequence[str]) -> int:
     """
     found, words = read(argv)
     helping = found.pop("help", None) is not None
-    names = {c: found.pop(c, None) or d for c, d in (("data", "digits" if helping else ""), ("split", "none"), ("model", "auto"))}
+    names = {
+        c: found.pop(c, None) or d
+        for c, d in (("data", "digits" if helping else ""), ("split", "none"), ("model", "auto"))
+    }
     if not names["data"]:
-        raise ConsilienceError("`--data` should be a folder of sources, or a name of the catalogue. Found none.")
+        raise ConsilienceError(
+            "`--data` should be a folder of sources, or a name of the catalogue. Found none."
+        )
     if Path(names["data"]).is_dir():
         parts = [Part("data", "data", Path(names["data"]).name, sources_in(names["data"]))]
     else:
         parts = parts_of("data", names["data"])
-    merging = Part("setting", "", "merging", resolve("setting", "merging"), ("sources", "experts", "base", "work"), "sources")
-    parts = [*parts, *(p for c in ("split", "model") for p in parts_of(c, names[c])), merging, Part("", "", "choosing", choosing)]
+    merging = Part(
+        "setting",
+        "",
+        "merging",
+        resolve("setting", "merging"),
+        ("sources", "experts", "base", "work"),
+        "sources",
+    )
+    parts = [
+        *parts,
+        *(p for c in ("split", "model") for p in parts_of(c, names[c])),
+        merging,
+        Part("", "", "choosing", choosing),
+    ]
     options = {k: p for part in parts for k, p in part.options().items()}
     for k, v in found.items():
         if k not in options:
             near = _nearest(k, [*options, *names])
-            raise ConsilienceError(f"an option should be one of `consilience choose`'s. Found '--{k}'; {near}.")
+            raise ConsilienceError(
+                f"an option should be one of `consilience choose`'s. Found '--{k}'; {near}."
+            )
         if v is None and not helping:
             raise ConsilienceError(f"`--{k}` should have a value. Found none.")
     if helping:
         parser = _parser("choose", parts, options, names)
         parser.usage = "consilience choose BASE EXPERT... --data DIR [options]"
-        parser.description += " Half of each test part chooses, the other half reports: experts may have seen all else."
+        parser.description += (
+            " Half of each test part chooses, the other half reports: experts may have seen all else."
+        )
         parser.print_help()
         return 0
     for k, p in options.items():
         if p.default is p.empty and k not in found:
             raise ConsilienceError(f"`--{k}` should be given. Found nothing.")
-    order = Order(tuple(parts), _parse("choose", parts, options, {k: v for k, v in found.items() if v is not None}), names)
+    order = Order(
+        tuple(parts),
+        _parse("choose", parts, options, {k: v for k, v in found.items() if v is not None}),
+        names,
+    )
     if len(words) < 2:
-        raise ConsilienceError(f"`consilience choose` should have a base and experts. Found {', '.join(words) or 'neither'}.")
+        raise ConsilienceError(
+            f"`consilience choose` should have a base and experts. Found {', '.join(words) or 'neither'}."
+        )
     if order.values["out"] and Path(order.values["out"]).is_dir():
         raise ConsilienceError(f"`--out` should be a file. Found a folder at {order.values['out']}.")
     tried = None if order.values["aggregators"] is None else aggregators_of(order.values["aggregators"])
@@ -265,7 +330,7 @@ def choose(argv: Sequence[str]) -> int:
     given = dict(zip(named(words[1:]), experts, strict=True))
     schedule = schedule_of(order)
     from consilience.core.params import write_json
-    from consilience.core.run import default_model
+    from consilience.loop.run import default_model
     from consilience.merging._choose import choose as judge
     from consilience.methods import average
 
@@ -302,7 +367,9 @@ def aggregator_of(text: str) -> Aggregator:
         args = [ast.literal_eval(a) for a in arguments.args] if arguments else []
         named = {k.arg: ast.literal_eval(k.value) for k in arguments.keywords if k.arg} if arguments else {}
     except (SyntaxError, ValueError) as e:
-        raise ConsilienceError(f"an aggregator should be a name, or a name with its arguments. Found {text!r}.") from e
+        raise ConsilienceError(
+            f"an aggregator should be a name, or a name with its arguments. Found {text!r}."
+        ) from e
     call = resolve("aggregator", ast.unparse(name))
     try:
         inspect.signature(call).bind(*args, **named)
@@ -352,15 +419,26 @@ def _stored(path: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in (yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}).items():
         if key == "aggregator":
-            name, arguments = next(iter(value.items())) if isinstance(value, dict) and len(value) == 1 else (value, None)
+            name, arguments = (
+                next(iter(value.items())) if isinstance(value, dict) and len(value) == 1 else (value, None)
+            )
             if not isinstance(name, str) or not isinstance(arguments, dict | None):
                 raise ConsilienceError(
                     f"`aggregator` should be a name, or one with a mapping of its options. Found {value!r} in {path}."
                 )
             found["aggregator."] = name
-            found |= {f"aggregator.{k}": v if isinstance(v, str) else json.dumps(v) for k, v in (arguments or {}).items()}
+            found |= {
+                f"aggregator.{k}": v if isinstance(v, str) else json.dumps(v)
+                for k, v in (arguments or {}).items()
+            }
         elif key in ("experts", "allow"):
-            value = list(value.values()) if isinstance(value, dict) else [value] if isinstance(value, str) else value
+            value = (
+                list(value.values())
+                if isinstance(value, dict)
+                else [value]
+                if isinstance(value, str)
+                else value
+            )
             if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
                 raise ConsilienceError(f"`{key}` should be a list of text. Found {value!r} in {path}.")
             found[key] = value
@@ -376,14 +454,25 @@ class _bar:
 
     def __enter__(self) -> Callable[[int, int], None] | None:
         from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            Progress,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
 
         console = Console(stderr=True)
         self.bar = None
         if not console.is_terminal:
             return None
         self.bar = Progress(
-            BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(), console=console, transient=True
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
         )
         task = self.bar.add_task("merge", total=None)
         self.bar.start()

@@ -27,9 +27,9 @@ from consilience.core.errors import ConsilienceError, Interrupted, Refusal, kind
 if TYPE_CHECKING:
     from consilience.core.method import Method
     from consilience.core.model import Model
-    from consilience.core.result import Result
     from consilience.core.schedule import Schedule
     from consilience.core.training import Training
+    from consilience.loop.result import Result
 
 CHOICES = ("setting", "data", "split", "method", "model")
 CHAINED = ("split", "method", "methods", "model")
@@ -39,16 +39,39 @@ NONE = ("none", "auto", "null")
 FITTING: dict[str, dict[str, Any]] = {
     "multitask": {"split": "permute", "split.n": 3, "method": "pcgrad", "setting.scenario": "domain"},
     "continual": {"split": "classes", "split.n": 5, "method": "er"},
-    "federated": {"split": "dirichlet", "split.clients": 10, "split.alpha": 0.5, "method": "fedavg", "training.epochs": 1},
-    "federated_continual": {
-        "split": "iid+classes", "split.iid.n": 3, "split.classes.n": 5, "method": "er", "setting.rounds": 3, "training.epochs": 2,
+    "federated": {
+        "split": "dirichlet",
+        "split.clients": 10,
+        "split.alpha": 0.5,
+        "method": "fedavg",
+        "training.epochs": 1,
     },
-    "hierarchical": {"split": "dirichlet", "split.clients": 10, "split.alpha": 0.5, "method": "fedavg", "training.epochs": 1},
-    "gossip": {"split": "dirichlet", "split.clients": 10, "split.alpha": 0.5, "method": "fedavg", "training.epochs": 1},
+    "federated_continual": {
+        "split": "iid+classes",
+        "split.iid.n": 3,
+        "split.classes.n": 5,
+        "method": "er",
+        "setting.rounds": 3,
+        "training.epochs": 2,
+    },
+    "hierarchical": {
+        "split": "dirichlet",
+        "split.clients": 10,
+        "split.alpha": 0.5,
+        "method": "fedavg",
+        "training.epochs": 1,
+    },
+    "gossip": {
+        "split": "dirichlet",
+        "split.clients": 10,
+        "split.alpha": 0.5,
+        "method": "fedavg",
+        "training.epochs": 1,
+    },
     "merging": {"split": "dirichlet", "split.clients": 3, "split.alpha": 1.0, "method": "average"},
     "exmodel": {"split": "classes", "split.n": 5, "method": "entropy_ensemble"},
     "skill": {"split": "classes", "split.n": 5, "method": "skill"},
-}  # fmt: skip
+}
 """What fits a setting where nothing else is chosen; a setting of one's own is treated as the first of them all, continual."""
 FITTING_DATA: dict[str, dict[str, Any]] = {
     "breast_cancer": {"split.n": 2, "split.classes.n": 2},
@@ -66,9 +89,24 @@ FROM_ROOM = {"aggregator": "aggregators", "policy": "memory", "mapper": "mappers
 FROM_DATA = ("inputs", "outputs", "channels", "size")
 """Arguments of models that the data says."""
 FROM_HERE = {"setting": ("sources", "streams", "experts", "base"), "model": FROM_DATA}
-SWITCHES = ("resume", "clients", "help")
-ROOMS = {"aggregator": "aggregators", "setting": "settings", "method": "methods", "methods": "methods", "model": "models"}
-HIDDEN = {"arrays", "embed", "head2toe", "macs", "new_instances", "new_instances_and_classes", "stream", "wrap"}
+SWITCHES = ("resume", "judge_clients", "help")
+ROOMS = {
+    "aggregator": "aggregators",
+    "setting": "settings",
+    "method": "methods",
+    "methods": "methods",
+    "model": "models",
+}
+HIDDEN = {
+    "arrays",
+    "embed",
+    "head2toe",
+    "macs",
+    "new_instances",
+    "new_instances_and_classes",
+    "stream",
+    "wrap",
+}
 """Functions of a catalogue that need objects, not text."""
 
 
@@ -82,7 +120,7 @@ def general(
     engine: str = "serial",
     checkpoint_seconds: float = 60.0,
     checkpoint_steps: int | None = None,
-    clients: bool = False,
+    judge_clients: bool = False,
 ) -> None:
     """Options of a run as a whole.
 
@@ -96,7 +134,7 @@ def general(
         engine: who runs the steps.
         checkpoint_seconds: the time between checkpoints, also inside a task.
         checkpoint_steps: the steps between checkpoints, in addition.
-        clients: also judge whoever learns by its own parameters, before and after, and how far those heard together went apart.
+        judge_clients: also judge whoever learns by its own parameters, before and after, and how far those heard together went apart.
     """
 
 
@@ -109,8 +147,14 @@ def catalogue(choice: str) -> dict[str, Callable[..., Any]]:
     names = getattr(module, "__all__", [n for n in vars(module) if n in FITTING])
     found = {n: getattr(module, n) for n in names if n not in HIDDEN}
     if choice in ("data", "split"):
-        splits = {n for n, f in found.items() if next(iter(inspect.signature(f).parameters), "") in ("source", "sources")}
-        found = {n.removeprefix("split_"): f for n, f in found.items() if (n in splits) == (choice == "split")}
+        splits = {
+            n
+            for n, f in found.items()
+            if next(iter(inspect.signature(f).parameters), "") in ("source", "sources")
+        }
+        found = {
+            n.removeprefix("split_"): f for n, f in found.items() if (n in splits) == (choice == "split")
+        }
     return {n: f for n, f in found.items() if inspect.isfunction(f)}
 
 
@@ -127,9 +171,15 @@ def resolve(choice: str, name: str) -> Callable[..., Any]:
     try:
         found = importlib.import_module(module)
     except (ImportError, SyntaxError, TypeError, ValueError) as e:
-        raise ConsilienceError(f"`{choice}` should be a name of the catalogue or a dotted path. Found {name!r}: {e}.") from e
+        raise ConsilienceError(
+            f"`{choice}` should be a name of the catalogue or a dotted path. Found {name!r}: {e}."
+        ) from e
     if not callable(getattr(found, attribute, None)):
-        raise unknown(choice, name, [f"{module}.{n}" for n, f in vars(found).items() if callable(f) and not n.startswith("_")])
+        raise unknown(
+            choice,
+            name,
+            [f"{module}.{n}" for n, f in vars(found).items() if callable(f) and not n.startswith("_")],
+        )
     return getattr(found, attribute)  # type: ignore[no-any-return]
 
 
@@ -162,7 +212,9 @@ class Part:
                     kind = eval(kind, dict(scope))
                 except (NameError, AttributeError, TypeError):
                     kind = Any
-            default = USUAL.get(p.name, p.default) if p.default is p.empty and self.choice == "split" else p.default
+            default = (
+                USUAL.get(p.name, p.default) if p.default is p.empty and self.choice == "split" else p.default
+            )
             found[f"{self.key}.{p.name}" if self.key else p.name] = p.replace(
                 annotation=kind, default=default, kind=p.KEYWORD_ONLY
             )
@@ -184,15 +236,23 @@ def parts_of(choice: str, text: str) -> list[Part]:
     if text in NONE and choice in ("split", "model"):
         return []
     lists = [t.strip() for t in text.split(",")] if choice == "methods" else [text]
-    names = list(dict.fromkeys(n.strip() for t in lists for n in (t.split("+") if choice in CHAINED else [t])))
+    names = list(
+        dict.fromkeys(n.strip() for t in lists for n in (t.split("+") if choice in CHAINED else [t]))
+    )
     found = []
     for name in names:
         name = name.removeprefix("split_") if choice == "split" else name
         call = resolve(choice, name)
-        first = next(iter(inspect.signature(call).parameters), "") if choice in ("setting", "split", "model") else ""
+        first = (
+            next(iter(inspect.signature(call).parameters), "")
+            if choice in ("setting", "split", "model")
+            else ""
+        )
         key = choice if len(names) == 1 and choice != "methods" else f"{choice}.{name.rpartition('.')[2]}"
         first = first if choice != "model" or first in ("trunk", "model", "backbone") else ""
-        given = [n for n in FROM_HERE.get(choice, ()) if (name, n) != ("backbone", "size")]  # which resizes images itself
+        given = [
+            n for n in FROM_HERE.get(choice, ()) if (name, n) != ("backbone", "size")
+        ]  # which resizes images itself
         found.append(Part(choice, key, name, call, (*given, first), first))
     return found
 
@@ -230,16 +290,24 @@ def read_yaml(path: Path) -> dict[str, str | None]:
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as e:
-        near = difflib.get_close_matches(path.name, os.listdir(path.parent) if path.parent.is_dir() else [], n=1)
+        near = difflib.get_close_matches(
+            path.name, os.listdir(path.parent) if path.parent.is_dir() else [], n=1
+        )
         hint = f"; nearest: {path.parent / near[0]}" if near else ""
-        raise ConsilienceError(f"`config` should be a readable file. Found {e.strerror} at {path}{hint}.") from e
+        raise ConsilienceError(
+            f"`config` should be a readable file. Found {e.strerror} at {path}{hint}."
+        ) from e
     except (yaml.YAMLError, UnicodeDecodeError) as e:
         mark = getattr(e, "problem_mark", None)
         where = f" in line {mark.line + 1}" if mark else ""
-        raise ConsilienceError(f"`config` should be YAML. Found {getattr(e, 'problem', None) or e}{where} of {path}.") from e
+        raise ConsilienceError(
+            f"`config` should be YAML. Found {getattr(e, 'problem', None) or e}{where} of {path}."
+        ) from e
     found = {} if found is None else found
     if not isinstance(found, dict):
-        raise ConsilienceError(f"`config` should be a mapping of options. Found a {type(found).__name__} in {path}.")
+        raise ConsilienceError(
+            f"`config` should be a mapping of options. Found a {type(found).__name__} in {path}."
+        )
     return flat(found)
 
 
@@ -254,8 +322,14 @@ def flat(config: Mapping[Any, Any]) -> dict[str, str | None]:
                 found[key] = ("," if key == "methods" else "+").join(map(str, value))
                 for name, options in value.items():
                     if options is not None and not isinstance(options, dict):
-                        raise ConsilienceError(f"`{key}: {name}` should be a mapping of its options. Found {options!r}.")
-                    own = key if len(value) == 1 and key != "methods" else f"{key}.{str(name).rpartition('.')[2]}"
+                        raise ConsilienceError(
+                            f"`{key}: {name}` should be a mapping of its options. Found {options!r}."
+                        )
+                    own = (
+                        key
+                        if len(value) == 1 and key != "methods"
+                        else f"{key}.{str(name).rpartition('.')[2]}"
+                    )
                     found |= {f"{own}.{k}": v for k, v in (options or {}).items()}
             else:
                 found[key] = "none" if value is None else value
@@ -273,7 +347,9 @@ def nested(parts: Sequence[Part], values: Mapping[str, Any]) -> dict[str, Any]:
         own = {k.removeprefix(part.key + "."): plain(values[k]) for k in part.options()}
         if part.choice in ("training", ""):
             config |= (
-                {part.choice: own} if part.choice else {k: v for k, v in own.items() if k not in ("out", "resume", "config")}
+                {part.choice: own}
+                if part.choice
+                else {k: v for k, v in own.items() if k not in ("out", "resume", "config")}
             )
         else:
             old = config.get(part.choice)
@@ -314,7 +390,11 @@ class Order:
         if "methods" in self.names:
             own = found["methods"]
             found["methods"] = self.names["methods"].split(",")
-            found |= {f"methods.{p.key.rpartition('.')[2]}.{k}": v for p in self.of("methods") for k, v in own[p.name].items()}
+            found |= {
+                f"methods.{p.key.rpartition('.')[2]}.{k}": v
+                for p in self.of("methods")
+                for k, v in own[p.name].items()
+            }
         return found
 
     def of(self, choice: str) -> list[Part]:
@@ -346,7 +426,12 @@ def understand(command: str, argv: Sequence[str]) -> Order | None:
         stored = read_yaml(Path(given["out"]) / "config.yaml")
     setting = given.get("setting") or stored.get("setting") or "continual"
     resolve("setting", setting)
-    fit: dict[str, Any] = {"setting": setting, "data": "digits", "model": "auto", **FITTING.get(setting, FITTING["continual"])}
+    fit: dict[str, Any] = {
+        "setting": setting,
+        "data": "digits",
+        "model": "auto",
+        **FITTING.get(setting, FITTING["continual"]),
+    }
     if many == "methods":
         fit["methods"] = ",".join(dict.fromkeys(["finetune", fit.pop("method")]))
     data = given.get("data") or stored.get("data") or "digits"
@@ -355,7 +440,10 @@ def understand(command: str, argv: Sequence[str]) -> Order | None:
     from consilience.core.training import Training
 
     parts = [p for c in choices for p in parts_of(c, names[c])]
-    parts += [Part("training", "training", "training", Training, ("sampler",)), Part("", "", "general", general)]
+    parts += [
+        Part("training", "training", "training", Training, ("sampler",)),
+        Part("", "", "general", general),
+    ]
     options = {k: p for part in parts for k, p in part.options().items()}
     single = {p.key: p.name.rpartition(".")[2] for p in parts if p.choice in CHAINED and p.key == p.choice}
 
@@ -370,7 +458,9 @@ def understand(command: str, argv: Sequence[str]) -> Order | None:
         for k in layer:
             if k not in known and k in merged:
                 near = _nearest(k, known, sign)
-                raise ConsilienceError(f"{a} should be one of `consilience {command}`'s. Found {sign + k!r}; {near}.")
+                raise ConsilienceError(
+                    f"{a} should be one of `consilience {command}`'s. Found {sign + k!r}; {near}."
+                )
             if layer[k] is None and not helping:
                 raise ConsilienceError(f"`{sign}{k}` should have a value. Found none.")
     wanted = {k: v for k, v in merged.items() if k in options}
@@ -382,22 +472,33 @@ def understand(command: str, argv: Sequence[str]) -> Order | None:
     for k, p in options.items():
         if p.default is p.empty and k not in wanted:
             raise ConsilienceError(f"`--{k}` should be given. Found nothing.")
-    return Order(tuple(parts), _parse(command, parts, options, {k: v for k, v in wanted.items() if k not in usual}), names)
+    return Order(
+        tuple(parts),
+        _parse(command, parts, options, {k: v for k, v in wanted.items() if k not in usual}),
+        names,
+    )
 
 
 def _nearest(name: str, known: Sequence[str], prefix: str = "--") -> str:
     tail = {k.rpartition(".")[2]: k for k in known}
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    near = near or [tail[t] for t in difflib.get_close_matches(name.rpartition(".")[2], list(tail), n=1, cutoff=0.5)]
+    near = near or [
+        tail[t] for t in difflib.get_close_matches(name.rpartition(".")[2], list(tail), n=1, cutoff=0.5)
+    ]
     return f"nearest: {', '.join(prefix + k for k in near)}" if near else "--help lists them"
 
 
 def _parser(
-    command: str, parts: Sequence[Part], options: Mapping[str, inspect.Parameter], names: Mapping[str, str] | None = None
+    command: str,
+    parts: Sequence[Part],
+    options: Mapping[str, inspect.Parameter],
+    names: Mapping[str, str] | None = None,
 ) -> Any:
     from jsonargparse import ArgumentParser
 
-    parser = ArgumentParser(prog=f"consilience {command}", description=COMMANDS[command][0], exit_on_error=False)
+    parser = ArgumentParser(
+        prog=f"consilience {command}", description=COMMANDS[command][0], exit_on_error=False
+    )
     if names is not None:
         parser.usage = f"consilience {command} [options]"
         group = parser.add_argument_group(
@@ -410,7 +511,9 @@ def _parser(
                 "split": ", one after another with +; or none",
             }
             known = ", ".join(sorted(catalogue(choice)))
-            group.add_argument(f"--{choice}", default=name, metavar="NAME", help=f"{known}{more.get(choice, '')}")
+            group.add_argument(
+                f"--{choice}", default=name, metavar="NAME", help=f"{known}{more.get(choice, '')}"
+            )
     for part in sorted(parts, key=lambda p: p.choice not in CHOICES):
         if any(k in options for k in part.options()):
             line = (inspect.getdoc(part.call) or "").split("\n")[0]
@@ -432,8 +535,16 @@ def _parse(
         for k in given:
             if re.search(rf"(^|[\s\"'`-]){re.escape(k)}([\s\"'`:]|$)", str(e)):
                 kind = options[k].annotation
-                allowed = [str(a) for a in typing.get_args(kind)] if typing.get_origin(kind) is typing.Literal else []
-                near = f"; {_nearest(given[k], allowed, '')}" if difflib.get_close_matches(given[k], allowed, cutoff=0.5) else ""
+                allowed = (
+                    [str(a) for a in typing.get_args(kind)]
+                    if typing.get_origin(kind) is typing.Literal
+                    else []
+                )
+                near = (
+                    f"; {_nearest(given[k], allowed, '')}"
+                    if difflib.get_close_matches(given[k], allowed, cutoff=0.5)
+                    else ""
+                )
                 rule = f"one of {', '.join(allowed)}" if allowed else _words(kind)
                 raise ConsilienceError(f"`--{k}` should be {rule}. Found {given[k]!r}{near}.") from e
         raise ConsilienceError(" ".join(str(e).split())) from e
@@ -463,14 +574,20 @@ def schedule_of(order: Order) -> Schedule:
         if part.first == "sources":
             now = part.call(_list(now), **options)
         else:
-            now = [part.call(s, **options) for s in now] if isinstance(now, list | tuple) else part.call(now, **options)
+            now = (
+                [part.call(s, **options) for s in now]
+                if isinstance(now, list | tuple)
+                else part.call(now, **options)
+            )
         _a("split", now, part.name)
     (setting,) = order.of("setting")
     streams = [_list(s) for s in _list(now)]
     now = streams if setting.first == "streams" else [s for stream in streams for s in stream]
     schedule = setting.call(**{setting.first: now}, **order.options(setting))
     if not hasattr(schedule, "plan"):
-        raise ConsilienceError(f"`setting` should give a Schedule. Found {kind_of(schedule)} from {setting.name!r}.")
+        raise ConsilienceError(
+            f"`setting` should give a Schedule. Found {kind_of(schedule)} from {setting.name!r}."
+        )
     return schedule  # type: ignore[no-any-return]
 
 
@@ -483,7 +600,9 @@ def _a(choice: str, value: Any, name: str) -> Any:
             if isinstance(v, list | tuple):
                 _a(choice, v, name)
             else:
-                raise ConsilienceError(f"`{choice}` should give a Source or a list of them. Found {kind_of(v)} from {name!r}.")
+                raise ConsilienceError(
+                    f"`{choice}` should give a Source or a list of them. Found {kind_of(v)} from {name!r}."
+                )
     return value
 
 
@@ -501,8 +620,13 @@ def method_of(order: Order, names: str, choice: str = "method") -> Method:
     for part in (p for n in names.split("+") for p in order.of(choice) if p.name == n.strip()):
         options = order.options(part)
         for argument, room in FROM_ROOM.items():
-            plain = f"{part.key}.{argument}" in part.options() and part.options()[f"{part.key}.{argument}"].annotation is not Any
-            if isinstance(options.get(argument), str) and not plain:  # such as skill's mapper, which is a name itself
+            plain = (
+                f"{part.key}.{argument}" in part.options()
+                and part.options()[f"{part.key}.{argument}"].annotation is not Any
+            )
+            if (
+                isinstance(options.get(argument), str) and not plain
+            ):  # such as skill's mapper, which is a name itself
                 catalogue_of = importlib.import_module(f"consilience.{room}")
                 known = [n for n in catalogue_of.__all__ if n != "torchjd"]  # which needs a name of its own
                 if options[argument] not in known:
@@ -531,9 +655,16 @@ def model_of(order: Order, schedule: Schedule) -> Model | None:
         import torch
 
         x, _ = schedule.sources[0].train.select(torch.arange(1)).whole()
-        says = {"inputs": x[0].numel(), "outputs": len(schedule.frame.labels), "channels": (*x.shape, 1)[1], "size": x.shape[-1]}
+        says = {
+            "inputs": x[0].numel(),
+            "outputs": len(schedule.frame.labels),
+            "channels": (*x.shape, 1)[1],
+            "size": x.shape[-1],
+        }
         if part.first and model is None:
-            raise ConsilienceError(f"{part.name} should follow a model, as in random_features+{part.name}. Found it first.")
+            raise ConsilienceError(
+                f"{part.name} should follow a model, as in random_features+{part.name}. Found it first."
+            )
         takes = inspect.signature(part.call).parameters
         given = {
             **order.options(part),
@@ -561,7 +692,14 @@ def shown(stages: int, repeats: int, label: str) -> Iterator[Callable[[Mapping[s
     """A callback for the lines of a run's log: a bar in a terminal, plain lines elsewhere."""
     total = stages * repeats
     if sys.stdout.isatty():
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
 
         columns = (
             TextColumn("{task.description}"),
@@ -584,7 +722,9 @@ def shown(stages: int, repeats: int, label: str) -> Iterator[Callable[[Mapping[s
     def write(line: Mapping[str, Any]) -> None:
         if line["event"] == "stage" and line["stage"]:
             count = f"{line['repeat'] * stages + line['stage']}/{total}"
-            print(f"{label}  {count}  {line['name']}  {line['score']:.3f}  {line['seconds']:.1f} s", flush=True)
+            print(
+                f"{label}  {count}  {line['name']}  {line['score']:.3f}  {line['seconds']:.1f} s", flush=True
+            )
         elif line["event"] == "resume":
             print(
                 f"{label}  resumed after {line['repeat'] * stages + max(0, line['stage'] - 1)}/{total}, step {line['steps']}",
@@ -601,11 +741,20 @@ def carry_out(
     import consilience as cs
 
     general = {
-        k: order.values[k] for k in ("repeats", "seed", "metric", "engine", "checkpoint_seconds", "checkpoint_steps", "clients")
+        k: order.values[k]
+        for k in (
+            "repeats",
+            "seed",
+            "metric",
+            "engine",
+            "checkpoint_seconds",
+            "checkpoint_steps",
+            "judge_clients",
+        )
     }
     if general["metric"] and "." in general["metric"]:
         general["metric"] = resolve("metric", general["metric"])
-    with shown(schedule.facts(general["seed"]).stages, general["repeats"], method.name) as progress:
+    with shown(schedule.survey(general["seed"]).stages, general["repeats"], method.name) as progress:
         return cs.run(
             schedule,
             method,
@@ -632,7 +781,9 @@ def run(argv: Sequence[str]) -> int:
         raise ConsilienceError("`--resume` should come with the folder to go on in, `--out`. Found none.")
     if resume and not (Path(out) / "config.yaml").exists():
         raise ConsilienceError(f"`--resume` should find a run in `--out`. Found none in {out}.")
-    result = carry_out(order, schedule_of(order), method_of(order, order.names["method"]), order.config, out, resume)
+    result = carry_out(
+        order, schedule_of(order), method_of(order, order.names["method"]), order.config, out, resume
+    )
     print(result.table())
     if out:
         print(f"kept in {out}")
@@ -646,18 +797,26 @@ def compare(argv: Sequence[str]) -> int:
         return 0
     from consilience import report
     from consilience.core.params import write_bytes, write_json
-    from consilience.core.run import default_model
+    from consilience.loop.run import default_model
 
     out, resume = order.values["out"], order.values["resume"]
     folder = Path(out) if out else None
     if resume and (folder is None or not (folder / "config.yaml").exists()):
-        raise ConsilienceError(f"`--resume` should find a comparison in `--out`. Found none{f' in {folder}' if folder else ''}.")
+        raise ConsilienceError(
+            f"`--resume` should find a comparison in `--out`. Found none{f' in {folder}' if folder else ''}."
+        )
     if folder and resume and read_yaml(folder / "config.yaml") != flat(order.config):
-        raise ConsilienceError(f"a comparison resumes with the configuration it began with. Found another one in {folder}.")
-    if folder and not resume and any((folder / f).exists() for f in ("compare.json", "config.yaml", "result.json")):
+        raise ConsilienceError(
+            f"a comparison resumes with the configuration it began with. Found another one in {folder}."
+        )
+    if (
+        folder
+        and not resume
+        and any((folder / f).exists() for f in ("compare.json", "config.yaml", "result.json"))
+    ):
         raise ConsilienceError(f"`out` should be a new folder, or be resumed. Found a run in {folder}.")
     schedule = schedule_of(order)
-    facts = schedule.facts(order.values["seed"])
+    facts = schedule.survey(order.values["seed"])
     model = model_of(order, schedule)
     refused: dict[str, str] = {}
     methods: dict[str, Method] = {}
@@ -695,7 +854,11 @@ def compare(argv: Sequence[str]) -> int:
         except Refusal as e:
             refused[name] = str(e)
         except Interrupted as e:
-            how = f"go on with `consilience compare --resume --out {out}`" if out else "nothing was kept: no `--out` was given"
+            how = (
+                f"go on with `consilience compare --resume --out {out}`"
+                if out
+                else "nothing was kept: no `--out` was given"
+            )
             raise Interrupted(f"interrupted; {how}.") from e
     found = list(results.values())
     if found:
@@ -703,7 +866,10 @@ def compare(argv: Sequence[str]) -> int:
     for name, reason in refused.items():
         print(f"{name}  refused: {reason.removeprefix(name + ': ')}")
     if folder:
-        write_json(folder / "compare.json", {"results": {n: summary(r) for n, r in results.items()}, "refused": refused})
+        write_json(
+            folder / "compare.json",
+            {"results": {n: summary(r) for n, r in results.items()}, "refused": refused},
+        )
         if found:
             print(f"wrote {report.write(found, folder / 'report.html')}")
     return 0 if found else 2
@@ -711,15 +877,30 @@ def compare(argv: Sequence[str]) -> int:
 
 def summary(result: Result) -> dict[str, Any]:
     """The figures of result.json, without the matrices."""
-    keys = ("setting", "data", "method", "model", "repeats", "seed", "metric", "score", "score_std", "forgetting", "backward_transfer",
-            "forward_transfer", "macs", "bytes", "seconds")  # fmt: skip
+    keys = (
+        "setting",
+        "data",
+        "method",
+        "model",
+        "repeats",
+        "seed",
+        "metric",
+        "score",
+        "score_std",
+        "forgetting",
+        "backward_transfer",
+        "forward_transfer",
+        "macs",
+        "bytes",
+        "seconds",
+    )
     whole = result.to_json()
     return {k: whole[k] for k in keys}
 
 
 def choose(argv: Sequence[str]) -> int:
     """Say whether combining trained models pays, and how: consilience choose BASE EXPERT... --data DIR --model mlp [-o FILE]."""
-    from consilience.merging.commands import choose as command
+    from consilience.cli.merging import choose as command
 
     return command(argv)
 
@@ -728,14 +909,18 @@ def methods(argv: Sequence[str]) -> int:
     """List every method: what it does, where it runs, its paper."""
     if _no_more("methods", argv):
         return 0
-    from consilience.core.run import default_model
+    from consilience.loop.run import default_model
 
     where = tiny()
     for name, call in catalogue("method").items():
         needed = [n for n, p in inspect.signature(call).parameters.items() if p.default is p.empty]
         order = Order(
             (Part("method", "method", name, call),),
-            {f"method.{p}": v for p, v in {"aggregator": "mean", "mapper": "min_entropy"}.items() if p in needed},
+            {
+                f"method.{p}": v
+                for p, v in {"aggregator": "mean", "mapper": "min_entropy"}.items()
+                if p in needed
+            },
         )
         inputs: dict[str, Any] = {"unlabelled": [[0.0] * 4]} if "unlabelled" in needed else {}
         method = method_of(order, name) if order.values else call(**inputs)
@@ -743,7 +928,12 @@ def methods(argv: Sequence[str]) -> int:
         for setting, schedule in where.items():
             for scenario, note in (("class", ""), ("task", " (scenario task)")):
                 try:
-                    method.resolve(replace(replace(schedule, scenario=scenario).facts(), model=default_model(schedule, method)))
+                    method.resolve(
+                        replace(
+                            replace(schedule, scenario=scenario).survey(),
+                            model=default_model(schedule, method),
+                        )
+                    )
                     runs.append(setting + note)
                     break
                 except Refusal:
@@ -768,10 +958,14 @@ def tiny() -> dict[str, Schedule]:
     a, b = data.split_classes(data.arrays(x, np.arange(40) % 4), 2)
     c, d = (replace(s, name=s.name + "'") for s in (a, b))
     return {
-        "multitask": settings.multitask([a, b]), "continual": settings.continual([a, b]), "federated": settings.federated([a, b], rounds=2),
-        "federated_continual": settings.federated_continual([[a, b], [c, d]], rounds=1), "merging": settings.merging([a, b]),
-        "exmodel": settings.exmodel(sources=[a, b]), "skill": settings.skill([[a, b], [c, d]]),
-    }  # fmt: skip
+        "multitask": settings.multitask([a, b]),
+        "continual": settings.continual([a, b]),
+        "federated": settings.federated([a, b], rounds=2),
+        "federated_continual": settings.federated_continual([[a, b], [c, d]], rounds=1),
+        "merging": settings.merging([a, b]),
+        "exmodel": settings.exmodel(sources=[a, b]),
+        "skill": settings.skill([[a, b], [c, d]]),
+    }
 
 
 def report(argv: Sequence[str]) -> int:
@@ -785,7 +979,11 @@ def report(argv: Sequence[str]) -> int:
         raise ConsilienceError("`consilience report` should have folders of runs, and -o a file. Found none.")
     folders: list[Path] = []
     for word in words:
-        runs = sorted(p.parent for p in Path(word).rglob("result.json")) if not (Path(word) / "result.json").exists() else []
+        runs = (
+            sorted(p.parent for p in Path(word).rglob("result.json"))
+            if not (Path(word) / "result.json").exists()
+            else []
+        )
         folders += runs or [Path(word)]
     results = [room.load(f) for f in dict.fromkeys(folders)]
     print(room.table(results))
@@ -795,7 +993,7 @@ def report(argv: Sequence[str]) -> int:
 
 def merge(argv: Sequence[str]) -> int:
     """Merge checkpoints of any size: consilience merge BASE EXPERT... --aggregator ties -o OUT."""
-    from consilience.merging.commands import merge as command
+    from consilience.cli.merging import merge as command
 
     return command(argv)
 
@@ -820,7 +1018,9 @@ def _no_more(command: str, argv: Sequence[str]) -> bool:
         return True
     if argv:
         near = _nearest(argv[0].removeprefix("--"), ["out", "help"] if command != "methods" else ["help"])
-        raise ConsilienceError(f"an option should be one of `consilience {command}`'s. Found {argv[0]!r}; {near}.")
+        raise ConsilienceError(
+            f"an option should be one of `consilience {command}`'s. Found {argv[0]!r}; {near}."
+        )
     return False
 
 
@@ -856,7 +1056,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except OSError as e:
         return _say(
-            f"files should be readable and writable. Found {e.strerror or e}{f' at {e.filename}' if e.filename else ''}.", 2
+            f"files should be readable and writable. Found {e.strerror or e}{f' at {e.filename}' if e.filename else ''}.",
+            2,
         )
 
 

@@ -5,21 +5,27 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
-from consilience.core.agent import Agent, Job
+from consilience.loop.agent import Agent, Job
 
-Work = tuple[Agent, tuple[str, ...], float]
-"""An agent, the names of its sources, and the fraction of its steps that it does."""
+
+class Visit(NamedTuple):
+    """One agent that trains on some sources, for a fraction of the steps (below 1 for a straggler)."""
+
+    agent: Agent
+    sources: tuple[str, ...]
+    fraction: float
+
 
 Paused = tuple[Mapping[str, Tensor], Mapping[str, int]]
 """What `Job.save` kept of the first agent's job."""
 
 
 @dataclass(frozen=True)
-class Watch:
+class EngineEvents:
     """What the loop wants to be told.
 
     `tick(job)` after every step, or `tick(None)` where agents have finished and no job is under way: it may raise Interrupted;
@@ -40,7 +46,7 @@ class Engine(ABC):
     """Whether agents of several runs had better be given together."""
 
     @abstractmethod
-    def learn(self, work: Sequence[Work], watch: Watch, paused: Paused | None = None) -> None:
+    def train(self, visits: Sequence[Visit], events: EngineEvents, paused: Paused | None = None) -> None:
         """Let each agent learn its sources; `paused` is a saved job of the first to go on with."""
 
     def close(self) -> None:  # noqa: B027 (nothing to give back)

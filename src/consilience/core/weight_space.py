@@ -16,7 +16,7 @@ from consilience.core.message import Message, Shared, Weights
 from consilience.core.model import Model
 from consilience.core.optimiser import SGD, Optimiser
 from consilience.core.params import Layout, Params, finite, matches
-from consilience.core.schedule import Facts
+from consilience.core.schedule import ScheduleFacts
 from consilience.core.source import Source
 from consilience.core.state import State
 
@@ -50,32 +50,47 @@ class WeightSpace(Consolidator):
     def forget(self, model: Model, state: State) -> State:
         raise Refusal("weights cannot be taken out again; train again without that sender.")
 
-    def refuse(self, facts: Facts) -> str | None:
-        if self.needs_base and facts.hears and not facts.common_base:
+    def refuse(self, facts: ScheduleFacts) -> str | None:
+        if self.needs_base and facts.exchanges and not facts.common_base:
             return (
                 f"{type(self.aggregator).__name__} combines deltas from the hearer's own parameters, but here what is heard "
                 "starts from others; use an average, or the merging setting with `base`"
             )
         return None
 
-    def export(self, model: Model, state: State, sources: Sequence[Source], personal: Sequence[str]) -> dict[str, Shared]:
+    def export(
+        self, model: Model, state: State, sources: Sequence[Source], personal: Sequence[str]
+    ) -> dict[str, Shared]:
         if sources:
             return {}
         tensors = {f"params/{n}": p for n, p in state.params.items() if not matches(n, personal)}
-        return {"": Weights({**tensors, **{f"buffers/{n}": b for n, b in state.buffers.items() if not matches(n, personal)}})}
+        return {
+            "": Weights(
+                {
+                    **tensors,
+                    **{f"buffers/{n}": b for n, b in state.buffers.items() if not matches(n, personal)},
+                }
+            )
+        }
 
-    def rest(self, state: State, personal: Sequence[str]) -> State:
+    def release(self, state: State, personal: Sequence[str]) -> State:
         """The entries that it told come back with what it hears."""
-        own = ({n: p for n, p in held.items() if matches(n, personal)} for held in (state.params, state.buffers))
+        own = (
+            {n: p for n, p in held.items() if matches(n, personal)} for held in (state.params, state.buffers)
+        )
         return state.change(params=next(own), buffers=next(own), base={})
 
-    def absorb(self, model: Model, state: State, fresh: Sequence[Message], by_size: bool, generator: torch.Generator) -> State:
+    def receive(
+        self, model: Model, state: State, fresh: Sequence[Message], by_size: bool, generator: torch.Generator
+    ) -> State:
         heard = [(m, m.items["model"]) for m in fresh if isinstance(m.items.get("model"), Weights)]
         if self.aggregator is not None and self.aggregator.robust:
             heard = without_broken(heard)
         if not heard:
             return state
-        sizes = [float(m.size) if by_size else float(m.size > 0) for m, _ in heard]  # 0: it stands for nothing that was learned
+        sizes = [
+            float(m.size) if by_size else float(m.size > 0) for m, _ in heard
+        ]  # 0: it stands for nothing that was learned
         sizes = sizes if any(sizes) else [1.0] * len(sizes)
         rows = [(m.sender, w.group("params"), size) for (m, w), size in zip(heard, sizes, strict=True)]
         for sender, params, _ in rows:
@@ -101,17 +116,19 @@ class WeightSpace(Consolidator):
             for n in frozen:
                 merged[n] = state.params.get(n, among[0][1][n])
             names = [n for n in names if n not in frozen]
-            aggregator = self.aggregator if any(m.learned for m, _ in heard) else None
-            own = [n for n in names if model.task_of(n) is not None]  # a task's own entries have no base: averaged
+            aggregator = self.aggregator if any(m.trained for m, _ in heard) else None
+            own = [
+                n for n in names if model.task_of(n) is not None
+            ]  # a task's own entries have no base: averaged
             common = [n for n in names if n not in own]
-            if any(m.learned for m, _ in heard):
+            if any(m.trained for m, _ in heard):
                 merged |= self._by_told(common, among, state, fresh)
             for some, a in (([n for n in common if n not in merged], aggregator), (own, None)):
                 if some and len(among) == 1 and a is None:
                     merged |= {n: among[0][1][n] for n in some}
                 elif some:
                     merged |= self._combine(a, some, among, state.base, generator)
-        if not any(m.learned for m, _ in heard):
+        if not any(m.trained for m, _ in heard):
             params, outer = {**state.params, **merged}, dict(state.outer)
         else:
             params, outer = self._step(model, {**state.params, **merged}, state, merged)
@@ -129,7 +146,9 @@ class WeightSpace(Consolidator):
         size = int(sum(m.size for m, _ in heard))
         return state.change(params=params, buffers=buffers, outer=outer, size=size)
 
-    def _by_told(self, names: list[str], rows: list[tuple[str, Params, float]], state: State, fresh: Sequence[Message]) -> Params:
+    def _by_told(
+        self, names: list[str], rows: list[tuple[str, Params, float]], state: State, fresh: Sequence[Message]
+    ) -> Params:
         """The entries in common that are combined by what else was told, from (sender, parameters, weight); here none."""
         return {}
 
@@ -157,11 +176,17 @@ class WeightSpace(Consolidator):
             return affine([heard[i] for i in order], a.coefficients(deltas, w, generator), base, layout)
         return layout.split(origin + a.combine(deltas, w, generator))
 
-    def _step(self, model: Model, target: Params, state: State, merged: Params) -> tuple[Params, dict[str, Tensor]]:
+    def _step(
+        self, model: Model, target: Params, state: State, merged: Params
+    ) -> tuple[Params, dict[str, Tensor]]:
         outer = self.outer or SGD()
         if outer.is_identity(self.lr):
             return target, {}
-        common = {n: p for n, p in merged.items() if n in state.base and model.task_of(n) is None and p.is_floating_point()}
+        common = {
+            n: p
+            for n, p in merged.items()
+            if n in state.base and model.task_of(n) is None and p.is_floating_point()
+        }
         layout = Layout.of(common)
         theta, aggregate = layout.flatten(state.base), layout.flatten(common)
         held = dict(state.outer) or outer.init(theta)
@@ -171,10 +196,16 @@ class WeightSpace(Consolidator):
 
 def without_broken(heard: list[tuple[Message, Shared]]) -> list[tuple[Message, Shared]]:
     """Those that are finite, with a warning by the names of the others; all of them where none is, to be refused."""
-    broken = {m.sender for m, w in heard if m.learned and not all(bool(torch.isfinite(t).all()) for t in w.tensors.values())}
+    broken = {
+        m.sender
+        for m, w in heard
+        if m.trained and not all(bool(torch.isfinite(t).all()) for t in w.tensors.values())
+    }
     if not broken or all(m.sender in broken for m, _ in heard):
         return heard
-    warnings.warn(f"NaN or infinity in what {', '.join(map(repr, sorted(broken)))} told: left out", stacklevel=2)
+    warnings.warn(
+        f"NaN or infinity in what {', '.join(map(repr, sorted(broken)))} told: left out", stacklevel=2
+    )
     return [(m, w) for m, w in heard if m.sender not in broken]
 
 
@@ -194,7 +225,11 @@ def affine(rows: Sequence[Params], coefficients: Tensor, base: Params, layout: L
 
     def of(params: Params, n: str, shape: tuple[int, ...]) -> Tensor:
         t = params.get(n)
-        return torch.zeros(shape, dtype=layout.dtype) if t is None else t.detach().to(layout.device, layout.dtype)
+        return (
+            torch.zeros(shape, dtype=layout.dtype)
+            if t is None
+            else t.detach().to(layout.device, layout.dtype)
+        )
 
     made: Params = {}
     for n, shape in zip(layout.names, layout.shapes, strict=True):

@@ -13,35 +13,35 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from consilience.core.agent import Agent, Job
-from consilience.core.engine import Paused, Watch, Work
 from consilience.core.errors import ConsilienceError
-from consilience.core.folder import plain
-from consilience.core.ledger import Ledger
 from consilience.core.message import Message, Weights, join
 from consilience.core.method import Method
-from consilience.core.metrics import Metric, drift
+from consilience.core.metrics import Metric, client_drift
 from consilience.core.model import Model
 from consilience.core.params import Layout, content_hash, key
-from consilience.core.schedule import Expert, Facts, Hear, Learn, Phase, Schedule
+from consilience.core.schedule import Exchange, Expert, Phase, Schedule, ScheduleFacts, Train
 from consilience.core.state import State, decode_state, encode_state
 from consilience.core.training import Training
+from consilience.loop.agent import Agent, Job
+from consilience.loop.engine import EngineEvents, Paused, Visit
+from consilience.loop.folder import plain
+from consilience.loop.ledger import Ledger
 
 CHUNK = {True: 512, False: 4096}
 """How many test samples are judged at once on a CPU, and elsewhere (what is fastest)."""
 
 
 @dataclass
-class Ask:
+class TrainRequest:
     """What a walk wants an engine to do before it goes on."""
 
-    work: list[Work]
-    watch: Watch
+    visits: list[Visit]
+    events: EngineEvents
     paused: Paused | None = None
 
 
 @dataclass(eq=False)
-class Walk:
+class Trial:
     """One walk of a schedule, for one seed, resumable at any step."""
 
     schedule: Schedule
@@ -49,15 +49,15 @@ class Walk:
     model: Model
     training: Training
     measure: Metric
-    facts: Facts
+    facts: ScheduleFacts
     seed: int
     repeat: int
     write: Callable[[Mapping[str, Any]], None]
     """Writes a line of the log."""
-    tick: Callable[[Walk, Job | None], None]
+    tick: Callable[[Trial, Job | None], None]
     """Told after every step, phase, or group of agents: it may save, and raise Interrupted."""
-    save: Callable[[Walk], None]
-    clients: bool = False
+    save: Callable[[Trial], None]
+    judge_clients: bool = False
     result: dict[str, Any] | None = None
     """What it found, once it has ended."""
     _resumed: tuple[Mapping[str, Tensor], Mapping[str, Any]] | None = None
@@ -74,14 +74,14 @@ class Walk:
         self.learning: list[dict[str, Any]] = []
         self.stages: list[str] = []
         self.failed: dict[str, str] = {}
-        self.drift: list[dict[str, Any]] = []
+        self.client_drift: list[dict[str, Any]] = []
         self.local: list[dict[str, Any]] = []
         self.personal: dict[str, float | None] = {}
         self.received: dict[str, list[float]] = {}
         self.job: Job | None = None
         self.begun = False
 
-    def steps(self) -> Iterator[Ask]:
+    def steps(self) -> Iterator[TrainRequest]:
         """The main loop: phases in order; whoever learns, learns; whoever hears, absorbs; then the evaluated agent is judged.
 
         Learning is asked for: who walks it lets an engine do it and then goes on.
@@ -93,18 +93,22 @@ class Walk:
         if not self.rows:
             self._evaluate("start")
             self.save(self)
-        resting = {} if self.clients else rests(list(self.schedule.plan(self.seed)), self.schedule.evaluated)
+        resting = (
+            {}
+            if self.judge_clients
+            else release_plan(list(self.schedule.plan(self.seed)), self.schedule.evaluated)
+        )
         for i, phase in enumerate(self.schedule.plan(self.seed)):
             if i < self.phase:
                 continue
-            if isinstance(phase, Learn):
+            if isinstance(phase, Train):
                 yield from self._learn(phase, paused)
                 paused = None
-            elif isinstance(phase, Hear):
+            elif isinstance(phase, Exchange):
                 self._hear(phase)
                 for name in resting.get(i, ()):
                     if name not in self.failed:
-                        self._agent(name).rest()
+                        self._agent(name).release()
             else:
                 for name, own in phase.clients.items():
                     self.personal[name] = self._own(self._row(self._agent(name)), own)[0]
@@ -112,9 +116,16 @@ class Walk:
             self.phase, self.learned = i + 1, 0
             self._done(None)
         self.result = {
-            "rows": self.rows, "stages": self.stages[1:], "costs": self.ledger.costs(), "curve": self.curve, "learning": self.learning,
-            "mapper": self.mapped if self.mapped else None, "drift": self.drift, "local": self.local, "personal": self.personal,
-        }  # fmt: skip
+            "rows": self.rows,
+            "stages": self.stages[1:],
+            "costs": self.ledger.costs(),
+            "curve": self.curve,
+            "learning": self.learning,
+            "mapper": self.mapped if self.mapped else None,
+            "client_drift": self.client_drift,
+            "local": self.local,
+            "personal": self.personal,
+        }
         self.save(self)
 
     @property
@@ -130,13 +141,13 @@ class Walk:
         self.job = job
         self.tick(self, job)
 
-    def _learn(self, phase: Learn, paused: Paused | None) -> Iterator[Ask]:
+    def _learn(self, phase: Train, paused: Paused | None) -> Iterator[TrainRequest]:
         done = self.learned
         who = list(phase.who.items())[done:]
         before = {name: self._agent(name).state for name, _ in who} if phase.least is not None else {}
         if not done:
             self.failed = {name: why for name, why in self.failed.items() if name not in phase.who}
-        if self.clients and not self.received:
+        if self.judge_clients and not self.received:
             known: dict[str, list[float]] = {}
             self.received = {name: self._row(self._agent(name), known) for name in phase.who}
 
@@ -154,8 +165,8 @@ class Walk:
         def note(text: str) -> None:
             self.write({"event": "engine", "note": text})
 
-        work = [(self._agent(name), sources, phase.work.get(name, 1.0)) for name, sources in who]
-        yield Ask(work, Watch(self._done, finished, fail, note), paused)
+        visits = [Visit(self._agent(name), sources, phase.fractions.get(name, 1.0)) for name, sources in who]
+        yield TrainRequest(visits, EngineEvents(self._done, finished, fail, note), paused)
         out = [name for name in phase.who if name in self.failed]
         if phase.least is not None and len(phase.who) - len(out) < phase.least:
             for name, state in before.items():
@@ -173,8 +184,16 @@ class Walk:
                 continue
             own, others = self._own(row, phase.who[name])
             own_after, others_after = self._own(self._row(self._agent(name)), phase.who[name])
-            self.local.append({"stage": len(self.rows), "agent": name, "own_before": own, "own_after": own_after,
-                               "others_before": others, "others_after": others_after})  # fmt: skip
+            self.local.append(
+                {
+                    "stage": len(self.rows),
+                    "agent": name,
+                    "own_before": own,
+                    "own_after": own_after,
+                    "others_before": others,
+                    "others_after": others_after,
+                }
+            )
             self.personal[name] = own_after
         self.received = {}
 
@@ -193,17 +212,23 @@ class Walk:
     def _apart(self, agent: Agent, before: State, messages: Sequence[Message]) -> None:
         """How far those that learned from this agent's own parameters went, against the step that it made of them."""
         base = agent._hash("base", before.base)
-        heard = [m for m in messages if m.learned and m.base == base]
+        heard = [m for m in messages if m.trained and m.base == base]
         told = [m.items["model"].group("params") for m in heard if isinstance(m.items.get("model"), Weights)]
         if len(told) < 2:
             return
-        names = [n for n, p in before.params.items() if p.is_floating_point() and self.model.task_of(n) is None]
-        layout = Layout.of({n: before.params[n] for n in names if not self.model.frozen(n) and all(n in t for t in told)})
+        names = [
+            n for n, p in before.params.items() if p.is_floating_point() and self.model.task_of(n) is None
+        ]
+        layout = Layout.of(
+            {n: before.params[n] for n in names if not self.model.frozen(n) and all(n in t for t in told)}
+        )
         rows = torch.stack([layout.flatten(t) for t in told])
-        found = drift(layout.flatten(before.base), layout.flatten(agent.state.params), rows)
-        self.drift.append({"stage": len(self.rows), "agent": agent.name, "clients": len(told), **plain(found)})
+        found = client_drift(layout.flatten(before.base), layout.flatten(agent.state.params), rows)
+        self.client_drift.append(
+            {"stage": len(self.rows), "agent": agent.name, "clients": len(told), **plain(found)}
+        )
 
-    def _hear(self, phase: Hear) -> None:
+    def _hear(self, phase: Exchange) -> None:
         told: dict[str, list[Message]] = {}
         for listener, speakers in phase.who.items():
             told[listener] = []
@@ -212,11 +237,13 @@ class Walk:
                 if speaker in self.failed:
                     continue
                 size = len(json.dumps(receipts))
-                messages = self._agent(speaker).tell(receipts)
+                messages = self._agent(speaker).send(receipts)
                 if speaker != listener:
-                    self.ledger.sent(listener, speaker, size)
+                    self.ledger.transfer(listener, speaker, size)
                     messages = [self._send(m, speaker, listener) for m in messages]
-                receipts |= {f"{m.sender}|{m.source}": m.version for m in messages if m.source}  # relays need not say it again
+                receipts |= {
+                    f"{m.sender}|{m.source}": m.version for m in messages if m.source
+                }  # relays need not say it again
                 told[listener] += messages
         for listener, messages in told.items():
             agent = self._agent(listener)
@@ -224,8 +251,8 @@ class Walk:
                 agent.state = agent.state.change(size=0)  # what it has is nothing that it heard
                 continue
             before = agent.state
-            agent.absorb(messages, phase.by_size)
-            if self.clients:
+            agent.receive(messages, phase.by_size)
+            if self.judge_clients:
                 self._apart(agent, before, messages)
         for listener in told:
             self.failed.pop(listener, None)
@@ -241,13 +268,13 @@ class Walk:
 
     def _send(self, m: Message, speaker: str, listener: str) -> Message:
         """A message as it arrives, from its bytes; what several hear, or relay, is the same object for all."""
-        at = (m.key, m.version, m.digest, m.base, m.learned)
+        at = (m.key, m.version, m.digest, m.base, m.trained)
         arrived = self._wire.get(at)
         if arrived is None:
             data = m.to_bytes()
             arrived = self._wire[at] = Message.from_bytes(data, check=False)  # made here, a moment ago
             self._sizes[arrived] = len(data)
-        self.ledger.sent(speaker, listener, self._sizes[arrived])
+        self.ledger.transfer(speaker, listener, self._sizes[arrived])
         return arrived
 
     @torch.no_grad()
@@ -286,7 +313,11 @@ class Walk:
             reached = [at and at[0] <= now for at in self.facts.learned_at.values()]
             known = [h for h, there in zip(hits, reached, strict=True) if there and h == h]
             self.mapped.append(float(np.mean(known)) if known else float("nan"))
-        costs = {"macs": self.ledger.total("macs"), "bytes": self.ledger.total("sent"), "seconds": round(self.ledger.clock(), 3)}
+        costs = {
+            "macs": self.ledger.total("macs"),
+            "bytes": self.ledger.total("sent"),
+            "seconds": round(self.ledger.clock(), 3),
+        }
         lost = [s.name for s, v in zip(self.schedule.judged, row, strict=True) if v != v]
         if lost and len(self.rows) == 1:
             warnings.warn(
@@ -295,17 +326,36 @@ class Walk:
             )
         score = float(np.nanmean(row)) if len(lost) < len(row) else float("nan")
         self.curve.append({"score": score, **costs})
-        self.write({"event": "stage", "repeat": self.repeat, "stage": len(self.rows) - 1, "name": stage, "score": score,
-                        "scores": row, "steps": self.ledger.steps, **costs})  # fmt: skip
+        self.write(
+            {
+                "event": "stage",
+                "repeat": self.repeat,
+                "stage": len(self.rows) - 1,
+                "name": stage,
+                "score": score,
+                "scores": row,
+                "steps": self.ledger.steps,
+                **costs,
+            }
+        )
 
     @torch.no_grad()
     def look(self, job: Job) -> None:
         """A point of the learning curve: the metric on what is being learned, by the parameters of this step."""
         for s in job.sources:
             task = s.task if self._agent(job.agent).aware else None
-            pairs = [(job.answer(x, task).cpu(), y) for x, y in s.test.chunks(CHUNK[job.layout.device.type == "cpu"])]
+            pairs = [
+                (job.answer(x, task).cpu(), y)
+                for x, y in s.test.chunks(CHUNK[job.layout.device.type == "cpu"])
+            ]
             score = self.measure(torch.cat([p for p, _ in pairs]), torch.cat([y for _, y in pairs]))
-            at = {"agent": job.agent, "source": s.name, "epoch": job.epoch, "step": job.index, "steps": self.ledger.steps}
+            at = {
+                "agent": job.agent,
+                "source": s.name,
+                "epoch": job.epoch,
+                "step": job.index,
+                "steps": self.ledger.steps,
+            }
             self.learning.append({**at, "score": score})
 
     def _begin(self) -> None:
@@ -315,8 +365,14 @@ class Walk:
         if self.schedule.base is not None:
             lacking = sorted(params.keys() - self.schedule.base.keys())
             if lacking:
-                raise ConsilienceError(f"`base` should have the model's entries. Found none called {lacking[0]!r}.")
-            given = {n: torch.as_tensor(self.schedule.base[n]) for n in (*params, *buffers) if n in self.schedule.base}
+                raise ConsilienceError(
+                    f"`base` should have the model's entries. Found none called {lacking[0]!r}."
+                )
+            given = {
+                n: torch.as_tensor(self.schedule.base[n])
+                for n in (*params, *buffers)
+                if n in self.schedule.base
+            }
             params = {n: given[n] for n in params}
             for n, own in buffers.items():
                 b = given.get(n, own)  # where it stands in a state_dict
@@ -324,14 +380,19 @@ class Walk:
                     raise ConsilienceError(
                         f"`base` should have the model's shapes. Found {tuple(b.shape)} for {n!r}, here {tuple(own.shape)}."
                     )
-                buffers = {**buffers, n: b if b.is_floating_point() and own.is_floating_point() else b.to(own.dtype)}
+                buffers = {
+                    **buffers,
+                    n: b if b.is_floating_point() and own.is_floating_point() else b.to(own.dtype),
+                }
         dtype, device = self.training.dtype, torch.device(self.training.device)
 
         def cast(t: Tensor) -> Tensor:
             return t.detach().to(device, dtype if t.is_floating_point() else t.dtype)
 
         params, buffers = {n: cast(p) for n, p in params.items()}, {n: cast(b) for n, b in buffers.items()}
-        origin = content_hash(params) if not self.schedule.experts or self.schedule.base is not None else "given"
+        origin = (
+            content_hash(params) if not self.schedule.experts or self.schedule.base is not None else "given"
+        )
         self.initial = State(params, buffers, params, origin)
 
     def _agent(self, name: str) -> Agent:
@@ -367,9 +428,14 @@ class Walk:
             held, job = self.job.save()
             tensors |= {f"job|{k}": t for k, t in held.items()}
         facts = {f: getattr(self, f) for f in KEPT} | {
-            "agents": agents, "job": job,
-            "ledger": {"by_agent": self.ledger.by_agent, "seconds": self.ledger.seconds, "steps": self.ledger.steps},
-        }  # fmt: skip
+            "agents": agents,
+            "job": job,
+            "ledger": {
+                "by_agent": self.ledger.by_agent,
+                "seconds": self.ledger.seconds,
+                "steps": self.ledger.steps,
+            },
+        }
         return tensors, facts
 
     def resume(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
@@ -390,37 +456,53 @@ class Walk:
         self.ledger.seconds, self.ledger.steps = facts["ledger"]["seconds"], facts["ledger"]["steps"]
         for name, known in facts["agents"].items():
             start = f"agent|{name}|"
-            own = {k[len(start) :]: t.to(self.training.device) for k, t in tensors.items() if k.startswith(start)}
+            own = {
+                k[len(start) :]: t.to(self.training.device) for k, t in tensors.items() if k.startswith(start)
+            }
             self._agent(name).state = decode_state(own, known)
         job = {k[len("job|") :]: t for k, t in tensors.items() if k.startswith("job|")}
         return (job, facts["job"]) if facts["job"] is not None else None
 
 
 KEPT = (
-    "phase", "learned", "rows", "mapped", "curve", "learning", "stages", "failed", "drift", "local", "personal", "received", "result",
-)  # fmt: skip
+    "phase",
+    "learned",
+    "rows",
+    "mapped",
+    "curve",
+    "learning",
+    "stages",
+    "failed",
+    "client_drift",
+    "local",
+    "personal",
+    "received",
+    "result",
+)
 """What a checkpoint keeps of a walk beside agents, the job that is under way, and the ledger."""
 
 
-def rests(phases: Sequence[Phase], evaluated: str) -> dict[int, tuple[str, ...]]:
+def release_plan(phases: Sequence[Phase], evaluated: str) -> dict[int, tuple[str, ...]]:
     """After which phases which agents rest: those that were heard, and whose next act, if any, is to hear one who heard them and
     never learns itself (a server), so that what it tells is all they had, and adopted."""
-    learners = {name for phase in phases if isinstance(phase, Learn) for name in phase.who}
+    learners = {name for phase in phases if isinstance(phase, Train) for name in phase.who}
     found: dict[int, tuple[str, ...]] = {}
     then: dict[str, str | None] = {evaluated: None}  # whom an agent hears next, before it does anything else
     for i in reversed(range(len(phases))):
         phase = phases[i]
-        if isinstance(phase, Hear):
+        if isinstance(phase, Exchange):
             heard_by: dict[str, set[str]] = {}
             for listener, speakers in phase.who.items():
                 for s in speakers:
                     heard_by.setdefault(s, set()).add(listener)
             idle = [s for s in heard_by if s not in phase.who]
-            found[i] = tuple(s for s in idle if then.get(s, next(iter(heard_by[s]))) in heard_by[s] - learners)
+            found[i] = tuple(
+                s for s in idle if then.get(s, next(iter(heard_by[s]))) in heard_by[s] - learners
+            )
             then |= dict.fromkeys(idle)
             then |= {n: speakers[0] if len(speakers) == 1 else None for n, speakers in phase.who.items()}
         else:
-            then |= dict.fromkeys(phase.who if isinstance(phase, Learn) else (evaluated, *phase.clients))
+            then |= dict.fromkeys(phase.who if isinstance(phase, Train) else (evaluated, *phase.clients))
     return found
 
 
@@ -432,7 +514,9 @@ def give(agent: Agent, expert: Expert) -> None:
     buffers: dict[str, Tensor] = {}
     for n, p in {**state.params, **state.buffers}.items():
         if n not in told:
-            raise ConsilienceError(f"an expert should have the model's entries. Found none called {n!r} in {expert.name!r}.")
+            raise ConsilienceError(
+                f"an expert should have the model's entries. Found none called {n!r} in {expert.name!r}."
+            )
         t = torch.as_tensor(told[n]).detach().to(p.device, p.dtype)
         if t.shape != p.shape:
             raise ConsilienceError(
@@ -441,7 +525,9 @@ def give(agent: Agent, expert: Expert) -> None:
         (params if n in state.params else buffers)[n] = t
     for n in told.keys() - params.keys() - buffers.keys():
         if agent.model.task_of(n) is None:
-            raise ConsilienceError(f"an expert should have no entries but the model's. Found {n!r} in {expert.name!r}.")
+            raise ConsilienceError(
+                f"an expert should have no entries but the model's. Found {n!r} in {expert.name!r}."
+            )
         (params if n in expert.params else buffers)[n] = torch.as_tensor(told[n]).detach()
     source = agent.schedule.source(expert.source.name)
     for n, b in agent.model.grow(state.params, state.buffers, source, key(0, "given"))[1].items():
@@ -452,6 +538,10 @@ def give(agent: Agent, expert: Expert) -> None:
                 f"an expert's head should have the {len(b)} classes of its source. Found {len(buffers[n])} in {expert.name!r}."
             )
         buffers[n] = b  # it was trained among other classes: its columns are those of this schedule
-    agent.state = state.change(params=params, buffers=buffers, version=1, size=1, learned=True, visits={source.name: 1})
+    agent.state = state.change(
+        params=params, buffers=buffers, version=1, size=1, trained=True, visits={source.name: 1}
+    )
     items = agent.consolidator.export(agent.model, agent.state, (source,), agent.method.personal)
-    agent.state = agent.state.change(bank=join({}, [agent._message(s, 1, 1, {"model": i}) for s, i in items.items()]))
+    agent.state = agent.state.change(
+        bank=join({}, [agent._message(s, 1, 1, {"model": i}) for s, i in items.items()])
+    )

@@ -19,7 +19,7 @@ class Ledger:
     """
 
     by_agent: dict[str, dict[str, float]] = field(default_factory=dict)
-    known: dict[Hashable, int] = field(default_factory=dict)
+    measured: dict[Hashable, int] = field(default_factory=dict)
     seconds: float = 0.0
     steps: int = 0
     warned: set[str] = field(default_factory=set)
@@ -28,36 +28,36 @@ class Ledger:
 
     def add(self, agent: str, what: str, amount: float) -> None:
         """Add to an agent's `macs`, `sent`, `received` or `absorbing`."""
-        page = self.by_agent.setdefault(agent, {"macs": 0, "sent": 0, "received": 0, "absorbing": 0})
+        page = self.by_agent.setdefault(agent, {"macs": 0, "sent": 0, "received": 0, "receiving": 0})
         page[what] = page.get(what, 0) + amount
 
-    def sent(self, sender: str, receiver: str, size: int) -> None:
+    def transfer(self, sender: str, receiver: str, size: int) -> None:
         """Bytes that went from one agent to another."""
         self.add(sender, "sent", size)
         self.add(receiver, "received", size)
 
-    def work(self, agent: str, kind: Hashable, do: Callable[[], T]) -> T:
-        """Do some work of a known kind on an agent's account; an unknown kind is measured while it is done."""
+    def charge_work(self, agent: str, kind: Hashable, do: Callable[[], T]) -> T:
+        """Do some work of a measured kind on an agent's account; an unknown kind is measured while it is done."""
         result = self.measure(kind, do)
         self.charge(agent, kind)
         return result
 
     def measure(self, kind: Hashable, do: Callable[[], T]) -> T:
         """Do some work on nobody's account yet."""
-        if kind in self.known:
+        if kind in self.measured:
             return do()
         from torch.utils.flop_counter import FlopCounterMode
 
         with FlopCounterMode(display=False) as counter:
             result = do()
-        self.known[kind] = counter.get_total_flops() // 2
+        self.measured[kind] = counter.get_total_flops() // 2
         return result
 
     def charge(self, agent: str, kind: Hashable) -> None:
         """Put work of a kind that was measured on an agent's account."""
-        self.add(agent, "macs", self.known[kind])
+        self.add(agent, "macs", self.measured[kind])
         if isinstance(kind, tuple) and kind[0] == "absorb":
-            self.add(agent, "absorbing", self.known[kind])
+            self.add(agent, "receiving", self.measured[kind])
 
     def clock(self) -> float:
         """Seconds of this run so far, with those of the runs it resumes."""
@@ -76,5 +76,7 @@ class Ledger:
             "bytes": self.total("sent"),
             "seconds": round(self.clock(), 3),
             "steps": self.steps,
-            "by_agent": {a: {k: int(v) for k, v in page.items()} for a, page in sorted(self.by_agent.items())},
+            "by_agent": {
+                a: {k: int(v) for k, v in page.items()} for a, page in sorted(self.by_agent.items())
+            },
         }

@@ -15,8 +15,8 @@ from consilience.core.metrics import global_forgetting, summary, worst
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from consilience.core.agent import Agent
     from consilience.core.params import Params
+    from consilience.loop.agent import Agent
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,9 +45,9 @@ class Result:
     """Before training and after each stage of the first repeat: score, macs, bytes, seconds so far."""
     learning_curve: Sequence[Mapping[str, Any]] = ()
     """Inside the tasks of the first repeat, where asked for: agent, source, epoch, step in it, steps so far, score."""
-    drift: Sequence[Mapping[str, Any]] = ()
+    client_drift: Sequence[Mapping[str, Any]] = ()
     """Where `clients` were judged, for each time that an agent of the first repeat absorbed two or more that learned from its own
-    parameters: stage, agent, clients, and what `metrics.drift` gives."""
+    parameters: stage, agent, clients, and what `metrics.client_drift` gives."""
     local: Sequence[Mapping[str, Any]] = ()
     """Where `clients` were judged, for each learn of the first repeat: stage, agent, and the score on its own test data and the mean
     over all others', by its own parameters before and after the learn: own_before, own_after, others_before, others_after."""
@@ -84,7 +84,9 @@ class Result:
     def accuracy(self) -> float:
         """The score, where the metric is accuracy."""
         if self.metric != "accuracy":
-            raise ConsilienceError(f"`accuracy` needs classification by accuracy. Found the metric {self.metric!r}; use `score`.")
+            raise ConsilienceError(
+                f"`accuracy` needs classification by accuracy. Found the metric {self.metric!r}; use `score`."
+            )
         return self.score
 
     def _mean(self, name: str) -> float | None:
@@ -105,7 +107,11 @@ class Result:
     @property
     def local_forgetting(self) -> float | None:
         """What local learning loses on others' data: the mean of others_before - others_after over all learns of clients."""
-        lost = [d["others_before"] - d["others_after"] for d in self.local if None not in (d["others_before"], d["others_after"])]
+        lost = [
+            d["others_before"] - d["others_after"]
+            for d in self.local
+            if None not in (d["others_before"], d["others_after"])
+        ]
         return float(np.mean(lost)) if lost else None
 
     def worst(self, fraction: float = 0.1) -> float:
@@ -163,37 +169,85 @@ class Result:
 
     def _agent(self) -> Agent:
         if self.agent is None:
-            raise ConsilienceError("parameters live in the run or in its checkpoint. Found a result read from a folder.")
+            raise ConsilienceError(
+                "parameters live in the run or in its checkpoint. Found a result read from a folder."
+            )
         return self.agent
 
     def to_json(self) -> dict[str, Any]:
         """The content of result.json."""
         return {
-            "setting": self.setting, "data": self.data, "method": self.method, "model": self.model, "repeats": self.repeats,
-            "seed": self.seed, "metric": self.metric, "score": self.score, "score_std": self.score_std,
-            "matrix": self.matrix.tolist(), "forgetting": self.forgetting, "backward_transfer": self.backward_transfer,
-            "forward_transfer": self.forward_transfer, "normalised": self.normalised, "macs": self.costs["macs"], "bytes": self.costs["bytes"],
-            "seconds": self.costs["seconds"], "versions": dict(self.versions), "sources": list(self.sources),
-            "stages": list(self.stages), "learned_at": list(self.learned_at), "matrices": self.matrices.tolist(),
-            "mapper": None if self.mapper is None else self.mapper.tolist(), "mapper_accuracy": self.mapper_accuracy,
-            "costs": dict(self.costs), "curve": [dict(c) for c in self.curve], "learning_curve": [dict(c) for c in self.learning_curve], "config": dict(self.config),
-            "worst": self.worst(), "spread": self.spread, "global_forgetting": self.global_forgetting,
-            "local_forgetting": self.local_forgetting, "drift": [dict(d) for d in self.drift], "local": [dict(d) for d in self.local],
+            "setting": self.setting,
+            "data": self.data,
+            "method": self.method,
+            "model": self.model,
+            "repeats": self.repeats,
+            "seed": self.seed,
+            "metric": self.metric,
+            "score": self.score,
+            "score_std": self.score_std,
+            "matrix": self.matrix.tolist(),
+            "forgetting": self.forgetting,
+            "backward_transfer": self.backward_transfer,
+            "forward_transfer": self.forward_transfer,
+            "normalised": self.normalised,
+            "macs": self.costs["macs"],
+            "bytes": self.costs["bytes"],
+            "seconds": self.costs["seconds"],
+            "versions": dict(self.versions),
+            "sources": list(self.sources),
+            "stages": list(self.stages),
+            "learned_at": list(self.learned_at),
+            "matrices": self.matrices.tolist(),
+            "mapper": None if self.mapper is None else self.mapper.tolist(),
+            "mapper_accuracy": self.mapper_accuracy,
+            "costs": dict(self.costs),
+            "curve": [dict(c) for c in self.curve],
+            "learning_curve": [dict(c) for c in self.learning_curve],
+            "config": dict(self.config),
+            "worst": self.worst(),
+            "spread": self.spread,
+            "global_forgetting": self.global_forgetting,
+            "local_forgetting": self.local_forgetting,
+            "client_drift": [dict(d) for d in self.client_drift],
+            "local": [dict(d) for d in self.local],
             "personal": None if self.personal is None else dict(self.personal),
-        }  # fmt: skip
+        }
 
     @staticmethod
     def from_json(d: Mapping[str, Any]) -> Result:
         """A result from the content of result.json."""
         try:
             return Result(
-                **{k: d[k] for k in ("setting", "data", "method", "model", "metric", "seed", "costs", "curve", "config", "versions")},
-                learning_curve=d.get("learning_curve", ()), drift=d.get("drift", ()), local=d.get("local", ()), personal=d.get("personal"),
-                sources=tuple(d["sources"]), stages=tuple(d["stages"]), learned_at=tuple(d["learned_at"]),
-                matrices=np.array(d["matrices"], dtype=float), mapper=None if d["mapper"] is None else np.array(d["mapper"], dtype=float),
-            )  # fmt: skip
+                **{
+                    k: d[k]
+                    for k in (
+                        "setting",
+                        "data",
+                        "method",
+                        "model",
+                        "metric",
+                        "seed",
+                        "costs",
+                        "curve",
+                        "config",
+                        "versions",
+                    )
+                },
+                learning_curve=d.get("learning_curve", ()),
+                client_drift=d.get("client_drift", ()),
+                local=d.get("local", ()),
+                personal=d.get("personal"),
+                sources=tuple(d["sources"]),
+                stages=tuple(d["stages"]),
+                learned_at=tuple(d["learned_at"]),
+                matrices=np.array(d["matrices"], dtype=float),
+                mapper=None if d["mapper"] is None else np.array(d["mapper"], dtype=float),
+            )
         except (KeyError, TypeError, ValueError) as e:
-            raise ConsilienceError(f"a result should have all keys of result.json. Found a fault: {e}.") from e
+            raise ConsilienceError(
+                f"a result should have all keys of result.json. Found a fault: {e}."
+            ) from e
 
     def table(self) -> str:
         """The result as a text table."""

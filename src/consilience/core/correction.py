@@ -12,6 +12,7 @@ from torch import Tensor
 from consilience.core.batch import Batch
 from consilience.core.contexts import Beginning, Begun, Context, Learned, Memory, Routing, Row, StepView
 from consilience.core.message import Item, Statistics
+from consilience.core.model import Model
 from consilience.core.params import Params
 from consilience.core.source import Source
 
@@ -41,6 +42,7 @@ class Correction(ABC):  # noqa: B024 (every verb is optional)
     needs_boundaries: ClassVar[bool] = False
     adds_constraints: ClassVar[bool] = False
     changes_shapes: ClassVar[bool] = False
+    needs_revisits: ClassVar[bool] = False
 
     @property
     def name(self) -> str:
@@ -51,6 +53,10 @@ class Correction(ABC):  # noqa: B024 (every verb is optional)
     def active(self) -> bool:
         """Whether it differs from plain training at these hyperparameters."""
         return not self.neutral or any(getattr(self, k) != v for k, v in self.neutral.items())
+
+    def default_model(self, inputs: tuple[int, ...], outputs: int) -> Model | None:
+        """The model for inputs [B, *inputs] and `outputs` classes that this part asks for where a user gives none, or None."""
+        return None
 
     def refuse(self, facts: ScheduleFacts) -> str | None:
         """Why it cannot work in such a schedule and what to do instead, or None."""

@@ -186,7 +186,7 @@ def agent(work: tuple[int, int, int, int, float, int, float, str]) -> dict[str, 
     few = replace(s, test=s.test.select(torch.arange(2)))
     model = cs.models.beneficial_biases(backbone(size), len(s.classes), last)
     training = cs.Training(
-        epochs=epochs, schedule="linear", rates={"biases.*": factor} if last else None, **ADAM
+        epochs=epochs, lr_schedule="linear", rates={"biases.*": factor} if last else None, **ADAM
     )
     began = time.process_time()
     schedule = cs.settings.skill([[few]])

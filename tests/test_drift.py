@@ -798,7 +798,7 @@ def test_what_does_not_work_on_a_vector_is_refused(name):
 
 @pytest.mark.parametrize(
     ("more", "says"),
-    [({"schedule": "linear"}, "goes down"), ({"rates": {"*.bias": 2.0}}, "gives some another")],
+    [({"lr_schedule": "linear"}, "goes down"), ({"rates": {"*.bias": 2.0}}, "gives some another")],
 )
 @pytest.mark.parametrize("method", ["scaffold", "fedcm", "ghbm"])
 def test_methods_that_count_on_one_learning_rate_say_so(method, more, says):

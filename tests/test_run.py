@@ -694,8 +694,8 @@ def test_a_metric_that_is_undefined_somewhere_is_left_out(tmp_path):
         ),
         (lambda s: cs.methods.er() + "ewc", "a method composes with a method"),
         (lambda s: cs.methods.aggregate("ties"), "`aggregator` should be made by consilience.aggregators"),
-        (lambda s: cs.Training(optimiser=torch.optim.Adam), "`optimiser` should be sgd, adam, adamw"),
-        (lambda s: cs.Training(lr="0.1"), "`lr` should be positive"),
+        (lambda s: cs.Training(optimiser=torch.optim.Adam), "`optimiser` must be sgd, adam, adamw"),
+        (lambda s: cs.Training(lr="0.1"), "`lr` must be positive"),
         (lambda s: cs.settings.merging(experts=["a"]), "an expert should be Expert"),
         (
             lambda s: cs.run(
@@ -721,7 +721,7 @@ def test_the_learning_rate_follows_its_schedule(schedule: str, engine: str) -> N
 
     pieces = zip(cs.data.iid(cs.data.digits(), 2), (96, 64), strict=True)
     parts = [replace(s, train=s.train.select(torch.arange(n))) for s, n in pieces]
-    training = cs.Training(epochs=3, batch_size=32, lr=0.5, schedule=schedule, precision="fp64")  # type: ignore[arg-type]
+    training = cs.Training(epochs=3, batch_size=32, lr=0.5, lr_schedule=schedule, precision="fp64")  # type: ignore[arg-type]
     model, s, tune = cs.models.linear(64), parts[0], cs.methods.finetune()
     one, both = (
         cs.run(cs.settings.federated(parts, 1), cs.methods.fedavg(), model, training, engine=e).params
@@ -764,7 +764,7 @@ def test_entries_have_learning_rates_of_their_own(optimiser: str, engine: str) -
         optimiser=optimiser,
         weight_decay=0.1,
         precision="fp64",
-        schedule="linear",
+        lr_schedule="linear",
         rates=rates,
     )
     pieces = zip(cs.data.iid(cs.data.digits(), 2), (96, 64), strict=True)
@@ -816,9 +816,9 @@ def test_a_penalty_is_capped_by_the_rate_of_each_entry() -> None:
 @pytest.mark.parametrize(
     ("rates", "text"),
     [
-        ({"head.*": 2.0}, "each pattern of `rates` should match some trained entry. Found 'head.*'"),
-        ({"*": -1.0}, "factors of `rates` should be at least 0 and finite. Found -1.0 for '*'"),
-        ({"*": "fast"}, "Found 'fast'"),
+        ({"head.*": 2.0}, "each pattern of `rates` must match a trained entry, got 'head.*'"),
+        ({"*": -1.0}, "factors of `rates` must be >= 0 and finite, got -1.0 for '*'"),
+        ({"*": "fast"}, "got 'fast'"),
     ],
 )
 def test_rates_that_mean_nothing_are_refused(rates: dict[str, float], text: str) -> None:

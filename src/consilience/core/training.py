@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from consilience.core.errors import ConsilienceError
 
+# The command line reads this signature to list its options, so nothing here imports torch at module level.
 if TYPE_CHECKING:
     import torch
 
     from consilience.core.params import Layout
+
+OPTIMISERS = ("sgd", "adam", "adamw")
+PRECISIONS = ("fp32", "fp64", "bf16")
+LR_SCHEDULES = ("constant", "linear", "cosine")
 
 
 @dataclass(frozen=True)
@@ -28,10 +34,11 @@ class Training:
         sampler: which examples a step sees; None shuffles (`consilience.data.samplers`).
         precision: "fp32", "fp64" or "bf16" (autocast).
         device: where to train, such as "cpu" or "cuda:0".
-        schedule: of the learning rate over the steps of a visit (of a whole one, where an agent takes a part of them), t from 0 to 1: "constant", "linear" lr (1 - t), or "cosine"
-            lr (1 + cos(pi t)) / 2.
-        rates: for entries that match a shell pattern, a factor of the learning rate, as parameter groups do: `{"biases.*": 20.0}`; the first
-            pattern that an entry matches counts, and each should match some trained entry.
+        lr_schedule: how the learning rate changes over a visit, where t goes from 0 to 1: "constant",
+            "linear" lr (1 - t), or "cosine" lr (1 + cos(pi t)) / 2. An agent that trains for a fraction of a
+            visit stops early on the same curve.
+        rates: factors of the learning rate for entries that match a shell pattern, as parameter groups do:
+            `{"biases.*": 20.0}`. The first pattern that an entry matches counts; each must match a trained entry.
     """
 
     epochs: int = 5
@@ -43,44 +50,41 @@ class Training:
     sampler: Any = None
     precision: Literal["fp32", "fp64", "bf16"] = "fp32"
     device: str = "cpu"
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     rates: Mapping[str, float] | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
         for name, low in (("epochs", 0), ("batch_size", 1)):
-            v = getattr(self, name)
-            if not isinstance(v, int) or v < low:
-                raise ConsilienceError(f"`{name}` should be a whole number >= {low}. Found `{name} = {v!r}`.")
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < low:
+                raise ConsilienceError(f"`{name}` must be a whole number >= {low}, got {value!r}.")
+
+        # A text would compare with TypeError, and True would pass for 1.
         if isinstance(self.lr, str | bool) or not self.lr > 0 or self.lr == float("inf"):
-            raise ConsilienceError(f"`lr` should be positive and finite. Found `lr = {self.lr!r}`.")
+            raise ConsilienceError(f"`lr` must be positive and finite, got {self.lr!r}.")
         if self.weight_decay < 0:
+            raise ConsilienceError(f"`weight_decay` must be >= 0, got {self.weight_decay!r}.")
+        for name, choices in (("precision", PRECISIONS), ("lr_schedule", LR_SCHEDULES)):
+            value = getattr(self, name)
+            if value not in choices:
+                raise ConsilienceError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}.")
+
+        named = isinstance(self.optimiser, str) and self.optimiser in OPTIMISERS
+        # A class has `update` too, but only an object of it can be used.
+        made = hasattr(self.optimiser, "update") and not isinstance(self.optimiser, str | type)
+        if not named and not made:
             raise ConsilienceError(
-                f"`weight_decay` should be >= 0. Found `weight_decay = {self.weight_decay!r}`."
+                f"`optimiser` must be sgd, adam, adamw or an Optimiser, got {self.optimiser!r}."
             )
-        if self.precision not in ("fp32", "fp64", "bf16"):
-            raise ConsilienceError(f"`precision` should be fp32, fp64 or bf16. Found {self.precision!r}.")
-        if self.schedule not in ("constant", "linear", "cosine"):
-            raise ConsilienceError(
-                f"`schedule` should be constant, linear or cosine. Found `schedule = {self.schedule!r}`."
-            )
-        if not isinstance(self.optimiser, str) and (
-            isinstance(self.optimiser, type) or not hasattr(self.optimiser, "update")
-        ):
-            raise ConsilienceError(
-                f"`optimiser` should be sgd, adam, adamw or an Optimiser. Found {self.optimiser!r}."
-            )
-        if isinstance(self.optimiser, str) and self.optimiser not in ("sgd", "adam", "adamw"):
-            raise ConsilienceError(
-                f"`optimiser` should be sgd, adam, adamw or an Optimiser. Found {self.optimiser!r}."
-            )
+
         for pattern, factor in (self.rates or {}).items():
             if isinstance(factor, str | bool) or not 0 <= factor < float("inf"):
                 raise ConsilienceError(
-                    f"factors of `rates` should be at least 0 and finite. Found {factor!r} for {pattern!r}."
+                    f"factors of `rates` must be >= 0 and finite, got {factor!r} for {pattern!r}."
                 )
 
     def factors(self, layout: Layout) -> torch.Tensor | None:
-        """What `rates` multiplies the learning rate of each trained number by [n]; None where all go alike.
+        """Return the factor of the learning rate for each trained number [n], or None without `rates`.
 
         >>> import torch
         >>> from consilience.core.params import Layout
@@ -94,46 +98,47 @@ class Training:
         from consilience.core.params import matches
 
         found = torch.ones(layout.size, dtype=layout.dtype, device=layout.device)
-        for pattern, factor in reversed(list(self.rates.items())):  # the first that matches counts
-            named = [n for n in layout.names if matches(n, [pattern])]
-            if not named:
+        # Later writes win, so that the first pattern that matches counts.
+        for pattern, factor in reversed(list(self.rates.items())):
+            names = [name for name in layout.names if matches(name, [pattern])]
+            if not names:
                 raise ConsilienceError(
-                    f"each pattern of `rates` should match some trained entry. Found {pattern!r}, and entries such as {', '.join(layout.names[:4])}."
+                    f"each pattern of `rates` must match a trained entry, got {pattern!r}; "
+                    f"entries are such as {', '.join(layout.names[:4])}."
                 )
-            for n in named:
-                found[layout.span(n)] = factor
+            for name in names:
+                found[layout.span(name)] = factor
         return found
 
     @property
     def dtype(self) -> torch.dtype:
+        """The type of parameters and inputs; "bf16" keeps float32 parameters."""
         import torch
 
         return torch.float64 if self.precision == "fp64" else torch.float32
 
     def rate(self, clock: tuple[Any, Any], horizon: tuple[Any, Any]) -> Any:
-        """The learning rate at the step `clock` (epoch, step in the epoch) of `horizon` (epochs, steps an epoch), numbers or tensors.
+        """Return the learning rate at a step of a visit.
 
-        >>> [round(Training(lr=1.0, schedule="cosine").rate((0, i), (2, 2)), 2) for i in range(4)]
+        `clock` is (epoch, step in the epoch) and `horizon` is (epochs, steps per epoch), as numbers or tensors.
+
+        >>> [round(Training(lr=1.0, lr_schedule="cosine").rate((0, i), (2, 2)), 2) for i in range(4)]
         [1.0, 0.85, 0.5, 0.15]
         """
-        if self.schedule == "constant":
+        if self.lr_schedule == "constant":
             return self.lr
-        import math
-
         import torch
 
         done = clock[0] * horizon[1] + clock[1]
+        # In float64, so that engines with the clock in a tensor and engines with numbers agree.
         t = (done.double() if isinstance(done, torch.Tensor) else done) / (horizon[0] * horizon[1])
-        if self.schedule == "linear":
+        if self.lr_schedule == "linear":
             return self.lr * (1 - t)
-        return (
-            self.lr
-            * (1 + (torch.cos(math.pi * t) if isinstance(t, torch.Tensor) else math.cos(math.pi * t)))
-            / 2
-        )
+        cosine = torch.cos(math.pi * t) if isinstance(t, torch.Tensor) else math.cos(math.pi * t)
+        return self.lr * (1 + cosine) / 2
 
     def inner(self) -> Any:
-        """The inner optimiser."""
+        """Return the inner optimiser."""
         from consilience.core.optimiser import SGD, Adam
 
         if not isinstance(self.optimiser, str):

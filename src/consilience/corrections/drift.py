@@ -34,8 +34,8 @@ TOTAL, PAST = "the sum", "the past"
 def plain_steps(training: Training) -> str | None:
     """What goes otherwise than these methods count on where a step is not the gradient times the learning rate, or None."""
     inner = training.inner()
-    if training.schedule != "constant":
-        return f"it counts on one learning rate, and this one goes down ({training.schedule}); train with schedule='constant'"
+    if training.lr_schedule != "constant":
+        return f"it counts on one learning rate, and this one goes down ({training.lr_schedule}); train with lr_schedule='constant'"
     if training.rates:
         return "it counts on one learning rate for all entries, and `rates` gives some another; train without"
     if isinstance(inner, SGD):
@@ -220,8 +220,8 @@ class LocalSteps(Correction):
         return None if facts.trains else NO_TRAINING
 
     def prepare_step(self, ctx: Context, training: Training) -> tuple[dict[str, Tensor], str | None]:
-        falls = "it counts steps of one learning rate, and this one goes down; train with schedule='constant'"
-        return ctx.flat, falls if training.schedule != "constant" else None
+        falls = "it counts steps of one learning rate, and this one goes down; train with lr_schedule='constant'"
+        return ctx.flat, falls if training.lr_schedule != "constant" else None
 
     def summarise(self, learned: Learned, ctx: Context) -> Private:
         inner = learned.training.inner() if learned.training is not None else None

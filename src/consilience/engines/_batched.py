@@ -230,7 +230,7 @@ class Stack:
         self.inside = any(
             self.step.by_verb[v] for v in ("view", "losses", "rows", "penalty", "mask", "trace")
         )
-        self.timed = self.inside or self.training.schedule != "constant"
+        self.timed = self.inside or self.training.lr_schedule != "constant"
         self.needs_flat = any(self.step.by_verb[v] for v in ("losses", "rows", "penalty", "mask", "trace"))
         split = [j.layout.split(j.carry.theta) for j in jobs]
         state: dict[tuple[str, ...], Tensor] = {
@@ -372,7 +372,7 @@ class Stack:
                 directions[n] = direction.masked_fill(factor[n] == 0, 0) if masks else direction
                 if factors is not None:
                     directions[n] = directions[n] * factors[n]
-                constant = training.schedule == "constant"
+                constant = training.lr_schedule == "constant"
                 new["leaf", n] = (
                     torch.add(leaves[n], directions[n], alpha=-lr)
                     if constant

@@ -8,60 +8,38 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
-import math
 import pkgutil
 import re
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import consilience as cs
 from consilience.core.aggregator import Aggregator
 from consilience.core.consolidator import Consolidator
 from consilience.core.correction import Correction, Mapper
 from consilience.core.model import Model
-from consilience.core.schedule import Expert, Schedule
-from consilience.core.source import Source, Tensors
-from consilience.core.state import State, encode_state
 from consilience.core.weight_space import WeightSpace
 from consilience.loop.result import Result
+from consilience.testing import (
+    CLASSES,
+    FP64,
+    INPUTS,
+    SETTINGS,
+    TRAINING,
+    quiet,
+    state_of,
+)
+from consilience.testing import plain_model as plain
 
 ROOT = Path(__file__).resolve().parents[2]
 PINNED = ROOT / "tests" / "pinned"
 TABLE = ROOT / "docs" / "methods.md"
-
-# ---------------------------------------------------------------------------------------------------- a tiny problem
-
-INPUTS, CLASSES, TRAIN = 8, 6, 60
-
-
-@cache
-def sources() -> tuple[Source, ...]:
-    """Three sources of two classes each: x [60, 8] in [0, 1], noisy points around a centre for each class."""
-    labels = tuple(("tiny", str(c)) for c in range(CLASSES))
-    centres = torch.rand(CLASSES, INPUTS, generator=torch.Generator().manual_seed(1))
-
-    def points(classes: tuple[int, ...], n: int, seed: int) -> Tensors:
-        g = torch.Generator().manual_seed(seed)
-        y = torch.tensor(classes).repeat(n)[:n]
-        return Tensors((centres[y] + 0.15 * torch.randn(n, INPUTS, generator=g)).clamp(0, 1), y)
-
-    made = []
-    for i in range(3):
-        own = (2 * i, 2 * i + 1)
-        parts = (points(own, n, 10 * i + j) for j, n in enumerate((TRAIN, 6, 20)))
-        made.append(Source(f"tiny/{i}", *parts, labels, own))
-    return tuple(made)
-
-
-def plain(outputs: int = CLASSES) -> Model:
-    return cs.models.mlp(INPUTS, (16,), outputs)
 
 
 def method_of(name: str, correction: Correction) -> cs.Method:
@@ -92,32 +70,6 @@ def frozen_features() -> Model:
 def heads(outputs: int = CLASSES) -> Model:
     return cs.models.multi_head(cs.models.random_features(INPUTS, 32), outputs)
 
-
-@cache
-def experts() -> tuple[Expert, ...]:
-    """Models that were trained elsewhere, from one start."""
-    made = []
-    for s in sources():
-        result = cs.run(cs.settings.continual([s]), cs.methods.finetune(), model=plain(), training=TRAINING)
-        made.append(Expert(f"expert of {s.name}", result.params, s))
-    return tuple(made)
-
-
-TRAINING = cs.Training(epochs=2, batch_size=16, lr=0.2)
-FP64 = cs.Training(epochs=2, batch_size=16, lr=0.2, precision="fp64")
-
-SETTINGS: dict[str, Callable[[], Schedule]] = {
-    "multitask": lambda: cs.settings.multitask(sources()),
-    "continual (class)": lambda: cs.settings.continual(sources(), "class"),
-    "continual (task)": lambda: cs.settings.continual(sources(), "task"),
-    "continual (domain)": lambda: cs.settings.continual(sources(), "domain"),
-    "federated": lambda: cs.settings.federated(sources(), rounds=2),
-    "federated_continual": lambda: cs.settings.federated_continual([sources()[:2], sources()[2:]], rounds=2),
-    "merging": lambda: cs.settings.merging(sources()),
-    "exmodel": lambda: cs.settings.exmodel(sources=sources()),
-    "exmodel (given)": lambda: cs.settings.exmodel(experts()),
-    "skill": lambda: cs.settings.skill([sources()[:2], sources()[2:]]),
-}
 
 # ---------------------------------------------------------------------------------------------------- discovery
 
@@ -277,14 +229,6 @@ def model_of(row: str, setting: str) -> Model:
 # ---------------------------------------------------------------------------------------------------- runs
 
 
-def quiet(
-    schedule: Schedule, method: Any, model: Model, training: cs.Training = TRAINING, seed: int = 0
-) -> Result:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return cs.run(schedule, method, model=model, training=training, seed=seed)
-
-
 @cache
 def cell(row: str, setting: str, precision: str = "fp32", seed: int = 0) -> Result | str:
     """The result of a method in a setting, or the reason of its refusal."""
@@ -294,47 +238,10 @@ def cell(row: str, setting: str, precision: str = "fp32", seed: int = 0) -> Resu
             ROWS[row](),
             model_of(row, setting),
             FP64 if precision == "fp64" else TRAINING,
-            seed,
+            seed=seed,
         )
     except cs.Refusal as e:
         return str(e)
-
-
-def state_of(result: Result) -> State:
-    assert result.agent is not None
-    return result.agent.state
-
-
-def bits(value: Any) -> Any:
-    """Everything in a value as comparable bytes and plain objects; tensors by type, shape and bytes. Generators, functions and models are passed over."""
-    if isinstance(value, Tensor):
-        t = value.detach().cpu().contiguous()
-        return (
-            str(t.dtype),
-            tuple(t.shape),
-            t.view(-1).view(torch.uint8).numpy().tobytes() if t.numel() else b"",
-        )
-    if isinstance(value, Mapping):
-        return "map", tuple((bits(k), bits(v)) for k, v in value.items())
-    if isinstance(value, (list, tuple)):
-        return "list", tuple(bits(v) for v in value)
-    if isinstance(value, Model) or callable(value) or isinstance(value, torch.Generator):
-        return None
-    if hasattr(value, "__dataclass_fields__"):
-        return type(value).__name__, tuple((f, bits(getattr(value, f))) for f in value.__dataclass_fields__)
-    return repr(value)
-
-
-def state_bits(state: State) -> Any:
-    tensors, facts = encode_state(state)
-    return bits(dict(sorted(tensors.items()))), json.dumps(facts, sort_keys=True)
-
-
-def params_differ(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
-    """The largest absolute difference of two sets of parameters."""
-    if a.keys() != b.keys():
-        return math.inf
-    return max((float((a[n].double() - b[n].double()).abs().max()) for n in a if a[n].numel()), default=0.0)
 
 
 # ---------------------------------------------------------------------------------------------------- pinned files

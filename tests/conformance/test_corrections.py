@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import consilience as cs
+from consilience import testing
 from consilience.core.contexts import Context, Learned
 from consilience.core.correction import Correction, Mapper, overrides
 from consilience.core.message import Message, Module, Private, Samples, Statistics, Weights
@@ -181,8 +182,8 @@ def alone(name: str, **arguments: Any) -> cs.Method:
 def learned(*names: str, setting: str = "", beside: str = "") -> Result:
     """Three sources one after another, on the model for these corrections (and one beside), with these in this order."""
     method = [alone(n) for n in names] or cs.methods.finetune()
-    return kit.quiet(
-        kit.SETTINGS[setting or kit.stream_for(*names)](),
+    return testing.quiet(
+        testing.SETTINGS[setting or kit.stream_for(*names)](),
         method,
         kit.model_for(*names, *filter(None, [beside])),
     )
@@ -191,7 +192,7 @@ def learned(*names: str, setting: str = "", beside: str = "") -> Result:
 def gap(a: Result, b: Result) -> float:
     """The largest difference in the entries that both have: some corrections add their own."""
     common = a.params.keys() & b.params.keys()
-    return kit.params_differ({n: a.params[n] for n in common}, {n: b.params[n] for n in common})
+    return testing.params_differ({n: a.params[n] for n in common}, {n: b.params[n] for n in common})
 
 
 # neutral values
@@ -205,7 +206,7 @@ def neutrals() -> Iterator[Any]:
 
 @cache
 def finetuned(setting: str) -> Result:
-    return kit.quiet(kit.SETTINGS[setting](), cs.methods.finetune(), kit.plain())
+    return testing.quiet(testing.SETTINGS[setting](), cs.methods.finetune(), testing.plain_model())
 
 
 @pytest.mark.parametrize(("name", "setting"), list(neutrals()))
@@ -214,8 +215,13 @@ def test_neutral_is_plain_training(name: str, setting: str) -> None:
     assert bool(values) != (name in NO_NEUTRAL), "declare `neutral`, or name it in NO_NEUTRAL with the reason"
     if not values and name not in ONLY_SUMMARISE:
         return
-    result, plain = kit.quiet(kit.SETTINGS[setting](), alone(name, **values), kit.plain()), finetuned(setting)
-    assert kit.bits(dict(sorted(result.params.items()))) == kit.bits(dict(sorted(plain.params.items())))
+    result, plain = (
+        testing.quiet(testing.SETTINGS[setting](), alone(name, **values), testing.plain_model()),
+        finetuned(setting),
+    )
+    assert testing.bits(dict(sorted(result.params.items()))) == testing.bits(
+        dict(sorted(plain.params.items()))
+    )
     assert (result.matrices == plain.matrices).all()
     if values:
         assert result.costs["macs"] == plain.costs["macs"] and result.costs["bytes"] == plain.costs["bytes"]
@@ -263,9 +269,9 @@ def test_pairs_compose(a: str, b: str, monkeypatch: pytest.MonkeyPatch) -> None:
     setting = kit.stream_for(a, b)
     if frozenset((a, b)) in APART:
         with pytest.raises(cs.Refusal, match=APART[frozenset((a, b))]):
-            kit.quiet(kit.SETTINGS[setting](), [alone(a), alone(b)], kit.model_for(a, b))
+            testing.quiet(testing.SETTINGS[setting](), [alone(a), alone(b)], kit.model_for(a, b))
         return
-    both = kit.quiet(kit.SETTINGS[setting](), [alone(a), alone(b)], kit.model_for(a, b))
+    both = testing.quiet(testing.SETTINGS[setting](), [alone(a), alone(b)], kit.model_for(a, b))
     for one, other in ((a, b), (b, a)):
         away = gap(both, learned(one, setting=setting, beside=other))
         if (other, one) in SATISFIED:
@@ -285,7 +291,7 @@ def test_order_of_a_pair_does_not_matter(a: str, b: str) -> None:
     """Up to rounding: corrections add to a step, and none reads what another did."""
     if frozenset((a, b)) in {**IN_ORDER, **APART}:
         return
-    assert kit.params_differ(learned(a, b).params, learned(b, a).params) < 1e-5
+    assert testing.params_differ(learned(a, b).params, learned(b, a).params) < 1e-5
 
 
 @pytest.mark.parametrize(("a", "b"), list(itertools.permutations(kit.MAPPERS, 2)))
@@ -308,27 +314,33 @@ def test_order_does_not_matter_where_all_data_is_gathered(monkeypatch: pytest.Mo
         LwF, "rows", lambda self, step, ctx: new.append(step.parts[0].source) or rows(self, step, ctx)
     )
     for other in ("EWC", "LwF"):
-        schedule = kit.SETTINGS["continual (task)"]()
+        schedule = testing.SETTINGS["continual (task)"]()
         one, two = (
-            kit.quiet(schedule, [alone(n) for n in pair], kit.plain())
+            testing.quiet(schedule, [alone(n) for n in pair], testing.plain_model())
             for pair in (("Cumulative", other), (other, "Cumulative"))
         )
-        plain = kit.quiet(schedule, alone("Cumulative"), kit.plain())
-        assert kit.params_differ(one.params, two.params) < 1e-5 < kit.params_differ(one.params, plain.params)
+        plain = testing.quiet(schedule, alone("Cumulative"), testing.plain_model())
+        assert (
+            testing.params_differ(one.params, two.params)
+            < 1e-5
+            < testing.params_differ(one.params, plain.params)
+        )
     assert set(new) == {"tiny/1", "tiny/2"}, "LwF distils on the new source's inputs"
 
 
 def test_joint_training_of_tasks_with_labels_keeps_their_columns() -> None:
-    schedule = cs.settings.multitask(kit.sources(), "task")
-    joint, plain = (kit.quiet(schedule, m, kit.plain()) for m in (cs.methods.joint(), cs.methods.finetune()))
-    assert kit.params_differ(joint.params, plain.params) == 0
+    schedule = cs.settings.multitask(testing.sources(), "task")
+    joint, plain = (
+        testing.quiet(schedule, m, testing.plain_model()) for m in (cs.methods.joint(), cs.methods.finetune())
+    )
+    assert testing.params_differ(joint.params, plain.params) == 0
 
 
 def test_the_teacher_is_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     """Parameters and batch-norm statistics of the start of the learn, at every step."""
     answers: list[list[torch.Tensor]] = []
     prepare, rows = Agent.prepare, LwF.rows
-    probe = kit.sources()[0].test.whole()[0]
+    probe = testing.sources()[0].test.whole()[0]
 
     def begin(agent: Agent, *what: Any) -> Any:
         out, _ = agent.model(agent.state.params, agent.state.buffers, probe, None, False)
@@ -344,10 +356,12 @@ def test_the_teacher_is_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> 
 
     def module() -> nn.Module:
         return nn.Sequential(
-            nn.Linear(kit.INPUTS, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, kit.CLASSES)
+            nn.Linear(testing.INPUTS, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, testing.CLASSES)
         )
 
-    kit.quiet(kit.SETTINGS["continual (class)"](), alone("LwF"), cs.models.wrap(module, outputs=kit.CLASSES))
+    testing.quiet(
+        testing.SETTINGS["continual (class)"](), alone("LwF"), cs.models.wrap(module, outputs=testing.CLASSES)
+    )
     assert len(answers[1]) > 4
     for first, *later in answers[1:]:
         assert all(torch.equal(first, a) for a in later)
@@ -372,7 +386,7 @@ def marked() -> list[Source]:
         return torch.cat([torch.full((len(x), 4), MARK), x[:, 4:]], 1)
 
     made = []
-    for s in kit.sources():
+    for s in testing.sources():
         parts = {p: Tensors(mark(getattr(s, p).x), getattr(s, p).y) for p in ("train", "validation", "test")}
         made.append(replace(s, **parts))
     return made
@@ -383,7 +397,7 @@ def marked() -> list[Source]:
 def test_private_items_never_enter_bytes(name: str, setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if name in {**kit.WANT_TASKS, **kit.THROW_AWAY}:
         with pytest.raises(cs.Refusal):  # masks that are private mean nothing where others are heard
-            kit.quiet(kit.SETTINGS[setting](), alone(name), kit.plain())
+            testing.quiet(testing.SETTINGS[setting](), alone(name), testing.plain_model())
         return
     sent: list[bytes] = []
     kept: list[bool] = []
@@ -408,7 +422,7 @@ def test_private_items_never_enter_bytes(name: str, setting: str, monkeypatch: p
         if setting == "skill"
         else cs.settings.federated_continual([s[:2], s[2:]], 2)
     )
-    kit.quiet(schedule, [alone(name), cs.methods.ewc()], kit.plain())
+    testing.quiet(schedule, [alone(name), cs.methods.ewc()], testing.plain_model())
     assert kept and all(kept) != (name in WITHOUT_DATA), (
         "the constant is not even in the buffer: this test would see nothing"
     )
@@ -439,7 +453,9 @@ def test_a_shared_item_of_what_does_not_travel_is_refused() -> None:
             return Statistics({"x": learned.source.train.whole()[0]})
 
     with pytest.raises(TypeError, match="should be Private"):
-        kit.quiet(kit.SETTINGS["continual (class)"](), cs.Method("leak", (Leak(),)), kit.plain())
+        testing.quiet(
+            testing.SETTINGS["continual (class)"](), cs.Method("leak", (Leak(),)), testing.plain_model()
+        )
 
 
 def test_a_pull_is_the_gradient_of_its_penalty():
@@ -472,8 +488,8 @@ def test_another_penalty_is_not_pulled_by_the_old_one(engine):
             return 2 * super().penalty(step, ctx)
 
     def end(correction):
-        schedule, method = cs.settings.federated(kit.sources(), 2), cs.Method("m", (correction,))
-        return cs.run(schedule, method, kit.model_for(), kit.TRAINING, engine=engine)
+        schedule, method = cs.settings.federated(testing.sources(), 2), cs.Method("m", (correction,))
+        return cs.run(schedule, method, kit.model_for(), testing.TRAINING, engine=engine)
 
     twice, once, double = (end(c) for c in (Twice(0.3), Proximal(0.3), Proximal(0.6)))
     assert all(torch.allclose(twice.params[n], double.params[n], atol=1e-6) for n in double.params)

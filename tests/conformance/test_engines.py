@@ -8,8 +8,9 @@ import kit
 import pytest
 
 import consilience as cs
+from consilience import testing
 
-WHERE = ("federated", "federated_continual", "merging", "skill")
+WHERE = testing.SEVERAL
 ROWS = pytest.mark.parametrize("row", list(kit.ROWS))
 
 WHY = (
@@ -37,18 +38,14 @@ def test_stacked_agents_learn_the_same(row: str, setting: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         batched = cs.run(
-            kit.SETTINGS[setting](),
+            testing.SETTINGS[setting](),
             kit.ROWS[row](),
             kit.model_of(row, setting),
-            kit.FP64,
+            testing.FP64,
             engine="batched",
             progress=progress,
         )
     assert not isinstance(serial, str)
-    assert kit.params_differ(serial.agent.state.params, batched.agent.state.params) < 1e-9, notes
-    assert abs(serial.matrices - batched.matrices).max() < 1e-9
-    assert {k: v for k, v in serial.costs.items() if k != "seconds"} == {
-        k: v for k, v in batched.costs.items() if k != "seconds"
-    }
+    testing.check_engines(serial, batched)
     for note in notes:
         assert note.startswith("batched:") or any(why in note for why in WHY), note

@@ -9,13 +9,14 @@ import pytest
 import torch
 
 import consilience as cs
+from consilience import testing
 
 ROWS = pytest.mark.parametrize("row", list(kit.ROWS))
 AGAIN = "run `python tests/conformance/kit.py --pin` and review the difference"
 CONTINUAL = ("continual (class)", "continual (task)", "continual (domain)")
 
 MUST_RUN = {
-    "finetune": tuple(kit.SETTINGS),
+    "finetune": tuple(testing.SETTINGS),
     "joint": ("multitask", *CONTINUAL),
     "cumulative": ("multitask", *CONTINUAL, "federated_continual", "skill"),
     **dict.fromkeys(("from_scratch", "gdumb"), CONTINUAL),
@@ -43,7 +44,7 @@ MUST_RUN = {
     "fedhbm": (),
     **dict.fromkeys(("average", "task_arithmetic", "ties"), ("federated", "federated_continual", "merging")),
     **dict.fromkeys(("fisher_merging", "regmean"), ("federated", "federated_continual", "merging", "skill")),
-    "running_average": tuple(kit.SETTINGS),
+    "running_average": tuple(testing.SETTINGS),
     "opcm": ("merging", "exmodel"),
     "talos": ("multitask", *CONTINUAL, "federated", "federated_continual", "merging", "exmodel", "skill"),
     "pcgrad": ("multitask",),
@@ -75,7 +76,7 @@ MUST_RUN = {
 def test_table_has_every_method_and_setting() -> None:
     pinned = kit.read("methods")
     assert list(pinned) == list(kit.ROWS), AGAIN
-    assert all(list(cells) == list(kit.SETTINGS) for cells in pinned.values()), AGAIN
+    assert all(list(cells) == list(testing.SETTINGS) for cells in pinned.values()), AGAIN
     assert MUST_RUN.keys() == kit.ROWS.keys()
 
 
@@ -92,7 +93,7 @@ def test_runs_or_refuses_as_pinned(row: str) -> None:
         assert cell.matrix.shape == (len(cell.stages) + 1, 3)
         assert all(math.isfinite(v) and 0 <= v <= 1 for v in cell.matrix.flat)
         assert all(torch.isfinite(p).all() for p in cell.params.values())
-        x = kit.sources()[1].test.whole()[0]
+        x = testing.sources()[1].test.whole()[0]
         p = cell.predict(x)
         assert p.shape == (len(x), kit.model_of(row, setting).outputs)
         assert torch.allclose(p.sum(1), torch.ones(len(x)), atol=1e-5)
@@ -130,7 +131,7 @@ def test_methods_of_one_meaning_have_one_value() -> None:
 
 def test_a_refusal_is_a_consilience_error_and_comes_before_work() -> None:
     with pytest.raises(cs.Refusal) as error:
-        cs.run(kit.SETTINGS["federated"](), cs.methods.pcgrad(), model=kit.plain())
+        cs.run(testing.SETTINGS["federated"](), cs.methods.pcgrad(), model=testing.plain_model())
     assert isinstance(error.value, cs.ConsilienceError) and "use multitask" in str(error.value)
     with pytest.raises(cs.Refusal, match="one linear head that all sources share"):
-        cs.run(kit.SETTINGS["skill"](), cs.methods.fed3r(), model=kit.heads())
+        cs.run(testing.SETTINGS["skill"](), cs.methods.fed3r(), model=kit.heads())

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import consilience as cs
+from consilience import testing
 from consilience.core.message import Bank, Message, Module, Private, Statistics, Weights, join
 from consilience.core.params import content_hash, key
 from consilience.core.state import State
@@ -19,7 +20,7 @@ from consilience.core.weight_space import WeightSpace
 from consilience.loop.agent import Agent
 from consilience.loop.ledger import Ledger
 
-MODEL = kit.plain()
+MODEL = testing.plain_model()
 BASE, _ = MODEL.init(key(0, "init"))
 ORIGIN = content_hash(BASE)
 NAMES = [n for n in kit.AGGREGATORS if n != "Slerp"]
@@ -55,8 +56,8 @@ def hearer(aggregator: object = None) -> Agent:
         "me",
         MODEL,
         method,
-        kit.SETTINGS["merging"](),
-        kit.TRAINING,
+        testing.SETTINGS["merging"](),
+        testing.TRAINING,
         0,
         State(BASE, {}, BASE, ORIGIN),
         Ledger(),
@@ -64,7 +65,7 @@ def hearer(aggregator: object = None) -> Agent:
 
 
 def away(agent: Agent, params: Mapping[str, Tensor]) -> float:
-    return kit.params_differ(agent.state.params, params)
+    return testing.params_differ(agent.state.params, params)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -120,12 +121,12 @@ def test_common_ground_is_adopted(name: str | None) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_strangers_are_refused(name: str) -> None:
-    agent, before = hearer(kit.make(name)), kit.bits(hearer().state)
+    agent, before = hearer(kit.make(name)), testing.bits(hearer().state)
     with pytest.raises(
         cs.ConsilienceError, match=r"same first parameters. Found origin feed.* from 'stranger'"
     ):
         agent.receive([told(near(1), "friend"), told(near(2), "stranger", origin="feed" * 8)])
-    assert kit.bits(agent.state) == before
+    assert testing.bits(agent.state) == before
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -217,7 +218,7 @@ messages = st.lists(
 
 def content(bank: Bank) -> object:
     """Keys in their order, facts, and bits."""
-    return [(k, m.facts(), kit.bits({n: i.tensors for n, i in m.items.items()})) for k, m in bank.items()]
+    return [(k, m.facts(), testing.bits({n: i.tensors for n, i in m.items.items()})) for k, m in bank.items()]
 
 
 @settings(deadline=None, max_examples=60, derandomize=True, database=None)
@@ -254,7 +255,7 @@ def test_join_refuses_two_contents_of_a_version() -> None:
     one = message("a", "x", 1)
     other = Message("a", "x", 1, 2, ORIGIN, ORIGIN, {"c": Statistics({"x": torch.ones(3)})})
     for bank, news in ((join({}, [one]), [other]), ({}, [one, other]), (join({}, [other]), [one])):
-        with pytest.raises(cs.ConsilienceError, match="one content. Found another for 'x' of 'a', version 1"):
+        with pytest.raises(cs.ConsilienceError, match="one content, got another for 'x' of 'a', version 1"):
             join(bank, news)
     assert content(join({}, [one, message("a", "x", 1)])) == content(join({}, [one]))
     with pytest.raises(TypeError):

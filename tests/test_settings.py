@@ -285,13 +285,13 @@ def test_no_client_in_any_round_stops_before_the_run(tmp_path):
 
 
 def test_bad_clients_are_refused():
-    refused("sources should have names of their own. Found a twice.", cs.settings.federated, [A, B, A])
-    refused("sources should have names of their own. Found a twice.", cs.settings.gossip, [A, A])
+    refused("sources must have names of their own, got a twice.", cs.settings.federated, [A, B, A])
+    refused("sources must have names of their own, got a twice.", cs.settings.gossip, [A, A])
     refused(
         "every client should have a source. Found one without.", cs.settings.federated_continual, [[A], []]
     )
     with pytest.raises(
-        cs.ConsilienceError, match=r"a source should have training examples. Found none in 'empty'"
+        cs.ConsilienceError, match=r"a source must have training examples, got none in 'empty'"
     ):
         source("empty", 0)
 
@@ -677,8 +677,8 @@ def test_too_few_stop_the_run_which_goes_on_once_mended(flaky, least, tmp_path):
             go(made, out=tmp_path / "run", judge_clients=True)
         assert failures(tmp_path / "run")[0]["agent"] == "client-1"
     Flaky.gone = False
-    again = go(made, out=tmp_path / "run", resume=True, clients=least is not None)
-    never = go(cs.settings.federated(FOUR, 2, min_clients=least), clients=least is not None)
+    again = go(made, out=tmp_path / "run", resume=True, judge_clients=least is not None)
+    never = go(cs.settings.federated(FOUR, 2, min_clients=least), judge_clients=least is not None)
     assert same(again.params, never.params) and np.array_equal(again.matrix, never.matrix)
     assert list(again.local) == list(never.local) and list(again.client_drift) == list(never.client_drift)
 

@@ -313,7 +313,7 @@ def test_what_cannot_be_is_refused(parts):
 
 def test_names_of_sources_and_tasks_are_their_own(parts):
     with pytest.raises(
-        cs.ConsilienceError, match=f"sources should have names of their own. Found {parts[0].name} twice"
+        cs.ConsilienceError, match=f"sources must have names of their own, got {parts[0].name} twice"
     ):
         cs.settings.skill([parts[0], parts[0]])
     other = cs.data.split_classes(cs.data.wine(), 3)[0]
@@ -396,7 +396,7 @@ def test_banks_of_two_runs_join(parts, model):
 
     a, b = banks(None, None)
     with pytest.raises(
-        cs.ConsilienceError, match=f"a version should have one content. Found another for '{parts[1].name}'"
+        cs.ConsilienceError, match=f"a version must have one content, got another for '{parts[1].name}'"
     ):
         join(a, b.values())
     a, b = banks("ana", "ben")
@@ -923,7 +923,7 @@ def test_a_bank_of_another_backbone_is_refused(shared, parts, tmp_path):
     with pytest.raises(cs.ConsilienceError, match="a module should stand on this agent's backbone"):
         cs.skill.give(same, cs.skill.load_bank(path))
     few = cs.skill.newcomer(cs.settings.skill([parts[:2]]), METHOD, shared.model, TRAINING)
-    with pytest.raises(cs.ConsilienceError, match="classes should be declared"):
+    with pytest.raises(cs.ConsilienceError, match="classes must be declared"):
         cs.skill.give(few, cs.skill.load_bank(path))
     assert not few.state.bank
 

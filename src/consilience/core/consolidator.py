@@ -1,4 +1,4 @@
-"""Consolidators: how what was heard enters an agent's state."""
+"""Consolidators: how received messages enter an agent's state."""
 
 from __future__ import annotations
 
@@ -19,33 +19,50 @@ if TYPE_CHECKING:
 
 
 class Consolidator(ABC):
-    """(state, fresh messages) -> state, pure; fresh are those whose version rose since this agent last absorbed, sorted by (sender, source)."""
+    """(state, fresh messages) -> state, without side effects. Subclasses are frozen dataclasses of hyperparameters.
+
+    Fresh messages are those with a newer version than this agent had, sorted by (sender, source).
+    """
 
     needs_base: ClassVar[bool] = False
-    """Whether what is heard must have started from the hearer's own `base`."""
+    """Whether senders must have started from the receiver's own `base`, so that deltas can be computed."""
 
     @abstractmethod
     def receive(
         self, model: Model, state: State, fresh: Sequence[Message], by_size: bool, generator: torch.Generator
     ) -> State:
-        """The state after hearing; `by_size` weights messages by their number of examples, else equally."""
+        """Return the state after an exchange.
+
+        `by_size` weights messages by their number of examples, else equally. The bank of `state` has the fresh
+        messages already.
+        """
 
     @abstractmethod
     def export(
         self, model: Model, state: State, sources: Sequence[Source], personal: Sequence[str]
     ) -> dict[str, Shared]:
-        """What an agent tells of itself: {source name, or "" for the whole: the "model" item}."""
+        """Return the "model" items that the agent sends, by source.
+
+        With `sources`, after a visit: the experts for them, by name, or nothing. Without, at an exchange: the
+        agent's own parameters under `names.WHOLE`, or nothing. Entries that match `personal` stay.
+        """
 
     def forget(self, model: Model, state: State) -> State:
-        """The state after messages were taken out of its bank, as if they had never been heard; Refusal where that cannot be."""
+        """Return the state as if the messages that were taken out of its bank had never come.
+
+        Raises Refusal where that is impossible.
+        """
         raise Refusal(
             f"what {type(self).__name__} combined cannot be taken out again; train again without that sender."
         )
 
     def release(self, state: State, personal: Sequence[str]) -> State:
-        """What an agent must keep until it hears again, from one whom it told all it has: by default everything."""
+        """Return the part of the state to keep in memory until the next exchange.
+
+        It is called only where the agent has sent everything and receives it again before it is used. Default: all.
+        """
         return state
 
     def refuse(self, facts: ScheduleFacts) -> str | None:
-        """Why it cannot work in such a schedule and what to do instead, or None."""
+        """Return why it cannot work in such a schedule and what to do instead, or None."""
         return None

@@ -1,4 +1,4 @@
-"""Messages: what one agent tells another. A closed family of items; only bytes pass between agents."""
+"""Messages: what one agent sends to another. A closed family of items; only bytes pass between agents."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ _NOTHING = torch.zeros(0)
 
 @dataclass(frozen=True, eq=False)
 class Item:
-    """Named tensors with JSON-able facts about them."""
+    """Named tensors with facts about them that JSON can hold."""
 
     tensors: Mapping[str, Tensor]
     meta: Mapping[str, Any] = field(default_factory=dict)
 
     def group(self, prefix: str) -> dict[str, Tensor]:
-        """The tensors whose names begin with `prefix/`, without it."""
+        """Return the tensors whose names begin with `prefix/`, by the rest of their names."""
         cut = len(prefix) + 1
-        return {k[cut:]: t for k, t in self.tensors.items() if k.startswith(prefix + "/")}
+        return {name[cut:]: tensor for name, tensor in self.tensors.items() if name.startswith(prefix + "/")}
 
 
 class Shared(Item):
@@ -36,33 +36,38 @@ class Shared(Item):
 
 
 class Weights(Shared):
-    """Parameters and buffers of a model: `params/...` and `buffers/...`; the hearer makes deltas."""
+    """Parameters and buffers of a model: `params/...` and `buffers/...`. The receiver computes deltas."""
 
 
 class Statistics(Shared):
-    """Tensors that add: those of two sources together are their sum (a missing one counts as zero)."""
+    """Tensors that add: the statistics of two sources together are their sum. A missing tensor counts as zero."""
 
     def __add__(self, other: Statistics) -> Statistics:
         tensors = dict(self.tensors)
-        for k, t in other.tensors.items():
-            tensors[k] = tensors[k] + t.to(tensors[k].device) if k in tensors else t
+        for name, tensor in other.tensors.items():
+            tensors[name] = tensors[name] + tensor.to(tensors[name].device) if name in tensors else tensor
         return Statistics(tensors, {**self.meta, **other.meta})
 
 
 class Module(Shared):
-    """An expert: `entries/...` over a common base, `buffers/...`, and in `meta` its labels, classes, task, and the hash of its frozen backbone."""
+    """An expert: `entries/...` over a common base, and `buffers/...`.
+
+    `meta` holds its labels, classes and task, and the hash of the frozen backbone that it needs.
+    """
 
     @property
     def labels(self) -> tuple[Label, ...]:
+        """The meaning of its output columns."""
         return tuple((space, name) for space, name in self.meta["labels"])
 
     @property
     def classes(self) -> tuple[int, ...]:
-        """Which of its output columns it was trained for."""
+        """The output columns that it was trained for."""
         return tuple(self.meta["classes"])
 
     @property
     def task(self) -> str | None:
+        """The task that the model is given to run it."""
         return self.meta["task"]  # type: ignore[no-any-return]
 
 
@@ -74,100 +79,122 @@ class Private(Item):
     """What never leaves its agent: buffers, masks, histories. No message accepts it."""
 
 
-KINDS: dict[str, type[Item]] = {k.__name__: k for k in (Weights, Statistics, Module, Samples, Private)}
+KINDS: dict[str, type[Item]] = {
+    kind.__name__: kind for kind in (Weights, Statistics, Module, Samples, Private)
+}
 
 
 def encode(items: Mapping[str, Item]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Flat tensors and JSON facts of named items; `decode` undoes it."""
-    tensors = {f"{i}/{k}": t for i, item in enumerate(items.values()) for k, t in item.tensors.items()}
+    """Flatten named items into tensors and facts for JSON; `decode` reverses it."""
+    # Tensors are named by the number of their item, because a name of an item may contain a slash.
+    tensors = {
+        f"{number}/{name}": tensor
+        for number, item in enumerate(items.values())
+        for name, tensor in item.tensors.items()
+    }
     facts = {name: {"kind": type(item).__name__, "meta": dict(item.meta)} for name, item in items.items()}
     return tensors, facts
 
 
 def decode(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> dict[str, Item]:
-    """Named items from what `encode` made."""
+    """Return the named items that `encode` flattened."""
+    flat = Item(tensors)
     items: dict[str, Item] = {}
-    for i, (name, fact) in enumerate(facts.items()):
-        cut = len(str(i)) + 1
-        own = {k[cut:]: t for k, t in tensors.items() if k.startswith(f"{i}/")}
-        items[name] = KINDS[fact["kind"]](own, fact["meta"])
+    for number, (name, fact) in enumerate(facts.items()):
+        items[name] = KINDS[fact["kind"]](flat.group(str(number)), fact["meta"])
     return items
 
 
 @dataclass(frozen=True, eq=False)
 class Message:
-    """What `sender` tells of one source: a version, the number of examples, the hash of the parameters it started from, and items.
+    """What `sender` sends about one source, or about itself.
 
-    Items are keyed by the correction that made them, or "model". Raises TypeError for an item that is not Shared.
+    Raises TypeError for an item that is not Shared.
     """
 
     sender: str
     source: str
+    """The name of the source, or `names.WHOLE` for the sender's own parameters."""
     version: int
+    """Rises with each change of the content; a receiver keeps the newest."""
     size: int
+    """The number of training examples that it stands for."""
     origin: str
+    """The hash of the first parameters, which all agents of a run have in common."""
     base: str
+    """The hash of the parameters that the sender started from: those after its last exchange."""
     items: Mapping[str, Shared]
+    """The content, by the name of the correction that made it, or "model"."""
     trained: bool = True
-    """Whether the sender learned since it last absorbed; else what it tells is common ground, to be adopted as it is."""
+    """Whether the sender trained since it last received. If not, the receiver adopts its parameters as they are."""
     digest: str = ""
-    """Hash of the items, made by the sender."""
+    """The hash of the items, computed by the sender."""
 
     def __post_init__(self) -> None:
         for name, item in self.items.items():
+            # The exact type: a subclass might carry more than the family allows.
             if type(item) not in (Weights, Statistics, Module, Samples):
                 raise TypeError(
-                    f"a message carries Weights, Statistics, Module or Samples. Found {type(item).__name__} for {name!r}."
+                    "a message carries Weights, Statistics, Module or Samples, "
+                    f"got {type(item).__name__} for {name!r}."
                 )
         if not self.digest:
             tensors, facts = encode(self.items)
-            object.__setattr__(
-                self, "digest", content_hash(tensors) + content_hash({json.dumps(facts): _NOTHING})[:8]
-            )
+            digest = content_hash(tensors) + content_hash({json.dumps(facts): _NOTHING})[:8]
+            object.__setattr__(self, "digest", digest)
 
     @property
     def key(self) -> tuple[str, str]:
+        """(sender, source)."""
         return self.sender, self.source
 
     def facts(self) -> dict[str, Any]:
-        """All but the items, as JSON."""
+        """Return all fields but the items, for JSON."""
         return {
-            k: getattr(self, k)
-            for k in ("sender", "source", "version", "size", "origin", "base", "trained", "digest")
+            name: getattr(self, name)
+            for name in ("sender", "source", "version", "size", "origin", "base", "trained", "digest")
         }
 
     def to_bytes(self) -> bytes:
-        """The message as safetensors bytes."""
+        """Return the message as safetensors bytes."""
         tensors, facts = encode(self.items)
         text = json.dumps({**self.facts(), "items": facts})
-        return pack(tensors, {"message": f"{text_hash(text)} {text}"})  # one entry: several have no order
+        # One entry of metadata, because safetensors does not keep the order of several.
+        return pack(tensors, {"message": f"{text_hash(text)} {text}"})
 
     @staticmethod
     def from_bytes(data: bytes, check: bool = True) -> Message:
-        """The message from its bytes; ConsilienceError where they are cut short, not a message, or (`check`) of other facts or
-        content than its sender hashed. Hashes say that it is whole, not who sent it."""
+        """Read a message from its bytes.
+
+        Raises ConsilienceError where the bytes are cut short or are not a message, and with `check` where facts or
+        content differ from what the sender hashed. The hashes find damage; they do not prove who the sender is.
+        """
         tensors, meta = unpack(data)
         try:
             hashed, _, text = meta["message"].partition(" ")
             facts = json.loads(text)
-            told = facts.pop("digest")
+            digest = facts.pop("digest")
             items: Any = decode(tensors, facts.pop("items"))
-            message = Message(items=items, digest="" if check else told, **facts)
-        except (KeyError, ValueError, TypeError) as e:
+            message = Message(items=items, digest="" if check else digest, **facts)
+        except (KeyError, ValueError, TypeError) as error:
             raise ConsilienceError(
-                f"a message should carry its facts. Found safetensors without them, or other ones: {e}."
-            ) from e
+                f"a message must carry its facts, got safetensors without them or with others: {error}."
+            ) from error
+
         if check and hashed != text_hash(text):
-            raise ConsilienceError("a message should have the facts that its sender hashed. Found others.")
-        if message.digest != told:
             raise ConsilienceError(
-                f"a message should have the content that its sender hashed. Found another from {message.sender!r}."
+                "a message must have the facts that its sender hashed, got others; send it again."
+            )
+        if message.digest != digest:
+            raise ConsilienceError(
+                "a message must have the content that its sender hashed, "
+                f"got another from {message.sender!r}; send it again."
             )
         return message
 
 
 def text_hash(text: str) -> str:
-    """The hash that stands before facts that are stored or sent, so that a spoilt one is found."""
+    """Return the hash that is stored before facts, so that damage is found."""
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
@@ -176,17 +203,19 @@ Bank = dict[tuple[str, str], Message]
 
 
 def join(bank: Mapping[tuple[str, str], Message], messages: Iterable[Message]) -> Bank:
-    """The bank with those messages: the newest version by (sender, source). Idempotent, commutative and associative.
+    """Return the bank with those messages: the newest version by (sender, source).
 
-    Raises ConsilienceError where an equal version has other content.
+    Idempotent, commutative and associative. Raises ConsilienceError where an equal version has other content.
     """
     result = dict(bank)
-    for m in messages:
-        old = result.get(m.key)
-        if old is not None and old.version == m.version and old.digest != m.digest:
+    for message in messages:
+        old = result.get(message.key)
+        if old is not None and old.version == message.version and old.digest != message.digest:
             raise ConsilienceError(
-                f"a version should have one content. Found another for {m.source!r} of {m.sender!r}, version {m.version}."
+                f"a version must have one content, got another for {message.source!r} of {message.sender!r}, "
+                f"version {message.version}; give every sender a name of its own."
             )
-        if old is None or m.version > old.version:
-            result[m.key] = m
+        if old is None or message.version > old.version:
+            result[message.key] = message
+    # Sorted, so that sums over a bank do not depend on the order of arrival.
     return dict(sorted(result.items()))

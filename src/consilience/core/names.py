@@ -1,4 +1,4 @@
-"""Names: what users may call a source, an agent or a task, and the keys that the library keeps beside theirs.
+"""Names: what users may call a source, an agent or a task, and the keys that the library keeps next to theirs.
 
 Names of users and keys of ours meet in the same dictionaries (an agent's memory, receipts, a checkpoint). A key of
 ours is empty or stands in angle brackets, and `checked_name` refuses such names, so neither can hide the other.
@@ -16,7 +16,7 @@ from __future__ import annotations
 from consilience.core.errors import ConsilienceError
 
 WHOLE = ""
-"""The source of what an agent sends about itself as a whole, not about one source."""
+"""The source of a message that is about its sender, not about one source."""
 
 SUM = "<sum>"
 """A running sum over all that was received, in the memory of a correction."""
@@ -25,30 +25,30 @@ PAST = "<past>"
 """What earlier rounds left, in the memory of a correction."""
 
 RECEIVED = "<received>"
-"""What came with the last exchange, in the memory of a correction."""
+"""What the last exchange brought, in the memory of a correction."""
 
 
 def trace_key(correction: str) -> str:
-    """Where the traces of a correction are kept, beside the items that it summarised."""
+    """Return the key of a correction's traces in `State.memory`, next to its summaries."""
     return f"<trace of {correction}>"
 
 
 def checked_name(name: str, kind: str) -> str:
-    """Return the name, or raise ConsilienceError where it has a form that the library keeps for itself."""
+    """Return a name of a `kind` ("source", "agent"). Raises ConsilienceError where it has a form of ours."""
     if not name or (name.startswith("<") and name.endswith(">")):
         raise ConsilienceError(
-            f"the name of a {kind} must not be empty or stand in angle brackets, got {name!r}; choose another name."
+            f"names of {kind}s must not be empty or stand in angle brackets, got {name!r}; choose another name."
         )
     return name
 
 
 def pair(sender: str, source: str) -> str:
-    """One key for (sender, source). A bar inside a name is escaped, so that two pairs never share a key."""
+    """Return one key for (sender, source). A bar in a name is escaped, so that two pairs never share a key."""
     return f"{_escape(sender)}|{_escape(source)}"
 
 
 def unpair(key: str) -> tuple[str, str]:
-    """The (sender, source) that `pair` made the key of."""
+    """Return the (sender, source) whose key `pair` made."""
     sender, _, source = key.partition("|")
     return _unescape(sender), _unescape(source)
 

@@ -1,46 +1,54 @@
-"""Schedules: only who learns which source when, and who hears whom."""
+"""Schedules: which agent trains on which source when, and which agents exchange messages."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
 
 from consilience.core.errors import ConsilienceError
-from consilience.core.source import Examples, LabelFrame, Source
+from consilience.core.names import checked_name
+from consilience.core.source import Examples, Label, LabelFrame, Source
 
 
 @dataclass(frozen=True)
 class Train:
-    """These agents learn these sources, each all of its own in every step; the agents do not see each other.
+    """A phase in which agents train, each on all of its sources in every step, and none sees another.
 
-    An agent that fails (its parameters are not finite, its data cannot be read) is not heard until it learns or hears again, where
-    at least `least` others finish; else, or without `least`, the run stops, and can be resumed.
+    An agent fails where its parameters are not finite or its data cannot be read. With `least`, a failed agent sends
+    nothing until it trains or receives again, as long as at least `least` others finish. Otherwise the run stops, and
+    can be resumed.
     """
 
     who: Mapping[str, tuple[str, ...]]
+    """The sources of each agent."""
     fractions: Mapping[str, float] = field(default_factory=dict)
-    """The fraction of its steps that an agent does, where it is not all of them: a straggler."""
+    """The fraction of its steps that an agent takes, where it does not take all of them: a straggler."""
     least: int | None = None
+    """How many agents must finish for the run to go on without the others."""
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """These listeners hear these speakers, all at once: everybody speaks before anybody absorbs."""
+    """A phase in which receivers get the messages of senders. All messages are made before any agent receives."""
 
     who: Mapping[str, tuple[str, ...]]
+    """The senders of each receiver."""
     by_size: bool = True
-    """Whether messages weigh by their number of examples, else equally."""
+    """Whether messages are weighted by their number of examples, else equally."""
 
 
 @dataclass(frozen=True)
 class Evaluate:
-    """The evaluated agent is judged on every source's test data."""
+    """A phase in which the evaluated agent is judged on the test data of every source."""
 
     name: str
     clients: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Agents that are judged too, by their own parameters, on the test data of these sources."""
+    """Further agents to judge by their own parameters, and the sources on whose test data."""
 
 
 Phase = Train | Exchange | Evaluate
@@ -48,229 +56,323 @@ Phase = Train | Exchange | Evaluate
 
 @dataclass(frozen=True, eq=False)
 class Expert:
-    """A trained model that is given, not learned here: parameters, buffers and the source (for its classes and its test data) it was trained for."""
+    """A trained model that is given to a run, with the source that it was trained on (for its classes and test data)."""
 
     name: str
     params: Mapping[str, Any]
     source: Source
     buffers: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        checked_name(self.name, "expert")
+
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """`plan(seed)` yields the phases. `evaluated` is the agent that is judged; `labelled` whether it is told the task."""
+    """A setting: data, agents, and the order of phases. It knows nothing about methods.
+
+    Raises ConsilienceError without sources, and where two have the same name.
+    """
 
     setting: str
+    """The name of the setting, for reports."""
     sources: tuple[Source, ...]
+    """All sources that agents train on."""
     frame: LabelFrame
+    """What the output columns mean."""
     plan: Callable[[int], Iterable[Phase]]
+    """Yields the phases for a seed."""
     evaluated: str
+    """The agent that is judged."""
     scenario: str = "class"
+    """How targets become columns: "class", "task" or "domain", as `build` explains."""
     experts: Mapping[str, Expert] = field(default_factory=dict)
+    """Given models, by the agent that starts from them."""
     base: Mapping[str, Any] | None = None
+    """The parameters from which the given models were trained, where they are known."""
     judged: tuple[Source, ...] = ()
-    """What the evaluated agent is judged on: by default the sources. Parts of a stream share the `test` of what they are parts of."""
+    """What the evaluated agent is judged on. Default: the sources. Parts of a stream share their stream's `test`."""
     boundaries: bool = True
-    """Whether learners may know where a source ends; without, a stream is seen once."""
+    """Whether learners may know where a source ends. If not, a stream is seen once."""
 
     def __post_init__(self) -> None:
-        names = [s.name for s in self.sources]
-        twice = sorted(n for n, times in Counter(names).items() if times > 1)
+        names = [source.name for source in self.sources]
+        twice = sorted(name for name, times in Counter(names).items() if times > 1)
         if twice:
-            raise ConsilienceError(f"sources should have names of their own. Found {', '.join(twice)} twice.")
+            raise ConsilienceError(f"sources must have names of their own, got {', '.join(twice)} twice.")
         if not names:
-            raise ConsilienceError("a schedule should have sources. Found none.")
+            raise ConsilienceError("a schedule must have sources, got none.")
+        checked_name(self.evaluated, "agent")
         object.__setattr__(self, "judged", self.judged or self.sources)
-        object.__setattr__(self, "_by_name", {s.name: s for s in self.sources})
+        object.__setattr__(self, "_by_name", {source.name: source for source in self.sources})
 
     @property
     def labelled(self) -> bool:
+        """Whether agents are given task labels in training and evaluation."""
         return self.scenario == "task"
 
     def source(self, name: str) -> Source:
-        """The source of that name."""
+        """Return the source of that name."""
         return self._by_name[name]  # type: ignore[attr-defined, no-any-return]
 
     def survey(self, seed: int = 0) -> ScheduleFacts:
-        """What the phases show when they are walked without any training."""
+        """Return the facts of this schedule, from its phases alone, without training."""
         return survey(self, seed)
 
 
 @dataclass(frozen=True)
 class ScheduleFacts:
-    """What a method can know of a schedule before it runs."""
+    """What a method can know about a schedule before it runs."""
 
     setting: str
+    """The name of the setting."""
     labelled: bool
+    """Whether agents are given task labels in training and evaluation."""
     parts: int
-    """The most sources in one step."""
+    """The largest number of sources in one step."""
     trains: bool
-    """Whether anybody learns."""
+    """Whether any agent trains."""
     exchanges: bool
-    """Whether anybody hears."""
+    """Whether any agent receives messages."""
     receives_others: bool
-    """Whether anybody absorbs what another agent learned."""
+    """Whether any agent receives what another agent was trained on."""
     shared_history: bool
-    """Whether a learn comes after another source was learned or heard of, through items that travel."""
+    """Whether an agent trains after it trained on other sources, or received what was trained on other sources."""
     own_history: bool
-    """Whether an agent learns a source after another of its own."""
+    """Whether an agent trains after it trained on other sources itself."""
     repeats: bool
-    """Whether an agent learns again after it learned or heard."""
+    """Whether an agent trains after it trained or received."""
     common_base: bool
-    """Whether all that is heard at once started from the listener's own parameters."""
+    """Whether all trained parameters that an agent receives were trained from the parameters that it holds as `base`."""
     learned_at: Mapping[str, tuple[int, ...]]
-    """The stages in which something newly learned of each source reaches the evaluated agent."""
+    """For each judged source, the stages in which new training on it reaches the evaluated agent."""
     stages: int
+    """The number of evaluations."""
     kind: str = "class"
     """Of the targets: "class" or "value"."""
     most_received: int = 0
-    """The most agents that learned and are heard at once."""
+    """The largest number of newly trained agents whose messages one agent receives at once."""
     revisited: frozenset[str] = frozenset()
-    """Sources that some agent learns more than once."""
+    """Sources that some agent trains on more than once."""
     rounds: int = 0
-    """How often some agent absorbs what was newly learned before somebody learns again."""
+    """How often one agent receives newly trained parameters before the last training phase (the largest number)."""
     most_sources: int = 0
-    """The most sources that one agent learns."""
+    """The largest number of sources that one agent trains on."""
     classes: int = 0
-    """The most classes that one agent learns."""
+    """The largest number of classes that one agent trains on."""
     boundaries: bool = True
     """Whether agents may know where a source ends."""
     aware: bool = False
-    """Whether agents are given the task of what they learn: a scenario with labels, or a mapper (put in by the method)."""
+    """Whether agents know the task of what they train on: task labels, or a mapper (the method fills this in)."""
     overlap: bool = False
-    """Whether tasks have output columns in common."""
+    """Whether tasks share output columns."""
     model: Any = None
+    """The model of the run (the loop fills this in)."""
 
 
 def survey(schedule: Schedule, seed: int) -> ScheduleFacts:
-    """The facts of a schedule, from a symbolic run of its phases: parameters are names, knowledge is (source -> last learn)."""
-    base: dict[str, object] = {}
-    current: dict[str, object] = {}
-    known: dict[
-        str, int
-    ] = {}  # a bit for each learn of a source: what agents know is a number, and many hear it at once
-    bits: list[str] = []
-    of: dict[str, int] = {}
-    latest: dict[str, int] = {}
-    own: dict[str, set[str]] = {}
-    active: set[str] = set()
-    parts, learns, hears, others, shared, private, repeats, common = (
-        0,
-        False,
-        False,
-        False,
-        False,
-        False,
-        False,
-        True,
-    )
-    revisited: set[str] = set()
-    most = rounds = 0
-    received: dict[str, int] = {}
-    learned: dict[str, list[int]] = {s.name: [] for s in schedule.judged}
-    parted = schedule.judged is not schedule.sources
-    judges = {
-        s.name: [
-            j.name
-            for j in schedule.judged
-            if j.test is s.test and (not schedule.labelled or j.task == s.task)
-        ]
-        if parted
-        else [s.name]
-        for s in schedule.sources
-    }
-    stage, event = 1, 0
-
-    def learn(sources: Iterable[str]) -> int:
-        total = 0
-        for s in sources:
-            bit = 1 << len(bits)
-            bits.append(s)
-            of[s] = of.get(s, 0) | bit
-            total |= bit
-        return total
-
-    def reach(agent: str, news: int) -> None:
-        fresh = news & ~known.get(agent, 0)
-        known[agent] = known.get(agent, 0) | news
-        while fresh and agent == schedule.evaluated:
-            at = (fresh & -fresh).bit_length() - 1
-            fresh &= fresh - 1
-            source = bits[at]
-            if at > latest.get(source, -1):
-                latest[source] = at
-                for column in judges[source]:
-                    if not parted or stage not in learned[column]:
-                        learned[column].append(stage)
-
-    for name, expert in schedule.experts.items():
-        current[name] = ("expert", name)
-        base[name] = "init" if schedule.base is not None else ("unknown", name)
-        known[name] = learn([expert.source.name])
+    """Return the facts of a schedule, from a symbolic run of its phases."""
+    run = _SymbolicRun(schedule)
     for phase in schedule.plan(seed):
         if isinstance(phase, Train):
-            learns = True
-            rounds = max(received.values(), default=0)
-            for agent, names in phase.who.items():
-                event += 1
-                parts = max(parts, len(names))
-                revisited |= {n for n in names if n in own.get(agent, set())}
-                own_bits = 0
-                for n in names:
-                    own_bits |= of.get(n, 0)
-                shared |= bool(known.get(agent, 0) & ~own_bits)
-                private |= bool(own.get(agent, set()) - set(names))
-                repeats |= agent in active
-                active.add(agent)
-                own.setdefault(agent, set()).update(names)
-                reach(agent, learn(names))
-                current[agent] = event
+            run.train(phase)
         elif isinstance(phase, Exchange):
-            hears = True
-            closed_form = {s for ss in phase.who.values() for s in ss}
-            told = {s: (current.get(s, "init"), base.get(s, "init"), known.get(s, 0)) for s in closed_form}
-            for listener, speakers in phase.who.items():
-                news = sum(told[s][0] != told[s][1] for s in speakers)
-                most = max(most, news)
-                received[listener] = received.get(listener, 0) + bool(news)
-                others |= any(s != listener and told[s][2] for s in speakers)
-                common &= all(
-                    told[s][1] == base.get(listener, "init") for s in speakers if told[s][0] != told[s][1]
-                )
-            for listener, speakers in phase.who.items():
-                for s in speakers:
-                    reach(listener, told[s][2])
-                    active.add(listener)
-                mixed = frozenset((s, told[s][0]) for s in speakers)
-                base[listener] = current[listener] = told[speakers[0]][0] if len(mixed) == 1 else hash(mixed)
+            run.exchange(phase)
         else:
-            stage += 1
-    columns = [c for own in schedule.frame.tasks.values() for c in own]
-    return ScheduleFacts(
-        setting=schedule.setting,
-        labelled=schedule.labelled,
-        parts=parts,
-        trains=learns,
-        exchanges=hears,
-        receives_others=others,
-        shared_history=shared,
-        own_history=private,
-        repeats=repeats,
-        common_base=common,
-        learned_at={k: tuple(v) for k, v in learned.items()},
-        stages=stage - 1,
-        kind=schedule.frame.kind,
-        boundaries=schedule.boundaries,
-        classes=max(
-            (len({c for n in names for c in schedule.source(n).classes}) for names in own.values()), default=0
-        ),
-        revisited=frozenset(revisited),
-        most_received=most,
-        most_sources=max(map(len, own.values()), default=0),
-        rounds=rounds,
-        aware=schedule.labelled,
-        overlap=len(columns) > len(set(columns)),
-    )
+            run.stage += 1
+    return run.facts()
+
+
+@dataclass(eq=False)
+class _SymbolicAgent:
+    """An agent without numbers: parameters are tokens, and equal tokens stand for equal parameters."""
+
+    params: object = "init"
+    base: object = "init"
+    """The parameters after its last exchange."""
+    knowledge: int = 0
+    """The visits, its own and received ones, that its parameters came from: a bit for each."""
+    own: set[str] = field(default_factory=set)
+    """The sources that it trained on."""
+    active: bool = False
+    """Whether it trained or received."""
+
+
+class _Sent(NamedTuple):
+    """What a symbolic agent sends."""
+
+    params: object
+    base: object
+    knowledge: int
+
+    @property
+    def trained(self) -> bool:
+        """Whether the sender trained since it last received."""
+        return self.params != self.base
+
+
+class _SymbolicRun:
+    """A run of a schedule in which agents train in name only.
+
+    Every visit to a source is one bit, so that what an agent knows is one integer, and thousands of agents that
+    receive the same cost one "or" each.
+    """
+
+    def __init__(self, schedule: Schedule) -> None:
+        self.schedule = schedule
+        self.stage = 1
+        self.agents: dict[str, _SymbolicAgent] = {}
+        # By bit: the source of each visit. By source: its visits, and the newest that reached the evaluated agent.
+        self.visited: list[str] = []
+        self.visits_of: dict[str, int] = {}
+        self.newest: dict[str, int] = {}
+        self.learned_at: dict[str, list[int]] = {source.name: [] for source in schedule.judged}
+        self.judged_by = _judged_by(schedule)
+
+        self.parts = self.most_received = self.rounds = self.events = 0
+        self.trains = self.exchanges = self.receives_others = False
+        self.shared_history = self.own_history = self.repeats = False
+        self.common_base = True
+        self.revisited: set[str] = set()
+        # How often each agent received newly trained parameters.
+        self.received: dict[str, int] = {}
+
+        for name, expert in schedule.experts.items():
+            agent = self.agent(name)
+            agent.params = ("expert", name)
+            agent.base = "init" if schedule.base is not None else ("unknown", name)
+            agent.knowledge = self.visit([expert.source.name])
+
+    def agent(self, name: str) -> _SymbolicAgent:
+        """Return the agent of that name, or a new one that has done nothing yet."""
+        if name not in self.agents:
+            self.agents[checked_name(name, "agent")] = _SymbolicAgent()
+        return self.agents[name]
+
+    def visit(self, sources: Iterable[str]) -> int:
+        """Return new bits, one for a visit to each of the sources."""
+        bits = 0
+        for source in sources:
+            bit = 1 << len(self.visited)
+            self.visited.append(source)
+            self.visits_of[source] = self.visits_of.get(source, 0) | bit
+            bits |= bit
+        return bits
+
+    def learn(self, name: str, knowledge: int) -> None:
+        """Add visits to what an agent knows, and note in which stage they reach the evaluated agent."""
+        agent = self.agent(name)
+        fresh = knowledge & ~agent.knowledge
+        agent.knowledge |= knowledge
+        while fresh and name == self.schedule.evaluated:
+            visit = (fresh & -fresh).bit_length() - 1
+            fresh &= fresh - 1
+            self.note(visit)
+
+    def note(self, visit: int) -> None:
+        """Note that a visit reached the evaluated agent, unless a later one to its source did before."""
+        source = self.visited[visit]
+        if visit <= self.newest.get(source, -1):
+            return
+        self.newest[source] = visit
+        # Several parts of a stream count once in a stage.
+        once = self.schedule.judged is not self.schedule.sources
+        for column in self.judged_by[source]:
+            if not once or self.stage not in self.learned_at[column]:
+                self.learned_at[column].append(self.stage)
+
+    def train(self, phase: Train) -> None:
+        """Let agents train."""
+        self.trains = True
+        self.rounds = max(self.received.values(), default=0)
+        for name, sources in phase.who.items():
+            agent = self.agent(name)
+            of_these = 0
+            for source in sources:
+                of_these |= self.visits_of.get(source, 0)
+
+            self.parts = max(self.parts, len(sources))
+            self.revisited |= agent.own.intersection(sources)
+            self.shared_history |= bool(agent.knowledge & ~of_these)
+            self.own_history |= bool(agent.own.difference(sources))
+            self.repeats |= agent.active
+
+            agent.active = True
+            agent.own.update(sources)
+            self.learn(name, self.visit(sources))
+            self.events += 1
+            agent.params = self.events
+
+    def exchange(self, phase: Exchange) -> None:
+        """Let agents receive from others."""
+        self.exchanges = True
+        senders = {sender for group in phase.who.values() for sender in group}
+        sent: dict[str, _Sent] = {}
+        for name in senders:
+            agent = self.agent(name)
+            sent[name] = _Sent(agent.params, agent.base, agent.knowledge)
+
+        # All look at the messages before anyone receives, because a receiver may be a sender too.
+        for name, group in phase.who.items():
+            base = self.agent(name).base
+            news = [sent[sender] for sender in group if sent[sender].trained]
+            self.most_received = max(self.most_received, len(news))
+            self.received[name] = self.received.get(name, 0) + bool(news)
+            self.receives_others |= any(sender != name and sent[sender].knowledge for sender in group)
+            self.common_base &= all(message.base == base for message in news)
+
+        for name, group in phase.who.items():
+            agent = self.agent(name)
+            for sender in group:
+                self.learn(name, sent[sender].knowledge)
+                agent.active = True
+            mixed = frozenset((sender, sent[sender].params) for sender in group)
+            # One message is adopted as it is; of several the hash is a token that stays small over many rounds.
+            agent.base = agent.params = sent[group[0]].params if len(mixed) == 1 else hash(mixed)
+
+    def facts(self) -> ScheduleFacts:
+        """Return what the run showed."""
+        schedule = self.schedule
+        columns = [column for own in schedule.frame.tasks.values() for column in own]
+        trained_on = [agent.own for agent in self.agents.values()]
+        classes = [{column for name in own for column in schedule.source(name).classes} for own in trained_on]
+        return ScheduleFacts(
+            setting=schedule.setting,
+            labelled=schedule.labelled,
+            parts=self.parts,
+            trains=self.trains,
+            exchanges=self.exchanges,
+            receives_others=self.receives_others,
+            shared_history=self.shared_history,
+            own_history=self.own_history,
+            repeats=self.repeats,
+            common_base=self.common_base,
+            learned_at={name: tuple(stages) for name, stages in self.learned_at.items()},
+            stages=self.stage - 1,
+            kind=schedule.frame.kind,
+            most_received=self.most_received,
+            revisited=frozenset(self.revisited),
+            rounds=self.rounds,
+            most_sources=max(map(len, trained_on), default=0),
+            classes=max(map(len, classes), default=0),
+            boundaries=schedule.boundaries,
+            aware=schedule.labelled,
+            overlap=len(columns) > len(set(columns)),
+        )
+
+
+def _judged_by(schedule: Schedule) -> dict[str, list[str]]:
+    """Return, for each source, the judged sources whose test data shows what was learned of it."""
+    if schedule.judged is schedule.sources:
+        return {source.name: [source.name] for source in schedule.sources}
+
+    def shows(judged: Source, source: Source) -> bool:
+        return judged.test is source.test and (not schedule.labelled or judged.task == source.task)
+
+    return {
+        source.name: [judged.name for judged in schedule.judged if shows(judged, source)]
+        for source in schedule.sources
+    }
 
 
 def build(
@@ -282,66 +384,85 @@ def build(
     judged: Sequence[Source] = (),
     **more: Any,
 ) -> Schedule:
-    """A schedule over sources, judged on them or on others, brought into one frame as the scenario says.
+    """Make a schedule over sources, judged on them or on `judged`, with all targets mapped to one frame.
 
-    "class": targets are classes of all sources together, no task label. "task": the same, and the task label is given in
-    training and at evaluation. "domain": targets are 0..k-1 in every source, no task label.
+    The scenario says how. "class": targets are the classes of all sources together, without task labels. "task": the
+    same, with the task label given in training and evaluation. "domain": targets are 0..k-1 in every source, without
+    task labels. `more` are further fields of `Schedule`.
     """
     framed, frame = reframe([*sources, *judged], scenario)
-    n = len(sources)
-    tasks = {str(s.task) for s in framed[:n]}
-    frame = replace(frame, tasks={t: c for t, c in frame.tasks.items() if t in tasks})
-    return Schedule(setting, framed[:n], frame, plan, evaluated, scenario, judged=framed[n:], **more)
+    count = len(sources)
+    tasks = {str(source.task) for source in framed[:count]}
+    # Tasks that are only judged have no columns, because nobody trains on them.
+    frame = replace(frame, tasks={task: columns for task, columns in frame.tasks.items() if task in tasks})
+    return Schedule(setting, framed[:count], frame, plan, evaluated, scenario, judged=framed[count:], **more)
 
 
 def reframe(sources: Sequence[Source], scenario: str) -> tuple[tuple[Source, ...], LabelFrame]:
-    """The sources with targets mapped into one frame."""
-    import torch
-
+    """Return the sources with their targets mapped to one frame, and that frame; `build` explains the scenarios."""
     if scenario not in ("task", "domain", "class"):
-        raise ConsilienceError(f"`scenario` should be task, domain or class. Found {scenario!r}.")
-    if len({s.kind for s in sources}) > 1:
-        raise ConsilienceError(
-            "sources of one schedule should be all of classes or all of values. Found both."
-        )
+        raise ConsilienceError(f"`scenario` must be task, domain or class, got {scenario!r}.")
+    if len({source.kind for source in sources}) > 1:
+        raise ConsilienceError("sources of one schedule must be all of classes or all of values, got both.")
     if not sources:
-        raise ConsilienceError("a schedule should have sources. Found none.")
+        raise ConsilienceError("a schedule must have sources, got none.")
+
     kind = sources[0].kind
     if kind == "value":
-        framed = tuple(s.map(task=s.task or s.name) for s in sources)
-        return framed, LabelFrame(sources[0].labels, {str(s.task): s.classes for s in framed}, kind)
-    if scenario == "domain":
-        most = max(len(s.classes) for s in sources)
-        same = all(s.labels == sources[0].labels and s.classes == sources[0].classes for s in sources)
-        names = (
-            [sources[0].labels[c] for c in sources[0].classes]
-            if same
-            else [("domain", str(i)) for i in range(most)]
-        )
-        labels = tuple(names)
-    else:
-        labels = tuple(dict.fromkeys(label for s in sources for label in s.labels))
-        used = {s.labels[c] for s in sources for c in s.classes}
-        labels = tuple(label for label in labels if label in used)
-    where = {label: i for i, label in enumerate(labels)}
-    framed_list = []
-    mapped: dict[tuple[int, tuple[int, ...]], Examples] = {}
-    for s in sources:
-        table = torch.full((len(s.labels),), -1, dtype=torch.long)
+        framed = tuple(source.map(task=source.task or source.name) for source in sources)
+        columns = {str(source.task): source.classes for source in framed}
+        return framed, LabelFrame(sources[0].labels, columns, kind)
+
+    labels = _domain_labels(sources) if scenario == "domain" else _class_labels(sources)
+    column_of = {label: column for column, label in enumerate(labels)}
+    mapped: _Mapped = {}
+    found = []
+    for source in sources:
+        table = torch.full((len(source.labels),), -1, dtype=torch.long)
         if scenario == "domain":
-            table[list(s.classes)] = torch.arange(len(s.classes))
-        else:  # a test may hold classes that this source does not teach, but others do
-            table = torch.tensor([where.get(label, -1) for label in s.labels])
-        parts = {part: getattr(s, part) for part in ("train", "validation", "test")}
-        if not torch.equal(table, torch.arange(len(table))):
-            for part, examples in parts.items():
-                at = (id(examples), tuple(table.tolist()))
-                if at not in mapped:
-                    mapped[at] = examples.map(y=lambda y, table=table: table.to(y.device)[y])
-                parts[part] = mapped[at]
-        classes = tuple(int(table[c]) for c in s.classes)
-        framed_list.append(replace(s, **parts, labels=labels, classes=classes, task=s.task or s.name))
+            table[list(source.classes)] = torch.arange(len(source.classes))
+        else:
+            # A test may contain classes that this source does not train, but others do.
+            table = torch.tensor([column_of.get(label, -1) for label in source.labels])
+        parts = _mapped_parts(source, table, mapped)
+        classes = tuple(int(table[target]) for target in source.classes)
+        task = source.task or source.name
+        found.append(replace(source, **parts, labels=labels, classes=classes, task=task))
+
     tasks: dict[str, tuple[int, ...]] = {}
-    for s in framed_list:
-        tasks[str(s.task)] = tuple(dict.fromkeys((*tasks.get(str(s.task), ()), *s.classes)))
-    return tuple(framed_list), LabelFrame(labels, tasks, kind)
+    for source in found:
+        task = str(source.task)
+        tasks[task] = tuple(dict.fromkeys((*tasks.get(task, ()), *source.classes)))
+    return tuple(found), LabelFrame(labels, tasks, kind)
+
+
+def _domain_labels(sources: Sequence[Source]) -> tuple[Label, ...]:
+    """Return the names of targets 0..k-1: the classes where all sources have the same ones, else numbers."""
+    first = sources[0]
+    if all(source.labels == first.labels and source.classes == first.classes for source in sources):
+        return tuple(first.labels[target] for target in first.classes)
+    return tuple(("domain", str(number)) for number in range(max(len(source.classes) for source in sources)))
+
+
+def _class_labels(sources: Sequence[Source]) -> tuple[Label, ...]:
+    """Return the labels that some source has, in the order in which sources name them."""
+    named = dict.fromkeys(label for source in sources for label in source.labels)
+    used = {source.labels[target] for source in sources for target in source.classes}
+    return tuple(label for label in named if label in used)
+
+
+_Mapped = dict[tuple[int, tuple[int, ...]], Examples]
+"""Examples that were mapped already, by their identity and table: parts of a stream keep sharing one test."""
+
+
+def _mapped_parts(source: Source, table: Tensor, mapped: _Mapped) -> dict[str, Examples]:
+    """Return train, validation and test with target t replaced by table[t]."""
+    parts: dict[str, Examples] = {name: getattr(source, name) for name in ("train", "validation", "test")}
+    if torch.equal(table, torch.arange(len(table))):
+        return parts
+    for name, examples in parts.items():
+        at = (id(examples), tuple(table.tolist()))
+        if at not in mapped:
+            mapped[at] = examples.map(y=lambda y: table.to(y.device)[y])
+        parts[name] = mapped[at]
+    return parts

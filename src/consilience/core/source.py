@@ -1,4 +1,4 @@
-"""Sources: where data lies. A source has examples to learn, to choose by and to be judged on, and names for its classes."""
+"""Sources: data of one place, task or time, to train on, to choose by, and to be evaluated on."""
 
 from __future__ import annotations
 
@@ -11,12 +11,16 @@ import torch
 from torch import Tensor
 
 from consilience.core.errors import ConsilienceError
+from consilience.core.names import checked_name
 
 GATHERED = 1 << 20
 """Bytes of examples that are gathered at once."""
 
 Label = tuple[str, str]
 """(label space, class name): two data sets share a class only where their label space says so."""
+
+Through = Callable[[Tensor], Tensor]
+"""A function of a batch of inputs, or of a batch of targets."""
 
 
 class Examples(ABC):
@@ -27,42 +31,40 @@ class Examples(ABC):
 
     @abstractmethod
     def batches(self, plan: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches (x [B, ...], y [B]) whose indices `plan` lists, in its order."""
+        """Yield the batches (x [B, ...], y [B]) whose indices `plan` lists, in its order."""
 
     @abstractmethod
     def select(self, index: Tensor) -> Examples:
-        """The examples at these indices."""
+        """Return the examples at these indices."""
 
     @abstractmethod
-    def map(
-        self, x: Callable[[Tensor], Tensor] | None = None, y: Callable[[Tensor], Tensor] | None = None
-    ) -> Examples:
-        """The same examples seen through functions of a batch of inputs and of a batch of targets."""
+    def map(self, x: Through | None = None, y: Through | None = None) -> Examples:
+        """Return the same examples, with functions applied to batches of inputs and of targets."""
 
     @abstractmethod
     def targets(self) -> Tensor:
-        """All targets [N]."""
+        """Return all targets [N]."""
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Examples:
-        """The examples on a device, inputs that are floating-point in `dtype`."""
+        """Return the examples on a device, with floating-point inputs in `dtype`."""
         return self.map(
-            x=lambda t: t.to(device, dtype if t.is_floating_point() else t.dtype), y=lambda t: t.to(device)
+            x=lambda x: x.to(device, dtype if x.is_floating_point() else x.dtype), y=lambda y: y.to(device)
         )
 
     def whole(self) -> tuple[Tensor, Tensor]:
-        """All examples as two tensors."""
+        """Return all examples as two tensors."""
         if len(self) == 0:
-            raise ConsilienceError("a part of a source that is read should have examples. Found none.")
+            raise ConsilienceError("a part of a source that is read must have examples, got none.")
         return next(iter(self.batches([torch.arange(len(self))])))
 
     def chunks(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """All examples in order, `size` at a time."""
+        """Yield all examples in order, `size` at a time."""
         return self.batches(list(torch.arange(len(self)).split(size)))
 
 
 @dataclass(frozen=True, eq=False)
 class Tensors(Examples):
-    """Examples that fit in memory: indexed as tensors on their device."""
+    """Examples that fit in memory, as tensors on their device."""
 
     x: Tensor
     y: Tensor
@@ -73,12 +75,13 @@ class Tensors(Examples):
     def batches(self, plan: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         if not len(plan):
             return
-        each = max(1, self.x[:1].nbytes * max(map(len, plan)))
-        many = max(1, GATHERED // each)  # one gather for several small batches
-        for at in range(0, len(plan), many):
-            some = list(plan[at : at + many])
-            index = (torch.cat(some) if len(some) > 1 else some[0]).to(self.x.device)
-            sizes = [len(i) for i in some]
+        # One gather serves several small batches: a call costs more than the copy of a few samples.
+        bytes_per_batch = max(1, self.x[:1].nbytes * max(map(len, plan)))
+        at_once = max(1, GATHERED // bytes_per_batch)
+        for first in range(0, len(plan), at_once):
+            group = list(plan[first : first + at_once])
+            index = (torch.cat(group) if len(group) > 1 else group[0]).to(self.x.device)
+            sizes = [len(batch) for batch in group]
             yield from zip(
                 self.x.index_select(0, index).split(sizes),
                 self.y.index_select(0, index).split(sizes),
@@ -88,9 +91,7 @@ class Tensors(Examples):
     def select(self, index: Tensor) -> Tensors:
         return Tensors(self.x[index], self.y[index])
 
-    def map(
-        self, x: Callable[[Tensor], Tensor] | None = None, y: Callable[[Tensor], Tensor] | None = None
-    ) -> Tensors:
+    def map(self, x: Through | None = None, y: Through | None = None) -> Tensors:
         return Tensors(x(self.x) if x else self.x, y(self.y) if y else self.y)
 
     def targets(self) -> Tensor:
@@ -114,8 +115,8 @@ class Stream(Examples):
     y: Tensor
     index: Tensor
     workers: int = 0
-    x_through: tuple[Callable[[Tensor], Tensor], ...] = ()
-    y_through: tuple[Callable[[Tensor], Tensor], ...] = ()
+    x_through: tuple[Through, ...] = ()
+    y_through: tuple[Through, ...] = ()
 
     def __len__(self) -> int:
         return len(self.index)
@@ -123,24 +124,23 @@ class Stream(Examples):
     def batches(self, plan: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         from torch.utils.data import DataLoader
 
-        order = [self.index[i].tolist() for i in plan if len(i)]
+        order = [self.index[batch].tolist() for batch in plan if len(batch)]
+        # A generator of its own, because a DataLoader would draw from torch's global one.
         loader = DataLoader(
             self.dataset, batch_sampler=order, num_workers=self.workers, generator=torch.Generator()
         )
-        for x, y in loader:
-            y = torch.as_tensor(y)
-            for f in self.x_through:
-                x = f(x)
-            for f in self.y_through:
-                y = f(y)
+        for inputs, targets in loader:
+            x, y = inputs, torch.as_tensor(targets)
+            for function in self.x_through:
+                x = function(x)
+            for function in self.y_through:
+                y = function(y)
             yield x, y
 
     def select(self, index: Tensor) -> Stream:
         return replace(self, y=self.y[index], index=self.index[index])
 
-    def map(
-        self, x: Callable[[Tensor], Tensor] | None = None, y: Callable[[Tensor], Tensor] | None = None
-    ) -> Stream:
+    def map(self, x: Through | None = None, y: Through | None = None) -> Stream:
         return replace(
             self,
             y=y(self.y) if y else self.y,
@@ -154,73 +154,79 @@ class Stream(Examples):
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """One place, task or time where data is: what to learn, what to choose by, what to be judged on.
+    """Data of one place, task or time.
 
-    `labels[i]` names what target i means; `classes` are the targets that this source has. `task` is the label that a
-    learner may be given. `kind` is "class" (targets are integers [N]) or "value" (targets are floats [N, outputs]).
-    Nothing but evaluation reads `test`.
+    Raises ConsilienceError without training examples, and for a name or task that is empty or in angle brackets.
     """
 
     name: str
     train: Examples
     validation: Examples
+    """To choose thresholds and hyperparameters by."""
     test: Examples
+    """Read by evaluation only."""
     labels: tuple[Label, ...]
+    """What target i means: `labels[i]`."""
     classes: tuple[int, ...]
+    """The targets that occur in this source."""
     task: str | None = None
+    """The task label that a learner may be given."""
     kind: Literal["class", "value"] = "class"
+    """Of the targets: "class" (integers [N]) or "value" (floats [N, outputs])."""
     feature_space: str = ""
-    """The hash of the backbone whose features the inputs are (`data.embed`); "": they are inputs of any model."""
+    """The hash of the backbone whose features the inputs are (`data.embed`); "" where they are inputs of any model."""
 
     def __post_init__(self) -> None:
+        checked_name(self.name, "source")
+        if self.task is not None:
+            checked_name(self.task, "task")
         if len(self.train) == 0:
-            raise ConsilienceError(f"a source should have training examples. Found none in {self.name!r}.")
+            raise ConsilienceError(f"a source must have training examples, got none in {self.name!r}.")
 
     def __repr__(self) -> str:
         sizes = f"{len(self.train)} + {len(self.validation)} + {len(self.test)}"
-        return f"Source({self.name!r}, {sizes} examples, {len(self.classes)} of {len(self.labels)} labels, task={self.task!r})"
+        classes = f"{len(self.classes)} of {len(self.labels)} labels"
+        return f"Source({self.name!r}, {sizes} examples, {classes}, task={self.task!r})"
 
-    def map(
-        self,
-        x: Callable[[Tensor], Tensor] | None = None,
-        y: Callable[[Tensor], Tensor] | None = None,
-        **changes: Any,
-    ) -> Source:
-        """The same source with its examples seen through functions, and other fields changed."""
+    def map(self, x: Through | None = None, y: Through | None = None, **changes: Any) -> Source:
+        """Return the same source with functions applied to its examples, and other fields changed."""
         if x is None and y is None:
             return replace(self, **changes)
-        through: dict[str, Any] = {
+        mapped: dict[str, Any] = {
             part: getattr(self, part).map(x, y) for part in ("train", "validation", "test")
         }
         if x is not None:
-            through["feature_space"] = ""
-        return replace(self, **{**through, **changes})
+            mapped["feature_space"] = ""
+        return replace(self, **{**mapped, **changes})
 
     @staticmethod
     def union(name: str, sources: Sequence[Source]) -> Source:
-        """One source with the training examples of several, which must share their labels."""
-        if any(s.labels != sources[0].labels for s in sources):
-            raise ConsilienceError("sources to unite should share their labels. Found different ones.")
-        pairs = [s.train.whole() for s in sources]
+        """Return one source with the training examples of several, which must share their labels."""
+        if any(source.labels != sources[0].labels for source in sources):
+            raise ConsilienceError("sources to unite must share their labels, got different ones.")
+        pairs = [source.train.whole() for source in sources]
         train = Tensors(torch.cat([x for x, _ in pairs]), torch.cat([y for _, y in pairs]))
-        classes = tuple(sorted({c for s in sources for c in s.classes}))
+        classes = tuple(sorted({column for source in sources for column in source.classes}))
         return replace(sources[-1], name=name, train=train, classes=classes)
 
 
 @dataclass(frozen=True)
 class LabelFrame:
-    """What every output column means, for all agents of a schedule: class order is state, not order of arrival."""
+    """What every output column means, for all agents of a schedule, whatever the order in which classes arrive."""
 
     labels: tuple[Label, ...]
+    """The label of each column."""
     tasks: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """The columns of each task."""
     kind: Literal["class", "value"] = "class"
+    """Of the targets."""
 
     def columns(self, labels: Sequence[Label]) -> Tensor:
-        """The columns [k] of this frame where those labels stand."""
-        where = {label: i for i, label in enumerate(self.labels)}
+        """Return the columns [k] of those labels in this frame."""
+        where = {label: column for column, label in enumerate(self.labels)}
         missing = [label for label in labels if label not in where]
         if missing:
             raise ConsilienceError(
-                f"classes should be declared in the schedule's sources. Found {missing[0]} that none has."
+                f"classes must be declared in the schedule's sources, got {missing[0]} that none has."
             )
         return torch.tensor([where[label] for label in labels], dtype=torch.long)

@@ -9,80 +9,109 @@ from typing import Any
 from torch import Tensor
 
 from consilience.core.message import Bank, Item, Message, Module, Private, decode, encode
+from consilience.core.names import pair
 from consilience.core.params import Params
+
+_TENSORS = ("params", "buffers", "base", "outer")
+_FACTS = ("origin", "version", "size", "trained")
 
 
 @dataclass(frozen=True, eq=False)
 class State:
-    """An agent's parameters, what it heard, and what it keeps to itself.
-
-    `base` is what its parameters were when it last absorbed: deltas are made against it. `bank` holds the newest
-    message by (sender, source); whole weights are not banked: `absorbed` keeps their receipts (version, digest). `memory`
-    holds private items by (correction, source); `visits` counts the learns of each source;
-    `learned` says whether it learned since it last absorbed.
-    """
+    """An agent's parameters, what it received, and what it keeps to itself. Immutable: `change` makes a new one."""
 
     params: Params
     buffers: Params
     base: Params
+    """The parameters after the last exchange. Deltas are computed against them."""
     origin: str
+    """The hash of the first parameters, which all agents of a run have in common."""
     outer: Mapping[str, Tensor] = field(default_factory=dict)
+    """The state of the consolidator's outer optimiser."""
     bank: Bank = field(default_factory=dict)
+    """The newest message by (sender, source), without `Weights`."""
     received: Mapping[str, tuple[int, str]] = field(default_factory=dict)
+    """Receipts: (version, digest) of the newest message, by `names.pair(sender, source)`."""
     memory: Mapping[str, Mapping[str, Item]] = field(default_factory=dict)
+    """Items that the agent's own corrections keep: {correction: {source: item}}."""
     visits: Mapping[str, int] = field(default_factory=dict)
+    """How often it trained on each source."""
     version: int = 0
+    """Rises with every visit and every exchange."""
     size: int = 0
+    """The number of training examples that the parameters stand for when they are sent."""
     trained: bool = False
+    """Whether it trained since the last exchange."""
     forgotten: tuple[str, ...] = ()
-    """Senders that were taken out of the bank, and are not heard again."""
+    """Senders that were removed from the bank. Their messages are no longer accepted."""
 
     @property
     def experts(self) -> dict[tuple[str, str], Module]:
         """The modules of the bank, by (sender, source)."""
-        return {k: m.items["model"] for k, m in self.bank.items() if isinstance(m.items.get("model"), Module)}  # type: ignore[misc]
+        found = {}
+        for key, message in self.bank.items():
+            item = message.items.get("model")
+            if isinstance(item, Module):
+                found[key] = item
+        return found
 
     def change(self, **fields: Any) -> State:
+        """Return a state with other values in these fields."""
         return replace(self, **fields)
 
 
 def encode_state(state: State) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Flat tensors and JSON facts of a state; `decode_state` undoes it."""
-    items: dict[str, Item] = {
-        name: Private(getattr(state, name)) for name in ("params", "buffers", "base", "outer")
-    }
-    for m in state.bank.values():
-        items |= {f"bank|{m.sender}|{m.source}|{k}": v for k, v in m.items.items()}
-    for c, kept in state.memory.items():
-        items |= {f"memory|{c}|{s}": v for s, v in kept.items()}
+    """Flatten a state into tensors and facts for JSON; `decode_state` reverses it."""
+    items: dict[str, Item] = {name: Private(getattr(state, name)) for name in _TENSORS}
+    for message in state.bank.values():
+        items |= {_bank_key(*message.key, name): item for name, item in message.items.items()}
+    for correction, kept in state.memory.items():
+        items |= {_memory_key(correction, source): item for source, item in kept.items()}
+
     tensors, facts = encode(items)
     return tensors, {
         "items": facts,
-        "bank": [m.facts() | {"names": list(m.items)} for m in state.bank.values()],
+        "bank": [message.facts() | {"names": list(message.items)} for message in state.bank.values()],
         "received": dict(state.received),
-        "memory": {c: list(kept) for c, kept in state.memory.items()},
+        "memory": {correction: list(kept) for correction, kept in state.memory.items()},
         "visits": dict(state.visits),
         "forgotten": list(state.forgotten),
-        **{k: getattr(state, k) for k in ("origin", "version", "size", "trained")},
+        **{name: getattr(state, name) for name in _FACTS},
     }
 
 
 def decode_state(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> State:
-    """The state from what `encode_state` made."""
+    """Return the state that `encode_state` flattened."""
     items: dict[str, Any] = decode(tensors, facts["items"])
     bank: Bank = {}
-    for f in facts["bank"]:
-        own = {k: items[f"bank|{f['sender']}|{f['source']}|{k}"] for k in f["names"]}
-        bank[(f["sender"], f["source"])] = Message(items=own, **{k: v for k, v in f.items() if k != "names"})
+    for entry in facts["bank"]:
+        key = (entry["sender"], entry["source"])
+        content = {name: items[_bank_key(*key, name)] for name in entry["names"]}
+        bank[key] = Message(
+            items=content, **{name: value for name, value in entry.items() if name != "names"}
+        )
+
+    memory = {
+        correction: {source: items[_memory_key(correction, source)] for source in kept}
+        for correction, kept in facts["memory"].items()
+    }
+    plain: dict[str, Any] = {name: dict(items[name].tensors) for name in _TENSORS}
+    plain |= {name: facts[name] for name in _FACTS}
     return State(
-        **{name: dict(items[name].tensors) for name in ("params", "buffers", "base", "outer")},
+        **plain,
         bank=bank,
-        memory={c: {s: items[f"memory|{c}|{s}"] for s in kept} for c, kept in facts["memory"].items()},
-        received={k: (int(v), str(d)) for k, (v, d) in facts["received"].items()},
+        memory=memory,
+        # JSON made lists of the tuples.
+        received={key: (int(version), str(digest)) for key, (version, digest) in facts["received"].items()},
         visits=facts["visits"],
-        origin=facts["origin"],
-        version=facts["version"],
-        size=facts["size"],
-        trained=facts["trained"],
         forgotten=tuple(facts.get("forgotten", ())),
     )
+
+
+# Escaped pairs: names of users may contain bars, and two items must never share a key.
+def _bank_key(sender: str, source: str, item: str) -> str:
+    return f"bank|{pair(sender, source)}|{item}"
+
+
+def _memory_key(correction: str, source: str) -> str:
+    return f"memory|{pair(correction, source)}"

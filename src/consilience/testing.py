@@ -113,6 +113,9 @@ SETTINGS: dict[str, Callable[[], Schedule]] = {
 EXCHANGING = ("federated_continual", "skill", "exmodel", "merging")
 """Settings in which agents receive what other agents learned."""
 
+STREAMS = ("continual (class)", "continual (task)", "federated_continual", "skill")
+"""Settings in which an agent trains one source after another, so that EWC and ER act."""
+
 SEVERAL = ("federated", "federated_continual", "merging", "skill")
 """Settings in which several agents train, so that an engine can stack them."""
 
@@ -569,7 +572,9 @@ class _Check:
             exchanging = next((s for s in EXCHANGING if s in running), running[0])
             for setting in dict.fromkeys((running[0], exchanging)):
                 self._in(setting)
-            self._try("composes", lambda: self._composes(running[0]))
+            stream = next((s for s in STREAMS if s in running), None)
+            if stream is not None:
+                self._try("composes", lambda: self._composes(stream))
 
         if self.faults:
             lines = "\n".join(f"- {fault}" for fault in self.faults)

@@ -728,9 +728,9 @@ def test_personal_patterns():
     assert torch.equal(norm.state.params["1.weight"], first["1.weight"].double())
     assert torch.equal(norm.state.buffers["1.running_mean"], buffers["1.running_mean"].double())
     assert not torch.equal(norm.state.params["0.weight"], first["0.weight"].double())
-    with pytest.raises(Refusal, match=r"personal entries should be the model's. Found none like 'nothing\*'"):
+    with pytest.raises(Refusal, match=r"personal entries must be the model's, got 'nothing\*'"):
         cs.run(schedule, cs.methods.personal("nothing*"), mlp(), training())
-    with pytest.raises(Refusal, match="nobody hears another agent here; use finetune"):
+    with pytest.raises(Refusal, match="no agent receives from another here; use finetune"):
         cs.run(cs.settings.continual([A, B], "domain"), cs.methods.personal(), mlp(), training())
     with pytest.raises(ConsilienceError, match="`patterns` should be names of entries"):
         cs.methods.personal(())

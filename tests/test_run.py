@@ -669,10 +669,10 @@ def test_a_metric_that_is_undefined_somewhere_is_left_out(tmp_path):
         (lambda s: cs.settings.continual(s[0]), "sources should come in a list"),
         (lambda s: cs.settings.federated_continual(s[:2]), "sources should come in a list"),
         (lambda s: cs.settings.continual([(1, 2)]), "a source should be made by consilience.data"),
-        (lambda s: cs.run(cs.settings.continual(s), "er"), "`method` should be made by consilience.methods"),
+        (lambda s: cs.run(cs.settings.continual(s), "er"), "`method` must be made by consilience.methods"),
         (
             lambda s: cs.run(cs.settings.continual(s), cs.methods.er),
-            "`method` should be made by consilience.methods",
+            "`method` must be made by consilience.methods",
         ),
         (
             lambda s: cs.run(cs.methods.er(), cs.settings.continual(s)),

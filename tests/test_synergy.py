@@ -19,7 +19,8 @@ from consilience.core.contexts import Beginning
 from consilience.core.message import Module
 from consilience.core.source import LabelFrame, Source, Tensors
 from consilience.corrections.reuse import HeadReuse
-from consilience.loop import run as running
+from consilience.loop.checks import RunOptions
+from consilience.loop.run import begin, drive
 
 D, C = 12, 6
 TRAINING = cs.Training(epochs=30, batch_size=16, lr=0.3)
@@ -288,23 +289,11 @@ def test_combining_what_cannot_be_is_refused():
 
 def begun(schedule: Any, method: cs.Method, phases: int, training: cs.Training = TRAINING) -> Any:
     """The first agent after so many phases."""
-    session = running.begin(
-        schedule,
-        method,
-        heads(),
-        training,
-        running.engine_of("serial"),
-        repeats=1,
-        seed=0,
-        out=None,
-        resume=False,
-        metric=None,
-        checkpoint_seconds=60.0,
-        judge_clients=False,
-        progress=None,
-    )
-    session.trials[0].schedule = replace(schedule, plan=lambda seed: list(schedule.plan(seed))[:phases])
-    running.drive([session], session.engine)
+    session = begin(schedule, method, heads(), training, cs.engines.serial(), RunOptions())
+    (trial,) = session.trials
+    cut = replace(schedule, plan=lambda seed: list(schedule.plan(seed))[:phases])
+    trial.setup = replace(trial.setup, schedule=cut)
+    drive([session], session.engine)
     return session.trials[0].agent
 
 
@@ -497,7 +486,7 @@ def test_reuse_refuses_where_it_could_not_act():
         "reuse", (HeadReuse(),), consolidator=cs.consolidators.experts(), mapper=cs.mappers.nearest_mean()
     )
     with pytest.raises(
-        cs.Refusal, match="no agent learns anything after it learned or heard of another source"
+        cs.Refusal, match="no agent trains after it trained on, or received, another source"
     ):
         cs.run(cs.settings.skill([a, b]), method, heads(), TRAINING)
     with pytest.raises(cs.Refusal, match="the model has none; use models.multi_head"):

@@ -103,7 +103,7 @@ APART = {
     frozenset(("DEN", "ICaRL")): "needs features of one size",
     **dict.fromkeys(
         map(frozenset, itertools.combinations(("Cumulative", "GDumb", "ICaRL"), 2)),
-        "only one part may say what",
+        "only one part may choose what",
     ),
 }
 """Pairs that cannot be, and what the refusal says."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Consolidator(ABC):
-    """(state, fresh messages) -> state, without side effects. Subclasses are frozen dataclasses of hyperparameters.
+    """(state, fresh messages) -> state, without side effects. Subclasses are frozen dataclasses.
 
     Fresh messages are those with a newer version than this agent had, sorted by (sender, source).
     """
@@ -33,8 +33,8 @@ class Consolidator(ABC):
     ) -> State:
         """Return the state after an exchange.
 
-        `by_size` weights messages by their number of examples, else equally. The bank of `state` has the fresh
-        messages already.
+        `by_size` weights messages by their number of examples, else equally. The bank of `state` has the
+        fresh messages already.
         """
 
     @abstractmethod
@@ -59,7 +59,8 @@ class Consolidator(ABC):
     def release(self, state: State, personal: Sequence[str]) -> State:
         """Return the part of the state to keep in memory until the next exchange.
 
-        It is called only where the agent has sent everything and receives it again before it is used. Default: all.
+        It is called only where the agent has sent everything and receives it again before it is used.
+        Default: all.
         """
         return state
 

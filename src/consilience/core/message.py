@@ -40,7 +40,7 @@ class Weights(Shared):
 
 
 class Statistics(Shared):
-    """Tensors that add: the statistics of two sources together are their sum. A missing tensor counts as zero."""
+    """Tensors that add: the statistics of two sources together are their sum. A missing one counts as 0."""
 
     def __add__(self, other: Statistics) -> Statistics:
         tensors = dict(self.tensors)
@@ -126,7 +126,7 @@ class Message:
     items: Mapping[str, Shared]
     """The content, by the name of the correction that made it, or "model"."""
     trained: bool = True
-    """Whether the sender trained since it last received. If not, the receiver adopts its parameters as they are."""
+    """Whether the sender trained since it last received. If not, its parameters are adopted as they are."""
     digest: str = ""
     """The hash of the items, computed by the sender."""
 
@@ -166,8 +166,9 @@ class Message:
     def from_bytes(data: bytes, check: bool = True) -> Message:
         """Read a message from its bytes.
 
-        Raises ConsilienceError where the bytes are cut short or are not a message, and with `check` where facts or
-        content differ from what the sender hashed. The hashes find damage; they do not prove who the sender is.
+        Raises ConsilienceError where the bytes are cut short or are not a message, and with `check` where
+        facts or content differ from what the sender hashed. The hashes find damage; they do not prove who the
+        sender is.
         """
         tensors, meta = unpack(data)
         try:
@@ -181,6 +182,7 @@ class Message:
                 f"a message must carry its facts, got safetensors without them or with others: {error}."
             ) from error
 
+        # Facts first: with wrong facts the content may have other names, and a misleading hash.
         if check and hashed != text_hash(text):
             raise ConsilienceError(
                 "a message must have the facts that its sender hashed, got others; send it again."

@@ -1,10 +1,13 @@
-"""Methods: compositions of corrections, aggregators, a consolidator and a mapper. A method never asks which setting it is in."""
+"""Methods: compositions of corrections, aggregators, a consolidator and a mapper.
+
+A method never asks which setting it is in. It refuses a schedule in which a part could not act.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from consilience.core.aggregator import Aggregator, Cone
 from consilience.core.consolidator import Consolidator
@@ -16,38 +19,52 @@ from consilience.core.weight_space import WeightSpace
 if TYPE_CHECKING:
     from consilience.core.schedule import ScheduleFacts
 
-NOTHING_KNOWN = {
-    True: "no agent learns anything after it learned or heard of another source; it needs a schedule in which learning goes on after that",
-    False: "it keeps what it knows to its agent, and no agent learns a second source; give agents several, one after another",
-}
+
+class Rule(NamedTuple):
+    """A reason to refuse a method in a schedule."""
+
+    applies: bool
+    reason: str
+    remedy: str
+    """What to do instead; "" where the reason says it."""
+
+    @property
+    def text(self) -> str:
+        """The reason, and what to do instead."""
+        return f"{self.reason}; {self.remedy}" if self.remedy else self.reason
 
 
 @dataclass(frozen=True)
 class Method:
-    """A name and the parts that make it.
+    """A name and the parts that make a method.
 
-    `aggregator` fills whichever of the two next fields the schedule uses; `step_aggregator` combines the objectives of one step (None: their weighted sum); `hear_aggregator` combines what is
-    heard (None: the weighted mean), inside `consolidator` (None: parameters are averaged); `personal` are patterns of
-    entries that stay with their agent ("head": the model's); `fixed` are fields of Training that the method itself sets.
-    Methods add: `a + b` concatenates corrections; two different values of another field are an error.
+    Methods add: `a + b` has the corrections of both. Two different values of another field are an error.
     """
 
     name: str = ""
     corrections: tuple[Correction, ...] = ()
+    """How training changes, in the order in which they act."""
     aggregator: Aggregator | None = None
+    """Fills `step_aggregator` or `exchange_aggregator`, whichever the schedule uses."""
     step_aggregator: Aggregator | None = None
+    """Combines the objectives of one step. None: their weighted sum."""
     exchange_aggregator: Aggregator | None = None
+    """Combines received parameters inside the consolidator. None: their weighted mean."""
     consolidator: Consolidator | None = None
+    """Puts received messages into the state. None: `WeightSpace`, which combines parameters."""
     mapper: Mapper | None = None
+    """Weights experts for each input. None: experts are averaged."""
     personal: tuple[str, ...] = ()
+    """Patterns of entries that stay with their agent ("head": the model's head)."""
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of `Training` that the method sets itself."""
 
     def __post_init__(self) -> None:
-        names = [c.name for c in self.all_corrections]
-        twice = {n for n in names if names.count(n) > 1}
+        names = [correction.name for correction in self.all_corrections]
+        twice = {name for name in names if names.count(name) > 1}
         if twice:
             raise ConsilienceError(
-                f"a composition should have each correction once. Found {', '.join(sorted(twice))} twice."
+                f"a composition must have each correction once, got {', '.join(sorted(twice))} twice."
             )
 
     @property
@@ -57,154 +74,224 @@ class Method:
 
     @property
     def active(self) -> tuple[Correction, ...]:
-        """The corrections that differ from plain training at their hyperparameters; one that widens layers last."""
-        return tuple(sorted((c for c in self.all_corrections if c.active), key=lambda c: c.changes_shapes))
+        """The corrections that differ from plain training; those that change shapes come last."""
+        active = (correction for correction in self.all_corrections if correction.active)
+        return tuple(sorted(active, key=lambda correction: correction.changes_shapes))
 
     def resolve(self, facts: ScheduleFacts) -> Method:
-        """This method for a schedule: `aggregator` put where it is used.
+        """Return this method with its parts in their places for a schedule.
 
-        Raises Refusal where a part could not act at all, by name, with what to do instead.
+        Raises Refusal where a part could not act, with its name and what to do instead.
         """
-        m = self
-        facts = replace(facts, aware=facts.labelled or m.mapper is not None)
-        constraining = [c.active for c in m.corrections if c.adds_constraints]
-        if constraining and not any(constraining):
-            m = replace(m, step_aggregator=None)  # a cone without constraints
-        if m.aggregator is not None:
-            step = m.step_aggregator or (m.aggregator if facts.parts > 1 else None)
-            hear = m.exchange_aggregator or (m.aggregator if facts.receives_others else None)
-            if step is None and hear is None:
-                raise Refusal(
-                    f"{m.name} has nothing to aggregate: one source a step and nobody hears another agent; use multitask, federated or merging."
-                )
-            m = replace(m, aggregator=None, step_aggregator=step, exchange_aggregator=hear)
-        elif m.exchange_aggregator is not None and not facts.receives_others:
-            raise Refusal(
-                f"{m.name} combines what is heard, and nobody hears another agent here; use finetune, or a federated or merging setting."
-            )
-        if (
-            m.exchange_aggregator is not None
-            and not m.exchange_aggregator.needs_base
-            and facts.most_received < 2
-            and facts.stages > 1
-            and not facts.repeats
-        ):
-            raise Refusal(
-                f"{m.name} averages what is heard, and one model is heard at a time; use parameter_average, or finetune for the last."
-            )
-        rehearses = any(overrides(c, "sample") or overrides(c, "rows") for c in m.active)
-        if m.step_aggregator is not None and facts.parts < 2 and not rehearses:
-            raise Refusal(
-                f"{m.name} aggregates the objectives of a step, and a step has one here; "
-                "use multitask, compose it with er, or methods.aggregate to combine what is heard."
-            )
-        gathering = [type(c).__name__ for c in m.active if overrides(c, "gather")]
-        if len(gathering) > 1:
-            raise Refusal(
-                f"{m.name}: only one part may say what a learn trains on. Found {' and '.join(gathering)}."
-            )
-        for c in m.active:
-            if c.adds_constraints and not isinstance(m.step_aggregator, Cone):
-                found = type(m.step_aggregator).__name__ if m.step_aggregator else "none"
-                raise Refusal(
-                    f"{m.name}: {type(c).__name__} needs a cone as step aggregator, such as aggregators.gem. Found {found}."
-                )
-            if c.needs_boundaries and not facts.boundaries:
-                raise Refusal(
-                    f"{m.name}: {type(c).__name__} needs to know where a source ends, and this stream has no ends; "
-                    "use er, derpp, agem or online_ewc."
-                )
-            inert = c.needs_history and not (facts.shared_history if c.shared_items else facts.own_history)
-            why = c.refuse(facts) or (NOTHING_KNOWN[c.shared_items] if inert else None)
-            if why:
-                raise Refusal(f"{m.name}: {type(c).__name__} would do nothing or do wrong here: {why}.")
-        if m.mapper is not None and m.mapper.superposes and not any(overrides(c, "view") for c in m.active):
-            raise Refusal(
-                f"{m.name}: {type(m.mapper).__name__} would do nothing or do wrong here: no correction gives each task its own view of "
-                "the parameters, so that there is nothing to superpose; compose it with supsup, psp, hat, packnet or xdg, or use min_entropy."
-            )
-        m = replace(m, consolidator=m.receiver(), exchange_aggregator=None, personal=m._personal(facts))
-        if m.consolidator is not None and (why := m.consolidator.refuse(facts)):
-            raise Refusal(f"{m.name}: {why}.")
-        return m
+        facts = replace(facts, aware=facts.labelled or self.mapper is not None)
+        placed = self._placed(facts)
+        for rule in self._rules(placed, facts):
+            if rule.applies:
+                raise Refusal(f"{self.name}: {rule.text}.")
 
-    def _personal(self, facts: ScheduleFacts) -> tuple[str, ...]:
-        """The patterns of personal entries, "head" put in the model's names; those with a slash name entries of corrections."""
+        receiver = placed.receiver()
+        # The model is initialised for the names of its entries, so this comes after all that costs nothing.
+        personal = placed._personal_entries(facts)
+        if reason := receiver.refuse(facts):
+            raise Refusal(f"{self.name}: {reason}.")
+        return replace(placed, consolidator=receiver, exchange_aggregator=None, personal=personal)
+
+    def _placed(self, facts: ScheduleFacts) -> Method:
+        """Return this method with `aggregator` moved to where the schedule has something to aggregate."""
+        step = self.step_aggregator
+        constraints = [correction.active for correction in self.corrections if correction.adds_constraints]
+        if constraints and not any(constraints):
+            # The cone came with corrections whose hyperparameters make them plain training.
+            step = None
+        if self.aggregator is None:
+            return replace(self, step_aggregator=step)
+
+        if step is None and facts.parts > 1:
+            step = self.aggregator
+        exchange = self.exchange_aggregator
+        if exchange is None and facts.receives_others:
+            exchange = self.aggregator
+        left = self.aggregator if step is None and exchange is None else None
+        return replace(self, aggregator=left, step_aggregator=step, exchange_aggregator=exchange)
+
+    def _rules(self, placed: Method, facts: ScheduleFacts) -> Iterator[Rule]:
+        """Yield the rules in the order in which users should read them.
+
+        One after another, because later rules ask corrections that count on the earlier ones.
+        """
+        exchange, step = placed.exchange_aggregator, placed.step_aggregator
+
+        # What is aggregated, and where.
+        yield Rule(
+            placed.aggregator is not None,
+            "it has nothing to aggregate: a step has one source, and no agent receives from another",
+            "use multitask, federated or merging",
+        )
+        yield Rule(
+            self.aggregator is None and exchange is not None and not facts.receives_others,
+            "it combines received models, and no agent receives from another here",
+            "use finetune, or a federated or merging setting",
+        )
+        # The mean of one model is that model. One stage is a merge of what is given, which may be one model.
+        one_at_a_time = facts.most_received < 2 and facts.stages > 1 and not facts.repeats
+        yield Rule(
+            exchange is not None and not exchange.needs_base and one_at_a_time,
+            "it averages received models, and one is received at a time",
+            "use parameter_average, or finetune for the last model",
+        )
+        # Rehearsal and further rows are objectives of their own, also where a step has one source.
+        rehearses = any(overrides(part, "sample") or overrides(part, "rows") for part in placed.active)
+        yield Rule(
+            step is not None and facts.parts < 2 and not rehearses,
+            "it aggregates the objectives of a step, and a step has one here",
+            "use multitask, compose it with er, or combine received models with methods.aggregate",
+        )
+
+        # What each correction needs.
+        gathering = [type(part).__name__ for part in placed.active if overrides(part, "gather")]
+        yield Rule(
+            len(gathering) > 1,
+            f"only one part may choose what a visit trains on, got {' and '.join(gathering)}",
+            "leave one out",
+        )
+
+        for correction in placed.active:
+            yield from _correction_rules(correction, step, facts)
+
+        views = any(overrides(part, "view") for part in placed.active)
+        yield Rule(
+            placed.mapper is not None and placed.mapper.superposes and not views,
+            f"{type(placed.mapper).__name__} would do nothing or do wrong here: no correction gives each "
+            "task its own view of the parameters, so that there is nothing to superpose",
+            "compose it with supsup, psp, hat, packnet or xdg, or use min_entropy",
+        )
+
+    def _personal_entries(self, facts: ScheduleFacts) -> tuple[str, ...]:
+        """Return the patterns of personal entries, with "head" replaced by the names of the model's head.
+
+        Patterns with a slash name entries that corrections add.
+        """
         if facts.model is None or not self.personal:
             return self.personal
         import torch
 
-        model, found = facts.model, []
+        model = facts.model
         params, buffers = model.init(torch.Generator().manual_seed(0))
-        for p in self.personal:
-            if p == "head":
-                try:
-                    found += [n for n in model.head(params, None) if n is not None]
-                except ConsilienceError:  # heads come with tasks
-                    found.append("heads.*")
-            else:
-                found.append(p)
-        for p in found:
-            if "/" not in p and not facts.receives_others:
+        patterns: list[str] = []
+        for pattern in self.personal:
+            if pattern != "head":
+                patterns.append(pattern)
+                continue
+            try:
+                patterns += [name for name in model.head(params, None) if name is not None]
+            except ConsilienceError:
+                # There is no common head: heads come with their tasks.
+                patterns.append("heads.*")
+
+        for pattern in patterns:
+            # No model has these before the correction adds them, so they cannot be looked up.
+            if "/" in pattern:
+                continue
+            if not facts.receives_others:
                 raise Refusal(
-                    f"{self.name} keeps entries from others, and nobody hears another agent here; use finetune."
+                    f"{self.name}: it keeps entries to their agent, and no agent receives from another here; "
+                    "use finetune."
                 )
-            if (
-                "/" not in p
-                and not any(matches(n, [p]) for n in (*params, *buffers))
-                and model.task_of(p) is None
-            ):
-                raise Refusal(f"{self.name}: personal entries should be the model's. Found none like {p!r}.")
-        return tuple(dict.fromkeys(found))
+            known = any(matches(name, [pattern]) for name in (*params, *buffers))
+            if not known and model.task_of(pattern) is None:
+                raise Refusal(
+                    f"{self.name}: personal entries must be the model's, got {pattern!r} that it lacks."
+                )
+        return tuple(dict.fromkeys(patterns))
 
     def receiver(self) -> Consolidator:
-        """The consolidator with the aggregator of what is heard; by default parameters are averaged."""
-        c = self.consolidator or WeightSpace()
-        return (
-            replace(c, aggregator=self.exchange_aggregator)
-            if isinstance(c, WeightSpace) and self.exchange_aggregator
-            else c
-        )
+        """Return the consolidator that agents use: `consolidator`, or `WeightSpace` where there is none.
+
+        A `WeightSpace` gets `exchange_aggregator`, if there is one; other consolidators combine in their own
+        way.
+        """
+        consolidator = self.consolidator or WeightSpace()
+        if isinstance(consolidator, WeightSpace) and self.exchange_aggregator:
+            return replace(consolidator, aggregator=self.exchange_aggregator)
+        return consolidator
 
     def __add__(self, other: Method) -> Method:
         if not isinstance(other, Method):
             raise ConsilienceError(
-                f"a method composes with a method, such as methods.er(). Found {kind_of(other)}."
+                f"a method composes with a method, such as methods.er(), got {kind_of(other)}."
             )
+        name = "+".join(part for part in (self.name, other.name) if part)
         values: dict[str, Any] = {
-            "name": "+".join(n for n in (self.name, other.name) if n),
+            "name": name,
             "corrections": self.corrections + other.corrections,
-            "personal": self.personal + tuple(p for p in other.personal if p not in self.personal),
+            "personal": tuple(dict.fromkeys((*self.personal, *other.personal))),
             "fixed": {**self.fixed, **other.fixed},
         }
-        for k in set(self.fixed) & set(other.fixed):
-            if self.fixed[k] != other.fixed[k]:
+        for key in self.fixed:
+            if key in other.fixed and self.fixed[key] != other.fixed[key]:
+                raise ConsilienceError(f"methods to compose must agree, got two values of `{key}` in {name}.")
+
+        # All other fields hold one part: at most one of the two methods may bring it, or both the same.
+        for part in (each.name for each in fields(self)):
+            if part in values:
+                continue
+            mine, theirs = getattr(self, part), getattr(other, part)
+            if mine is not None and theirs is not None and mine != theirs:
                 raise ConsilienceError(
-                    f"methods to compose should agree. Found two values of `{k}` in {values['name']}."
+                    f"methods to compose must agree, got two values of `{part}` in {name}."
                 )
-        for f in fields(self):
-            if f.name not in values:
-                a, b = getattr(self, f.name), getattr(other, f.name)
-                if a is not None and b is not None and a != b:
-                    raise ConsilienceError(
-                        f"methods to compose should agree. Found two values of `{f.name}` in {values['name']}."
-                    )
-                values[f.name] = b if a is None else a
+            values[part] = theirs if mine is None else mine
         return Method(**values)
 
     @staticmethod
     def of(methods: Method | list[Method] | tuple[Method, ...]) -> Method:
-        """One method from one or several that compose."""
+        """Return one method from one, or from several that compose."""
         if isinstance(methods, Method):
             return methods
         if not methods:
-            raise ConsilienceError("a run should have a method. Found an empty list.")
+            raise ConsilienceError("a run needs a method, got an empty list.")
         if not isinstance(methods, list | tuple) or not isinstance(methods[0], Method):
             found = methods[0] if isinstance(methods, list | tuple) else methods
             raise ConsilienceError(
-                f"`method` should be made by consilience.methods, such as methods.er(). Found {kind_of(found)}."
+                f"`method` must be made by consilience.methods, such as methods.er(), got {kind_of(found)}."
             )
         total = methods[0]
-        for m in methods[1:]:
-            total = total + m
+        for method in methods[1:]:
+            total = total + method
         return total
+
+
+def _correction_rules(
+    correction: Correction, step: Aggregator | None, facts: ScheduleFacts
+) -> Iterator[Rule]:
+    """Yield the rules about one correction."""
+    name = type(correction).__name__
+    idle = f"{name} would do nothing or do wrong here"
+    yield Rule(
+        correction.adds_constraints and not isinstance(step, Cone),
+        f"{name} needs a cone as step aggregator, got {type(step).__name__ if step else 'none'}",
+        "use one such as aggregators.gem",
+    )
+    yield Rule(
+        correction.needs_boundaries and not facts.boundaries,
+        f"{name} needs to know where a source ends, and this stream has no ends",
+        "use er, derpp, agem or online_ewc",
+    )
+
+    # A correction's own reason says more than the general ones below, so it comes first.
+    own = correction.refuse(facts)
+    yield Rule(bool(own), f"{idle}: {own}", "")
+
+    history = facts.shared_history if correction.shared_items else facts.own_history
+    if correction.shared_items:
+        reason = "no agent trains after it trained on, or received, another source"
+        remedy = "use a schedule in which training goes on after that"
+    else:
+        reason = "its items stay with their agent, and no agent trains on a second source"
+        remedy = "give agents several sources, one after another"
+    yield Rule(correction.needs_history and not history, f"{idle}: {reason}", remedy)
+    yield Rule(
+        correction.needs_revisits and not facts.revisited,
+        f"{idle}: it acts when an agent trains on a source again, and here none does",
+        "use a setting with several rounds",
+    )

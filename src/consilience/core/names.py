@@ -1,7 +1,8 @@
-"""Names: what users may call a source, an agent or a task, and the keys that the library keeps next to theirs.
+"""Names: what users may call a source, an agent or a task, and the library's own keys next to them.
 
-Names of users and keys of ours meet in the same dictionaries (an agent's memory, receipts, a checkpoint). A key of
-ours is empty or stands in angle brackets, and `checked_name` refuses such names, so neither can hide the other.
+Names of users and keys of ours meet in the same dictionaries (an agent's memory, receipts, a checkpoint). A
+key of ours is empty or stands in angle brackets, and `checked_name` refuses such names, so neither can hide
+the other.
 
 >>> checked_name("the sum", "source")
 'the sum'
@@ -35,15 +36,17 @@ def trace_key(correction: str) -> str:
 
 def checked_name(name: str, kind: str) -> str:
     """Return a name of a `kind` ("source", "agent"). Raises ConsilienceError where it has a form of ours."""
+    # Angle brackets rather than a list of names, so that a later version can keep further keys.
     if not name or (name.startswith("<") and name.endswith(">")):
         raise ConsilienceError(
-            f"names of {kind}s must not be empty or stand in angle brackets, got {name!r}; choose another name."
+            f"names of {kind}s must not be empty or stand in angle brackets, got {name!r}; "
+            "choose another name."
         )
     return name
 
 
 def pair(sender: str, source: str) -> str:
-    """Return one key for (sender, source). A bar in a name is escaped, so that two pairs never share a key."""
+    """Return one key for (sender, source). Bars in names are escaped, so that two pairs never share a key."""
     return f"{_escape(sender)}|{_escape(source)}"
 
 
@@ -53,6 +56,7 @@ def unpair(key: str) -> tuple[str, str]:
     return _unescape(sender), _unescape(source)
 
 
+# The percent sign goes first when escaping and last when reading, or an escape would be escaped again.
 def _escape(name: str) -> str:
     return name.replace("%", "%25").replace("|", "%7C")
 

@@ -19,9 +19,9 @@ from consilience.core.source import Examples, Label, LabelFrame, Source
 class Train:
     """A phase in which agents train, each on all of its sources in every step, and none sees another.
 
-    An agent fails where its parameters are not finite or its data cannot be read. With `least`, a failed agent sends
-    nothing until it trains or receives again, as long as at least `least` others finish. Otherwise the run stops, and
-    can be resumed.
+    An agent fails where its parameters are not finite or its data cannot be read. With `least`, a failed
+    agent sends nothing until it trains or receives again, as long as at least `least` others finish.
+    Otherwise the run stops, and can be resumed.
     """
 
     who: Mapping[str, tuple[str, ...]]
@@ -34,7 +34,7 @@ class Train:
 
 @dataclass(frozen=True)
 class Exchange:
-    """A phase in which receivers get the messages of senders. All messages are made before any agent receives."""
+    """A phase in which receivers get messages. All messages are made before any agent receives."""
 
     who: Mapping[str, tuple[str, ...]]
     """The senders of each receiver."""
@@ -56,7 +56,7 @@ Phase = Train | Exchange | Evaluate
 
 @dataclass(frozen=True, eq=False)
 class Expert:
-    """A trained model that is given to a run, with the source that it was trained on (for its classes and test data)."""
+    """A trained model that is given to a run, with its source (for its classes and test data)."""
 
     name: str
     params: Mapping[str, Any]
@@ -91,11 +91,12 @@ class Schedule:
     base: Mapping[str, Any] | None = None
     """The parameters from which the given models were trained, where they are known."""
     judged: tuple[Source, ...] = ()
-    """What the evaluated agent is judged on. Default: the sources. Parts of a stream share their stream's `test`."""
+    """What the evaluated agent is judged on. Default: the sources. Parts of a stream share one `test`."""
     boundaries: bool = True
     """Whether learners may know where a source ends. If not, a stream is seen once."""
 
     def __post_init__(self) -> None:
+        # Receipts, memories and visits are kept by the names of sources.
         names = [source.name for source in self.sources]
         twice = sorted(name for name, times in Counter(names).items() if times > 1)
         if twice:
@@ -103,6 +104,7 @@ class Schedule:
         if not names:
             raise ConsilienceError("a schedule must have sources, got none.")
         checked_name(self.evaluated, "agent")
+        # The class is frozen, so that a schedule can be run twice.
         object.__setattr__(self, "judged", self.judged or self.sources)
         object.__setattr__(self, "_by_name", {source.name: source for source in self.sources})
 
@@ -137,13 +139,13 @@ class ScheduleFacts:
     receives_others: bool
     """Whether any agent receives what another agent was trained on."""
     shared_history: bool
-    """Whether an agent trains after it trained on other sources, or received what was trained on other sources."""
+    """Whether an agent trains after it trained on other sources, or received from agents that did."""
     own_history: bool
     """Whether an agent trains after it trained on other sources itself."""
     repeats: bool
     """Whether an agent trains after it trained or received."""
     common_base: bool
-    """Whether all trained parameters that an agent receives were trained from the parameters that it holds as `base`."""
+    """Whether agents receive only parameters that were trained from their own `State.base`."""
     learned_at: Mapping[str, tuple[int, ...]]
     """For each judged source, the stages in which new training on it reaches the evaluated agent."""
     stages: int
@@ -155,7 +157,7 @@ class ScheduleFacts:
     revisited: frozenset[str] = frozenset()
     """Sources that some agent trains on more than once."""
     rounds: int = 0
-    """How often one agent receives newly trained parameters before the last training phase (the largest number)."""
+    """The largest number of times that one agent receives trained parameters before training goes on."""
     most_sources: int = 0
     """The largest number of sources that one agent trains on."""
     classes: int = 0
@@ -163,7 +165,7 @@ class ScheduleFacts:
     boundaries: bool = True
     """Whether agents may know where a source ends."""
     aware: bool = False
-    """Whether agents know the task of what they train on: task labels, or a mapper (the method fills this in)."""
+    """Whether agents know tasks in training: by labels, or with a mapper (the method fills this in)."""
     overlap: bool = False
     """Whether tasks share output columns."""
     model: Any = None
@@ -214,15 +216,16 @@ class _Sent(NamedTuple):
 class _SymbolicRun:
     """A run of a schedule in which agents train in name only.
 
-    Every visit to a source is one bit, so that what an agent knows is one integer, and thousands of agents that
-    receive the same cost one "or" each.
+    Every visit to a source is one bit, so that what an agent knows is one integer, and thousands of agents
+    that receive the same cost one "or" each.
     """
 
     def __init__(self, schedule: Schedule) -> None:
         self.schedule = schedule
         self.stage = 1
         self.agents: dict[str, _SymbolicAgent] = {}
-        # By bit: the source of each visit. By source: its visits, and the newest that reached the evaluated agent.
+        # By bit: the source of each visit. By source: its visits, and the newest that reached the evaluated
+        # agent.
         self.visited: list[str] = []
         self.visits_of: dict[str, int] = {}
         self.newest: dict[str, int] = {}
@@ -239,6 +242,7 @@ class _SymbolicRun:
 
         for name, expert in schedule.experts.items():
             agent = self.agent(name)
+            # Without their base, nothing says that two given models started from the same parameters.
             agent.params = ("expert", name)
             agent.base = "init" if schedule.base is not None else ("unknown", name)
             agent.knowledge = self.visit([expert.source.name])
@@ -264,6 +268,7 @@ class _SymbolicRun:
         agent = self.agent(name)
         fresh = knowledge & ~agent.knowledge
         agent.knowledge |= knowledge
+        # From the lowest bit to the highest: the order in which the visits took place.
         while fresh and name == self.schedule.evaluated:
             visit = (fresh & -fresh).bit_length() - 1
             fresh &= fresh - 1
@@ -287,6 +292,7 @@ class _SymbolicRun:
         self.rounds = max(self.received.values(), default=0)
         for name, sources in phase.who.items():
             agent = self.agent(name)
+            # Knowledge of the very sources that are trained on now is no history that could be forgotten.
             of_these = 0
             for source in sources:
                 of_these |= self.visits_of.get(source, 0)
@@ -300,6 +306,7 @@ class _SymbolicRun:
             agent.active = True
             agent.own.update(sources)
             self.learn(name, self.visit(sources))
+            # Every visit ends at parameters that nobody else has.
             self.events += 1
             agent.params = self.events
 
@@ -327,15 +334,18 @@ class _SymbolicRun:
                 self.learn(name, sent[sender].knowledge)
                 agent.active = True
             mixed = frozenset((sender, sent[sender].params) for sender in group)
-            # One message is adopted as it is; of several the hash is a token that stays small over many rounds.
+            # One message is adopted as it is; of several the hash is a token that stays small over many
+            # rounds.
             agent.base = agent.params = sent[group[0]].params if len(mixed) == 1 else hash(mixed)
 
     def facts(self) -> ScheduleFacts:
         """Return what the run showed."""
         schedule = self.schedule
+        # Tasks overlap where two of them own one column.
         columns = [column for own in schedule.frame.tasks.values() for column in own]
         trained_on = [agent.own for agent in self.agents.values()]
         classes = [{column for name in own for column in schedule.source(name).classes} for own in trained_on]
+
         return ScheduleFacts(
             setting=schedule.setting,
             labelled=schedule.labelled,
@@ -386,9 +396,9 @@ def build(
 ) -> Schedule:
     """Make a schedule over sources, judged on them or on `judged`, with all targets mapped to one frame.
 
-    The scenario says how. "class": targets are the classes of all sources together, without task labels. "task": the
-    same, with the task label given in training and evaluation. "domain": targets are 0..k-1 in every source, without
-    task labels. `more` are further fields of `Schedule`.
+    The scenario says how. "class": targets are the classes of all sources together, without task labels.
+    "task": the same, with the task label given in training and evaluation. "domain": targets are 0..k-1 in
+    every source, without task labels. `more` are further fields of `Schedule`.
     """
     framed, frame = reframe([*sources, *judged], scenario)
     count = len(sources)
@@ -399,7 +409,7 @@ def build(
 
 
 def reframe(sources: Sequence[Source], scenario: str) -> tuple[tuple[Source, ...], LabelFrame]:
-    """Return the sources with their targets mapped to one frame, and that frame; `build` explains the scenarios."""
+    """Return the sources with targets mapped to one frame, and the frame; `build` explains scenarios."""
     if scenario not in ("task", "domain", "class"):
         raise ConsilienceError(f"`scenario` must be task, domain or class, got {scenario!r}.")
     if len({source.kind for source in sources}) > 1:
@@ -413,6 +423,7 @@ def reframe(sources: Sequence[Source], scenario: str) -> tuple[tuple[Source, ...
         columns = {str(source.task): source.classes for source in framed}
         return framed, LabelFrame(sources[0].labels, columns, kind)
 
+    # Tables from each source's targets to columns of the frame.
     labels = _domain_labels(sources) if scenario == "domain" else _class_labels(sources)
     column_of = {label: column for column, label in enumerate(labels)}
     mapped: _Mapped = {}
@@ -429,6 +440,7 @@ def reframe(sources: Sequence[Source], scenario: str) -> tuple[tuple[Source, ...
         task = source.task or source.name
         found.append(replace(source, **parts, labels=labels, classes=classes, task=task))
 
+    # Sources of one task may have different classes; the task has all of them.
     tasks: dict[str, tuple[int, ...]] = {}
     for source in found:
         task = str(source.task)
@@ -455,9 +467,10 @@ _Mapped = dict[tuple[int, tuple[int, ...]], Examples]
 """Examples that were mapped already, by their identity and table: parts of a stream keep sharing one test."""
 
 
-def _mapped_parts(source: Source, table: Tensor, mapped: _Mapped) -> dict[str, Examples]:
+def _mapped_parts(source: Source, table: Tensor, mapped: _Mapped) -> dict[str, Any]:
     """Return train, validation and test with target t replaced by table[t]."""
-    parts: dict[str, Examples] = {name: getattr(source, name) for name in ("train", "validation", "test")}
+    # Targets that stay as they are keep the very examples, and so the memory they are in.
+    parts: dict[str, Any] = {name: getattr(source, name) for name in ("train", "validation", "test")}
     if torch.equal(table, torch.arange(len(table))):
         return parts
     for name, examples in parts.items():

@@ -47,6 +47,7 @@ class Examples(ABC):
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Examples:
         """Return the examples on a device, with floating-point inputs in `dtype`."""
+        # Integer inputs, such as tokens, keep their type.
         return self.map(
             x=lambda x: x.to(device, dtype if x.is_floating_point() else x.dtype), y=lambda y: y.to(device)
         )
@@ -106,9 +107,10 @@ class Tensors(Examples):
 
 @dataclass(frozen=True, eq=False)
 class Stream(Examples):
-    """Examples too many for memory: a map-style dataset of (x, y), read through a DataLoader of `workers` processes.
+    """Examples too many for memory: a map-style dataset of (x, y).
 
-    The order is planned outside, so that a stream shuffles and resumes exactly as tensors do.
+    It is read through a DataLoader of `workers` processes. The order is planned outside, so that a stream
+    shuffles and resumes exactly as tensors do.
     """
 
     dataset: Any
@@ -156,7 +158,8 @@ class Stream(Examples):
 class Source:
     """Data of one place, task or time.
 
-    Raises ConsilienceError without training examples, and for a name or task that is empty or in angle brackets.
+    Raises ConsilienceError without training examples, and for a name or task that is empty or in angle
+    brackets.
     """
 
     name: str
@@ -174,9 +177,10 @@ class Source:
     kind: Literal["class", "value"] = "class"
     """Of the targets: "class" (integers [N]) or "value" (floats [N, outputs])."""
     feature_space: str = ""
-    """The hash of the backbone whose features the inputs are (`data.embed`); "" where they are inputs of any model."""
+    """The hash of the backbone whose features the inputs are (`data.embed`); "" for inputs of any model."""
 
     def __post_init__(self) -> None:
+        # Our own keys live in the same dictionaries as these names.
         checked_name(self.name, "source")
         if self.task is not None:
             checked_name(self.task, "task")
@@ -195,6 +199,7 @@ class Source:
         mapped: dict[str, Any] = {
             part: getattr(self, part).map(x, y) for part in ("train", "validation", "test")
         }
+        # Changed inputs are no longer the features of that backbone.
         if x is not None:
             mapped["feature_space"] = ""
         return replace(self, **{**mapped, **changes})
@@ -207,12 +212,13 @@ class Source:
         pairs = [source.train.whole() for source in sources]
         train = Tensors(torch.cat([x for x, _ in pairs]), torch.cat([y for _, y in pairs]))
         classes = tuple(sorted({column for source in sources for column in source.classes}))
+        # The rest, such as the test data, is the last source's.
         return replace(sources[-1], name=name, train=train, classes=classes)
 
 
 @dataclass(frozen=True)
 class LabelFrame:
-    """What every output column means, for all agents of a schedule, whatever the order in which classes arrive."""
+    """What every output column means, for all agents of a schedule, in whatever order classes arrive."""
 
     labels: tuple[Label, ...]
     """The label of each column."""

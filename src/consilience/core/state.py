@@ -18,7 +18,7 @@ _FACTS = ("origin", "version", "size", "trained")
 
 @dataclass(frozen=True, eq=False)
 class State:
-    """An agent's parameters, what it received, and what it keeps to itself. Immutable: `change` makes a new one."""
+    """An agent's parameters, what it received, and what it keeps. Immutable: `change` makes a new one."""
 
     params: Params
     buffers: Params
@@ -62,6 +62,7 @@ class State:
 
 def encode_state(state: State) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Flatten a state into tensors and facts for JSON; `decode_state` reverses it."""
+    # All tensors become items of one dictionary, so that `encode` names each tensor once.
     items: dict[str, Item] = {name: Private(getattr(state, name)) for name in _TENSORS}
     for message in state.bank.values():
         items |= {_bank_key(*message.key, name): item for name, item in message.items.items()}

@@ -28,7 +28,8 @@ class Training:
         epochs: passes over a source at each visit; 0 trains nothing.
         batch_size: samples of each part of a step.
         lr: learning rate.
-        optimiser: "sgd", "adam", "adamw", or any `consilience.core.optimiser.Optimiser`. It restarts at each visit.
+        optimiser: "sgd", "adam", "adamw", or any `consilience.core.optimiser.Optimiser`. It restarts at each
+        visit.
         momentum: of "sgd".
         weight_decay: L2 (decoupled for "adamw").
         sampler: which examples a step sees; None shuffles (`consilience.data.samplers`).
@@ -38,7 +39,8 @@ class Training:
             "linear" lr (1 - t), or "cosine" lr (1 + cos(pi t)) / 2. An agent that trains for a fraction of a
             visit stops early on the same curve.
         rates: factors of the learning rate for entries that match a shell pattern, as parameter groups do:
-            `{"biases.*": 20.0}`. The first pattern that an entry matches counts; each must match a trained entry.
+            `{"biases.*": 20.0}`. The first pattern that an entry matches counts; each must match a trained
+            entry.
     """
 
     epochs: int = 5
@@ -88,8 +90,8 @@ class Training:
 
         >>> import torch
         >>> from consilience.core.params import Layout
-        >>> Training(rates={"head.*": 0.5}).factors(Layout.of({"body.w": torch.zeros(2), "head.w": torch.zeros(1)}))
-        tensor([1.0000, 1.0000, 0.5000])
+        >>> Training(rates={"head.*": 0.5}).factors(Layout.of({"body.w": torch.zeros(2), "head.w":
+        torch.zeros(1)})) tensor([1.0000, 1.0000, 0.5000])
         """
         if not self.rates:
             return None
@@ -120,7 +122,8 @@ class Training:
     def rate(self, clock: tuple[Any, Any], horizon: tuple[Any, Any]) -> Any:
         """Return the learning rate at a step of a visit.
 
-        `clock` is (epoch, step in the epoch) and `horizon` is (epochs, steps per epoch), as numbers or tensors.
+        `clock` is (epoch, step in the epoch) and `horizon` is (epochs, steps per epoch), as numbers or
+        tensors.
 
         >>> [round(Training(lr=1.0, lr_schedule="cosine").rate((0, i), (2, 2)), 2) for i in range(4)]
         [1.0, 0.85, 0.5, 0.15]

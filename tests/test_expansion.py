@@ -12,8 +12,8 @@ import consilience as cs
 from consilience.core.contexts import Context
 from consilience.core.params import key, same
 from consilience.core.source import Source, Tensors
-from consilience.corrections.contexts import PSP, turns
 from consilience.corrections.expansion import DEN, Chain
+from consilience.corrections.superposition import PSP, turns
 from consilience.loop.agent import Agent
 from restate import stopped
 
@@ -338,7 +338,7 @@ def test_what_is_not_reached_and_old_heads_stay_to_the_bit(monkeypatch):
             assert torch.equal(was[chain.biases[n]][~rows], now[chain.biases[n]][~rows])
             unreached.append(int((~rows).sum()))
             inputs = rows
-        past = [n for n in was if "5." in n and ctx.recalled.now[1] not in n]
+        past = [n for n in was if "5." in n and ctx.recalled.source not in n]
         assert len(past) >= 2 and all(torch.equal(was[n], now[n]) for n in past)
 
     watched(monkeypatch, den(), look)
@@ -498,7 +498,7 @@ def test_den_refuses():
             cs.models.conv(C, 1, 8, 4),
             SOURCES,
             "task",
-            "linear layers in a chain. Found '0.weight' of shape",
+            "linear layers in a chain, got '0.weight' of shape",
         ),
         (den(), cs.models.resnet(20, C, 1, width=2), SOURCES, "task", "use a model without norms"),
     ):
@@ -522,7 +522,7 @@ def test_den_refuses():
     for over, why in ((False, "size of tensor"), (True, "outputs change with a unit that leads nowhere")):
         with pytest.raises(cs.Refusal, match=f"this one cannot: .*{why}.*; use mlp"):
             go(den(), cs.models.wrap(lambda over=over: Residual(over)))
-    with pytest.raises(cs.Refusal, match="what is heard moves"):
+    with pytest.raises(cs.Refusal, match="what is received moves"):
         cs.run(cs.settings.federated_continual([SOURCES[:2], SOURCES[2:]], 1, scenario="task"), den(), mlp())
     with pytest.raises(cs.Refusal, match="a step has several"):
         cs.run(cs.settings.multitask(SOURCES, "task"), den(), mlp())
@@ -534,7 +534,7 @@ def test_den_refuses():
         ("group", -1.0),
         ("l1", float("inf")),
     ):
-        with pytest.raises(cs.ConsilienceError, match=f"`{name}`.* should be.* Found `{name} = "):
+        with pytest.raises(cs.ConsilienceError, match=f"`{name}`.* must be.*, got {value}"):
             DEN(**{name: value})
 
 
@@ -646,12 +646,11 @@ def test_no_key_is_plain_training_with_any_keys():
         psp, params = PSP(0.0, keys), start(mlp())
         assert not psp.active and same(psp.view(params, "a", Context(model=mlp())), params)
     with pytest.raises(
-        cs.ConsilienceError, match="`flips` is of binary keys, and should be 0.5 .* Found `flips = 0.3`"
+        cs.ConsilienceError,
+        match="`flips` must be 0.5, or 0 .*keys='rotation', got 0.3; other values need keys='binary'",
     ):
         PSP(0.3, "rotation")
-    with pytest.raises(
-        cs.ConsilienceError, match="`keys` should be binary, complex or rotation. Found `keys = 'real'`"
-    ):
+    with pytest.raises(cs.ConsilienceError, match="`keys` must be binary, complex or rotation, got 'real'"):
         cs.methods.psp(keys="real")
 
 

@@ -14,8 +14,8 @@ from consilience.core.message import Message, Module
 from consilience.core.params import Layout, key, same
 from consilience.core.source import Source, Tensors
 from consilience.corrections.anatomy import anatomy
-from consilience.corrections.contexts import SupSup, TopK, gates, pack, signs, unpack
 from consilience.corrections.isolation import HAT, PackNet
+from consilience.corrections.superposition import SupSup, TopK, gates, pack, signs, unpack
 from consilience.loop.agent import Agent
 from restate import stopped
 
@@ -400,7 +400,7 @@ def test_supsup_is_its_restatement():
     assert all(torch.equal(r.params[n], params[n]) for n in params), "weights never change"
     known = SupSup().recall(r.agent.memory(SupSup()), ())
     for s in SOURCES[:2]:
-        assert same(known["masks"][s.name], {n: m.float() for n, m in masks[s.name].items()})
+        assert same(known.masks[s.name], {n: m.float() for n, m in masks[s.name].items()})
 
 
 def test_masks_travel_one_bit_a_weight(monkeypatch):
@@ -527,7 +527,7 @@ def test_refuses_without_a_task(name):
 
 @pytest.mark.parametrize("name", ["packnet", "hat"])
 def test_refuses_where_others_move_what_it_keeps(name):
-    with pytest.raises(cs.Refusal, match="what is heard moves"):
+    with pytest.raises(cs.Refusal, match="what is received moves"):
         cs.run(
             cs.settings.federated_continual([SOURCES[:2], SOURCES[2:]], 1, scenario="task"),
             METHODS[name](),

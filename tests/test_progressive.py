@@ -604,7 +604,7 @@ def test_pnn_refuses():
     for model in (cs.models.mlp(D, (4,), C), adapters()):
         with pytest.raises(cs.Refusal, match="no columns; use models.progressive"):
             go(pnn, model)
-    with pytest.raises(cs.Refusal, match="what is heard moves"):
+    with pytest.raises(cs.Refusal, match="what is received moves"):
         cs.run(
             cs.settings.federated_continual([SOURCES[:2], SOURCES[2:]], 1, scenario="task"), pnn, columns()
         )

@@ -1,11 +1,11 @@
-"""Which entries of a model are layers, biases, its head; and why a model or a schedule does not suit isolation."""
+"""The anatomy of a model: layers, biases, head; and why a model or a schedule does not suit isolation."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,57 +20,86 @@ if TYPE_CHECKING:
     from consilience.core.schedule import ScheduleFacts
 
 
+class Head(NamedTuple):
+    """The names of the weight and of the bias (or None) of the linear layer whose rows are the outputs."""
+
+    weight: str
+    bias: str | None
+
+    @property
+    def entries(self) -> tuple[str, ...]:
+        """The weight, and the bias if there is one."""
+        return (self.weight,) if self.bias is None else (self.weight, self.bias)
+
+
 @dataclass(frozen=True)
 class Anatomy:
-    """The shared weights of a model, in its own order, with their shapes, biases and what else is shared.
-
-    `layers` are the trainable weights of two or more dimensions that are not the head; `head` is the linear layer (weight, bias)
-    whose rows are the outputs, where all tasks share one; `order` are all shared weights, frozen ones too, without the head.
-    """
+    """The entries that all tasks share, in the model's order, by what they are."""
 
     order: tuple[str, ...]
+    """All weights of two or more dimensions, frozen ones too, without the head."""
     layers: tuple[str, ...]
+    """The trainable ones among `order`."""
     shapes: Mapping[str, tuple[int, ...]]
+    """The shapes of all weights, the head's too."""
     biases: Mapping[str, str]
-    head: tuple[str, str | None] | None
+    """The bias of each weight that has one."""
+    head: Head | None
+    """None where tasks have heads of their own."""
     others: tuple[str, ...]
-    """Trainable shared entries that are neither: norms."""
+    """Other trainable entries, such as those of norms."""
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """The trainable weights that are not the head, then the head's weight."""
+        return self.layers if self.head is None else (*self.layers, self.head.weight)
 
     def previous(self, name: str) -> str | None:
         """The weight before `name` (or before the head), or None."""
         at = self.order.index(name) if name in self.order else len(self.order)
         return self.order[at - 1] if at else None
 
+    def bias_of(self, name: str) -> str | None:
+        """The bias of a weight or of the head, or None."""
+        return self.head.bias if self.head and name == self.head.weight else self.biases.get(name)
+
 
 @lru_cache(maxsize=16)
 def anatomy(model: Model) -> Anatomy:
-    """What a model is made of, from the entries that it begins with."""
+    """Sort the entries that a model begins with by what they are."""
+    # Any seed will do, because only names and shapes are read.
     params, _ = model.init(torch.Generator().manual_seed(0))
     shared = {n: p for n, p in params.items() if model.task_of(n) is None and p.is_floating_point()}
-    weights = [n for n, p in shared.items() if p.ndim >= 2]
+    weights = [name for name, p in shared.items() if p.ndim >= 2]
+
+    # A bias has the name of its weight, and one number per unit.
     biases = {}
-    for n in weights:
-        b = f"{n.removesuffix('weight')}bias"
-        if n.endswith("weight") and b in shared and shared[b].shape == shared[n].shape[:1]:
-            biases[n] = b
-    head: tuple[str, str | None] | None = None
+    for name in weights:
+        bias = f"{name.removesuffix('weight')}bias"
+        if name.endswith("weight") and bias in shared and shared[bias].shape == shared[name].shape[:1]:
+            biases[name] = bias
+
+    head = shared_head(model, params, weights, biases)
+    order = [name for name in weights if head is None or name != head.weight]
+    layers = [name for name in order if not model.frozen(name)]
+    sorted_out = {*weights, *biases.values(), *(head.entries if head else ())}
+    others = tuple(name for name in shared if name not in sorted_out and not model.frozen(name))
+    shapes = {name: tuple(shared[name].shape) for name in weights}
+    return Anatomy(tuple(order), tuple(layers), shapes, biases, head, others)
+
+
+def shared_head(model: Model, params: Params, weights: list[str], biases: Mapping[str, str]) -> Head | None:
+    """The head that all tasks share, or None."""
     try:
-        head = model.head(params, None)
+        head = Head(*model.head(params, None))
     except ConsilienceError:
-        pass
-    else:
-        if (
-            shared[head[0]].shape[0] != model.outputs
-        ):  # features were asked for elsewhere: the last layer of so many rows
-            last = [n for n in weights if shared[n].shape[0] == model.outputs]
-            head = (last[-1], biases.get(last[-1])) if last else None
-    order = [n for n in weights if head is None or n != head[0]]
-    layers = [n for n in order if not model.frozen(n)]
-    known = {*weights, *biases.values(), *(n for n in head or () if n)}
-    others = tuple(n for n in shared if n not in known and not model.frozen(n))
-    return Anatomy(
-        tuple(order), tuple(layers), {n: tuple(shared[n].shape) for n in weights}, biases, head, others
-    )
+        return None
+    if params[head.weight].shape[0] == model.outputs:
+        return head
+
+    # A user took the features from an earlier layer: then the head is the last layer with so many rows.
+    last = [name for name in weights if params[name].shape[0] == model.outputs]
+    return Head(last[-1], biases.get(last[-1])) if last else None
 
 
 def without_tasks(facts: ScheduleFacts) -> str | None:
@@ -78,7 +107,10 @@ def without_tasks(facts: ScheduleFacts) -> str | None:
     if not facts.trains:
         return NO_TRAINING
     if not facts.aware:
-        return "it needs to know the task, and there is neither a label nor a mapper; use scenario='task', or compose it with a mapper"
+        return (
+            "it needs to know the task, and there is neither a label nor a mapper; "
+            "use scenario='task', or compose it with a mapper"
+        )
     if facts.model is not None:
         if not anatomy(facts.model).layers:
             return "the model has no trainable layer that tasks share; use one such as mlp or conv"
@@ -92,27 +124,40 @@ def not_alone(facts: ScheduleFacts) -> str | None:
     if facts.parts > 1:
         return "tasks are given their entries one after another, and here a step has several; use continual"
     if facts.receives_others:
-        return "what is heard moves the entries that it keeps; use continual, or supsup, whose masks travel"
+        return (
+            "what is received moves the entries that it keeps; use continual, or supsup, whose masks are sent"
+        )
     return None
 
 
 def rows_with_units(model: Model) -> str | None:
-    """Why units cannot be gated by the rows of their layers, or None: a_i relu(w_i x + b_i) = relu(a_i w_i x + a_i b_i), a_i >= 0."""
-    a = anatomy(model)
-    if a.others:
-        return f"it gates units by the rows of their layers, which norms undo, such as {a.others[0]!r}; use a model without norms"
-    for n in (*a.order, *(a.head or ())[:1]):
-        before = a.previous(str(n))
-        if before and a.shapes[str(n)][1] % a.shapes[before][0]:
-            return f"it gates units of layers in a chain. Found {str(n)!r}, whose inputs are not those of {before!r}; use mlp or conv"
+    """Why units cannot be gated by the rows of their layers, or None.
+
+    The rows suffice where a_i relu(w_i x + b_i) = relu(a_i w_i x + a_i b_i) with a_i >= 0.
+    """
+    parts = anatomy(model)
+    if parts.others:
+        return (
+            f"it gates units by the rows of their layers, which norms undo, such as {parts.others[0]!r}; "
+            "use a model without norms"
+        )
+    for name in (*parts.order, *([parts.head.weight] if parts.head else [])):
+        before = parts.previous(name)
+
+        # A flattened map gives each of its units several inputs of the next layer.
+        if before and parts.shapes[name][1] % parts.shapes[before][0]:
+            return (
+                f"it gates units of layers in a chain, and the inputs of {name!r} are not the units of "
+                f"{before!r}; use mlp or conv"
+            )
     return None
 
 
 def spread(layout: Layout, factors: Mapping[str, Tensor]) -> Tensor:
     """Factors [n] in a layout; 1 for the entries that are not named."""
     ones = {
-        n: torch.ones(s, dtype=layout.dtype, device=layout.device)
-        for n, s in zip(layout.names, layout.shapes, strict=True)
+        name: torch.ones(shape, dtype=layout.dtype, device=layout.device)
+        for name, shape in zip(layout.names, layout.shapes, strict=True)
     }
     return layout.flatten({**ones, **factors})
 
@@ -120,17 +165,22 @@ def spread(layout: Layout, factors: Mapping[str, Tensor]) -> Tensor:
 def own_entries(
     model: Model, params: Params, sources: tuple[Source, ...], taken: frozenset[int]
 ) -> dict[str, Tensor]:
-    """Factors by entry: 1 for the rows of the shared head that no earlier task took and these sources have, 0 for its others;
-    0 for the heads of other tasks."""
+    """Factors by entry that isolate the heads.
+
+    In a shared head: 1 for the rows of these sources that no earlier task took, 0 for the others. 0 for the
+    heads of other tasks. Entries that are not named may train.
+    """
+    # A class that two tasks share stays with the first one.
     factors: dict[str, Tensor] = {}
-    a, keys = anatomy(model), {model.head_key(s) for s in sources}
-    free = sorted({c for s in sources for c in s.classes} - taken)
-    for n in a.head or ():
-        if n is not None:
-            factors[n] = torch.zeros_like(params[n])
-            factors[n][free] = 1
-    for n, p in params.items():
-        task = model.task_of(n)
+    head, keys = anatomy(model).head, {model.head_key(source) for source in sources}
+    free = sorted({label for source in sources for label in source.classes} - taken)
+    for name in head.entries if head else ():
+        factors[name] = torch.zeros_like(params[name])
+        factors[name][free] = 1
+
+    # Weight decay and momentum would move heads that no loss reaches.
+    for name, p in params.items():
+        task = model.task_of(name)
         if task is not None and task not in keys:
-            factors[n] = torch.zeros_like(p)
+            factors[name] = torch.zeros_like(p)
     return factors

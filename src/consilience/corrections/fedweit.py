@@ -18,8 +18,8 @@ from consilience.core.params import Params
 from consilience.core.source import Source
 from consilience.core.training import Training
 from consilience.corrections.anatomy import spread, without_tasks
-from consilience.corrections.contexts import pack, unpack
 from consilience.corrections.quadratic import non_negative
+from consilience.corrections.superposition import pack, unpack
 
 if TYPE_CHECKING:
     from consilience.core.schedule import ScheduleFacts

@@ -1,9 +1,10 @@
-"""Isolation: every task has entries or units of its own, which later tasks do not move. Columns, PackNet and HAT."""
+"""Isolation: each task has its own entries or units, which later tasks do not move. Columns, PackNet, HAT."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -33,11 +34,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Columns(Correction):
-    """Columns of a progressive network: a learn moves the entries of its own tasks alone, whatever else is in the step.
+    """Columns of a progressive network: a visit trains the entries of its own tasks alone.
 
-    And of these only the head where a later column reads them, so that what every other task answers stays as it is, to the
-    bit: under rehearsal, penalties, momentum and decay, and when a source comes again. Rusu et al. 2016.
+    Where a later column reads them, only the head trains. So the outputs of every other task stay
+    bit-identical, under rehearsal, penalties, momentum and decay, and when a source comes again. Rusu et al.
+    2016.
     """
+
+    def default_model(self, inputs: tuple[int, ...], outputs: int) -> Model:
+        """Convolutional columns for square images of side 8 or more, else perceptrons with 128 units."""
+        # Rooms of parts do not import one another when they are loaded.
+        from consilience.models import progressive, progressive_conv
+
+        if len(inputs) == 3 and inputs[1] == inputs[2] and inputs[1] >= 8:
+            return progressive_conv(outputs, channels=inputs[0], size=inputs[1])
+        return progressive(prod(inputs), (128,), outputs)
 
     def refuse(self, facts: ScheduleFacts) -> str | None:
         from consilience.models.columns import Progressive
@@ -45,51 +56,60 @@ class Columns(Correction):
         if not facts.trains:
             return NO_TRAINING
         if not facts.aware:
-            return "it needs to know the task, and there is neither a label nor a mapper; use scenario='task', or compose it with a mapper"
+            return (
+                "it needs to know the task, and there is neither a label nor a mapper; "
+                "use scenario='task', or compose it with a mapper"
+            )
         if facts.model is not None and not isinstance(facts.model, Progressive):
             return (
-                "the model has no columns; use models.progressive or models.progressive_conv (heads and adapters on a frozen "
-                "backbone are kept by finetune)"
+                "the model has no columns; use models.progressive or models.progressive_conv "
+                "(heads and adapters on a frozen backbone are kept by finetune)"
             )
         return not_alone(facts)
 
     def begin(self, start: Beginning) -> Begun:
-        """Private: the names of what is held."""
-        model, params, sources = start.model, start.params, start.sources
+        """Private: one tensor per frozen entry, under its name."""
         from consilience.models.columns import Progressive
 
+        model, params = start.model, start.params
         assert isinstance(model, Progressive)
-        own, read = {None, *(model.head_key(s) for s in sources)}, model.read(params)
-        return Begun(params, {n: torch.zeros(()) for n in params if n in read or model.task_of(n) not in own})
+        # Task None: entries that no task owns train as they do without this class.
+        own, read = {None, *(model.head_key(source) for source in start.sources)}, model.read(params)
+        held = [name for name in params if name in read or model.task_of(name) not in own]
+        return Begun(params, {name: torch.zeros(()) for name in held})
 
     def mask(self, step: StepView, ctx: Context) -> Tensor:
         factor = torch.ones_like(step.theta)
-        for n in ctx.private:
-            factor[step.layout.span(n)] = 0
+        for name in ctx.private:
+            factor[step.layout.span(name)] = 0
         return factor
 
 
 @dataclass(frozen=True, eq=False)
-class Taken:
-    """What PackNet knows: the order of the learn that took each weight (-1: free), by entry; the latest order of each task;
-    the outputs that are taken; the tasks of this learn (none in predict)."""
+class Division:
+    """How the earlier tasks divided the weights of PackNet."""
 
-    owner: Mapping[str, Tensor]
+    taken_by: Mapping[str, Tensor]
+    """The order of the visit that took each weight (-1: free), by entry."""
     tasks: Mapping[str, int]
+    """The last such order of each task."""
     classes: frozenset[int]
-    now: frozenset[str]
+    """The outputs that are taken."""
+    current: frozenset[str]
+    """The tasks of this visit; none in predict."""
 
 
 @dataclass(frozen=True)
 class PackNet(Correction):
-    """PackNet: prune what a task learned to its largest weights, retrain these, freeze them; the rest is for later tasks.
+    """PackNet: prune each task to its largest weights, retrain and freeze them; later tasks use the rest.
 
-    A learn trains all free weights (from 0 but in the first); at the end of its first (1 - `retrain`) of the epochs each layer
-    keeps the round(`keep` x free) largest |w| among its free weights, by rank and so exactly that many (at least 1), and the
-    other free ones are 0 to this task. Task t uses the weights taken up to t, so that its outputs stay as they are, to the
-    bit. Layers are the trainable shared weights of two or more dimensions but the head; biases and norms are frozen after the
-    first task; of a shared head each task trains the rows of its own classes that no earlier task took (tasks with common
-    classes want `models.multi_head`). Masks are private. Refuses when a layer has no free weight left for a task.
+    A visit trains all free weights (from 0 but in the first one). After the first (1 - `retrain`) of the
+    epochs each layer keeps the round(`keep` x free) largest |w| among its free weights, ranked, so exactly
+    that many (at least 1); its other free weights are 0 for this task. Task t uses the weights taken up to
+    t, so its outputs stay bit-identical. Layers are the trainable shared weights of two or more dimensions,
+    without the head. Biases and norms are frozen after the first task. In a shared head each task trains the
+    rows of its own classes that no earlier task took (use `models.multi_head` if tasks have classes in
+    common). Masks are private. It refuses a schedule in which a layer has no free weight left for a task.
     Mallya & Lazebnik 2018.
     """
 
@@ -101,13 +121,9 @@ class PackNet(Correction):
 
     def __post_init__(self) -> None:
         if not 0 < self.keep <= 1:
-            raise ConsilienceError(
-                f"`keep` of the free weights should be in (0, 1]. Found `keep = {self.keep}`."
-            )
+            raise ConsilienceError(f"`keep` (of the free weights) must be in (0, 1], got {self.keep}.")
         if not 0 <= self.retrain < 1:
-            raise ConsilienceError(
-                f"`retrain` of the epochs should be in [0, 1). Found `retrain = {self.retrain}`."
-            )
+            raise ConsilienceError(f"`retrain` (of the epochs) must be in [0, 1), got {self.retrain}.")
 
     def kept(self, free: int) -> int:
         """How many of a layer's free weights a task keeps."""
@@ -117,103 +133,129 @@ class PackNet(Correction):
         why = without_tasks(facts) or not_alone(facts)
         if why is None and facts.revisited:
             why = (
-                "what a source learned is frozen, and here one comes again; use hat, or give each source once"
+                "what a source trained is frozen, and here one comes again; use hat, or give each source once"
             )
         if why is None and facts.model is not None:
-            a = anatomy(facts.model)
-            for n in a.layers:
-                free = torch.Size(a.shapes[n]).numel()
-                for t in range(facts.most_sources):
-                    if not free:
-                        return f"layer {n!r} has no free weight left for task {t + 1} of {facts.most_sources}; use a smaller `keep`, or a wider model"
-                    free -= self.kept(free)
+            why = self._exhausted(facts.model, facts.most_sources)
         return why
 
-    def recall(self, memory: Memory, sources: tuple[Source, ...]) -> Taken:
-        """Who took which weight."""
-        owner: dict[str, Tensor] = {}
+    def _exhausted(self, model: Model, tasks: int) -> str | None:
+        """Why a model has too few weights for so many tasks, or None."""
+        parts = anatomy(model)
+        for name in parts.layers:
+            # Every task leaves a part of the free weights, so small layers run out first.
+            free = torch.Size(parts.shapes[name]).numel()
+            for task in range(1, tasks + 1):
+                if not free:
+                    return (
+                        f"layer {name!r} has no free weight left for task {task} of {tasks}; "
+                        "use a smaller `keep`, or a wider model"
+                    )
+                free -= self.kept(free)
+        return None
+
+    def recall(self, memory: Memory, sources: tuple[Source, ...]) -> Division:
+        """The division so far, from the first task to the last."""
+        taken_by: dict[str, Tensor] = {}
         tasks: dict[str, int] = {}
         classes: set[int] = set()
-        for item in sorted(memory.values(), key=lambda i: i.meta["order"]):
+        for item in sorted(memory.values(), key=lambda item: item.meta["order"]):
             order = item.meta["order"]
-            for n, own in item.group("own").items():
-                owner[n] = torch.where(own, order, owner.get(n, torch.full(own.shape, -1, device=own.device)))
+            for name, own in item.group("own").items():
+                free = torch.full(own.shape, -1, device=own.device)
+                taken_by[name] = torch.where(own, order, taken_by.get(name, free))
             tasks[item.meta["task"]] = order
             classes |= set(item.meta["classes"])
-        return Taken(owner, tasks, frozenset(classes), frozenset(str(s.task) for s in sources))
+        return Division(taken_by, tasks, frozenset(classes), frozenset(str(s.task) for s in sources))
 
     def begin(self, start: Beginning) -> Begun:
-        """The free weights at 0 after the first learn; private: what may move, by entry."""
-        model, params, sources, known = start.model, start.params, start.sources, start.recalled
-        a, new = anatomy(model), dict(params)
-        free = own_entries(model, params, sources, known.classes)
-        for n in a.layers:
-            free[n] = torch.ones_like(params[n])
-            if n in known.owner:
-                taken = known.owner[n].to(params[n].device) >= 0
-                free[n], new[n] = (~taken).to(params[n].dtype), params[n] * taken
-        if known.owner:
-            for n in (*(a.biases[n] for n in a.layers if n in a.biases), *a.others):
-                free[n] = torch.zeros_like(params[n])
-        return Begun(new, {f"free/{n}": f for n, f in free.items()})
+        """Set free weights to 0, but in the first visit. Private: 1 for entries that may train, by name."""
+        parts, division, params = anatomy(start.model), start.recalled, dict(start.params)
+        free = own_entries(start.model, params, start.sources, division.classes)
+        for name in parts.layers:
+            weight = start.params[name]
+            free[name] = torch.ones_like(weight)
+            if name in division.taken_by:
+                taken = division.taken_by[name].to(weight.device) >= 0
+                free[name], params[name] = (~taken).to(weight.dtype), weight * taken
+
+        # All tasks use the same biases and norms, so only the first task may train them.
+        if division.taken_by:
+            biases = [parts.biases[name] for name in parts.layers if name in parts.biases]
+            for name in (*biases, *parts.others):
+                free[name] = torch.zeros_like(start.params[name])
+        return Begun(params, {f"free/{name}": factor for name, factor in free.items()})
 
     def view(self, params: Params, task: str | None, ctx: Context) -> Params:
-        """The weights that the task uses: those taken up to it; in its own learn also the free ones, until they are pruned."""
-        known: Taken = ctx.recalled
-        if task in known.now:
+        """The weights taken up to a task; in its own visit also the free ones that are not pruned."""
+        division: Division = ctx.recalled
+        if task in division.current:
             assert ctx.model is not None and ctx.layout is not None
             keep = ctx.layout.split(ctx.trace["keep"])
-            return {**params, **{n: params[n] * keep[n] for n in anatomy(ctx.model).layers}}
-        if task not in known.tasks:
+            return {**params, **{name: params[name] * keep[name] for name in anatomy(ctx.model).layers}}
+        if task not in division.tasks:
             return params
-        last = known.tasks[str(task)]
-        used = {n: ((o >= 0) & (o <= last)).to(params[n].device) for n, o in known.owner.items()}
-        return {**params, **{n: params[n] * u for n, u in used.items()}}
+
+        # Weights of later tasks are 0 for this one.
+        last = division.tasks[str(task)]
+        used = {name: ((order >= 0) & (order <= last)) for name, order in division.taken_by.items()}
+        return {
+            **params,
+            **{name: params[name] * mask.to(params[name].device) for name, mask in used.items()},
+        }
 
     def mask(self, step: StepView, ctx: Context) -> Tensor:
-        return spread(step.layout, _group(ctx.private, "free")) * ctx.trace["keep"]
+        return spread(step.layout, group(ctx.private, "free")) * ctx.trace["keep"]
 
     def trace_init(self, theta: Tensor) -> dict[str, Tensor]:
+        """`keep` [n]: 0 for weights that were pruned in this visit; `pruned`: 1 once they were."""
         return {"keep": torch.ones_like(theta), "pruned": theta.new_zeros(())}
 
     def trace(self, step: StepView, ctx: Context, grad: Tensor, delta: Tensor) -> dict[str, Tensor]:
-        epochs, last = step.horizon
-        if step.clock != (epochs - int(epochs * self.retrain) - 1, last - 1):
+        # The last step before retraining.
+        epochs, steps = step.horizon
+        if step.clock != (epochs - int(epochs * self.retrain) - 1, steps - 1):
             return ctx.trace
         return self._prune(step.theta + delta, step.layout, ctx)
 
     def _prune(self, theta: Tensor, layout: Layout, ctx: Context) -> dict[str, Tensor]:
+        """The trace with the largest free weights of each layer kept, next to those of earlier tasks."""
         assert ctx.model is not None
         values, keep = layout.split(theta), {}
-        for n in anatomy(ctx.model).layers:
-            free = ctx.private[f"free/{n}"].to(theta.device).reshape(-1)
-            size = values[n].abs().reshape(-1).masked_fill(free == 0, -1)
-            chosen = size.argsort(descending=True, stable=True)[: self.kept(int(free.sum()))]
-            keep[n] = (1 - free).index_fill(0, chosen, 1).view(values[n].shape)
+        for name in anatomy(ctx.model).layers:
+            free = ctx.private[f"free/{name}"].to(theta.device).reshape(-1)
+            size = values[name].abs().reshape(-1).masked_fill(free == 0, -1)
+
+            # By rank and not by a threshold: weights of dead inputs tie at 0.
+            largest = size.argsort(descending=True, stable=True)[: self.kept(int(free.sum()))]
+            keep[name] = (1 - free).index_fill(0, largest, 1).view(values[name].shape)
         return {"keep": spread(layout, keep), "pruned": theta.new_ones(())}
 
     def summarise(self, learned: Learned, ctx: Context) -> Private:
-        trace = (
-            ctx.trace
-            if ctx.trace["pruned"]
-            else self._prune(learned.layout.flatten(learned.params), learned.layout, ctx)
-        )
-        keep = learned.layout.split(trace["keep"])
-        own = {f"own/{n}": (keep[n] * ctx.private[f"free/{n}"]) > 0 for n in anatomy(learned.model).layers}
-        return Private(
-            own, {"task": learned.task, "order": learned.order, "classes": list(learned.source.classes)}
-        )
+        """The weights that this task took, as masks `own/<entry>`."""
+        # Without epochs no step has pruned, and the task must still leave weights to later ones.
+        trace = ctx.trace
+        if not trace["pruned"]:
+            trace = self._prune(learned.layout.flatten(learned.params), learned.layout, ctx)
+
+        keep, names = learned.layout.split(trace["keep"]), anatomy(learned.model).layers
+        own = {f"own/{name}": (keep[name] * ctx.private[f"free/{name}"]) > 0 for name in names}
+        meta = {"task": learned.task, "order": learned.order, "classes": list(learned.source.classes)}
+        return Private(own, meta)
 
 
 @dataclass(frozen=True, eq=False)
-class Attended:
-    """What HAT knows: the masks [units] of every task by layer, the largest over other sources, the outputs that these took,
-    and the tasks of this learn (none in predict)."""
+class Attention:
+    """The masks of HAT so far."""
 
     masks: Mapping[str, Mapping[str, Tensor]]
+    """The mask [units] of every task and layer."""
     past: Mapping[str, Tensor]
+    """The largest mask over the other sources, by layer."""
     classes: frozenset[int]
-    now: frozenset[str]
+    """The outputs that these took."""
+    current: frozenset[str]
+    """The tasks of this visit; none in predict."""
 
 
 class _Scaled(torch.autograd.Function):
@@ -236,17 +278,19 @@ class _Scaled(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class HAT(Correction):
-    """Hard attention to the task: each task learns which units of each hidden layer it uses, and keeps their weights.
+    """Hard attention to the task: each task learns which hidden units it uses, and keeps their weights.
 
-    Unit i of layer l is multiplied by a_i = sigmoid(s e_i), with an embedding e of the task and layer; s grows in every epoch,
-    s = 1/s_max + (s_max - 1/s_max) b / (B - 1) at its batch b = 0 .. B - 1. Gradients of weight (i, j) are multiplied by
-    1 - min(a_i, a_j) of the earlier tasks' largest a, those of e by s_max (cosh(s e) + 1) / (s (cosh(e) + 1)), and
-    `sparsity` x sum a (1 - past) / sum (1 - past) is added. With `hard` masks of earlier and predicted tasks are
-    1[e > 0], and old outputs stay as they are, to the bit; without, sigmoid(s_max e), and they drift.
+    Unit i of layer l is multiplied by a_i = sigmoid(s e_i), with an embedding e per task and layer. s grows
+    in every epoch, s = 1/s_max + (s_max - 1/s_max) b / (B - 1) at its batch b = 0 .. B - 1. Gradients of
+    weight (i, j) are multiplied by 1 - min(a_i, a_j) of the largest a of earlier tasks, those of e by s_max
+    (cosh(s e) + 1) / (s (cosh(e) + 1)), and `sparsity` x sum a (1 - past) / sum (1 - past) is added. With
+    `hard`, masks of earlier tasks and in predict are 1[e > 0], and old outputs stay bit-identical; otherwise
+    they are sigmoid(s_max e), and old outputs drift.
 
-    Units are gated by the rows of their layers, as is exact with ReLU and max pooling, without norms. The head is not gated:
-    of a shared one each task trains the rows of its own classes that no other took (or `models.multi_head`). Private. Where
-    training is short a large `sparsity` silences all units of a layer. Serrà et al. 2018 (who use .75 with 200 epochs).
+    Units are gated by the rows of their layers, which is exact with ReLU and max pooling, without norms. The
+    head is not gated: in a shared one each task trains the rows of its own classes that no other took (or
+    use `models.multi_head`). Masks are private. In short training a large `sparsity` silences all units of a
+    layer. Serrà et al. 2018 (who use .75 with 200 epochs).
     """
 
     sparsity: float = 0.1
@@ -259,14 +303,11 @@ class HAT(Correction):
     def __post_init__(self) -> None:
         non_negative("HAT", sparsity=self.sparsity)
         if not 1 <= self.s_max < float("inf"):
-            raise ConsilienceError(f"`s_max` should be at least 1 and finite. Found `s_max = {self.s_max}`.")
+            raise ConsilienceError(f"`s_max` must be at least 1 and finite, got {self.s_max}.")
 
     def refuse(self, facts: ScheduleFacts) -> str | None:
-        return (
-            without_tasks(facts)
-            or not_alone(facts)
-            or (rows_with_units(facts.model) if facts.model is not None else None)
-        )
+        why = without_tasks(facts) or not_alone(facts)
+        return why or (rows_with_units(facts.model) if facts.model is not None else None)
 
     def scale(self, clock: tuple[int, int], horizon: tuple[int, int]) -> float:
         """s at a step: from 1 / s_max at the first batch of an epoch to s_max at its last."""
@@ -274,133 +315,145 @@ class HAT(Correction):
         return low + (self.s_max - low) * (clock[1] / last if last > 0 else 1.0)
 
     def compensation(self, e: Tensor, s: float) -> Tensor:
-        """What undoes the scale of the gradient of sigmoid(s e): as if it were sigmoid(e), s_max times."""
+        """Factors that undo the scale of the gradient of sigmoid(s e): s_max times that of sigmoid(e)."""
+        # cosh overflows beyond this range; the clamp is the authors' too.
         return self.s_max / s * ((s * e).clamp(-50, 50).cosh() + 1) / (e.clamp(-50, 50).cosh() + 1)
 
-    def recall(self, memory: Memory, sources: tuple[Source, ...]) -> Attended:
-        now = {s.name for s in sources}
+    def recall(self, memory: Memory, sources: tuple[Source, ...]) -> Attention:
+        """The masks of all tasks, and the largest over other sources than these."""
+        here = {source.name for source in sources}
         masks: dict[str, dict[str, Tensor]] = {}
         past: dict[str, Tensor] = {}
         classes: set[int] = set()
+        # Several sources may have one task, which then uses the units of all of them.
         for (_, source), item in sorted(memory.items()):
-            mine = masks.setdefault(item.meta["task"], {})
-            for n, a in item.group("mask").items():
-                mine[n] = torch.maximum(mine[n], a) if n in mine else a
-                if source not in now:
-                    past[n] = torch.maximum(past[n], a) if n in past else a
-            if source not in now:
+            of_task = masks.setdefault(item.meta["task"], {})
+            for layer, mask in item.group("mask").items():
+                of_task[layer] = torch.maximum(of_task[layer], mask) if layer in of_task else mask
+                if source not in here:
+                    past[layer] = torch.maximum(past[layer], mask) if layer in past else mask
+            if source not in here:
                 classes |= set(item.meta["classes"])
-        return Attended(masks, past, frozenset(classes), frozenset(str(s.task) for s in sources))
+        return Attention(masks, past, frozenset(classes), frozenset(str(s.task) for s in sources))
 
     def begin(self, start: Beginning) -> Begun:
-        """Embeddings `hat/<task>/<layer>` ~ N(0, 1) for a new task; private: factors of the gradients, by entry."""
-        model, params, sources, known, generator = (
-            start.model,
-            start.params,
-            start.sources,
-            start.recalled,
-            start.generator,
-        )
-        a, new = anatomy(model), dict(params)
-        for s in sources:
-            for n in a.layers:
-                name = f"hat/{s.task}/{n}"
-                if name not in new:
-                    new[name] = torch.randn(a.shapes[n][0], generator=generator).to(params[n])
-        free = own_entries(model, params, sources, known.classes)
-        for n in a.layers:
-            if n in known.past:
-                free[n] = 1 - torch.minimum(
-                    self._units(a.shapes[n], known.past[n]), self._inputs(model, n, known)
-                ).to(params[n])
-                if n in a.biases:
-                    free[a.biases[n]] = (1 - known.past[n]).to(params[n])
-        if a.head and known.past:
-            weight = a.head[0]
-            free[weight] = free[weight] * (1 - self._inputs(model, weight, known)).to(params[weight])
-        for n in new:
-            if n.startswith("hat/") and not any(n.startswith(f"hat/{s.task}/") for s in sources):
-                free[n] = torch.zeros_like(new[n])
-        return Begun(new, {f"free/{n}": f for n, f in free.items()})
+        """Add embeddings `hat/<task>/<layer>` ~ N(0, 1) of a new task. Private: gradient factors by entry."""
+        parts, params = anatomy(start.model), dict(start.params)
+        for source in start.sources:
+            for layer in parts.layers:
+                name = f"hat/{source.task}/{layer}"
+                if name not in params:
+                    units = parts.shapes[layer][0]
+                    params[name] = torch.randn(units, generator=start.generator).to(params[layer])
+
+        # Embeddings of other tasks are frozen, so that momentum and decay do not move them.
+        free = self._free(start)
+        own = tuple(f"hat/{source.task}/" for source in start.sources)
+        for name, embedding in params.items():
+            if name.startswith("hat/") and not name.startswith(own):
+                free[name] = torch.zeros_like(embedding)
+        return Begun(params, {f"free/{name}": factor for name, factor in free.items()})
+
+    def _free(self, start: Beginning) -> dict[str, Tensor]:
+        """1 - min(a_i, a_j) of the earlier tasks for weight (i, j), 1 - a_i for bias i."""
+        model, params, attention = start.model, start.params, start.recalled
+        parts, past = anatomy(model), attention.past
+        free = own_entries(model, params, start.sources, attention.classes)
+        for layer in parts.layers:
+            if layer in past:
+                shape = parts.shapes[layer]
+                units = past[layer].view(-1, *[1] * (len(shape) - 1)).expand(shape)
+                taken = torch.minimum(units, self._inputs(model, layer, attention))
+                free[layer] = 1 - taken.to(params[layer])
+                if layer in parts.biases:
+                    free[parts.biases[layer]] = (1 - past[layer]).to(params[layer])
+
+        # The rows of the head are not gated, so a weight is taken as its input is.
+        if parts.head and past:
+            name = parts.head.weight
+            free[name] = free[name] * (1 - self._inputs(model, name, attention)).to(params[name])
+        return free
 
     @staticmethod
-    def _units(shape: tuple[int, ...], a: Tensor) -> Tensor:
-        """The values [units] of a layer's units on its weight."""
-        return a.view(-1, *[1] * (len(shape) - 1)).expand(shape)
-
-    @staticmethod
-    def _inputs(model: Model, name: str, known: Attended) -> Tensor:
-        """The values of the units before a layer on its weight: 1 where they are inputs; a flattened map's unit has several places."""
-        found = anatomy(model)
-        shape, before = found.shapes[name], found.previous(name)
-        if before not in known.past:
+    def _inputs(model: Model, name: str, attention: Attention) -> Tensor:
+        """The past mask of the units that a layer reads, on its weight; 1 where it reads the inputs."""
+        parts = anatomy(model)
+        shape, before = parts.shapes[name], parts.previous(name)
+        if before not in attention.past:
             return torch.ones(shape)
-        a = known.past[str(before)]
-        a = a.repeat_interleave(shape[1] // len(a))
-        return a.view(1, -1, *[1] * (len(shape) - 2)).expand(shape)
+
+        # A unit of a flattened map has several places among the inputs.
+        mask = attention.past[str(before)]
+        mask = mask.repeat_interleave(shape[1] // len(mask))
+        return mask.view(1, -1, *[1] * (len(shape) - 2)).expand(shape)
 
     def prepare_step(self, ctx: Context, training: Training) -> tuple[dict[str, Tensor], str | None]:
-        full = [n for n, a in ctx.recalled.past.items() if bool((a >= 1).all())]
+        """Warn where the earlier tasks took all units of a layer."""
+        full = [layer for layer, mask in ctx.recalled.past.items() if bool((mask >= 1).all())]
         warning = (
             f"layer {full[0]!r} has no unit left; use a larger `sparsity`, or a wider model" if full else None
         )
         return ctx.flat, warning
 
     def view(self, params: Params, task: str | None, ctx: Context) -> Params:
-        """Every hidden layer with its rows multiplied by the task's attention."""
-        known: Attended = ctx.recalled
-        if task in known.now:
-            s = self.scale(ctx.clock, ctx.horizon)
-            found = {
-                n[len(f"hat/{task}/") :]: torch.sigmoid(s * e)
-                for n, e in params.items()
-                if n.startswith(f"hat/{task}/")
-            }
-        else:
-            found = dict(known.masks.get(str(task), {}))
+        """The parameters with the rows of every hidden layer multiplied by the task's mask."""
         assert ctx.model is not None
-        new, biases = dict(params), anatomy(ctx.model).biases
-        for n, a in found.items():
-            a = a.to(params[n])
-            new[n] = params[n] * a.view(-1, *[1] * (params[n].ndim - 1))
-            if n in biases:
-                new[biases[n]] = params[biases[n]] * a
-        return new
+        attention: Attention = ctx.recalled
+        if task in attention.current:
+            # Soft while they train, even where `hard` fixes them afterwards.
+            s = self.scale(ctx.clock, ctx.horizon)
+            masks = {layer: torch.sigmoid(s * e) for layer, e in group(params, f"hat/{task}").items()}
+        else:
+            masks = dict(attention.masks.get(str(task), {}))
+
+        biases, gated = anatomy(ctx.model).biases, dict(params)
+        for layer, mask in masks.items():
+            weight = params[layer]
+            mask = mask.to(weight)
+            gated[layer] = weight * mask.view(-1, *[1] * (weight.ndim - 1))
+            if layer in biases:
+                gated[biases[layer]] = params[biases[layer]] * mask
+        return gated
 
     def mask(self, step: StepView, ctx: Context) -> Tensor:
-        factors, s = _group(ctx.private, "free"), self.scale(step.clock, step.horizon)
-        values = step.layout.split(step.theta)
-        return spread(
-            step.layout,
-            {**factors, **{n: self.compensation(e, s) for n, e in values.items() if self._mine(n, ctx)}},
-        )
+        s, values = self.scale(step.clock, step.horizon), step.layout.split(step.theta)
+        own = {name: self.compensation(e, s) for name, e in values.items() if self._layer_of(name, ctx)}
+        return spread(step.layout, {**group(ctx.private, "free"), **own})
 
     @staticmethod
-    def _mine(name: str, ctx: Context) -> bool:
-        return any(name.startswith(f"hat/{task}/") for task in ctx.recalled.now)
+    def _layer_of(name: str, ctx: Context) -> str | None:
+        """The layer of an entry that is an embedding of a task of this visit, else None."""
+        # Names of tasks may hold slashes, so the entry cannot be split at them.
+        starts = (f"hat/{task}/" for task in ctx.recalled.current)
+        return next((name.removeprefix(start) for start in starts if name.startswith(start)), None)
 
     def penalty(self, step: StepView, ctx: Context) -> Tensor:
-        s, known = self.scale(step.clock, step.horizon), ctx.recalled
+        """`sparsity` x sum a (1 - past) / sum (1 - past), over all layers."""
+        s, past = self.scale(step.clock, step.horizon), ctx.recalled.past
         above, below = step.theta.new_zeros(()), step.theta.new_zeros(())
-        for n, e in step.layout.split(step.theta).items():
-            if self._mine(n, ctx):
-                layer = n[len(next(f"hat/{t}/" for t in known.now if n.startswith(f"hat/{t}/"))) :]
-                free = 1 - known.past[layer].to(e) if layer in known.past else torch.ones_like(e)
-                a = torch.sigmoid(s * _Scaled.apply(e, self.compensation(e.detach(), s)))  # type: ignore[no-untyped-call]
-                above, below = above + (a * free).sum(), below + free.sum()
+        for name, e in step.layout.split(step.theta).items():
+            layer = self._layer_of(name, ctx)
+            if layer is None:
+                continue
+            free = 1 - past[layer].to(e) if layer in past else torch.ones_like(e)
+
+            # Penalties are added after `mask` is applied, so this gradient is compensated here.
+            factor = self.compensation(e.detach(), s)
+            scaled: Tensor = _Scaled.apply(e, factor)  # type: ignore[no-untyped-call]
+            above, below = above + (torch.sigmoid(s * scaled) * free).sum(), below + free.sum()
         return self.sparsity * above / below.clamp_min(1)
 
     def summarise(self, learned: Learned, ctx: Context) -> Private:
-        start = f"hat/{learned.task}/"
-        found = {n[len(start) :]: e for n, e in learned.params.items() if n.startswith(start)}
+        """The task's mask of each layer."""
+        embeddings = group(learned.params, f"hat/{learned.task}")
         masks = {
-            n: (e > 0).to(e.dtype) if self.hard else torch.sigmoid(self.s_max * e) for n, e in found.items()
+            layer: (e > 0).to(e.dtype) if self.hard else torch.sigmoid(self.s_max * e)
+            for layer, e in embeddings.items()
         }
-        return Private(
-            {f"mask/{n}": a for n, a in masks.items()},
-            {"task": learned.task, "classes": list(learned.source.classes)},
-        )
+        meta = {"task": learned.task, "classes": list(learned.source.classes)}
+        return Private({f"mask/{layer}": mask for layer, mask in masks.items()}, meta)
 
 
-def _group(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {n[len(prefix) + 1 :]: t for n, t in tensors.items() if n.startswith(f"{prefix}/")}
+def group(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with `prefix/`, under the rest of their names."""
+    return {name[len(prefix) + 1 :]: t for name, t in tensors.items() if name.startswith(f"{prefix}/")}

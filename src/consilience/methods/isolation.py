@@ -49,7 +49,7 @@ def supsup(keep: float = 0.5) -> Method:
         keep: the share of each layer's weights that a task uses.
     """
     from consilience.core.method import Method
-    from consilience.corrections.contexts import SupSup
+    from consilience.corrections.superposition import SupSup
 
     return Method("supsup", (SupSup(keep),), personal=("supsup/*",))
 
@@ -64,7 +64,7 @@ def psp(flips: float = 0.5, keys: Literal["binary", "complex", "rotation"] = "bi
         keys: "binary" signs, "complex" phases on pairs of inputs, or a "rotation" of all inputs.
     """
     from consilience.core.method import Method
-    from consilience.corrections.contexts import PSP
+    from consilience.corrections.superposition import PSP
 
     return Method("psp", (PSP(flips, keys),))
 
@@ -78,7 +78,7 @@ def xdg(fraction: float = 0.8) -> Method:
         fraction: of the units of each hidden layer that are silent; 0 is plain training.
     """
     from consilience.core.method import Method
-    from consilience.corrections.contexts import XdG
+    from consilience.corrections.superposition import XdG
 
     return Method("xdg", (XdG(fraction),))
 

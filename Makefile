@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 # Small models on few cores: one thread a process is fastest, and the tests run side by side.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-all bench engines lint clean
+.PHONY: demo test test-all docs lock bench engines lint clean
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -29,6 +29,19 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The site, offline, in site/: it opens from the disk.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "site/index.html"
+
+$(VENV)/.docs: $(VENV)/.ready
+	$(BIN)/pip install -q --disable-pip-version-check -e ".[docs]"
+	touch $@
+
+# Exact versions with hashes of what developers install: pip install --require-hashes -r requirements-dev.lock
+lock:
+	uv pip compile pyproject.toml --extra dev --extra docs --generate-hashes --python-version 3.11 --quiet -o requirements-dev.lock
+
 bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/core.py
 	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/mapping.py
@@ -38,4 +51,4 @@ engines: $(VENV)/.ready
 	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/engines.py
 
 clean:
-	rm -rf $(VENV) demo runs build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) demo runs build dist site .pytest_cache .mypy_cache .ruff_cache

@@ -84,7 +84,7 @@ def test_a_one_hot_superposition_is_that_task_bit_for_bit(name, model):
     seen = []
     for s in SOURCES:
         params = agent.state.params
-        for c, ctx in agent._seen():
+        for c, ctx in agent.predictor.views:
             params = c.view(params, s.name, ctx)
         seen.append(params)
     made = superposition(seen)
@@ -239,7 +239,7 @@ def test_superposition_refuses_what_has_no_views():
             cs.methods.psp() + cs.methods.infer(Superposition()),
         )
     alike = [{"w": torch.ones(2)}, {"w": torch.ones(2)}]
-    with pytest.raises(cs.ConsilienceError, match="should differ by task. Found the same"):
+    with pytest.raises(cs.ConsilienceError, match="must differ by task, got the same"):
         superposition(alike)
 
 

@@ -11,35 +11,41 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """x [B, ...], y [B] or [B, k], the weights of the samples w [B] (0 pads; None: all 1), the task, and extra named
-    tensors [B, ...] such as stored logits. A step has one or more parts; each is a row of its own."""
+    """Samples of one source. A step has one or more batches, and each is an objective of its own."""
 
     x: Tensor
+    """Inputs [B, ...]."""
     y: Tensor
+    """Targets: classes [B], or values [B, k]."""
     task: str | None = None
+    """What the model is given as task."""
     w: Tensor | None = None
+    """Weights of the samples [B], 0 for padding; None: all 1."""
     extra: Mapping[str, Tensor] = field(default_factory=dict)
+    """Named tensors [B, ...] that belong to the samples, such as stored logits."""
     source: str = ""
-    """Which source it comes from."""
+    """The name of the source."""
     weight: float | None = None
-    """Of its own loss among the objectives; None: 1 / (number of such parts). 0: it is forwarded, and only `rows` use it."""
+    """The weight of its loss among the objectives. None: 1 / (number of such batches). 0: for `rows` only."""
     drawn_by: str = ""
-    """The correction that drew it; set by the loop."""
+    """The name of the correction that drew it; set by the loop."""
 
     def mean(self, values: Tensor) -> Tensor:
-        """The mean of values [B] over the samples that count: sum w v / sum w."""
+        """Return the mean of values [B] over the samples that count: sum w v / sum w."""
         return values.mean() if self.w is None else (values * self.w).sum() / self.w.sum()
 
 
 def sample_losses(out: Tensor, y: Tensor, kind: str) -> Tensor:
-    """The loss of each sample [B]: cross-entropy for classes, the squared error averaged over outputs for values."""
+    """Return the loss of each sample [B]: cross-entropy for classes, mean squared error for values."""
     if kind == "class":
         return F.cross_entropy(out, y, reduction="none")
+    # A model may have more outputs than there are targets.
     return (out[:, : y.shape[1]] - y).square().mean(1)
 
 
 def mean_loss(out: Tensor, batch: Batch, kind: str) -> Tensor:
-    """The loss of a batch: the mean over its samples, weighted where some are padding."""
+    """Return the loss of a batch: the mean over its samples, by their weights."""
+    # One fused call where it is possible: it is the loss of almost every step.
     if batch.w is None and kind == "class":
         return F.cross_entropy(out, batch.y)
     return batch.mean(sample_losses(out, batch.y, kind))

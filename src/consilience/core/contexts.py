@@ -1,4 +1,4 @@
-"""What the verbs of a correction see, and what some of them return."""
+"""What the verbs of a correction read, and what some of them return."""
 
 from __future__ import annotations
 
@@ -21,155 +21,185 @@ if TYPE_CHECKING:
     from consilience.core.training import Training
 
 Memory = Mapping[tuple[str, str], Item]
-"""The items of one correction by (sender, source): shared ones from the bank, private ones under its agent's own name."""
+"""The items of one correction by (sender, source): received ones, and this agent's own under its name."""
 
 
 @dataclass(eq=False)
 class Context:
-    """A correction's own things during one learn: what it knows (from `recall`), keeps private (from `begin`), and traces."""
+    """What belongs to one correction during one visit: what it recalls, keeps private, and traces.
+
+    In prediction a new context has `recalled` and `model` only.
+    """
 
     recalled: Any = None
+    """What `recall` returned."""
     private: Mapping[str, Tensor] = field(default_factory=dict)
+    """What `begin` returned as private."""
     trace: dict[str, Tensor] = field(default_factory=dict)
+    """What `trace` returned after the last step, or `trace_init` before the first."""
     flat: dict[str, Tensor] = field(default_factory=dict)
-    """The groups of `known` that the correction's `flat` names, each one vector [n] in the layout of the step."""
+    """Vectors [n] for the steps: the groups of `recalled` that the class attribute `flat` names; after
+    `prepare_step`, what that returned."""
     model: Model | None = None
-    """Asked which entries are what."""
+    """The model, to ask which entries are what (`task_of`, `frozen`, `head`)."""
     layout: Layout | None = None
-    """Of the step; None in predict."""
+    """Where each trainable entry lies in theta; None in prediction, and before `prepare_step`."""
     start: Tensor | None = None
-    """The trainable parameters [n] where this learn began; None in predict."""
+    """theta [n] at the start of the visit; None in prediction, and before `prepare_step`."""
     clock: tuple[int, int] = (0, 0)
     """(epoch, step in the epoch), for `view`, which has no `StepView`."""
     horizon: tuple[int, int] = (0, 0)
-    """(epochs, steps an epoch)."""
+    """(epochs, steps per epoch) of the visit."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A further objective of a step: a scalar loss, its weight; `kind="constraint"` for a row that only must not be opposed."""
+    """A further objective or constraint of a step, as `rows` returns it."""
 
     loss: Tensor
+    """A scalar."""
     weight: float = 1.0
+    """Of the objective; the batches of a visit to one source have weight 1 together."""
     kind: Literal["objective", "constraint"] = "objective"
+    """A constraint is a loss that the step must not increase, but need not decrease."""
 
 
 @dataclass(eq=False)
 class StepView:
-    """What a verb inside the step may see.
-
-    `theta` [n] is the flat vector of trainable parameters (a leaf for `penalty`), `start` [n] where it began this learn;
-    `parts` and `raw`, `outputs` are the batches with the model's outputs before and after `outputs` verbs and task masks;
-    `before(x, task)` are the outputs of the model as it was when this learn began; `clock` is (epoch, step in the epoch),
-    `horizon` (epochs, steps an epoch); `answer(part, task)` are the outputs of that part if its task were another;
-    `features(part)` are the features [B, d] of that part in eval mode, and `features_before(x, task)` those that the model
-    had when this learn began (a forward pass more each).
-    """
+    """What the verbs read of one step. Engines that stack agents give `clock` and `horizon` as tensors."""
 
     theta: Tensor
+    """The trainable parameters [n]; for `penalty` a leaf, so that it can be differentiated."""
     start: Tensor
+    """theta at the start of the visit [n]."""
     layout: Layout
+    """Where each entry lies in theta."""
     parts: list[Batch]
+    """The batches: one per source of the visit, then those of `sample`."""
     raw: list[Tensor]
+    """The model's outputs [B, C] for each part."""
     outputs: list[Tensor]
+    """The same, with -inf in the columns of other tasks where the task is known."""
     before: Callable[[Tensor, str | None], Tensor]
+    """before(x, task): outputs [B, C] of the model as it was at the start of the visit, without gradient."""
     clock: tuple[int, int]
+    """(epoch, step in the epoch)."""
     horizon: tuple[int, int]
+    """(epochs, steps per epoch) of the visit."""
     answer: Callable[[int, str | None], Tensor]
+    """answer(part, task): outputs [B, C] of that part for another task. A forward pass."""
     features: Callable[[int], Tensor]
+    """features(part): features [B, d] of that part in eval mode. A forward pass."""
     features_before: Callable[[Tensor, str | None], Tensor]
+    """features_before(x, task): as `features`, of the model at the start of the visit, without gradient."""
 
 
 @dataclass(frozen=True, eq=False)
 class Beginning:
-    """What `begin` may read before training on `sources`.
-
-    `params` and `buffers` are whole, with what the model grew for these sources; `known` is what `recall` gave; `predict(x)` are the
-    class probabilities [B, C] that the agent answers now, over the columns of its frame, and `experts` the modules that it
-    answers with, by (sender, source); `grown` are the entries that the model grew for this very learn.
-    """
+    """What `begin` may read before training on `sources`."""
 
     model: Model
     params: Params
+    """All parameters, with the entries that the model grew for these sources."""
     buffers: Params
+    """All buffers."""
     sources: tuple[Source, ...]
+    """The sources of the visit; `gather` may have made others of them to train on."""
     recalled: Any
+    """What `recall` returned."""
     generator: torch.Generator
+    """Keyed by seed, first source, number of visits, and the name of the correction."""
     predict: Callable[[Tensor], Tensor] | None = None
+    """predict(x): class probabilities [B, C] of this agent now, over the columns of its frame."""
     experts: Mapping[tuple[str, str], Module] = field(default_factory=dict)
+    """The modules that the agent predicts with, by (sender, source)."""
     grown: frozenset[str] = frozenset()
+    """The entries that the model grew for this visit."""
 
 
 class Begun(NamedTuple):
-    """What `begin` returns: parameters, private tensors of this visit, and names of entries that it never moves.
+    """What `begin` returns.
 
-    Frozen entries are left out of theta and of the optimiser state, so they cost nothing in a step.
+    Frozen entries are left out of theta and of the optimiser's state, so that they cost nothing in a step.
     """
 
     params: Params
+    """All parameters to train from."""
     private: Mapping[str, Tensor] = MappingProxyType({})
+    """Tensors for this visit only, as `ctx.private`."""
     frozen: Collection[str] = ()
+    """Names of entries that this visit leaves as they are."""
 
 
 @dataclass(frozen=True, eq=False)
 class Learned:
-    """What `summarise` may read after training on a source.
-
-    `params` and `buffers` are whole; `start` are the trainable parameters when this learn began; `task` is what the model
-    is given for this source; `share` is 1 / (number of sources of this learn); `generator` is keyed by seed, source and visit.
-    """
+    """What `summarise` may read after training on a source."""
 
     model: Model
+    """The model, seen through the views of all corrections."""
     params: Params
+    """All parameters after the visit."""
     buffers: Params
+    """All buffers after the visit."""
     start: Params
+    """The trainable parameters at the start of the visit."""
     source: Source
+    """The source, with its training examples on the device."""
     task: str | None
+    """What the model is given as task for this source."""
     layout: Layout
+    """Where each trainable entry lies in theta."""
     generator: torch.Generator
+    """Keyed by seed, source, visit, and the name of the correction."""
     share: float = 1.0
+    """1 / (number of sources of this visit)."""
     order: int = 0
-    """How many learns this agent did before."""
+    """The number of earlier visits of this agent, to any source."""
     steps: int = 0
-    """How many steps this learn took."""
+    """The number of steps of this visit."""
     training: Training | None = None
+    """The hyperparameters of the visit."""
 
     @property
     def trainable(self) -> Params:
-        """The trainable parameters."""
-        return {n: self.params[n] for n in self.layout.names}
+        """The trainable parameters after the visit."""
+        return {name: self.params[name] for name in self.layout.names}
 
     def sums(self, psi: Callable[[Tensor], Tensor], second: bool = True) -> dict[str, Tensor]:
-        """What ridge heads, nearest means, LDA and Mahalanobis need, in float64: first = sum psi e_y^T [d, C], count [C], and
-        second = sum psi psi^T [d, d], over the training data, psi(x) being [B, d]. They add over sources, batches and agents."""
+        """Return sums over the training data in float64, for features psi(x) [B, d] and one-hot targets e_y.
+
+        first = sum psi e_y^T [d, C]; count [C]; second = sum psi psi^T [d, d]. They are what ridge heads,
+        nearest means, LDA and Mahalanobis need, and they add over sources, batches and agents. For values,
+        e_y is the target itself.
+        """
         total: dict[str, Tensor] = {}
+        values, classes = self.source.kind == "value", len(self.source.labels)
+        # In float64, so that sums of many agents do not depend on how the data was cut.
         for x, y in self.source.train.chunks(1024):
             with torch.no_grad():
-                f = psi(x).double()
-            hot = (
-                y.double() if self.source.kind == "value" else F.one_hot(y, len(self.source.labels)).double()
-            )
-            hot = hot.to(f.device)
-            part = {"second": f.T @ f} if second else {}
-            part |= {
-                "first": f.T @ hot,
-                "count": hot.sum(0) if self.source.kind == "class" else hot.new_tensor([len(y)]),
-            }
-            total = {k: total[k] + t for k, t in part.items()} if total else part
+                features = psi(x).double()
+            targets = (y.double() if values else F.one_hot(y, classes).double()).to(features.device)
+            part = {"second": features.T @ features} if second else {}
+            part["first"] = features.T @ targets
+            part["count"] = targets.new_tensor([len(y)]) if values else targets.sum(0)
+            total = {name: total[name] + tensor for name, tensor in part.items()} if total else part
         return total
 
 
 @dataclass(frozen=True, eq=False)
 class Routing:
-    """What a mapper may see of a batch: inputs, and lazily the common features and each expert's class probabilities."""
+    """What a mapper may read of a batch. All but the inputs is computed when it is asked for."""
 
     x: Tensor
+    """The inputs [B, ...]."""
     features: Callable[..., Tensor]
-    """The features that all experts have in common, [B, d]: of x, or of other inputs that it is given."""
+    """features(): features [B, d] that all experts have in common; features(other): those of other inputs."""
     probabilities: Callable[[], list[Tensor]]
-    """[B, classes of that expert] each."""
+    """probabilities(): for each expert its class probabilities [B, classes of that expert]."""
     experts: Sequence[tuple[str, str]]
     """(sender, source) of each expert."""
     superposed: Callable[[], Callable[[Tensor, Tensor], Tensor]] | None = None
-    """Gives (x [B, ...], alpha [experts]) -> the outputs [B, C] of the model whose parameters are sum_k alpha_k those that expert
-    k's task sees, in eval mode; the columns of no expert are -inf. It can be differentiated in alpha."""
+    """superposed(): a function of x [B, ...] and alpha [experts].
+
+    It gives the outputs [B, C] of the model with parameters sum_k alpha_k view_k, where view_k is what expert
+    k's task sees, in eval mode. Columns of no expert are -inf. It is differentiable in alpha."""

@@ -90,8 +90,9 @@ class Training:
 
         >>> import torch
         >>> from consilience.core.params import Layout
-        >>> Training(rates={"head.*": 0.5}).factors(Layout.of({"body.w": torch.zeros(2), "head.w":
-        torch.zeros(1)})) tensor([1.0000, 1.0000, 0.5000])
+        >>> layout = Layout.of({"body.w": torch.zeros(2), "head.w": torch.zeros(1)})
+        >>> Training(rates={"head.*": 0.5}).factors(layout)
+        tensor([1.0000, 1.0000, 0.5000])
         """
         if not self.rates:
             return None

@@ -23,12 +23,12 @@ class Viewed(Model):
 
     @staticmethod
     def of(model: Model, views: Sequence[tuple[Correction, Context]]) -> Model:
-        """The model itself where nobody has a view."""
+        """Return the model through these views; the model itself without any."""
         return Viewed(model, views) if views else model
 
     def _seen(self, params: Params, task: str | None) -> Params:
-        for c, ctx in self.views:
-            params = c.view(params, task, ctx)
+        for correction, ctx in self.views:
+            params = correction.view(params, task, ctx)
         return params
 
     def __call__(
@@ -40,7 +40,8 @@ class Viewed(Model):
         return self.model.features(self._seen(params, task), buffers, x, task)
 
     def bind(self, params: Params, buffers: Params, train: bool) -> tuple[Forward, Params]:
-        held = {n: b.clone() for n, b in buffers.items()}
+        # Views depend on the task of each call, so that nothing can be bound in advance.
+        held = {name: buffer.clone() for name, buffer in buffers.items()}
 
         def forward(x: Tensor, task: str | None) -> Tensor:
             out, new = self(params, held, x, task, train)
@@ -48,6 +49,8 @@ class Viewed(Model):
             return out
 
         return forward, held
+
+    # A view changes what the parameters are, not which: all else is the model's.
 
     def init(self, generator: torch.Generator) -> tuple[Params, Params]:
         return self.model.init(generator)
@@ -71,6 +74,7 @@ class Viewed(Model):
 
     @property
     def uses_task(self) -> bool:
+        # A view may be a task's own, also where the model's outputs are not.
         return True
 
     @property
@@ -83,22 +87,31 @@ class Viewed(Model):
 
 
 def superposition(views: Sequence[Params]) -> Callable[[Tensor], Params]:
-    """alpha [K] -> sum_k alpha_k views_k, entry by entry. What all views share, or only some have, is taken as it is.
+    """Return a function from alpha [K] to sum_k alpha_k views_k, entry by entry.
+
+    Entries that all views share, or that only some have, are taken as they are. Raises ConsilienceError where
+    no entry differs.
 
     >>> a, b = {"w": torch.tensor([1.0]), "v": torch.ones(1)}, {"w": torch.tensor([3.0]), "v": torch.ones(1)}
     >>> superposition([a, b])(torch.tensor([0.5, 0.5]))
     {'w': tensor([2.]), 'v': tensor([1.])}
     """
-    first = {n: p for view in reversed(views) for n, p in view.items()}
+    # Reversed, so that the first view that has an entry wins.
+    first = {name: tensor for view in reversed(views) for name, tensor in view.items()}
     apart = {}
-    for n, p in first.items():
-        own = [view[n] for view in views if n in view]
-        if (
-            len(own) == len(views)
-            and p.is_floating_point()
-            and not all(o is p or torch.equal(o, p) for o in own)
-        ):
-            apart[n] = torch.stack(own)
+    for name, tensor in first.items():
+        seen = [view[name] for view in views if name in view]
+        if len(seen) < len(views) or not tensor.is_floating_point():
+            continue
+        if not all(other is tensor or torch.equal(other, tensor) for other in seen):
+            apart[name] = torch.stack(seen)
     if not apart:
-        raise ConsilienceError("views to superpose should differ by task. Found the same parameters for all.")
-    return lambda alpha: {**first, **{n: torch.tensordot(alpha.to(p), p, 1) for n, p in apart.items()}}
+        raise ConsilienceError("views to superpose must differ by task, got the same parameters for all.")
+
+    def mixed(alpha: Tensor) -> Params:
+        return {
+            **first,
+            **{name: torch.tensordot(alpha.to(stack), stack, 1) for name, stack in apart.items()},
+        }
+
+    return mixed

@@ -466,19 +466,17 @@ def test_resumes_mid_task_to_the_same_bits(method, at, tmp_path):
 def test_inputs_that_cannot_be_generated_are_refused():
     whole = replace(SOURCES[0], train=Tensors((SOURCES[0].train.x * 9).long(), SOURCES[0].train.y))
     words = GenerativeReplay()
-    with pytest.raises(
-        cs.ConsilienceError, match=r"should be real numbers. Found torch.int64 in 's/0'; use er"
-    ):
+    with pytest.raises(cs.ConsilienceError, match=r"must be real numbers, got torch.int64 in 's/0'; use er"):
         words.begin(Beginning(mlp(), {}, {}, (whole,), None, key(0)))
     with pytest.raises(
-        cs.ConsilienceError, match=r"Bernoulli generator should lie in \[0, 1\]. Found others in 's/1'; use"
+        cs.ConsilienceError, match=r"Bernoulli generator must lie in \[0, 1\], got others in 's/1'; use"
     ):
         go(GR(**SMALL), [SOURCES[0], source(1, scale=5.0)])
     go(GR(**SMALL, likelihood="gaussian"), [SOURCES[0], source(1, scale=5.0)])
     item = words.summarise(replace(learn(SOURCES[0]), source=SOURCES[0]), Context())
     wide = replace(SOURCES[1], train=Tensors(SOURCES[1].train.x.view(-1, 2, 3), SOURCES[1].train.y))
     known = words.recall({("a", "s/0"): item}, (wide,))
-    with pytest.raises(cs.ConsilienceError, match=r"one shape. Found \(2, 3\) in 's/1', before \(6,\)"):
+    with pytest.raises(cs.ConsilienceError, match=r"one shape, got \(2, 3\) in 's/1' after \(6,\)"):
         words.begin(Beginning(mlp(), {}, {}, (wide,), known, key(0)))
     with pytest.raises(
         cs.ConsilienceError, match="finite. Found NaN or infinity .* the generator after 's/0'"

@@ -1,4 +1,4 @@
-"""Exemplars: what is kept is trained on together with what is new. iCaRL and GDumb."""
+"""Exemplars: stored examples are trained on together with new ones, or alone. iCaRL and GDumb."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from consilience.core.contexts import Beginning, Begun, Context, Learned, Memory
 from consilience.core.correction import NO_TRAINING
 from consilience.core.errors import ConsilienceError, Refusal
 from consilience.core.message import Private
+from consilience.core.model import Model
 from consilience.core.params import Params
 from consilience.core.source import Source
 from consilience.corrections.baselines import THROWN, others, pool, reset
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class Exemplified:
-    """What iCaRL knows: the exemplars of other sources, and the unit mean [C, d] of each class seen (in predict)."""
+class Exemplars:
+    """The exemplars of other sources; in predict also unit means [C, d], and which classes have one [C]."""
 
     past: Mapping[str, Private]
     means: Tensor | None
@@ -35,13 +36,14 @@ class Exemplified:
 
 @dataclass(frozen=True)
 class ICaRL(Buffer):
-    """iCaRL: train on new data and exemplars together, keep the old classes' answers, predict by the nearest mean of exemplars.
+    """iCaRL: train on new data and exemplars, distil the old classes, predict by the nearest mean.
 
-    L = mean over samples of sum over classes seen of BCE(h_c(x), q_c): q_c is the old model's sigmoid h_c(x) for the classes
-    of earlier sources, 1[y = c] for those of this one. Exemplars are chosen by herding; all classes share `size`. Predicted is
-    argmin_c || psi(x) / |psi(x)| - mu_c ||, mu_c the unit mean of the class's exemplars under the features at the end of
-    the last source: as outputs mu_c . psi(x), which order the classes alike. An agent without exemplars (a server) predicts with its head.
-    Rebuffi et al. 2017.
+    L = mean over samples of sum over classes seen of BCE(h_c(x), q_c): q_c is the old model's sigmoid h_c(x)
+    for classes of earlier sources, 1[y = c] for those of this one. Exemplars are chosen by herding; all
+    classes share `size`. The prediction is argmin_c || psi(x) / |psi(x)| - mu_c ||, mu_c the unit mean of
+    the class's exemplars under the features at the end of the last source: as outputs mu_c . psi(x), which
+    order the classes alike. An agent without exemplars (a server) predicts with its head. Rebuffi et al.
+    2017.
     """
 
     size: int = 500
@@ -51,6 +53,7 @@ class ICaRL(Buffer):
     @property
     def policy(self) -> Policy:  # type: ignore[override]
         """Herding."""
+        # Rooms of parts do not import one another when they are loaded.
         from consilience.memory.policies import Herding
 
         return Herding()
@@ -60,104 +63,115 @@ class ICaRL(Buffer):
             return "values have no classes with a mean; use er"
         if not facts.trains:
             return NO_TRAINING
-        if facts.model is not None:
-            params = facts.model.init(torch.Generator().manual_seed(0))[0]
-            try:
-                shape = params[facts.model.head(params, None)[0]].shape
-            except ConsilienceError:
-                shape = torch.Size()
-            if shape[:1] != (facts.model.outputs,):
-                return "it needs one linear head on the features, and this model has none; use a model such as mlp or conv"
+        if facts.model is not None and not has_linear_head(facts.model):
+            return (
+                "it needs one linear head on the features, and this model has none; "
+                "use a model such as mlp or conv"
+            )
         return super().refuse(facts)
 
-    def recall(self, memory: Memory, sources: tuple[Source, ...]) -> Exemplified:
-        last = next((i for i in memory.values() if "means" in i.tensors), None)
+    def recall(self, memory: Memory, sources: tuple[Source, ...]) -> Exemplars:
+        """The exemplars of other sources, and the means that the last source left."""
+        last = next((item for item in memory.values() if "means" in item.tensors), None)
         means, seen = (last.tensors["means"], last.tensors["seen"]) if last else (None, None)
-        return Exemplified(others(memory, sources), means, seen)
+        return Exemplars(others(memory, sources), means, seen)
 
     def gather(
-        self, sources: tuple[Source, ...], known: Exemplified, generator: torch.Generator
+        self, sources: tuple[Source, ...], recalled: Exemplars, generator: torch.Generator
     ) -> tuple[Source, ...]:
-        return pool(sources, known.past)
+        return pool(sources, recalled.past)
 
     def begin(self, start: Beginning) -> Begun:
-        """Private: which classes [C] are old, which are seen."""
-        model, params, sources, known = start.model, start.params, start.sources, start.recalled
-        old, seen = torch.zeros(model.outputs, dtype=torch.bool), torch.zeros(model.outputs, dtype=torch.bool)
-        old[[c for i in known.past.values() for c in i.meta["classes"]]] = True
-        seen[[c for s in sources for c in s.classes]] = True
-        return Begun(params, {"old": old & ~seen, "seen": seen | old})
+        """Private: which classes [C] are old, and which are seen."""
+        old, new = (torch.zeros(start.model.outputs, dtype=torch.bool) for _ in range(2))
+        old[[label for item in start.recalled.past.values() for label in item.meta["classes"]]] = True
+        new[[label for source in start.sources for label in source.classes]] = True
+        return Begun(start.params, {"old": old & ~new, "seen": new | old})
 
     def losses(self, losses: dict[int, Tensor], step: StepView, ctx: Context) -> dict[int, Tensor]:
-        bent = dict(losses)
-        for i, p in enumerate(step.parts):
-            if not p.drawn_by:
-                old, seen = (ctx.private[k].to(p.y.device) for k in ("old", "seen"))
-                target = F.one_hot(p.y, len(old)).to(step.raw[i])
-                if bool(ctx.recalled.past):
-                    target = torch.where(old, step.before(p.x, p.task).sigmoid(), target)
-                each = F.binary_cross_entropy_with_logits(step.raw[i], target, reduction="none")
-                bent[i] = torch.where(seen, each, 0).sum(1)
-        return bent
+        """Replace the losses of the pool by the sums of binary cross-entropies."""
+        changed = dict(losses)
+        for i, part in enumerate(step.parts):
+            # Parts that another correction drew keep their own loss.
+            if part.drawn_by:
+                continue
+            old, seen = (ctx.private[name].to(part.y.device) for name in ("old", "seen"))
+            target = F.one_hot(part.y, len(old)).to(step.raw[i])
+            if bool(ctx.recalled.past):
+                target = torch.where(old, step.before(part.x, part.task).sigmoid(), target)
+            each = F.binary_cross_entropy_with_logits(step.raw[i], target, reduction="none")
+            changed[i] = torch.where(seen, each, 0).sum(1)
+        return changed
 
     def view(self, params: Params, task: str | None, ctx: Context) -> Params:
-        """In predict the head is the means of the exemplars."""
+        """The parameters; in predict with the means of the exemplars as the head."""
         if ctx.private or ctx.recalled.means is None:
             return params
         assert ctx.model is not None
         weight, bias = ctx.model.head(params, None)
-        new = {**params, weight: ctx.recalled.means.to(params[weight])}
+        seen = {**params, weight: ctx.recalled.means.to(params[weight])}
+
+        # Classes without exemplars must not win with a product of 0.
         if bias is not None:
-            new[bias] = torch.where(ctx.recalled.seen.to(params[bias].device), 0.0, -1e9).to(params[bias])
-        return new
+            offsets = torch.where(ctx.recalled.seen.to(params[bias].device), 0.0, -1e9)
+            seen[bias] = offsets.to(params[bias])
+        return seen
 
     def trim(self, memory: Mapping[str, Any], learned: Learned) -> Mapping[str, Any]:
-        """The exemplars within the budget; with the last source the means of all."""
-        kept = dict(
-            super().trim(
-                {
-                    s: replace(i, tensors={k: i.tensors[k] for k in ("x", "y", "key")})
-                    for s, i in memory.items()
-                },
-                learned,
-            )
-        )
+        """The exemplars within the budget; the last source's item has the means of all of them."""
+        # The means are those of the features now, so older ones are dropped.
+        bare = {
+            source: replace(item, tensors={k: item.tensors[k] for k in ("x", "y", "key")})
+            for source, item in memory.items()
+        }
+        kept = dict(super().trim(bare, learned))
+        if (means := self._means(kept, learned)) is not None:
+            last = kept[learned.source.name]
+            kept[learned.source.name] = replace(last, tensors={**last.tensors, **means})
+        return kept
+
+    @staticmethod
+    def _means(kept: Mapping[str, Private], learned: Learned) -> dict[str, Tensor] | None:
+        """The unit mean [C, d] of the unit features per class, and which have one [C]; None if none has."""
         total: Tensor | None = None
-        count = torch.zeros(learned.model.outputs, dtype=torch.float64)
+        model, count = learned.model, torch.zeros(learned.model.outputs, dtype=torch.float64)
         for item in kept.values():
-            if not len(item.tensors["y"]):
+            x, y = item.tensors["x"], item.tensors["y"].cpu()
+            if not len(y):
                 continue
             with torch.no_grad():
-                psi = (
-                    learned.model.features(
-                        learned.params, learned.buffers, item.tensors["x"], item.meta["task"]
-                    )
-                    .double()
-                    .cpu()
-                )
-            hot = F.one_hot(item.tensors["y"].cpu(), learned.model.outputs).double()
+                features = model.features(learned.params, learned.buffers, x, item.meta["task"])
+            psi, hot = features.double().cpu(), F.one_hot(y, model.outputs).double()
             if total is not None and psi.shape[1] != total.shape[1]:
                 raise Refusal(
-                    f"ICaRL needs features of one size for all tasks. Found {total.shape[1]} and {psi.shape[1]}; "
-                    "compose it with nothing that widens the model."
+                    "ICaRL needs features of one size for all tasks, "
+                    f"got {total.shape[1]} and {psi.shape[1]}; compose it with nothing that widens the model."
                 )
-            found = hot.T @ (psi / psi.norm(dim=1, keepdim=True).clamp_min(1e-12))
-            total, count = found if total is None else total + found, count + hot.sum(0)
-        if total is not None:  # a sum has the mean's direction
-            means = total / total.norm(dim=1, keepdim=True).clamp_min(1e-12)
-            last = kept[learned.source.name]
-            kept[learned.source.name] = replace(
-                last, tensors={**last.tensors, "means": means, "seen": count > 0}
-            )
-        return kept
+            added = hot.T @ (psi / psi.norm(dim=1, keepdim=True).clamp_min(1e-12))
+            total, count = added if total is None else total + added, count + hot.sum(0)
+
+        # A sum has the direction of the mean, so nothing is divided by the count.
+        if total is None:
+            return None
+        means = total / total.norm(dim=1, keepdim=True).clamp_min(1e-12)
+        return {"means": means, "seen": count > 0}
+
+
+def has_linear_head(model: Model) -> bool:
+    """Whether a model has one linear head for all tasks, whose rows are the outputs."""
+    params = model.init(torch.Generator().manual_seed(0))[0]
+    try:
+        return params[model.head(params, None)[0]].shape[:1] == (model.outputs,)
+    except ConsilienceError:
+        return False
 
 
 @dataclass(frozen=True)
 class GDumb(Buffer):
-    """GDumb: keep a buffer with as many examples of each class, and train on nothing else, from new parameters at each learn.
+    """GDumb: keep a class-balanced buffer, and train on it alone, from new parameters at every visit.
 
-    An epoch goes over the buffer as often as it fits into the source, so that a learn costs what plain training costs.
-    Prabhu, Torr & Dokania 2020.
+    An epoch goes over the buffer as often as it fits into the source, so a visit costs what plain training
+    costs. Prabhu, Torr & Dokania 2020.
     """
 
     size: int = 500
@@ -179,6 +193,7 @@ class GDumb(Buffer):
         return super().refuse(facts)
 
     def recall(self, memory: Memory, sources: tuple[Source, ...]) -> dict[str, Private]:
+        """The buffered examples of other sources."""
         return others(memory, sources)
 
     @staticmethod
@@ -187,39 +202,48 @@ class GDumb(Buffer):
         return {s.name: torch.rand(len(s.train), generator=generator, dtype=torch.float64) for s in sources}
 
     def gather(
-        self, sources: tuple[Source, ...], known: dict[str, Private], generator: torch.Generator
+        self, sources: tuple[Source, ...], recalled: dict[str, Private], generator: torch.Generator
     ) -> tuple[Source, ...]:
+        """The buffer as it will be after this visit, repeated to the length of the longest source."""
         new = self.drawn(sources, generator)
-        keys = [*new.values(), *(i.tensors["key"] for i in known.values())]
-        y = [*(s.train.targets() for s in sources), *(i.tensors["y"] for i in known.values())]
+        keys = [*new.values(), *(item.tensors["key"] for item in recalled.values())]
+        targets = [
+            *(source.train.targets() for source in sources),
+            *(item.tensors["y"] for item in recalled.values()),
+        ]
         kept = self.policy.keep(
-            torch.cat([k.cpu() for k in keys]), torch.cat([t.cpu() for t in y]), self.size
+            torch.cat([k.cpu() for k in keys]), torch.cat([y.cpu() for y in targets]), self.size
         ).split([*map(len, keys)])
-        past = {
-            name: select(item, k) for (name, item), k in zip(known.items(), kept[len(sources) :], strict=True)
-        }
-        at = [k.nonzero()[:, 0] for k in kept[: len(sources)]]
-        at = [
-            i if len(i) else new[s.name].argmin()[None] for i, s in zip(at, sources, strict=True)
-        ]  # one at least
-        chosen = tuple(replace(s, train=s.train.select(i)) for s, i in zip(sources, at, strict=True))
-        longest = max(len(s.train) for s in sources)
-        return tuple(
-            replace(p, train=p.train.select(torch.arange(max(longest, len(p.train))) % len(p.train)))
-            for p in pool(chosen, past)
+        of_new, of_past = kept[: len(sources)], kept[len(sources) :]
+
+        # A source must have an example to be trained on: of one that the buffer leaves out, that with the
+        # least key.
+        indices = [
+            own.nonzero()[:, 0] if bool(own.any()) else new[source.name].argmin()[None]
+            for own, source in zip(of_new, sources, strict=True)
+        ]
+        chosen = tuple(
+            replace(source, train=source.train.select(index))
+            for source, index in zip(sources, indices, strict=True)
         )
+        past = {name: select(item, own) for (name, item), own in zip(recalled.items(), of_past, strict=True)}
+
+        # Buffers are small, and an epoch has as many steps as for plain training.
+        longest = max(len(source.train) for source in sources)
+        repeated = []
+        for part in pool(chosen, past):
+            length = max(longest, len(part.train))
+            repeated.append(replace(part, train=part.train.select(torch.arange(length) % len(part.train))))
+        return tuple(repeated)
 
     def begin(self, start: Beginning) -> Begun:
-        """New parameters after an agent's first learn."""
-        model, params, sources, known, generator = (
-            start.model,
-            start.params,
-            start.sources,
-            start.recalled,
-            start.generator,
-        )
-        keys = self.drawn(sources, generator)  # as those of `gather`
-        return Begun((reset(model, params, sources, known, generator) if known else params), keys)
+        """Draw new parameters after an agent's first visit. Private: the keys of the new examples."""
+        # The generator draws as that of `gather` did, so these are the keys by which it chose.
+        keys = self.drawn(start.sources, start.generator)
+        if not start.recalled:
+            return Begun(start.params, keys)
+        fresh = reset(start.model, start.params, start.sources, start.recalled, start.generator)
+        return Begun(fresh, keys)
 
     def keys(self, learned: Learned, ctx: Context) -> Tensor:
         return ctx.private[learned.source.name]

@@ -1,4 +1,4 @@
-"""Generative replay: a generator, which learns continually itself, makes inputs of earlier sources; no example is kept."""
+"""Generative replay: a generator makes inputs of earlier sources, so that no example needs to be stored."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class VAE:
-    """A conditional variational autoencoder of flat inputs [B, d]; the condition [B] is the index of a source.
+    """A conditional variational autoencoder of flat inputs [B, d]; condition [B] is the index of a source.
 
-    q(z|x,c) = N(m(x,c), diag exp v(x,c)), p(z) = N(0, I), one ReLU layer each way; a condition adds a vector of its own to
-    both hidden layers (a one-hot input). p(x|z,c) is Bernoulli, or where there is an entry `log_variance` a Gaussian with
-    that one learned variance. Kingma & Welling 2014; Sohn et al. 2015.
+    q(z|x,c) = N(m(x,c), diag exp v(x,c)), p(z) = N(0, I), one ReLU layer each way; a condition adds its own
+    vector to both hidden layers (a one-hot input). p(x|z,c) is Bernoulli, or, if there is an entry
+    `log_variance`, a Gaussian with that one trained variance. Kingma & Welling 2014; Sohn et al. 2015.
     """
 
     weights: Params
@@ -44,7 +44,10 @@ class VAE:
         like: Tensor,
         generator: torch.Generator,
     ) -> VAE:
-        """Without any condition; uniform in +-1 / sqrt(inputs of the layer). `variance` None: Bernoulli."""
+        """Draw one without conditions, uniform in +-1 / sqrt(layer inputs). `variance` None: Bernoulli.
+
+        Weights have the device and type of `like`.
+        """
         weights: Params = {}
         shapes = {
             "enter": (inputs, hidden),
@@ -52,10 +55,14 @@ class VAE:
             "decode": (latent, hidden),
             "mean": (hidden, inputs),
         }
+
+        # Drawn in float64 on the CPU, so that every device and precision begins alike.
         for name, (fan, out) in shapes.items():
             for leaf, shape in (("weight", (out, fan)), ("bias", (out,))):
-                w = (2 * torch.rand(shape, generator=generator, dtype=torch.float64) - 1) / fan**0.5
-                weights[f"{name}.{leaf}"] = w.to(like.device, like.dtype)
+                drawn = (2 * torch.rand(shape, generator=generator, dtype=torch.float64) - 1) / fan**0.5
+                weights[f"{name}.{leaf}"] = drawn.to(like.device, like.dtype)
+
+        # Conditions are added by `grown`, one per source.
         weights |= {f"{name}.condition": like.new_zeros(0, hidden) for name in ("enter", "decode")}
         if variance is not None:
             weights["log_variance"] = like.new_tensor(math.log(max(variance, 1e-6)))
@@ -63,20 +70,26 @@ class VAE:
 
     @property
     def latent(self) -> int:
+        """The number of dimensions of z."""
         return self.weights["decode.weight"].shape[1]
 
+    @property
+    def bernoulli(self) -> bool:
+        """Whether p(x|z,c) is Bernoulli."""
+        return "log_variance" not in self.weights
+
     def grown(self) -> VAE:
-        """With one more condition, whose vectors are zero."""
+        """Add a condition, whose vectors are zero."""
         more = {
-            k: torch.cat([w, w.new_zeros(1, w.shape[1])])
-            for k, w in self.weights.items()
-            if k.endswith("condition")
+            name: torch.cat([weight, weight.new_zeros(1, weight.shape[1])])
+            for name, weight in self.weights.items()
+            if name.endswith("condition")
         }
         return VAE({**self.weights, **more})
 
     def to(self, like: Tensor) -> VAE:
-        """On the device and in the type of a tensor."""
-        return VAE({k: w.to(like.device, like.dtype) for k, w in self.weights.items()})
+        """Move to the device and type of a tensor."""
+        return VAE({name: weight.to(like.device, like.dtype) for name, weight in self.weights.items()})
 
     def _layer(self, name: str, x: Tensor) -> Tensor:
         return F.linear(x, self.weights[f"{name}.weight"], self.weights[f"{name}.bias"])
@@ -89,7 +102,9 @@ class VAE:
         return self._layer("mean", self._hidden("decode", z, c))
 
     def elbo(self, x: Tensor, c: Tensor, noise: Tensor, beta: float = 1.0) -> Tensor:
-        """log p(x|z,c) - beta KL(q(z|x,c) || p(z)) of each sample [B], summed over dimensions; z = m + exp(v / 2) noise [B, latent].
+        """log p(x|z,c) - beta KL(q(z|x,c) || p(z)) per sample [B], summed over dimensions.
+
+        z = m + exp(v / 2) noise, with `noise` [B, latent].
 
         >>> vae = VAE.init(2, 3, 1, None, torch.zeros(()), torch.Generator().manual_seed(0)).grown()
         >>> vae.elbo(torch.ones(5, 2), torch.zeros(5, dtype=torch.long), torch.zeros(5, 1)).shape
@@ -97,54 +112,69 @@ class VAE:
         """
         m, v = self._layer("posterior", self._hidden("enter", x, c)).chunk(2, 1)
         out = self.decode(m + (v / 2).exp() * noise, c)
-        if "log_variance" in self.weights:
+        if self.bernoulli:
+            fit = -F.binary_cross_entropy_with_logits(out, x, reduction="none")
+        else:
             s = self.weights["log_variance"]
             fit = -0.5 * ((x - out).square() / s.exp() + s + math.log(2 * math.pi))
-        else:
-            fit = -F.binary_cross_entropy_with_logits(out, x, reduction="none")
         kl = 0.5 * (m.square() + v.exp() - 1 - v)
         return fit.sum(1) - beta * kl.sum(1)
 
     @torch.no_grad()
     def generate(self, c: Tensor, generator: torch.Generator) -> Tensor:
         """The means [B, d] of p(x|z,c), z drawn from the prior."""
+        # Means and not samples: the noise of p(x|z,c) would only blur them.
         z = torch.randn(len(c), self.latent, generator=generator, dtype=torch.float64)
         out = self.decode(z.to(self.weights["mean.bias"]), c.to(self.weights["mean.bias"].device))
-        return out if "log_variance" in self.weights else out.sigmoid()
+        return out.sigmoid() if self.bernoulli else out
+
+
+# A dataclass and not a tuple: engines that stack agents rebuild what was recalled, and make every tuple
+# plain.
+@dataclass(frozen=True)
+class Taught:
+    """A source of the generator: its name, the task that the model was given, its classes."""
+
+    source: str
+    task: str | None
+    classes: list[int]
 
 
 @dataclass(frozen=True, eq=False)
 class Scholar:
-    """What is known of the sources seen: the generator, (source, task, classes) of each of its conditions, and those to replay."""
+    """The generator, and the sources that it was trained on, one per condition."""
 
     vae: VAE
-    seen: Sequence[tuple[str, str | None, list[int]]]
+    taught: Sequence[Taught]
     old: Sequence[int]
-    """The conditions of other sources than those learned now."""
+    """The conditions of other sources than those of this visit."""
     shape: tuple[int, ...]
-    """Of one input."""
+    """The shape of an input."""
     values: int
     """How many values a target has; 0 for classes."""
 
     def columns(self, task: str | None) -> list[int]:
-        """The outputs that a task's earlier sources have taught."""
-        return sorted({k for i in self.old if self.seen[i][1] == task for k in self.seen[i][2]})
+        """The outputs that a task's earlier sources taught."""
+        of_task = (self.taught[i] for i in self.old if self.taught[i].task == task)
+        return sorted({label for taught in of_task for label in taught.classes})
 
 
 @dataclass(frozen=True)
 class GenerativeReplay(Correction):
-    """Deep generative replay: generated inputs of earlier sources, with the answers of the model as it was.
+    """Deep generative replay: generated inputs of earlier sources, with the former model's answers.
 
-    L = r L_new + (1 - r) L_generated. With `importance="sources"` r = 1/t at the t-th source: each earlier source has a part
-    of the step, all of one weight, which share `batch_size`; with "equal" r = 1/2: one part, of sources (of one task) drawn
-    alike. `labels="soft"`: T^2 KL(teacher / T || student / T), the teacher over the classes that its task was taught, the student over all;
-    "hard": cross-entropy with the teacher's argmax. For values both are the squared error to its answers. The teacher is
-    the model when this learn began.
+    L = r L_new + (1 - r) L_generated. With `importance="sources"` r = 1/t at the t-th source: each earlier
+    source has a part of the step, all of one weight, which share `batch_size`; with "equal" r = 1/2: one
+    part, of sources (of one task) drawn alike. `labels="soft"`: T^2 KL(teacher / T || student / T), the
+    teacher over the classes that its task was taught, the student over all; "hard": cross-entropy with the
+    teacher's argmax. For values both are the squared error to its answers. The teacher is the model at the
+    start of the visit.
 
-    After a source the generator, one VAE with the source as condition (so that an input has a task), is trained on from what it was by Adam
-    on the ELBO: each step has up to `batch_size` new inputs, and as many of each earlier source as its former self generates.
-    `likelihood="auto"` is Bernoulli where the first source's inputs lie in [0, 1], else Gaussian. It replaces the one before, keeps
-    no example, and is private, for a generator may reproduce rare samples. Shin et al. 2017; Kingma & Welling 2014.
+    After a source the generator, one VAE with the source as condition (so that an input has a task), is
+    trained further by Adam on the ELBO: each step has up to `batch_size` new inputs, and as many per earlier
+    source, generated by the VAE before this visit. `likelihood="auto"` is Bernoulli if the first source's
+    inputs lie in [0, 1], else Gaussian. The new generator replaces the old one. It stores no example, but it
+    is private, because a generator may reproduce rare samples. Shin et al. 2017; Kingma & Welling 2014.
     """
 
     batch_size: int = 32
@@ -167,14 +197,14 @@ class GenerativeReplay(Correction):
         for name, low in (("batch_size", 0), ("hidden", 1), ("latent", 1), ("epochs", 1)):
             if getattr(self, name) < low:
                 raise ConsilienceError(
-                    f"`{name}` of the generator should be >= {low}. Found `{name} = {getattr(self, name)}`."
+                    f"`{name}` of the generator must be >= {low}, got {getattr(self, name)}."
                 )
         for name in ("lr", "temperature"):
             if not 0 < getattr(self, name) < float("inf"):
-                raise ConsilienceError(
-                    f"`{name}` should be positive and finite. Found `{name} = {getattr(self, name)}`."
-                )
+                raise ConsilienceError(f"`{name}` must be positive and finite, got {getattr(self, name)}.")
         non_negative("GenerativeReplay", beta=self.beta)
+
+        # The annotations say the same, but nothing checks them at run time.
         for name, allowed in (
             ("labels", ("soft", "hard")),
             ("importance", ("sources", "equal")),
@@ -182,115 +212,140 @@ class GenerativeReplay(Correction):
         ):
             if getattr(self, name) not in allowed:
                 raise ConsilienceError(
-                    f"`{name}` should be {' or '.join(allowed)}. Found `{name} = {getattr(self, name)!r}`."
+                    f"`{name}` must be {' or '.join(allowed)}, got {getattr(self, name)!r}."
                 )
 
     def refuse(self, facts: ScheduleFacts) -> str | None:
         if facts.parts > 1:
-            return "a step has several sources, and the generator learns one after another; use settings.continual"
+            return (
+                "a step has several sources, and the generator is trained on one after another; "
+                "use settings.continual"
+            )
         return None
 
     def begin(self, start: Beginning) -> Begun:
-        """Nothing is added: inputs that cannot be generated are refused before any training."""
-        params, sources, known = start.params, start.sources, start.recalled
-        for s in sources:
-            x, _ = s.train.select(torch.arange(1)).whole()
+        """Add nothing, but refuse inputs that cannot be generated before any training.
+
+        Raises ConsilienceError for inputs that are no real numbers, of another shape than before, or outside
+        [0, 1] where the likelihood is Bernoulli.
+        """
+        scholar: Scholar | None = start.recalled
+        for source in start.sources:
+            x, _ = source.train.select(torch.arange(1)).whole()
             if not x.is_floating_point():
                 raise ConsilienceError(
-                    f"inputs to generate should be real numbers. Found {x.dtype} in {s.name!r}; use er."
+                    f"inputs to generate must be real numbers, got {x.dtype} in {source.name!r}; use er."
                 )
-            if known is not None and tuple(x.shape[1:]) != known.shape:
+            shape = tuple(x.shape[1:])
+            if scholar is not None and shape != scholar.shape:
                 raise ConsilienceError(
-                    f"inputs of one generator should have one shape. Found {tuple(x.shape[1:])} in {s.name!r}, before {known.shape}."
+                    f"all inputs of a generator must have one shape, got {shape} in {source.name!r} "
+                    f"after {scholar.shape}; use er."
                 )
-            bernoulli = (
-                self.likelihood == "bernoulli" if known is None else "log_variance" not in known.vae.weights
-            )
-            if bernoulli and not self._unit(s):
+
+            # A generator keeps the likelihood with which it began; "auto" chooses one that suits.
+            bernoulli = self.likelihood == "bernoulli" if scholar is None else scholar.vae.bernoulli
+            if bernoulli and not in_unit_interval(source):
                 raise ConsilienceError(
-                    f"inputs of a Bernoulli generator should lie in [0, 1]. Found others in {s.name!r}; use likelihood='gaussian'."
+                    f"inputs of a Bernoulli generator must lie in [0, 1], got others in {source.name!r}; "
+                    "use likelihood='gaussian'."
                 )
-        return Begun(params)
+        return Begun(start.params)
 
     def recall(self, memory: Memory, sources: tuple[Source, ...]) -> Scholar | None:
-        """The generator, where it has seen other sources than these."""
-        now = {s.name for s in sources}
+        """The generator, if it was trained on other sources than these."""
+        names = {source.name for source in sources}
+        # `trim` leaves one item, which knows all sources.
         for item in memory.values():
-            seen = [(name, task, list(classes)) for name, task, classes in item.meta["seen"]]
-            old = [i for i, (name, *_) in enumerate(seen) if name not in now]
+            taught = [Taught(name, task, list(classes)) for name, task, classes in item.meta["seen"]]
+            old = [i for i, one in enumerate(taught) if one.source not in names]
             if old:
-                return Scholar(
-                    VAE(dict(item.tensors)), seen, old, tuple(item.meta["shape"]), item.meta["values"]
-                )
+                vae = VAE(dict(item.tensors))
+                return Scholar(vae, taught, old, tuple(item.meta["shape"]), item.meta["values"])
         return None
 
     def sample(self, ctx: Context, sources: tuple[Source, ...], generator: torch.Generator) -> list[Batch]:
-        """A part for each earlier source, or one; their targets are put in `losses`."""
-        known: Scholar = ctx.recalled
+        """A part per earlier source, or one of all; `losses` computes their targets."""
+        scholar: Scholar = ctx.recalled
         assert ctx.layout is not None
         like = torch.zeros((), dtype=ctx.layout.dtype, device=ctx.layout.device)
-        vae, old = known.vae.to(like), list(known.old)
-        if self.importance == "sources":
-            each, more = divmod(self.batch_size, len(old))
-            drawn = [torch.full((max(1, each + (n < more)),), i) for n, i in enumerate(old)]
-        else:
-            one = old[int(torch.randint(len(old), (1,), generator=generator))]
-            alike = torch.tensor([i for i in old if known.seen[i][1] == known.seen[one][1]])
-            drawn = [alike[torch.randint(len(alike), (self.batch_size,), generator=generator)]]
-        parts = []
-        for c in drawn:
-            names = dict.fromkeys(known.seen[i][0] for i in c.tolist())
-            _, task, classes = known.seen[int(c[0])]
-            x = vae.generate(c, generator).view(len(c), *known.shape)
-            y = (
-                like.new_zeros(len(c), known.values)
-                if known.values
-                else torch.full((len(c),), classes[0], device=like.device)
-            )
-            parts.append(Batch(x, y, task, source="+".join(names)))
+        vae, parts = scholar.vae.to(like), []
+        for conditions in self._conditions(scholar, generator):
+            names = dict.fromkeys(scholar.taught[i].source for i in conditions.tolist())
+            first = scholar.taught[int(conditions[0])]
+            x = vae.generate(conditions, generator).view(len(conditions), *scholar.shape)
+
+            # Nobody reads these targets, but a part must have some of the right kind.
+            if scholar.values:
+                y = like.new_zeros(len(conditions), scholar.values)
+            else:
+                y = torch.full((len(conditions),), first.classes[0], device=like.device)
+            parts.append(Batch(x, y, first.task, source="+".join(names)))
         return parts
 
+    def _conditions(self, scholar: Scholar, generator: torch.Generator) -> list[Tensor]:
+        """The conditions [B] of each part to generate."""
+        old = list(scholar.old)
+        if self.importance == "sources":
+            each, more = divmod(self.batch_size, len(old))
+            sizes = [max(1, each + (number < more)) for number in range(len(old))]
+            return [torch.full((size,), i) for size, i in zip(sizes, old, strict=True)]
+
+        # A part has one task, so that it is of the sources of one.
+        one = old[int(torch.randint(len(old), (1,), generator=generator))]
+        alike = torch.tensor([i for i in old if scholar.taught[i].task == scholar.taught[one].task])
+        return [alike[torch.randint(len(alike), (self.batch_size,), generator=generator)]]
+
     def losses(self, losses: dict[int, Tensor], step: StepView, ctx: Context) -> dict[int, Tensor]:
-        """Those of the generated parts: against the answers of the model as it was."""
-        bent = dict(losses)
-        for i, p in enumerate(step.parts):
-            if p.drawn_by != self.name:
+        """Replace the losses of generated parts by those against the model before this visit."""
+        scholar: Scholar = ctx.recalled
+        changed = dict(losses)
+        for i, part in enumerate(step.parts):
+            if part.drawn_by != self.name:
                 continue
-            out, teacher = step.outputs[i], step.before(p.x, p.task)
-            if ctx.recalled.values:
-                bent[i] = (out - teacher)[:, : ctx.recalled.values].square().mean(1)
-                continue
-            columns = torch.tensor(ctx.recalled.columns(p.task), device=out.device)
-            if self.labels == "hard":
-                bent[i] = F.cross_entropy(
-                    out, columns[teacher.index_select(1, columns).argmax(1)], reduction="none"
-                )
-                continue
-            t = (teacher.index_select(1, columns) / self.temperature).log_softmax(1)
-            s = (out / self.temperature).log_softmax(1).index_select(1, columns)
-            bent[i] = self.temperature**2 * (t.exp() * (t - s)).sum(1)
-        return bent
+            out, teacher = step.outputs[i], step.before(part.x, part.task)
+            if scholar.values:
+                changed[i] = (out - teacher)[:, : scholar.values].square().mean(1)
+            else:
+                # The teacher's other columns were never trained for this task.
+                columns = torch.tensor(scholar.columns(part.task), device=out.device)
+                changed[i] = self._distilled(out, teacher.index_select(1, columns), columns)
+        return changed
+
+    def _distilled(self, out: Tensor, teacher: Tensor, columns: Tensor) -> Tensor:
+        """The losses [B] of outputs [B, C] against those of the teacher over some columns."""
+        if self.labels == "hard":
+            return F.cross_entropy(out, columns[teacher.argmax(1)], reduction="none")
+        # The student's softmax is over all columns, so that mass on new classes costs something.
+        target = (teacher / self.temperature).log_softmax(1)
+        student = (out / self.temperature).log_softmax(1).index_select(1, columns)
+        return self.temperature**2 * (target.exp() * (target - student)).sum(1)
 
     def summarise(self, learned: Learned, ctx: Context) -> Private:
-        """The generator after this source; it replaces the one before (`trim`)."""
-        source, known = learned.source, ctx.recalled
+        """The generator after this source; it replaces the one before (in `trim`)."""
+        source, scholar, generator = learned.source, ctx.recalled, learned.generator
         x, y = next(iter(source.train.chunks(1)))
-        generator = learned.generator
-        before: VAE | None = None if known is None else known.vae.to(x)
-        seen = [] if known is None else list(known.seen)
+        before: VAE | None = None if scholar is None else scholar.vae.to(x)
+        taught = [] if scholar is None else list(scholar.taught)
         vae = before or VAE.init(x[0].numel(), self.hidden, self.latent, self._variance(source), x, generator)
-        if source.name not in [name for name, *_ in seen]:
-            vae, seen = vae.grown(), [*seen, (source.name, None, [])]
-        now = [name for name, *_ in seen].index(source.name)
-        seen[now] = (source.name, learned.task, list(source.classes))
+
+        # A source that comes again has its condition already.
+        names = [one.source for one in taught]
+        if source.name not in names:
+            vae, taught, names = vae.grown(), [*taught, Taught(source.name, None, [])], [*names, source.name]
+        current = names.index(source.name)
+        taught[current] = Taught(source.name, learned.task, list(source.classes))
+
+        # The caller may have switched gradients off.
+        old = [] if scholar is None else scholar.old
         with torch.enable_grad():
-            vae = self._train(vae, before, source, now, [] if known is None else known.old, generator)
+            vae = self._train(vae, before, source, current, old, generator)
         finite(
             vae.weights,
             f"the generator after {source.name!r} (a lower lr of it helps where its training diverges)",
         )
         meta = {
-            "seen": seen,
+            "seen": [(one.source, one.task, one.classes) for one in taught],
             "shape": list(x.shape[1:]),
             "values": y.shape[1] if y.is_floating_point() else 0,
             "order": learned.order,
@@ -298,8 +353,8 @@ class GenerativeReplay(Correction):
         return Private(vae.weights, meta)
 
     def trim(self, memory: Mapping[str, Any], learned: Learned) -> Mapping[str, Any]:
-        """The newest generator alone: it is the whole knowledge."""
-        newest = max(memory, key=lambda s: memory[s].meta["order"])
+        """The newest generator alone, since it was trained on all sources."""
+        newest = max(memory, key=lambda source: memory[source].meta["order"])
         return {newest: memory[newest]}
 
     def _train(
@@ -307,38 +362,43 @@ class GenerativeReplay(Correction):
         vae: VAE,
         before: VAE | None,
         source: Source,
-        now: int,
+        current: int,
         old: Sequence[int],
         generator: torch.Generator,
     ) -> VAE:
-        """Adam on -ELBO over a new batch and, of each earlier source, as many generated by `before`."""
-        leaves = {k: w.clone().requires_grad_() for k, w in vae.weights.items()}
+        """Minimise -ELBO by Adam over new batches and, per old source, as many inputs from `before`."""
+        leaves = {name: weight.clone().requires_grad_() for name, weight in vae.weights.items()}
         vae, adam = VAE(leaves), torch.optim.Adam(leaves.values(), lr=self.lr)
         for _ in range(self.epochs):
             plan = torch.randperm(len(source.train), generator=generator).split(self.batch_size)
-            for x, _ in source.train.batches(plan):
-                x, c = x.flatten(1), torch.full((len(x),), now)
+            for batch, _ in source.train.batches(plan):
+                x, conditions = batch.flatten(1), torch.full((len(batch),), current)
                 if before is not None and old:
                     replayed = torch.tensor(old).repeat_interleave(len(x))
-                    x, c = torch.cat([x, before.generate(replayed, generator)]), torch.cat([c, replayed])
+                    x = torch.cat([x, before.generate(replayed, generator)])
+                    conditions = torch.cat([conditions, replayed])
+
+                # Drawn on the CPU in float64, as all that is random here.
                 noise = torch.randn(len(x), vae.latent, generator=generator, dtype=torch.float64).to(x)
                 adam.zero_grad()
-                (-vae.elbo(x, c.to(x.device), noise, self.beta).mean()).backward()
+                (-vae.elbo(x, conditions.to(x.device), noise, self.beta).mean()).backward()
                 adam.step()
-        return VAE({k: w.detach() for k, w in leaves.items()})
-
-    def _unit(self, source: Source) -> bool:
-        return all(bool(((x >= 0) & (x <= 1)).all()) for x, _ in source.train.chunks(4096))
+        return VAE({name: weight.detach() for name, weight in leaves.items()})
 
     def _variance(self, source: Source) -> float | None:
-        """None for a Bernoulli likelihood, else where the Gaussian's variance begins: that of the inputs around their mean."""
-        if self.likelihood == "bernoulli" or (self.likelihood == "auto" and self._unit(source)):
+        """Where the Gaussian's variance begins: that of the inputs around their mean; None for Bernoulli."""
+        if self.likelihood == "bernoulli" or (self.likelihood == "auto" and in_unit_interval(source)):
             return None
-        n, total, squares = 0, 0.0, 0.0
+
+        # By chunks, because the inputs may not fit into memory at once.
+        count, total, squares = 0, 0.0, 0.0
         for x, _ in source.train.chunks(4096):
-            n, total, squares = (
-                n + x.numel(),
-                total + float(x.double().sum()),
-                squares + float(x.double().square().sum()),
-            )
-        return squares / n - (total / n) ** 2
+            count += x.numel()
+            total += float(x.double().sum())
+            squares += float(x.double().square().sum())
+        return squares / count - (total / count) ** 2
+
+
+def in_unit_interval(source: Source) -> bool:
+    """Whether all training inputs lie in [0, 1]."""
+    return all(bool(((x >= 0) & (x <= 1)).all()) for x, _ in source.train.chunks(4096))

@@ -20,10 +20,13 @@ from consilience.core.source import Source
 from consilience.corrections.baselines import others
 from consilience.corrections.rehearsal import ER
 
+CHUNK = 16_000_000
+"""About how many numbers of gradients are in memory at once."""
+
 
 @dataclass(frozen=True, eq=False)
 class Held:
-    """What is known of the buffer: what `ER` draws from, and the items of the other sources."""
+    """The buffer: the groups that `ER` draws from, and the items of the other sources."""
 
     groups: Any
     items: Sequence[Private]
@@ -37,46 +40,80 @@ def directions(
     classes: Sequence[int] = (),
     names: Sequence[str] | None = None,
 ) -> Tensor:
-    """The unit gradients [B, n] of the samples' losses at the learned parameters, by vmap; where a task is given, over its classes.
+    """The unit gradients [B, n] of the samples' losses at the trained parameters, by vmap.
 
-    `names` are the entries [n numbers] to differentiate; None: all trainable ones. A gradient of zero stays zero.
+    `names` are the entries [n numbers] to differentiate; None: all trainable ones. If a task is given,
+    losses are over its classes. A gradient of zero stays zero.
     """
     names = learned.layout.names if names is None else names
-    params = {n: learned.params[n].detach() for n in names}
-    fixed = {n: p for n, p in learned.params.items() if n not in params}
+    params = {name: learned.params[name].detach() for name in names}
+    fixed = {name: p for name, p in learned.params.items() if name not in params}
+    # With a task label the loss is that of training: over the columns of the task.
     keep: Tensor | None = None
     if task is not None and learned.source.kind == "class":
         keep = torch.zeros(learned.model.outputs, dtype=torch.bool, device=x.device)
         keep[list(classes)] = True
 
-    def loss(params: Params, xi: Tensor, yi: Tensor) -> Tensor:
-        out = learned.model({**fixed, **params}, learned.buffers, xi[None], task, False)[0]
-        return sample_losses(
-            out if keep is None else out.masked_fill(~keep, -torch.inf), yi[None], learned.source.kind
-        )[0]
+    def loss(params: Params, one_x: Tensor, one_y: Tensor) -> Tensor:
+        out = learned.model({**fixed, **params}, learned.buffers, one_x[None], task, False)[0]
+        out = out if keep is None else out.masked_fill(~keep, -torch.inf)
+        return sample_losses(out, one_y[None], learned.source.kind)[0]
 
-    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))
-    size = max(1, 16_000_000 // max(1, sum(p.numel() for p in params.values())))
-    found = []
+    # A gradient per sample has the size of the model, so that a whole source would not fit into memory.
+    per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))
+    size = max(1, CHUNK // max(1, sum(p.numel() for p in params.values())))
+    units = []
     for xs, ys in zip(x.split(size), y.split(size), strict=True):
-        grads = each(params, xs, ys)
-        found.append(F.normalize(torch.cat([grads[n].flatten(1) for n in names], 1), dim=1))
-    return torch.cat(found)
+        grads = per_sample(params, xs, ys)
+        units.append(F.normalize(torch.cat([grads[name].flatten(1) for name in names], 1), dim=1))
+    return torch.cat(units)
+
+
+@dataclass(frozen=True, eq=False)
+class Scorer:
+    """Scores arriving examples by their gradients' cosines with those of buffered ones."""
+
+    learned: Learned
+    names: Sequence[str]
+    """The entries whose gradients are compared."""
+    sources: Sequence[Mapping[str, Any]]
+    """"task" and "classes" of each source in the buffer; the last is the source whose examples arrive."""
+
+    def classes(self, task: str | None) -> list[int]:
+        """The classes of a task, over all its sources."""
+        return sorted({label for of in self.sources if of["task"] == task for label in of["classes"]})
+
+    def score(self, x: Tensor, y: Tensor, near: Mapping[str, Tensor]) -> Tensor:
+        """c [B] = 1 + the largest cosine with the buffered examples `near`, in float64."""
+        task = self.learned.task
+        new = directions(self.learned, x, y, task, self.classes(task), self.names)
+        closest = new.new_full((len(x),), -1.0)
+
+        # Examples of one task go through the model together, since it may treat tasks differently.
+        tasks = [source["task"] for source in self.sources]
+        for task in dict.fromkeys(tasks):
+            of_task = torch.tensor([other == task for other in tasks], device=x.device)[near["source"]]
+            if of_task.any():
+                old_x, old_y = near["x"][of_task], near["y"][of_task]
+                old = directions(self.learned, old_x, old_y, task, self.classes(task), self.names)
+                closest = torch.maximum(closest, (new @ old.T).amax(1))
+        return (closest.double() + 1).clamp(1e-12, 2)
 
 
 @dataclass(frozen=True)
 class GSS(ER):
     """Experience replay from a buffer that is filled greedily by the diversity of gradients (GSS-Greedy).
 
-    The score of an arriving example is c = 1 + max cos(g, G_j) over the loss gradients G of `subset` random examples of the
-    buffer (c = 1 where it is empty). While there is room it enters. Then, if c < 1, an example i of the buffer is chosen with
-    probability C_i / sum C, and replaced with probability C_i / (C_i + c); scores stay as they were on entering.
+    The score of an arriving example is c = 1 + max cos(g, G_j) over the loss gradients G of `subset` random
+    examples of the buffer (c = 1 if it is empty). While there is room it enters. Then, if c < 1, an example
+    i of the buffer is chosen with probability C_i / sum C, and replaced with probability C_i / (C_i + c);
+    scores stay as they were on entering.
 
-    Examples arrive in a seeded order after training on their source, gradients being those of the model then, `arrivals` at a time: a
-    batch is scored against the buffer as the batch found it, so that its examples do not see each other, and those that
-    enter a full buffer take different places; `arrivals=1` is the paper's algorithm. `layers="head"` takes the gradients of
-    the linear head alone. Where one learn has several sources each fills its own, and the lowest scores stay. Private.
-    Aljundi et al. 2019.
+    Examples arrive in a seeded order after training on their source, with the gradients of the model at that
+    time, `arrivals` at a time: a batch is scored against the buffer before the batch, so its examples do not
+    affect one another, and those that enter a full buffer take different places; `arrivals=1` is the paper's
+    algorithm. `layers="head"` takes the gradients of the linear head alone. If a visit has several sources,
+    each fills its own buffer, and the lowest scores stay. Private. Aljundi et al. 2019.
     """
 
     subset: int = 10
@@ -88,104 +125,99 @@ class GSS(ER):
         super().__post_init__()
         for name in ("subset", "arrivals"):
             if getattr(self, name) < 1:
-                raise ConsilienceError(
-                    f"`{name}` of the buffer should be >= 1. Found `{name} = {getattr(self, name)}`."
-                )
+                raise ConsilienceError(f"`{name}` of the buffer must be >= 1, got {getattr(self, name)}.")
         if self.layers not in ("all", "head"):
-            raise ConsilienceError(f"`layers` should be all or head. Found `layers = {self.layers!r}`.")
+            raise ConsilienceError(f"`layers` must be 'all' or 'head', got {self.layers!r}.")
 
     def recall(self, memory: Memory, sources: tuple[Source, ...]) -> Any:
+        """The groups of `ER` with the items that they came from, or None."""
         groups = super().recall(memory, sources)
-        if groups is None:
-            return None
-        return Held(groups, list(others(memory, sources).values()))
+        return None if groups is None else Held(groups, list(others(memory, sources).values()))
 
     def sample(self, ctx: Context, sources: tuple[Source, ...], generator: torch.Generator) -> list[Batch]:
-        """As `ER`, from the same groups."""
+        """Draw as `ER` does, from the same groups."""
         return super().sample(replace(ctx, recalled=ctx.recalled.groups), sources, generator)
 
     def summarise(self, learned: Learned, ctx: Context) -> Private:
-        """This source's examples in the buffer, and the keys of the earlier ones that they drove out (`trim` takes those away)."""
+        """This source's examples in the buffer, and the keys of those that they replaced (for `trim`)."""
         items = [] if ctx.recalled is None else list(ctx.recalled.items)
-        device, new = learned.layout.device, len(items)
-        tasks = [*[i.meta["task"] for i in items], learned.task]
-        classes: dict[str | None, set[int]] = {}
-        for task, own in zip(
-            tasks, [*[i.meta["classes"] for i in items], learned.source.classes], strict=True
-        ):
-            classes.setdefault(task, set()).update(own)
-        owned = [{**i.tensors, "owner": torch.full((len(i.tensors["y"]),), n)} for n, i in enumerate(items)]
-        held = {k: torch.cat([o[k].to(device) for o in owned]) for k in owned[0]} if owned else {}
+        device, meta = learned.layout.device, {"task": learned.task, "classes": list(learned.source.classes)}
+        sources = [*[item.meta for item in items], meta]
+        scorer = Scorer(learned, self._names(learned, [source["task"] for source in sources]), sources)
+
+        # The buffer is one table; "source" [n] is the number of the item that an example is from.
+        numbered = [
+            {**item.tensors, "source": torch.full((len(item.tensors["y"]),), number)}
+            for number, item in enumerate(items)
+        ]
+        held = {k: torch.cat([item[k].to(device) for item in numbered]) for k in numbered[0]} if items else {}
         old = held["key"] if held else torch.zeros(0, dtype=torch.float64, device=device)
-        names = self._names(learned, tasks)
-
-        def score(x: Tensor, y: Tensor, near: Mapping[str, Tensor]) -> Tensor:
-            mine = directions(learned, x, y, learned.task, sorted(classes[learned.task]), names)
-            closest = mine.new_full((len(x),), -1.0)
-            for task in dict.fromkeys(tasks):  # inputs go through the model by task
-                there = torch.tensor([t == task for t in tasks], device=device)[near["owner"]]
-                if there.any():
-                    theirs = directions(
-                        learned, near["x"][there], near["y"][there], task, sorted(classes[task]), names
-                    )
-                    closest = torch.maximum(closest, (mine @ theirs.T).amax(1))
-            return (closest.double() + 1).clamp(1e-12, 2)
-
         for x, y, keys in self._arrive(learned, max(0, self.size - len(old))):
-            count, generator = len(held["key"]) if held else 0, learned.generator
-            c = torch.ones(len(x), dtype=torch.float64, device=device)
-            if count:
-                at = torch.randperm(count, generator=generator)[: self.subset].to(device)
-                c = score(x, y, {k: held[k].index_select(0, at) for k in ("x", "y", "owner")})
-            come = {
-                "x": x,
-                "y": y,
-                "key": keys.to(device),
-                "score": c,
-                "owner": torch.full((len(x),), new, device=device),
-            }
-            if count < self.size:
-                held = {k: torch.cat([held[k], t]) for k, t in come.items()} if held else come
-                continue
-            place = torch.multinomial(held["score"].cpu(), len(x), generator=generator).to(device)
-            chance = torch.rand(len(x), generator=generator, dtype=torch.float64).to(device)
-            theirs = held["score"][place]
-            enter = (c < 1) & (chance < theirs / (theirs + c))
-            held = {k: t.index_copy(0, place[enter], come[k][enter]) for k, t in held.items()}
-        mine = held["owner"] == new
-        kept = {k: held[k][mine] for k in ("x", "y", "key", "score")}
+            source = torch.full((len(x),), len(items), device=device)
+            arrived = {"x": x, "y": y, "key": keys.to(device), "source": source}
+            held = self._take(held, arrived, scorer)
+
+        # Keys and scores stay on the CPU, where `trim` compares them between sources.
+        own = held["source"] == len(items)
+        tensors = {k: held[k][own] for k in ("x", "y", "key", "score")}
         gone = old[~torch.isin(old, held["key"])]
-        meta = {"task": learned.task, "classes": list(learned.source.classes)}
-        return Private(
-            {**kept, "key": kept["key"].cpu(), "score": kept["score"].cpu(), "gone": gone.cpu()}, meta
-        )
+        tensors |= {"key": tensors["key"].cpu(), "score": tensors["score"].cpu(), "gone": gone.cpu()}
+        return Private(tensors, meta)
+
+    def _take(self, held: dict[str, Tensor], arrived: dict[str, Tensor], scorer: Scorer) -> dict[str, Tensor]:
+        """The buffer after a batch arrived."""
+        x, device, generator = arrived["x"], arrived["x"].device, scorer.learned.generator
+        count = len(held["key"]) if held else 0
+        score = torch.ones(len(x), dtype=torch.float64, device=device)
+        if count:
+            some = torch.randperm(count, generator=generator)[: self.subset].to(device)
+            near = {k: held[k].index_select(0, some) for k in ("x", "y", "source")}
+            score = scorer.score(x, arrived["y"], near)
+
+        arrived = {**arrived, "score": score}
+        if count < self.size:
+            return {k: torch.cat([held[k], t]) for k, t in arrived.items()} if held else arrived
+
+        # Drawn without replacement, so that no two of the batch take one place.
+        place = torch.multinomial(held["score"].cpu(), len(x), generator=generator).to(device)
+        chance = torch.rand(len(x), generator=generator, dtype=torch.float64).to(device)
+        theirs = held["score"][place]
+        enter = (score < 1) & (chance < theirs / (theirs + score))
+        return {k: t.index_copy(0, place[enter], arrived[k][enter]) for k, t in held.items()}
 
     def trim(self, memory: Mapping[str, Any], learned: Learned) -> Mapping[str, Any]:
-        """Without the examples that were driven out."""
+        """The memory without replaced examples, and with the lowest scores if it is still too large."""
         memory = {
-            s: replace(i, tensors={k: t if k in ("x", "y") else t.cpu() for k, t in i.tensors.items()})
-            for s, i in memory.items()
+            source: replace(
+                item, tensors={k: t if k in ("x", "y") else t.cpu() for k, t in item.tensors.items()}
+            )
+            for source, item in memory.items()
         }
-        gone = torch.cat([i.tensors["gone"] for i in memory.values() if "gone" in i.tensors])
-        stay = {s: ~torch.isin(i.tensors["key"], gone) for s, i in memory.items()}
-        if sum(int(k.sum()) for k in stay.values()) > self.size:
+        gone = torch.cat([item.tensors["gone"] for item in memory.values() if "gone" in item.tensors])
+        stay = {source: ~torch.isin(item.tensors["key"], gone) for source, item in memory.items()}
+
+        # Several sources of one visit did not know of each other's examples.
+        if sum(int(kept.sum()) for kept in stay.values()) > self.size:
             scores = torch.cat(
-                [i.tensors["score"].masked_fill(~stay[s], torch.inf) for s, i in memory.items()]
+                [item.tensors["score"].masked_fill(~stay[s], torch.inf) for s, item in memory.items()]
             )
-            lowest = torch.zeros(len(scores), dtype=torch.bool).index_fill(
-                0, scores.argsort(stable=True)[: self.size], True
-            )
-            stay = dict(zip(stay, lowest.split([len(k) for k in stay.values()]), strict=True))
-        return {
-            s: replace(i, tensors={k: t[stay[s].to(t.device)] for k, t in i.tensors.items() if k != "gone"})
-            for s, i in memory.items()
-        }
+            order = scores.argsort(stable=True)[: self.size]
+            lowest = torch.zeros(len(scores), dtype=torch.bool).index_fill(0, order, True)
+            sizes = [len(kept) for kept in stay.values()]
+            stay = dict(zip(stay, lowest.split(sizes), strict=True))
+
+        trimmed = {}
+        for source, item in memory.items():
+            tensors = {k: t[stay[source].to(t.device)] for k, t in item.tensors.items() if k != "gone"}
+            trimmed[source] = replace(item, tensors=tensors)
+        return trimmed
 
     def _arrive(self, learned: Learned, room: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """(x, y, key) of the batches, in a seeded order; the buffer gets full at the end of one."""
-        n = len(learned.source.train)
-        keys = torch.rand(n, generator=learned.generator, dtype=torch.float64)
-        order, size = torch.randperm(n, generator=learned.generator), min(self.arrivals, self.size)
+        """(x, y, key) of the batches, in a seeded order; the buffer becomes full at the end of one."""
+        # The first batches fill the buffer exactly, because a batch either finds room or replaces others.
+        total = len(learned.source.train)
+        keys = torch.rand(total, generator=learned.generator, dtype=torch.float64)
+        order, size = torch.randperm(total, generator=learned.generator), min(self.arrivals, self.size)
         plan = [part for half in (order[:room], order[room:]) for part in half.split(size) if len(part)]
         for (x, y), index in zip(learned.source.train.batches(plan), plan, strict=True):
             yield x, y, keys[index]
@@ -195,4 +227,4 @@ class GSS(ER):
         if self.layers == "all":
             return learned.layout.names
         heads = {n for task in tasks for n in learned.model.head(learned.params, task) if n is not None}
-        return tuple(n for n in learned.layout.names if n in heads)
+        return tuple(name for name in learned.layout.names if name in heads)

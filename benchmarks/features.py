@@ -32,7 +32,7 @@ from common import save
 from consilience.core.params import key
 from consilience.core.params import load as load_tensors
 from consilience.core.source import Source, Tensors
-from consilience.data._embed import hash_of
+from consilience.data.features import image_hashes
 
 LIMIT, LOOP = 0.95, "bare timm loop"
 SIZE, BATCH = 96, 64
@@ -128,7 +128,7 @@ def second_use(model: Any, source: Source, rounds: int) -> dict[str, Any]:
             times["second"].append(time.perf_counter() - start)
             start = time.perf_counter()
             for part in x.split(BATCH):
-                hash_of(part)
+                image_hashes(part)
             times["of that hashing"].append(time.perf_counter() - start)
             start = time.perf_counter()
             for f in files:

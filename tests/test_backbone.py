@@ -24,7 +24,7 @@ from consilience import models
 from consilience.core.errors import ConsilienceError
 from consilience.core.params import key, save
 from consilience.core.source import Examples, Source, Stream, Tensors
-from consilience.data import _embed
+from consilience.data import features
 
 WEIGHTS = Path(os.environ.get("CONSILIENCE_DATA", "")) / "timm_mobilenetv2_100_same.safetensors"
 
@@ -49,7 +49,7 @@ def net(seed=0):
     return made
 
 
-def hash_of(model):
+def image_hashes(model):
     return model.backbone(model.init(key(0))[0])
 
 
@@ -153,13 +153,13 @@ def test_everything_that_outputs_depend_on_is_in_the_hash():
         "padding": models.backbone(padded()),
         "eps": models.backbone(eps()),
     }
-    hashes = {n: hash_of(m) for n, m in variants.items()}
+    hashes = {n: image_hashes(m) for n, m in variants.items()}
     assert len(set(hashes.values())) == len(hashes)
-    assert hash_of(models.backbone(net())) == hashes["same"]
-    assert hash_of(models.backbone(models.wrap(net()))) == hashes["same"]
+    assert image_hashes(models.backbone(net())) == hashes["same"]
+    assert image_hashes(models.backbone(models.wrap(net()))) == hashes["same"]
     other_head = net()
     other_head.classifier = nn.Linear(4, 5)
-    assert hash_of(models.backbone(other_head)) == hashes["same"], "the head is none of it"
+    assert image_hashes(models.backbone(other_head)) == hashes["same"], "the head is none of it"
     assert len({repr(m) for m in variants.values()}) == len(variants) - 2, (
         "what is said differs with all but the numbers"
     )
@@ -206,16 +206,16 @@ def test_what_torch_does_not_print_is_in_the_hash_too():
     assert len(printed) == 1, "torch prints them alike"
     entries = {n: tuple(m.state_dict().values()) for n, m in variants.items()}
     assert all(torch.equal(a, b) for e in entries.values() for a, b in zip(e, entries["same"], strict=True))
-    hashes = {n: hash_of(backbone(m)) for n, m in variants.items()}
+    hashes = {n: image_hashes(backbone(m)) for n, m in variants.items()}
     assert len(set(hashes.values())) == len(hashes)
-    assert hash_of(backbone(layer())) == hashes["same"]
-    assert hash_of(backbone(layer().train())) == hash_of(backbone(layer().eval())) == hashes["same"], (
-        "its mode is none of it"
-    )
-    assert hash_of(backbone(Scaled(scale=0.1))) == hashes["scale"], "what is private is not seen"
+    assert image_hashes(backbone(layer())) == hashes["same"]
+    assert (
+        image_hashes(backbone(layer().train())) == image_hashes(backbone(layer().eval())) == hashes["same"]
+    ), "its mode is none of it"
+    assert image_hashes(backbone(Scaled(scale=0.1))) == hashes["scale"], "what is private is not seen"
     wider = net()
     wider.classifier = nn.Linear(4, 7)
-    assert hash_of(models.backbone(wider)) == hash_of(models.backbone(net())), (
+    assert image_hashes(models.backbone(wider)) == image_hashes(models.backbone(net())), (
         "nor are the outputs of the head"
     )
 
@@ -238,7 +238,7 @@ def test_a_backbone_of_other_floats_computes_in_float32():
     double = models.backbone(net().double())
     assert {p.dtype for n, p in double.init(key(0))[0].items() if p.is_floating_point()} == {torch.float32}
     assert torch.equal(psi(double, images()), psi(models.backbone(net()), images()))
-    assert hash_of(double) == hash_of(models.backbone(net()))
+    assert image_hashes(double) == image_hashes(models.backbone(net()))
     assert net().double().conv.weight.dtype == torch.float64
 
 
@@ -251,7 +251,9 @@ def test_a_checkpoint_is_read_by_name(tmp_path):
     assert params["body.conv.weight"].dtype == torch.float32
     bare = {n: t for n, t in own.items() if not n.startswith("classifier")}
     save(tmp_path / "bare.safetensors", bare)
-    assert hash_of(models.backbone(net(0), tmp_path / "bare.safetensors")) == hash_of(models.backbone(net(1)))
+    assert image_hashes(models.backbone(net(0), tmp_path / "bare.safetensors")) == image_hashes(
+        models.backbone(net(1))
+    )
     for name, tensors, said in (
         (
             "less",
@@ -309,7 +311,7 @@ def test_a_module_without_a_linear_layer_gives_its_outputs():
         models.wrap(module, 16, headless=True),
         models.wrap(lambda: module, 16, headless=True),
     ):
-        assert hash_of(models.backbone(other, mean=0.5)) == hash_of(model)
+        assert image_hashes(models.backbone(other, mean=0.5)) == image_hashes(model)
     vectors = models.backbone(
         models.wrap(nn.Sequential(nn.Flatten(), nn.Linear(3 * 16, 7)), headless=True), size=4
     )
@@ -363,9 +365,9 @@ def test_a_buffer_that_the_module_makes_itself_is_made_once():
     for out in (psi(model, x), model.bind(params, buffers, False)[0](x, None)):
         assert torch.allclose(out, Grid()(x), atol=1e-5)
     assert (
-        hash_of(model)
-        == hash_of(models.backbone(Grid(), size=4))
-        != hash_of(models.backbone(Grid(2.0), size=4))
+        image_hashes(model)
+        == image_hashes(models.backbone(Grid(), size=4))
+        != image_hashes(models.backbone(Grid(2.0), size=4))
     )
 
     class Always(Grid):
@@ -537,7 +539,7 @@ def test_a_stream_is_read_in_chunks(tmp_path, counting, monkeypatch):
 
 @pytest.mark.parametrize("batch", [3, 4, 5, 11])
 def test_files_hold_no_more_rows_than_said(tmp_path, counting, monkeypatch, batch):
-    monkeypatch.setattr(_embed, "ROWS", 4)
+    monkeypatch.setattr(features, "ROWS", 4)
     first = cs.data.embed(source(), counting, tmp_path, batch=batch)
     rows = [len(load_file(p)["images"]) for p in tmp_path.glob("*/*.safetensors")]
     assert rows == [4] * 5 and not list(tmp_path.glob("*/*.part"))
@@ -552,7 +554,7 @@ def test_files_hold_no_more_rows_than_said(tmp_path, counting, monkeypatch, batc
 
 
 def test_features_that_were_flipped_on_disk_are_refused(tmp_path, counting, monkeypatch):
-    s, plain, read = source(), _embed.content_hash, []
+    s, plain, read = source(), features.content_hash, []
     cs.data.embed(s, counting, tmp_path)
     (folder,) = tmp_path.iterdir()
     path = max(folder.iterdir(), key=lambda p: p.stat().st_size)
@@ -562,9 +564,7 @@ def test_features_that_were_flipped_on_disk_are_refused(tmp_path, counting, monk
     path.write_bytes(data)
     Counting.seen = 0
     for _ in range(2):
-        with pytest.raises(
-            ConsilienceError, match=rf"as they were written. Found others in {path}; delete that file"
-        ):
+        with pytest.raises(ConsilienceError, match=rf"changed on disk in {path}; delete that file"):
             cs.data.embed(s, counting, tmp_path)
     assert Counting.seen == 0
 
@@ -572,7 +572,7 @@ def test_features_that_were_flipped_on_disk_are_refused(tmp_path, counting, monk
         read.extend(len(t) for n, t in tensors.items() if n == "features")
         return plain(tensors)
 
-    monkeypatch.setattr(_embed, "content_hash", counted)
+    monkeypatch.setattr(features, "content_hash", counted)
     few = Source("few", s.test, s.validation, s.test, s.labels, s.classes)
     kept = cs.data.embed(few, counting, tmp_path)
     assert read == [4, 4] and Counting.seen == 0, "what is not used is not read, and what is, once"
@@ -629,7 +629,7 @@ def test_broken_and_foreign_files_are_named_and_made_anew(tmp_path, counting):
     }
     assert Counting.seen == 12
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConsilienceError, match="`cache` should be a folder that can be written"):
+    with pytest.raises(ConsilienceError, match="`cache` must be a folder that can be written"):
         cs.data.embed(s, counting, tmp_path / "file")
 
 
@@ -665,7 +665,7 @@ def test_what_was_made_before_an_interruption_is_kept(tmp_path, counting):
 
 
 def test_what_dead_processes_left_half_written_is_removed(tmp_path, counting):
-    assert _embed.ROWS <= 1 << 13, "a process that is killed loses at most so many"
+    assert features.ROWS <= 1 << 13, "a process that is killed loses at most so many"
     cs.data.embed(source(), counting, tmp_path)
     (folder,) = tmp_path.iterdir()
     dead = subprocess.Popen([sys.executable, "-c", ""])
@@ -699,23 +699,23 @@ def test_progress_and_refusals(tmp_path, counting):
     s = source()
     for model, said in (
         (models.conv(2, 3, 8, 4), "a backbone without a head"),
-        (models.multi_head(models.conv(2, 3, 8, 4), 2), "frozen. Found one that is not"),
-        (models.multi_head(models.frozen(models.conv(2, 3, 8, 4)), 2), "each seed draws anew"),
+        (models.multi_head(models.conv(2, 3, 8, 4), 2), "got one that is not frozen"),
+        (models.multi_head(models.frozen(models.conv(2, 3, 8, 4)), 2), "each seed draws again"),
     ):
         with pytest.raises(ConsilienceError, match=said):
             cs.data.embed(s, model)
-    with pytest.raises(ConsilienceError, match="`batch` should be"):
+    with pytest.raises(ConsilienceError, match="`batch` must be"):
         cs.data.embed(s, counting, batch=0)
-    with pytest.raises(ConsilienceError, match="should be finite"):
+    with pytest.raises(ConsilienceError, match="features must be finite"):
         cs.data.embed(source(x=torch.full((20, 3, 8, 8), torch.nan)), counting)
 
 
 def test_hashes_tell_type_shape_and_bytes():
     x = images(3)
-    assert _embed.hash_of(x) == [_embed.hash_of(x[i : i + 1])[0] for i in range(3)]
+    assert features.image_hashes(x) == [features.image_hashes(x[i : i + 1])[0] for i in range(3)]
     variants = [x, x.double(), x.view(3, 3, 4, 16), x + 1e-6, x.transpose(2, 3)]
-    assert len({h for v in variants for h in _embed.hash_of(v)}) == 15
-    assert _embed.hash_of(x.to(memory_format=torch.channels_last)) == _embed.hash_of(x)
+    assert len({h for v in variants for h in features.image_hashes(v)}) == 15
+    assert features.image_hashes(x.to(memory_format=torch.channels_last)) == features.image_hashes(x)
 
 
 # unreadable images
@@ -745,15 +745,15 @@ def test_unreadable_images_are_named_and_refused_or_skipped(tmp_path, counting, 
         s = cs.data.folder(path, unreadable="skip", in_memory=in_memory)
     assert len(s.train) + len(s.validation) + len(s.test) == 10
     assert len(cs.data.embed(s, counting).train) == len(s.train)
-    with pytest.raises(ConsilienceError, match=r"an image should be readable. Found .*(cat/2|dog/5).png"):
+    with pytest.raises(ConsilienceError, match=r"cannot read the image .*(cat/2|dog/5).png"):
         cs.data.embed(cs.data.folder(path, in_memory=in_memory), counting)
-    with pytest.raises(ConsilienceError, match="`unreadable` should be"):
+    with pytest.raises(ConsilienceError, match="`unreadable` must be"):
         cs.data.folder(path, unreadable="ignore")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert len(cs.data.folder(pictures(tmp_path / "fine"), unreadable="skip").train) > 0
     none = pictures(tmp_path / "none", [f"{c}/{i}.png" for c in ("cat", "dog") for i in range(6)])
-    with pytest.raises(ConsilienceError, match="Found none of 12 that is"):
+    with pytest.raises(ConsilienceError, match="cannot read any of 12 images"):
         cs.data.folder(none, unreadable="skip")
 
 
@@ -782,7 +782,11 @@ def test_a_timm_model_by_name(timm):
         and len(repr(model)) < 200
     )
     other = models.backbone("resnet10t", pretrained=False, size=48)
-    assert hash_of(other) != hash_of(model) == hash_of(models.backbone("resnet10t", pretrained=False))
+    assert (
+        image_hashes(other)
+        != image_hashes(model)
+        == image_hashes(models.backbone("resnet10t", pretrained=False))
+    )
     params = other.init(key(0))[0]
     assert torch.equal(params["body.conv1.0.weight"], model.init(key(1))[0]["body.conv1.0.weight"])
     plain = timm.create_model("resnet10t", pretrained=False, num_classes=0).eval()
@@ -813,9 +817,9 @@ def test_a_prefix_and_a_tag_change_no_hash(timm, tmp_path):
         "mobilenetv2_100.ra_in1k",
         "timm/mobilenetv2_100.ra_in1k",
     )
-    assert len({hash_of(models.backbone(n, path, size=32)) for n in names}) == 1
+    assert len({image_hashes(models.backbone(n, path, size=32)) for n in names}) == 1
     half = models.backbone("mobilenetv2_100.ra_in1k", path, size=32, mean=0.5)
-    assert hash_of(half) != hash_of(models.backbone("mobilenetv2_100", path, size=32)), (
+    assert image_hashes(half) != image_hashes(models.backbone("mobilenetv2_100", path, size=32)), (
         "other preparations stay apart"
     )
 
@@ -860,17 +864,17 @@ def test_the_same_weights_in_folders_have_one_hash(timm, tmp_path):
     said = folder_of(body, tmp_path / "said", num_classes=1000, in_chans=3, bn_eps=1e-5)
     other = folder_of(body, tmp_path / "other", bn_eps=1e-3)
     before = torch.get_rng_state()
-    hashes = {p: hash_of(models.backbone(f"local-dir:{p}", size=32)) for p in (one, two, said, other)}
+    hashes = {p: image_hashes(models.backbone(f"local-dir:{p}", size=32)) for p in (one, two, said, other)}
     assert torch.equal(torch.get_rng_state(), before)
     assert (
         hashes[one]
         == hashes[two]
         == hashes[said]
-        == hash_of(models.backbone("mobilenetv2_100", one / "model.safetensors", size=32))
+        == image_hashes(models.backbone("mobilenetv2_100", one / "model.safetensors", size=32))
     )
     assert hashes[other] != hashes[one], "what its folder says of it makes it another"
     same = {"size": 32, "pad_type": "same"}
-    assert hash_of(models.backbone(f"local-dir:{one}", **same)) == hash_of(
+    assert image_hashes(models.backbone(f"local-dir:{one}", **same)) == image_hashes(
         models.backbone("mobilenetv2_100", one / "model.safetensors", **same)
     )
 
@@ -985,9 +989,9 @@ def test_mobilenet_with_the_shared_weights(timm, tmp_path):
         "52 layers of float32: 7.5e-5 from float64 on one machine"
     )
     for other in ({"pad_type": ""}, {"bn_eps": 1e-5}):
-        assert hash_of(models.backbone("mobilenetv2_100", WEIGHTS, size=64, **{**more, **other})) != hash_of(
-            model
-        )
+        assert image_hashes(
+            models.backbone("mobilenetv2_100", WEIGHTS, size=64, **{**more, **other})
+        ) != image_hashes(model)
     assert (
         models.macs(models.backbone("mobilenetv2_100", WEIGHTS, size=None, **more), (3, 224, 224))
         == 299_494_272

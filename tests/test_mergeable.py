@@ -387,7 +387,7 @@ def test_anchored_and_early_stopped_experts_are_there():
     )
     early = cs.settings.merging([A], scenario="task", fraction=0.5)
     with pytest.raises(
-        cs.ConsilienceError, match=r"`fraction` should be .*in \(0, 1\]. Found `fraction = 0`"
+        cs.ConsilienceError, match=r"`fraction` must be .*in \(0, 1\], got 0"
     ):
         cs.settings.merging([A], fraction=0)
     net = plain()
@@ -637,7 +637,7 @@ def test_a_setting_begins_with_the_statistics_of_its_base():
     )
     with pytest.raises(
         cs.ConsilienceError,
-        match=r"`base` should have the model's shapes. Found \(4,\) for '1.running_mean', here",
+        match=r"`base` must have the shapes of the model, got \(4,\) for '1.running_mean', whose",
     ):
         cs.run(alone(0, {**told, "1.running_mean": torch.zeros(4)}), cs.methods.finetune(), model, training())
 
@@ -710,7 +710,7 @@ def test_what_cannot_be_linearised_is_refused():
         cs.ConsilienceError, match=r"`base` should have the model's entries, '3.bias' of \(4,\). Found none"
     ):
         cs.models.linearised(mlp(), {n: p for n, p in start().items() if n != "3.bias"})
-    with pytest.raises(cs.ConsilienceError, match="Found none called 'origin"):
+    with pytest.raises(cs.ConsilienceError, match="got none called 'origin"):
         run(
             cs.methods.finetune(),
             PAIR,

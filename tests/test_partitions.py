@@ -75,19 +75,24 @@ def test_sites_have_label_sets_of_their_own(points):
 
 
 def test_bad_label_sets_are_refused(points):
-    refused("`clients` x `classes` reach them all. Found 3 clients with 2.", data.label_sets, points, 3, 2)
-    refused("`classes` should be at most 8", data.label_sets, points, 3, 9)
+    refused("so that every class has a client; got 3 clients with 2.", data.label_sets, points, 3, 2)
+    refused("`classes` must be at most 8", data.label_sets, points, 3, 9)
     refused(
-        "`classes` should be 2 lists of classes of 'points', one a client. Found 1.",
+        "`classes` must be 2 lists of classes of 'points', one per client, got 1 sets.",
         data.label_sets,
         points,
         2,
         [[1]],
     )
-    refused("one a client. Found 'x'.", data.label_sets, points, 1, [["x"]])
-    refused("Found 2 sets, one empty.", data.label_sets, points, 2, [[1], []])
-    refused("`classes` should be a whole number >= 1", data.label_sets, points, 2, 0)
-    refused("label_sets should have a source of classes", data.label_sets, data.diabetes(), 2)
+    refused("one per client, got 'x'.", data.label_sets, points, 1, [["x"]])
+    refused("got 2 sets, one of them empty.", data.label_sets, points, 2, [[1], []])
+    refused("`classes` must be a whole number >= 1, got 0.", data.label_sets, points, 2, 0)
+    refused(
+        "label_sets needs a source of classes, got 'diabetes', which has values.",
+        data.label_sets,
+        data.diabetes(),
+        2,
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- users
@@ -114,21 +119,22 @@ def test_users_are_clients(points):
 
 def test_bad_users_are_refused(points):
     refused(
-        "`users` should be a name or number for each training example, and after them for each validation example: 400. Found 3.",
+        "`users` must be a name or a whole number for each training example, "
+        "and then for each validation example, 400 in all, got 3 values.",
         data.natural,
         points,
         [1, 2, 3],
     )
-    refused("Found 400.", data.natural, points, [0.5] * 400)
+    refused("400 in all, got 400 values.", data.natural, points, [0.5] * 400)
     refused(
-        "`test_users` should be a name or number for each test example: 80. Found 1.",
+        "`test_users` must be a name or a whole number for each test example, 80 in all, got 1 values.",
         data.natural,
         points,
         [1] * 400,
         [1],
     )
     refused(
-        "a user should have at least 500 training examples. Found 400 at most.",
+        "a user must have at least 500 training examples, got 400 at most.",
         data.natural,
         points,
         [1] * 400,
@@ -163,19 +169,21 @@ def test_sizes_follow_their_law():
 
 def test_bad_sizes_are_refused(points):
     refused(
-        "give `sigma` or `alpha`. Found both: 1.0 and 1.0.",
+        "got both `sigma=1.0` and `alpha=1.0`; give one of them.",
         data.quantity_skew,
         points,
         3,
         sigma=1.0,
         alpha=1.0,
     )
+    refused("`sigma` must be positive and finite, got 0.", data.quantity_skew, points, 3, sigma=0)
+    refused("lower `sigma` or take fewer clients.", data.quantity_skew, points, 40, sigma=9.0)
     refused(
-        "`sigma` should be positive and finite. Found `sigma = 0`.", data.quantity_skew, points, 3, sigma=0
-    )
-    refused("lower `sigma` or take fewer clients. Found one with", data.quantity_skew, points, 40, sigma=9.0)
-    refused(
-        "at best in 100 draws with `alpha = 0.01` and 40 clients.", data.quantity_skew, points, 40, alpha=0.01
+        "at best in 100 draws with `alpha=0.01` and 40 clients; raise `alpha`",
+        data.quantity_skew,
+        points,
+        40,
+        alpha=0.01,
     )
 
 
@@ -214,39 +222,39 @@ def test_windows_of_text(roles):
 
 def test_bad_text_is_refused(roles, tmp_path, monkeypatch):
     refused(
-        "`window` should be shorter than every text. Found `window = 20` and 20 characters (test) of 'ANN'.",
+        "`window` must be shorter than every text, got 20 for 20 characters (test) of 'ANN'.",
         data.shakespeare,
         window=20,
         validation=0.5,
         path=roles,
     )
-    refused("`roles` should be at most the 3 there are. Found `roles = 4`.", data.shakespeare, 4, path=roles)
+    refused("`roles` must be at most 3, the roles of the file, got 4.", data.shakespeare, 4, path=roles)
     refused(
-        "`roles` should be one of the catalogue's. Found 'EVA'; nearest: EVE.",
+        "`roles` must be one of the catalogue's, got 'EVA'; nearest: EVE.",
         data.shakespeare,
         ["EVA"],
         path=roles,
     )
+    refused("`window` must be a whole number >= 1, got 0.", data.shakespeare, window=0, path=roles)
     refused(
-        "`window` should be a whole number >= 1. Found `window = 0`.", data.shakespeare, window=0, path=roles
+        "`validation` must be a fraction in [0, 1), got 1.0.", data.shakespeare, validation=1.0, path=roles
     )
-    refused("`validation` should be a fraction in [0, 1).", data.shakespeare, validation=1.0, path=roles)
     broken = tmp_path / "broken.json.xz"
     for content, match in (
-        (b"hello", "a .json.xz file should be whole."),
-        (roles.read_bytes()[:40], "a .json.xz file should be whole."),
-        (lzma.compress(b"{"), "a .json.xz file should be whole."),
+        (b"hello", f"cannot read {broken} as .json.xz: "),
+        (roles.read_bytes()[:40], f"cannot read {broken} as .json.xz: "),
+        (lzma.compress(b"{"), f"cannot read {broken} as .json.xz: "),
         (
             lzma.compress(b'{"ANN": "text"}'),
-            'a file of roles should be {role: {"train": text, "test": text}}.',
+            'a file of roles must be {role: {"train": text, "test": text}}, got another form in',
         ),
-        (lzma.compress(b"{}"), "a file of roles should be"),
+        (lzma.compress(b"{}"), "a file of roles must be"),
     ):
         broken.write_bytes(content)
         refused(match, data.shakespeare, path=broken)
     monkeypatch.delenv("CONSILIENCE_DATA", raising=False)
     refused(
-        "shakespeare_roles.json.xz should lie in the folder that CONSILIENCE_DATA names. Found that it is not set.",
+        "no folder to find shakespeare_roles.json.xz in: CONSILIENCE_DATA is not set; set it, or give `path`.",
         data.shakespeare,
     )
 
@@ -358,10 +366,10 @@ def test_bad_character_models_are_refused(roles):
     for model, match in (
         (
             cs.models.char_lstm(5),
-            "the model should have an output for each of the 6 classes. Found 5 outputs",
+            "the model must have an output for each of the 6 classes, got 5 outputs",
         ),
-        (cs.models.char_transformer(6, 4, 8, 2), "samples should fit the model's input. Found (6,)"),
-        (cs.models.mlp(6, (4,), 6), "samples should fit the model's input. Found (6,)"),
+        (cs.models.char_transformer(6, 4, 8, 2), "samples must fit the model's input, got (6,)"),
+        (cs.models.mlp(6, (4,), 6), "samples must fit the model's input, got (6,)"),
     ):
         refused(match, cs.run, cs.settings.federated(parts, 1), cs.methods.fedavg(), model)
 

@@ -20,8 +20,8 @@ from consilience.core.params import same
 from consilience.core.schedule import Evaluate, Exchange, Train
 from consilience.core.source import Tensors
 from consilience.loop.agent import Agent
+from consilience.loop.agents import Agents
 from consilience.loop.result import Result
-from consilience.loop.trial import Trial
 from restate import A, B, E, batches, entries, fit, mlp, near, plain, source, training
 
 FEDAVG = cs.methods.fedavg()
@@ -219,58 +219,58 @@ def test_who_dropped_out_begins_again_from_the_server():
 @pytest.mark.parametrize(
     ("more", "match"),
     [
-        ({"participation": 0}, "`participation` should be in (0, 1]. Found `participation = 0`."),
-        ({"participation": 1.2}, "`participation` should be in (0, 1]. Found `participation = 1.2`."),
-        ({"participation": float("nan")}, "`participation` should be in (0, 1]"),
+        ({"participation": 0}, "`participation` must be in (0, 1], got 0."),
+        ({"participation": 1.2}, "`participation` must be in (0, 1], got 1.2."),
+        ({"participation": float("nan")}, "`participation` must be in (0, 1]"),
         (
             {"participation": 0.5, "clients_per_round": 2},
-            "give `clients_per_round` or `participation`. Found both: 2 and 0.5.",
+            "got both `clients_per_round=2` and `participation=0.5`; give one of them.",
         ),
-        ({"clients_per_round": 0}, "`clients_per_round` should be from 1 to 4. Found 0."),
-        ({"order": "random"}, "`order` should be uniform, cyclic or weighted. Found `order = 'random'`."),
+        ({"clients_per_round": 0}, "`clients_per_round` must be from 1 to 4, got 0."),
+        ({"order": "random"}, "`order` must be uniform, cyclic or weighted, got 'random'."),
         (
             {"weights": [1, 1, 1, 1]},
-            "`weights` are for `order='weighted'`. Found them with `order = 'uniform'`.",
+            "`weights` need `order='weighted'`, got 'uniform'.",
         ),
         (
             {"order": "weighted", "weights": [1, -1, 1, 1]},
-            "`weights` should be 4 finite numbers >= 0, one a client and not all 0.",
+            "`weights` must be 4 finite numbers >= 0, one per client and not all 0, got [1, -1, 1, 1].",
         ),
-        ({"order": "weighted", "weights": [0, 0, 0, 0]}, "not all 0. Found [0, 0, 0, 0]."),
-        ({"order": "weighted", "weights": [1]}, "`weights` should be 4 finite numbers >= 0"),
-        ({"stragglers": -0.1}, "`stragglers` should be in [0, 1]. Found `stragglers = -0.1`."),
-        ({"dropouts": 1.0}, "`dropouts` should be in [0, 1). Found `dropouts = 1.0`."),
+        ({"order": "weighted", "weights": [0, 0, 0, 0]}, "not all 0, got [0, 0, 0, 0]."),
+        ({"order": "weighted", "weights": [1]}, "`weights` must be 4 finite numbers >= 0"),
+        ({"stragglers": -0.1}, "`stragglers` must be in [0, 1], got -0.1."),
+        ({"dropouts": 1.0}, "`dropouts` must be in [0, 1), got 1.0."),
         (
             {"min_clients": 0},
-            "`min_clients` should be from 1 to 4, the clients of a round. Found `min_clients = 0`.",
+            "`min_clients` must be from 1 to 4, the clients of a round, got 0.",
         ),
-        ({"min_clients": 3, "participation": 0.5}, "`min_clients` should be from 1 to 2"),
+        ({"min_clients": 3, "participation": 0.5}, "`min_clients` must be from 1 to 2"),
         (
             {"evaluate_every": 0},
-            "`evaluate_every` should be a whole number >= 1. Found `evaluate_every = 0`.",
+            "`evaluate_every` must be a whole number >= 1, got 0.",
         ),
-        ({"available": [[0, 4]]}, "clients in `available` should be numbers from 0 to 3. Found [0, 4]."),
-        ({"available": {2: ["a"]}}, "clients in `available` should be numbers from 0 to 3. Found ['a']."),
+        ({"available": [[0, 4]]}, "clients in `available` must be numbers from 0 to 3, got [0, 4]."),
+        ({"available": {2: ["a"]}}, "clients in `available` must be numbers from 0 to 3, got ['a']."),
         (
             {"available": lambda n, seed: [9]},
-            "clients in `available` should be numbers from 0 to 3. Found [9].",
+            "clients in `available` must be numbers from 0 to 3, got [9].",
         ),
         (
             {"available": 3},
-            "`available` should be a list of lists of clients, a mapping from rounds to them, or a function",
+            "`available` must be a list of lists of clients, a mapping from rounds to them, or a function",
         ),
         (
             {"available": [[]]},
-            "some round should have at least 1 clients that are there. Found 0 at most in 20 rounds.",
+            "no round has at least 1 available clients: the most in 20 rounds, by `available`, is 0.",
         ),
         (
             {"available": {99: [1]}},
-            "some round should have at least 1 clients that are there. Found 0 at most in 20 rounds.",
+            "no round has at least 1 available clients: the most in 20 rounds, by `available`, is 0.",
         ),
-        ({"available": lambda n, seed: []}, "some round should have at least 1 clients that are there."),
+        ({"available": lambda n, seed: []}, "no round has at least 1 available clients: "),
         (
             {"available": [[1]], "min_clients": 2},
-            "some round should have at least 2 clients that are there. Found 1 at most",
+            "no round has at least 2 available clients: the most in 20 rounds, by `available`, is 1.",
         ),
     ],
 )
@@ -279,7 +279,7 @@ def test_bad_participation_is_refused(more, match):
 
 
 def test_no_client_in_any_round_stops_before_the_run(tmp_path):
-    with pytest.raises(cs.ConsilienceError, match="some round should have at least 1 clients"):
+    with pytest.raises(cs.ConsilienceError, match="no round has at least 1 available clients"):
         go(cs.settings.federated(FOUR, 2, available=lambda n, seed: []), out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -287,9 +287,7 @@ def test_no_client_in_any_round_stops_before_the_run(tmp_path):
 def test_bad_clients_are_refused():
     refused("sources must have names of their own, got a twice.", cs.settings.federated, [A, B, A])
     refused("sources must have names of their own, got a twice.", cs.settings.gossip, [A, A])
-    refused(
-        "every client should have a source. Found one without.", cs.settings.federated_continual, [[A], []]
-    )
+    refused("every client must have a source, got one without.", cs.settings.federated_continual, [[A], []])
     with pytest.raises(
         cs.ConsilienceError, match=r"a source must have training examples, got none in 'empty'"
     ):
@@ -310,11 +308,11 @@ def test_other_names_or_shapes_are_refused():
     good = entries(plain())
     with pytest.raises(
         cs.ConsilienceError,
-        match=r"should have the hearer's names. Found 'module.1.weight' of 'odd', here '1.weight'",
+        match=r"must have the receiver's names, got 'module.1.weight' of 'odd', here '1.weight'",
     ):
         hearer.receive([told({f"module.{n}": p for n, p in good.items()})])
     with pytest.raises(
-        cs.ConsilienceError, match=r"should have the hearer's shapes. Found \(2, 2\) for '1.weight' of 'odd'"
+        cs.ConsilienceError, match=r"must have the receiver's shapes, got \(2, 2\) for '1.weight' of 'odd'"
     ):
         hearer.receive([told({**good, "1.weight": torch.zeros(2, 2)})])
     hearer.receive([told(good)])
@@ -372,8 +370,8 @@ def test_a_ring_mixes_neighbours():
 @pytest.mark.parametrize("graph", ["ring", "regular"])
 def test_agents_come_to_agree_on_the_average(graph, monkeypatch):
     """Hearing without learning: all agree to 1e-6, and on a regular graph on the average weighted by examples."""
-    agents, agent = {}, Trial._agent
-    monkeypatch.setattr(Trial, "_agent", lambda walk, name: agents.setdefault(name, agent(walk, name)))
+    agents, make = {}, Agents.__missing__
+    monkeypatch.setattr(Agents, "__missing__", lambda made, name: agents.setdefault(name, make(made, name)))
     six = MANY[:6]
     go(cs.settings.gossip(six, 1, graph, 2, mixings=60))
     expected = mean([entries(fit(plain(), s)) for s in six], [len(s.train) for s in six])
@@ -388,7 +386,7 @@ def test_regular_graphs_are_regular(n, degree, seed):
     from consilience.settings._rounds import neighbours
 
     if degree >= n or degree * n % 2:
-        refused("`degree` should be from 1 to", cs.settings.gossip, MANY[:n], graph="regular", degree=degree)
+        refused("`degree` must be from 1 to", cs.settings.gossip, MANY[:n], graph="regular", degree=degree)
         return
     draw = neighbours("regular", n, degree)
     near_by = draw(seed, 0, 0)
@@ -406,29 +404,34 @@ def test_regular_graphs_are_regular(n, degree, seed):
             "gossip",
             (FOUR,),
             {"graph": "star"},
-            "`graph` should be complete, ring, regular or a list of pairs",
+            "`graph` must be complete, ring, regular or a list of pairs",
         ),
         (
             "gossip",
             (FOUR,),
             {"graph": [(0, 1), (2, 3)]},
-            "`graph` should connect all agents. Found no way from agent 0 to agent 2.",
+            "`graph` must connect all agents, got one without a path from agent 0 to agent 2.",
         ),
         (
             "gossip",
             (FOUR,),
             {"graph": [(0, 0)]},
-            "an edge of `graph` should be two different agents from 0 to 3. Found (0, 0).",
+            "an edge of `graph` must be two different agents from 0 to 3, got (0, 0).",
         ),
-        ("gossip", (FOUR,), {"graph": [(0, 7)]}, "two different agents from 0 to 3. Found (0, 7)."),
-        ("gossip", ([A],), {}, "agents that gossip should be two or more. Found 1."),
-        ("gossip", (FOUR,), {"evaluated": 4}, "`evaluated` should be from 0 to 3. Found `evaluated = 4`."),
-        ("gossip", (FOUR,), {"mixings": 0}, "`mixings` should be a whole number >= 1."),
-        ("gossip", (FOUR,), {"min_clients": 5}, "`min_clients` should be from 1 to 4"),
-        ("hierarchical", (FOUR, 5), {}, "`edges` should be from 1 to the 4 clients. Found `edges = 5`."),
-        ("hierarchical", (FOUR, [[0, 1], [1, 2, 3]]), {}, "lists that have each client from 0 to 3 once."),
-        ("hierarchical", (FOUR, [[0, 1, 2, 3], []]), {}, "lists that have each client from 0 to 3 once."),
-        ("hierarchical", (FOUR,), {"edge_rounds": 0}, "`edge_rounds` should be a whole number >= 1."),
+        ("gossip", (FOUR,), {"graph": [(0, 7)]}, "two different agents from 0 to 3, got (0, 7)."),
+        ("gossip", ([A],), {}, "gossip needs two agents or more, got 1."),
+        ("gossip", (FOUR,), {"evaluated": 4}, "`evaluated` must be from 0 to 3, got 4."),
+        ("gossip", (FOUR,), {"mixings": 0}, "`mixings` must be a whole number >= 1, got 0."),
+        ("gossip", (FOUR,), {"min_clients": 5}, "`min_clients` must be from 1 to 4"),
+        ("hierarchical", (FOUR, 5), {}, "`edges` must be from 1 to the 4 clients, got 5."),
+        (
+            "hierarchical",
+            (FOUR, [[0, 1], [1, 2, 3]]),
+            {},
+            "lists that have each client from 0 to 3 once, got",
+        ),
+        ("hierarchical", (FOUR, [[0, 1, 2, 3], []]), {}, "lists that have each client from 0 to 3 once, got"),
+        ("hierarchical", (FOUR,), {"edge_rounds": 0}, "`edge_rounds` must be a whole number >= 1, got 0."),
     ],
 )
 def test_bad_graphs_are_refused(make, args, more, match):
@@ -437,7 +440,7 @@ def test_bad_graphs_are_refused(make, args, more, match):
 
 def test_deltas_need_a_common_base():
     median = cs.methods.finetune() + cs.methods.aggregate(cs.aggregators.median())
-    with pytest.raises(cs.ConsilienceError, match="combines deltas from the hearer's own parameters"):
+    with pytest.raises(cs.ConsilienceError, match="combines deltas from the receiver's own parameters"):
         go(cs.settings.gossip(FOUR, 2, "ring"), median)
     near(go(cs.settings.gossip(FOUR, 2), median).params, go(cs.settings.federated(FOUR, 2), median).params)
 
@@ -655,12 +658,12 @@ def test_a_client_that_diverges_is_left_out(tmp_path):
     wild = wild.map(x=lambda x: x * 1e200)
     with pytest.warns(
         UserWarning,
-        match="'client-1' failed and is left out: parameters should be finite. Found NaN or infinity",
+        match="'client-1' failed and is left out: parameters must be finite, got NaN or infinity",
     ):
         result = go(cs.settings.federated([A, wild, E], 2, min_clients=1), out=tmp_path / "run")
     near(result.params, server([A, E], 2))
     assert "of 'client-1' after 'wild'" in failures(tmp_path / "run")[0]["why"]
-    with pytest.raises(cs.ConsilienceError, match="parameters should be finite.*'client-1' after 'wild'"):
+    with pytest.raises(cs.ConsilienceError, match="parameters must be finite.*'client-1' after 'wild'"):
         go(cs.settings.federated([A, wild, E], 2))
 
 
@@ -670,9 +673,9 @@ def test_too_few_stop_the_run_which_goes_on_once_mended(flaky, least, tmp_path):
     if least is None:
         with pytest.raises(OSError, match="the disk is gone") as error:
             go(made, out=tmp_path / "run")
-        assert error.value.__notes__ == ["while 'client-1' learned b"]
+        assert error.value.__notes__ == ["while 'client-1' trained on b"]
     else:
-        match = "a round should have at least 4 agents that finish. Found 3: 'client-1': OSError: the disk is gone."
+        match = "at least 4 agents must finish a round, and 3 did: 'client-1': OSError: the disk is gone."
         with pytest.raises(cs.ConsilienceError, match=match), pytest.warns(UserWarning, match="left out"):
             go(made, out=tmp_path / "run", judge_clients=True)
         assert failures(tmp_path / "run")[0]["agent"] == "client-1"
@@ -774,13 +777,13 @@ def test_the_command_line_takes_it(tmp_path, capsys):
     assert "worst tenth" in capsys.readouterr().out
     assert len(cs.report.load(tmp_path / "run").personal) == 4
     assert main(["run", "--setting", "federated", "--setting.participation", "1.5"]) != 0
-    assert "`participation` should be in (0, 1]. Found `participation = 1.5`." in capsys.readouterr().err
+    assert "`participation` must be in (0, 1], got 1.5." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("work", ["0.5", None, True, float("nan"), 0, 1.5, [0.5]])
 def test_work_in_merging_is_a_fraction(work):
     refused(
-        f"`fraction` should be a number in (0, 1]. Found `fraction = {work!r}`",
+        f"`fraction` must be a number in (0, 1], got {work!r}.",
         cs.settings.merging,
         [A, B],
         fraction=work,
@@ -791,7 +794,7 @@ def test_work_where_experts_are_given_is_refused():
     experts = [cs.Expert(s.name, entries(plain()), s) for s in (A, B)]
     for those in (dict(experts=experts), dict(sources=experts)):
         refused(
-            "`fraction` should be left out where experts are given",
+            "`fraction` has no effect on experts that are given, got 0.1; leave it out.",
             cs.settings.merging,
             **those,
             fraction=0.1,

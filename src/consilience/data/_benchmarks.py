@@ -1,69 +1,71 @@
-"""Benchmarks that are folders of images with an order of their own: CORe50 and CLEAR."""
+"""Benchmarks that are folders of images with a published order: CORe50 and CLEAR."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from consilience.core.checks import fraction, whole_number
 from consilience.core.errors import ConsilienceError, unknown
 from consilience.core.params import key
-from consilience.core.source import Examples, Source
-from consilience.data._scenarios import Unit, batches, chosen
+from consilience.core.source import Examples, Label, Source
+from consilience.data._scenarios import Unit, batches, examples_of
 from consilience.data._shares import draw
-from consilience.data._sources import SUFFIXES, _folders, _fraction, dimensions, pictures
-from consilience.data._splits import _whole
-
-
-def _like(train: Examples, test: Examples) -> None:
-    a, b = (tuple(next(e.chunks(1))[0].shape[1:]) for e in (train, test))
-    if a != b:
-        raise ConsilienceError(
-            f"test images should have the size of training images, or pass `size`. Found {b} and {a}."
-        )
-
-
-def _folder(path: str | Path) -> Path:
-    path = Path(path)
-    if not path.is_dir():
-        raise ConsilienceError(
-            f"`path` should be a folder of images. Found {'a file' if path.exists() else 'none'} at {path}."
-        )
-    return path
+from consilience.data._sources import (
+    Options,
+    Reading,
+    image_folder,
+    is_image,
+    pictures,
+    same_size,
+    subfolders,
+)
 
 
 def _images(path: Path) -> list[Path]:
-    return sorted(f for f in path.iterdir() if f.suffix.lower() in SUFFIXES and not f.name.startswith("."))
+    """The images in a folder, sorted."""
+    return sorted(file for file in path.iterdir() if is_image(file))
 
 
 def _lines(file: Path) -> list[tuple[str, int]]:
     """The lines of a file list: a path and a number."""
-    found = []
+    # Reasons such as "permission denied" go into our own error, with the path.
     try:
         text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise ConsilienceError(
-            f"a file list should be readable. Found {file}: {getattr(e, 'strerror', None) or 'no text'}."
-        ) from e
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not text"
+        raise ConsilienceError(f"cannot read the file list {file}: {reason}.") from error
+
+    lines = []
     for i, line in enumerate(text.splitlines(), 1):
+        # From the right: paths may have spaces.
         name, _, number = line.strip().rpartition(" ")
         if line.strip():
             if not name or not number.isdigit():
                 raise ConsilienceError(
-                    f"lines of a file list should be a path and a number. Found {line!r} in line {i} of {file}."
+                    f"lines of a file list must be a path and a number, got {line!r} in line {i} of {file}."
                 )
-            found.append((name, int(number)))
-    if not found:
-        raise ConsilienceError(f"a file list should name images. Found none in {file}.")
-    return found
+            lines.append((name, int(number)))
+    if not lines:
+        raise ConsilienceError(f"a file list must name images, got none in {file}.")
+    return lines
 
 
-# ---------------------------------------------------------------------------------------------------- CORe50
+def _labels(options: Options, names: Sequence[str]) -> tuple[Label, ...]:
+    """The labels of these classes."""
+    return tuple((options.label_space, name) for name in names)
 
 
+# CORe50. Its test is the same for all scenarios, and only the order and the grouping of the training images
+# differ.
+
+
+# In the order of the objects: o1 .. o5 are plug adapters.
 CATEGORIES = (
     "plug_adapter",
     "mobile_phone",
@@ -76,296 +78,374 @@ CATEGORIES = (
     "cup",
     "remote_control",
 )
-HELD = (3, 7, 10)
-"""The sessions to test on."""
-TAUGHT = tuple(s for s in range(1, 12) if s not in HELD)
+
+# Sessions and objects are numbered from 1, as in the names of their folders.
+SESSIONS = range(1, 12)
+OBJECTS = range(1, 51)
+"""Five of each category, in the order of the categories."""
+TEST_SESSIONS = (3, 7, 10)
+TRAIN_SESSIONS = tuple(session for session in SESSIONS if session not in TEST_SESSIONS)
+
+
+class FileLists(NamedTuple):
+    """The published file lists of a scenario."""
+
+    folder: str
+    batches: int
+
+
 SCENARIOS = {
-    "ni": ("NI_inc", 8),
-    "nc": ("NC_inc", 9),
-    "nic": ("NIC_inc", 79),
-    "nicv2_79": ("NIC_v2_79", 79),
-    "nicv2_196": ("NIC_v2_196", 196),
-    "nicv2_391": ("NIC_v2_391", 391),
+    "ni": FileLists("NI_inc", 8),
+    "nc": FileLists("NC_inc", 9),
+    "nic": FileLists("NIC_inc", 79),
+    "nicv2_79": FileLists("NIC_v2_79", 79),
+    "nicv2_196": FileLists("NIC_v2_196", 196),
+    "nicv2_391": FileLists("NIC_v2_391", 391),
 }
-"""The folder of the published file lists, and the number of training batches."""
+
+
+class Image(NamedTuple):
+    """One image of CORe50."""
+
+    session: int
+    object: int
+    file: str
+
+
+class Batches(NamedTuple):
+    """The images of a scenario, and the indices of the training images of each batch."""
+
+    train: list[Image]
+    test: list[Image]
+    batches: list[Tensor]
 
 
 def core50(
-    path: str | Path,
-    scenario: str,
-    object_level: bool,
-    run: int,
-    size: int | tuple[int, int] | None,
-    grey: bool,
-    in_memory: bool,
-    workers: int,
-    validation: float,
-    name: str,
-    space: str | None,
+    path: str | Path, scenario: str, object_level: bool, run: int, reading: Reading, options: Options
 ) -> list[Source]:
     """See `consilience.data.core50`."""
-    path = _folder(path)
+    path = image_folder(path)
     if scenario not in SCENARIOS:
         raise unknown("scenario", str(scenario), SCENARIOS)
-    _whole(0, run=run)
-    both, share = dimensions(size, workers), _fraction("validation", validation, zero=True)
-    root = next(
-        (p for p in (path, *(path / f"core50_{n}x{n}" for n in (128, 32, 350))) if (p / "s1").is_dir()), None
+    whole_number(0, run=run)
+    reading = reading.checked()
+    share = fraction("validation", options.validation, zero=True)
+    root = _sessions_folder(path)
+    files = _published_lists(path if path != root else path.parent, scenario, object_level, run)
+    images = _by_rule(root, scenario, run) if files is None else _by_lists(files)
+    names = [f"{name}{i}" for name in CATEGORIES for i in range(1, 6)] if object_level else list(CATEGORIES)
+
+    def read(frames: list[Image]) -> Examples:
+        objects_per_class = 1 if object_level else 5
+        y = torch.tensor([(frame.object - 1) // objects_per_class for frame in frames])
+        paths = [root / f"s{frame.session}" / f"o{frame.object}" / frame.file for frame in frames]
+        return pictures(paths, y, reading)
+
+    train, test = read(images.train), read(images.test)
+    same_size(train, test)
+
+    # Each batch is split by a draw of its own, and then both parts are taken from the same examples.
+    name = options.name
+    kept, held = [], []
+    for i, own in enumerate(images.batches):
+        generator = key(run, name, scenario, i, "validation")
+        drawn, rest = draw(train.targets()[own], round(share * len(own)), generator, stratified=True, spare=1)
+        kept.append(own[rest])
+        held.append(own[drawn])
+
+    # Validation examples are chosen by index from the training images, hence `train` twice.
+    together = Source(name, train, train, test, _labels(options, names), tuple(range(len(names))))
+    width = len(str(len(images.batches) - 1))
+    return batches(
+        together, [f"{name}/{scenario}-{i:0{width}d}" for i in range(len(images.batches))], kept, held
     )
+
+
+def _sessions_folder(path: Path) -> Path:
+    """The folder with the sessions s1 .. s11: this one, or one in it."""
+    candidates = (path, *(path / f"core50_{side}x{side}" for side in (128, 32, 350)))
+    root = next((folder for folder in candidates if (folder / "s1").is_dir()), None)
     if root is None:
         raise ConsilienceError(
-            f"CORe50 should have the sessions s1 .. s11, in core50_128x128 or there. Found no s1 in {path}."
+            f"CORe50 must have the sessions s1 .. s11, in core50_128x128 or directly, got no s1 in {path}."
         )
-    missing = [f"s{s}" for s in range(1, 12) if not (root / f"s{s}").is_dir()]
+    missing = [f"s{session}" for session in SESSIONS if not (root / f"s{session}").is_dir()]
     if missing:
         raise ConsilienceError(
-            f"CORe50 should have the sessions s1 .. s11. Found no {', '.join(missing)} in {root}."
+            f"CORe50 must have the sessions s1 .. s11, got no {', '.join(missing)} in {root}."
         )
-    lists = _lists(path if path != root else path.parent, scenario, object_level, run)
-    if lists is None:
-        train, test, index = _by_rule(root, scenario, run)
-    else:
-        *taught, test = [[_image(name, file) for name, _ in _lines(file)] for file in lists]
-        train = [image for batch in taught for image in batch]
-        index = list(torch.arange(len(train)).split([len(batch) for batch in taught]))
-    names = [f"{c}{i}" for c in CATEGORIES for i in range(1, 6)] if object_level else list(CATEGORIES)
-
-    def read(images: list[tuple[int, int, str]]) -> Examples:
-        y = torch.tensor([(o - 1) // (1 if object_level else 5) for _, o, _ in images])
-        return pictures(
-            [root / f"s{s}" / f"o{o}" / file for s, o, file in images], y, both, grey, in_memory, workers
-        )
-
-    examples, held = read(train), read(test)
-    _like(examples, held)
-    labels = tuple((name if space is None else space, n) for n in names)
-    whole = Source(name, examples, examples, held, labels, tuple(range(len(names))))
-    parts = []
-    for i, own in enumerate(index):
-        y = examples.targets()[own]
-        drawn, rest = draw(
-            y, round(share * len(own)), key(run, name, scenario, i, "validation"), stratified=True, spare=1
-        )
-        parts.append((own[rest], own[drawn]))
-    width = len(str(len(index) - 1))
-    return batches(
-        whole,
-        [f"{name}/{scenario}-{i:0{width}d}" for i in range(len(index))],
-        [t for t, _ in parts],
-        [v for _, v in parts],
-    )
+    return root
 
 
-def _lists(path: Path, scenario: str, object_level: bool, run: int) -> list[Path] | None:
+def _published_lists(path: Path, scenario: str, object_level: bool, run: int) -> list[Path] | None:
     """The published file lists of one run, the test's last; None where there are none."""
     folder, count = SCENARIOS[scenario]
+    # Lists for categories have the same batches, with other numbers; those for objects serve as well.
     levels = ("",) if object_level else ("_cat", "")
-    roots = (path, *(path / n for n in ("batches_filelists", "filelists", "batches_filelists_NICv2")))
-    found = next((p for level in levels for r in roots if (p := r / f"{folder}{level}").is_dir()), None)
+    archives = ("batches_filelists", "filelists", "batches_filelists_NICv2")
+    roots = (path, *(path / name for name in archives))
+    candidates = (root / f"{folder}{level}" for level in levels for root in roots)
+    found = next((candidate for candidate in candidates if candidate.is_dir()), None)
     if found is None:
         return None
-    where = next((p for p in (found / f"run{run}", found / f"Run{run}") if p.is_dir()), None)
-    if where is None:
-        there = sorted((p.name for p in _folders(found)), key=lambda n: (len(n), n))
-        raise ConsilienceError(
-            f"`run` should be one that has file lists. Found `run = {run}`, and {there} in {found}."
-        )
+
+    # The archives differ in the case of the name.
+    run_folder = next((p for p in (found / f"run{run}", found / f"Run{run}") if p.is_dir()), None)
+    if run_folder is None:
+        runs = sorted((p.name for p in subfolders(found)), key=lambda name: (len(name), name))
+        raise ConsilienceError(f"`run` must be one that has file lists, got {run}; {found} has {runs}.")
+
+    # By number, because names sort "10" before "2" where zeros are missing.
     train = {
-        int(f.name.split("_")[2]): f
-        for f in where.glob("train_batch_*_filelist.txt")
-        if f.name.split("_")[2].isdigit()
+        int(file.name.split("_")[2]): file
+        for file in run_folder.glob("train_batch_*_filelist.txt")
+        if file.name.split("_")[2].isdigit()
     }
     if sorted(train) != list(range(count)):
         raise ConsilienceError(
-            f"{folder} should have file lists of train batches 0 .. {count - 1}. Found {len(train)} in {where}."
+            f"{folder} must have file lists of train batches 0 .. {count - 1}, "
+            f"got {len(train)} in {run_folder}."
         )
-    return [*(train[i] for i in range(count)), where / "test_filelist.txt"]
+    return [*(train[i] for i in range(count)), run_folder / "test_filelist.txt"]
 
 
-def _image(name: str, file: Path) -> tuple[int, int, str]:
-    """Session, object and file name. What the image shows is the object's number: the labels of some lists are renumbered."""
-    found = re.fullmatch(r"s(\d+)/o(\d+)/([^/]+)", name)
-    if not found or not 1 <= int(found[1]) <= 11 or not 1 <= int(found[2]) <= 50:
+def _by_lists(files: Sequence[Path]) -> Batches:
+    """The batches that file lists name; the last list is the test's."""
+    *taught, test = [[_image(name, file) for name, _ in _lines(file)] for file in files]
+    train = [frame for batch in taught for frame in batch]
+    index = torch.arange(len(train)).split([len(batch) for batch in taught])
+    return Batches(train, test, list(index))
+
+
+def _image(name: str, file: Path) -> Image:
+    """The image of a line of a file list.
+
+    Its object is taken from the path: the numbers in some lists are renumbered.
+    """
+    match = re.fullmatch(r"s(\d+)/o(\d+)/([^/]+)", name)
+    # Checked here, or a list of another benchmark would fail much later, when the first image is read.
+    if not match or int(match[1]) not in SESSIONS or int(match[2]) not in OBJECTS:
         raise ConsilienceError(
-            f"images of CORe50 should be named as s1/o1/C_01_01_000.png. Found {name!r} in {file}."
+            f"images of CORe50 must be named as s1/o1/C_01_01_000.png, got {name!r} in {file}."
         )
-    return int(found[1]), int(found[2]), found[3]
+    return Image(int(match[1]), int(match[2]), match[3])
 
 
-def _by_rule(
-    root: Path, scenario: str, run: int
-) -> tuple[list[tuple[int, int, str]], list[tuple[int, int, str]], list[Tensor]]:
-    """Training and test images, and the batches of NI and NC as they are published, in an order that `run` draws."""
+def _by_rule(root: Path, scenario: str, run: int) -> Batches:
+    """The batches of NI and NC by the published rule, in an order drawn from `run`."""
+    # The batches of NIC were drawn at random by the authors: no rule gives them again.
     if scenario not in ("ni", "nc"):
         folder, count = SCENARIOS[scenario]
         raise ConsilienceError(
-            f"the {count} batches of {scenario} are drawn, so they should be given as the file lists that CORe50 publishes "
-            f"({folder}/run{run}/train_batch_00_filelist.txt and so on, beside the images). Found none in {root.parent}."
+            f"the {count} batches of {scenario} are random, and need the file lists that CORe50 publishes "
+            f"({folder}/run{run}/train_batch_00_filelist.txt and so on, next to the images), "
+            f"got none in {root.parent}."
         )
-    found: dict[int, list[tuple[int, int, str]]] = {}
-    for s in range(1, 12):
-        for o in range(1, 51):
-            here = root / f"s{s}" / f"o{o}"
-            files = _images(here) if here.is_dir() else []
+
+    frames: dict[int, list[Image]] = {}
+    for session in SESSIONS:
+        for number in OBJECTS:
+            folder_of_object = root / f"s{session}" / f"o{number}"
+            files = _images(folder_of_object) if folder_of_object.is_dir() else []
             if not files:
                 raise ConsilienceError(
-                    f"CORe50 should have images of the objects o1 .. o50 in every session. Found none in {here}."
+                    "CORe50 must have images of the objects o1 .. o50 in every session, "
+                    f"got none in {folder_of_object}."
                 )
-            found.setdefault(s, []).extend((s, o, f.name) for f in files)
-    train = [image for s in TAUGHT for image in found[s]]
-    units: list[Unit]
+            frames.setdefault(session, []).extend(Image(session, number, file.name) for file in files)
+    train = [frame for session in TRAIN_SESSIONS for frame in frames[session]]
+    test = [frame for session in TEST_SESSIONS for frame in frames[session]]
+
     if scenario == "ni":
-        units, first = [((s,), None) for s in TAUGHT], 0
+        units, first = [Unit((session,), None) for session in TRAIN_SESSIONS], 0
     else:
-        # the first objects of all categories, then the next ones of five categories in turn
+        # The first objects of all categories, then the next object of five categories in turn.
         later = [[5 * c + i for c in range(5 * half, 5 * half + 5)] for i in range(2, 6) for half in (0, 1)]
-        units, first = [(None, own) for own in ([5 * c + 1 for c in range(10)], *later)], 1
-    turn = torch.randperm(len(units) - first, generator=key(run, "core50", scenario))
-    units = [*units[:first], *(units[first + i] for i in turn.tolist())]
-    index = chosen(torch.tensor([s for s, _, _ in train]), torch.tensor([o for _, o, _ in train]), units)
-    return train, [image for s in HELD for image in found[s]], index
+        units, first = [Unit(None, own) for own in ([5 * c + 1 for c in range(10)], *later)], 1
+
+    # The first batch of NC is the same in every run.
+    drawn = torch.randperm(len(units) - first, generator=key(run, "core50", scenario))
+    units = [*units[:first], *(units[first + i] for i in drawn.tolist())]
+    sessions = torch.tensor([frame.session for frame in train])
+    objects = torch.tensor([frame.object for frame in train])
+    return Batches(train, test, examples_of(units, sessions, objects))
 
 
-# ---------------------------------------------------------------------------------------------------- CLEAR
+# CLEAR. Its releases differ in where test images are.
 
 
-def clear(
-    path: str | Path,
-    protocol: str,
-    split: int,
-    test: float,
-    size: int | tuple[int, int] | None,
-    grey: bool,
-    in_memory: bool,
-    workers: int,
-    validation: float,
-    name: str | None,
-    space: str | None,
-    seed: int,
-) -> list[Source]:
+class Bucket(NamedTuple):
+    """Indices of the training and the test images of a bucket of time."""
+
+    train: Tensor
+    test: Tensor
+
+
+class Photographs(NamedTuple):
+    """All images of CLEAR, and which of them are whose."""
+
+    classes: list[str]
+    files: list[Path]
+    buckets: dict[int, Bucket]
+
+
+def clear(path: str | Path, protocol: str, split: int, reading: Reading, options: Options) -> list[Source]:
     """See `consilience.data.clear`."""
-    path = _folder(path)
+    path = image_folder(path)
     if protocol not in ("iid", "streaming"):
         raise unknown("protocol", str(protocol), ("iid", "streaming"))
-    _whole(0, split=split)
-    both, share = dimensions(size, workers), _fraction("validation", validation, zero=True)
-    fraction = _fraction("test", test)
-    name = name or path.resolve().name
-    halves = [
-        next((p for n in names if (p := path / n).is_dir()), path)
-        for names in (("train", "train_image_only"), ("test",))
-    ]
-    if halves[0] == path or halves[1] == path:
-        if halves[0] != halves[1]:
-            raise ConsilienceError(
-                f"CLEAR should have both train/ and test/, or neither. Found one in {path}."
-            )
-        halves = [path]
-    classes = _names(halves[0])
-    of: list[dict[int, list[Path]]] = [_buckets(half, classes) for half in halves]
-    if len({tuple(b) for b in of}) > 1:
+    whole_number(0, split=split)
+    reading = reading.checked()
+    share = fraction("validation", options.validation, zero=True)
+    fraction("test", options.test)
+
+    found = _photographs(path, split if protocol == "iid" else None, options)
+    y = _classes_of(found.files, found.classes)
+    everything = pictures(found.files, y, reading)
+    if protocol == "iid":
+        trains: dict[int, Examples] = {
+            bucket: everything.select(own.train) for bucket, own in found.buckets.items()
+        }
+        tests: dict[int, Examples] = {
+            bucket: everything.select(own.test) for bucket, own in found.buckets.items()
+        }
+    else:
+        trains, tests = _streaming(everything, found.buckets, path)
+
+    name = options.name
+    labels = _labels(options, found.classes)
+    sources = []
+    for bucket, test in tests.items():
+        train = trains[bucket]
+        generator = key(options.seed, name, "validation", bucket)
+        drawn, rest = draw(train.targets(), round(share * len(train)), generator, stratified=True, spare=1)
+
+        # In streaming, a bucket without validation examples stays the same object as the test before it.
+        validation = train.select(drawn)
+        kept = train.select(rest) if len(drawn) else train
+        own_name = f"{name}/bucket-{bucket}"
+        classes = tuple(range(len(labels)))
+        sources.append(Source(own_name, kept, validation, test, labels, classes, task=own_name))
+    return sources
+
+
+def _streaming(
+    everything: Examples, buckets: dict[int, Bucket], path: Path
+) -> tuple[dict[int, Examples], dict[int, Examples]]:
+    """The training and the test examples of each bucket: all of it, and all of the next."""
+    if len(buckets) < 2:
         raise ConsilienceError(
-            f"test/ should have the buckets of train/. Found {list(of[1])} and {list(of[0])} in {path}."
+            f"streaming needs two buckets or more, the last to test on, got {len(buckets)} in {path}."
         )
+    wholes = {
+        bucket: everything.select(torch.cat([own.train, own.test]).sort().values)
+        for bucket, own in buckets.items()
+    }
+    # The same object as test and, one bucket later, as training examples: `embed` computes its features once.
+    following = list(wholes)[1:]
+    return wholes, {bucket: wholes[after] for bucket, after in zip(wholes, following, strict=False)}
+
+
+def _photographs(path: Path, split: int | None, options: Options) -> Photographs:
+    """The images of a folder of CLEAR; `split` is one of the published splits, or None to ignore these."""
+    halves = _halves(path)
+    classes = _class_names(halves[0])
+    by_half = [_buckets(half, classes) for half in halves]
+    if len({tuple(buckets) for buckets in by_half}) > 1:
+        raise ConsilienceError(
+            f"test/ must have the buckets of train/, got {list(by_half[1])} and {list(by_half[0])} in {path}."
+        )
+
+    # The first release has no test/, but lists of training and test images for each of five splits.
+    lists = path / "training_folder" / "testset_ratio_0.3" / f"split_{split}"
+    listed = split is not None and len(halves) == 1 and lists.parent.is_dir()
     files: list[Path] = []
-    parts: dict[int, tuple[Tensor, Tensor]] = {}
-    given = path / "training_folder" / "testset_ratio_0.3" / f"split_{split}"
-    listed = protocol == "iid" and len(halves) == 1 and given.parent.is_dir()
-    where = {c: i for i, c in enumerate(classes)}
-    for bucket in of[0]:
-        start = len(files)
+    parts: dict[int, Bucket] = {}
+    for bucket in by_half[0]:
         if listed:
-            two = [_listed(path, given / str(bucket) / f"{part}.txt", classes) for part in ("train", "test")]
+            groups = [
+                _listed(path, lists / str(bucket) / f"{part}.txt", classes) for part in ("train", "test")
+            ]
         else:
-            two = [b[bucket] for b in of]
-        files += [f for part in two for f in part]
+            groups = [buckets[bucket] for buckets in by_half]
+
+        start = len(files)
+        files += [file for group in groups for file in group]
         index = torch.arange(start, len(files))
-        y = torch.tensor([where[f.parent.name] for f in files[start:]])
-        if len(two) == 2:
-            parts[bucket] = (index[: len(two[0])], index[len(two[0]) :])
+        if len(groups) == 2:
+            parts[bucket] = Bucket(index[: len(groups[0])], index[len(groups[0]) :])
         else:
-            drawn, rest = draw(
-                y, round(fraction * len(y)), key(seed, name, "test", bucket), stratified=True, spare=1
-            )
-            parts[bucket] = (index[rest], index[drawn])
-    everything = pictures(
-        files, torch.tensor([where[f.parent.name] for f in files]), both, grey, in_memory, workers
-    )
-    if protocol == "streaming":
-        if len(parts) < 2:
-            raise ConsilienceError(
-                f"streaming should have two buckets or more, one to test on. Found {len(parts)} in {path}."
-            )
-        parts = {b: (torch.cat(two).sort().values,) * 2 for b, two in parts.items()}
-    tests = {b: everything.select(held) for b, (_, held) in parts.items()}
-    after = (
-        dict(zip(tests, list(tests)[1:], strict=False)) if protocol == "streaming" else {b: b for b in tests}
-    )
-    labels = tuple((name if space is None else space, c) for c in classes)
-    found = []
-    for bucket, held_in in after.items():
-        train = tests[bucket] if protocol == "streaming" else everything.select(parts[bucket][0])
-        y = train.targets()
-        drawn, rest = draw(
-            y, round(share * len(y)), key(seed, name, "validation", bucket), stratified=True, spare=1
-        )
-        chosen_out = train.select(drawn)
-        train = train.select(rest) if len(drawn) else train
-        own = f"{name}/bucket-{bucket}"
-        found.append(
-            Source(own, train, chosen_out, tests[held_in], labels, tuple(range(len(classes))), task=own)
-        )
-    return found
+            y = _classes_of(files[start:], classes)
+            generator = key(options.seed, options.name, "test", bucket)
+            drawn, rest = draw(y, round(options.test * len(y)), generator, stratified=True, spare=1)
+            parts[bucket] = Bucket(index[rest], index[drawn])
+    return Photographs(classes, files, parts)
 
 
-def _names(root: Path) -> list[str]:
+def _classes_of(files: Sequence[Path], classes: Sequence[str]) -> Tensor:
+    """The classes [N] of images, by the names of their folders."""
+    number = {name: i for i, name in enumerate(classes)}
+    return torch.tensor([number[file.parent.name] for file in files])
+
+
+def _halves(path: Path) -> list[Path]:
+    """The folders of training and of test images, or one folder of both."""
+    train = next((path / name for name in ("train", "train_image_only") if (path / name).is_dir()), None)
+    test = path / "test" if (path / "test").is_dir() else None
+    if (train is None) != (test is None):
+        raise ConsilienceError(f"CLEAR must have both train/ and test/, or neither, got one in {path}.")
+    return [path] if train is None or test is None else [train, test]
+
+
+def _class_names(root: Path) -> list[str]:
     """The classes in the order of class_names.txt, or those of the folders."""
     file = root / "class_names.txt"
     if file.is_file():
         return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     images = root / "labeled_images"
-    found = sorted(
-        {c.name for b in (_folders(images) if images.is_dir() else []) if b.name != "0" for c in _folders(b)}
-    )
-    if not found:
-        raise ConsilienceError(f"CLEAR should have labeled_images/<bucket>/<class>/. Found none in {root}.")
-    return found
+    # Bucket 0 is unlabelled: its subfolders are no classes.
+    buckets = [folder for folder in subfolders(images) if folder.name != "0"] if images.is_dir() else []
+    names = sorted({folder.name for bucket in buckets for folder in subfolders(bucket)})
+    if not names:
+        raise ConsilienceError(f"CLEAR must have labeled_images/<bucket>/<class>/, got none in {root}.")
+    return names
 
 
 def _buckets(root: Path, classes: Sequence[str]) -> dict[int, list[Path]]:
     """The images of every bucket but 0, which has no labels, class by class."""
-    where = root / "labeled_images"
-    numbers = (
-        sorted(int(p.name) for p in _folders(where) if p.name.isdigit() and p.name != "0")
-        if where.is_dir()
-        else []
-    )
+    images = root / "labeled_images"
+    folders = subfolders(images) if images.is_dir() else []
+    numbers = sorted(int(folder.name) for folder in folders if folder.name.isdigit() and folder.name != "0")
     if not numbers:
-        raise ConsilienceError(
-            f"CLEAR should have labeled_images/<bucket>/<class>/. Found no bucket in {root}."
-        )
-    found = {}
-    for b in numbers:
-        here = where / str(b)
-        other = [c.name for c in _folders(here) if c.name not in classes]
+        raise ConsilienceError(f"CLEAR must have labeled_images/<bucket>/<class>/, got no bucket in {root}.")
+
+    buckets = {}
+    for number in numbers:
+        bucket = images / str(number)
+        # A class that is in one bucket only would make the tasks differ in their classes.
+        other = [folder.name for folder in subfolders(bucket) if folder.name not in classes]
         if other:
             raise ConsilienceError(
-                f"class folders should be those of class_names.txt or of all buckets. Found {other[0]!r} in {here}."
+                "class folders must be those of class_names.txt or of all buckets, "
+                f"got {other[0]!r} in {bucket}."
             )
-        found[b] = [f for c in classes if (here / c).is_dir() for f in _images(here / c)]
-        if not found[b]:
-            raise ConsilienceError(f"a bucket should have images. Found none in {here}.")
-    return found
+        buckets[number] = [
+            file for name in classes if (bucket / name).is_dir() for file in _images(bucket / name)
+        ]
+        if not buckets[number]:
+            raise ConsilienceError(f"a bucket must have images, got none in {bucket}.")
+    return buckets
 
 
 def _listed(path: Path, file: Path, classes: Sequence[str]) -> list[Path]:
     """The images of a file list, whose numbers must be those of their class folders."""
-    found = []
+    images = []
     for name, number in _lines(file):
+        # A list for another set of classes may name existing files, with other numbers.
         image = path / name
         if number >= len(classes) or image.parent.name != classes[number]:
             raise ConsilienceError(
-                f"the number of an image should be that of its class. Found {name} {number} in {file}."
+                f"the number of an image must be that of its class, got {name} {number} in {file}."
             )
-        found.append(image)
-    return found
+        images.append(image)
+    return images

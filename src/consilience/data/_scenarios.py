@@ -1,30 +1,41 @@
-"""Streams of sources whose boundaries are not clean: shared examples, new instances, new instances and classes."""
+"""Streams of tasks without clean boundaries: shared examples, new instances, new instances and classes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset
 
+from consilience.core.checks import source_of_classes, whole_number
 from consilience.core.errors import ConsilienceError
 from consilience.core.params import key
 from consilience.core.source import Examples, Source, Stream, Tensors
 from consilience.data._shares import draw
-from consilience.data._splits import _of_classes, _whole
-
-Unit = tuple[Sequence[int] | None, Sequence[int] | None]
-"""(groups, classes) whose examples come together; None is all of them."""
 
 
-# ---------------------------------------------------------------------------------------------------- one of many
+class Unit(NamedTuple):
+    """Examples that arrive together: those of these groups and these classes; None is all of them."""
+
+    groups: Sequence[int] | None
+    classes: Sequence[int] | None
+
+
+class Groups(NamedTuple):
+    """The group of each training and of each validation example."""
+
+    train: Tensor
+    validation: Tensor
+
+
+# Several sets of examples as one.
 
 
 class Rows(Dataset[tuple[Tensor, Tensor]]):
-    """Examples as a map-style dataset, one by one as they are seen through their functions."""
+    """Examples as a map-style dataset, with their functions applied to one example at a time."""
 
     def __init__(self, examples: Examples):
         self.examples = examples
@@ -33,111 +44,128 @@ class Rows(Dataset[tuple[Tensor, Tensor]]):
         return len(self.examples)
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
-        e = self.examples
-        if not isinstance(e, Stream):
-            x, y = e.select(torch.tensor([i])).whole()
+        examples = self.examples
+        if not isinstance(examples, Stream):
+            x, y = examples.select(torch.tensor([i])).whole()
             return x[0], y[0]
-        x, y = e.dataset[int(e.index[i])]
-        for f in e.x_through:
-            x = f(x[None])[0]
-        return x, e.y[i]
+
+        # Functions of a stream take batches.
+        x, y = examples.dataset[int(examples.index[i])]
+        for function in examples.x_through:
+            x = function(x[None])[0]
+        return x, examples.y[i]
 
 
 def joined(parts: Sequence[Examples]) -> Examples:
-    """The examples of several, one part after another; streams stay streams."""
-    kept = [p for p in parts if len(p)] or [parts[0]]
+    """Concatenate sets of examples; streams stay streams."""
+    # Empty parts may be of another kind than the rest. If all are empty, one of them is the answer.
+    kept = [part for part in parts if len(part)] or [parts[0]]
     if len(kept) == 1:
         return kept[0]
-    tensors = [p for p in kept if isinstance(p, Tensors)]
+    tensors = [part for part in kept if isinstance(part, Tensors)]
     if len(tensors) == len(kept):
-        return Tensors(torch.cat([t.x for t in tensors]), torch.cat([t.y for t in tensors]))
-    streams = [p for p in kept if isinstance(p, Stream)]
-    y = torch.cat([p.targets() for p in kept])
+        return Tensors(torch.cat([part.x for part in tensors]), torch.cat([part.y for part in tensors]))
+
+    # Parts of one dataset are joined by their indices, so that nothing wraps the dataset.
+    streams = [part for part in kept if isinstance(part, Stream)]
+    targets = torch.cat([part.targets() for part in kept])
     first = streams[0]
     if len(streams) == len(kept) and all(
-        s.dataset is first.dataset and (s.x_through, s.y_through) == (first.x_through, first.y_through)
-        for s in streams
+        stream.dataset is first.dataset
+        and (stream.x_through, stream.y_through) == (first.x_through, first.y_through)
+        for stream in streams
     ):
-        return replace(first, y=y, index=torch.cat([s.index for s in streams]))
-    rows: ConcatDataset[tuple[Tensor, Tensor]] = ConcatDataset([Rows(p) for p in kept])
-    return Stream(rows, y, torch.arange(len(y)), max(s.workers for s in streams))
+        return replace(first, y=targets, index=torch.cat([stream.index for stream in streams]))
+
+    # Different datasets, or tensors among streams: each example is read by its own part.
+    rows: ConcatDataset[tuple[Tensor, Tensor]] = ConcatDataset([Rows(part) for part in kept])
+    workers = max(stream.workers for stream in streams)
+    return Stream(rows, targets, torch.arange(len(targets)), workers)
 
 
-# ---------------------------------------------------------------------------------------------------- blurry
+# Blurry boundaries.
 
 
 def blurry(sources: Sequence[Source], share: float, to: str, seed: int) -> list[Source]:
     """See `consilience.data.blurry`."""
     sources = list(sources)
-    n = len(sources)
-    if n < 2 or not all(isinstance(s, Source) for s in sources):
-        raise ConsilienceError(
-            f"blurry should have a list of two or more sources. Found {n} {_kinds(sources)}."
-        )
-    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share < 1:
-        raise ConsilienceError(f"`share` should be a fraction in [0, 1). Found `share = {share!r}`.")
+    if len(sources) < 2 or not all(isinstance(source, Source) for source in sources):
+        kinds = " and ".join(sorted({type(source).__name__ for source in sources})) or "sources"
+        raise ConsilienceError(f"blurry needs a list of two or more sources, got {len(sources)} {kinds}.")
+    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < 1:
+        raise ConsilienceError(f"`share` must be a fraction in [0, 1), got {share!r}.")
     if to not in ("all", "neighbours"):
-        raise ConsilienceError(f'`to` should be "all" or "neighbours". Found `to = {to!r}`.')
-    if any((s.labels, s.kind) != (sources[0].labels, sources[0].kind) for s in sources):
+        raise ConsilienceError(f'`to` must be "all" or "neighbours", got {to!r}.')
+    first = sources[0]
+    if any((source.labels, source.kind) != (first.labels, first.kind) for source in sources):
         raise ConsilienceError(
-            "sources that exchange examples should share their labels. Found different ones."
+            "sources that exchange examples must have the same labels, got different ones."
         )
+
+    # Unchanged sources, not copies, so that `share=0` is bit-identical to no blurring.
     if share == 0:
         return sources
     mixed = [_mixed(sources, part, share, to, seed) for part in ("train", "validation")]
-    found = []
-    for s, train, validation in zip(sources, *mixed, strict=True):
-        there = (
-            torch.cat([train.targets(), validation.targets()]).unique().tolist() if s.kind == "class" else []
-        )
-        classes = (*s.classes, *(c for c in there if c not in s.classes))
-        found.append(replace(s, train=train, validation=validation, classes=classes))
-    return found
-
-
-def _kinds(sources: Sequence[Any]) -> str:
-    return " and ".join(sorted({type(s).__name__ for s in sources})) or "sources"
+    blurred = []
+    for source, train, validation in zip(sources, *mixed, strict=True):
+        present = []
+        if source.kind == "class":
+            present = torch.cat([train.targets(), validation.targets()]).unique().tolist()
+        # Its own classes stay first and in their order.
+        classes = (*source.classes, *(label for label in present if label not in source.classes))
+        blurred.append(replace(source, train=train, validation=validation, classes=classes))
+    return blurred
 
 
 def _mixed(sources: Sequence[Source], part: str, share: float, to: str, seed: int) -> list[Examples]:
-    """One part of every source after the exchange: what stayed in its order, what arrived at random places among it."""
-    n = len(sources)
+    """One part of every source after the exchange.
+
+    The examples that stayed keep their order; those that arrived are put at random places among them.
+    """
+    count = len(sources)
     stayed: list[Examples] = []
     arrived: list[list[Examples]] = [[] for _ in sources]
-    for i, s in enumerate(sources):
-        own: Examples = getattr(s, part)
-        heirs = (
-            [(i + d) % n for d in range(1, n)] if to == "all" else [j for j in (i - 1, i + 1) if 0 <= j < n]
-        )
-        quota = round(share * len(own) * (1 if to == "all" else len(heirs) / 2))
-        by_class = s.kind == "class" and len(own) > 0
-        given, kept = draw(own.targets(), quota, key(seed, s.name, "blurry", part), by_class, spare=1)
+    for i, source in enumerate(sources):
+        own: Examples = getattr(source, part)
+        if to == "all":
+            receivers = [(i + step) % count for step in range(1, count)]
+        else:
+            receivers = [j for j in (i - 1, i + 1) if 0 <= j < count]
+
+        # With one neighbour only, half as many leave, so that sources of equal size stay equal.
+        quota = round(share * len(own) * (1 if to == "all" else len(receivers) / 2))
+        by_class = source.kind == "class" and len(own) > 0
+        leaving, kept = draw(own.targets(), quota, key(seed, source.name, "blurry", part), by_class, spare=1)
         stayed.append(own.select(kept))
-        turn = given[torch.randperm(len(given), generator=key(seed, s.name, "blurry", part, "deal"))]
-        for j, index in zip(heirs, turn.tensor_split(len(heirs)), strict=True):
+
+        # Shuffled, because `draw` returns ascending indices, and early examples would all go to one source.
+        shuffled = torch.randperm(len(leaving), generator=key(seed, source.name, "blurry", part, "deal"))
+        for j, index in zip(receivers, leaving[shuffled].tensor_split(len(receivers)), strict=True):
             arrived[j].append(own.select(index.sort().values))
-    found = []
-    for s, own, new in zip(sources, stayed, arrived, strict=True):
+
+    mixed = []
+    for source, own, new in zip(sources, stayed, arrived, strict=True):
         both = joined([own, *new])
-        place = torch.randperm(len(both), generator=key(seed, s.name, "blurry", part, "place")) < len(own)
+        generator = key(seed, source.name, "blurry", part, "place")
+        place = torch.randperm(len(both), generator=generator) < len(own)
         order = torch.empty(len(both), dtype=torch.long)
         order[place] = torch.arange(len(own))
         order[~place] = torch.arange(len(own), len(both))
-        found.append(both.select(order))
-    return found
+        mixed.append(both.select(order))
+    return mixed
 
 
-# ---------------------------------------------------------------------------------------------------- new instances
+# New instances, and new instances and classes.
 
 
-def chosen(groups: Tensor, classes: Tensor, units: Sequence[Unit]) -> list[Tensor]:
-    """For each unit the examples (their indices, ascending) of its groups and classes."""
+def examples_of(units: Sequence[Unit], groups: Tensor, classes: Tensor) -> list[Tensor]:
+    """The indices of each unit's examples, ascending; `groups` [N] and `classes` [N] are of the examples."""
     found = []
-    for own_groups, own_classes in units:
+    for unit in units:
         keep = torch.ones(len(groups), dtype=torch.bool)
-        for of, own in ((groups, own_groups), (classes, own_classes)):
-            if own is not None:
-                keep &= torch.isin(of, torch.tensor(list(own)))
+        for values, wanted in ((groups, unit.groups), (classes, unit.classes)):
+            if wanted is not None:
+                keep &= torch.isin(values, torch.tensor(list(wanted)))
         found.append(keep.nonzero().flatten())
     return found
 
@@ -145,88 +173,92 @@ def chosen(groups: Tensor, classes: Tensor, units: Sequence[Unit]) -> list[Tenso
 def batches(
     source: Source, names: Sequence[str], train: Sequence[Tensor], validation: Sequence[Tensor]
 ) -> list[Source]:
-    """A source's training examples in parts, each a task; all have the very same `test`, and the classes they really have."""
-    found = []
-    for name, index, held in zip(names, train, validation, strict=True):
-        own, kept = source.train.select(index), source.validation.select(held)
+    """Split a source by indices into tasks.
+
+    All have the same `test`, and as classes those that their training and validation examples have.
+    """
+    parts = []
+    for name, train_index, validation_index in zip(names, train, validation, strict=True):
+        own, held = source.train.select(train_index), source.validation.select(validation_index)
         classes = source.classes
         if source.kind == "class":
-            there = torch.cat([own.targets(), kept.targets()]).unique().tolist()
-            classes = tuple(c for c in source.classes if c in there)
-        found.append(replace(source, name=name, task=name, train=own, validation=kept, classes=classes))
-    return found
+            present = torch.cat([own.targets(), held.targets()]).unique().tolist()
+            classes = tuple(label for label in source.classes if label in present)
+        parts.append(replace(source, name=name, task=name, train=own, validation=held, classes=classes))
+    return parts
 
 
-def _groups(source: Source, groups: Any) -> tuple[Tensor, Tensor]:
-    """The groups of the training and of the validation examples."""
-    n, m = len(source.train), len(source.validation)
-    of = torch.as_tensor(groups)
-    if of.dim() != 1 or of.is_floating_point() or of.is_complex() or len(of) != n + m:
+def _checked_groups(source: Source, groups: Any) -> Groups:
+    """The groups of the training and of the validation examples, from one list of all."""
+    train, validation = len(source.train), len(source.validation)
+    every = torch.as_tensor(groups)
+    if (
+        every.dim() != 1
+        or every.is_floating_point()
+        or every.is_complex()
+        or len(every) != train + validation
+    ):
         raise ConsilienceError(
-            f"`groups` should be whole numbers, one for each of {n} training and then each of {m} validation examples. "
-            f"Found {of.dtype} of shape {tuple(of.shape)}."
+            f"`groups` must be whole numbers, one for each of {train} training "
+            f"and then each of {validation} validation examples, "
+            f"got {every.dtype} of shape {tuple(every.shape)}."
         )
-    of = of.long().cpu()
-    return of[:n], of[n:]
+    # They are compared with targets, which are on the CPU.
+    every = every.long().cpu()
+    return Groups(every[:train], every[train:])
 
 
-def _cut(
-    source: Source, groups: tuple[Tensor, Tensor], units: Sequence[Unit], names: Sequence[str]
+def _split_by_units(
+    source: Source, groups: Groups, units: Sequence[Unit], names: Sequence[str]
 ) -> list[Source]:
-    """The batches of these units."""
-    parts = [
-        chosen(of, e.targets().cpu(), units)
-        for of, e in zip(groups, (source.train, source.validation), strict=True)
-    ]
-    return batches(source, names, *parts)
-
-
-def _turn(
-    values: Sequence[int], order: Sequence[int] | None, seed: int | None, where: tuple[str, str]
-) -> list[int]:
-    """Values in a given order, in one drawn, or as they are."""
-    name, what = where
-    if order is not None and seed is not None:
-        raise ConsilienceError(
-            f"{what} should be in a given `order` or in one drawn with `seed`. Found both."
-        )
-    if order is not None:
-        if sorted(order) != sorted(values):
-            raise ConsilienceError(f"`order` should list every one of the {what} once. Found {list(order)}.")
-        return list(order)
-    return (
-        [values[i] for i in torch.randperm(len(values), generator=key(seed, name, what))]
-        if seed is not None
-        else list(values)
-    )
+    """One task per unit."""
+    train = examples_of(units, groups.train, source.train.targets().cpu())
+    validation = examples_of(units, groups.validation, source.validation.targets().cpu())
+    return batches(source, names, train, validation)
 
 
 def new_instances(source: Source, groups: Any, order: Sequence[int] | None, seed: int | None) -> list[Source]:
     """See `consilience.data.new_instances`."""
-    of = _groups(source, groups)
-    turn = _turn(of[0].unique().tolist(), order, seed, (source.name, "groups"))
-    return _cut(source, of, [((g,), None) for g in turn], [f"{source.name}/group-{g}" for g in turn])
+    checked = _checked_groups(source, groups)
+    numbers = checked.train.unique().tolist()
+    if order is not None and seed is not None:
+        raise ConsilienceError("got both `order` and `seed`; give the order of groups, or draw it.")
+    if order is not None:
+        if sorted(order) != sorted(numbers):
+            raise ConsilienceError(f"`order` must list every one of the groups once, got {list(order)}.")
+        numbers = list(order)
+    elif seed is not None:
+        drawn = torch.randperm(len(numbers), generator=key(seed, source.name, "groups"))
+        numbers = [numbers[i] for i in drawn]
+
+    units = [Unit((number,), None) for number in numbers]
+    return _split_by_units(source, checked, units, [f"{source.name}/group-{number}" for number in numbers])
 
 
 def new_instances_and_classes(
     source: Source, groups: Any, first: int | None, each: int, seed: int
 ) -> list[Source]:
     """See `consilience.data.new_instances_and_classes`."""
-    _of_classes(source, "new_instances_and_classes")
-    _whole(each=each)
+    source_of_classes(source, "new_instances_and_classes")
+    whole_number(each=each)
     first = each if first is None else first
-    _whole(first=first)
-    of = _groups(source, groups)
-    begin, rest = source.classes[:first], source.classes[first:]
-    opening, *later = of[0].unique().tolist()
-    again = [begin[i : i + each] for i in range(0, len(begin), each)]
-    new = [rest[i : i + each] for i in range(0, len(rest), each)]
-    units: list[Unit] = [((g,), c) for g in later for c in again] + [
-        ((g,), c) for g in (opening, *later) for c in new
-    ]
-    y = source.train.targets().cpu()
-    units = [u for u, index in zip(units, chosen(of[0], y, units), strict=True) if len(index)]
-    turn = torch.randperm(len(units), generator=key(seed, source.name, "instances and classes")).tolist()
-    units = [((opening,), begin), *(units[i] for i in turn)]
+    whole_number(first=first)
+    checked = _checked_groups(source, groups)
+    opening, *later = checked.train.unique().tolist()
+
+    # The first classes come in the later groups again, all others are new in every group.
+    first_classes, others = source.classes[:first], source.classes[first:]
+    again = [first_classes[i : i + each] for i in range(0, len(first_classes), each)]
+    new = [others[i : i + each] for i in range(0, len(others), each)]
+    units = [Unit((group,), classes) for group in later for classes in again]
+    units += [Unit((group,), classes) for group in (opening, *later) for classes in new]
+
+    # Not every class needs to be in every group.
+    found = examples_of(units, checked.train, source.train.targets().cpu())
+    units = [unit for unit, index in zip(units, found, strict=True) if len(index)]
+
+    drawn = torch.randperm(len(units), generator=key(seed, source.name, "instances and classes")).tolist()
+    units = [Unit((opening,), first_classes), *(units[i] for i in drawn)]
     width = len(str(len(units) - 1))
-    return _cut(source, of, units, [f"{source.name}/batch-{i:0{width}d}" for i in range(len(units))])
+    names = [f"{source.name}/batch-{i:0{width}d}" for i in range(len(units))]
+    return _split_by_units(source, checked, units, names)

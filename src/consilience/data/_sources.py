@@ -9,13 +9,15 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from consilience.core.checks import fraction, whole_number
 from consilience.core.errors import ConsilienceError, unknown
 from consilience.core.params import key
 from consilience.core.source import Examples, Label, Source, Stream, Tensors
@@ -24,23 +26,48 @@ from consilience.data._shares import draw
 Kind = Literal["class", "value"]
 
 
-# ---------------------------------------------------------------------------------------------------- checks
+@dataclass(frozen=True)
+class Options:
+    """What every source has besides its examples; see `consilience.data.arrays`."""
+
+    name: str
+    test: Any = 0.2
+    classes: Sequence[str] | None = None
+    kind: Kind = "class"
+    space: str | None = None
+    validation: float = 0.1
+    seed: int = 0
+
+    @property
+    def label_space(self) -> str:
+        """The label space: by default the name of the source."""
+        return self.name if self.space is None else self.space
+
+    def checked_kind(self) -> None:
+        """Refuse kinds of targets that are not known."""
+        if self.kind not in ("class", "value"):
+            raise ConsilienceError(f'`kind` must be "class" or "value", got {self.kind!r}.')
+
+
+# Checks.
 
 
 def tensor(value: Any, what: str) -> Tensor:
-    """A tensor from a tensor, an array or nested lists of numbers."""
+    """A tensor from a tensor, an array or nested lists of numbers; `what` names it in errors."""
     if isinstance(value, Tensor):
         if value.is_complex():
-            raise ConsilienceError(f"{what} should be real numbers. Found dtype {value.dtype}.")
+            raise ConsilienceError(f"{what} must be real numbers, got dtype {value.dtype}.")
         return value.detach()
     try:
         array = np.asarray(value)
-    except ValueError as e:
+    except ValueError as error:
         raise ConsilienceError(
-            f"{what} should be an array with rows of equal length. Found: {str(e).splitlines()[0]}"
-        ) from e
+            f"{what} must be an array with rows of equal length, got: {str(error).splitlines()[0]}"
+        ) from error
     if array.dtype.kind not in "biuf":
-        raise ConsilienceError(f"{what} should be real numbers. Found dtype {array.dtype}.")
+        raise ConsilienceError(f"{what} must be real numbers, got dtype {array.dtype}.")
+
+    # Torch has few unsigned types, no other byte order than the machine's, and no floats above 64 bits.
     if array.dtype.kind == "u" and array.dtype.itemsize > 1:
         array = array.astype(np.int64)
     native = np.float64 if array.dtype.itemsize > 8 else array.dtype.newbyteorder("=")
@@ -48,7 +75,10 @@ def tensor(value: Any, what: str) -> Tensor:
 
 
 def unit(x: Tensor) -> Tensor:
-    """Inputs as models take them: images in bytes / 255, other fractions as float32, other whole numbers as they are."""
+    """Convert inputs to the types that models take.
+
+    Images in bytes are divided by 255, other fractions become float32, other whole numbers int64.
+    """
     if x.dtype == torch.uint8:
         return x.to(torch.float32).div_(255)
     return x.to(torch.float32) if x.is_floating_point() or x.dtype == torch.bool else x.long()
@@ -59,10 +89,10 @@ def inputs(value: Any, what: str) -> Tensor:
     x = tensor(value, what)
     if x.dim() < 2:
         raise ConsilienceError(
-            f"{what} should have a dimension of examples and at least one more. Found shape {tuple(x.shape)}."
+            f"{what} must have a dimension of examples and at least one more, got shape {tuple(x.shape)}."
         )
     if x.numel() == 0:
-        raise ConsilienceError(f"{what} should not be empty. Found shape {tuple(x.shape)}.")
+        raise ConsilienceError(f"{what} must not be empty, got shape {tuple(x.shape)}.")
     x = unit(x)
     _finite(x, what)
     return x
@@ -74,118 +104,122 @@ def targets(value: Any, kind: Kind, what: str) -> Tensor:
     if kind == "value":
         if y.dim() not in (1, 2):
             raise ConsilienceError(
-                f"{what} should have shape [N] or [N, outputs] for values. Found shape {tuple(y.shape)}."
+                f"{what} must have shape [N] or [N, outputs] for values, got shape {tuple(y.shape)}."
             )
         y = y.to(torch.float32)
         _finite(y, what)
         return y[:, None] if y.dim() == 1 else y
+
     if y.dim() != 1:
-        raise ConsilienceError(f"{what} should have shape [N] for classes. Found shape {tuple(y.shape)}.")
+        raise ConsilienceError(f"{what} must have shape [N] for classes, got shape {tuple(y.shape)}.")
+    # 1.0 may be a class read from a table or a value; rounding would hide the mistake.
     if y.is_floating_point():
         raise ConsilienceError(
-            f'{what} should be class numbers of an integer type (or `kind="value"`). Found dtype {y.dtype}.'
+            f'{what} must be class numbers of an integer type (or `kind="value"`), got dtype {y.dtype}.'
         )
     return y.long()
 
 
-def _finite(t: Tensor, what: str) -> None:
-    if t.is_floating_point() and not torch.isfinite(t).all():
-        first = int(
-            (~torch.isfinite(t)).flatten(1 if t.dim() > 1 else 0).reshape(len(t), -1).any(1).nonzero()[0]
-        )
-        raise ConsilienceError(f"{what} should be finite. Found NaN or infinity in example {first}.")
-
-
-def _fraction(name: str, value: object, zero: bool = False) -> float:
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, (int, float))
-        or not (0 < value < 1 or (zero and value == 0))
-    ):
+def _finite(values: Tensor, what: str) -> None:
+    """Refuse NaN and infinity, and name the first example that has one."""
+    if values.is_floating_point() and not torch.isfinite(values).all():
+        bad = (~torch.isfinite(values)).flatten(1 if values.dim() > 1 else 0).reshape(len(values), -1).any(1)
         raise ConsilienceError(
-            f"`{name}` should be a fraction in {'[0' if zero else '(0'}, 1). Found `{name} = {value!r}`."
+            f"{what} must be finite, got NaN or infinity in example {int(bad.nonzero()[0])}."
         )
-    return float(value)
 
 
-def _pair(x: Any, y: Any, kind: Kind, of: str) -> Tensors:
-    pair = Tensors(inputs(x, f"`{of}x`"), targets(y, kind, f"`{of}y`"))
+def _pair(x: Any, y: Any, kind: Kind, prefix: str) -> Tensors:
+    """Checked inputs and targets; `prefix` comes before their names in errors."""
+    pair = Tensors(inputs(x, f"`{prefix}x`"), targets(y, kind, f"`{prefix}y`"))
+    # Torch would index both all the same, and pair examples with the wrong targets.
     if len(pair.x) != len(pair.y):
         raise ConsilienceError(
-            f"`{of}x` and `{of}y` should be equally long. Found {len(pair.x)} and {len(pair.y)}."
+            f"`{prefix}x` and `{prefix}y` must be equally long, got {len(pair.x)} and {len(pair.y)}."
         )
     return pair
 
 
-def _labels(
-    train: Tensor, test: Tensor, classes: Sequence[str] | None, space: str, kind: Kind
-) -> tuple[tuple[Label, ...], tuple[int, ...]]:
-    """What every target means, and which there are."""
+class Labels(NamedTuple):
+    """What every target means, and the targets that a source has."""
+
+    labels: tuple[Label, ...]
+    classes: tuple[int, ...]
+
+
+def _labels(train: Tensor, test: Tensor, options: Options) -> Labels:
+    """The labels of a source with these training and test targets."""
+    classes = options.classes
     if classes is not None and (isinstance(classes, str) or len(set(classes)) != len(classes)):
-        raise ConsilienceError(f"`classes` should be a list of different names. Found {classes!r}.")
-    if kind == "value":
-        if train.shape[1:] != test.shape[1:]:
-            raise ConsilienceError(
-                f"test targets should be like the training ones. Found {test.shape[1]} and {train.shape[1]} outputs."
-            )
-        k = train.shape[1]
-        names = classes if classes is not None else ["value"] if k == 1 else [f"value{i}" for i in range(k)]
-        if len(names) != k:
-            raise ConsilienceError(
-                f"`classes` should name every output. Found {len(names)} names and {k} outputs."
-            )
-        return tuple((space, str(n)) for n in names), tuple(range(k))
-    found = torch.cat([train, test]).unique()
-    low, high = int(found[0]), int(found[-1])
+        raise ConsilienceError(f"`classes` must be a list of different names, got {classes!r}.")
+    if options.kind == "value":
+        return _output_labels(train, test, options)
+
+    present = torch.cat([train, test]).unique()
+    low, high = int(present[0]), int(present[-1])
+    space = options.label_space
     if low < 0:
-        raise ConsilienceError(f"class numbers should be 0 or more. Found {low}.")
+        raise ConsilienceError(f"class numbers must be 0 or more, got {low}.")
     if classes is None:
+        # A label is made for every number up to the highest: ids of users as classes would take all memory.
         if high >= 1_000_000:
-            raise ConsilienceError(f"class numbers should count up from 0. Found {high}.")
-        return tuple((space, str(i)) for i in range(high + 1)), tuple(found.tolist())
+            raise ConsilienceError(f"class numbers must count up from 0, got {high}.")
+        return Labels(tuple((space, str(i)) for i in range(high + 1)), tuple(present.tolist()))
+
     if high >= len(classes):
         raise ConsilienceError(
-            f"class numbers should be in 0..{len(classes) - 1}, one for each of `classes`. Found {high}."
+            f"class numbers must be in 0..{len(classes) - 1}, one for each of `classes`, got {high}."
         )
-    return tuple((space, str(n)) for n in classes), tuple(range(len(classes)))
+    return Labels(tuple((space, str(name)) for name in classes), tuple(range(len(classes))))
+
+
+def _output_labels(train: Tensor, test: Tensor, options: Options) -> Labels:
+    """The labels of a source of values: one per output."""
+    if train.shape[1:] != test.shape[1:]:
+        raise ConsilienceError(
+            "test targets must have as many outputs as training targets, "
+            f"got {test.shape[1]} and {train.shape[1]}."
+        )
+    outputs = train.shape[1]
+    names = options.classes
+    if names is None:
+        names = ["value"] if outputs == 1 else [f"value{i}" for i in range(outputs)]
+    if len(names) != outputs:
+        raise ConsilienceError(
+            f"`classes` must name every output, got {len(names)} names for {outputs} outputs."
+        )
+    return Labels(tuple((options.label_space, str(name)) for name in names), tuple(range(outputs)))
 
 
 def _source(
-    train: Examples,
-    test: Examples | float,
-    classes: Sequence[str] | None,
-    name: str,
-    kind: Kind,
-    space: str | None,
-    validation: float | Examples,
-    seed: int,
+    train: Examples, test: Examples | float, validation: Examples | float, options: Options
 ) -> Source:
-    """A source from examples, with the splits that are still to be made."""
+    """A source from examples; where `test` or `validation` is a fraction, it is split off `train`."""
+    name, seed, by_class = options.name, options.seed, options.kind == "class"
+    # The test is split off first, so that it does not depend on `validation`.
     if not isinstance(test, Examples):
-        y = train.targets()
-        drawn, rest = draw(y, round(test * len(y)), key(seed, name, "test"), kind == "class", spare=1)
+        of_train = train.targets()
+        quota = round(test * len(of_train))
+        drawn, rest = draw(of_train, quota, key(seed, name, "test"), by_class, spare=1)
         if not len(drawn) or not len(rest):
             raise ConsilienceError(
-                f"`test` should leave examples on both sides. Found `test = {test}` of {len(y)} examples."
+                f"`test` must leave examples on both sides, got {test} of {len(of_train)} examples."
             )
         train, test = train.select(rest), train.select(drawn)
+
     if not isinstance(validation, Examples):
-        y = train.targets()
-        drawn, rest = draw(
-            y, round(validation * len(y)), key(seed, name, "validation"), kind == "class", spare=1
-        )
+        of_train = train.targets()
+        quota = round(validation * len(of_train))
+        drawn, rest = draw(of_train, quota, key(seed, name, "validation"), by_class, spare=1)
         train, validation = train.select(rest), train.select(drawn)
+
+    # Classes that only the test has get a label too: every example of it counts in the score.
     seen = torch.cat([train.targets(), validation.targets()])
-    labels, known = _labels(seen, test.targets(), classes, name if space is None else space, kind)
-    return Source(name, train, validation, test, labels, known, kind=kind)
+    labels, classes = _labels(seen, test.targets(), options)
+    return Source(name, train, validation, test, labels, classes, kind=options.kind)
 
 
-def _kind(kind: object) -> None:
-    if kind not in ("class", "value"):
-        raise ConsilienceError(f'`kind` should be "class" or "value". Found `kind = {kind!r}`.')
-
-
-# ---------------------------------------------------------------------------------------------------- tables
+# Tables.
 
 
 def table(name: str, seed: int, image: bool = False) -> Source:
@@ -194,70 +228,64 @@ def table(name: str, seed: int, image: bool = False) -> Source:
 
     data = getattr(datasets, f"load_{name}")()
     x = torch.tensor(data.data, dtype=torch.float32)
-    if name == "digits":
-        x = x.view(-1, 1, 8, 8) / 16 if image else x / 16
-        return from_arrays(
-            x, data.target, 0.2, [str(c) for c in data.target_names], name, "class", None, 0.1, seed
-        )
     if name == "diabetes":
-        source = from_arrays(x, data.target, 0.2, None, name, "value", None, 0.1, seed)
+        source = from_arrays(x, data.target, Options(name, kind="value", seed=seed))
         return source.map(x=_standard(source.train.whole()[0]), y=_standard(source.train.targets()))
-    source = from_arrays(
-        x, data.target, 0.2, [str(c) for c in data.target_names], name, "class", None, 0.1, seed
-    )
+
+    # Digits are pixels from 0 to 16 on one scale; columns of the other tables have scales of their own.
+    options = Options(name, classes=[str(label) for label in data.target_names], seed=seed)
+    if name == "digits":
+        return from_arrays(x.view(-1, 1, 8, 8) / 16 if image else x / 16, data.target, options)
+    source = from_arrays(x, data.target, options)
     return source.map(x=_standard(source.train.whole()[0]))
 
 
-def _standard(t: Tensor) -> Any:
-    mean, std = t.double().mean(0), t.double().std(0)
+def _standard(values: Tensor) -> Any:
+    """A function that standardises each column by the statistics of these values."""
+    mean, std = values.double().mean(0), values.double().std(0)
+    # A constant column becomes 0, not NaN.
     std[std == 0] = 1
-    return lambda v: ((v.double() - mean) / std).to(v.dtype)
+    return lambda batch: ((batch.double() - mean) / std).to(batch.dtype)
 
 
-# ---------------------------------------------------------------------------------------------------- arrays
+# Arrays.
 
 
-def from_arrays(
-    x: Any,
-    y: Any,
-    test: Any,
-    classes: Sequence[str] | None,
-    name: str,
-    kind: Kind,
-    space: str | None,
-    validation: float,
-    seed: int,
-) -> Source:
+def from_arrays(x: Any, y: Any, options: Options) -> Source:
     """See `consilience.data.arrays`."""
-    _kind(kind)
+    options.checked_kind()
     if y is None:
-        if isinstance(x, (Tensor, np.ndarray, list, tuple)):
-            raise ConsilienceError("arrays should come with targets `y`. Found none.")
-        return from_dataset(x, test, classes, 0, name, kind, space, validation, seed)
-    share = _fraction("validation", validation, zero=True)
-    train = _pair(x, y, kind, "")
-    if isinstance(test, (tuple, list)):
-        if len(test) != 2:
-            raise ConsilienceError(f"`test` should be (x, y) or a fraction. Found {len(test)} parts.")
-        held = _pair(test[0], test[1], kind, "test ")
-        if held.x.shape[1:] != train.x.shape[1:]:
-            found = f"{tuple(held.x.shape[1:])} and {tuple(train.x.shape[1:])}"
-            raise ConsilienceError(
-                f"test examples should have the shape of training examples. Found {found}."
-            )
-        if held.x.dtype != train.x.dtype:
-            raise ConsilienceError(
-                f"test inputs should be of the type of training inputs. Found {held.x.dtype} and {train.x.dtype}."
-            )
-        return _source(train, held, classes, name, kind, space, share, seed)
-    return _source(train, _fraction("test", test), classes, name, kind, space, share, seed)
+        if isinstance(x, Tensor | np.ndarray | list | tuple):
+            raise ConsilienceError("arrays need targets `y`, got none.")
+        return from_dataset(x, 0, options)
+
+    validation = fraction("validation", options.validation, zero=True)
+    train = _pair(x, y, options.kind, "")
+    test = options.test
+    # A pair stands for given examples, anything else must be a fraction.
+    if not isinstance(test, tuple | list):
+        return _source(train, fraction("test", test), validation, options)
+
+    if len(test) != 2:
+        raise ConsilienceError(f"`test` must be (x, y) or a fraction, got {len(test)} parts.")
+    held = _pair(test[0], test[1], options.kind, "test ")
+    if held.x.shape[1:] != train.x.shape[1:]:
+        raise ConsilienceError(
+            "test examples must have the shape of training examples, "
+            f"got {tuple(held.x.shape[1:])} and {tuple(train.x.shape[1:])}."
+        )
+    if held.x.dtype != train.x.dtype:
+        raise ConsilienceError(
+            f"test inputs must be of the type of training inputs, got {held.x.dtype} and {train.x.dtype}."
+        )
+    return _source(train, held, validation, options)
 
 
-# ---------------------------------------------------------------------------------------------------- datasets
+# Datasets.
 
 
 class Pairs:
-    """A map-style dataset as the stream reads it: inputs as tensors, targets as they were collected."""
+    """A map-style dataset as a stream reads it: inputs as tensors, targets as they were collected."""
 
     def __init__(self, dataset: Any, y: Tensor):
         self.dataset, self.y = dataset, y
@@ -267,7 +295,9 @@ class Pairs:
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
         item = self.dataset[i]
-        x = item[0] if isinstance(item, (tuple, list)) else item
+        x = item[0] if isinstance(item, tuple | list) else item
+
+        # Images of pillow are known by a method, so that pillow is not imported.
         return unit(channels_first(np.asarray(x)) if hasattr(x, "getbands") else tensor(x, "`x`")), self.y[i]
 
 
@@ -278,88 +308,100 @@ def channels_first(image: np.ndarray) -> Tensor:
 
 
 def collect(dataset: Any, kind: Kind) -> Tensor:
-    """The targets of a dataset: its attribute, if it agrees with the first example, or read one by one."""
+    """The targets of a dataset, from its attribute if that agrees with the first example, or one by one."""
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise ConsilienceError(
-            f"a dataset should be map-style, with len(d) and d[i]. Found {type(dataset).__name__}."
+            f"a dataset must be map-style, with len(dataset) and dataset[i], got {type(dataset).__name__}."
         )
     if len(dataset) == 0:
-        raise ConsilienceError("a dataset should not be empty. Found 0 examples.")
+        raise ConsilienceError("a dataset must not be empty, got 0 examples.")
     first = dataset[0]
-    if not isinstance(first, (tuple, list)) or len(first) < 2:
-        raise ConsilienceError(f"a dataset should give pairs (x, y). Found {type(first).__name__}.")
+    if not isinstance(first, tuple | list) or len(first) < 2:
+        raise ConsilienceError(f"a dataset must give pairs (x, y), got {type(first).__name__}.")
+
+    # An attribute holds targets before any transform.
     if getattr(dataset, "target_transform", None) is None:
         for name in ("targets", "labels"):
-            found = getattr(dataset, name, None)
-            if found is not None and not callable(found) and len(found) == len(dataset):
-                y = targets(found, kind, f"`{name}` of the dataset")
+            stored = getattr(dataset, name, None)
+            if stored is not None and not callable(stored) and len(stored) == len(dataset):
+                y = targets(stored, kind, f"`{name}` of the dataset")
                 if torch.equal(y[:1], targets([_plain(first[1])], kind, "`y` of the dataset")):
                     return y
     return targets([_plain(dataset[i][1]) for i in range(len(dataset))], kind, "`y` of the dataset")
 
 
 def _plain(y: Any) -> Any:
+    """A target as a number or a list."""
     return y.tolist() if hasattr(y, "tolist") else y
 
 
 def _streamed(dataset: Any, y: Tensor, workers: int) -> Stream:
+    """A dataset with known targets as a stream."""
     return Stream(Pairs(dataset, y), y, torch.arange(len(y)), workers)
 
 
-def from_dataset(
-    dataset: Any,
-    test: Any,
-    classes: Sequence[str] | None,
-    workers: int,
-    name: str,
-    kind: Kind,
-    space: str | None,
-    validation: float,
-    seed: int,
-) -> Source:
+def from_dataset(dataset: Any, workers: int, options: Options) -> Source:
     """See `consilience.data.stream`."""
-    _kind(kind)
-    _workers(workers)
-    share = _fraction("validation", validation, zero=True)
-    train = _streamed(dataset, collect(dataset, kind), workers)
-    held = (
-        _fraction("test", test)
-        if isinstance(test, (int, float))
-        else _streamed(test, collect(test, kind), workers)
-    )
-    if isinstance(held, Stream):
-        a, b = train.dataset[0][0].shape, held.dataset[0][0].shape
-        if a != b:
-            raise ConsilienceError(
-                f"test examples should have the shape of training examples. Found {tuple(b)} and {tuple(a)}."
-            )
-    return _source(train, held, classes, name, kind, space, share, seed)
+    options.checked_kind()
+    whole_number(0, workers=workers)
+    validation = fraction("validation", options.validation, zero=True)
+    train = _streamed(dataset, collect(dataset, options.kind), workers)
+    if isinstance(options.test, int | float):
+        return _source(train, fraction("test", options.test), validation, options)
+
+    test = _streamed(options.test, collect(options.test, options.kind), workers)
+    shapes = test.dataset[0][0].shape, train.dataset[0][0].shape
+    if shapes[0] != shapes[1]:
+        raise ConsilienceError(
+            "test examples must have the shape of training examples, "
+            f"got {tuple(shapes[0])} and {tuple(shapes[1])}."
+        )
+    return _source(train, test, validation, options)
 
 
-def _workers(workers: object) -> None:
-    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 0:
-        raise ConsilienceError(f"`workers` should be a whole number >= 0. Found `workers = {workers!r}`.")
-
-
-# ---------------------------------------------------------------------------------------------------- images
+# Images.
 
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How image files are read; see `consilience.data.folder`."""
+
+    size: int | tuple[int, int] | None = None
+    grey: bool = False
+    in_memory: bool = False
+    workers: int = 0
+    unreadable: str = "refuse"
+
+    def checked(self) -> Reading:
+        """The same with height and width as `size`, if images can be read so."""
+        if self.unreadable not in ("refuse", "skip"):
+            raise ConsilienceError(f"`unreadable` must be 'refuse' or 'skip', got {self.unreadable!r}.")
+        whole_number(0, workers=self.workers)
+        pillow()
+        size = (self.size, self.size) if isinstance(self.size, int) else self.size
+        if size is not None and (
+            len(size) != 2 or any(not isinstance(side, int) or side < 1 for side in size)
+        ):
+            raise ConsilienceError(f"`size` must be one or two whole numbers >= 1, got {self.size!r}.")
+        return replace(self, size=size)
+
+
 def pillow() -> Any:
-    """PIL's Image module, or which extra to install."""
+    """PIL's Image module; an error says how to install it."""
     try:
         from PIL import Image
-    except ImportError as e:
+    except ImportError as error:
         raise ConsilienceError(
-            "reading images should have pillow: pip install 'consilience[vision]'. Found none."
-        ) from e
+            "reading images needs pillow, which is not installed: pip install 'consilience[vision]'."
+        ) from error
     return Image
 
 
 def picture(file: Any, what: str, mode: str | None, size: tuple[int, int] | None = None) -> Tensor:
-    """One image as bytes [C, H, W]; `mode` None keeps grey as it is and makes all else RGB."""
+    """Read one image as bytes [C, H, W]; `mode` None keeps grey as it is and makes all else RGB."""
     image_module = pillow()
     try:
         with image_module.open(file) as image:
@@ -367,13 +409,12 @@ def picture(file: Any, what: str, mode: str | None, size: tuple[int, int] | None
             if size and image.size != size[::-1]:
                 image = image.resize(size[::-1], image_module.Resampling.BILINEAR)
             return channels_first(np.asarray(image))
-    except (OSError, SyntaxError, ValueError, image_module.DecompressionBombError) as e:
-        reason = (
-            str(e).splitlines()[0]
-            if str(e) and "cannot identify" not in str(e)
-            else "no image that pillow knows"
-        )
-        raise ConsilienceError(f"an image should be readable. Found {what}: {reason}.") from e
+    except (OSError, SyntaxError, ValueError, image_module.DecompressionBombError) as error:
+        # Pillow's own text for an unknown format names an object in memory.
+        reason = str(error).splitlines()[0] if str(error) else ""
+        if not reason or "cannot identify" in str(error):
+            reason = "no image that pillow knows"
+        raise ConsilienceError(f"cannot read the image {what}: {reason}.") from error
 
 
 class Images:
@@ -387,50 +428,38 @@ class Images:
         return len(self.paths)
 
     def __getitem__(self, i: int) -> Tensor:
-        x = picture(self.paths[i], str(self.paths[i]), self.mode, self.size)
+        # The size of the first file counts, whichever is read first: the order decides nothing.
+        image = self._read(i)
         if self.first is None:
-            self.first = (
-                x.shape if i == 0 else picture(self.paths[0], str(self.paths[0]), self.mode, self.size).shape
-            )
-        if x.shape != self.first:
-            a, b = ("x".join(map(str, s[1:])) for s in (self.first, x.shape))
+            self.first = image.shape if i == 0 else self._read(0).shape
+        if image.shape != self.first:
+            sizes = ["x".join(map(str, shape[1:])) for shape in (self.first, image.shape)]
             raise ConsilienceError(
-                f"images should have one size, or pass `size`. Found {a} in {self.paths[0]} and {b} in {self.paths[i]}."
+                f"images must have one size, got {sizes[0]} in {self.paths[0]} "
+                f"and {sizes[1]} in {self.paths[i]}; pass `size` to resize them."
             )
-        return x
+        return image
+
+    def _read(self, i: int) -> Tensor:
+        """One image as bytes [C, H, W]."""
+        return picture(self.paths[i], str(self.paths[i]), self.mode, self.size)
 
 
-def dimensions(size: int | tuple[int, int] | None, workers: int) -> tuple[int, int] | None:
-    """Checked height and width to read images at; the checks of whatever reads images stand here."""
-    _workers(workers)
-    pillow()
-    both = (size, size) if isinstance(size, int) else size
-    if both is not None and (len(both) != 2 or any(not isinstance(v, int) or v < 1 for v in both)):
-        raise ConsilienceError(f"`size` should be one or two whole numbers >= 1. Found `size = {size!r}`.")
-    return both
-
-
-def pictures(
-    files: list[Path],
-    y: Tensor,
-    size: tuple[int, int] | None,
-    grey: bool,
-    in_memory: bool,
-    workers: int,
-    skip: bool = False,
-) -> Tensors | Stream:
-    """Image files with their classes, read at once or when they are needed; `skip` leaves out those that cannot be read."""
-    if skip:
+def pictures(files: list[Path], y: Tensor, reading: Reading) -> Tensors | Stream:
+    """Image files with their classes [N], read at once or when they are needed; `reading` must be checked."""
+    if reading.unreadable == "skip":
         files, y = _readable(files, y)
-    images = Images(files, "L" if grey else "RGB", size)
-    if in_memory:
+    size = None if reading.size is None or isinstance(reading.size, int) else reading.size
+    images = Images(files, "L" if reading.grey else "RGB", size)
+    if reading.in_memory:
         return Tensors(unit(torch.stack([images[i] for i in range(len(images))])), y)
-    return _streamed(images, y, workers)
+    return _streamed(images, y, reading.workers)
 
 
 def _readable(files: list[Path], y: Tensor) -> tuple[list[Path], Tensor]:
-    """The files that can be read, with their classes; a warning names others."""
+    """The files that can be read, with their classes; a warning names the others."""
     bad: dict[int, Path] = {}
+    # Decoded completely: a truncated file has a valid header.
     for i, path in enumerate(files):
         try:
             picture(path, str(path), None)
@@ -439,122 +468,158 @@ def _readable(files: list[Path], y: Tensor) -> tuple[list[Path], Tensor]:
     if not bad:
         return files, y
     if len(bad) == len(files):
-        raise ConsilienceError(
-            f"images should be readable. Found none of {len(files)} that is, the first {files[0]}."
-        )
-    names = ", ".join(str(p) for p in list(bad.values())[:3])
+        raise ConsilienceError(f"cannot read any of {len(files)} images; the first is {files[0]}.")
+
+    names = ", ".join(str(path) for path in list(bad.values())[:3])
     others = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+
+    # Level 6 is the line that calls `data.folder`.
     warnings.warn(
-        f"{len(bad)} of {len(files)} images cannot be read and are left out: {names}{others}", stacklevel=5
+        f"{len(bad)} of {len(files)} images cannot be read and are left out: {names}{others}", stacklevel=6
     )
     keep = torch.tensor([i for i in range(len(files)) if i not in bad])
     return [files[i] for i in keep.tolist()], y[keep]
 
 
-def from_folder(
-    path: str | Path,
-    size: int | tuple[int, int] | None,
-    grey: bool,
-    in_memory: bool,
-    workers: int,
-    test: float,
-    name: str | None,
-    space: str | None,
-    validation: float,
-    seed: int,
-    unreadable: str = "refuse",
-) -> Source:
-    """See `consilience.data.folder`."""
-    if unreadable not in ("refuse", "skip"):
+def same_size(train: Examples, test: Examples) -> None:
+    """Refuse test images of another size than the training images."""
+    shapes = [tuple(next(examples.chunks(1))[0].shape[1:]) for examples in (test, train)]
+    if shapes[0] != shapes[1]:
         raise ConsilienceError(
-            f"`unreadable` should be 'refuse' or 'skip'. Found `unreadable = {unreadable!r}`."
+            f"test images must have the size of training images, got {shapes[0]} and {shapes[1]}; "
+            "pass `size` to resize them."
         )
+
+
+def image_folder(path: str | Path) -> Path:
+    """The path, if it is a folder."""
     path = Path(path)
     if not path.is_dir():
-        raise ConsilienceError(
-            f"`path` should be a folder of images. Found {'a file' if path.exists() else 'none'} at {path}."
-        )
-    both = dimensions(size, workers)
-    parts = {p.name: p for p in _folders(path)}
-    root = parts.get("train", path)
-    held = parts.get("test") if "train" in parts else None
-    chosen = (
-        next((parts[v] for v in ("val", "valid", "validation") if v in parts), None)
-        if "train" in parts
-        else None
-    )
-    classes = [p.name for p in _folders(root)]
+        got = "a file" if path.exists() else "nothing"
+        raise ConsilienceError(f"`path` must be a folder of images, got {got} at {path}.")
+    return path
+
+
+def from_folder(path: str | Path, reading: Reading, options: Options) -> Source:
+    """See `consilience.data.folder`."""
+    path = image_folder(path)
+    reading = reading.checked()
+    folders = {folder.name: folder for folder in subfolders(path)}
+    root = folders.get("train", path)
+
+    # "test" and "val" may be names of classes, unless there is "train" next to them.
+    parts = folders if "train" in folders else {}
+    test_folder = parts.get("test")
+    validation_folder = next((parts[name] for name in ("val", "valid", "validation") if name in parts), None)
+    classes = [folder.name for folder in subfolders(root)]
     if not classes:
         raise ConsilienceError(
-            f"a folder of images should have a subfolder for each class. Found none in {root}."
+            f"a folder of images must have a subfolder for each class, got none in {root}."
         )
 
-    def read(where: Path) -> Examples:
-        files, y = _files(where, classes)
-        return pictures(files, y, both, grey, in_memory, workers, unreadable == "skip")
+    def read(folder: Path) -> Examples:
+        return pictures(*_class_files(folder, classes), reading)
 
-    train, test_part = read(root), read(held) if held else _fraction("test", test)
-    if isinstance(test_part, Examples):
-        a, b = (tuple(next(e.chunks(1))[0].shape[1:]) for e in (train, test_part))
-        if a != b:
-            raise ConsilienceError(
-                f"test images should have the size of training images, or pass `size`. Found {b} and {a}."
-            )
-    share = read(chosen) if chosen else _fraction("validation", validation, zero=True)
-    return _source(train, test_part, classes, name or path.resolve().name, "class", space, share, seed)
-
-
-def _folders(path: Path) -> list[Path]:
-    return sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+    train = read(root)
+    test = read(test_folder) if test_folder else fraction("test", options.test)
+    if isinstance(test, Examples):
+        same_size(train, test)
+    if validation_folder:
+        validation: Examples | float = read(validation_folder)
+    else:
+        validation = fraction("validation", options.validation, zero=True)
+    return _source(train, test, validation, replace(options, classes=classes))
 
 
-def _files(path: Path, classes: list[str]) -> tuple[list[Path], Tensor]:
-    """The image files below a folder, class by class."""
+def subfolders(path: Path) -> list[Path]:
+    """The folders in a folder, sorted, without hidden ones."""
+    return sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+
+
+def is_image(path: Path) -> bool:
+    """Whether a file is an image by its name."""
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+
+
+def _class_files(path: Path, classes: list[str]) -> tuple[list[Path], Tensor]:
+    """The image files below a folder, class by class, and their classes."""
     files: list[Path] = []
     y: list[int] = []
-    for sub in _folders(path):
-        if sub.name not in classes:
-            raise ConsilienceError(f"class folders should be those of train. Found {sub.name!r} in {path}.")
-        own = sorted(f for f in sub.rglob("*") if f.suffix.lower() in SUFFIXES and not f.name.startswith("."))
+    for folder in subfolders(path):
+        if folder.name not in classes:
+            raise ConsilienceError(f"class folders must be those of train, got {folder.name!r} in {path}.")
+        own = sorted(file for file in folder.rglob("*") if is_image(file))
         if not own:
-            raise ConsilienceError(f"a class folder should have images. Found none in {sub}.")
+            raise ConsilienceError(f"a class folder must have images, got none in {folder}.")
         files += own
-        y += [classes.index(sub.name)] * len(own)
+        y += [classes.index(folder.name)] * len(own)
     if not files:
         raise ConsilienceError(
-            f"a folder of images should have a subfolder for each class. Found none in {path}."
+            f"a folder of images must have a subfolder for each class, got none in {path}."
         )
     return files, torch.tensor(y)
 
 
-# ---------------------------------------------------------------------------------------------------- npz
+# Files of arrays.
 
 
 BROKEN = (zipfile.BadZipFile, zlib.error, lzma.LZMAError)
+"""What reading a damaged .npz file raises, besides Python's own errors."""
 
 
 def find(name: str | Path) -> Path:
-    """The file that a path or a name in the data folder means."""
+    """The file for a path, or for a name in the folder of data."""
     path = Path(name)
+    # "mnist" is a name; "mnist.npz" and "data/mnist" are paths.
     if path.suffix == ".npz" or len(path.parts) > 1 or not str(name):
         if not path.is_file():
-            raise ConsilienceError(f"`name` should be a readable .npz file. Found none at {path}.")
+            raise ConsilienceError(f"`name` must be a readable .npz file, got none at {path}.")
         return path
-    where = os.environ.get("CONSILIENCE_DATA")
-    if not where:
+
+    folder = os.environ.get("CONSILIENCE_DATA")
+    if not folder:
         raise ConsilienceError(
-            f"a name should be found in the folder that CONSILIENCE_DATA names. Found {str(name)!r}, and it is not set."
+            f"no folder to find {str(name)!r} in: CONSILIENCE_DATA is not set; set it, or give a path."
         )
-    if not Path(where).is_dir():
-        raise ConsilienceError(f"CONSILIENCE_DATA should name a folder. Found none at {where}.")
-    known = {p.stem: p for p in Path(where).glob("*.npz")}
+    if not Path(folder).is_dir():
+        raise ConsilienceError(f"CONSILIENCE_DATA must name a folder, got {folder}.")
+    known = {file.stem: file for file in Path(folder).glob("*.npz")}
     if not known:
-        raise ConsilienceError(
-            f"CONSILIENCE_DATA should name a folder with .npz files. Found none in {where}."
-        )
+        raise ConsilienceError(f"CONSILIENCE_DATA must name a folder with .npz files, got none in {folder}.")
     if str(name) not in known:
         raise unknown("name", str(name), known)
     return known[str(name)]
+
+
+class Archive(NamedTuple):
+    """The arrays of an .npz file that make a source."""
+
+    path: Path
+    arrays: dict[str, np.ndarray]
+    images: str
+    """Which of the file's images are read."""
+    coded: bool
+    """Whether images are JPEG files, end to end."""
+
+    def targets(self, part: str) -> Tensor:
+        """The classes [N] of one part."""
+        y = targets(self.arrays[f"{part}_labels"], "class", f"{part}_labels of {self.path}")
+        if self.coded:
+            count = len(self.arrays[f"{part}_offsets"]) - 1
+        else:
+            count = len(self.arrays[f"{part}_{self.images}"])
+        if len(y) != count:
+            raise ConsilienceError(
+                f"images and labels must be equally many, got {count} and {len(y)} ({part}) in {self.path}."
+            )
+        return y
+
+    def inputs(self, part: str, chosen: Tensor) -> Tensor:
+        """The images [N, C, H, W] of one part at these indices."""
+        if not self.coded:
+            return _channels(self.arrays[f"{part}_{self.images}"][chosen.numpy()], self.path)
+        jpeg, offsets = self.arrays[f"{part}_jpeg"], self.arrays[f"{part}_offsets"]
+        return _decode(jpeg, offsets, chosen.tolist(), f"{part} image", self.path)
 
 
 def from_npz(
@@ -568,79 +633,84 @@ def from_npz(
 ) -> Source:
     """See `consilience.data.npz`."""
     path = find(name)
-    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
-        raise ConsilienceError(f"`limit` should be a whole number >= 1. Found `limit = {limit!r}`.")
-    share = _fraction("validation", validation, zero=True)
-    wanted = {f"{part}_{k}" for part in ("train", "test") for k in (images, "labels", "jpeg", "offsets")} | {
-        "class_names"
-    }
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            held = set(file.files)
-            data = {k: file[k] for k in sorted(wanted & held)}
-    except (OSError, ValueError, EOFError, KeyError, AttributeError, NotImplementedError, *BROKEN) as e:
-        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
-        raise ConsilienceError(f"an .npz file should be whole. Found {path}: {reason}") from e
-    coded = images == "images" and "train_jpeg" in data
-    needed = [
-        f"{p}_{k}"
-        for p in ("train", "test")
-        for k in (("jpeg", "offsets", "labels") if coded else (images, "labels"))
-    ]
-    missing = [k for k in needed if k not in data]
-    if missing:
-        raise ConsilienceError(
-            f"an .npz file should have {', '.join(needed)}. Found no {missing[0]} in {path}, but {', '.join(sorted(held))}."
-        )
-    names = [str(c) for c in data["class_names"]] if "class_names" in data else None
+    if limit is not None:
+        whole_number(limit=limit)
+    # Before the file is read, which may take seconds.
+    fraction("validation", validation, zero=True)
+    archive = _archive(path, images)
     pairs = {}
     for part in ("train", "test"):
-        y = targets(data[f"{part}_labels"], "class", f"{part}_labels of {path}")
-        count = len(data[f"{part}_offsets"]) - 1 if coded else len(data[f"{part}_{images}"])
-        if len(y) != count:
-            raise ConsilienceError(
-                f"images and labels should be equally many. Found {count} and {len(y)} ({part}) in {path}."
-            )
+        y = archive.targets(part)
         chosen = torch.arange(len(y))
         if part == "train" and limit is not None and limit < len(y):
             chosen, _ = draw(y, limit, key(seed, path.stem, "limit"), stratified=True)
-        if coded:
-            x = _decode(data[f"{part}_jpeg"], data[f"{part}_offsets"], chosen.tolist(), f"{part} image", path)
-        else:
-            x = _channels(data[f"{part}_{images}"][chosen.numpy()], path)
+        x = archive.inputs(part, chosen)
         pairs[part] = (x.flatten(1) if flat else x, y[chosen])
+
     x, y = pairs["train"]
-    if names is None:
-        high = int(torch.cat([y, pairs["test"][1]]).max())
-        names = [str(i) for i in range(high + 1)]
-    return from_arrays(x, y, pairs["test"], names, path.stem, "class", space, share, seed)
+    # Declared, so that the source has every class, also those of which a small `limit` takes no example.
+    if "class_names" in archive.arrays:
+        classes = [str(label) for label in archive.arrays["class_names"]]
+    else:
+        classes = [str(i) for i in range(int(torch.cat([y, pairs["test"][1]]).max()) + 1)]
+    options = Options(path.stem, pairs["test"], classes, space=space, validation=validation, seed=seed)
+    return from_arrays(x, y, options)
+
+
+def _archive(path: Path, images: str) -> Archive:
+    """Read the arrays of an .npz file that are needed."""
+    parts = ("train", "test")
+    wanted = {f"{part}_{field}" for part in parts for field in (images, "labels", "jpeg", "offsets")}
+    try:
+        # A pickle in the file could run code.
+        with np.load(path, allow_pickle=False) as file:
+            held = set(file.files)
+            arrays = {name: file[name] for name in sorted((wanted | {"class_names"}) & held)}
+    except (OSError, ValueError, EOFError, KeyError, AttributeError, NotImplementedError, *BROKEN) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConsilienceError(f"cannot read {path} as .npz: {reason}") from error
+
+    coded = images == "images" and "train_jpeg" in arrays
+    fields = ("jpeg", "offsets", "labels") if coded else (images, "labels")
+    needed = [f"{part}_{field}" for part in parts for field in fields]
+    missing = [name for name in needed if name not in arrays]
+    if missing:
+        raise ConsilienceError(
+            f"an .npz file must have {', '.join(needed)}, "
+            f"got no {missing[0]} in {path}, but {', '.join(sorted(held))}."
+        )
+    return Archive(path, arrays, images, coded)
 
 
 def _channels(x: np.ndarray, path: Path) -> Tensor:
     """[N, H, W] or [N, H, W, C] -> [N, C, H, W]; rows [N, n] stay."""
-    t = tensor(x, f"images of {path}")
-    if t.dim() == 3:
-        return t[:, None]
-    return t.permute(0, 3, 1, 2).contiguous() if t.dim() == 4 and t.shape[-1] in (1, 3, 4) else t
+    images = tensor(x, f"images of {path}")
+    if images.dim() == 3:
+        return images[:, None]
+    if images.dim() == 4 and images.shape[-1] in (1, 3, 4):
+        return images.permute(0, 3, 1, 2).contiguous()
+    return images
 
 
 def _decode(jpeg: np.ndarray, offsets: np.ndarray, chosen: list[int], what: str, path: Path) -> Tensor:
     """The chosen images of JPEG files laid end to end, as bytes [N, C, H, W]."""
-    o = np.asarray(offsets)
+    # Slices beyond the end would give shorter files without any error.
+    cuts = np.asarray(offsets)
     if (
-        o.dtype.kind not in "iu"
-        or o.ndim != 1
-        or o[0] != 0
-        or o[-1] != len(jpeg)
-        or (np.diff(o.astype(np.int64)) <= 0).any()
+        cuts.dtype.kind not in "iu"
+        or cuts.ndim != 1
+        or cuts[0] != 0
+        or cuts[-1] != len(jpeg)
+        or (np.diff(cuts.astype(np.int64)) <= 0).any()
     ):
         raise ConsilienceError(
-            f"JPEG offsets should rise from 0 to the {len(jpeg)} bytes there are. Found others in {path}."
+            f"JPEG offsets must rise from 0 to {len(jpeg)}, the number of bytes, got others in {path}."
         )
-    found = [
-        picture(io.BytesIO(jpeg[o[i] : o[i + 1]].tobytes()), f"{what} {i} of {path}", None) for i in chosen
+    images = [
+        picture(io.BytesIO(jpeg[cuts[i] : cuts[i + 1]].tobytes()), f"{what} {i} of {path}", None)
+        for i in chosen
     ]
-    other = next((i for i, x in zip(chosen, found, strict=True) if x.shape != found[0].shape), None)
-    if other is not None:
-        raise ConsilienceError(f"images should have one size. Found another in {what} {other} of {path}.")
-    return torch.stack(found)
+    for i, image in zip(chosen, images, strict=True):
+        if image.shape != images[0].shape:
+            raise ConsilienceError(f"images must have one size, got another in {what} {i} of {path}.")
+    return torch.stack(images)

@@ -4,167 +4,189 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from consilience.core.checks import positive, source_of_classes, whole_number
 from consilience.core.errors import ConsilienceError
 from consilience.core.params import key
 from consilience.core.source import Source
 from consilience.data._shares import apportion
 
 Deal = Callable[[Tensor, str], Sequence[Tensor]]
-"""deal(targets [N], which split) -> one index tensor for each client."""
+"""deal(targets [N], which split) -> one index tensor per client."""
+
+ATTEMPTS = 100
+"""How often a random partition is drawn until every client has enough examples."""
 
 
-def _whole(low: int = 1, **values: object) -> None:
-    for name, v in values.items():
-        if isinstance(v, bool) or not isinstance(v, int) or v < low:
-            raise ConsilienceError(f"`{name}` should be a whole number >= {low}. Found `{name} = {v!r}`.")
+@dataclass(frozen=True)
+class Dealing:
+    """Options that all random partitions share; see `consilience.data.dirichlet`."""
+
+    seed: int = 0
+    local_test: bool = False
+    least: int = 1
 
 
-def _positive(**values: float) -> None:
-    for name, v in values.items():
-        if not isinstance(v, (int, float)) or not 0 < v < math.inf:
-            raise ConsilienceError(f"`{name}` should be positive and finite. Found `{name} = {v!r}`.")
-
-
-def _of_classes(source: Source, what: str) -> None:
-    if source.kind != "class":
-        raise ConsilienceError(f"{what} should have a source of classes. Found values in {source.name!r}.")
-
-
-# ---------------------------------------------------------------------------------------------------- tasks
+# Splits into tasks.
 
 
 def split_classes(
     source: Source, n: int, order: Sequence[int | str] | None, seed: int | None
 ) -> list[Source]:
     """See `consilience.data.split_classes`."""
-    _of_classes(source, "split_classes")
-    _whole(n=n)
+    source_of_classes(source, "split_classes")
+    whole_number(n=n)
     if n > len(source.classes):
-        raise ConsilienceError(
-            f"`n` should be at most the number of classes. Found `n = {n}` and {len(source.classes)} classes."
-        )
-    if order is not None and seed is not None:
-        raise ConsilienceError(
-            "classes should be in a given `order` or in one drawn with `seed`. Found both."
-        )
-    classes = list(source.classes)
-    if order is not None:
-        numbers = {source.labels[c][1]: c for c in source.classes}
-        classes = [numbers.get(c, -1) if isinstance(c, str) else int(c) for c in order]
-        if sorted(classes) != sorted(source.classes):
-            raise ConsilienceError(
-                f"`order` should list every class of {source.name!r} once. Found {list(order)}."
-            )
-    elif seed is not None:
-        turn = torch.randperm(len(classes), generator=key(seed, source.name, "classes"))
-        classes = [classes[i] for i in turn]
-    found = []
-    for own in torch.tensor(classes).tensor_split(n):
-        names = [source.labels[c][1] for c in own.tolist()]
+        raise ConsilienceError(f"`n` must be at most the number of classes, {len(source.classes)}, got {n}.")
+
+    # `tensor_split` gives the first parts one class more if they do not divide evenly.
+    parts = []
+    for own in torch.tensor(_ordered_classes(source, order, seed)).tensor_split(n):
+        names = [source.labels[label][1] for label in own.tolist()]
         name = f"{source.name}/{'-'.join(names) if len(names) <= 5 else f'{names[0]}-to-{names[-1]}'}"
         examples = {}
         for part in ("train", "validation", "test"):
-            these = getattr(source, part)
-            of = these.targets()
-            examples[part] = these.select(torch.isin(of.cpu(), own).nonzero().flatten())
-        found.append(replace(source, name=name, task=name, classes=tuple(own.tolist()), **examples))
-    return found
+            every = getattr(source, part)
+            examples[part] = every.select(torch.isin(every.targets().cpu(), own).nonzero().flatten())
+        parts.append(replace(source, name=name, task=name, classes=tuple(own.tolist()), **examples))
+    return parts
+
+
+def _ordered_classes(source: Source, order: Sequence[int | str] | None, seed: int | None) -> list[int]:
+    """The classes of a source in the given order, in a random one, or as declared."""
+    if order is not None and seed is not None:
+        raise ConsilienceError("got both `order` and `seed`; give the order of classes, or draw it.")
+    classes = list(source.classes)
+    if order is not None:
+        # Unknown names become -1, which is no class, so that one check refuses all errors.
+        numbers = {source.labels[label][1]: label for label in source.classes}
+        classes = [numbers.get(label, -1) if isinstance(label, str) else int(label) for label in order]
+        if sorted(classes) != sorted(source.classes):
+            raise ConsilienceError(
+                f"`order` must list every class of {source.name!r} once, got {list(order)}."
+            )
+    elif seed is not None:
+        drawn = torch.randperm(len(classes), generator=key(seed, source.name, "classes"))
+        classes = [classes[i] for i in drawn]
+    return classes
 
 
 def permute(source: Source, n: int, seed: int) -> list[Source]:
     """See `consilience.data.permute`."""
-    _whole(n=n)
-    size = math.prod(_shape(source))
-    found = []
+    whole_number(n=n)
+    size = math.prod(_input_shape(source))
+    parts = []
     for i in range(n):
         name = f"{source.name}/permuted-{i}"
         order = torch.randperm(size, generator=key(seed, source.name, "permute", i))
-        found.append(source.map(x=_permuted(order) if i else None, name=name, task=name))
-    return found
+        parts.append(source.map(x=_permuted(order) if i else None, name=name, task=name))
+    return parts
 
 
 def _permuted(order: Tensor) -> Callable[[Tensor], Tensor]:
+    """A function that permutes all entries of each input."""
     return lambda x: x.flatten(1)[:, order.to(x.device)].view(x.shape)
 
 
 def rotate(source: Source, angles: int | Sequence[float], side: int | None) -> list[Source]:
     """See `consilience.data.rotate`."""
-    if isinstance(angles, int):
-        _whole(angles=angles)
-        angles = [360 * i / angles for i in range(angles)]
-    if not angles or any(isinstance(a, (bool, str)) or not math.isfinite(a) for a in angles):
-        raise ConsilienceError(f"`angles` should be a number of sources or finite degrees. Found {angles!r}.")
-    if len(set(angles)) != len(angles):
-        raise ConsilienceError(f"`angles` should be different. Found {list(angles)}.")
-    shape = _shape(source)
+    degrees = _degrees(angles)
+    shape = _input_shape(source)
     if side is None and len(shape) != 3:
         raise ConsilienceError(
-            f"rotate should have images [N, C, H, W], or `side` for flat square ones. Found examples of shape {shape}."
+            f"rotate needs images [N, C, H, W], got examples of shape {shape}; "
+            "give `side` for flat square images."
         )
+
     if side is not None:
-        _whole(side=side)
+        whole_number(side=side)
         if len(shape) != 1 or shape[0] % (side * side):
             raise ConsilienceError(
-                f"`side` should be that of flat square images [N, C*side*side]. Found `side = {side}` and shape {shape}."
+                f"`side` must be that of flat square images [N, C*side*side], "
+                f"got {side} and examples of shape {shape}."
             )
-    found = []
-    for a in angles:
-        name = f"{source.name}/rotated-{a:g}"
-        found.append(source.map(x=_turned(a, side) if a % 360 else None, name=name, task=name))
-    return found
+
+    parts = []
+    for angle in degrees:
+        name = f"{source.name}/rotated-{angle:g}"
+        parts.append(source.map(x=_turned(angle, side) if angle % 360 else None, name=name, task=name))
+    return parts
+
+
+def _degrees(angles: int | Sequence[float]) -> Sequence[float]:
+    """The angles in degrees, from their number or a list of them."""
+    if isinstance(angles, int):
+        whole_number(angles=angles)
+        angles = [360 * i / angles for i in range(angles)]
+    if not angles or any(isinstance(angle, bool | str) or not math.isfinite(angle) for angle in angles):
+        raise ConsilienceError(f"`angles` must be a number of sources or finite degrees, got {angles!r}.")
+    if len(set(angles)) != len(angles):
+        raise ConsilienceError(f"`angles` must be different, got {list(angles)}.")
+    return angles
 
 
 def _turned(angle: float, side: int | None) -> Callable[[Tensor], Tensor]:
-    """Images turned counter-clockwise: output (u, v) is input at (u cos - v sin, u sin + v cos) in pixels from the centre."""
+    """A function that turns images counter-clockwise.
+
+    Output (u, v) is input at (u cos - v sin, u sin + v cos), in pixels from the centre.
+    """
     from torch.nn.functional import affine_grid, grid_sample
 
-    a = math.radians(angle)
-    cos, sin = math.cos(a), math.sin(a)
+    radians = math.radians(angle)
+    cos, sin = math.cos(radians), math.sin(radians)
 
     def turn(x: Tensor) -> Tensor:
         if len(x) == 0:
             return x
         if not x.is_floating_point():
-            raise ConsilienceError(f"rotate should have images of fractions. Found {x.dtype}.")
-        image = x if side is None else x.view(len(x), -1, side, side)
-        h, w = image.shape[-2:]
-        if h == w and angle % 90 == 0:
-            return torch.rot90(image, int(angle // 90) % 4, (2, 3)).reshape(x.shape)
-        theta = torch.tensor([[cos, -sin * h / w, 0], [sin * w / h, cos, 0]], dtype=x.dtype, device=x.device)
+            raise ConsilienceError(f"rotate needs images of fractions, got {x.dtype}.")
+        images = x if side is None else x.view(len(x), -1, side, side)
+        height, width = images.shape[-2:]
+        # Exact, where interpolation would blur.
+        if height == width and angle % 90 == 0:
+            return torch.rot90(images, int(angle // 90) % 4, (2, 3)).reshape(x.shape)
+
+        # `affine_grid` measures both axes from -1 to 1, so that sines are scaled by the sides' ratio.
+        theta = torch.tensor(
+            [[cos, -sin * height / width, 0], [sin * width / height, cos, 0]], dtype=x.dtype, device=x.device
+        )
+
+        # In chunks: a grid takes as much memory as two channels of the images.
         turned = [
             grid_sample(
-                c,
-                affine_grid(theta.expand(len(c), 2, 3), list(c.shape), align_corners=False),
+                chunk,
+                affine_grid(theta.expand(len(chunk), 2, 3), list(chunk.shape), align_corners=False),
                 align_corners=False,
             )
-            for c in image.split(4096)
+            for chunk in images.split(4096)
         ]
         return torch.cat(turned).view(x.shape)
 
     return turn
 
 
-def _shape(source: Source) -> tuple[int, ...]:
+def _input_shape(source: Source) -> tuple[int, ...]:
     """The shape of one input."""
     return tuple(next(iter(source.train.batches([torch.tensor([0])])))[0].shape[1:])
 
 
-# ---------------------------------------------------------------------------------------------------- clients
+# Partitions into clients. The parts of a source are dealt with keys of their own, so that the partition of
+# the training examples does not depend on the number of validation or test examples.
 
 
-def _clients(source: Source, deal: Deal, local_test: bool) -> list[Source]:
-    """The clients of a source: they keep its classes, its task, and its test, unless that is dealt too."""
+def _partition(source: Source, deal: Deal, local_test: bool) -> list[Source]:
+    """The clients of a source; they keep its classes, its task, and its test, unless that is dealt too."""
     parts = {}
     for part in ("train", "validation", *(["test"] if local_test else [])):
-        these = getattr(source, part)
-        parts[part] = [these.select(index) for index in deal(these.targets().cpu(), part)]
+        examples = getattr(source, part)
+        parts[part] = [examples.select(index) for index in deal(examples.targets().cpu(), part)]
+    # One task for all: heads and task labels are shared by the clients.
     task = source.task or source.name
     return [
         replace(
@@ -177,15 +199,22 @@ def _clients(source: Source, deal: Deal, local_test: bool) -> list[Source]:
     ]
 
 
-def _fits(source: Source, n: int, each: int, what: str) -> None:
-    if n * each > len(source.train):
+def _enough_examples(source: Source, pieces: int, each: int, what: str) -> None:
+    """Refuse a partition into more pieces than there are training examples."""
+    if pieces * each > len(source.train):
         raise ConsilienceError(
-            f"{what} should not outnumber training examples. Found {n * each} and {len(source.train)} of {source.name!r}."
+            f"{what} must not outnumber the training examples of {source.name!r}, "
+            f"got {pieces * each} for {len(source.train)}."
         )
 
 
-def _gamma_shares(rows: int, columns: int, alpha: float, generator: torch.Generator) -> Tensor:
-    """Draws [rows, columns] from Dirichlet(alpha 1), in logarithms: log G(a) = log G(a + 1) + log(U) / a never underflows."""
+def dirichlet_shares(rows: int, columns: int, alpha: float, generator: torch.Generator) -> Tensor:
+    """Draws [rows, columns] from Dirichlet(alpha 1).
+
+    In logarithms, log G(a) = log G(a + 1) + log(U) / a for a Gamma variable G(a) and a uniform U, which never
+    underflows.
+    """
+    # Torch has no public function that draws Gamma variables from a given generator.
     rng = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
     log = (
         np.log(rng.standard_gamma(alpha + 1, (rows, columns)))
@@ -194,228 +223,272 @@ def _gamma_shares(rows: int, columns: int, alpha: float, generator: torch.Genera
     return torch.from_numpy(log).softmax(1)
 
 
-def dirichlet(
-    source: Source, clients: int, alpha: float, seed: int, local_test: bool, least: int
-) -> list[Source]:
+def dirichlet(source: Source, clients: int, alpha: float, dealing: Dealing) -> list[Source]:
     """See `consilience.data.dirichlet`."""
-    _of_classes(source, "dirichlet")
-    _whole(clients=clients, least=least)
-    _positive(alpha=alpha)
-    _fits(source, clients, least, "clients x `least`")
+    source_of_classes(source, "dirichlet")
+    whole_number(clients=clients, least=dealing.least)
+    positive(alpha=alpha)
+    _enough_examples(source, clients, dealing.least, "clients x `least`")
+
     best = 0
-    for attempt in range(100):
-        shares = _gamma_shares(
-            len(source.classes), clients, alpha, key(seed, source.name, "dirichlet", attempt)
-        )
-
-        def deal(y: Tensor, part: str, shares: Tensor = shares, attempt: int = attempt) -> list[Tensor]:
-            generator = key(seed, source.name, "dirichlet", attempt, part)
-            own: list[list[Tensor]] = [[] for _ in range(clients)]
-            for c, p in zip(source.classes, shares, strict=True):
-                index = (y == c).nonzero().flatten()
-                index = index[torch.randperm(len(index), generator=generator)]
-                cuts = (p.cumsum(0)[:-1] * len(index)).round().long().clamp(max=len(index))
-                for mine, piece in zip(own, index.tensor_split(cuts), strict=True):
-                    mine.append(piece)
-            return [torch.cat(mine).sort().values for mine in own]
-
-        smallest = min(len(i) for i in deal(source.train.targets().cpu(), "train"))
-        if smallest >= least:
-            return _clients(source, deal, local_test)
+    for attempt in range(ATTEMPTS):
+        deal = _dirichlet_deal(source, clients, alpha, dealing.seed, attempt)
+        smallest = min(len(index) for index in deal(source.train.targets().cpu(), "train"))
+        if smallest >= dealing.least:
+            return _partition(source, deal, dealing.local_test)
         best = max(best, smallest)
     raise ConsilienceError(
-        f"every client should have at least {least} training examples; raise `alpha` or take fewer clients. "
-        f"Found one with {best} at best in 100 draws with `alpha = {alpha}` and {clients} clients."
+        f"every client must have at least {dealing.least} training examples, "
+        f"got {best} for the smallest at best in {ATTEMPTS} draws "
+        f"with `alpha={alpha}` and {clients} clients; raise `alpha` or take fewer clients."
     )
 
 
-def iid(source: Source, n: int, seed: int, local_test: bool) -> list[Source]:
+def _dirichlet_deal(source: Source, clients: int, alpha: float, seed: int, attempt: int) -> Deal:
+    """Deal each class by shares drawn for this attempt."""
+    generator = key(seed, source.name, "dirichlet", attempt)
+    shares = dirichlet_shares(len(source.classes), clients, alpha, generator)
+
+    def deal(targets: Tensor, part: str) -> list[Tensor]:
+        generator = key(seed, source.name, "dirichlet", attempt, part)
+        dealt: list[list[Tensor]] = [[] for _ in range(clients)]
+        for label, share in zip(source.classes, shares, strict=True):
+            index = (targets == label).nonzero().flatten()
+            index = index[torch.randperm(len(index), generator=generator)]
+            # Cuts of the cumulated shares are rounded, so that every example goes to exactly one client.
+            cuts = (share.cumsum(0)[:-1] * len(index)).round().long().clamp(max=len(index))
+            for own, piece in zip(dealt, index.tensor_split(cuts), strict=True):
+                own.append(piece)
+        return [torch.cat(own).sort().values for own in dealt]
+
+    return deal
+
+
+def iid(source: Source, clients: int, dealing: Dealing) -> list[Source]:
     """See `consilience.data.iid`."""
-    _whole(n=n)
-    _fits(source, n, 1, "clients")
+    whole_number(clients=clients)
+    _enough_examples(source, clients, 1, "clients")
 
-    def deal(y: Tensor, part: str) -> list[Tensor]:
-        order = torch.randperm(len(y), generator=key(seed, source.name, "iid", part))
-        return [i.sort().values for i in order.tensor_split(n)]
+    def deal(targets: Tensor, part: str) -> list[Tensor]:
+        order = torch.randperm(len(targets), generator=key(dealing.seed, source.name, "iid", part))
+        return [index.sort().values for index in order.tensor_split(clients)]
 
-    return _clients(source, deal, local_test)
+    return _partition(source, deal, dealing.local_test)
 
 
-def quantity_skew(
-    source: Source,
-    n: int,
-    power: float,
-    seed: int,
-    local_test: bool,
-    least: int,
-    sigma: float | None,
-    alpha: float | None,
-) -> list[Source]:
+@dataclass(frozen=True)
+class Sizes:
+    """How the sizes of clients are distributed; see `consilience.data.quantity_skew`."""
+
+    power: float = 1.5
+    sigma: float | None = None
+    alpha: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.sigma is not None and self.alpha is not None:
+            raise ConsilienceError(
+                f"got both `sigma={self.sigma}` and `alpha={self.alpha}`; give one of them."
+            )
+        positive(**{self.name: self.value})
+
+    @property
+    def name(self) -> str:
+        """The parameter in use."""
+        return "sigma" if self.sigma is not None else "alpha" if self.alpha is not None else "power"
+
+    @property
+    def value(self) -> float:
+        """The value of the parameter in use."""
+        return getattr(self, self.name)  # type: ignore[no-any-return]
+
+    @property
+    def random(self) -> bool:
+        """Whether sizes are drawn."""
+        return self.name != "power"
+
+    def weights(self, clients: int, generator: torch.Generator) -> Tensor:
+        """The relative sizes [clients]."""
+        if self.sigma is not None:
+            return (self.sigma * torch.randn(clients, generator=generator, dtype=torch.float64)).softmax(0)
+        if self.alpha is not None:
+            return dirichlet_shares(1, clients, self.alpha, generator)[0]
+        return (torch.arange(clients).double() + 1) ** -self.power
+
+
+def quantity_skew(source: Source, clients: int, sizes: Sizes, dealing: Dealing) -> list[Source]:
     """See `consilience.data.quantity_skew`."""
-    _whole(n=n, least=least)
-    name, value = (
-        ("sigma", sigma) if sigma is not None else ("alpha", alpha) if alpha is not None else ("power", power)
-    )
-    if sigma is not None and alpha is not None:
-        raise ConsilienceError(f"give `sigma` or `alpha`. Found both: {sigma} and {alpha}.")
-    _positive(**{name: value})
-    _fits(source, n, least, "clients x `least`")
+    whole_number(clients=clients, least=dealing.least)
+    _enough_examples(source, clients, dealing.least, "clients x `least`")
+    weights = _drawn_sizes(source, clients, sizes, dealing)
 
-    def sizes(attempt: int) -> Tensor:
-        generator = key(seed, source.name, "quantity", name, attempt)
-        if sigma is not None:
-            return (sigma * torch.randn(n, generator=generator, dtype=torch.float64)).softmax(0)
-        if alpha is not None:
-            return _gamma_shares(1, n, alpha, generator)[0]
-        return (torch.arange(n).double() + 1) ** -power
+    def deal(targets: Tensor, part: str) -> list[Tensor]:
+        order = torch.randperm(len(targets), generator=key(dealing.seed, source.name, "quantity", part))
+        return [index.sort().values for index in order.split(apportion(weights, len(targets)).tolist())]
 
+    return _partition(source, deal, dealing.local_test)
+
+
+def _drawn_sizes(source: Source, clients: int, sizes: Sizes, dealing: Dealing) -> Tensor:
+    """Relative sizes [clients] with which every client has enough training examples."""
     best = 0
-    for attempt in range(1 if name == "power" else 100):
-        weights = sizes(attempt)
+
+    # The power law draws nothing, so that a second attempt would find the same.
+    for attempt in range(ATTEMPTS if sizes.random else 1):
+        generator = key(dealing.seed, source.name, "quantity", sizes.name, attempt)
+        weights = sizes.weights(clients, generator)
         smallest = int(apportion(weights, len(source.train)).min())
-        if smallest >= least:
-            break
+        if smallest >= dealing.least:
+            return weights
         best = max(best, smallest)
-    else:
-        lower = "raise" if name == "alpha" else "lower"
-        draws = "" if name == "power" else " at best in 100 draws"
-        raise ConsilienceError(
-            f"every client should have at least {least} training examples; {lower} `{name}` or take fewer clients. "
-            f"Found one with {best}{draws} with `{name} = {value}` and {n} clients."
-        )
 
-    def deal(y: Tensor, part: str) -> list[Tensor]:
-        order = torch.randperm(len(y), generator=key(seed, source.name, "quantity", part))
-        return [i.sort().values for i in order.split(apportion(weights, len(y)).tolist())]
-
-    return _clients(source, deal, local_test)
+    draws = f" at best in {ATTEMPTS} draws" if sizes.random else ""
+    raise ConsilienceError(
+        f"every client must have at least {dealing.least} training examples, "
+        f"got {best} for the smallest{draws} with `{sizes.name}={sizes.value}` and {clients} clients; "
+        f"{'raise' if sizes.name == 'alpha' else 'lower'} `{sizes.name}` or take fewer clients."
+    )
 
 
 def label_sets(
-    source: Source, clients: int, classes: int | Sequence[Sequence[int | str]], seed: int, local_test: bool
+    source: Source, clients: int, classes: int | Sequence[Sequence[int | str]], dealing: Dealing
 ) -> list[Source]:
     """See `consilience.data.label_sets`."""
-    _of_classes(source, "label_sets")
-    _whole(clients=clients)
+    source_of_classes(source, "label_sets")
+    whole_number(clients=clients)
     if isinstance(classes, int):
-        _whole(classes=classes)
-        if classes > len(source.classes) or clients * classes < len(source.classes):
-            raise ConsilienceError(
-                f"`classes` should be at most {len(source.classes)}, and `clients` x `classes` reach them all. "
-                f"Found {clients} clients with {classes}."
-            )
-        own = _balanced(source.classes, clients, classes, key(seed, source.name, "label sets"))
+        sets = _drawn_sets(source, clients, classes, dealing.seed)
     else:
-        numbers: dict[int | str, int] = {c: c for c in source.classes}
-        numbers |= {source.labels[c][1]: c for c in source.classes}
-        unknown = [c for mine in classes for c in mine if c not in numbers]
-        if len(classes) != clients or unknown or not all(len(mine) for mine in classes):
-            found = (
-                f"{unknown[0]!r}"
-                if unknown
-                else f"{len(classes)} sets, one empty"
-                if len(classes) == clients
-                else len(classes)
-            )
-            raise ConsilienceError(
-                f"`classes` should be {clients} lists of classes of {source.name!r}, one a client. Found {found}."
-            )
-        own = [sorted({numbers[c] for c in mine}) for mine in classes]
+        sets = _given_sets(source, clients, classes)
 
-    def deal(y: Tensor, part: str) -> list[Tensor]:
+    def deal(targets: Tensor, part: str) -> list[Tensor]:
         dealt: list[list[Tensor]] = [[] for _ in range(clients)]
-        for c in source.classes:
-            owners = [i for i, mine in enumerate(own) if c in mine]
-            generator = key(seed, source.name, "label sets", part, c)
-            owners = [owners[i] for i in torch.randperm(len(owners), generator=generator).tolist()]
-            index = (y == c).nonzero().flatten()
+        for label in source.classes:
+            holders = [i for i, own in enumerate(sets) if label in own]
+            generator = key(dealing.seed, source.name, "label sets", part, label)
+
+            # A random order of clients decides who takes the examples that do not divide evenly.
+            holders = [holders[i] for i in torch.randperm(len(holders), generator=generator).tolist()]
+            index = (targets == label).nonzero().flatten()
             index = index[torch.randperm(len(index), generator=generator)]
-            for i, piece in zip(owners, index.tensor_split(max(len(owners), 1)), strict=False):
+            for i, piece in zip(holders, index.tensor_split(max(len(holders), 1)), strict=False):
                 dealt[i].append(piece)
-        return [torch.cat(mine).sort().values for mine in dealt]
+        return [torch.cat(own).sort().values for own in dealt]
 
-    return [
-        replace(s, classes=tuple(mine))
-        for s, mine in zip(_clients(source, deal, local_test), own, strict=True)
-    ]
+    parts = _partition(source, deal, dealing.local_test)
+    return [replace(part, classes=tuple(own)) for part, own in zip(parts, sets, strict=True)]
 
 
-def _balanced(classes: Sequence[int], clients: int, each: int, generator: torch.Generator) -> list[list[int]]:
-    """`each` different classes for each client; of two classes neither has over one owner more."""
-    owners = dict.fromkeys(classes, 0)
-    found = []
+def _drawn_sets(source: Source, clients: int, each: int, seed: int) -> list[list[int]]:
+    """`each` different classes per client; no class is held by two clients more than another.
+
+    Clients choose in turn, the classes with the fewest clients first.
+    """
+    whole_number(classes=each)
+    if each > len(source.classes) or clients * each < len(source.classes):
+        raise ConsilienceError(
+            f"`classes` must be at most {len(source.classes)}, and `clients` x `classes` at least that, "
+            f"so that every class has a client; got {clients} clients with {each}."
+        )
+    generator = key(seed, source.name, "label sets")
+    classes = source.classes
+    held = dict.fromkeys(classes, 0)
+    sets = []
     for _ in range(clients):
         order = [classes[i] for i in torch.randperm(len(classes), generator=generator).tolist()]
-        mine = sorted(order, key=owners.__getitem__)[:each]
-        for c in mine:
-            owners[c] += 1
-        found.append(sorted(mine))
-    return found
+        own = sorted(order, key=held.__getitem__)[:each]
+        for label in own:
+            held[label] += 1
+        sets.append(sorted(own))
+    return sets
+
+
+def _given_sets(source: Source, clients: int, classes: Sequence[Sequence[int | str]]) -> list[list[int]]:
+    """The classes of each client as numbers."""
+    numbers: dict[int | str, int] = {label: label for label in source.classes}
+    numbers |= {source.labels[label][1]: label for label in source.classes}
+    unknown = [label for own in classes for label in own if label not in numbers]
+    if len(classes) != clients or unknown or not all(len(own) for own in classes):
+        got = f"{len(classes)} sets"
+        if unknown:
+            got = f"{unknown[0]!r}"
+        elif len(classes) == clients:
+            got += ", one of them empty"
+        raise ConsilienceError(
+            f"`classes` must be {clients} lists of classes of {source.name!r}, one per client, got {got}."
+        )
+    return [sorted({numbers[label] for label in own}) for own in classes]
 
 
 def natural(source: Source, users: Any, test_users: Any, least: int) -> list[Source]:
     """See `consilience.data.natural`."""
-    _whole(least=least)
-    n, m = len(source.train), len(source.validation)
-    of = _column(users, n + m, "users", "training example, and after them for each validation example")
-    parts = {"train": of[:n], "validation": of[n:]}
+    whole_number(least=least)
+    train, validation = len(source.train), len(source.validation)
+    column = _column(
+        users, train + validation, "users", "training example, and then for each validation example"
+    )
+    columns = {"train": column[:train], "validation": column[train:]}
     if test_users is not None:
-        parts["test"] = _column(test_users, len(source.test), "test_users", "test example")
-    count = {u: 0 for u in dict.fromkeys(of)}
-    for u in of[:n]:
-        count[u] += 1
-    kept = sorted((u for u, c in count.items() if c >= least), key=lambda u: (isinstance(u, str), u))
+        columns["test"] = _column(test_users, len(source.test), "test_users", "test example")
+
+    # Users with validation examples only are counted too, with 0.
+    counts = dict.fromkeys(column, 0)
+    for user in columns["train"]:
+        counts[user] += 1
+    # Numbers before names: the two cannot be compared.
+    kept = sorted((u for u, count in counts.items() if count >= least), key=lambda u: (isinstance(u, str), u))
     if not kept:
         raise ConsilienceError(
-            f"a user should have at least {least} training examples. Found {max(count.values())} at most."
+            f"a user must have at least {least} training examples, got {max(counts.values())} at most."
         )
-    where: dict[str, dict[Any, list[int]]] = {part: {u: [] for u in kept} for part in parts}
-    for part, column in parts.items():
-        for i, u in enumerate(column):
-            if u in where[part]:
-                where[part][u].append(i)
-    dealt = {part: [torch.tensor(own[u], dtype=torch.long) for u in kept] for part, own in where.items()}
-    made = _clients(source, lambda y, part: dealt[part], test_users is not None)
-    return [replace(s, name=f"{source.name}/{u}") for s, u in zip(made, kept, strict=True)]
+
+    rows: dict[str, dict[Any, list[int]]] = {part: {user: [] for user in kept} for part in columns}
+    for part, of_part in columns.items():
+        for i, user in enumerate(of_part):
+            if user in rows[part]:
+                rows[part][user].append(i)
+    dealt = {part: [torch.tensor(own[user], dtype=torch.long) for user in kept] for part, own in rows.items()}
+    parts = _partition(source, lambda targets, part: dealt[part], test_users is not None)
+    return [replace(part, name=f"{source.name}/{user}") for part, user in zip(parts, kept, strict=True)]
 
 
 def _column(values: Any, count: int, name: str, each: str) -> list[Any]:
-    """A list of names or whole numbers, one for each example."""
-    found = (
-        values.tolist() if hasattr(values, "tolist") else list(values) if isinstance(values, Sequence) else []
-    )
+    """A list of names or whole numbers, one per example."""
+    found = []
+    if hasattr(values, "tolist"):
+        found = values.tolist()
+    elif isinstance(values, Sequence):
+        found = list(values)
     if len(found) != count or isinstance(values, str) or any(not isinstance(u, int | str) for u in found):
         raise ConsilienceError(
-            f"`{name}` should be a name or number for each {each}: {count}. Found {len(found)}."
+            f"`{name}` must be a name or a whole number for each {each}, {count} in all, "
+            f"got {len(found)} values."
         )
     return found
 
 
-def shards(source: Source, clients: int, shards_per_client: int, seed: int, local_test: bool) -> list[Source]:
+def shards(source: Source, clients: int, shards_per_client: int, dealing: Dealing) -> list[Source]:
     """See `consilience.data.shards`."""
-    _of_classes(source, "shards")
-    _whole(clients=clients, shards_per_client=shards_per_client)
+    source_of_classes(source, "shards")
+    whole_number(clients=clients, shards_per_client=shards_per_client)
     total = clients * shards_per_client
-    _fits(source, total, 1, "shards")
-    owner = (
-        torch.randperm(total, generator=key(seed, source.name, "shards"))
-        .view(clients, shards_per_client)
-        .tolist()
-    )
+    _enough_examples(source, total, 1, "shards")
+    drawn = torch.randperm(total, generator=key(dealing.seed, source.name, "shards"))
+    shards_of = drawn.view(clients, shards_per_client).tolist()
 
-    def deal(y: Tensor, part: str) -> list[Tensor]:
-        order = torch.randperm(len(y), generator=key(seed, source.name, "shards", part))
-        pieces = order[y[order].argsort(stable=True)].tensor_split(total)
-        return [torch.cat([pieces[s] for s in own]).sort().values for own in owner]
+    def deal(targets: Tensor, part: str) -> list[Tensor]:
+        # Shuffled first, so that the cuts inside a class fall at random.
+        order = torch.randperm(len(targets), generator=key(dealing.seed, source.name, "shards", part))
+        pieces = order[targets[order].argsort(stable=True)].tensor_split(total)
+        return [torch.cat([pieces[shard] for shard in own]).sort().values for own in shards_of]
 
-    return _clients(source, deal, local_test)
+    return _partition(source, deal, dealing.local_test)
 
 
 def streams(sources: Sequence[Source], clients: int) -> list[list[Source]]:
     """See `consilience.data.streams`."""
-    _whole(clients=clients)
+    whole_number(clients=clients)
     if clients > len(sources):
         raise ConsilienceError(
-            f"every client should have a source. Found {clients} clients and {len(sources)} sources."
+            f"every client must have a source, got {clients} clients and {len(sources)} sources."
         )
     return [list(sources[i::clients]) for i in range(clients)]

@@ -1,4 +1,4 @@
-"""How sources are made from text: windows of characters, and the next one."""
+"""Sources from text: windows of characters as inputs, the next character as target."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import lzma
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from consilience.core.checks import fraction, whole_number
 from consilience.core.errors import ConsilienceError, unknown
 from consilience.core.source import Source, Tensors
-from consilience.data._sources import _fraction
-from consilience.data._splits import _whole
 
 FILE = "shakespeare_roles.json.xz"
 
@@ -29,91 +29,102 @@ def shakespeare(
     path: str | Path | None,
 ) -> list[Source]:
     """See `consilience.data.shakespeare`."""
-    _whole(window=window, stride=stride, **({} if limit is None else {"limit": limit}))
-    share = _fraction("validation", validation, zero=True)
+    whole_number(window=window, stride=stride, **({} if limit is None else {"limit": limit}))
+    share = fraction("validation", validation, zero=True)
     texts = read(path)
-    if isinstance(roles, int):
-        _whole(roles=roles)
-        if roles > len(texts):
-            raise ConsilienceError(
-                f"`roles` should be at most the {len(texts)} there are. Found `roles = {roles}`."
-            )
-        roles = list(texts)[:roles]
-    chosen = list(texts) if roles is None else list(roles)
-    for r in chosen:
-        if r not in texts:
-            raise unknown("roles", r, texts)
-    characters = sorted({c for t in texts.values() for part in t.values() for c in part})
-    table = {c: i for i, c in enumerate(characters)}
-    labels = tuple(("shakespeare", c) for c in characters)
-    found = []
-    for r in chosen:
-        train = encode(texts[r]["train"], table)
+    chosen = _chosen_roles(roles, texts)
+
+    # Of all roles, so that models and frames are the same for any choice of them.
+    characters = sorted({char for role in texts.values() for text in role.values() for char in text})
+    numbers = {char: i for i, char in enumerate(characters)}
+    labels = tuple(("shakespeare", char) for char in characters)
+
+    sources = []
+    for role in chosen:
+        train = encode(texts[role]["train"], numbers)
         cut = len(train) - round(share * len(train))
-        parts = {"train": train[:cut], "validation": train[cut:], "test": encode(texts[r]["test"], table)}
+        parts = {
+            "train": train[:cut],
+            "validation": train[cut:],
+            "test": encode(texts[role]["test"], numbers),
+        }
         for part, text in parts.items():
+            # An empty validation text is what `validation=0` asks for.
             if len(text) <= window and (part != "validation" or len(text)):
                 raise ConsilienceError(
-                    f"`window` should be shorter than every text. Found `window = {window}` and {len(text)} characters ({part}) of {r!r}."
+                    f"`window` must be shorter than every text, got {window} "
+                    f"for {len(text)} characters ({part}) of {role!r}."
                 )
         made = {part: windows(text, window, stride) for part, text in parts.items()}
         if limit is not None:
             made["train"] = Tensors(made["train"].x[:limit], made["train"].y[:limit])
-        found.append(
-            Source(
-                f"shakespeare/{r}",
-                made["train"],
-                made["validation"],
-                made["test"],
-                labels,
-                tuple(range(len(labels))),
-                "shakespeare",
+
+        classes = tuple(range(len(labels)))
+        examples = made["train"], made["validation"], made["test"]
+        sources.append(Source(f"shakespeare/{role}", *examples, labels, classes, "shakespeare"))
+    return sources
+
+
+def _chosen_roles(roles: int | Sequence[str] | None, texts: dict[str, dict[str, str]]) -> list[str]:
+    """The names of the roles to take."""
+    if isinstance(roles, int):
+        whole_number(roles=roles)
+        if roles > len(texts):
+            raise ConsilienceError(
+                f"`roles` must be at most {len(texts)}, the roles of the file, got {roles}."
             )
-        )
-    return found
+        return list(texts)[:roles]
+    chosen = list(texts) if roles is None else list(roles)
+    for role in chosen:
+        if role not in texts:
+            raise unknown("roles", role, texts)
+    return chosen
 
 
 def read(path: str | Path | None) -> dict[str, dict[str, str]]:
-    """{role: {"train": text, "test": text}}."""
+    """The texts of a file: {role: {"train": text, "test": text}}."""
     if path is None:
-        where = os.environ.get("CONSILIENCE_DATA")
-        if not where:
+        folder = os.environ.get("CONSILIENCE_DATA")
+        if not folder:
             raise ConsilienceError(
-                f"{FILE} should lie in the folder that CONSILIENCE_DATA names. Found that it is not set."
+                f"no folder to find {FILE} in: CONSILIENCE_DATA is not set; set it, or give `path`."
             )
-        path = Path(where) / FILE
+        path = Path(folder) / FILE
     if not Path(path).is_file():
-        raise ConsilienceError(f"`path` should be a readable .json.xz file. Found none at {path}.")
+        raise ConsilienceError(f"`path` must be a readable .json.xz file, got none at {path}.")
+
+    # Damaged files raise different errors, depending on where the damage is.
     try:
         with lzma.open(path) as file:
             texts = json.loads(file.read())
-    except (OSError, EOFError, ValueError, lzma.LZMAError) as e:
-        raise ConsilienceError(f"a .json.xz file should be whole. Found {path}: {e}") from e
-    whole = (
-        isinstance(texts, dict)
-        and texts
-        and all(
-            isinstance(t, dict)
-            and t.keys() == {"train", "test"}
-            and all(isinstance(p, str) for p in t.values())
-            for t in texts.values()
-        )
-    )
-    if not whole:
+    except (OSError, EOFError, ValueError, lzma.LZMAError) as error:
+        raise ConsilienceError(f"cannot read {path} as .json.xz: {error}") from error
+    if not isinstance(texts, dict) or not texts or not all(map(_is_role, texts.values())):
         raise ConsilienceError(
-            f'a file of roles should be {{role: {{"train": text, "test": text}}}}. Found another form in {path}.'
+            f'a file of roles must be {{role: {{"train": text, "test": text}}}}, got another form in {path}.'
         )
-    return texts  # type: ignore[no-any-return]
+    return texts
 
 
-def encode(text: str, table: dict[str, int]) -> Tensor:
-    """The numbers of the characters [L]."""
-    return torch.from_numpy(np.array([table[c] for c in text], dtype=np.int64))
+def _is_role(value: Any) -> bool:
+    """Whether a value is {"train": text, "test": text}."""
+    return (
+        isinstance(value, dict)
+        and value.keys() == {"train", "test"}
+        and all(isinstance(text, str) for text in value.values())
+    )
+
+
+def encode(text: str, numbers: dict[str, int]) -> Tensor:
+    """The numbers [L] of the characters of a text."""
+    return torch.from_numpy(np.array([numbers[char] for char in text], dtype=np.int64))
 
 
 def windows(text: Tensor, window: int, stride: int) -> Tensors:
-    """Windows x [N, T] of a text [L] and the characters y [N] after them; x is a view, so that no character is copied."""
+    """Windows x [N, T] of an encoded text [L], and the characters y [N] that follow them."""
     if len(text) <= window:
         return Tensors(text.new_zeros(0, window), text.new_zeros(0))
+
+    # x stays a view of the text: with stride 1, copies would take T times the memory.
     pieces = text.unfold(0, window + 1, stride)
     return Tensors(pieces[:, :-1], pieces[:, -1].clone())

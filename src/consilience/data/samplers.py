@@ -1,4 +1,4 @@
-"""Samplers: which examples a step sees, as index batches of one pass; a part of `Training`."""
+"""Samplers: which examples a step sees, as index batches of one epoch; a part of `Training`."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ __all__ = ["Balanced", "InOrder", "Sampler", "Shuffle"]
 
 @dataclass(frozen=True)
 class InOrder(Sampler):
-    """Every example once a pass, as it lies.
+    """Every example once per epoch, in the order of the source.
 
-    >>> [b.tolist() for b in InOrder().plan(torch.zeros(5), 2, 0, torch.Generator())]
+    >>> [batch.tolist() for batch in InOrder().plan(torch.zeros(5), 2, 0, torch.Generator())]
     [[0, 1], [2, 3], [4]]
     """
 
@@ -28,10 +28,11 @@ class InOrder(Sampler):
 
 @dataclass(frozen=True)
 class Balanced(Sampler):
-    """As many examples a pass as there are, of which class c has the share p_c = n_c^(1/T) / sum_k n_k^(1/T).
+    """Class c has the share p_c = n_c^(1/T) / sum_k n_k^(1/T) of the examples of an epoch.
 
-    T = 1 is each example once (`Shuffle`), T = infinity gives all classes equal shares. Shares are met exactly, not in
-    expectation; within a class every example comes once before any comes again.
+    An epoch has as many examples as the source. T = 1 is each example once (`Shuffle`), T = infinity gives
+    all classes equal shares. Shares are met exactly, not in expectation. Within a class, every example comes
+    once before any comes again.
 
     Args:
         temperature: T > 0.
@@ -49,25 +50,26 @@ class Balanced(Sampler):
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
-            raise ConsilienceError(
-                f"`temperature` should be > 0. Found `temperature = {self.temperature!r}`."
-            )
+            raise ConsilienceError(f"`temperature` must be > 0, got {self.temperature!r}.")
 
     def plan(self, targets: Tensor, batch_size: int, epoch: int, generator: torch.Generator) -> list[Tensor]:
         targets = targets.cpu()
         if targets.dim() != 1 or targets.is_floating_point():
             raise ConsilienceError(
-                f"Balanced should sample by classes. Found targets {targets.dtype} {tuple(targets.shape)}."
+                f"Balanced needs classes as targets, got {targets.dtype} of shape {tuple(targets.shape)}."
             )
         classes, counts = targets.unique(return_counts=True)
+
+        # In logarithms, because n^(1/T) overflows for small T.
         log_n = counts.double().log() / self.temperature
+        quotas = apportion((log_n - log_n.max()).exp(), len(targets)).tolist()
         chosen = []
-        for c, quota in zip(
-            classes, apportion((log_n - log_n.max()).exp(), len(targets)).tolist(), strict=True
-        ):
-            of_class = (targets == c).nonzero().flatten()
-            turns = -(-quota // len(of_class))
-            passes = [of_class[torch.randperm(len(of_class), generator=generator)] for _ in range(turns)]
-            chosen.append(torch.cat(passes)[:quota] if passes else of_class[:0])
+        for label, quota in zip(classes, quotas, strict=True):
+            of_class = (targets == label).nonzero().flatten()
+            # Whole passes over the class, the last one cut short.
+            times = -(-quota // len(of_class))
+            orders = [of_class[torch.randperm(len(of_class), generator=generator)] for _ in range(times)]
+            chosen.append(torch.cat(orders)[:quota] if orders else of_class[:0])
+
         together = torch.cat(chosen)
         return list(together[torch.randperm(len(together), generator=generator)].split(batch_size))

@@ -1,133 +1,157 @@
-"""Settings: functions that return a Schedule: who learns which source when, and who hears whom. Signatures import no torch."""
+"""Settings: functions that return a Schedule.
+
+A schedule says which agent trains on which source when, and which agents exchange what they learned.
+Signatures import no torch.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from consilience.core.schedule import Expert, Phase, Schedule
     from consilience.core.source import Source
+    from consilience.settings._rounds import Federation, Participation
 
     Available = Sequence[Sequence[int]] | Mapping[int, Sequence[int]] | Callable[[int, int], Sequence[int]]
 
 Scenario = Literal["task", "domain", "class"]
+Order = Literal["uniform", "cyclic", "weighted"]
+
+
+# One agent.
 
 
 def multitask(sources: Sequence[Source], scenario: Scenario = "class", rounds: int = 1) -> Schedule:
-    """One agent learns all tasks in each step, then hears itself.
+    """One agent trains on all tasks in each step.
 
     Args:
         sources: the tasks.
         scenario: what targets and task labels are (see `continual`).
-        rounds: how often it goes through all epochs, with an evaluation after each.
+        rounds: how often it runs through all epochs, with an evaluation after each time.
     """
+    from consilience.core.checks import whole_number
     from consilience.core.schedule import Evaluate, Exchange, Train, build
 
-    names = tuple(s.name for s in _sources(sources))
-    _at_least(1, rounds=rounds)
+    names = tuple(source.name for source in _checked_sources(sources))
+    whole_number(rounds=rounds)
 
     def plan(seed: int) -> Iterable[Phase]:
-        for r in range(rounds):
+        for number in range(rounds):
             yield Train({"agent": names})
+
+            # To itself: what a method does after an exchange is then the same in all settings.
             yield Exchange({"agent": ("agent",)})
-            yield Evaluate(f"round {r + 1}")
+            yield Evaluate(f"round {number + 1}")
 
     return build("multitask", sources, scenario, plan, "agent")
 
 
 def continual(sources: Sequence[Source], scenario: Scenario = "class", base: Any = None) -> Schedule:
-    """One agent learns one source after another, and hears itself after each.
+    """One agent trains on one source after another, and is evaluated on all sources after each.
 
     Args:
-        sources: in the order of learning.
-        scenario: "task": the task label is given in training and at evaluation; "class": targets are the classes of all
-            sources together, no label; "domain": targets are 0..k-1 in every source, no label.
-        base: parameters to begin with, such as another run's; None draws them.
+        sources: in the order of training.
+        scenario: "task": the task label is given in training and at evaluation; "class": targets are the
+            classes of all sources together, without label; "domain": targets are 0..k-1 in every source,
+            without label.
+        base: parameters to begin with, such as those of another run; None draws them.
     """
     from consilience.core.schedule import Evaluate, Exchange, Train, build
 
-    sources = _sources(sources)
+    sources = _checked_sources(sources)
 
     def plan(seed: int) -> Iterable[Phase]:
-        for s in sources:
-            yield Train({"agent": (s.name,)})
+        for source in sources:
+            yield Train({"agent": (source.name,)})
             yield Exchange({"agent": ("agent",)})
-            yield Evaluate(s.name)
+            yield Evaluate(source.name)
 
-    return build(
-        "continual", sources, scenario, plan, "agent", _common_test(sources, scenario), base=_entries(base)
-    )
+    # Sources with one test would all have the same score, so that test is judged once.
+    judged = _common_test(sources, scenario)
+    return build("continual", sources, scenario, plan, "agent", judged, base=_entries(base))
 
 
 def online(
     sources: Sequence[Source], chunk: int = 320, scenario: Scenario = "class", seed: int = 0
 ) -> Schedule:
-    """One agent learns a stream that is seen once and does not say where a source ends; it is judged where they do.
+    """One agent trains on a stream of examples that is seen once, without boundaries between sources.
 
-    Sources arrive one after another in chunks of `chunk` examples: the agent learns a chunk (in batches of the training's
-    size, for one epoch), hears itself, and goes on; a buffer takes in a chunk once it was learned. Methods that must know where a source ends refuse.
+    Sources arrive one after another in chunks of `chunk` examples. The agent trains on a chunk for one epoch,
+    in batches of the training's size; then a buffer may store the chunk, and the next one arrives. The agent
+    is evaluated where a source ends, but does not know that it does: methods that need boundaries refuse.
 
     Args:
         sources: in the order of arrival; `data.blurry` mixes them at their boundaries.
-        chunk: examples that arrive together; the last of a source may be fewer.
-        scenario: what targets and task labels are (see `continual`); with "task" the labels do tell where a source ends, and are
-            given with every chunk.
+        chunk: examples that arrive together; the last chunk of a source may have fewer.
+        scenario: what targets and task labels are (see `continual`); with "task", labels are given with every
+            chunk, and reveal the boundaries.
         seed: of the order of a source's examples.
     """
     from dataclasses import replace
 
     import torch
 
+    from consilience.core.checks import whole_number
+    from consilience.core.errors import ConsilienceError
     from consilience.core.params import key
     from consilience.core.schedule import Evaluate, Exchange, Train, build
 
-    _at_least(1, chunk=chunk)
-    sources = [replace(s, task=s.task or s.name) for s in _sources(sources)]
-    if len({s.name for s in sources}) < len(sources):
-        from consilience.core.errors import ConsilienceError
+    # Chunks have other names than their source, and keep its task: labels stay those of the source.
+    whole_number(chunk=chunk)
+    sources = [replace(source, task=source.task or source.name) for source in _checked_sources(sources)]
+    names = [source.name for source in sources]
+    if len(set(names)) < len(names):
+        raise ConsilienceError(f"sources must have names of their own, got {names}.")
 
-        raise ConsilienceError(f"sources should have names of their own. Found {[s.name for s in sources]}.")
     chunks: dict[str, list[Source]] = {}
-    for s in sources:
-        cuts = torch.randperm(len(s.train), generator=key(seed, s.name, "online")).split(chunk)
-        width = len(str(len(cuts) - 1))
-        chunks[s.name] = [
-            replace(s, name=f"{s.name}/{i:0{width}d}", train=s.train.select(c)) for i, c in enumerate(cuts)
+    for source in sources:
+        order = torch.randperm(len(source.train), generator=key(seed, source.name, "online"))
+        cuts = order.split(chunk)
+        chunks[source.name] = [
+            replace(source, name=name, train=source.train.select(index))
+            for name, index in zip(_numbered(f"{source.name}/", len(cuts)), cuts, strict=True)
         ]
 
     def plan(seed: int) -> Iterable[Phase]:
-        for s in sources:
-            for c in chunks[s.name]:
-                yield Train({"agent": (c.name,)})
+        for source in sources:
+            for part in chunks[source.name]:
+                yield Train({"agent": (part.name,)})
                 yield Exchange({"agent": ("agent",)})
-            yield Evaluate(s.name)
+            yield Evaluate(source.name)
 
-    every = [c for own in chunks.values() for c in own]
+    every = [part for own in chunks.values() for part in own]
     judged = _common_test(sources, scenario) or sources
     return build("online", every, scenario, plan, "agent", judged, boundaries=False)
 
 
 def _common_test(sources: Sequence[Source], scenario: str) -> list[Source]:
-    """Where all sources are judged on the same test data and no task is told: one source that stands for it; else none."""
+    """One source for the evaluation of all, if they have one test and no task labels; otherwise none."""
     from dataclasses import replace
 
     first = sources[0]
-    if len(sources) < 2 or scenario == "task" or any(s.test is not first.test for s in sources):
+    if len(sources) < 2 or scenario == "task" or any(source.test is not first.test for source in sources):
         return []
-    if scenario == "domain" and any(s.classes != first.classes for s in sources):
+
+    # In scenario "domain" a target means another class in each source, unless their classes are the same.
+    if scenario == "domain" and any(source.classes != first.classes for source in sources):
         return []
-    classes = tuple(sorted({c for s in sources for c in s.classes}))
+    classes = tuple(sorted({label for source in sources for label in source.classes}))
     return [replace(first, name=f"{first.name.partition('/')[0]}/test", task=None, classes=classes)]
+
+
+# Federations. Options stay flat here, because each is one on the command line. Inside, two objects have them:
+# who takes part in a round, and how rounds run.
 
 
 def federated(
     sources: Sequence[Source],
     rounds: int = 20,
     clients_per_round: int | None = None,
-    order: Literal["uniform", "cyclic", "weighted"] = "uniform",
+    order: Order = "uniform",
     scenario: Scenario = "class",
     participation: float | None = None,
     weights: Sequence[float] | None = None,
@@ -140,61 +164,64 @@ def federated(
     personalise: bool = False,
     base: Any = None,
 ) -> Schedule:
-    """Clients, a source each, learn every round from what the server tells; the server hears them.
+    """Clients with one source each and a server: the clients of a round receive, train, and send.
 
-    Who takes part is drawn by the seed and the round alone.
+    The clients of a round depend on the seed and the round alone.
 
     Args:
-        sources: one a client.
+        sources: one per client.
         rounds: number of rounds.
-        clients_per_round: how many learn in a round; None is all.
-        order: "uniform" samples clients by the seed, "cyclic" takes them in turn, "weighted" samples them one after another, each
-            in proportion to `weights` among those that are left.
+        clients_per_round: how many train in a round; None is all.
+        order: "uniform" samples clients by the seed, "cyclic" takes them in turn, "weighted" samples them one
+            after another, each in proportion to `weights` among those that are left.
         scenario: what targets and task labels are (see `continual`).
-        participation: the fraction of the clients that learn in a round, in (0, 1], instead of their number; at least one does.
-        weights: of the clients, for "weighted"; None takes their numbers of training examples. Sampling by size and averaging
-            by size count a large client twice: `by_size=False` undoes it.
-        available: which clients (numbers from 0) are there in which round (from 0): a list of lists that begins again after its
-            end, a mapping (a round that it lacks has none), or a function (round, seed) -> clients. Where fewer are there than
-            asked for, those learn; where none is, or fewer than `min_clients`, the round is skipped.
-        stragglers: the fraction of a round's clients that do only a part of their steps, drawn uniformly from 0 to 1 (one step at least).
-        dropouts: the fraction of a round's clients that learn but are not heard; where nobody is, the server stays as it is.
-        min_clients: a round goes on without clients that fail where so many finish, else the run stops and can be resumed.
-            None: all should.
-        by_size: whether clients weigh by their numbers of examples, else equally.
+        participation: the fraction of the clients that train in a round, in (0, 1], instead of their number;
+            at least one client trains.
+        weights: of the clients, for "weighted"; None takes their numbers of training examples. Sampling by
+            size and averaging by size count a large client twice; `by_size=False` avoids it.
+        available: which clients (numbers from 0) are available in which round (from 0): a list of lists that
+            is repeated, a mapping (rounds that it lacks have no clients), or a function (round, seed) ->
+            clients. If fewer are available than `clients_per_round`, these train. If there is none, or fewer
+            than `min_clients`, the round is skipped.
+        stragglers: the fraction of a round's clients that take only a part of their steps, drawn uniformly
+            from 0 to 1 (one step at least).
+        dropouts: the fraction of a round's clients that train but do not send. If no client sends, the server
+            stays as it is.
+        min_clients: if a client fails, the round goes on without it as long as so many clients finish; with
+            fewer, the run stops and can be resumed. None: all must finish.
+        by_size: weigh clients by their numbers of examples; otherwise equally.
         evaluate_every: rounds between evaluations; the last round has one too.
-        personalise: after the last round every client hears the server and learns once more, unheard; the last stage judges
-            each client's own parameters on its own source (`Result.personal`).
-        base: parameters to begin with, such as another run's; None draws them.
+        personalise: after the last round every client receives from the server and trains once more, without
+            sending. The last evaluation judges each client's own parameters on its own source
+            (`Result.personal`).
+        base: parameters to begin with, such as those of another run; None draws them.
 
     Raises:
-        ConsilienceError: a number out of its range; no round in which enough clients are there.
+        ConsilienceError: a number out of its range; no round in which enough clients are available.
     """
-    return _federated(
-        "federated",
-        [[s] for s in _sources(sources)],
-        rounds,
-        scenario,
-        by_size,
-        evaluate_every,
-        personalise,
-        clients_per_round=clients_per_round,
-        order=order,
-        fraction=participation,
-        weights=weights,
-        available=available,
-        stragglers=stragglers,
-        dropouts=dropouts,
-        min_clients=min_clients,
-        base=base,
+    from consilience.settings._rounds import Federation, Participation
+
+    streams = [[source] for source in _checked_sources(sources)]
+    drawing = Participation(
+        len(streams),
+        clients_per_round,
+        participation,
+        order,
+        weights,
+        available,
+        stragglers,
+        dropouts,
+        min_clients,
     )
+    federation = Federation(rounds, by_size, evaluate_every, personalise)
+    return _federation("federated", streams, scenario, drawing, federation, base)
 
 
 def federated_continual(
     streams: Sequence[Sequence[Source]],
     rounds: int = 5,
     clients_per_round: int | None = None,
-    order: Literal["uniform", "cyclic", "weighted"] = "uniform",
+    order: Order = "uniform",
     scenario: Scenario = "class",
     participation: float | None = None,
     weights: Sequence[float] | None = None,
@@ -207,37 +234,37 @@ def federated_continual(
     personalise: bool = False,
     base: Any = None,
 ) -> Schedule:
-    """Clients learn streams of sources of their own: for each source of the streams, some rounds with the server.
+    """Clients with a stream of sources each: for each position in the streams, some rounds with the server.
 
     Args:
-        streams: for each client its sources, in order.
-        rounds: rounds for each source of the streams.
-        clients_per_round: how many learn in a round; None is all that have a source left.
-        order: "uniform" samples clients by the seed, "cyclic" takes them in turn, "weighted" as in `federated`.
+        streams: the sources of each client, in order.
+        rounds: rounds for each position in the streams.
+        clients_per_round: how many train in a round; None is all that have a source left.
+        order: "uniform" samples clients by the seed, "cyclic" takes them in turn, "weighted" as in
+            `federated`.
         scenario: what targets and task labels are (see `continual`).
-        participation, weights, available, stragglers, dropouts, min_clients, by_size, evaluate_every: as in `federated`; rounds
-            count over the whole run, and a fraction is of the clients that have a source left.
+        participation, weights, available, stragglers, dropouts, min_clients, by_size, evaluate_every: as in
+            `federated`; rounds count over the whole run, and a fraction is of the clients that have a source
+            left.
         personalise: as in `federated`, each client on its last source.
-        base: parameters to begin with, such as another run's; None draws them.
+        base: parameters to begin with, such as those of another run; None draws them.
     """
-    return _federated(
-        "federated_continual",
-        [_sources(s) for s in streams],
-        rounds,
-        scenario,
-        by_size,
-        evaluate_every,
-        personalise,
-        clients_per_round=clients_per_round,
-        order=order,
-        fraction=participation,
-        weights=weights,
-        available=available,
-        stragglers=stragglers,
-        dropouts=dropouts,
-        min_clients=min_clients,
-        base=base,
+    from consilience.settings._rounds import Federation, Participation
+
+    checked = [_checked_sources(own) for own in streams]
+    drawing = Participation(
+        len(checked),
+        clients_per_round,
+        participation,
+        order,
+        weights,
+        available,
+        stragglers,
+        dropouts,
+        min_clients,
     )
+    federation = Federation(rounds, by_size, evaluate_every, personalise)
+    return _federation("federated_continual", checked, scenario, drawing, federation, base)
 
 
 def hierarchical(
@@ -246,7 +273,7 @@ def hierarchical(
     rounds: int = 20,
     edge_rounds: int = 1,
     clients_per_round: int | None = None,
-    order: Literal["uniform", "cyclic", "weighted"] = "uniform",
+    order: Order = "uniform",
     scenario: Scenario = "class",
     participation: float | None = None,
     stragglers: float = 0.0,
@@ -256,42 +283,87 @@ def hierarchical(
     evaluate_every: int = 1,
     personalise: bool = False,
 ) -> Schedule:
-    """Clients below edge servers below a server: each round goes down, is learned, and goes up again.
+    """Clients below edge servers below a server.
 
-    An edge server is to its clients what the server is in `federated`: aggregators and outer steps act there. The server averages
-    the edges, each weighted by the examples of the clients that it heard; so with plain averages and one edge round it has the
-    average over all clients (Liu et al. 2020, Client-Edge-Cloud Hierarchical Federated Learning).
+    In every round parameters go down, clients train, and send up again. An edge server is to its clients what
+    the server is in `federated`: aggregators and outer steps act there. The server averages the edges, each
+    weighted by the examples of the clients that sent to it. So with plain averages and one edge round it has
+    the average over all clients (Liu et al. 2020, Client-Edge-Cloud Hierarchical Federated Learning).
 
     Args:
-        sources: one a client.
+        sources: one per client.
         edges: how many edge servers, each with neighbouring clients; or the clients (numbers from 0) of each.
         rounds: number of rounds.
-        edge_rounds: how often in a round clients learn and their edge hears them before the server does.
-        clients_per_round, order, participation, stragglers, dropouts, min_clients, by_size, evaluate_every, personalise: as in
-            `federated`, over all clients together.
+        edge_rounds: how often in a round clients train and send to their edge before the edge sends to the
+            server.
+        clients_per_round, order, participation, stragglers, dropouts, min_clients, by_size, evaluate_every,
+        personalise:
+            as in `federated`, over all clients together.
         scenario: what targets and task labels are (see `continual`).
     """
-    from consilience.settings._rounds import edges_of
+    from consilience.settings._rounds import Federation, Participation, edges_of
 
-    sources = _sources(sources)
-    _at_least(1, edge_rounds=edge_rounds)
-    return _federated(
-        "hierarchical",
-        [[s] for s in sources],
-        rounds,
-        scenario,
-        by_size,
-        evaluate_every,
-        personalise,
-        edges_of(edges, len(sources)),
-        edge_rounds,
-        clients_per_round=clients_per_round,
-        order=order,
-        fraction=participation,
+    streams = [[source] for source in _checked_sources(sources)]
+    drawing = Participation(
+        len(streams),
+        clients_per_round,
+        participation,
+        order,
         stragglers=stragglers,
         dropouts=dropouts,
         min_clients=min_clients,
     )
+    # Participation is drawn over all clients together, whatever their edges.
+    edge_of = edges_of(edges, len(streams))
+    federation = Federation(rounds, by_size, evaluate_every, personalise, edge_of, edge_rounds)
+    return _federation("hierarchical", streams, scenario, drawing, federation)
+
+
+def _federation(
+    setting: str,
+    streams: list[list[Source]],
+    scenario: str,
+    participation: Participation,
+    federation: Federation,
+    base: Any = None,
+) -> Schedule:
+    """The schedule of clients with streams and a server."""
+    from consilience.core.errors import ConsilienceError
+    from consilience.core.schedule import Evaluate, Exchange, Train, build
+    from consilience.settings._rounds import PlannedRound
+
+    if not streams or not all(streams):
+        raise ConsilienceError("every client must have a source, got one without.")
+    clients = _numbered("client-", len(streams))
+    sizes = [[len(source.train) for source in own] for own in streams]
+    least = participation.min_clients
+
+    def plan(seed: int) -> Iterable[Phase]:
+        positions = range(max(map(len, streams)))
+        # Streams may differ in length: clients without a source left do not take part.
+        able = [[i for i, own in enumerate(streams) if position < len(own)] for position in positions]
+        planned = [
+            PlannedRound(position, number, able[position])
+            for position in positions
+            for number in range(federation.rounds)
+        ]
+        drawn_rounds = participation.rounds(seed, planned, sizes)
+        for count, (at, drawn) in enumerate(zip(planned, drawn_rounds, strict=True), 1):
+            sources = {i: streams[i][at.position].name for i in drawn.clients}
+            yield from federation.phases(drawn, clients, sources, least)
+
+            # Personal training comes once, before the last evaluation.
+            last = count == len(planned)
+            personal: dict[str, tuple[str, ...]] = {}
+            if federation.personalise and last:
+                personal = {name: (own[-1].name,) for name, own in zip(clients, streams, strict=True)}
+                yield Exchange(dict.fromkeys(clients, ("server",)))
+                yield Train(personal, least=least)
+            if last or count % federation.evaluate_every == 0:
+                yield Evaluate(f"round {count}", personal)
+
+    every = [source for own in streams for source in own]
+    return build(setting, every, scenario, plan, "server", base=_entries(base))
 
 
 def gossip(
@@ -306,104 +378,58 @@ def gossip(
     evaluate_every: int = 1,
     min_clients: int | None = None,
 ) -> Schedule:
-    """Agents without a server: in each round all learn, then each hears itself and its neighbours, all at once.
+    """Agents without a server: in each round all train, then each averages with its neighbours.
 
-    Sizes are told with what was mixed and add up, so that on a graph in which all have as many neighbours agents come to agree on
-    the average weighted by examples; on others those with more neighbours weigh more. On the complete graph every agent has
-    the average at once, as a server would have it. Methods that combine deltas from a common base refuse other graphs.
+    A message carries the number of examples in its average, so that on a graph in which all agents have as
+    many neighbours they converge to the average weighted by examples. On other graphs, agents with more
+    neighbours weigh more. On the complete graph every agent has the average after one mixing, as a server
+    would. Methods that combine deltas from a common base refuse all graphs but the complete one.
 
     Args:
-        sources: one an agent.
+        sources: one per agent.
         rounds: number of rounds.
-        graph: "complete": all hear all; "ring": each hears the one before and the one after; "regular": a graph drawn for
-            every mixing, in which each hears `degree` others (beside its nearest on a circle in random order); or the edges, as
-            pairs of agents (numbers from 0).
+        graph: "complete": all exchange with all; "ring": each with the one before and the one after;
+            "regular": a graph drawn for every mixing, in which each has `degree` neighbours (the nearest on a
+            circle in random order); or the edges, as pairs of agents (numbers from 0).
         degree: for "regular".
-        mixings: how often they hear each other in a round.
+        mixings: exchanges in each round.
         scenario: what targets and task labels are (see `continual`).
-        by_size: whether what is heard weighs by its number of examples, else equally.
-        evaluated: the agent that is judged; there is no server, and the first stands for all.
+        by_size: weigh messages by their numbers of examples; otherwise equally.
+        evaluated: the agent that is evaluated; there is no server, and the first agent stands for all.
         evaluate_every: rounds between evaluations; the last round has one too.
-        min_clients: as in `federated`; an agent that failed hears the others all the same.
+        min_clients: as in `federated`; an agent that failed still receives from the others.
     """
+    from consilience.core.checks import whole_number
     from consilience.core.errors import ConsilienceError
     from consilience.core.schedule import Evaluate, Exchange, Train, build
-    from consilience.settings._rounds import neighbours
+    from consilience.settings._rounds import check_min_clients, neighbours
 
-    sources = _sources(sources)
-    n = len(sources)
-    _at_least(1, rounds=rounds, mixings=mixings, evaluate_every=evaluate_every)
-    near = neighbours(graph, n, degree)
-    if isinstance(evaluated, bool) or not isinstance(evaluated, int) or not 0 <= evaluated < n:
-        raise ConsilienceError(f"`evaluated` should be from 0 to {n - 1}. Found `evaluated = {evaluated!r}`.")
-    if min_clients is not None and not 1 <= min_clients <= n:
-        raise ConsilienceError(
-            f"`min_clients` should be from 1 to {n}, the clients of a round. Found `min_clients = {min_clients!r}`."
-        )
-    agents = _names("client", n)
+    sources = _checked_sources(sources)
+    count = len(sources)
+    whole_number(rounds=rounds, mixings=mixings, evaluate_every=evaluate_every)
+    neighbours_in = neighbours(graph, count, degree)
+    if isinstance(evaluated, bool) or not isinstance(evaluated, int) or not 0 <= evaluated < count:
+        raise ConsilienceError(f"`evaluated` must be from 0 to {count - 1}, got {evaluated!r}.")
+    check_min_clients(min_clients, count)
+    # Called clients as in `federated`: the two settings are compared agent by agent.
+    agents = _numbered("client-", count)
 
     def plan(seed: int) -> Iterable[Phase]:
-        for r in range(rounds):
-            yield Train({a: (s.name,) for a, s in zip(agents, sources, strict=True)}, least=min_clients)
-            for m in range(mixings):
-                heard = near(seed, r, m)
-                yield Exchange(
-                    {a: (a, *(agents[j] for j in heard[i])) for i, a in enumerate(agents)}, by_size
-                )
-            if (r + 1) % evaluate_every == 0 or r + 1 == rounds:
-                yield Evaluate(f"round {r + 1}")
+        training = {agent: (source.name,) for agent, source in zip(agents, sources, strict=True)}
+        for number in range(rounds):
+            yield Train(training, least=min_clients)
+            # All at once: an agent sends what it had before it received.
+            for mixing in range(mixings):
+                near = neighbours_in(seed, number, mixing)
+                senders = {agents[i]: (agents[i], *(agents[j] for j in near[i])) for i in range(count)}
+                yield Exchange(senders, by_size)
+            if (number + 1) % evaluate_every == 0 or number + 1 == rounds:
+                yield Evaluate(f"round {number + 1}")
 
     return build("gossip", sources, scenario, plan, agents[evaluated])
 
 
-def _federated(
-    setting: str,
-    streams: list[list[Source]],
-    rounds: int,
-    scenario: str,
-    by_size: bool,
-    evaluate_every: int,
-    personalise: bool,
-    edge_of: Mapping[int, str] | None = None,
-    edge_rounds: int = 1,
-    base: Any = None,
-    **who: Any,
-) -> Schedule:
-    """Clients and a server, whichever way they hear each other; `who` are the fields of `Participation`."""
-    from consilience.core.errors import ConsilienceError
-    from consilience.core.schedule import Evaluate, Exchange, Train, build
-    from consilience.settings import _rounds
-
-    _at_least(1, rounds=rounds, evaluate_every=evaluate_every)
-    if not streams or any(not s for s in streams):
-        raise ConsilienceError("every client should have a source. Found one without.")
-    part = _rounds.Participation(len(streams), **who)
-    clients = _names("client", len(streams))
-    sizes = [[len(s.train) for s in own] for own in streams]
-    times = max(map(len, streams))
-
-    def plan(seed: int) -> Iterable[Phase]:
-        able = [[i for i, own in enumerate(streams) if t < len(own)] for t in range(times)]
-        when = [(t, r, able[t]) for t in range(times) for r in range(rounds)]
-        for n, turn in enumerate(part.turns(seed, when, sizes), 1):
-            now = {i: streams[i][when[n - 1][0]].name for i in turn.chosen}
-            yield from _rounds.rounds(
-                turn, clients, now, part.min_clients, by_size, edge_of or {}, edge_rounds
-            )
-            own: dict[str, tuple[str, ...]] = {}
-            if personalise and n == len(when):
-                own = {c: (s[-1].name,) for c, s in zip(clients, streams, strict=True)}
-                yield Exchange(dict.fromkeys(clients, ("server",)))
-                yield Train(own, least=part.min_clients)
-            if n % evaluate_every == 0 or n == len(when):
-                yield Evaluate(f"round {n}", own)
-
-    return build(setting, [s for own in streams for s in own], scenario, plan, "server", base=_entries(base))
-
-
-def _names(kind: str, n: int) -> list[str]:
-    width = len(str(n - 1))
-    return [f"{kind}-{i:0{width}d}" for i in range(n)]
+# Trained models.
 
 
 def merging(
@@ -413,40 +439,45 @@ def merging(
     scenario: Scenario = "class",
     fraction: float = 1.0,
 ) -> Schedule:
-    """Agents learn a source each from one base (or the experts are given); one merger hears all of them once, equally weighted.
+    """One merger receives trained models once, equally weighted.
+
+    Agents train on a source each, from one base; or experts are given.
 
     Args:
-        sources: one an agent; or
+        sources: one per agent; or
         experts: trained models, instead of sources.
         base: parameters that the experts started from; needed by aggregators that combine deltas.
         scenario: what targets and task labels are (see `continual`).
-        fraction: the fraction of its steps that every agent takes; experts that were stopped early merge better (Horoi et al. 2025). Experts
-            that are given take none.
+        fraction: the fraction of its steps that every agent takes; experts that were stopped early merge
+            better (Horoi et al. 2025). Given experts take no steps.
     """
     from consilience.core.errors import ConsilienceError
     from consilience.core.schedule import Evaluate, Exchange, Train, build
-    from consilience.core.schedule import Expert as Given
+    from consilience.core.schedule import Expert as ExpertClass
 
-    if sources and isinstance(sources[0], Given):
+    # `merging(experts)` is accepted too.
+    if sources and isinstance(sources[0], ExpertClass):
         experts, sources = sources, ()  # type: ignore[assignment]
     if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction <= 1:
-        raise ConsilienceError(f"`fraction` should be a number in (0, 1]. Found `fraction = {fraction!r}`.")
+        raise ConsilienceError(f"`fraction` must be a number in (0, 1], got {fraction!r}.")
     if experts and fraction != 1:
         raise ConsilienceError(
-            f"`fraction` should be left out where experts are given: nobody trains. Found `fraction = {fraction}`."
+            f"`fraction` has no effect on experts that are given, got {fraction}; leave it out."
         )
-    sources, given, names = _experts(sources, experts)
+
+    resolved = _resolved_experts(sources, experts)
+    fractions = {} if fraction == 1 else dict.fromkeys(resolved.names, fraction)
 
     def plan(seed: int) -> Iterable[Phase]:
-        if not given:
-            yield Train(
-                {n: (s.name,) for n, s in zip(names, sources, strict=True)},
-                {} if fraction == 1 else dict.fromkeys(names, fraction),
-            )
-        yield Exchange({"merger": tuple(names)}, by_size=False)
+        if not resolved.given:
+            yield Train(resolved.training(), fractions)
+        # Experts may have seen any number of examples; papers on merging weigh them equally.
+        yield Exchange({"merger": tuple(resolved.names)}, by_size=False)
         yield Evaluate("merged")
 
-    return build("merging", sources, scenario, plan, "merger", experts=given, base=_entries(base))
+    return build(
+        "merging", resolved.sources, scenario, plan, "merger", experts=resolved.given, base=_entries(base)
+    )
 
 
 def exmodel(
@@ -455,29 +486,71 @@ def exmodel(
     base: Any = None,
     scenario: Scenario = "class",
 ) -> Schedule:
-    """One learner hears one trained expert at a time; nobody gives it data.
+    """One learner receives one trained expert at a time, and no data.
 
     Args:
-        experts: trained models in the order of hearing; or
+        experts: trained models in the order in which they are received; or
         sources: data that experts are first trained on, from one base.
         base: parameters that the experts started from.
         scenario: what targets and task labels are (see `continual`).
     """
     from consilience.core.schedule import Evaluate, Exchange, Train, build
-    from consilience.core.schedule import Expert as Given
+    from consilience.core.schedule import Expert as ExpertClass
 
-    if experts and not isinstance(experts[0], Given):
+    # `exmodel(sources)` is accepted too.
+    if experts and not isinstance(experts[0], ExpertClass):
         experts, sources = (), experts
-    sources, given, names = _experts(sources, experts)
+    resolved = _resolved_experts(sources, experts)
 
     def plan(seed: int) -> Iterable[Phase]:
-        if not given:
-            yield Train({n: (s.name,) for n, s in zip(names, sources, strict=True)})
-        for n, s in zip(names, sources, strict=True):
-            yield Exchange({"learner": (n,)}, by_size=False)
-            yield Evaluate(s.name)
+        if not resolved.given:
+            yield Train(resolved.training())
+        for name, source in zip(resolved.names, resolved.sources, strict=True):
+            yield Exchange({"learner": (name,)}, by_size=False)
+            yield Evaluate(source.name)
 
-    return build("exmodel", sources, scenario, plan, "learner", experts=given, base=_entries(base))
+    return build(
+        "exmodel", resolved.sources, scenario, plan, "learner", experts=resolved.given, base=_entries(base)
+    )
+
+
+class _Experts(NamedTuple):
+    """The experts of a schedule: given, or agents to train."""
+
+    names: list[str]
+    sources: list[Source]
+    given: dict[str, Expert]
+
+    def training(self) -> dict[str, tuple[str, ...]]:
+        """The source that each expert trains on."""
+        return {name: (source.name,) for name, source in zip(self.names, self.sources, strict=True)}
+
+
+def _resolved_experts(sources: Sequence[Source], experts: Sequence[Expert]) -> _Experts:
+    """The experts of a schedule, from sources to train on or from trained models."""
+    from consilience.core.errors import ConsilienceError, kind_of
+    from consilience.core.schedule import Expert
+    from consilience.core.source import Source
+
+    if bool(sources) == bool(experts):
+        raise ConsilienceError(
+            f"got {'both' if sources else 'neither'}; give either sources to train experts on, or experts."
+        )
+    if not experts:
+        checked = _checked_sources(sources)
+        return _Experts(_numbered("expert-", len(checked)), checked, {})
+
+    for expert in experts:
+        if not isinstance(expert, Expert) or not isinstance(expert.source, Source):
+            raise ConsilienceError(f"an expert must be Expert(name, params, source), got {kind_of(expert)}.")
+    # The names of experts are names of agents, each with a state of its own.
+    given = {expert.name: expert for expert in experts}
+    if len(given) != len(experts):
+        raise ConsilienceError("experts must have names of their own, got one name twice.")
+    return _Experts(list(given), [expert.source for expert in experts], given)
+
+
+# Agents that share what they learned.
 
 
 def skill(
@@ -489,29 +562,33 @@ def skill(
     fails: Mapping[int | str, int] | None = None,
     evaluated: int | str | None = None,
 ) -> Schedule:
-    """Agents learn streams of their own side by side, and tell what they learned over any graph, without a server.
+    """Agents train on streams of their own in parallel, and share over any graph, without a server.
 
-    When they share, everybody hears itself and its neighbours, all at once, as many times as it takes the news of any agent to
-    reach all others (the diameter of the graph among those that are there): messages are relayed as they are, and all banks end
-    equal. Stages are counted from 1, as their names are ("task 1"): an agent learns one source of its stream in each.
+    When they share, every agent receives from itself and its neighbours, all at once. This is repeated as
+    often as the news of any agent takes to reach all others (the diameter of the graph of the agents that are
+    present). Messages are relayed unchanged, and all banks are equal afterwards. Stages count from 1, as in
+    their names ("task 1"); an agent trains on one source of its stream in each.
 
     Args:
-        streams: for each agent its sources in order (or one source); or {name of the agent: its sources}, which lets banks of
-            runs that know nothing of each other be joined. Without names agents are called agent-0 and so on. Arguments name an
-            agent by its name, or by its number from 0.
+        streams: for each agent its sources in order (or one source); or {name of the agent: its sources},
+            which allows to join the banks of separate runs. Without names, agents are called agent-0 and so
+            on. Other arguments refer to an agent by its name, or by its number from 0.
         share: after every task, or once at the end.
-        graph: "mesh": all hear all; "ring": each hears the one before and the one after; or the edges, as pairs of agents,
-            which connect all.
+        graph: "mesh": all exchange with all; "ring": each with the one before and the one after; or the
+            edges, as pairs of agents, which must connect all.
         scenario: what targets and task labels are (see `continual`).
-        joins: {agent: the stage in which it comes}: its stream begins then; where the others have shared before, it first hears
-            from its neighbours all that was told.
-        fails: {agent: the stage from which it is gone}: it learns, tells and hears no more. What it told stays with the others;
-            what it learned and had not told is lost, as are the sources that it would have learned: nobody knows them, and they
-            are judged all the same. Where the graph falls apart, each part knows what its own agents learned since.
-        evaluated: the agent that is judged, which must live to the end; None takes the first that does.
+        joins: {agent: the stage in which it joins}: its stream begins then. If the others have shared before,
+            it first receives from its neighbours all that was shared.
+        fails: {agent: the stage from which it is absent}: it no longer trains, sends or receives. What it
+            sent stays with the others. What it learned and did not send is lost, and so are the sources that
+            were left in its stream: nobody knows them, and they are evaluated all the same. If the graph
+            falls apart, each part knows only what its own agents learned since.
+        evaluated: the agent that is evaluated, which must be present at the end; None takes the first that
+            is.
 
-    Raises ConsilienceError for agents that are not there, agents without sources, graphs that do not connect all, and sources
-    or tasks that share a name.
+    Raises:
+        ConsilienceError: agents that do not exist, agents without sources, graphs that do not connect all,
+            sources or tasks with one name.
 
     >>> from consilience.data import digits, split_classes
     >>> first, second = split_classes(digits(), 2)
@@ -521,120 +598,107 @@ def skill(
     """
     from consilience.core.errors import ConsilienceError
     from consilience.core.schedule import build
-    from consilience.core.source import Source as Data
-    from consilience.settings._agents import apart, lives, named, position
+    from consilience.core.source import Source
+    from consilience.settings._agents import agent_names, check_task_names, lifetimes, position
 
-    names = named(streams) if isinstance(streams, Mapping) else None
-    every_stream = list(streams.values()) if isinstance(streams, Mapping) else streams
-    own = [[s] if isinstance(s, Data) else _sources(s) for s in every_stream]
-    if not own or any(not s for s in own):
-        raise ConsilienceError("every agent should have a source. Found one without.")
+    names = agent_names(streams) if isinstance(streams, Mapping) else None
+    given = list(streams.values()) if isinstance(streams, Mapping) else streams
+    checked = [[own] if isinstance(own, Source) else _checked_sources(own) for own in given]
+    if not checked or not all(checked):
+        raise ConsilienceError("every agent must have a source, got one without.")
     if share not in ("task", "end"):
-        raise ConsilienceError(f"`share` should be task or end. Found `share = {share!r}`.")
-    agents = names or _names("agent", len(own))
-    every = [s for stream in own for s in stream]
-    apart(every)
-    alive = lives(agents, own, graph, joins, fails, share)
-    last = alive.there(alive.stages)
+        raise ConsilienceError(f"`share` must be task or end, got {share!r}.")
+
+    agents = names or _numbered("agent-", len(checked))
+    every = [source for own in checked for source in own]
+    check_task_names(every)
+    alive = lifetimes(agents, checked, graph, joins, fails, share)
+    last = alive.present(alive.stages)
+    if not last:
+        raise ConsilienceError("some agent must be present at the end, got `fails` for all of them.")
+
     judge = position("evaluated", evaluated, agents)
-    if not last or (judge is not None and (isinstance(judge, bool) or judge not in last)):
-        found = "that all fail" if not last else f"`evaluated = {evaluated!r}`"
-        there = [agents[i] for i in last] if names else last
+
+    # True would pass as agent 1.
+    if judge is not None and (isinstance(judge, bool) or judge not in last):
+        present = [agents[i] for i in last] if names else last
         raise ConsilienceError(
-            f"the evaluated agent should be there at the end{f', one of {there}' if last else ''}. Found {found}."
+            f"`evaluated` must be an agent that is present at the end, one of {present}, got {evaluated!r}."
         )
-    return build(
-        "skill", every, scenario, lambda seed: alive.plan(), agents[last[0] if judge is None else judge]
-    )
+    evaluated_agent = agents[last[0] if judge is None else judge]
+    return build("skill", every, scenario, lambda seed: alive.phases(), evaluated_agent)
+
+
+# Schedules from schedules.
 
 
 def leave_one_out(
     sources: Sequence[Source], setting: Callable[[list[Source]], Schedule]
 ) -> dict[str, Schedule]:
-    """For each source the schedule of a setting without it, judged on it alone: how well the others serve one that they never saw.
+    """For each source, the schedule of a setting without it, evaluated on it alone.
 
-    A class that only the one left out has counts as never recognised (in scenario "domain" targets are 0..k-1, whatever they mean).
+    This measures how well the others serve a source that they never saw. A class that only this source has
+    counts as never recognised (in scenario "domain" targets are 0..k-1, whatever they mean).
 
     Args:
-        sources: one a client.
-        setting: makes a schedule of sources, such as `settings.federated`, or a function that calls it with more arguments.
+        sources: one per client.
+        setting: makes a schedule of sources, such as `settings.federated`, or a function that calls it with
+            more arguments.
 
     Returns:
-        {name of the source left out: schedule}.
+        {name of the source that is left out: schedule}.
     """
     from dataclasses import replace
 
     from consilience.core.errors import ConsilienceError
     from consilience.core.schedule import reframe
 
-    sources = _sources(sources)
+    sources = _checked_sources(sources)
     if len(sources) < 2:
-        raise ConsilienceError(f"to leave one out there should be two sources or more. Found {len(sources)}.")
-    found = {}
-    for out in sources:
-        schedule = setting([s for s in sources if s is not out])
-        n = len(schedule.sources)
-        framed, frame = reframe([*schedule.sources, out], schedule.scenario)
-        tasks = {s.task for s in framed[:n]}
-        frame = replace(frame, tasks={t: c for t, c in frame.tasks.items() if t in tasks})
-        found[out.name] = replace(schedule, sources=framed[:n], judged=framed[n:], frame=frame)
-    return found
+        raise ConsilienceError(f"leave_one_out needs two sources or more, got {len(sources)}.")
+    schedules = {}
+    for left_out in sources:
+        schedule = setting([source for source in sources if source is not left_out])
+        count = len(schedule.sources)
+        framed, frame = reframe([*schedule.sources, left_out], schedule.scenario)
+
+        # The frame has the columns of all classes, but only the tasks that are trained on.
+        tasks = {source.task for source in framed[:count]}
+        frame = replace(frame, tasks={task: own for task, own in frame.tasks.items() if task in tasks})
+        schedules[left_out.name] = replace(
+            schedule, sources=framed[:count], judged=framed[count:], frame=frame
+        )
+    return schedules
 
 
-def _at_least(low: int, **values: int) -> None:
-    from consilience.core.errors import ConsilienceError
-
-    for name, v in values.items():
-        if not isinstance(v, int) or v < low:
-            raise ConsilienceError(f"`{name}` should be a whole number >= {low}. Found `{name} = {v!r}`.")
+# Helpers.
 
 
-def _sources(sources: Any) -> list[Source]:
+def _numbered(prefix: str, count: int) -> list[str]:
+    """Names with numbers of equal width, so that they sort as the numbers do."""
+    width = len(str(count - 1))
+    return [f"{prefix}{i:0{width}d}" for i in range(count)]
+
+
+def _checked_sources(sources: Any) -> list[Source]:
     """A list of sources."""
     from consilience.core.errors import ConsilienceError, kind_of
-    from consilience.core.source import Source as Data
+    from consilience.core.source import Source
 
-    if isinstance(sources, Data) or not isinstance(sources, list | tuple):
+    if isinstance(sources, Source) or not isinstance(sources, list | tuple):
         raise ConsilienceError(
-            f"sources should come in a list, as the splits of consilience.data give them. Found {kind_of(sources)}."
+            f"sources must come in a list, as the splits of consilience.data return, got {kind_of(sources)}."
         )
-    for s in sources:
-        if not isinstance(s, Data):
+    for source in sources:
+        if not isinstance(source, Source):
             raise ConsilienceError(
-                f"a source should be made by consilience.data, such as arrays(x, y). Found {kind_of(s)}."
+                f"a source must be made by consilience.data, such as arrays(x, y), got {kind_of(source)}."
             )
     return list(sources)
 
 
-def _experts(
-    sources: Sequence[Source], experts: Sequence[Expert]
-) -> tuple[list[Source], dict[str, Expert], list[str]]:
-    from consilience.core.errors import ConsilienceError, kind_of
-    from consilience.core.schedule import Expert
-    from consilience.core.source import Source
-
-    if bool(sources) == bool(experts):
-        raise ConsilienceError(
-            "give either sources to train experts on, or experts. Found "
-            + ("both." if sources else "neither.")
-        )
-    if experts:
-        for e in experts:
-            if not isinstance(e, Expert) or not isinstance(e.source, Source):
-                raise ConsilienceError(
-                    f"an expert should be Expert(name, params, source). Found {kind_of(e)}."
-                )
-        given = {e.name: e for e in experts}
-        if len(given) != len(experts):
-            raise ConsilienceError("experts should have names of their own. Found one twice.")
-        return [e.source for e in experts], given, list(given)
-    width = len(str(len(sources) - 1))
-    sources = _sources(sources)
-    return sources, {}, [f"expert-{i:0{width}d}" for i in range(len(sources))]
-
-
 def _entries(base: Any) -> Any:
-    """A base as a dictionary of tensors: given as one, or as a module."""
+    """A base as a dictionary of tensors, from one or from a torch module."""
     if base is None or isinstance(base, dict):
         return base
-    return {n: p.detach() for n, p in (*base.named_parameters(), *base.named_buffers())}
+    return {name: tensor.detach() for name, tensor in (*base.named_parameters(), *base.named_buffers())}

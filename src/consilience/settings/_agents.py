@@ -1,4 +1,4 @@
-"""Agents without a server that learn streams of their own: who is there when, whom each hears, and how often news must be relayed."""
+"""Agents without a server that train on streams of their own, and exchange over a graph."""
 
 from __future__ import annotations
 
@@ -9,172 +9,216 @@ from typing import Any
 from consilience.core.errors import ConsilienceError, unknown
 from consilience.core.schedule import Evaluate, Exchange, Phase, Train
 from consilience.core.source import Source
-from consilience.settings._rounds import Pairs, neighbours
+from consilience.settings._rounds import Neighbours, neighbours
 
 
 @dataclass(frozen=True, eq=False)
-class Lives:
-    """Agents with their streams, the stage in which each joins, and the one in which it fails (None: it lives to the end)."""
+class Lifetimes:
+    """Agents with their streams, and the stages in which each of them is present.
+
+    Stages count from 1. An agent is present from the stage in `joins`, and before the one in `fails` (None:
+    to the end). `share` is "task" or "end", as in `consilience.settings.skill`.
+    """
 
     agents: Sequence[str]
     streams: Sequence[Sequence[Source]]
-    near: Pairs
+    near: Neighbours
     joins: Sequence[int]
     fails: Sequence[int | None]
     stages: int
     share: str
 
-    def there(self, stage: int) -> list[int]:
-        """Who is there in a stage."""
+    def present(self, stage: int) -> list[int]:
+        """The agents that are present in a stage."""
         return [
             i
-            for i, (j, f) in enumerate(zip(self.joins, self.fails, strict=True))
-            if j <= stage and (f is None or stage < f)
+            for i, (join, fail) in enumerate(zip(self.joins, self.fails, strict=True))
+            if join <= stage and (fail is None or stage < fail)
         ]
 
-    def plan(self) -> Iterator[Phase]:
-        """The phases."""
-        told = False
+    def phases(self) -> Iterator[Phase]:
+        """The phases of all stages: new agents catch up, all train, then share and are evaluated."""
+        shared = False
         for stage in range(1, self.stages + 1):
-            here = self.there(stage)
-            new = [i for i in here if self.joins[i] == stage]
-            if told and new:
-                yield from self._welcome(new, here)
-            own = {i: stage - self.joins[i] for i in here}
-            learn = {
-                self.agents[i]: (self.streams[i][t].name,) for i, t in own.items() if t < len(self.streams[i])
-            }
-            if learn:
-                yield Train(learn)
-            if (learn or new) if self.share == "task" else stage == self.stages:
-                told = True
-                for _ in range(max([1, *(max(self._far({i}, here).values()) for i in here)])):
-                    yield self._everybody(here)
+            present = self.present(stage)
+            new = [i for i in present if self.joins[i] == stage]
+            if shared and new:
+                yield from self._catch_up(new, present)
+
+            training = self._training(stage, present)
+            if training:
+                yield Train(training)
+            # Without training and without new agents there is nothing new to share.
+            shares = training or new if self.share == "task" else stage == self.stages
+            if shares:
+                shared = True
+                yield from self._spread(present)
             yield Evaluate(f"task {stage}")
 
-    def _welcome(self, new: Sequence[int], here: Sequence[int]) -> Iterator[Phase]:
-        """Who comes hears what was told before: of each part of the graph from one neighbour, or from others that came and heard."""
-        old = [i for i in here if i not in new]
-        far = self._far(set(old), here)
-        part = {i: min(self._far({i}, old)) for i in old}
-        for turn in range(1, max(far.values(), default=0) + 1):
-            now: dict[str, tuple[str, ...]] = {}
-            for i in (i for i in new if far.get(i) == turn):
-                nearer = [j for j in self.near[i] if far.get(j) == turn - 1]
+    def _training(self, stage: int, present: Sequence[int]) -> dict[str, tuple[str, ...]]:
+        """The source of each agent whose stream is not over."""
+        positions = {i: stage - self.joins[i] for i in present}
+        return {
+            self.agents[i]: (self.streams[i][position].name,)
+            for i, position in positions.items()
+            if position < len(self.streams[i])
+        }
+
+    def _catch_up(self, new: Sequence[int], present: Sequence[int]) -> Iterator[Phase]:
+        """Send the agents that join what was shared before.
+
+        From each part of the graph they receive it through one neighbour, which may itself have joined and
+        received it just before.
+        """
+        old = [i for i in present if i not in new]
+        # Messages are relayed, so that an agent far from the old ones needs several exchanges.
+        distance = self._distances(set(old), present)
+
+        # Agents of one part have shared everything with each other, so one of them stands for all.
+        part = {i: min(self._distances({i}, old)) for i in old}
+        for step in range(1, max(distance.values(), default=0) + 1):
+            senders: dict[str, tuple[str, ...]] = {}
+            for i in (i for i in new if distance.get(i) == step):
+                nearer = [j for j in self.near[i] if distance.get(j) == step - 1]
+
+                # Reversed, so that the first neighbour of each part is kept.
                 one = {part.get(j, j): j for j in reversed(nearer)}
-                now[self.agents[i]] = tuple(self.agents[j] for j in sorted(one.values()))
-            yield Exchange(now, by_size=False)
+                senders[self.agents[i]] = tuple(self.agents[j] for j in sorted(one.values()))
+            yield Exchange(senders, by_size=False)
 
-    def _everybody(self, here: Sequence[int]) -> Exchange:
-        heard = {i: sorted({i, *self.near[i]} & set(here)) for i in here}
-        return Exchange(
-            {self.agents[i]: tuple(self.agents[j] for j in own) for i, own in heard.items()}, by_size=False
+    def _spread(self, present: Sequence[int]) -> Iterator[Phase]:
+        """Exchange between all neighbours, as often as the news of any agent takes to reach all others."""
+        receives = {i: sorted({i, *self.near[i]} & set(present)) for i in present}
+        exchange = Exchange(
+            {self.agents[i]: tuple(self.agents[j] for j in own) for i, own in receives.items()}, by_size=False
         )
+        diameter = max((max(self._distances({i}, present).values()) for i in present), default=0)
+        for _ in range(max(1, diameter)):
+            yield exchange
 
-    def _far(self, start: set[int], here: Sequence[int]) -> dict[int, int]:
-        """How many times news of `start` is passed on until each that it can reach has it."""
-        far, front, among = dict.fromkeys(start, 0), set(start), set(here)
-        while front and len(far) < len(among):
-            front = {j for i in front for j in self.near[i] if j in among} - far.keys()
-            far |= dict.fromkeys(front, max(far.values(), default=0) + 1)
-        return far
+    def _distances(self, start: set[int], among: Sequence[int]) -> dict[int, int]:
+        """The number of exchanges after which news of `start` reaches each agent that it can reach."""
+        distance, front, allowed = dict.fromkeys(start, 0), set(start), set(among)
+        while front and len(distance) < len(allowed):
+            front = {j for i in front for j in self.near[i] if j in allowed} - distance.keys()
+            distance |= dict.fromkeys(front, max(distance.values(), default=0) + 1)
+        return distance
 
 
-def lives(
-    agents: Sequence[str], streams: Sequence[Sequence[Source]], graph: Any, joins: Any, fails: Any, share: str
-) -> Lives:
-    """Who is there when, all arguments checked."""
-    n = len(agents)
-    if isinstance(graph, str):
-        if graph not in ("mesh", "ring"):
-            raise ConsilienceError(
-                f"`graph` should be mesh, ring or a list of pairs of agents. Found `graph = {graph!r}`."
-            )
-        graph = "complete" if graph == "mesh" else "ring"
-    if n == 1 and not isinstance(graph, str) and list(graph):
-        raise ConsilienceError(
-            f"`graph` should have no edges where one agent is alone. Found {next(iter(graph))!r}."
-        )
-    near: Pairs = neighbours(_edges(graph, agents), n, 2)(0, 0, 0) if n > 1 else [()]
-    start = _stages("joins", joins, agents)
-    first = [start.get(i, 1) for i in range(n)]
+def lifetimes(
+    agents: Sequence[str],
+    streams: Sequence[Sequence[Source]],
+    graph: Any,
+    joins: Any,
+    fails: Any,
+    share: str,
+) -> Lifetimes:
+    """The lifetimes of agents, with all arguments of `consilience.settings.skill` checked."""
+    count = len(agents)
+    near = _graph(graph, agents)
+    given = _stages("joins", joins, agents)
+    first = [given.get(i, 1) for i in range(count)]
     if min(first) > 1:
         raise ConsilienceError(
-            f"some agent should be there from the first stage. Found `joins = {dict(joins)}` for all {n}."
+            f"some agent must be present from the first stage, got `joins={dict(joins)}` for all {count}."
         )
-    stages = max(j + len(s) - 1 for j, s in zip(first, streams, strict=True))
+
+    stages = max(join + len(stream) - 1 for join, stream in zip(first, streams, strict=True))
+    # The last stage follows from streams and joins alone: an agent that fails does not shorten the run.
     gone = _stages("fails", fails, agents)
-    for i, at in gone.items():
-        if not first[i] < at <= stages:
+    for i, stage in gone.items():
+        if not first[i] < stage <= stages:
             raise ConsilienceError(
-                f"an agent should fail in a stage after the one in which it joins, from {first[i] + 1} to {stages}. "
-                f"Found `fails = {{{i}: {at}}}`."
+                "an agent must fail in a stage after the one in which it joins, "
+                f"from {first[i] + 1} to {stages}, got `fails={{{i}: {stage}}}`."
             )
-    return Lives(agents, streams, near, first, [gone.get(i) for i in range(n)], stages, share)
+    return Lifetimes(agents, streams, near, first, [gone.get(i) for i in range(count)], stages, share)
 
 
-def named(streams: Mapping[Any, Any]) -> list[str]:
-    """The agents' names, checked."""
+def _graph(graph: Any, agents: Sequence[str]) -> Neighbours:
+    """The neighbours of each agent."""
+    if isinstance(graph, str):
+        if graph not in ("mesh", "ring"):
+            raise ConsilienceError(f"`graph` must be mesh, ring or a list of pairs of agents, got {graph!r}.")
+        graph = "complete" if graph == "mesh" else "ring"
+    if len(agents) > 1:
+        return neighbours(_numbered(graph, agents), len(agents), 2)(0, 0, 0)
+
+    # One agent alone is allowed, and has nobody to share with.
+    if not isinstance(graph, str) and list(graph):
+        raise ConsilienceError(f"`graph` must have no edges for one agent alone, got {next(iter(graph))!r}.")
+    return [()]
+
+
+def _numbered(graph: Any, agents: Sequence[str]) -> Any:
+    """The edges with the names of agents replaced by numbers; anything that is no edge is left as it is."""
+    if isinstance(graph, str) or not isinstance(graph, Iterable):
+        return graph
+
+    def numbers(edge: Any) -> Any:
+        if isinstance(edge, str) or not isinstance(edge, Sequence):
+            return edge
+        return tuple(position("graph", agent, agents) for agent in edge)
+
+    return [numbers(edge) for edge in graph]
+
+
+def agent_names(streams: Mapping[Any, Any]) -> list[str]:
+    """The names of the agents, checked."""
     for name in streams:
         if not isinstance(name, str) or not name or "|" in name:
-            raise ConsilienceError(
-                f"an agent's name should be text without '|', and not empty. Found {name!r}."
-            )
+            raise ConsilienceError(f"an agent's name must be text without '|', and not empty, got {name!r}.")
     return list(streams)
 
 
 def position(what: str, agent: Any, agents: Sequence[str]) -> Any:
-    """The number of an agent that is given by its name; anything else as it is."""
+    """The number of an agent that is given by its name; anything else is left as it is."""
     if not isinstance(agent, str):
         return agent
     if agent in agents:
         return agents.index(agent)
-    if agent.strip().lstrip("+-").replace(".", "", 1).isdigit():  # a number, as text
+
+    # Configurations and the command line give numbers as text. An agent of that name was found above.
+    if agent.strip().lstrip("+-").replace(".", "", 1).isdigit():
         return agent
     raise unknown(what, agent, agents, "the agents")
 
 
-def _edges(graph: Any, agents: Sequence[str]) -> Any:
-    """The edges with names of agents put into numbers; what are no edges as it is."""
-    if isinstance(graph, str) or not isinstance(graph, Iterable):
-        return graph
-
-    def numbered(e: Any) -> Any:
-        if isinstance(e, str) or not isinstance(e, Sequence):
-            return e
-        return tuple(position("graph", a, agents) for a in e)
-
-    return [numbered(e) for e in graph]
-
-
 def _stages(name: str, given: Any, agents: Sequence[str]) -> dict[int, int]:
-    """{agent: stage}, checked; numbers may come as text, as they do from configurations."""
-    n = len(agents)
-    held = [(position(name, i, agents), at) for i, at in given.items()] if isinstance(given, Mapping) else []
+    """{agent: stage}, checked; numbers may be given as text."""
+    count = len(agents)
+    pairs = [(position(name, i, agents), at) for i, at in given.items()] if isinstance(given, Mapping) else []
     try:
-        found = {int(i): int(at) for i, at in held}
-        whole = all(float(i) in found and float(at) == found[int(i)] for i, at in held)
-        good = whole and all(0 <= i < n and at >= 1 for i, at in found.items()) and len(found) == len(held)
+        stages = {int(i): int(at) for i, at in pairs}
+
+        # 1.5 must not become 1, nor may an agent be given both by name and by number.
+        whole = all(float(i) in stages and float(at) == stages[int(i)] for i, at in pairs)
+        in_range = all(0 <= i < count and at >= 1 for i, at in stages.items())
+        valid = whole and in_range and len(stages) == len(pairs)
     except (TypeError, ValueError):
-        good = False
-    if not good or (given is not None and not isinstance(given, Mapping)):
+        valid = False
+    if not valid or (given is not None and not isinstance(given, Mapping)):
         raise ConsilienceError(
-            f"`{name}` should say for agents from 0 to {n - 1} a stage from 1 on. Found `{name} = {given!r}`."
+            f"`{name}` must map agents from 0 to {count - 1} to a stage from 1 on, got {given!r}."
         )
-    return found
+    return stages
 
 
-def apart(sources: Sequence[Source]) -> None:
-    """Refuse two tasks of one name: sources of one task whose classes are of different spaces, so that they are not parts of one;
-    and names that differ in dots and underscores alone, which are the same in the entries of heads."""
+def check_task_names(sources: Sequence[Source]) -> None:
+    """Refuse two tasks with one name.
+
+    Sources of one task are parts of it only if their classes have a label space in common. Names that differ
+    in dots and underscores alone clash too: the entries of their heads would have the same names.
+    """
     first: dict[str, tuple[str, set[str]]] = {}
-    for s in sources:
-        task = s.task or s.name
-        spaces = {s.labels[c][0] for c in s.classes}
+    for source in sources:
+        task = source.task or source.name
+        spaces = {source.labels[label][0] for label in source.classes}
         name, seen = first.setdefault(task.replace(".", "_"), (task, spaces))
         if name != task or (spaces and not seen & spaces):
             also = f" and {name!r}" if name != task else ""
             raise ConsilienceError(
-                f"tasks should have names of their own. Found {task!r}{also} for {', '.join(sorted(seen)) or 'values'}, and again in {s.name!r}."
+                f"tasks must have names of their own, got {task!r}{also} "
+                f"for {', '.join(sorted(seen)) or 'values'}, and again in {source.name!r}."
             )
         seen |= spaces

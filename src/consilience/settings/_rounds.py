@@ -1,29 +1,46 @@
-"""Who takes part in a round, and which way what is learned goes. Everything is drawn by the seed, the round and the purpose."""
+"""Rounds of a federation: which clients take part, and which agents send to which.
+
+Everything random is drawn by the seed, the round and the purpose.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 
+from consilience.core.checks import whole_number
 from consilience.core.errors import ConsilienceError
 from consilience.core.params import key
 from consilience.core.schedule import Exchange, Phase, Train
 
-Pairs = list[tuple[int, ...]]
+Neighbours = list[tuple[int, ...]]
 """The neighbours of each agent."""
 
 
-@dataclass(frozen=True)
-class Turn:
-    """One round: who learns, the stragglers' fractions of their steps, and who is heard."""
+class PlannedRound(NamedTuple):
+    """A round before its clients are drawn."""
 
-    chosen: tuple[int, ...]
+    position: int
+    """Which source of its stream a client trains on."""
+    number: int
+    """The round on these sources, from 0."""
+    able: Sequence[int]
+    """The clients that have a source at this position."""
+
+
+class Round(NamedTuple):
+    """A round with its clients."""
+
+    clients: tuple[int, ...]
+    """Those that train; none if too few are available."""
     fractions: Mapping[int, float]
-    heard: tuple[int, ...]
+    """The fraction of its steps that a straggler takes."""
+    senders: tuple[int, ...]
+    """The clients that do not drop out before they send."""
 
 
 @dataclass(frozen=True)
@@ -41,265 +58,374 @@ class Participation:
     min_clients: int | None = None
 
     def __post_init__(self) -> None:
-        n, k, p = self.clients, self.clients_per_round, self.fraction
         if self.order not in ("uniform", "cyclic", "weighted"):
+            raise ConsilienceError(f"`order` must be uniform, cyclic or weighted, got {self.order!r}.")
+        self._check_amount()
+        self._check_failures()
+        self._check_weights()
+        # Streams may end, so this is the most that a round can have.
+        check_min_clients(self.min_clients, self.wanted(self.clients))
+        self._check_available()
+
+    def _check_amount(self) -> None:
+        """Refuse a number or a fraction of clients out of its range, and both together."""
+        number, fraction = self.clients_per_round, self.fraction
+        if number is not None and not (_is_whole(number) and 1 <= number <= self.clients):
+            raise ConsilienceError(f"`clients_per_round` must be from 1 to {self.clients}, got {number}.")
+        if fraction is not None and not (_is_number(fraction) and 0 < fraction <= 1):
+            raise ConsilienceError(f"`participation` must be in (0, 1], got {fraction!r}.")
+        if number is not None and fraction is not None:
             raise ConsilienceError(
-                f"`order` should be uniform, cyclic or weighted. Found `order = {self.order!r}`."
+                f"got both `clients_per_round={number}` and `participation={fraction}`; give one of them."
             )
-        if k is not None and (isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= n):
-            raise ConsilienceError(f"`clients_per_round` should be from 1 to {n}. Found {k}.")
-        if p is not None and not (_number(p) and 0 < p <= 1):
-            raise ConsilienceError(f"`participation` should be in (0, 1]. Found `participation = {p!r}`.")
-        if k is not None and p is not None:
-            raise ConsilienceError(f"give `clients_per_round` or `participation`. Found both: {k} and {p}.")
-        for name, low_end in (("stragglers", True), ("dropouts", False)):
-            value = getattr(self, name)
-            if not (_number(value) and value >= 0 and (value <= 1 if low_end else value < 1)):
-                rule = "[0, 1]" if low_end else "[0, 1)"
-                raise ConsilienceError(f"`{name}` should be in {rule}. Found `{name} = {value!r}`.")
-        if self.weights is not None:
-            if self.order != "weighted":
-                raise ConsilienceError(
-                    f"`weights` are for `order='weighted'`. Found them with `order = {self.order!r}`."
-                )
-            good = len(self.weights) == n and all(_number(w) and 0 <= w < math.inf for w in self.weights)
-            if not good or not any(self.weights):
-                raise ConsilienceError(
-                    f"`weights` should be {n} finite numbers >= 0, one a client and not all 0. Found {list(self.weights)[:8]}."
-                )
-        most = self.asked(n)
-        m = self.min_clients
-        if m is not None and (isinstance(m, bool) or not isinstance(m, int) or not 1 <= m <= most):
+
+    def _check_failures(self) -> None:
+        """Refuse fractions of stragglers and dropouts out of their ranges."""
+        if not (_is_number(self.stragglers) and 0 <= self.stragglers <= 1):
+            raise ConsilienceError(f"`stragglers` must be in [0, 1], got {self.stragglers!r}.")
+
+        # If all clients dropped out in every round, nothing would ever be trained.
+        if not (_is_number(self.dropouts) and 0 <= self.dropouts < 1):
+            raise ConsilienceError(f"`dropouts` must be in [0, 1), got {self.dropouts!r}.")
+
+    def _check_weights(self) -> None:
+        """Refuse weights that are not used, and weights that no draw can have."""
+        weights = self.weights
+        if weights is None:
+            return
+        if self.order != "weighted":
+            raise ConsilienceError(f"`weights` need `order='weighted'`, got {self.order!r}.")
+        valid = len(weights) == self.clients and all(_is_number(w) and w >= 0 for w in weights)
+        if not valid or not any(weights):
             raise ConsilienceError(
-                f"`min_clients` should be from 1 to {most}, the clients of a round. Found `min_clients = {m!r}`."
+                f"`weights` must be {self.clients} finite numbers >= 0, one per client and not all 0, "
+                f"got {list(weights)[:8]}."
             )
+
+    def _check_available(self) -> None:
+        """Refuse malformed traces of availability; those of a function are checked round by round."""
         trace = self.available
         if trace is None or callable(trace):
             return
         if not isinstance(trace, Mapping | Sequence) or isinstance(trace, str) or not len(trace):
             raise ConsilienceError(
-                "`available` should be a list of lists of clients, a mapping from rounds to them, or a function of (round, seed). "
-                f"Found {trace!r}."
+                "`available` must be a list of lists of clients, a mapping from rounds to them, "
+                f"or a function of (round, seed), got {trace!r}."
             )
-        for own in trace.values() if isinstance(trace, Mapping) else trace:
-            self._known(own)
+        for clients in trace.values() if isinstance(trace, Mapping) else trace:
+            self._numbers(clients)
 
-    def _known(self, own: Any) -> frozenset[int]:
+    def _numbers(self, clients: Any) -> frozenset[int]:
+        """The clients of one round of `available`, checked."""
         try:
-            found = frozenset(int(i) for i in own if int(i) == i)
+            numbers = frozenset(int(i) for i in clients if int(i) == i)
         except (TypeError, ValueError):
-            found = frozenset({-1})
-        if (
-            isinstance(own, str)
-            or any(not 0 <= i < self.clients for i in found)
-            or len(found) != len(set(own))
-        ):
+            # No client has this number, so that the check below refuses.
+            numbers = frozenset({-1})
+        in_range = all(0 <= i < self.clients for i in numbers)
+        if isinstance(clients, str) or not in_range or len(numbers) != len(set(clients)):
             raise ConsilienceError(
-                f"clients in `available` should be numbers from 0 to {self.clients - 1}. Found {own!r}."
+                f"clients in `available` must be numbers from 0 to {self.clients - 1}, got {clients!r}."
             )
-        return found
+        return numbers
 
-    def asked(self, able: int) -> int:
-        """How many of `able` clients are asked for."""
+    def wanted(self, able: int) -> int:
+        """How many of `able` clients a round asks for."""
         if self.fraction is not None:
+            # Not `round`, which rounds halves to even: 0.5 of 5 clients would be 2.
             return max(1, math.floor(self.fraction * able + 0.5))
         return min(self.clients_per_round or able, able)
 
-    def there(self, n: int, seed: int, able: Sequence[int]) -> list[int]:
-        """Who of `able` is there in round n."""
+    def present(self, number: int, seed: int, able: Sequence[int]) -> list[int]:
+        """Which of the clients `able` are available in a round; rounds are numbered over the whole run."""
         trace = self.available
         if trace is None:
             return list(able)
         if callable(trace):
-            now = self._known(trace(n, seed))
+            now = self._numbers(trace(number, seed))
         elif isinstance(trace, Mapping):
-            now = self._known(trace.get(n, ()))
+            now = self._numbers(trace.get(number, ()))
         else:
-            now = self._known(trace[n % len(trace)])
+            now = self._numbers(trace[number % len(trace)])
         return [i for i in able if i in now]
 
-    def turns(
-        self, seed: int, plan: Sequence[tuple[int, int, Sequence[int]]], sizes: Sequence[Sequence[int]]
-    ) -> Iterator[Turn]:
-        """A turn for each (source of the stream, round of it, clients that have one); none are chosen where too few are there.
+    def rounds(
+        self, seed: int, plan: Sequence[PlannedRound], sizes: Sequence[Sequence[int]]
+    ) -> Iterator[Round]:
+        """Draw the clients of every planned round.
 
-        Raises ConsilienceError before the first where no round has clients.
+        Args:
+            seed: of the draws.
+            plan: the rounds.
+            sizes: the number of training examples of each client's sources.
+
+        Raises:
+            ConsilienceError: no round has enough clients; raised before the first round.
         """
-        least = self.min_clients or 1
-        if self.available is not None:
-            most = max(len(self.there(n, seed, able)) for n, (_, _, able) in enumerate(plan))
-            if most < least:
-                raise ConsilienceError(
-                    f"some round should have at least {least} clients that are there. Found {most} at most in {len(plan)} rounds."
-                )
-        turn = 0
-        chosen: list[int]
-        for n, (t, r, able) in enumerate(plan):
-            now = self.there(n, seed, able)
-            k = self.asked(len(able))
-            if self.order == "weighted":
-                weights = [float(self.weights[i] if self.weights is not None else sizes[i][t]) for i in now]
-                now = [i for i, w in zip(now, weights, strict=True) if w > 0]
-                weights = [w for w in weights if w > 0]
-            if self.order == "cyclic" and k < len(able):
-                present, ring, at = set(now), turn % len(able), 0
-                chosen = []
-                while len(chosen) < k and at < len(able):
-                    chosen += [i] if (i := able[(ring + at) % len(able)]) in present else []
-                    at += 1
-                turn += at if chosen else 0
-                chosen = sorted(chosen)
+        self._check_presence(seed, plan)
+        place = 0
+        for number, planned in enumerate(plan):
+            able, present = planned.able, self.present(number, seed, planned.able)
+            wanted = self.wanted(len(able))
+            if self.order == "cyclic" and wanted < len(able):
+                chosen, passed = _next_on_circle(able, set(present), place, wanted)
+                place += passed
             else:
-                turn += k
-                if k >= len(now):
-                    chosen = now
-                elif self.order == "weighted":
-                    drawn = torch.multinomial(
-                        torch.tensor(weights, dtype=torch.float64), k, generator=key(seed, t, r, "clients")
-                    )
-                    chosen = sorted(now[i] for i in drawn.tolist())
-                else:
-                    chosen = sorted(
-                        now[i]
-                        for i in torch.randperm(len(now), generator=key(seed, t, r, "clients"))[:k].tolist()
-                    )
-            if len(chosen) < least:
+                chosen = self._draw(seed, planned, present, wanted, sizes)
+                place += wanted
+
+            # A round with fewer clients than `min_clients` is skipped.
+            if len(chosen) < (self.min_clients or 1):
                 chosen = []
-            generator = key(seed, t, r, "stragglers")
-            slow = _some(chosen, self.stragglers, generator)
-            work = dict(
-                zip(
-                    slow,
-                    torch.rand(len(slow), generator=generator, dtype=torch.float64).tolist(),
-                    strict=True,
-                )
+            yield self._with_failures(seed, planned, chosen)
+
+    def _check_presence(self, seed: int, plan: Sequence[PlannedRound]) -> None:
+        """Refuse a run in which every round would be skipped."""
+        if self.available is None:
+            return
+        least = self.min_clients or 1
+        most = max(len(self.present(number, seed, planned.able)) for number, planned in enumerate(plan))
+        if most < least:
+            raise ConsilienceError(
+                f"no round has at least {least} available clients: "
+                f"the most in {len(plan)} rounds, by `available`, is {most}."
             )
-            gone = _some(chosen, self.dropouts, key(seed, t, r, "dropouts"))
-            yield Turn(tuple(chosen), work, tuple(i for i in chosen if i not in gone))
+
+    def _draw(
+        self,
+        seed: int,
+        planned: PlannedRound,
+        present: list[int],
+        wanted: int,
+        sizes: Sequence[Sequence[int]],
+    ) -> list[int]:
+        """Draw `wanted` of the clients that are present, or take all if these are fewer."""
+        weights: list[float] = []
+        if self.order == "weighted":
+            if self.weights is not None:
+                weight_of = {i: float(self.weights[i]) for i in present}
+            else:
+                weight_of = {i: float(sizes[i][planned.position]) for i in present}
+
+            # Clients of weight 0 are never drawn, even if too few others are left.
+            present = [i for i in present if weight_of[i] > 0]
+            weights = [weight_of[i] for i in present]
+        # Nothing is drawn, so that a run with all clients does not depend on the seed here.
+        if wanted >= len(present):
+            return present
+
+        generator = key(seed, planned.position, planned.number, "clients")
+        if self.order == "weighted":
+            drawn = torch.multinomial(torch.tensor(weights, dtype=torch.float64), wanted, generator=generator)
+        else:
+            drawn = torch.randperm(len(present), generator=generator)[:wanted]
+        return sorted(present[i] for i in drawn.tolist())
+
+    def _with_failures(self, seed: int, planned: PlannedRound, chosen: list[int]) -> Round:
+        """The round of these clients, with stragglers and dropouts drawn among them."""
+        # Stragglers and their fractions come from one generator, in this order.
+        generator = key(seed, planned.position, planned.number, "stragglers")
+        slow = _some(chosen, self.stragglers, generator)
+        fractions = torch.rand(len(slow), generator=generator, dtype=torch.float64).tolist()
+
+        # A key of its own: the share of stragglers does not change who drops out.
+        generator = key(seed, planned.position, planned.number, "dropouts")
+        lost = _some(chosen, self.dropouts, generator)
+        senders = tuple(i for i in chosen if i not in lost)
+        return Round(tuple(chosen), dict(zip(slow, fractions, strict=True)), senders)
 
 
-def _number(value: Any) -> bool:
+def check_min_clients(value: Any, most: int) -> None:
+    """Refuse a `min_clients` that no round of `most` clients can reach."""
+    if value is not None and not (_is_whole(value) and 1 <= value <= most):
+        raise ConsilienceError(
+            f"`min_clients` must be from 1 to {most}, the clients of a round, got {value!r}."
+        )
+
+
+def _is_whole(value: Any) -> bool:
+    """Whether a value is a whole number; True and False are not."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value is a finite number; True and False are not."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def _next_on_circle(able: Sequence[int], present: set[int], start: int, wanted: int) -> tuple[list[int], int]:
+    """The next clients in turn that are present, and how many places on the circle were passed."""
+    chosen: list[int] = []
+    passed = 0
+    while len(chosen) < wanted and passed < len(able):
+        client = able[(start + passed) % len(able)]
+        if client in present:
+            chosen.append(client)
+        passed += 1
+
+    # A round without clients is skipped, and the next one begins at the same place.
+    return sorted(chosen), passed if chosen else 0
+
+
 def _some(chosen: Sequence[int], fraction: float, generator: torch.Generator) -> list[int]:
-    """That fraction of the chosen, rounded up or down at random, so that it holds in the mean."""
+    """Draw a fraction of the clients.
+
+    Their number is rounded up or down at random, so that the fraction holds on average over rounds.
+    """
     if not fraction or not chosen:
         return []
-    count = math.floor(
-        fraction * len(chosen) + float(torch.rand((), generator=generator, dtype=torch.float64))
-    )
-    return sorted(
-        chosen[i]
-        for i in torch.randperm(len(chosen), generator=generator)[: min(count, len(chosen))].tolist()
-    )
+    rounding = float(torch.rand((), generator=generator, dtype=torch.float64))
+    count = min(math.floor(fraction * len(chosen) + rounding), len(chosen))
+    return sorted(chosen[i] for i in torch.randperm(len(chosen), generator=generator)[:count].tolist())
 
 
-def rounds(
-    turn: Turn,
-    clients: Sequence[str],
-    sources: Mapping[int, str],
-    least: int | None,
-    by_size: bool,
-    edge_of: Mapping[int, str],
-    edge_rounds: int,
-) -> Iterator[Phase]:
-    """The phases of one round: down from the server (through the edges where there are), learn, and up again."""
-    if not turn.chosen:
-        return
-    hubs = {clients[i]: edge_of.get(i, "server") for i in turn.chosen}
-    edges = sorted(set(hubs.values()) - {"server"})
-    if edges:
-        yield Exchange({e: ("server",) for e in edges})
-    up = {h: tuple(clients[i] for i in turn.heard if hubs[clients[i]] == h) for h in edges or ["server"]}
-    up = {h: own for h, own in up.items() if own}
-    for _ in range(edge_rounds):
-        yield Exchange({c: (h,) for c, h in hubs.items()})
-        yield Train(
-            {clients[i]: (sources[i],) for i in turn.chosen},
-            {clients[i]: w for i, w in turn.fractions.items()},
-            least,
-        )
-        if up:
-            yield Exchange(up, by_size)
-    if edges and up:
-        yield Exchange({"server": tuple(up)}, by_size)
+@dataclass(frozen=True)
+class Federation:
+    """How the rounds of clients and a server run; see `consilience.settings.federated` for the fields."""
+
+    rounds: int
+    by_size: bool = True
+    evaluate_every: int = 1
+    personalise: bool = False
+    edge_of: Mapping[int, str] = field(default_factory=dict)
+    """The edge server of each client; empty if clients send to the server directly."""
+    edge_rounds: int = 1
+
+    def __post_init__(self) -> None:
+        whole_number(rounds=self.rounds, evaluate_every=self.evaluate_every, edge_rounds=self.edge_rounds)
+
+    def phases(
+        self, drawn: Round, clients: Sequence[str], sources: Mapping[int, str], least: int | None
+    ) -> Iterator[Phase]:
+        """The phases of one round: parameters go down to its clients, these train, and send up again.
+
+        Args:
+            drawn: the round.
+            clients: the names of all clients.
+            sources: the name of the source that each client trains on.
+            least: clients that must finish, or the run stops.
+        """
+        if not drawn.clients:
+            return
+        hub_of = {clients[i]: self.edge_of.get(i, "server") for i in drawn.clients}
+        edges = sorted(set(hub_of.values()) - {"server"})
+        if edges:
+            yield Exchange({edge: ("server",) for edge in edges})
+
+        senders = {
+            hub: tuple(clients[i] for i in drawn.senders if hub_of[clients[i]] == hub)
+            for hub in edges or ["server"]
+        }
+
+        # A hub whose clients all dropped out receives nothing, and the server receives nothing from it: old
+        # parameters would pull the average back.
+        senders = {hub: own for hub, own in senders.items() if own}
+        for _ in range(self.edge_rounds):
+            yield Exchange({client: (hub,) for client, hub in hub_of.items()})
+            yield Train(
+                {clients[i]: (sources[i],) for i in drawn.clients},
+                {clients[i]: fraction for i, fraction in drawn.fractions.items()},
+                least,
+            )
+            if senders:
+                yield Exchange(senders, self.by_size)
+        if edges and senders:
+            yield Exchange({"server": tuple(senders)}, self.by_size)
 
 
 def edges_of(edges: Any, clients: int) -> dict[int, str]:
     """The edge server of each client, from a number of edges or from the clients of each."""
     if isinstance(edges, int) and not isinstance(edges, bool):
         if not 1 <= edges <= clients:
-            raise ConsilienceError(
-                f"`edges` should be from 1 to the {clients} clients. Found `edges = {edges}`."
-            )
+            raise ConsilienceError(f"`edges` must be from 1 to the {clients} clients, got {edges}.")
+        # Sizes differ by at most one.
         groups = [
             list(range(clients))[i * clients // edges : (i + 1) * clients // edges] for i in range(edges)
         ]
     else:
-        groups = (
-            [list(own) for own in edges] if isinstance(edges, Sequence) and not isinstance(edges, str) else []
-        )
+        given = isinstance(edges, Sequence) and not isinstance(edges, str)
+        groups = [list(own) for own in edges] if given else []
         if sorted(i for own in groups for i in own) != list(range(clients)) or not all(groups):
             raise ConsilienceError(
-                f"`edges` should be a number, or lists that have each client from 0 to {clients - 1} once. Found {edges!r}."
+                f"`edges` must be a number, or lists that have each client from 0 to {clients - 1} once, "
+                f"got {edges!r}."
             )
     width = len(str(len(groups) - 1))
-    return {i: f"edge-{e:0{width}d}" for e, own in enumerate(groups) for i in own}
+    return {i: f"edge-{number:0{width}d}" for number, own in enumerate(groups) for i in own}
 
 
-def neighbours(graph: Any, n: int, degree: int) -> Callable[[int, int, int], Pairs]:
-    """(seed, round, mixing) -> the neighbours of each of n agents."""
-    everybody: list[tuple[int, ...]] = [tuple(j for j in range(n) if j != i) for i in range(n)]
-    if n < 2:
-        raise ConsilienceError(f"agents that gossip should be two or more. Found {n}.")
-    if graph == "complete":
-        return lambda seed, r, m: everybody
-    if graph == "ring":
-        return lambda seed, r, m: _circulant(list(range(n)), 2)
+def neighbours(graph: Any, agents: int, degree: int) -> Callable[[int, int, int], Neighbours]:
+    """A function (seed, round, mixing) -> the neighbours of each agent."""
+    if agents < 2:
+        raise ConsilienceError(f"gossip needs two agents or more, got {agents}.")
     if graph == "regular":
-        if isinstance(degree, bool) or not isinstance(degree, int) or not 1 <= degree < n or degree * n % 2:
+        if not (_is_whole(degree) and 1 <= degree < agents) or degree * agents % 2:
             raise ConsilienceError(
-                f"`degree` should be from 1 to {n - 1}, with `degree` x {n} agents even. Found `degree = {degree!r}`."
+                f"`degree` must be from 1 to {agents - 1}, with `degree` x {agents} agents even, "
+                f"got {degree!r}."
             )
-        return lambda seed, r, m: _circulant(
-            torch.randperm(n, generator=key(seed, r, m, "graph")).tolist(), degree
+        return lambda seed, number, mixing: _circulant(
+            torch.randperm(agents, generator=key(seed, number, mixing, "graph")).tolist(), degree
         )
+
+    # All other graphs are the same in every round.
+    fixed = _fixed_graph(graph, agents)
+    return lambda seed, number, mixing: fixed
+
+
+def _fixed_graph(graph: Any, agents: int) -> Neighbours:
+    """The neighbours of each agent in a graph that is not drawn."""
+    if graph == "complete":
+        return [tuple(j for j in range(agents) if j != i) for i in range(agents)]
+    if graph == "ring":
+        return _circulant(range(agents), 2)
     if isinstance(graph, str) or not isinstance(graph, Iterable):
         raise ConsilienceError(
-            f"`graph` should be complete, ring, regular or a list of pairs of agents. Found `graph = {graph!r}`."
+            f"`graph` must be complete, ring, regular or a list of pairs of agents, got {graph!r}."
         )
-    near: list[set[int]] = [set() for _ in range(n)]
+
+    near: list[set[int]] = [set() for _ in range(agents)]
     for pair in graph:
-        ends = tuple(pair) if isinstance(pair, Sequence) and not isinstance(pair, str) else ()
-        if (
-            len(ends) != 2
-            or ends[0] == ends[1]
-            or any(not isinstance(e, int) or not 0 <= e < n for e in ends)
-        ):
-            raise ConsilienceError(
-                f"an edge of `graph` should be two different agents from 0 to {n - 1}. Found {pair!r}."
-            )
-        near[ends[0]].add(ends[1])
-        near[ends[1]].add(ends[0])
-    reached, front = {0}, [0]
-    while front:
-        front = sorted({j for i in front for j in near[i]} - reached)
-        reached |= set(front)
-    if len(reached) < n:
-        lost = next(i for i in range(n) if i not in reached)
+        one, other = _edge(pair, agents)
+        near[one].add(other)
+        near[other].add(one)
+
+    lost = set(range(agents)) - _reachable(near)
+    if lost:
         raise ConsilienceError(
-            f"`graph` should connect all agents. Found no way from agent 0 to agent {lost}."
+            f"`graph` must connect all agents, got one without a path from agent 0 to agent {min(lost)}."
         )
-    fixed = [tuple(sorted(own)) for own in near]
-    return lambda seed, r, m: fixed
+    return [tuple(sorted(own)) for own in near]
 
 
-def _circulant(order: Sequence[int], degree: int) -> Pairs:
-    """Every agent beside its nearest on a circle in this order, and opposite to one where the degree is odd."""
-    n = len(order)
-    near: list[set[int]] = [set() for _ in range(n)]
-    steps = [*range(1, degree // 2 + 1), *([n // 2] if degree % 2 else [])]
-    for at, i in enumerate(order):
-        near[i] |= {order[(at + s) % n] for s in steps} | {order[(at - s) % n] for s in steps}
+def _edge(pair: Any, agents: int) -> tuple[int, int]:
+    """The two agents of an edge, checked."""
+    ends = tuple(pair) if isinstance(pair, Sequence) and not isinstance(pair, str) else ()
+    numbers = all(isinstance(end, int) and 0 <= end < agents for end in ends)
+    if len(ends) != 2 or ends[0] == ends[1] or not numbers:
+        raise ConsilienceError(
+            f"an edge of `graph` must be two different agents from 0 to {agents - 1}, got {pair!r}."
+        )
+    return ends[0], ends[1]
+
+
+def _reachable(near: Sequence[set[int]]) -> set[int]:
+    """The agents with a path to agent 0."""
+    reached, front = {0}, {0}
+    while front:
+        front = {j for i in front for j in near[i]} - reached
+        reached |= front
+    return reached
+
+
+def _circulant(order: Sequence[int], degree: int) -> Neighbours:
+    """Connect agents to their nearest on a circle in this order; with an odd degree to their opposite too."""
+    count = len(order)
+    near: list[set[int]] = [set() for _ in range(count)]
+    steps = [*range(1, degree // 2 + 1), *([count // 2] if degree % 2 else [])]
+    for place, agent in enumerate(order):
+        near[agent] |= {order[(place + step) % count] for step in steps}
+        near[agent] |= {order[(place - step) % count] for step in steps}
+
+    # With two agents, the one before and the one after are the same.
     return [tuple(sorted(own - {i})) for i, own in enumerate(near)]

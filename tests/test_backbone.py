@@ -1,4 +1,4 @@
-"""Frozen backbones: one hash for all that outputs depend on; features that are kept on disk; unreadable images."""
+"""Frozen backbones: one hash for all that outputs depend on; features kept on disk; unreadable images."""
 
 from __future__ import annotations
 
@@ -691,11 +691,11 @@ def test_what_dead_processes_left_half_written_is_removed(tmp_path, counting):
 
 
 def test_progress_and_refusals(tmp_path, counting):
-    told = []
+    calls = []
     cs.data.embed(
-        source(), counting, tmp_path, batch=5, progress=lambda done, whole: told.append((done, whole))
+        source(), counting, tmp_path, batch=5, progress=lambda done, whole: calls.append((done, whole))
     )
-    assert told == [(5, 20), (10, 20), (12, 20), (16, 20), (20, 20)]
+    assert calls == [(5, 20), (10, 20), (12, 20), (16, 20), (20, 20)]
     s = source()
     for model, said in (
         (models.conv(2, 3, 8, 4), "a backbone without a head"),

@@ -51,7 +51,7 @@ def need(name: str) -> None:
     os.environ.setdefault("CONSILIENCE_DATA", str(where))
 
 
-# ---------------------------------------------------------------------------------------------------- sources
+# Sources.
 
 
 def test_catalogue_imports_no_torch():
@@ -290,7 +290,7 @@ def test_stream_refuses():
     )
 
 
-# ---------------------------------------------------------------------------------------------------- files
+# Files.
 
 
 @pytest.fixture
@@ -486,7 +486,7 @@ def test_npz_omniglot():
     assert data.split_classes(source, 8)[0].name.startswith("omniglot_small/Balinese/character01-to-")
 
 
-# ---------------------------------------------------------------------------------------------------- splits
+# Splits.
 
 
 CLIENTS = {
@@ -672,7 +672,7 @@ def test_streams_and_nesting():
         ),
         ("`power` must be positive and finite", lambda s: data.quantity_skew(s, 2, power=-1.0)),
         (
-            "every client must have at least 2 training examples, got 0 for the smallest with `power=3.0` and 20 clients; lower `power`",
+            "got 0 for the smallest with `power=3.0` and 20 clients; lower `power`",
             lambda s: data.quantity_skew(s, 20, power=3.0),
         ),
         (
@@ -687,7 +687,7 @@ def test_splits_refuse(rule, f):
     refused(rule, f, numbered())
 
 
-# ---------------------------------------------------------------------------------------------------- samplers
+# Samplers.
 
 
 @pytest.mark.parametrize(
@@ -722,3 +722,16 @@ def test_balanced_shares():
     assert set(seen[:80].tolist()) == {0, 1}
     refused("`temperature` must be > 0, got 0.", Balanced, 0)
     refused("Balanced needs classes as targets", Balanced().plan, torch.rand(4, 1), 2, 0, torch.Generator())
+
+
+def test_samplers_load_when_first_used():
+    code = (
+        "import sys, consilience as cs\n"
+        "lazy = 'torch' not in sys.modules and 'samplers' in dir(cs.data)\n"
+        "print(lazy, cs.data.samplers.Balanced().temperature, 'torch' in sys.modules)"
+    )
+    env = {**os.environ, "PYTHONPATH": str(Path(data.__file__).parents[2])}
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)
+    assert out.stdout.strip() == "True inf True"
+    with pytest.raises(AttributeError, match="has no attribute 'sampler'"):
+        _ = data.sampler

@@ -1,7 +1,8 @@
-"""How data comes to clients: label sets, users, sizes at random; Shakespeare by role, and the models that read it."""
+"""How data comes to clients: label sets, users, random sizes; Shakespeare by role, and models for it."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import lzma
 import os
@@ -42,7 +43,7 @@ def rows(s, part="train"):
     return getattr(s, part).whole()[0].flatten().tolist()
 
 
-# ---------------------------------------------------------------------------------------------------- label sets
+# Label sets.
 
 
 @pytest.mark.parametrize(("clients", "classes"), [(4, 2), (10, 2), (10, 3), (3, 8), (5, 7)])
@@ -95,7 +96,23 @@ def test_bad_label_sets_are_refused(points):
     )
 
 
-# ---------------------------------------------------------------------------------------------------- users
+# One order of arguments.
+
+
+@pytest.mark.parametrize("name", ["dirichlet", "iid", "label_sets", "quantity_skew", "shards"])
+def test_partitions_take_their_arguments_in_one_order(points, name):
+    parameters = inspect.signature(getattr(data, name)).parameters
+    assert list(parameters)[:2] == ["source", "clients"]
+    keywords = [n for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY]
+    assert keywords == ["seed", "local_test", "least"][: len(keywords)] and len(keywords) >= 2
+    assert list(parameters)[-len(keywords) :] == keywords
+
+    # A seed by position meant something else in one of them.
+    with pytest.raises(TypeError, match="positional"):
+        getattr(data, name)(points, 3, 2, None, None, 1)
+
+
+# Users.
 
 
 def test_users_are_clients(points):
@@ -142,7 +159,7 @@ def test_bad_users_are_refused(points):
     )
 
 
-# ---------------------------------------------------------------------------------------------------- sizes
+# Sizes.
 
 
 def test_sizes_are_drawn(points):
@@ -187,7 +204,7 @@ def test_bad_sizes_are_refused(points):
     )
 
 
-# ---------------------------------------------------------------------------------------------------- characters
+# Characters.
 
 
 @pytest.fixture
@@ -254,7 +271,7 @@ def test_bad_text_is_refused(roles, tmp_path, monkeypatch):
         refused(match, data.shakespeare, path=broken)
     monkeypatch.delenv("CONSILIENCE_DATA", raising=False)
     refused(
-        "no folder to find shakespeare_roles.json.xz in: CONSILIENCE_DATA is not set; set it, or give `path`.",
+        "no folder to find shakespeare_roles.json.xz in: CONSILIENCE_DATA is not set; set it",
         data.shakespeare,
     )
 

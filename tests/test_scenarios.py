@@ -1,4 +1,4 @@
-"""Blurry boundaries, new instances and classes, CORe50 and CLEAR: every batch exactly, from folders laid out as published."""
+"""Blurry boundaries, new instances and classes, CORe50 and CLEAR from folders laid out as published."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def quick(sources, size: int, **kwargs):
     )
 
 
-# ---------------------------------------------------------------------------------------------------- blurry
+# Blurry.
 
 
 @hypothesis_settings(max_examples=30, deadline=None)
@@ -120,7 +120,7 @@ def test_blurry_is_a_partition(n, parts, share, to, streamed, seed):
 
 
 def test_blurry_counts_exactly():
-    """Three sources of 100, two classes each: 30 leave each one, 15 to each other, equally many of each class."""
+    """Three sources of 100, two classes each: 30 leave each, 15 to each other one, equally many per class."""
     x = torch.arange(300).float()[:, None]
     whole = data.arrays(x, torch.arange(300) % 6, test=(x[:6], torch.arange(6)), validation=0)
     sources = data.split_classes(whole, 3)
@@ -178,7 +178,7 @@ def test_blurry_refuses():
 
 
 def test_blurry_runs_and_loses_less():
-    """With a share of the others in every source, plain fine-tuning forgets less; every class of a test has its column."""
+    """With a share of the others in every source, plain fine-tuning forgets less."""
     sources = data.split_classes(data.digits(), 5)
     training = cs.Training(epochs=5, lr=0.1)
 
@@ -189,7 +189,7 @@ def test_blurry_runs_and_loses_less():
     assert final(data.blurry(sources, 0.3)) > final(sources) + 0.2
 
 
-# ---------------------------------------------------------------------------------------------------- new instances
+# New instances.
 
 
 def filmed(streamed: bool = False, classes: int = 10, groups: int = 4, each: int = 2, validation: int = 0):
@@ -282,7 +282,7 @@ def test_a_test_may_hold_classes_that_its_source_does_not_teach():
     assert np.allclose(result.matrix, result.matrix[:, :1])  # the same test, the same score
 
 
-# ---------------------------------------------------------------------------------------------------- CORe50
+# CORe50.
 
 FRAMES = 2
 TAUGHT = (1, 2, 4, 5, 6, 8, 9, 11)
@@ -417,7 +417,7 @@ def test_core50_from_file_lists(linked):
         shared(sources)
         assert len(sources) == 79 and sources[7].name == "core50/nic-07"
         assert [seen(s.train) for s in sources] == batches
-    sources = data.core50(linked / "core50_128x128", "nc")  # the lists are beside the folder of images
+    sources = data.core50(linked / "core50_128x128", "nc")  # the lists are next to the folder of images
     assert [sorted({o for _, o, _ in seen(s.train)})[0] for s in sources] == [5 * i + 1 for i in range(9)]
     assert all(
         s.train.targets().tolist() == [o - 1 for _, o, _ in seen(s.train)] for s in sources
@@ -426,7 +426,7 @@ def test_core50_from_file_lists(linked):
     assert [seen(s.train) for s in sources] == published[1]
     assert all(s.train.targets().tolist() == [(o - 1) // 5 for _, o, _ in seen(s.train)] for s in sources)
     refused(
-        f"`run` must be one that has file lists, got 2; {linked / 'batches_filelists' / 'NIC_inc'} has ['run0', 'run1'].",
+        f"got 2; {linked / 'batches_filelists' / 'NIC_inc'} has ['run0', 'run1'].",
         data.core50,
         linked,
         "nic",
@@ -496,7 +496,7 @@ def test_core50_runs(films):
     assert np.isfinite(quick(streamed, 12).matrix).all()
 
 
-# ---------------------------------------------------------------------------------------------------- CLEAR
+# CLEAR.
 
 NAMES = ["bus", "camera", "BACKGROUND"]
 

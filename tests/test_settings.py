@@ -1,4 +1,4 @@
-"""Federations: who takes part, who hears whom, what is measured of clients, and what goes wrong."""
+"""Federations: who takes part, who sends to which agent, what is measured of clients, and what goes wrong."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def refused(match, make, *args, **more):
 
 
 def turns(schedule, seed=0):
-    """(who learns, their work, who the server hears) of each round: what lies between two stages."""
+    """(who trains, their fractions, who sends to the server) of each round: what lies between two stages."""
     found, now = [], [(), {}, ()]
     for p in schedule.plan(seed):
         if isinstance(p, Train):
@@ -71,7 +71,7 @@ def go(schedule, method=FEDAVG, **more):
     return cs.run(schedule, method, mlp(), training(), **more)
 
 
-# ---------------------------------------------------------------------------------------------------- who takes part
+# Who takes part.
 
 
 @settings(max_examples=25, deadline=None)
@@ -87,10 +87,10 @@ def test_a_round_has_its_share_and_nobody_twice(fraction, order, slow, out, seed
     found = turns(made, seed)
     assert found == turns(made, seed)
     k = max(1, int(fraction * 12 + 0.5))
-    for who, work, heard in found:
+    for who, work, senders in found:
         assert len(set(who)) == len(who) == k
-        assert set(heard) <= set(who) >= set(work)
-        assert abs(len(work) - slow * k) < 1 and abs(k - len(heard) - out * k) < 1
+        assert set(senders) <= set(who) >= set(work)
+        assert abs(len(work) - slow * k) < 1 and abs(k - len(senders) - out * k) < 1
         assert all(0 <= w < 1 for w in work.values())
 
 
@@ -111,7 +111,7 @@ def test_shares_hold_over_many_rounds():
     assert fits(counts, [1 / 12] * 12)
     for share, some in (
         (0.3, sum(bool(work) for _, work, _ in found)),
-        (0.2, sum(not heard for _, _, heard in found)),
+        (0.2, sum(not senders for _, _, senders in found)),
     ):
         assert fits([some, 3000 - some], [share, 1 - share])
     fractions = [w for _, work, _ in found for w in work.values()]
@@ -135,8 +135,8 @@ def test_weighted_draws_are_one_after_another_in_proportion(weights):
 def test_traces_say_who_is_there():
     there = [[0, 1, 2, 3, 4], [7], [], [9, 8]]
     found = turns(cs.settings.federated(MANY, 8, 3, available=there))
-    for n, (who, _, heard) in enumerate(found):
-        assert set(who) <= set(there[n % 4]) and len(who) == min(3, len(there[n % 4])) and heard == who
+    for n, (who, _, senders) in enumerate(found):
+        assert set(who) <= set(there[n % 4]) and len(who) == min(3, len(there[n % 4])) and senders == who
     mapped = turns(cs.settings.federated(MANY, 4, available={0: [1], 3: (2, 5)}))
     assert [who for who, _, _ in mapped] == [(1,), (), (), (2, 5)]
     drawn = turns(cs.settings.federated(MANY, 4, available=lambda n, seed: [n, seed]), 7)
@@ -192,7 +192,7 @@ def test_stragglers_do_their_part_alone():
 
 
 def test_who_dropped_out_begins_again_from_the_server():
-    """Learned and not heard: the server stays as it is, and the client takes its parameters up again, not its own."""
+    """Trained, but not sent: the server stays as it is, and the client goes on from it, not from its own."""
     who = {"client-0": ("server",)}
     plan = [
         Exchange(who),
@@ -201,17 +201,17 @@ def test_who_dropped_out_begins_again_from_the_server():
         Exchange(who),
         Train({"client-0": ("a",)}),
         Exchange({"server": ("client-0",)}),
-        Evaluate("heard"),
+        Evaluate("received"),
     ]
     made = cs.core.schedule.build("federated", [A], "domain", lambda seed: iter(plan), "server")
     result = go(made)
     near(result.params, entries(fit(plain(), A, visit=1)))
     assert np.array_equal(result.matrix[0], result.matrix[1])
     drawn = cs.settings.federated([A], 6, dropouts=0.5)
-    heard = [bool(h) for _, _, h in turns(drawn)]
-    assert 0 < sum(heard) < 6
+    senders = [bool(h) for _, _, h in turns(drawn)]
+    assert 0 < sum(senders) < 6
     now = entries(plain())
-    for visit, there in enumerate(heard):
+    for visit, there in enumerate(senders):
         now = entries(fit(plain(params=now), A, visit=visit)) if there else now
     near(go(drawn).params, now)
 
@@ -298,9 +298,9 @@ def test_other_names_or_shapes_are_refused():
     agent = Agent
     schedule = cs.settings.federated([A], 1)
     state = cs.core.state.State(*[entries(plain()) if i != 1 else {} for i in range(3)], "given")
-    hearer = agent("server", mlp(), FEDAVG, schedule, training(), 0, state, cs.loop.ledger.Ledger())
+    receiver = agent("server", mlp(), FEDAVG, schedule, training(), 0, state, cs.loop.ledger.Ledger())
 
-    def told(params):
+    def message(params):
         return Message(
             "odd", "", 1, 3, "given", "", {"model": Weights({f"params/{n}": p for n, p in params.items()})}
         )
@@ -310,19 +310,19 @@ def test_other_names_or_shapes_are_refused():
         cs.ConsilienceError,
         match=r"must have the receiver's names, got 'module.1.weight' of 'odd', here '1.weight'",
     ):
-        hearer.receive([told({f"module.{n}": p for n, p in good.items()})])
+        receiver.receive([message({f"module.{n}": p for n, p in good.items()})])
     with pytest.raises(
         cs.ConsilienceError, match=r"must have the receiver's shapes, got \(2, 2\) for '1.weight' of 'odd'"
     ):
-        hearer.receive([told({**good, "1.weight": torch.zeros(2, 2)})])
-    hearer.receive([told(good)])
+        receiver.receive([message({**good, "1.weight": torch.zeros(2, 2)})])
+    receiver.receive([message(good)])
 
 
-# ---------------------------------------------------------------------------------------------------- who hears whom
+# Who hears whom.
 
 
 @pytest.mark.parametrize("by_size", [True, False])
-def test_everybody_hears_all_as_a_server_would(by_size):
+def test_everybody_receives_from_all_as_a_server_would(by_size):
     served = go(cs.settings.federated(FOUR, 3, by_size=by_size))
     weights = [len(s.train) if by_size else 1 for s in FOUR]
     near(served.params, server(FOUR, 3, weights=weights), 1e-11)
@@ -369,7 +369,7 @@ def test_a_ring_mixes_neighbours():
 
 @pytest.mark.parametrize("graph", ["ring", "regular"])
 def test_agents_come_to_agree_on_the_average(graph, monkeypatch):
-    """Hearing without learning: all agree to 1e-6, and on a regular graph on the average weighted by examples."""
+    """Exchanges without training: all agree to 1e-6, on the average by examples if the graph is regular."""
     agents, make = {}, Agents.__missing__
     monkeypatch.setattr(Agents, "__missing__", lambda made, name: agents.setdefault(name, make(made, name)))
     six = MANY[:6]
@@ -445,7 +445,7 @@ def test_deltas_need_a_common_base():
     near(go(cs.settings.gossip(FOUR, 2), median).params, go(cs.settings.federated(FOUR, 2), median).params)
 
 
-# ---------------------------------------------------------------------------------------------------- what is measured
+# What is measured.
 
 
 def score(params, s):
@@ -514,7 +514,7 @@ def test_drift_and_local_scores_are_what_they_say(tmp_path):
     assert Result.from_json(json.loads(json.dumps(old))).personal is None
 
 
-def test_drift_is_of_those_that_began_where_the_hearer_did():
+def test_drift_is_of_those_that_began_where_the_receiver_did():
     found = {
         g: {d["stage"] for d in go(cs.settings.gossip(FOUR, 2, g), judge_clients=True).client_drift}
         for g in ("ring", "complete")
@@ -561,7 +561,7 @@ def test_fairness_and_forgetting_of_a_matrix():
     assert once.forgetting is not None and once.global_forgetting is not None
 
 
-def test_personal_scores_after_a_last_learn():
+def test_personal_scores_after_a_last_visit():
     result = go(cs.settings.federated(FOUR, 2, clients_per_round=2, personalise=True))
     plain_one = go(cs.settings.federated(FOUR, 2, clients_per_round=2))
     assert same(result.params, plain_one.params) and np.array_equal(result.matrix, plain_one.matrix)
@@ -597,7 +597,7 @@ def test_clients_are_resumed_to_the_same_lists(tmp_path):
     whole = go(made, judge_clients=True, out=tmp_path / "whole")
 
     def progress(line):
-        if line.get("event") == "checkpoint" and line["steps"] == 19:  # inside the third learn of the round
+        if line.get("event") == "checkpoint" and line["steps"] == 19:  # inside the third visit of the round
             raise KeyboardInterrupt
 
     out = tmp_path / "cut"
@@ -609,7 +609,7 @@ def test_clients_are_resumed_to_the_same_lists(tmp_path):
     assert again.personal == whole.personal and len(whole.local) == 9 + 4
 
 
-# ---------------------------------------------------------------------------------------------------- what goes wrong
+# What goes wrong.
 
 
 class Flaky(Tensors):
@@ -687,7 +687,7 @@ def test_too_few_stop_the_run_which_goes_on_once_mended(flaky, least, tmp_path):
 
 
 def test_who_dropped_out_and_who_failed_leave_the_server(flaky, monkeypatch):
-    """Nobody is heard in the first round: the server tells what it had in the second."""
+    """Nobody sends in the first round: in the second the server sends what it had."""
     down, up = {f"client-{i}": ("server",) for i in (0, 1)}, Exchange({"server": ("client-1",)})
     learn = Train({"client-0": ("a",), "client-1": ("b",)}, least=1)
     plan = [
@@ -698,7 +698,7 @@ def test_who_dropped_out_and_who_failed_leave_the_server(flaky, monkeypatch):
         Exchange(down),
         learn,
         Exchange({"server": ("client-0",)}),
-        Evaluate("heard"),
+        Evaluate("received"),
     ]
     made = cs.core.schedule.build("federated", flaky[:2], "domain", lambda seed: iter(plan), "server")
     with pytest.warns(UserWarning, match="left out"):
@@ -715,14 +715,14 @@ def test_an_edge_whose_clients_all_failed_weighs_nothing(flaky):
         near(result.params, server(three, 2, weights=None if by_size else [1, 1, 1]))
 
 
-def test_an_agent_that_failed_hears_its_neighbours(flaky):
+def test_an_agent_that_failed_receives_from_its_neighbours(flaky):
     with pytest.warns(UserWarning, match="left out"):
         result = go(cs.settings.gossip(flaky, 1, mixings=2, min_clients=2, evaluated=1))
     near(result.params, server([A, E, FOUR[3]]), 1e-12)
 
 
-def test_an_agent_that_failed_tells_what_it_heard(flaky):
-    """On a ring: 1 fails and hears 0 and 2; then 0 hears 3, itself and 1, each with the sizes of what it mixed."""
+def test_an_agent_that_failed_sends_what_it_received(flaky):
+    """On a ring: 1 fails and receives from 0 and 2; then 0 from 3, 0 and 1, each with the sizes it mixed."""
     with pytest.warns(UserWarning, match="left out"):
         result = go(cs.settings.gossip(flaky, 1, "ring", mixings=2, min_clients=2))
     nets = {i: entries(fit(plain(), FOUR[i])) for i in (0, 2, 3)}
@@ -736,9 +736,8 @@ def test_who_failed_is_known_after_a_cut(flaky, tmp_path):
     made = cs.settings.federated(flaky, 2, min_clients=2)
 
     def progress(line):
-        if (
-            line["event"] == "checkpoint" and line["steps"] == 34
-        ):  # round 2, inside the learn after the failing one
+        # Round 2, inside the visit after the failing one.
+        if line["event"] == "checkpoint" and line["steps"] == 34:
             raise KeyboardInterrupt
 
     with pytest.warns(UserWarning, match="left out"), pytest.raises(KeyboardInterrupt):
@@ -772,7 +771,8 @@ def test_all_of_it_together_repeats_and_ends(tmp_path):
 def test_the_command_line_takes_it(tmp_path, capsys):
     from consilience.cli.main import main
 
-    argv = "run --setting federated --setting.rounds 2 --split.clients 4 --setting.participation 0.5 --setting.personalise true --judge_clients"
+    argv = "run --setting federated --setting.rounds 2 --split.clients 4 --setting.participation 0.5 "
+    argv += "--setting.personalise true --judge_clients"
     assert main([*argv.split(), "--out", str(tmp_path / "run")]) == 0
     assert "worst tenth" in capsys.readouterr().out
     assert len(cs.report.load(tmp_path / "run").personal) == 4

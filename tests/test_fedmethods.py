@@ -250,7 +250,7 @@ def test_fedweit_keeps_its_tasks_apart_and_refuses():
     assert tasks == {"fedweit/own/t", "fedweit/own/t/x"}
     with pytest.raises(Refusal, match="it needs to know the task"):
         cs.run(FC(streams(), 1), cs.methods.fedweit(), mlp(), training())
-    with pytest.raises(ConsilienceError, match="`drift` of FedWeIt should be >= 0"):
+    with pytest.raises(ConsilienceError, match="`drift` of FedWeIt must be >= 0"):
         cs.methods.fedweit(drift=-1.0)
 
 
@@ -296,6 +296,28 @@ def test_fedweit_resumes_to_the_bit(tmp_path):
         resume=True,
     )
     assert same(again.params, whole.params) and (again.matrices == whole.matrices).all()
+
+
+@pytest.mark.parametrize("name", ["heard", "received", "the past"])
+def test_fedweit_takes_a_source_of_any_name(name):
+    """What the correction keeps is under a key that no source can have: the source's module stays in sight."""
+
+    def answers(first):
+        # Full batches: their order is drawn by the source's name, and a sum does not depend on it.
+        given = streams()
+        given[0][0] = replace(given[0][0], name=first)
+        schedule = judged_as(FC(given, 2, scenario="task"), "client-0")
+        options = {"batch_size": 64, "optimiser": "adam", "momentum": 0.0, "lr": 0.01}
+        result = cs.run(schedule, cs.methods.fedweit(0.01, 3.0, 0.05), mlp(), training(**options))
+        recalled = FedWeIt().recall(result.agent.memory(FedWeIt()), ())
+        assert ("client-0", first) in recalled.sent and recalled.agent == "client-0"
+
+        # Task d of client 1 weighs what client 0 sent of its first source.
+        assert recalled.sent["client-1", "d"].meta["from"][0] == ["client-0", first]
+        x = given[0][0].train.whole()[0]
+        return {task: result.agent.predict(x, task) for task in ("a", "b", "c", "d")}
+
+    near(answers(name), answers("x"), 1e-10)
 
 
 # distillation into the average
@@ -528,7 +550,7 @@ def test_base_is_where_a_run_begins():
     fit(net, A)
     fit(net, B)
     near(final(kinds[2](first.params), cs.methods.finetune()), entries(net))
-    with pytest.raises(ConsilienceError, match=r"`base` should have the model's entries"):
+    with pytest.raises(ConsilienceError, match=r"`base` must have all entries of the model"):
         cs.run(kinds[0]({"1.weight": torch.zeros(5, D)}), cs.methods.fedavg(), mlp(), training())
 
 
@@ -594,7 +616,7 @@ def test_forgetting_a_client_is_never_having_heard_it_to_the_bit():
     agent.forget("client-0")
     agent.forget("client-1")
     assert not head_of(agent.state.params).any()
-    with pytest.raises(ConsilienceError, match="`sender` should be one of the catalogue's. Found 'client-9'"):
+    with pytest.raises(ConsilienceError, match="`sender` must be one of the catalogue's, got 'client-9'"):
         agent.forget("client-9")
 
 

@@ -1,4 +1,4 @@
-"""FedWeIt: shared parameters that each task masks, and adds to by entries of its own and by those that others told."""
+"""FedWeIt: each task masks shared parameters, and adds its own entries and those that others sent."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from consilience.core.contexts import Beginning, Begun, Context, Learned, Memory
 from consilience.core.correction import Correction
 from consilience.core.message import Item, Message, Module, Private
 from consilience.core.model import Model
-from consilience.core.params import Params
+from consilience.core.names import RECEIVED
+from consilience.core.optimiser import SGD
+from consilience.core.params import Layout, Params
 from consilience.core.source import Source
 from consilience.core.training import Training
 from consilience.corrections.anatomy import spread, without_tasks
@@ -34,9 +36,9 @@ def shared(model: Model) -> tuple[str, ...]:
     """The trainable entries that all tasks share, in the model's order."""
     params, _ = model.init(torch.Generator().manual_seed(0))
     return tuple(
-        n
-        for n, p in params.items()
-        if p.is_floating_point() and model.task_of(n) is None and not model.frozen(n)
+        name
+        for name, p in params.items()
+        if p.is_floating_point() and model.task_of(name) is None and not model.frozen(name)
     )
 
 
@@ -55,43 +57,55 @@ def compose(base: Tensor, mask: Tensor, own: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class Known:
-    """What was told of each task, by (sender, source), this agent's own name (None before it heard anybody) and what its
-    parameters were when it last heard, and the tasks of this learn (none in predict)."""
+class Recalled:
+    """What an agent has of all tasks, its own and others'."""
 
-    told: Mapping[Key, Item]
-    ctx: str | None
+    sent: Mapping[Key, Item]
+    """What every agent sent of its tasks, this one too."""
+    agent: str | None
+    """This agent's name; None before it received anything."""
     before: Mapping[str, Tensor]
-    now: tuple[str, ...]
+    """B as this agent left it before it last received."""
+    began: Mapping[str, Tensor]
+    """A of its tasks when the sources of this visit began, by entry; empty where they begin now."""
+    current: tuple[str, ...]
+    """The tasks of this visit; none in predict."""
 
-    def own(self, key: Key, entry: str) -> Tensor:
-        """The pruned A_j of an entry that was told."""
-        item = self.told[key]
-        values: Tensor = item.tensors[f"own/{entry}"]
-        kept = unpack(item.tensors[f"kept/{entry}"], item.meta["shapes"][entry])
+    def own(self, key: Key, name: str) -> Tensor:
+        """The pruned A_j of an entry, as it was sent."""
+        item = self.sent[key]
+        values: Tensor = item.tensors[f"own/{name}"]
+        kept = unpack(item.tensors[f"kept/{name}"], item.meta["shapes"][name])
         return torch.zeros_like(kept, dtype=values.dtype).masked_scatter(kept > 0, values)
 
     def others(self) -> list[Key]:
-        """What others told."""
-        return [k for k in self.told if self.ctx is not None and k[0] != self.ctx]
+        """The tasks of other agents."""
+        return [key for key in self.sent if self.agent is not None and key[0] != self.agent]
 
 
 @dataclass(frozen=True)
 class FedWeIt(Correction):
-    """theta_t = B * sigmoid(m_t) + A_t + sum_j alpha_tj A_j: shared parameters B, a mask m_t with one value a unit, what is the
-    task's own A_t, and the A_j of others' earlier tasks weighed by alpha_tj, one a layer.
+    """Federated weighted inter-client transfer: theta_t = B * sigmoid(m_t) + A_t + sum_j alpha_tj A_j.
 
-    Loss + sparsity (|sigmoid(m_t)|_1 + sum_{i <= t} |A_i|_1) + drift sum_{i < t} |(B - B') * sigmoid(m_i) + A_i - A_i'|^2, where '
-    is what they were at this agent when the task before ended: A_i of earlier tasks move on so that B may. Every trainable entry that tasks share is so
-    made (the paper's weights, and here biases, norms and a shared head too); a task begins at A = B / 3 with the B just heard,
-    alpha = 0, and m = log 2, at which theta = B. m, A and alpha are personal entries `fedweit/...` (pattern of the method);
-    B is averaged, never B * sigmoid(m). Told of a task, once it was learned: the mask, A without its |A| <= `prune`, and alpha;
-    the last two are also how this agent predicts (in training nothing is pruned). Which A_j count is settled when a task begins.
+    B are the shared parameters, m_t is a mask with one value per unit, A_t are the task's own entries, and
+    A_j those of others' earlier tasks, weighed by one alpha_tj per layer. Minimised is
 
-    An agent answers a task that it learned by its own entries and any other by what was told of it (the mean, if several agents
-    learned a task of that name): so does a server, with its B, but the told A_i are as they were when task i was learned, while
-    their owners let them follow B. Under SGD the drift is capped at 1 / (2 lr (1 + earlier tasks)), with a warning: beyond twice
-    that it diverges; the paper trains with Adam at lr 3.3e-4. Yoon, Jeong, Lee, Yang & Hwang 2021.
+        loss + sparsity (|sigmoid(m_t)|_1 + sum_{i <= t} |A_i|_1)
+             + drift sum_{i < t} |(B - B') * sigmoid(m_i) + A_i - A_i'|^2,
+
+    where B' and A_i' are the values at this agent when its previous task ended: A_i of earlier tasks move on
+    so that B may. All trainable entries that tasks share are composed in this way (the paper's weights, and
+    here also biases, norms and a shared head). A task begins at A = B / 3 with the B received last, alpha =
+    0, and m = log 2, where theta = B. m, A and alpha are personal entries `fedweit/...` (a pattern of the
+    method); B is averaged, never B * sigmoid(m). After a task is trained, an agent sends its mask, A without
+    entries |A| <= `prune`, and alpha; it also predicts with the pruned A (in training nothing is pruned).
+    The A_j of a task are chosen when it begins.
+
+    An agent predicts a task that it trained by its own entries, and any other by those that were sent (the
+    mean if several agents trained a task of that name). So does a server, with its B; but the A_i that it
+    received are as they were after task i, while at their owners they follow B. Under SGD `drift` is capped
+    at 1 / (2 lr (1 + earlier tasks)), with a warning: beyond twice that it diverges. The paper trains with
+    Adam at lr 3.3e-4. Yoon, Jeong, Lee, Yang & Hwang 2021.
     """
 
     sparsity: float = 0.001
@@ -106,199 +120,251 @@ class FedWeIt(Correction):
 
     @staticmethod
     def entry(kind: str, task: str | None, name: str) -> str:
-        """The name of a personal entry: kind "mask", "own" or "alpha"; `name` an entry of the model, or "sender/source"."""
+        """The name of a personal entry of kind "mask", "own" or "alpha"."""
         return f"fedweit/{kind}/{slot(task)}:{name}"
 
     @staticmethod
-    def earlier(names: Iterable[str], ctx: Context) -> list[str]:
-        """The tasks with entries of their own that are not learned now."""
-        assert ctx.model is not None
-        start, end = "fedweit/mask/", f":{shared(ctx.model)[0]}"
-        found = [n[len(start) : -len(end)] for n in names if n.startswith(start) and n.endswith(end)]
-        return [t for t in found if t not in map(slot, ctx.recalled.now)]
+    def alpha(task: str | None, key: Key) -> str:
+        """The entry of a task's weights alpha [entries] for what others sent under a key."""
+        return FedWeIt.entry("alpha", task, "/".join(key))
 
-    def recall(self, memory: Memory, sources: tuple[Source, ...]) -> Known:
-        own = next(
-            ((sender, item) for (sender, _), item in memory.items() if isinstance(item, Private)), None
+    @staticmethod
+    def earlier(names: Iterable[str], ctx: Context) -> list[str]:
+        """The tasks with entries of their own among these names that are not trained in this visit."""
+        assert ctx.model is not None
+        # Every task has the mask of the first entry, so that its name is found there once.
+        start, end = "fedweit/mask/", f":{shared(ctx.model)[0]}"
+        slots = [n[len(start) : -len(end)] for n in names if n.startswith(start) and n.endswith(end)]
+        return [task for task in slots if task not in map(slot, ctx.recalled.current)]
+
+    @staticmethod
+    def used(params: Params, task: str | None, recalled: Recalled) -> list[Key]:
+        """The tasks of others that a task of this agent weighs: those that it has an alpha for."""
+        return [key for key in recalled.others() if FedWeIt.alpha(task, key) in params]
+
+    def recall(self, memory: Memory, sources: tuple[Source, ...]) -> Recalled:
+        """What was sent of all tasks, and what `after_receive` kept."""
+        agent, kept = next(
+            ((sender, item) for (sender, source), item in memory.items() if source == RECEIVED),
+            (None, Private({}, {"newest": []})),
         )
-        told = {k: item for k, item in sorted(memory.items()) if not isinstance(item, Private)}
-        return Known(
-            told,
-            own and own[0],
-            own[1].tensors if own else {},
-            tuple(dict.fromkeys(str(s.task) for s in sources)),
+        # Where it began is kept of the newest source alone: an older one that comes again begins now.
+        names, current = {s.name for s in sources}, dict.fromkeys(str(s.task) for s in sources)
+        return Recalled(
+            sent={key: item for key, item in sorted(memory.items()) if key[1] != RECEIVED},
+            agent=agent,
+            before=kept.group("before"),
+            began=kept.group("began") if names <= set(kept.meta["newest"]) else {},
+            current=tuple(current),
         )
 
     def begin(self, start: Beginning) -> Begun:
-        """m, A and alpha of a new task, and what B was when the last one ended. Private: for each task of this learn the A_j of
-        others [K, ...], by entry."""
-        model, params, known = start.model, start.params, start.recalled
-        names, new = shared(model), dict(params)
+        """Add m, A and alpha of a new task, and B as it was when the previous one ended.
+
+        Private: `<task>:<entry>`, the A_j [K, ...] that a task of this visit weighs.
+        """
+        recalled: Recalled = start.recalled
+        names, params = shared(start.model), dict(start.params)
         private: dict[str, Tensor] = {}
-        for task in known.now:
-            if self.entry("mask", task, names[0]) not in params:
-                for n in names:
-                    new[f"fedweit/before:{n}"] = known.before.get(n, params[n]).to(params[n]).clone()
-                    new[self.entry("mask", task, n)] = params[n].new_full(params[n].shape[:1], 2).log()
-                    new[self.entry("own", task, n)] = params[n] / 3
-                for k in known.others():
-                    new[self.entry("alpha", task, "/".join(k))] = params[names[0]].new_zeros(len(names))
-            if used := self.used(new, task, known):
+        for task in recalled.current:
+            if self.entry("mask", task, names[0]) not in start.params:
+                params |= self._new(task, names, start)
+            if used := self.used(params, task, recalled):
                 private |= {
-                    f"{slot(task)}:{n}": torch.stack([known.own(k, n).to(params[n]) for k in used])
+                    f"{slot(task)}:{n}": torch.stack([recalled.own(k, n).to(start.params[n]) for k in used])
                     for n in names
                 }
-        return Begun(new, private)
+        return Begun(params, private)
 
-    def used(self, params: Params, task: str | None, known: Known) -> list[Key]:
-        """What others told that a task of this agent's own weighs."""
-        return [k for k in known.others() if self.entry("alpha", task, "/".join(k)) in params]
+    def _new(self, task: str, names: Sequence[str], start: Beginning) -> dict[str, Tensor]:
+        """The entries of a new task."""
+        params, recalled = start.params, start.recalled
+        # sigmoid(log 2) = 2/3, so that with A = B / 3 the task begins at theta = B.
+        entries: dict[str, Tensor] = {}
+        for name in names:
+            p = params[name]
+            entries[f"fedweit/before:{name}"] = recalled.before.get(name, p).to(p).clone()
+            entries[self.entry("mask", task, name)] = p.new_full(p.shape[:1], 2).log()
+            entries[self.entry("own", task, name)] = p / 3
+        for key in recalled.others():
+            entries[self.alpha(task, key)] = params[names[0]].new_zeros(len(names))
+        return entries
 
     def prepare_step(self, ctx: Context, training: Training) -> tuple[dict[str, Tensor], str | None]:
-        """For the drift of earlier tasks: its strength, under SGD at most 1 / (2 lr (1 + earlier tasks)), and sigmoid(m_i) [tasks, n] of
-        all shared entries in the layout's order."""
-        from consilience.core.optimiser import SGD
+        """What the drift of earlier tasks needs, over all shared entries in the layout's order.
 
+        `drift`: its strength; `mask` [tasks, n]: sigmoid(m_i), which does not train; `before` [n]: B'; `own`
+        [tasks, n]: A_i'.
+        """
         assert ctx.layout is not None and ctx.start is not None
-        layout, earlier, warning = ctx.layout, self.earlier(ctx.layout.names, ctx), None
+        earlier = self.earlier(ctx.layout.names, ctx)
         if not earlier or not self.drift:
             return {}, None
-        rates = training.factors(layout)
-        lr = training.lr * (1 if rates is None else float(rates.max().clamp_min(1)))
-        strength, most = self.drift, 1 / (2 * lr * (1 + len(earlier)))
-        if isinstance(training.inner(), SGD) and strength > most:
-            strength = most
-            warning = f"a drift of {self.drift} may diverge under SGD at this lr, and is capped at {most:.3g}; the paper uses Adam"
-        at, names = layout.split(ctx.start), self._in_order(ctx)
-        masks = [[at[self.entry("mask", t, n)].sigmoid() for n in names] for t in earlier]
-        wide = [
-            [
-                compose(torch.ones_like(at[n]), m, at[n].new_zeros(())).view(-1)
-                for n, m in zip(names, ms, strict=True)
-            ]
-            for ms in masks
-        ]
+
+        strength, warning = self._capped(training, ctx.layout, len(earlier))
+        values, names = ctx.layout.split(ctx.start), self._in_order(ctx)
+        masks = [torch.cat([self._wide(values, task, name).view(-1) for name in names]) for task in earlier]
+
+        # In a later round of a source its task has begun already, and the A_i have moved since.
+        began = {name: value.to(ctx.start) for name, value in ctx.recalled.began.items()}
         return {
             "drift": ctx.start.new_tensor(strength),
-            "mask": torch.stack([torch.cat(w) for w in wide]),
+            "mask": torch.stack(masks),
+            "before": torch.cat([values[f"fedweit/before:{name}"].view(-1) for name in names]),
+            "own": self._owns({**values, **began}, earlier, names),
         }, warning
+
+    def _capped(self, training: Training, layout: Layout, earlier: int) -> tuple[float, str | None]:
+        """The strength of the drift, and a warning if it is less than `drift`."""
+        rates = training.factors(layout)
+        lr = training.lr * (1 if rates is None else float(rates.max().clamp_min(1)))
+
+        # Each earlier task adds to the curvature in B; other optimisers scale it away.
+        most = 1 / (2 * lr * (1 + earlier))
+        if not isinstance(training.inner(), SGD) or self.drift <= most:
+            return self.drift, None
+        return most, (
+            f"a drift of {self.drift} may diverge under SGD at this lr, and is capped at {most:.3g}; "
+            "the paper uses Adam"
+        )
+
+    def _wide(self, values: Params, task: str, name: str) -> Tensor:
+        """sigmoid(m) of an entry, in the entry's shape."""
+        mask, like = values[self.entry("mask", task, name)].sigmoid(), values[name]
+        return compose(torch.ones_like(like), mask, like.new_zeros(()))
+
+    def _owns(self, values: Params, tasks: Sequence[str], names: Sequence[str]) -> Tensor:
+        """A of these tasks [tasks, n]."""
+        rows = [[values[self.entry("own", task, name)].view(-1) for name in names] for task in tasks]
+        return torch.stack([torch.cat(row) for row in rows])
 
     @staticmethod
     def _in_order(ctx: Context) -> list[str]:
-        """The shared entries as the layout has them."""
+        """The shared entries as the layout has them: by name."""
         assert ctx.model is not None
         return sorted(shared(ctx.model))
 
     def view(self, params: Params, task: str | None, ctx: Context) -> Params:
-        """theta of a task: from this agent's own entries, else from what was told; B where there are neither."""
+        """theta of a task: by this agent's own entries, else by what was sent; B if there is neither."""
         assert ctx.model is not None
-        known, names, learning = ctx.recalled, shared(ctx.model), ctx.layout is not None
-        if self.entry("mask", task, names[0]) not in params:
-            of_task = [k for k, item in known.told.items() if item.meta["task"] == task]
-            views = [self._told(params, k, known, names) for k in of_task]
-            return (
-                {**params, **{n: torch.stack([v[n] for v in views]).mean(0) for n in names}}
-                if views
-                else params
-            )
-        seen, used = {}, self.used(params, task, known)
-        alpha = torch.stack([params[self.entry("alpha", task, "/".join(k))] for k in used]) if used else None
-        for at, n in enumerate(names):
-            a = params[self.entry("own", task, n)]
-            if not learning:
-                a = a * (a.abs() > self.prune)
-            theta = compose(params[n], params[self.entry("mask", task, n)].sigmoid(), a)
-            if alpha is not None:
-                others = ctx.private.get(f"{slot(task)}:{n}")
-                others = torch.stack([known.own(k, n).to(theta) for k in used]) if others is None else others
-                theta = theta + torch.tensordot(alpha[:, at], others, 1)
-            seen[n] = theta
-        if (
-            learning and self.drift
-        ):  # what no loss reaches does not move: these are reached, by 0, so that the penalty can move them
-            reached = [
-                params[self.entry("own", t, n)].reshape(-1)[0]
-                for t in self.earlier(params, ctx)
-                for n in names
-            ]
-            if reached:
-                seen[names[0]] = seen[names[0]] + 0 * torch.stack(reached).sum()
-        return {**params, **seen}
+        recalled, names = ctx.recalled, shared(ctx.model)
+        if self.entry("mask", task, names[0]) in params:
+            return {**params, **self._own_theta(params, task, ctx)}
 
-    def _told(self, params: Params, key: Key, known: Known, names: Sequence[str]) -> Params:
-        item, seen = known.told[key], {}
-        for at, n in enumerate(names):
-            theta = compose(
-                params[n], item.tensors[f"mask/{n}"].to(params[n]), known.own(key, n).to(params[n])
-            )
+        views = [
+            self._sent_theta(params, key, recalled, names)
+            for key, item in recalled.sent.items()
+            if item.meta["task"] == task
+        ]
+        if not views:
+            return params
+        return {**params, **{name: torch.stack([view[name] for view in views]).mean(0) for name in names}}
+
+    def _own_theta(self, params: Params, task: str | None, ctx: Context) -> Params:
+        """theta of a task by this agent's entries; A is pruned in predict alone."""
+        assert ctx.model is not None
+        recalled, names, training = ctx.recalled, shared(ctx.model), ctx.layout is not None
+        used, theta = self.used(params, task, recalled), {}
+        alpha = torch.stack([params[self.alpha(task, key)] for key in used]) if used else None
+        for at, name in enumerate(names):
+            own = params[self.entry("own", task, name)]
+            own = own if training else own * (own.abs() > self.prune)
+            value = compose(params[name], params[self.entry("mask", task, name)].sigmoid(), own)
+
+            # `begin` unpacked the A_j for the tasks of this visit.
+            if alpha is not None:
+                others = ctx.private.get(f"{slot(task)}:{name}")
+                if others is None:
+                    others = torch.stack([recalled.own(key, name).to(value) for key in used])
+                value = value + torch.tensordot(alpha[:, at], others, 1)
+            theta[name] = value
+
+        # Entries that no loss reaches do not move, so the earlier tasks' are reached by 0: the penalty moves
+        # them.
+        earlier = self.earlier(params, ctx) if training and self.drift else []
+        if earlier:
+            reached = [params[self.entry("own", t, n)].reshape(-1)[0] for t in earlier for n in names]
+            theta[names[0]] = theta[names[0]] + 0 * torch.stack(reached).sum()
+        return theta
+
+    def _sent_theta(self, params: Params, key: Key, recalled: Recalled, names: Sequence[str]) -> Params:
+        """theta of a task by what was sent of it, over this agent's B."""
+        item, theta = recalled.sent[key], {}
+        for at, name in enumerate(names):
+            p = params[name]
+            value = compose(p, item.tensors[f"mask/{name}"].to(p), recalled.own(key, name).to(p))
+
+            # What the sender weighed may not have reached this agent.
             for alpha, (sender, source) in zip(item.tensors["alpha"], item.meta["from"], strict=True):
-                if (sender, source) in known.told:
-                    theta = theta + alpha[at].to(theta) * known.own((sender, source), n).to(theta)
-            seen[n] = theta
-        return seen
+                if (sender, source) in recalled.sent:
+                    value = value + alpha[at].to(value) * recalled.own((sender, source), name).to(value)
+            theta[name] = value
+        return theta
 
     def penalty(self, step: StepView, ctx: Context) -> Tensor:
-        now, names = step.layout.split(step.theta), self._in_order(ctx)
+        """The sparsity of this visit's tasks, and sparsity and drift of earlier ones."""
+        values, names = step.layout.split(step.theta), self._in_order(ctx)
         total = step.theta.new_zeros(())
-        for t in ctx.recalled.now:
-            for n in names:
-                mask, own = now[self.entry("mask", t, n)].sigmoid(), now[self.entry("own", t, n)]
-                total = total + self.sparsity * (mask.sum() + own.abs().sum())
+        for task in ctx.recalled.current:
+            for name in names:
+                mask, own = values[self.entry("mask", task, name)], values[self.entry("own", task, name)]
+                total = total + self.sparsity * (mask.sigmoid().sum() + own.abs().sum())
         if "drift" not in ctx.flat:
             return total
-        old, earlier = step.layout.split(ctx.trace["start"]), self.earlier(step.layout.names, ctx)
 
-        def own_of(values: Params) -> Tensor:
-            return torch.stack(
-                [torch.cat([values[self.entry("own", t, n)].view(-1) for n in names]) for t in earlier]
-            )
-
-        base = torch.cat([(now[n] - old[f"fedweit/before:{n}"]).view(-1) for n in names])
-        own = own_of(now)
-        away = base * ctx.flat["mask"] + own - own_of(old)
+        base = torch.cat([values[name].view(-1) for name in names]) - ctx.flat["before"]
+        own = self._owns(values, self.earlier(step.layout.names, ctx), names)
+        away = base * ctx.flat["mask"] + own - ctx.flat["own"]
         return total + self.sparsity * own.abs().sum() + ctx.flat["drift"] * away.square().sum()
 
     def mask(self, step: StepView, ctx: Context) -> Tensor:
-        """0 for m and alpha of earlier tasks, and for their A where nothing holds them to where they were."""
+        """0 for m and alpha of earlier tasks, and without `drift` for their A."""
+        # Without drift nothing would hold their A, and decay would move them.
         held = ("mask", "alpha") if self.drift else ("mask", "alpha", "own")
-        mine = [self.entry(kind, t, "") for kind in held for t in ctx.recalled.now]
-        others = [f"fedweit/{kind}/" for kind in held]
+        current = tuple(self.entry(kind, task, "") for kind in held for task in ctx.recalled.current)
+        every = tuple(f"fedweit/{kind}/" for kind in held)
         shapes = dict(zip(step.layout.names, step.layout.shapes, strict=True))
-        still = [n for n in shapes if n.startswith(tuple(others)) and not n.startswith(tuple(mine))]
-        return spread(step.layout, {n: step.theta.new_zeros(shapes[n]) for n in still})
-
-    def trace_init(self, theta: Tensor) -> dict[str, Tensor]:
-        """Where this task began, whichever round this is."""
-        return {"start": theta.clone()}
-
-    def trace(self, step: StepView, ctx: Context, grad: Tensor, delta: Tensor) -> dict[str, Tensor]:
-        return ctx.trace
+        frozen = [name for name in shapes if name.startswith(every) and not name.startswith(current)]
+        return spread(step.layout, {name: step.theta.new_zeros(shapes[name]) for name in frozen})
 
     def summarise(self, learned: Learned, ctx: Context) -> Module:
+        """The task as it is sent: the mask, the pruned A, alpha, and whose A_j that weighs."""
         assert ctx.model is not None
-        names, p, task = shared(ctx.model), learned.params, learned.task
+        names, params, task = shared(ctx.model), learned.params, learned.task
+        # Only the entries that are not pruned are sent, and one bit per entry.
         tensors: dict[str, Tensor] = {}
-        for n in names:
-            own = p[self.entry("own", task, n)]
+        for name in names:
+            own = params[self.entry("own", task, name)]
             kept = own.abs() > self.prune
             tensors |= {
-                f"mask/{n}": p[self.entry("mask", task, n)].sigmoid(),
-                f"own/{n}": own[kept],
-                f"kept/{n}": pack(kept),
+                f"mask/{name}": params[self.entry("mask", task, name)].sigmoid(),
+                f"own/{name}": own[kept],
+                f"kept/{name}": pack(kept),
             }
-        used = self.used(p, task, ctx.recalled)
-        alpha = [p[self.entry("alpha", task, "/".join(k))] for k in used]
-        tensors["alpha"] = torch.stack(alpha) if alpha else p[names[0]].new_zeros(0, len(names))
-        return Module(
-            tensors,
-            {"task": task, "from": [list(k) for k in used], "shapes": {n: list(p[n].shape) for n in names}},
-        )
+
+        used = self.used(params, task, ctx.recalled)
+        alpha = [params[self.alpha(task, key)] for key in used]
+        tensors["alpha"] = torch.stack(alpha) if alpha else params[names[0]].new_zeros(0, len(names))
+        shapes = {name: list(params[name].shape) for name in names}
+        return Module(tensors, {"task": task, "from": [list(key) for key in used], "shapes": shapes})
 
     def after_receive(
         self, before: State, after: State, memory: Mapping[str, Item], fresh: Sequence[Message]
     ) -> Mapping[str, Item]:
-        """With a private item of its parameters as they were, under which an agent finds its own name among those that told."""
-        old = before.params
-        own = any(n.startswith("fedweit/") for n in old)
-        mine = {n: p for n, p in old.items() if not n.startswith("fedweit/")} if own else {}
-        return {**memory, "heard": Private(mine)}
+        """Keep B as this agent left it, and A of its tasks as they were when its newest sources began.
+
+        The item is private, so that whose memory it is in is this agent.
+        """
+        last = memory.get(RECEIVED, Private({}, {"newest": [], "visited": []}))
+        newest, began = last.meta["newest"], last.group("began")
+
+        # An agent receives between visits, so what is new began at the parameters of the last exchange.
+        if new := [source for source in before.visits if source not in last.meta["visited"]]:
+            newest = new
+            began = {name: p for name, p in before.base.items() if name.startswith("fedweit/own/")}
+
+        # A server has no tasks, and what it averages is nobody's B.
+        has_tasks = any(name.startswith("fedweit/") for name in before.params)
+        left = {n: p for n, p in before.params.items() if has_tasks and not n.startswith("fedweit/")}
+        tensors = {f"before/{n}": p for n, p in left.items()} | {f"began/{n}": p for n, p in began.items()}
+        return {**memory, RECEIVED: Private(tensors, {"newest": newest, "visited": list(before.visits)})}

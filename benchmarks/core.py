@@ -260,7 +260,7 @@ def main() -> None:
 
 def ours_step_cost(sources: list[Source]) -> float:
     """CPU time a step of EWC with four past sources over that with one: the quadratics add."""
-    from consilience.loop.agent import Job
+    from consilience.loop.job import Job
 
     marks: dict[str, float] = {}
     original = Job.run

@@ -325,7 +325,7 @@ def test_auto_stacks_small_models_once_they_take_many_steps_and_leaves_one_agent
     plain = cs.run(cs.settings.continual(CLIENTS[:2]), cs.methods.ewc(), mlp())
     assert gap(one, plain) == 0
     with pytest.raises(
-        cs.ConsilienceError, match="`engine` should be one of the catalogue's. Found 'bached'"
+        cs.ConsilienceError, match="`engine` must be one of the catalogue's, got 'bached'"
     ):
         go("bached", cs.methods.fedavg())
 
@@ -370,7 +370,7 @@ def test_agents_that_were_heard_rest(monkeypatch, tmp_path):
 
 def test_who_rests_and_who_does_not():
     from consilience.core.schedule import Evaluate, Exchange, Train
-    from consilience.loop.trial import release_plan
+    from consilience.loop.agents import release_plan
 
     down, learn, up = (
         Exchange({"a": ("s",), "b": ("s",)}),

@@ -1615,7 +1615,7 @@ def test_gem_with_one_past_task_is_agem():
 
 def test_der_restated():
     """One step on the second source: CE + alpha MSE(z) + beta CE, on the batches that were drawn."""
-    from consilience.loop.agent import Job
+    from consilience.loop.job import Job
 
     drawn = []
     original = Job.run

@@ -144,7 +144,7 @@ def test_buffers_refuse():
     ):
         with pytest.raises(cs.Refusal, match=says):
             cs.run(schedule, method, training=cs.Training(epochs=1))
-    with pytest.raises(cs.ConsilienceError, match="`policy` should be made by consilience.memory"):
+    with pytest.raises(cs.ConsilienceError, match="`policy` must be made by consilience.memory"):
         cs.methods.er(policy="ring")
     with pytest.raises(cs.Refusal, match="one linear head on the features"):
         cs.run(cs.settings.continual(SOURCES), cs.methods.icarl(), cs.models.multi_head(mlp(), C))
@@ -400,7 +400,7 @@ def test_the_learning_curve_inside_a_task():
     assert r.learning_curve[5]["score"] == r.matrix[1, 0]  # the last step of the source
     again = cs.Result.from_json(r.to_json())
     assert again.learning_curve == r.learning_curve
-    with pytest.raises(cs.ConsilienceError, match="`curve_steps` should be at least 1"):
+    with pytest.raises(cs.ConsilienceError, match="`curve_steps` must be >= 1"):
         cs.run(cs.settings.continual([A, B]), cs.methods.finetune(), curve_steps=0)
 
 
@@ -528,7 +528,7 @@ def test_a_common_test_has_no_task():
         schedule, cs.methods.xdg() + cs.methods.infer(cs.mappers.min_entropy()), mlp(), training(epochs=1)
     )
     assert r.mapper_accuracy is not None and r.mapper_accuracy != r.mapper_accuracy  # undefined, and not 0
-    with pytest.raises(cs.Refusal, match="is told the task of what it is judged on"):
+    with pytest.raises(cs.Refusal, match="is given the true task of test data"):
         cs.run(schedule, cs.methods.xdg() + cs.methods.infer(cs.mappers.oracle()), mlp(), training(epochs=1))
     heads = cs.run(schedule, cs.methods.finetune(), cs.models.multi_head(mlp(), C), training(epochs=1))
     assert heads.sources == ("a/test",)

@@ -64,7 +64,7 @@ def kept(out: Path) -> tuple[dict[str, Tensor], Any]:
     for walk in facts["trials"].values():
         walk["ledger"].pop("seconds")
         ended = [walk["result"]["costs"], *walk["result"]["curve"]] if walk["result"] else []
-        for c in (*walk["curve"], *ended):
+        for c in (*walk["judge"]["curve"], *ended):
             c.pop("seconds", None)
     return load(out / "checkpoint" / index["file"])[0], facts
 
@@ -304,7 +304,7 @@ def test_a_run_interrupted_between_clients_resumes_to_the_same_bits(ray, clients
     with pytest.raises(cs.core.errors.Interrupted, match="go on with `resume=True`"):
         cs.run(rounds(sources, 2), cs.methods.ewc(1.0), MODEL, TRAINING, engine="ray", out=tmp_path / "run")
     walk = kept(tmp_path / "run")[1]["trials"]["0"]
-    assert walk["phase"] == 1 and walk["learned"] in (0, 1) and walk["job"] is None
+    assert walk["phase"] == 1 and walk["finished"] in (0, 1) and walk["job"] is None
     (tmp_path / "go").write_text("")
     resumed = cs.run(
         rounds(sources, 2),

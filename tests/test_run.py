@@ -466,7 +466,7 @@ def test_the_folder_holds_what_it_should(tmp_path, parts):
     )
     assert again.matrices.tolist() == result.matrices.tolist()
     assert same(again.params, result.params)
-    with pytest.raises(cs.ConsilienceError, match="another `method.name`: 'finetune' before, 'ewc' now"):
+    with pytest.raises(cs.ConsilienceError, match="`method.name` was 'finetune' and is 'ewc' now"):
         cs.run(cs.settings.continual(parts[:2]), cs.methods.ewc(), training=TRAINING, out=out, resume=True)
 
 
@@ -477,12 +477,12 @@ def test_a_broken_checkpoint_is_refused(tmp_path, parts):
     state = next((out / "checkpoint").glob("state-*.safetensors"))
     data = state.read_bytes()
     state.write_bytes(data[: len(data) // 2])
-    with pytest.raises(cs.ConsilienceError, match="checkpoint should be whole"):
+    with pytest.raises(cs.ConsilienceError, match=r"the checkpoint at .* is damaged"):
         cs.run(*arguments, out=out, resume=True)
     state.write_bytes(data)
     index = out / "checkpoint" / "index.json"
     index.write_text(index.read_text()[:40])
-    with pytest.raises(cs.ConsilienceError, match="checkpoint should be whole"):
+    with pytest.raises(cs.ConsilienceError, match=r"the checkpoint at .* is damaged"):
         cs.run(*arguments, out=out, resume=True)
 
 
@@ -517,7 +517,7 @@ def test_an_interrupt_saves_and_says_how_to_go_on(tmp_path, parts):
     p.send_signal(signal.SIGINT)
     _, err = p.communicate(timeout=60)
     assert p.returncode == 1
-    assert "Interrupted: interrupted; go on with" in err
+    assert "Interrupted: interrupted; continue with" in err
     assert lines(out)[-1]["event"] == "checkpoint"
 
 
@@ -527,15 +527,15 @@ def test_an_interrupt_saves_and_says_how_to_go_on(tmp_path, parts):
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"model": cs.models.mlp(10, (8,), 10)}, "samples should fit the model's input. Found (64,)"),
-        ({"model": cs.models.mlp(64, (8,), 3)}, "an output for each of the 4 classes. Found 3"),
-        ({"repeats": 0}, "`repeats` should be at least 1. Found `repeats = 0`"),
-        ({"engine": "seriel"}, "`engine` should be one of the catalogue's. Found 'seriel'; nearest: serial"),
-        ({"checkpoint_steps": 0}, "`checkpoint_steps` should be at least 1. Found `checkpoint_steps = 0`"),
-        ({"metric": "r2"}, "`metric` should fit targets of kind 'class': accuracy or auroc. Found 'r2'"),
-        ({"resume": True}, "`resume` needs a folder with a checkpoint. Found none in None"),
-        ({"metric": "acuracy"}, "Found 'acuracy'; nearest: accuracy"),
-        ({"method": []}, "Found an empty list"),
+        ({"model": cs.models.mlp(10, (8,), 10)}, "samples must fit the model's input, got (64,)"),
+        ({"model": cs.models.mlp(64, (8,), 3)}, "an output for each of the 4 classes, got 3"),
+        ({"repeats": 0}, "`repeats` must be an integer >= 1, got 0"),
+        ({"engine": "seriel"}, "`engine` must be one of the catalogue's, got 'seriel'; nearest: serial"),
+        ({"checkpoint_steps": 0}, "`checkpoint_steps` must be >= 1 or None, got 0"),
+        ({"metric": "r2"}, "`metric` must be accuracy or auroc for targets of kind 'class', got 'r2'"),
+        ({"resume": True}, "`resume` needs a folder with a checkpoint, and None has none"),
+        ({"metric": "acuracy"}, "got 'acuracy'; nearest: accuracy"),
+        ({"method": []}, "got an empty list"),
     ],
 )
 def test_bad_arguments_are_refused_before_any_work(parts, change, text):
@@ -549,7 +549,7 @@ def test_bad_arguments_are_refused_before_any_work(parts, change, text):
 def test_divergence_is_named(parts):
     with pytest.raises(
         cs.ConsilienceError,
-        match="should be finite. Found NaN or infinity in .* of 'agent' after 'digits/0-1'",
+        match="must be finite, got NaN or infinity in .* of 'agent' after 'digits/0-1'",
     ):
         cs.run(cs.settings.continual(parts[:2]), cs.methods.finetune(), training=cs.Training(lr=1e38))
 
@@ -565,7 +565,7 @@ def test_a_long_step_for_a_penalty_is_capped_with_a_warning(parts):
 
 
 def test_composition_refuses_what_disagrees():
-    with pytest.raises(cs.ConsilienceError, match="each correction once. Found EWC"):
+    with pytest.raises(cs.ConsilienceError, match="each correction once, got EWC"):
         cs.methods.ewc() + cs.methods.ewc(1.0)
     with pytest.raises(cs.ConsilienceError, match="two values of `exchange_aggregator`"):
         cs.methods.ties() + cs.methods.average()
@@ -627,7 +627,7 @@ def test_a_state_dict_is_an_expert_with_its_buffers(digits):
     for wrong, text in (
         (
             {n: t for n, t in experts[0].params.items() if "running" not in n},
-            "Found none called '1.running_mean'",
+            "'bad' has none called '1.running_mean'",
         ),
         ({**experts[0].params, "bogus": torch.zeros(3)}, "Found 'bogus'"),
     ):
@@ -666,9 +666,9 @@ def test_a_metric_that_is_undefined_somewhere_is_left_out(tmp_path):
 @pytest.mark.parametrize(
     ("act", "text"),
     [
-        (lambda s: cs.settings.continual(s[0]), "sources should come in a list"),
-        (lambda s: cs.settings.federated_continual(s[:2]), "sources should come in a list"),
-        (lambda s: cs.settings.continual([(1, 2)]), "a source should be made by consilience.data"),
+        (lambda s: cs.settings.continual(s[0]), "sources must come in a list"),
+        (lambda s: cs.settings.federated_continual(s[:2]), "sources must come in a list"),
+        (lambda s: cs.settings.continual([(1, 2)]), "a source must be made by consilience.data"),
         (lambda s: cs.run(cs.settings.continual(s), "er"), "`method` must be made by consilience.methods"),
         (
             lambda s: cs.run(cs.settings.continual(s), cs.methods.er),
@@ -676,33 +676,33 @@ def test_a_metric_that_is_undefined_somewhere_is_left_out(tmp_path):
         ),
         (
             lambda s: cs.run(cs.methods.er(), cs.settings.continual(s)),
-            "`schedule` should be made by consilience.settings",
+            "`schedule` must be made by consilience.settings",
         ),
         (
             lambda s: cs.run(cs.settings.continual(s), cs.methods.er(), model="mlp"),
-            "`model` should be one of",
+            "`model` must be one of",
         ),
         (
             lambda s: cs.run(cs.settings.continual(s), cs.methods.er(), training={"lr": 0.1}),
-            "`training` should be a",
+            "`training` must be a",
         ),
-        (lambda s: cs.run(cs.settings.continual(s), cs.methods.er(), repeats=1.5), "`repeats` should be"),
-        (lambda s: cs.run(cs.settings.continual(s), cs.methods.er(), seed="a"), "`seed` should be"),
+        (lambda s: cs.run(cs.settings.continual(s), cs.methods.er(), repeats=1.5), "`repeats` must be"),
+        (lambda s: cs.run(cs.settings.continual(s), cs.methods.er(), seed="a"), "`seed` must be"),
         (
             lambda s: cs.run(cs.settings.continual(s), cs.methods.er(), checkpoint_seconds=-1),
-            "`checkpoint_seconds` should be",
+            "`checkpoint_seconds` must be",
         ),
         (lambda s: cs.methods.er() + "ewc", "a method composes with a method"),
         (lambda s: cs.methods.aggregate("ties"), "`aggregator` should be made by consilience.aggregators"),
         (lambda s: cs.Training(optimiser=torch.optim.Adam), "`optimiser` must be sgd, adam, adamw"),
         (lambda s: cs.Training(lr="0.1"), "`lr` must be positive"),
-        (lambda s: cs.settings.merging(experts=["a"]), "an expert should be Expert"),
+        (lambda s: cs.settings.merging(experts=["a"]), "an expert must be Expert"),
         (
             lambda s: cs.run(
                 cs.settings.continual([s[0], cs.data.arrays(torch.rand(30, 4), torch.arange(30) % 2)]),
                 cs.methods.finetune(),
             ),
-            "samples should fit the model's input. Found (4,)",
+            "samples must fit the model's input, got (4,)",
         ),
     ],
 )

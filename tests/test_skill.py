@@ -21,9 +21,10 @@ from consilience.core.message import Message, Module, join
 from consilience.core.params import load, pack
 from consilience.core.schedule import Evaluate, Exchange, Schedule, Train
 from consilience.core.source import Tensors
-from consilience.loop import run as running
 from consilience.loop.agent import Agent
+from consilience.loop.checks import RunOptions
 from consilience.loop.ledger import Ledger
+from consilience.loop.run import begin, drive
 from consilience.loop.trial import Trial
 from consilience.skill import Speedup
 
@@ -44,23 +45,9 @@ def model() -> Any:
 
 def walked(schedule: Schedule, model: Any, method: cs.Method = METHOD) -> Trial:
     """A run with all its agents, which `run` lets go of."""
-    session = running.begin(
-        schedule,
-        method,
-        model,
-        TRAINING,
-        running.engine_of("serial"),
-        repeats=1,
-        seed=0,
-        out=None,
-        resume=False,
-        metric=None,
-        checkpoint_seconds=60.0,
-        judge_clients=False,
-        progress=None,
-    )
-    session.trials[0].forget = lambda: None  # type: ignore[method-assign]
-    running.drive([session], session.engine)
+    session = begin(schedule, method, model, TRAINING, cs.engines.serial(), RunOptions())
+    session.trials[0].free_agents = lambda: None  # type: ignore[method-assign]
+    drive([session], session.engine)
     return session.trials[0]
 
 
@@ -287,27 +274,30 @@ def test_a_graph_that_falls_apart_leaves_parts_that_know_their_own(parts):
 def test_what_cannot_be_is_refused(parts):
     streams = [parts[:2], parts[2:4], parts[4:]]
     for more, rule in [
-        ({"share": "never"}, "`share` should be task or end"),
-        ({"graph": "star"}, "`graph` should be mesh, ring or a list"),
-        ({"graph": [(0, 1)]}, "`graph` should connect all agents. Found no way from agent 0 to agent 2"),
-        ({"graph": [(0, 1), (1, 3)]}, "an edge of `graph` should be two different agents from 0 to 2"),
-        ({"joins": {0: 2, 1: 2, 2: 2}}, "some agent should be there from the first stage"),
-        ({"joins": {3: 1}}, "`joins` should say for agents from 0 to 2 a stage from 1 on"),
-        ({"joins": {0: 1.5}}, "`joins` should say"),
-        ({"joins": [1]}, "`joins` should say"),
-        ({"fails": {0: 1}}, "should fail in a stage after the one in which it joins, from 2 to 2"),
-        ({"fails": {0: 9}}, "should fail in a stage after"),
-        ({"fails": {0: 2, 1: 2, 2: 2}}, "should be there at the end. Found that all fail"),
+        ({"share": "never"}, "`share` must be task or end"),
+        ({"graph": "star"}, "`graph` must be mesh, ring or a list"),
+        (
+            {"graph": [(0, 1)]},
+            "`graph` must connect all agents, got one without a path from agent 0 to agent 2",
+        ),
+        ({"graph": [(0, 1), (1, 3)]}, "an edge of `graph` must be two different agents from 0 to 2"),
+        ({"joins": {0: 2, 1: 2, 2: 2}}, "some agent must be present from the first stage"),
+        ({"joins": {3: 1}}, "`joins` must map agents from 0 to 2 to a stage from 1 on"),
+        ({"joins": {0: 1.5}}, "`joins` must map"),
+        ({"joins": [1]}, "`joins` must map"),
+        ({"fails": {0: 1}}, "must fail in a stage after the one in which it joins, from 2 to 2"),
+        ({"fails": {0: 9}}, "must fail in a stage after"),
+        ({"fails": {0: 2, 1: 2, 2: 2}}, "must be present at the end, got `fails` for all"),
         (
             {"fails": {0: 2}, "evaluated": 0},
-            r"should be there at the end, one of \[1, 2\]. Found `evaluated = 0`",
+            r"present at the end, one of \[1, 2\], got 0",
         ),
-        ({"evaluated": 3}, "should be there at the end"),
-        ({"evaluated": True}, "should be there at the end"),
+        ({"evaluated": 3}, "must be an agent that is present at the end"),
+        ({"evaluated": True}, "must be an agent that is present at the end"),
     ]:
         with pytest.raises(cs.ConsilienceError, match=rule):
             cs.settings.skill(streams, **more)
-    with pytest.raises(cs.ConsilienceError, match="no edges where one agent is alone"):
+    with pytest.raises(cs.ConsilienceError, match="no edges for one agent alone"):
         cs.settings.skill(parts[:1], graph=[(0, 1)])
 
 
@@ -319,11 +309,11 @@ def test_names_of_sources_and_tasks_are_their_own(parts):
     other = cs.data.split_classes(cs.data.wine(), 3)[0]
     with pytest.raises(
         cs.ConsilienceError,
-        match="tasks should have names of their own. Found 'one' for digits, and again in 'wine/",
+        match="tasks must have names of their own, got 'one' for digits, and again in 'wine/",
     ):
         cs.settings.skill([replace(parts[0], task="one"), replace(other, task="one")])
     with pytest.raises(
-        cs.ConsilienceError, match="tasks should have names of their own. Found 'v1_0' and 'v1.0'"
+        cs.ConsilienceError, match="tasks must have names of their own, got 'v1_0' and 'v1.0'"
     ):
         cs.settings.skill(
             [replace(parts[0], task="v1.0"), replace(parts[1], task="v1_0")]
@@ -354,26 +344,26 @@ def test_agents_have_names(parts):
     assert cs.settings.skill(own, graph=[("agent-0", 1), (1, 2)], evaluated="agent-2").evaluated == "agent-2"
     assert cs.settings.skill({"ana": parts[0]}).sources[0].name == parts[0].name
     for given, more, rule in [
-        ({"": own[0]}, {}, "an agent's name should be text without '|', and not empty. Found ''"),
-        ({"a|b": own[0]}, {}, r"should be text without '\|', and not empty. Found 'a\|b'"),
-        ({3: own[0]}, {}, "should be text without .* Found 3"),
-        ({}, {}, "every agent should have a source"),
-        ({"ana": []}, {}, "every agent should have a source"),
+        ({"": own[0]}, {}, "an agent's name must be text without '|', and not empty, got ''"),
+        ({"a|b": own[0]}, {}, r"must be text without '\|', and not empty, got 'a\|b'"),
+        ({3: own[0]}, {}, "must be text without .* got 3"),
+        ({}, {}, "every agent must have a source"),
+        ({"ana": []}, {}, "every agent must have a source"),
         (
             streams,
             {"graph": [("ana", "bem"), (1, 2)]},
-            "`graph` should be one of the agents. Found 'bem'; nearest: ben",
+            "`graph` must be one of the agents, got 'bem'; nearest: ben",
         ),
-        (streams, {"joins": {"bem": 2}}, "`joins` should be one of the agents. Found 'bem'; nearest: ben"),
-        (streams, {"fails": {"bem": 2}}, "`fails` should be one of the agents. Found 'bem'"),
-        (streams, {"fails": {"ben": 2, 0: 2}}, "`fails` should say for agents from 0 to 2"),
-        (streams, {"evaluated": "bem"}, "`evaluated` should be one of the agents. Found 'bem'"),
+        (streams, {"joins": {"bem": 2}}, "`joins` must be one of the agents, got 'bem'; nearest: ben"),
+        (streams, {"fails": {"bem": 2}}, "`fails` must be one of the agents, got 'bem'"),
+        (streams, {"fails": {"ben": 2, 0: 2}}, "`fails` must map agents from 0 to 2"),
+        (streams, {"evaluated": "bem"}, "`evaluated` must be one of the agents, got 'bem'"),
         (
             streams,
             {"fails": {"ben": 2}, "evaluated": "ben"},
-            r"one of \['ana', '0'\]. Found `evaluated = 'ben'`",
+            r"one of \['ana', '0'\], got 'ben'",
         ),
-        (own, {"joins": {"ben": 2}}, "`joins` should be one of the agents. Found 'ben'"),
+        (own, {"joins": {"ben": 2}}, "`joins` must be one of the agents, got 'ben'"),
     ]:
         with pytest.raises(cs.ConsilienceError, match=rule):
             cs.settings.skill(given, **more)
@@ -426,9 +416,10 @@ def test_banks_of_two_runs_join(parts, model):
 
 
 def test_the_command_line_takes_graphs_joins_and_fails(tmp_path):
-    from consilience.cli.main import schedule_of, understand
+    from consilience.cli.build import schedule_of
+    from consilience.cli.options import understand
 
-    split = ["--split", "iid+classes", "--split.iid.n", "3", "--split.classes.n", "5"]
+    split = ["--split", "iid+classes", "--split.iid.clients", "3", "--split.classes.n", "5"]
     given = [
         "--setting.graph=[[0, 1], [1, 2]]",
         "--setting.joins={2: 2}",
@@ -528,7 +519,7 @@ def test_an_agent_is_made_of_a_file(parts, model, tmp_path, kind):
     assert agent.frame.tasks.keys() == teacher.frame.tasks.keys() == {s.name for s in parts}
     for s in parts:
         assert torch.equal(agent.predict(x, s.name)[:, columns], teacher.predict(x, s.name))
-    with pytest.raises(cs.ConsilienceError, match="`task` should be one of"):
+    with pytest.raises(cs.ConsilienceError, match="`task` must be one of"):
         agent.predict(x, "typo")
     few = dict(list(cs.skill.load_bank(path).items())[1:4])  # not all of whose classes are answered
     some = cs.skill.newcomer(few, method, net, TRAINING, 3, like=x[:0])
@@ -616,12 +607,12 @@ def test_what_no_agent_can_be_made_of(shared, model, parts):
         ({"a": 1}, {"like": x}, "a bank should be an agent's, or messages"),
         (shared.schedule, {"like": x}, "`like` should be left out where a schedule is given"),
         (None, {}, "`schedule` should be made by consilience.settings. Found None"),
-        (bank, {"like": x[:, :9]}, "samples should fit the model's input"),
+        (bank, {"like": x[:, :9]}, "samples must fit the model's input"),
     ]:
         with pytest.raises(cs.ConsilienceError, match=rule):
             cs.skill.newcomer(given, METHOD, model, TRAINING, **more)
     narrow = cs.models.multi_head(model.trunk, 9)
-    with pytest.raises(cs.ConsilienceError, match="an output for each of the 10 classes. Found 9"):
+    with pytest.raises(cs.ConsilienceError, match="an output for each of the 10 classes, got 9"):
         cs.skill.newcomer(bank, METHOD, narrow, TRAINING, like=x)
 
 
@@ -720,11 +711,11 @@ def test_a_module_is_offered(parts, model, tmp_path):
 def test_a_task_that_nobody_has_is_named(shared, parts):
     with pytest.raises(
         cs.ConsilienceError,
-        match=f"`task` should be one of .* Found 'digits/0-2'; nearest: .*{parts[0].name}",
+        match=f"`task` must be one of .* got 'digits/0-2'; nearest: .*{parts[0].name}",
     ):
         shared.predict(parts[0].test.whole()[0], task="digits/0-2")
     with pytest.raises(
-        cs.ConsilienceError, match="`task` should be one of the schedule's tasks. Found 'typo'"
+        cs.ConsilienceError, match="`task` must be one of the schedule's tasks, got 'typo'"
     ):
         shared.predict(parts[0].test.whole()[0], task="typo")
 
@@ -764,7 +755,7 @@ def test_kept_features_know_their_backbone():
     method = cs.methods.skill("nearest_mean", head="ridge")
     assert len(cs.run(cs.settings.skill(kept), method, model).agent.state.experts) == 2
     other = cs.models.multi_head(convolutional(1), 4)
-    rule = f"kept features should be of the model's own backbone {other.feature_space[:8]}. Found those of {model.feature_space[:8]} in 'task0'"
+    rule = f"the features of 'task0' were made by backbone {model.feature_space[:8]}, and the model's is {other.feature_space[:8]}"
     with pytest.raises(cs.ConsilienceError, match=rule):
         cs.run(cs.settings.skill(kept), method, other)
     scaled = [s.map(x=lambda x: x * 2) for s in kept]
@@ -803,7 +794,7 @@ def test_targets_of_another_frame_are_no_columns_of_a_head(parts):
 
 
 def test_words_of_the_method_are_named():
-    with pytest.raises(cs.ConsilienceError, match="`reuse` should be one of .* Found 'names'; nearest: name"):
+    with pytest.raises(cs.ConsilienceError, match="`reuse` must be one of .* got 'names'; nearest: name"):
         cs.methods.skill(reuse="names")  # type: ignore[arg-type]
 
 
@@ -839,7 +830,7 @@ def test_a_spoilt_file_is_refused_by_name(shared, tmp_path):
     spoilt = tmp_path / "spoilt.safetensors"
     for n in (0, 7, 100, len(data) // 2, len(data) - 1):  # cut short anywhere
         spoilt.write_bytes(data[:n])
-        with pytest.raises(cs.ConsilienceError, match="spoilt.safetensors should be whole safetensors data"):
+        with pytest.raises(cs.ConsilienceError, match="spoilt.safetensors must be complete safetensors data"):
             cs.skill.load_bank(spoilt)
     header = 8 + int.from_bytes(data[:8], "little")
     for at in (header, (header + len(data)) // 2, len(data) - 1):  # one bit of content
@@ -865,7 +856,7 @@ def test_a_spoilt_file_is_refused_by_name(shared, tmp_path):
         cs.skill.save_bank([1], spoilt)  # type: ignore[arg-type]
     blocked = tmp_path / "file"
     blocked.write_text("")
-    with pytest.raises(cs.ConsilienceError, match="should be writable"):
+    with pytest.raises(cs.ConsilienceError, match="cannot write .*bank.safetensors"):
         cs.skill.save_bank(shared, blocked / "bank.safetensors")
 
 
@@ -1017,7 +1008,7 @@ def test_absorbing_is_a_part_of_an_agents_work():
     assert cs.skill.speedup(pages, teacher={}) == s
     with pytest.raises(
         cs.ConsilienceError,
-        match="`teacher` should be one of the agents with a page. Found 'z'; nearest: x, y",
+        match="`teacher` must be one of the agents with a page, got 'z'; nearest: x, y",
     ):
         cs.skill.speedup(pages, teacher={"x": 1.0, "z": 1.0})
 

@@ -47,7 +47,7 @@ def told(agent, sender, params, size=10, buffers=None, **statistics):
     tensors = {f"params/{n}": p for n, p in params.items()} | {
         f"buffers/{n}": b for n, b in (buffers or {}).items()
     }
-    base = agent._hash("base", agent.state.base)
+    base = agent.common_hash(agent.state.base)
     facts = (1, size, "origin", base)
     messages = [Message(sender, "", *facts, {"model": Weights(tensors)})]
     if statistics:
@@ -614,7 +614,7 @@ def test_given_experts_of_other_label_spaces_find_their_columns(setting):
     assert columns == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
     wrong = replace(experts[1], source=replace(sources[1], classes=sources[1].classes[:3]))
     with pytest.raises(
-        cs.ConsilienceError, match="an expert's head should have the 3 classes of its source. Found 5"
+        cs.ConsilienceError, match="the head of an expert must have the 3 classes of its source, got 5"
     ):
         cs.run(
             setting([experts[0], wrong], base=base, scenario="task"),

@@ -110,13 +110,13 @@ def test_an_encoder_may_be_a_function():
         lambda names: [[1.0]],
         lambda names: torch.full((len(names), 2), torch.nan),
     ):
-        with pytest.raises(cs.ConsilienceError, match="an encoder should give a finite vector a name"):
+        with pytest.raises(cs.ConsilienceError, match="`encoder` must give one finite vector per name"):
             cs.skill.similarities(["a"], ["b"], bad)
 
 
 def test_an_encoder_that_is_not_there_is_named():
     rule = (
-        "local files. Found 'nobodys-model'"
+        "local files, got 'nobodys-model'"
         if importlib.util.find_spec("sentence_transformers")
         else r"consilience\[text\]"
     )
@@ -124,7 +124,7 @@ def test_an_encoder_that_is_not_there_is_named():
         cs.skill.similarities(["a"], ["b"], "nobodys-model")
     with pytest.raises(
         cs.ConsilienceError,
-        match=r"should be a folder of a sentence-transformers model. Found none at /nowhere\.",
+        match=r"must be a folder of a sentence-transformers model, and there is none at /nowhere\.",
     ):
         cs.skill.similarities(["a"], ["b"], "/nowhere")
 
@@ -485,9 +485,7 @@ def test_reuse_refuses_where_it_could_not_act():
     method = cs.Method(
         "reuse", (HeadReuse(),), consolidator=cs.consolidators.experts(), mapper=cs.mappers.nearest_mean()
     )
-    with pytest.raises(
-        cs.Refusal, match="no agent trains after it trained on, or received, another source"
-    ):
+    with pytest.raises(cs.Refusal, match="no agent trains after it trained on, or received, another source"):
         cs.run(cs.settings.skill([a, b]), method, heads(), TRAINING)
     with pytest.raises(cs.Refusal, match="the model has none; use models.multi_head"):
         cs.run(
@@ -496,12 +494,14 @@ def test_reuse_refuses_where_it_could_not_act():
             cs.models.wrap(Identity, outputs=D, frozen=("body.*",)),
             TRAINING,
         )
-    with pytest.raises(cs.Refusal, match="by the names of classes. Found columns without"):
+    with pytest.raises(
+        cs.Refusal, match="by the names of classes, and columns of scenario 'domain' have no names"
+    ):
         cs.run(cs.settings.skill([[a, b]], scenario="domain"), method, heads(), TRAINING)
     for bad, rule in [
-        ({"by": "smell"}, "`by` should be"),
-        ({"threshold": 0.0}, "`threshold` should be"),
-        ({"shots": 0}, "`shots` should be"),
+        ({"by": "smell"}, "`by` must be"),
+        ({"threshold": 0.0}, "`threshold` must be"),
+        ({"shots": 0}, "`shots` must be"),
     ]:
         with pytest.raises(cs.ConsilienceError, match=rule):
             HeadReuse(**bad)

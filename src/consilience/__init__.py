@@ -2,7 +2,7 @@
 
 >>> import consilience as cs
 >>> cs.__version__
-'0.1.0'
+'0.2.0'
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from consilience.version import __version__ as __version__
 
 _ROOMS = (
     "aggregators",
@@ -35,12 +35,12 @@ _NAMES = {
     "Message": "core.message",
     "Method": "core.method",
     "Refusal": "core.errors",
-    "Result": "loop.result",
+    "Result": "api",
     "Source": "core.source",
     "Training": "core.training",
     "merge": "merging._stream",
-    "run": "loop.run",
-    "sweep": "loop.run",
+    "run": "api",
+    "sweep": "api",
 }
 
 if TYPE_CHECKING:
@@ -59,14 +59,13 @@ if TYPE_CHECKING:
         settings,
         skill,
     )
+    from consilience.api import Result, run, sweep
     from consilience.core.errors import ConsilienceError, Interrupted, Refusal
     from consilience.core.message import Message
     from consilience.core.method import Method
     from consilience.core.schedule import Expert
     from consilience.core.source import LabelFrame, Source
     from consilience.core.training import Training
-    from consilience.loop.result import Result
-    from consilience.loop.run import run, sweep
     from consilience.merging import merge
 
 __all__ = [

@@ -1,546 +1,452 @@
-"""Agents: the only mutable class. prepare(sources) -> Job; finish(job); tell() -> messages; absorb(messages); predict(x, task)."""
+"""Agents: `prepare` a visit, `finish` it, `send` messages, `receive` them, `predict`. The only class whose state changes."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from consilience.core.batch import Batch
-from consilience.core.contexts import Beginning, Context, Learned, Memory, Routing
+from consilience.core.contexts import Beginning, Context, Learned, Memory
 from consilience.core.correction import Correction, overrides
 from consilience.core.errors import ConsilienceError, Refusal, unknown
-from consilience.core.message import Item, Message, Private, Shared, Weights, join
+from consilience.core.message import Bank, Item, Message, Private, Shared, Weights, join
 from consilience.core.method import Method
 from consilience.core.model import Model
+from consilience.core.names import WHOLE, pair, trace_key, unpair
 from consilience.core.params import Layout, Params, content_hash, finite, key, matches
-from consilience.core.sampler import Shuffle
 from consilience.core.schedule import Schedule
-from consilience.core.source import Examples, LabelFrame, Source
+from consilience.core.source import Examples, Source
 from consilience.core.state import State
 from consilience.core.training import Training
-from consilience.core.viewed import Viewed, superposition
-from consilience.loop.ledger import Ledger
+from consilience.core.viewed import Viewed
+from consilience.loop.job import Job, Part
+from consilience.loop.ledger import RECEIVE, Ledger
+from consilience.loop.predict import Choice, Predictor, memory_of
 from consilience.loop.step import Carry, Step, acts
 
-ONCE = "(later learns are not mentioned)"
-"""The end of a caution, which is said once a run."""
+ONCE = "(later visits do not repeat this warning)"
+"""The end of a correction's warning, which is given once per run."""
+
+Corrections = list[tuple[Correction, Context]]
 
 
 @dataclass(eq=False)
-class Job:
-    """One learn made into tensors: what an engine runs, stops in the middle, and goes on with."""
-
-    agent: str
-    sources: tuple[Source, ...]
-    """What it was asked to learn."""
-    parts: tuple[tuple[Source, Examples, str | None], ...]
-    """What it trains on: source, examples on the device, task."""
-    visits: tuple[int, ...]
-    corrections: tuple[tuple[Correction, Context], ...]
-    layout: Layout
-    fixed: Params
-    start: Tensor
-    step: Step
-    seed: int
-    training: Training
-    kind: tuple[object, ...]
-    """What makes its steps alike in cost."""
-    fraction: float = 1.0
-    """The fraction of its steps that it does."""
-    epoch: int = 0
-    index: int = 0
-    begun: tuple[tuple[object, ...], ...] = ()
-    """What `begin` did, put on the agent's account when the learn is finished: a resumed one begins again."""
-
-    @property
-    def steps(self) -> int:
-        """How many steps are done."""
-        return self.epoch * self.step.horizon[1] + self.index
-
-    @property
-    def carry(self) -> Carry:
-        return self.step.carry
-
-    @property
-    def moment(self) -> tuple[int, int, int, int]:
-        """(epoch, step in the epoch, epochs, steps an epoch)."""
-        return (self.epoch, self.index, *self.step.horizon)
-
-    @property
-    def name(self) -> str:
-        return "+".join(s.name for s in self.sources)
-
-    def plan(self, epoch: int) -> list[list[Tensor]]:
-        """The index batches of an epoch, for each part; shorter parts begin again with a new order."""
-        sampler = self.training.sampler or Shuffle()
-
-        def once(part: int, turn: int) -> list[Tensor]:
-            source, examples, _ = self.parts[part]
-            generator = key(self.seed, source.name, self.visits[part], epoch, turn, "shuffle")
-            plan = sampler.plan(examples.targets(), self.training.batch_size, epoch, generator)
-            if not plan:
-                raise ConsilienceError(
-                    f"a sampler should plan at least one batch. Found none of {type(sampler).__name__}."
-                )
-            return plan
-
-        plans = [once(part, 0) for part in range(len(self.parts))]
-        most = max(map(len, plans))
-        for part, plan in enumerate(plans):
-            turn = 1
-            while len(plan) < most:
-                plan += once(part, turn)
-                turn += 1
-            del plan[most:]
-        self.step.horizon = (self.training.epochs, most)
-        return plans
-
-    def draw(self) -> Iterator[tuple[list[Batch], tuple[int, int]]]:
-        """The parts of every step that is left, with its clock; who takes a step raises `index`."""
-        drawn = self.step.by_verb["sample"]
-        while self.epoch < self.training.epochs:
-            plans = self.left(self.epoch, self.index)
-            if not plans[0] and self.index < self.step.horizon[1]:  # its share is done
-                return
-            streams = [
-                examples.batches(plan) for (_, examples, _), plan in zip(self.parts, plans, strict=True)
-            ]
-            for batches in zip(*streams, strict=True):
-                parts = [
-                    Batch(x, y, task, source=source.name)
-                    for (x, y), (source, _, task) in zip(batches, self.parts, strict=True)
-                ]
-                clock = (self.epoch, self.index)
-                for c, ctx in drawn:
-                    more = c.sample(
-                        ctx,
-                        self.sources,
-                        key(self.seed, self.sources[0].name, self.visits[0], *clock, c.name),
-                    )
-                    parts += [replace(b, drawn_by=c.name) for b in more]
-                yield parts, clock
-            self.epoch, self.index = self.epoch + 1, 0
-
-    def left(self, epoch: int, index: int) -> list[list[Tensor]]:
-        """The index batches of each part that are left of an epoch from a step on."""
-        plans = [plan[index:] for plan in self.plan(epoch)]
-        if self.fraction == 1:
-            return plans
-        most = self.step.horizon[1]
-        limit = max(1, round(self.fraction * self.training.epochs * most)) - (epoch * most + index)
-        return [plan[: max(0, limit)] for plan in plans]
-
-    def cost(self, parts: Sequence[Batch]) -> tuple[object, ...]:
-        """What makes steps alike in cost."""
-        return (*self.kind, *[(tuple(p.x.shape), p.task) for p in parts])
-
-    def run(self, ledger: Ledger) -> Iterator[None]:
-        """Run the steps that are left, yielding after each; `epoch` and `index` say what is done."""
-        if not self.layout.size:
-            return
-        first, visit, draws = self.sources[0].name, self.visits[0], self.step.model.draws
-        for parts, clock in self.draw():
-            generator = key(self.seed, first, visit, *clock, "aggregate") if self.step.aggregator else None
-            with self._drawing(first, visit, clock) if draws else nullcontext():
-                ledger.charge_work(self.agent, self.cost(parts), partial(self.step, parts, clock, generator))
-            ledger.steps += 1
-            self.index += 1
-            yield
-
-    @contextmanager
-    def _drawing(self, source: str, visit: int, clock: tuple[int, int]) -> Iterator[None]:
-        """torch's own random state keyed by the step, for models that draw in their forward."""
-        device = self.layout.device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(key(self.seed, source, visit, *clock, "forward").initial_seed())
-            yield
-
-    def answer(self, x: Tensor, task: str | None) -> Tensor:
-        """Class probabilities (or values) [B, C] by the parameters of this step, in eval mode."""
-        step = self.step
-        out = step.now(
-            x.to(self.layout.device, self.layout.dtype if x.is_floating_point() else x.dtype), task
-        )
-        return probabilities(out, step.frame, step.frame.tasks.get(task or ""), len(step.frame.labels))
-
-    def save(self) -> tuple[dict[str, Tensor], dict[str, int]]:
-        """What a checkpoint inside a learn keeps; all else is made again by `prepare`."""
-        tensors = {"theta": self.carry.theta}
-        tensors |= {f"buffers/{k}": t for k, t in self.carry.buffers.items()}
-        tensors |= {f"optimiser/{k}": t for k, t in self.carry.optimiser.items()}
-        for c, ctx in self.corrections:
-            tensors |= {f"trace/{c.name}/{k}": t for k, t in ctx.trace.items()}
-        return {k: t.clone() for k, t in tensors.items()}, {"epoch": self.epoch, "index": self.index}
-
-    def load(self, tensors: Mapping[str, Tensor], facts: Mapping[str, int]) -> None:
-        """Go on from what `save` kept."""
-        self.carry.theta.copy_(tensors["theta"])
-        for k, t in self.carry.buffers.items():
-            t.copy_(tensors[f"buffers/{k}"])
-        for k in self.carry.optimiser:
-            self.carry.optimiser[k] = tensors[f"optimiser/{k}"].to(self.layout.device)
-        for c, ctx in self.corrections:
-            ctx.trace = {k: tensors[f"trace/{c.name}/{k}"].to(self.layout.device) for k in ctx.trace}
-        self.epoch, self.index = facts["epoch"], facts["index"]
-
-
-def shape_of(examples: Examples) -> tuple[int, ...]:
-    """The shape of an input, where they are in memory."""
-    x = getattr(examples, "x", None)
-    return tuple(x.shape[1:]) if isinstance(x, Tensor) else ()
-
-
-def without_weights(m: Message) -> Message | None:
-    """What a bank keeps of a message: all but whole weights; None where nothing is left."""
-    if not any(isinstance(i, Weights) for i in m.items.values()):
-        return m
-    items = {k: i for k, i in m.items.items() if not isinstance(i, Weights)}
-    return replace(m, items=items) if items else None
-
-
-def probabilities(out: Tensor, frame: LabelFrame, columns: Sequence[int] | None, width: int) -> Tensor:
-    """Class probabilities [B, width] over the given columns (None: all), or values, from outputs [B, C >= width]."""
-    out = out[:, :width]  # a model may have more outputs than there are classes
-    if frame.kind == "value":
-        return out
-    if columns:
-        keep = torch.zeros(out.shape[1], dtype=torch.bool, device=out.device)
-        keep[list(columns)] = True
-        out = out.masked_fill(~keep, -torch.inf)
-    return out.softmax(1)
-
-
 class Agent:
-    """Learns sources, tells what it learned, absorbs what others tell, predicts. Never asks which setting it is in."""
+    """One learner: it trains on sources, sends what it learned, receives from others, and predicts.
 
-    def __init__(
-        self,
-        name: str,
-        model: Model,
-        method: Method,
-        schedule: Schedule,
-        training: Training,
-        seed: int,
-        state: State,
-        ledger: Ledger,
-        revisited: frozenset[str] = frozenset(),
-    ) -> None:
-        self.name, self.model, self.method, self.schedule = name, model, method, schedule
-        self.training, self.seed, self.state = training, seed, state
-        self.consolidator, self.ledger, self.revisited = method.receiver(), ledger, revisited
-        self.device = torch.device(training.device)
-        self.frame = schedule.frame
-        self.aware = schedule.labelled or method.mapper is not None
-        self._hashes: dict[str, tuple[Params, str]] = {}
-        self._said: tuple[State, list[Message]] | None = None
-        self._views: tuple[State, list[tuple[Correction, Context]]] | None = None
+    It never asks which setting it is in: the schedule calls these methods in the order that makes one.
+    """
 
-    # learn
+    name: str
+    model: Model
+    method: Method
+    schedule: Schedule
+    training: Training
+    seed: int
+    state: State
+    ledger: Ledger
+    """Where its costs are counted."""
+    revisited: frozenset[str] = frozenset()
+    """Sources that some agent trains on again: their traces are kept for the next visit."""
+    _common: tuple[Params, str] | None = field(default=None, init=False)
+    """The last parameters that `common_hash` was asked about, and their hash."""
+    _outbox: tuple[State, list[Message]] | None = field(default=None, init=False)
+    _predictor: Predictor | None = field(default=None, init=False)
 
-    def memory(self, c: Correction) -> Memory:
-        """The items of a correction: shared ones from the bank, private ones under this agent's name."""
-        items: dict[tuple[str, str], Item] = {
-            k: m.items[c.name] for k, m in self.state.bank.items() if c.name in m.items
-        }
-        items |= {(self.name, s): item for s, item in self.state.memory.get(c.name, {}).items()}
-        return items
+    def __post_init__(self) -> None:
+        self.consolidator = self.method.receiver()
+        self.device = torch.device(self.training.device)
+        self.frame = self.schedule.frame
+        self.aware = self.schedule.labelled or self.method.mapper is not None
 
-    def _told(self) -> dict[str, Shared]:
-        """What corrections tell with this agent's own parameters."""
-        found: dict[str, Shared] = {}
-        for c in self.method.active:
-            item = self.state.memory.get(c.name, {}).get("")
-            if isinstance(item, Shared):
-                if not c.shared_items:
-                    raise TypeError(
-                        f"items of {c.name} stay with their agent: they should be Private. Found {type(item).__name__}."
-                    )
-                found[c.name] = item
-        return found
+    # Train: `prepare` makes a job, an engine runs its steps, `finish` keeps what it learned.
 
     def prepare(self, names: Sequence[str], fraction: float = 1.0) -> Job:
-        """Recall what is known, grow the model, begin the corrections: a job of tensors that does this fraction of its steps."""
-        sources = tuple(self.schedule.source(n) for n in names)
-        state, model, t, dtype = self.state, self.model, self.training, self.training.dtype
-        params, buffers = dict(state.params), dict(state.buffers)
-        for s in sources:
-            params, buffers = model.grow(params, buffers, s, key(self.seed, s.name, "grow"))
-        contexts: list[tuple[Correction, Context]] = []
+        """Make a visit to these sources into a job: recall, grow the model, begin the corrections, build the step.
 
-        def drawn(c: Correction) -> torch.Generator:
-            return key(self.seed, given[0].name, state.visits.get(given[0].name, 0), c.name, "begin")
+        `fraction` is the fraction of its steps that are run.
+        """
+        given = tuple(self.schedule.source(name) for name in names)
+        params, buffers = self._grown(given)
+        corrections, sources = self._recalled(given)
+        params, frozen, begun = self._begun(corrections, given, params, buffers)
 
-        given = sources
-        sources = given if self.aware else tuple(replace(s, task=None) for s in given)
-        for c in self.method.active:
-            ctx = Context(recalled=c.recall(self.memory(c), given), model=model)
-            sources = c.gather(sources, ctx.recalled, drawn(c)) if overrides(c, "gather") else sources
-            contexts.append((c, ctx))
-        begun: list[tuple[object, ...]] = []
-        still: set[str] = set()
-        for c, ctx in contexts:
-            if overrides(c, "begin"):
-                own = (model, params, buffers, given, ctx.recalled, drawn(c))
-                beginning = Beginning(
-                    *own, self.predict, state.experts, frozenset(params) - frozenset(state.params)
-                )
-                kind = (
-                    "begin",
-                    c.name,
-                    ctx.recalled is None,
-                    len(params),
-                    *[(len(s.train), len(s.classes), shape_of(s.train)) for s in given],
-                )
-                params, ctx.private, held = self.ledger.measure(kind, lambda c=c, b=beginning: c.begin(b))  # type: ignore[misc]
-                still |= set(held)
-                begun.append(kind)
+        # What is trained becomes one flat vector; everything else stays as it is.
         trainable = {
-            n: p
-            for n, p in params.items()
-            if n not in still and not model.frozen(n) and p.is_floating_point()
+            name: p
+            for name, p in params.items()
+            if name not in frozen and not self.model.frozen(name) and p.is_floating_point()
         }
-        fixed = {n: p.to(self.device) for n, p in params.items() if n not in trainable}
-        layout = Layout.of(trainable, dtype, self.device)
+        fixed = {name: p.to(self.device) for name, p in params.items() if name not in trainable}
+        layout = Layout.of(trainable, self.training.dtype, self.device)
         theta = layout.flatten(trainable)
         start = theta.clone()
-        for c, ctx in contexts:
-            ctx.layout, ctx.start = layout, start
-            if c.flat and ctx.recalled is not None:
-                ctx.flat = {g: layout.flatten(ctx.recalled.group(g)) for g in c.flat}
-            ctx.flat, warning = c.prepare_step(ctx, t)
-            if warning and c.name not in self.ledger.warned:
-                self.ledger.warned.add(c.name)
-                warnings.warn(f"{c.name} on {given[0].name!r}: {warning} {ONCE}", stacklevel=2)
-        carry = Carry(
-            theta, {n: b.to(self.device).clone() for n, b in buffers.items()}, t.inner().init(theta)
-        )
-        parts = tuple((s, s.train.to(self.device, dtype), s.task if self.aware else None) for s in sources)
-        horizon = (t.epochs, max(-(-len(e) // t.batch_size) for _, e, _ in parts))
+        self._lay_out(corrections, layout, start, given[0].name)
+
+        own_buffers = {name: buffer.to(self.device).clone() for name, buffer in buffers.items()}
+        carry = Carry(theta, own_buffers, self.training.inner().init(theta))
+        parts = tuple(self._part(source) for source in sources)
         step = Step(
-            model, self.frame, t, self.method.step_aggregator, contexts, layout, fixed, carry, start, horizon
+            model=self.model,
+            frame=self.frame,
+            training=self.training,
+            aggregator=self.method.step_aggregator,
+            corrections=corrections,
+            layout=layout,
+            fixed=fixed,
+            carry=carry,
+            start=start,
+            horizon=self._horizon(parts),
         )
-        for c, ctx in contexts:
-            traced = state.memory.get(f"{c.name}.trace", {}).get("+".join(s.name for s in given))
-            if traced is not None and all(t.shape == traced.tensors[k].shape for k, t in ctx.trace.items()):
-                ctx.trace = {k: t.to(self.device) for k, t in traced.tensors.items()}
-        cost = ("step", *[c.name for c, ctx in contexts if acts(c, ctx)], layout.size)
-        asked = {s.name for s in given}  # what a correction gathered is another pool at each learn
-        total = sum(state.visits.values())
-        visits = tuple(state.visits.get(s.name, 0) if s.name in asked else total for s in sources)
+        self._resume_traces(corrections, given)
+
         return Job(
-            self.name,
-            given,
-            parts,
-            visits,
-            tuple(contexts),
-            layout,
-            fixed,
-            start,
-            step,
-            self.seed,
-            t,
-            cost,
-            fraction,
-            begun=tuple(begun),
+            agent=self.name,
+            sources=given,
+            parts=parts,
+            visits=self._visits(given, sources),
+            corrections=tuple(corrections),
+            layout=layout,
+            fixed=fixed,
+            start=start,
+            step=step,
+            seed=self.seed,
+            training=self.training,
+            kind=("step", *[c.name for c, ctx in corrections if acts(c, ctx)], layout.size),
+            fraction=fraction,
+            begun=begun,
         )
 
+    def _grown(self, given: Sequence[Source]) -> tuple[Params, Params]:
+        """Parameters and buffers with the entries that new sources need, such as heads."""
+        params, buffers = dict(self.state.params), dict(self.state.buffers)
+        for source in given:
+            generator = key(self.seed, source.name, "grow")
+            params, buffers = self.model.grow(params, buffers, source, generator)
+        return params, buffers
+
+    def _recalled(self, given: tuple[Source, ...]) -> tuple[Corrections, tuple[Source, ...]]:
+        """The active corrections with what they recall, and the sources to train on."""
+        corrections: Corrections = []
+        sources = given if self.aware else tuple(replace(source, task=None) for source in given)
+        for correction in self.method.active:
+            recalled = correction.recall(self.memory(correction), given)
+            if overrides(correction, "gather"):
+                sources = correction.gather(sources, recalled, self._generator(correction, given))
+            corrections.append((correction, Context(recalled=recalled, model=self.model)))
+        return corrections, sources
+
+    def _generator(self, correction: Correction, given: Sequence[Source]) -> torch.Generator:
+        """What `gather` and `begin` of a correction draw from: the same stream for both."""
+        first = given[0].name
+        return key(self.seed, first, self.state.visits.get(first, 0), correction.name, "begin")
+
+    def _begun(
+        self, corrections: Corrections, given: tuple[Source, ...], params: Params, buffers: Params
+    ) -> tuple[Params, set[str], tuple[tuple[object, ...], ...]]:
+        """The parameters after every `begin`, the entries that it froze, and the keys of its costs."""
+        frozen: set[str] = set()
+        begun: list[tuple[object, ...]] = []
+        sizes = [(len(source.train), len(source.classes), shape_of(source.train)) for source in given]
+        for correction, ctx in corrections:
+            if not overrides(correction, "begin"):
+                continue
+
+            beginning = Beginning(
+                model=self.model,
+                params=params,
+                buffers=buffers,
+                sources=given,
+                recalled=ctx.recalled,
+                generator=self._generator(correction, given),
+                predict=self.predict,
+                experts=self.state.experts,
+                grown=frozenset(params) - frozenset(self.state.params),
+            )
+            kind = ("begin", correction.name, ctx.recalled is None, len(params), *sizes)
+            begin = partial(correction.begin, beginning)
+            params, ctx.private, held = self.ledger.measure(kind, begin)
+            frozen |= set(held)
+            begun.append(kind)
+        return params, frozen, tuple(begun)
+
+    def _lay_out(self, corrections: Corrections, layout: Layout, start: Tensor, first: str) -> None:
+        """Give the contexts the layout of the step, and flatten what `Correction.flat` names."""
+        for correction, ctx in corrections:
+            ctx.layout, ctx.start = layout, start
+            if correction.flat and ctx.recalled is not None:
+                ctx.flat = {group: layout.flatten(ctx.recalled.group(group)) for group in correction.flat}
+
+            ctx.flat, warning = correction.prepare_step(ctx, self.training)
+            if warning and correction.name not in self.ledger.warned:
+                self.ledger.warned.add(correction.name)
+                warnings.warn(f"{correction.name} on {first!r}: {warning} {ONCE}", stacklevel=3)
+
+    def _part(self, source: Source) -> Part:
+        """A source to train on, with its examples on the device, and its task if the model is given one."""
+        examples = source.train.to(self.device, self.training.dtype)
+        return Part(source, examples, source.task if self.aware else None)
+
+    def _horizon(self, parts: Sequence[Part]) -> tuple[int, int]:
+        """(epochs, steps per epoch) of a visit."""
+        longest = max(len(part.examples) for part in parts)
+        return self.training.epochs, -(-longest // self.training.batch_size)
+
+    def _visits(self, given: Sequence[Source], sources: Sequence[Source]) -> tuple[int, ...]:
+        """How often each part was visited before; a pool that a correction gathered is new at every visit."""
+        names, visits = {source.name for source in given}, self.state.visits
+        total = sum(visits.values())
+        return tuple(visits.get(s.name, 0) if s.name in names else total for s in sources)
+
+    def _resume_traces(self, corrections: Corrections, given: Sequence[Source]) -> None:
+        """Continue the traces of an earlier visit to these sources, unless the model has grown since."""
+        visit = "+".join(source.name for source in given)
+        for correction, ctx in corrections:
+            kept = self.state.memory.get(trace_key(correction.name), {}).get(visit)
+            if kept is not None and all(t.shape == kept.tensors[name].shape for name, t in ctx.trace.items()):
+                ctx.trace = {name: tensor.to(self.device) for name, tensor in kept.tensors.items()}
+
     def finish(self, job: Job) -> None:
-        """Summarise what a job learned and keep it."""
-        state = self.state
+        """Keep what a job learned: parameters, and what the corrections and the consolidator make of the visit."""
         for kind in job.begun:
             self.ledger.charge(self.name, kind)
-        end = {n: p.clone() for n, p in job.layout.split(job.carry.theta).items()}
+        end = {name: p.clone() for name, p in job.layout.split(job.carry.theta).items()}
         finite(
             end, f"{self.name!r} after {job.name!r} (a lower lr or strength helps where training diverges)"
         )
+
+        state, names = self.state, [source.name for source in job.sources]
         params = {**job.fixed, **end}
-        buffers = {n: b.clone() for n, b in job.carry.buffers.items()}
-        start = job.layout.split(job.start)
-        visits = {**state.visits, **{s.name: state.visits.get(s.name, 0) + 1 for s in job.sources}}
-        shared: dict[str, dict[str, Shared]] = {s.name: {} for s in job.sources}
-        memory = {c: dict(kept) for c, kept in state.memory.items()}
-        model = Viewed.of(self.model, job.step.by_verb["view"])
-        for c, ctx in job.corrections:
-            if ctx.trace and all(s.name in self.revisited for s in job.sources):
-                memory.setdefault(f"{c.name}.trace", {})[job.name] = Private(ctx.trace)
-            if not overrides(c, "summarise"):
-                continue
-            for s in job.sources:
-                generator = key(self.seed, s.name, visits[s.name] - 1, c.name, "summarise")
-                task = s.task if self.aware else None
-                on_device = replace(s, train=s.train.to(self.device, job.layout.dtype))
-                learned = Learned(
-                    model,
-                    params,
-                    buffers,
-                    start,
-                    on_device,
-                    task,
-                    job.layout,
-                    generator,
-                    1 / len(job.sources),
-                    sum(state.visits.values()),
-                    job.steps,
-                    self.training,
-                )
-                item = self.ledger.charge_work(
-                    self.name,
-                    ("summarise", c.name, len(s.train), len(s.classes), job.layout.size, shape_of(s.train)),
-                    lambda c=c, n=learned, ctx=ctx: c.summarise(n, ctx),  # type: ignore[misc]
-                )
-                if isinstance(item, Private):
-                    memory.setdefault(c.name, {})[s.name] = item
-                elif item is not None:
-                    if not c.shared_items:
-                        raise TypeError(
-                            f"items of {c.name} stay with their agent: they should be Private. Found {type(item).__name__}."
-                        )
-                    shared[s.name][c.name] = item
-            if overrides(c, "trim") and c.name in memory:
-                generator = key(self.seed, job.sources[0].name, visits[job.sources[0].name], c.name, "trim")
-                memory[c.name] = dict(c.trim(memory[c.name], replace(learned, generator=generator)))
+        buffers = {name: buffer.clone() for name, buffer in job.carry.buffers.items()}
+        memory, shared = self._summarised(job, params, buffers)
         self.state = state.change(
             params=params,
             buffers=buffers,
             memory=memory,
-            visits=visits,
+            visits={**state.visits, **{name: state.visits.get(name, 0) + 1 for name in names}},
             version=state.version + 1,
             trained=True,
-            size=sum(len(s.train) for s in job.sources),
+            size=sum(len(source.train) for source in job.sources),
         )
+        self._bank(job, shared)
+
+    def _summarised(
+        self, job: Job, params: Params, buffers: Params
+    ) -> tuple[dict[str, dict[str, Item]], dict[str, dict[str, Shared]]]:
+        """The private memory after this visit, and the items to share by source, as the corrections make them."""
+        memory = {name: dict(kept) for name, kept in self.state.memory.items()}
+        shared: dict[str, dict[str, Shared]] = {source.name: {} for source in job.sources}
+        for correction, ctx in job.corrections:
+            name = correction.name
+            if ctx.trace and all(source.name in self.revisited for source in job.sources):
+                memory.setdefault(trace_key(name), {})[job.name] = Private(ctx.trace)
+            if not overrides(correction, "summarise"):
+                continue
+
+            for source in job.sources:
+                learned = self._learned(job, source, params, buffers, correction)
+                sizes = (len(source.train), len(source.classes), job.layout.size, shape_of(source.train))
+                summarise = partial(correction.summarise, learned, ctx)
+                item = self.ledger.charge_work(self.name, ("summarise", name, *sizes), summarise)
+                if isinstance(item, Private):
+                    memory.setdefault(name, {})[source.name] = item
+                elif item is not None:
+                    shared[source.name][name] = sharable(correction, item)
+
+            # Trimming sees the last source, with a stream of random numbers of its own.
+            if overrides(correction, "trim") and name in memory:
+                first = job.sources[0].name
+                generator = key(self.seed, first, self.state.visits.get(first, 0) + 1, name, "trim")
+                memory[name] = dict(correction.trim(memory[name], replace(learned, generator=generator)))
+        return memory, shared
+
+    def _learned(
+        self, job: Job, source: Source, params: Params, buffers: Params, correction: Correction
+    ) -> Learned:
+        """What `summarise` of a correction may read about a source."""
+        visit = self.state.visits.get(source.name, 0)
+        return Learned(
+            model=Viewed.of(self.model, job.step.by_verb["view"]),
+            params=params,
+            buffers=buffers,
+            start=job.layout.split(job.start),
+            source=replace(source, train=source.train.to(self.device, job.layout.dtype)),
+            task=source.task if self.aware else None,
+            layout=job.layout,
+            generator=key(self.seed, source.name, visit, correction.name, "summarise"),
+            share=1 / len(job.sources),
+            order=sum(self.state.visits.values()),
+            steps=job.steps,
+            training=self.training,
+        )
+
+    def _bank(self, job: Job, shared: Mapping[str, dict[str, Shared]]) -> None:
+        """Put a message per source into the bank: its summaries, and its module if the consolidator makes one."""
         modules = self.consolidator.export(self.model, self.state, job.sources, self.method.personal)
         news = []
-        for s in job.sources:
-            if s.name in modules:
-                shared[s.name]["model"] = modules[s.name]
-            if shared[s.name]:
-                message = self._message(s.name, visits[s.name], len(s.train), shared[s.name])
-                told = state.bank.get(message.key)
-                if told is None or told.digest != message.digest:
-                    news.append(message)
+        for source in job.sources:
+            items = shared[source.name]
+            if source.name in modules:
+                items["model"] = modules[source.name]
+            if not items:
+                continue
+
+            # A message with the same content would only be a new version of nothing new.
+            visit = self.state.visits[source.name]
+            message = self.message(source.name, visit, len(source.train), items)
+            old = self.state.bank.get(message.key)
+            if old is None or old.digest != message.digest:
+                news.append(message)
         self.state = self.state.change(bank=join(self.state.bank, news))
 
-    # absorb
+    # Exchange: `send` and `receive` messages; `forget` a sender.
 
-    def _hash(self, which: str, params: Params) -> str:
-        """The hash of the parameters that all agents have in common."""
-        held = self._hashes.get(which)
-        if held is None or held[0] is not params:
+    def memory(self, correction: Correction) -> Memory:
+        """The items of a correction: shared ones from the bank, private ones under this agent's name."""
+        return memory_of(self.name, self.state, correction)
+
+    def common_hash(self, params: Params) -> str:
+        """The hash of those entries that all agents have: neither of one task, nor personal."""
+        if self._common is None or self._common[0] is not params:
             common = {
-                n: p
-                for n, p in params.items()
-                if self.model.task_of(n) is None and not matches(n, self.method.personal)
+                name: p
+                for name, p in params.items()
+                if self.model.task_of(name) is None and not matches(name, self.method.personal)
             }
-            held = self._hashes[which] = (params, content_hash(common))
-        return held[1]
+            self._common = (params, content_hash(common))
+        return self._common[1]
 
-    def _message(self, source: str, version: int, size: int, items: Mapping[str, Shared]) -> Message:
-        base = self._hash("base", self.state.base)
-        return Message(self.name, source, version, size, self.state.origin, base, items, self.state.trained)
-
-    def release(self) -> None:
-        """Let go of what it told and will hear again, so that a simulation holds only the agents that are at work."""
-        if not any(overrides(c, "after_receive") for c in self.method.active):
-            self.state = self.consolidator.release(self.state, self.method.personal)
-        self._said, self._views, self._hashes = None, None, {}
+    def message(self, source: str, version: int, size: int, items: Mapping[str, Shared]) -> Message:
+        """A message of this agent about a source."""
+        base, state = self.common_hash(self.state.base), self.state
+        return Message(self.name, source, version, size, state.origin, base, items, state.trained)
 
     def receipts(self) -> dict[str, int]:
-        """What this agent has already: the version of every (sender, source); no whole of another once it has learned and gone on."""
-        moved = self.state.trained
-        return {k: v for k, (v, _) in self.state.received.items() if not (moved and k.endswith("|"))}
+        """The version held of each `pair(sender, source)`.
+
+        Weights that were received are left out once this agent has trained on: it no longer has them.
+        """
+        received, trained = self.state.received, self.state.trained
+        return {
+            at: version for at, (version, _) in received.items() if not (trained and unpair(at)[1] == WHOLE)
+        }
 
     def send(self, receipts: Mapping[str, int]) -> list[Message]:
-        """Messages that the listener lacks: the agent's own whole, and what its bank holds, relayed as it is."""
-        return [m for m in self._says() if m.version > receipts.get(f"{m.sender}|{m.source}", -1)]
+        """The messages that a receiver with these receipts lacks: this agent's own, and the bank's, relayed unchanged."""
+        return [m for m in self._messages() if m.version > receipts.get(pair(m.sender, m.source), -1)]
 
-    def _says(self) -> list[Message]:
-        """All that it could tell, made once for a state."""
-        if self._said is not None and self._said[0] is self.state:
-            return self._said[1]
-        whole = self.consolidator.export(self.model, self.state, (), self.method.personal)
-        items: dict[str, dict[str, Shared]] = {s: {"model": item} for s, item in whole.items()}
-        if told := self._told():
-            items[""] = {**items.get("", {}), **told}
-        messages = [self._message(s, self.state.version, self.state.size, own) for s, own in items.items()]
-        messages += [m for m in self.state.bank.values() if m.items and m.source]
-        self._said = (self.state, messages)
+    def _messages(self) -> list[Message]:
+        """All messages of this state; made once, since many agents may ask."""
+        if self._outbox is not None and self._outbox[0] is self.state:
+            return self._outbox[1]
+
+        exported = self.consolidator.export(self.model, self.state, (), self.method.personal)
+        items: dict[str, dict[str, Shared]] = {source: {"model": item} for source, item in exported.items()}
+        if about_all := self._about_all():
+            items[WHOLE] = {**items.get(WHOLE, {}), **about_all}
+        version, size = self.state.version, self.state.size
+        messages = [self.message(source, version, size, own) for source, own in items.items()]
+        messages += [m for m in self.state.bank.values() if m.items and m.source != WHOLE]
+        self._outbox = (self.state, messages)
         return messages
 
+    def _about_all(self) -> dict[str, Shared]:
+        """What corrections send together with this agent's own parameters."""
+        kept = [(c, self.state.memory.get(c.name, {}).get(WHOLE)) for c in self.method.active]
+        return {c.name: sharable(c, item) for c, item in kept if isinstance(item, Shared)}
+
     def receive(self, messages: Sequence[Message], by_size: bool = True) -> None:
-        """Join the messages into the bank, and consolidate those that are fresh."""
-        state = self.state
-        fresh: dict[tuple[str, str], Message] = {}
-        had = self.receipts()
-        for m in sorted(
-            (m for m in messages if m.sender not in state.forgotten), key=lambda m: (m.key, m.version)
-        ):
-            if m.origin != state.origin:
-                raise ConsilienceError(
-                    f"a message should come from the same first parameters. Found origin {m.origin[:8]} from {m.sender!r}, "
-                    f"here {state.origin[:8]}."
-                )
-            version, digest = state.received.get(f"{m.sender}|{m.source}", (-1, ""))
-            twin = fresh.get(m.key)
-            if (m.version == version and m.digest != digest) or (
-                twin and twin.version == m.version and twin.digest != m.digest
-            ):
-                raise ConsilienceError(
-                    f"a version should have one content. Found another for {m.source!r} of {m.sender!r}, version {m.version}."
-                )
-            if m.version > had.get(f"{m.sender}|{m.source}", -1):
-                fresh[m.key] = m
-        heard = list(fresh.values())
-        bank = join(state.bank, [m for m in map(without_weights, heard) if m is not None])
-        if self.consolidator.needs_base:
-            for m in heard:
-                if (
-                    m.trained
-                    and isinstance(m.items.get("model"), Weights)
-                    and m.base != self._hash("base", state.base)
-                ):
-                    raise ConsilienceError(
-                        f"deltas should start from the hearer's own parameters. Found another base in the message of {m.sender!r}."
-                    )
-        generator = key(self.seed, self.name, state.version, "absorb")
-        work = (
-            "absorb",
-            len(heard),
-            sum(t.numel() for m in heard for i in m.items.values() for t in i.tensors.values()),
-        )
-        new = self.ledger.charge_work(
-            self.name,
-            work,
-            lambda: self.consolidator.receive(self.model, state.change(bank=bank), heard, by_size, generator),
-        )
-        memory = {c: dict(kept) for c, kept in new.memory.items()}
-        for c in self.method.active:
-            if overrides(c, "after_receive"):
-                memory[c.name] = dict(c.after_receive(state, new, memory.get(c.name, {}), heard))
-        receipts = {f"{m.sender}|{m.source}": (m.version, m.digest) for m in heard}
-        self.state = new.change(
-            base=new.params,
+        """Join the messages into the bank, and consolidate those that are new here.
+
+        `by_size` weights them by their numbers of examples. Raises ConsilienceError for messages that do not fit.
+        """
+        fresh, before = self._fresh(messages), self.state
+        bank = join(before.bank, [kept for kept in map(without_weights, fresh) if kept is not None])
+        self._check_base(fresh)
+        after = self._consolidated(bank, fresh, by_size)
+
+        memory = {name: dict(kept) for name, kept in after.memory.items()}
+        for correction in self.method.active:
+            if overrides(correction, "after_receive"):
+                old = memory.get(correction.name, {})
+                memory[correction.name] = dict(correction.after_receive(before, after, old, fresh))
+        receipts = {pair(m.sender, m.source): (m.version, m.digest) for m in fresh}
+        self.state = after.change(
+            base=after.params,
             memory=memory,
-            received={**state.received, **receipts},
-            version=state.version + 1,
+            received={**before.received, **receipts},
+            version=before.version + 1,
             trained=False,
         )
 
-    def forget(self, sender: str) -> None:
-        """Take out what a sender told, as if it had never been heard; it is not heard again, not from others either.
+    def _fresh(self, messages: Sequence[Message]) -> list[Message]:
+        """The messages of newer versions than the receipts say, sorted by (sender, source)."""
+        state, receipts = self.state, self.receipts()
+        fresh: dict[tuple[str, str], Message] = {}
+        wanted = [m for m in messages if m.sender not in state.forgotten]
+        for m in sorted(wanted, key=lambda m: (m.key, m.version)):
+            if m.origin != state.origin:
+                raise ConsilienceError(
+                    f"agents that exchange must start from the same parameters: {m.sender!r} sent origin "
+                    f"{m.origin[:8]}, and {self.name!r} has {state.origin[:8]}."
+                )
 
-        Statistics that are solved, and experts that stand on their own, are exactly what they would be without it; other agents
-        forget for themselves. Raises Refusal where it entered weights, or what this agent learned afterwards.
+            at, twin = pair(m.sender, m.source), fresh.get(m.key)
+            version, digest = state.received.get(at, (-1, ""))
+            other_than_received = m.version == version and m.digest != digest
+            if other_than_received or (twin and twin.version == m.version and twin.digest != m.digest):
+                raise ConsilienceError(
+                    f"a version must have one content, got another for {m.source!r} of {m.sender!r}, "
+                    f"version {m.version}."
+                )
+            if m.version > receipts.get(at, -1):
+                fresh[m.key] = m
+        return list(fresh.values())
+
+    def _check_base(self, fresh: Sequence[Message]) -> None:
+        """Refuse weights that did not start from this agent's parameters, if the consolidator makes deltas of them."""
+        if not self.consolidator.needs_base:
+            return
+        for m in fresh:
+            is_weights = isinstance(m.items.get("model"), Weights)
+            if m.trained and is_weights and m.base != self.common_hash(self.state.base):
+                raise ConsilienceError(
+                    f"deltas must start from the receiver's own parameters, and the message of {m.sender!r} "
+                    "started from others; exchange before training."
+                )
+
+    def _consolidated(self, bank: Bank, fresh: list[Message], by_size: bool) -> State:
+        """The state after the consolidator received the messages."""
+        state = self.state.change(bank=bank)
+        generator = key(self.seed, self.name, state.version, "absorb")  # the key of 0.1, so that bits stay
+        numbers = sum(t.numel() for m in fresh for item in m.items.values() for t in item.tensors.values())
+        return self.ledger.charge_work(
+            self.name,
+            (RECEIVE, len(fresh), numbers),
+            lambda: self.consolidator.receive(self.model, state, fresh, by_size, generator),
+        )
+
+    def release(self) -> None:
+        """Free parameters that will be received again, so that a simulation keeps only active agents in memory."""
+        if not any(overrides(correction, "after_receive") for correction in self.method.active):
+            self.state = self.consolidator.release(self.state, self.method.personal)
+        self._common, self._outbox, self._predictor = None, None, None
+
+    def forget(self, sender: str) -> None:
+        """Take out what a sender sent, as if it had never been received; later messages of it are refused too.
+
+        Solved statistics and experts are afterwards exactly what they would be without that sender. Other agents
+        forget for themselves. Raises Refusal where its messages entered weights, or what this agent learned later.
         """
         state = self.state
-        known = {m.sender for m in state.bank.values()} | {k.rpartition("|")[0] for k in state.received}
-        if sender not in known:
-            raise unknown("sender", sender, known)
+        senders = {m.sender for m in state.bank.values()} | {unpair(at)[0] for at in state.received}
+        if sender not in senders:
+            raise unknown("sender", sender, senders)
+
         entered = [
             c.name
             for c in self.method.corrections
@@ -548,189 +454,72 @@ class Agent:
         ]
         if entered and state.visits and sender != self.name:
             raise Refusal(
-                f"what {entered[0]} recalled while this agent learned cannot be taken out again; train again without that sender."
+                f"{entered[0]} used the items of {sender!r} in training, and weights cannot be untrained; "
+                "train again without that sender."
             )
-        bank = {k: m for k, m in state.bank.items() if m.sender != sender}
+
+        bank = {at: m for at, m in state.bank.items() if m.sender != sender}
         new = self.consolidator.forget(self.model, state.change(bank=bank))
         self.state = new.change(
             base=new.params, version=state.version + 1, forgotten=(*state.forgotten, sender)
         )
 
-    # predict
+    # Predict, as loop/predict.py does it for the present state.
 
-    def choices(
-        self,
-    ) -> list[tuple[tuple[str, str], Params, Params, str | None, tuple[int, ...] | None, Tensor | None]]:
-        """The experts: (key, entries, buffers, task, own columns, where its columns stand in the frame)."""
-        found = []
-        for k, m in self.state.experts.items():
-            where = None if m.labels == self.frame.labels else self.frame.columns(m.labels)
-            found.append((k, m.group("entries"), m.group("buffers"), m.task, m.classes or None, where))
-        if not found and self.method.mapper is not None:
-            keys = dict.fromkeys(
-                [*((self.name, name) for name in self.state.visits), *(k for k in self.state.bank if k[1])]
+    @property
+    def predictor(self) -> Predictor:
+        """How this agent answers in its present state."""
+        if self._predictor is None or self._predictor.state is not self.state:
+            self._predictor = Predictor(
+                self.name, self.model, self.method, self.schedule, self.training, self.state
             )
-            if not keys:  # heads that were heard with the parameters, and nothing else of their sources
-                heads = {self.model.task_of(n) for n in self.state.params}
-                keys = dict.fromkeys(
-                    (self.name, s.name) for s in self.schedule.sources if self.model.head_key(s) in heads
-                )
-            for k in keys:
-                s = self.schedule.source(k[1])
-                found.append((k, {}, {}, s.task, s.classes, None))
-        return found
+        return self._predictor
+
+    def predict(self, x: Tensor, task: str | None = None) -> Tensor:
+        """Class probabilities (or values) [B, C]: the sum over experts of weight times the expert's probabilities.
+
+        A row of zeros means that the mapper knows no expert for the input. Raises ConsilienceError for a `task` that
+        is neither in the schedule nor any expert's.
+        """
+        return self.predictor(x, task).probabilities
+
+    def route(self, x: Tensor) -> tuple[Tensor, list[tuple[str, str]]]:
+        """The mapper's weights [B, experts] and the experts' keys (sender, source)."""
+        return self.predictor.route(x)
+
+    def choices(self) -> list[Choice]:
+        """The experts that it answers with."""
+        return self.predictor.choices()
 
     def outputs(
         self, params: Params, buffers: Params, x: Tensor, task: str | None, psi: Tensor | None = None
     ) -> Tensor:
-        """The outputs [B, C] in eval mode, through the corrections' views, before softmax; psi [B, d] are the features where known."""
-        seen = self._seen()
-        if psi is not None and not seen:
-            short = self.model.from_features(params, buffers, psi, task)
-            if short is not None:
-                return short
-        for c, ctx in seen:
-            params = c.view(params, task, ctx)
-        return self.model(params, buffers, x, task, False)[0]
-
-    def _seen(self) -> list[tuple[Correction, Context]]:
-        """The corrections through which the model is seen in predict, recalled once for a state."""
-        if self._views is None or self._views[0] is not self.state:
-            seen = [c for c in self.method.active if overrides(c, "view")]
-            self._views = (
-                self.state,
-                [(c, Context(recalled=c.recall(self.memory(c), ()), model=self.model)) for c in seen],
-            )
-        return self._views[1]
+        """Outputs [B, C] in eval mode, before softmax; psi [B, d] are the features of x if they are known."""
+        return self.predictor.outputs(params, buffers, x, task, psi)
 
     def superposed(self, params: Params, buffers: Params) -> Callable[[Tensor, Tensor], Tensor]:
-        """(x, alpha) -> the outputs [B, C] of sum_k alpha_k view_k(params) over `choices`, as `Routing` says."""
-        choices, seen, views, classes = self.choices(), self._seen(), [], len(self.frame.labels)
-        columns = {c for *_, own, where in choices for c in (own or range(classes))}
-        if any(where is not None for *_, where in choices):
-            raise ConsilienceError(
-                "experts to superpose should have the same labels. Found some of another frame."
-            )
-        hidden = torch.tensor([c not in columns for c in range(classes)], device=self.device)
-        for _, entries, own_buffers, task, _, _ in choices:
-            view = {**params, **entries}
-            for c, ctx in seen:
-                view = c.view(view, task, ctx)
-            views.append(view)
-            buffers = {**own_buffers, **buffers}
-        whole = superposition(views)
+        """(x, alpha) -> outputs [B, C] of the parameters sum_k alpha_k view_k(params), k over `choices`."""
+        return self.predictor.superposed(params, buffers)
 
-        def outputs(x: Tensor, alpha: Tensor) -> Tensor:
-            out = self.model(whole(alpha), buffers, x, None, False)[0]
-            return out[:, :classes].masked_fill(hidden, -torch.inf)
 
-        return outputs
+def sharable(correction: Correction, item: Item) -> Shared:
+    """The item of a correction that is about to be shared. Raises TypeError if its items must stay with the agent."""
+    if not correction.shared_items or not isinstance(item, Shared):
+        raise TypeError(
+            f"items of {correction.name} stay with their agent, so they must be Private, got {type(item).__name__}."
+        )
+    return item
 
-    def _probabilities(
-        self,
-        params: Params,
-        buffers: Params,
-        x: Tensor,
-        task: str | None,
-        columns: Sequence[int] | None,
-        width: int,
-        psi: Tensor | None = None,
-    ) -> Tensor:
-        return probabilities(self.outputs(params, buffers, x, task, psi), self.frame, columns, width)
 
-    @torch.no_grad()
-    def predict(self, x: Tensor, task: str | None = None) -> Tensor:
-        """Class probabilities (or values) [B, classes of the frame]: sum over experts of route weight x softmax(expert); a row of
-        zeros where the mapper says that no expert knows the input. Raises ConsilienceError for a `task` that nobody has."""
-        return self._predict(x, task)[0]
+def shape_of(examples: Examples) -> tuple[int, ...]:
+    """The shape of one input, or () for examples that are not in memory."""
+    x = getattr(examples, "x", None)
+    return tuple(x.shape[1:]) if isinstance(x, Tensor) else ()
 
-    @torch.no_grad()
-    def route(self, x: Tensor) -> tuple[Tensor, list[tuple[str, str]]]:
-        """The mapper's weights [B, experts] and the experts' keys."""
-        _, weights, keys = self._predict(x, None, only_route=True)
-        if weights is None:
-            raise ConsilienceError(f"routing needs a mapper and experts. Found none in {self.name!r}.")
-        return weights, keys
 
-    def _predict(
-        self, x: Tensor, task: str | None, only_route: bool = False
-    ) -> tuple[Tensor, Tensor | None, list[tuple[str, str]]]:
-        x = x.to(self.device, self.training.dtype if x.is_floating_point() else x.dtype)
-        state, classes = self.state, len(self.frame.labels)
-        params = {n: p.to(self.device) for n, p in state.params.items()}
-        buffers = {n: b.to(self.device) for n, b in state.buffers.items()}
-        choices = self.choices()
-        if (
-            task is not None and task not in self.frame.tasks
-        ):  # but of a module that it heard, or a test that nobody teaches
-            known = {
-                *self.frame.tasks,
-                *(t for *_, t, _, _ in choices if t),
-                *(s.task for s in self.schedule.judged if s.task),
-            }
-            if task not in known:
-                raise unknown("task", task, known, "the schedule's tasks")
-        if not choices:
-            columns = self.frame.tasks.get(task) if task is not None else None
-            return self._probabilities(params, buffers, x, task, columns, classes), None, []
-        if task is not None and any(t == task for *_, t, _, _ in choices):
-            choices = [c for c in choices if c[3] == task]
-        keys = [c[0] for c in choices]
-        cache: dict[int, Tensor] = {}
-        psi: list[Tensor] = []
-
-        def features(other: Tensor | None = None) -> Tensor:
-            if other is not None:
-                other = other.to(
-                    self.device, self.training.dtype if other.is_floating_point() else other.dtype
-                )
-                return self.model.features(params, buffers, other)
-            if not psi:
-                psi.append(self.model.features(params, buffers, x))
-            return psi[0]
-
-        def expert(i: int, rows: Tensor | None) -> Tensor:
-            _, entries, own, its, columns, where = choices[i]
-            entries, own = ({n: t.to(self.device) for n, t in held.items()} for held in (entries, own))
-            part = x if rows is None else x[rows]
-            width = classes if where is None else len(where)
-            common = psi and all(
-                self.model.task_of(n) is not None for n in (*entries, *own)
-            )  # it stands on the features that all have
-            seen = (psi[0] if rows is None else psi[0][rows]) if common else None
-            probabilities = self._probabilities(
-                {**params, **entries}, {**buffers, **own}, part, its, columns, width, seen
-            )
-            if where is None:
-                return probabilities
-            aligned = probabilities.new_zeros(len(part), classes)
-            return aligned.index_add_(1, where.to(aligned.device), probabilities)
-
-        def every() -> list[Tensor]:
-            for i in range(len(choices)):
-                if i not in cache:
-                    cache[i] = expert(i, None)
-            return [
-                cache[i][:, list(c[4])] if c[4] and c[5] is None else cache[i] for i, c in enumerate(choices)
-            ]
-
-        mapper = self.method.mapper
-        if mapper is None or task is not None or (len(choices) == 1 and not mapper.rejects):
-            weights = torch.full(
-                (len(x), len(choices)), 1 / len(choices), device=self.device, dtype=self.training.dtype
-            )
-        else:
-            routing = Routing(x, features, every, keys, lambda: self.superposed(params, buffers))
-            weights = mapper.route(routing, self.memory(mapper)).to(self.training.dtype)
-        if only_route:
-            return weights, weights, keys
-        result = torch.zeros(len(x), classes, device=self.device, dtype=self.training.dtype)
-        for i in range(len(choices)):
-            rows = weights[:, i] > 0
-            if bool(rows.all()):
-                result += weights[:, i : i + 1] * (cache[i] if i in cache else expert(i, None))
-            elif bool(rows.any()):
-                index = rows.nonzero()[:, 0]
-                part = cache[i][index] if i in cache else expert(i, index)
-                result.index_add_(0, index, weights[index, i : i + 1] * part)
-        return result, weights, keys
+def without_weights(message: Message) -> Message | None:
+    """What a bank keeps of a message: everything but weights; None if nothing is left."""
+    if not any(isinstance(item, Weights) for item in message.items.values()):
+        return message
+    items = {name: item for name, item in message.items.items() if not isinstance(item, Weights)}
+    return replace(message, items=items) if items else None

@@ -1,4 +1,4 @@
-"""Engines: who runs the steps of a learn. They never show to a method."""
+"""What an engine is: it runs the steps of visits. Methods and settings never see it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
-from consilience.loop.agent import Agent, Job
+from consilience.loop.agent import Agent
+from consilience.loop.job import Job
 
 
 class Visit(NamedTuple):
@@ -21,33 +22,32 @@ class Visit(NamedTuple):
 
 
 Paused = tuple[Mapping[str, Tensor], Mapping[str, int]]
-"""What `Job.save` kept of the first agent's job."""
+"""What `Job.save` gave for an interrupted job."""
 
 
 @dataclass(frozen=True)
 class EngineEvents:
-    """What the loop wants to be told.
-
-    `tick(job)` after every step, or `tick(None)` where agents have finished and no job is under way: it may raise Interrupted;
-    `done(agent)` when one has finished or failed, in the order of the work; `fail(agent, why)` when something stopped it: it
-    raises where that should stop the run; `note(text)`, once each, what the engine chose.
-    """
+    """What an engine calls while it trains."""
 
     tick: Callable[[Job | None], None]
+    """After every step with its job, or with None between groups of agents. It may raise Interrupted."""
     done: Callable[[Agent], None]
+    """When an agent has finished or failed, in the order of the visits."""
     fail: Callable[[Agent, Exception], None]
+    """When an exception stopped an agent's visit. It raises if that must stop the run."""
     note: Callable[[str], None]
+    """With what the engine chose to do, once per choice."""
 
 
 class Engine(ABC):
-    """Lets agents learn, side by side or one after another; what they then know is the same, to rounding."""
+    """Runs the visits of agents, one after another or side by side; what they learn is the same, to rounding."""
 
     stacks: ClassVar[bool] = False
-    """Whether agents of several runs had better be given together."""
+    """Whether visits of several seeds and methods are better given together."""
 
     @abstractmethod
     def train(self, visits: Sequence[Visit], events: EngineEvents, paused: Paused | None = None) -> None:
-        """Let each agent learn its sources; `paused` is a saved job of the first to go on with."""
+        """Let each agent train on its sources: `prepare`, the steps, `finish`. `paused` continues the first visit."""
 
-    def close(self) -> None:  # noqa: B027 (nothing to give back)
-        """Give back what the engine holds, at the end of a run."""
+    def close(self) -> None:  # noqa: B027 (optional: most engines hold nothing)
+        """Free what the engine holds at the end of a run."""

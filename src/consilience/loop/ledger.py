@@ -1,82 +1,99 @@
-"""The ledger: what learning and telling cost."""
+"""The ledger: what training and exchanging cost."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+RECEIVE = "receive"
+"""The first word of the kinds of work whose MACs are counted as `receiving` too."""
 
 
 @dataclass
 class Ledger:
     """MACs (forward and backward: half of torch.utils.flop_counter's FLOPs), bytes as serialised, steps, seconds.
 
-    Each kind of work is measured the first time it is done and multiplied afterwards. `by_agent` holds what each agent
-    computed and sent and received; `absorbing` is the part of its `macs` that went into absorbing what it heard.
+    Each kind of work is measured the first time it is done, and multiplied afterwards. `by_agent` has the `macs`, the
+    bytes `sent` and `received`, and the part of `macs` that went into `receiving`: consolidating messages.
     """
 
     by_agent: dict[str, dict[str, float]] = field(default_factory=dict)
     measured: dict[Hashable, int] = field(default_factory=dict)
+    """MACs by kind of work."""
     seconds: float = 0.0
     steps: int = 0
     warned: set[str] = field(default_factory=set)
-    """What was warned of already: once a run is enough."""
+    """Corrections that warned already: once per run is enough."""
     _since: float = field(default_factory=time.perf_counter)
 
     def add(self, agent: str, what: str, amount: float) -> None:
-        """Add to an agent's `macs`, `sent`, `received` or `absorbing`."""
-        page = self.by_agent.setdefault(agent, {"macs": 0, "sent": 0, "received": 0, "receiving": 0})
-        page[what] = page.get(what, 0) + amount
+        """Add to an agent's `macs`, `sent`, `received` or `receiving`."""
+        costs = self.by_agent.setdefault(agent, {"macs": 0, "sent": 0, "received": 0, "receiving": 0})
+        costs[what] = costs.get(what, 0) + amount
 
     def transfer(self, sender: str, receiver: str, size: int) -> None:
-        """Bytes that went from one agent to another."""
+        """Count bytes from one agent to another."""
         self.add(sender, "sent", size)
         self.add(receiver, "received", size)
 
-    def charge_work(self, agent: str, kind: Hashable, do: Callable[[], T]) -> T:
-        """Do some work of a measured kind on an agent's account; an unknown kind is measured while it is done."""
-        result = self.measure(kind, do)
+    def charge_work(self, agent: str, kind: Hashable, work: Callable[[], T]) -> T:
+        """Do some work and charge it to an agent; its kind is measured the first time."""
+        result = self.measure(kind, work)
         self.charge(agent, kind)
         return result
 
-    def measure(self, kind: Hashable, do: Callable[[], T]) -> T:
-        """Do some work on nobody's account yet."""
+    def measure(self, kind: Hashable, work: Callable[[], T]) -> T:
+        """Do some work and charge it to nobody yet; its kind is measured the first time."""
         if kind in self.measured:
-            return do()
+            return work()
+        # Imported here, since it takes a tenth of a second.
         from torch.utils.flop_counter import FlopCounterMode
 
         with FlopCounterMode(display=False) as counter:
-            result = do()
+            result = work()
         self.measured[kind] = counter.get_total_flops() // 2
         return result
 
     def charge(self, agent: str, kind: Hashable) -> None:
-        """Put work of a kind that was measured on an agent's account."""
+        """Charge work of a measured kind to an agent."""
         self.add(agent, "macs", self.measured[kind])
-        if isinstance(kind, tuple) and kind[0] == "absorb":
+        if isinstance(kind, tuple) and kind[0] == RECEIVE:
             self.add(agent, "receiving", self.measured[kind])
 
+    def start_clock(self) -> None:
+        """Count seconds from now on."""
+        self._since = time.perf_counter()
+
     def clock(self) -> float:
-        """Seconds of this run so far, with those of the runs it resumes."""
+        """Seconds so far, with those before an interruption."""
         now = time.perf_counter()
         self.seconds += now - self._since
         self._since = now
         return self.seconds
 
     def total(self, what: str) -> int:
-        return int(sum(page[what] for page in self.by_agent.values()))
+        """The sum over agents of `macs`, `sent`, `received` or `receiving`."""
+        return int(sum(costs[what] for costs in self.by_agent.values()))
 
     def costs(self) -> dict[str, Any]:
-        """macs, bytes (sent), seconds, steps, and the pages by agent."""
+        """macs, bytes (sent), seconds and steps of all agents, and the costs by agent."""
+        pages = sorted(self.by_agent.items())
         return {
             "macs": self.total("macs"),
             "bytes": self.total("sent"),
             "seconds": round(self.clock(), 3),
             "steps": self.steps,
-            "by_agent": {
-                a: {k: int(v) for k, v in page.items()} for a, page in sorted(self.by_agent.items())
-            },
+            "by_agent": {agent: {what: int(n) for what, n in costs.items()} for agent, costs in pages},
         }
+
+    def kept(self) -> dict[str, Any]:
+        """What a checkpoint keeps. Measured kinds are measured again: they may be of another machine."""
+        return {"seconds": self.clock(), "by_agent": self.by_agent, "steps": self.steps}
+
+    def resume(self, facts: Mapping[str, Any]) -> None:
+        """Continue from what `kept` gave."""
+        self.by_agent, self.seconds, self.steps = facts["by_agent"], facts["seconds"], facts["steps"]

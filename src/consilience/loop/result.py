@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -248,15 +247,3 @@ class Result:
             raise ConsilienceError(
                 f"a result should have all keys of result.json. Found a fault: {e}."
             ) from e
-
-    def table(self) -> str:
-        """The result as a text table."""
-        from consilience.report import table
-
-        return table([self])
-
-    def report(self, path: str | Path) -> Path:
-        """Write the result as one HTML file that opens offline."""
-        from consilience.report import write
-
-        return write([self], path)

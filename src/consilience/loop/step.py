@@ -1,11 +1,12 @@
-"""The step: a pure function of tensors, built once per learn from the verbs that are really overridden."""
+"""The step: a function of tensors, built once per visit from those verbs of the corrections that are overridden."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,344 +23,400 @@ from consilience.core.source import LabelFrame
 from consilience.core.training import Training
 from consilience.core.viewed import Viewed
 
+Pairs = Sequence[tuple[Correction, Context]]
+"""Corrections with their contexts in this visit."""
+
 
 @dataclass(eq=False)
 class Carry:
-    """What a step takes and gives: the flat trainable parameters [n], buffers, and the optimiser's state. Traces live in each `Me`."""
+    """What moves from step to step: trainable parameters [n], buffers, the optimiser's state. Traces are in the contexts."""
 
     theta: Tensor
     buffers: Params
     optimiser: OptimiserState
 
 
-def acts(c: Correction, ctx: Context) -> bool:
-    """Whether a correction bends this learn: one that needs something known does not before there is."""
-    return not (c.needs_history and ctx.recalled is None)
+class Objectives(NamedTuple):
+    """The losses of one step with their weights, and those losses that constrain the gradient only."""
+
+    losses: list[Tensor]
+    weights: list[float]
+    constraints: list[Tensor]
 
 
+def acts(correction: Correction, ctx: Context) -> bool:
+    """Whether a correction is active in this visit. One that needs history is inactive until there is some."""
+    return not (correction.needs_history and ctx.recalled is None)
+
+
+@dataclass(eq=False)
 class Step:
-    """One learn's step over parameters theta [n]: forward all parts, one row an objective, aggregate, add penalties, update.
+    """One visit's step over parameters theta [n].
 
-    g = A(rows) + grad(penalties);  theta' = theta + U(g).  Masked entries are restored after the optimiser, those without
-    any gradient do not move.
+    It forwards all parts, aggregates the gradients of all objectives, adds those of penalties, and updates:
+    g = A(grad of each objective) + grad(penalties); theta' = theta + U(g). After the optimiser, entries that are
+    masked, or that no objective reaches, are as they were.
     """
 
-    def __init__(
-        self,
-        model: Model,
-        frame: LabelFrame,
-        training: Training,
-        aggregator: Aggregator | None,
-        corrections: Sequence[tuple[Correction, Context]],
-        layout: Layout,
-        fixed: Params,
-        carry: Carry,
-        start: Tensor,
-        horizon: tuple[int, int],
-    ) -> None:
-        self.model, self.frame, self.training, self.aggregator = model, frame, training, aggregator
-        self.layout, self.fixed, self.carry, self.start, self.horizon = layout, fixed, carry, start, horizon
-        self.optimiser: Optimiser = training.inner()
+    model: Model
+    frame: LabelFrame
+    training: Training
+    aggregator: Aggregator | None
+    """Combines the objectives; None: their weighted sum."""
+    corrections: Pairs
+    layout: Layout
+    fixed: Params
+    carry: Carry
+    start: Tensor
+    """theta [n] before the first step."""
+    horizon: tuple[int, int]
+    """(epochs, steps per epoch)."""
+    absent: list[str] = field(default_factory=list, init=False)
+    """The entries that no objective of the last step reaches."""
+    bound: Forward | None = field(default=None, init=False)
+    """The model over `leaves` in training mode; bound once, since a functional call per step costs a quarter more."""
+
+    def __post_init__(self) -> None:
+        self.optimiser: Optimiser = self.training.inner()
         self.by_verb = {
             verb: [
-                (c, ctx) for c, ctx in corrections if overrides(c, verb) and (verb == "trace" or acts(c, ctx))
+                (c, ctx)
+                for c, ctx in self.corrections
+                if overrides(c, verb) and (verb == "trace" or acts(c, ctx))
             ]
             for verb in ("sample", "view", "losses", "rows", "penalty", "mask", "trace")
         }
-        self.alone = {c.name for c, _ in corrections if c.adds_constraints}
+        self.alone = {c.name for c, _ in self.corrections if c.adds_constraints}
         self.closed_form = {c.name for c, _ in self.by_verb["penalty"] if knows_gradient(c)}
-        for c, ctx in self.by_verb["trace"]:
-            ctx.trace = c.trace_init(carry.theta)
-        self.factors = training.factors(layout)
+        for correction, ctx in self.by_verb["trace"]:
+            ctx.trace = correction.trace_init(self.carry.theta)
+
+        # Aggregators see only entries that all objectives may reach: a head of one task has no conflict.
+        layout = self.layout
         self.shared = torch.ones(layout.size, dtype=torch.bool, device=layout.device)
         for name in layout.names:
-            if model.task_of(name) is not None:
+            if self.model.task_of(name) is not None:
                 self.shared[layout.span(name)] = False
         self.all_shared = bool(self.shared.all())
+        self.factors = self.training.factors(layout)
+        self.start_buffers = {name: buffer.clone() for name, buffer in self.carry.buffers.items()}
         self._columns: dict[str, Tensor] = {}
-        self.bound: Forward | None = None
-        self.start_buffers = {n: b.clone() for n, b in carry.buffers.items()}
-        self.absent: list[str] = []
-        self._before: Forward | None = None
+
+    # One step
+
+    def __call__(self, parts: list[Batch], clock: tuple[int, int], generator: torch.Generator | None) -> None:
+        """Move `carry` and the traces on by one step."""
+        carry = self.carry
+        raw, outputs = self.outputs(parts, clock)
+        see = self.look(parts, carry.theta, clock, raw, outputs)
+        objectives = self.objectives(see)
+        factor = self._mask(see)
+        grad, self.absent = self._aggregate(objectives, factor, generator)
+        trained = self._penalised(grad, see) if self.by_verb["penalty"] else grad
+
+        lr = self.training.rate(clock, self.horizon)
+        direction, state = self.optimiser.update(trained, carry.optimiser, carry.theta)
+        if self.absent:
+            direction = self._hold(direction, state, carry.optimiser)
+        if factor is not None:
+            direction = direction.masked_fill(factor == 0, 0)
+        if self.factors is not None:
+            direction = direction * self.factors
+        carry.optimiser = state
+
+        # Traces see theta before it moves.
+        for correction, ctx in self.by_verb["trace"]:
+            ctx.trace = correction.trace(see, ctx, grad, direction * -lr)
+        carry.theta.add_(direction, alpha=-lr)
+
+    # Forward
 
     @cached_property
     def leaves(self) -> Params:
-        """The trainable entries, over the very memory of theta."""
-        return {n: v.detach().requires_grad_() for n, v in self.layout.split(self.carry.theta).items()}
+        """The trainable entries as leaves of autograd, in the memory of theta."""
+        return {name: p.detach().requires_grad_() for name, p in self.layout.split(self.carry.theta).items()}
 
-    def columns(self, task: str) -> Tensor:
-        """The output columns [C] that are a task's."""
-        if task not in self._columns:
-            keep = torch.zeros(self.model.outputs, dtype=torch.bool, device=self.layout.device)
-            keep[list(self.frame.tasks[task])] = True
-            self._columns[task] = keep
-        return self._columns[task]
-
-    def _autocast(self) -> AbstractContextManager[object]:
+    def autocast(self) -> AbstractContextManager[object]:
+        """The precision of forward passes."""
         if self.training.precision == "bf16":
             return torch.autocast(self.layout.device.type, dtype=torch.bfloat16)
         return nullcontext()
 
-    def before(self, x: Tensor, task: str | None) -> Tensor:
-        """The outputs [B, C] of the model as it was when this learn began, without gradient."""
-        if self._before is None:
-            params = {**self.fixed, **self.layout.split(self.start)}
-            model = Viewed.of(self.model, self.by_verb["view"])
-            self._before, _ = model.bind(params, self.start_buffers, False)
-        with torch.no_grad(), self._autocast():
-            return self._before(x, task).to(x.dtype if x.is_floating_point() else self.start.dtype)
-
-    def features(self, x: Tensor, task: str | None, before: bool = False) -> Tensor:
-        """The features [B, d] in eval mode; those of the model as it was when this learn began are without gradient."""
-        params: Params = {**self.fixed, **(self.layout.split(self.start) if before else self.leaves)}
-        model = Viewed.of(self.model, self.by_verb["view"])
-        with torch.no_grad() if before else nullcontext(), self._autocast():
-            buffers = self.start_buffers if before else self.carry.buffers
-            return model.features(params, buffers, x, task).to(self.layout.dtype)
-
-    def now(self, x: Tensor, task: str | None) -> Tensor:
-        """The outputs [B, C] of the model as it is, in eval mode."""
-        params = {**self.fixed, **self.layout.split(self.carry.theta)}
-        return Viewed.of(self.model, self.by_verb["view"])(params, self.carry.buffers, x, task, False)[0]
+    def columns(self, task: str) -> Tensor:
+        """Which output columns [C] belong to a task."""
+        if task not in self._columns:
+            own = torch.zeros(self.model.outputs, dtype=torch.bool, device=self.layout.device)
+            own[list(self.frame.tasks[task])] = True
+            self._columns[task] = own
+        return self._columns[task]
 
     def forward(self, x: Tensor, task: str | None) -> Tensor:
         """The outputs [B, C] in training mode."""
-        if not self.by_verb["view"]:
-            if self.bound is None:
-                self.bound, self.carry.buffers = self.model.bind(
-                    {**self.fixed, **self.leaves}, self.carry.buffers, True
-                )
-            return self.bound(x, task)
-        return self.seen(x, task)
+        if self.by_verb["view"]:
+            return self.seen(x, task)
+        if self.bound is None:
+            params = {**self.fixed, **self.leaves}
+            self.bound, self.carry.buffers = self.model.bind(params, self.carry.buffers, True)
+        return self.bound(x, task)
 
     def seen(self, x: Tensor, task: str | None) -> Tensor:
-        """The outputs [B, C] in training mode, through the views."""
+        """The outputs [B, C] in training mode, through the views of corrections."""
         params: Params = {**self.fixed, **self.leaves}
-        for c, ctx in self.by_verb["view"]:
-            params = c.view(params, task, ctx)
+        for correction, ctx in self.by_verb["view"]:
+            params = correction.view(params, task, ctx)
         out, self.carry.buffers = self.model(params, self.carry.buffers, x, task, True)
         return out
 
     def forward_all(self, parts: list[Batch]) -> list[Tensor]:
         """The outputs of every part; parts that the model treats alike go through it together.
 
-        Those of a constraint go alone: its gradient is a pass of its own, and should be one through its own samples only.
+        Those of a constraint go alone: its gradient is a backward pass of its own, through its own samples only.
         """
         if len(parts) == 1:
             return [self.forward(parts[0].x, parts[0].task)]
-        apart = self.model.uses_task or bool(self.by_verb["view"])
+
+        by_task = self.model.uses_task or bool(self.by_verb["view"])
         groups: dict[tuple[str | None, int], list[int]] = {}
-        for i, p in enumerate(parts):
-            groups.setdefault((p.task if apart else None, i if p.drawn_by in self.alone else -1), []).append(
-                i
-            )
-        outs: list[Tensor] = [parts[0].x] * len(parts)
+        for i, part in enumerate(parts):
+            group = (part.task if by_task else None, i if part.drawn_by in self.alone else -1)
+            groups.setdefault(group, []).append(i)
+
+        outputs: list[Tensor] = [parts[0].x] * len(parts)
         for (task, _), members in groups.items():
             if len(members) == 1:
-                outs[members[0]] = self.forward(parts[members[0]].x, task)
+                outputs[members[0]] = self.forward(parts[members[0]].x, task)
                 continue
             out = self.forward(torch.cat([parts[i].x for i in members]), task)
-            for i, o in zip(members, out.split([len(parts[i].x) for i in members]), strict=True):
-                outs[i] = o
-        return outs
-
-    def gradient(self, loss: Tensor, keep: bool) -> tuple[Tensor, list[str]]:
-        """The flat gradient [n] of a scalar, and the names of the entries that it does not reach."""
-        if not loss.requires_grad:  # such as what an earlier task answers through its own mask
-            return torch.zeros(self.layout.size, dtype=self.layout.dtype, device=self.layout.device), list(
-                self.layout.names
-            )
-        inputs = [self.leaves[n] for n in self.layout.names]
-        grads = torch.autograd.grad(loss, inputs, retain_graph=keep, allow_unused=True)
-        absent = [n for n, g in zip(self.layout.names, grads, strict=True) if g is None]
-        flat = torch.cat(
-            [
-                torch.zeros_like(p).view(-1) if g is None else g.reshape(-1)
-                for g, p in zip(grads, inputs, strict=True)
-            ]
-        )
-        return flat, absent
-
-    def __call__(self, parts: list[Batch], clock: tuple[int, int], generator: torch.Generator | None) -> None:
-        """One step: `carry` and the traces move on."""
-        carry = self.carry
-        see = self.look(parts, carry.theta, clock, *self.outputs(parts, clock))
-        objectives, weights, constraints = self.objectives(see)
-        factor = self._mask_of(see)
-        grad, self.absent = self._aggregate(objectives, weights, constraints, factor, generator)
-        trained = grad
-        if self.by_verb["penalty"]:
-            trained = self._penalised(grad, see)
-        lr = self.training.rate(clock, self.horizon)
-        direction, state = self.optimiser.update(trained, carry.optimiser, carry.theta)
-        if self.absent:
-            direction = self._hold(direction, state, carry.optimiser, self.absent)
-        if factor is not None:
-            direction = direction.masked_fill(factor == 0, 0)
-        if self.factors is not None:
-            direction = direction * self.factors
-        carry.optimiser = state
-        for c, ctx in self.by_verb["trace"]:
-            ctx.trace = c.trace(see, ctx, grad, direction * -lr)
-        carry.theta.add_(direction, alpha=-lr)
+            for i, own in zip(members, out.split([len(parts[i].x) for i in members]), strict=True):
+                outputs[i] = own
+        return outputs
 
     def outputs(self, parts: list[Batch], clock: tuple[int, int]) -> tuple[list[Tensor], list[Tensor]]:
-        """The model's outputs of all parts, before and after `outputs` verbs and task masks."""
+        """The outputs of all parts, before and after task masks."""
         for _, ctx in self.by_verb["view"]:
             ctx.clock, ctx.horizon = clock, self.horizon
-        with self._autocast():
+        with self.autocast():
             raw = self.forward_all(parts)
         if self.training.precision == "bf16":
-            raw = [o.to(self.layout.dtype) for o in raw]
-        outs = []
-        for o, p in zip(raw, parts, strict=True):
-            if p.task is not None and self.frame.kind == "class" and p.task in self.frame.tasks:
-                o = o.masked_fill(~self.columns(p.task), -torch.inf)
-            outs.append(o)
-        return raw, outs
+            raw = [out.to(self.layout.dtype) for out in raw]
+
+        masked = []
+        for out, part in zip(raw, parts, strict=True):
+            if part.task is not None and self.frame.kind == "class" and part.task in self.frame.tasks:
+                out = out.masked_fill(~self.columns(part.task), -torch.inf)
+            masked.append(out)
+        return raw, masked
+
+    @cached_property
+    def _before(self) -> Forward:
+        params = {**self.fixed, **self.layout.split(self.start)}
+        model = Viewed.of(self.model, self.by_verb["view"])
+        return model.bind(params, self.start_buffers, False)[0]
+
+    def before(self, x: Tensor, task: str | None) -> Tensor:
+        """The outputs [B, C] of the model as it was before this visit, without gradient."""
+        with torch.no_grad(), self.autocast():
+            return self._before(x, task).to(x.dtype if x.is_floating_point() else self.start.dtype)
+
+    def features(self, x: Tensor, task: str | None, before: bool = False) -> Tensor:
+        """The features [B, d] in eval mode; with `before`, of the model before this visit, without gradient."""
+        params: Params = {**self.fixed, **(self.layout.split(self.start) if before else self.leaves)}
+        model = Viewed.of(self.model, self.by_verb["view"])
+        buffers = self.start_buffers if before else self.carry.buffers
+        with torch.no_grad() if before else nullcontext(), self.autocast():
+            return model.features(params, buffers, x, task).to(self.layout.dtype)
+
+    def now(self, x: Tensor, task: str | None) -> Tensor:
+        """The outputs [B, C] with the present parameters, in eval mode."""
+        params = {**self.fixed, **self.layout.split(self.carry.theta)}
+        return Viewed.of(self.model, self.by_verb["view"])(params, self.carry.buffers, x, task, False)[0]
 
     def look(
-        self, parts: list[Batch], theta: Tensor, clock: tuple[int, int], raw: list[Tensor], outs: list[Tensor]
+        self,
+        parts: list[Batch],
+        theta: Tensor,
+        clock: tuple[int, int],
+        raw: list[Tensor],
+        outputs: list[Tensor],
     ) -> StepView:
-        """What the verbs of a step see."""
+        """What the verbs of a step may see."""
 
         def answer(part: int, task: str | None) -> Tensor:
             if task == parts[part].task or not (self.model.uses_task or self.by_verb["view"]):
                 return raw[part]
-            with self._autocast():
+            with self.autocast():
                 return self.forward(parts[part].x, task).to(self.layout.dtype)
 
         return StepView(
-            theta,
-            self.start,
-            self.layout,
-            parts,
-            raw,
-            outs,
-            self.before,
-            clock,
-            self.horizon,
-            answer,
-            lambda i: self.features(parts[i].x, parts[i].task),
-            lambda x, task: self.features(x, task, True),
+            theta=theta,
+            start=self.start,
+            layout=self.layout,
+            parts=parts,
+            raw=raw,
+            outputs=outputs,
+            before=self.before,
+            clock=clock,
+            horizon=self.horizon,
+            answer=answer,
+            features=lambda i: self.features(parts[i].x, parts[i].task),
+            features_before=lambda x, task: self.features(x, task, True),
         )
 
-    def objectives(self, see: StepView) -> tuple[list[Tensor], list[float], list[Tensor]]:
-        """The objectives of a step with their weights, and its constraints."""
-        share = 1 / max(1, sum(p.weight is None for p in see.parts))
-        losses = self._losses(see, self.frame.kind)
-        kept = [(o, share if p.weight is None else p.weight) for o, p in zip(losses, see.parts, strict=True)]
-        objectives, weights = [o for o, w in kept if w], [w for _, w in kept if w]
-        constraints: list[Tensor] = []
-        for c, ctx in self.by_verb["rows"]:
-            for row in c.rows(see, ctx):
-                if row.kind == "constraint":
-                    constraints.append(row.loss)
-                else:
-                    objectives.append(row.loss)
-                    weights.append(row.weight)
-        return objectives, weights, constraints
+    # Objectives and their gradients
 
-    def penalty_gradients(
-        self, see: StepView
-    ) -> tuple[list[tuple[Tensor, float]], list[tuple[Correction, Context]]]:
-        """The gradients of the penalties that say them, as vectors [n] with factors; and who leaves its own to autograd."""
-        said = [
-            (c, ctx, c.penalty_gradient(see, ctx) if c.name in self.closed_form else None)
-            for c, ctx in self.by_verb["penalty"]
+    def objectives(self, see: StepView) -> Objectives:
+        """The loss of each part that has a weight, and the rows of corrections."""
+        share = 1 / max(1, sum(part.weight is None for part in see.parts))
+        found = Objectives([], [], [])
+        for loss, part in zip(self.part_losses(see, self.frame.kind), see.parts, strict=True):
+            weight = share if part.weight is None else part.weight
+            if weight:
+                found.losses.append(loss)
+                found.weights.append(weight)
+
+        for correction, ctx in self.by_verb["rows"]:
+            for row in correction.rows(see, ctx):
+                if row.kind == "constraint":
+                    found.constraints.append(row.loss)
+                else:
+                    found.losses.append(row.loss)
+                    found.weights.append(row.weight)
+        return found
+
+    def part_losses(self, see: StepView, kind: str) -> list[Tensor]:
+        """The mean loss of each part."""
+        pairs = list(zip(see.outputs, see.parts, strict=True))
+        if not self.by_verb["losses"]:
+            return [mean_loss(out, part, kind) for out, part in pairs]
+
+        each = {i: sample_losses(out, part.y, kind) for i, (out, part) in enumerate(pairs)}
+        for correction, ctx in self.by_verb["losses"]:
+            each = correction.losses(each, see, ctx)
+        return [part.mean(each[i]) for i, part in enumerate(see.parts)]
+
+    def gradient(self, loss: Tensor, keep: bool) -> tuple[Tensor, list[str]]:
+        """The gradient [n] of a scalar, and the entries that it does not reach; `keep` keeps the graph."""
+        layout = self.layout
+        if not loss.requires_grad:  # for example the answer of an earlier task through its own mask
+            return torch.zeros(layout.size, dtype=layout.dtype, device=layout.device), list(layout.names)
+
+        leaves = [self.leaves[name] for name in layout.names]
+        grads = torch.autograd.grad(loss, leaves, retain_graph=keep, allow_unused=True)
+        absent = [name for name, grad in zip(layout.names, grads, strict=True) if grad is None]
+        flat = [
+            torch.zeros_like(leaf).view(-1) if grad is None else grad.reshape(-1)
+            for grad, leaf in zip(grads, leaves, strict=True)
         ]
-        return [penalty_gradient for *_, penalty_gradient in said if penalty_gradient is not None], [
-            (c, ctx) for c, ctx, penalty_gradient in said if penalty_gradient is None
-        ]
+        return torch.cat(flat), absent
+
+    def _aggregate(
+        self, objectives: Objectives, factor: Tensor | None, generator: torch.Generator | None
+    ) -> tuple[Tensor, list[str]]:
+        """The aggregated gradient [n], and the entries that no objective reaches."""
+        aggregator = self.aggregator
+        sums = isinstance(aggregator, Linear) and not aggregator.needs_gram
+        if aggregator is None or sums or len(objectives.losses) == 1:
+            grad, absent = self._summed(objectives, factor)
+        else:
+            grad, absent = self._combined(aggregator, objectives, factor, generator)
+        if objectives.constraints:
+            grad = self._projected(grad, objectives.constraints, factor)
+        return grad, absent
+
+    def _summed(self, objectives: Objectives, factor: Tensor | None) -> tuple[Tensor, list[str]]:
+        """The gradient of the weighted sum: one backward pass."""
+        losses, weights = objectives.losses, objectives.weights
+        if isinstance(self.aggregator, Linear) and len(losses) > 1:
+            given = torch.tensor(weights, dtype=torch.float64)
+            weights = self.aggregator.weigh(torch.zeros(0, 0), given, None).tolist()
+
+        total = losses[0] if weights[0] == 1 else losses[0] * weights[0]
+        for loss, weight in zip(losses[1:], weights[1:], strict=True):
+            total = total + loss * weight
+        grad, absent = self.gradient(total, keep=bool(objectives.constraints))
+        return grad if factor is None else grad * factor, absent
+
+    def _combined(
+        self,
+        aggregator: Aggregator,
+        objectives: Objectives,
+        factor: Tensor | None,
+        generator: torch.Generator | None,
+    ) -> tuple[Tensor, list[str]]:
+        """The gradients of all objectives, one backward pass each, combined by the aggregator."""
+        losses, last = objectives.losses, len(objectives.losses) - 1
+        more = bool(objectives.constraints)
+        pairs = [self.gradient(loss, keep=i < last or more) for i, loss in enumerate(losses)]
+        rows = torch.stack([grad for grad, _ in pairs])
+        rows = rows if factor is None else rows * factor
+        absent = [name for name in pairs[0][1] if all(name in missing for _, missing in pairs)]
+        if self.all_shared:
+            return aggregator(rows, objectives.weights, generator), absent
+
+        grad = torch.tensor(objectives.weights, dtype=rows.dtype, device=rows.device) @ rows
+        grad[self.shared] = aggregator(rows[:, self.shared], objectives.weights, generator)
+        return grad, absent
+
+    def _projected(self, grad: Tensor, constraints: list[Tensor], factor: Tensor | None) -> Tensor:
+        """The gradient nearest to this one that increases no constraint's loss."""
+        if not isinstance(self.aggregator, Cone):
+            raise Refusal(
+                "constraint rows need a cone as step aggregator, such as aggregators.gem, "
+                f"got {type(self.aggregator).__name__}."
+            )
+        last = len(constraints) - 1
+        each = [self.gradient(loss, keep=i < last)[0] for i, loss in enumerate(constraints)]
+        rows = torch.stack(each) if len(each) > 1 else each[0][None]
+        return self.aggregator.project(grad, rows if factor is None else rows * factor)
+
+    # Penalties, masks, and entries without gradient
+
+    def penalty_gradients(self, see: StepView) -> tuple[list[tuple[Tensor, float]], Pairs]:
+        """Gradients of penalties in closed form, as vectors [n] with factors; and the corrections left to autograd."""
+        known: list[tuple[Tensor, float]] = []
+        left: list[tuple[Correction, Context]] = []
+        for correction, ctx in self.by_verb["penalty"]:
+            in_closed_form = correction.name in self.closed_form
+            gradient = correction.penalty_gradient(see, ctx) if in_closed_form else None
+            if gradient is None:
+                left.append((correction, ctx))
+            else:
+                known.append(gradient)
+        return known, left
 
     @staticmethod
-    def penalty(see: StepView, penalties: Sequence[tuple[Correction, Context]]) -> Tensor:
+    def penalty(see: StepView, penalties: Pairs) -> Tensor:
         """The sum of penalties: a function of `see.theta`."""
         return sum((c.penalty(see, ctx) for c, ctx in penalties), start=see.theta.new_zeros(()))
 
     def _penalised(self, grad: Tensor, see: StepView) -> Tensor:
-        """grad + the gradient of the penalties; grad itself stays where somebody traces it."""
+        """grad + the gradient of the penalties. `grad` itself is unchanged if a trace reads it."""
         known, left = self.penalty_gradients(see)
-        own = not self.by_verb["trace"]
+        in_place = not self.by_verb["trace"]
         if left:
             leaf = see.theta.detach().requires_grad_()
-            grad, own = (
-                grad + torch.autograd.grad(self.penalty(replace(see, theta=leaf), left), leaf)[0],
-                True,
-            )
-        for vector, factor in known:
-            grad, own = (
-                (grad.add_(vector, alpha=factor) if own else torch.add(grad, vector, alpha=factor)),
-                True,
-            )
+            grad = grad + torch.autograd.grad(self.penalty(replace(see, theta=leaf), left), leaf)[0]
+            in_place = True
+        for vector, scale in known:
+            grad = grad.add_(vector, alpha=scale) if in_place else torch.add(grad, vector, alpha=scale)
+            in_place = True
         return grad
 
-    def _losses(self, see: StepView, kind: str) -> list[Tensor]:
-        if not self.by_verb["losses"]:
-            return [mean_loss(o, p, kind) for o, p in zip(see.outputs, see.parts, strict=True)]
-        each = {
-            i: sample_losses(o, p.y, kind)
-            for i, (o, p) in enumerate(zip(see.outputs, see.parts, strict=True))
-        }
-        for c, ctx in self.by_verb["losses"]:
-            each = c.losses(each, see, ctx)
-        return [p.mean(each[i]) for i, p in enumerate(see.parts)]
-
-    def _mask_of(self, see: StepView) -> Tensor | None:
+    def _mask(self, see: StepView) -> Tensor | None:
+        """The product of all masks [n], or None."""
         factor: Tensor | None = None
-        for c, ctx in self.by_verb["mask"]:
-            m = c.mask(see, ctx)
-            factor = m if factor is None else factor * m
+        for correction, ctx in self.by_verb["mask"]:
+            mask = correction.mask(see, ctx)
+            factor = mask if factor is None else factor * mask
         return factor
 
-    def _aggregate(
-        self,
-        objectives: list[Tensor],
-        weights: list[float],
-        constraints: list[Tensor],
-        factor: Tensor | None,
-        generator: torch.Generator | None,
-    ) -> tuple[Tensor, list[str]]:
-        a = self.aggregator
-        if a is None or len(objectives) == 1 or (isinstance(a, Linear) and not a.needs_gram):
-            w = weights
-            if isinstance(a, Linear) and len(objectives) > 1:
-                w = a.weigh(torch.zeros(0, 0), torch.tensor(weights, dtype=torch.float64), None).tolist()
-            total = objectives[0] if w[0] == 1 else objectives[0] * w[0]
-            for o, c in zip(objectives[1:], w[1:], strict=True):
-                total = total + o * c
-            grad, absent = self.gradient(total, keep=bool(constraints))
-            grad = grad if factor is None else grad * factor
-        else:
-            last = len(objectives) - 1
-            pairs = [self.gradient(o, keep=i < last or bool(constraints)) for i, o in enumerate(objectives)]
-            rows = torch.stack([g for g, _ in pairs])
-            rows = rows if factor is None else rows * factor
-            absent = [n for n in pairs[0][1] if all(n in missing for _, missing in pairs)]
-            if self.all_shared:
-                grad = a(rows, weights, generator)
-            else:
-                grad = torch.tensor(weights, dtype=rows.dtype, device=rows.device) @ rows
-                grad[self.shared] = a(rows[:, self.shared], weights, generator)
-        if constraints:
-            if not isinstance(a, Cone):
-                raise Refusal(
-                    f"constraint rows need an aggregator that honours them (a cone). Found {type(a).__name__}."
-                )
-            each = [self.gradient(c, keep=i < len(constraints) - 1)[0] for i, c in enumerate(constraints)]
-            rows = torch.stack(each) if len(each) > 1 else each[0][None]
-            grad = a.project(grad, rows if factor is None else rows * factor)
-        return grad, absent
-
-    def _hold(
-        self, direction: Tensor, state: OptimiserState, old: Mapping[str, Tensor], absent: list[str]
-    ) -> Tensor:
-        """No gradient means no update: those entries stay, and so does what the optimiser keeps of them."""
+    def _hold(self, direction: Tensor, state: OptimiserState, old: Mapping[str, Tensor]) -> Tensor:
+        """Keep absent entries, and the optimiser's state of them: momentum must not move what has no gradient."""
         held = direction.clone()
-        for name in absent:
+        for name in self.absent:
             span = self.layout.span(name)
             held[span] = 0
-            for k, v in state.items():
-                if v.shape == held.shape and k in old:
-                    v[span] = old[k][span]
+            for key, value in state.items():
+                if value.shape == held.shape and key in old:
+                    value[span] = old[key][span]
         return held

@@ -250,7 +250,7 @@ class Bench:
     @torch.no_grad()
     def ask(self, forward: Callable[[Tensor, str | None], Tensor], part: Part) -> list[Answers]:
         """What (x, task) -> outputs says of each source."""
-        from consilience.loop.agent import probabilities
+        from consilience.loop.predict import probabilities
 
         found: dict[tuple[int, str | None], Answers] = {}
         out = []

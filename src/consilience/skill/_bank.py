@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-import consilience
 from consilience.consolidators.bank import refuse_strangers
 from consilience.core.contexts import Routing
 from consilience.core.errors import ConsilienceError
 from consilience.core.message import Bank, Item, Message, Module, decode, encode, join, text_hash
+from consilience.core.names import pair
 from consilience.core.params import save, unpack
 from consilience.core.schedule import Schedule
 from consilience.core.source import LabelFrame, Source, Tensors
 from consilience.mappers.mixture import Anchored
+from consilience.version import __version__
 
 if TYPE_CHECKING:
     from consilience.core.method import Method
@@ -78,7 +79,7 @@ def save_bank(agent_or_bank: Agent | Mapping[tuple[str, str], Message], path: st
         told.append(m.facts() | {"names": list(m.items)})
     tensors, facts = encode(items)
     text = json.dumps(
-        {"format": FORMAT, "consilience": consilience.__version__, "messages": told, "items": facts}
+        {"format": FORMAT, "consilience": __version__, "messages": told, "items": facts}
     )
     save(path, tensors, {"bank": f"{text_hash(text)} {text}"})  # one entry: several have no order
     return Path(path)
@@ -207,10 +208,10 @@ def offer(agent: Agent, module: Module, name: str | None = None) -> Bank:
         )
     held, (version, _) = (
         agent.state.bank.get((agent.name, source)),
-        agent.state.received.get(f"{agent.name}|{source}", (0, "")),
+        agent.state.received.get(pair(agent.name, source), (0, "")),
     )
     version = max(version, held.version if held is not None else 0) + 1
-    message = agent._message(source, version, 0, {"model": module})
+    message = agent.message(source, version, 0, {"model": module})
     return {message.key: message}
 
 
@@ -247,7 +248,10 @@ def newcomer(
     >>> bool((student.predict(x) == teacher.predict(x)).all())
     True
     """
-    from consilience.loop import run
+    from consilience.api import model_for
+    from consilience.engines._serial import Serial
+    from consilience.loop.checks import RunOptions
+    from consilience.loop.run import begin
 
     bank: Bank = {}
     if isinstance(schedule, Mapping):
@@ -259,24 +263,9 @@ def newcomer(
         )
     else:
         framed = schedule
-    session = run.begin(
-        framed,
-        method,
-        model,
-        training,
-        run.engine_of("serial"),
-        repeats=1,
-        seed=seed,
-        out=None,
-        resume=False,
-        metric=None,
-        checkpoint_seconds=60.0,
-        judge_clients=False,
-        progress=None,
-    )
-    (trial,) = session.trials
-    trial._begin()
-    agent = trial._agent(name)
+    chosen = model_for(framed, method, model)
+    session = begin(framed, method, chosen, training, Serial(), RunOptions(seed=seed))
+    agent = session.trials[0].agents[name]
     if bank:
         give(agent, bank)
     return agent

@@ -1,0 +1,240 @@
+"""The entry points that users type: `run`, `sweep`, and `Result`. They know all rooms below: engines, models, reports."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from consilience import engines, models
+from consilience.core.errors import ConsilienceError, kind_of
+from consilience.core.method import Method
+from consilience.core.metrics import Metric
+from consilience.core.model import Model
+from consilience.core.schedule import Schedule
+from consilience.core.training import Training
+from consilience.loop import result as loop_result
+from consilience.loop.checks import RunOptions, check_arguments
+from consilience.loop.engine import Engine
+from consilience.loop.folder import Progress
+from consilience.loop.run import begin, drive
+from consilience.loop.session import Session
+
+
+class Result(loop_result.Result):
+    """What a run found: scores of every source before training and after each stage, costs, and the trained agent.
+
+    `matrices` [repeats, stages + 1, sources] has the metric on each source's test data; `score` is the mean of the
+    last rows. `table()` and `report(path)` show it.
+
+    >>> import consilience as cs
+    >>> sources = cs.data.split_classes(cs.data.digits(), 5)
+    >>> result = cs.run(cs.settings.continual(sources[:2]), cs.methods.finetune(), training=cs.Training(epochs=1))
+    >>> result.matrix.shape, result.stages
+    ((3, 2), ('digits/0-1', 'digits/2-3'))
+    """
+
+    def table(self) -> str:
+        """The result as a text table."""
+        from consilience.report import table
+
+        return table([self])
+
+    def report(self, path: str | Path) -> Path:
+        """Write the result as one HTML file that opens offline."""
+        from consilience.report import write
+
+        return write([self], path)
+
+
+def run(
+    schedule: Schedule,
+    method: Method | Sequence[Method],
+    model: Model | torch.nn.Module | Callable[[], torch.nn.Module] | None = None,
+    training: Training | None = None,
+    *,
+    repeats: int = 1,
+    seed: int = 0,
+    out: str | Path | None = None,
+    resume: bool = False,
+    engine: str | Engine = "serial",
+    metric: str | Metric | None = None,
+    checkpoint_seconds: float = 60.0,
+    checkpoint_steps: int | None = None,
+    curve_steps: int | None = None,
+    judge_clients: bool = False,
+    progress: Progress | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> Result:
+    """Run a schedule with a method, `repeats` times with seeds seed, seed + 1, ..; evaluate before training and after every stage.
+
+    Args:
+        schedule: which agent trains on which source when, and who sends to whom (`consilience.settings`).
+        method: one, or several that compose (`consilience.methods`).
+        model: a Model, a torch module, or a function that makes one; None takes one that fits the data.
+        training: how a source is trained on.
+        repeats: the number of seeds, for a mean and a standard deviation.
+        seed: the first seed; everything random is keyed by it.
+        out: a folder for config.yaml, result.json, log.jsonl and checkpoints; None writes nothing.
+        resume: continue from the folder's last checkpoint; the end is bit-identical to a run never interrupted.
+        engine: what runs the steps: "serial", "batched" (many clients in one program), "ray" (many processes or
+            machines), "auto" (batched where that is faster), or one of `consilience.engines`. The results are the same,
+            to rounding.
+        metric: "accuracy", "auroc", "r2", or a function of (predictions, targets); None fits the kind of target.
+        checkpoint_seconds: the time between checkpoints, also inside a visit.
+        checkpoint_steps: the steps between checkpoints, in addition.
+        curve_steps: the steps between points of the learning curve inside a visit: the metric on the test data of the
+            source that is trained on (`Result.learning_curve`); None draws none.
+        judge_clients: also score agents that train by their own parameters, before and after each visit
+            (`Result.local`), and measure how far senders drifted apart (`Result.client_drift`); it costs two
+            evaluations per visit.
+        progress: called with every line of the log.
+        config: the content of config.yaml; None describes the arguments.
+
+    Raises ConsilienceError (Refusal for a method that could not act) before any work is lost.
+
+    >>> import consilience as cs
+    >>> sources = cs.data.split_classes(cs.data.digits(), 5)
+    >>> result = cs.run(cs.settings.continual(sources), cs.methods.er(100), training=cs.Training(epochs=1))
+    >>> result.matrix.shape, result.stages[:2]
+    ((6, 5), ('digits/0-1', 'digits/2-3'))
+    """
+    options = RunOptions(
+        repeats=repeats,
+        seed=seed,
+        out=out,
+        resume=resume,
+        metric=metric,
+        checkpoint_seconds=checkpoint_seconds,
+        checkpoint_steps=checkpoint_steps,
+        curve_steps=curve_steps,
+        judge_clients=judge_clients,
+        progress=progress,
+        config=config,
+    )
+    options.check_checkpoint()
+    chosen = model_for(schedule, method, model)
+    session = begin(schedule, method, chosen, training, engine_of(engine), options)
+    drive([session], session.engine)
+    return result_of(session)
+
+
+def sweep(
+    schedule: Schedule,
+    methods: Mapping[str, Method] | Sequence[Method],
+    model: Model | torch.nn.Module | Callable[[], torch.nn.Module] | None = None,
+    training: Training | None = None,
+    *,
+    repeats: int = 1,
+    seed: int = 0,
+    out: str | Path | None = None,
+    resume: bool = False,
+    engine: str | Engine = "auto",
+    metric: str | Metric | None = None,
+    checkpoint_seconds: float = 60.0,
+    judge_clients: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Result]:
+    """Run several methods, or one with several strengths, on one schedule side by side; return what `run` would, by name.
+
+    The "batched" engine stacks visits that are alike across methods and seeds: ten strengths cost much less than ten
+    runs. Every method is checked before any work is done.
+
+    Args:
+        schedule, model, training, repeats, seed, engine, metric, checkpoint_seconds, judge_clients, progress: as in `run`.
+        methods: by name, or a sequence, whose members are then called by their names.
+        out: a folder with a run's folder for each name; None writes nothing.
+        resume: continue the runs in `out` from their last checkpoints, and begin those that have none.
+
+    Raises ConsilienceError as `run` does, naming the method; for two methods of one name.
+
+    >>> import consilience as cs
+    >>> sources = cs.data.split_classes(cs.data.digits(), 5)
+    >>> methods = {f"strength {s:g}": cs.methods.ewc(s) for s in (1, 10)}
+    >>> results = cs.sweep(cs.settings.continual(sources, "task"), methods, training=cs.Training(epochs=1), repeats=2)
+    >>> list(results), results["strength 1"].matrices.shape
+    (['strength 1', 'strength 10'], (2, 6, 5))
+    """
+    runner = engine_of(engine)
+    made: dict[str, Model] = {}
+    sessions: dict[str, Session] = {}
+    for name, method in by_name(methods).items():
+        at = Path(out) / name if out is not None else None
+        options = RunOptions(
+            repeats=repeats,
+            seed=seed,
+            out=at,
+            resume=resume and at is not None and (at / "log.jsonl").exists(),
+            metric=metric,
+            checkpoint_seconds=checkpoint_seconds,
+            judge_clients=judge_clients,
+            progress=progress,
+        )
+
+        # Visits are stacked only if they have the very same model.
+        chosen = model_for(schedule, method, model)
+        chosen = made.setdefault(repr(chosen), chosen) if model is None else chosen
+        try:
+            sessions[name] = begin(schedule, method, chosen, training, runner, options)
+        except ConsilienceError as e:
+            e.add_note(f"in {name!r} of a sweep")
+            raise
+    drive(list(sessions.values()), runner)
+    return {name: result_of(session) for name, session in sessions.items()}
+
+
+def by_name(methods: Mapping[str, Method] | Sequence[Method]) -> Mapping[str, Method]:
+    """Several methods by name. Raises ConsilienceError for one method, none, or two of one name."""
+    if isinstance(methods, Method) or not methods:
+        raise ConsilienceError(
+            f"`methods` must be a mapping or a sequence of methods, got {kind_of(methods)}."
+        )
+    if isinstance(methods, Mapping):
+        return methods
+    twice = [name for name, count in Counter(method.name for method in methods).items() if count > 1]
+    if twice:
+        raise ConsilienceError(f"methods must have different names, got {twice[0]!r} twice; give a mapping.")
+    return {method.name: method for method in methods}
+
+
+def engine_of(engine: str | Engine) -> Engine:
+    """The engine of a name, or the given one."""
+    if isinstance(engine, Engine):
+        return engine
+    return engines.by_name(engine)
+
+
+def model_for(schedule: Schedule, method: Method | Sequence[Method], model: object) -> Model:
+    """The model of a run: as it is given, around a torch module, or one that fits the data."""
+    check_arguments(schedule)
+    if model is None:
+        return default_model(schedule, Method.of(method))  # type: ignore[arg-type]
+    if isinstance(model, Model):
+        return model
+    if isinstance(model, torch.nn.Module) or callable(model):
+        return models.wrap(model)
+    raise ConsilienceError(
+        f"`model` must be one of consilience.models, or a torch module, got {kind_of(model)}."
+    )
+
+
+def default_model(schedule: Schedule, method: Method) -> Model:
+    """A model that fits the data: what a part of the method asks for, else a small conv net for images, or a perceptron."""
+    x, _ = schedule.sources[0].train.select(torch.arange(1)).whole()
+    shape, outputs = tuple(x.shape[1:]), len(schedule.frame.labels)
+    for part in reversed(method.all_corrections):  # a mapper's wish comes first
+        model = part.default_model(shape, outputs)
+        if model is not None:
+            return model
+
+    if len(shape) == 3 and shape[1] == shape[2] and shape[1] >= 8:
+        return models.conv(outputs, channels=shape[0], size=shape[1])
+    return models.mlp(x[0].numel(), (128,), outputs)
+
+
+def result_of(session: Session) -> Result:
+    """The result of a session that has ended."""
+    return Result(**vars(session.end()))

@@ -1,0 +1,216 @@
+"""The agents of a trial: their first parameters, how messages pass between them, and when they may be released."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+from weakref import WeakKeyDictionary, WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from consilience.core.errors import ConsilienceError
+from consilience.core.message import Message, join
+from consilience.core.method import Method
+from consilience.core.metrics import Metric
+from consilience.core.model import Model
+from consilience.core.params import Params, content_hash, key
+from consilience.core.schedule import Exchange, Expert, Phase, Schedule, ScheduleFacts, Train
+from consilience.core.state import State
+from consilience.core.training import Training
+from consilience.loop.agent import Agent
+from consilience.loop.ledger import Ledger
+
+
+@dataclass(frozen=True, eq=False)
+class Setup:
+    """What all seeds of a run have in common, checked."""
+
+    schedule: Schedule
+    method: Method
+    """Resolved for this schedule."""
+    model: Model
+    training: Training
+    metric: Metric
+    facts: ScheduleFacts
+    judge_clients: bool = False
+
+
+class Agents(dict[str, Agent]):
+    """The agents of a trial by name; each is made when it is first asked for."""
+
+    def __init__(self, setup: Setup, seed: int, ledger: Ledger) -> None:
+        super().__init__()
+        self.setup, self.seed, self.ledger = setup, seed, ledger
+
+    @cached_property
+    def initial(self) -> State:
+        """The state that every agent starts from."""
+        return initial_state(self.setup, self.seed)
+
+    def __missing__(self, name: str) -> Agent:
+        setup = self.setup
+        agent = Agent(
+            name=name,
+            model=setup.model,
+            method=setup.method,
+            schedule=setup.schedule,
+            training=setup.training,
+            seed=self.seed,
+            state=self.initial,
+            ledger=self.ledger,
+            revisited=setup.facts.revisited,
+        )
+        if name in setup.schedule.experts:
+            give(agent, setup.schedule.experts[name])
+        self[name] = agent
+        return agent
+
+
+class Wire:
+    """Messages pass as bytes, which the ledger counts. What many agents receive, or relay, is one object in memory."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger = ledger
+        self._arrived: WeakValueDictionary[object, Message] = WeakValueDictionary()
+        self._sizes: WeakKeyDictionary[Message, int] = WeakKeyDictionary()
+
+    def carry(self, message: Message, sender: str, receiver: str) -> Message:
+        """The message as the receiver reads it from its bytes."""
+        content = (message.key, message.version, message.digest, message.base, message.trained)
+        arrived = self._arrived.get(content)
+        if arrived is None:
+            data = message.to_bytes()
+            arrived = Message.from_bytes(data, check=False)  # hashed in this process a moment ago
+            self._arrived[content], self._sizes[arrived] = arrived, len(data)
+        self.ledger.transfer(sender, receiver, self._sizes[arrived])
+        return arrived
+
+
+def initial_state(setup: Setup, seed: int) -> State:
+    """The parameters that all agents start from: drawn by the seed, or the schedule's `base`."""
+    schedule = setup.schedule
+    params, buffers = setup.model.init(key(seed, "init"))
+    if schedule.base is not None:
+        params, buffers = from_base(schedule.base, params, buffers)
+
+    dtype, device = setup.training.dtype, torch.device(setup.training.device)
+
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor.detach().to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+
+    params = {name: cast(p) for name, p in params.items()}
+    buffers = {name: cast(b) for name, b in buffers.items()}
+
+    # Experts without a base come from parameters that nobody here has, so all say that they were given.
+    given = schedule.experts and schedule.base is None
+    return State(params, buffers, params, "given" if given else content_hash(params))
+
+
+def from_base(base: Mapping[str, Any], params: Params, buffers: Params) -> tuple[Params, Params]:
+    """The model's entries as a state_dict `base` has them; it may leave out buffers."""
+    lacking = sorted(params.keys() - base.keys())
+    if lacking:
+        raise ConsilienceError(f"`base` must have all entries of the model, got none called {lacking[0]!r}.")
+
+    given = {name: torch.as_tensor(base[name]) for name in (*params, *buffers) if name in base}
+    own_buffers: Params = {}
+    for name, own in buffers.items():
+        buffer = given.get(name, own)
+        if buffer.shape != own.shape:
+            raise ConsilienceError(
+                f"`base` must have the shapes of the model, got {tuple(buffer.shape)} for {name!r}, "
+                f"whose shape is {tuple(own.shape)}."
+            )
+        both_float = buffer.is_floating_point() and own.is_floating_point()
+        own_buffers[name] = buffer if both_float else buffer.to(own.dtype)
+    return {name: given[name] for name in params}, own_buffers
+
+
+def give(agent: Agent, expert: Expert) -> None:
+    """Make an agent the owner of a trained expert, as if it had trained on the expert's source."""
+    params, buffers = expert_entries(agent, expert)
+    source = agent.schedule.source(expert.source.name)
+
+    # Its head was trained among other classes: its columns are put where this schedule has them.
+    grown = agent.model.grow(agent.state.params, agent.state.buffers, source, key(0, "given"))[1]
+    for name, columns in grown.items():
+        theirs = buffers.get(name)
+        if not name.endswith(".columns") or theirs is None or set(columns.tolist()) == set(theirs.tolist()):
+            continue
+        if columns.shape != theirs.shape:
+            raise ConsilienceError(
+                f"the head of an expert must have the {len(columns)} classes of its source, "
+                f"got {len(theirs)} in {expert.name!r}."
+            )
+        buffers[name] = columns
+
+    agent.state = agent.state.change(
+        params=params, buffers=buffers, version=1, size=1, trained=True, visits={source.name: 1}
+    )
+    items = agent.consolidator.export(agent.model, agent.state, (source,), agent.method.personal)
+    messages = [agent.message(name, 1, 1, {"model": item}) for name, item in items.items()]
+    agent.state = agent.state.change(bank=join({}, messages))
+
+
+def expert_entries(agent: Agent, expert: Expert) -> tuple[Params, Params]:
+    """An expert's parameters and buffers, in the shapes and types of the agent's, with entries of its own task."""
+    state, theirs = agent.state, {**expert.params, **expert.buffers}  # a state_dict holds both
+    params: Params = {}
+    buffers: Params = {}
+    for name, own in {**state.params, **state.buffers}.items():
+        if name not in theirs:
+            raise ConsilienceError(
+                f"an expert must have all entries of the model, and {expert.name!r} has none called {name!r}."
+            )
+        entry = torch.as_tensor(theirs[name]).detach().to(own.device, own.dtype)
+        if entry.shape != own.shape:
+            raise ConsilienceError(
+                f"an expert must have the shapes of the model, got {tuple(entry.shape)} for {name!r} "
+                f"of {expert.name!r}, where the model has {tuple(own.shape)}."
+            )
+        (params if name in state.params else buffers)[name] = entry
+
+    for name in theirs.keys() - params.keys() - buffers.keys():
+        if agent.model.task_of(name) is None:
+            raise ConsilienceError(
+                f"an expert must have no entries but the model's, and {expert.name!r} has {name!r}."
+            )
+        (params if name in expert.params else buffers)[name] = torch.as_tensor(theirs[name]).detach()
+    return params, buffers
+
+
+def release_plan(phases: Sequence[Phase], evaluated: str) -> dict[int, tuple[str, ...]]:
+    """Which agents may be released after which phase (by its index).
+
+    An agent that has just sent may be, if a server received from it (an agent that never trains itself), and if the
+    next thing that it does, if anything, is to receive from that server: all that it had comes back to it.
+    """
+    trainers = {name for phase in phases if isinstance(phase, Train) for name in phase.who}
+    found: dict[int, tuple[str, ...]] = {}
+
+    # Going backwards: the only sender that an agent receives from next; None if it needs its parameters before.
+    next_sender: dict[str, str | None] = {evaluated: None}
+    for i in reversed(range(len(phases))):
+        phase = phases[i]
+        if not isinstance(phase, Exchange):
+            active = phase.who if isinstance(phase, Train) else (evaluated, *phase.clients)
+            next_sender |= dict.fromkeys(active)
+            continue
+
+        receivers: dict[str, list[str]] = {}
+        for receiver, senders in phase.who.items():
+            for sender in senders:
+                receivers.setdefault(sender, []).append(receiver)
+        idle = [sender for sender in receivers if sender not in phase.who]
+        servers = {sender: set(receivers[sender]) - trainers for sender in idle}
+        found[i] = tuple(
+            sender for sender in idle if next_sender.get(sender, receivers[sender][0]) in servers[sender]
+        )
+
+        next_sender |= dict.fromkeys(idle)
+        for receiver, senders in phase.who.items():
+            next_sender[receiver] = senders[0] if len(senders) == 1 else None
+    return found

@@ -1,0 +1,217 @@
+"""What is checked before a run, so that no work is lost; and the facts by which a run is described and recognised."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from consilience.core.errors import ConsilienceError, Refusal, kind_of, unknown
+from consilience.core.method import Method
+from consilience.core.metrics import METRICS, Metric
+from consilience.core.model import Model
+from consilience.core.params import content_hash, key
+from consilience.core.schedule import Schedule
+from consilience.core.training import Training
+from consilience.loop.agents import Setup
+from consilience.loop.engine import Engine
+from consilience.loop.folder import Progress
+from consilience.version import __version__
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a run is carried out: everything but what is learned by which method.
+
+    Args:
+        repeats: the number of seeds.
+        seed: the first seed.
+        out: the folder to write; None writes nothing.
+        resume: whether to continue from the folder's checkpoint.
+        metric: by name, or a function of (predictions, targets); None fits the kind of target.
+        checkpoint_seconds: the time between checkpoints.
+        checkpoint_steps: the steps between further checkpoints; None: none.
+        curve_steps: the steps between points of the learning curve; None: no curve.
+        judge_clients: whether to score all agents that train by their own parameters, before and after each visit.
+        progress: called with every line of the log.
+        config: the content of config.yaml; None describes the arguments.
+    """
+
+    repeats: int = 1
+    seed: int = 0
+    out: str | Path | None = None
+    resume: bool = False
+    metric: str | Metric | None = None
+    checkpoint_seconds: float = 60.0
+    checkpoint_steps: int | None = None
+    curve_steps: int | None = None
+    judge_clients: bool = False
+    progress: Progress | None = None
+    config: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.out, str | Path | None):
+            raise ConsilienceError(f"`out` must be a path or None, got {kind_of(self.out)}.")
+        if not isinstance(self.seed, int):
+            raise ConsilienceError(f"`seed` must be an integer, got {kind_of(self.seed)}.")
+        if not isinstance(self.repeats, int) or self.repeats < 1:
+            raise ConsilienceError(f"`repeats` must be an integer >= 1, got {kind_of(self.repeats)}.")
+        if not self.checkpoint_seconds > 0:
+            raise ConsilienceError(f"`checkpoint_seconds` must be positive, got {self.checkpoint_seconds}.")
+        for name in ("checkpoint_steps", "curve_steps"):
+            steps = getattr(self, name)
+            if steps is not None and steps < 1:
+                raise ConsilienceError(f"`{name}` must be >= 1 or None, got {steps}.")
+
+    def check_checkpoint(self) -> None:
+        """Refuse to resume a folder without a checkpoint."""
+        if self.resume and (self.out is None or not (Path(self.out) / "checkpoint" / "index.json").exists()):
+            raise ConsilienceError(f"`resume` needs a folder with a checkpoint, and {self.out} has none.")
+
+
+def check_arguments(schedule: object, training: object = None) -> None:
+    """Refuse arguments of other kinds, such as swapped ones."""
+    if not isinstance(schedule, Schedule):
+        raise ConsilienceError(f"`schedule` must be made by consilience.settings, got {kind_of(schedule)}.")
+    if training is not None and not isinstance(training, Training):
+        raise ConsilienceError(f"`training` must be a consilience.Training, got {kind_of(training)}.")
+
+
+def check_all(
+    schedule: Schedule, method: Method, model: Model, training: Training, options: RunOptions
+) -> Setup:
+    """The method resolved for the schedule, with all that must fit together. Raises ConsilienceError or Refusal."""
+    facts = replace(schedule.survey(options.seed), model=model)
+    method = method.resolve(facts)
+    training = replace(training, **method.fixed)
+    _check_tasks(schedule, method)
+    if not schedule.boundaries and training.epochs > 1:
+        raise ConsilienceError(
+            f"a stream without boundaries is seen once, so `epochs` must be 1, got {training.epochs}."
+        )
+    if training.device != "cpu" and not torch.cuda.is_available():
+        raise ConsilienceError(
+            f"device={training.device!r} was requested, but CUDA is not available; use device='cpu'."
+        )
+
+    _check_inputs(schedule, method, model)
+    metric = metric_of(options.metric, schedule.frame.kind)[1]
+    return Setup(schedule, method, model, training, metric, facts, options.judge_clients)
+
+
+def _check_tasks(schedule: Schedule, method: Method) -> None:
+    """Refuse a mapper that is given the true task where test data are of tasks that nobody trains on."""
+    trained = {source.task for source in schedule.sources}
+    others = [source.name for source in schedule.judged if source.task not in trained]
+    if method.mapper is not None and method.mapper.needs_label and others:
+        raise Refusal(
+            f"{method.name} is given the true task of test data, and {others[0]!r} has test data of several tasks; "
+            "use another mapper."
+        )
+
+
+def _check_inputs(schedule: Schedule, method: Method, model: Model) -> None:
+    """Refuse inputs that the model cannot take, and kept features of another backbone."""
+    aware = schedule.labelled or method.mapper is not None
+    shapes: set[tuple[int, ...]] = set()
+    for source in schedule.sources:
+        x = source.train.select(torch.arange(min(2, len(source.train)))).whole()[0]
+        if tuple(x.shape[1:]) not in shapes:
+            shapes.add(tuple(x.shape[1:]))
+            model.check(schedule.frame, x, aware)
+
+    # The hash of a backbone costs time, so it is asked for only where features were kept.
+    own = model.feature_space if any(source.feature_space for source in schedule.sources) else ""
+    for source in schedule.sources:
+        if source.feature_space and own and source.feature_space != own:
+            raise ConsilienceError(
+                f"the features of {source.name!r} were made by backbone {source.feature_space[:8]}, and the model's is "
+                f"{own[:8]}; the two differ in weights, image size, mean, std or structure. The model is {model!r:.200}."
+            )
+
+
+def metric_of(metric: str | Metric | None, kind: str) -> tuple[str, Metric]:
+    """The name and the function of a metric that fits targets of this kind ("class" or "value")."""
+    default = "accuracy" if kind == "class" else "r2"
+    if callable(metric):
+        return getattr(metric, "__name__", default), metric
+
+    name = metric or default
+    if name not in METRICS:
+        raise unknown("metric", name, METRICS)
+    fits = ("r2",) if kind == "value" else ("accuracy", "auroc")
+    if name not in fits:
+        raise ConsilienceError(
+            f"`metric` must be {' or '.join(fits)} for targets of kind {kind!r}, got {name!r}."
+        )
+    return name, METRICS[name]
+
+
+def versions(engine: Engine | None = None) -> dict[str, Any]:
+    """What bit-identity depends on: versions, threads, engine, machine."""
+    return {
+        "consilience": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "engine": type(engine).__name__.lower() if engine is not None else "",
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+        "cpus": os.cpu_count() or 0,
+    }
+
+
+def describe(setup: Setup, method: str, options: RunOptions) -> dict[str, Any]:
+    """The arguments of a run, as config.yaml has them."""
+    simple = int | float | str | bool | None
+    training = {
+        name: value if isinstance(value, simple) else repr(value)
+        for name, value in asdict(setup.training).items()
+    }
+    return {
+        "setting": setup.schedule.setting,
+        "scenario": setup.schedule.scenario,
+        "sources": [source.name for source in setup.schedule.sources],
+        "method": method,
+        "model": repr(setup.model),
+        "training": training,
+        "seed": options.seed,
+        "repeats": options.repeats,
+    }
+
+
+def fingerprint(setup: Setup, metric: str, options: RunOptions) -> dict[str, Any]:
+    """What must be the same for a run to be resumed."""
+    schedule, method, model = setup.schedule, setup.method, setup.model
+    nothing = torch.zeros(0)
+
+    # A sample of each source's inputs, and all targets: quick, and other data are found.
+    data: dict[str, Tensor] = {}
+    for source in schedule.sources:
+        some = torch.arange(0, len(source.train), max(1, len(source.train) // 64))
+        data[f"{source.name}/x"] = source.train.select(some).whole()[0]
+        data[f"{source.name}/y"] = source.train.targets()
+    plan = [repr(phase) for phase in schedule.plan(options.seed)][:1000]
+
+    # The repr, if the model has one, tells what it will grow.
+    params, buffers = model.init(key(options.seed, "init"))
+    shape = {} if type(model).__repr__ is object.__repr__ else {repr(model): nothing}
+    parts = {f: repr(getattr(method, f)) for f in method.__dataclass_fields__ if is_dataclass(method)}
+    return {
+        "setting": schedule.setting,
+        "scenario": schedule.scenario,
+        "data": content_hash(data),
+        "schedule": content_hash({"\n".join(plan): nothing}),
+        "method": parts,
+        "model": content_hash({**params, **buffers, **shape}),
+        "training": {name: repr(value) for name, value in vars(setup.training).items()},
+        "seed": options.seed,
+        "repeats": options.repeats,
+        "metric": metric,
+        "threads": torch.get_num_threads(),
+    }

@@ -1,0 +1,206 @@
+"""Jobs: one agent's visit to its sources as tensors, which an engine runs, may stop at any step, and resumes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from consilience.core.batch import Batch
+from consilience.core.contexts import Context
+from consilience.core.correction import Correction
+from consilience.core.errors import ConsilienceError
+from consilience.core.params import Layout, Params, key
+from consilience.core.sampler import Shuffle
+from consilience.core.source import Examples, Source
+from consilience.core.training import Training
+from consilience.loop.ledger import Ledger
+from consilience.loop.predict import probabilities
+from consilience.loop.step import Carry, Step
+
+
+class Part(NamedTuple):
+    """What one part of every step is drawn from."""
+
+    source: Source
+    examples: Examples
+    """On the device."""
+    task: str | None
+    """The task label that the model is given."""
+
+
+@dataclass(eq=False)
+class Job:
+    """One visit of an agent to its sources, made by `Agent.prepare`."""
+
+    agent: str
+    sources: tuple[Source, ...]
+    """The sources that the schedule names."""
+    parts: tuple[Part, ...]
+    """What the visit trains on: these sources, or others that a correction made from them."""
+    visits: tuple[int, ...]
+    """How often the agent visited the source of each part before."""
+    corrections: tuple[tuple[Correction, Context], ...]
+    layout: Layout
+    fixed: Params
+    """Entries that this visit does not train."""
+    start: Tensor
+    """The trainable parameters [n] before the first step."""
+    step: Step
+    seed: int
+    training: Training
+    kind: tuple[object, ...]
+    """With the shapes of a step's parts, the key under which the ledger keeps the cost of a step."""
+    fraction: float = 1.0
+    """The fraction of the visit's steps to run: below 1 for a straggler."""
+    epoch: int = 0
+    index: int = 0
+    """Steps done in this epoch."""
+    begun: tuple[tuple[object, ...], ...] = ()
+    """The costs of `Correction.begin`. They are charged at the end, since a resumed job begins again."""
+
+    @property
+    def steps(self) -> int:
+        """Steps done in all epochs."""
+        return self.epoch * self.step.horizon[1] + self.index
+
+    @property
+    def carry(self) -> Carry:
+        """The parameters, buffers and optimiser state after the last step."""
+        return self.step.carry
+
+    @property
+    def moment(self) -> tuple[int, int, int, int]:
+        """(epoch, step in the epoch, epochs, steps per epoch)."""
+        return (self.epoch, self.index, *self.step.horizon)
+
+    @property
+    def name(self) -> str:
+        """The names of the sources."""
+        return "+".join(source.name for source in self.sources)
+
+    def run(self, ledger: Ledger) -> Iterator[None]:
+        """Run the steps that are left, and yield after each; `epoch` and `index` count them."""
+        if not self.layout.size:
+            return
+
+        first, visit, draws = self.sources[0].name, self.visits[0], self.step.model.draws
+        for parts, clock in self.draw():
+            generator = key(self.seed, first, visit, *clock, "aggregate") if self.step.aggregator else None
+            with self._random_forward(clock) if draws else nullcontext():
+                ledger.charge_work(self.agent, self.cost(parts), partial(self.step, parts, clock, generator))
+            ledger.steps += 1
+            self.index += 1
+            yield
+
+    def draw(self) -> Iterator[tuple[list[Batch], tuple[int, int]]]:
+        """The batches and the clock (epoch, step) of every step that is left. The caller raises `index`."""
+        while self.epoch < self.training.epochs:
+            plans = self.left(self.epoch, self.index)
+            if not plans[0] and self.index < self.step.horizon[1]:  # the straggler's fraction is done
+                return
+
+            streams = [part.examples.batches(plan) for part, plan in zip(self.parts, plans, strict=True)]
+            for batches in zip(*streams, strict=True):
+                own = [
+                    Batch(x, y, part.task, source=part.source.name)
+                    for (x, y), part in zip(batches, self.parts, strict=True)
+                ]
+                clock = (self.epoch, self.index)
+                yield own + self._sampled(clock), clock
+            self.epoch, self.index = self.epoch + 1, 0
+
+    def _sampled(self, clock: tuple[int, int]) -> list[Batch]:
+        """The batches that corrections add to a step, such as rehearsal."""
+        added: list[Batch] = []
+        for correction, ctx in self.step.by_verb["sample"]:
+            generator = key(self.seed, self.sources[0].name, self.visits[0], *clock, correction.name)
+            batches = correction.sample(ctx, self.sources, generator)
+            added += [replace(batch, drawn_by=correction.name) for batch in batches]
+        return added
+
+    def plan(self, epoch: int) -> list[list[Tensor]]:
+        """The index batches of an epoch, per part; a shorter part starts over in a new order."""
+        plans = [self._pass(part, epoch, 0) for part in range(len(self.parts))]
+        longest = max(map(len, plans))
+        for part, plan in enumerate(plans):
+            turn = 1
+            while len(plan) < longest:
+                plan += self._pass(part, epoch, turn)
+                turn += 1
+            del plan[longest:]
+
+        # A sampler may plan more or fewer steps than the number of examples says.
+        self.step.horizon = (self.training.epochs, longest)
+        return plans
+
+    def _pass(self, part: int, epoch: int, turn: int) -> list[Tensor]:
+        """The index batches of one pass over one part."""
+        source, examples, _ = self.parts[part]
+        sampler = self.training.sampler or Shuffle()
+        generator = key(self.seed, source.name, self.visits[part], epoch, turn, "shuffle")
+        plan: list[Tensor] = sampler.plan(examples.targets(), self.training.batch_size, epoch, generator)
+        if not plan:
+            raise ConsilienceError(
+                f"a sampler must plan at least one batch, got none from {type(sampler).__name__}."
+            )
+        return plan
+
+    def left(self, epoch: int, index: int) -> list[list[Tensor]]:
+        """The index batches of an epoch from step `index` on, per part."""
+        plans = [plan[index:] for plan in self.plan(epoch)]
+        if self.fraction == 1:
+            return plans
+
+        per_epoch = self.step.horizon[1]
+        allowed = max(1, round(self.fraction * self.training.epochs * per_epoch))
+        limit = max(0, allowed - (epoch * per_epoch + index))
+        return [plan[:limit] for plan in plans]
+
+    def cost(self, parts: Sequence[Batch]) -> tuple[object, ...]:
+        """The key under which the ledger keeps the cost of a step with these parts."""
+        return (*self.kind, *[(tuple(part.x.shape), part.task) for part in parts])
+
+    @contextmanager
+    def _random_forward(self, clock: tuple[int, int]) -> Iterator[None]:
+        """Key torch's global random state by the step, for models that draw in their forward pass (dropout)."""
+        device = self.layout.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            generator = key(self.seed, self.sources[0].name, self.visits[0], *clock, "forward")
+            torch.manual_seed(generator.initial_seed())
+            yield
+
+    def answer(self, x: Tensor, task: str | None) -> Tensor:
+        """Class probabilities (or values) [B, C] with the parameters of this step, in eval mode."""
+        frame = self.step.frame
+        x = x.to(self.layout.device, self.layout.dtype if x.is_floating_point() else x.dtype)
+        columns = frame.tasks.get(task or "")
+        return probabilities(self.step.now(x, task), frame, columns, len(frame.labels))
+
+    def save(self) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """The tensors and counts that a checkpoint inside a visit keeps; `Agent.prepare` makes the rest again."""
+        tensors = {"theta": self.carry.theta}
+        tensors |= {f"buffers/{name}": buffer for name, buffer in self.carry.buffers.items()}
+        tensors |= {f"optimiser/{name}": tensor for name, tensor in self.carry.optimiser.items()}
+        for correction, ctx in self.corrections:
+            tensors |= {f"trace/{correction.name}/{name}": tensor for name, tensor in ctx.trace.items()}
+        counts = {"epoch": self.epoch, "index": self.index}
+        return {name: tensor.clone() for name, tensor in tensors.items()}, counts
+
+    def load(self, tensors: Mapping[str, Tensor], counts: Mapping[str, int]) -> None:
+        """Continue from what `save` gave."""
+        device = self.layout.device
+        self.carry.theta.copy_(tensors["theta"])
+        for name, buffer in self.carry.buffers.items():
+            buffer.copy_(tensors[f"buffers/{name}"])
+        for name in self.carry.optimiser:
+            self.carry.optimiser[name] = tensors[f"optimiser/{name}"].to(device)
+        for correction, ctx in self.corrections:
+            prefix = f"trace/{correction.name}"
+            ctx.trace = {name: tensors[f"{prefix}/{name}"].to(device) for name in ctx.trace}
+        self.epoch, self.index = counts["epoch"], counts["index"]

@@ -1,0 +1,296 @@
+"""Prediction: the experts of an agent, their answers to a batch, and the weights that a mapper gives them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from consilience.core.contexts import Context, Memory, Routing
+from consilience.core.correction import Correction, overrides
+from consilience.core.errors import ConsilienceError, unknown
+from consilience.core.message import Item
+from consilience.core.method import Method
+from consilience.core.model import Model
+from consilience.core.names import WHOLE
+from consilience.core.params import Params
+from consilience.core.schedule import Schedule
+from consilience.core.source import LabelFrame
+from consilience.core.state import State
+from consilience.core.training import Training
+from consilience.core.viewed import superposition
+
+Key = tuple[str, str]
+"""(sender, source) of an expert."""
+
+
+class Choice(NamedTuple):
+    """One expert that an agent may answer with."""
+
+    key: Key
+    entries: Params
+    """The entries that it has instead of the agent's."""
+    buffers: Params
+    task: str | None
+    columns: tuple[int, ...] | None
+    """The output columns that it was trained for; None: all."""
+    where: Tensor | None
+    """Which column of the frame each of its outputs is, if its labels are not the frame's."""
+
+
+class Prediction(NamedTuple):
+    """Class probabilities (or values) [B, C], and the weights [B, experts] by which the experts answered."""
+
+    probabilities: Tensor
+    weights: Tensor | None
+    keys: list[Key]
+
+
+def probabilities(out: Tensor, frame: LabelFrame, columns: Sequence[int] | None, width: int) -> Tensor:
+    """Class probabilities [B, width] over the given columns (None: all), or values, from outputs [B, C >= width]."""
+    out = out[:, :width]  # a model may have more outputs than there are classes
+    if frame.kind == "value":
+        return out
+    if columns:
+        keep = torch.zeros(out.shape[1], dtype=torch.bool, device=out.device)
+        keep[list(columns)] = True
+        out = out.masked_fill(~keep, -torch.inf)
+    return out.softmax(1)
+
+
+def memory_of(agent: str, state: State, correction: Correction) -> Memory:
+    """The items of a correction: shared ones from the bank, private ones under the agent's name."""
+    name = correction.name
+    items: dict[Key, Item] = {
+        key: message.items[name] for key, message in state.bank.items() if name in message.items
+    }
+    return items | {(agent, source): item for source, item in state.memory.get(name, {}).items()}
+
+
+@dataclass(eq=False)
+class Predictor:
+    """How an agent in one state answers. `Agent` makes one per state."""
+
+    agent: str
+    model: Model
+    method: Method
+    schedule: Schedule
+    training: Training
+    state: State
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return torch.device(self.training.device)
+
+    @property
+    def classes(self) -> int:
+        """The number of classes of the frame."""
+        return len(self.schedule.frame.labels)
+
+    @cached_property
+    def views(self) -> list[tuple[Correction, Context]]:
+        """The corrections that change which parameters the model sees, with what they recall."""
+        seen = [correction for correction in self.method.active if overrides(correction, "view")]
+        return [(correction, self._context(correction)) for correction in seen]
+
+    def _context(self, correction: Correction) -> Context:
+        recalled = correction.recall(memory_of(self.agent, self.state, correction), ())
+        return Context(recalled=recalled, model=self.model)
+
+    def viewed(self, params: Params, task: str | None) -> Params:
+        """The parameters as the model sees them for a task."""
+        for correction, ctx in self.views:
+            params = correction.view(params, task, ctx)
+        return params
+
+    def cast(self, x: Tensor) -> Tensor:
+        """Inputs on the device, in the precision of the training."""
+        return x.to(self.device, self.training.dtype if x.is_floating_point() else x.dtype)
+
+    def choices(self) -> list[Choice]:
+        """The experts: modules of the bank, or, for a mapper, the tasks that one set of parameters serves."""
+        frame, found = self.schedule.frame, []
+        for key, module in self.state.experts.items():
+            where = None if module.labels == frame.labels else frame.columns(module.labels)
+            entries, buffers = module.group("entries"), module.group("buffers")
+            found.append(Choice(key, entries, buffers, module.task, module.classes or None, where))
+        if found or self.method.mapper is None:
+            return found
+
+        for key in self._served():
+            source = self.schedule.source(key[1])
+            found.append(Choice(key, {}, {}, source.task, source.classes, None))
+        return found
+
+    def _served(self) -> list[Key]:
+        """The (sender, source) of all sources that the agent's own parameters can answer for."""
+        own = [(self.agent, name) for name in self.state.visits]
+        keys = dict.fromkeys([*own, *(key for key in self.state.bank if key[1] != WHOLE)])
+        if keys:
+            return list(keys)
+
+        # Only parameters were received: their heads say which tasks they serve.
+        heads = {self.model.task_of(name) for name in self.state.params}
+        sources = [source for source in self.schedule.sources if self.model.head_key(source) in heads]
+        return list(dict.fromkeys((self.agent, source.name) for source in sources))
+
+    def outputs(
+        self, params: Params, buffers: Params, x: Tensor, task: str | None, psi: Tensor | None = None
+    ) -> Tensor:
+        """Outputs [B, C] in eval mode, before softmax; psi [B, d] are the features of x if they are known."""
+        if psi is not None and not self.views:
+            short = self.model.from_features(params, buffers, psi, task)
+            if short is not None:
+                return short
+        return self.model(self.viewed(params, task), buffers, x, task, False)[0]
+
+    def superposed(self, params: Params, buffers: Params) -> Callable[[Tensor, Tensor], Tensor]:
+        """(x, alpha) -> outputs [B, C] of the parameters sum_k alpha_k view_k(params), k over `choices`."""
+        choices = self.choices()
+        if any(choice.where is not None for choice in choices):
+            raise ConsilienceError(
+                "experts must have the labels of this agent to be superposed, got some of another frame; "
+                "use a mapper that does not superpose."
+            )
+
+        views = []
+        for choice in choices:
+            views.append(self.viewed({**params, **choice.entries}, choice.task))
+            buffers = {**choice.buffers, **buffers}
+        combined = superposition(views)
+
+        served = {column for choice in choices for column in choice.columns or range(self.classes)}
+        hidden = torch.tensor([column not in served for column in range(self.classes)], device=self.device)
+
+        def outputs(x: Tensor, alpha: Tensor) -> Tensor:
+            out = self.model(combined(alpha), buffers, x, None, False)[0]
+            return out[:, : self.classes].masked_fill(hidden, -torch.inf)
+
+        return outputs
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor, task: str | None) -> Prediction:
+        """Answer a batch: sum over experts of weight times the expert's probabilities."""
+        choices = self._asked(task)
+        batch = Experts(self, self.cast(x), choices)
+        if not choices:
+            columns = self.schedule.frame.tasks.get(task) if task is not None else None
+            out = self.outputs(batch.params, batch.buffers, batch.x, task)
+            return Prediction(probabilities(out, self.schedule.frame, columns, self.classes), None, [])
+
+        weights = self._weights(batch, task)
+        return Prediction(batch.mixture(weights), weights, batch.keys)
+
+    @torch.no_grad()
+    def route(self, x: Tensor) -> tuple[Tensor, list[Key]]:
+        """The mapper's weights [B, experts] and the experts' keys, without the answers."""
+        choices = self.choices()
+        if not choices:
+            raise ConsilienceError(f"`route` needs a mapper and experts, and {self.agent!r} has none.")
+        batch = Experts(self, self.cast(x), choices)
+        return self._weights(batch, None), batch.keys
+
+    def _asked(self, task: str | None) -> list[Choice]:
+        """The experts of a task, or all. Raises ConsilienceError for a task that nothing here is about."""
+        choices, tasks = self.choices(), self.schedule.frame.tasks
+        if task is None:
+            return choices
+
+        if task not in tasks:
+            # A received module or a test source may name a task that no source of the schedule has.
+            others = [choice.task for choice in choices] + [source.task for source in self.schedule.judged]
+            known = {*tasks, *(other for other in others if other)}
+            if task not in known:
+                raise unknown("task", task, known, "the schedule's tasks")
+
+        own = [choice for choice in choices if choice.task == task]
+        return own or choices
+
+    def _weights(self, batch: Experts, task: str | None) -> Tensor:
+        """Weights [B, experts]: the mapper's, or equal ones where there is nothing to map."""
+        mapper, count = self.method.mapper, len(batch.choices)
+        if mapper is None or task is not None or (count == 1 and not mapper.rejects):
+            shape = (len(batch.x), count)
+            return torch.full(shape, 1 / count, device=self.device, dtype=self.training.dtype)
+
+        routing = Routing(
+            batch.x,
+            batch.features,
+            batch.probabilities,
+            batch.keys,
+            lambda: self.superposed(batch.params, batch.buffers),
+        )
+        return mapper.route(routing, memory_of(self.agent, self.state, mapper)).to(self.training.dtype)
+
+
+class Experts:
+    """The experts' answers to one batch; each is computed when it is first needed."""
+
+    def __init__(self, predictor: Predictor, x: Tensor, choices: list[Choice]) -> None:
+        self.predictor, self.x, self.choices = predictor, x, choices
+        self.keys = [choice.key for choice in choices]
+        self.params = {name: p.to(predictor.device) for name, p in predictor.state.params.items()}
+        self.buffers = {name: b.to(predictor.device) for name, b in predictor.state.buffers.items()}
+        self._features: Tensor | None = None
+        self._answers: dict[int, Tensor] = {}
+
+    def features(self, other: Tensor | None = None) -> Tensor:
+        """The features [B, d] of the batch (computed once), or of other inputs."""
+        model = self.predictor.model
+        if other is not None:
+            return model.features(self.params, self.buffers, self.predictor.cast(other))
+        if self._features is None:
+            self._features = model.features(self.params, self.buffers, self.x)
+        return self._features
+
+    def probabilities(self) -> list[Tensor]:
+        """What each expert answers to the whole batch [B, classes of that expert]."""
+        found = []
+        for i, choice in enumerate(self.choices):
+            if i not in self._answers:
+                self._answers[i] = self.answer(i, None)
+            columns = list(choice.columns) if choice.columns and choice.where is None else None
+            found.append(self._answers[i] if columns is None else self._answers[i][:, columns])
+        return found
+
+    def answer(self, i: int, rows: Tensor | None) -> Tensor:
+        """What expert i answers to these rows (None: all), in the columns of the frame [rows, C]."""
+        choice, model, predictor = self.choices[i], self.predictor.model, self.predictor
+        device, classes = predictor.device, predictor.classes
+        entries = {name: tensor.to(device) for name, tensor in choice.entries.items()}
+        buffers = {name: tensor.to(device) for name, tensor in choice.buffers.items()}
+
+        # An expert that differs only in entries of its task stands on the features that all share.
+        psi = self._features
+        if any(model.task_of(name) is None for name in (*entries, *buffers)):
+            psi = None
+        if psi is not None and rows is not None:
+            psi = psi[rows]
+
+        x = self.x if rows is None else self.x[rows]
+        out = predictor.outputs({**self.params, **entries}, {**self.buffers, **buffers}, x, choice.task, psi)
+        width = classes if choice.where is None else len(choice.where)
+        own = probabilities(out, predictor.schedule.frame, choice.columns, width)
+        if choice.where is None:
+            return own
+        aligned = own.new_zeros(len(x), classes)
+        return aligned.index_add_(1, choice.where.to(aligned.device), own)
+
+    def mixture(self, weights: Tensor) -> Tensor:
+        """sum_i weights[:, i] answer_i [B, C]. An expert is asked only about rows where its weight is positive."""
+        shape, dtype = (len(self.x), self.predictor.classes), self.predictor.training.dtype
+        result = torch.zeros(shape, device=self.predictor.device, dtype=dtype)
+        for i in range(len(self.choices)):
+            kept, rows = self._answers.get(i), weights[:, i] > 0
+            if bool(rows.all()):
+                result += weights[:, i : i + 1] * (self.answer(i, None) if kept is None else kept)
+            elif bool(rows.any()):
+                index = rows.nonzero()[:, 0]
+                part = self.answer(i, index) if kept is None else kept[index]
+                result.index_add_(0, index, weights[index, i : i + 1] * part)
+        return result

@@ -1,0 +1,206 @@
+"""A session: the trials of one run, its folder, its checkpoints, and its result."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from consilience.core.errors import ConsilienceError, Interrupted
+from consilience.core.params import write_json
+from consilience.core.state import State
+from consilience.loop.agents import Setup
+from consilience.loop.checks import RunOptions, describe, fingerprint, metric_of, versions
+from consilience.loop.engine import Engine
+from consilience.loop.folder import Log, plain
+from consilience.loop.job import Job
+from consilience.loop.result import Result
+from consilience.loop.trial import Trial, agent_states
+
+
+@dataclass(eq=False)
+class Session:
+    """One run: a trial per seed. It decides when to save, and when to stop."""
+
+    setup: Setup
+    method: str
+    """The method's name, before it was resolved."""
+    engine: Engine
+    options: RunOptions
+    stop: list[int] = field(default_factory=list)
+    """The signals that were received: if any, the run stops after this step."""
+    ran: int = 0
+    """Steps that this process ran."""
+    _saved: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        options = self.options
+        self.log = Log(Path(options.out) if options.out is not None else None, options.progress)
+        self.metric = metric_of(options.metric, self.setup.schedule.frame.kind)[0]
+        self.config: Mapping[str, Any] = options.config or describe(self.setup, self.method, options)
+        self.fingerprint: dict[str, Any] = {}
+        self.trials = [
+            Trial(self.setup, options.seed + repeat, repeat, self.log.write, self.tick, self.save)
+            for repeat in range(options.repeats)
+        ]
+
+    def open(self) -> None:
+        """Open the folder: start it, or continue from its checkpoint."""
+        self.fingerprint = fingerprint(self.setup, self.metric, self.options)
+        resume = self.options.resume
+        if resume:
+            self._load()
+        self.log.open(self.config, resume)
+        if resume:
+            self._rewind()
+        self.log.write({"event": "begin", "versions": versions(self.engine)})
+
+    def tick(self, trial: Trial, job: Job | None) -> None:
+        """After every step, and (without a job) after phases and groups of agents: save when due, stop when asked to."""
+        options, steps = self.options, trial.ledger.steps
+        self.ran += job is not None
+        if job is not None and options.curve_steps is not None and steps % options.curve_steps == 0:
+            trial.judge.add_curve_point(job)
+
+        every = options.checkpoint_steps
+        due = every is not None and job is not None and steps % every == 0
+        late = self.log.out is not None and time.monotonic() - self._saved > options.checkpoint_seconds
+        if not (self.stop or due or late):
+            return
+
+        self.save(trial)
+        if self.stop:
+            resume = f"continue with `resume=True` (--resume --out {self.log.out})"
+            raise Interrupted(
+                f"interrupted; {resume if self.log.out else 'nothing was saved, without `out`'}."
+            )
+
+    def save(self, trial: Trial) -> None:
+        """Save all trials in a checkpoint. The log says where this one is."""
+        self._saved = time.monotonic()
+        if self.log.out is None:
+            return
+
+        tensors: dict[str, Tensor] = {}
+        trials: dict[str, Any] = {}
+        for other in self.trials:
+            if other.begun:
+                held, trials[str(other.repeat)] = other.kept()
+                tensors |= {f"{other.repeat}|{name}": tensor for name, tensor in held.items()}
+        self.log.checkpoint(tensors, {"fingerprint": self.fingerprint, "trials": trials})
+
+        line: dict[str, Any] = {"event": "checkpoint", "repeat": trial.repeat, "phase": trial.phase}
+        line |= {"steps": trial.ledger.steps, "ran": self.ran}
+        if trial.job is not None:
+            epoch, step, _, per_epoch = trial.job.moment
+            line |= {"source": trial.job.name, "agent": trial.job.agent}
+            line |= {"epoch": epoch, "step": step, "of": per_epoch}
+        self.log.write(line)
+
+    def _load(self) -> None:
+        """Read the folder's checkpoint, if there is one."""
+        found = self.log.last()
+        if found is None:
+            return
+
+        # JSON makes lists of tuples, on both sides.
+        self._check_fingerprint(found.facts["fingerprint"], json.loads(json.dumps(self.fingerprint)))
+        for trial in self.trials:
+            if str(trial.repeat) in found.facts["trials"]:
+                own = of_repeat(found.tensors, trial.repeat)
+                trial.resume(own, found.facts["trials"][str(trial.repeat)])
+
+    def _check_fingerprint(self, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+        """Refuse to resume a run of other arguments, and name the first that differs."""
+        for name, now in ours.items():
+            before = theirs.get(name)
+            if isinstance(now, dict) and isinstance(before, dict) and before != now:
+                differs = next(entry for entry in now if before.get(entry) != now[entry])
+                name, before, now = f"{name}.{differs}", before.get(differs), now[differs]
+            if before != now:
+                raise ConsilienceError(
+                    f"a run resumes with the configuration it began with, and `{name}` was {before} and is {now} "
+                    "now; use the first, or another folder."
+                )
+
+    def _rewind(self) -> None:
+        """Drop the log's lines of what will be done again, and log where the run continues."""
+        begun = [trial for trial in self.trials if trial.begun]
+        self.log.rewind({trial.repeat: len(trial.judge.rows) for trial in begun})
+        now = next((trial for trial in begun if trial.result is None), (begun or self.trials)[-1])
+        place = {"repeat": now.repeat, "stage": len(now.judge.rows), "steps": now.ledger.steps}
+        self.log.write({"event": "resume", **place})
+
+    def end(self) -> Result:
+        """The result of all trials; written as result.json."""
+        first, setup = self.trials[0], self.setup
+        done = [trial.result for trial in self.trials if trial.result is not None]
+        model, learned_at = setup.model, setup.facts.learned_at.values()
+        mapper = None
+        if done[0]["mapper"] is not None:
+            mapper = np.array([found["mapper"] for found in done], dtype=float)
+
+        result = Result(
+            setting=setup.schedule.setting,
+            data="+".join(dict.fromkeys(source.name.split("/")[0] for source in setup.schedule.sources)),
+            method=self.method,
+            model=str(getattr(model, "name", type(model).__name__)),
+            metric=self.metric,
+            seed=first.seed,
+            sources=tuple(source.name for source in setup.schedule.judged),
+            stages=tuple(done[0]["stages"]),
+            learned_at=tuple((at or (0,))[0] if len(at) < 2 else None for at in learned_at),
+            matrices=np.array([found["rows"] for found in done], dtype=float),
+            costs=mean_costs(done),
+            mapper=mapper,
+            curve=done[0]["curve"],
+            learning_curve=done[0]["learning"],
+            client_drift=done[0]["client_drift"],
+            local=done[0]["local"],
+            personal=mean_personal(done),
+            config=self.config,
+            versions=versions(self.engine),
+            agent=first.agent,
+        )
+        if self.log.out is not None:
+            write_json(self.log.out / "result.json", plain(result.to_json()))
+            self.log.write({"event": "end", "score": result.score, "ran": self.ran})
+        return result
+
+
+def mean_costs(done: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The means of costs over trials, and the costs by agent of the first."""
+    costs = [found["costs"] for found in done]
+    mean = {name: sum(c[name] for c in costs) / len(costs) for name in ("macs", "bytes", "steps", "seconds")}
+    whole = {name: int(value) for name, value in mean.items() if name != "seconds"}
+    return {**whole, "seconds": round(mean["seconds"], 3), "by_agent": costs[0]["by_agent"]}
+
+
+def mean_personal(done: Sequence[Mapping[str, Any]]) -> dict[str, float] | None:
+    """The mean over trials of each client's last score; None without any."""
+    scores: dict[str, list[float]] = {}
+    for found in done:
+        for name, score in found["personal"].items():
+            if score is not None:
+                scores.setdefault(name, []).append(score)
+    return {name: float(np.mean(scores[name])) for name in sorted(scores)} or None
+
+
+def of_repeat(tensors: Mapping[str, Tensor], repeat: int) -> dict[str, Tensor]:
+    """The tensors of one trial of a checkpoint."""
+    prefix = f"{repeat}|"
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+def saved_agents(out: str | Path) -> dict[str, State]:
+    """The states of the agents that a run's folder keeps of its first seed; none without a checkpoint."""
+    found = Log(Path(out)).last()
+    if found is None or "0" not in found.facts["trials"]:
+        return {}
+    return agent_states(of_repeat(found.tensors, 0), found.facts["trials"]["0"])

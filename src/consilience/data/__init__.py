@@ -72,7 +72,7 @@ def digits(image: bool = False, seed: int = 0) -> Source:
 
     Args:
         image: x is [N, 1, 8, 8].
-        seed: of the test and validation splits.
+        seed: the seed of the test and validation splits.
 
     >>> source = digits()
     >>> len(source.train), len(source.validation), len(source.test), source.labels[3]
@@ -143,7 +143,7 @@ def arrays(
         kind: "class" or "value".
         space: the label space; sources share classes only within the same space. None: `name`.
         validation: the fraction of the training examples that is set apart to choose hyperparameters by.
-        seed: of the splits.
+        seed: the seed of the splits.
 
     Raises:
         ConsilienceError: different lengths, no examples, NaN or infinity, targets that are not among the
@@ -480,7 +480,7 @@ def split_classes(
     """Split a source into n tasks by its classes; their numbers of classes differ by at most one.
 
     Args:
-        source: of classes.
+        source: a source of classes.
         n: how many tasks, at most one per class.
         order: the classes, by number or by name; None: as declared.
         seed: draw the order instead.
@@ -537,12 +537,12 @@ def new_instances_and_classes(
     2017.
 
     Args:
-        source: of classes; its training examples come in groups; make it with `validation=0` to keep their
-            order.
+        source: a source of classes; its training examples come in groups; make it with `validation=0` to keep
+            their order.
         groups: as in `new_instances`.
         first: classes in the first task; None: `each`.
         each: classes in every other task.
-        seed: of the order.
+        seed: the seed of the order.
 
     >>> x, y = [[float(i)] for i in range(8)], [0, 1] * 4
     >>> source = arrays(x, y, test=([[0.0]], [0]), validation=0, name="films")
@@ -572,7 +572,7 @@ def blurry(
         share: the share of examples that leaves each source, in [0, 1); 0 returns the sources unchanged.
         to: "all": evenly to all other sources; "neighbours": half to the one before and half to the one after
             (so the first and the last give half as much), which makes changes gradual.
-        seed: of the draws.
+        seed: the seed of the draws.
 
     >>> [(part.name, len(part.train), part.classes) for part in blurry(split_classes(wine(), 3))][0]
     ('wine/class_0', 42, (0, 1, 2))
@@ -601,7 +601,7 @@ def rotate(source: Source, angles: int | Sequence[float], side: int | None = Non
     Interpolation is bilinear (`grid_sample`); quarter turns of square images are exact.
 
     Args:
-        source: of images [N, C, H, W].
+        source: a source of images [N, C, H, W].
         angles: in degrees; a whole number n means 0, 360/n, 2*360/n, ...
         side: take flat inputs [N, C*side*side] as square images of this side.
 
@@ -614,7 +614,7 @@ def rotate(source: Source, angles: int | Sequence[float], side: int | None = Non
 
 
 # Partitions into clients. All take (source, clients, what shapes the shares), and `seed`, `local_test` and
-# `least` as keywords only: their positions differed once, and a seed in another place would go unnoticed.
+# `least` as keywords only, because a number in the place of another one would go unnoticed.
 
 
 def dirichlet(
@@ -628,10 +628,10 @@ def dirichlet(
     to exactly one client. All clients have all classes of the source, and its task.
 
     Args:
-        source: of classes.
+        source: a source of classes.
         clients: how many.
         alpha: towards 0 every class belongs to one client; towards infinity all shares are 1/K.
-        seed: of the draws.
+        seed: the seed of the draws.
         local_test: deal the test examples by the same shares; otherwise all clients have the source's `test`.
         least: training examples that every client has.
 
@@ -647,9 +647,9 @@ def iid(source: Source, clients: int, *, seed: int = 0, local_test: bool = False
     """Deal a source to clients at random, in shares of equal size.
 
     Args:
-        source: of any kind.
+        source: a source of any kind.
         clients: how many.
-        seed: of the draws.
+        seed: the seed of the draws.
         local_test: deal the test examples too; otherwise all clients have the source's `test`.
 
     >>> [(part.name, len(part.train)) for part in iid(wine(), 3)]
@@ -675,13 +675,13 @@ def quantity_skew(
     """Deal a source to clients at random, in shares of unequal sizes (quantity skew).
 
     Args:
-        source: of any kind.
+        source: a source of any kind.
         clients: how many.
         power: sizes in proportion to (i + 1)^-power for client i (a power law).
         sigma: sizes in proportion to exp(sigma z), z ~ N(0, 1) (log-normal), instead of the power law.
         alpha: sizes in proportion to a draw from Dirichlet(alpha 1), instead of the power law (NIID-Bench, Li
             et al. 2022).
-        seed: of the draws.
+        seed: the seed of the draws.
         local_test: deal the test examples by the same shares; otherwise all clients have the source's `test`.
         least: training examples that every client has; random sizes are drawn again, up to 100 times, until
             they do.
@@ -710,11 +710,11 @@ def label_sets(
     other, or to one more (NIID-Bench, Li et al. 2022).
 
     Args:
-        source: of classes.
+        source: a source of classes.
         clients: how many.
         classes: how many classes each client has; or the classes of each client, by number or by name
             (classes of no client are left out).
-        seed: of the draws.
+        seed: the seed of the draws.
         local_test: deal the test examples in the same way; otherwise all clients have the source's `test`.
 
     >>> [part.classes for part in label_sets(wine(), 3, [["class_0"], ["class_1", "class_2"], [2]])]
@@ -757,10 +757,10 @@ def shards(
     2017).
 
     Args:
-        source: of classes.
+        source: a source of classes.
         clients: how many.
         shards_per_client: shards of each client.
-        seed: of the draws.
+        seed: the seed of the draws.
         local_test: deal the test examples in the same way; otherwise all clients have the source's `test`.
 
     >>> max(len(part.train.targets().unique()) for part in shards(digits(), 5))

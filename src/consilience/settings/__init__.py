@@ -89,7 +89,7 @@ def online(
         chunk: examples that arrive together; the last chunk of a source may have fewer.
         scenario: what targets and task labels are (see `continual`); with "task", labels are given with every
             chunk, and reveal the boundaries.
-        seed: of the order of a source's examples.
+        seed: the seed of the order of a source's examples.
     """
     from dataclasses import replace
 
@@ -177,8 +177,8 @@ def federated(
         scenario: what targets and task labels are (see `continual`).
         participation: the fraction of the clients that train in a round, in (0, 1], instead of their number;
             at least one client trains.
-        weights: of the clients, for "weighted"; None takes their numbers of training examples. Sampling by
-            size and averaging by size count a large client twice; `by_size=False` avoids it.
+        weights: weights of the clients, for "weighted"; None takes their numbers of training examples.
+            Sampling by size and averaging by size count a large client twice; `by_size=False` avoids it.
         available: which clients (numbers from 0) are available in which round (from 0): a list of lists that
             is repeated, a mapping (rounds that it lacks have no clients), or a function (round, seed) ->
             clients. If fewer are available than `clients_per_round`, these train. If there is none, or fewer

@@ -48,6 +48,7 @@ class Lifetimes:
             training = self._training(stage, present)
             if training:
                 yield Train(training)
+
             # Without training and without new agents there is nothing new to share.
             shares = training or new if self.share == "task" else stage == self.stages
             if shares:

@@ -155,7 +155,7 @@ class Participation:
         """Draw the clients of every planned round.
 
         Args:
-            seed: of the draws.
+            seed: the seed of the draws.
             plan: the rounds.
             sizes: the number of training examples of each client's sources.
 
@@ -210,6 +210,7 @@ class Participation:
             # Clients of weight 0 are never drawn, even if too few others are left.
             present = [i for i in present if weight_of[i] > 0]
             weights = [weight_of[i] for i in present]
+
         # Nothing is drawn, so that a run with all clients does not depend on the seed here.
         if wanted >= len(present):
             return present

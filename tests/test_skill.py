@@ -165,7 +165,7 @@ def test_hearing_again_in_any_order_changes_nothing(parts, model):
     trial = walked(cs.settings.skill([parts[:2], parts[2:4], parts[4:]], share="end", graph="ring"), model)
     agent = trial.agents["agent-0"]
     before, messages = cs.skill.bank_hash(agent), list(agent.state.bank.values())
-    new = cs.skill.newcomer(trial.schedule, METHOD, model, TRAINING)
+    new = cs.skill.newcomer(trial.setup.schedule, METHOD, model, TRAINING)
     assert cs.skill.bank_hash(new) == cs.skill.bank_hash({}) != before
     draw = random.Random(1)
     for _ in range(3):
@@ -246,8 +246,8 @@ def test_what_a_failed_agent_told_stays(parts, model):
     assert set(bank) == set(whole.agents["agent-1"].state.bank) - {("agent-0", parts[1].name)}
     kept = ("agent-0", parts[0].name)
     assert bank[kept].to_bytes() == whole.agents["agent-0"].state.bank[kept].to_bytes()
-    assert trial.facts.learned_at[parts[1].name] == ()
-    scores = dict(zip((s.name for s in schedule.sources), trial.rows[-1], strict=True))
+    assert trial.setup.facts.learned_at[parts[1].name] == ()
+    scores = dict(zip((s.name for s in schedule.sources), trial.judge.rows[-1], strict=True))
     assert scores[parts[1].name] == 0 < min(v for n, v in scores.items() if n != parts[1].name)
     later = [p for p in list(schedule.plan(0))[3:] if not isinstance(p, Evaluate)]
     assert later and not any("agent-0" in [*p.who, *(s for ss in p.who.values() for s in ss)] for p in later)
@@ -258,7 +258,7 @@ def test_what_a_failed_agent_had_not_told_is_lost(parts, model):
     schedule = cs.settings.skill(streams, "end", fails={0: 2})
     trial = walked(schedule, model)
     assert {sender for sender, _ in trial.agents["agent-1"].state.bank} == {"agent-1", "agent-2"}
-    assert trial.facts.learned_at[parts[0].name] == trial.facts.learned_at[parts[1].name] == ()
+    assert trial.setup.facts.learned_at[parts[0].name] == trial.setup.facts.learned_at[parts[1].name] == ()
     assert (("agent-0", parts[0].name)) in trial.agents["agent-0"].state.bank
 
 
@@ -431,7 +431,7 @@ def test_the_command_line_takes_graphs_joins_and_fails(tmp_path):
     file = tmp_path / "config.yaml"
     file.write_text(
         "setting:\n  skill:\n    graph: [[0, 1], [1, 2]]\n    joins: {2: 2}\n    fails: {0: 5}\n"
-        "split: {iid: {n: 3}, classes: {n: 5}}\n"
+        "split: {iid: {clients: 3}, classes: {n: 5}}\n"
     )
     told = schedule_of(understand("run", ["--config", str(file)]))
     assert schedule.evaluated == told.evaluated == "agent-1"
@@ -606,7 +606,7 @@ def test_what_no_agent_can_be_made_of(shared, model, parts):
         (bare, {"like": x}, "should have modules. Found none in 5 messages"),
         ({"a": 1}, {"like": x}, "a bank should be an agent's, or messages"),
         (shared.schedule, {"like": x}, "`like` should be left out where a schedule is given"),
-        (None, {}, "`schedule` should be made by consilience.settings. Found None"),
+        (None, {}, "`schedule` must be made by consilience.settings, got None"),
         (bank, {"like": x[:, :9]}, "samples must fit the model's input"),
     ]:
         with pytest.raises(cs.ConsilienceError, match=rule):
@@ -820,7 +820,7 @@ def test_banks_of_files_join_and_the_newest_stays(shared, model, tmp_path):
     cs.skill.give(new, {first.key: first})  # the older one changes nothing
     assert cs.skill.bank_hash(new) == cs.skill.bank_hash(join(shared.state.bank, [newer]))
     twin = replace(newer, items={**newer.items, "model": module}, digest="")
-    with pytest.raises(cs.ConsilienceError, match="a version should have one content"):
+    with pytest.raises(cs.ConsilienceError, match="a version must have one content"):
         cs.skill.give(new, {twin.key: twin})
 
 
@@ -993,7 +993,7 @@ def test_absorbing_is_a_part_of_an_agents_work():
     ledger, a = Ledger(), torch.ones(4, 4)
     for _ in range(2):
         ledger.charge_work("x", ("step", 1), lambda: a @ a)
-        ledger.charge_work("x", ("absorb", 1, 16), lambda: a @ a @ a)
+        ledger.charge_work("x", ("receive", 1, 16), lambda: a @ a @ a)
     page = ledger.costs()["by_agent"]["x"]
     assert page == {"macs": 2 * 64 + 2 * 128, "sent": 0, "received": 0, "receiving": 2 * 128}
     assert ledger.total("macs") == page["macs"]

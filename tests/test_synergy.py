@@ -511,5 +511,5 @@ def test_who_was_reused_cannot_be_forgotten():
     """Rows that came from a sender shaped what was learned: to forget it is refused."""
     method = skilled(HeadReuse(threshold=0.4))
     agent = cs.run(cs.settings.skill([[*OLD[0], NEW], OLD[1]]), method, heads(), TRAINING).agent
-    with pytest.raises(cs.Refusal, match="HeadReuse recalled while this agent learned"):
+    with pytest.raises(cs.Refusal, match="HeadReuse used the items of 'agent-1' in training"):
         agent.forget("agent-1")

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from consilience import ConsilienceError, Refusal, aggregators, data, models
+from consilience.cli.choose import halved
 from consilience.cli.main import main
-from consilience.cli.merging import halved
 from consilience.core.params import key, same, save
 from consilience.core.source import Tensors
 from consilience.merging import _choose, _explore
@@ -616,7 +616,7 @@ def test_answers_that_are_not_finite_are_wrong_and_unsure():
 BAD = {
     "no expert": (dict(experts=[]), "at least one expert"),
     "one source": (dict(sources=data.digits()), "in a list"),
-    "no source": (dict(sources=[]), "should have sources"),
+    "no source": (dict(sources=[]), "must have sources"),
     "a source twice": (
         dict(sources=[data.digits(), data.digits()]),
         "names of their own. Found digits twice",
@@ -635,7 +635,7 @@ BAD = {
         "validation examples",
     ),
     "values": (dict(sources=[data.diabetes()]), "targets are values"),
-    "other inputs": (dict(sources=[data.wine()]), "should fit the model's input"),
+    "other inputs": (dict(sources=[data.wine()]), "must fit the model's input"),
     "scenario": (dict(scenario="tasks"), "task, domain or class"),
 }
 MORE = {
@@ -756,7 +756,7 @@ def test_the_command_judges_on_halves_of_the_test_part_which_no_expert_has_seen(
         "what is shared stays so"
     )
     assert not torch.equal(made[0].test.x, halved([data.digits()], 2)[0].test.x)
-    with pytest.raises(ConsilienceError, match="at least 2. Found fewer in x"):
+    with pytest.raises(ConsilienceError, match="at least 2 test examples, .*; fewer in x"):
         halved([replace(source, test=source.test.select(torch.arange(1)))], 0)
 
 
@@ -766,7 +766,10 @@ def test_a_folder_of_sources_and_a_runs_folder_will_do(tmp_path, capsys):
         x = rng.integers(0, 255, (60, 4, 4), dtype=np.uint8)
         y = (x.reshape(60, -1).mean(1) > 127).astype(int)
         np.savez(tmp_path / f"{name}.npz", train_images=x, train_labels=y, test_images=x, test_labels=y)
-    run = "run --setting continual --data npz --split none --model mlp --model.hidden [4] --training.epochs 1 --method finetune"
+    run = (
+        "run --setting continual --data npz --split none --model mlp --model.hidden [4] "
+        "--training.epochs 1 --method finetune"
+    )
     assert (
         main([*run.split(), "--data.name", str(tmp_path / "left.npz"), "--out", str(tmp_path / "run")]) == 0
     )
@@ -790,24 +793,25 @@ def test_a_folder_of_sources_and_a_runs_folder_will_do(tmp_path, capsys):
 
 
 COMMANDS = {
-    "nothing": ([], "`--data` should be"),
-    "no files": (SPLIT, "should have a base and experts. Found neither"),
-    "no expert": (["BASE", *SPLIT], "should have a base and experts"),
+    "nothing": ([], "`--data` must be"),
+    "no files": (SPLIT, "needs a base and experts, got neither"),
+    "no expert": (["BASE", *SPLIT], "needs a base and experts, got "),
     "missing file": (["BASE", "/no/such.safetensors", *SPLIT], "/no/such.safetensors"),
     "pickle": (["BASE", "PICKLE", *SPLIT], "pickle"),
     "data": (["BASE", "BASE", "--data", "digit"], "nearest: digits"),
     "option": (["BASE", "BASE", *SPLIT, "--labls", "false"], "nearest: --labels"),
-    "inert": (["BASE", "BASE", *SPLIT, "--work", "0.1"], "Found '--work'"),
-    "value": (["BASE", "BASE", *SPLIT, "--seed"], "`--seed` should have a value"),
-    "type": (["BASE", "BASE", *SPLIT, "--seed", "one"], "should be a whole number"),
+    "inert": (["BASE", "BASE", *SPLIT, "--fraction", "0.1"], "no option '--fraction'"),
+    "inert for the setting": (["BASE", "BASE", *SPLIT, "--setting.fraction", "0.1"], "'--setting.fraction'"),
+    "value": (["BASE", "BASE", *SPLIT, "--seed"], "`--seed` needs a value"),
+    "type": (["BASE", "BASE", *SPLIT, "--seed", "one"], "must be a whole number"),
     "aggregator": (["BASE", "BASE", *SPLIT, "--aggregators", "tie"], "nearest: ties"),
     "aggregator with arguments": (["BASE", "BASE", *SPLIT, "--aggregators", "krum"], "`aggregators`"),
     "model": (
         ["BASE", "BASE", "--data", "digits", "--model", "mlp", "--model.hidden", "[9]"],
         "'1.weight' of the base, where the model has (9, 64)",
     ),
-    "empty folder": (["BASE", "BASE", "--data", "EMPTY"], "Found neither in"),
-    "out": (["BASE", "BASE", *SPLIT, "-o", "EMPTY"], "should be a file. Found a folder"),
+    "empty folder": (["BASE", "BASE", "--data", "EMPTY"], "has neither"),
+    "out": (["BASE", "BASE", *SPLIT, "-o", "EMPTY"], "must be a file, but "),
 }
 
 
@@ -824,7 +828,10 @@ def test_bad_commands_are_one_line(case, files, tmp_path, capsys):
 
 
 def test_help_imports_no_torch():
-    code = "import sys; from consilience.cli.main import main; assert main(['choose', '--help']) == 0; assert 'torch' not in sys.modules"
+    code = (
+        "import sys; from consilience.cli.main import main; "
+        "assert main(['choose', '--help']) == 0; assert 'torch' not in sys.modules"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "BASE EXPERT..." in done.stdout and "--distil" in done.stdout

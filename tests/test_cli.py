@@ -11,8 +11,11 @@ import pytest
 import torch
 import yaml
 
-from consilience import methods, report
-from consilience.cli.main import FITTING, flat, main, understand
+from consilience import engines, memory, methods, report
+from consilience.cli.build import method_of, training_of
+from consilience.cli.defaults import FITTING
+from consilience.cli.main import main
+from consilience.cli.options import flat, read, understand
 
 QUICK = ["--training.epochs", "1"]
 KEYS = {
@@ -55,8 +58,8 @@ def same(a: Path, b: Path) -> bool:
 
 def test_a_run_leaves_its_folder_and_its_own_configuration_repeats_it(tmp_path, capsys):
     out, again = tmp_path / "ewc", tmp_path / "again"
-    words = "run --setting continual --data digits --split classes --split.n 5 --method ewc --method.strength 30 --repeats 2"
-    argv = words.split()
+    choices = "--setting continual --data digits --split classes --split.n 5 --method ewc"
+    argv = ["run", *choices.split(), "--method.strength", "30", "--repeats", "2"]
     assert main([*argv, *QUICK, "--out", str(out)]) == 0
     text = capsys.readouterr()
     assert "ewc  10/10" in text.out
@@ -96,6 +99,13 @@ def test_every_setting_runs_with_its_defaults_and_learns(setting, tmp_path):
     assert found["score"] > sum(found["matrix"][0]) / len(found["matrix"][0]) + 0.2
 
 
+@pytest.mark.parametrize("setting", FITTING)
+def test_fitting_options_are_options(setting):
+    order = understand("run", ["--setting", setting])
+    chosen = {**order.values, **order.names}
+    assert {key: chosen[key] for key in FITTING[setting]} == FITTING[setting]
+
+
 @pytest.mark.parametrize("data", ["breast_cancer", "wine", "diabetes"])
 def test_tables_have_a_split_that_fits(data, tmp_path):
     assert main(["run", "--data", data, *QUICK, "--out", str(tmp_path / "out")]) == 0
@@ -129,9 +139,13 @@ def test_compositions_take_options_by_their_parts(setting, tmp_path):
 def test_a_yaml_file_says_what_options_say(tmp_path):
     file = tmp_path / "a.yaml"
     file.write_text(
-        "setting: federated\nsplit: {dirichlet: {alpha: 0.1, clients: 4}}\nmethod: fedprox\nmethod.mu: 1e-2\ntraining: {lr: 0.1}\n"
+        "setting: federated\nsplit: {dirichlet: {alpha: 0.1, clients: 4}}\n"
+        "method: fedprox\nmethod.mu: 1e-2\ntraining: {lr: 0.1}\n"
     )
-    options = "--setting federated --split dirichlet --split.alpha 0.1 --split.clients 4 --method fedprox --method.mu 1e-2 --training.lr 0.1"
+    options = (
+        "--setting federated --split dirichlet --split.alpha 0.1 --split.clients 4 "
+        "--method fedprox --method.mu 1e-2 --training.lr 0.1"
+    )
     assert understand("run", ["--config", str(file)]).config == understand("run", options.split()).config
     changed = understand("run", ["--config", str(file), "--method", "fedavg", "--split.clients", "6"]).config
     assert "fedavg" in changed["method"]
@@ -140,7 +154,10 @@ def test_a_yaml_file_says_what_options_say(tmp_path):
 
 
 def test_models_and_splits_come_one_after_another(tmp_path):
-    argv = "--setting skill --split iid+classes --split.iid.n 2 --model random_features+multi_head --model.random_features.width 256"
+    argv = (
+        "--setting skill --split iid+classes --split.iid.clients 2 "
+        "--model random_features+multi_head --model.random_features.width 256"
+    )
     assert main(["run", *argv.split(), *QUICK, "--out", str(tmp_path / "out")]) == 0
     found = result(tmp_path / "out")
     assert len(found["sources"]) == 10
@@ -155,7 +172,8 @@ def test_a_module_of_ones_own_is_a_model(tmp_path, monkeypatch):
     (tmp_path / "my_nets.py").write_text(
         "import torch\n\nclass Net(torch.nn.Sequential):\n"
         "    def __init__(self, inputs, outputs, width: int = 8):\n"
-        "        super().__init__(torch.nn.Linear(inputs, width), torch.nn.ReLU(), torch.nn.Linear(width, outputs))\n"
+        "        first, second = torch.nn.Linear(inputs, width), torch.nn.Linear(width, outputs)\n"
+        "        super().__init__(first, torch.nn.ReLU(), second)\n"
     )
     assert (
         main(
@@ -165,6 +183,90 @@ def test_a_module_of_ones_own_is_a_model(tmp_path, monkeypatch):
     )
     first, second = result(tmp_path / "out")["matrices"]
     assert first[0] != second[0]  # new weights for each seed
+
+
+POLICY = '''
+from dataclasses import dataclass
+
+from consilience.memory.policies import Ring
+
+
+@dataclass(frozen=True)
+class Recent(Ring):
+    """The last examples.
+
+    Args:
+        every: which of them.
+    """
+
+    every: int = 1
+'''
+
+
+def policies(*argv: str):
+    order = understand("run", argv)
+    return order, [part.policy for part in method_of(order, order.names["method"]).corrections]
+
+
+def test_a_policy_is_a_name_or_a_dotted_path_with_arguments(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_policies.py").write_text(POLICY)
+    assert policies("--method.policy", "herding")[1] == [memory.herding()]
+    assert policies("--method.policy", "consilience.memory.herding")[1] == [memory.herding()]
+    assert policies("--method.policy", "null")[1] == [memory.reservoir()]
+    own = ["--method.policy", "my_policies.Recent"]
+    order, made = policies(*own, "--method.policy.every", "3")
+    assert made[0].every == 3
+    assert order.config["method"]["er"]["policy"] == {"my_policies.Recent": {"every": 3}}
+    assert policies(*own)[0].config["method"]["er"]["policy"] == "my_policies.Recent"
+
+    # A file says the same, nested or by options; another policy on the command line drops the arguments.
+    for text in (yaml.safe_dump(order.config), "method.policy: my_policies.Recent\nmethod.policy.every: 3"):
+        (tmp_path / "config.yaml").write_text(text)
+        assert policies("--config", "config.yaml")[1] == made
+        assert policies("--config", "config.yaml", "--method.policy", "ring")[1] == [memory.ring()]
+    both = [
+        "--method",
+        "er+der",
+        "--method.der.policy",
+        "my_policies.Recent",
+        "--method.der.policy.every",
+        "2",
+    ]
+    assert [getattr(policy, "every", None) for policy in policies(*both)[1]] == [None, 2]
+
+
+def test_policies_of_a_comparison_are_those_of_its_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_policies.py").write_text(POLICY)
+    own = ["--methods.er.policy", "my_policies.Recent", "--methods.er.policy.every", "2"]
+    assert main(["compare", "--methods", "finetune,er", *own, *QUICK, "--out", "cmp"]) == 0
+    assert result(tmp_path / "cmp" / "er")["config"]["method"]["er"]["policy"] == {
+        "my_policies.Recent": {"every": 2}
+    }
+    assert main(["run", "--config", "cmp/er/config.yaml", "--out", "alone"]) == 0
+    assert same(tmp_path / "cmp" / "er", tmp_path / "alone")
+    assert main(["compare", "--resume", "--out", "cmp"]) == 0
+
+
+def test_scenario_and_dtype_have_one_spelling_over_all_commands(tmp_path, capsys):
+    order = understand("run", ["--setting.scenario", "task", "--dtype", "float64"])
+    assert order.config["setting"]["continual"]["scenario"] == "task"
+    assert training_of(order).precision == order.config["training"]["precision"] == "fp64"
+    assert understand("compare", ["--dtype", "bfloat16"]).values["training.precision"] == "bf16"
+    (tmp_path / "config.yaml").write_text("dtype: float64\nsetting: {continual: {scenario: task}}")
+    assert understand("run", ["--config", str(tmp_path / "config.yaml")]).config == order.config
+    for command, old, new in (
+        ("run", "scenario", "setting.scenario"),
+        ("compare", "scenario", "setting.scenario"),
+        ("choose", "scenario", "setting.scenario"),
+        ("run", "training.precision", "dtype"),
+        ("compare", "training.precision", "dtype"),
+        ("merge", "training.precision", "dtype"),
+    ):
+        words = ["--data", "digits"] if command == "choose" else []
+        assert main([command, *words, f"--{old}", "x"]) == 2
+        assert f"`--{old}`; it is called `--{new}` in all commands." in capsys.readouterr().err
 
 
 def test_names_of_splits_have_their_short_form():
@@ -186,15 +288,15 @@ BAD = {
     "option of another method": (["run", "--method", "er", "--method.strength", "1"], "'--method.strength'"),
     "option of the run": (["run", "--repeat", "2"], "--repeats"),
     "option of the training": (["run", "--training.epoch", "2"], "nearest: --training.epochs"),
-    "option without a value": (["run", "--method.size"], "should have a value"),
+    "option without a value": (["run", "--method.size"], "`--method.size` needs a value"),
     "word": (["run", "continual"], "takes options only"),
-    "type": (["run", "--split.n", "five"], "should be a whole number. Found 'five'"),
+    "type": (["run", "--split.n", "five"], "must be a whole number, got 'five'"),
     "fraction for a whole number": (
         ["run", "--training.epochs", "1.5"],
-        "`--training.epochs` should be a whole number",
+        "`--training.epochs` must be a whole number",
     ),
     "literal": (["run", "--method", "ewc", "--method.labels", "modle"], "nearest: model"),
-    "missing argument": (["run", "--data", "npz"], "`--data.name` should be given"),
+    "missing argument": (["run", "--data", "npz"], "`--data.name` must be given"),
     "value of a split": (["run", "--split.n", "11"], "11"),
     "value of the training": (["run", "--training.lr", "-1"], "`lr`"),
     "metric": (["run", "--metric", "acuracy"], "nearest: accuracy"),
@@ -209,13 +311,13 @@ BAD = {
         "torchjd",
     ),
     "head without a trunk": (["run", "--model", "multi_head"], "random_features+multi_head"),
-    "number that is none": (["run", "--training.lr", "nan"], "`--training.lr` should be a number"),
+    "number that is none": (["run", "--training.lr", "nan"], "`--training.lr` must be a number"),
     "list": (["run", "--model", "mlp", "--model.hidden", "32,32"], "a list such as [1, 2]"),
     "dots": (["run", "--method", "..x"], "dotted path"),
-    "unwritable folder": (["run", "--out", "/proc/no/such"], "writable"),
+    "unwritable folder": (["run", "--out", "/proc/no/such"], "/proc/no"),
     "dotted module": (["run", "--method", "no_such_module.method"], "no_such_module"),
     "dotted name": (["run", "--method", "consilience.methods.ewcc"], "nearest: consilience.methods.ewc"),
-    "a switch that is no truth": (["run", "--judge_clients", "maybe"], "takes options only. Found 'maybe'"),
+    "a switch that is no truth": (["run", "--judge_clients", "maybe"], "takes options only, got 'maybe'"),
     "resume without a folder": (["run", "--resume"], "`--out`"),
     "resume of nothing": (["run", "--resume", "--out", "/no/such/run"], "/no/such/run"),
     "report of nothing": (["report"], "folders of runs"),
@@ -228,6 +330,17 @@ BAD = {
         "nearest: --methods.ewc.strength",
     ),
     "option of demo": (["demo", "--outt", "x"], "nearest: --out"),
+    "policy": (["run", "--method.policy", "herdin"], "nearest: herding"),
+    "dotted policy": (
+        ["run", "--method.policy", "consilience.memory.herdin"],
+        "nearest: consilience.memory.herd",
+    ),
+    "option of a policy": (
+        ["run", "--method.policy", "ring", "--method.policy.x", "1"],
+        "'--method.policy.x'",
+    ),
+    "dtype": (["run", "--dtype", "float31"], "nearest: float32"),
+    "dtype without a value": (["run", "--dtype"], "`--dtype` needs a value"),
 }
 
 
@@ -242,15 +355,15 @@ def test_bad_input_is_one_line_with_the_nearest_name(case, capsys):
 
 
 YAML = {
-    "malformed": ("method: {ewc: [", "should be YAML"),
-    "a list": ("- method", "should be a mapping"),
+    "malformed": ("method: {ewc: [", "must be YAML"),
+    "a list": ("- method", "must be a mapping"),
     "unknown key": ("methd: ewc", "nearest: method"),
     "unknown option": ("method: {ewc: {strenght: 1}}", "nearest: method.strength"),
     "unknown name": ("method: {ewcc: {strength: 1}}", "nearest: ewc"),
-    "options that are none": ("method: {ewc: 1}", "should be a mapping of its options"),
-    "wrong type": ("method: {ewc: {strength: much}}", "`--method.strength` should be a number. Found 'much'"),
-    "wrong nested type": ("split: {classes: {n: [1, 2]}}", "should be a whole number"),
-    "not text": (b"\xff\xfe\x00", "should be YAML"),
+    "options that are none": ("method: {ewc: 1}", "must be a mapping of its options"),
+    "wrong type": ("method: {ewc: {strength: much}}", "`--method.strength` must be a number, got 'much'"),
+    "wrong nested type": ("split: {classes: {n: [1, 2]}}", "must be a whole number"),
+    "not text": (b"\xff\xfe\x00", "must be YAML"),
 }
 
 
@@ -282,7 +395,7 @@ def test_a_folder_with_a_run_is_not_overwritten_but_resumed(tmp_path, capsys):
     assert main(argv) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1
-    assert "`out` should be a new folder" in err
+    assert "`out` must be a new folder" in err
     assert (out / "result.json").read_bytes() == before
     assert main(["run", "--resume", "--out", str(out)]) == 0
     assert json.loads(before)["matrices"] == result(out)["matrices"]
@@ -294,10 +407,10 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, capsys):
     import os
     import signal
 
-    import consilience.cli.main as cli
+    import consilience.cli.run as command
 
     out, whole = tmp_path / "out", tmp_path / "whole"
-    real = cli.shown
+    real = command.progress_lines
 
     class Stop:
         def __init__(self, *a):
@@ -318,12 +431,12 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, capsys):
 
     assert main(["run", *QUICK, "--out", str(whole)]) == 0
     capsys.readouterr()
-    monkeypatch.setattr(cli, "shown", Stop)
+    monkeypatch.setattr(command, "progress_lines", Stop)
     assert main(["run", *QUICK, "--out", str(out)]) == 130
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     assert f"--resume --out {out}" in err
-    monkeypatch.setattr(cli, "shown", real)
+    monkeypatch.setattr(command, "progress_lines", real)
     assert main(["run", "--resume", "--out", str(out)]) == 0
     assert same(out, whole)
 
@@ -363,7 +476,10 @@ def test_a_dotted_path_uses_ones_own_function(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my_own_parts.py").write_text(OWN.replace("def broken(:", ""))
     (tmp_path / "my_broken_parts.py").write_text(OWN)
-    argv = "run --setting my_own_parts.line --setting.both true --data my_own_parts.few --data.n 150 --method my_own_parts.half --method.strength 4"
+    argv = (
+        "run --setting my_own_parts.line --setting.both true --data my_own_parts.few --data.n 150 "
+        "--method my_own_parts.half --method.strength 4"
+    )
     assert main([*argv.split(), *QUICK, "--out", "out"]) == 0
     found = result(tmp_path / "out")
     assert found["method"] == "ewc"
@@ -381,13 +497,26 @@ def test_a_dotted_path_uses_ones_own_function(tmp_path, monkeypatch, capsys):
 
 
 def test_help_shows_options_from_docstrings_and_imports_no_torch():
-    code = "import sys; from consilience.cli.main import main; assert main({!r}) == 0; assert 'torch' not in sys.modules, 'torch'"
+    code = (
+        "import sys; from consilience.cli.main import main; "
+        "assert main({!r}) == 0; assert 'torch' not in sys.modules, 'torch'"
+    )
     for argv, says in (
         (["--help"], "compare"),
         (["run", "--help"], "--checkpoint_seconds"),
         (["run", "--method", "ewc", "--help"], "of the penalty"),
         (["run", "--setting", "federated", "--method", "ewc+er", "--help"], "--method.er.size"),
         (["compare", "--methods", "ewc,er", "--help"], "--methods.er.size"),
+        (["run", "--help"], "--engine {" + ",".join(engines.NAMES) + "}"),
+        (
+            ["run", "--method", "aggregate", "--method.aggregator", "ties", "--help"],
+            "--method.aggregator.density",
+        ),
+        (["compare", "--help"], "--dtype {float32,float64,bfloat16}"),
+        (["choose", "--help"], "--setting.scenario {task,domain,class}"),
+        (["methods", "--help"], "--help"),
+        (["report", "--help"], "--out OUT"),
+        (["demo", "--help"], "--out OUT"),
     ):
         done = subprocess.run(
             [sys.executable, "-c", code.format(argv)], capture_output=True, text=True, check=False
@@ -442,7 +571,7 @@ def test_compare_runs_each_and_report_reads_them(tmp_path, capsys, monkeypatch):
     assert same(out / "ewc+er", alone)
     capsys.readouterr()
     assert main(argv) == 2
-    assert "`out` should be a new folder" in capsys.readouterr().err
+    assert "`out` must be a new folder" in capsys.readouterr().err
     assert main(["compare", "--resume", "--methods", "finetune,ewc", "--out", str(out)]) == 2
     assert "resumes with the configuration it began with" in capsys.readouterr().err
     (out / "er" / "result.json").unlink()
@@ -470,8 +599,6 @@ def test_a_comparison_where_all_refuse_fails_before_it_writes(tmp_path, capsys):
 
 
 def test_switches_take_what_help_shows():
-    from consilience.cli.main import read
-
     assert read(["--judge_clients", "true", "--resume", "--out", "x"]) == (
         {"judge_clients": "true", "resume": "true", "out": "x"},
         [],

@@ -700,6 +700,7 @@ def test_command(hub, tmp_path, capsys):
     capsys.readouterr()
     assert main(["merge", "--help"]) == 0
     assert "--allow-vocabulary" in (said := capsys.readouterr().out) and "--weights" in said
+    assert "--dtype" in said
 
 
 @pytest.mark.parametrize(
@@ -709,10 +710,10 @@ def test_command(hub, tmp_path, capsys):
         (["--aggregator", "tise"], "nearest: ties"),
         (
             ["--aggregator", "ties", "--aggregator.density", "2"],
-            "`density` should be in (0, 1]. Found `density = 2.0`.",
+            "`density` must be in (0, 1], got 2.0.",
         ),
-        ([], "`--out` should be a new file or folder"),
-        (["--memory", "much", "-o", "x"], "`--memory` should be bytes, such as 512MB. Found 'much'"),
+        ([], "`--out` must be a new file or folder"),
+        (["--memory", "much", "-o", "x"], "`--memory` must be bytes, such as 512MB, got 'much'"),
         (["--dtype", "float31", "-o", "x"], "nearest: float32"),
     ],
 )
@@ -726,7 +727,7 @@ def test_command_says_what_is_wrong(hub, capsys, monkeypatch, tmp_path, more, sa
 
 def test_command_wants_experts(capsys):
     assert main(["merge", "one"]) == 2
-    assert "should have a base (or none) and experts. Found one." in capsys.readouterr().err
+    assert "needs a base (or none) and experts, got one." in capsys.readouterr().err
 
 
 # What a careful reader found
@@ -948,9 +949,9 @@ def test_the_configuration_tells_the_dtype_written(hub, tmp_path):
     ("lines", "said"),
     [
         ({"aggregator": {"ties": {"densty": 0.5}}}, "nearest: --aggregator.density"),
-        ({"aggregator": {"ties": 0.2}}, "should be a name, or one with a mapping of its options"),
-        ({"experts": 3}, "`experts` should be a list of text. Found 3"),
-        ({"allow": {"missing": 1}}, "`allow` should be a list of text"),
+        ({"aggregator": {"ties": 0.2}}, "must be a name, or one with a mapping of its options"),
+        ({"experts": 3}, "`experts` must be a list of text, got 3"),
+        ({"allow": {"missing": 1}}, "`allow` must be a list of text"),
     ],
 )
 def test_yaml_says_what_is_wrong(hub, tmp_path, capsys, lines, said):

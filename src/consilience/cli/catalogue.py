@@ -1,0 +1,115 @@
+"""Names on the command line: the functions of the catalogues, and dotted paths to functions of users.
+
+Nothing here imports torch: signatures and docstrings are read, and no function is called.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from consilience.cli.defaults import FITTING
+from consilience.core.errors import ConsilienceError, unknown
+
+ROOMS = {
+    "setting": "settings",
+    "data": "data",
+    "split": "data",
+    "method": "methods",
+    "methods": "methods",
+    "model": "models",
+    "aggregator": "aggregators",
+    "policy": "memory",
+    "mapper": "mappers",
+}
+"""The room of each kind of choice."""
+
+HIDDEN = {
+    "arrays",
+    "embed",
+    "head2toe",
+    "leave_one_out",
+    "macs",
+    "new_instances",
+    "new_instances_and_classes",
+    "stream",
+    "wrap",
+}
+"""Functions of a catalogue that need objects as arguments, not text."""
+
+
+def catalogue(choice: str) -> dict[str, Callable[..., Any]]:
+    """List the functions that a choice can name.
+
+    >>> sorted(catalogue("policy"))
+    ['class_balanced', 'growing', 'herding', 'reservoir', 'ring']
+    """
+    # A metric has no catalogue: its names are known to the run, and its dotted paths are resolved here.
+    if choice not in ROOMS:
+        return {}
+
+    module = importlib.import_module(f"consilience.{ROOMS[choice]}")
+    names = getattr(module, "__all__", FITTING)
+    found = {name: getattr(module, name) for name in names if name not in HIDDEN}
+
+    # One room has both data and splits; a split takes sources first.
+    if choice in ("data", "split"):
+        splits = {name for name, call in found.items() if first_argument(call) in ("source", "sources")}
+        found = {
+            name.removeprefix("split_"): call
+            for name, call in found.items()
+            if (name in splits) == (choice == "split")
+        }
+    return {name: call for name, call in found.items() if inspect.isfunction(call)}
+
+
+def first_argument(call: Callable[..., Any]) -> str:
+    """Name the first parameter of a function; "" for none."""
+    return next(iter(inspect.signature(call).parameters), "")
+
+
+def resolve(choice: str, name: str) -> Callable[..., Any]:
+    """Find a function of the catalogue by its name, or one of the user by its dotted path."""
+    known = catalogue(choice)
+    if name in known:
+        return known[name]
+    module_name, _, attribute = name.rpartition(".")
+    if not module_name:
+        raise unknown(choice, name, known)
+
+    # The console script does not search the working directory, where modules of users are.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except (ImportError, SyntaxError, TypeError, ValueError) as error:
+        raise ConsilienceError(
+            f"`{choice}` must be a name of the catalogue or a dotted path, got {name!r}: {error}."
+        ) from error
+
+    call: Callable[..., Any] | None = getattr(module, attribute, None)
+    if call is None or not callable(call):
+        public = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise unknown(choice, name, [f"{module_name}.{key}" for key in public])
+    return call
+
+
+def nearest(name: str, known: Iterable[str], sign: str = "--") -> str:
+    """Say which known names are nearest, for the end of a message.
+
+    >>> nearest("repeat", ["repeats", "seed"])
+    'nearest: --repeats'
+    """
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    if not near:
+        # The last word may be right where the prefix is wrong, as in --strength for --method.strength.
+        by_tail = {key.rpartition(".")[2]: key for key in known}
+        tails = difflib.get_close_matches(name.rpartition(".")[2], list(by_tail), n=1, cutoff=0.5)
+        near = [by_tail[tail] for tail in tails]
+    return f"nearest: {', '.join(sign + key for key in near)}" if near else "--help lists them"

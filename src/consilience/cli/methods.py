@@ -1,0 +1,100 @@
+"""The command `consilience methods`: the catalogue, with the settings in which each method runs."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from consilience.cli.build import method_of
+from consilience.cli.catalogue import catalogue
+from consilience.cli.options import Order, Part, check_options, given_options, named_parts, order_of
+from consilience.core.errors import Refusal
+
+if TYPE_CHECKING:
+    from consilience.core.method import Method
+    from consilience.core.schedule import Schedule
+
+EXAMPLES = {"aggregator": "mean", "mapper": "min_entropy"}
+"""Arguments for methods that need one."""
+
+
+def methods(argv: Sequence[str]) -> int:
+    """Print every method: what it does, where it runs, its paper."""
+    given, helping = given_options("methods", argv)
+    check_options("methods", given, ["help"], helping)
+    if order_of("methods", [], {}, {}, {}, helping) is None:
+        return 0
+
+    # A method decides by a schedule, so the smallest one of each setting is enough to ask it.
+    schedules = tiny()
+    for name, call in catalogue("method").items():
+        first, _, rest = (inspect.getdoc(call) or "").partition("\n")
+        paper = re.search(r"^Paper: (.*?)(?=\n\n|\Z)", rest, re.M | re.S)
+        print(f"{name}: {first}")
+        print(f"    settings: {settings_of(example(name, call), schedules)}")
+        print(f"    paper: {' '.join(paper[1].split()) if paper else '-'}")
+    return 0
+
+
+def example(name: str, call: Callable[..., Any]) -> Method:
+    """Build a method with its defaults, and with an example for each argument that has none."""
+    parameters = inspect.signature(call).parameters.items()
+    needed = [argument for argument, parameter in parameters if parameter.default is parameter.empty]
+    # Inputs cannot be given as text, so they are no option.
+    if "unlabelled" in needed:
+        made: Method = call(unlabelled=[[0.0] * 4])
+        return made
+
+    part = Part("method", "method", name, call)
+    values: dict[str, Any] = {key: parameter.default for key, parameter in part.options().items()}
+    values |= {part.option(argument): EXAMPLES[argument] for argument in needed if argument in EXAMPLES}
+    named = named_parts([part], values)
+    for other in named:
+        values |= {key: parameter.default for key, parameter in other.options().items()}
+    return method_of(Order((part, *named), values), name)
+
+
+def settings_of(method: Method, schedules: Mapping[str, Schedule]) -> str:
+    """List the settings in which a method runs, and say where it needs task labels."""
+    from consilience.api import default_model
+
+    runs = []
+    for setting, schedule in schedules.items():
+        for scenario, note in (("class", ""), ("task", " (scenario task)")):
+            facts = replace(schedule, scenario=scenario).survey()
+            try:
+                method.resolve(replace(facts, model=default_model(schedule, method)))
+            except Refusal:
+                continue
+            runs.append(setting + note)
+            break
+
+    # One word says it where all settings are alike.
+    notes = {entry.partition(" ")[2] for entry in runs}
+    if len(runs) == len(schedules) and len(notes) == 1:
+        return f"all {notes.pop()}".strip()
+    return ", ".join(runs) or "none"
+
+
+def tiny() -> dict[str, Schedule]:
+    """Build the smallest schedule of each setting."""
+    import numpy as np
+
+    from consilience import data, settings
+
+    inputs = np.arange(160, dtype="float32").reshape(40, 4) / 160
+    first, second = data.split_classes(data.arrays(inputs, np.arange(40) % 4), 2)
+    pair = [first, second]
+    other = [replace(source, name=source.name + "'") for source in pair]
+    return {
+        "multitask": settings.multitask(pair),
+        "continual": settings.continual(pair),
+        "federated": settings.federated(pair, rounds=2),
+        "federated_continual": settings.federated_continual([pair, other], rounds=1),
+        "merging": settings.merging(pair),
+        "exmodel": settings.exmodel(sources=pair),
+        "skill": settings.skill([pair, other]),
+    }

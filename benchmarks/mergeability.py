@@ -38,7 +38,7 @@ from consilience.core.schedule import Evaluate, Expert, Schedule, Train, build
 from consilience.core.source import Source, Tensors
 from consilience.merging._analysis import disentanglement, transfer_matrix
 from consilience.merging._diagnose import draw
-from consilience.report._svg import lines_chart
+from consilience.report._svg import Axis, lines_chart
 
 NAMES = {
     "mnist": "mnist",
@@ -268,7 +268,7 @@ def figure(
     into: Path, name: str, title: str, stages: Sequence[str], series: Sequence[tuple[str, Sequence[float]]]
 ) -> str:
     """A line chart as a file; returns the line that shows it."""
-    chart = lines_chart(title, stages, series, [], [], True, percent, lambda v, step: percent(v))
+    chart = lines_chart(title, stages, series, Axis(True, percent, lambda v, step: percent(v)))
     draw(into / f"mergeability_{name}.svg", [(title, chart)])
     return f"![{title}](mergeability_{name}.svg)"
 

@@ -49,7 +49,7 @@ from consilience.core.message import Module
 from consilience.core.params import write_json
 from consilience.core.source import Source
 from consilience.merging._diagnose import draw
-from consilience.report._svg import lines_chart
+from consilience.report._svg import Axis, lines_chart
 
 SIZE, TRAIN, TEST, BB_EPOCHS = 128, 700, 300, 10
 SEED = int(os.environ.get("CONSILIENCE_SKILL_SEED", "0"))
@@ -413,7 +413,7 @@ def lines(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
 def chart(
     into: Path, name: str, title: str, stages: Sequence[str], series: Mapping[str, Sequence[float]]
 ) -> str:
-    svg = lines_chart(title, stages, list(series.items()), [], [], True, pc, lambda v, step: pc(v))
+    svg = lines_chart(title, stages, list(series.items()), Axis(True, pc, lambda v, step: pc(v)))
     draw(into / f"skill_{name}.svg", [(title, svg)])
     return f"![{title}](skill_{name}.svg)"
 

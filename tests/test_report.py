@@ -242,15 +242,15 @@ def test_load_reads_null_as_nan(tmp_path):
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (None, "should hold result.json. Found none"),
-        ("{", "whole JSON"),
-        ("[1]", "JSON object. Found a list"),
+        (None, "has no result.json"),
+        ("{", "complete JSON"),
+        ("[1]", "JSON object, got a list"),
         ("{}", "Found a fault: 'setting'"),
-        (b"\xff\xfe\x00", "whole JSON"),
+        (b"\xff\xfe\x00", "complete JSON"),
         ({"matrices": [[1.0], [2.0, 3.0]]}, "at "),
         ({"stages": ["one"]}, "repeats x 2 x 3"),
         ({"learned_at": None}, "at "),
-        ({"matrices": []}, "Found 0"),
+        ({"matrices": []}, "got 0"),
     ],
 )
 def test_load_names_the_path(tmp_path, content, says):
@@ -266,7 +266,7 @@ def test_load_names_the_path(tmp_path, content, says):
 
 
 def test_write_where_nothing_can_be_written(tmp_path):
-    with pytest.raises(ConsilienceError, match="writable"):
+    with pytest.raises(ConsilienceError, match="cannot write"):
         report.write([make()], tmp_path)
 
 

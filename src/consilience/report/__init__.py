@@ -1,4 +1,4 @@
-"""Results to read: a text table, a Markdown table, one HTML file that opens offline, and results read from folders.
+"""Results to read: a text table, a Markdown table, and one HTML file that opens offline.
 
 >>> from consilience import report
 >>> sorted(report.__all__)
@@ -21,7 +21,9 @@ __all__ = ["load", "markdown", "table", "write"]
 
 
 def write(results: Sequence[Result], path: str | Path, title: str | None = None) -> Path:
-    """Write one self-contained HTML file about one or many results; it opens offline, in light and dark, and prints.
+    """Write one self-contained HTML file about one or many results.
+
+    It opens offline, in a light and a dark scheme, and can be printed.
 
     >>> import tempfile
     >>> from consilience.report._text import example
@@ -32,17 +34,18 @@ def write(results: Sequence[Result], path: str | Path, title: str | None = None)
     from consilience.core.params import write_bytes
     from consilience.report._page import page
 
+    # Names of sources may have characters that no encoding has, such as halves of surrogate pairs.
     path = Path(path)
     write_bytes(path, page(results, title).encode("utf-8", "replace"))
     return path
 
 
 def load(folder: str | Path) -> Result:
-    """Read the result of a run's folder (`result.json`).
+    """Read the result of a run from its folder (`result.json`).
 
     >>> load("/nowhere")
     Traceback (most recent call last):
-    consilience.core.errors.ConsilienceError: a run's folder should hold result.json. Found none in /nowhere.
+    consilience.core.errors.ConsilienceError: /nowhere has no result.json; a run writes it when it ends.
     """
     import json
 
@@ -51,27 +54,32 @@ def load(folder: str | Path) -> Result:
     path = Path(folder) / "result.json"
     try:
         found = json.loads(path.read_bytes())
-    except FileNotFoundError as e:
-        raise ConsilienceError(f"a run's folder should hold result.json. Found none in {folder}.") from e
-    except OSError as e:
-        raise ConsilienceError(f"a result should be readable. Found {e.strerror or e} at {path}.") from e
-    except ValueError as e:
-        raise ConsilienceError(f"a result should be whole JSON. Found {e} at {path}.") from e
+    except FileNotFoundError as error:
+        raise ConsilienceError(f"{folder} has no result.json; a run writes it when it ends.") from error
+    except OSError as error:
+        raise ConsilienceError(f"cannot read {path}: {error.strerror or error}.") from error
+    except ValueError as error:
+        raise ConsilienceError(f"a result must be complete JSON, got {error} at {path}.") from error
     if not isinstance(found, dict):
-        raise ConsilienceError(f"a result should be a JSON object. Found a {type(found).__name__} at {path}.")
+        raise ConsilienceError(f"a result must be a JSON object, got a {type(found).__name__} at {path}.")
+
+    # A file edited by hand may have the right keys and wrong values.
     try:
         result = Result.from_json(found)
-    except (ConsilienceError, TypeError, ValueError) as e:
-        raise ConsilienceError(f"{str(e).rstrip('.')}, at {path}.") from e
-    shape = (len(result.stages) + 1, len(result.sources))
-    if (
-        result.matrices.ndim != 3
-        or not result.repeats
-        or result.matrices.shape[1:] != shape
-        or len(result.learned_at) != shape[1]
-    ):
-        raise ConsilienceError(
-            f"a result's matrices should be repeats x {shape[0]} x {shape[1]} (stages + 1, sources). "
-            f"Found {' x '.join(map(str, result.matrices.shape))} at {path}."
-        )
+    except (ConsilienceError, TypeError, ValueError) as error:
+        raise ConsilienceError(f"{str(error).rstrip('.')}, at {path}.") from error
+    check_shapes(result, path)
     return result
+
+
+def check_shapes(result: Result, path: Path) -> None:
+    """Refuse matrices that do not fit the stages and sources."""
+    rows, columns = len(result.stages) + 1, len(result.sources)
+    shape = result.matrices.shape
+    fits = len(shape) == 3 and shape[0] > 0 and shape[1:] == (rows, columns)
+    if not fits or len(result.learned_at) != columns:
+        got = " x ".join(map(str, shape))
+        raise ConsilienceError(
+            f"the matrices of a result must be repeats x {rows} x {columns} (stages + 1, sources), "
+            f"got {got} at {path}."
+        )

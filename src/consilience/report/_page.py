@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
 from consilience.report._style import SCRIPT, STYLE
-from consilience.report._svg import Point, bars_chart, esc, heat_map, lines_chart, scatter
+from consilience.report._svg import Axis, Point, bars_chart, esc, heat_map, lines_chart, scatter
 from consilience.report._text import (
-    FACTS,
     PERCENT,
+    TRAITS,
+    Column,
     clean,
     columns,
     duration,
-    fact,
     human,
     markdown,
     matrix_columns,
     number,
     score,
+    trait,
     tsv,
 )
 
@@ -30,47 +31,39 @@ if TYPE_CHECKING:
 
     from consilience.loop.result import Result
 
-
+# The page asks the network for nothing, and the browser enforces it.
 POLICY = "default-src 'none';style-src 'unsafe-inline';script-src 'unsafe-inline';img-src data:"
-"""The page asks the network for nothing, and the browser holds it to that."""
+FOOTER = (
+    "Scores are on each source&#8217;s test data. ± is one standard deviation over repeats; "
+    "curves and costs along a run are of the first repeat. "
+    "MACs count forward and backward; bytes are as sent."
+)
+COSTS = {"macs": ("MACs", "MACs"), "bytes": ("bytes", "bytes sent")}
+"""Costs that scores are drawn against: their unit, and what they are called."""
+
+Place = tuple[str, tuple[str, ...]]
 
 
 def page(results: Sequence[Result], title: str | None = None) -> str:
-    """The HTML text of a report."""
-    columns(results)
+    """Write the HTML text of a report."""
+    tables = f"{copy('Markdown', markdown(results))}{copy('Tab-separated', tsv(columns(results).columns))}"
     labels = names(results)
-    places = list(dict.fromkeys(place(r) for r in results))
-    settings = list(dict.fromkeys(r.setting for r in results))
-    title = title or (
-        f"{clean(results[0].method)}, {clean(results[0].setting)}"
-        if len(results) == 1
-        else "Comparison of methods"
-    )
-    few = len(results) <= 4
-    body = []
-    for at in places:
-        own = [i for i, r in enumerate(results) if place(r) == at]
-        setting, sources = at
-        alone = sum(other[0] == setting for other in places) == 1
-        heading = (
-            clean(setting) if alone else f"{clean(setting)}: {clean(sources[0])} to {clean(sources[-1])}"
-        )
-        body.append(group(heading, [results[i] for i in own], [labels[i] for i in own], own))
-    body.append(
-        '<h2 id="results">Each result</h2>' if len(results) > 1 else '<h2 id="results">In detail</h2>'
-    )
-    body += [
-        detail(r, labels[i], i, few or not i, low_high(results, r.metric)) for i, r in enumerate(results)
-    ]
-    body.append(
-        f"<h2>Tables to copy</h2><div class=grid>{copy('Markdown', markdown(results))}"
-        f"{copy('Tab-separated', tsv(columns(results)[1]))}</div>"
-    )
-    lead = [
-        counted(len(results), "result"),
-        counted(len(settings), "setting"),
-        *(clean(d) for d in dict.fromkeys(r.data for r in results)),
-    ]
+    if not title:
+        only = f"{clean(results[0].method)}, {clean(results[0].setting)}"
+        title = only if len(results) == 1 else "Comparison of methods"
+
+    # One section per setting and its sources, then every result in detail; of many only the first is open.
+    places = list(dict.fromkeys(place(result) for result in results))
+    body = [group(at, places, results, labels) for at in places]
+    body.append(f'<h2 id="results">{"Each result" if len(results) > 1 else "In detail"}</h2>')
+    for i, result in enumerate(results):
+        opened = len(results) <= 4 or i == 0
+        body.append(detail(result, labels[i], i, opened, colour_range(results, result.metric)))
+    body.append(f"<h2>Tables to copy</h2><div class=grid>{tables}</div>")
+
+    settings = {result.setting for result in results}
+    data = dict.fromkeys(result.data for result in results)
+    lead = [counted(len(results), "result"), counted(len(settings), "setting"), *map(clean, data)]
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
@@ -78,325 +71,394 @@ def page(results: Sequence[Result], title: str | None = None) -> str:
         f'<link rel="icon" href="data:,"><title>{esc(title)}</title><style>{STYLE}</style></head><body>'
         f"<header><p class=brand>Consilience</p><h1>{esc(title)}</h1>"
         f"<p class=lead>{' <i>/</i> '.join(map(esc, lead))}</p></header>"
-        f"<main>{''.join(body)}</main><footer>Scores are on each source&#8217;s test data. "
-        "± is one standard deviation over repeats; "
-        "curves and costs along a run are of the first repeat. MACs count forward and backward; bytes are as sent.</footer>"
-        f"<script>{SCRIPT}</script></body></html>\n"
+        f"<main>{''.join(body)}</main><footer>{FOOTER}</footer><script>{SCRIPT}</script></body></html>\n"
     )
 
 
-def place(r: Result) -> tuple[str, tuple[str, ...]]:
-    """What results must share to be compared: the setting and the sources."""
-    return r.setting, r.sources
+# Names and units.
 
 
-def counted(n: int, what: str) -> str:
-    """A number of things.
+def place(result: Result) -> Place:
+    """What results must have in common to be compared: the setting and the sources."""
+    return result.setting, result.sources
+
+
+def counted(count: int, what: str) -> str:
+    """Write a number of things.
 
     >>> counted(1, "setting"), counted(2, "result")
     ('1 setting', '2 results')
     """
-    return f"{n} {what}{'s' * (n != 1)}"
+    return f"{count} {what}{'s' * (count != 1)}"
 
 
 def names(results: Sequence[Result]) -> list[str]:
-    """A name for each result: its method, with what else tells it from the others.
+    """Name each result: by its method, and by what distinguishes it from others of that method.
 
     >>> from consilience.report._text import example
     >>> names([example(), example("er"), example()])
     ['ewc', 'er', 'ewc (2)']
     """
+    # Traits that differ within a place; those that differ between places are in the headings.
+    places = {place(result) for result in results}
     differ = [
-        n
-        for n in FACTS
-        if n != "setting"
-        and len({(place(r), fact(r, n)) for r in results}) > len({place(r) for r in results})
+        name
+        for name in TRAITS
+        if name != "setting"
+        and len({(place(result), trait(result, name)) for result in results}) > len(places)
     ]
-    out: list[str] = []
-    seen: dict[tuple[object, str], int] = {}
-    for r in results:
-        twice = sum(o.method == r.method and place(o) == place(r) for o in results) > 1
-        extra = (
-            [fact(r, n) if n != "repeats" else counted(r.repeats, "repeat") for n in differ] if twice else []
-        )
-        name = ", ".join([clean(r.method) or "(no name)", *extra])
-        seen[place(r), name] = seen.get((place(r), name), 0) + 1
-        out.append(name if seen[place(r), name] == 1 else f"{name} ({seen[place(r), name]})")
-    return out
+
+    found: list[str] = []
+    seen: dict[tuple[Place, str], int] = {}
+    for result in results:
+        parts = [clean(result.method) or "(no name)"]
+        at = place(result)
+        if sum(other.method == result.method and place(other) == at for other in results) > 1:
+            repeats = counted(result.repeats, "repeat")
+            parts += [repeats if name == "repeats" else trait(result, name) for name in differ]
+        name = ", ".join(parts)
+        seen[at, name] = seen.get((at, name), 0) + 1
+        found.append(name if seen[at, name] == 1 else f"{name} ({seen[at, name]})")
+    return found
 
 
-def say(percent: bool) -> Callable[[float], str]:
-    """A score with its unit."""
-    return lambda v: number(v, percent) + (" %" if percent and math.isfinite(v) else "")
+def axis_of(metric: str) -> Axis:
+    """How scores of a metric are written."""
+    percent = metric in PERCENT
 
+    def say(value: float) -> str:
+        return number(value, percent) + (" %" if percent and math.isfinite(value) else "")
 
-def tick(percent: bool) -> Callable[[float, float], str]:
-    """A score on an axis, with the digits that the step between marks needs."""
-
-    def text(v: float, step: float) -> str:
+    def tick(value: float, step: float) -> str:
         shown = step * (100 if percent else 1)
-        digits = (
-            0
-            if shown >= 1 and abs(shown - round(shown)) < 1e-9
-            else max(1, math.ceil(-math.log10(shown) - 1e-9))
-        )
-        return number(v, percent, digits)
+        # As many digits as the step needs.
+        integral = shown >= 1 and abs(shown - round(shown)) < 1e-9
+        digits = 0 if integral else max(1, math.ceil(-math.log10(shown) - 1e-9))
+        return number(value, percent, digits)
 
-    return text
+    return Axis(percent, say, tick)
 
 
-def low_high(results: Sequence[Result], metric: str) -> tuple[float, float]:
-    """The range of a heat map's colours, equal for all results of one metric."""
+def unit_of(metric: str) -> str:
+    """The unit of a metric, for a heading."""
+    return " (%)" if metric in PERCENT else ""
+
+
+def colour_range(results: Sequence[Result], metric: str) -> tuple[float, float]:
+    """The values of the faintest and the strongest colour, equal for all results of one metric."""
     if metric in PERCENT:
         return 0.0, 1.0
-    finite = [
-        v for r in results if r.metric == metric for v in r.matrix.ravel().tolist() if math.isfinite(v)
-    ] or [0.0, 1.0]
+    matrices = [result.matrix.ravel().tolist() for result in results if result.metric == metric]
+    finite = [value for values in matrices for value in values if math.isfinite(value)] or [0.0, 1.0]
     low, high = min(finite), max(finite)
-    return (
-        (min(0.0, max(low, -1.0)), 1.0)
-        if metric == "r2" and high <= 1
-        else (low, high if high > low else low + 1)
-    )
+
+    # A far negative r2 would leave all others the strongest colour.
+    if metric == "r2" and high <= 1:
+        return min(0.0, max(low, -1.0)), 1.0
+    return low, high if high > low else low + 1
+
+
+def finite_or_nan(value: object) -> float:
+    """A number, or NaN for what is none."""
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
+# Pieces of HTML.
 
 
 def figure(title: str, svg: str, note: str = "", wide: bool = False) -> str:
-    """A chart with its title."""
+    """Write a chart with its title."""
     small = f"<small>{esc(note)}</small>" if note else ""
     caption = f"<figcaption>{esc(title)}{small}</figcaption>"
     return f'<figure class="card{" wide" if wide else ""}">{caption}<div class=scroll>{svg}</div></figure>'
 
 
 def copy(title: str, text: str) -> str:
-    """A text with a button that copies it."""
+    """Write a text with a button that copies it."""
     return (
-        f'<div class="card copy"><figcaption>{esc(title)}<button type="button">Copy</button></figcaption>'
-        f'<textarea readonly rows="8" spellcheck="false" wrap="off" aria-label="{esc(title)}">\n{escape(text)}</textarea></div>'
-    ).replace("figcaption>", "h4>")
+        f'<div class="card copy"><h4>{esc(title)}<button type="button">Copy</button></h4>'
+        f'<textarea readonly rows="8" spellcheck="false" wrap="off" aria-label="{esc(title)}">\n'
+        f"{escape(text)}</textarea></div>"
+    )
 
 
-def group(setting: str, results: Sequence[Result], labels: Sequence[str], ids: Sequence[int]) -> str:
-    """The table of one setting, and what its results cost."""
-    agreed, found = columns(results)
+def chips(facts: Iterable[tuple[str, str]]) -> str:
+    """Write names and values in a row."""
+    shown = "".join(f"<span><b>{esc(name)}</b> {esc(value)}</span>" for name, value in facts)
+    return f"<p class=chips>{shown}</p>"
+
+
+# The section of one setting.
+
+
+def group(at: Place, places: Sequence[Place], results: Sequence[Result], labels: Sequence[str]) -> str:
+    """Write the table and the charts of the results in one place."""
+    setting, sources = at
+    heading = clean(setting)
+    if sum(other[0] == setting for other in places) > 1:
+        heading = f"{heading}: {clean(sources[0])} to {clean(sources[-1])}"
+
+    own = [i for i, result in enumerate(results) if place(result) == at]
+    compared = [results[i] for i in own]
+    named = [labels[i] for i in own]
+    agreed, found = columns(compared)
     agreed.pop("setting", None)
-    chips = "".join(f"<span><b>{esc(n)}</b> {esc(v)}</span>" for n, v in agreed.items())
-    head = "".join(f'<th scope="col"{" class=r" if c.right else ""}>{esc(c.name)}</th>' for c in found)
-    peers: dict[tuple[str, str], list[float]] = {}
-    for r in results:
-        peers.setdefault((r.data, r.metric), []).append(r.score)
-    rows = []
-    for k, r in enumerate(results):
-        cells = []
-        for c in found:
-            text = esc(c.cells[k])
-            if c.name == "method":
-                cells.append(f'<th scope="row"><a href="#r{ids[k]}">{text}</a></th>')
-            elif c is found[score_at(found)]:
-                rivals = peers[r.data, r.metric]
-                best = (
-                    " best"
-                    if len(rivals) > 1 and r.score == max(filter(math.isfinite, rivals), default=None)
-                    else ""
-                )
-                share = (
-                    f' style="--v:{100 * min(1.0, max(0.0, r.score)):.1f}%"'
-                    if r.metric in PERCENT and math.isfinite(r.score)
-                    else ""
-                )
-                cells.append(f'<td class="r score{best}"{share}>{text}</td>')
-            else:
-                cells.append(f"<td{' class=r' if c.right else ''}>{text if text != '-' else '<i>-</i>'}</td>")
-        rows.append(f"<tr>{''.join(cells)}</tr>")
-    table = (
-        f"<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
-    )
-    charts = []
-    for (metric, _), own_stages in stages_of(results).items():
-        if 2 <= len(own_stages) <= 8:
-            percent = metric in PERCENT
-            same = [k for k, r in enumerate(results) if r.metric == metric]
-            series = [(labels[k], results[k].matrix.mean(1).tolist()) for k in own_stages]
-            stages = ["start", *results[own_stages[0]].stages]
-            many = f"{counted(len(series), 'result')} over {counted(len(stages) - 1, 'stage')}"
-            label = f"Line chart: mean {metric} of {many} in {setting}."
-            svg = lines_chart(
-                label,
-                stages,
-                series,
-                [],
-                [],
-                percent,
-                say(percent),
-                tick(percent),
-                [same.index(k) for k in own_stages],
-            )
-            charts.append(
-                figure(f"{metric}{' (%)' * percent} over stages", svg, "Mean over sources and repeats")
-            )
-    for metric in dict.fromkeys(r.metric for r in results):
-        own = [(r, n) for r, n in zip(results, labels, strict=True) if r.metric == metric]
-        for what, unit, words in (("macs", "MACs", "MACs"), ("bytes", "bytes", "bytes sent")):
-            points = [
-                Point(
-                    n,
-                    float(r.costs.get(what) or 0),
-                    r.score,
-                    r.score_std,
-                    [(float(c.get(what, math.nan)), value(c.get("score"))) for c in r.curve],
-                )
-                for r, n in own
-            ]
-            if not any(p.x > 0 and math.isfinite(p.y) for p in points):
-                continue
-            percent = metric in PERCENT
-            top = max((p for p in points if math.isfinite(p.y)), key=lambda p: p.y)
-            label = f"Scatter: {metric} against {words} in {setting}; best {top.name}, {say(percent)(top.y)} at {human(top.x)}."
-            svg = scatter(label, words, points, percent, say(percent), human, tick(percent))
-            charts.append(
-                figure(
-                    f"{metric}{' (%)' * percent} against {unit}",
-                    svg,
-                    "Marks: results; thin lines: along the run",
-                )
-            )
+    charts = [*stage_charts(heading, compared, named), *cost_charts(heading, compared, named)]
+    shown = f"<div class=grid>{chr(10).join(charts)}</div>" if charts else ""
     return (
-        f"<section><h2>{esc(setting)}</h2><p class=chips>{chips}</p><div class=card>{table}</div>"
-        f"{f'<div class=grid>{chr(10).join(charts)}</div>' if charts else ''}</section>"
+        f"<section><h2>{esc(heading)}</h2>{chips(agreed.items())}"
+        f"<div class=card>{results_table(compared, found, own)}</div>{shown}</section>"
     )
 
 
-def stages_of(results: Sequence[Result]) -> dict[tuple[str, tuple[str, ...]], list[int]]:
-    """Which results share their metric and stages, so that they can lie in one chart."""
-    out: dict[tuple[str, tuple[str, ...]], list[int]] = {}
-    for k, r in enumerate(results):
-        out.setdefault((r.metric, r.stages), []).append(k)
-    return out
-
-
-def score_at(found: Sequence[object]) -> int:
-    """Where the column of scores is: the one before forgetting."""
-    return [getattr(c, "name", "") for c in found].index("forgetting") - 1
-
-
-def value(v: object) -> float:
-    """A number, or NaN."""
-    return float(v) if isinstance(v, int | float) else math.nan
-
-
-def forgotten(result: Result) -> tuple[list[str], np.ndarray] | None:
-    """Forgetting of each source learned before the last stage, mean over repeats; None where it is not defined."""
-    last = len(result.stages)
-    if any(at is None for at in result.learned_at):
-        return None
-    past = [j for j, at in enumerate(result.learned_at) if at is not None and 0 < at < last]
-    if not past:
-        return None
-    m: np.ndarray = result.matrices[:, :, past]
-    return [result.sources[j] for j in past], (m[:, 1:last].max(1) - m[:, last]).mean(0)
-
-
-def detail(r: Result, name: str, i: int, opened: bool, span: tuple[float, float]) -> str:
-    """Everything about one result."""
-    import numpy as np
-
-    percent = r.metric in PERCENT
-    speak = say(percent)
-    many = len(r.sources) > 10
-    brief = (
-        (lambda v: number(v, True, 1 if not many and v < 0.9995 else 0))
-        if percent
-        else (lambda v: number(v, digits=2))
+def results_table(results: Sequence[Result], found: Sequence[Column], ids: Sequence[int]) -> str:
+    """Write a table of results; `ids` are the numbers of their details."""
+    head = "".join(
+        f'<th scope="col"{" class=r" if column.right else ""}>{esc(column.name)}</th>' for column in found
     )
-    tiles = [
-        (r.metric, score(r), "%" if percent else ""),
-        ("forgetting", number(r.forgetting, percent), ""),
-        ("backward transfer", number(r.backward_transfer, percent), ""),
-        ("forward transfer", number(r.forward_transfer, percent), ""),
-        *([("left of each source", number(r.normalised, True), "%")] if r.normalised is not None else []),
-        *([("mapper", number(r.mapper_accuracy, True), "%")] if r.mapper is not None else []),
-        ("MACs", human(r.costs.get("macs")), ""),
-        ("sent", human(r.costs.get("bytes"), "B"), ""),
-        ("time", duration(r.costs.get("seconds")), ""),
-    ]
-    stages = ["start", *r.stages]
-    m = r.matrix
-    per = r.matrices.mean(2)
-    mean = per.mean(0).tolist()
-    std = per.std(0, ddof=1).tolist() if r.repeats > 1 else [0.0] * len(stages)
-    series = [(clean(s), m[:, j].tolist()) for j, s in enumerate(r.sources)]
-    span_words = f"{counted(len(r.stages), 'stage')} on {counted(len(r.sources), 'source')}"
-    label = f"Heat map: {r.metric} of {name} over {span_words}; at the end {speak(r.score)}."
-    heat, wide = heat_map(label, stages, r.sources, m.tolist(), *span, speak, brief, r.learned_at)
-    label = f"Line chart: mean {r.metric} of {name} goes from {speak(mean[0])} to {speak(mean[-1])} over {span_words}."
-    unit = " (%)" if percent else ""
-    charts = [
-        figure(f"{r.metric}{unit} on each source", heat, "Rows: after each stage; columns: sources", wide),
-        figure(
-            f"{r.metric}{unit} over stages",
-            lines_chart(label, stages, series, mean, std, percent, speak, tick(percent)),
-            "Thin: sources; bold: their mean" + (", band: one standard deviation" if r.repeats > 1 else ""),
-        ),
-    ]
-    lost = forgotten(r)
-    if lost is not None:
-        sources, values = lost
-        order = list(range(len(sources)))
-        if len(order) > 20:
-            order = sorted(sorted(order, key=lambda j: -abs(np.nan_to_num(values[j])))[:20])
-        label = f"Bar chart: forgetting of {name} by source; mean {number(r.forgetting, percent)}."
-        note = (
-            f"The {len(order)} sources that change most, of {len(sources)}"
-            if len(order) < len(sources)
-            else "Best score before the end, minus the last"
-        )
-        chosen = [float(values[j]) for j in order]
-        charts.append(
-            figure(
-                f"forgetting{unit} of each source",
-                bars_chart(label, [sources[j] for j in order], chosen, lambda v: number(v, percent)),
-                note,
-            )
-        )
-    if r.learning_curve:
-        points = r.learning_curve
-        inside = [
-            (clean(s), [value(p["score"]) if p["source"] == s else math.nan for p in points])
-            for s in dict.fromkeys(str(p["source"]) for p in points)
+    rows = []
+    for i, result in enumerate(results):
+        cells = []
+        for column in found:
+            text = esc(column.cells[i])
+            if column.name == "method":
+                cells.append(f'<th scope="row"><a href="#r{ids[i]}">{text}</a></th>')
+            elif column.scores:
+                cells.append(score_cell(result, results, text))
+            else:
+                shown = text if text != "-" else "<i>-</i>"
+                cells.append(f"<td{' class=r' if column.right else ''}>{shown}</td>")
+        rows.append(f"<tr>{''.join(cells)}</tr>")
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    return f"<div class=scroll>{table}</div>"
+
+
+def score_cell(result: Result, results: Sequence[Result], text: str) -> str:
+    """Write a score, bold if it is the best of those on the same data, with a bar if it is a percentage."""
+    rivals = [other.score for other in results if (other.data, other.metric) == (result.data, result.metric)]
+    top = max(filter(math.isfinite, rivals), default=None)
+    best = " best" if len(rivals) > 1 and result.score == top else ""
+    bar = ""
+    if result.metric in PERCENT and math.isfinite(result.score):
+        bar = f' style="--v:{100 * min(1.0, max(0.0, result.score)):.1f}%"'
+    return f'<td class="r score{best}"{bar}>{text}</td>'
+
+
+def stage_charts(setting: str, results: Sequence[Result], labels: Sequence[str]) -> list[str]:
+    """Draw scores over stages, one chart per metric and stages."""
+    charts = []
+    for (metric, stages), own in stages_of(results).items():
+        # One line says nothing about others, and more than eight cannot be distinguished.
+        if not 2 <= len(own) <= 8:
+            continue
+        series = [(labels[i], results[i].matrix.mean(1).tolist()) for i in own]
+        shown = f"{counted(len(series), 'result')} over {counted(len(stages), 'stage')}"
+        label = f"Line chart: mean {metric} of {shown} in {setting}."
+
+        # Colours are as in the charts of costs, where all results of the metric are.
+        same = [i for i, result in enumerate(results) if result.metric == metric]
+        colours = [same.index(i) for i in own]
+        svg = lines_chart(label, ["start", *stages], series, axis_of(metric), colours=colours)
+        charts.append(figure(f"{metric}{unit_of(metric)} over stages", svg, "Mean over sources and repeats"))
+    return charts
+
+
+def stages_of(results: Sequence[Result]) -> dict[Place, list[int]]:
+    """Group results by metric and stages, because only such can be in one chart."""
+    found: dict[Place, list[int]] = {}
+    for i, result in enumerate(results):
+        found.setdefault((result.metric, result.stages), []).append(i)
+    return found
+
+
+def cost_charts(setting: str, results: Sequence[Result], labels: Sequence[str]) -> list[str]:
+    """Draw scores against costs, one chart per metric and kind of cost."""
+    charts = []
+    for metric in dict.fromkeys(result.metric for result in results):
+        own = [
+            (name, result) for name, result in zip(labels, results, strict=True) if result.metric == metric
         ]
-        label = f"Line chart: {r.metric} of {name} on what it learns, at {len(points)} moments of training."
-        steps = [human(p["steps"]) for p in points]
-        lines = lines_chart(label, steps, inside, [], [], percent, speak, tick(percent))
-        charts.append(
-            figure(
-                f"{r.metric}{unit} inside the tasks",
-                lines,
-                "On the source being learned, over steps; first repeat",
-            )
-        )
+        axis = axis_of(metric)
+        for key, (unit, called) in COSTS.items():
+            points = [point_of(name, result, key) for name, result in own]
+            scored = [point for point in points if math.isfinite(point.score)]
+            if not any(point.cost > 0 for point in scored):
+                continue
+            top = max(scored, key=lambda point: point.score)
+            best = f"best {top.name}, {axis.say(top.score)} at {human(top.cost)}"
+            label = f"Scatter: {metric} against {called} in {setting}; {best}."
+            svg = scatter(label, called, points, axis, human)
+            title = f"{metric}{unit_of(metric)} against {unit}"
+            charts.append(figure(title, svg, "Marks: results; thin lines: along the run"))
+    return charts
+
+
+def point_of(name: str, result: Result, cost: str) -> Point:
+    """Place a result by its score and a cost."""
+    curve = [(float(entry.get(cost, math.nan)), finite_or_nan(entry.get("score"))) for entry in result.curve]
+    return Point(name, float(result.costs.get(cost) or 0), result.score, result.score_std, curve)
+
+
+# The details of one result.
+
+
+def detail(result: Result, name: str, i: int, opened: bool, colours: tuple[float, float]) -> str:
+    """Write everything about one result, the i-th."""
+    facts = chips((trait_name, trait(result, trait_name)) for trait_name in (*TRAITS, "seed"))
+    unit = "<i> %</i>" if result.metric in PERCENT else ""
+    charts, wide = charts_of(result, name, colours)
+
+    # A heat map that is not wide stands left of all other charts.
     if not wide:
         charts = [charts[0], f"<div class=stack>{''.join(charts[1:])}</div>"]
-    facts = "".join(f"<span><b>{esc(n)}</b> {esc(fact(r, n))}</span>" for n in (*FACTS, "seed"))
-    shown = "".join(
-        f"<div><dt>{esc(k)}</dt><dd>{esc(v)}{f'<i> {u}</i>' if u else ''}</dd></div>" for k, v, u in tiles
-    )
-    versions = "".join(f"<div><dt>{esc(k)}</dt><dd>{esc(v)}</dd></div>" for k, v in r.versions.items())
-    texts = (
-        [f"<div class=card><h4>Configuration</h4><pre>{escape(configuration(r.config))}</pre></div>"]
-        if r.config
-        else []
-    )
-    texts += [f"<div class=card><h4>Versions</h4><dl class=facts>{versions}</dl></div>"] if r.versions else []
-    texts.append(copy("Matrix, tab-separated", tsv(matrix_columns(r))))
     return (
         f'<details class=result id="r{i}"{" open" if opened else ""}><summary><h3>{esc(name)}</h3>'
-        f"<span>{esc(r.setting)}, {esc(r.data)}</span><strong>{esc(score(r))}{'<i> %</i>' if percent else ''}</strong></summary>"
-        f"<p class=chips>{facts}</p><dl class=tiles>{shown}</dl>"
-        f'<div class=grid>{"".join(charts)}</div><div class="grid texts">{"".join(texts)}</div></details>'
+        f"<span>{esc(result.setting)}, {esc(result.data)}</span><strong>{esc(score(result))}{unit}</strong>"
+        f"</summary>{facts}<dl class=tiles>{tiles(result)}</dl>"
+        f'<div class=grid>{"".join(charts)}</div><div class="grid texts">{texts(result)}</div></details>'
     )
+
+
+def tiles(result: Result) -> str:
+    """Write the figures of a result, each in a tile."""
+    percent = result.metric in PERCENT
+    shown = [
+        (result.metric, score(result), "%" if percent else ""),
+        ("forgetting", number(result.forgetting, percent), ""),
+        ("backward transfer", number(result.backward_transfer, percent), ""),
+        ("forward transfer", number(result.forward_transfer, percent), ""),
+    ]
+    if result.normalised is not None:
+        shown.append(("retained per source", number(result.normalised, True), "%"))
+    if result.mapper is not None:
+        shown.append(("mapper", number(result.mapper_accuracy, True), "%"))
+    shown += [
+        ("MACs", human(result.costs.get("macs")), ""),
+        ("sent", human(result.costs.get("bytes"), "B"), ""),
+        ("time", duration(result.costs.get("seconds")), ""),
+    ]
+
+    # A unit is smaller than its number.
+    return "".join(
+        f"<div><dt>{esc(name)}</dt><dd>{esc(text)}{f'<i> {unit}</i>' if unit else ''}</dd></div>"
+        for name, text, unit in shown
+    )
+
+
+def texts(result: Result) -> str:
+    """Write the configuration, the versions and the matrix of a result."""
+    cards = []
+    if result.config:
+        text = escape(configuration(result.config))
+        cards.append(f"<div class=card><h4>Configuration</h4><pre>{text}</pre></div>")
+    if result.versions:
+        lines = result.versions.items()
+        facts = "".join(f"<div><dt>{esc(name)}</dt><dd>{esc(value)}</dd></div>" for name, value in lines)
+        cards.append(f"<div class=card><h4>Versions</h4><dl class=facts>{facts}</dl></div>")
+    cards.append(copy("Matrix, tab-separated", tsv(matrix_columns(result))))
+    return "".join(cards)
+
+
+def charts_of(result: Result, name: str, colours: tuple[float, float]) -> tuple[list[str], bool]:
+    """Draw all charts of a result, the heat map first; also return whether it is wide."""
+    axis, unit = axis_of(result.metric), unit_of(result.metric)
+    stages = ["start", *result.stages]
+    extent = f"{counted(len(result.stages), 'stage')} on {counted(len(result.sources), 'source')}"
+    label = f"Heat map: {result.metric} of {name} over {extent}; at the end {axis.say(result.score)}."
+
+    def brief(value: float) -> str:
+        if not axis.percent:
+            return number(value, digits=2)
+        # 100.0 is wider than a cell.
+        return number(value, True, 1 if len(result.sources) <= 10 and value < 0.9995 else 0)
+
+    matrix = result.matrix.tolist()
+    heat, wide = heat_map(label, stages, result.sources, matrix, colours, axis.say, brief, result.learned_at)
+    title = f"{result.metric}{unit} on each source"
+    charts = [
+        figure(title, heat, "Rows: after each stage; columns: sources", wide),
+        stages_chart(result, name, extent),
+        forgetting_chart(result, name),
+        learning_chart(result, name),
+    ]
+    return [chart for chart in charts if chart], wide
+
+
+def stages_chart(result: Result, name: str, extent: str) -> str:
+    """Draw the score of each source over stages, and their mean."""
+    axis = axis_of(result.metric)
+    stages = ["start", *result.stages]
+    means = result.matrices.mean(2)
+    mean = means.mean(0).tolist()
+    std = means.std(0, ddof=1).tolist() if result.repeats > 1 else [0.0] * len(stages)
+    series = [(clean(source), result.matrix[:, j].tolist()) for j, source in enumerate(result.sources)]
+
+    course = f"from {axis.say(mean[0])} to {axis.say(mean[-1])} over {extent}"
+    label = f"Line chart: mean {result.metric} of {name} goes {course}."
+    svg = lines_chart(label, stages, series, axis, mean, std)
+    band = ", band: one standard deviation" if result.repeats > 1 else ""
+    title = f"{result.metric}{unit_of(result.metric)} over stages"
+    return figure(title, svg, f"Thin: sources; bold: their mean{band}")
+
+
+def forgetting_chart(result: Result, name: str) -> str:
+    """Draw the forgetting of each source; "" where it is not defined."""
+    lost = forgotten(result)
+    if not lost:
+        return ""
+    percent = result.metric in PERCENT
+    shown, note = lost, "Best score before the end, minus the last"
+    if len(lost) > 20:
+        # The 20 largest changes, in the order of the sources.
+        sizes = [0.0 if math.isnan(value) else abs(value) for _, value in lost]
+        largest = sorted(range(len(lost)), key=lambda j: -sizes[j])[:20]
+        shown = [lost[j] for j in sorted(largest)]
+        note = f"The {len(shown)} sources that change most, of {len(lost)}"
+
+    label = f"Bar chart: forgetting of {name} by source; mean {number(result.forgetting, percent)}."
+    sources, values = [source for source, _ in shown], [value for _, value in shown]
+    svg = bars_chart(label, sources, values, lambda value: number(value, percent))
+    return figure(f"forgetting{unit_of(result.metric)} of each source", svg, note)
+
+
+def forgotten(result: Result) -> list[tuple[str, float]]:
+    """The forgetting of each source learned before the last stage, mean over repeats; [] where undefined.
+
+    max_{0 < i < T} R[i, j] - R[T, j], with R [stages + 1, sources] and T the last stage.
+    """
+    last = len(result.stages)
+    if any(at is None for at in result.learned_at):
+        return []
+    past = [j for j, at in enumerate(result.learned_at) if at is not None and 0 < at < last]
+    if not past:
+        return []
+    scores: np.ndarray = result.matrices[:, :, past]
+    values = (scores[:, 1:last].max(1) - scores[:, last]).mean(0).tolist()
+    return [(result.sources[j], value) for j, value in zip(past, values, strict=True)]
+
+
+def learning_chart(result: Result, name: str) -> str:
+    """Draw scores within the tasks; "" where none were measured."""
+    moments = result.learning_curve
+    if not moments:
+        return ""
+    # Each source has a line of its own, with gaps while others are trained on.
+    series = [
+        (
+            clean(source),
+            [finite_or_nan(point["score"]) if point["source"] == source else math.nan for point in moments],
+        )
+        for source in dict.fromkeys(str(point["source"]) for point in moments)
+    ]
+    steps = [human(point["steps"]) for point in moments]
+    label = f"Line chart: {result.metric} of {name} on the source in training, at {len(moments)} steps."
+    svg = lines_chart(label, steps, series, axis_of(result.metric))
+    title = f"{result.metric}{unit_of(result.metric)} inside the tasks"
+    return figure(title, svg, "On the source in training, over steps; first repeat")
 
 
 def configuration(config: Mapping[str, object]) -> str:
-    """A configuration as YAML.
+    """Write a configuration as YAML.
 
     >>> print(configuration({"method": "ewc", "training": {"epochs": 1}}))
     method: ewc

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from consilience.report._svg import LEVELS
 
+# One hue from faint to strong, even in lightness, so that it reads the same to every eye.
 SEQUENCE = {
     "light": ((241, 245, 250), (198, 219, 239), (123, 179, 219), (52, 127, 188), (14, 79, 146), (8, 42, 92)),
     "dark": ((29, 38, 50), (31, 66, 105), (38, 104, 163), (76, 152, 209), (149, 204, 240), (232, 246, 255)),
 }
-"""One hue from faint to strong, even in lightness, so that it reads the same to every eye."""
+"""The stops of a heat map's colours, in red, green and blue."""
 SERIES = {
     "light": ("#0b6bcb", "#d1590a", "#12825d", "#8447b8", "#c02f74", "#98700a", "#2591b8", "#626b78"),
     "dark": ("#6ea8fe", "#ff9d57", "#4fc99a", "#c39bf0", "#f58ab8", "#e3bb4a", "#6fd0ee", "#a8b0bd"),
@@ -21,36 +22,41 @@ INK = {
 }
 
 
-def shade(scheme: str, k: int) -> tuple[int, int, int]:
-    """Colour k of the sequence of a scheme.
+def shade(scheme: str, level: int) -> tuple[int, int, int]:
+    """Mix one of the LEVELS colours of the sequence of a scheme.
 
     >>> shade("light", 0)
     (241, 245, 250)
     """
+    # Linear between the two stops around it.
     stops = SEQUENCE[scheme]
-    at = k / (LEVELS - 1) * (len(stops) - 1)
-    i = min(int(at), len(stops) - 2)
-    a, b = stops[i], stops[i + 1]
-    red, green, blue = (round(x + (y - x) * (at - i)) for x, y in zip(a, b, strict=True))
+    at = level / (LEVELS - 1) * (len(stops) - 1)
+    first = min(int(at), len(stops) - 2)
+    pairs = zip(stops[first], stops[first + 1], strict=True)
+    red, green, blue = (round(low + (high - low) * (at - first)) for low, high in pairs)
     return red, green, blue
 
 
 def luminance(colour: tuple[int, int, int]) -> float:
     """The relative luminance of a colour (WCAG)."""
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (v / 255 for v in colour)]
+    shares = [value / 255 for value in colour]
+    linear = [share / 12.92 if share <= 0.04045 else ((share + 0.055) / 1.055) ** 2.4 for share in shares]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
 def scheme(name: str) -> str:
-    """The custom properties of one colour scheme; the text on each shade is the one with more contrast."""
-    parts = [INK[name], *(f"--s{k}:{c}" for k, c in enumerate(SERIES[name]))]
-    for k in range(LEVELS):
-        colour = shade(name, k)
-        parts.append(f"--q{k}:#{colour[0]:02x}{colour[1]:02x}{colour[2]:02x}")
-        parts.append(f"--t{k}:{'#10151c' if luminance(colour) > 0.19 else '#fff'}")
+    """Write the custom properties of one colour scheme."""
+    parts = [INK[name], *(f"--s{i}:{colour}" for i, colour in enumerate(SERIES[name]))]
+    for level in range(LEVELS):
+        red, green, blue = shade(name, level)
+        parts.append(f"--q{level}:#{red:02x}{green:02x}{blue:02x}")
+        # Dark text has more contrast on a light shade, white text on a dark one.
+        dark = luminance((red, green, blue)) > 0.19
+        parts.append(f"--t{level}:{'#10151c' if dark else '#fff'}")
     return ";".join(parts)
 
 
+# Lines end anywhere, because newlines are removed. Names are short, because every cell of a map has one.
 LAYOUT = """
 *{box-sizing:border-box}
 html{-webkit-text-size-adjust:100%}
@@ -58,7 +64,8 @@ body{margin:0;background:var(--page);color:var(--ink);
 font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif}
 header,main,footer{max-width:1240px;margin:0 auto;padding:0 clamp(12px,3vw,32px)}
 header{padding-top:clamp(24px,5vw,52px)}
-.brand{margin:0 0 6px;color:var(--accent);font-weight:600;font-size:12px;letter-spacing:.09em;text-transform:uppercase}
+.brand{margin:0 0 6px;color:var(--accent);font-weight:600;font-size:12px;letter-spacing:.09em;
+text-transform:uppercase}
 h1{margin:0;font-size:clamp(24px,4vw,34px);line-height:1.2;letter-spacing:-.02em;overflow-wrap:anywhere}
 h2{margin:44px 0 10px;font-size:20px;letter-spacing:-.01em;overflow-wrap:anywhere}
 h3{margin:0;font-size:17px;overflow-wrap:anywhere}
@@ -70,10 +77,13 @@ i{font-style:normal;font-weight:400;color:var(--soft)}
 small{display:block;font-size:12.5px;font-weight:400;color:var(--soft)}
 a{color:var(--accent);text-decoration:none}a:hover{text-decoration:underline}
 :focus-visible{outline:2px solid var(--accent);outline-offset:2px}
-.chips{display:flex;flex-wrap:wrap;gap:4px 18px;margin:0 0 16px;font-size:13.5px}.chips b{font-weight:400;color:var(--soft)}
-.card{margin:0;padding:18px 20px;background:var(--card);border:1px solid var(--rule);border-radius:10px;min-width:0}
+.chips{display:flex;flex-wrap:wrap;gap:4px 18px;margin:0 0 16px;font-size:13.5px}.chips b{font-weight:400;
+color:var(--soft)}
+.card{margin:0;padding:18px 20px;background:var(--card);border:1px solid var(--rule);border-radius:10px;
+min-width:0}
 .scroll{overflow-x:auto}
-.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,430px),1fr));gap:16px;margin-top:16px;
+.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,430px),1fr));gap:16px;
+margin-top:16px;
 align-items:start}
 .stack{display:grid;gap:16px;min-width:0}
 .wide{grid-column:1/-1}
@@ -82,71 +92,90 @@ table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums;whit
 th,td{padding:9px 14px;text-align:left;border-bottom:1px solid var(--rule);font-weight:400}
 thead th{font-size:12.5px;color:var(--soft);padding-top:0}thead th:first-letter{text-transform:uppercase}
 tbody tr:last-child>*{border-bottom:0}tbody tr:hover>*{background:var(--faint)}
-th:first-child{position:sticky;left:0;background:var(--card);padding-left:4px;max-width:min(46vw,360px);overflow:hidden;
+th:first-child{position:sticky;left:0;background:var(--card);padding-left:4px;max-width:min(46vw,360px);
+overflow:hidden;
 text-overflow:ellipsis}
 tbody th{font-weight:600}.r{text-align:right}
 .score{position:relative}
-.score[style]:before,.score[style]:after{content:"";position:absolute;left:14px;bottom:3px;height:3px;border-radius:2px;
+.score[style]:before,.score[style]:after{content:"";position:absolute;left:14px;bottom:3px;height:3px;
+border-radius:2px;
 width:calc(100% - 28px);background:var(--rule)}
 .score[style]:after{background:linear-gradient(90deg,var(--s0) var(--v),transparent 0)}
 .best{font-weight:700}
 .result{margin:0 0 16px;padding:0 clamp(12px,2vw,24px);border:1px solid var(--rule);border-radius:14px}
 .result[open]{padding-bottom:clamp(12px,2vw,24px)}
-summary{display:flex;flex-wrap:wrap;gap:2px 14px;align-items:baseline;padding:14px 0;cursor:pointer;list-style:none}
+summary{display:flex;flex-wrap:wrap;gap:2px 14px;align-items:baseline;padding:14px 0;cursor:pointer;
+list-style:none}
 summary::-webkit-details-marker{display:none}
 summary:before{content:"";width:7px;height:7px;border:solid var(--soft);border-width:0 2px 2px 0;
 transform:rotate(-45deg) translate(-2px,0)}
 [open]>summary:before{transform:rotate(45deg) translate(-3px,0)}
-summary span{color:var(--soft);font-size:13.5px}summary strong{margin-left:auto;font-variant-numeric:tabular-nums;
+summary span{color:var(--soft);font-size:13.5px}summary strong{margin-left:auto;
+font-variant-numeric:tabular-nums;
 font-size:17px}
 dl{margin:0}dd{margin:0}dt{color:var(--soft);font-size:12.5px}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(128px,1fr));gap:1px;background:var(--card);
 border:1px solid var(--rule);border-radius:10px;overflow:hidden}
 .tiles div{background:var(--card);padding:12px 16px;box-shadow:0 0 0 1px var(--rule)}
-.tiles dd{font-size:18px;font-weight:600;font-variant-numeric:tabular-nums;white-space:nowrap}.tiles i{font-size:14px}
-.facts div{display:flex;justify-content:space-between;gap:16px;padding:4px 0;border-bottom:1px solid var(--rule)}
+.tiles dd{font-size:18px;font-weight:600;font-variant-numeric:tabular-nums;white-space:nowrap}.tiles i{
+font-size:14px}
+.facts div{display:flex;justify-content:space-between;gap:16px;padding:4px 0;
+border-bottom:1px solid var(--rule)}
 .facts div:last-child{border:0}.facts dd{text-align:right;overflow-wrap:anywhere;font-size:13px}
 pre,textarea{margin:0;font:12.5px/1.55 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;tab-size:14}
 pre{max-height:300px;overflow:auto;white-space:pre-wrap;overflow-wrap:anywhere}
-textarea{display:block;width:100%;color:inherit;background:var(--faint);border:1px solid var(--rule);border-radius:6px;
+textarea{display:block;width:100%;color:inherit;background:var(--faint);border:1px solid var(--rule);
+border-radius:6px;
 padding:10px;resize:vertical}
 .copy h4{display:flex;justify-content:space-between;align-items:center}
-button{font:inherit;font-size:13px;font-weight:500;color:var(--accent);background:none;border:1px solid var(--rule);
+button{font:inherit;font-size:13px;font-weight:500;color:var(--accent);background:none;
+border:1px solid var(--rule);
 border-radius:6px;padding:3px 12px;cursor:pointer}
 button:hover{background:var(--faint)}
 footer{padding-top:28px;padding-bottom:48px;color:var(--soft);font-size:13px}
-svg{display:block;width:100%;height:auto;margin:0 auto;font-size:12px;fill:var(--ink);font-variant-numeric:tabular-nums}
+svg{display:block;width:100%;height:auto;margin:0 auto;font-size:12px;fill:var(--ink);
+font-variant-numeric:tabular-nums}
 svg .m{fill:var(--soft)}svg .n{font-weight:600}svg .v{font-size:11px}
 svg path{fill:none}.g{stroke:var(--rule)}.a{stroke:var(--soft);stroke-opacity:.6}
 .l{stroke-width:1.4;stroke-linejoin:round;stroke-linecap:round}.l:hover{stroke-width:3}
 .sx{stroke:var(--soft);stroke-opacity:.38;stroke-width:1}.sx:hover{stroke-opacity:1}
-svg .strong{stroke-width:2.2}svg .mean{stroke:var(--ink);stroke-width:3}svg .dot{fill:var(--ink)}svg .band{fill:var(--ink);
+svg .strong{stroke-width:2.2}svg .mean{stroke:var(--ink);stroke-width:3}svg .dot{fill:var(--ink)}
+svg .band{fill:var(--ink);
 fill-opacity:.13}
 .trail{stroke-width:1.4;stroke-opacity:.5}.trail:hover{stroke-opacity:1}.err{stroke-width:1.6}
 svg .p{stroke:var(--card);stroke-width:1.2}
 svg .lost{fill:var(--lost)}svg .won{fill:var(--won)}
 svg .learn{fill:none;stroke:var(--lost);stroke-width:1.8}
 svg .qn{fill:var(--rule)}svg .qn text{fill:var(--soft)}
-@media(max-width:560px){.card{padding:14px 12px}th,td{padding:8px 10px}.tiles{grid-template-columns:1fr 1fr}.tiles div{
+@media(max-width:560px){.card{padding:14px 12px}th,td{padding:8px 10px}.tiles{
+grid-template-columns:1fr 1fr}.tiles div{
 padding:10px 12px}}
-@media print{body{background:none;font-size:12px}.card,.result,.tiles,figure{break-inside:avoid}.result{break-inside:auto}pre{
+@media print{body{background:none;font-size:12px}.card,.result,.tiles,figure{break-inside:avoid}.result{
+break-inside:auto}pre{
 max-height:none}.copy{display:none}
-*{-webkit-print-color-adjust:exact;print-color-adjust:exact}.scroll{overflow:visible}svg{min-width:0!important}}
+*{-webkit-print-color-adjust:exact;print-color-adjust:exact}.scroll{overflow:visible}svg{
+min-width:0!important}}
 """
 
+# A chart names its shades and colours by class; the scheme of the page says what they are.
+SHADES = "".join(
+    f"svg .q{level}{{fill:var(--q{level})}}svg .q{level} text{{fill:var(--t{level})}}"
+    for level in range(LEVELS)
+)
+COLOURS = "".join(f".s{i}{{stroke:var(--s{i})}}svg .c{i}{{fill:var(--s{i})}}" for i in range(8))
 STYLE = (
     f":root{{color-scheme:light dark;{scheme('light')}}}"
     f"@media screen and (prefers-color-scheme:dark){{:root{{{scheme('dark')}}}}}"
-    + LAYOUT.replace("\n", "")
-    + "".join(f"svg .q{k}{{fill:var(--q{k})}}svg .q{k} text{{fill:var(--t{k})}}" for k in range(LEVELS))
-    + "".join(f".s{k}{{stroke:var(--s{k})}}svg .c{k}{{fill:var(--s{k})}}" for k in range(8))
+    f"{LAYOUT.replace(chr(10), '')}{SHADES}{COLOURS}"
 )
 
+# A link of the table opens the details that it leads to; a page that is printed shows all of them.
 SCRIPT = """
 document.addEventListener("click",e=>{const b=e.target.closest(".copy button");if(!b)return;
 const t=b.closest(".copy").querySelector("textarea");t.select();
 const done=()=>{b.textContent="Copied";setTimeout(()=>{b.textContent="Copy"},1500)};
-if(navigator.clipboard)navigator.clipboard.writeText(t.value).then(done,()=>{document.execCommand("copy");done()});
+if(navigator.clipboard)navigator.clipboard.writeText(t.value).then(done,()=>{
+document.execCommand("copy");done()});
 else{document.execCommand("copy");done()}});
 const unfold=()=>{const d=location.hash&&document.getElementById(location.hash.slice(1));
 if(d&&d.tagName==="DETAILS"){d.open=true;d.scrollIntoView()}};

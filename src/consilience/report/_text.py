@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from consilience.core.errors import ConsilienceError
 
@@ -13,20 +13,22 @@ if TYPE_CHECKING:
     from consilience.loop.result import Result
 
 PERCENT = ("accuracy", "auroc")
-FACTS = ("setting", "data", "model", "metric", "repeats")
+"""Metrics that are written in percent."""
+TRAITS = ("setting", "data", "model", "metric", "repeats")
+"""Fields that describe a result, next to its method."""
 
 
 def clean(text: object) -> str:
-    r"""A name on one line, without control characters.
+    r"""Write a name on one line, without control characters.
 
     >>> clean("two\nlines \x1b[31m")
     'two lines [31m'
     """
-    return "".join(c for c in " ".join(str(text).split()) if c.isprintable())
+    return "".join(letter for letter in " ".join(str(text).split()) if letter.isprintable())
 
 
 def number(value: float | None, percent: bool = False, digits: int | None = None) -> str:
-    """A score: in percent with one digit, or plain with three; "-" for None.
+    """Write a score: in percent with one digit, or plain with three; "-" for None.
 
     >>> number(0.9731, percent=True), number(0.9731), number(None), number(float("nan"))
     ('97.3', '0.973', '-', 'nan')
@@ -39,122 +41,157 @@ def number(value: float | None, percent: bool = False, digits: int | None = None
         text = f"{100 * value:.{1 if digits is None else digits}f}"
     else:
         text = f"{value:.{3 if digits is None else digits}f}" if abs(value) < 1e5 else f"{value:.3g}"
+
+    # A small negative number rounds to "-0.0", which would look like a loss.
     return text[1:] if text.startswith("-") and not text.strip("-0.") else text
 
 
 def human(value: float | None, unit: str = "") -> str:
-    """An amount with three digits and a prefix.
+    """Write an amount with three digits and a prefix.
 
     >>> human(1234567), human(999_999, "B"), human(12, "B"), human(None)
     ('1.23 M', '1.00 MB', '12 B', '-')
     """
     if value is None or not math.isfinite(value):
         return "-"
+    # 999.5 rounds to 1000, which has the next prefix.
     for power, prefix in enumerate(("", "k", "M", "G", "T", "P", "E")):
         scaled = value / 1000**power
         if abs(scaled) < 999.5 or prefix == "E":
             break
-    digits = (
-        0
-        if not power and value == int(value)
-        else max(0, 2 - int(math.log10(max(1.0, abs(scaled) * 1.0005))))
-    )
+
+    # 9.996 rounds to 10.0, so the digits are those of the rounded number.
+    digits = max(0, 2 - int(math.log10(max(1.0, abs(scaled) * 1.0005))))
+    if not power and value == int(value):
+        digits = 0
     return f"{scaled:.{digits}f} {prefix}{unit}".strip()
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds, minutes or hours.
+    """Write a time in seconds, minutes or hours.
 
     >>> duration(3.21), duration(75), duration(3725), duration(None)
     ('3.2 s', '1 min 15 s', '1 h 02 min', '-')
     """
     if seconds is None or not math.isfinite(seconds):
         return "-"
+    # 59.95 s rounds to 60.0 s, which is a minute.
     if seconds < 59.95:
         return f"{seconds:.2f} s" if seconds < 1 else f"{seconds:.1f} s"
-    whole = round(seconds)
-    return (
-        f"{whole // 60} min {whole % 60:02d} s"
-        if whole < 3600
-        else f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-    )
+    rounded = round(seconds)
+    if rounded < 3600:
+        return f"{rounded // 60} min {rounded % 60:02d} s"
+    return f"{rounded // 3600} h {rounded % 3600 // 60:02d} min"
 
 
 def score(result: Result) -> str:
-    """Mean and, where there are repeats, standard deviation."""
+    """Write the mean score and, where there are repeats, the standard deviation."""
     percent = result.metric in PERCENT
     text = number(result.score, percent)
     return f"{text} ± {number(result.score_std, percent)}" if result.repeats > 1 else text
 
 
-def fact(result: Result, name: str) -> str:
+def trait(result: Result, name: str) -> str:
+    """Write one field that describes a result."""
     return clean(getattr(result, name))
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a table: its name, a cell for each result, and whether it is of numbers."""
+    """A column of a table: its name, one cell per row, and whether it is aligned on the right."""
 
     name: str
     cells: list[str]
     right: bool = True
+    scores: bool = False
+    """Whether it has the score of each result."""
 
 
-def columns(results: Sequence[Result]) -> tuple[dict[str, str], list[Column]]:
-    """What all results agree on, and the columns for the rest.
+class Comparison(NamedTuple):
+    """What all results have in common, and the columns for the rest."""
+
+    agreed: dict[str, str]
+    columns: list[Column]
+
+
+def columns(results: Sequence[Result]) -> Comparison:
+    """Compare results: what they have in common, and one column per thing that differs.
 
     >>> agreed, found = columns([example(), example("er")])
-    >>> agreed["setting"], [c.name for c in found][:3]
+    >>> agreed["setting"], [column.name for column in found][:3]
     ('continual', ['method', 'accuracy %', 'forgetting'])
     """
     if not results:
-        raise ConsilienceError("a table should have at least one result. Found none.")
-    agreed, out = {}, [Column("method", [clean(r.method) for r in results], False)]
-    for name in FACTS:
-        cells = [fact(r, name) for r in results]
+        raise ConsilienceError("a table needs at least one result.")
+    # What is equal for all stands above the table, once.
+    agreed, found = {}, [Column("method", [clean(result.method) for result in results], False)]
+    for name in TRAITS:
+        cells = [trait(result, name) for result in results]
         if len(set(cells)) == 1:
             agreed[name] = cells[0]
         else:
-            out.append(Column(name, cells, name == "repeats"))
-    percent = [r.metric in PERCENT for r in results]
-    heading = f"{agreed['metric']}{' %' if percent[0] else ''}" if "metric" in agreed else "score"
-    unit = ["" if "metric" in agreed or not p else " %" for p in percent]
-    out.append(Column(heading, [score(r) + u for r, u in zip(results, unit, strict=True)]))
+            found.append(Column(name, cells, name == "repeats"))
+
+    # The unit stands in the heading if it is the same for all, else in each cell.
+    percent = [result.metric in PERCENT for result in results]
+    same = "metric" in agreed
+    title = f"{agreed['metric']}{' %' if percent[0] else ''}" if same else "score"
+    units = ["" if same or not flag else " %" for flag in percent]
+    scores = [score(result) + unit for result, unit in zip(results, units, strict=True)]
+    found.append(Column(title, scores, scores=True))
     for name in ("forgetting", "backward_transfer", "forward_transfer"):
-        out.append(
-            Column(
-                name.replace("_", " "),
-                [number(getattr(r, name), p) for r, p in zip(results, percent, strict=True)],
-            )
-        )
-    if any(r.local or r.personal for r in results):
-        shown: dict[str, list[float | None]] = {
-            "worst tenth": [r.worst() for r in results],
-            "spread": [r.spread for r in results],
-            "local forgetting": [r.local_forgetting for r in results],
-            "global forgetting": [r.global_forgetting for r in results],
-            "personal": [sum(r.personal.values()) / len(r.personal) if r.personal else None for r in results],
-        }
-        out += [
-            Column(n, [number(v, p) for v, p in zip(values, percent, strict=True)])
-            for n, values in shown.items()
-        ]
-    if any(r.mapper is not None for r in results):
-        out.append(Column("mapper %", [number(r.mapper_accuracy, True) for r in results]))
-    out.append(Column("MACs", [human(r.costs.get("macs")) for r in results]))
-    out.append(Column("bytes", [human(r.costs.get("bytes"), "B") for r in results]))
-    out.append(Column("time", [duration(r.costs.get("seconds")) for r in results]))
-    return agreed, out
+        values = [getattr(result, name) for result in results]
+        found.append(Column(name.replace("_", " "), numbers(values, percent)))
+
+    # Further columns only where a result has something to show.
+    if any(result.local or result.personal for result in results):
+        found += client_columns(results, percent)
+    if any(result.mapper is not None for result in results):
+        found.append(Column("mapper %", [number(result.mapper_accuracy, True) for result in results]))
+    found.append(Column("MACs", [human(result.costs.get("macs")) for result in results]))
+    found.append(Column("bytes", [human(result.costs.get("bytes"), "B") for result in results]))
+    found.append(Column("time", [duration(result.costs.get("seconds")) for result in results]))
+    return Comparison(agreed, found)
+
+
+def numbers(values: Sequence[float | None], percent: Sequence[bool]) -> list[str]:
+    """Write the cells of a column of scores."""
+    return [number(value, flag) for value, flag in zip(values, percent, strict=True)]
+
+
+def client_columns(results: Sequence[Result], percent: Sequence[bool]) -> list[Column]:
+    """Make the columns for runs in which clients were judged."""
+    # The mean over clients, each on its own test data.
+    personal = [
+        sum(result.personal.values()) / len(result.personal) if result.personal else None
+        for result in results
+    ]
+    shown: dict[str, list[float | None]] = {
+        "worst tenth": [result.worst() for result in results],
+        "spread": [result.spread for result in results],
+        "local forgetting": [result.local_forgetting for result in results],
+        "global forgetting": [result.global_forgetting for result in results],
+        "personal": personal,
+    }
+    return [Column(name, numbers(values, percent)) for name, values in shown.items()]
 
 
 def heading(agreed: dict[str, str]) -> str:
-    """What all results agree on, on one line."""
-    parts = [f"{n} {v}" if n != "repeats" else f"{v} repeat{'s' * (v != '1')}" for n, v in agreed.items()]
+    """Write what all results have in common on one line."""
+    parts = []
+    for name, value in agreed.items():
+        plural = "s" * (value != "1")
+        parts.append(f"{value} repeat{plural}" if name == "repeats" else f"{name} {value}")
     return ", ".join(parts)
 
 
+def rows_of(found: Sequence[Column]) -> list[tuple[str, ...]]:
+    """The rows below the heading."""
+    return list(zip(*(column.cells for column in found), strict=True))
+
+
 def grid(found: Sequence[Column]) -> str:
-    """Columns as aligned lines.
+    """Write columns as aligned lines.
 
     >>> print(grid([Column("name", ["a", "bc"], False), Column("n", ["1", "10"])]))
     name   n
@@ -162,21 +199,18 @@ def grid(found: Sequence[Column]) -> str:
     a      1
     bc    10
     """
-    widths = [max(map(len, [c.name, *c.cells])) for c in found]
-    rows = [
-        [c.name for c in found],
-        ["-" * w for w in widths],
-        *map(list, zip(*(c.cells for c in found), strict=True)),
-    ]
-    lines = (
-        "  ".join(t.rjust(w) if c.right else t.ljust(w) for t, w, c in zip(r, widths, found, strict=True))
-        for r in rows
-    )
-    return "\n".join(line.rstrip() for line in lines)
+    widths = [max(map(len, [column.name, *column.cells])) for column in found]
+    rows = [[column.name for column in found], ["-" * width for width in widths], *rows_of(found)]
+    lines = []
+    for row in rows:
+        cells = zip(row, widths, found, strict=True)
+        aligned = (text.rjust(width) if column.right else text.ljust(width) for text, width, column in cells)
+        lines.append("  ".join(aligned).rstrip())
+    return "\n".join(lines)
 
 
 def short(text: object, length: int) -> str:
-    """A name cut in the middle, so that both what it is and which one stay.
+    """Cut a name in the middle, because both its kind and its number are at the ends.
 
     >>> short("permuted-mnist/17", 10)
     'permu…t/17'
@@ -189,39 +223,40 @@ def short(text: object, length: int) -> str:
 def matrix_columns(
     result: Result, most_columns: int | None = None, most_rows: int | None = None
 ) -> list[Column]:
-    """The matrix of a result as columns: stages down, sources across; what is too much is cut in the middle."""
-    percent, m = result.metric in PERCENT, result.matrix
-    names = ["(start)", *map(clean, result.stages)]
+    """Make columns of the matrix of a result: stages down, sources across.
 
-    def kept(n: int, most: int | None) -> list[int | None]:
-        if most is None or n <= most:
-            return list(range(n))
-        return [*range(most - most // 2 - 1), None, *range(n - most // 2, n)]
+    More than `most_columns` or `most_rows` are cut in the middle.
+    """
+    percent, matrix = result.metric in PERCENT, result.matrix
+    rows = kept(len(matrix), most_rows)
+    stages = ["(start)", *map(clean, result.stages)]
+    if most_rows is not None:
+        stages = [short(stage, 20) for stage in stages]
+    sources = [clean(name) if most_columns is None else short(name, 14) for name in result.sources]
 
-    rows = kept(len(m), most_rows)
-    out = [
-        Column(
-            "stage",
-            ["..." if i is None else names[i] if most_rows is None else short(names[i], 20) for i in rows],
-            False,
-        )
-    ]
-    for j in kept(len(result.sources), most_columns):
-        name = (
-            "..."
-            if j is None
-            else clean(result.sources[j])
-            if most_columns is None
-            else short(result.sources[j], 14)
-        )
-        out.append(
-            Column(name, ["..." if i is None or j is None else number(float(m[i, j]), percent) for i in rows])
-        )
-    return out
+    found = [Column("stage", ["..." if row is None else stages[row] for row in rows], False)]
+    for column in kept(len(result.sources), most_columns):
+        if column is None:
+            found.append(Column("...", ["..."] * len(rows)))
+            continue
+        cells = ["..." if row is None else number(float(matrix[row, column]), percent) for row in rows]
+        found.append(Column(sources[column], cells))
+    return found
+
+
+def kept(count: int, most: int | None) -> list[int | None]:
+    """List the places of a long row that are shown, with None for those left out.
+
+    >>> kept(9, 5)
+    [0, 1, None, 7, 8]
+    """
+    if most is None or count <= most:
+        return list(range(count))
+    return [*range(most - most // 2 - 1), None, *range(count - most // 2, count)]
 
 
 def table(results: Sequence[Result]) -> str:
-    """Results as plain text, one row each; for a single one also its matrix.
+    """Write results as plain text, one row each; for a single one also its matrix.
 
     >>> print(table([example()]))
     setting continual, data digits, model MLP, metric accuracy, 2 repeats
@@ -238,49 +273,56 @@ def table(results: Sequence[Result]) -> str:
     """
     agreed, found = columns(results)
     text = "\n".join(filter(None, [heading(agreed), grid(found)]))
-    if len(results) == 1:
-        r = results[0]
-        unit = " %" if r.metric in PERCENT else ""
-        text += f"\n\n{clean(r.metric)}{unit} after each stage (rows), on each source (columns)\n{grid(matrix_columns(r, 12, 20))}"
-    return text
+    if len(results) > 1:
+        return text
+
+    # A terminal has room for a dozen columns.
+    (result,) = results
+    unit = " %" if result.metric in PERCENT else ""
+    title = f"{clean(result.metric)}{unit} after each stage (rows), on each source (columns)"
+    return f"{text}\n\n{title}\n{grid(matrix_columns(result, 12, 20))}"
 
 
 def markdown(results: Sequence[Result]) -> str:
-    """Results as a Markdown table.
+    """Write results as a Markdown table.
 
     >>> print(markdown([example()]).splitlines()[-1])
     | ewc | 75.0 ± 7.1 | 40.0 | -40.0 | 10.0 | 1.20 M | 3.40 kB | 2.5 s |
     """
     agreed, found = columns(results)
-
-    def safe(text: str) -> str:
-        for a, b in (("\\", "\\\\"), ("|", "\\|"), ("&", "&amp;"), ("<", "&lt;")):
-            text = text.replace(a, b)
-        return text
-
     rows = [
-        [c.name for c in found],
-        ["--:" if c.right else ":--" for c in found],
-        *zip(*(c.cells for c in found), strict=True),
+        [column.name for column in found],
+        ["--:" if column.right else ":--" for column in found],
+        *rows_of(found),
     ]
-    lines = ["| " + " | ".join(map(safe, r)) + " |" for r in rows]
+    lines = ["| " + " | ".join(map(safe, row)) + " |" for row in rows]
     return "\n".join([safe(heading(agreed)), "", *lines] if agreed else lines)
 
 
+def safe(text: str) -> str:
+    """Escape what has a meaning in a cell of Markdown."""
+    # The backslash comes first: later ones are those that escape.
+    for plain, escaped in (("\\", "\\\\"), ("|", "\\|"), ("&", "&amp;"), ("<", "&lt;")):
+        text = text.replace(plain, escaped)
+    return text
+
+
 def tsv(found: Sequence[Column]) -> str:
-    """Columns as tab-separated lines, for a spreadsheet."""
-    return "\n".join(
-        "\t".join(r) for r in [[c.name for c in found], *zip(*(c.cells for c in found), strict=True)]
-    )
+    """Write columns as tab-separated lines, for a spreadsheet."""
+    # Names are cleaned of tabs and newlines before, so that no cell needs quotes.
+    names = [column.name for column in found]
+    return "\n".join("\t".join(row) for row in [names, *rows_of(found)])
 
 
 def example(method: str = "ewc") -> Result:
-    """A small result, for the examples of this room."""
+    """Make a small result, for the examples of this room."""
     import numpy as np
 
     from consilience.loop.result import Result
 
-    m = np.array([[0.0, 0.2], [1.0, 0.3], [0.6, 0.9]])
+    mean = np.array([[0.0, 0.2], [1.0, 0.3], [0.6, 0.9]])
+    # The last score differs between the repeats, so that the deviation is not 0.
+    change = 0.1 * (mean == 0.9)
     return Result(
         setting="continual",
         data="digits",
@@ -291,6 +333,6 @@ def example(method: str = "ewc") -> Result:
         sources=("digits/0", "digits/1"),
         stages=("first", "second"),
         learned_at=(1, 2),
-        matrices=np.stack([m + 0.1 * (m == 0.9), m - 0.1 * (m == 0.9)]),
+        matrices=np.stack([mean + change, mean - change]),
         costs={"macs": 1_200_000, "bytes": 3_400, "seconds": 2.5},
     )

@@ -346,7 +346,7 @@ def test_a_stream_is_seen_once_and_judged_by_source():
     for s in schedule.sources:
         fit(net, s, epochs=1)
     near(r.params, entries(net))
-    with pytest.raises(cs.ConsilienceError, match="seen once: `epochs` should be 1"):
+    with pytest.raises(cs.ConsilienceError, match="seen once, so `epochs` must be 1"):
         cs.run(schedule, cs.methods.finetune(), mlp(), training(epochs=2))
 
 
@@ -517,7 +517,7 @@ def test_an_untaught_task_of_icarl_is_a_guess_and_no_nan():
 
 
 def test_only_one_part_says_what_a_learn_trains_on():
-    with pytest.raises(cs.Refusal, match="Found Cumulative and GDumb"):
+    with pytest.raises(cs.Refusal, match="got Cumulative and GDumb"):
         cs.run(cs.settings.continual(SOURCES), [cs.methods.joint(), cs.methods.gdumb()], mlp())
 
 

@@ -1,1 +1,1 @@
-"""Corrections: how what is known bends the training on one source. Concrete classes, by file; catalogue entries are in `methods`."""
+"""Corrections: how earlier knowledge changes training on a source; `methods` has the catalogue."""

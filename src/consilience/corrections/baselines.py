@@ -1,16 +1,16 @@
-"""Baselines: all data seen so far, as one pool; and learning from scratch."""
+"""Baselines: training on one pool of all data seen so far, and training from scratch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from consilience.core.contexts import Beginning, Begun, Context, Learned, Memory
 from consilience.core.correction import Correction
-from consilience.core.message import Private
+from consilience.core.message import Item, Private
 from consilience.core.model import Model
 from consilience.core.params import Params
 from consilience.core.source import Source, Tensors
@@ -19,11 +19,22 @@ if TYPE_CHECKING:
     from consilience.core.schedule import ScheduleFacts
 
 
-THROWN = "what is heard of others would be thrown away at the next learn; "
+THROWN = "what was received from others would be lost at the next visit; "
+
+
+def by_source(memory: Memory) -> list[tuple[tuple[str, str], Item]]:
+    """Return the items of a memory in the order of (source, sender).
+
+    Sums of items follow it, so that they do not depend on the order in which messages arrived.
+    """
+    return sorted(memory.items(), key=lambda entry: (entry[0][1], entry[0][0]))
 
 
 def pool(sources: tuple[Source, ...], past: Mapping[str, Private]) -> tuple[Source, ...]:
-    """The given sources with what was kept of past ones: one pool; with task labels each is a part, the new ones first."""
+    """Join the given sources with the kept examples of past ones.
+
+    With task labels each source is a part of its own, the new ones first; without, all are one source.
+    """
     where = sources[0].train.targets().device
     old = [
         replace(
@@ -38,20 +49,31 @@ def pool(sources: tuple[Source, ...], past: Mapping[str, Private]) -> tuple[Sour
     ]
     if sources[0].task is not None:
         return (*sources, *old)
+
     everything = (*old, *sources)
     return (Source.union("+".join(s.name for s in everything), everything),)
 
 
 def others(memory: Memory, sources: tuple[Source, ...]) -> dict[str, Private]:
-    """The private items of all other sources, by source."""
-    now = {s.name for s in sources}
-    return {source: item for (_, source), item in sorted(memory.items()) if source not in now}  # type: ignore[misc]
+    """Return the private items of all other sources, by source."""
+    names = {source.name for source in sources}
+    found: dict[str, Any] = {source: item for (_, source), item in sorted(memory.items())}
+    return {source: item for source, item in found.items() if source not in names}
 
 
 def facts_of(learned: Learned) -> dict[str, object]:
-    """What an item says of its source: the task that the model was given, the source's own, its classes, when it was learned."""
-    s = learned.source
-    return {"task": learned.task, "label": s.task, "classes": list(s.classes), "order": learned.order}
+    """Return the facts of a source that its item keeps.
+
+    They are the task that the model was given, the source's own task, its classes, and the number of the
+    visit.
+    """
+    source = learned.source
+    return {
+        "task": learned.task,
+        "label": source.task,
+        "classes": list(source.classes),
+        "order": learned.order,
+    }
 
 
 def reset(
@@ -61,24 +83,31 @@ def reset(
     past: Mapping[str, Private],
     generator: torch.Generator,
 ) -> Params:
-    """New parameters in place of those that are trained, heads and columns of past tasks too: the model's own draw (a given module
-    begins as it was given), grown in the order in which tasks came."""
+    """Replace all trainable parameters by new ones, heads and columns of past tasks included.
+
+    The new ones are the model's own draw (a given module begins as it was given), and they grow in the order
+    in which tasks came.
+    """
     fresh, buffers = model.init(generator)
-    items = sorted(past.items(), key=lambda kv: (kv[1].meta["order"], kv[0]))
+    visits = sorted(past.items(), key=lambda visit: (visit[1].meta["order"], visit[0]))
     before = [
-        replace(sources[0], name=n, task=i.meta["label"], classes=tuple(i.meta["classes"])) for n, i in items
+        replace(sources[0], name=name, task=item.meta["label"], classes=tuple(item.meta["classes"]))
+        for name, item in visits
     ]
-    for s in (*before, *sources):
-        fresh, buffers = model.grow(fresh, buffers, s, generator)
-    return {n: fresh[n].to(p) if n in fresh and not model.frozen(n) else p for n, p in params.items()}
+    for source in (*before, *sources):
+        fresh, buffers = model.grow(fresh, buffers, source, generator)
+    return {
+        name: fresh[name].to(p) if name in fresh and not model.frozen(name) else p
+        for name, p in params.items()
+    }
 
 
 @dataclass(frozen=True)
 class Cumulative(Correction):
-    """Every learn is on all sources seen so far by this agent, as one pool.
+    """Train on all sources that this agent has seen so far, as one pool.
 
-    With task labels each task is a part of the step, the new ones first. Keeps all data. With `scratch` every learn but the
-    first begins from new parameters: joint training, the upper bound that other methods are measured against.
+    With task labels each task is a part of the step, the new ones first. Keeps all data. With `scratch` every
+    visit but the first begins from new parameters: joint training, the upper bound for other methods.
     """
 
     scratch: bool = False
@@ -96,19 +125,14 @@ class Cumulative(Correction):
         return others(memory, sources)
 
     def gather(
-        self, sources: tuple[Source, ...], known: dict[str, Private], generator: torch.Generator
+        self, sources: tuple[Source, ...], recalled: dict[str, Private], generator: torch.Generator
     ) -> tuple[Source, ...]:
-        return pool(sources, known)
+        return pool(sources, recalled)
 
     def begin(self, start: Beginning) -> Begun:
-        model, params, sources, known, generator = (
-            start.model,
-            start.params,
-            start.sources,
-            start.recalled,
-            start.generator,
-        )
-        return Begun(reset(model, params, sources, known, generator) if self.scratch and known else params)
+        if not self.scratch or not start.recalled:
+            return Begun(start.params)
+        return Begun(reset(start.model, start.params, start.sources, start.recalled, start.generator))
 
     def summarise(self, learned: Learned, ctx: Context) -> Private:
         x, y = learned.source.train.whole()
@@ -117,9 +141,10 @@ class Cumulative(Correction):
 
 @dataclass(frozen=True)
 class FromScratch(Correction):
-    """Every learn of a source after an agent's first begins from new parameters: nothing is transferred.
+    """Begin every visit of an agent but its first from new parameters, so that nothing is transferred.
 
-    The heads of other tasks begin anew too. Running statistics of batch norm go on, which training overwrites.
+    The heads of other tasks begin again too. Running statistics of batch norm continue, since training
+    overwrites them.
     """
 
     shared_items: ClassVar[bool] = False
@@ -130,19 +155,14 @@ class FromScratch(Correction):
         return THROWN + "use finetune" if facts.receives_others else None
 
     def recall(self, memory: Memory, sources: tuple[Source, ...]) -> dict[str, Private] | None:
-        """What else was learned before, or None."""
+        """Return the items of sources that were trained before, or None."""
         return others(memory, sources) or None
 
     def begin(self, start: Beginning) -> Begun:
-        model, params, sources, known, generator = (
-            start.model,
-            start.params,
-            start.sources,
-            start.recalled,
-            start.generator,
-        )
-        return Begun(reset(model, params, sources, known, generator) if known else params)
+        if not start.recalled:
+            return Begun(start.params)
+        return Begun(reset(start.model, start.params, start.sources, start.recalled, start.generator))
 
     def summarise(self, learned: Learned, ctx: Context) -> Private:
-        """That it was learned."""
+        # No tensor is needed: that there is an item says that the source was trained.
         return Private({}, facts_of(learned))

@@ -14,15 +14,16 @@ from consilience.core.message import Statistics
 
 @dataclass(frozen=True)
 class Moments(Correction):
-    """A = sum psi psi^T [d+1, d+1], b = sum psi e_y^T [d+1, C], n_c [C], in float64, psi being the features and a one.
+    """Send A = sum psi psi^T [d+1, d+1], b = sum psi e_y^T [d+1, C] and n_c [C], in float64.
 
-    They add over sources, batches and clients; subtracting a client's removes it exactly. Sums can leak rare samples: they
-    are not private.
+    psi are the features and a one. The sums add over sources, batches and clients; subtracting a client's
+    sums removes it exactly. They can leak rare samples: they are not private.
     """
 
     def summarise(self, learned: Learned, ctx: Context) -> Statistics:
         def psi(x: Tensor) -> Tensor:
-            f = learned.model.features(learned.params, learned.buffers, x, learned.task).double()
-            return torch.cat([f, f.new_ones(len(f), 1)], 1)
+            features = learned.model.features(learned.params, learned.buffers, x, learned.task).double()
+            # The one makes the bias a row of the ridge solution.
+            return torch.cat([features, features.new_ones(len(features), 1)], 1)
 
         return Statistics(learned.sums(psi))

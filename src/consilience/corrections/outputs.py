@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class WSM(Correction):
-    """Re-weighted softmax: the cross-entropy of the logits plus log p, p being the shares of the classes in what is learned.
+    """Re-weighted softmax: the cross-entropy of the logits plus log p, p the class shares of the data.
 
-    loss(z, y) = -log(p_y e^(z_y) / sum_c p_c e^(z_c)), z [B, C], with p from the label counts of the sources of this learn together; equal
-    counts of all classes are plain training. A class that they lack has p = 0: no gradient reaches its logit. Samples of such a
-    class (gathered, or replayed by another correction) and all other parts keep the plain loss. Prediction is left as it is.
-    Legate, Caccia & Belilovsky 2023.
+    loss(z, y) = -log(p_y e^(z_y) / sum_c p_c e^(z_c)), z [B, C], with p from the label counts of the sources
+    of this visit together; equal counts of all classes are plain training. A class that they lack has p = 0:
+    no gradient reaches its logit. Samples of such a class (gathered, or replayed by another correction) and
+    all other parts keep the plain loss. Prediction is unchanged. Legate, Caccia & Belilovsky 2023.
     """
 
     def refuse(self, facts: ScheduleFacts) -> str | None:
@@ -32,21 +32,19 @@ class WSM(Correction):
         return "values have no classes to weight; use finetune" if facts.kind == "value" else None
 
     def begin(self, start: Beginning) -> Begun:
-        """log p [C], -inf for classes that these sources lack."""
-        model, params, sources = start.model, start.params, start.sources
-        counts = (
-            torch.stack([torch.bincount(s.train.targets(), minlength=model.outputs) for s in sources])
-            .sum(0)
-            .double()
-        )
-        return Begun(params, {"log_p": (counts / counts.sum()).log()})
+        """Return the private log p [C], -inf for classes that these sources lack."""
+        size = start.model.outputs
+        counts = [torch.bincount(s.train.targets(), minlength=size) for s in start.sources]
+        total = torch.stack(counts).sum(0).double()
+        return Begun(start.params, {"log_p": (total / total.sum()).log()})
 
     def losses(self, losses: dict[int, Tensor], step: StepView, ctx: Context) -> dict[int, Tensor]:
         log_p = ctx.private["log_p"].to(step.theta)
         there = log_p > -torch.inf
-        bent = dict(losses)
-        for i, (z, part) in enumerate(zip(step.outputs, step.parts, strict=True)):
+        changed = dict(losses)
+        for i, (logits, part) in enumerate(zip(step.outputs, step.parts, strict=True)):
             if not part.drawn_by:
+                # With p = 0 for its own class a sample's loss would be infinite; it keeps the plain one.
                 prior = torch.where(there[part.y][:, None], log_p, 0.0)
-                bent[i] = F.cross_entropy(z + prior, part.y, reduction="none")
-        return bent
+                changed[i] = F.cross_entropy(logits + prior, part.y, reduction="none")
+        return changed

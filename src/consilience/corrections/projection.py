@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
@@ -17,19 +17,23 @@ from consilience.corrections.baselines import others
 from consilience.corrections.rehearsal import ER
 
 
-def constraints(step: StepView, owner: str) -> list[Row]:
-    """The loss of each part that a correction drew, as a constraint."""
+def constraints(step: StepView, drawn_by: str) -> list[Row]:
+    """Return the loss of each part that a correction drew, as a constraint."""
     kind = "value" if step.parts[0].y.is_floating_point() else "class"
-    own = [i for i, p in enumerate(step.parts) if p.drawn_by == owner]
-    return [Row(mean_loss(step.outputs[i], step.parts[i], kind), kind="constraint") for i in own]
+    return [
+        Row(mean_loss(out, part, kind), kind="constraint")
+        for out, part in zip(step.outputs, step.parts, strict=True)
+        if part.drawn_by == drawn_by
+    ]
 
 
 @dataclass(frozen=True)
 class EpisodicConstraints(Correction):
-    """One constraint row for each earlier source: the loss on its `size` remembered examples must not rise (GEM).
+    """GEM: the loss on the remembered examples of each earlier source must not rise.
 
-    Needs a cone as step aggregator. Each step sees `batch_size` of a source's examples (None: all of them). Private.
-    Lopez-Paz & Ranzato 2017.
+    There is one constraint row per source, and `size` examples of each source are kept, private. Needs a cone
+    as step aggregator. Each step uses `batch_size` of a source's examples (None: all). Lopez-Paz & Ranzato
+    2017.
     """
 
     size: int = 256
@@ -43,20 +47,18 @@ class EpisodicConstraints(Correction):
 
     def __post_init__(self) -> None:
         if self.size < 0:
-            raise ConsilienceError(
-                f"`size` of each source's memory should be >= 0. Found `size = {self.size}`."
-            )
+            raise ConsilienceError(f"`size` of each source's memory must be >= 0, got {self.size}.")
         if self.batch_size is not None and self.batch_size < 1:
-            raise ConsilienceError(f"`batch_size` should be >= 1. Found `batch_size = {self.batch_size}`.")
+            raise ConsilienceError(f"`batch_size` must be >= 1, or None for all, got {self.batch_size}.")
 
-    def recall(self, memory: Memory, sources: tuple[Source, ...]) -> list[tuple[str, Any]] | None:
-        """(source, item) of every other source."""
-        return list(others(memory, sources).items()) or None
+    def recall(self, memory: Memory, sources: tuple[Source, ...]) -> dict[str, Private] | None:
+        """Return the items of all other sources, by source, or None where there are none."""
+        return others(memory, sources) or None
 
     def sample(self, ctx: Context, sources: tuple[Source, ...], generator: torch.Generator) -> list[Batch]:
-        """A part of weight 0 for each earlier source: it is forwarded, and `rows` makes its constraint."""
+        """Return a part of weight 0 per earlier source: it is forwarded, and `rows` makes its constraint."""
         parts = []
-        for source, item in ctx.recalled:
+        for source, item in ctx.recalled.items():
             x, y = item.tensors["x"], item.tensors["y"]
             if self.batch_size is not None and self.batch_size < len(y):
                 index = torch.randperm(len(y), generator=generator)[: self.batch_size].to(x.device)
@@ -69,23 +71,26 @@ class EpisodicConstraints(Correction):
 
     def summarise(self, learned: Learned, ctx: Context) -> Private:
         examples = learned.source.train
-        keep = torch.randperm(len(examples), generator=learned.generator)[: self.size]
-        x, y = examples.select(keep).whole()
+        kept = torch.randperm(len(examples), generator=learned.generator)[: self.size]
+        x, y = examples.select(kept).whole()
+        # Copies, so that the item does not hold all examples of the source in memory.
         return Private({"x": x.clone(), "y": y.clone()}, {"task": learned.task})
 
 
 @dataclass(frozen=True)
 class AverageConstraint(ER):
-    """One constraint row: the loss on a batch drawn from a reservoir over all earlier sources must not rise (A-GEM).
+    """A-GEM: the loss on a batch of earlier examples must not rise, one constraint row.
 
-    Needs a cone as step aggregator. Chaudhry et al. 2019.
+    The batch is drawn from a reservoir over all earlier sources. Needs a cone as step aggregator.
+    Chaudhry et al. 2019.
     """
 
     adds_constraints: ClassVar[bool] = True
 
     def sample(self, ctx: Context, sources: tuple[Source, ...], generator: torch.Generator) -> list[Batch]:
-        """One part of weight 0: it is forwarded, and `rows` makes its constraint."""
-        return [replace(b, weight=0.0) for b in super().sample(ctx, sources, generator)]
+        """Return the part of `ER` with weight 0: it is forwarded, and `rows` makes its constraint."""
+        return [replace(part, weight=0.0) for part in super().sample(ctx, sources, generator)]
 
     def rows(self, step: StepView, ctx: Context) -> list[Row]:
+        # As an objective the same loss would be experience replay.
         return constraints(step, self.name)

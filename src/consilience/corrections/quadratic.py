@@ -1,4 +1,4 @@
-"""Quadratic penalties: one precision and one shift, whatever the number of sources. EWC, SI and the proximal term."""
+"""Quadratic penalties, at one price for any number of sources: EWC, SI, MAS, L2 and the proximal term."""
 
 from __future__ import annotations
 
@@ -12,29 +12,31 @@ from consilience.core.contexts import Context, Learned, Memory, StepView
 from consilience.core.correction import NO_TRAINING, Correction
 from consilience.core.errors import ConsilienceError
 from consilience.core.message import Statistics
+from consilience.core.optimiser import SGD
+from consilience.core.params import Params
 from consilience.core.source import Source
 from consilience.core.training import Training
-from consilience.corrections.fisher import fisher, sensitivity
+from consilience.corrections.fisher import check_labels, check_samples, fisher, sensitivity
 
 if TYPE_CHECKING:
     from consilience.core.schedule import ScheduleFacts
 
 
 def non_negative(owner: str, **values: float) -> None:
-    """Refuse hyperparameters that are negative or not finite."""
-    for name, v in values.items():
-        if not 0 <= v < float("inf"):
-            raise ConsilienceError(f"`{name}` of {owner} should be >= 0 and finite. Found `{name} = {v}`.")
+    """Raise ConsilienceError for hyperparameters that are negative or not finite."""
+    for name, value in values.items():
+        if not 0 <= value < float("inf"):
+            raise ConsilienceError(f"`{name}` of {owner} must be >= 0 and finite, got {value}.")
 
 
 @dataclass(frozen=True)
 class Quadratic(Correction):
     """(strength / 2) sum_k (theta - theta_k)^T diag(P_k) (theta - theta_k), up to a constant.
 
-    Kept as statistics that add: precision P = sum P_k and shift s = sum P_k theta_k, so that a step costs the same for any
-    number of sources. A revisited source's own summary is left out. Under SGD the precision is capped at 1 / (lr x strength),
-    with a warning: such an entry returns to its centre in one step, and a longer one would diverge. Subclasses say what the
-    precision is.
+    The statistics of sources add, precision P = sum P_k and shift s = sum P_k theta_k, so a step costs the
+    same for any number of sources. A source that is visited again leaves out its own summary. Under SGD the
+    precision is capped at 1 / (lr x strength), with a warning: one step takes such an entry back to its
+    centre, and with more precision it would overshoot and diverge. Subclasses define the precision.
     """
 
     strength: float = 1.0
@@ -57,43 +59,47 @@ class Quadratic(Correction):
         return torch.mul(ctx.flat["precision"], step.theta).sub_(ctx.flat["shift"]), self.strength
 
     def prepare_step(self, ctx: Context, training: Training) -> tuple[dict[str, Tensor], str | None]:
-        """Cap the precision at 1 / (lr x strength), lr being that of each entry, for SGD, around the same centre: a larger one would overshoot, and above 2 diverge."""
-        from consilience.core.optimiser import SGD
+        """Cap the precision at 1 / (lr x strength) for SGD, around the same centre; lr is that of each entry.
 
+        A larger precision would overshoot, and above 2 / (lr x strength) training diverges.
+        """
         if "precision" not in ctx.flat or not isinstance(training.inner(), SGD):
             return ctx.flat, None
-        most = 1 / (training.lr * self.strength)
-        rates, precision = None, ctx.flat["precision"]
+        precision, rates = ctx.flat["precision"], None
         if training.rates:
             assert ctx.layout is not None
             rates = training.factors(ctx.layout)
         steep = precision if rates is None else precision * rates
+
+        most = 1 / (training.lr * self.strength)
         over = int((steep > most).sum())
         if not over:
             return ctx.flat, None
+
+        # One factor on precision and shift keeps the centre, shift / precision, where it is.
         factor = torch.where(steep > most, most / steep.clamp_min(most), 1.0)
         return {"precision": precision * factor, "shift": ctx.flat["shift"] * factor}, (
-            f"lr x strength x precision is up to {float(steep.max()) / most:.3g}, and above 2 training diverges; "
-            f"{over} of {len(precision)} entries are capped at 1"
+            f"lr x strength x precision is up to {float(steep.max()) / most:.3g}, and above 2 training "
+            f"diverges; {over} of {len(precision)} entries are capped at 1"
         )
 
     @staticmethod
-    def statistics(precision: dict[str, Tensor], params: dict[str, Tensor]) -> Statistics:
-        """The precision and the shift of one source."""
-        tensors = {f"precision/{n}": p for n, p in precision.items()}
-        return Statistics(tensors | {f"shift/{n}": p * params[n] for n, p in precision.items()})
+    def statistics(precision: Params, params: Params) -> Statistics:
+        """Return the precision and the shift of one source."""
+        tensors = {f"precision/{name}": p for name, p in precision.items()}
+        return Statistics(tensors | {f"shift/{name}": p * params[name] for name, p in precision.items()})
 
 
 @dataclass(frozen=True)
 class EWC(Quadratic):
     """Elastic weight consolidation: the precision is the diagonal Fisher information, exact, per sample.
 
-    F = (1/N) sum_x E_{y ~ p(y|x)} [(d log p(y|x) / d theta)^2]; `labels="model"` samples y from the model's own prediction
-    (one draw a sample), "all" takes the expectation over all classes, "data" uses the true labels (the empirical Fisher).
-    "batches" is what several libraries compute in its place: the mean over batches of 32 of the square of the batch's mean
-    gradient at the true labels, which is not the Fisher and about 32 times smaller.
-    `samples` bounds the number of examples (None: all). Kirkpatrick et al. 2017; penalties of several sources add
-    (Huszár 2018).
+    F = (1/N) sum_x E_{y ~ p(y|x)} [(d log p(y|x) / d theta)^2]; `labels="model"` samples y from the model's
+    own prediction (one draw per sample), "all" takes the expectation over all classes, "data" uses the true
+    labels (the empirical Fisher). "batches" is what several libraries compute instead: the mean over batches
+    of 32 of the square of the batch's mean gradient at the true labels, which is not the Fisher and about 32
+    times smaller. `samples` bounds the number of examples (None: all). Kirkpatrick et al. 2017; penalties of
+    several sources add (Huszár 2018).
     """
 
     strength: float = 10.0
@@ -102,12 +108,8 @@ class EWC(Quadratic):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.labels not in ("model", "all", "data", "batches"):
-            raise ConsilienceError(
-                f"`labels` should be model, all, data or batches. Found `labels = {self.labels!r}`."
-            )
-        if self.samples is not None and self.samples < 1:
-            raise ConsilienceError(f"`samples` should be at least 1. Found `samples = {self.samples}`.")
+        check_labels(self.labels)
+        check_samples(self.samples)
 
     def summarise(self, learned: Learned, ctx: Context) -> Statistics:
         return self.statistics(fisher(learned, self.labels, self.samples), learned.trainable)
@@ -115,9 +117,10 @@ class EWC(Quadratic):
 
 @dataclass(frozen=True)
 class Running(Quadratic):
-    """(strength / 2) (theta - theta_0)^T diag(sum_k P_k) (theta - theta_0): precisions add up around one centre, the latest.
+    """(strength / 2) (theta - theta_0)^T diag(sum_k P_k) (theta - theta_0): precisions add around one centre.
 
-    theta_0 is where this learn begins: in a stream the end of the latest source, for a client what the server told.
+    theta_0 is where this visit begins: the end of the latest source in a stream, the received parameters for
+    a client.
     """
 
     flat: ClassVar[tuple[str, ...]] = ("precision",)
@@ -128,18 +131,18 @@ class Running(Quadratic):
         return super().prepare_step(ctx, training)
 
     @staticmethod
-    def precision(values: dict[str, Tensor], **meta: Any) -> Statistics:
-        """The precision of one source."""
-        return Statistics({f"precision/{n}": p for n, p in values.items()}, meta)
+    def precision(values: Params, **meta: Any) -> Statistics:
+        """Return the precision of one source."""
+        return Statistics({f"precision/{name}": p for name, p in values.items()}, meta)
 
 
 @dataclass(frozen=True)
 class SI(Running):
     """Synaptic intelligence: the precision is each parameter's share of the fall of the loss, along the path.
 
-    Omega = max(0, sum_k w_k / ((theta_end - theta_start)^2 + xi)), w_k = sum over the steps of source k of -g . d theta, with g
-    the gradient of the task's own loss, over all its visits; the penalty is strength x Omega (theta - theta_0)^2 around the end of
-    the latest source. Zenke et al. 2017.
+    Omega = max(0, sum_k w_k / ((theta_end - theta_start)^2 + xi)), w_k = sum over the steps of source k of
+    -g . d theta, with g the gradient of the task's own loss, over all its visits; the penalty is
+    strength x Omega (theta - theta_0)^2 around the end of the latest source. Zenke et al. 2017.
     """
 
     strength: float = 1.0
@@ -148,7 +151,7 @@ class SI(Running):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.xi < float("inf"):
-            raise ConsilienceError(f"`xi` should be positive and finite. Found `xi = {self.xi}`.")
+            raise ConsilienceError(f"`xi` must be positive and finite, got {self.xi}.")
 
     def trace_init(self, theta: Tensor) -> dict[str, Tensor]:
         return {"path": torch.zeros_like(theta), "start": theta.clone()}
@@ -159,20 +162,25 @@ class SI(Running):
     def summarise(self, learned: Learned, ctx: Context) -> Statistics:
         end = learned.trainable
         path, start = learned.layout.split(ctx.trace["path"]), learned.layout.split(ctx.trace["start"])
-        moved = {n: end[n] - start[n] for n in end}
-        return self.precision({n: 2 * learned.share * path[n] / (moved[n].square() + self.xi) for n in end})
+        moved = {name: end[name] - start[name] for name in end}
+        # The penalty of the paper has no factor 1/2, hence twice its importance.
+        return self.precision(
+            {name: 2 * learned.share * path[name] / (moved[name].square() + self.xi) for name in end}
+        )
 
     def recall(self, memory: Memory, sources: tuple[Source, ...]) -> Statistics | None:
+        """Return the sum over all other sources, at least 0."""
         total = super().recall(memory, sources)
-        return total and Statistics({n: p.clamp(min=0) for n, p in total.tensors.items()})
+        return total and Statistics({name: p.clamp(min=0) for name, p in total.tensors.items()})
 
 
 @dataclass(frozen=True)
 class Proximal(Correction):
     """FedProx's term (mu / 2) ||theta - theta_start||^2: the gradient gains mu (theta - theta_start).
 
-    theta_start are the parameters at the start of this learn: the server's in the federated setting, those after the last
-    source in the continual one. The first step of a learn is the same for any mu. Li et al. 2020.
+    theta_start are the parameters at the start of this visit: the server's in the federated setting, those
+    after the last source in the continual one. The first step of a visit is the same for any mu. Li et al.
+    2020.
     """
 
     mu: float = 0.1
@@ -186,8 +194,8 @@ class Proximal(Correction):
         return None if facts.trains else NO_TRAINING
 
     def penalty(self, step: StepView, ctx: Context) -> Tensor:
-        away = step.theta - step.start
-        return 0.5 * self.mu * torch.dot(away, away)
+        moved = step.theta - step.start
+        return 0.5 * self.mu * torch.dot(moved, moved)
 
     def penalty_gradient(self, step: StepView, ctx: Context) -> tuple[Tensor, float]:
         return (step.theta - step.start).mul_(self.mu), 1.0
@@ -197,10 +205,13 @@ class Proximal(Correction):
 class OnlineEWC(Running, EWC):
     """Online EWC: one running precision that decays, F <- gamma F + F_k, around the latest parameters.
 
-    strength / 2 x sum_k gamma^(age of k) F_k (theta - theta_0)^2, theta_0 where this learn begins: ages count this agent's learns, so gamma = 1 keeps all
-    precisions and moves only their centre. Schwarz et al. 2018; Chaudhry et al. 2018 (EWC++).
+    (strength / 2) sum_k gamma^(age of k) F_k (theta - theta_0)^2, theta_0 where this visit begins. Ages count
+    this agent's visits, so gamma = 1 keeps all precisions and moves only their centre. Schwarz et al. 2018;
+    Chaudhry et al. 2018 (EWC++).
     """
 
+    # Repeated, because `Running` comes before `EWC` in the order of bases and would give 1.
+    strength: float = 10.0
     gamma: float = 0.9
 
     needs_boundaries: ClassVar[bool] = False
@@ -208,24 +219,29 @@ class OnlineEWC(Running, EWC):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.gamma <= 1:
-            raise ConsilienceError(f"`gamma` should be in [0, 1]. Found `gamma = {self.gamma}`.")
+            raise ConsilienceError(f"`gamma` must be in [0, 1], got {self.gamma}.")
 
     def summarise(self, learned: Learned, ctx: Context) -> Statistics:
         return self.precision(fisher(learned, self.labels, self.samples), order=learned.order)
 
     def recall(self, memory: Memory, sources: tuple[Source, ...]) -> Statistics | None:
-        """The decayed precisions of all other sources."""
-        now = {s.name for s in sources}
-        items = [(item.meta["order"], key, item) for key, item in memory.items() if key[1] not in now]
-        if not items:
+        """Return the sum of the decayed precisions of all other sources."""
+        names = {source.name for source in sources}
+        past = [(sender, source) for sender, source in memory if source not in names]
+        if not past:
             return None
-        items.sort(key=lambda i: (i[0], i[1][1], i[1][0]))
-        last = items[-1][0]
-        precision: dict[str, Tensor] = {}
-        for order, _, item in items:
-            for n, p in item.group("precision").items():
-                decayed = p * self.gamma ** (last - order)
-                precision[n] = precision[n] + decayed.to(precision[n].device) if n in precision else decayed
+
+        # From the oldest visit on: the order of a sum of floats is part of its value.
+        order = {key: memory[key].meta["order"] for key in past}
+        past.sort(key=lambda key: (order[key], key[1], key[0]))
+        latest = order[past[-1]]
+        precision: Params = {}
+        for key in past:
+            for name, p in memory[key].group("precision").items():
+                decayed = p * self.gamma ** (latest - order[key])
+                precision[name] = (
+                    precision[name] + decayed.to(precision[name].device) if name in precision else decayed
+                )
         return self.precision(precision)
 
 
@@ -233,8 +249,8 @@ class OnlineEWC(Running, EWC):
 class MAS(Running):
     """Memory aware synapses: the precision is how much the outputs react, per sample.
 
-    The penalty is strength x sum_k Omega_k (theta - theta_0)^2, Omega_k = (1/N) sum_x |d ||f(x)||^2 / d theta| at the end of source
-    k, around the end of the latest one. Aljundi et al. 2018.
+    The penalty is strength x sum_k Omega_k (theta - theta_0)^2, Omega_k = (1/N) sum_x |d ||f(x)||^2 / d
+    theta| at the end of source k, around the end of the latest one. Aljundi et al. 2018.
     """
 
     strength: float = 1.0
@@ -242,24 +258,23 @@ class MAS(Running):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.samples is not None and self.samples < 1:
-            raise ConsilienceError(f"`samples` should be at least 1. Found `samples = {self.samples}`.")
+        check_samples(self.samples)
 
     def summarise(self, learned: Learned, ctx: Context) -> Statistics:
         omega = sensitivity(learned, self.samples)
-        return self.precision({n: 2 * o for n, o in omega.items()})
+        # As for `SI`: the penalty of the paper has no factor 1/2.
+        return self.precision({name: 2 * o for name, o in omega.items()})
 
 
 @dataclass(frozen=True)
 class L2SP(Quadratic):
-    """L2 towards every earlier source's end: the precision is 1 for all entries; the penalty (strength / 2) sum_k ||theta - theta_k||^2.
+    """L2 towards the end of every earlier source: the penalty is (strength / 2) sum_k ||theta - theta_k||^2.
 
-    Li, Grandvalet & Davoine 2018.
+    The precision is 1 for all entries. Li, Grandvalet & Davoine 2018.
     """
 
     strength: float = 0.01
 
     def summarise(self, learned: Learned, ctx: Context) -> Statistics:
-        return self.statistics(
-            {n: torch.ones_like(p) for n, p in learned.trainable.items()}, learned.trainable
-        )
+        ones = {name: torch.ones_like(p) for name, p in learned.trainable.items()}
+        return self.statistics(ones, learned.trainable)

@@ -1,10 +1,10 @@
-"""Rehearsal: examples of earlier sources are seen again. Buffers never leave their agent."""
+"""Rehearsal: examples of earlier sources are trained on again. Buffers never leave their agent."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,11 +20,24 @@ from consilience.core.source import Source
 from consilience.corrections.baselines import facts_of, others
 from consilience.corrections.quadratic import non_negative
 
-Bufs = list[tuple[Any, ...]]
+
+class Group(NamedTuple):
+    """Buffered examples of one task: the names of their sources, the task, and their tensors "x", "y", ..."""
+
+    sources: str
+    task: str | None
+    tensors: Mapping[str, Tensor]
+
+
+class Replayed(NamedTuple):
+    """What `ERACE` recalls: the groups of `ER`, and how many examples were seen so far."""
+
+    groups: list[Group]
+    seen: int
 
 
 class Buffer(Correction):
-    """A private buffer of `size` examples of what was learned, those that its policy keeps."""
+    """A private buffer of `size` training examples; its policy chooses them."""
 
     size: int
     policy: Policy
@@ -33,53 +46,61 @@ class Buffer(Correction):
 
     def __post_init__(self) -> None:
         if self.size < 0:
-            raise ConsilienceError(f"`size` of the buffer should be >= 0. Found `size = {self.size}`.")
+            raise ConsilienceError(f"`size` of the buffer must be >= 0, got {self.size}.")
         if not isinstance(self.policy, Policy):
             raise ConsilienceError(
-                f"`policy` should be made by consilience.memory, such as ring(). Found {kind_of(self.policy)}."
+                f"`policy` must be made by consilience.memory, such as ring(), got {kind_of(self.policy)}."
             )
 
     def refuse(self, facts: ScheduleFacts) -> str | None:
         if facts.kind == "value" and type(self.policy) is not Reservoir:
             return "values have no classes that share a buffer; use policy=memory.reservoir()"
         if facts.kind == "class" and not self.policy.grows and self.size < facts.classes:
-            return f"a buffer of {self.size} has no place for each of the {facts.classes} classes that an agent learns; use a larger `size`"
+            return (
+                f"a buffer of {self.size} has no place for each of the {facts.classes} classes that an agent "
+                "trains on; use a larger `size`"
+            )
         if self.policy.needs_boundaries and not facts.boundaries:
-            return f"{type(self.policy).__name__} chooses at the end of a source, and this stream has no ends; use policy=memory.reservoir()"
+            return (
+                f"{type(self.policy).__name__} chooses at the end of a source, and this stream has no ends; "
+                "use policy=memory.reservoir()"
+            )
         return None
 
     def keys(self, learned: Learned, ctx: Context) -> Tensor:
-        """A key [N] for each example of a source, float64."""
+        """Return a key [N] for each example of a source, float64; the smallest are kept."""
         return self.policy.keys(learned, self.size)
 
     def summarise(self, learned: Learned, ctx: Context) -> Private:
         train, keys = learned.source.train, self.keys(learned, ctx)
         kept = self.policy.keep(keys, train.targets(), self.size).nonzero()[:, 0]
         x, y = train.select(kept).whole()
-        found = {"x": x.clone(), "y": y.clone(), "key": keys[kept]}
-        return Private(found, {**facts_of(learned), "seen": len(train)})
+        tensors = {"x": x.clone(), "y": y.clone(), "key": keys[kept]}
+        return Private(tensors, {**facts_of(learned), "seen": len(train)})
 
     def trim(self, memory: Mapping[str, Any], learned: Learned) -> Mapping[str, Any]:
-        """What the policy keeps of all sources together."""
+        """Keep the examples that the policy chooses among those of all sources together."""
         items = list(memory.values())
-        keys, y = (torch.cat([i.tensors[k].cpu() for i in items]) for k in ("key", "y"))
-        kept = self.policy.keep(keys, y, self.size).split([len(i.tensors["key"]) for i in items])
+        keys, y = (torch.cat([item.tensors[k].cpu() for item in items]) for k in ("key", "y"))
+        kept = self.policy.keep(keys, y, self.size).split([len(item.tensors["key"]) for item in items])
         return {
-            s: i if bool(k.all()) else select(i, k) for (s, i), k in zip(memory.items(), kept, strict=True)
+            source: item if bool(own.all()) else select(item, own)
+            for (source, item), own in zip(memory.items(), kept, strict=True)
         }
 
 
 def select(item: Private, kept: Tensor) -> Private:
-    """The examples of an item where `kept` [n] is true."""
+    """Return the examples of an item where `kept` [n] is true."""
     return replace(item, tensors={k: t[kept.to(t.device)] for k, t in item.tensors.items()})
 
 
 @dataclass(frozen=True)
 class ER(Buffer):
-    """Experience replay: a buffer of `size` examples of earlier sources; each step draws `batch_size` of them as one more part.
+    """Experience replay: each step has one more part, `batch_size` examples from a buffer of earlier sources.
 
-    The step's objectives weigh the same: (L_new + L_buffer) / 2. `policy` says which examples are kept (`consilience.memory`):
-    by default a reservoir over everything seen. The buffer is private. Chaudhry et al. 2019.
+    The objectives of a step weigh the same: (L_new + L_buffer) / 2. `policy` chooses the examples to keep
+    (`consilience.memory`), by default a reservoir over everything seen. The buffer is private. Chaudhry et
+    al. 2019.
     """
 
     size: int = 500
@@ -89,96 +110,105 @@ class ER(Buffer):
     neutral: ClassVar[dict[str, int]] = {"size": 0}
     needs_history: ClassVar[bool] = True
     keeps: ClassVar[tuple[str, ...]] = ("x", "y")
+    """The tensors of an item that a step needs."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.batch_size < 1:
-            raise ConsilienceError(
-                f"`batch_size` of the buffer should be >= 1. Found `batch_size = {self.batch_size}`."
-            )
+            raise ConsilienceError(f"`batch_size` of the buffer must be >= 1, got {self.batch_size}.")
 
-    def recall(self, memory: Memory, sources: tuple[Source, ...]) -> Bufs | None:
-        """(source, task, x, y, ..) of every other source, those of one task together: the tensors that `keeps` names."""
+    def recall(self, memory: Memory, sources: tuple[Source, ...]) -> Any:
+        """Return a Group per task of the examples of all other sources, or None where there are none."""
         by_task: dict[str | None, dict[str, Private]] = {}
         for source, item in others(memory, sources).items():
             if len(item.tensors["y"]):
                 by_task.setdefault(item.meta["task"], {})[source] = item
-        groups: Bufs = [
-            ("+".join(items), task, *[torch.cat([i.tensors[k] for i in items.values()]) for k in self.keeps])
-            for task, items in by_task.items()
-        ]
+
+        groups = []
+        for task, items in by_task.items():
+            tensors = {k: torch.cat([item.tensors[k] for item in items.values()]) for k in self.keeps}
+            groups.append(Group("+".join(items), task, tensors))
         return groups or None
 
     def sample(self, ctx: Context, sources: tuple[Source, ...], generator: torch.Generator) -> list[Batch]:
-        """One part; with task labels, of a task drawn in proportion to its place in the buffer."""
-        counts = torch.tensor([len(y) for *_, y in ctx.recalled], dtype=torch.float64)
-        g = 0 if len(counts) == 1 else int(torch.multinomial(counts, 1, generator=generator))
-        name, task, x, y = ctx.recalled[g]
-        index = torch.randint(len(y), (self.batch_size,), generator=generator).to(x.device)
-        return [Batch(x.index_select(0, index), y.index_select(0, index), task, source=name)]
+        """Return one part; with task labels, of a task drawn in proportion to its examples in the buffer."""
+        drawn = self.draw(ctx.recalled, generator)
+        return [Batch(drawn.tensors["x"], drawn.tensors["y"], drawn.task, source=drawn.sources)]
+
+    def draw(self, groups: list[Group], generator: torch.Generator) -> Group:
+        """Draw a group in proportion to its size, and then `batch_size` of its examples with replacement."""
+        sizes = [len(group.tensors["y"]) for group in groups]
+        counts = torch.tensor(sizes, dtype=torch.float64)
+        # With a single group nothing is drawn: the generator goes on as it was.
+        at = 0 if len(groups) == 1 else int(torch.multinomial(counts, 1, generator=generator))
+        index = torch.randint(sizes[at], (self.batch_size,), generator=generator)
+        index = index.to(groups[at].tensors["x"].device)
+        tensors = {k: t.index_select(0, index) for k, t in groups[at].tensors.items()}
+        return groups[at]._replace(tensors=tensors)
 
 
 @dataclass(frozen=True)
 class ERACE(ER):
-    """ER with asymmetric cross-entropy: new examples compete only with the classes of their own batch, the buffer's with all.
+    """ER with asymmetric cross-entropy: new examples compete only with the classes of their own batch.
 
-    L = (CE over the batch's classes + CE on the buffer) / 2. The buffer's batch is as if the source were in the buffer already:
-    each of its examples is one of the source's with probability n_source / n_seen, which is what holds the new classes
-    against the old ones. Caccia et al. 2022.
+    Buffered examples compete with all: L = (CE over the batch's classes + CE on the buffer) / 2. The buffer's
+    batch is drawn as if the source were in the buffer already: each of its examples is one of the source's
+    with probability n_source / n_seen, which is the only pressure of the new classes on the old ones. Caccia
+    et al. 2022.
     """
 
     def refuse(self, facts: ScheduleFacts) -> str | None:
-        return (
-            "values have no classes that compete; use er" if facts.kind == "value" else super().refuse(facts)
-        )
+        if facts.kind == "value":
+            return "values have no classes that compete; use er"
+        return super().refuse(facts)
 
     def recall(self, memory: Memory, sources: tuple[Source, ...]) -> Any:
-        """The groups of `ER`, and how many examples were seen."""
+        """Return what `ER` recalls, with the number of examples seen."""
         groups = super().recall(memory, sources)
-        return groups and (groups, sum(item.meta["seen"] for item in others(memory, sources).values()))
+        if not groups:
+            return None
+        return Replayed(groups, sum(item.meta["seen"] for item in others(memory, sources).values()))
 
     def sample(self, ctx: Context, sources: tuple[Source, ...], generator: torch.Generator) -> list[Batch]:
-        """One part, of the buffer and of the source itself; with task labels of whichever has more of the drawn examples, since a
-        part has one task."""
+        """Return one part, of the buffer and of the source itself.
+
+        A part has one task: with task labels it is of whichever of the two has more of the drawn examples.
+        """
         groups, seen = ctx.recalled
         own = sources[int(torch.randint(len(sources), (1,), generator=generator))]
         new = sum(len(s.train) for s in sources)
         fresh = int((torch.rand(self.batch_size, generator=generator) < new / (new + seen)).sum())
         (old,) = super().sample(replace(ctx, recalled=groups), sources, generator)
+
         index = torch.randint(len(own.train), (self.batch_size,), generator=generator)
         x, y = own.train.select(index).whole()
         x, y = x.to(old.x), y.to(old.y)
         if old.task is not None:
-            return (
-                [replace(old, x=x, y=y, task=own.task, source=own.name)]
-                if fresh * 2 > self.batch_size
-                else [old]
-            )
-        return [
-            replace(old, x=torch.cat([x[:fresh], old.x[fresh:]]), y=torch.cat([y[:fresh], old.y[fresh:]]))
-        ]
+            mostly_new = fresh * 2 > self.batch_size
+            return [replace(old, x=x, y=y, task=own.task, source=own.name) if mostly_new else old]
+        x, y = torch.cat([x[:fresh], old.x[fresh:]]), torch.cat([y[:fresh], old.y[fresh:]])
+        return [replace(old, x=x, y=y)]
 
     def losses(self, losses: dict[int, Tensor], step: StepView, ctx: Context) -> dict[int, Tensor]:
-        bent = dict(losses)
-        for i, p in enumerate(step.parts):
-            if not p.drawn_by:
-                count = torch.ones_like(p.y) if p.w is None else p.w.to(p.y.dtype)
-                there = (
-                    torch.zeros(step.outputs[i].shape[1], dtype=p.y.dtype, device=p.y.device).scatter_add(
-                        0, p.y, count
-                    )
-                    > 0
-                )
-                bent[i] = sample_losses(step.outputs[i].masked_fill(~there, -torch.inf), p.y, "class")
-        return bent
+        changed = dict(losses)
+        for i, part in enumerate(step.parts):
+            if part.drawn_by:
+                continue
+            # Counting by scatter needs no `unique`, whose shape would depend on the data; padding counts 0.
+            out, y = step.outputs[i], part.y
+            count = torch.ones_like(y) if part.w is None else part.w.to(y.dtype)
+            there = torch.zeros(out.shape[1], dtype=y.dtype, device=y.device).scatter_add(0, y, count) > 0
+            changed[i] = sample_losses(out.masked_fill(~there, -torch.inf), y, "class")
+        return changed
 
 
 @dataclass(frozen=True)
 class DER(ER):
-    """Dark experience replay: alpha x MSE to the logits that the model had when an example was stored; with beta, DER++.
+    """Dark experience replay: alpha x MSE to the logits that the model had when an example was stored.
 
-    L = L_new + alpha ||h(x') - z'||^2 / C + beta CE(x'', y''), x' and x'' two draws from the reservoir. Logits are stored at
-    the end of a source; outputs that a head did not have then are left out. Buzzega et al. 2020.
+    With beta it is DER++: L = L_new + alpha ||h(x') - z'||^2 / C + beta CE(x'', y''), x' and x'' two draws
+    from the reservoir. Logits are stored at the end of a source; outputs that a head did not have then are
+    left out. Buzzega et al. 2020.
     """
 
     alpha: float = 0.5
@@ -191,41 +221,31 @@ class DER(ER):
         non_negative(type(self).__name__, alpha=self.alpha, beta=self.beta)
 
     def sample(self, ctx: Context, sources: tuple[Source, ...], generator: torch.Generator) -> list[Batch]:
-        """A part of weight 0 with its logits, and for DER++ another of weight beta."""
-        counts = torch.tensor([len(g[3]) for g in ctx.recalled], dtype=torch.float64)
+        """Return a part of weight 0 with its logits, and for DER++ another of weight beta."""
         parts = []
         for weight in (0.0, self.beta) if self.beta else (0.0,):
-            g = 0 if len(counts) == 1 else int(torch.multinomial(counts, 1, generator=generator))
-            name, task, x, y, z = ctx.recalled[g]
-            index = torch.randint(len(y), (self.batch_size,), generator=generator).to(x.device)
-            extra = {} if weight else {"logits": z.index_select(0, index)}
-            parts.append(
-                Batch(
-                    x.index_select(0, index),
-                    y.index_select(0, index),
-                    task,
-                    extra=extra,
-                    source=name,
-                    weight=weight,
-                )
-            )
+            names, task, tensors = self.draw(ctx.recalled, generator)
+            extra = {} if weight else {"logits": tensors["logits"]}
+            parts.append(Batch(tensors["x"], tensors["y"], task, extra=extra, source=names, weight=weight))
         return parts
 
     def rows(self, step: StepView, ctx: Context) -> list[Row]:
         found = []
-        for i, p in enumerate(step.parts):
-            if p.drawn_by == self.name and "logits" in p.extra:
-                z, h = p.extra["logits"], step.raw[i]
-                both = torch.isfinite(z) & torch.isfinite(h)
-                gap = torch.where(both, h, 0) - torch.where(both, z, 0)
-                found.append(Row(gap.square().sum() / both.sum().clamp_min(1), self.alpha))
+        for i, part in enumerate(step.parts):
+            if part.drawn_by != self.name or "logits" not in part.extra:
+                continue
+            stored, now = part.extra["logits"], step.raw[i]
+            # Columns of classes that a head lacks are -inf, whose difference would be NaN.
+            both = torch.isfinite(stored) & torch.isfinite(now)
+            gap = torch.where(both, now, 0) - torch.where(both, stored, 0)
+            found.append(Row(gap.square().sum() / both.sum().clamp_min(1), self.alpha))
         return found
 
     def summarise(self, learned: Learned, ctx: Context) -> Private:
         plain = super().summarise(learned, ctx)
         with torch.no_grad():
-            z = [
+            logits = [
                 learned.model(learned.params, learned.buffers, x, learned.task, False)[0]
                 for x in plain.tensors["x"].split(1024)
             ]
-        return Private({**plain.tensors, "logits": torch.cat(z)}, plain.meta)
+        return Private({**plain.tensors, "logits": torch.cat(logits)}, plain.meta)

@@ -1,11 +1,11 @@
-"""Sparse fine-tuning by sensitivity: TaLoS trains the entries alone that the base's answers depend on least."""
+"""Sparse fine-tuning by sensitivity: TaLoS trains the entries that the base's answers depend on least."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,24 +25,33 @@ if TYPE_CHECKING:
     from consilience.core.training import Training
 
 FADED = 0.1
-"""What entries that are out already are multiplied by while the others are scored."""
+"""The factor on entries that are already out while the others are scored."""
+
+
+class Drawn(NamedTuple):
+    """A mask by entry (bool, true where it is trained), and the share of trained entries whose score is 0."""
+
+    keep: Params
+    idle: float
 
 
 @dataclass(frozen=True)
 class TaLoS(Correction):
-    """TaLoS: train the `density` of the shared entries that are least sensitive, and hold all others where they are.
+    """TaLoS: train the `density` of the shared entries that are least sensitive, and freeze all others.
 
-    score = sum over x of (d logit_y / d theta)^2 ("logit", as the authors' code has it) or (d log p(y|x) / d theta)^2
-    ("likelihood", the Fisher of their paper), y drawn from the model among the source's classes (for values the outputs' own
-    squares). In round r = 0 .. `rounds` - 1 the ceil(density^((r+1)/rounds) n) of lowest score among those left stay, of equal
-    ones those of lowest index over the whole vector; entries that are out count FADED of their value in later scores. Of a head
-    that tasks share, rows of classes that the source lacks are held, and not among the n; with `reached` so are all entries that
-    no answer depends on (a score of exactly 0: inputs that are always 0, units that are off), which get no gradient either.
+    score = sum over x of (d logit_y / d theta)^2 ("logit", as in the authors' code) or (d log p(y|x) / d
+    theta)^2 ("likelihood", the Fisher of their paper), y drawn from the model among the source's classes (for
+    values the outputs' own squares). In round r = 0 .. `rounds` - 1 the ceil(density^((r+1)/rounds) n) of
+    lowest score among those left stay, of equal ones those of lowest index over the whole vector; entries
+    that are out count FADED of their value in later scores. Of a head that tasks share, rows of classes that
+    the source lacks are frozen, and not among the n; with `reached` so are all entries that no answer depends
+    on (a score of exactly 0: inputs that are always 0, units that are off), which get no gradient either.
 
-    The mask is drawn where a source is first learned, from the parameters that this learn begins with, and kept for its
-    later visits; it is private. Gradients are masked before anything else reads them, such as an optimiser that clips; held
-    entries do not move by momentum or decay either: their task vector is exactly 0. Heads of tasks are trained whole.
-    Refuses models with batch norm, whose statistics move. Iurada, Ciccone & Tommasi 2025.
+    The mask is drawn where a source is first trained, from the parameters that this visit begins with, and
+    kept for later visits; it is private. Gradients are masked before anything else reads them, such as an
+    optimiser that clips; frozen entries do not move by momentum or decay either: their task vector is exactly
+    0. Heads of tasks are trained in full. Refuses models with batch norm, whose statistics move. Iurada,
+    Ciccone & Tommasi 2025.
     """
 
     density: float = 0.1
@@ -55,28 +64,20 @@ class TaLoS(Correction):
     neutral: ClassVar[Mapping[str, Any]] = {"density": 1.0}
 
     def __post_init__(self) -> None:
-        if (
-            isinstance(self.density, bool)
-            or not isinstance(self.density, (int, float))
-            or not 0 < self.density <= 1
-        ):
-            raise ConsilienceError(
-                f"`density` should be a number in (0, 1]. Found `density = {self.density!r}`."
-            )
-        if isinstance(self.rounds, bool) or not isinstance(self.rounds, int) or self.rounds < 1:
-            raise ConsilienceError(
-                f"`rounds` should be a whole number >= 1. Found `rounds = {self.rounds!r}`."
-            )
+        number = isinstance(self.density, (int, float)) and not isinstance(self.density, bool)
+        if not number or not 0 < self.density <= 1:
+            raise ConsilienceError(f"`density` must be a number in (0, 1], got {self.density!r}.")
+        if not _is_count(self.rounds):
+            raise ConsilienceError(f"`rounds` must be a whole number >= 1, got {self.rounds!r}.")
         if self.score not in ("logit", "likelihood"):
-            raise ConsilienceError(f"`score` should be logit or likelihood. Found `score = {self.score!r}`.")
-        n = self.samples
-        if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
+            raise ConsilienceError(f"`score` must be logit or likelihood, got {self.score!r}.")
+        if self.samples is not None and not _is_count(self.samples):
             raise ConsilienceError(
-                f"`samples` should be a whole number >= 1, or None for all. Found `samples = {n!r}`."
+                f"`samples` must be a whole number >= 1, or None for all, got {self.samples!r}."
             )
 
     def kept(self, size: int, round: int | None = None) -> int:
-        """How many of `size` entries stay after a round (None: the last).
+        """Return how many of `size` entries stay after a round (None: the last).
 
         >>> [TaLoS().kept(10000, r) for r in range(4)]
         [5624, 3163, 1779, 1000]
@@ -94,99 +95,117 @@ class TaLoS(Correction):
         return None
 
     def recall(self, memory: Memory, sources: tuple[Source, ...]) -> Item | None:
-        """The mask that was drawn when these sources were first learned; None where they were not, or with different ones."""
-        mine = {name: i for (_, name), i in memory.items()}
-        items = [mine[s.name] for s in sources if s.name in mine]
-        return (
-            items[0]
-            if len(items) == len(sources) and all(same(i.tensors, items[0].tensors) for i in items)
-            else None
-        )
+        """Return the mask drawn when these sources were first trained, if all of them have the same one."""
+        by_name = {name: item for (_, name), item in memory.items()}
+        items = [by_name[s.name] for s in sources if s.name in by_name]
+        if len(items) < len(sources) or not all(same(item.tensors, items[0].tensors) for item in items):
+            return None
+        return items[0]
 
     def begin(self, start: Beginning) -> Begun:
-        """Private: 1 for the entries that are trained, 0 for those that are held, by entry; the share of the former whose score is 0."""
-        params, known = start.params, start.recalled
-        keep, idle = (known.group("keep"), 0.0) if known is not None else self.draw(start)
-        own = {f"keep/{n}": k.to(params[n].device, params[n].dtype) for n, k in keep.items()}
-        return Begun(params, {**own, "idle": torch.tensor(idle)})
+        """Return the private mask by entry, 1 where trained, and `idle`, the trained share with score 0."""
+        params, recalled = start.params, start.recalled
+        drawn = self.draw(start) if recalled is None else Drawn(recalled.group("keep"), 0.0)
+        mask = {
+            f"keep/{name}": k.to(params[name].device, params[name].dtype) for name, k in drawn.keep.items()
+        }
+        return Begun(params, {**mask, "idle": torch.tensor(drawn.idle)})
 
     def prepare_step(self, ctx: Context, training: Training) -> tuple[dict[str, Tensor], str | None]:
+        """Warn where most of the trained entries reach no answer."""
         idle = float(ctx.private["idle"])
-        why = (
-            f"{100 * idle:.0f} % of the entries that it trains reach no answer (inputs that are always 0, units that are off); "
-            "use `reached=True`, or a larger `density`"
+        if idle <= 0.5:
+            return ctx.flat, None
+        return ctx.flat, (
+            f"{100 * idle:.0f} % of the entries that it trains reach no answer (inputs that are always 0, "
+            "units that are off); use `reached=True`, or a larger `density`"
         )
-        return ctx.flat, why if idle > 0.5 else None
 
-    def draw(self, start: Beginning) -> tuple[Params, float]:
-        """Which entries are trained (bool), by entry, on these sources' training data; and the share of them whose score is 0.
-        Running statistics of batch norm are those that this learn begins with."""
+    def draw(self, start: Beginning) -> Drawn:
+        """Choose the entries to train on these sources' training data.
+
+        Running statistics of batch norm are those that this visit begins with.
+        """
         model, params, sources = start.model, start.params, start.sources
-        own, none = model.init(torch.Generator().manual_seed(0))
-        grown = own
-        for s in sources:
-            grown, none = model.grow(grown, none, s, torch.Generator().manual_seed(0))
-        names = _shared(model, own)
-        layout = Layout.of({n: params[n] for n in names})
-        held = {n: p for n, p in params.items() if n not in names and n in grown}
-        buffers = {
-            n: b.to(layout.device, layout.dtype if b.is_floating_point() else b.dtype)
-            for n, b in start.buffers.items()
-        }
-        keep = torch.ones(layout.size, dtype=torch.bool, device=layout.device)
+        base, buffers = model.init(torch.Generator().manual_seed(0))
+        grown = base
+        for source in sources:
+            grown, buffers = model.grow(grown, buffers, source, torch.Generator().manual_seed(0))
+        names = _shared(model, base)
+        layout = Layout.of({name: params[name] for name in names})
+        # Entries of other corrections, which the model does not have, take no part in its answers.
+        frozen = {name: p for name, p in params.items() if name not in names and name in grown}
+
         theta = layout.flatten(params)
-        total, reached = torch.zeros_like(theta), layout.flatten(_reached(model, own, sources)) > 0
+        keep = torch.ones(layout.size, dtype=torch.bool, device=layout.device)
+        reached = layout.flatten(_reached(model, base, sources)) > 0
         for r in range(self.rounds):
-            seen = {**held, **layout.split(torch.where(keep, theta, FADED * theta))}
-            total.zero_()
-            for s in sources:
-                on_device = replace(s, train=s.train.to(layout.device, layout.dtype))
-                learned = Learned(model, seen, buffers, {}, on_device, s.task, layout, start.generator)
-                labels = "all" if s.kind == "value" else "model"
-                many = len(s.train) if self.samples is None else min(self.samples, len(s.train))
-                total += layout.flatten(fisher(learned, labels, self.samples, of=self.score)) * many
-            if not bool(torch.isfinite(total).all()):
-                raise ConsilienceError(
-                    f"scores should be finite. Found some that are not on {sources[0].name!r}."
-                )
+            seen = {**frozen, **layout.split(torch.where(keep, theta, FADED * theta))}
+            total = self._scores(start, layout, seen)
             if self.reached and r == 0:
                 reached &= total > 0
-            chosen = total.masked_fill(~(keep & reached), torch.inf).argsort(stable=True)[
-                : self.kept(int(reached.sum()), r)
-            ]
+            lowest = total.masked_fill(~(keep & reached), torch.inf).argsort(stable=True)
+            chosen = lowest[: self.kept(int(reached.sum()), r)]
             keep = torch.zeros_like(keep).index_fill(0, chosen, True)
-        return layout.split(keep), float((total[keep] == 0).sum()) / max(1, len(chosen))
+        return Drawn(layout.split(keep), float((total[keep] == 0).sum()) / max(1, len(chosen)))
+
+    def _scores(self, start: Beginning, layout: Layout, params: Params) -> Tensor:
+        """Return the scores [n] of the entries in the layout, summed over the sources' training examples."""
+        buffers = {
+            name: b.to(layout.device, layout.dtype if b.is_floating_point() else b.dtype)
+            for name, b in start.buffers.items()
+        }
+        total = torch.zeros_like(layout.flatten(start.params))
+        for source in start.sources:
+            near = replace(source, train=source.train.to(layout.device, layout.dtype))
+            learned = Learned(start.model, params, buffers, {}, near, source.task, layout, start.generator)
+            labels = "all" if source.kind == "value" else "model"
+            count = len(source.train) if self.samples is None else min(self.samples, len(source.train))
+            # `fisher` averages; sums weigh the sources of a visit by their examples.
+            total += layout.flatten(fisher(learned, labels, self.samples, of=self.score)) * count
+        if not bool(torch.isfinite(total).all()):
+            raise ConsilienceError(
+                f"scores must be finite, got some that are not on {start.sources[0].name!r}; "
+                "begin from other parameters."
+            )
+        return total
 
     def mask(self, step: StepView, ctx: Context) -> Tensor:
         return spread(step.layout, _kept(ctx))
 
     def summarise(self, learned: Learned, ctx: Context) -> Private:
-        """The mask, a byte an entry."""
-        return Private({f"keep/{n}": k > 0 for n, k in _kept(ctx).items()})
+        """Return the mask, one byte per entry."""
+        return Private({f"keep/{name}": k > 0 for name, k in _kept(ctx).items()})
 
 
-def _kept(ctx: Context) -> dict[str, Tensor]:
-    """The mask of this learn, by entry."""
-    return {n.removeprefix("keep/"): k for n, k in ctx.private.items() if n.startswith("keep/")}
+def _is_count(value: object) -> bool:
+    """Whether it is a whole number >= 1; True is none, though Python calls it an int."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _kept(ctx: Context) -> Params:
+    """Return the mask of this visit, by entry."""
+    return {name.removeprefix("keep/"): k for name, k in ctx.private.items() if name.startswith("keep/")}
 
 
 def _shared(model: Model, params: Params) -> set[str]:
-    """The trainable entries that tasks share."""
+    """Return the trainable entries that tasks share."""
     return {
-        n
-        for n, p in params.items()
-        if p.is_floating_point() and not model.frozen(n) and model.task_of(n) is None
+        name
+        for name, p in params.items()
+        if p.is_floating_point() and not model.frozen(name) and model.task_of(name) is None
     }
 
 
 def _reached(model: Model, params: Params, sources: tuple[Source, ...]) -> Params:
-    """1 for the entries that count, 0 for the rows of a shared head for classes that no source has."""
+    """Return 1 for the entries that count, 0 for the rows of a shared head for classes that no source has."""
+    # Imported here because a room of concepts does not load another one.
     from consilience.models.tangent import Tangent
 
-    found = {n: torch.ones_like(p) for n, p in params.items()}
-    for n in anatomy(model.model if isinstance(model, Tangent) else model).head or ():
-        if n is not None and all(s.kind == "class" for s in sources):
-            rows = torch.zeros_like(params[n])
+    found = {name: torch.ones_like(p) for name, p in params.items()}
+    for name in anatomy(model.model if isinstance(model, Tangent) else model).head or ():
+        if name is not None and all(s.kind == "class" for s in sources):
+            rows = torch.zeros_like(params[name])
             rows[[c for s in sources for c in s.classes]] = 1
-            found[n] = rows
+            found[name] = rows
     return found

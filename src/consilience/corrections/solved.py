@@ -1,4 +1,4 @@
-"""Heads that are solved for: a task's linear head is written from all features of its training data, before any step."""
+"""Heads in closed form: a linear head is computed from the features of its training data, before any step."""
 
 from __future__ import annotations
 
@@ -22,14 +22,19 @@ ABSENT = -1e9
 
 @dataclass(frozen=True)
 class SolvedHead(Correction):
-    """Writes the head of what is learned from the features psi [N, d] of its training data; steps, where there are any, go on from it.
+    """Compute the head of a visit in closed form, from the features psi [N, d] of its training data.
 
-    "ridge": W = (A + ridge tr(A)/d I)^-1 b over the classes of all that is learned together, A = sum (psi - m)(psi - m)^T, b = sum (psi - m)(e_y - p)^T, with
-    the means m of features and p of targets, so that the bias p - W^T m is not shrunk.
-    "prototype": logits -||psi - mu_c||^2 / (2 s^2) up to what all classes share, w_c = mu_c / s^2 and b_c = -||mu_c||^2 / (2 s^2), mu_c the
-    mean of class c and s^2 the mean squared distance to them over d: nearest mean, as a linear head.
-    "logistic": argmin of the mean cross entropy of softmax W^T psi + b, plus ridge v / 2 ||W||^2, v = tr(A) / (N d); convex, by L-BFGS
-    in float64. Steps from it on are linear probing, then fine-tuning (Kumar et al. 2022).
+    Steps, if there are any, go on from it.
+
+    - "ridge": W = (A + ridge tr(A)/d I)^-1 b over the classes of all sources of the visit, A = sum (psi -
+      m)(psi - m)^T, b = sum (psi - m)(e_y - p)^T, with the means m of features and p of targets, so that the
+      bias p - W^T m is not shrunk.
+    - "prototype": logits -||psi - mu_c||^2 / (2 s^2) up to what all classes share, w_c = mu_c / s^2 and b_c =
+      -||mu_c||^2 / (2 s^2), mu_c the mean of class c and s^2 the mean squared distance to them over d:
+      nearest mean, as a linear head.
+    - "logistic": argmin of the mean cross entropy of softmax W^T psi + b, plus ridge v / 2 ||W||^2, v = tr(A)
+      / (N d); convex, by L-BFGS in float64. Steps from it on are linear probing, then fine-tuning (Kumar et
+      al. 2022).
 
     `ridge` None is 0.1 for "ridge" and 0.01 for "logistic".
 
@@ -42,16 +47,16 @@ class SolvedHead(Correction):
 
     def __post_init__(self) -> None:
         if self.kind not in ("ridge", "prototype", "logistic"):
-            raise ConsilienceError(
-                f"`kind` should be ridge, prototype or logistic. Found `kind = {self.kind!r}`."
-            )
+            raise ConsilienceError(f"`kind` must be ridge, prototype or logistic, got {self.kind!r}.")
         if not 0 < self.strength < float("inf"):
-            raise ConsilienceError(f"`ridge` should be positive and finite. Found `ridge = {self.ridge}`.")
+            raise ConsilienceError(f"`ridge` must be positive and finite, got {self.ridge}.")
 
     @property
     def strength(self) -> float:
         """`ridge`, or its usual value."""
-        return self.ridge if self.ridge is not None else 0.01 if self.kind == "logistic" else 0.1
+        if self.ridge is not None:
+            return self.ridge
+        return 0.01 if self.kind == "logistic" else 0.1
 
     def refuse(self, facts: ScheduleFacts) -> str | None:
         if not facts.trains:
@@ -59,78 +64,77 @@ class SolvedHead(Correction):
         if facts.kind == "value" and self.kind != "ridge":
             return "values have no classes; use kind='ridge'"
         if facts.revisited:
-            return "a head that was trained or averaged would be written anew at each visit; use a setting that learns each source once"
+            return (
+                "a head that was trained or averaged would be overwritten at each visit; "
+                "use a setting that visits each source once"
+            )
         if getattr(facts.model, "norm", None) is not None:
-            return "rows that are divided by their norm lose the scale that the closed form gives them; use norm=None"
+            return (
+                "rows that are divided by their norm lose the scale that the closed form gives them; "
+                "use norm=None"
+            )
         return None
 
     def begin(self, start: Beginning) -> Begun:
-        model, new = start.model, dict(start.params)
-        together: dict[tuple[str, str | None], list[Source]] = {}
-        for s in start.sources:
-            together.setdefault(
-                model.head(start.params, model.head_key(s) if model.uses_task else None), []
-            ).append(s)
-        for (weight, bias), sources in together.items():
+        """Return the parameters with the heads of these sources solved, sources of one head together."""
+        model, params = start.model, dict(start.params)
+        by_head: dict[tuple[str, str | None], list[Source]] = {}
+        for source in start.sources:
+            head = model.head(start.params, model.head_key(source) if model.uses_task else None)
+            by_head.setdefault(head, []).append(source)
+
+        for (weight, bias), sources in by_head.items():
             if bias is None:
-                raise Refusal(f"a head in closed form has a bias. Found none beside {weight!r}.")
-            columns = start.buffers.get(
-                f"{weight.rpartition('.')[0]}.columns", torch.arange(len(new[weight]))
-            )
-            where = {int(c): row for row, c in enumerate(columns.tolist())}
-            classes = sorted({c for s in sources for c in s.classes})
-            w, b = self.head(start, sources, classes)
-            for n, t in ((weight, w.T), (bias, b)):
-                new[n] = new[n].clone()
-                new[n][[where[c] for c in classes]] = t.to(new[n])
-        return Begun(new)
+                raise Refusal(f"a head in closed form needs a bias, and {weight!r} has none; add one.")
+            prefix = weight.rpartition(".")[0]
+            columns = start.buffers.get(f"{prefix}.columns", torch.arange(len(params[weight])))
+            row_of = {int(column): row for row, column in enumerate(columns.tolist())}
+            classes = sorted({c for source in sources for c in source.classes})
+            rows = [row_of[c] for c in classes]
+            solved_weight, solved_bias = self.head(start, sources, classes)
+            for name, solved in ((weight, solved_weight.T), (bias, solved_bias)):
+                params[name] = params[name].clone()
+                params[name][rows] = solved.to(params[name])
+        return Begun(params)
 
     def head(
         self, start: Beginning, sources: Sequence[Source], classes: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
-        """W [d, classes] and b [classes] of all data of these sources, in float64."""
-        like: Any = next(p for p in start.params.values() if p.is_floating_point())
-        psis, hots = [], []
-        for s in sources:
-            for x, y in s.train.chunks(1024):
-                with torch.no_grad():
-                    x = x.to(like.device, like.dtype if x.is_floating_point() else x.dtype)
-                    psis.append(start.model.features(start.params, start.buffers, x, s.task).double())
-                hots.append(
-                    y.double()
-                    if s.kind == "value"
-                    else F.one_hot(y, len(s.labels))[:, list(classes)].double()
-                )
-        psi, hot = torch.cat(psis), torch.cat(hots).to(psis[0].device)
-        n, d = psi.shape
+        """Return W [d, classes] and b [classes] from all data of these sources, in float64."""
+        psi, targets = features_and_targets(start, sources, classes)
         if self.kind == "prototype":
-            count = hot.sum(0)
-            mu = hot.T @ psi / count.clamp_min(1)[:, None]
-            spread = (psi - hot @ mu).square().sum() / (n * d)
-            w = mu.T / torch.where(spread > 0, spread, torch.ones_like(spread))
-            return w, torch.where(count > 0, -(w * mu.T).sum(0) / 2, ABSENT)
-        m, p = psi.mean(0), hot.mean(0)
-        centred, target = psi - m, hot - p
-        if self.kind == "logistic":
-            w, b = self.logistic(centred, hot)
-            return w, b - m @ w
-        if d > n:  # the same solution from the n x n side
-            gram = centred @ centred.T
-            gram.diagonal().add_(self.strength * float(gram.trace()) / d or 1.0)
-            w = centred.T @ torch.linalg.solve(gram, target)
-        else:
-            a = centred.T @ centred
-            a.diagonal().add_(self.strength * float(a.trace()) / d or 1.0)
-            w = torch.linalg.solve(a, centred.T @ target)
-        return w, p - m @ w
+            return prototypes(psi, targets)
 
-    def logistic(self, centred: Tensor, hot: Tensor) -> tuple[Tensor, Tensor]:
-        """W [d, classes] and b [classes] for centred features [N, d]: W = V W' for the min(N, d) directions V [d, r] in which these vary."""
-        penalty_gradient = self.strength * float(centred.square().mean()) / 2
-        u, sizes, v = torch.linalg.svd(centred, full_matrices=False)
+        mean, prior = psi.mean(0), targets.mean(0)
+        centred = psi - mean
+        if self.kind == "logistic":
+            weight, bias = self.logistic(centred, targets)
+            return weight, bias - mean @ weight
+        weight = self.regression(centred, targets - prior)
+        return weight, prior - mean @ weight
+
+    def regression(self, centred: Tensor, targets: Tensor) -> Tensor:
+        """Return W [d, classes] of ridge regression on centred features [N, d] and targets [N, classes]."""
+        count, width = centred.shape
+        # The solution is the same from either Gram matrix; the smaller one is cheaper.
+        wide = width > count
+        gram = centred @ centred.T if wide else centred.T @ centred
+        gram.diagonal().add_(self.strength * float(gram.trace()) / width or 1.0)
+        solved: Tensor = torch.linalg.solve(gram, targets if wide else centred.T @ targets)
+        return centred.T @ solved if wide else solved
+
+    def logistic(self, centred: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Return W [d, classes] and b [classes] of logistic regression on centred features [N, d].
+
+        W = V W', V [d, r] the min(N, d) directions in which the features vary.
+        """
+        penalty = self.strength * float(centred.square().mean()) / 2
+        left, sizes, right = torch.linalg.svd(centred, full_matrices=False)
         there = sizes > sizes[:1] * 1e-10
-        z, v = u[:, there] * sizes[there], v[there]
-        w = z.new_zeros(z.shape[1] + 1, hot.shape[1]).requires_grad_()
+        reduced, directions = left[:, there] * sizes[there], right[there]
+
+        # The last row of w is the bias.
+        w = reduced.new_zeros(reduced.shape[1] + 1, targets.shape[1]).requires_grad_()
         solver = torch.optim.LBFGS(
             [w],
             max_iter=500,
@@ -143,9 +147,36 @@ class SolvedHead(Correction):
         def loss() -> float:
             solver.zero_grad()
             with torch.enable_grad():
-                out = F.cross_entropy(z @ w[:-1] + w[-1], hot) + penalty_gradient * w[:-1].square().sum()
+                out = F.cross_entropy(reduced @ w[:-1] + w[-1], targets) + penalty * w[:-1].square().sum()
             out.backward()
             return float(out.detach())
 
         solver.step(loss)
-        return v.T @ w[:-1].detach(), w[-1].detach()
+        return directions.T @ w[:-1].detach(), w[-1].detach()
+
+
+def features_and_targets(
+    start: Beginning, sources: Sequence[Source], classes: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Return psi [N, d] and the targets [N, classes] (one-hot) of all data of the sources, in float64."""
+    like: Any = next(p for p in start.params.values() if p.is_floating_point())
+    psi, targets = [], []
+    for source in sources:
+        for x, y in source.train.chunks(1024):
+            with torch.no_grad():
+                x = x.to(like.device, like.dtype if x.is_floating_point() else x.dtype)
+                psi.append(start.model.features(start.params, start.buffers, x, source.task).double())
+            if source.kind != "value":
+                y = F.one_hot(y, len(source.labels))[:, list(classes)]
+            targets.append(y.double())
+    return torch.cat(psi), torch.cat(targets).to(psi[0].device)
+
+
+def prototypes(psi: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return W [d, classes] and b [classes] of the nearest class mean, as a linear head."""
+    count = targets.sum(0)
+    mu = targets.T @ psi / count.clamp_min(1)[:, None]
+    variance = (psi - targets @ mu).square().sum() / psi.numel()
+    # Features that are equal within every class leave no scale; any will do.
+    weight = mu.T / torch.where(variance > 0, variance, torch.ones_like(variance))
+    return weight, torch.where(count > 0, -(weight * mu.T).sum(0) / 2, ABSENT)

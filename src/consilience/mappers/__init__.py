@@ -25,9 +25,11 @@ __all__ = [
     "superposition",
 ]
 
+# Classes are imported in functions, since torch takes seconds to load and the command line reads signatures.
+
 
 def oracle() -> Oracle:
-    """The true task is told at evaluation: an upper bound."""
+    """The true task is given at evaluation: an upper bound."""
     from consilience.mappers.confidence import Oracle
 
     return Oracle()
@@ -44,7 +46,8 @@ def min_entropy(unknown: float = 1.0) -> MinEntropy:
     """The expert that is most certain of its answer.
 
     Args:
-        unknown: an input whose least entropy, over the log of the classes, is above this belongs to no expert; 1: there is none.
+        unknown: an input whose least entropy, over the log of the classes, is above this belongs to no
+            expert; at 1 every input belongs to one.
     """
     from consilience.mappers.confidence import MinEntropy
 
@@ -56,7 +59,8 @@ def nearest_mean(on: Literal["features", "inputs"] = "features", reject: float =
 
     Args:
         on: distances are between features of a frozen backbone, or between inputs, for any model.
-        reject: the share of a task's own validation examples that fall below its mark; an input below that of the task it goes to is unknown. 0: every input belongs to a task.
+        reject: fraction of a task's validation examples to reject (sets the threshold). Inputs that score
+            below their task's threshold are called unknown. 0: every input belongs to a task.
     """
     from consilience.mappers.mixture import NearestMean
 
@@ -73,11 +77,13 @@ def gaussian_mixture(
     """The expert of the likeliest component among the mixtures of all sources.
 
     Args:
-        components: diagonal Gaussians a source; one for 20 examples where there are fewer.
+        components: diagonal Gaussians per source; one per 20 examples where there are fewer.
         prior: "uniform" (mixtures are pooled), or "size" (they weigh by their source's examples).
         on: mixtures are of features of a frozen backbone, or of inputs, for any model.
-        fit: "torch" (expectation maximisation of our own, on the device of the data), or "sklearn" (scikit-learn's).
-        reject: the share of a task's own validation examples that fall below its mark; an input below that of the task it goes to is unknown. 0: every input belongs to a task.
+        fit: "torch" (our own expectation maximisation, on the device of the data), or "sklearn"
+            (scikit-learn's).
+        reject: fraction of a task's validation examples to reject (sets the threshold). Inputs that score
+            below their task's threshold are called unknown. 0: every input belongs to a task.
     """
     from consilience.mappers.mixture import GaussianMixture
 
@@ -91,14 +97,16 @@ def mahalanobis(
     rank: int = 0,
     reject: float = 0.0,
 ) -> Mahalanobis:
-    """The expert of the class mean that is nearest by one covariance of all sources: LDA, from what they share.
+    """The expert of the nearest class mean by one covariance of all sources: LDA, from what they share.
 
     Args:
         ridge: added to the covariance, as a share of the mean variance; 0 takes the pseudo-inverse.
         on: sums are of features of a frozen backbone, or of inputs, for any model.
-        images: images of each class that are shared for the covariance (the paper: 5); 0 shares sums instead.
-        rank: how many factors of a source's scatter are shared, with the diagonal of the rest; 0 shares all of it.
-        reject: the share of a task's own validation examples that fall below its mark; an input below that of the task it goes to is unknown. 0: every input belongs to a task.
+        images: images per class that are shared for the covariance (the paper: 5); 0 shares sums instead.
+        rank: how many factors of a source's scatter are shared, with the diagonal of the rest; 0 shares all
+            of it.
+        reject: fraction of a task's validation examples to reject (sets the threshold). Inputs that score
+            below their task's threshold are called unknown. 0: every input belongs to a task.
     """
     from consilience.mappers.covariance import Mahalanobis
 
@@ -123,7 +131,8 @@ def expert_gate(
         temperature: of the gate, a softmax of the errors.
         soft: average the experts by their gates, instead of taking the largest.
         on: what is reconstructed: inputs, or features of a frozen backbone.
-        reject: the share of a task's own validation examples that fall below its mark; an input below that of the task it goes to is unknown. 0: every input belongs to a task.
+        reject: fraction of a task's validation examples to reject (sets the threshold). Inputs that score
+            below their task's threshold are called unknown. 0: every input belongs to a task.
     """
     from consilience.mappers.autoencoder import ExpertGate
 
@@ -131,7 +140,9 @@ def expert_gate(
 
 
 def superposition(halving: bool = False, together: bool = False) -> Superposition:
-    """The expert whose weight in the superposition of all tasks' masks, keys or gates most lowers the entropy. Wortsman et al. 2020.
+    """The expert whose weight in the superposition of all tasks' parameters most lowers the entropy.
+
+    Parameters differ by task through masks, keys or gates. Wortsman et al. 2020.
 
     Args:
         halving: halve the experts until one is left, instead of deciding by one gradient.
@@ -143,7 +154,7 @@ def superposition(halving: bool = False, together: bool = False) -> Superpositio
 
 
 def auroc(known: Tensor, unknown: Tensor) -> float:
-    """The area under the ROC curve of familiarity, known inputs against unknown ones: P(known > unknown) + P(equal) / 2.
+    """Return the area under the ROC curve of familiarity: P(known > unknown) + P(equal) / 2.
 
     Args:
         known: the familiarity [N] of inputs of known tasks.

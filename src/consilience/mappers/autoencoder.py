@@ -1,4 +1,4 @@
-"""Expert Gate: an autoencoder for each task; the one that reconstructs an input best says whose it is."""
+"""Expert Gate: one autoencoder per task; an input belongs to the task that reconstructs it best."""
 
 from __future__ import annotations
 
@@ -18,24 +18,26 @@ from consilience.mappers.mixture import Anchored, Anchors, sketch
 
 
 def logits(net: Params, target: Tensor) -> Tensor:
-    """What the sigmoid of is the reconstruction [B, d] of targets in (0, 1)."""
+    """Return the logits [B, d] of the reconstruction of targets [B, d] in (0, 1)."""
     code = torch.relu(F.linear(target, net["encoder.weight"], net["encoder.bias"]))
     return F.linear(code, net["decoder.weight"], net["decoder.bias"])
 
 
 def errors(item: Item, psi: Tensor) -> Tensor:
-    """||r - t||^2 [B] of an anchor's autoencoder at places psi [B, d]: t = sigmoid of the standardised psi, r its
-    reconstruction."""
-    net = {n: t.to(psi) for n, t in item.tensors.items() if n != "validation"}
+    """Return ||r - t||^2 [B] of an anchor's autoencoder at places psi [B, d].
+
+    t = sigmoid of the standardised psi, r its reconstruction.
+    """
+    net = {name: t.to(psi) for name, t in item.tensors.items() if name != "validation"}
     target = torch.sigmoid((psi - net["mean"]) / net["deviation"])
     return (torch.sigmoid(logits(net, target)) - target).square().sum(1)
 
 
 def relatedness(other: Item, own: Item, psi: Tensor) -> float:
-    """Rel = 1 - (Er_other - Er_own) / Er_own: how well another task's autoencoder does on this task's data psi [N, d], Er mean
-    errors.
+    """Return Rel = 1 - (Er_other - Er_own) / Er_own, Er the mean errors on this task's data psi [N, d].
 
-    1 for the same autoencoder, less the further apart the tasks are.
+    It is how well another task's autoencoder does on them: 1 for the same autoencoder, less the further apart
+    the tasks are.
     """
     mine = errors(own, psi).mean()
     return float(1 - (errors(other, psi).mean() - mine) / mine)
@@ -45,23 +47,24 @@ class Gates(Anchors):
     """-er_k of the autoencoder of each expert."""
 
     def __init__(self, items: Sequence[Item]) -> None:
-        self.items, self.own = items, [i.tensors.get("validation") for i in items]
+        self.items, self.own = items, [item.tensors.get("validation") for item in items]
 
     def scores(self, psi: Tensor) -> Tensor:
         psi = psi.double()
-        return torch.stack([-errors(i, psi) for i in self.items], 1)
+        return torch.stack([-errors(item, psi) for item in self.items], 1)
 
 
 @dataclass(frozen=True)
 class ExpertGate(Anchored):
-    """gate_k = softmax_k(-er_k / temperature), er_k = ||r_k(t) - t||^2 the error of the source's undercomplete autoencoder.
+    """gate_k = softmax_k(-er_k / temperature), er_k = ||r_k(t) - t||^2 the error of an autoencoder.
 
-    t = sigmoid((psi - mean) / deviation) by the moments of the source; r = sigmoid(V relu(U t + a) + b), with round(`code` x d)
-    hidden units, is trained on cross-entropy, by Adam with batches of 32. All goes to the expert with the largest gate; with
-    `soft` the experts are averaged by their gates. Each autoencoder is fitted on one source alone, so that the order of arrival
-    changes nothing. With `reject` > 0 an input is unknown where even its least error is above what that source's own validation
-    examples have, but for the share `reject` of them.
-    Aljundi et al. 2017 (who standardise by the moments of ImageNet's features).
+    It is undercomplete: t = sigmoid((psi - mean) / deviation) by the moments of the source; r = sigmoid(V
+    relu(U t + a) + b), with round(`code` x d) hidden units, is trained on cross-entropy, by Adam with batches
+    of 32. The expert with the largest gate answers alone; with `soft` the experts are averaged by their
+    gates. Each autoencoder is fitted on one source alone, so that the order of arrival changes nothing. With
+    `reject` > 0 an input is unknown where even its least error is above all but the fraction `reject` of the
+    errors of that source's own validation examples. Aljundi et al. 2017 (who standardise by the moments of
+    ImageNet's features).
     """
 
     code: float = 0.5
@@ -75,54 +78,59 @@ class ExpertGate(Anchored):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.code < 1:
-            raise ConsilienceError(
-                f"`code` as a share of the inputs should be in (0, 1). Found `code = {self.code}`."
-            )
+            raise ConsilienceError(f"`code`, a share of the inputs, must be in (0, 1), got {self.code}.")
         if self.epochs < 0:
-            raise ConsilienceError(f"`epochs` should be at least 0. Found `epochs = {self.epochs}`.")
+            raise ConsilienceError(f"`epochs` must be at least 0, got {self.epochs}.")
         for name in ("lr", "temperature"):
             if not 0 < getattr(self, name) < float("inf"):
-                raise ConsilienceError(
-                    f"`{name}` should be positive and finite. Found `{name} = {getattr(self, name)}`."
-                )
+                raise ConsilienceError(f"`{name}` must be positive and finite, got {getattr(self, name)}.")
 
     def summarise(self, learned: Learned, ctx: Context) -> Module:
-        psi, g = self.places(learned), learned.generator
+        psi = self.places(learned)
         deviation = psi.std(0, unbiased=False)
+        # Numbers that never vary are only centred.
         moments = {"mean": psi.mean(0), "deviation": torch.where(deviation > 0, deviation, 1.0)}
         target = torch.sigmoid((psi - moments["mean"]) / moments["deviation"]).float()
-        d = target.shape[1]
-        units = max(1, round(self.code * d))
-        shapes = {"encoder": (units, d), "decoder": (d, units)}
-        net = {f"{n}.weight": (2 * torch.rand(s, generator=g) - 1) * s[1] ** -0.5 for n, s in shapes.items()}
-        net |= {f"{n}.bias": torch.zeros(s[0]) for n, s in shapes.items()}
+        net = self.fit(target, learned.generator)
+        item = Module({**{name: t.float() for name, t in moments.items()}, **net})
+        if not self.rejects:
+            return item
+        own = sketch(-errors(item, self.held(learned)))
+        return replace(item, tensors={**item.tensors, "validation": own})
+
+    def fit(self, target: Tensor, generator: torch.Generator) -> Params:
+        """Train an autoencoder on targets [N, d] in (0, 1)."""
+        width = target.shape[1]
+        units = max(1, round(self.code * width))
+        shapes = {"encoder": (units, width), "decoder": (width, units)}
+        # Weights begin uniform within 1 / sqrt(inputs), biases at 0.
+        net = {
+            f"{name}.weight": (2 * torch.rand(shape, generator=generator) - 1) * shape[1] ** -0.5
+            for name, shape in shapes.items()
+        }
+        net |= {f"{name}.bias": torch.zeros(shape[0]) for name, shape in shapes.items()}
         for p in net.values():
             p.requires_grad_()
+
         optimiser = torch.optim.Adam(net.values(), self.lr)
         with torch.enable_grad():
             for _ in range(self.epochs):
-                for batch in torch.randperm(len(target), generator=g).split(32):
+                for index in torch.randperm(len(target), generator=generator).split(32):
                     optimiser.zero_grad()
-                    loss = F.binary_cross_entropy_with_logits(
-                        logits(net, target[batch]), target[batch], reduction="sum"
-                    )
-                    (loss / len(batch)).backward()
+                    batch = target[index]
+                    loss = F.binary_cross_entropy_with_logits(logits(net, batch), batch, reduction="sum")
+                    (loss / len(index)).backward()
                     optimiser.step()
-        fit = {n: p.detach() for n, p in net.items()}
-        item = Module({**{n: t.float() for n, t in moments.items()}, **fit})
-        if not self.rejects:
-            return item
-        return replace(
-            item, tensors={**item.tensors, "validation": sketch(-errors(item, self.held(learned)))}
-        )
+        return {name: p.detach() for name, p in net.items()}
 
-    def ready(self, items: tuple[Item, ...], known: tuple[Item, ...]) -> Anchors:
+    def ready(self, items: tuple[Item, ...], every: tuple[Item, ...]) -> Anchors:
         return Gates(items)
 
     def gate(self, errors: Tensor) -> Tensor:
-        """softmax_k(-er_k / temperature) of errors [B, K]."""
+        """Return softmax_k(-er_k / temperature) of errors [B, K]."""
         return torch.softmax(-errors / self.temperature, 1)
 
     def weights(self, psi: Tensor, anchors: Anchors) -> Tensor:
         hard = super().weights(psi, anchors)
+        # An input that no expert knows keeps no weight at all.
         return self.gate(-anchors.scores(psi)) * hard.any(1, keepdim=True) if self.soft else hard

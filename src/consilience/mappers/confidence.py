@@ -18,12 +18,12 @@ from consilience.core.schedule import ScheduleFacts
 
 @dataclass(frozen=True)
 class Oracle(Mapper):
-    """The true task is told at evaluation; experts of that task share the weight. An upper bound."""
+    """The true task is given at evaluation, and experts of that task share the weight. An upper bound."""
 
     needs_label: ClassVar[bool] = True
 
     def route(self, routing: Routing, memory: Memory) -> Tensor:
-        """Without a label all experts weigh the same."""
+        """Return equal weights: the experts of other tasks are left out before, where there is a label."""
         return Average().route(routing, memory)
 
 
@@ -38,14 +38,15 @@ class Average(Mapper):
 
 @dataclass(frozen=True)
 class MinEntropy(Mapper):
-    """The expert with the least entropy -sum p log p of its class probabilities, over the log of its number of classes.
+    """The expert with the least entropy -sum p log p of its class probabilities, over the log of its classes.
 
-    An expert of a single class is never certain: it counts as 1. Of equal entropies the first expert's wins. An input for which
-    even the least is above `unknown` belongs to no expert; at 1 every input belongs to one.
+    An expert of a single class is never certain: it counts as 1. Of equal entropies the first expert's wins.
+    An input for which even the least is above `unknown` belongs to no expert; at 1 every input belongs to
+    one.
 
     >>> one, two = torch.ones(2, 1), torch.tensor([[0.5, 0.5], [0.9, 0.1]])
-    >>> told = Routing(torch.zeros(2, 1), lambda: one, lambda: [one, two], [("a", "one"), ("a", "two")])
-    >>> MinEntropy().route(told, {}).tolist(), MinEntropy(0.9).route(told, {}).tolist()
+    >>> routing = Routing(torch.zeros(2, 1), lambda: one, lambda: [one, two], [("a", "one"), ("a", "two")])
+    >>> MinEntropy().route(routing, {}).tolist(), MinEntropy(0.9).route(routing, {}).tolist()
     ([[1.0, 0.0], [0.0, 1.0]], [[0.0, 0.0], [0.0, 1.0]])
     """
 
@@ -53,7 +54,7 @@ class MinEntropy(Mapper):
 
     def __post_init__(self) -> None:
         if not 0 < self.unknown <= 1:
-            raise ConsilienceError(f"`unknown` should be in (0, 1]. Found `unknown = {self.unknown}`.")
+            raise ConsilienceError(f"`unknown` must be in (0, 1], got {self.unknown}.")
 
     @property
     def rejects(self) -> bool:
@@ -65,7 +66,9 @@ class MinEntropy(Mapper):
     def route(self, routing: Routing, memory: Memory) -> Tensor:
         scores = []
         for p in routing.probabilities():
+            # p log p is 0 at p = 0.
             entropy = -(p * p.clamp_min(torch.finfo(p.dtype).tiny).log()).sum(1)
+            # The largest entropy grows with the number of classes; over its log experts can be compared.
             scores.append(entropy / math.log(p.shape[1]) if p.shape[1] > 1 else torch.ones_like(entropy))
         least, best = torch.stack(scores, 1).min(1)
         weights = F.one_hot(best, len(scores)).to(scores[0].dtype)

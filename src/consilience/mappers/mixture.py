@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Literal
+from math import prod
+from typing import Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -25,34 +26,61 @@ KEPT = 256
 """How many scores of its own validation examples an anchor keeps."""
 
 
+class Located(NamedTuple):
+    """Where inputs lie, psi [B, d]; the experts' anchors in canonical order; each expert's place in it."""
+
+    psi: Tensor
+    anchors: Anchors
+    places: list[int]
+
+
 class Anchored(Mapper):
-    """Routes to the expert whose anchor an input is nearest to. Anchors lie in a space that all agents have in common and
-    training does not move: the `features` of a frozen backbone, or the flattened `inputs`, which serve any model."""
+    """Routes to the expert whose anchor is nearest to an input.
+
+    Anchors lie in a space that all agents have in common and training does not move: the `features` of a
+    frozen backbone, or the flattened `inputs`, which serve any model.
+    """
 
     on: Literal["features", "inputs"]
     reject: float
-    """The share of a task's own validation examples that may be called unknown; 0: every input belongs to a task."""
+    """Fraction of a task's validation examples to reject (sets the threshold); 0: every input has a task."""
 
     def __post_init__(self) -> None:
         if self.on not in ("features", "inputs"):
-            raise ConsilienceError(f"`on` should be features or inputs. Found `on = {self.on!r}`.")
+            raise ConsilienceError(f"`on` must be features or inputs, got {self.on!r}.")
         if not 0 <= self.reject < 1:
-            raise ConsilienceError(f"`reject` should be in [0, 1). Found `reject = {self.reject}`.")
+            raise ConsilienceError(f"`reject` must be in [0, 1), got {self.reject}.")
 
     @property
     def rejects(self) -> bool:
         return self.reject > 0
+
+    def default_model(self, inputs: tuple[int, ...], outputs: int) -> Model | None:
+        """Return heads on frozen random features, for anchors that lie on features."""
+        # Rooms of parts do not import one another when they are loaded.
+        from consilience.models import multi_head, random_features
+
+        if self.on == "inputs":
+            return None
+        size = prod(inputs)
+        return multi_head(random_features(size, max(512, 2 * size)), outputs)
 
     def refuse(self, facts: ScheduleFacts) -> str | None:
         model: Model | None = facts.model
         if facts.kind == "value":
             return "anchors are made for experts of classes, and here targets are values"
         if not facts.trains:
-            return "anchors are made from data, and here only trained models are given; use an entropy or average mapper"
+            return (
+                "anchors are made from data, and here only trained models are given; "
+                "use an entropy or average mapper"
+            )
         if self.on == "inputs" or model is None:
             return None
         if not model.backbone(model.init(torch.Generator().manual_seed(0))[0]):
-            return "anchors on features need a frozen backbone that all agents share; use on='inputs', or models.multi_head on a frozen trunk"
+            return (
+                "anchors on features need a frozen backbone that all agents share; use on='inputs', "
+                "or models.multi_head on a frozen trunk"
+            )
         return None
 
     def begin(self, start: Beginning) -> Begun:
@@ -63,169 +91,176 @@ class Anchored(Mapper):
         like = next(p for p in start.params.values() if p.is_floating_point())
         x = x.to(like.device, like.dtype) if x.is_floating_point() else x.to(like.device)
         moved = {
-            n: p if start.model.frozen(n) or not p.is_floating_point() else p + 1
-            for n, p in start.params.items()
+            name: p if start.model.frozen(name) or not p.is_floating_point() else p + 1
+            for name, p in start.params.items()
         }
         with torch.no_grad():
-            if not torch.equal(
-                start.model.features(start.params, start.buffers, x),
-                start.model.features(moved, start.buffers, x),
-            ):
-                raise Refusal(
-                    "anchors on features need some that training does not move; use on='inputs'. Found trainable entries under the features."
-                )
+            before = start.model.features(start.params, start.buffers, x)
+            after = start.model.features(moved, start.buffers, x)
+        if not torch.equal(before, after):
+            raise Refusal(
+                "anchors on features need features that training does not move, and there are trainable "
+                "entries under the features; use on='inputs'."
+            )
         return Begun(start.params)
 
     def place(self, x: Tensor, features: Callable[[Tensor], Tensor]) -> Tensor:
-        """Where inputs x [B, ...] lie [B, d], in float64 or float32."""
+        """Return where inputs x [B, ...] lie [B, d], in float64 or float32."""
         with torch.no_grad():
             psi = x.flatten(1) if self.on == "inputs" else features(x)
         return psi if psi.dtype == torch.float64 else psi.float()
 
     def psi(self, learned: Learned) -> Callable[[Tensor], Tensor]:
-        """x [B, ...] -> its place in the space [B, d], in float64 on the CPU."""
-        features = lambda x: learned.model.features(learned.params, learned.buffers, x, None)  # noqa: E731
-        return lambda x: self.place(x, features).double().cpu()
+        """Return the function from x [B, ...] to its place in the space [B, d], in float64 on the CPU."""
+        return lambda x: self.place(x, features_of(learned)).double().cpu()
 
     def places(self, learned: Learned) -> Tensor:
-        """Where the training data of a source lie [N, d]."""
+        """Return where the training data of a source lie [N, d]."""
         psi = self.psi(learned)
         return torch.cat([psi(x) for x, _ in learned.source.train.chunks(1024)])
 
     def held(self, learned: Learned) -> Tensor:
-        """Where the validation data of a source lie [V, d]: by them `reject` is calibrated."""
+        """Return where the validation data of a source lie [V, d]; `reject` is calibrated on them."""
         source, psi = learned.source, self.psi(learned)
         if not len(source.validation):
             raise ConsilienceError(
-                f"`reject` is calibrated on validation examples, and a source should have some. Found none in {source.name!r}."
+                f"`reject` is calibrated on validation examples, and {source.name!r} has none; "
+                "give it some, or use reject=0."
             )
-        return torch.cat(
-            [
-                psi(x)
-                for x, _ in source.validation.to(learned.layout.device, learned.layout.dtype).chunks(1024)
-            ]
-        )
+        near = source.validation.to(learned.layout.device, learned.layout.dtype)
+        return torch.cat([psi(x) for x, _ in near.chunks(1024)])
 
     def settle(self, item: Item, place: Callable[[Tensor], Tensor]) -> Item:
-        """An anchor as this agent reads it, made once: on the CPU."""
+        """Return an anchor as this agent reads it, made once: on the CPU."""
         if all(t.device.type == "cpu" for t in item.tensors.values()):
             return item
-        return replace(item, tensors={n: t.cpu() for n, t in item.tensors.items()})
+        return replace(item, tensors={name: t.cpu() for name, t in item.tensors.items()})
 
-    def ready(self, items: tuple[Item, ...], known: tuple[Item, ...]) -> Anchors:
-        """The experts' anchors, made ready to be asked; `known` are all anchors there are, in an order that is not that of
-        arrival."""
+    def ready(self, items: tuple[Item, ...], every: tuple[Item, ...]) -> Anchors:
+        """Prepare the experts' anchors; `every` are all anchors of the bank, in canonical order."""
         raise NotImplementedError
 
-    def scores(self, psi: Tensor, items: Sequence[Item], known: Sequence[Item]) -> Tensor:
-        """How well places [B, d] fit each of the experts' anchors [B, K], in float64; higher is nearer. `known` are all anchors
-        there are.
+    def scores(self, psi: Tensor, items: Sequence[Item], every: Sequence[Item]) -> Tensor:
+        """Return how well places [B, d] fit the experts' anchors [B, K], in float64; higher is nearer.
 
-        Raises:
-            ConsilienceError: anchors on features that are of shared images: they pass the features of a model, which `route` has.
+        `every` are all anchors of the bank. Raises ConsilienceError for anchors on features made of shared
+        images: they pass the features of a model, which only `route` has.
         """
-        if self.on == "features" and any("y" in i.tensors for i in (*items, *known)):
+        if self.on == "features" and any("y" in item.tensors for item in (*items, *every)):
             raise ConsilienceError(
-                "`scores` on features should be asked of anchors of sums or factors; use `route`, whose model gives shared images their features. Found an anchor of images."
+                "`scores` on features must be given anchors of sums or factors, got an anchor of images; "
+                "use `route`, whose model computes the features of images."
             )
-        place = lambda x: self.place(x, lambda x: x)  # noqa: E731
-        return self.ready(
-            tuple(_settled(self, i, place) for i in items), tuple(_settled(self, i, place) for i in known)
-        ).scores(psi)
+
+        def place(x: Tensor) -> Tensor:
+            return self.place(x, lambda features: features)
+
+        settled = tuple(_settled(self, item, place) for item in items)
+        return self.ready(settled, tuple(_settled(self, item, place) for item in every)).scores(psi)
 
     def weights(self, psi: Tensor, anchors: Anchors) -> Tensor:
-        """Weights [B, K] of the experts: all to the one whose anchor fits best; none, with `reject`, where that one does not know
-        the input."""
+        """Return weights [B, K]: 1 for the expert whose anchor fits best, 0 for the others.
+
+        With `reject` all are 0 where the score of the best one is below its threshold.
+        """
         best, score = anchors.best(psi, self.rejects)
         weights = F.one_hot(best, len(anchors.own)).double()
         if self.rejects:
-            weights *= (score >= anchors.marks(self.reject)[best, 0])[:, None]  # not so for what is no number
+            # A score that is not a number is at no threshold, so such an input is unknown too.
+            weights *= (score >= anchors.marks(self.reject)[best, 0])[:, None]
         return weights
 
-    def _read(self, routing: Routing, memory: Memory) -> tuple[Tensor, Anchors, list[int]]:
-        """Where the inputs lie, the anchors in canonical order, and where each expert stands in it."""
-        missing = [k for k in routing.experts if k not in memory]
+    def _locate(self, routing: Routing, memory: Memory) -> Located:
+        """Prepare the anchors in memory, and find where the inputs lie."""
+        missing = [expert for expert in routing.experts if expert not in memory]
         if missing:
-            raise ConsilienceError(
-                f"every expert should come with its anchor. Found none for {missing[0][1]!r} of {missing[0][0]!r}."
-            )
+            sender, source = missing[0]
+            raise ConsilienceError(f"every expert needs an anchor, and {source!r} of {sender!r} has none.")
         like = routing.x
         psi = self.place(like, lambda x: routing.features()).cpu()
 
         def place(x: Tensor) -> Tensor:
-            return self.place(
-                x.to(like.device, like.dtype if like.is_floating_point() else x.dtype), routing.features
-            ).cpu()
+            x = x.to(like.device, like.dtype if like.is_floating_point() else x.dtype)
+            return self.place(x, routing.features).cpu()
 
-        order = sorted(memory, key=lambda k: (k[1], k[0]))
-        told = {k: _settled(self, memory[k], place) for k in order}
+        # Prepared in one order, whatever arrived first, anchors score alike to the last bit.
+        order = sorted(memory, key=lambda key: (key[1], key[0]))
+        settled = {key: _settled(self, memory[key], place) for key in order}
         wanted = set(routing.experts)
-        mine = [k for k in order if k in wanted]
-        anchors = _ready(self, tuple(told[k] for k in mine), tuple(told.values()))
+        own = [key for key in order if key in wanted]
+        anchors = _ready(self, tuple(settled[key] for key in own), tuple(settled.values()))
         if self.rejects:
-            lacks = [k for k, own in zip(mine, anchors.own, strict=True) if own is None]
-            if lacks:
+            lacking = [key for key, scores in zip(own, anchors.own, strict=True) if scores is None]
+            if lacking:
                 raise ConsilienceError(
-                    f"with `reject` above 0 every anchor should be made with it. Found one without validation scores, of {lacks[0][1]!r}."
+                    "with `reject` above 0 every anchor must hold scores of validation examples, and that of "
+                    f"{lacking[0][1]!r} does not; make all anchors with `reject` above 0."
                 )
-        where = {k: i for i, k in enumerate(mine)}
-        return psi, anchors, [where[k] for k in routing.experts]
+        position = {key: i for i, key in enumerate(own)}
+        return Located(psi, anchors, [position[expert] for expert in routing.experts])
 
     def route(self, routing: Routing, memory: Memory) -> Tensor:
-        psi, anchors, where = self._read(routing, memory)
-        return self.weights(psi, anchors)[:, where].to(routing.x.device, torch.get_default_dtype())
+        psi, anchors, places = self._locate(routing, memory)
+        return self.weights(psi, anchors)[:, places].to(routing.x.device, torch.get_default_dtype())
 
     def familiarity(self, routing: Routing, memory: Memory) -> Tensor:
-        """How known inputs are [B], comparable between tasks: (s - median) / (median - lower quartile) of the best task, s its
-        score and the others those of its own validation examples. 0 is as an own example, -1 worse than three quarters of them.
-        Needs `reject` > 0."""
+        """Return how familiar inputs are [B], comparable between tasks; it needs `reject` > 0.
+
+        It is (s - median) / (median - lower quartile) of the best task, s its score and the others those of
+        its own validation examples: 0 is as familiar as the median own example, -1 worse than three quarters
+        of them.
+        """
         if not self.rejects:
             raise ConsilienceError(
-                f"`reject` should be above 0, so that anchors have scores to compare with. Found {self.reject}."
+                f"`reject` must be above 0, so that anchors have scores to compare with, got {self.reject}."
             )
-        psi, anchors, _ = self._read(routing, memory)
+        psi, anchors, _ = self._locate(routing, memory)
         best, score = anchors.best(psi, True)
         _, median, quartile = anchors.marks(self.reject)[best].unbind(1)
+        # Validation examples that are all alike have no spread.
         spread = torch.maximum(median - quartile, 1e-9 * median.abs().clamp_min(1e-9))
         return ((score - median) / spread).to(routing.x.device)
 
 
 class Anchors:
-    """Anchors of K experts, ready to be asked. `own` are the sorted scores that each gives its own validation examples, or
-    None."""
+    """Anchors of K experts, prepared for scoring.
+
+    `own` are the sorted scores that each anchor gives its own validation examples, or None.
+    """
 
     own: Sequence[Tensor | None]
 
     def scores(self, psi: Tensor) -> Tensor:
-        """Scores [B, K] of places [B, d] in float64."""
+        """Return scores [B, K] of places [B, d] in float64."""
         raise NotImplementedError
 
     def best(self, psi: Tensor, scored: bool) -> tuple[Tensor, Tensor]:
-        """The expert [B] of the highest score, the first of equal ones, and (`scored`) the score [B]."""
+        """Return the expert [B] of the highest score, the first of equals, and (`scored`) its score [B]."""
         score = self.scores(psi)
         best = score.argmax(1)
         return best, score.gather(1, best[:, None])[:, 0]
 
     def marks(self, reject: float) -> Tensor:
-        """By expert the `reject` quantile, the median and the lower quartile of its own scores [K, 3]."""
-        own = [s for s in self.own if s is not None]
-        at = [[s[int(reject * (len(s) - 1))], s[len(s) // 2], s[len(s) // 4]] for s in own]
-        marks = torch.tensor(at, dtype=torch.float64)
-        marks[:, 0] -= 1e-6 * marks[:, 0].abs()  # features of another batch differ by as much
+        """Return `reject` quantile, median and lower quartile of each expert's own scores [K, 3]."""
+        own = [scores for scores in self.own if scores is not None]
+        rows = [[s[int(reject * (len(s) - 1))], s[len(s) // 2], s[len(s) // 4]] for s in own]
+        marks = torch.tensor(rows, dtype=torch.float64)
+        # Features that were computed in another batch differ by as much.
+        marks[:, 0] -= 1e-6 * marks[:, 0].abs()
         return marks
 
 
 class Screened(Anchors):
-    """Anchors whose best one is found by a screen, of points or components [J], each of an expert."""
+    """Anchors whose best one is found by a screen over points or components [J], each of an expert."""
 
     screen: Screen
 
     def columns(self, x: Tensor) -> Tensor:
-        """Places [B, d] as the screen takes them [B, n]."""
+        """Return places [B, d] as the screen takes them [B, n]."""
         raise NotImplementedError
 
     def exact(self, psi: Tensor, rows: Tensor, j: Tensor) -> Tensor:
-        """The scores [P] of places psi[rows] by the points or components j [P]."""
+        """Return the scores [P] of places psi[rows] by the points or components j [P]."""
         raise NotImplementedError
 
     def best(self, psi: Tensor, scored: bool) -> tuple[Tensor, Tensor]:
@@ -233,26 +268,34 @@ class Screened(Anchors):
 
 
 @lru_cache(maxsize=2)
-def _ready(mapper: Anchored, items: tuple[Item, ...], known: tuple[Item, ...]) -> Anchors:
-    return mapper.ready(items, known)
+def _ready(mapper: Anchored, items: tuple[Item, ...], every: tuple[Item, ...]) -> Anchors:
+    """Return `mapper.ready`, which is asked again for each batch, from a cache."""
+    return mapper.ready(items, every)
 
 
 _SETTLED: WeakKeyDictionary[Item, dict[Anchored, Item]] = WeakKeyDictionary()
 
 
 def _settled(mapper: Anchored, item: Item, place: Callable[[Tensor], Tensor]) -> Item:
-    """`settle`, once for each item."""
+    """Return `mapper.settle`, computed once per item."""
     found = _SETTLED.get(item, {}).get(mapper)
     if found is None:
         found = mapper.settle(item, place)
+        # An item that is its own result would keep itself alive.
         if found is not item:
             _SETTLED.setdefault(item, {})[mapper] = found
     return found
 
 
+def features_of(learned: Learned) -> Callable[[Tensor], Tensor]:
+    """Return the function from x [B, ...] to the features that all tasks have in common, [B, d]."""
+    return lambda x: learned.model.features(learned.params, learned.buffers, x, None)
+
+
 def sketch(scores: Tensor) -> Tensor:
-    """Scores [V] in ascending order, or 256 of them, evenly spaced, with the least and the greatest: the i-th is of rank
-    floor(i (V - 1) / 255), so that below it are no more than the share i / 255.
+    """Return scores [V] in ascending order, or 256 of them, evenly spaced, with the least and the greatest.
+
+    The i-th is of rank floor(i (V - 1) / 255), so that no more than the share i / 255 is below it.
 
     >>> sketch(torch.tensor([3.0, 1.0, 2.0])).tolist(), len(sketch(torch.arange(9999.0)))
     ([1.0, 2.0, 3.0], 256)
@@ -264,10 +307,11 @@ def sketch(scores: Tensor) -> Tensor:
 
 
 def separation(known: Tensor, unknown: Tensor) -> float:
-    """P(known > unknown) + P(equal) / 2 over all pairs of values [N] and [M]."""
+    """Return P(known > unknown) + P(equal) / 2 over all pairs of values [N] and [M]."""
     if not len(known) or not len(unknown):
         raise ConsilienceError(
-            f"an area under a curve needs values of both kinds. Found {len(known)} known and {len(unknown)} unknown."
+            "the area under a curve needs values of both kinds, "
+            f"got {len(known)} known and {len(unknown)} unknown."
         )
     other = unknown.sort().values
     below, upto = torch.searchsorted(other, known), torch.searchsorted(other, known, right=True)
@@ -275,20 +319,20 @@ def separation(known: Tensor, unknown: Tensor) -> float:
 
 
 def sums(learned: Learned, psi: Callable[[Tensor], Tensor], second: bool = True) -> dict[str, Tensor]:
-    """`Learned.sums` of the source's own classes alone: what an anchor says of others is nothing."""
+    """Return `Learned.sums` of the source's own classes only: an anchor says nothing about others."""
     found, own = learned.sums(psi, second), list(learned.source.classes)
     return {**found, "first": found["first"][:, own], "count": found["count"][own]}
 
 
 def means(item: Item) -> Tensor:
-    """The means [classes that it has, d] of an anchor's classes."""
-    n = item.tensors["count"]
-    return item.tensors["first"].T[n > 0] / n[n > 0][:, None]
+    """Return the means of an anchor's classes that have examples [classes, d]."""
+    count = item.tensors["count"]
+    return item.tensors["first"].T[count > 0] / count[count > 0][:, None]
 
 
 def grouped(parts: Sequence[Tensor]) -> Tensor:
-    """Which part each row of all parts together is of."""
-    return torch.arange(len(parts)).repeat_interleave(torch.tensor([len(p) for p in parts]))
+    """Return to which part each row of all parts together belongs."""
+    return torch.arange(len(parts)).repeat_interleave(torch.tensor([len(part) for part in parts]))
 
 
 class Points(Screened):
@@ -301,10 +345,11 @@ class Points(Screened):
         self.screen = Screen.of(self.points, -0.5 * self.points.square().sum(1), self.group)
 
     def scores(self, psi: Tensor) -> Tensor:
-        distance = torch.cdist(
+        # Without products of matrices, whose rounding could change which point is nearest.
+        away = torch.cdist(
             psi.double() - self.centre, self.points, compute_mode="donot_use_mm_for_euclid_dist"
         ).square()
-        return torch.stack([-distance[:, self.group == k].amin(1) for k in range(len(self.own))], 1)
+        return torch.stack([-away[:, self.group == k].amin(1) for k in range(len(self.own))], 1)
 
     def columns(self, x: Tensor) -> Tensor:
         return (x - self.centre).float()
@@ -315,11 +360,12 @@ class Points(Screened):
 
 @dataclass(frozen=True)
 class NearestMean(Anchored):
-    """score = -min_c ||psi - mu_c||^2 over the classes of the source. Anchors are class sums and counts: those of the same classes add.
+    """score = -min_c ||psi - mu_c||^2 over the classes of the source.
 
-    With `reject` > 0 an anchor has the sorted scores of at most 256 validation examples besides, which do not add. An input is
-    unknown where its score by the task that it is nearest to is below the `reject` quantile of them: of a task's own validation
-    examples at most so many are, where no other task is nearer.
+    Anchors are class sums and counts: those of the same classes add. With `reject` > 0 an anchor also has the
+    sorted scores of at most 256 validation examples, which do not add. An input is unknown where its score by
+    the nearest task is below the `reject` quantile of that task's scores: at most this fraction of a task's
+    own validation examples is rejected, where no other task is nearer.
     """
 
     on: Literal["features", "inputs"] = "features"
@@ -332,58 +378,51 @@ class NearestMean(Anchored):
         own = Points([means(item)], [None]).scores(self.held(learned))[:, 0]
         return Module({**item.tensors, "validation": sketch(own)})
 
-    def ready(self, items: tuple[Item, ...], known: tuple[Item, ...]) -> Anchors:
-        return Points([means(i) for i in items], [i.tensors.get("validation") for i in items])
+    def ready(self, items: tuple[Item, ...], every: tuple[Item, ...]) -> Anchors:
+        return Points([means(item) for item in items], [item.tensors.get("validation") for item in items])
 
 
 class Mixtures(Screened):
-    """max_j log(w_j N(x; mu_j, diag s_j)) - log of (2 pi)^(-d/2), plus a constant by expert, over the components of each
-    expert."""
+    """max_j log(w_j N(x; mu_j, diag s_j)) + (d/2) log(2 pi) over each expert's components, plus its prior."""
 
     def __init__(self, items: Sequence[Item], prior: Sequence[float]) -> None:
-        own = [i.tensors.get("validation") for i in items]
+        own = [item.tensors.get("validation") for item in items]
         self.own = [o if o is None else o + p for o, p in zip(own, prior, strict=True)]
-        self.group = grouped([i.tensors["weight"] for i in items])
+        self.group = grouped([item.tensors["weight"] for item in items])
         self.mean, self.variance, weight = (
-            torch.cat([i.tensors[n] for i in items]) for n in ("mean", "variance", "weight")
+            torch.cat([item.tensors[name] for item in items]) for name in ("mean", "variance", "weight")
         )
         tiny = torch.finfo(torch.float64).tiny
-        constant = (
-            weight.double().clamp_min(tiny).log() + torch.tensor(prior, dtype=torch.float64)[self.group]
-        )
+        log_weight = weight.double().clamp_min(tiny).log()
         precision = 1 / self.variance.double()
+        constant = log_weight + torch.tensor(prior, dtype=torch.float64)[self.group]
         self.constant = constant + 0.5 * precision.log().sum(1)
-        # where the components are on average, and how wide: what all have in common leaves the products
+
+        # Around the components' average, in units of their width, products and their errors are small.
         total = precision.sum(0)
-        self.centre, self.width = (
-            ((precision * self.mean).sum(0) / total).float(),
-            (len(precision) / total).sqrt().float(),
-        )
+        self.centre = ((precision * self.mean).sum(0) / total).float()
+        self.width = (len(precision) / total).sqrt().float()
         off = (self.mean.double() - self.centre) / self.width
         precision *= self.width.double().square()
         base = self.constant - 0.5 * (precision * off.square()).sum(1)
-        self.screen = Screen.of(
-            torch.cat([(precision * off).float(), (0.5 - 0.5 * precision).float()], 1),
-            base,
-            self.group,
-            parts=2,
-        )
+        factors = torch.cat([(precision * off).float(), (0.5 - 0.5 * precision).float()], 1)
+        self.screen = Screen.of(factors, base, self.group, parts=2)
 
     def scores(self, psi: Tensor) -> Tensor:
         psi = psi.double() - self.centre
         found, square = [], psi.square()
         for k in range(len(self.own)):
-            j = self.group == k
-            mean, precision = self.mean[j].double() - self.centre, 1 / self.variance[j].double()
+            own = self.group == k
+            mean, precision = self.mean[own].double() - self.centre, 1 / self.variance[own].double()
             distance = (
                 square @ precision.T - 2 * psi @ (mean * precision).T + (mean.square() * precision).sum(1)
             )
-            found.append((self.constant[j] - 0.5 * distance).max(1).values)
+            found.append((self.constant[own] - 0.5 * distance).max(1).values)
         return torch.stack(found, 1)
 
     def columns(self, x: Tensor) -> Tensor:
-        z = ((x - self.centre) / self.width).float()
-        return torch.cat([z, z.square()], 1)
+        scaled = ((x - self.centre) / self.width).float()
+        return torch.cat([scaled, scaled.square()], 1)
 
     def exact(self, psi: Tensor, rows: Tensor, j: Tensor) -> Tensor:
         off = psi[rows].double().sub_(self.mean[j])
@@ -394,14 +433,16 @@ class Mixtures(Screened):
 class GaussianMixture(Anchored):
     """score = max_j log(phi_j N(psi; mu_j, diag sigma_j^2)) over the k components of the source (GMMC).
 
-    k is `components`, or one for each `least` examples where these are fewer: a component of a handful of them is so narrow that no
-    other example of its source falls to it. `floor` x (mean variance of the features) is added to all variances. On 15 real tasks
-    (benchmarks/results/skill.md) .1 finds the task of 84 % of validation images, .001 of 77 %. `floor=1e-6, least=1` is the paper's.
-    `prior="uniform"` pools the mixtures as the paper does; "size" weighs each by its source's share of the examples. Mixtures
-    are fitted on one source's features alone, so the order in which sources arrive changes nothing. `fit="torch"` is expectation
-    maximisation of our own (products in float32, on the device of the data), "sklearn" is scikit-learn's: same start, stop and
-    log-likelihood. With `reject` > 0 an anchor has the sorted scores of at most 256 validation examples besides, and an input is
-    unknown where its score by the best task is below that task's own `reject` quantile of them. Ge et al. 2023 (SKILL).
+    k is `components`, or one per `least` examples where these are fewer: a component of a handful of examples
+    is so narrow that no other example of its source falls to it. `floor` x (mean variance of the features) is
+    added to all variances. On 15 real tasks (benchmarks/results/skill.md) .1 finds the task of 84 % of
+    validation images, .001 of 77 %. `floor=1e-6, least=1` is the paper's. `prior="uniform"` pools the
+    mixtures as the paper does; "size" weighs each by its source's share of the examples. Mixtures are fitted
+    on one source's features only, so the order in which sources arrive changes nothing. `fit="torch"` is our
+    own expectation maximisation (products in float32, on the device of the data), "sklearn" is
+    scikit-learn's: same start, stop and log-likelihood. With `reject` > 0 an anchor also has the sorted
+    scores of at most 256 validation examples, and an input is unknown where its score by the best task is
+    below that task's own `reject` quantile of them. Ge et al. 2023 (SKILL).
     """
 
     components: int = 25
@@ -412,46 +453,45 @@ class GaussianMixture(Anchored):
     fit: Literal["torch", "sklearn"] = "torch"
     reject: float = 0.0
     least: int = 20
-    """Examples for each component: of fewer a mixture has fewer components."""
+    """Examples per component: a mixture of fewer examples has fewer components."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("components", "least"):
             if getattr(self, name) < 1:
-                raise ConsilienceError(
-                    f"`{name}` should be at least 1. Found `{name} = {getattr(self, name)}`."
-                )
+                raise ConsilienceError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
         for name, words in (("prior", ("size", "uniform")), ("fit", ("torch", "sklearn"))):
             if getattr(self, name) not in words:
-                raise ConsilienceError(
-                    f"`{name}` should be {' or '.join(words)}. Found `{name} = {getattr(self, name)!r}`."
-                )
+                raise ConsilienceError(f"`{name}` must be {' or '.join(words)}, got {getattr(self, name)!r}.")
         if not 0 < self.floor < float("inf"):
-            raise ConsilienceError(f"`floor` should be positive and finite. Found `floor = {self.floor}`.")
+            raise ConsilienceError(f"`floor` must be positive and finite, got {self.floor}.")
 
     def summarise(self, learned: Learned, ctx: Context) -> Module:
-        features = lambda x: learned.model.features(learned.params, learned.buffers, x, None)  # noqa: E731
+        # Places stay on the device of the data, unlike those of `places`: the mixture is fitted there.
+        features = features_of(learned)
         psi = torch.cat([self.place(x, features) for x, _ in learned.source.train.chunks(1024)])
         spread = float(psi.var(0, unbiased=False).mean()) or 1.0
         make = _em.fit if self.fit == "torch" else by_sklearn
-        k = min(self.components, max(1, len(psi) // self.least))
-        fit = make(psi, k, learned.generator, self.floor * spread)
-        tensors = {n: getattr(fit, n).to("cpu", torch.float32) for n in ("mean", "variance", "weight")}
+        components = min(self.components, max(1, len(psi) // self.least))
+        fit = make(psi, components, learned.generator, self.floor * spread)
+
+        names = ("mean", "variance", "weight")
+        tensors = {name: getattr(fit, name).to("cpu", torch.float32) for name in names}
         item = Module({**tensors, "count": torch.tensor([float(len(psi))])})
         if not self.rejects:
             return item
-        held = self.held(learned)
-        _, own = Mixtures([item], [0.0]).best(held, True)
+        _, own = Mixtures([item], [0.0]).best(self.held(learned), True)
         return replace(item, tensors={**item.tensors, "validation": sketch(own)})
 
-    def ready(self, items: tuple[Item, ...], known: tuple[Item, ...]) -> Anchors:
-        sizes = torch.stack([i.tensors["count"].double().sum() for i in items])
+    def ready(self, items: tuple[Item, ...], every: tuple[Item, ...]) -> Anchors:
+        sizes = torch.stack([item.tensors["count"].double().sum() for item in items])
         prior = (sizes / sizes.sum()).log().tolist() if self.prior == "size" else [0.0] * len(items)
         return Mixtures(items, prior)
 
 
 def by_sklearn(x: Tensor, k: int, generator: torch.Generator, floor: float) -> _em.Fit:
-    """`_em.fit` by scikit-learn; one component, of which there is nothing to search (and one example it refuses), is `_em.fit`."""
+    """Fit as `_em.fit` does, by scikit-learn."""
+    # One component needs no search, and scikit-learn refuses a single example.
     if min(k, len(x)) == 1:
         return _em.fit(x, k, generator, floor)
     import warnings
@@ -462,6 +502,7 @@ def by_sklearn(x: Tensor, k: int, generator: torch.Generator, floor: float) -> _
     fit = Mixture(
         min(k, len(x)), covariance_type="diag", reg_covar=floor, random_state=seed, init_params="k-means++"
     )
+    # It warns where it did not converge, which `Fit` reports.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         fit.fit(x.double().cpu().numpy())

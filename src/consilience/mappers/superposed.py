@@ -1,4 +1,4 @@
-"""Mappers by superposition: of all tasks' views of the parameters at once, which makes the answer more certain."""
+"""Mappers by superposition: all views of the parameters at once, and which makes the answer more certain."""
 
 from __future__ import annotations
 
@@ -14,21 +14,23 @@ from consilience.core.schedule import ScheduleFacts
 
 
 def entropy(out: Tensor) -> Tensor:
-    """-sum p log p [B] of the softmax of outputs [B, C]; a column of -inf counts as 0."""
+    """Return -sum p log p [B] of the softmax of outputs [B, C]; a column of -inf counts as 0."""
     log = out.log_softmax(1)
     return -(log.exp() * log.masked_fill(log == -torch.inf, 0)).sum(1)
 
 
 @dataclass(frozen=True)
 class Superposition(Mapper):
-    """The expert whose weight most lowers the entropy of the superposed model: argmin_k dH/d alpha_k at alpha_k = 1/K.
+    """The expert whose weight most lowers the entropy of the superposed model.
 
-    H(alpha) is the entropy of softmax f(sum_k alpha_k theta_k, x), theta_k the parameters as the task of expert k sees them
-    (masks, keys, gates of any correction with a `view`); what all tasks see alike is as it is. It is over all output columns
-    that some expert was trained for. With `halving` half of the experts (rounded down) with the lowest slopes go on with equal
-    alpha until one is left, log2 K gradients; else one gradient decides. `together`: the batch is taken to be of one task, as
-    the paper assumes, and H is its mean; else every sample is on its own. The paper's other objective G needs outputs that are
-    trained to be of no class, which training on a task's own columns does not do. Wortsman et al. 2020.
+    It is argmin_k dH/d alpha_k at alpha_k = 1/K. H(alpha) is the entropy of softmax f(sum_k alpha_k theta_k,
+    x), theta_k the parameters as the task of expert k sees them (masks, keys, gates of any correction with a
+    `view`); parameters that all tasks see alike stay as they are. It is over all output columns that some
+    expert was trained for. With `halving` the half of the experts (rounded down) with the lowest slopes goes
+    on with equal alpha until one is left, log2 K gradients; else one gradient decides. With `together` all
+    samples of a batch are assumed to be of one task, as in the paper, and H is their mean; else each sample
+    is on its own. The paper's other objective G needs outputs that are trained to be of no class, and
+    training on a task's own columns has none. Wortsman et al. 2020.
     """
 
     halving: bool = False
@@ -40,29 +42,34 @@ class Superposition(Mapper):
         if facts.kind == "value":
             return "values have no entropy to compare; use the average, or nearest_mean(on='inputs')"
         if facts.overlap and facts.model is not None and facts.model.uses_task:
-            return "heads of several tasks for the same classes have no superposition; use a model with one shared head, such as mlp"
+            return (
+                "heads of several tasks for the same classes have no superposition; "
+                "use a model with one shared head, such as mlp"
+            )
         return None
 
     def slopes(self, routing: Routing, alpha: Tensor) -> Tensor:
-        """dH/d alpha, [K] for alpha [K] with `together`; else [B, K], for alpha [K] or [B, K]."""
+        """Return dH/d alpha: [K] for alpha [K] with `together`; else [B, K], for alpha [K] or [B, K]."""
         assert routing.superposed is not None
         outputs = routing.superposed()
         if self.together:
-            whole: Tensor = torch.func.grad(lambda a: entropy(outputs(routing.x, a)).mean())(alpha)
-            return whole
+            shared: Tensor = torch.func.grad(lambda a: entropy(outputs(routing.x, a)).mean())(alpha)
+            return shared
+
+        # Chunks of 64 samples, because each sample has its own parameters.
         one = torch.func.grad(lambda a, x: entropy(outputs(x[None], a)).sum())
-        each: Tensor = torch.func.vmap(one, (0 if alpha.ndim == 2 else None, 0), chunk_size=64)(
-            alpha, routing.x
-        )
+        dims = (0 if alpha.ndim == 2 else None, 0)
+        each: Tensor = torch.func.vmap(one, dims, chunk_size=64)(alpha, routing.x)
         return each
 
     def route(self, routing: Routing, memory: Memory) -> Tensor:
-        k = kept = len(routing.experts)
+        experts = kept = len(routing.experts)
         dtype = routing.x.dtype if routing.x.is_floating_point() else torch.get_default_dtype()
-        alpha = torch.full((k,), 1 / k, dtype=dtype, device=routing.x.device)
+        alpha = torch.full((experts,), 1 / experts, dtype=dtype, device=routing.x.device)
         while kept > 1:
+            # Experts that are out have weight 0 and must not come back.
             slopes = self.slopes(routing, alpha).masked_fill(alpha == 0, torch.inf)
             kept = kept // 2 if self.halving else 1
             best = slopes.argsort(dim=-1, stable=True)[..., :kept]
             alpha = torch.zeros_like(slopes).scatter(-1, best, 1 / kept)
-        return alpha.expand(len(routing.x), k) if alpha.ndim == 1 else alpha
+        return alpha.expand(len(routing.x), experts) if alpha.ndim == 1 else alpha

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
 
 __all__ = ["class_balanced", "growing", "herding", "reservoir", "ring"]
 
+# Classes are imported in functions, since torch takes seconds to load and the command line reads signatures.
+
 
 def reservoir() -> Reservoir:
     """A uniform sample of everything seen."""

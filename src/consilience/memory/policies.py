@@ -14,7 +14,7 @@ from consilience.core.contexts import Learned
 
 @dataclass(frozen=True)
 class ClassBalanced(Reservoir):
-    """A reservoir for each class; the classes seen share the buffer equally, but for those that have fewer examples.
+    """A reservoir per class; the classes seen share the buffer equally, except those with fewer examples.
 
     Chrysakis & Moens 2020; the greedy balanced sampler of Prabhu et al. 2020 keeps as many.
     """
@@ -25,14 +25,15 @@ class ClassBalanced(Reservoir):
 
 @dataclass(frozen=True)
 class Ring(Policy):
-    """A queue for each class: its last examples in order of arrival stay, the classes seen sharing the buffer equally.
+    """A queue per class: its last examples stay, and the classes seen share the buffer equally.
 
     Lopez-Paz & Ranzato 2017; Chaudhry et al. 2019.
     """
 
     def keys(self, learned: Learned, size: int) -> Tensor:
-        n = len(learned.source.train)
-        return -(learned.order + torch.arange(n, dtype=torch.float64) / n)
+        # The number of the visit, plus the place within it: the latest are the smallest.
+        count = len(learned.source.train)
+        return -(learned.order + torch.arange(count, dtype=torch.float64) / count)
 
     def keep(self, keys: Tensor, y: Tensor, size: int) -> Tensor:
         return equal_shares(keys, y, size)
@@ -40,10 +41,11 @@ class Ring(Policy):
 
 @dataclass(frozen=True)
 class Herding(Policy):
-    """Exemplars in the order in which their mean best approaches the class mean; the classes seen share the buffer equally.
+    """Exemplars in the order in which their mean best approaches the class mean; classes share equally.
 
-    p_k = argmin_x || mu - (psi(x) + sum_{j<k} psi(p_j)) / k ||, psi the features at the end of the source, of unit norm. A key
-    is the rank k, so that a smaller share keeps the first ones. Welling 2009; Rebuffi et al. 2017 (iCaRL).
+    p_k = argmin_x || mu - (psi(x) + sum_{j<k} psi(p_j)) / k ||, psi the features at the end of the source, of
+    unit norm. A key is the rank k, so that a smaller share keeps the first ones. Welling 2009; Rebuffi et al.
+    2017 (iCaRL).
     """
 
     needs_boundaries: ClassVar[bool] = True
@@ -51,9 +53,8 @@ class Herding(Policy):
     def keys(self, learned: Learned, size: int) -> Tensor:
         psi, y = unit_features(learned)
         keys = torch.full((len(y),), torch.inf, dtype=torch.float64)
-        level = torch.arange(
-            1, size + 1
-        )  # the most of a class that a buffer with these classes alone would hold
+        # The most of one class that a buffer with these classes alone would hold.
+        level = torch.arange(1, size + 1)
         most = 1 + int((torch.minimum(y.bincount()[:, None], level).sum(0) < size).sum())
         for c in y.unique().tolist():
             own = (y == c).nonzero()[:, 0]
@@ -66,7 +67,10 @@ class Herding(Policy):
 
 @dataclass(frozen=True)
 class Growing(Reservoir):
-    """A uniform sample of `size` examples of each class: ten of each is the replay of Ge et al. 2023 (SKILL's baseline)."""
+    """A uniform sample of `size` examples of each class.
+
+    Ten of each is the replay of Ge et al. 2023 (SKILL's baseline).
+    """
 
     grows: ClassVar[bool] = True
 
@@ -75,18 +79,22 @@ class Growing(Reservoir):
 
 
 def unit_features(learned: Learned, chunk: int = 1024) -> tuple[Tensor, Tensor]:
-    """Features [N, d] of unit norm of a source's training examples, and their targets [N], float64 on the CPU."""
+    """Return the features [N, d] of unit norm of a source's training examples, and their targets [N].
+
+    Both are on the CPU; features are in float64.
+    """
     found, targets = [], []
     for x, y in learned.source.train.chunks(chunk):
         with torch.no_grad():
             psi = learned.model.features(learned.params, learned.buffers, x, learned.task).double().cpu()
+        # Features that are all 0 have no direction and stay 0.
         found.append(psi / psi.norm(dim=1, keepdim=True).clamp_min(1e-12))
         targets.append(y.cpu())
     return torch.cat(found), torch.cat(targets)
 
 
 def herd(psi: Tensor, size: int) -> Tensor:
-    """The rank [N] of each vector of psi [N, d] in herding order, infinity beyond the first `size`.
+    """Return the rank [N] of each vector of psi [N, d] in herding order, infinity beyond the first `size`.
 
     >>> herd(torch.tensor([[0.0], [1.0], [5.0]]), 2).tolist()
     [inf, 0.0, 1.0]
@@ -95,7 +103,7 @@ def herd(psi: Tensor, size: int) -> Tensor:
     rank = torch.full((len(psi),), torch.inf, dtype=torch.float64)
     squares = psi.square().sum(1)
     for k in range(min(size, len(psi))):
-        # ||mu (k + 1) - total - psi||^2, but for a constant
+        # ||mu (k + 1) - total - psi||^2 without the term that is the same for all.
         gap = squares - 2 * psi @ ((k + 1) * mean - total)
         best = int(gap.masked_fill(torch.isfinite(rank), torch.inf).argmin())
         rank[best] = k

@@ -134,7 +134,7 @@ def scaffold(clients: int | None = None) -> Method:
         clients: how many there are; None counts those heard of so far.
     """
     from consilience.core.method import Method
-    from consilience.corrections.drift import Scaffold
+    from consilience.corrections.client_drift import Scaffold
 
     return Method("scaffold", (Scaffold(clients),))
 
@@ -149,7 +149,7 @@ def feddyn(alpha: float = 0.1, participation: float = 1.0) -> Method:
         participation: the fraction of all clients that a round hears.
     """
     from consilience.core.optimiser import SGD, Dynamic
-    from consilience.corrections.drift import FedDyn
+    from consilience.corrections.client_drift import FedDyn
 
     server = Dynamic(participation)
     return _outer("feddyn", server if alpha else SGD(), 1.0, FedDyn(alpha))
@@ -166,7 +166,7 @@ def fednova(lr: float = 1.0) -> Method:
     from consilience.aggregators import mean
     from consilience.consolidators.normalised import Normalised
     from consilience.core.method import Method
-    from consilience.corrections.drift import LocalSteps
+    from consilience.corrections.client_drift import LocalSteps
 
     return Method(
         "fednova", (LocalSteps(),), exchange_aggregator=mean(), consolidator=Normalised(None, None, lr)
@@ -182,7 +182,7 @@ def fedcm(alpha: float = 0.1) -> Method:
         alpha: the share of the own gradient; 1 is plain training.
     """
     from consilience.core.method import Method
-    from consilience.corrections.drift import FedCM
+    from consilience.corrections.client_drift import FedCM
 
     return Method("fedcm", (FedCM(alpha),))
 
@@ -197,7 +197,7 @@ def ghbm(beta: float = 0.9, tau: int = 1) -> Method:
         tau: over how many rounds; best is how many it takes to hear all clients. 1 is the classical heavy ball.
     """
     from consilience.core.method import Method
-    from consilience.corrections.drift import GHBM
+    from consilience.corrections.client_drift import GHBM
 
     return Method("ghbm", (GHBM(beta, tau),))
 
@@ -211,7 +211,7 @@ def local_ghbm(beta: float = 0.9) -> Method:
         beta: of the momentum; 0 is plain training.
     """
     from consilience.core.method import Method
-    from consilience.corrections.drift import LocalGHBM
+    from consilience.corrections.client_drift import LocalGHBM
 
     return Method("local_ghbm", (LocalGHBM(beta),))
 
@@ -225,7 +225,7 @@ def fedhbm(beta: float = 0.9) -> Method:
         beta: of the momentum; 0 is plain training.
     """
     from consilience.core.method import Method
-    from consilience.corrections.drift import FedHBM
+    from consilience.corrections.client_drift import FedHBM
 
     return Method("fedhbm", (FedHBM(beta),))
 

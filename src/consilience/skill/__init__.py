@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from consilience.core.errors import unknown
 
 if TYPE_CHECKING:
+    from consilience.corrections.similarity import similarities
     from consilience.skill._bank import (
         bank_hash,
         familiarity,
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
         told_bytes,
     )
     from consilience.skill._costs import Speedup, covariance_macs, deal, speedup, speedups, table, task_bytes
-    from consilience.skill._synergy import combine, equivalences, similarities
+    from consilience.skill._synergy import combine, equivalences
 
 __all__ = [
     "Speedup",

@@ -2,119 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from consilience.core.errors import ConsilienceError
 from consilience.core.message import Module
 from consilience.core.source import Label, LabelFrame
-from consilience.corrections.reuse import Rows, rows_of
-
-Encoder = str | Callable[[list[str]], Any] | None
-"""A folder or name of a sentence-transformers model, a function from names to vectors [n, d], or none."""
-
-
-def similarities(names_a: Sequence[str], names_b: Sequence[str], encoder: Encoder = None) -> Tensor:
-    """How alike names are, S [A, B] in [-1, 1]: s_ij = <e(a_i), e(b_j)> / (||e(a_i)|| ||e(b_j)||), and 1 for equal names.
-
-    With an encoder e(a) is a sentence embedding. Without, it counts the name's words in lower case (cut at whatever is no letter or
-    digit, and where an upper-case letter follows a lower-case one) and the three-letter pieces of each word between its ends, as
-    "bike" has _bi, bik, ike, ke_: that finds spellings, plurals and compounds, not synonyms. Words weigh as pieces do.
-
-    Args:
-        names_a, names_b: class names.
-        encoder: a folder or the name of a sentence-transformers model, of which local files alone are used
-            (`pip install consilience[text]`), a function from a list of names to vectors, or None.
-
-    Raises ConsilienceError where the encoder cannot be loaded, or gives other than a vector a name.
-
-    Paper: Ge et al. 2023, section 7.1 (CLIP's text encoder there, thresholds of .90 and .95; with all-MiniLM-L6-v2 "bike" and
-    "bicycle" have .92, "dog" and "puppy" .80).
-
-    >>> s = similarities(["mountain bike", "Digit 3"], ["bikes", "digit_3", "van"])
-    >>> [[round(v, 2) for v in row] for row in s.tolist()]
-    [[0.33, 0.0, 0.0], [0.0, 1.0, 0.0]]
-    """
-    a, b = list(names_a), list(names_b)
-    if not a or not b:
-        return torch.zeros(len(a), len(b))
-    whole = dict.fromkeys([*a, *b])
-    at = {name: i for i, name in enumerate(whole)}
-    i, j = torch.tensor([at[n] for n in a]), torch.tensor([at[n] for n in b])
-    if encoder is None:
-        counts = _counted(list(whole))
-        s = torch.from_numpy((counts[i.numpy()] @ counts[j.numpy()].T).toarray())
-    else:
-        unit = F.normalize(_embedded(list(whole), encoder).double(), dim=1)
-        s = unit[i] @ unit[j].T
-    s, equal = s.clamp(-1, 1).float(), i[:, None] == j
-    return s.masked_fill(equal, 1.0)
-
-
-def _pieces(name: str) -> Counter[str]:
-    """Words and their pieces; the name itself where it has no letter or digit."""
-    words = re.findall(r"[^\W_]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower())
-    ends = [f"_{w}_" for w in words]
-    return Counter([*words, *(w[i : i + 3] for w in ends for i in range(len(w) - 2))] or [name])
-
-
-def _counted(names: Sequence[str]) -> Any:
-    """Counts of pieces, a sparse matrix with rows of unit length."""
-    from scipy.sparse import csr_matrix
-
-    counts = [_pieces(n) for n in names]
-    at = {piece: i for i, piece in enumerate(dict.fromkeys(p for c in counts for p in c))}
-    held = [
-        (r, at[p], k / sum(v * v for v in c.values()) ** 0.5)
-        for r, c in enumerate(counts)
-        for p, k in c.items()
-    ]
-    rows, columns, values = zip(*held, strict=True)
-    return csr_matrix((values, (rows, columns)), shape=(len(names), len(at)))
-
-
-@lru_cache(maxsize=2)
-def _loaded(name: str) -> Any:
-    if os.sep in name and not os.path.isdir(name):
-        raise ConsilienceError(
-            f"`encoder` should be a folder of a sentence-transformers model. Found none at {name}."
-        )
-    try:
-        from sentence_transformers import SentenceTransformer
-    except ImportError as e:
-        raise ConsilienceError(
-            f"an encoder by name needs sentence-transformers: pip install consilience[text]. Found {e}."
-        ) from e
-    try:
-        return SentenceTransformer(name, device="cpu", local_files_only=True)
-    except Exception as e:
-        line = (str(e).splitlines() or [type(e).__name__])[0]
-        raise ConsilienceError(
-            f"`encoder` should be a sentence-transformers model in local files. Found {name!r}: {line}"
-        ) from e
-
-
-def _embedded(names: list[str], encoder: Any) -> Tensor:
-    if callable(encoder):
-        found = torch.as_tensor(encoder(names))
-    else:
-        with torch.inference_mode():
-            found = _loaded(str(encoder)).encode(names, convert_to_tensor=True, show_progress_bar=False)
-        found = found.clone().cpu()
-    if found.ndim != 2 or len(found) != len(names) or not torch.isfinite(found).all():
-        raise ConsilienceError(
-            f"an encoder should give a finite vector a name. Found {tuple(found.shape)} for {len(names)} names."
-        )
-    return found
+from consilience.corrections.similarity import Encoder, Rows, rows_of, similarities
 
 
 @dataclass(frozen=True, eq=False)

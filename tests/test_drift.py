@@ -1,4 +1,5 @@
-"""Federated methods against restatements in plain torch, over rounds with partial participation, and the identities that they must satisfy."""
+"""Federated methods against restatements in plain torch, over rounds with partial participation, and the
+identities that they must satisfy."""
 
 from __future__ import annotations
 
@@ -55,7 +56,8 @@ def steps_of(s, epochs=EPOCHS, batch=BATCH):
 
 
 def simulate(s, rounds, k, push, end=None, loss=None, pull=0.0, momentum=0.0, lr=LR):
-    """Rounds by hand: `push(i, r, theta)` is added to every gradient of client i; `end(theta, {i: (share, params)})` is the server."""
+    """Rounds by hand: `push(i, r, theta)` is added to every gradient of client i; `end(theta, {i: (share,
+    params)})` is the server."""
     theta, visits, turn = entries(plain()), [0] * len(s), 0
     for r in range(rounds):
         chosen = sorted((turn + j) % len(s) for j in range(k))
@@ -94,7 +96,8 @@ def zeros():
 @pytest.mark.parametrize("names", [(), ("the sum", "the past", "c2", "c3")], ids=["plain", "reserved"])
 @pytest.mark.parametrize("n", [None, 4])
 def test_scaffold_restated(n, names):
-    """Also for sources that are called like keys of 0.1, in which a client "the sum" was taken for a server."""
+    """Also for sources that are called like keys of 0.1, in which a client "the sum" was taken for a
+    server."""
     s, local = clients(4), {}
     s = [replace(client, name=name) for client, name in zip(s, names, strict=True)] if names else s
 
@@ -326,7 +329,8 @@ def test_ghbm_restated(tau):
 
 @pytest.mark.parametrize("tau", [1, 3])
 def test_ghbm_is_the_heavy_ball_form_over_rounds(tau):
-    """One client, one full step a round: theta^t = theta^(t-1) - lr g + beta / tau (theta^(t-1) - theta^(t-tau-1))."""
+    """One client, one full step a round: theta^t = theta^(t-1) - lr g + beta / tau (theta^(t-1) -
+    theta^(t-tau-1))."""
     x, y = A.train.whole()
     past = [entries(plain())]
     for _ in range(8):

@@ -16,7 +16,7 @@ from consilience.core.optimiser import SGD
 from consilience.core.params import key
 from consilience.core.source import Source, Tensors
 from consilience.engines import batched
-from consilience.engines._batched import Ragged, Slots, Unbatchable, fill, merge
+from consilience.engines._merge import Ragged, Slots, Unbatchable, fill, merge
 from consilience.engines._graph import NATIVE, VIEWS
 
 D, C = 6, 3
@@ -164,7 +164,7 @@ def test_any_chunk_gives_the_same(chunk):
     a, _ = go("serial", cs.methods.fedprox())
     b, _ = go(batched(chunk=chunk), cs.methods.fedprox())
     assert gap(a, b) < 1e-12
-    with pytest.raises(cs.ConsilienceError, match="`chunk` should be at least 1"):
+    with pytest.raises(cs.ConsilienceError, match="`chunk` must be at least 1, got 0"):
         batched(chunk=0)
 
 
@@ -359,7 +359,7 @@ def test_agents_that_were_heard_rest(monkeypatch, tmp_path):
 
             run(method, out=out, checkpoint_steps=4, progress=stop)
         again = run(method, out=out, resume=True)
-        monkeypatch.setattr("consilience.loop.trial.release_plan", lambda phases, evaluated: {})
+        monkeypatch.setattr("consilience.loop.agents.release_plan", lambda phases, evaluated: {})
         whole = run(method, "batched")
         monkeypatch.undo()
         assert gap(light, whole) == 0 and light.costs["bytes"] == whole.costs["bytes"]
@@ -400,7 +400,7 @@ def test_who_rests_and_who_does_not():
 def programs(method, training=None, **arguments):
     engine = batched()
     go(engine, method, training=training, rounds=3, **arguments)
-    return list(engine.programs.values())
+    return list(engine.cache.programs.values())
 
 
 def arguments(program):

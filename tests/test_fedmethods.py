@@ -410,13 +410,13 @@ def test_feddf_without_steps_is_fedavg_and_common_ground_is_adopted():
 def test_feddf_refusals():
     schedule = cs.settings.federated([A, B], 1, scenario="domain")
     assert Distillation(unlabelled=U) == Distillation(unlabelled=U.clone()) != Distillation(unlabelled=U + 1)
-    with pytest.raises(ConsilienceError, match="`unlabelled` should be finite inputs"):
+    with pytest.raises(ConsilienceError, match="`unlabelled` must be finite inputs"):
         cs.methods.feddf(U / 0)
     with pytest.raises(ConsilienceError, match=r"`steps` should be a whole number >= 0. Found `steps = -1`"):
         cs.methods.feddf(U, steps=-1)
-    with pytest.raises(Refusal, match=r"`unlabelled` should fit the model's input. Found inputs \(7,\)"):
+    with pytest.raises(Refusal, match=r"`unlabelled` must fit the model's input, got inputs \(7,\)"):
         cs.run(schedule, cs.methods.feddf(torch.zeros(3, 7)), mlp(), training())
-    with pytest.raises(Refusal, match="one is heard at a time"):
+    with pytest.raises(Refusal, match="one is received at a time"):
         cs.run(cs.settings.continual([A, B], "domain"), cs.methods.feddf(A), mlp(), training())
     with pytest.raises(Refusal, match="use one with a shared head"):
         cs.run(schedule, cs.methods.feddf(A), cs.models.multi_head(mlp(), C), training())
@@ -498,7 +498,7 @@ def test_temperature_divides_the_head_and_leaves_the_argmax():
     near({"w": head_of(cold.params)}, {"w": head_of(warm.params) / 0.1}, 1e-12)
     assert torch.equal(cold.predict(x).argmax(1), warm.predict(x).argmax(1))
     assert cold.predict(x).max(1).values.mean() > warm.predict(x).max(1).values.mean()
-    with pytest.raises(ConsilienceError, match="`temperature` should be positive"):
+    with pytest.raises(ConsilienceError, match="`temperature` must be positive"):
         cs.methods.fed3r(temperature=0.0)
 
 

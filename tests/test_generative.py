@@ -479,7 +479,7 @@ def test_inputs_that_cannot_be_generated_are_refused():
     with pytest.raises(cs.ConsilienceError, match=r"one shape, got \(2, 3\) in 's/1' after \(6,\)"):
         words.begin(Beginning(mlp(), {}, {}, (wide,), known, key(0)))
     with pytest.raises(
-        cs.ConsilienceError, match="finite. Found NaN or infinity .* the generator after 's/0'"
+        cs.ConsilienceError, match="finite, got NaN or infinity .* the generator after 's/0'"
     ):
         go(GR(**{**SMALL, "lr": 1e300}))
 

@@ -528,7 +528,7 @@ def test_an_agent_is_made_of_a_file(parts, model, tmp_path, kind):
     assert set(some.frame.labels) == set(teacher.frame.labels) and len(some.frame.tasks) == 3
     assert torch.equal(some.predict(x)[:, some.frame.columns(teacher.frame.labels)], known.predict(x))
     if base == "drawn":
-        with pytest.raises(cs.ConsilienceError, match="a module should stand on this agent's backbone"):
+        with pytest.raises(cs.ConsilienceError, match="a module must belong to this agent's backbone"):
             cs.skill.newcomer(teacher.state.bank, method, net, TRAINING, like=x)
 
 
@@ -883,8 +883,8 @@ def test_a_bank_that_the_hearers_model_would_run_otherwise_is_refused(parts, tmp
     for name, model, said in (
         ("biases", "heads", "entries that this model runs. Found 'biases."),
         ("biases", "half", "entries that this model runs. Found"),
-        ("normed", "heads", "here with rows as they are. Found rows over"),
-        ("heads", "normed", "rows over their inf norm. Found rows as"),
+        ("normed", "heads", "here with rows as they are, got rows over"),
+        ("heads", "normed", "rows over their inf norm, got rows as"),
     ):
         with pytest.raises(cs.ConsilienceError, match=said):
             hears(name, model)
@@ -902,7 +902,7 @@ def test_a_bank_of_another_backbone_is_refused(shared, parts, tmp_path):
     new = cs.skill.newcomer(shared.schedule, METHOD, other, TRAINING)
     with pytest.raises(
         cs.ConsilienceError,
-        match="a module should stand on this agent's backbone .* Found .* in 'digits/0-1' of 'agent-0'",
+        match="a module must belong to this agent's backbone .* got .* in 'digits/0-1' of 'agent-0'",
     ):
         cs.skill.give(new, cs.skill.load_bank(path))
     assert not new.state.bank
@@ -911,7 +911,7 @@ def test_a_bank_of_another_backbone_is_refused(shared, parts, tmp_path):
     hair = same.state.params[name].clone()
     hair.view(-1)[0] += 1e-6
     same.state = same.state.change(params={**same.state.params, name: hair})
-    with pytest.raises(cs.ConsilienceError, match="a module should stand on this agent's backbone"):
+    with pytest.raises(cs.ConsilienceError, match="a module must belong to this agent's backbone"):
         cs.skill.give(same, cs.skill.load_bank(path))
     few = cs.skill.newcomer(cs.settings.skill([parts[:2]]), METHOD, shared.model, TRAINING)
     with pytest.raises(cs.ConsilienceError, match="classes must be declared"):

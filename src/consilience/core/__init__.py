@@ -1,1 +1,1 @@
-"""The core: types, the step, the loop. It knows no other room."""
+"""What a method is made of: parts, states, messages, schedules. It imports no other room."""

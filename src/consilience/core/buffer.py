@@ -1,4 +1,7 @@
-"""Buffers: which examples of what was seen are kept. A policy gives each example a key when it arrives, and keeps the smallest."""
+"""Buffers: which of the examples that were seen are kept.
+
+A policy gives each example a key when it arrives, and keeps those with the smallest keys.
+"""
 
 from __future__ import annotations
 
@@ -14,24 +17,24 @@ from consilience.core.errors import ConsilienceError
 
 
 class Policy(ABC):
-    """Which examples a buffer of some size keeps. Frozen dataclasses; pure.
+    """Which examples a buffer keeps. Subclasses are frozen dataclasses, without side effects.
 
-    An example's key never changes, so that what is kept of a stream does not depend on how the stream was cut, and a buffer
-    that shrinks keeps the best of what it had.
+    An example's key never changes. So what is kept of a stream does not depend on how the stream was cut, and
+    a buffer that shrinks keeps the best of what it had.
     """
 
     grows: ClassVar[bool] = False
-    """Whether the size is that of each class, and the whole grows with their number."""
+    """Whether the size is that of each class, so that the buffer grows with the number of classes."""
     needs_boundaries: ClassVar[bool] = False
     """Whether it needs to know where a source ends."""
 
     @abstractmethod
     def keys(self, learned: Learned, size: int) -> Tensor:
-        """A key [N] for each training example of a source, float64; the smallest are kept longest."""
+        """Return keys [N] of the training examples of a source, in float64. The smallest are kept longest."""
 
     @abstractmethod
     def keep(self, keys: Tensor, y: Tensor, size: int) -> Tensor:
-        """Which of M examples with these keys [M] and targets [M] stay: bool [M]."""
+        """Return which of M examples with these keys [M] and targets [M] stay: bool [M]."""
 
 
 @dataclass(frozen=True)
@@ -49,38 +52,43 @@ class Reservoir(Policy):
 
 
 def smallest(keys: Tensor, size: int) -> Tensor:
-    """True for the `size` smallest keys [M], by rank.
+    """Mark the `size` smallest keys: bool [M].
 
     >>> smallest(torch.tensor([0.3, 0.1, 0.2]), 2).tolist()
     [False, True, True]
     """
+    # By rank, not by a threshold: equal keys must not exceed the size.
     kept = torch.zeros(len(keys), dtype=torch.bool)
     kept[keys.argsort(stable=True)[:size]] = True
     return kept
 
 
 def ranks(keys: Tensor, y: Tensor) -> Tensor:
-    """The rank [M] of each key among those of its class, from 0.
+    """Return the rank [M] of each key among the keys of its class, from 0.
 
     >>> ranks(torch.tensor([0.3, 0.1, 0.2]), torch.tensor([7, 7, 8])).tolist()
     [1, 0, 0]
     """
     if y.is_floating_point():
         raise ConsilienceError(
-            "a buffer by class needs targets that are classes. Found values; use memory.reservoir()."
+            "a buffer by class needs targets that are classes, got values; use memory.reservoir()."
         )
     order = keys.argsort(stable=True)
-    order = order[y.cpu()[order].argsort(stable=True)]  # by class, within it by key
+    # Then by class: the sort is stable, so that each class stays sorted by key.
+    order = order[y.cpu()[order].argsort(stable=True)]
     _, counts = y.cpu()[order].unique_consecutive(return_counts=True)
     first = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
     return torch.empty_like(order).index_copy_(0, order, torch.arange(len(order)) - first)
 
 
 def equal_shares(keys: Tensor, y: Tensor, size: int) -> Tensor:
-    """True for the smallest keys of each class, as many of each as `size` allows; what small classes leave goes to larger ones.
+    """Mark the smallest keys of each class, equally many of each: bool [M].
+
+    What small classes leave of `size` goes to larger ones.
 
     >>> equal_shares(torch.arange(5.0), torch.tensor([0, 0, 0, 0, 1]), 3).tolist()
     [True, True, False, False, True]
     """
-    rank = ranks(keys, y)
-    return smallest(rank.double() + keys.argsort(stable=True).argsort() / (2 * max(1, len(keys))), size)
+    # First all keys of rank 0, then all of rank 1, and so on; within a rank by key.
+    within = keys.argsort(stable=True).argsort() / (2 * max(1, len(keys)))
+    return smallest(ranks(keys, y).double() + within, size)

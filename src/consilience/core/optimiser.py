@@ -17,39 +17,44 @@ OptimiserState = dict[str, Tensor]
 
 
 class Optimiser(ABC):
-    """init(theta [n]) -> state; update(grad [n], state, theta [n]) -> (direction [n], state); theta - lr x direction is the step."""
+    """A rule for steps, theta <- theta - lr x direction. Subclasses are frozen dataclasses."""
 
     elementwise: ClassVar[bool] = True
     """Whether every number is treated alike, so that entries may be updated one by one."""
 
     @abstractmethod
-    def init(self, theta: Tensor) -> OptimiserState: ...
+    def init(self, theta: Tensor) -> OptimiserState:
+        """Return the state before the first step from theta [n]."""
 
     @abstractmethod
-    def update(self, grad: Tensor, state: OptimiserState, theta: Tensor) -> tuple[Tensor, OptimiserState]: ...
+    def update(self, grad: Tensor, state: OptimiserState, theta: Tensor) -> tuple[Tensor, OptimiserState]:
+        """Return the direction [n] and the new state for a gradient [n]; it changes none of its arguments."""
 
     def is_identity(self, lr: float) -> bool:
-        """Whether a step along -delta lands on what was aggregated, as an outer SGD(1) without momentum does."""
+        """Whether a step with gradient theta - aggregate ends at the aggregate, to the bit.
+
+        An outer SGD without momentum at learning rate 1 does; the step is then left out.
+        """
         return False
 
 
 def _fractions(**values: float) -> None:
     """Refuse decay rates outside [0, 1)."""
-    for name, v in values.items():
-        if not 0 <= v < 1:
-            raise ConsilienceError(f"`{name}` should be in [0, 1). Found `{name} = {v}`.")
+    for name, value in values.items():
+        if not 0 <= value < 1:
+            raise ConsilienceError(f"`{name}` must be in [0, 1), got {value}.")
 
 
 def _positive(**values: float) -> None:
-    """Refuse what is not positive and finite."""
-    for name, v in values.items():
-        if not 0 < v < float("inf"):
-            raise ConsilienceError(f"`{name}` should be positive and finite. Found `{name} = {v}`.")
+    """Refuse values that are not positive and finite."""
+    for name, value in values.items():
+        if not 0 < value < float("inf"):
+            raise ConsilienceError(f"`{name}` must be positive and finite, got {value}.")
 
 
 @dataclass(frozen=True)
 class SGD(Optimiser):
-    """Stochastic gradient descent: v = momentum v + g, direction v (nesterov: g + momentum v).
+    """Stochastic gradient descent: v = momentum v + g, direction v (Nesterov: g + momentum v).
 
     >>> SGD().update(torch.ones(2), {}, torch.zeros(2))[0].tolist()
     [1.0, 1.0]
@@ -68,11 +73,12 @@ class SGD(Optimiser):
     def update(self, grad: Tensor, state: OptimiserState, theta: Tensor) -> tuple[Tensor, OptimiserState]:
         if self.weight_decay:
             grad = grad + self.weight_decay * theta
+        # Without momentum no state is kept: there may be thousands of clients.
         if not self.momentum:
             return grad, state
         v = state["velocity"] * self.momentum + grad
-        step = grad + self.momentum * v if self.nesterov else v
-        return step, {"velocity": v}
+        direction = grad + self.momentum * v if self.nesterov else v
+        return direction, {"velocity": v}
 
     def is_identity(self, lr: float) -> bool:
         return lr == 1.0 and not self.momentum and not self.weight_decay
@@ -80,7 +86,10 @@ class SGD(Optimiser):
 
 @dataclass(frozen=True)
 class Adam(Optimiser):
-    """Adam (Kingma & Ba 2015); with `decoupled`, weight decay as in AdamW; `corrected=False` leaves out the bias correction."""
+    """Adam (Kingma & Ba 2015).
+
+    With `decoupled`, weight decay is that of AdamW. `corrected=False` leaves out the bias correction.
+    """
 
     beta1: float = 0.9
     beta2: float = 0.999
@@ -92,7 +101,7 @@ class Adam(Optimiser):
     def __post_init__(self) -> None:
         _fractions(beta1=self.beta1, beta2=self.beta2)
         if not 0 <= self.eps < float("inf"):
-            raise ConsilienceError(f"`eps` should be >= 0 and finite. Found `eps = {self.eps}`.")
+            raise ConsilienceError(f"`eps` must be >= 0 and finite, got {self.eps}.")
 
     def init(self, theta: Tensor) -> OptimiserState:
         return {
@@ -107,12 +116,12 @@ class Adam(Optimiser):
         t = state["step"] + 1
         m = torch.lerp(state["mean"], grad, 1 - self.beta1)
         v = state["square"] * self.beta2 + (1 - self.beta2) * grad * grad
-        c1, c2 = (
-            (1 - self.beta1**t, 1 - self.beta2**t)
-            if self.corrected
-            else (torch.ones_like(t), torch.ones_like(t))
-        )
-        direction = m / (v.sqrt() / c2.sqrt().to(v.dtype) + self.eps) / c1.to(v.dtype)
+
+        # The means begin at zero; the corrections divide by the weight that they have by now.
+        correction1 = correction2 = torch.ones_like(t)
+        if self.corrected:
+            correction1, correction2 = 1 - self.beta1**t, 1 - self.beta2**t
+        direction = m / (v.sqrt() / correction2.sqrt().to(v.dtype) + self.eps) / correction1.to(v.dtype)
         if self.weight_decay and self.decoupled:
             direction = direction + self.weight_decay * theta
         return direction, {"mean": m, "square": v, "step": t}
@@ -120,9 +129,10 @@ class Adam(Optimiser):
 
 @dataclass(frozen=True)
 class Adagrad(Optimiser):
-    """Adagrad: v += g^2, m = beta1 m + (1 - beta1) g, direction m / (sqrt(v) + tau). Reddi et al. 2021 (FedAdagrad, with beta1 = 0).
+    """Adagrad: v += g^2, m = beta1 m + (1 - beta1) g, direction m / (sqrt(v) + tau).
 
-    v begins at 0, as torch's does, whose `eps` is tau (the paper's begins at tau^2 at least).
+    v begins at 0 as in torch, whose `eps` is tau; in the paper it begins at tau^2 or more. Reddi et al. 2021
+    (FedAdagrad, with beta1 = 0).
 
     >>> Adagrad(tau=1.0).update(torch.tensor([3.0]), {"square": torch.zeros(1)}, torch.zeros(1))[0].tolist()
     [0.75]
@@ -148,11 +158,13 @@ class Adagrad(Optimiser):
 
 @dataclass(frozen=True)
 class Yogi(Optimiser):
-    """Yogi: v -= (1 - beta2) g^2 sign(v - g^2), m = beta1 m + (1 - beta1) g, direction m / (sqrt(v) + tau), without bias correction.
+    """Yogi: v -= (1 - beta2) g^2 sign(v - g^2), m = beta1 m + (1 - beta1) g, direction m / (sqrt(v) + tau).
 
-    v moves by a part of g^2, where Adam's moves by a part of g^2 - v: it forgets slowly. Zaheer et al. 2018; Reddi et al. 2021 (FedYogi).
+    There is no bias correction. v moves by a part of g^2, where Adam's moves by a part of g^2 - v, so that it
+    forgets slowly. Zaheer et al. 2018; Reddi et al. 2021 (FedYogi).
 
-    >>> Yogi(0.0, 0.75, tau=1.0).update(torch.tensor([2.0]), Yogi().init(torch.zeros(1)), torch.zeros(1))[0].tolist()
+    >>> yogi = Yogi(beta1=0.0, beta2=0.75, tau=1.0)
+    >>> yogi.update(torch.tensor([2.0]), yogi.init(torch.zeros(1)), torch.zeros(1))[0].tolist()
     [1.0]
     """
 
@@ -178,9 +190,9 @@ class Yogi(Optimiser):
 class Dynamic(Optimiser):
     """FedDyn's server: u += participation x g, direction g + u.
 
-    With g = theta - mean of those heard, u is the paper's h / alpha: h = h - alpha / m sum over those heard of (theta_i - theta), and
-    theta = mean - h / alpha, m being the number of all clients and `participation` the fraction of them that is heard at once;
-    alpha cancels. Acar et al. 2021.
+    g = theta - mean of the received theta_i, and `participation` is the fraction of the m clients that sends
+    at once. u is the paper's h / alpha, where h = h - alpha / m sum_i (theta_i - theta) over the received
+    ones, and the new theta is mean - h / alpha; alpha cancels. Acar et al. 2021.
 
     >>> direction, state = Dynamic(0.5).update(torch.ones(1), {"drift": torch.zeros(1)}, torch.zeros(1))
     >>> direction.tolist(), state["drift"].tolist()
@@ -191,9 +203,7 @@ class Dynamic(Optimiser):
 
     def __post_init__(self) -> None:
         if not 0 < self.participation <= 1:
-            raise ConsilienceError(
-                f"`participation` should be in (0, 1]. Found `participation = {self.participation}`."
-            )
+            raise ConsilienceError(f"`participation` must be in (0, 1], got {self.participation}.")
 
     def init(self, theta: Tensor) -> OptimiserState:
         return {"drift": torch.zeros_like(theta)}
@@ -205,7 +215,7 @@ class Dynamic(Optimiser):
 
 @dataclass(frozen=True)
 class Averaging(Optimiser):
-    """The running mean as an outer optimiser: theta + (aggregate - theta) / t at the t-th absorption."""
+    """The running mean as an outer optimiser: theta + (aggregate - theta) / t at the t-th exchange."""
 
     def init(self, theta: Tensor) -> OptimiserState:
         return {"step": torch.zeros((), dtype=torch.float64, device=theta.device)}
@@ -217,11 +227,13 @@ class Averaging(Optimiser):
 
 @dataclass(frozen=True)
 class Torch(Optimiser):
-    """One of torch.optim's optimisers by its class name, such as "RAdam", with its arguments: its direction is what it moves theta by.
+    """One of torch.optim's optimisers by its class name, such as "RAdam", with its arguments.
 
-    `arguments` are pairs (name, value); `lr` is 1 where they do not name it, so that the outer learning rate scales its step. Its
-    state is kept as named tensors. Raises ConsilienceError for what torch.optim lacks, what needs a closure (LBFGS), what
-    refuses the arguments, and what does not work on a dense vector (Muon, SparseAdam).
+    The direction is what it moves theta by. `arguments` are pairs (name, value); `lr` is 1 where they do not
+    name it, so that the outer learning rate scales the step. The state is kept as named tensors.
+
+    Raises ConsilienceError for a name that torch.optim lacks, for optimisers that need a closure (LBFGS),
+    that refuse the arguments, or that do not work on a dense vector (Muon, SparseAdam).
 
     >>> Torch("SGD").update(torch.ones(2), Torch("SGD").init(torch.zeros(2)), torch.zeros(2))[0].tolist()
     [1.0, 1.0]
@@ -239,40 +251,48 @@ class Torch(Optimiser):
             or not issubclass(kind, torch.optim.Optimizer)
             or kind is torch.optim.Optimizer
         ):
-            raise ConsilienceError(f"an optimiser should be a class of torch.optim. Found {self.name!r}.")
+            raise ConsilienceError(f"an optimiser must be a class of torch.optim, got {self.name!r}.")
         if inspect.signature(kind.step).parameters["closure"].default is inspect.Parameter.empty:
             raise ConsilienceError(
-                f"an optimiser should step by a gradient alone. Found {self.name!r}, which needs a closure."
+                f"an optimiser must step by a gradient alone, got {self.name!r}, which needs a closure."
             )
+
+        # Only a try shows what its arguments and tensors may be.
         try:
             self._step(torch.zeros(2), torch.zeros(2), {})
-        except (TypeError, ValueError, RuntimeError) as e:
+        except (TypeError, ValueError, RuntimeError) as error:
             raise ConsilienceError(
-                f"torch.optim.{self.name} should take a vector and its arguments {dict(self.arguments)}. Found: {e}."
-            ) from e
+                f"torch.optim.{self.name} must take a vector and its arguments {dict(self.arguments)}, "
+                f"got: {error}."
+            ) from error
 
     def _step(
         self, grad: Tensor, theta: Tensor, state: Mapping[str, Tensor]
     ) -> tuple[Tensor, OptimiserState]:
-        p = torch.nn.Parameter(theta.detach().clone())
-        optimiser = getattr(torch.optim, self.name)([p], **{"lr": 1.0, **dict(self.arguments)})
+        """Return theta after one step, and the state as tensors."""
+        parameter = torch.nn.Parameter(theta.detach().clone())
+        optimiser = getattr(torch.optim, self.name)([parameter], **{"lr": 1.0, **dict(self.arguments)})
         if state:
-            optimiser.state[p] = {k: (t if t.dim() else t.cpu()).clone() for k, t in state.items()}
-        p.grad = grad.detach().clone()
+            # torch keeps step counts on the CPU.
+            optimiser.state[parameter] = {
+                name: (tensor if tensor.dim() else tensor.cpu()).clone() for name, tensor in state.items()
+            }
+        parameter.grad = grad.detach().clone()
         optimiser.step()
-        kept = {k: v for k, v in optimiser.state[p].items() if v is not None}
+
         tensors = {
-            k: v.detach() if isinstance(v, Tensor) else torch.tensor(v, dtype=torch.float64)
-            for k, v in kept.items()
+            name: value.detach() if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+            for name, value in optimiser.state[parameter].items()
+            if value is not None
         }
-        return p.detach(), tensors
+        return parameter.detach(), tensors
 
     def init(self, theta: Tensor) -> OptimiserState:
-        """The names and shapes of its state, and "new" = 1 until the first step makes it."""
-        _, names = self._step(torch.zeros_like(theta), theta, {})
-        return {k: torch.zeros_like(t) for k, t in names.items()} | {"new": torch.ones(())}
+        """Return zeros in the names and shapes of its state, and "new" = 1 until the first step makes it."""
+        _, made = self._step(torch.zeros_like(theta), theta, {})
+        return {name: torch.zeros_like(tensor) for name, tensor in made.items()} | {"new": torch.ones(())}
 
     def update(self, grad: Tensor, state: OptimiserState, theta: Tensor) -> tuple[Tensor, OptimiserState]:
-        held = {} if state["new"] else {k: t for k, t in state.items() if k != "new"}
+        held = {} if state["new"] else {name: tensor for name, tensor in state.items() if name != "new"}
         end, kept = self._step(grad, theta, held)
         return theta - end, kept | {"new": torch.zeros_like(state["new"])}

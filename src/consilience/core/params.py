@@ -1,4 +1,4 @@
-"""Parameters: a dictionary of tensors, its flat form, its content hash, its files; and keyed randomness."""
+"""Parameters: a dictionary of tensors, its flat form, content hash and files; and keyed randomness."""
 
 from __future__ import annotations
 
@@ -22,48 +22,52 @@ Params = dict[str, Tensor]
 
 
 def key(*parts: object) -> torch.Generator:
-    """A generator that depends on its key alone: (seed, source, visit, epoch, step, purpose), never on agent, engine or order.
+    """Return a generator that depends on its key alone: (seed, source, visit, epoch, step, purpose).
+
+    Keys have no agent, engine or order in them, so that none of these changes what is drawn.
 
     >>> a, b = key(0, "digits", "shuffle"), key(0, "digits", "shuffle")
     >>> bool((torch.rand(3, generator=a) == torch.rand(3, generator=b)).all())
     True
     """
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    # One bit less, because a seed must fit in a signed integer.
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 _DIGESTS = WeakTensorKeyDictionary()
 
 
-def _digest(t: Tensor) -> bytes:
-    """A hash of a tensor's bytes, made once as long as nobody changes it."""
-    version = -1 if t.is_inference() else t._version
-    found = _DIGESTS.get(t)
+def _digest(tensor: Tensor) -> bytes:
+    """Return a hash of a tensor's bytes, computed once for as long as the tensor does not change."""
+    # torch counts in-place changes, but not in inference mode.
+    version = -1 if tensor.is_inference() else tensor._version
+    found = _DIGESTS.get(tensor)
     if found is not None and found[0] == version >= 0:
         return found[1]  # type: ignore[no-any-return]
-    flat = t.detach().cpu().contiguous().view(-1)
-    digest = hashlib.sha256(flat.view(torch.uint8).numpy().data if t.numel() else b"").digest()
-    _DIGESTS[t] = (version, digest)
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    digest = hashlib.sha256(flat.view(torch.uint8).numpy().data if tensor.numel() else b"").digest()
+    _DIGESTS[tensor] = (version, digest)
     return digest
 
 
 def content_hash(tensors: Mapping[str, Tensor]) -> str:
-    """A hash of names, types, shapes and bytes: equal content has an equal hash, whatever the order of the names."""
-    h = hashlib.sha256()
+    """Return a hash of names, types, shapes and bytes. The order of the names does not matter."""
+    total = hashlib.sha256()
     for name in sorted(tensors):
-        t = tensors[name]
-        h.update(f"{name}|{t.dtype}|{tuple(t.shape)}|".encode() + _digest(t))
-    return h.hexdigest()[:32]
+        tensor = tensors[name]
+        total.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode() + _digest(tensor))
+    return total.hexdigest()[:32]
 
 
 def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
     """Whether two dictionaries hold the same names and bit-equal tensors."""
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where each entry lies in one flat vector.
+    """Where each entry lies in one flat vector [n]. Entries are sorted by name.
 
     >>> layout = Layout.of({"w": torch.zeros(2, 3), "b": torch.ones(2)})
     >>> layout.size, layout.flatten({"b": torch.ones(2)}).tolist()
@@ -82,132 +86,137 @@ class Layout:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> Layout:
+        """Return the layout of these entries, by default with the type and device of the first."""
         names = tuple(sorted(params))
-        shapes = tuple(tuple(params[n].shape) for n in names)
-        offsets, at = [], 0
+        shapes = tuple(tuple(params[name].shape) for name in names)
+        offsets, end = [], 0
         for shape in shapes:
-            offsets.append(at)
-            at += prod(shape)
+            offsets.append(end)
+            end += prod(shape)
+
         first = params[names[0]] if names else torch.zeros(0)
-        return Layout(
-            names,
-            shapes,
-            tuple(offsets),
-            dtype or first.dtype,
-            torch.device(device) if device else first.device,
-        )
+        place = torch.device(device) if device else first.device
+        return Layout(names, shapes, tuple(offsets), dtype or first.dtype, place)
 
     @property
     def size(self) -> int:
+        """The length n of the vector."""
         return self.offsets[-1] + prod(self.shapes[-1]) if self.names else 0
 
     def span(self, name: str) -> slice:
-        """The slice of the flat vector that holds `name`."""
-        i = self.names.index(name)
-        return slice(self.offsets[i], self.offsets[i] + prod(self.shapes[i]))
+        """Return the slice of the vector that holds `name`."""
+        index = self.names.index(name)
+        return slice(self.offsets[index], self.offsets[index] + prod(self.shapes[index]))
 
     def flatten(self, params: Mapping[str, Tensor]) -> Tensor:
-        """One vector [n]; entries that `params` lacks are zero."""
+        """Return one vector [n]. Entries that `params` lacks are zero."""
         if not self.names:
             return torch.zeros(0, dtype=self.dtype, device=self.device)
         parts = []
         for name, shape in zip(self.names, self.shapes, strict=True):
-            t = params.get(name)
-            if t is None:
-                t = torch.zeros(shape, dtype=self.dtype, device=self.device)
-            parts.append(t.detach().to(self.device, self.dtype).reshape(-1))
+            tensor = params.get(name)
+            if tensor is None:
+                tensor = torch.zeros(shape, dtype=self.dtype, device=self.device)
+            parts.append(tensor.detach().to(self.device, self.dtype).reshape(-1))
         return torch.cat(parts)
 
     def split(self, flat: Tensor) -> Params:
-        """Views of `flat` [n], by name, in their shapes."""
+        """Return views of `flat` [n], by name, in their shapes."""
         return {
-            n: flat[o : o + prod(s)].view(s)
-            for n, s, o in zip(self.names, self.shapes, self.offsets, strict=True)
+            name: flat[offset : offset + prod(shape)].view(shape)
+            for name, shape, offset in zip(self.names, self.shapes, self.offsets, strict=True)
         }
 
 
 def finite(tensors: Mapping[str, Tensor], whose: str) -> None:
-    """Refuse NaN and infinity by name, before any work is lost."""
-    for name, t in tensors.items():
-        if t.is_floating_point() and not (
-            torch.isfinite(t.sum()) or torch.isfinite(t).all()
-        ):  # a finite sum has finite terms
-            raise ConsilienceError(
-                f"parameters should be finite. Found NaN or infinity in {name!r} of {whose}."
-            )
+    """Refuse NaN and infinity, with the name of the entry and of `whose` it is."""
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            continue
+        # The sum costs less memory. It can overflow where all terms are finite, so the terms decide.
+        if not (torch.isfinite(tensor.sum()) or torch.isfinite(tensor).all()):
+            raise ConsilienceError(f"parameters must be finite, got NaN or infinity in {name!r} of {whose}.")
 
 
 @cache
 def keep_memory() -> None:
-    """Let the C library keep what is freed: glibc gives blocks up to the largest one freed so far back to the system only in
-    bulk, and memory that is fresh from the system costs a page fault for each 4 KiB, several times what a step costs."""
+    """Let the C library keep memory that is freed.
+
+    glibc returns blocks up to the largest one freed so far only in bulk. Memory that is fresh from the system
+    costs a page fault for each 4 KiB, several times what a step costs. So one large block is freed once.
+    """
     torch.empty(31 << 20, dtype=torch.uint8)
 
 
+# Files and bytes.
+
+
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all."""
+    """Write a file completely or not at all."""
     path = Path(path)
+    # A name next to it: only on one disk is a rename one step.
     temporary = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as e:
+    except OSError as error:
         with suppress(OSError):
             temporary.unlink()
-        raise ConsilienceError(f"a result should be writable. Found {e.strerror or e} at {path}.") from e
+        raise ConsilienceError(f"cannot write {path}: {error.strerror or error}.") from error
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write JSON, indented, whole or not at all."""
+    """Write JSON, indented, completely or not at all."""
     write_bytes(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
 
 
 def save(path: str | Path, tensors: Mapping[str, Tensor], meta: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file, whole or not at all."""
+    """Write a safetensors file, completely or not at all."""
     write_bytes(Path(path), pack(tensors, meta))
 
 
 def pack(tensors: Mapping[str, Tensor], meta: Mapping[str, str] | None = None) -> bytes:
-    """safetensors bytes of a dictionary of tensors with text metadata."""
+    """Return safetensors bytes of a dictionary of tensors with text metadata."""
     from safetensors.torch import save as to_bytes
 
-    ready = {k: t.detach().cpu().contiguous() for k, t in tensors.items()}
+    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # safetensors refuses tensors that share memory or are a part of a larger one, such as views of theta.
     seen: set[int] = set()
-    for k, t in ready.items():
-        if t.untyped_storage().data_ptr() in seen or t.untyped_storage().nbytes() != t.nbytes:
-            ready[k] = t.clone()
-        seen.add(ready[k].untyped_storage().data_ptr())
+    for name, tensor in ready.items():
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() in seen or storage.nbytes() != tensor.nbytes:
+            ready[name] = tensor.clone()
+        seen.add(ready[name].untyped_storage().data_ptr())
     return to_bytes(ready, dict(meta) if meta else None)
 
 
 def unpack(data: bytes, what: str = "message") -> tuple[Params, dict[str, str]]:
-    """The tensors and the metadata of safetensors bytes."""
+    """Return the tensors and the metadata of safetensors bytes; `what` names them in errors."""
     from safetensors import SafetensorError
     from safetensors.torch import load
 
     try:
         tensors = dict(sorted(load(data).items()))
+        # The library returns no metadata from bytes: it is in the header, a JSON text after its length.
         size = int.from_bytes(data[:8], "little")
         header = json.loads(data[8 : 8 + size])
-    except (SafetensorError, ValueError) as e:
+    except (SafetensorError, ValueError) as error:
         raise ConsilienceError(
-            f"{what} should be whole safetensors data. Found {len(data)} bytes that do not parse: {e}."
-        ) from e
+            f"{what} must be complete safetensors data, got {len(data)} bytes that do not parse: {error}."
+        ) from error
     return tensors, header.get("__metadata__", {})
 
 
 def load(path: str | Path) -> tuple[Params, dict[str, str]]:
-    """Read a safetensors file with its metadata."""
+    """Return the tensors and the metadata of a safetensors file."""
     try:
         data = Path(path).read_bytes()
-    except OSError as e:
-        raise ConsilienceError(
-            f"a checkpoint should be a readable file. Found {e.strerror} at {path}."
-        ) from e
+    except OSError as error:
+        raise ConsilienceError(f"cannot read {path}: {error.strerror}.") from error
     return unpack(data, str(path))
 
 
@@ -219,4 +228,4 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
     """
     from fnmatch import fnmatchcase
 
-    return any(fnmatchcase(name, p) for p in patterns)
+    return any(fnmatchcase(name, pattern) for pattern in patterns)

@@ -1,4 +1,4 @@
-"""Samplers: which examples a step sees. Keyed like all else; a part of Training."""
+"""Samplers: which examples a step sees. A part of `Training`."""
 
 from __future__ import annotations
 
@@ -10,17 +10,20 @@ from torch import Tensor
 
 
 class Sampler(ABC):
-    """plan(targets [N], batch_size, epoch, generator) -> the index batches of one pass."""
+    """An order of examples. Subclasses are frozen dataclasses."""
 
     @abstractmethod
-    def plan(
-        self, targets: Tensor, batch_size: int, epoch: int, generator: torch.Generator
-    ) -> list[Tensor]: ...
+    def plan(self, targets: Tensor, batch_size: int, epoch: int, generator: torch.Generator) -> list[Tensor]:
+        """Return the batches of one pass over `targets` [N], as indices; at least one.
+
+        The generator is keyed by seed, source, visit and epoch, so that a plan can be made again when a run
+        resumes.
+        """
 
 
 @dataclass(frozen=True)
 class Shuffle(Sampler):
-    """Every example once a pass, in a new order; `drop_last` leaves out a last batch that is not full.
+    """Every example once per pass, in a new order. `drop_last` leaves out a last batch that is not full.
 
     >>> plan = Shuffle().plan(torch.zeros(5), 2, 0, torch.Generator().manual_seed(0))
     >>> [len(b) for b in plan], sorted(torch.cat(plan).tolist())
@@ -31,6 +34,7 @@ class Shuffle(Sampler):
 
     def plan(self, targets: Tensor, batch_size: int, epoch: int, generator: torch.Generator) -> list[Tensor]:
         batches = list(torch.randperm(len(targets), generator=generator).split(batch_size))
-        return (
-            batches[:-1] if self.drop_last and len(batches) > 1 and len(batches[-1]) < batch_size else batches
-        )
+        # A single batch stays, or there would be nothing to train on.
+        if self.drop_last and len(batches) > 1 and len(batches[-1]) < batch_size:
+            return batches[:-1]
+        return batches

@@ -590,7 +590,7 @@ def test_local_momentum_is_refused_where_nobody_learns_twice():
         ),
         (
             lambda: cs.methods.fedavg("lbfg"),
-            "`outer` should be sgd, adam, adagrad, yogi, averaging or a class of torch.optim.",
+            "`outer` must be one of sgd, adam, adagrad, yogi, averaging or a class of torch.optim",
         ),
     ],
 )

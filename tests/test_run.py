@@ -693,7 +693,7 @@ def test_a_metric_that_is_undefined_somewhere_is_left_out(tmp_path):
             "`checkpoint_seconds` must be",
         ),
         (lambda s: cs.methods.er() + "ewc", "a method composes with a method"),
-        (lambda s: cs.methods.aggregate("ties"), "`aggregator` should be made by consilience.aggregators"),
+        (lambda s: cs.methods.aggregate("ties"), "`aggregator` must be made by consilience.aggregators"),
         (lambda s: cs.Training(optimiser=torch.optim.Adam), "`optimiser` must be sgd, adam, adamw"),
         (lambda s: cs.Training(lr="0.1"), "`lr` must be positive"),
         (lambda s: cs.settings.merging(experts=["a"]), "an expert must be Expert"),

@@ -1,6 +1,7 @@
 """Check a part of your own: the conformance checks that every part of the library passes.
 
-`check(part)` takes a method, a correction, a mapper, an aggregator or a consolidator, runs it on a tiny problem in every
+`check(part)` takes a method, a correction, a mapper, an aggregator or a consolidator, runs it on a tiny
+problem in every
 setting, and returns a `Report`. It raises AssertionError with one line per fault.
 
 >>> import consilience as cs
@@ -133,15 +134,15 @@ def quiet(
 
 
 def bits(value: Any) -> Any:
-    """Everything in a value as bytes and plain objects that compare; generators, functions and models are left out."""
+    """A value as bytes and plain objects that compare; generators, functions and models are left out."""
     if isinstance(value, Tensor):
-        t = value.detach().cpu().contiguous()
-        content = t.view(-1).view(torch.uint8).numpy().tobytes() if t.numel() else b""
-        return str(t.dtype), tuple(t.shape), content
+        held = value.detach().cpu().contiguous()
+        content = held.view(-1).view(torch.uint8).numpy().tobytes() if held.numel() else b""
+        return str(held.dtype), tuple(held.shape), content
     if isinstance(value, Mapping):
-        return "map", tuple((bits(k), bits(v)) for k, v in value.items())
+        return "map", tuple((bits(key), bits(inner)) for key, inner in value.items())
     if isinstance(value, (list, tuple)):
-        return "list", tuple(bits(v) for v in value)
+        return "list", tuple(bits(inner) for inner in value)
     if isinstance(value, Model) or callable(value) or isinstance(value, torch.Generator):
         return None
     if hasattr(value, "__dataclass_fields__"):
@@ -267,7 +268,7 @@ def check_pure_agents(run: Callable[[], object]) -> set[str]:
 
 
 def check_pure_consolidator(consolidator: Consolidator, run: Callable[[], object]) -> int:
-    """The same state, messages and generator give the same bits, and stay as they are; returns how often it received."""
+    """The same state, messages and generator give the same bits and stay unchanged; returns how often it received."""
     kind, received = type(consolidator), 0
     receive = kind.receive
 
@@ -290,7 +291,7 @@ def check_pure_consolidator(consolidator: Consolidator, run: Callable[[], object
 
 
 def check_seeded(run: Callable[[int], Result]) -> None:
-    """One seed gives the same bits whatever the global random state, which no run moves; another seed gives other bits."""
+    """One seed gives the same bits, whatever the global random state, which no run moves; another gives others."""
     first = run(0)
     torch.manual_seed(12345)
     np.random.seed(12345)
@@ -356,7 +357,8 @@ def check_messages_round_trip(run: Callable[[], object]) -> int:
 def check_resumes(run: Callable[..., Result]) -> None:
     """Stopped inside an epoch and resumed, a run ends in the bits of one that was never stopped.
 
-    `run` takes the arguments of `consilience.run` that it does not set itself: out, resume, progress, checkpoint_steps.
+    `run` takes the arguments of `consilience.run` that it does not set itself: out, resume, progress,
+    checkpoint_steps.
     """
     with tempfile.TemporaryDirectory() as folder:
         lines: list[Mapping[str, Any]] = []
@@ -408,7 +410,7 @@ def check_neutral(neutral: Result, plain: Result) -> None:
 
 
 def check_aggregator(aggregator: Aggregator, rows: int = 5) -> None:
-    """The contract of an aggregator over rows [m, n]: pure, seeded, the same for any order of rows; bad rows are refused."""
+    """Check the contract over rows [m, n]: pure, seeded, the same for any order of rows; bad rows are refused."""
     name, size = type(aggregator).__name__, 33
     draw = torch.Generator().manual_seed(0)
     rows = max(rows, aggregator.fewest_rows)
@@ -470,7 +472,7 @@ def _refuses_cuts(data: bytes, read: Callable[[bytes], object]) -> None:
 
 @dataclass(frozen=True)
 class Report:
-    """What `check` found: by setting "runs", "runs, but never acts" or "refuses: reason"; and notes on what was left out."""
+    """What `check` found, by setting: "runs", "runs, but never acts" or "refuses: reason"; and notes."""
 
     name: str
     settings: Mapping[str, str]
@@ -497,15 +499,21 @@ def check(
 ) -> Report:
     """Run the conformance checks on a method or on a part of one; return what runs where.
 
-    Checked are: how the class is written; that each setting runs or refuses with a Refusal; that verbs and consolidators
-    are pure; that a seed gives the same bits; that states and messages survive their bytes; that a stopped run resumes to
-    the same bits; that `neutral` values are plain training to the bit; that it composes with EWC and ER; that engines
-    agree; and for an aggregator its contract. A setting in which the result is plain training, bit for bit, is reported
-    as "runs, but never acts": declare a class attribute such as `needs_history` or `needs_revisits`, or `refuse`.
+    Checked are: how the class is written; that each setting runs or refuses with a Refusal; that verbs and
+    consolidators
+    are pure; that a seed gives the same bits; that states and messages survive their bytes; that a stopped
+    run resumes to
+    the same bits; that `neutral` values are plain training to the bit; that it composes with EWC and ER;
+    that engines
+    agree; and for an aggregator its contract. A setting in which the result is plain training, bit for bit,
+    is reported
+    as "runs, but never acts": declare a class attribute such as `needs_history` or `needs_revisits`, or
+    `refuse`.
 
     Args:
         part: a Method, Correction, Mapper, Aggregator or Consolidator.
-        model: makes the model for a number of outputs; the inputs are [8]. None takes the part's `default_model`, or a
+        model: makes the model for a number of outputs; the inputs are [8]. None takes the part's
+            `default_model`, or a
             small perceptron.
         settings: names from `consilience.testing.SETTINGS`; None takes all.
         training: how the tiny problem is trained.

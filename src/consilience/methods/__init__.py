@@ -1,6 +1,8 @@
-"""The catalogue of methods: functions of a few lines that return a composition. Signatures import no torch.
+"""The catalogue of methods: functions of a few lines that return a composition.
 
-Each works in every setting where it can act, and refuses in the others by name; `docs/methods.md` has the table.
+Each runs in every setting where it can act, and refuses in the others by name; `docs/methods.md` has the
+table.
+Signatures import no torch, so that the command line answers at once.
 """
 
 from __future__ import annotations

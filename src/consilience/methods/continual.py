@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def finetune() -> Method:
-    """Plain training on whatever comes; what is heard is averaged.
+    """Plain training on each source; received parameters are averaged.
 
     Paper: the lower bound of continual learning; FedAvg where clients are averaged.
     """

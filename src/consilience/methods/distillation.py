@@ -1,4 +1,4 @@
-"""Methods in which the hearer learns what others answer."""
+"""Methods in which the receiver distils what others answer."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ def feddf(
     of: Literal["logits", "probabilities"] = "logits",
     optimiser: Literal["adam", "sgd"] = "adam",
 ) -> Method:
-    """Average what is heard, then distil the mean answer of the models that were heard into it, on inputs without labels.
+    """Average the received models, then distil their mean answer into the average, on unlabelled inputs.
 
     Paper: Lin et al. 2020.
 
     Args:
-        unlabelled: inputs [N, ...] that the server has: a tensor, an array, or a source, whose labels are not read.
-        steps: gradient steps a round; 0 is fedavg.
+        unlabelled: inputs [N, ...] of the server: a tensor, an array, or a source (its labels are not read).
+        steps: gradient steps per round; 0 is fedavg.
         lr: their learning rate.
-        batch_size: inputs a step.
+        batch_size: inputs per step.
         temperature: divides logits.
         of: whether logits are averaged, or probabilities.
         optimiser: of these steps.

@@ -46,7 +46,7 @@ def entropy_ensemble() -> Method:
 
 
 def parameter_average() -> Method:
-    """The running mean of the parameters of all experts heard so far.
+    """The running mean of the parameters of all experts received so far.
 
     Paper: Carta et al. 2023.
     """

@@ -12,12 +12,13 @@ OUTER = ("sgd", "adam", "adagrad", "yogi", "averaging")
 
 
 def fedavg(outer: str = "sgd", outer_lr: float = 1.0, outer_momentum: float = 0.0) -> Method:
-    """Average what is heard by the number of examples, then take an outer step.
+    """Average the clients' parameters by their number of examples, then take an outer step.
 
-    Paper: McMahan et al. 2017; Reddi et al. 2021 for outer optimisers (FedAvgM with momentum, FedAdam without bias correction).
+    Paper: McMahan et al. 2017; Reddi et al. 2021 for outer optimisers (FedAvgM with momentum, FedAdam without
+    bias correction).
 
     Args:
-        outer: outer optimiser: sgd, adam, adagrad, yogi, averaging, or the name of a class of torch.optim, such as RAdam.
+        outer: outer optimiser: sgd, adam, adagrad, yogi, averaging, or a class of torch.optim such as RAdam.
         outer_lr: its learning rate; 1 with plain sgd takes the average as it is.
         outer_momentum: of sgd.
     """
@@ -27,6 +28,7 @@ def fedavg(outer: str = "sgd", outer_lr: float = 1.0, outer_momentum: float = 0.
     from consilience.core.optimiser import SGD, Adagrad, Adam, Averaging, Torch, Yogi
 
     if outer in OUTER:
+        # The paper's FedAdam has no bias correction: its start is damped by tau alone.
         adam = Adam(0.9, 0.99, 1e-3, corrected=False)
         optimiser = dict(
             zip(OUTER, (SGD(outer_momentum), adam, Adagrad(), Yogi(), Averaging()), strict=True)
@@ -35,13 +37,13 @@ def fedavg(outer: str = "sgd", outer_lr: float = 1.0, outer_momentum: float = 0.
         optimiser = Torch(outer)
     else:
         raise ConsilienceError(
-            f"`outer` should be {', '.join(OUTER)} or a class of torch.optim. Found `outer = {outer!r}`."
+            f"`outer` must be one of {', '.join(OUTER)} or a class of torch.optim, got `outer = {outer!r}`."
         )
     return _outer("fedavg", optimiser, outer_lr)
 
 
 def _outer(name: str, optimiser: Any, lr: float, *corrections: Any) -> Method:
-    """The mean of what is heard, and an outer step."""
+    """Average the received parameters and take an outer step."""
     from consilience.aggregators import mean
     from consilience.core.method import Method
     from consilience.core.weight_space import WeightSpace
@@ -52,7 +54,7 @@ def _outer(name: str, optimiser: Any, lr: float, *corrections: Any) -> Method:
 
 
 def fedavgm(momentum: float = 0.9, lr: float = 1.0) -> Method:
-    """FedAvgM: the average with momentum of the server: v = momentum v + (theta - average), theta = theta - lr v.
+    """FedAvgM: the server has momentum: v = momentum v + (theta - average), theta = theta - lr v.
 
     Paper: Hsu, Qi & Brown 2019.
 
@@ -112,7 +114,7 @@ def fedyogi(lr: float = 0.1, beta1: float = 0.9, beta2: float = 0.99, tau: float
 
 
 def fedprox(mu: float = 0.1) -> Method:
-    """Stay near the parameters that this learn began with.
+    """Stay near the parameters at the start of the visit.
 
     Paper: Li et al. 2020.
 
@@ -126,12 +128,12 @@ def fedprox(mu: float = 0.1) -> Method:
 
 
 def scaffold(clients: int | None = None) -> Method:
-    """SCAFFOLD: control variates take each client's own drift out of its gradients and put the mean drift of all in. For plain SGD.
+    """SCAFFOLD: control variates replace each client's own drift by the mean drift of all. For plain SGD.
 
     Paper: Karimireddy et al. 2020.
 
     Args:
-        clients: how many there are; None counts those heard of so far.
+        clients: how many there are; None counts those that were received so far.
     """
     from consilience.core.method import Method
     from consilience.corrections.client_drift import Scaffold
@@ -140,23 +142,24 @@ def scaffold(clients: int | None = None) -> Method:
 
 
 def feddyn(alpha: float = 0.1, participation: float = 1.0) -> Method:
-    """FedDyn: each client's loss gains a linear and a proximal term, so that at the end all agree on the optimum of the whole.
+    """FedDyn: a linear and a proximal term make every client's optimum that of the whole federation.
 
     Paper: Acar et al. 2021.
 
     Args:
         alpha: of both terms; 0 is fedavg.
-        participation: the fraction of all clients that a round hears.
+        participation: the fraction of all clients that take part in a round.
     """
     from consilience.core.optimiser import SGD, Dynamic
     from consilience.corrections.client_drift import FedDyn
 
+    # Without the term there is nothing for the server to undo, so alpha = 0 is FedAvg bit for bit.
     server = Dynamic(participation)
     return _outer("feddyn", server if alpha else SGD(), 1.0, FedDyn(alpha))
 
 
 def fednova(lr: float = 1.0) -> Method:
-    """FedNova: each client's change is divided by how many steps it took, so that those that take more do not count more.
+    """FedNova: each client's change is divided by its number of steps, so that more steps do not count more.
 
     Paper: Wang et al. 2020.
 
@@ -174,7 +177,7 @@ def fednova(lr: float = 1.0) -> Method:
 
 
 def fedcm(alpha: float = 0.1) -> Method:
-    """FedCM: clients step along alpha times their gradient plus 1 - alpha times the server's last step. For plain SGD.
+    """FedCM: clients step along alpha g + (1 - alpha) times the server's last step. For plain SGD.
 
     Paper: Xu et al. 2021.
 
@@ -188,13 +191,14 @@ def fedcm(alpha: float = 0.1) -> Method:
 
 
 def ghbm(beta: float = 0.9, tau: int = 1) -> Method:
-    """Generalised heavy-ball momentum: clients add beta times the mean of the last tau rounds' steps while they train. For plain SGD.
+    """GHBM: clients add beta times the mean step of the last tau rounds to each of theirs. For plain SGD.
 
     Paper: Zaccone et al. 2023.
 
     Args:
         beta: of the momentum; 0 is plain training.
-        tau: over how many rounds; best is how many it takes to hear all clients. 1 is the classical heavy ball.
+        tau: over how many rounds; best is how many it takes until all clients took part. 1 is the classical
+            heavy ball.
     """
     from consilience.core.method import Method
     from consilience.corrections.client_drift import GHBM
@@ -203,7 +207,7 @@ def ghbm(beta: float = 0.9, tau: int = 1) -> Method:
 
 
 def local_ghbm(beta: float = 0.9) -> Method:
-    """GHBM from what each client was told when it last took part, over the rounds since: no parameters more are told. For plain SGD.
+    """GHBM from what each client received at its last participation; nothing more is sent. For plain SGD.
 
     Paper: Zaccone et al. 2023.
 
@@ -231,7 +235,7 @@ def fedhbm(beta: float = 0.9) -> Method:
 
 
 def wsm() -> Method:
-    """Re-weighted softmax: the logits of the loss gain the log of the client's class shares, so that absent classes are left alone.
+    """Re-weighted softmax: add the log of the client's class shares to the logits, so absent classes stay.
 
     Paper: Legate, Caccia & Belilovsky 2023.
     """
@@ -244,12 +248,13 @@ def wsm() -> Method:
 def fed3r(
     strength: float = 0.01, average: bool = False, normalise: bool = False, temperature: float = 1.0
 ) -> Method:
-    """A ridge head in closed form from everybody's sums of features: exact for any split, order and schedule.
+    """Solve a ridge head in closed form from all agents' sums of features: exact for any split and order.
 
-    On `models.fourier_features(model)` it is Fed3R with random features. It is where any other run may begin: with
-    `first = run(schedule, fed3r(temperature=0.1))`, `run(federated(clients, base=first.params), fedavg())` goes on from it; and
-    SCROLL's second part is `run(continual([kept], base=first.params), finetune(), training=Training(sampler=Balanced()))` on
-    the examples that may be kept.
+    On `models.fourier_features(model)` it is Fed3R with random features. Another run may start from it: after
+    `first = run(schedule, fed3r(temperature=0.1))`, `run(federated(clients, base=first.params), fedavg())`
+    goes on.
+    SCROLL's second part is `run(continual([kept], base=first.params), finetune(),
+    training=Training(sampler=Balanced()))` on the examples that may be kept.
 
     Paper: Fanì et al. 2024; Wang et al. 2022 (SCROLL).
 
@@ -263,6 +268,7 @@ def fed3r(
     from consilience.core.method import Method
     from consilience.corrections.moments import Moments
 
+    # No gradient step: the head is solved for where the sums meet.
     return Method(
         "fed3r",
         (Moments(),),

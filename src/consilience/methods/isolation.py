@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def packnet(keep: float = 0.5, retrain: float = 0.5) -> Method:
-    """PackNet: each task keeps its largest weights, retrains and freezes them; the others are free for later tasks.
+    """PackNet: each task keeps its largest weights, retrains and freezes them; later tasks get the others.
 
     Paper: Mallya & Lazebnik 2018.
 
@@ -32,7 +32,8 @@ def hat(sparsity: float = 0.1, s_max: float = 400.0, hard: bool = True) -> Metho
     Args:
         sparsity: of the regulariser that leaves units to later tasks.
         s_max: the steepest sigmoid, at the last batch of an epoch.
-        hard: masks of earlier and predicted tasks are 0 or 1, so that their outputs do not change; else they drift.
+        hard: masks of earlier and predicted tasks are 0 or 1, so that their outputs do not change; soft ones
+            drift.
     """
     from consilience.core.method import Method
     from consilience.corrections.isolation import HAT
@@ -41,7 +42,7 @@ def hat(sparsity: float = 0.1, s_max: float = 400.0, hard: bool = True) -> Metho
 
 
 def supsup(keep: float = 0.5) -> Method:
-    """Supermasks in superposition: fixed random weights, and a learned mask for each task, which can be exchanged.
+    """Supermasks in superposition: fixed random weights, one learned mask per task; masks can be sent.
 
     Paper: Wortsman et al. 2020.
 
@@ -84,9 +85,9 @@ def xdg(fraction: float = 0.8) -> Method:
 
 
 def pnn() -> Method:
-    """Progressive networks: each task has a column of its own, which reads the columns of earlier tasks and leaves them as they are.
+    """Progressive networks: one column per task, which reads the earlier columns and never changes them.
 
-    The columns are the model's: `models.progressive` or `models.progressive_conv`, which a run takes where none is given.
+    The columns are the model's: `models.progressive` or `models.progressive_conv` (the default here).
 
     Paper: Rusu et al. 2016.
     """
@@ -105,14 +106,16 @@ def den(
     group: float = 0.01,
     anchor: float = 0.5,
 ) -> Method:
-    """Dynamically expandable network: a task retrains the units it needs, adds some where the loss stays high, splits those that drift.
+    """Dynamically expandable network: retrain the units a task needs, add units, split those that drift.
 
     Paper: Yoon, Yang, Lee & Hwang 2018.
 
     Args:
         units: added to each hidden layer where a task expands; 0 never adds any.
         threshold: the loss after retraining above which a task expands.
-        drift: how far a unit's incoming weights may move before it is split; infinite never splits, 0 keeps old answers to the bit.
+        drift: how far a unit's incoming weights may move before it is split; infinite never splits, 0 keeps
+            old
+            answers to the bit.
         l1: of the first task's weights, of a new head and of added units, whose weights near 0 then are 0.
         l2: of what is retrained.
         group: of the incoming weights of each added unit: those of norm near 0 are dropped.
@@ -125,9 +128,10 @@ def den(
 
 
 def infer(mapper: Mapper) -> Method:
-    """Tasks are inferred by this mapper where no label is told: composed with any method that treats each task in its own way.
+    """Infer the task by this mapper where no task label is given; compose it with any isolation method.
 
-    Training is told the task of each source; at evaluation the mapper chooses whose expert, mask or head answers.
+    Training knows the task of each source; at evaluation the mapper chooses whose expert, mask or head
+    answers.
 
     Paper: Aljundi et al. 2017 (Expert Gate); Wortsman et al. 2020 (superposition).
 
@@ -140,6 +144,6 @@ def infer(mapper: Mapper) -> Method:
 
     if not isinstance(mapper, Kind):
         raise ConsilienceError(
-            f"`mapper` should be made by consilience.mappers, such as min_entropy(). Found {kind_of(mapper)}."
+            f"`mapper` must be made by consilience.mappers, such as min_entropy(), got {kind_of(mapper)}."
         )
     return Method(type(mapper).__name__.lower(), mapper=mapper)

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def aggregate(aggregator: Aggregator) -> Method:
-    """Combine by this aggregator whatever the setting combines: gradients of tasks in a step, or parameters that are heard.
+    """Use this aggregator wherever the setting combines: gradients of tasks, or received parameters.
 
     Paper: one type for five jobs (Quinton & Rey 2024 for gradients).
 
@@ -23,13 +23,14 @@ def aggregate(aggregator: Aggregator) -> Method:
 
     if not isinstance(aggregator, Kind):
         raise ConsilienceError(
-            f"`aggregator` should be made by consilience.aggregators, such as ties(). Found {kind_of(aggregator)}."
+            "`aggregator` must be made by consilience.aggregators, such as ties(), "
+            f"got {kind_of(aggregator)}."
         )
     return Method(type(aggregator).__name__.lower(), aggregator=aggregator)
 
 
 def average() -> Method:
-    """The mean of what is heard.
+    """The mean of the received models.
 
     Paper: Wortsman et al. 2022 (model soups).
     """
@@ -40,7 +41,7 @@ def average() -> Method:
 
 
 def task_arithmetic(coefficient: float = 1.0) -> Method:
-    """The base plus a coefficient times the mean of the task vectors (what is heard minus the base).
+    """The base plus a coefficient times the mean of the task vectors (a received model minus the base).
 
     Paper: Ilharco et al. 2023; its lambda for a sum over m experts is coefficient / m.
 
@@ -74,20 +75,25 @@ def talos(
     samples: int | None = None,
     reached: bool = False,
 ) -> Method:
-    """Sparse fine-tuning for merging: train the entries alone that the base's answers depend on least.
+    """Sparse fine-tuning for merging: train only the entries that the base's answers depend on least.
 
-    It bends training and leaves what is heard to others: `talos() + ties()`. Other experts that merge well: `fedprox(mu)` holds
-    them near where a learn begins (in merging, the base); `models.linearised` makes their functions add; undertrained ones stop
-    early: `Training(epochs=1)`, or in a schedule of one's own `Train(who, fractions)`, the fraction of its steps that each does.
+    It changes training only; compose it with an aggregator, as in `talos() + ties()`. Other experts that
+    merge
+    well: `fedprox(mu)` keeps them near the base; `models.linearised` makes their functions add; undertrained
+    ones
+    stop early, by `Training(epochs=1)` or `settings.merging(fraction=...)`.
 
     Paper: Iurada, Ciccone & Tommasi 2025.
 
     Args:
         density: the share of shared entries that is trained, in (0, 1]; 1 is plain training.
-        rounds: in which the others are taken out, a power of `density` in each.
-        score: the squared gradient of the logit of a class drawn from the model (their code), or of its likelihood (their paper).
+        rounds: in how many rounds the others are taken out, a power of `density` in each.
+        score: the squared gradient of the logit of a class drawn from the model (their code), or of its
+            likelihood (their paper).
         samples: how many examples the scores are taken on; None is all.
-        reached: leave out entries that no answer depends on (of inputs that are always 0, say), which cannot be trained either.
+        reached: leave out entries that no answer depends on (of inputs that are always 0, say); they cannot
+            be
+            trained either.
     """
     from consilience.core.method import Method
     from consilience.corrections.sensitivity import TaLoS
@@ -100,14 +106,14 @@ def fisher_merging(
     samples: int | None = None,
     prior: float = 0.0,
 ) -> Method:
-    """Average what is heard, every entry weighed by how much its sender's answers depend on it: the diagonal Fisher information.
+    """Average the received models, each entry weighted by its sender's diagonal Fisher information.
 
     Paper: Matena & Raffel 2022.
 
     Args:
         labels: whose labels the Fisher takes (see `ewc`).
         samples: how many examples the Fisher is estimated on; None is all.
-        prior: the weight of the hearer's own parameters, the base, in the units of the Fisher.
+        prior: the weight of the receiver's own parameters, the base, in the units of the Fisher.
     """
     from consilience.consolidators.merging import FisherSpace
     from consilience.core.method import Method
@@ -117,15 +123,18 @@ def fisher_merging(
 
 
 def regmean(alpha: float = 0.9, ridge: float = 1e-6, largest: int = 2048) -> Method:
-    """Merge every linear layer and convolution so that its outputs stay nearest to each expert's on its own inputs; average all else.
+    """Merge linear layers and convolutions so that outputs stay nearest to every expert's; average the rest.
 
-    Agents tell the second moments of their layers' inputs: d^2 numbers for a layer with d inputs.
+    Nearest in least squares, each expert on its own inputs.
+
+    Agents send the second moments of their layers' inputs: d^2 numbers for a layer with d inputs.
 
     Paper: Jin et al. 2023.
 
     Args:
         alpha: factor of the off-diagonals of the second moments, in [0, 1].
-        ridge: how firmly the experts' mean is held where inputs are missing, as a share of the mean diagonal; 0: pseudo-inverse.
+        ridge: how firmly the experts' mean is held where inputs are missing, as a share of the mean diagonal;
+            0 takes the pseudo-inverse.
         largest: layers whose units have more inputs are averaged.
     """
     from consilience.consolidators.merging import RegMean
@@ -136,15 +145,18 @@ def regmean(alpha: float = 0.9, ridge: float = 1e-6, largest: int = 2048) -> Met
 
 
 def running_average(coefficient: float = 1.0, of: Literal["mean", "sum"] = "mean") -> Method:
-    """Continual merging: experts arrive one by one and are let go of; what is there is their average, or task arithmetic on it.
+    """Continual merging: experts arrive one by one and only their average, or task arithmetic on it, is kept.
 
-    `parameter_average` counts what is heard at once as one; here every expert counts, and buffers are averaged too.
+    `parameter_average` counts all experts of one exchange as one; here every expert counts, and buffers are
+    averaged too.
 
     Paper: Wortsman et al. 2022; Ilharco et al. 2023 (other coefficients, and sums).
 
     Args:
         coefficient: 1 gives the mean of the models; others need what the experts started from.
-        of: "mean" is `task_arithmetic(coefficient)` of all experts so far, "sum" adds coefficient x (expert - base) for each.
+        of: "mean" is `task_arithmetic(coefficient)` of all experts so far; "sum" adds coefficient x (expert
+            - base)
+            for each.
     """
     from consilience.consolidators.arrivals import RunningArithmetic
     from consilience.core.method import Method
@@ -153,12 +165,12 @@ def running_average(coefficient: float = 1.0, of: Literal["mean", "sum"] = "mean
 
 
 def opcm(threshold: float = 0.5) -> Method:
-    """Continual merging by orthogonal projection: of each new task vector what stands across those that are there is added.
+    """OPCM, continual merging: add of each task vector the part that is orthogonal to the earlier ones.
 
     Paper: Tang et al. 2025.
 
     Args:
-        threshold: the share of the singular values of what is there that no new expert changes together, in [0, 1].
+        threshold: the share of the present singular values that new experts leave unchanged, in [0, 1].
     """
     from consilience.consolidators.arrivals import OPCM
     from consilience.core.method import Method

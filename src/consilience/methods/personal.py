@@ -1,4 +1,4 @@
-"""Methods in which clients keep something to themselves."""
+"""Methods in which clients keep entries of their own."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ if TYPE_CHECKING:
 
 
 def fedweit(sparsity: float = 0.001, drift: float = 100.0, prune: float = 0.001) -> Method:
-    """Each task masks the shared parameters, and adds sparse ones of its own and a weighed sum of those that other clients told.
+    """FedWeIt: a task masks the shared parameters and adds its own sparse ones and a sum of other clients'.
 
-    It needs task labels, and trains with Adam at lr 3.3e-4 in the paper (`Training(optimiser="adam", lr=3.3e-4)`).
+    It needs task labels, and trains with Adam at lr 3.3e-4 in the paper (`Training(optimiser="adam",
+    lr=3.3e-4)`).
 
     Paper: Yoon et al. 2021.
 
     Args:
-        sparsity: of the L1 norms of the mask and of what is a task's own (lambda_1).
+        sparsity: of the L1 norms of the mask and of a task's own parameters (lambda_1).
         drift: of the squared distance by which earlier tasks' parameters move (lambda_2).
-        prune: entries of a task's own that are not larger are left out once it is learned, also in what is told.
+        prune: own entries of a task that are not larger than this are set to 0 after training, and are not
+            sent.
     """
     from consilience.core.method import Method
     from consilience.corrections.fedweit import FedWeIt
@@ -30,8 +32,10 @@ def fedweit(sparsity: float = 0.001, drift: float = 100.0, prune: float = 0.001)
 def personal(patterns: str | Sequence[str] = "head") -> Method:
     """Entries that stay with their client: each keeps its own, and all else is averaged.
 
-    With the head it is FedPer; with the norms, such as `personal("*norm*")`, FedBN. The server keeps the first ones: a client is
-    judged by its own where it is the evaluated agent. Not for a head in closed form, which the server makes.
+    With the head it is FedPer; with the norms, such as `personal("*norm*")`, FedBN. The server keeps its
+    initial
+    ones; a client is judged by its own where it is the evaluated agent. A head in closed form is made by the
+    server, so it cannot be personal.
 
     Paper: Arivazhagan et al. 2019 (FedPer); Li et al. 2021 (FedBN).
 
@@ -42,8 +46,8 @@ def personal(patterns: str | Sequence[str] = "head") -> Method:
     from consilience.core.method import Method
 
     own = (patterns,) if isinstance(patterns, str) else tuple(patterns)
-    if not own or any(not isinstance(p, str) or not p for p in own):
+    if not own or any(not isinstance(pattern, str) or not pattern for pattern in own):
         raise ConsilienceError(
-            f"`patterns` should be names of entries, such as 'head'. Found `patterns = {patterns!r}`."
+            f"`patterns` must be names of entries, such as 'head', got `patterns = {patterns!r}`."
         )
     return Method("personal", personal=own)

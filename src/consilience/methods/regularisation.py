@@ -1,4 +1,4 @@
-"""Continual learning by regularisation: old parameters, or old answers, are kept."""
+"""Continual learning by regularisation: stay near old parameters, or near old answers."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ def ewc(
 
     Args:
         strength: of the penalty (strength / 2) sum F (theta - theta_old)^2; 0 is plain training.
-        labels: whose labels the Fisher takes: drawn from the model, all classes in expectation, or the data's; "batches" squares
-            the mean gradients of batches instead, as several libraries do.
+        labels: whose labels the Fisher takes: drawn from the model, all classes in expectation, or the
+            data's;
+            "batches" squares the mean gradients of batches instead, as several libraries do.
         samples: how many examples the Fisher is estimated on; None is all.
     """
     from consilience.core.method import Method

@@ -154,7 +154,7 @@ def gss(
     arrivals: int = 10,
     layers: Literal["all", "head"] = "all",
 ) -> Method:
-    """Experience replay from a buffer of examples whose gradients differ (greedy gradient-based sample selection).
+    """GSS: experience replay from a buffer of examples whose gradients differ (greedy selection).
 
     Paper: Aljundi et al. 2019.
 
@@ -162,7 +162,7 @@ def gss(
         size: examples in the buffer, over all sources; 0 is plain training.
         batch_size: examples drawn for each step.
         subset: random examples of the buffer that an arriving one is compared with.
-        arrivals: examples that are judged at once, against the same buffer; 1 is the paper's algorithm.
+        arrivals: examples judged at once, against the same buffer; 1 is the paper's algorithm.
         layers: whose gradients are compared: "all", or the "head" alone, which is cheaper.
     """
     from consilience.core.method import Method
@@ -185,12 +185,13 @@ def generative_replay(
     importance: Literal["sources", "equal"] = "sources",
     likelihood: Literal["auto", "bernoulli", "gaussian"] = "auto",
 ) -> Method:
-    """Deep generative replay: inputs made by a variational autoencoder, with the answers of the model as it was.
+    """Deep generative replay: inputs made by a variational autoencoder, with the old model's answers.
 
     Paper: Shin et al. 2017.
 
     Args:
-        batch_size: inputs generated for each step, and new ones of each step of the generator; 0 is plain training.
+        batch_size: inputs generated for each step, and new ones of each step of the generator; 0 is plain
+            training.
         hidden: width of the generator's hidden layers.
         latent: dimensions of its code.
         epochs: of its training on each source.
@@ -198,8 +199,9 @@ def generative_replay(
         beta: of the divergence of its code from the prior.
         temperature: of soft labels.
         labels: the former model's probabilities ("soft"), or its first choice ("hard").
-        importance: the new source weighs 1 / (number of sources seen) ("sources"), or one half ("equal").
-        likelihood: of the inputs; "auto" is Bernoulli where those of the first source lie in [0, 1], else Gaussian.
+        importance: the weight of the new source: 1 / (number of sources seen) ("sources"), or 1/2 ("equal").
+        likelihood: of the inputs; "auto" is Bernoulli where those of the first source lie in [0, 1], else
+            Gaussian.
     """
     from consilience.core.method import Method
     from consilience.corrections.generative import GenerativeReplay

@@ -23,24 +23,29 @@ def skill(
     head: Literal["trained", "lp_ft", "logistic", "ridge", "prototype"] = "trained",
     reuse: Literal["name", "features"] | None = None,
 ) -> Method:
-    """Heads (and biases) on a frozen backbone are learned apart, shared in a bank, and an anchor of each task routes inputs to them.
+    """SKILL: heads (and biases) on a frozen backbone, shared in a bank and routed to by one anchor per task.
 
-    Models: `models.multi_head(models.backbone(..), ..)`, or `models.beneficial_biases`; other mappers and more of their options by
-    `Method(.., mapper=mappers.gaussian_mixture(..))`.
+    Models: `models.multi_head(models.backbone(..), ..)`, or `models.beneficial_biases`. For other mappers
+    and more
+    of their options, use `Method(.., mapper=mappers.gaussian_mixture(..))`.
 
     Paper: Ge et al. 2023.
 
     Args:
-        mapper: how the task of an input is found: by a mixture of Gaussians, class means with one covariance, class means, the surest
-            head, autoencoders of features; "oracle" is told it.
-        components: of "gaussian_mixture": Gaussians a task; one for 20 examples where there are fewer.
-        prior: of "gaussian_mixture": whether a task's components weigh by its examples.
-        images: of "mahalanobis": images of each class that are shared for the covariance (the paper: 5); 0 shares sums instead.
-        rank: of "mahalanobis": factors of a task's scatter that are shared instead of the whole; 0 is the whole.
-        reject: the share of a task's own validation examples that fall below its mark; an input below that of the task it goes to is unknown. 0: every input belongs to a task.
-        head: trained by steps; "lp_ft": solved for by logistic regression on the backbone's features, and then trained with the rest (linear
-            probing, then fine-tuning); or solved for and not trained ("logistic", "ridge", "prototype").
-        reuse: a new head begins with the rows of similar classes learned before, by their "name" or by "features".
+        mapper: how the task of an input is found: by a mixture of Gaussians, class means with one covariance,
+            class means, the most certain head, autoencoders of features; "oracle" knows it.
+        components: of "gaussian_mixture": Gaussians per task; one per 20 examples where there are fewer.
+        prior: of "gaussian_mixture": weight of a task's components: by its number of examples, or equal.
+        images: of "mahalanobis": images per class that are shared for the covariance (the paper: 5); 0 shares
+            sums instead.
+        rank: of "mahalanobis": rank of the shared factors of a task's scatter; 0 shares the whole matrix.
+        reject: fraction of a task's validation examples to reject (sets the threshold). Inputs that score
+            below
+            their task's threshold are called unknown. 0 rejects nothing.
+        head: "trained" by steps; "lp_ft": logistic regression on the features, then trained with the rest
+            (linear
+            probing, then fine-tuning); "logistic", "ridge", "prototype": solved for and not trained.
+        reuse: start a new head from the rows of similar earlier classes, by their "name" or by "features".
     """
     from consilience import mappers
     from consilience.consolidators.bank import Experts
@@ -49,6 +54,7 @@ def skill(
     from consilience.corrections.reuse import HeadReuse
     from consilience.corrections.solved import SolvedHead
 
+    # Functions, so that only the chosen mapper checks its hyperparameters.
     made: dict[str, Callable[[], Mapper]] = {
         "gaussian_mixture": lambda: mappers.gaussian_mixture(components, prior, reject=reject),
         "mahalanobis": lambda: mappers.mahalanobis(images=images, rank=rank, reject=reject),
@@ -62,11 +68,12 @@ def skill(
     for name, value in (("images", images), ("rank", rank)):
         if mapper != "mahalanobis" and value != 0:
             raise ConsilienceError(
-                f"`{name}` should be 0 for another mapper than mahalanobis. Found `{name} = {value!r}`."
+                f"`{name}` is an option of the mapper mahalanobis; with {mapper!r} it must be 0, "
+                f"got `{name} = {value!r}`."
             )
     if reject and mapper in ("min_entropy", "oracle"):
         raise ConsilienceError(
-            f"`reject` should be 0 for a mapper without anchors. Found `reject = {reject!r}` for {mapper!r}."
+            f"`reject` needs a mapper with anchors; with {mapper!r} it must be 0, got `reject = {reject!r}`."
         )
     heads = ("trained", "lp_ft", "logistic", "ridge", "prototype")
     if head not in heads:
@@ -75,8 +82,10 @@ def skill(
         raise unknown("reuse", str(reuse), ("name", "features"))
     if head != "trained" and reuse:
         raise ConsilienceError(
-            f"`reuse` should be None where a head is solved for. Found `head = {head!r}` and `reuse = {reuse!r}`."
+            "`reuse` must be None where the head is solved for, "
+            f"got `head = {head!r}` and `reuse = {reuse!r}`."
         )
+    # A head that is solved for needs no step; with "lp_ft" the solution is where training starts.
     solved = SolvedHead("logistic" if head == "lp_ft" else head) if head != "trained" else None
     parts = (HeadReuse(reuse),) if reuse else (solved,) if solved else ()
     fixed = {} if head in ("trained", "lp_ft") else {"epochs": 0}

@@ -146,10 +146,10 @@ def test_dare_ties_leaves_signs_to_the_survivors() -> None:
 def test_dare_refusals() -> None:
     with pytest.raises(
         Refusal,
-        match=r"`then` should be an aggregator that works block by block, such as ties\(1.0\). Found Mean.",
+        match=r"`then` must be an aggregator that works block by block, such as ties\(1.0\), got Mean.",
     ):
         aggregators.dare(0.5, aggregators.mean())
-    with pytest.raises(Refusal, match="Found 3"):
+    with pytest.raises(Refusal, match="got 3"):
         aggregators.dare(0.5, 3)  # type: ignore[arg-type]
     with pytest.raises(ConsilienceError, match="not negative"):
         aggregators.dare(0.5, aggregators.ties(1.0))(torch.ones(2, 3), [1.0, -1.0], gen())
@@ -205,7 +205,7 @@ def test_slerp_does_not_know_the_order_of_its_rows(seed: int) -> None:
 
 @pytest.mark.parametrize("m", [1, 3])
 def test_slerp_takes_two_rows(m: int) -> None:
-    with pytest.raises(ConsilienceError, match=rf"given (at least )?2 rows\. Found {m}\."):
+    with pytest.raises(ConsilienceError, match=rf"needs (at least )?2 rows, got {m}\."):
         aggregators.slerp()(normal(m, 5))
 
 
@@ -395,22 +395,22 @@ def test_breadcrumbs_over_many_blocks() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: aggregators.breadcrumbs(0.0), "`density` should be in (0, 1]. Found `density = 0.0`."),
+        (lambda: aggregators.breadcrumbs(0.0), "`density` must be in (0, 1], got 0.0."),
         (
             lambda: aggregators.breadcrumbs(0.5, 0.6),
-            "`gamma` should be in [0, 1 - density]. Found `gamma = 0.6`.",
+            "`gamma` must be in [0, 1 - density], got 0.6.",
         ),
         (
             lambda: aggregators.consensus(-1.0),
-            "`strength` should be finite and not negative. Found `strength = -1.0`.",
+            "`strength` must be finite and not negative, got -1.0.",
         ),
         (
             lambda: aggregators.consensus(agree=-1),
-            "`agree` should not be negative: it should be a number of tasks. Found `agree = -1`.",
+            "`agree` must be a number of tasks, not negative, got -1.",
         ),
         (
             lambda: aggregators.fisher(math.nan),
-            "`prior` should be finite and not negative. Found `prior = nan`.",
+            "`prior` must be finite and not negative, got nan.",
         ),
     ],
 )

@@ -148,10 +148,13 @@ def test_fisher_wants_precisions_and_no_aggregator():
     messages = told(agent, "told", THETA[0], Information={"precision/w": HESSIANS[0]["w"]}) + told(
         agent, "silent", THETA[1]
     )
-    with pytest.raises(cs.ConsilienceError, match="as fisher_merging tells. Found none of 'silent'"):
+    with pytest.raises(
+        cs.ConsilienceError, match="got none from 'silent'; all senders must use fisher_merging"
+    ):
         agent.receive(messages)
     with pytest.raises(
-        cs.ConsilienceError, match="`aggregator` of FisherSpace should be None: statistics weigh. Found Ties"
+        cs.ConsilienceError,
+        match="`aggregator` of FisherSpace must be None, because statistics weigh the parameters, got Ties",
     ):
         run(cs.settings.merging(SOURCES), cs.methods.fisher_merging() + cs.methods.ties())
 
@@ -460,13 +463,13 @@ def test_given_experts_need_a_base_only_where_task_vectors_are_made():
         1e-12,
     )
     for method in (cs.methods.running_average(0.5), cs.methods.opcm()):
-        with pytest.raises(cs.Refusal, match="since their base. Found none; give `base`"):
+        with pytest.raises(cs.Refusal, match="since the experts' base, got none; give `base`"):
             run(cs.settings.exmodel(experts), method)
         with pytest.raises(
-            cs.Refusal, match="start from one base, and here agents go on from what was merged"
+            cs.Refusal, match="start from one base, and here agents continue from the merged model"
         ):
             run(cs.settings.federated(SOURCES, rounds=2), method)
-    with pytest.raises(cs.ConsilienceError, match="`lr` 1: it merges by itself. Found Ties"):
+    with pytest.raises(cs.ConsilienceError, match="`lr` 1, because it merges by itself, got Ties"):
         OPCM(cs.aggregators.ties())
     half = run(cs.settings.merging(experts, base=base), cs.methods.task_arithmetic(0.5)).params
     near(run(cs.settings.exmodel(experts, base=base), cs.methods.running_average(0.5)).params, half, 1e-12)

@@ -3,41 +3,45 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from consilience.core.aggregator import Cone, weighted
+from consilience.core.aggregator import Cone
 from consilience.core.errors import ConsilienceError
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 
 def nonnegative(gram: Tensor, linear: Tensor) -> Tensor:
-    """argmin_{x >= 0} x^T K x / 2 + b^T x [k], exact, by the active set of Lawson and Hanson (1974), in float64.
+    """Solve argmin_{x >= 0} x^T K x / 2 + b^T x [k] exactly, in float64.
+
+    By the active set of Lawson and Hanson (1974).
 
     >>> nonnegative(torch.eye(2), torch.tensor([-1.0, 1.0])).tolist()
     [1.0, 0.0]
     """
-    k, b = gram.double(), linear.double()
-    n = len(b)
-    x, free = torch.zeros_like(b), torch.zeros(n, dtype=torch.bool)
-    tolerance = 1e-12 * float(k.diagonal().abs().max().clamp_min(1e-300)) if n else 0.0
-    for _ in range(3 * n + 1):
-        slope = -(k @ x + b)
+    gram, linear = gram.double(), linear.double()
+    size = len(linear)
+    x, free = torch.zeros_like(linear), torch.zeros(size, dtype=torch.bool)
+    # Relative to the scale of K, so that gradients of any length are solved alike.
+    tolerance = 1e-12 * float(gram.diagonal().abs().max().clamp_min(1e-300)) if size else 0.0
+
+    for _ in range(3 * size + 1):
+        slope = -(gram @ x + linear)
         slope[free] = -torch.inf
-        if not n or float(slope.max()) <= tolerance:
+        if not size or float(slope.max()) <= tolerance:
             break
         free[int(slope.argmax())] = True
         while True:
             index = free.nonzero()[:, 0]
-            solution = torch.linalg.lstsq(k[index][:, index], -b[index, None], driver="gelsd").solution[:, 0]
+            # Equal constraints make the system singular: least squares by SVD takes them together.
+            system, right = gram[index][:, index], -linear[index, None]
+            solution = torch.linalg.lstsq(system, right, driver="gelsd").solution[:, 0]
             if bool((solution > 0).all()):
-                x = torch.zeros_like(b)
+                x = torch.zeros_like(linear)
                 x[index] = solution
                 break
+
+            # Go only as far as x stays >= 0, and fix at 0 what got there.
             bad = solution <= 0
             step = (x[index][bad] / (x[index][bad] - solution[bad]).clamp_min(1e-300)).min()
             x[index] = x[index] + step * (solution - x[index])
@@ -50,10 +54,11 @@ def nonnegative(gram: Tensor, linear: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class GEM(Cone):
-    """Gradient episodic memory: argmin_v ||v - g||^2 with G v >= margin-shifted 0, by its dual quadratic program.
+    """Gradient episodic memory: argmin_v ||v - g||^2 with G v >= margin-shifted 0, by its dual program.
 
-    Directions [n], constraints [k, n]: v = g + G^T (l + margin), l >= 0 minimising ||g + G^T (l + margin)||^2 / 2, when some
-    constraint opposes g; else g untouched. Objectives are averaged by their weights. Lopez-Paz & Ranzato 2017.
+    Directions [n], constraints [k, n]: v = g + G^T (l + margin), l >= 0 minimising ||g + G^T (l + margin)||^2
+    / 2, if some constraint opposes g; else g as it is. Objectives are averaged by their weights. Lopez-Paz &
+    Ranzato 2017.
 
     >>> GEM(margin=0.0).project(torch.tensor([1.0, -1.0]), torch.tensor([[0.0, 1.0]])).tolist()
     [1.0, 0.0]
@@ -63,12 +68,7 @@ class GEM(Cone):
 
     def __post_init__(self) -> None:
         if not 0 <= self.margin < float("inf"):
-            raise ConsilienceError(f"`margin` should be >= 0 and finite. Found `margin = {self.margin}`.")
-
-    def combine(
-        self, rows: Sequence[Tensor] | Tensor, weights: Tensor, generator: torch.Generator | None
-    ) -> Tensor:
-        return weighted(rows if isinstance(rows, Tensor) else torch.stack(list(rows)), weights)
+            raise ConsilienceError(f"`margin` must be finite and not negative, got {self.margin}.")
 
     def project(self, direction: Tensor, constraints: Tensor) -> Tensor:
         against = constraints @ direction
@@ -82,7 +82,7 @@ class GEM(Cone):
 
 @dataclass(frozen=True)
 class AGEM(Cone):
-    """Averaged GEM: v = g - (g . r / r . r) r where g opposes the mean r of the constraint rows; else g untouched.
+    """Averaged GEM: v = g - (g . r / r . r) r if g opposes the mean r of the constraint rows, else g.
 
     Chaudhry et al. 2019.
 
@@ -90,12 +90,9 @@ class AGEM(Cone):
     [1.0, 0.0]
     """
 
-    def combine(
-        self, rows: Sequence[Tensor] | Tensor, weights: Tensor, generator: torch.Generator | None
-    ) -> Tensor:
-        return weighted(rows if isinstance(rows, Tensor) else torch.stack(list(rows)), weights)
-
     def project(self, direction: Tensor, constraints: Tensor) -> Tensor:
-        r = constraints.mean(0) if len(constraints) > 1 else constraints[0]
-        opposed = torch.dot(direction, r).clamp(max=0)
-        return direction - (opposed / torch.dot(r, r).clamp_min(torch.finfo(r.dtype).tiny)) * r
+        reference = constraints.mean(0) if len(constraints) > 1 else constraints[0]
+        # Clamping in the place of a branch: no value is read back from the device.
+        opposed = torch.dot(direction, reference).clamp(max=0)
+        square = torch.dot(reference, reference).clamp_min(torch.finfo(reference.dtype).tiny)
+        return direction - (opposed / square) * reference

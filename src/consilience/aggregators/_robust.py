@@ -1,4 +1,4 @@
-"""Coordinate by coordinate, against outliers: the weighted median and the weighted trimmed mean."""
+"""Coordinate by coordinate, robust to outliers: the weighted median and the weighted trimmed mean."""
 
 from __future__ import annotations
 
@@ -22,45 +22,47 @@ class _Sorted(Blockwise):
 
     def apply(self, rows: Tensor, weights: Tensor, offset: int, statistics: Any) -> Tensor:
         values, order = rows.sort(dim=0, stable=True)
-        w = weights.double()
-        # Sums of weights that differ by less than their own rounding count as equal.
-        slack = (torch.finfo(weights.dtype).eps + len(w) * torch.finfo(torch.float64).eps) * float(w.sum())
-        return self.reduce(values.double(), w[order], w.sum(), slack).to(rows.dtype)
+        wide = weights.double()
+        # Sums of weights that differ by less than their own rounding error count as equal.
+        precision = torch.finfo(weights.dtype).eps + len(wide) * torch.finfo(torch.float64).eps
+        slack = precision * float(wide.sum())
+        return self.reduce(values.double(), wide[order], wide.sum(), slack).to(rows.dtype)
 
     @abstractmethod
     def reduce(self, values: Tensor, weights: Tensor, total: Tensor, slack: float) -> Tensor:
-        """The result [b] from values [m, b] in ascending order, their weights [m, b] and the sum of weights."""
+        """Reduce values [m, b] in ascending order with their weights [m, b] and the sum of weights to [b]."""
 
 
 @dataclass(frozen=True)
 class Median(_Sorted):
-    """The weighted median of every coordinate: (sum w) (lower + upper) / 2, where lower and upper are the smallest values
-    at which the weight so far reaches, and exceeds, half of the sum.
+    """The weighted median of every coordinate: (sum w) (lower + upper) / 2.
 
-    Rows [m, n], weights [m] >= 0 -> [n]. Equal weights give the usual median, the midpoint for an even m.
-    Yin et al. 2018, arXiv:1803.01498.
+    `lower` and `upper` are the smallest values at which the weight so far reaches, and exceeds, half of the
+    sum. Rows [m, n], weights [m] >= 0 -> [n]. Equal weights give the usual median, the midpoint for an even
+    m. Yin et al. 2018, arXiv:1803.01498.
 
     >>> Median()(torch.tensor([[1.0], [2.0], [4.0], [900.0]])).tolist()
     [3.0]
     """
 
     def reduce(self, values: Tensor, weights: Tensor, total: Tensor, slack: float) -> Tensor:
-        so_far, lower, upper = torch.zeros_like(values[0]), values[0], values[0]
-        for x, w in zip(values, weights, strict=True):  # `so_far` is the weight below x
-            lower = torch.where(so_far < total / 2 - slack, x, lower)
-            upper = torch.where(so_far <= total / 2 + slack, x, upper)
-            so_far = so_far + w
+        # `below` is the weight of all values before this one.
+        below, lower, upper = torch.zeros_like(values[0]), values[0], values[0]
+        for value, weight in zip(values, weights, strict=True):
+            lower = torch.where(below < total / 2 - slack, value, lower)
+            upper = torch.where(below <= total / 2 + slack, value, upper)
+            below = below + weight
         return total * (lower / 2 + upper / 2)
 
 
 @dataclass(frozen=True)
 class TrimmedMean(_Sorted):
-    """The weighted trimmed mean of every coordinate: (sum w) sum_i v_i x_(i) / sum_i v_i, where v_i is the part of the
-    weight of the i-th smallest value that lies between the fractions `trim` and 1 - `trim` of the sum of weights.
+    """The weighted trimmed mean of every coordinate: (sum w) sum_i v_i x_(i) / sum_i v_i.
 
-    Rows [m, n], weights [m] >= 0 -> [n]. At equal weights, with trim * m whole, it drops the trim * m smallest and largest
-    values; otherwise the last one in part. Raises ConsilienceError for a trim outside [0, 0.5) (0.5 is the median).
-    Yin et al. 2018, arXiv:1803.01498.
+    v_i is the part of the weight of the i-th smallest value x_(i) that lies between the fractions `trim` and
+    1 - `trim` of the sum of weights. Rows [m, n], weights [m] >= 0 -> [n]. At equal weights it drops the trim
+    * m smallest and largest values; if trim * m is not whole, the last one in part. Raises ConsilienceError
+    for a trim outside [0, 0.5) (0.5 is the median). Yin et al. 2018, arXiv:1803.01498.
 
     >>> TrimmedMean(0.25)(torch.tensor([[1.0], [2.0], [4.0], [900.0]])).tolist()
     [3.0]
@@ -70,13 +72,14 @@ class TrimmedMean(_Sorted):
 
     def __post_init__(self) -> None:
         if not 0 <= self.trim < 0.5:
-            raise ConsilienceError(f"`trim` should be in [0, 0.5). Found `trim = {self.trim}`.")
+            raise ConsilienceError(f"`trim` must be in [0, 0.5), got {self.trim}.")
 
     def reduce(self, values: Tensor, weights: Tensor, total: Tensor, slack: float) -> Tensor:
-        so_far, mass, result = (torch.zeros_like(values[0]) for _ in range(3))
-        for x, w in zip(values, weights, strict=True):
-            after = so_far + w
-            part = torch.minimum(after, (1 - self.trim) * total) - torch.maximum(so_far, self.trim * total)
+        low, high = self.trim * total, (1 - self.trim) * total
+        below, mass, result = (torch.zeros_like(values[0]) for _ in range(3))
+        for value, weight in zip(values, weights, strict=True):
+            after = below + weight
+            part = torch.minimum(after, high) - torch.maximum(below, low)
             part = torch.where(part > slack, part, 0.0)
-            so_far, mass, result = after, mass + part, result + part * x
+            below, mass, result = after, mass + part, result + part * value
         return torch.where(mass > 0, result * (total / mass), 0.0)

@@ -12,17 +12,17 @@ from consilience.core.aggregator import Linear
 from consilience.core.errors import ConsilienceError
 
 PARALLEL = 0.9995
-"""The |cosine| from which on public code (mergekit, FusionBench) interpolates linearly."""
+"""Rows of a larger |cosine| are interpolated linearly, as in public code (mergekit, FusionBench)."""
 
 
 @dataclass(frozen=True)
 class Slerp(Linear):
-    """SLERP of two rows: (sum w) (sin((1 - t) a) g_1 + sin(t a) g_2) / sin a, with t = w_2 / (w_1 + w_2) and a the angle between them.
+    """SLERP of two rows: (sum w) (sin((1 - t) a) g_1 + sin(t a) g_2) / sin a, with t = w_2 / (w_1 + w_2).
 
-    Rows [2, n], weights [2] >= 0 -> [n]. Of two rows of one length it is the point at the fraction t of the arc between them. Where
-    |cos a| > 0.9995, and where a row is zero, it is sum_i w_i g_i, as in public code: so opposite rows, which have no one arc
-    between them, pass through zero. On task vectors the arc is around the base;
-    mergekit's is around zero, tensor by tensor, of parameters.
+    a is the angle between the rows. For rows of one length it is the point at the fraction t of the arc
+    between them. Rows [2, n], weights [2] >= 0 -> [n]. If |cos a| > 0.9995, or a row is zero, it is sum_i w_i
+    g_i, as in public code: so opposite rows, which have no single arc between them, pass through zero. On
+    task vectors the arc is around the base; mergekit's is around zero, tensor by tensor, of parameters.
     Raises ConsilienceError for other than two rows. Shoemake 1985, SIGGRAPH.
 
     >>> Slerp()(torch.tensor([[1.0, 0.0], [0.0, 1.0]])).tolist()
@@ -34,11 +34,13 @@ class Slerp(Linear):
 
     def weigh(self, gram: Tensor, weights: Tensor, generator: torch.Generator | None) -> Tensor:
         if len(weights) != 2:
-            raise ConsilienceError(f"Slerp should be given 2 rows. Found {len(weights)}.")
-        g, w = gram.double(), weights.double()
-        lengths, total = g.diagonal().clamp(min=0).sqrt().prod(), w.sum()
-        cos = torch.where(lengths > 0, g[0, 1] / lengths, 1.0)
+            raise ConsilienceError(f"Slerp needs 2 rows, got {len(weights)}.")
+        gram, wide = gram.double(), weights.double()
+        lengths, total = gram.diagonal().clamp(min=0).sqrt().prod(), wide.sum()
+
+        # sin a would be too small to divide by between rows that are nearly parallel.
+        cos = torch.where(lengths > 0, gram[0, 1] / lengths, 1.0)
         if cos.abs() > PARALLEL or total == 0:
             return weights
         angle = cos.arccos()
-        return (total * (angle * (w / total)).sin() / angle.sin()).to(weights.dtype)
+        return (total * (angle * (wide / total)).sin() / angle.sin()).to(weights.dtype)

@@ -1,7 +1,9 @@
-"""Consolidators: how what was heard enters an agent: weights combined, statistics solved, experts banked.
+"""Consolidators: how messages enter an agent: weights are combined, statistics solved, experts banked.
 
 Signatures import no torch.
 """
+
+# Functions import inside, so that the command line can list them without torch.
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def weight_space(aggregator: Any = None, outer: Any = None, lr: float = 1.0) -> WeightSpace:
-    """Combine heard parameters by an aggregator, then take a step of an outer optimiser.
+    """Combine received parameters by an aggregator, then take a step of an outer optimiser.
 
     Args:
         aggregator: of parameters (None: the weighted mean).
@@ -31,7 +33,7 @@ def weight_space(aggregator: Any = None, outer: Any = None, lr: float = 1.0) -> 
 
 
 def normalised_space(aggregator: Any = None, outer: Any = None, lr: float = 1.0) -> Normalised:
-    """As `weight_space`, with each agent's change divided by how many steps it took, and multiplied by their mean: FedNova.
+    """Combine changes per local step: divide each by its sender's steps, multiply by their mean (FedNova).
 
     Args:
         aggregator: of parameters (None: the weighted mean).
@@ -44,12 +46,12 @@ def normalised_space(aggregator: Any = None, outer: Any = None, lr: float = 1.0)
 
 
 def fisher_space(outer: Any = None, lr: float = 1.0, prior: float = 0.0) -> FisherSpace:
-    """Combine heard parameters by the Fisher information that comes with them, entry by entry.
+    """Combine received parameters by the Fisher information that comes with them, entry by entry.
 
     Args:
         outer: outer optimiser (None: SGD, which with lr 1 takes the aggregate as it is).
         lr: outer learning rate.
-        prior: the weight of the hearer's own parameters, in the units of the Fisher information.
+        prior: the weight of the receiver's own parameters, in the units of the Fisher information.
     """
     from consilience.consolidators.merging import FisherSpace
 
@@ -57,13 +59,15 @@ def fisher_space(outer: Any = None, lr: float = 1.0, prior: float = 0.0) -> Fish
 
 
 def regression_space(outer: Any = None, lr: float = 1.0, alpha: float = 0.9, ridge: float = 1e-6) -> RegMean:
-    """Combine heard layers by least squares on the second moments of their inputs: RegMean.
+    """Combine received layers by least squares on the second moments of their inputs (RegMean).
 
     Args:
         outer: outer optimiser (None: SGD, which with lr 1 takes the aggregate as it is).
         lr: outer learning rate.
         alpha: factor of the off-diagonals of the moments, in [0, 1].
-        ridge: how firmly the experts' mean is held where inputs are missing, as a share of the mean diagonal; 0: pseudo-inverse.
+        ridge: how strongly to hold the experts' mean where inputs are missing, as a share of the mean
+            diagonal;
+            0: pseudo-inverse.
     """
     from consilience.consolidators.merging import RegMean
 
@@ -71,10 +75,10 @@ def regression_space(outer: Any = None, lr: float = 1.0, alpha: float = 0.9, rid
 
 
 def running_arithmetic(coefficient: float = 1.0, of: Literal["mean", "sum"] = "mean") -> RunningArithmetic:
-    """Merge experts one by one, by their running mean, or task arithmetic on it, or on the sum of their task vectors.
+    """Merge experts one by one by a running mean, or by task arithmetic on it or on the sum of changes.
 
     Args:
-        coefficient: of the mean (or sum) of the task vectors; 1 gives the mean of the models.
+        coefficient: factor of the mean (or sum) of the task vectors; 1 gives the mean of the models.
         of: mean or sum.
     """
     from consilience.consolidators.arrivals import RunningArithmetic
@@ -83,10 +87,10 @@ def running_arithmetic(coefficient: float = 1.0, of: Literal["mean", "sum"] = "m
 
 
 def orthogonal_projection(threshold: float = 0.5) -> OPCM:
-    """Merge experts one by one, of each what stands across the directions that are there: OPCM.
+    """Merge experts one by one, each projected off the directions of those merged before (OPCM).
 
     Args:
-        threshold: the share of the singular values of what is there that no new expert changes together, in [0, 1].
+        threshold: share of the merged singular values whose block no new expert changes, in [0, 1].
     """
     from consilience.consolidators.arrivals import OPCM
 
@@ -96,7 +100,7 @@ def orthogonal_projection(threshold: float = 0.5) -> OPCM:
 def closed_form(
     strength: float = 0.01, average: bool = False, normalise: bool = False, temperature: float = 1.0
 ) -> ClosedForm:
-    """Solve a ridge head from the sum of everybody's statistics.
+    """Solve a ridge head from the sum of all agents' statistics.
 
     Args:
         strength: lambda of the ridge.
@@ -118,16 +122,17 @@ def ensemble_distillation(
     of: Literal["logits", "probabilities"] = "logits",
     optimiser: Literal["adam", "sgd"] = "adam",
 ) -> Distillation:
-    """Average what is heard, then teach the average the mean answer of those that were heard, on inputs without labels.
+    """Average the received models, then train the average on their mean outputs for `unlabelled` (FedDF).
 
     Args:
-        unlabelled: inputs [N, ...] that the hearer has: a tensor, an array, or a source, whose labels are not read.
-        steps: gradient steps at each absorption; 0 is the average.
+        unlabelled: inputs [N, ...] of the receiver: a tensor, an array, or a source, whose labels are not
+            read.
+        steps: gradient steps per exchange; 0 is the average.
         lr: learning rate of these steps.
-        batch_size: inputs a step.
+        batch_size: inputs per step.
         temperature: divides logits.
-        of: whether logits are averaged, or probabilities.
-        optimiser: of these steps.
+        of: whether logits or probabilities are averaged.
+        optimiser: adam or sgd, for these steps.
     """
     from consilience.consolidators.distillation import Distillation, inputs
 
@@ -143,7 +148,7 @@ def ensemble_distillation(
 
 
 def experts() -> Experts:
-    """Keep every trained model or module that was heard of, as an expert of its own."""
+    """Keep every received model or module as an expert of its own."""
     from consilience.consolidators.bank import Experts
 
     return Experts()

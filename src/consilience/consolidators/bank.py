@@ -1,4 +1,4 @@
-"""Keeping experts: every module that was learned or heard of stands on its own, and a mapper routes between them."""
+"""Keeping experts: every trained or received module stays as it is, and a mapper routes between them."""
 
 from __future__ import annotations
 
@@ -18,38 +18,42 @@ from consilience.core.state import State
 
 
 def refuse_strangers(model: Model, params: Params, messages: Sequence[Message]) -> None:
-    """Refuse modules of another frozen backbone, and those that this model would run as another than they were trained."""
+    """Refuse modules of another frozen backbone, and those that this model would run in another form."""
     here = ""
-    for m in messages:
-        item, whose = m.items.get("model"), f"{m.source!r} of {m.sender!r}"
+    for message in messages:
+        item, whose = message.items.get("model"), f"{message.source!r} of {message.sender!r}"
         if not isinstance(item, Module):
             continue
+
+        # The hash of a backbone is expensive: it is computed once, and only if some module needs one.
         if item.meta["backbone"]:
             here = here or model.backbone(params)
             if item.meta["backbone"] != here:
-                found = item.meta["backbone"][:8]
                 raise ConsilienceError(
-                    f"a module should stand on this agent's backbone {here[:8]}. Found {found} in {whose}."
+                    f"a module must belong to this agent's backbone {here[:8]}, got "
+                    f"{item.meta['backbone'][:8]} in {whose}."
                 )
+
         form = item.meta.get("form", "")
         if form != model.form:
             raise ConsilienceError(
-                f"a module should be run as it was trained, here with {model.form or 'rows as they are'}. "
-                f"Found {form or 'rows as they are'} in {whose}."
+                f"a module must be run as it was trained, here with {model.form or 'rows as they are'}, got "
+                f"{form or 'rows as they are'} in {whose}."
             )
         strange = [n for n in item.group("entries") if not model.reads(n)]
         if strange:
             raise ConsilienceError(
-                f"a module should have entries that this model runs. Found {strange[0]!r} in {whose}."
+                f"a module must have entries that this model runs, got {strange[0]!r} in {whose}."
             )
 
 
 @dataclass(frozen=True)
 class Experts(Consolidator):
-    """Experts by (sender, source): what the bank holds is what the agent predicts with; its own parameters do not change.
+    """Experts by (sender, source): the agent predicts with its bank; its own parameters do not change.
 
-    A module holds the entries that are not frozen and belong to its task or to none: a head on a frozen backbone, or a whole
-    model. A module of another frozen backbone is refused by its hash, one of another kind of model by its entries.
+    A module holds the entries that are not frozen and belong to its task or to none: a head on a frozen
+    backbone, or a complete model. A module of another frozen backbone is refused by its hash, one of another
+    kind of model by its entries.
     """
 
     def export(
@@ -57,8 +61,9 @@ class Experts(Consolidator):
     ) -> dict[str, Shared]:
         backbone = model.backbone(state.params) if sources else ""
         result: dict[str, Shared] = {}
-        for s in sources:
-            own = (None, model.head_key(s))
+        for source in sources:
+            # Entries without a task serve all tasks, so that a module cannot do without them.
+            own = (None, model.head_key(source))
             entries = {
                 f"entries/{n}": p
                 for n, p in state.params.items()
@@ -66,13 +71,13 @@ class Experts(Consolidator):
             }
             buffers = {f"buffers/{n}": b for n, b in state.buffers.items() if model.task_of(n) in own}
             meta = {
-                "labels": [list(label) for label in s.labels],
-                "classes": list(s.classes),
-                "task": s.task,
+                "labels": [list(label) for label in source.labels],
+                "classes": list(source.classes),
+                "task": source.task,
                 "backbone": backbone,
                 "form": model.form,
             }
-            result[s.name] = Module({**entries, **buffers}, meta)
+            result[source.name] = Module({**entries, **buffers}, meta)
         return result
 
     def receive(
@@ -82,15 +87,16 @@ class Experts(Consolidator):
         return state
 
     def forget(self, model: Model, state: State) -> State:
-        """As it is: experts are read from the bank."""
+        """Return the state as it is: experts are read from the bank."""
         return state
 
     def refuse(self, facts: ScheduleFacts) -> str | None:
         if not facts.exchanges:
-            return "nobody hears anybody here, so that there are no experts to choose from"
+            return "no agent receives from another here, so that there are no experts to choose from"
         model: Model | None = facts.model
-        if model is None or type(model).grow is not Model.grow:  # heads come with sources
+        # A model that grows gets its heads with the sources, after this check.
+        if model is None or type(model).grow is not Model.grow:
             return None
         if all(model.frozen(n) for n in model.init(torch.Generator().manual_seed(0))[0]):
-            return "a module should have entries that are learned. Found a model that is frozen altogether; put models.multi_head on it"
+            return "all entries of the model are frozen: modules would be empty; put models.multi_head on it"
         return None

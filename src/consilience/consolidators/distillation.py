@@ -1,4 +1,4 @@
-"""Consolidating by distillation: the hearer's average learns what those that it heard answer together."""
+"""Consolidating by distillation: the average of the received models is trained on their joint outputs."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ import torch
 from torch import Tensor
 
 from consilience.core.errors import ConsilienceError, kind_of
-from consilience.core.message import Message, Weights
+from consilience.core.message import Message, Shared
 from consilience.core.model import Model
 from consilience.core.optimiser import SGD, Adam
 from consilience.core.params import Layout, Params, content_hash
 from consilience.core.schedule import ScheduleFacts
 from consilience.core.source import Examples, Source
 from consilience.core.state import State
-from consilience.core.weight_space import WeightSpace
+from consilience.core.weight_space import WeightSpace, with_weights
 
 CHUNK = 1024
+"""Inputs per forward pass without gradients."""
 
 
 def inputs(unlabelled: Any) -> Tensor:
-    """The inputs [N, ...] of a source or examples, or a tensor or an array of such."""
+    """Return the inputs [N, ...] of a source, of examples, of a tensor or of an array."""
     if isinstance(unlabelled, Source):
         unlabelled = unlabelled.train
     if isinstance(unlabelled, Examples):
@@ -32,19 +33,20 @@ def inputs(unlabelled: Any) -> Tensor:
         return torch.as_tensor(unlabelled)
     except (TypeError, ValueError, RuntimeError) as e:
         raise ConsilienceError(
-            f"`unlabelled` should be inputs [N, ...] or a source. Found {kind_of(unlabelled)}."
+            f"`unlabelled` must be inputs [N, ...] or a source, got {kind_of(unlabelled)}."
         ) from e
 
 
 @dataclass(frozen=True)
 class Distillation(WeightSpace):
-    """theta <- the average (`WeightSpace`), then steps on T^2 KL(softmax(z / T) || softmax(f(theta, u) / T)), z the mean over the
-    models heard of their logits on unlabelled inputs u.
+    """theta <- the average (`WeightSpace`), then steps on T^2 KL(softmax(z / T) || softmax(f(theta, u) / T)).
 
-    `of` "probabilities" averages softmax(z_k / T) in its place. All models heard count equally, in eval mode, as they are: without
-    the views of corrections. Batches are shuffled passes over u, seeded by the hearer's absorption; buffers are the averages.
-    Where the average answers as they do together, up to rounding, there is nothing to teach (Adam would magnify the rounding), nor
-    where nobody learned since it absorbed (a server tells its clients). Lin et al. 2020 (FedDF: Adam, lr .001, up to 10,000 steps).
+    z is the mean over the received models of their logits on unlabelled inputs u; `of` "probabilities"
+    averages softmax(z_k / T) in its place. All received models count equally, in eval mode, without the views
+    of corrections. Batches are shuffled passes over u, seeded by the exchange; buffers are the averages. No
+    step is taken if the average already gives the mean output up to rounding error (Adam would magnify it),
+    or if no sender trained since it last received (a server that broadcasts). Lin et al. 2020 (FedDF: Adam,
+    lr .001, up to 10,000 steps).
     """
 
     unlabelled: Tensor | None = field(default=None, compare=False, repr=False)
@@ -59,60 +61,66 @@ class Distillation(WeightSpace):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        u = self.unlabelled
+        unlabelled = self.unlabelled
         if (
-            not isinstance(u, Tensor)
-            or u.ndim < 2
-            or not len(u)
-            or (u.is_floating_point() and not u.isfinite().all())
+            not isinstance(unlabelled, Tensor)
+            or unlabelled.ndim < 2
+            or not len(unlabelled)
+            or (unlabelled.is_floating_point() and not unlabelled.isfinite().all())
         ):
-            found = f"shape {tuple(u.shape)}" if isinstance(u, Tensor) else kind_of(u)
-            raise ConsilienceError(
-                f"`unlabelled` should be finite inputs [N, ...], at least one. Found {found}."
+            got = (
+                f"shape {tuple(unlabelled.shape)}" if isinstance(unlabelled, Tensor) else kind_of(unlabelled)
             )
+            raise ConsilienceError(f"`unlabelled` must be finite inputs [N, ...], at least one, got {got}.")
+
         for name, low in (("steps", 0), ("batch_size", 1)):
-            v = getattr(self, name)
-            if isinstance(v, bool) or not isinstance(v, int) or v < low:
-                raise ConsilienceError(f"`{name}` should be a whole number >= {low}. Found `{name} = {v!r}`.")
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < low:
+                raise ConsilienceError(f"`{name}` must be a whole number >= {low}, got {value!r}.")
         for name in ("rate", "temperature"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ConsilienceError(
-                    f"`{name}` should be positive and finite. Found `{name} = {getattr(self, name)}`."
-                )
-        if self.of not in ("logits", "probabilities"):
-            raise ConsilienceError(f"`of` should be logits or probabilities. Found `of = {self.of!r}`.")
-        if self.optimiser not in ("adam", "sgd"):
-            raise ConsilienceError(
-                f"`optimiser` should be adam or sgd. Found `optimiser = {self.optimiser!r}`."
-            )
-        object.__setattr__(self, "content", content_hash({"u": u}))
+            value = getattr(self, name)
+            if not 0 < value < float("inf"):
+                raise ConsilienceError(f"`{name}` must be positive and finite, got {value}.")
+        for name, choices in (("of", ("logits", "probabilities")), ("optimiser", ("adam", "sgd"))):
+            value = getattr(self, name)
+            if value not in choices:
+                raise ConsilienceError(f"`{name}` must be {' or '.join(choices)}, got {value!r}.")
+
+        # Two consolidators are equal, and a run may be resumed, if their inputs have one hash.
+        object.__setattr__(self, "content", content_hash({"u": unlabelled}))
 
     def refuse(self, facts: ScheduleFacts) -> str | None:
         if facts.kind == "value":
             return "it distils class probabilities, and the targets are values; use fedavg"
         if facts.exchanges and facts.most_received < 2:
-            return "it teaches what several models answer together, and one is heard at a time; use fedavg, or lwf for the learner"
+            return (
+                "it distils the joint output of several models, and one is received at a time; use fedavg, "
+                "or lwf to distil while training"
+            )
         if facts.model is not None:
             if facts.model.uses_task:
-                return "models with heads of several tasks have no outputs in common; use one with a shared head, such as mlp"
-            assert self.unlabelled is not None
-            try:
-                facts.model(
-                    *facts.model.init(torch.Generator().manual_seed(0)),
-                    self.unlabelled[:1].float(),
-                    None,
-                    False,
+                return (
+                    "models with heads of several tasks have no outputs in common; use one with a shared "
+                    "head, such as mlp"
                 )
+
+            # Whether the inputs fit shows only in a forward pass: models do not declare their input's shape.
+            assert self.unlabelled is not None
+            params, buffers = facts.model.init(torch.Generator().manual_seed(0))
+            try:
+                facts.model(params, buffers, self.unlabelled[:1].float(), None, False)
             except (RuntimeError, ValueError, IndexError):
-                return f"`unlabelled` should fit the model's input. Found inputs {tuple(self.unlabelled.shape[1:])}"
+                return (
+                    f"`unlabelled` must fit the model's input, got inputs {tuple(self.unlabelled.shape[1:])}"
+                )
         return super().refuse(facts)
 
     def receive(
         self, model: Model, state: State, fresh: Sequence[Message], by_size: bool, generator: torch.Generator
     ) -> State:
         new = super().receive(model, state, fresh, by_size, generator)
-        heard = [m.items["model"] for m in fresh if isinstance(m.items.get("model"), Weights)]
-        names = {n for w in heard for n in w.group("params")}
+        received = [m.items["model"] for m in with_weights(fresh)]
+        names = {n for weights in received for n in weights.group("params")}
         taught = {
             n: p
             for n, p in new.params.items()
@@ -120,35 +128,41 @@ class Distillation(WeightSpace):
         }
         if not any(m.trained for m in fresh) or not self.steps or not taught:
             return new
+
         layout = Layout.of(taught)
-        u = self.unlabelled
-        assert u is not None
-        u = u.to(layout.device, layout.dtype if u.is_floating_point() else u.dtype)
-        target = self._targets(model, state, heard, u)
-        with torch.no_grad():
-            outs = [
-                model(new.params, new.buffers, x, None, False)[0] / self.temperature for x in u.split(CHUNK)
-            ]
-        if float((torch.cat(outs).softmax(1) - target).abs().max()) <= 100 * torch.finfo(layout.dtype).eps:
+        unlabelled = self.unlabelled
+        assert unlabelled is not None
+        dtype = layout.dtype if unlabelled.is_floating_point() else unlabelled.dtype
+        unlabelled = unlabelled.to(layout.device, dtype)
+        target = self._targets(model, state, received, unlabelled)
+
+        # Adam's first steps have length lr even for a gradient of rounding errors: without a difference none
+        # is taken.
+        now = self._logits(model, new.params, new.buffers, unlabelled).softmax(1)
+        if float((now - target).abs().max()) <= 100 * torch.finfo(layout.dtype).eps:
             return new
-        theta = self._steps(model, new, layout, u, target, generator)
+        theta = self._steps(model, new, layout, unlabelled, target, generator)
         return new.change(params={**new.params, **layout.split(theta)})
 
-    def _targets(self, model: Model, state: State, heard: Sequence[Any], u: Tensor) -> Tensor:
-        """The teachers' probabilities [N, C] at the temperature."""
+    def _logits(self, model: Model, params: Params, buffers: Params, unlabelled: Tensor) -> Tensor:
+        """Compute logits [N, C] divided by the temperature, without gradients."""
+        with torch.no_grad():
+            outs = [model(params, buffers, inputs, None, False)[0] for inputs in unlabelled.split(CHUNK)]
+            return torch.cat(outs) / self.temperature
+
+    def _targets(self, model: Model, state: State, received: Sequence[Shared], unlabelled: Tensor) -> Tensor:
+        """Compute the teachers' mean probabilities [N, C] at the temperature."""
+        device = unlabelled.device
         total: Tensor | None = None
-        for w in heard:
-            params: Params = {n: p.to(u.device) for n, p in {**state.params, **w.group("params")}.items()}
-            buffers: Params = {n: b.to(u.device) for n, b in {**state.buffers, **w.group("buffers")}.items()}
-            with torch.no_grad():
-                out = (
-                    torch.cat([model(params, buffers, x, None, False)[0] for x in u.split(CHUNK)])
-                    / self.temperature
-                )
+        for weights in received:
+            # Entries that a sender did not send, such as personal ones, are the receiver's.
+            params = {n: p.to(device) for n, p in {**state.params, **weights.group("params")}.items()}
+            buffers = {n: b.to(device) for n, b in {**state.buffers, **weights.group("buffers")}.items()}
+            out = self._logits(model, params, buffers, unlabelled)
             out = out if self.of == "logits" else out.softmax(1)
             total = out if total is None else total + out
         assert total is not None
-        mean = total / len(heard)
+        mean = total / len(received)
         return mean.softmax(1) if self.of == "logits" else mean
 
     def _steps(
@@ -156,21 +170,25 @@ class Distillation(WeightSpace):
         model: Model,
         state: State,
         layout: Layout,
-        u: Tensor,
+        unlabelled: Tensor,
         target: Tensor,
         generator: torch.Generator,
     ) -> Tensor:
+        """Train the parameters of the layout towards the targets; return them as one vector."""
         optimiser, theta = Adam() if self.optimiser == "adam" else SGD(), layout.flatten(state.params)
         held, order = optimiser.init(theta), torch.zeros(0, dtype=torch.long)
         with torch.enable_grad():
             for _ in range(self.steps):
                 if not len(order):
-                    order = torch.randperm(len(u), generator=generator)
-                batch, order = order[: self.batch_size].to(u.device), order[self.batch_size :]
+                    order = torch.randperm(len(unlabelled), generator=generator)
+                batch, order = order[: self.batch_size].to(unlabelled.device), order[self.batch_size :]
                 leaf = theta.detach().requires_grad_()
-                out = model({**state.params, **layout.split(leaf)}, state.buffers, u[batch], None, False)[0]
-                log, p = (out / self.temperature).log_softmax(1), target[batch]
-                loss = -(self.temperature**2) * (p * log).sum(1).mean()  # KL up to the teachers' own entropy
+                params = {**state.params, **layout.split(leaf)}
+                out = model(params, state.buffers, unlabelled[batch], None, False)[0]
+
+                # The cross-entropy is KL plus the entropy of the targets, which has no gradient.
+                log = (out / self.temperature).log_softmax(1)
+                loss = -(self.temperature**2) * (target[batch] * log).sum(1).mean()
                 grad = torch.autograd.grad(loss, leaf)[0]
                 direction, held = optimiser.update(grad, held, theta)
                 theta = theta - self.rate * direction

@@ -1,9 +1,10 @@
-"""Merging by statistics: what agents tell of their data says how much each parameter of theirs counts."""
+"""Merging by statistics: what agents send about their data weighs each of their parameters."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,50 +14,61 @@ from consilience.core.message import Message, Statistics
 from consilience.core.params import Layout, Params
 from consilience.core.schedule import ScheduleFacts
 from consilience.core.state import State
-from consilience.core.weight_space import WeightSpace
+from consilience.core.weight_space import Received, WeightSpace
 
-Rows = list[tuple[str, Params, float]]
-"""(sender, parameters, weight) of those that are heard."""
+
+class Summary(NamedTuple):
+    """The statistics of one source of a sender, and its number of examples."""
+
+    examples: int
+    item: Statistics
 
 
 @dataclass(frozen=True)
 class _ByStatistics(WeightSpace):
-    """A weight space in which what agents tell of their data weighs their parameters."""
+    """A weight space in which statistics of the senders' data weigh their parameters."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.aggregator is not None:
             raise ConsilienceError(
-                f"`aggregator` of {type(self).__name__} should be None: statistics weigh. Found {type(self.aggregator).__name__}."
+                f"`aggregator` of {type(self).__name__} must be None, because statistics weigh the "
+                f"parameters, got {type(self.aggregator).__name__}."
             )
 
     def refuse(self, facts: ScheduleFacts) -> str | None:
         if not facts.trains:
             return "it merges by statistics of data, and here only trained models are given; use average"
         if facts.most_received < 2:
-            return "it weighs what several agents learned, and one is heard at a time; use parameter_average, or finetune for the last"
+            return (
+                "it weighs the parameters of several agents, and one is received at a time; use "
+                "parameter_average, or finetune for the last"
+            )
         return super().refuse(facts)
 
     @staticmethod
-    def _told(
-        rows: Rows, fresh: Sequence[Message], state: State, keys: Sequence[str], by: str
-    ) -> list[list[tuple[int, Statistics]]]:
-        """Of each sender the statistics under the first of these keys, with their numbers of examples: of what it learned now, else before."""
+    def _summaries(
+        rows: Sequence[Received], fresh: Sequence[Message], state: State, keys: Sequence[str], method: str
+    ) -> list[list[Summary]]:
+        """Find each sender's statistics under the first of `keys` that it uses: new ones, else the bank's."""
         found = []
-        for sender, *_ in rows:
-            of = [
+        for row in rows:
+            # A sender that trained on nothing new sends no statistics: those in the bank still describe its
+            # parameters.
+            candidates = (
                 [
-                    (m.size, item)
-                    for m in held
-                    if m.sender == sender and isinstance(item := m.items.get(key), Statistics)
+                    Summary(m.size, item)
+                    for m in messages
+                    if m.sender == row.sender and isinstance(item := m.items.get(key), Statistics)
                 ]
-                for held in (fresh, list(state.bank.values()))
+                for messages in (fresh, list(state.bank.values()))
                 for key in keys
-            ]
-            own = next((o for o in of if o), None)
+            )
+            own = next((summaries for summaries in candidates if summaries), None)
             if own is None:
                 raise ConsilienceError(
-                    f"what is heard should come with statistics, as {by} tells. Found none of {sender!r}."
+                    f"received parameters need statistics, got none from {row.sender!r}; all senders must "
+                    f"use {method}."
                 )
             found.append(own)
         return found
@@ -64,13 +76,14 @@ class _ByStatistics(WeightSpace):
 
 @dataclass(frozen=True)
 class FisherSpace(_ByStatistics):
-    """theta = (sum_i w_i F_i theta_i + prior theta_base) / (sum_i w_i F_i + prior), by entry; then the outer step of `WeightSpace`.
+    """theta = (sum_i w_i F_i theta_i + prior theta_base) / (sum_i w_i F_i + prior), by entry.
 
-    F_i is the diagonal Fisher information that the correction `Information` tells, or the precision of EWC, online EWC or MAS: the
-    mean over the sender's sources, by their examples; w_i is its share of the examples, or 1/m. So the merge is the
-    optimum of sum_i w_i (theta - theta_i)^T diag(F_i) (theta - theta_i), in float64. Where all F_i and the prior are 0, and for
-    entries of which none is told, it is the average; so it is for a task's own entries and buffers. Raises ConsilienceError for
-    a sender that tells no precision. Matena & Raffel 2022.
+    Then comes the outer step of `WeightSpace`. F_i is the diagonal Fisher information sent by the correction
+    `Information`, or the precision of EWC, online EWC or MAS: the mean over the sender's sources, by their
+    examples; w_i is its share of the examples, or 1/m. So the merge is the optimum of sum_i w_i (theta -
+    theta_i)^T diag(F_i) (theta - theta_i), in float64. Where all F_i and the prior are 0, and for entries
+    without F, it is the average; so it is for a task's own entries and buffers. Raises ConsilienceError for a
+    sender without a precision. Matena & Raffel 2022.
     """
 
     prior: float = 0.0
@@ -78,53 +91,67 @@ class FisherSpace(_ByStatistics):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.prior < float("inf"):
-            raise ConsilienceError(f"`prior` should be >= 0 and finite. Found `prior = {self.prior}`.")
+            raise ConsilienceError(f"`prior` must be finite and not negative, got {self.prior}.")
 
     @property
     def needs_base(self) -> bool:  # type: ignore[override]
-        """The prior stands at the hearer's own parameters."""
+        """Whether there is a prior, which stands at the receiver's own parameters."""
         return self.prior > 0
 
     def refuse(self, facts: ScheduleFacts) -> str | None:
         if self.prior and facts.exchanges and not facts.common_base:
-            return "its prior stands at the hearer's own parameters, but here what is heard starts from others; use prior = 0"
+            return (
+                "its prior stands at the receiver's own parameters, but here the senders start from others; "
+                "use prior = 0"
+            )
         return super().refuse(facts)
 
-    def _by_told(self, names: list[str], rows: Rows, state: State, fresh: Sequence[Message]) -> Params:
+    def _merge_by_statistics(
+        self, names: list[str], rows: list[Received], state: State, fresh: Sequence[Message]
+    ) -> Params:
         from consilience.aggregators._fisher import Fisher
 
         if not names or (len(rows) == 1 and not self.prior):
             return {}
-        told = self._told(rows, fresh, state, ("Information", "EWC", "OnlineEWC", "MAS"), "fisher_merging")
-        here = [n for n in names if all(f"precision/{n}" in item.tensors for own in told for _, item in own)]
-        layout = Layout.of({n: rows[0][1][n] for n in here}, torch.float64)
-        theta = torch.stack([layout.flatten(params) for _, params, _ in rows])
-        shares = torch.tensor([w for *_, w in rows], dtype=torch.float64, device=layout.device)
+        keys = ("Information", "EWC", "OnlineEWC", "MAS")
+        summaries = self._summaries(rows, fresh, state, keys, "fisher_merging")
+        here = [n for n in names if all(f"precision/{n}" in s.item.tensors for own in summaries for s in own)]
+
+        first = rows[0].params
+        layout = Layout.of({n: first[n] for n in here}, torch.float64)
+        theta = torch.stack([layout.flatten(row.params) for row in rows])
+        shares = torch.tensor([row.weight for row in rows], dtype=torch.float64, device=layout.device)
         shares /= shares.sum()
-        fishers = []
-        for own in told:
-            sizes = [s for s, _ in own] if any(s for s, _ in own) else [1] * len(own)
-            parts = [
-                layout.flatten(item.group("precision")) * (s / sum(sizes))
-                for s, (_, item) in zip(sizes, own, strict=True)
-            ]
-            fishers.append(torch.stack(parts).sum(0))
+        fishers = torch.stack([self._mean_precision(own, layout) for own in summaries])
+
+        # Entries without any information keep the origin: the receiver's own, or else the average.
         origin = layout.flatten(state.base) if self.prior else shares @ theta
-        merged = origin + Fisher(self.prior)(
-            theta - origin, shares[:, None] * torch.stack(fishers), names=[s for s, *_ in rows]
+        change = Fisher(self.prior)(
+            theta - origin, shares[:, None] * fishers, names=[row.sender for row in rows]
         )
-        return {n: p.to(rows[0][1][n].dtype) for n, p in layout.split(merged).items()}
+        return {n: p.to(first[n].dtype) for n, p in layout.split(origin + change).items()}
+
+    @staticmethod
+    def _mean_precision(own: list[Summary], layout: Layout) -> Tensor:
+        """Average the precisions of one sender's sources by their examples: [n]."""
+        sizes = [s.examples for s in own] if any(s.examples for s in own) else [1] * len(own)
+        parts = [
+            layout.flatten(s.item.group("precision")) * (size / sum(sizes))
+            for size, s in zip(sizes, own, strict=True)
+        ]
+        return torch.stack(parts).sum(0)
 
 
 @dataclass(frozen=True)
 class RegMean(_ByStatistics):
-    """W = (sum_i w_i G'_i)^-1 sum_i w_i G'_i W_i for linear layers and convolutions; all other entries are averaged.
+    """W = (sum_i w_i G'_i)^-1 sum_i w_i G'_i W_i for linear layers and convolutions; others are averaged.
 
-    W [d, C] stands for a layer's weight (of each group), G_i = X_i^T X_i / N_i [d, d] is what the correction `InputMoments` tells of its
-    inputs, and G'_i = alpha G_i + (1 - alpha) diag(G_i); w_i is the share of the examples, or 1/m. So the outputs are nearest, in
-    least squares, to those of each expert on its own inputs (alpha = 1). `ridge`, times the mean of the diagonal of the sum, holds W at
-    the experts' mean where there are no inputs; with 0 the pseudo-inverse does. In float64. Raises ConsilienceError for a
-    sender that tells no moments. Jin et al. 2023 (alpha .9).
+    W [d, C] stands for a layer's weight (of each group), G_i = X_i^T X_i / N_i [d, d] is the second moment of
+    its inputs, sent by the correction `InputMoments`, and G'_i = alpha G_i + (1 - alpha) diag(G_i); w_i is
+    the share of the examples, or 1/m. So the outputs are nearest, in least squares, to those of each expert
+    on its own inputs (alpha = 1). `ridge`, times the mean of the diagonal of the sum, holds W at the experts'
+    mean where there are no inputs; with 0 the pseudo-inverse does. In float64. Raises ConsilienceError for a
+    sender without moments. Jin et al. 2023 (alpha .9).
     """
 
     alpha: float = 0.9
@@ -133,47 +160,54 @@ class RegMean(_ByStatistics):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.alpha <= 1:
-            raise ConsilienceError(f"`alpha` should be in [0, 1]. Found `alpha = {self.alpha}`.")
+            raise ConsilienceError(f"`alpha` must be in [0, 1], got {self.alpha}.")
         if not 0 <= self.ridge < float("inf"):
-            raise ConsilienceError(f"`ridge` should be >= 0 and finite. Found `ridge = {self.ridge}`.")
+            raise ConsilienceError(f"`ridge` must be finite and not negative, got {self.ridge}.")
 
-    def _by_told(self, names: list[str], rows: Rows, state: State, fresh: Sequence[Message]) -> Params:
+    def _merge_by_statistics(
+        self, names: list[str], rows: list[Received], state: State, fresh: Sequence[Message]
+    ) -> Params:
         if not names or len(rows) == 1:
             return {}
-        told = self._told(rows, fresh, state, ("InputMoments",), "regmean")
-        total = sum(w for *_, w in rows)
+        summaries = self._summaries(rows, fresh, state, ("InputMoments",), "regmean")
+        total = sum(row.weight for row in rows)
         made: Params = {}
         for n in names:
-            shape = rows[0][1][n].shape
-            found = [item.tensors.get(f"second/{n}") for own in told for _, item in own]
-            if any(g is None or g.shape[-1] != shape[1:].numel() for g in found):
+            first = rows[0].params[n]
+            moments = [s.item.tensors.get(f"second/{n}") for own in summaries for s in own]
+            if any(moment is None or moment.shape[-1] != first.shape[1:].numel() for moment in moments):
                 continue
+
             grams, weights = [], []
-            for (_, params, w), own in zip(rows, told, strict=True):
-                second = torch.stack([item.tensors[f"second/{n}"] for _, item in own]).sum(0)
-                grams.append(
-                    second * (w / total / max(1.0, float(sum(item.tensors["count"] for _, item in own))))
-                )
-                weights.append(params[n].double().reshape(len(second), -1, second.shape[-1]))
-            mean = torch.stack([x * (w / total) for x, (*_, w) in zip(weights, rows, strict=True)]).sum(0)
-            made[n] = (
-                (mean + self._solve(grams, [x - mean for x in weights]))
-                .reshape(shape)
-                .to(rows[0][1][n].dtype)
-            )
+            for row, own in zip(rows, summaries, strict=True):
+                second = torch.stack([s.item.tensors[f"second/{n}"] for s in own]).sum(0)
+                examples = max(1.0, float(sum(s.item.tensors["count"] for s in own)))
+                grams.append(second * (row.weight / total / examples))
+                weights.append(row.params[n].double().reshape(len(second), -1, second.shape[-1]))
+
+            # Differences to the mean are solved for, so that the ridge draws towards the mean and not towards
+            # 0.
+            parts = [weight * (row.weight / total) for weight, row in zip(weights, rows, strict=True)]
+            mean = torch.stack(parts).sum(0)
+            solved = mean + self._solve(grams, [weight - mean for weight in weights])
+            made[n] = solved.reshape(first.shape).to(first.dtype)
         return made
 
     def _solve(self, grams: list[Tensor], weights: list[Tensor]) -> Tensor:
-        """The W [g, C, d] that minimises sum_i ||X_i (W - W_i)||^2 for W_i [g, C, d] and G_i = X_i^T X_i [g, d, d]."""
+        """Minimise sum_i ||X_i (W - W_i)||^2 over W [g, C, d], given W_i and G_i = X_i^T X_i [g, d, d]."""
+        diagonals = [torch.diag_embed(gram.diagonal(dim1=1, dim2=2)) for gram in grams]
         scaled = [
-            self.alpha * g + (1 - self.alpha) * torch.diag_embed(g.diagonal(dim1=1, dim2=2)) for g in grams
+            self.alpha * gram + (1 - self.alpha) * diagonal
+            for gram, diagonal in zip(grams, diagonals, strict=True)
         ]
-        whole = torch.stack(scaled).sum(0)
-        wanted = torch.stack([w @ g for w, g in zip(weights, scaled, strict=True)]).sum(0)
-        size = whole.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+        total = torch.stack(scaled).sum(0)
+        target = torch.stack([weight @ gram for weight, gram in zip(weights, scaled, strict=True)]).sum(0)
+
+        # A ridge is a share of the mean diagonal: without any input it is 0, and the sum is singular.
+        size = total.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
         if not self.ridge or bool((size == 0).any()):
-            inverse: Tensor = torch.linalg.pinv(whole, hermitian=True)
-            return torch.bmm(wanted, inverse)
-        whole = whole + self.ridge * size * torch.eye(whole.shape[-1], dtype=whole.dtype, device=whole.device)
-        solved: Tensor = torch.linalg.solve(whole, wanted.transpose(1, 2))
+            inverse: Tensor = torch.linalg.pinv(total, hermitian=True)
+            return torch.bmm(target, inverse)
+        eye = torch.eye(total.shape[-1], dtype=total.dtype, device=total.device)
+        solved: Tensor = torch.linalg.solve(total + self.ridge * size * eye, target.transpose(1, 2))
         return solved.transpose(1, 2)

@@ -1,4 +1,4 @@
-"""Normalised averaging: how far each agent went counts, and not how many steps it took."""
+"""Normalised averaging: changes count per local step, so that more steps do not weigh more."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ from consilience.core.message import Message, Weights
 from consilience.core.model import Model
 from consilience.core.schedule import ScheduleFacts
 from consilience.core.state import State
-from consilience.core.weight_space import WeightSpace
+from consilience.core.weight_space import WeightSpace, with_weights
 
 
 @dataclass(frozen=True)
 class Normalised(WeightSpace):
-    """FedNova: theta <- base - tau_eff sum_i p_i (base - theta_i) / tau_i, tau_eff = sum_i p_i tau_i, then the outer step.
+    """FedNova: theta <- base - tau_eff sum_i p_i (base - theta_i) / tau_i with tau_eff = sum_i p_i tau_i.
 
-    tau_i is how many steps agent i took, as the correction `LocalSteps` tells; p_i its share of the examples. So the coefficients of the average are
-    p_i tau_eff / tau_i, with any aggregator: each theta_i is first put at base + (tau_eff / tau_i) (theta_i - base), as it is where all tau
-    are equal. Raises ConsilienceError for what was learned in an unknown number of steps. Wang et al. 2020, arXiv:2007.07481.
+    Then comes the outer step. tau_i is the number of steps that agent i took, sent by the correction
+    `LocalSteps`; p_i its share of the examples. So the coefficients of the average are p_i tau_eff / tau_i.
+    Any aggregator works: each theta_i is first moved to base + (tau_eff / tau_i) (theta_i - base), and stays
+    as it is if all tau are equal. Raises ConsilienceError for trained parameters without a number of steps.
+    Wang et al. 2020, arXiv:2007.07481.
     """
 
     @property
@@ -30,46 +32,57 @@ class Normalised(WeightSpace):
 
     def refuse(self, facts: ScheduleFacts) -> str | None:
         if not facts.trains:
-            return "it normalises by the steps that agents took, and here only trained models are given; use average"
+            return "it normalises by local steps, and here only trained models are given; use average"
         if facts.exchanges and not facts.common_base:
-            return "it normalises steps from the hearer's own parameters, but here what is heard starts from others; use average"
+            return (
+                "it normalises changes of the receiver's own parameters, but here the senders start from "
+                "others; use average"
+            )
         return super().refuse(facts)
 
     def receive(
         self, model: Model, state: State, fresh: Sequence[Message], by_size: bool, generator: torch.Generator
     ) -> State:
-        learned = [m for m in fresh if m.trained and isinstance(m.items.get("model"), Weights)]
-        told = {m.sender: m.items["LocalSteps"].tensors for m in learned if "LocalSteps" in m.items}
-        steps = {sender: float(t["steps"]) for sender, t in told.items()}
-        for m in learned:
-            if not steps.get(m.sender):
+        trained = [m for m in with_weights(fresh) if m.trained]
+        steps = {
+            m.sender: float(m.items["LocalSteps"].tensors["steps"])
+            for m in trained
+            if "LocalSteps" in m.items
+        }
+        for message in trained:
+            if not steps.get(message.sender):
                 raise ConsilienceError(
-                    f"what is heard should come with its number of steps, as fednova tells. Found none of {m.sender!r}."
+                    f"received parameters need their number of steps, got none from {message.sender!r}; all "
+                    "senders must use fednova."
                 )
-        sizes = {m.sender: float(max(m.size, 1)) if by_size else 1.0 for m in learned}
+
+        sizes = {m.sender: float(max(m.size, 1)) if by_size else 1.0 for m in trained}
         effective = sum(sizes[s] * steps[s] for s in sizes) / sum(sizes.values()) if sizes else 0.0
+        # Exactly their common number, so that factors are 1 and parameters stay as they are.
         if len(set(steps.values())) == 1:
             effective = next(iter(steps.values()))
-        heard = [
-            self._scaled(model, m, state, effective / steps[m.sender]) if m in learned else m for m in fresh
+        scaled = [
+            self._scaled(model, m, state, effective / steps[m.sender]) if m in trained else m for m in fresh
         ]
-        return super().receive(model, state, heard, by_size, generator)
+        return super().receive(model, state, scaled, by_size, generator)
 
     @staticmethod
-    def _scaled(model: Model, m: Message, state: State, factor: float) -> Message:
-        """The message with its parameters at base + factor (theta - base)."""
+    def _scaled(model: Model, message: Message, state: State, factor: float) -> Message:
+        """Move the parameters of a message to base + factor (theta - base)."""
         if factor == 1:
-            return m
-        tensors = dict(m.items["model"].tensors)
-        for k, p in tensors.items():
-            base = state.base.get(k.removeprefix("params/"))
-            name = k.removeprefix("params/")
+            return message
+        tensors = dict(message.items["model"].tensors)
+        for key, values in tensors.items():
+            name = key.removeprefix("params/")
+            base = state.base.get(name)
+            # Entries of one task, and those that the receiver lacks or refuses later, have no base to start
+            # from.
             if (
-                k.startswith("params/")
+                key.startswith("params/")
                 and base is not None
                 and model.task_of(name) is None
-                and p.is_floating_point()
-                and p.shape == base.shape
+                and values.is_floating_point()
+                and values.shape == base.shape
             ):
-                tensors[k] = torch.lerp(base.to(p), p, factor)
-        return replace(m, items={**m.items, "model": Weights(tensors)})
+                tensors[key] = torch.lerp(base.to(values), values, factor)
+        return replace(message, items={**message.items, "model": Weights(tensors)})

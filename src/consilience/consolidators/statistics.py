@@ -1,4 +1,4 @@
-"""Solving statistics: one ridge head from everybody's sums, whatever the split, order or schedule."""
+"""Solving statistics: one ridge head from the sums of all agents, whatever the split, order or schedule."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ from consilience.core.state import State
 def update(
     inverse: Tensor, moment: Tensor, psi: Tensor, hot: Tensor, remove: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """(A + lambda I)^-1 [d, d] and b [d, C] after examples psi [B, d] with one-hot targets [B, C] came, or with `remove` left.
+    """Update P = (A + lambda I)^-1 [d, d] and b [d, C] by examples psi [B, d] with one-hot targets [B, C].
 
-    Woodbury: P -+ P psi^T (I +- psi P psi^T)^-1 psi P, at a cost of B d^2 in the place of d^3; W = P b. It begins at P = I / lambda, b = 0;
-    a ones column in psi is the bias. In float64: errors of a long stream add up, those of sums do not.
+    With `remove` the examples are taken out again. Woodbury: P -+ P psi^T (I +- psi P psi^T)^-1 psi P, at a
+    cost of B d^2 in the place of d^3; W = P b. It begins at P = I / lambda, b = 0; a ones column in psi is
+    the bias. In float64: errors of a long stream add up, those of sums do not.
 
     Raises:
-        ConsilienceError: examples to remove that were never there.
+        ConsilienceError: examples to remove that were not added before.
 
     >>> p, b = torch.eye(2).double() / 0.5, torch.zeros(2, 1).double()
     >>> p, b = update(p, b, torch.tensor([[1.0, 1.0]]).double(), torch.ones(1, 1).double())
@@ -39,8 +40,9 @@ def update(
     small = torch.eye(len(psi), dtype=psi.dtype, device=psi.device) + sign * (ahead @ psi.T)
     factor, failed = torch.linalg.cholesky_ex(small)
     if failed:
-        raise ConsilienceError("examples to remove should have been added before. Found some that were not.")
+        raise ConsilienceError("examples to remove must have been added before, got some that were not.")
     inverse = inverse - sign * (ahead.T @ torch.cholesky_solve(ahead, factor))
+    # Rounding makes the inverse slightly asymmetric, which would grow over a long stream.
     return (inverse + inverse.T) / 2, moment + sign * (psi.T @ hot)
 
 
@@ -52,30 +54,32 @@ def solve(
     average: bool = False,
     normalise: bool = False,
 ) -> Tensor:
-    """W = (A + lambda I)^-1 b [d + 1, C], float64, from A = sum psi psi^T and b = sum psi e_y^T with a ones column as bias.
+    """Solve W = (A + lambda I)^-1 b [d + 1, C] in float64, from A = sum psi psi^T and b = sum psi e_y^T.
 
-    With `average` the objective is the mean loss, whose closed form needs lambda x samples. With `normalise` each column
-    (with its bias) is divided by its norm without the bias (zero counts as 1e-6), as Fed3R does.
+    psi has a ones column as bias. With `average` the objective is the mean loss, whose closed form needs
+    lambda x samples. With `normalise` each column (with its bias) is divided by its norm without the bias
+    (zero counts as 1e-6), as Fed3R does.
 
     >>> solve(torch.eye(2).double(), torch.ones(2, 1).double(), 1.0).flatten().round(decimals=6).tolist()
     [0.5, 0.5]
     """
     ridge = strength * (samples if average else 1.0)
     eye = torch.eye(len(a), dtype=a.dtype, device=a.device)
-    w = torch.cholesky_solve(b, torch.linalg.cholesky(a + ridge * eye))
+    head = torch.cholesky_solve(b, torch.linalg.cholesky(a + ridge * eye))
     if normalise:
-        norm = w[:-1].norm(dim=0)
-        w = w / torch.where(norm == 0, torch.full_like(norm, 1e-6), norm)
-    return w
+        norm = head[:-1].norm(dim=0)
+        head = head / torch.where(norm == 0, torch.full_like(norm, 1e-6), norm)
+    return head
 
 
 @dataclass(frozen=True)
 class ClosedForm(Consolidator):
-    """The head that minimises sum ||W^T psi(x) - e_y||^2 + lambda ||W||^2 over all sources heard of: W = (A + lambda I)^-1 b.
+    """The head W = (A + lambda I)^-1 b that minimises sum ||W^T psi(x) - e_y||^2 + lambda ||W||^2.
 
-    psi are the model's features, with a ones column; lambda enters once. It reads the Statistics of `corrections.Moments`
-    and writes the model's linear head, divided by `temperature`: the argmax is the same, and the softmax as sharp as training that
-    goes on from it wants. Fanì et al. 2024 (Fed3R); Wang et al. 2022 (SCROLL).
+    The sum is over all received sources. psi are the model's features, with a ones column; lambda enters
+    once. It reads the Statistics of `corrections.Moments` and writes the model's linear head, divided by
+    `temperature`. The argmax stays the same; a sharper softmax suits training that continues from it. Fanì et
+    al. 2024 (Fed3R); Wang et al. 2022 (SCROLL).
     """
 
     strength: float = 0.01
@@ -85,10 +89,9 @@ class ClosedForm(Consolidator):
 
     def __post_init__(self) -> None:
         for name in ("strength", "temperature"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ConsilienceError(
-                    f"`{name}` should be positive and finite. Found `{name} = {getattr(self, name)}`."
-                )
+            value = getattr(self, name)
+            if not 0 < value < float("inf"):
+                raise ConsilienceError(f"`{name}` must be positive and finite, got {value}.")
 
     def export(
         self, model: Model, state: State, sources: Sequence[Source], personal: Sequence[str]
@@ -97,14 +100,18 @@ class ClosedForm(Consolidator):
 
     def refuse(self, facts: ScheduleFacts) -> str | None:
         if not facts.exchanges:
-            return "statistics are solved when they are heard, and nobody hears here"
+            return "statistics are solved when they are received, and no agent receives any here"
         if not facts.trains:
             return "it needs sums over data, and here only trained models are given"
         if facts.model is not None:
+            # A model says whether it has a shared head by refusing to name one.
             try:
                 facts.model.head(facts.model.init(torch.Generator().manual_seed(0))[0], None)
             except ConsilienceError:
-                return "it solves one linear head that all sources share, and this model has none; use models.mlp or models.linear"
+                return (
+                    "it solves one linear head that all sources share, and this model has none; use "
+                    "models.mlp or models.linear"
+                )
         return None
 
     def receive(
@@ -113,7 +120,8 @@ class ClosedForm(Consolidator):
         total = add_up(m.items["Moments"] for m in state.bank.values() if "Moments" in m.items)
         if total is None:
             return state
-        w = solve(
+        # From the sums of the complete bank each time: the result does not depend on the order of messages.
+        head = solve(
             total.tensors["second"],
             total.tensors["first"],
             self.strength,
@@ -121,34 +129,35 @@ class ClosedForm(Consolidator):
             self.average,
             self.normalise,
         )
-        return state.change(params=self._with_head(model, state.params, w / self.temperature))
+        return state.change(params=self._with_head(model, state.params, head / self.temperature))
 
     def forget(self, model: Model, state: State) -> State:
-        """Solved again from the sums that are left, to the bit what it would be had the others not been heard; zero without any."""
+        """Solve again from the remaining sums, as if the others had not been received; zero without any."""
         if any("Moments" in m.items for m in state.bank.values()):
             return self.receive(model, state, (), True, torch.Generator())
         nothing = torch.zeros(1, 0, dtype=torch.float64)
         return state.change(params=self._with_head(model, state.params, nothing))
 
     @staticmethod
-    def _with_head(model: Model, params: Params, w: Tensor) -> Params:
-        """The parameters with the head W [d + 1, C]; classes that it lacks are zero."""
+    def _with_head(model: Model, params: Params, solved: Tensor) -> Params:
+        """Put the head W [d + 1, C] into the parameters; classes that it lacks are zero."""
         weight, bias = model.head(params, None)
         params = dict(params)
         old = params[weight]
         head = torch.zeros_like(old, dtype=torch.float64)
-        if w.shape[1]:
-            head[: w.shape[1]] = w[:-1].T
+        classes = solved.shape[1]
+        if classes:
+            head[:classes] = solved[:-1].T
         params[weight] = head.to(old.dtype)
         if bias is not None:
             offset = torch.zeros(len(old), dtype=torch.float64)
-            offset[: w.shape[1]] = w[-1]
+            offset[:classes] = solved[-1]
             params[bias] = offset.to(old.dtype)
         return params
 
 
 def add_up(items: Iterable[Shared]) -> Statistics | None:
-    """The sum of statistics, None where there are none."""
+    """Add up statistics; None if there are none."""
     total: Statistics | None = None
     for item in items:
         if isinstance(item, Statistics):

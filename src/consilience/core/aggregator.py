@@ -1,11 +1,11 @@
-"""Aggregators: one type for five jobs. Rows of gradients, of client updates, of task vectors, into one."""
+"""Aggregators: one type for five jobs. Rows of gradients, client updates or task vectors become one."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, final
+from typing import Any, ClassVar, Literal, final
 
 import torch
 from torch import Tensor
@@ -14,29 +14,29 @@ from consilience.core.errors import ConsilienceError
 
 
 class Aggregator(ABC):
-    """rows [m, n], weights [m] -> [n]. Frozen dataclasses of hyperparameters; pure; seeded by an explicit generator.
+    """rows [m, n], weights [m] -> [n]. A frozen dataclass of hyperparameters; pure; seeded by a generator.
 
-    Contract: m equal rows g give (sum of weights) x T(g), T being the aggregator's own one-row transform (the identity
-    for most; TIES trims). The result does not depend on the order of the rows, to the bit.
-    Default weights are 1/m.
+    Contract: m equal rows g give (sum of weights) x T(g), T being the aggregator's own one-row transform (the
+    identity for most; TIES trims). The result does not depend on the order of the rows, to the bit. Default
+    weights are 1/m.
     """
 
     takes_negative_weights: ClassVar[bool] = True
     takes_entry_weights: ClassVar[bool] = False
-    """Whether weights may be [m, n], one an entry."""
+    """Whether weights may be [m, n], one per entry."""
 
     fewest_rows: ClassVar[int] = 1
     needs_base: ClassVar[bool] = True
-    """Whether rows are deltas from a common base; only averages, whose coefficients sum to 1, need none."""
+    """Whether rows are deltas from a common base. Averages need none, because their coefficients sum to 1."""
 
     robust: ClassVar[bool] = False
-    """Whether it withstands bad rows: of what is heard, messages that are not finite are then left out, with a warning."""
+    """Whether it tolerates bad rows. Messages that are not finite are then left out, with a warning."""
 
     @abstractmethod
     def combine(
         self, rows: Sequence[Tensor] | Tensor, weights: Tensor, generator: torch.Generator | None
     ) -> Tensor:
-        """The result [n] for checked rows [m, n] (a tensor, or m vectors) in a canonical order and weights [m]."""
+        """Combine checked rows [m, n] (a tensor, or m vectors) in canonical order, weights [m] -> [n]."""
 
     @final
     def __call__(
@@ -46,13 +46,14 @@ class Aggregator(ABC):
         generator: torch.Generator | None = None,
         names: Sequence[str] | None = None,
     ) -> Tensor:
-        """Check the rows, put them in a canonical order, combine them.
+        """Check the rows, put them in canonical order, combine them.
 
-        Raises ConsilienceError for rows of different sizes, non-finite rows (named by `names`), weights of another
-        number, negative ones where the aggregator wants none, or fewer rows than it needs.
+        Raises ConsilienceError for rows of different sizes, rows that are not finite (named by `names`), a
+        wrong number of weights, negative weights where the aggregator takes none, or fewer rows than it
+        needs.
         """
-        rows, w, _ = self.admit(rows, weights, names)
-        return self.combine(rows, w, generator)
+        rows, checked, _ = self.admit(rows, weights, names)
+        return self.combine(rows, checked, generator)
 
     @final
     def admit(
@@ -61,78 +62,93 @@ class Aggregator(ABC):
         weights: Tensor | Sequence[float] | None,
         names: Sequence[str] | None = None,
     ) -> tuple[Tensor, Tensor, list[int]]:
-        """The door: checked rows [m, n] and weights [m] in a canonical order, and that order."""
+        """Check rows and weights; return rows [m, n] and weights [m] in canonical order, and that order."""
+        rows = self._checked_rows(rows, names)
+        checked = self._checked_weights(weights, rows)
+
+        # Rows that are already in order are not copied.
+        order = canonical_rows(rows, checked)
+        if order == list(range(len(rows))):
+            return rows, checked, order
+        return rows[order], checked[order], order
+
+    def _checked_rows(self, rows: Tensor | Sequence[Tensor], names: Sequence[str] | None) -> Tensor:
         own = type(self).__name__
         if not isinstance(rows, Tensor):
-            if len({r.shape for r in rows}) > 1:
-                raise ConsilienceError(
-                    f"rows for {own} should have one size. Found {sorted({tuple(r.shape) for r in rows})}."
-                )
-            if not rows:
-                raise ConsilienceError(f"{own} should be given rows. Found none.")
-            rows = torch.stack(list(rows))
+            shapes = sorted({tuple(row.shape) for row in rows})
+            if len(shapes) > 1:
+                raise ConsilienceError(f"rows of {own} must have one size, got {shapes}.")
+            if not shapes:
+                raise ConsilienceError(f"{own} needs rows, got none.")
+            rows = stacked(rows)
+
         if rows.dim() != 2 or not rows.is_floating_point():
             raise ConsilienceError(
-                f"rows for {own} should be floats [m, n]. Found {rows.dtype} {tuple(rows.shape)}."
+                f"rows of {own} must be floats [m, n], got {rows.dtype} {tuple(rows.shape)}."
             )
-        m = len(rows)
-        if m < self.fewest_rows:
-            raise ConsilienceError(f"{own} should be given at least {self.fewest_rows} rows. Found {m}.")
-        named = list(names) if names is not None else [f"row {i}" for i in range(m)]
+        if len(rows) < self.fewest_rows:
+            raise ConsilienceError(f"{own} needs at least {self.fewest_rows} rows, got {len(rows)}.")
+
+        named = list(names) if names is not None else [f"row {i}" for i in range(len(rows))]
         bad = [named[i] for i, ok in enumerate(torch.isfinite(rows).all(1).tolist()) if not ok]
         if bad:
-            raise ConsilienceError(f"rows should be finite. Found NaN or infinity in {', '.join(bad)}.")
+            raise ConsilienceError(f"rows must be finite, got NaN or infinity in {', '.join(bad)}.")
+        return rows
+
+    def _checked_weights(self, weights: Tensor | Sequence[float] | None, rows: Tensor) -> Tensor:
+        own, rows_given = type(self).__name__, len(rows)
         if weights is None:
-            w = torch.full((m,), 1 / m, dtype=rows.dtype, device=rows.device)
-        else:
-            w = torch.as_tensor(weights, dtype=rows.dtype, device=rows.device)
-        if w.shape != (m,) and not (self.takes_entry_weights and w.shape == rows.shape):
-            raise ConsilienceError(f"weights for {own} should be [{m}], one a row. Found {tuple(w.shape)}.")
-        if not torch.isfinite(w).all() or (not self.takes_negative_weights and (w < 0).any()):
-            rule = "finite" if self.takes_negative_weights else "finite and not negative"
+            return torch.full((rows_given,), 1 / rows_given, dtype=rows.dtype, device=rows.device)
+
+        checked = torch.as_tensor(weights, dtype=rows.dtype, device=rows.device)
+        if checked.shape != (rows_given,) and not (self.takes_entry_weights and checked.shape == rows.shape):
             raise ConsilienceError(
-                f"weights for {own} should be {rule}. Found {w.tolist() if w.dim() == 1 else 'others'}."
+                f"weights of {own} must be [{rows_given}], one per row, got {tuple(checked.shape)}."
             )
-        order = canonical(rows, w)
-        return (rows, w, order) if order == list(range(m)) else (rows[order], w[order], order)
+        if not torch.isfinite(checked).all() or (not self.takes_negative_weights and (checked < 0).any()):
+            rule = "finite" if self.takes_negative_weights else "finite and not negative"
+            got = checked.tolist() if checked.dim() == 1 else "others"
+            raise ConsilienceError(f"weights of {own} must be {rule}, got {got}.")
+        return checked
 
 
 class Linear(Aggregator):
-    """An aggregator whose result is a weighted sum of its rows: only coefficients are computed, from an m x m Gramian.
+    """An aggregator whose result is a weighted sum of its rows, with coefficients from an m x m Gramian.
 
-    Over parameters p_i with a common base the result is sum c_i p_i + (1 - sum c) base, so no delta is ever made.
+    Over parameters with a common base the result is `Affine`, so that no delta is made.
     """
 
     needs_gram: ClassVar[bool] = True
 
     @abstractmethod
     def weigh(self, gram: Tensor, weights: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Coefficients [m] from the Gramian [m, m] (empty where `needs_gram` is False) and weights [m]."""
+        """Compute coefficients [m] from the Gramian [m, m] (empty without `needs_gram`) and weights [m]."""
 
     def coefficients(self, rows: Tensor, weights: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Coefficients [m] for rows [m, n]."""
+        """Compute coefficients [m] for rows [m, n]."""
         if not self.needs_gram:
             return self.weigh(rows.new_zeros(0, 0), weights, generator)
-        wide = rows if rows.dtype in (torch.float32, torch.float64) else rows.float()
+        wide = widened(rows)
         gram = wide @ wide.T
         if not torch.isfinite(gram).all():
             raise ConsilienceError(
-                f"rows for {type(self).__name__} should have finite inner products. Found an overflow."
+                f"rows of {type(self).__name__} must have finite inner products, got an overflow."
             )
         return self.weigh(gram, weights.to(wide.dtype), generator).to(rows.dtype)
 
     def combine(
         self, rows: Sequence[Tensor] | Tensor, weights: Tensor, generator: torch.Generator | None
     ) -> Tensor:
-        stacked = rows if isinstance(rows, Tensor) else torch.stack(list(rows))
-        return weighted(stacked, self.coefficients(stacked, weights, generator))
+        matrix = stacked(rows)
+        return weighted(matrix, self.coefficients(matrix, weights, generator))
 
 
 @dataclass(frozen=True)
-class Known:
-    """What passes over the rows found out: `done` says that no further one is needed.
+class ScanState:
+    """What the passes over the rows have found so far; `done` says that no further pass is needed.
 
-    `columns` says how many columns at the head of each block the next pass wants, None for all (a sample costs little).
+    `columns` is the number of columns at the head of each block that the next pass reads (a sample is cheap);
+    None reads all.
     """
 
     done: bool = True
@@ -140,85 +156,201 @@ class Known:
 
 
 class Blockwise(Aggregator):
-    """An aggregator that works out of core: `scan` reads the rows block by block until it is done, then `apply` makes each block.
+    """An aggregator that works out of core: `scan` reads blocks of rows until done, `apply` makes each block.
 
-    The result does not depend on the size of the blocks; a file's tensors and rows in memory go through the same code.
+    The result does not depend on the size of the blocks; tensors of a file and rows in memory use the same
+    code.
     """
 
+    # So few that all rows of a block stay in the processor's cache.
     block: ClassVar[int] = 1 << 16
-    """Columns at once: so few that all rows of a block stay in a processor's cache."""
+    """Columns per block."""
 
     def init(self, rows: int, size: int, generator: torch.Generator | None) -> Any:
-        """What is known of `rows` rows of `size` columns before they are read: a `Known`."""
-        return Known()
+        """Return the `ScanState` of `rows` rows of `size` columns before any is read."""
+        return ScanState()
 
     def scan(self, rows: Tensor, offset: int, statistics: Any) -> Any:
-        """Fold the block rows [m, b], whose first column is `offset`, into the statistics of this pass. Blocks come in order."""
+        """Add a block [m, b] from column `offset` on to the state of this pass. Blocks come in order."""
         return statistics
 
     def settle(self, statistics: Any) -> Any:
-        """The statistics at the end of a pass."""
+        """Return the state at the end of a pass."""
         return statistics
 
     @abstractmethod
     def apply(self, rows: Tensor, weights: Tensor, offset: int, statistics: Any) -> Tensor:
-        """The result [b] of a block [m, b] from the finished statistics; weights are [m], or [m, b] where each entry has its own."""
+        """Combine a block [m, b] into [b] by the finished state; weights are [m], or [m, b] if per entry."""
 
     def combine(
         self, rows: Sequence[Tensor] | Tensor, weights: Tensor, generator: torch.Generator | None
     ) -> Tensor:
-        stacked = rows if isinstance(rows, Tensor) else torch.stack(list(rows))
-        m, n = stacked.shape
-        known = self.init(m, n, generator)
-        while not known.done:
-            for o in range(0, n, self.block):
-                known = self.scan(stacked[:, o : o + min(self.block, known.columns or self.block)], o, known)
-            known = self.settle(known)
-        made = torch.empty_like(stacked[0])
-        for o in range(0, n, self.block):
-            part = slice(o, o + self.block)
+        matrix = stacked(rows)
+        count, size = matrix.shape
+        state = self.init(count, size, generator)
+        while not state.done:
+            for start in range(0, size, self.block):
+                stop = start + min(self.block, state.columns or self.block)
+                state = self.scan(matrix[:, start:stop], start, state)
+            state = self.settle(state)
+
+        made = torch.empty_like(matrix[0])
+        for start in range(0, size, self.block):
+            part = slice(start, start + self.block)
             made[part] = self.apply(
-                stacked[:, part], weights if weights.dim() == 1 else weights[:, part], o, known
+                matrix[:, part], weights if weights.dim() == 1 else weights[:, part], start, state
             )
         return made
 
 
 class Cone(Aggregator):
-    """An aggregator that also honours constraints: a direction that no constraint row opposes (GEM, A-GEM)."""
+    """An aggregator that also honours constraints: a direction that no constraint row opposes (GEM, A-GEM).
+
+    The objectives' own direction is their weighted mean.
+    """
+
+    def combine(
+        self, rows: Sequence[Tensor] | Tensor, weights: Tensor, generator: torch.Generator | None
+    ) -> Tensor:
+        return weighted(stacked(rows), weights)
 
     @abstractmethod
     def project(self, direction: Tensor, constraints: Tensor) -> Tensor:
-        """The direction [n] moved so that constraints [k, n] @ direction >= 0."""
+        """Move the direction [n] so that constraints [k, n] @ direction >= 0."""
+
+
+# Sums of rows. Two rounding rules, since their users need different things: `weighted` must cancel opposite
+# rows, `Affine` must be fast over parameters that do not fit in memory.
 
 
 def weighted(rows: Tensor, coefficients: Tensor) -> Tensor:
-    """sum_i c_i row_i [n]; one row with coefficient 1 is taken as it is.
+    """Compute sum_i c_i row_i [n]; one row with coefficient 1 is taken as it is.
 
-    Products are rounded before they are added, so that opposite rows cancel on every processor (a fused c @ rows leaves 1e-8 on some).
+    Products are rounded before they are added, so that opposite rows cancel on every processor (a fused c @
+    rows leaves 1e-8 on some). Differentiable, and reads no value back if there is more than one row.
     """
     if len(rows) == 1 and float(coefficients[0]) == 1.0:
         return rows[0].clone()
     total = rows[0] * coefficients[0]
-    for row, c in zip(rows[1:], coefficients[1:], strict=True):
-        total += row * c
+    for row, coefficient in zip(rows[1:], coefficients[1:], strict=True):
+        total += row * coefficient
     return total
 
 
-def canonical(rows: Tensor, weights: Tensor) -> list[int]:
-    """An order of the rows that depends on their content alone: by their first elements, then by all their bytes."""
+ROUNDING = 1e-6
+"""Coefficients whose sum differs from 1 by less count as summing to 1."""
+
+
+@dataclass(frozen=True)
+class Affine:
+    """sum_i c_i theta_i + (1 - sum_i c_i) base: a linear aggregator's result on parameters themselves.
+
+    Rounding rule. One row with c = 1, or the base if all c are 0, is taken as it is, to the bit (`copied`).
+    Otherwise the terms are added in the order of the rows, the base last. Each product is added as
+    `torch.add` does with `alpha`: in one rounding where the processor has a fused instruction. Two flags
+    change the rule:
+
+    factored: equal coefficients c multiply the sum of the rows once, c sum_i theta_i. It is faster.
+    by_changes: base + sum_i c_i (theta_i - base). Large coefficients that cancel lose fewer digits.
+    """
+
+    coefficients: tuple[float, ...]
+    base_share: float
+    """The coefficient of the base, 1 - sum_i c_i; 0 if that is only rounding error."""
+    factored: bool = False
+    by_changes: bool = False
+
+    def __post_init__(self) -> None:
+        if abs(self.base_share) < ROUNDING:
+            object.__setattr__(self, "base_share", 0.0)
+
+    @property
+    def copied(self) -> Literal["row", "base"] | None:
+        """Which model is the result as it is: the only row, the base, or None."""
+        if not any(self.coefficients):
+            return "base"
+        return "row" if self.coefficients == (1.0,) and not self.base_share else None
+
+    def add(self, rows: Iterable[Tensor], base: Tensor | None, out: Tensor | None = None) -> Tensor:
+        """Add up rows [b] and the base [b] into [b], in `out` if given; a base of coefficient 0 may be None.
+
+        Rows may share a buffer, because each is used before the next is taken; `by_changes` overwrites it.
+        The first row may be `out` itself, unless it is taken `by_changes`.
+        """
+        terms = zip(rows, self.coefficients, strict=True)
+        if self.by_changes:
+            assert base is not None
+            total = torch.zeros_like(base) if out is None else out.zero_()
+            for row, coefficient in terms:
+                total.add_(row.sub_(base), alpha=coefficient)
+            return total.add_(base)
+
+        first, coefficient = next(terms)
+        total = torch.empty_like(first) if out is None else out
+        if self.factored:
+            total.copy_(first)
+            for row, _ in terms:
+                total.add_(row)
+            total.mul_(coefficient)
+        else:
+            torch.mul(first, coefficient, out=total)
+            for row, coefficient in terms:
+                total.add_(row, alpha=coefficient)
+        return total.add_(base, alpha=self.base_share) if self.base_share and base is not None else total
+
+
+def canonical(heads: Sequence[tuple[float, ...]], pieces: Iterable[Callable[[int], bytes]] = ()) -> list[int]:
+    """Order rows by their content alone, so that a sum over them has the same bits however they arrive.
+
+    `heads` holds a few numbers per row (its first entries, its weight), which nearly always differ. Rows of
+    equal heads are ordered by their bytes: each of `pieces` gives those of a part of row i. Pieces are read
+    only while rows are tied.
+
+    >>> canonical([(2.0,), (1.0,), (1.0,)], [lambda i: b"cba"[i : i + 1]])
+    [2, 1, 0]
+    """
+    groups = _split(range(len(heads)), heads.__getitem__)
+    if len(groups) < len(heads):
+        for content in pieces:
+            groups = [part for group in groups for part in _split(group, content)]
+            if len(groups) == len(heads):
+                break
+    return [i for group in groups for i in group]
+
+
+def _split(group: Sequence[int], content: Callable[[int], Any]) -> list[Sequence[int]]:
+    """Divide a group of tied rows by a further part of their content, in its order."""
+    if len(group) == 1:
+        return [group]
+    found: dict[Any, list[int]] = {}
+    for i in group:
+        found.setdefault(content(i), []).append(i)
+    return [found[value] for value in sorted(found)]
+
+
+def canonical_rows(rows: Tensor, weights: Tensor) -> list[int]:
+    """Order rows [m, n] in memory by their content, and by their weights [m] or [m, n]."""
     if len(rows) == 1:
         return [0]
-    heads = rows[:, :4].tolist()
-    w = weights.tolist()
-    keys = [(*heads[i], *(() if weights.dim() > 1 else (w[i],))) for i in range(len(rows))]
-    if len(set(keys)) == len(keys):
-        return sorted(range(len(rows)), key=keys.__getitem__)
+    heads = [tuple(head) for head in rows[:, :4].tolist()]
+    if weights.dim() > 1:
+        return canonical(heads, [lambda i: _bytes(rows[i]), lambda i: _bytes(weights[i])])
+    heads = [(*head, weight) for head, weight in zip(heads, weights.tolist(), strict=True)]
+    return canonical(heads, [lambda i: _bytes(rows[i])])
 
-    def content(t: Tensor) -> bytes:
-        return t.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
-    bytes_of = [
-        (keys[i], content(rows[i]), content(weights[i]) if weights.dim() > 1 else b"")
-        for i in range(len(rows))
-    ]
-    return sorted(range(len(rows)), key=bytes_of.__getitem__)
+def _bytes(values: Tensor) -> bytes:
+    return values.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+
+
+# Shapes and dtypes of rows.
+
+
+def stacked(rows: Sequence[Tensor] | Tensor) -> Tensor:
+    """Return rows as one matrix [m, n]."""
+    return rows if isinstance(rows, Tensor) else torch.stack(list(rows))
+
+
+def widened(rows: Tensor) -> Tensor:
+    """Return rows in a dtype of full arithmetic: float32 or float64 as they are, narrower ones as float32."""
+    return rows if rows.dtype in (torch.float32, torch.float64) else rows.float()

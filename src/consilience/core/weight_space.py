@@ -1,15 +1,16 @@
-"""Combining in weight space: average, arithmetic, TIES and every other aggregator, with an outer optimiser."""
+"""Combining in weight space: average, TIES and every other aggregator, with an outer optimiser."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from consilience.core.aggregator import Aggregator, Linear, canonical
+from consilience.core.aggregator import Affine, Aggregator, Linear, canonical, canonical_rows
 from consilience.core.consolidator import Consolidator
 from consilience.core.errors import ConsilienceError, Refusal
 from consilience.core.message import Message, Shared, Weights
@@ -21,17 +22,28 @@ from consilience.core.source import Source
 from consilience.core.state import State
 
 
+class Received(NamedTuple):
+    """One sender's parameters and buffers, and their weight in the average."""
+
+    sender: str
+    params: Params
+    buffers: Params
+    weight: float
+
+
 @dataclass(frozen=True)
 class WeightSpace(Consolidator):
-    """theta <- base + U(base - A(theta_1, .., theta_m)): aggregate A over the parameters heard, outer step U from what the
-    hearer's own parameters were when it last absorbed.
+    """theta <- base + U(base - A(theta_1, .., theta_m)): aggregate A of received parameters, outer step U.
 
-    A of the linear kind gives coefficients c, and the aggregate is sum c_i theta_i + (1 - sum c) base, so that one
-    unchanged row is taken as it is, to the bit; other kinds combine deltas theta_i - base. Entries that only some carry
-    are combined among those, and a task's own, which have no common base, are averaged; floating-point buffers are
-    averaged, others keep the hearer's value. The outer SGD(1) without momentum takes the aggregate as it is. Where no
-    speaker learned since it absorbed (a server tells its clients), what is heard is common ground: averaged, with no
-    outer step; one message is adopted to the bit.
+    `base` is what the receiver's own parameters were when it last received. A linear A gives coefficients c,
+    and the aggregate is sum c_i theta_i + (1 - sum c) base, so that one unchanged row is taken as it is, to
+    the bit; other kinds combine deltas theta_i - base. Entries that only some messages carry are combined
+    among those. Entries of one task have no common base and are averaged; floating-point buffers are
+    averaged, others keep the receiver's value.
+
+    The outer SGD(1) without momentum takes the aggregate as it is. If no sender trained since it last
+    received (a server that broadcasts), the parameters are averaged without an outer step; one message is
+    adopted to the bit.
     """
 
     aggregator: Aggregator | None = None
@@ -40,21 +52,21 @@ class WeightSpace(Consolidator):
 
     def __post_init__(self) -> None:
         if not 0 < self.lr < float("inf"):
-            raise ConsilienceError(f"`lr` of the outer optimiser should be positive. Found `lr = {self.lr}`.")
+            raise ConsilienceError(f"`lr` of the outer optimiser must be positive and finite, got {self.lr}.")
 
     @property
     def needs_base(self) -> bool:  # type: ignore[override]
-        """Averages with coefficients that sum to 1 need none."""
+        """Whether the aggregator needs a base; averages, whose coefficients sum to 1, need none."""
         return self.aggregator is not None and self.aggregator.needs_base
 
     def forget(self, model: Model, state: State) -> State:
-        raise Refusal("weights cannot be taken out again; train again without that sender.")
+        raise Refusal("averaged weights of one sender cannot be removed; train again without that sender.")
 
     def refuse(self, facts: ScheduleFacts) -> str | None:
         if self.needs_base and facts.exchanges and not facts.common_base:
             return (
-                f"{type(self.aggregator).__name__} combines deltas from the hearer's own parameters, but here what is heard "
-                "starts from others; use an average, or the merging setting with `base`"
+                f"{type(self.aggregator).__name__} combines deltas from the receiver's own parameters, but "
+                "here the senders start from others; use an average, or the merging setting with `base`"
             )
         return None
 
@@ -63,130 +75,123 @@ class WeightSpace(Consolidator):
     ) -> dict[str, Shared]:
         if sources:
             return {}
-        tensors = {f"params/{n}": p for n, p in state.params.items() if not matches(n, personal)}
-        return {
-            "": Weights(
-                {
-                    **tensors,
-                    **{f"buffers/{n}": b for n, b in state.buffers.items() if not matches(n, personal)},
-                }
-            )
-        }
+        params = {f"params/{name}": p for name, p in state.params.items() if not matches(name, personal)}
+        buffers = {f"buffers/{name}": b for name, b in state.buffers.items() if not matches(name, personal)}
+        return {"": Weights({**params, **buffers})}
 
     def release(self, state: State, personal: Sequence[str]) -> State:
-        """The entries that it told come back with what it hears."""
-        own = (
-            {n: p for n, p in held.items() if matches(n, personal)} for held in (state.params, state.buffers)
-        )
-        return state.change(params=next(own), buffers=next(own), base={})
+        """Keep personal entries only; those that were sent come back with the next message."""
+        params = {name: p for name, p in state.params.items() if matches(name, personal)}
+        buffers = {name: b for name, b in state.buffers.items() if matches(name, personal)}
+        return state.change(params=params, buffers=buffers, base={})
 
     def receive(
         self, model: Model, state: State, fresh: Sequence[Message], by_size: bool, generator: torch.Generator
     ) -> State:
-        heard = [(m, m.items["model"]) for m in fresh if isinstance(m.items.get("model"), Weights)]
+        messages = with_weights(fresh)
         if self.aggregator is not None and self.aggregator.robust:
-            heard = without_broken(heard)
-        if not heard:
+            messages = without_broken(messages)
+        if not messages:
             return state
-        sizes = [
-            float(m.size) if by_size else float(m.size > 0) for m, _ in heard
-        ]  # 0: it stands for nothing that was learned
-        sizes = sizes if any(sizes) else [1.0] * len(sizes)
-        rows = [(m.sender, w.group("params"), size) for (m, w), size in zip(heard, sizes, strict=True)]
-        for sender, params, _ in rows:
-            finite(params, repr(sender))
-            for n, p in params.items():
-                if n in state.params and p.shape != state.params[n].shape:
-                    raise ConsilienceError(
-                        f"heard parameters should have the hearer's shapes. Found {tuple(p.shape)} for {n!r} of {sender!r}, "
-                        f"here {tuple(state.params[n].shape)}."
-                    )
-            if params and state.base and not params.keys() & state.params.keys():
-                raise ConsilienceError(
-                    f"heard parameters should have the hearer's names. Found {next(iter(params))!r} of {sender!r}, "
-                    f"here {next(iter(state.params))!r}."
-                )
+        rows = [
+            Received(m.sender, m.items["model"].group("params"), m.items["model"].group("buffers"), weight)
+            for m, weight in zip(messages, message_weights(messages, by_size), strict=True)
+        ]
+        for row in rows:
+            _check_fits(row, state)
+
+        # Without training since the last exchange there is no change to take an outer step along: rows are
+        # averaged.
+        trained = any(m.trained for m in messages)
         merged: Params = {}
-        groups: dict[tuple[int, ...], list[str]] = {}
-        for n in sorted({n for _, params, _ in rows for n in params}):
-            groups.setdefault(tuple(i for i, (_, params, _) in enumerate(rows) if n in params), []).append(n)
-        for carriers, names in groups.items():
-            among = [rows[i] for i in carriers]
-            frozen = [n for n in names if model.frozen(n) or not among[0][1][n].is_floating_point()]
-            for n in frozen:
-                merged[n] = state.params.get(n, among[0][1][n])
-            names = [n for n in names if n not in frozen]
-            aggregator = self.aggregator if any(m.trained for m, _ in heard) else None
-            own = [
-                n for n in names if model.task_of(n) is not None
-            ]  # a task's own entries have no base: averaged
-            common = [n for n in names if n not in own]
-            if any(m.trained for m, _ in heard):
-                merged |= self._by_told(common, among, state, fresh)
-            for some, a in (([n for n in common if n not in merged], aggregator), (own, None)):
-                if some and len(among) == 1 and a is None:
-                    merged |= {n: among[0][1][n] for n in some}
-                elif some:
-                    merged |= self._combine(a, some, among, state.base, generator)
-        if not any(m.trained for m, _ in heard):
-            params, outer = {**state.params, **merged}, dict(state.outer)
-        else:
-            params, outer = self._step(model, {**state.params, **merged}, state, merged)
-        buffers = dict(state.buffers)
-        groups_of = [(w.group("buffers"), size) for (_, w), size in zip(heard, sizes, strict=True)]
-        for n in sorted({n for b, _ in groups_of for n in b}):
-            having = [(b[n], s) for b, s in groups_of if n in b]
-            if len(having) == 1:
-                buffers[n] = having[0][0]
-            elif having[0][0].is_floating_point():
-                total = sum(s for _, s in having)
-                buffers[n] = torch.stack([b * (s / total) for b, s in having]).sum(0)
-            else:
-                buffers.setdefault(n, having[0][0])
-        size = int(sum(m.size for m, _ in heard))
+        for names, among in _by_carriers(rows):
+            merged |= self._merge_entries(model, state, names, among, fresh if trained else None, generator)
+        params, outer = {**state.params, **merged}, dict(state.outer)
+        if trained:
+            params, outer = self._step(model, params, state, merged)
+
+        buffers = _average_buffers(rows, state.buffers)
+        size = int(sum(m.size for m in messages))
         return state.change(params=params, buffers=buffers, outer=outer, size=size)
 
-    def _by_told(
-        self, names: list[str], rows: list[tuple[str, Params, float]], state: State, fresh: Sequence[Message]
+    def _merge_entries(
+        self,
+        model: Model,
+        state: State,
+        names: list[str],
+        rows: list[Received],
+        trained: Sequence[Message] | None,
+        generator: torch.Generator,
     ) -> Params:
-        """The entries in common that are combined by what else was told, from (sender, parameters, weight); here none."""
+        """Merge entries that all `rows` carry; `trained` holds the messages, or None if no sender trained."""
+        first = rows[0].params
+        frozen = [name for name in names if model.frozen(name) or not first[name].is_floating_point()]
+        merged = {name: state.params.get(name, first[name]) for name in frozen}
+
+        # A task's own entries have no base, so that no aggregator of deltas applies to them: they are
+        # averaged.
+        of_one_task = [name for name in names if name not in frozen and model.task_of(name) is not None]
+        common = [name for name in names if name not in frozen and name not in of_one_task]
+        if trained is not None:
+            merged |= self._merge_by_statistics(common, rows, state, trained)
+        left = [name for name in common if name not in merged]
+        aggregator = self.aggregator if trained is not None else None
+
+        for group, how in ((left, aggregator), (of_one_task, None)):
+            if group and len(rows) == 1 and how is None:
+                merged |= {name: first[name] for name in group}
+            elif group:
+                merged |= self._combine(how, group, rows, state.base, generator)
+        return merged
+
+    def _merge_by_statistics(
+        self, names: list[str], rows: list[Received], state: State, fresh: Sequence[Message]
+    ) -> Params:
+        """Merge common entries by statistics that came with them; here none. Others go to the aggregator."""
         return {}
 
     def _combine(
         self,
-        a: Aggregator | None,
+        aggregator: Aggregator | None,
         names: list[str],
-        rows: list[tuple[str, Params, float]],
+        rows: list[Received],
         base: Params,
         generator: torch.Generator,
     ) -> Params:
-        layout = Layout.of({n: rows[0][1][n] for n in names})
-        total = sum(s for _, _, s in rows)
-        weights = torch.tensor([s / total for _, _, s in rows], dtype=layout.dtype)
-        heard = [params for _, params, _ in rows]
-        if a is None or (isinstance(a, Linear) and not a.needs_gram):
-            order = ranked(heard, layout, weights)
+        layout = Layout.of({name: rows[0].params[name] for name in names})
+        total = sum(row.weight for row in rows)
+        weights = torch.tensor([row.weight / total for row in rows], dtype=layout.dtype)
+        params = [row.params for row in rows]
+
+        # Coefficients that need no Gramian are applied entry by entry: no flat copy of any model is made.
+        if aggregator is None or (isinstance(aggregator, Linear) and not aggregator.needs_gram):
+            order = rank(params, layout, weights)
             weights = weights[order]
-            c = weights if a is None else a.weigh(weights.new_zeros(0, 0), weights, generator)
-            return affine([heard[i] for i in order], c, base, layout)
-        whole = torch.stack([layout.flatten(params) for params in heard])
+            if aggregator is not None:
+                weights = aggregator.weigh(weights.new_zeros(0, 0), weights, generator)
+            return affine([params[i] for i in order], weights, base, layout)
+
         origin = layout.flatten(base)
-        deltas, w, order = a.admit(whole - origin, weights, [sender for sender, _, _ in rows])
-        if isinstance(a, Linear):
-            return affine([heard[i] for i in order], a.coefficients(deltas, w, generator), base, layout)
-        return layout.split(origin + a.combine(deltas, w, generator))
+        flat = torch.stack([layout.flatten(p) for p in params])
+        deltas, weights, order = aggregator.admit(flat - origin, weights, [row.sender for row in rows])
+        if isinstance(aggregator, Linear):
+            coefficients = aggregator.coefficients(deltas, weights, generator)
+            return affine([params[i] for i in order], coefficients, base, layout)
+        return layout.split(origin + aggregator.combine(deltas, weights, generator))
 
     def _step(
         self, model: Model, target: Params, state: State, merged: Params
     ) -> tuple[Params, dict[str, Tensor]]:
+        """Step from the base towards the merged entries; return parameters and state of the optimiser."""
         outer = self.outer or SGD()
         if outer.is_identity(self.lr):
             return target, {}
         common = {
-            n: p
-            for n, p in merged.items()
-            if n in state.base and model.task_of(n) is None and p.is_floating_point()
+            name: p
+            for name, p in merged.items()
+            if name in state.base and model.task_of(name) is None and p.is_floating_point()
         }
+
         layout = Layout.of(common)
         theta, aggregate = layout.flatten(state.base), layout.flatten(common)
         held = dict(state.outer) or outer.init(theta)
@@ -194,50 +199,96 @@ class WeightSpace(Consolidator):
         return {**target, **layout.split(theta - self.lr * direction)}, held
 
 
-def without_broken(heard: list[tuple[Message, Shared]]) -> list[tuple[Message, Shared]]:
-    """Those that are finite, with a warning by the names of the others; all of them where none is, to be refused."""
+def with_weights(messages: Iterable[Message]) -> list[Message]:
+    """Select the messages that carry parameters."""
+    return [m for m in messages if isinstance(m.items.get("model"), Weights)]
+
+
+def message_weights(messages: Sequence[Message], by_size: bool) -> list[float]:
+    """Weight messages by their examples, or equally; those without examples weigh 0, unless all do."""
+    # Size 0 means that the sender trained on nothing, so that its parameters hold nothing new.
+    sizes = [float(m.size) if by_size else float(m.size > 0) for m in messages]
+    return sizes if any(sizes) else [1.0] * len(sizes)
+
+
+def without_broken(messages: list[Message]) -> list[Message]:
+    """Leave out messages that are not finite, with a warning; keep all if none is finite, to be refused."""
     broken = {
         m.sender
-        for m, w in heard
-        if m.trained and not all(bool(torch.isfinite(t).all()) for t in w.tensors.values())
+        for m in messages
+        if m.trained and not all(bool(torch.isfinite(t).all()) for t in m.items["model"].tensors.values())
     }
-    if not broken or all(m.sender in broken for m, _ in heard):
-        return heard
-    warnings.warn(
-        f"NaN or infinity in what {', '.join(map(repr, sorted(broken)))} told: left out", stacklevel=2
-    )
-    return [(m, w) for m, w in heard if m.sender not in broken]
+    if not broken or all(m.sender in broken for m in messages):
+        return messages
+    names = ", ".join(map(repr, sorted(broken)))
+    warnings.warn(f"parameters of {names} have NaN or infinity; they are left out", stacklevel=2)
+    return [m for m in messages if m.sender not in broken]
 
 
-def ranked(rows: Sequence[Params], layout: Layout, weights: Tensor) -> list[int]:
-    """An order of rows that depends on their content alone: by a few numbers of their first entries, else by all of them."""
-    heads = [torch.cat([p[n].detach().reshape(-1)[:4] for n in layout.names[:4]]).tolist() for p in rows]
-    keys = [(*head, w) for head, w in zip(heads, weights.tolist(), strict=True)]
-    if len(set(keys)) == len(keys):
-        return sorted(range(len(keys)), key=keys.__getitem__)
-    return canonical(torch.stack([layout.flatten(p) for p in rows]), weights)
+def _check_fits(row: Received, state: State) -> None:
+    """Refuse parameters that are not finite, or of another model than the receiver's."""
+    finite(row.params, repr(row.sender))
+    for name, p in row.params.items():
+        if name in state.params and p.shape != state.params[name].shape:
+            raise ConsilienceError(
+                f"received parameters must have the receiver's shapes, got {tuple(p.shape)} for {name!r} of "
+                f"{row.sender!r}, here {tuple(state.params[name].shape)}."
+            )
+    if row.params and state.base and not row.params.keys() & state.params.keys():
+        raise ConsilienceError(
+            f"received parameters must have the receiver's names, got {next(iter(row.params))!r} of "
+            f"{row.sender!r}, here {next(iter(state.params))!r}."
+        )
+
+
+def _by_carriers(rows: Sequence[Received]) -> Iterator[tuple[list[str], list[Received]]]:
+    """Yield groups of entries, sorted, with the rows that carry them."""
+    groups: dict[tuple[int, ...], list[str]] = {}
+    for name in sorted({name for row in rows for name in row.params}):
+        carriers = tuple(i for i, row in enumerate(rows) if name in row.params)
+        groups.setdefault(carriers, []).append(name)
+    for carriers, names in groups.items():
+        yield names, [rows[i] for i in carriers]
+
+
+def _average_buffers(rows: Sequence[Received], own: Params) -> Params:
+    """Average floating-point buffers among those who have them; others keep the receiver's value."""
+    buffers = dict(own)
+    for name in sorted({name for row in rows for name in row.buffers}):
+        having = [(row.buffers[name], row.weight) for row in rows if name in row.buffers]
+        if len(having) == 1:
+            buffers[name] = having[0][0]
+        elif having[0][0].is_floating_point():
+            total = sum(weight for _, weight in having)
+            buffers[name] = torch.stack([b * (weight / total) for b, weight in having]).sum(0)
+        else:
+            buffers.setdefault(name, having[0][0])
+    return buffers
+
+
+def rank(rows: Sequence[Params], layout: Layout, weights: Tensor) -> list[int]:
+    """Order rows by their content alone (`canonical`); flat copies are made only if a few numbers tie."""
+    few = [torch.cat([p[name].detach().reshape(-1)[:4] for name in layout.names[:4]]).tolist() for p in rows]
+    heads = [(*head, weight) for head, weight in zip(few, weights.tolist(), strict=True)]
+    if len(set(heads)) == len(heads):
+        return canonical(heads)
+    return canonical_rows(torch.stack([layout.flatten(p) for p in rows]), weights)
 
 
 def affine(rows: Sequence[Params], coefficients: Tensor, base: Params, layout: Layout) -> Params:
-    """sum_i c_i row_i + (1 - sum c) base, by entry; a single row with c = 1 is taken as it is, and c = 0 gives the base."""
-    c = [float(x) for x in coefficients]
-    rest = 1 - float(coefficients.double().sum())
+    """Compute sum_i c_i row_i + (1 - sum c) base, entry by entry, as `Affine` does."""
+    terms = Affine(tuple(coefficients.tolist()), 1 - float(coefficients.double().sum()))
 
-    def of(params: Params, n: str, shape: tuple[int, ...]) -> Tensor:
-        t = params.get(n)
-        return (
-            torch.zeros(shape, dtype=layout.dtype)
-            if t is None
-            else t.detach().to(layout.device, layout.dtype)
-        )
+    def entry(params: Params, name: str, shape: tuple[int, ...]) -> Tensor:
+        if name not in params:
+            return torch.zeros(shape, dtype=layout.dtype, device=layout.device)
+        return params[name].detach().to(layout.device, layout.dtype)
 
     made: Params = {}
-    for n, shape in zip(layout.names, layout.shapes, strict=True):
-        if not any(c) or (len(c) == 1 and c[0] == 1):
-            made[n] = of(rows[0] if any(c) else base, n, shape).clone()
-            continue
-        total = of(rows[0], n, shape) * c[0]
-        for row, x in zip(rows[1:], c[1:], strict=True):
-            total.add_(of(row, n, shape), alpha=x)
-        made[n] = total if abs(rest) < 1e-6 else total.add_(of(base, n, shape), alpha=rest)
+    for name, shape in zip(layout.names, layout.shapes, strict=True):
+        if terms.copied:
+            made[name] = entry(rows[0] if terms.copied == "row" else base, name, shape).clone()
+        else:
+            origin = entry(base, name, shape) if terms.base_share else None
+            made[name] = terms.add((entry(row, name, shape) for row in rows), origin)
     return made

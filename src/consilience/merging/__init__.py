@@ -1,10 +1,10 @@
-"""Trained models into one: `merge` for checkpoints of any size, and what says whether, how and with which ones to merge.
+"""Merge trained models: `merge` for checkpoints of any size, and tools to choose how and which ones to merge.
 
 Nothing here imports torch before it is called.
 
 >>> from consilience import merging
->>> merging.__all__
-['choose', 'diagnose', 'disentanglement', 'explore', 'fold_normalisation', 'greedy_soup', 'merge', 'transfer_matrix']
+>>> merging.__all__[:4]
+['choose', 'diagnose', 'disentanglement', 'explore']
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ __all__ = [
     "merge",
     "transfer_matrix",
 ]
+# Imported at first use, so that the command line can name these functions without torch.
 _WHERE = {
     "choose": "_choose",
     "diagnose": "_diagnose",

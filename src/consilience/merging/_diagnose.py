@@ -108,7 +108,7 @@ class Diagnosis:
 
     def write(self, path: str | Path) -> Path:
         """Write a figure as SVG: the cosine matrix, then norms and sign conflicts along the entries."""
-        from consilience.report._svg import heat_map, lines_chart
+        from consilience.report._svg import Axis, heat_map, lines_chart
         from consilience.report._text import number
 
         names, entries = list(self.experts), [x.name for x in self.layers]
@@ -121,11 +121,9 @@ class Diagnosis:
                     names,
                     names,
                     self.cosines,
-                    low,
-                    1.0,
+                    (low, 1.0),
                     number,
                     lambda v: number(v, digits=2),
-                    [None] * len(names),
                 )[0],
             )
         ]
@@ -137,11 +135,7 @@ class Diagnosis:
                     f"Line chart: norms of task vectors over {len(entries)} entries.",
                     entries,
                     norms,
-                    [],
-                    [],
-                    False,
-                    lambda v: f"{v:.3g}",
-                    lambda v, step: f"{v:.3g}",
+                    Axis(False, lambda v: f"{v:.3g}", lambda v, step: f"{v:.3g}"),
                 ),
             )
         ]
@@ -156,11 +150,11 @@ class Diagnosis:
                     f"Line chart: sign conflicts over {len(entries)} entries.",
                     entries,
                     shares,
-                    [],
-                    [],
-                    True,
-                    lambda v: number(v, True),
-                    lambda v, step: number(v, True, 0 if step >= 0.01 else 1),
+                    Axis(
+                        True,
+                        lambda v: number(v, True),
+                        lambda v, step: number(v, True, 0 if step >= 0.01 else 1),
+                    ),
                 ),
             )
         ]
@@ -275,6 +269,8 @@ def named(experts: Any) -> dict[str, Any]:
     >>> list(named(["a/digits.safetensors", {}])), list(named({"x": {}}))
     (['digits', 'expert-1'], ['x'])
     """
+    from consilience.merging._files import stem
+
     if isinstance(experts, Mapping) and not any(isinstance(v, Tensor) for v in experts.values()):
         found = {str(n): e for n, e in experts.items()}
     elif isinstance(experts, Mapping | str | Path) or not isinstance(experts, Sequence):
@@ -282,7 +278,7 @@ def named(experts: Any) -> dict[str, Any]:
             f"experts should come in a sequence or by name. Found one {type(experts).__name__}."
         )
     else:
-        names = [_stem(e) if isinstance(e, str | Path) else f"expert-{i}" for i, e in enumerate(experts)]
+        names = [stem(e) if isinstance(e, str | Path) else f"expert-{i}" for i, e in enumerate(experts)]
         twice = len(set(names)) < len(names)
         names = (
             [str(e) if isinstance(e, str | Path) else n for n, e in zip(names, experts, strict=True)]
@@ -297,13 +293,6 @@ def named(experts: Any) -> dict[str, Any]:
     if not found:
         raise ConsilienceError("there should be at least one expert. Found none.")
     return found
-
-
-def _stem(path: str | Path) -> str:
-    """What a checkpoint is called: its file, or its folder where the file has no name of its own."""
-    p = Path(path)
-    name = p.name.removesuffix(".safetensors")
-    return p.parent.name if name in ("model", "adapter_model") and p.parent.name else name
 
 
 def draw(path: str | Path, charts: Sequence[tuple[str, str]]) -> Path:

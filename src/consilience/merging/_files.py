@@ -1,4 +1,4 @@
-"""Named tensors wherever they lie (in memory, in files of safetensors, behind LoRA adapters), read piece by piece."""
+"""Named tensors in memory, in files of safetensors, or behind LoRA adapters, read piece by piece."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -36,69 +36,70 @@ DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
     "C64": torch.complex64,
 }
+# Dtypes that numpy has too, so that a file is read straight into an array of it.
 NATIVE = {"F32": "f", "F64": "d"}
 Array = npt.NDArray[Any]
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
 PIECE = 1 << 20
-"""Elements that are read at once where a tensor is gone through."""
+"""Elements read at once by `Entries.pieces`."""
 
 
 class Entries(ABC):
-    """Named tensors that are read piece by piece: `shapes` and `dtypes` by name, and `name`, for errors."""
+    """Named tensors that are read piece by piece: `shapes` and `dtypes` by name, and `name` for errors."""
 
     name: str
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, torch.dtype]
     aliases: Mapping[str, str] = MappingProxyType({})
-    """Names of a tensor that goes by another name too (tied weights), and that name."""
+    """Further names of tensors that have several (tied weights), each with the first name."""
 
     @abstractmethod
     def read(self, name: str, start: int, stop: int) -> Tensor:
-        """Elements start:stop of the flattened tensor, in its own dtype; not to be written to."""
+        """Read elements start:stop of the flattened tensor, in its dtype; they must not be changed."""
 
     def into(self, name: str, start: int, out: Array) -> None:
-        """Fill `out` [b] with the elements from `start` on, in its dtype."""
+        """Fill `out` [b] with the elements from `start` on, in the dtype of `out`."""
         torch.from_numpy(out).copy_(self.read(name, start, start + len(out)))
 
     def size(self, name: str) -> int:
-        """How many elements a tensor has."""
+        """Count the elements of a tensor."""
         return torch.Size(self.shapes[name]).numel()
 
     def pieces(self, name: str, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, Tensor]]:
-        """Elements start:stop of the flattened tensor, one after another in pieces that fit in memory, each with where it begins."""
+        """Yield elements start:stop of the flattened tensor in small pieces, each with its first index."""
         stop = self.size(name) if stop is None else stop
         for at in range(start, stop, PIECE):
             yield at, self.read(name, at, min(stop, at + PIECE))
 
     def whole(self, name: str) -> Tensor:
-        """A tensor in its shape and dtype."""
+        """Read a tensor in its shape and dtype."""
         return self.read(name, 0, self.size(name)).reshape(self.shapes[name])
 
 
 class Memory(Entries):
-    """A state dict, or a module's."""
+    """A state dict, given or of a module."""
 
     def __init__(self, tensors: Mapping[str, Tensor], name: str) -> None:
         for n, t in tensors.items():
             if not isinstance(n, str) or not isinstance(t, Tensor):
                 raise ConsilienceError(
-                    f"a state dict should have tensors by name. Found {kind_of(t)} for {n!r} in {name}."
+                    f"a state dict must hold tensors by name, got {kind_of(t)} for {n!r} in {name}."
                 )
         self.name = name
         self._tensors = {n: t.detach() for n, t in tensors.items()}
         self.shapes = {n: tuple(t.shape) for n, t in tensors.items()}
         self.dtypes = {n: t.dtype for n, t in tensors.items()}
+
+        # Tied weights share their memory. Empty tensors all lie at address 0, and are not tied.
         first: dict[tuple[Any, ...], str] = {}
         aliases: dict[str, str] = {}
         for n, t in self._tensors.items():
-            if (
-                t.numel()
-                and (known := first.setdefault((t.data_ptr(), t.shape, t.stride(), t.dtype, t.device), n))
-                != n
-            ):
-                aliases[n] = known
+            if t.numel():
+                known = first.setdefault((t.data_ptr(), t.shape, t.stride(), t.dtype, t.device), n)
+                if known != n:
+                    aliases[n] = known
         self.aliases = aliases
         self._tensors = {n: t.contiguous() for n, t in self._tensors.items()}
 
@@ -106,10 +107,27 @@ class Memory(Entries):
         return self._tensors[name].view(-1)[start:stop].cpu()
 
 
-class Files(Entries):
-    """One file of safetensors, or a folder with one, or with several and an index as on the Hugging Face hub.
+class Place(NamedTuple):
+    """Where a tensor lies: open file, offset of its first byte, numpy's code of its dtype ("" if none)."""
 
-    Raises ConsilienceError for what is not one: a pickle, a truncated file, a header that lies.
+    handle: int
+    offset: int
+    code: str
+
+
+class Header(NamedTuple):
+    """One tensor in the header of a file of safetensors; offsets count from the end of the header."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+class Files(Entries):
+    """One file of safetensors, a folder with one, or a folder with several and an index (Hugging Face hub).
+
+    Raises ConsilienceError for anything else: a pickle, a truncated file, a header that contradicts its file.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -119,67 +137,74 @@ class Files(Entries):
         self.shapes, self.dtypes = {}, {}
         self.where: dict[str, Path] = {}
         self.metadata: dict[str, str] = {}
-        self._at: dict[str, tuple[int, int, str]] = {}
+        self._places: dict[str, Place] = {}
+
+        # Handles stay open for all reads of a merge; they are closed with the object, also after an error
+        # here.
         handles: list[int] = []
         self._close = weakref.finalize(self, _close, handles)
         for file in self.files:
             handle = os.open(file, os.O_RDONLY)
             handles.append(handle)
-            self._head(file, handle)
-        for n, f in (self.index or {}).items():
-            if self.where.get(n) != self.path / f:
+            length, facts = self._read_header(file, handle)
+            self._add(file, handle, 8 + length, facts)
+
+        for n, file_name in (self.index or {}).items():
+            if self.where.get(n) != self.path / file_name:
                 raise ConsilienceError(
-                    f"an index should say which file has a tensor. Found {n!r} not in {f} at {self.path / INDEX}."
+                    f"the index {self.path / INDEX} is wrong: {n!r} is not in {file_name}."
                 )
 
-    def _head(self, file: Path, handle: int) -> None:
+    def _read_header(self, file: Path, handle: int) -> tuple[int, dict[str, Header]]:
+        """Read the length of the header, and its entries; keep its metadata."""
         size = os.fstat(handle).st_size
         start = os.pread(handle, 8, 0)
         length = int.from_bytes(start, "little")
+
+        # Some writers name their pickles .safetensors: that deserves a better error than a broken header.
         pickled = start[:2] == b"PK" or (start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05")
         if len(start) < 8 or length > min(size - 8, 100_000_000):
             if pickled:
-                raise ConsilienceError(
-                    f"weights should be safetensors; a pickle can run code and is not read. Found one at {file}."
-                )
-            raise ConsilienceError(
-                f"a file of safetensors should hold its whole header. Found {size} bytes at {file}."
-            )
+                raise pickle_refused(file)
+            raise ConsilienceError(f"{file} ends within its safetensors header, after {size} bytes.")
         try:
             head = json.loads(os.pread(handle, length, 8))
             self.metadata |= head.pop("__metadata__", {})
             facts = {
-                n: (str(f["dtype"]), _numbers(f["shape"]), *_pair(f["data_offsets"])) for n, f in head.items()
+                n: Header(str(fact["dtype"]), _numbers(fact["shape"]), *_pair(fact["data_offsets"]))
+                for n, fact in head.items()
             }
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             if pickled:
+                raise pickle_refused(file) from error
+            raise ConsilienceError(f"{file} has no JSON header of safetensors.") from error
+        return length, facts
+
+    def _add(self, file: Path, handle: int, data: int, facts: Mapping[str, Header]) -> None:
+        """Check the tensors of a file, whose data begin at byte `data`, and note their places."""
+        size = os.fstat(handle).st_size
+        for n, fact in facts.items():
+            if fact.dtype not in DTYPES:
                 raise ConsilienceError(
-                    f"weights should be safetensors; a pickle can run code and is not read. Found one at {file}."
-                ) from e
-            raise ConsilienceError(
-                f"a file of safetensors should begin with a JSON header. Found none at {file}."
-            ) from e
-        for n, (kind, shape, begin, end) in facts.items():
-            if kind not in DTYPES:
-                raise ConsilienceError(
-                    f"a tensor should have one of the dtypes {', '.join(DTYPES)}. Found {kind} for {n!r} at {file}."
+                    f"the dtype of {n!r} in {file} must be one of {', '.join(DTYPES)}, got {fact.dtype}."
                 )
             if n in self.shapes:
                 raise ConsilienceError(
-                    f"a tensor should lie in one file. Found {n!r} twice, at {file} again."
+                    f"{n!r} must lie in one file, got it in {self.where[n]} and in {file}."
                 )
-            wanted = torch.Size(shape).numel() * DTYPES[kind].itemsize
-            if not 0 <= begin <= end or end - begin != wanted:
+
+            wanted = torch.Size(fact.shape).numel() * DTYPES[fact.dtype].itemsize
+            if not 0 <= fact.begin <= fact.end or fact.end - fact.begin != wanted:
                 raise ConsilienceError(
-                    f"the header should give {n!r} {wanted} bytes. Found {end - begin} at {file}."
+                    f"the header of {file} must give {n!r} {wanted} bytes, got {fact.end - fact.begin}."
                 )
-            if 8 + length + end > size:
+            if data + fact.end > size:
+                promised = data + max(other.end for other in facts.values())
                 raise ConsilienceError(
-                    f"a file should be whole: its header promises {8 + length + max(f[3] for f in facts.values())} bytes. Found {size} "
-                    f"at {file} (cut in {n!r})."
+                    f"{file} is truncated: its header promises {promised} bytes, got {size} (cut in {n!r})."
                 )
-            self.shapes[n], self.dtypes[n] = shape, DTYPES[kind]
-            self.where[n], self._at[n] = file, (handle, 8 + length + begin, NATIVE.get(kind, ""))
+            self.shapes[n], self.dtypes[n], self.where[n] = fact.shape, DTYPES[fact.dtype], file
+            self._places[n] = Place(handle, data + fact.begin, NATIVE.get(fact.dtype, ""))
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         out = torch.empty(stop - start, dtype=self.dtypes[name])
@@ -188,125 +213,127 @@ class Files(Entries):
         return out
 
     def into(self, name: str, start: int, out: Array) -> None:
-        handle, begin, char = self._at[name]
-        if char != out.dtype.char:
+        handle, offset, code = self._places[name]
+        if code != out.dtype.char:
             super().into(name, start, out)
-        elif os.preadv(handle, (out,), begin + start * out.itemsize) != out.nbytes:  # type: ignore[arg-type]
+        # One call nearly always reads all; a short read is finished in `_fill`.
+        elif os.preadv(handle, (out,), offset + start * out.itemsize) != out.nbytes:  # type: ignore[arg-type]
             self._fill(name, start, out, out.itemsize)
 
     def _fill(self, name: str, start: int, out: Array, width: int) -> None:
-        handle, begin, _ = self._at[name]
-        at, done = begin + start * width, 0
+        """Fill `out` with elements of `width` bytes from `start` on, in as many reads as that needs."""
+        place = self._places[name]
+        at, done = place.offset + start * width, 0
         while done < out.nbytes:
-            got = os.preadv(handle, [out.view(np.uint8)[done:].data], at + done)
+            got = os.preadv(place.handle, [out.view(np.uint8)[done:].data], at + done)
             if not got:
                 raise ConsilienceError(
-                    f"a file should stay as it is while it is read. Found an end in {name!r} at {self.where[name]}."
+                    f"{self.where[name]} was cut in {name!r} while it was read; do not change files during a "
+                    "merge."
                 )
             done += got
 
 
 class Adapter(Entries):
-    """A base with a LoRA adapter on it, as peft keeps it: W + scale B A, made where it is read and nowhere else.
+    """A base with a LoRA adapter in peft's format: W + scale B A, computed only for elements that are read.
 
-    scale is alpha / r (alpha / sqrt(r) with `use_rslora`), by `rank_pattern` and `alpha_pattern` where there are such; entries that the adapter
-    has whole (`modules_to_save`, biases) take the base's place. Raises ConsilienceError for DoRA and other kinds. Hu et al. 2021, arXiv:2106.09685.
+    scale is alpha / r (alpha / sqrt(r) with `use_rslora`), by `rank_pattern` and `alpha_pattern` if given.
+    Complete tensors of the adapter (`modules_to_save`, biases) take the base's place. Raises ConsilienceError
+    for DoRA and other kinds. Hu et al. 2021, arXiv:2106.09685.
     """
 
     def __init__(self, folder: str | Path, base: Entries) -> None:
         folder = Path(folder)
         self.name, self.base = str(folder), base
         self.shapes, self.dtypes, self.aliases = dict(base.shapes), dict(base.dtypes), base.aliases
-        self.config = _json(folder / ADAPTER)
+        self.config = read_json(folder / ADAPTER)
         kind = self.config.get("peft_type", "LORA")
         if kind != "LORA" or self.config.get("use_dora"):
             raise ConsilienceError(
-                f"an adapter should be LoRA. Found {'DoRA' if kind == 'LORA' else kind} at {folder}."
+                f"an adapter must be LoRA, got {'DoRA' if kind == 'LORA' else kind} at {folder}."
             )
         if not (folder / "adapter_model.safetensors").is_file() and (folder / "adapter_model.bin").is_file():
-            raise ConsilienceError(
-                f"weights should be safetensors; a pickle can run code and is not read. Found adapter_model.bin at {folder}."
-            )
+            raise pickle_refused(folder / "adapter_model.bin")
         own = Files(folder / "adapter_model.safetensors")
+
         self._pairs: dict[str, tuple[Tensor, Tensor]] = {}
-        self._whole: dict[str, Tensor] = {}
-        found: dict[str, dict[str, Tensor]] = {}
+        self._complete: dict[str, Tensor] = {}
+        by_layer: dict[str, dict[str, Tensor]] = {}
         for n in own.shapes:
-            plain = (
-                n.removeprefix("base_model.model.")
-                .replace(".modules_to_save.default", "")
-                .replace(".modules_to_save", "")
-            )
-            plain = plain.replace(".default.", ".").removesuffix(".default").replace(".base_layer.", ".")
-            tensor = own.whole(n)
+            plain, tensor = _name_in_base(n), own.whole(n)
             layer, _, leaf = plain.partition(".lora_")
             if leaf:
-                found.setdefault(layer, {})[leaf.removesuffix(".weight")] = tensor
+                by_layer.setdefault(layer, {})[leaf.removesuffix(".weight")] = tensor
             elif plain in base.shapes and tuple(tensor.shape) == base.shapes[plain]:
-                self._whole[plain] = tensor.contiguous()
+                self._complete[plain] = tensor.contiguous()
                 self.dtypes[plain] = tensor.dtype
             else:
                 raise ConsilienceError(
-                    f"an adapter's tensors should belong to the base {base.name}. Found {n!r} {list(tensor.shape)} at {folder}."
+                    f"the adapter {folder} must fit the base {base.name}, got {n!r} {list(tensor.shape)}, "
+                    "which has no entry there."
                 )
-        for layer, parts in found.items():
-            self._pairs[f"{layer}.weight"] = self._product(layer, parts, folder)
+        for layer, parts in by_layer.items():
+            self._pairs[f"{layer}.weight"] = self._factors(layer, parts, folder)
 
     @property
     def changed(self) -> set[str]:
-        """The entries that it changes."""
-        return {*self._pairs, *self._whole}
+        """The entries that the adapter changes."""
+        return {*self._pairs, *self._complete}
 
-    def _product(self, layer: str, parts: dict[str, Tensor], folder: Path) -> tuple[Tensor, Tensor]:
-        """Two factors whose product is the layer's change, scaled, in float32."""
-        n = f"{layer}.weight"
-        if n not in self.base.shapes:
+    def _factors(self, layer: str, parts: dict[str, Tensor], folder: Path) -> tuple[Tensor, Tensor]:
+        """Return two factors whose product is the layer's change, scaled, in float32."""
+        name = f"{layer}.weight"
+        if name not in self.base.shapes:
             raise ConsilienceError(
-                f"an adapter's layers should be the base's ({self.base.name}). Found {layer!r} at {folder}."
+                f"the adapter {folder} must fit the base {self.base.name}, which has no layer {layer!r}."
             )
+
+        # Embeddings are looked up by row, and some layers (GPT-2's) store their weight transposed: then A
+        # comes first.
         if parts.keys() == {"embedding_A", "embedding_B"}:
-            a, b, turned = parts["embedding_A"], parts["embedding_B"], True
+            down, up, transposed = parts["embedding_A"], parts["embedding_B"], True
         elif parts.keys() == {"A", "B"}:
-            a, b, turned = parts["A"], parts["B"], bool(self.config.get("fan_in_fan_out"))
+            down, up, transposed = parts["A"], parts["B"], bool(self.config.get("fan_in_fan_out"))
         else:
             raise ConsilienceError(
-                f"a layer of LoRA should have A and B. Found {sorted(parts)} for {layer!r} at {folder}."
+                f"layer {layer!r} of the adapter {folder} must have A and B, got {sorted(parts)}."
             )
-        a, b = a.float().flatten(1), b.float().flatten(1)
-        rank = len(a)
-        alpha = float(
-            _by_pattern(self.config.get("alpha_pattern"), layer, self.config.get("lora_alpha", rank))
-        )
+        down, up = down.float().flatten(1), up.float().flatten(1)
+
+        rank = len(down)
+        default = self.config.get("lora_alpha", rank)
+        alpha = float(_by_pattern(self.config.get("alpha_pattern"), layer, default))
         scale = alpha / rank**0.5 if self.config.get("use_rslora") else alpha / rank
-        left, right = (a.T * scale, b.T) if turned else (b * scale, a)
-        shape = self.base.shapes[n]
-        if (
-            len(left) != shape[0]
-            or right.shape[1] != torch.Size(shape[1:]).numel()
-            or left.shape[1] != len(right)
-        ):
+        left, right = (down.T * scale, up.T) if transposed else (up * scale, down)
+
+        shape = self.base.shapes[name]
+        made = (len(left), right.shape[1])
+        if made != (shape[0], torch.Size(shape[1:]).numel()) or left.shape[1] != len(right):
             raise ConsilienceError(
-                f"A and B of {layer!r} should make {shape}. Found {tuple(b.shape)} and {tuple(a.shape)} at {folder}."
+                f"A and B of {layer!r} must make {shape}, got {tuple(up.shape)} and {tuple(down.shape)} at "
+                f"{folder}."
             )
         return left.contiguous(), right.contiguous()
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
-        if name in self._whole:
-            return self._whole[name].reshape(-1)[start:stop]
+        if name in self._complete:
+            return self._complete[name].reshape(-1)[start:stop]
         found = self.base.read(name, start, stop)
         if name not in self._pairs:
             return found
+
+        # Only the rows of the product that the elements lie in.
         left, right = self._pairs[name]
-        wide = right.shape[1]
-        first, last = start // wide, -(-stop // wide)
-        change = (left[first:last] @ right).reshape(-1)[start - first * wide : stop - first * wide]
+        columns = right.shape[1]
+        first, last = start // columns, -(-stop // columns)
+        change = (left[first:last] @ right).reshape(-1)[start - first * columns : stop - first * columns]
         return found.to(torch.promote_types(found.dtype, torch.float32)) + change
 
 
 def opened(what: Any, base: Entries | None = None, name: str | None = None) -> Entries:
-    """What reads a state dict, a module, a path of safetensors, or (with `base`) of a LoRA adapter.
+    """Open a state dict, a module, a path of safetensors, or (with `base`) a path of a LoRA adapter.
 
-    Raises ConsilienceError for anything else, by file and tensor.
+    Raises ConsilienceError for anything else, with file and tensor.
     """
     if isinstance(what, Entries):
         return what
@@ -317,55 +344,95 @@ def opened(what: Any, base: Entries | None = None, name: str | None = None) -> E
     if isinstance(what, str | Path):
         if (Path(what) / ADAPTER).is_file():
             if base is None:
-                raise ConsilienceError(f"an adapter should come with its base. Found {what} alone.")
+                raise ConsilienceError(f"the adapter {what} needs its base, got none; give `base`.")
             return Adapter(what, base)
         return Files(what)
-    raise ConsilienceError(f"a model should be a path, a state dict or a module. Found {kind_of(what)}.")
+    raise ConsilienceError(f"a model must be a path, a state dict or a module, got {kind_of(what)}.")
 
 
-def _files(path: Path) -> tuple[list[Path], dict[str, str] | None]:
-    """The files of weights at a path, and the index's map where there is one."""
-    if path.suffix in PICKLES:
-        raise ConsilienceError(
-            f"weights should be safetensors; a pickle can run code and is not read. Found {path}."
-        )
-    if path.is_file():
-        return [path], None
-    if not path.is_dir():
-        raise ConsilienceError(
-            f"a model should be a file or a folder of safetensors. Found nothing at {path}."
-        )
-    if (path / INDEX).is_file():
-        try:
-            index = {n: str(f) for n, f in json.loads((path / INDEX).read_bytes())["weight_map"].items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise ConsilienceError(
-                f"an index should be JSON with a `weight_map`. Found none at {path / INDEX}."
-            ) from e
-        names = sorted(set(index.values()))
-        if absent := [n for n in names if not (path / n).is_file()]:
-            raise ConsilienceError(
-                f"a folder should hold all files of its index. Found no {', '.join(absent)} at {path}."
-            )
-        return [path / n for n in names], index
-    if (path / "model.safetensors").is_file():
-        return [path / "model.safetensors"], None
-    found = sorted(path.glob("*.safetensors"))
-    if len(found) == 1:
-        return found, None
-    pickled = sorted(p.name for p in path.iterdir() if p.suffix in PICKLES)
-    if pickled and not found:
-        raise ConsilienceError(
-            f"weights should be safetensors; a pickle can run code and is not read. Found {pickled[0]} at {path}."
-        )
-    said = f"{len(found)} files and no {INDEX}" if found else "none"
-    raise ConsilienceError(
-        f"a folder should hold model.safetensors, or several files and their index. Found {said} at {path}."
+def stem(path: str | Path) -> str:
+    """Name a checkpoint by its file, or by its folder if the file has a standard name.
+
+    >>> stem("a/digits.safetensors"), stem("digits/model.safetensors")
+    ('digits', 'digits')
+    """
+    place = Path(path)
+    name = place.name.removesuffix(".safetensors")
+    return place.parent.name if name in ("model", "adapter_model") and place.parent.name else name
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object."""
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ConsilienceError(f"{path} must be JSON: {error}.") from error
+    if not isinstance(found, dict):
+        raise ConsilienceError(f"{path} must hold a JSON object, got a {type(found).__name__}.")
+    return found
+
+
+def finite(values: Tensor) -> bool:
+    """Whether all numbers are finite, also in a dtype of 8 bits."""
+    # torch.isfinite has no kernel for 8-bit floats.
+    return bool(torch.isfinite(values.float() if values.dtype.itemsize < 2 else values).all())
+
+
+def pickle_refused(path: Path) -> ConsilienceError:
+    """Return the error for weights in a pickle, which can run code when it is read."""
+    return ConsilienceError(
+        f"weights must be safetensors, got a pickle at {path}: a pickle can run code and is not read."
     )
 
 
+def _files(path: Path) -> tuple[list[Path], dict[str, str] | None]:
+    """Find the files of weights at a path, and the index's map if there is one."""
+    if path.suffix in PICKLES:
+        raise pickle_refused(path)
+    if path.is_file():
+        return [path], None
+    if not path.is_dir():
+        raise ConsilienceError(f"a model must be a file or a folder of safetensors, got nothing at {path}.")
+
+    if (path / INDEX).is_file():
+        index = _index(path / INDEX)
+        names = sorted(set(index.values()))
+        if absent := [name for name in names if not (path / name).is_file()]:
+            raise ConsilienceError(f"{path} lacks {', '.join(absent)}, which its index names.")
+        return [path / name for name in names], index
+    if (path / "model.safetensors").is_file():
+        return [path / "model.safetensors"], None
+
+    # Without an index several files might be shards of one model, or several models.
+    found = sorted(path.glob("*.safetensors"))
+    if len(found) == 1:
+        return found, None
+    pickled = sorted(file for file in path.iterdir() if file.suffix in PICKLES)
+    if pickled and not found:
+        raise pickle_refused(pickled[0])
+    got = f"{len(found)} files and no {INDEX}" if found else "none"
+    raise ConsilienceError(
+        f"{path} must hold model.safetensors, or several files and their index, got {got}."
+    )
+
+
+def _index(path: Path) -> dict[str, str]:
+    """Read the file name of each tensor."""
+    try:
+        return {n: str(file) for n, file in json.loads(path.read_bytes())["weight_map"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConsilienceError(f"the index {path} must be JSON with a `weight_map`.") from error
+
+
+def _name_in_base(name: str) -> str:
+    """Strip from the name of an adapter's tensor what peft adds to the base's name."""
+    plain = name.removeprefix("base_model.model.")
+    plain = plain.replace(".modules_to_save.default", "").replace(".modules_to_save", "")
+    return plain.replace(".default.", ".").removesuffix(".default").replace(".base_layer.", ".")
+
+
 def _numbers(values: Any) -> tuple[int, ...]:
-    """Whole numbers >= 0; else a ValueError."""
+    """Return whole numbers >= 0 as a tuple; raise ValueError for anything else."""
     if not isinstance(values, list) or any(type(v) is not int or v < 0 for v in values):
         raise ValueError(values)
     return tuple(values)
@@ -376,26 +443,8 @@ def _pair(values: Any) -> tuple[int, int]:
     return begin, end
 
 
-def _json(path: Path) -> dict[str, Any]:
-    """A JSON object."""
-    try:
-        found = json.loads(path.read_bytes())
-    except ValueError as e:
-        raise ConsilienceError(f"a configuration should be JSON. Found {e} at {path}.") from e
-    if not isinstance(found, dict):
-        raise ConsilienceError(
-            f"a configuration should be a JSON object. Found a {type(found).__name__} at {path}."
-        )
-    return found
-
-
-def finite(t: Tensor) -> bool:
-    """Whether all numbers are finite, also in a dtype of 8 bits."""
-    return bool(torch.isfinite(t.float() if t.dtype.itemsize < 2 else t).all())
-
-
 def _by_pattern(patterns: Mapping[str, Any] | None, layer: str, default: Any) -> Any:
-    """The value whose pattern is the end of a layer's name, as peft has it."""
+    """Return the value whose pattern matches the end of a layer's name, as peft does."""
     import re
 
     for pattern, value in (patterns or {}).items():
@@ -405,5 +454,5 @@ def _by_pattern(patterns: Mapping[str, Any] | None, layer: str, default: Any) ->
 
 
 def _close(handles: list[int]) -> None:
-    for h in handles:
-        os.close(h)
+    for handle in handles:
+        os.close(handle)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,17 +13,22 @@ import torch
 
 from consilience.core.errors import ConsilienceError
 from consilience.core.params import matches
-from consilience.merging._files import Adapter, Array, Entries, Files, _json
+from consilience.merging._files import Adapter, Array, Entries, Files, read_json
 
 ALLOWED = {
     "missing": "an entry that an expert lacks counts as unchanged from the base",
     "extra": "entries that the base lacks are left out",
-    "vocabulary": "of entries whose first sizes differ, the rows that all have are merged; the base's further rows stay, others' are left out",
+    "vocabulary": "of entries whose first sizes differ, the rows that all models have are merged; further "
+    "rows of the base stay, those of experts are left out",
     "non_finite": "entries with NaN or infinity in any model are taken from the base",
     "other_base": "experts may be far from the base, as if trained from another one",
-    "configuration": "configurations of the experts may differ from the base's in what changes their meaning",
+    "configuration": "configurations of the experts may differ from the base's in fields that change the "
+    "meaning of parameters",
 }
-TELLING = {
+"""What may be allowed, and what then happens; without it such models are refused."""
+
+# Fields that have to agree, or the same parameters mean something else.
+CONFIGURATION_FIELDS = {
     "config.json": (
         "model_type",
         "architectures",
@@ -34,57 +40,76 @@ TELLING = {
     ),
     "preprocessor_config.json": ("do_normalize", "image_mean", "image_std", "do_rescale", "rescale_factor"),
 }
-"""Facts of configurations that have to agree, or the same parameters mean something else."""
+"""Fields of configuration files that must be the same in all models, by file."""
 FAR = 0.9
-"""Experts whose distance from the base is more than this share of both norms are taken for strangers (unrelated models: about 1)."""
+"""An expert is of another base if its distance exceeds this share of that of unrelated models."""
 PROBE = 256
-"""How many numbers are looked at, at four places of each of some large entries."""
+"""How many numbers are compared at each of four places of a large entry."""
+
+
+@dataclass(frozen=True)
+class MergeSettings:
+    """Options of a merge; `merging.merge` says what each means."""
+
+    weights: Sequence[float] | None = None
+    per: str = "model"
+    scales: Mapping[str, float] | None = None
+    keep: Sequence[str] = ()
+    allow: Sequence[str] = ()
+    importances: Sequence[Any] | None = None
+    dtype: torch.dtype | None = None
+    out_dtype: torch.dtype | None = None
+    shard: int | None = None
+    memory: int = 512 << 20
+    threads: int | None = None
+    seed: int = 0
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Which entries are merged, in which order, and what becomes of the others."""
+    """Which entries are merged, in which order, and where the others are taken from."""
 
     base: Entries | None
     experts: tuple[Entries, ...]
     names: tuple[str, ...]
-    """Entries that are merged, sorted: laid one after another they are the vector that aggregators see."""
+    """Merged entries, sorted: laid end to end they are the vector that aggregators see."""
     spans: Mapping[str, int]
-    """How many leading elements of each are merged."""
+    """Number of leading elements of each entry that are merged."""
     taken: Mapping[str, str]
-    """Entries that are not merged, taken from the base as they are, and why."""
+    """Entries that are taken from the base as they are, and why."""
     kept: Mapping[str, tuple[str, ...]]
-    """By expert: its own entries, kept beside the merged ones."""
+    """By expert: its own entries, kept next to the merged ones."""
     wide: torch.dtype
     """The dtype of the arithmetic."""
     notes: tuple[str, ...] = ()
 
     @property
     def like(self) -> Entries:
-        """Whose names, shapes and dtypes the result has."""
+        """The model whose names, shapes and dtypes the result has."""
         return self.base if self.base is not None else self.experts[0]
 
     @property
     def size(self) -> int:
-        """How many numbers are merged."""
+        """The number of merged elements."""
         return sum(self.spans.values())
 
     def table(self) -> str:
-        """The plan, in words."""
-        by_kind: dict[str, list[str]] = {}
-        for n, why in self.taken.items():
-            by_kind.setdefault(why, []).append(n)
-        lines = [
-            f"base     {self.base.name if self.base is not None else 'none: parameters are combined as they are'}",
-            *(f"expert   {e.name}" for e in self.experts),
-            f"merged   {len(self.names)} entries, {self.size:,} numbers, arithmetic in {str(self.wide).removeprefix('torch.')}",
-            *(
-                f"{'base' if self.base is not None else 'first'}'s   {len(ns)} entries ({why}): {_few(ns)}"
-                for why, ns in by_kind.items()
-            ),
-            *(f"kept     {len(ns)} entries of {e}: {_few(ns)}" for e, ns in self.kept.items() if ns),
-            *(f"note     {n}" for n in self.notes),
+        """Describe the plan in lines of text."""
+        by_reason: dict[str, list[str]] = {}
+        for n, reason in self.taken.items():
+            by_reason.setdefault(reason, []).append(n)
+        base = self.base.name if self.base is not None else "none: parameters are combined as they are"
+        owner = "base" if self.base is not None else "first"
+        arithmetic = str(self.wide).removeprefix("torch.")
+
+        lines = [f"base     {base}"]
+        lines += [f"expert   {model.name}" for model in self.experts]
+        lines += [f"merged   {len(self.names)} entries, {self.size:,} numbers, arithmetic in {arithmetic}"]
+        lines += [f"{owner}'s   {len(ns)} entries ({why}): {few(ns)}" for why, ns in by_reason.items()]
+        lines += [
+            f"kept     {len(ns)} entries of {expert}: {few(ns)}" for expert, ns in self.kept.items() if ns
         ]
+        lines += [f"note     {note}" for note in self.notes]
         return "\n".join(lines)
 
 
@@ -95,225 +120,282 @@ def plan(
     keep: Sequence[str] = (),
     dtype: torch.dtype | None = None,
 ) -> Plan:
-    """Compare all models; every problem is told at once."""
-    for a in allow:
-        if a not in ALLOWED:
-            raise ConsilienceError(f"`allow` should have some of {', '.join(ALLOWED)}. Found {a!r}.")
+    """Compare all models, and decide what is merged; one error lists all problems."""
+    for word in allow:
+        if word not in ALLOWED:
+            raise ConsilienceError(f"`allow` must be some of {', '.join(ALLOWED)}, got {word!r}.")
     if not experts:
-        raise ConsilienceError("there should be experts to merge. Found none.")
+        raise ConsilienceError("a merge needs experts, got none.")
     if dtype not in (None, torch.float32, torch.float64):
-        raise ConsilienceError(f"`dtype` of the arithmetic should be float32 or float64. Found {dtype}.")
+        raise ConsilienceError(f"`dtype` of the arithmetic must be float32 or float64, got {dtype}.")
+
     like = base if base is not None else experts[0]
-    models = [like, *(e for e in experts if e is not like)]
-    problems, notes = [], []
-    spans: dict[str, int] = {}
-    taken: dict[str, str] = {}
+    found = _Comparison(like, tuple(experts), frozenset(allow), tuple(keep))
     for n in sorted(like.shapes):
-        if n in like.aliases:
-            taken[n] = "tied to another"
-            problems += _untied(like, experts, n, keep)
-            continue
-        if matches(n, keep):
-            taken[n] = "kept by every expert"
-            continue
-        if not like.dtypes[n].is_floating_point:
-            others = [e for e in experts if n in e.shapes and e.dtypes[n].is_floating_point]
-            problems += [f"{e.name}: {n!r} is {e.dtypes[n]}, in {like.name} {like.dtypes[n]}" for e in others]
-            problems += [
-                f"{e.name} changes {n!r}, which is {like.dtypes[n]}"
-                for e in experts
-                if isinstance(e, Adapter) and n in e.changed
-            ]
-            if like.dtypes[n].is_complex:
-                problems.append(f"{like.name}: {n!r} is complex, which is not merged")
-            taken[n] = "not floating-point"
-            continue
-        shapes = [like.shapes[n]]
-        for e in models[1:]:
-            if n not in e.shapes:
-                if "missing" not in allow:
-                    problems.append(f"{e.name}: {n!r} is missing")
-            elif not e.dtypes[n].is_floating_point:
-                problems.append(f"{e.name}: {n!r} is {e.dtypes[n]}, in {like.name} {like.dtypes[n]}")
-            elif e.shapes[n] != like.shapes[n]:
-                shape = e.shapes[n]
-                if (
-                    "vocabulary" in allow
-                    and len(shape) == len(like.shapes[n])
-                    and shape[1:] == like.shapes[n][1:]
-                ):
-                    shapes.append(shape)
-                else:
-                    problems.append(
-                        f"{e.name}: {n!r} has shape {list(shape)}, in {like.name} {list(like.shapes[n])}"
-                    )
-        spans[n] = torch.Size(like.shapes[n]).numel()
-        if len(shapes) > 1:
-            rows = min(s[0] for s in shapes)
-            spans[n] = rows * torch.Size(like.shapes[n][1:]).numel()
-            notes.append(
-                f"the first {rows} rows of {n!r} are merged, {like.shapes[n][0] - rows} are {like.name}'s own"
-            )
-    for e in models[1:]:
-        extra = [n for n in sorted(e.shapes) if n not in like.shapes and not matches(n, keep)]
-        if extra and "extra" in allow:
-            notes.append(f"left out of {e.name}: {_few(extra)}")
-        elif extra:
-            problems += [f"{e.name}: {n!r} is not in {like.name}" for n in extra]
-    for pattern in keep:
-        if not any(matches(n, [pattern]) for e in models for n in e.shapes):
-            problems.append(f"`keep` has {pattern!r}, which fits no entry")
+        found.compare(n)
+    found.compare_names()
     if "configuration" not in allow:
-        problems += _configurations(base, experts)
-    if problems:
-        raise ConsilienceError(
-            f"models should fit together ({' '.join(f'--allow-{a}' for a in ALLOWED)}). Found "
-            + "; ".join(problems)
-            + "."
-        )
-    if not spans:
-        raise ConsilienceError("there should be floating-point entries to merge. Found none.")
-    wide = dtype or (torch.float64 if any(like.dtypes[n] == torch.float64 for n in spans) else torch.float32)
-    kept = {e.name: tuple(n for n in sorted(e.shapes) if matches(n, keep)) for e in experts} if keep else {}
-    made = Plan(base, tuple(experts), tuple(spans), spans, taken, kept, wide, tuple(notes))
+        found.problems += _configurations(base, experts)
+    if found.problems:
+        options = " ".join(f"--allow-{word}" for word in ALLOWED)
+        raise ConsilienceError(f"the models do not fit together ({options}): {'; '.join(found.problems)}.")
+    if not found.spans:
+        raise ConsilienceError("a merge needs floating-point entries, got none.")
+
+    wide = dtype
+    if wide is None:
+        has_double = any(like.dtypes[n] == torch.float64 for n in found.spans)
+        wide = torch.float64 if has_double else torch.float32
+    kept = (
+        {model.name: tuple(n for n in sorted(model.shapes) if matches(n, keep)) for model in experts}
+        if keep
+        else {}
+    )
+    names = tuple(found.spans)
+    made = Plan(base, tuple(experts), names, found.spans, found.taken, kept, wide, tuple(found.notes))
+
+    # The values are looked at last: with entries that do not fit, a distance would mean nothing.
     if isinstance(base, Files) and "other_base" not in allow and (far := _strangers(made)):
         raise ConsilienceError(
-            f"experts should come from the base ({base.name}; --allow-other_base). Found "
-            + "; ".join(far)
-            + "."
+            f"experts must come from the base {base.name} (--allow-other_base): {'; '.join(far)}."
         )
     return made
 
 
+@dataclass
+class _Comparison:
+    """What a comparison of all models finds: entries to merge and to take, problems, and notes."""
+
+    like: Entries
+    experts: tuple[Entries, ...]
+    allow: frozenset[str]
+    keep: tuple[str, ...]
+    spans: dict[str, int] = field(default_factory=dict)
+    taken: dict[str, str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def others(self) -> list[Entries]:
+        """All models but `like`, which is an expert if there is no base."""
+        return [model for model in self.experts if model is not self.like]
+
+    def compare(self, name: str) -> None:
+        """Compare one entry of `like` with those of all experts."""
+        if name in self.like.aliases:
+            self.taken[name] = "tied to another"
+            self.problems += _untied(self.like, self.experts, name, self.keep)
+        elif matches(name, self.keep):
+            self.taken[name] = "kept by every expert"
+        elif not self.like.dtypes[name].is_floating_point:
+            self.taken[name] = "not floating-point"
+            self._compare_integers(name)
+        else:
+            self._compare_floats(name)
+
+    def _compare_integers(self, name: str) -> None:
+        """Note experts that hold floats, and adapters that change the entry: their changes would be lost."""
+        like, dtype = self.like, self.like.dtypes[name]
+        for model in self.experts:
+            if name in model.shapes and model.dtypes[name].is_floating_point:
+                self.problems.append(
+                    f"{model.name}: {name!r} is {model.dtypes[name]}, in {like.name} {dtype}"
+                )
+        for model in self.experts:
+            if isinstance(model, Adapter) and name in model.changed:
+                self.problems.append(f"{model.name} changes {name!r}, which is {dtype}")
+        if dtype.is_complex:
+            self.problems.append(f"{like.name}: {name!r} is complex, and complex entries are not merged")
+
+    def _compare_floats(self, name: str) -> None:
+        """Find how many leading elements of an entry can be merged."""
+        like, shape = self.like, self.like.shapes[name]
+        shapes = [shape]
+        for model in self.others:
+            if name not in model.shapes:
+                if "missing" not in self.allow:
+                    self.problems.append(f"{model.name}: {name!r} is missing")
+            elif not model.dtypes[name].is_floating_point:
+                self.problems.append(
+                    f"{model.name}: {name!r} is {model.dtypes[name]}, in {like.name} {like.dtypes[name]}"
+                )
+            elif model.shapes[name] != shape:
+                its = model.shapes[name]
+                if "vocabulary" in self.allow and len(its) == len(shape) and its[1:] == shape[1:]:
+                    shapes.append(its)
+                else:
+                    self.problems.append(
+                        f"{model.name}: {name!r} has shape {list(its)}, in {like.name} {list(shape)}"
+                    )
+
+        self.spans[name] = torch.Size(shape).numel()
+        if len(shapes) > 1:
+            rows = min(its[0] for its in shapes)
+            self.spans[name] = rows * torch.Size(shape[1:]).numel()
+            self.notes.append(
+                f"the first {rows} rows of {name!r} are merged, {shape[0] - rows} are {like.name}'s own"
+            )
+
+    def compare_names(self) -> None:
+        """Find entries that `like` lacks, and patterns of `keep` without any entry."""
+        for model in self.others:
+            extra = [
+                n for n in sorted(model.shapes) if n not in self.like.shapes and not matches(n, self.keep)
+            ]
+            if extra and "extra" in self.allow:
+                self.notes.append(f"left out of {model.name}: {few(extra)}")
+            elif extra:
+                self.problems += [f"{model.name}: {n!r} is not in {self.like.name}" for n in extra]
+        for pattern in self.keep:
+            if not any(matches(n, [pattern]) for model in (self.like, *self.others) for n in model.shapes):
+                self.problems.append(f"`keep` has {pattern!r}, which fits no entry")
+
+
 def _untied(like: Entries, experts: Sequence[Entries], name: str, keep: Sequence[str]) -> list[str]:
-    """Where a tensor that the base has under two names is not one in an expert."""
+    """List experts in which a tensor is not one that `like` has under two names."""
     first = like.aliases[name]
     found = []
+    # Merged once and written under both names: the experts' two tensors must be one, or one change would be
+    # lost.
     if matches(name, keep) != matches(first, keep):
         found.append(f"`keep` has one of {first!r} and {name!r}, which are tied in {like.name}")
-    for e in experts:
-        if e.aliases.get(name) == first and not (isinstance(e, Adapter) and e.changed & {name, first}):
+    for model in experts:
+        if model.aliases.get(name) == first and not (
+            isinstance(model, Adapter) and model.changed & {name, first}
+        ):
             continue
-        alike = e.shapes.get(name) == e.shapes.get(first) and e.dtypes.get(name) == e.dtypes.get(first)
-        if alike and first in e.shapes:
-            alike = all(
-                torch.equal(a, b) for (_, a), (_, b) in zip(e.pieces(name), e.pieces(first), strict=True)
-            )
-        if not alike and name in e.shapes:
-            found.append(f"{e.name}: {name!r} is not {first!r}, to which {like.name} ties it")
+        equal = model.shapes.get(name) == model.shapes.get(first) and model.dtypes.get(
+            name
+        ) == model.dtypes.get(first)
+        if equal and first in model.shapes:
+            pairs = zip(model.pieces(name), model.pieces(first), strict=True)
+            equal = all(torch.equal(piece, other) for (_, piece), (_, other) in pairs)
+        if not equal and name in model.shapes:
+            found.append(f"{model.name}: {name!r} is not {first!r}, to which {like.name} ties it")
     return found
 
 
 def _configurations(base: Entries | None, experts: Sequence[Entries]) -> list[str]:
-    """Where configurations that lie beside the files disagree."""
+    """List fields in which the configurations next to the files disagree."""
     folders = {
-        e.name: e.path if e.path.is_dir() else e.path.parent
-        for e in ([base] if base else []) + list(experts)
-        if isinstance(e, Files)
+        model.name: model.path if model.path.is_dir() else model.path.parent
+        for model in ([base] if base else []) + list(experts)
+        if isinstance(model, Files)
     }
     found: list[str] = []
-    for file, keys in TELLING.items():
+    for file, fields in CONFIGURATION_FIELDS.items():
         facts: dict[str, Any] = {}
         for name, folder in folders.items():
             if (folder / file).is_file():
                 try:
-                    facts[name] = _json(folder / file)
-                except ConsilienceError as e:
-                    found.append(str(e).rstrip("."))
+                    facts[name] = read_json(folder / file)
+                except ConsilienceError as error:
+                    found.append(str(error).rstrip("."))
+
+        # All are compared with the first, which is the base's if it has the file.
         for name in list(facts)[1:]:
             first = next(iter(facts))
-            for k in keys:
-                mine, its = facts[name].get(k), facts[first].get(k)
-                if mine != its and k in facts[name] and k in facts[first]:
-                    hint = "; merging.fold_normalisation makes them agree" if k.startswith("image_") else ""
+            for key in fields:
+                mine, its = facts[name].get(key), facts[first].get(key)
+                if mine != its and key in facts[name] and key in facts[first]:
+                    hint = "; merging.fold_normalisation makes them agree" if key.startswith("image_") else ""
                     found.append(
-                        f"{name}: {k} = {json.dumps(mine)} in {file}, {json.dumps(its)} in {first}{hint}"
+                        f"{name}: {key} = {json.dumps(mine)} in {file}, {json.dumps(its)} in {first}{hint}"
                     )
     return found
 
 
 def _strangers(plan: Plan) -> list[str]:
-    """Experts that are as far from the base as models that have nothing to do with it, by some numbers of some entries.
+    """List experts that are as far from the base as unrelated models are, by some numbers of some entries.
 
-    Unrelated vectors are |a|^2 + |b|^2 apart; an expert that went far from a small beginning is so too, but then it is much longer.
+    Unrelated vectors are |a|^2 + |b|^2 apart. An expert that moved far from a small start is so too, but is
+    much longer than the start.
     """
     assert plan.base is not None
     base, found = plan.base, []
     large = sorted((n for n in plan.names if len(base.shapes[n]) > 1), key=lambda n: -plan.spans[n])[:8]
 
-    def numbers(e: Entries, names: Sequence[str]) -> Array:
+    def probe(model: Entries, names: Sequence[str]) -> Array:
         pieces = []
         for n in names:
             width = min(PROBE, plan.spans[n])
             starts = sorted({i * (plan.spans[n] - width) // 3 for i in range(4)})
-            pieces += [e.read(n, at, at + width).double().numpy() for at in starts]
+            pieces += [model.read(n, at, at + width).double().numpy() for at in starts]
         return np.concatenate(pieces)
 
-    for e in plan.experts:
-        mine = [n for n in large if n in e.shapes]
-        if isinstance(e, Adapter) or not mine:
+    for model in plan.experts:
+        shared = [n for n in large if n in model.shapes]
+        # An adapter is built on this base, whatever it adds.
+        if isinstance(model, Adapter) or not shared:
             continue
-        a, b = numbers(base, mine), numbers(e, mine)
-        ok = np.isfinite(a) & np.isfinite(b) & (a != 0)
-        apart, own, its = (float(np.square(x[ok]).sum()) for x in (a - b, a, b))
-        alike = min(own, its) > max(own, its) / 4
-        if alike and apart > FAR * FAR * (own + its):
-            found.append(
-                f"{e.name}, whose distance is {(apart / (own + its)) ** 0.5:.2f} of what strangers' would be"
-            )
+
+        origin, tuned = probe(base, shared), probe(model, shared)
+        valid = np.isfinite(origin) & np.isfinite(tuned) & (origin != 0)
+        apart, before, after = (
+            float(np.square(values[valid]).sum()) for values in (origin - tuned, origin, tuned)
+        )
+        similar_length = min(before, after) > max(before, after) / 4
+        if similar_length and apart > FAR * FAR * (before + after):
+            share = (apart / (before + after)) ** 0.5
+            found.append(f"{model.name}, whose distance is {share:.2f} of that of unrelated models")
     return found
 
 
-def _few(names: Sequence[str]) -> str:
+def few(names: Sequence[str]) -> str:
+    """Join names, at most four of them."""
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 @dataclass(frozen=True)
 class Span:
-    """A piece of one entry within a block: elements start:stop of `name`, at `at` of the block."""
+    """A piece of one entry within a block: elements start:stop of `name`, from column `at` on."""
 
     name: str
     start: int
     stop: int
     at: int
 
+    @property
+    def columns(self) -> slice:
+        """The columns of the block that the piece fills."""
+        return slice(self.at, self.at + self.stop - self.start)
+
 
 @dataclass
 class Reader:
-    """Blocks of the vector that the merged entries make, laid one after another."""
+    """Blocks of the vector that the merged entries form, laid end to end."""
 
     plan: Plan
     names: Sequence[str]
     block: int
     size: int = field(init=False)
-    _begins: list[int] = field(init=False)
+    _starts: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
-        self._begins, self.size = [], 0
+        self._starts, self.size = [], 0
         for n in self.names:
-            self._begins.append(self.size)
+            self._starts.append(self.size)
             self.size += self.plan.spans[n]
 
     def offsets(self) -> range:
-        """Where blocks begin."""
+        """Return the first column of every block."""
         return range(0, self.size, self.block)
 
     def spans(self, offset: int, columns: int | None = None) -> Iterator[Span]:
-        """The pieces of a block, or of its first columns."""
-        from bisect import bisect_right
-
+        """Yield the pieces of a block, or of its first columns."""
         end = min(self.size, offset + min(self.block, columns or self.block))
-        i = bisect_right(self._begins, offset) - 1
+        i = bisect_right(self._starts, offset) - 1
         at = offset
         while at < end:
-            n, begin = self.names[i], self._begins[i]
-            stop = min(end, begin + self.plan.spans[n])
+            name, start = self.names[i], self._starts[i]
+            stop = min(end, start + self.plan.spans[name])
+            # Entries without elements have no piece.
             if stop > at:
-                yield Span(n, at - begin, stop - begin, at - offset)
+                yield Span(name, at - start, stop - start, at - offset)
             at, i = max(at, stop), i + 1
 
     def fill(self, entries: Entries, spans: Sequence[Span], out: Array) -> None:
-        """A row of a block [b] from one model; what it lacks is the base's."""
-        for s in spans:
-            source = entries if s.name in entries.shapes else self.plan.like
-            source.into(s.name, s.start, out[s.at : s.at + s.stop - s.start])
+        """Read a row of a block [b] from one model; entries that it lacks are the base's."""
+        for span in spans:
+            source = entries if span.name in entries.shapes else self.plan.like
+            source.into(span.name, span.start, out[span.columns])

@@ -1,342 +1,360 @@
-"""Merging: blocks of all models through an aggregator, never a whole model at once."""
+"""Merging: blocks of all models go through an aggregator, so that no complete model is in memory."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from consilience.core.aggregator import Aggregator, Blockwise, Linear
+from consilience.core.aggregator import Affine, Aggregator, Blockwise, Linear, canonical
 from consilience.core.errors import ConsilienceError, kind_of, unknown
 from consilience.core.params import key, matches
-from consilience.merging._files import Array, Entries, finite, opened
+from consilience.merging._files import Entries, finite, opened
 from consilience.merging._out import Shards, Tensors
-from consilience.merging._plan import Plan, Reader, Span, plan
+from consilience.merging._plan import MergeSettings, Plan, Reader, Span, plan
 
 Progress = Callable[[int, int], None]
-"""Told bytes that were read, and of how many."""
-
+"""Called with the bytes read so far, and the bytes to read."""
 
 Write = Callable[[str, int, Tensor], None]
-Slot = tuple[Tensor, Tensor]
-LINEAR = 1 << 17
-"""Numbers of a block where rows are added one after another."""
+"""Called with an entry's name, the index of the first element, and values."""
 
+LINEAR = 1 << 17
+"""Columns of a block for linear aggregators, which hold no more than three rows at once."""
 
 CANCELS = 4.0
-"""Where coefficients of parameters, the base's among them, have absolute values of a larger sum, changes are added instead: fewer digits are lost."""
+"""If absolute coefficients of parameters and base sum to more, changes are added: fewer digits are lost."""
+
+
+class Prepared(NamedTuple):
+    """A checked merge: its plan, weights [m], importances of entries, and factors of the change by entry."""
+
+    plan: Plan
+    aggregator: Aggregator
+    weights: Tensor
+    importances: list[Entries]
+    scales: Mapping[str, float]
+
+
+class Slot(NamedTuple):
+    """Buffers for one block: the base [b] and the changes [m, b]."""
+
+    base: Tensor
+    rows: Tensor
+
+
+class Block(NamedTuple):
+    """One block that was read: its pieces, its base [b] and its changes [m, b]."""
+
+    spans: list[Span]
+    base: Tensor
+    rows: Tensor
 
 
 class Merge:
-    """One aggregator over one group of entries: `order` the rows, go through them in `blocks` as often as it wants, then make `every` block."""
+    """One aggregator over one group of entries.
+
+    `run` puts the rows in canonical order, reads all blocks as often as the aggregator asks for, then makes
+    and writes each block.
+    """
 
     def __init__(
         self,
-        plan: Plan,
+        prepared: Prepared,
         names: Sequence[str],
-        aggregator: Aggregator,
-        weights: Tensor,
-        scales: Mapping[str, float],
-        importances: Sequence[Entries],
         generator: torch.Generator,
         send: Callable[[int], None],
         threads: int,
     ) -> None:
-        block = aggregator.block if isinstance(aggregator, Blockwise) else Blockwise.block
-        self.plan, self.aggregator, self.scales, self.send = plan, aggregator, scales, send
-        block = (
-            block << 2 if threads > 1 else block
-        )  # threads wait less for each other; results do not depend on it
-        self.reader = Reader(plan, names, block)
-        self.n, self.m = self.reader.size, len(plan.experts)
-        self.experts, self.weights, self.importances = (
-            list(plan.experts),
-            weights.to(plan.wide),
-            list(importances),
-        )
-        self.generator, self.threads = generator, threads
-        self.checked = False  # whether all numbers were found finite
+        self.plan, self.aggregator, self.scales = prepared.plan, prepared.aggregator, prepared.scales
+        self.experts, self.importances = list(prepared.plan.experts), list(prepared.importances)
+        self.weights = prepared.weights.to(self.plan.wide)
+        self.generator, self.send, self.threads = generator, send, threads
 
-    # ------------------------------------------------------------------------------------------------------------ reading
+        # With larger blocks threads wait less for each other. Results do not depend on the size.
+        block = self.aggregator.block if isinstance(self.aggregator, Blockwise) else Blockwise.block
+        self.reader = Reader(self.plan, names, block << 2 if threads > 1 else block)
+        self.size, self.count = self.reader.size, len(self.experts)
+        # Whether a pass has found all numbers finite, so that later ones need not look.
+        self.known_finite = False
+
+    # Reading.
 
     def slot(self) -> Slot:
-        """Room for one block of the base [b] and of the changes [m, b]."""
-        width = min(self.reader.block, self.n)
-        return torch.zeros(width, dtype=self.plan.wide), torch.empty(self.m, width, dtype=self.plan.wide)
+        """Allocate buffers for one block."""
+        width, dtype = min(self.reader.block, self.size), self.plan.wide
+        return Slot(torch.zeros(width, dtype=dtype), torch.empty(self.count, width, dtype=dtype))
 
-    def load(self, offset: int, slot: Slot, columns: int | None = None) -> tuple[list[Span], Tensor, Tensor]:
-        """The pieces of a block, or of its first columns, its base [b] and its changes [m, b]; all finite."""
+    def load(self, offset: int, slot: Slot, columns: int | None = None) -> Block:
+        """Read a block, or its first columns, into a slot; refuse numbers that are not finite."""
         spans = list(self.reader.spans(offset, columns))
-        width = spans[-1].at + spans[-1].stop - spans[-1].start
-        base, rows = slot[0].numpy()[:width], slot[1].numpy()[:, :width]
+        width = spans[-1].columns.stop
+        base, rows = slot.base.numpy()[:width], slot.rows.numpy()[:, :width]
         if self.plan.base is not None:
             self.reader.fill(self.plan.base, spans, base)
-        for i in range(self.m):
+        for i in range(self.count):
             self.reader.fill(self.experts[i], spans, rows[i])
             if self.plan.base is not None:
                 np.subtract(rows[i], base, out=rows[i])
+
+        # A sum is not finite if any number is not, and costs a fraction of a test of each.
         made = torch.from_numpy(rows)
-        if not self.checked and not np.isfinite(float(made.sum())):
-            self._blame(made)
-        return spans, torch.from_numpy(base), made
+        if not self.known_finite and not np.isfinite(float(made.sum())):
+            self._refuse_infinite(made)
+        return Block(spans, torch.from_numpy(base), made)
 
     def blocks(self, columns: int | None = None) -> Iterator[tuple[int, Tensor]]:
-        """(offset, changes [m, b]) of every block in order, or of their first columns; with more threads, one is read ahead."""
+        """Yield offset and changes [m, b] of every block in order, or of their first columns.
+
+        With more than one thread, the next block is read ahead.
+        """
         offsets = self.reader.offsets()
         slots = [self.slot() for _ in range(min(2, self.threads))]
         if len(slots) == 1:
-            for o in offsets:
-                yield o, self.load(o, slots[0], columns)[2]
+            for offset in offsets:
+                yield offset, self.load(offset, slots[0], columns).rows
                 self.send(self.reader.block)
             return
+
         with ThreadPoolExecutor(1) as pool:
             coming = pool.submit(self.load, offsets[0], slots[0], columns)
-            for i, o in enumerate(offsets):
-                now = coming.result()[2]
+            for i, offset in enumerate(offsets):
+                rows = coming.result().rows
                 if i + 1 < len(offsets):
                     coming = pool.submit(self.load, offsets[i + 1], slots[(i + 1) % 2], columns)
-                yield o, now
+                yield offset, rows
                 self.send(self.reader.block)
 
-    def every(self, reader: Reader, room: Callable[[], Any], work: Callable[[int, Any], None]) -> None:
-        """Work on every block, each in some thread, with room that no other uses at the time."""
+    def each_block(
+        self, reader: Reader, allocate: Callable[[], Any], work: Callable[[int, Any], None]
+    ) -> None:
+        """Call `work` with the offset of every block, in any thread, and buffers of its own."""
         if self.threads == 1:
-            own = room()
-            for o in reader.offsets():
-                work(o, own)
+            buffers = allocate()
+            for offset in reader.offsets():
+                work(offset, buffers)
                 self.send(reader.block)
             return
-        rooms = [room() for _ in range(self.threads)]
 
-        def one(offset: int) -> None:
-            own = rooms.pop()
+        free = [allocate() for _ in range(self.threads)]
+
+        def in_thread(offset: int) -> None:
+            buffers = free.pop()
             try:
-                work(offset, own)
+                work(offset, buffers)
             finally:
-                rooms.append(own)
+                free.append(buffers)
 
-        left, going = iter(reader.offsets()), deque[Future[None]]()
+        # Few blocks are submitted ahead, so that an error stops the merge at once.
+        left, running = iter(reader.offsets()), deque[Future[None]]()
         with ThreadPoolExecutor(self.threads) as pool:
-            for o in islice(left, 2 * self.threads):
-                going.append(pool.submit(one, o))
-            while going:
-                going.popleft().result()
-                for o in islice(left, 1):
-                    going.append(pool.submit(one, o))
+            for offset in islice(left, 2 * self.threads):
+                running.append(pool.submit(in_thread, offset))
+            while running:
+                running.popleft().result()
+                for offset in islice(left, 1):
+                    running.append(pool.submit(in_thread, offset))
                 self.send(reader.block)
 
-    def _blame(self, *computed: Tensor) -> None:
-        """A sum was not finite: tell all numbers that are not, in any model; or that what was computed is too large."""
+    def _refuse_infinite(self, *computed: Tensor) -> None:
+        """Say why a sum was not finite: numbers of some model, or computed ones that are too large."""
         if bad := not_finite(self.plan):
             raise NotFinite(bad)
-        if not all(torch.isfinite(t).all() for t in computed):
+        if not all(torch.isfinite(values).all() for values in computed):
             raise ConsilienceError(
-                f"numbers should fit in the arithmetic's {self.plan.wide} (--dtype float64). Found larger ones."
+                f"merged numbers must fit in {self.plan.wide}, got larger ones; use --dtype float64."
             )
 
-    # ---------------------------------------------------------------------------------------------------------- the rows
+    # Combining.
 
     def order(self) -> None:
-        """Put the experts in the order of their content, as an `Aggregator` does with rows in memory."""
-        if self.m < 2:
+        """Put the experts in canonical order, as an `Aggregator` does with rows in memory."""
+        if self.count < 2:
             return
-        heads: list[list[float]] = [[] for _ in range(self.m)]
         spans = list(self.reader.spans(0, 4))
-        base, row = (torch.zeros(min(4, self.n), dtype=self.plan.wide).numpy() for _ in "ab")
+        base, row = (torch.zeros(min(4, self.size), dtype=self.plan.wide).numpy() for _ in "ab")
         if self.plan.base is not None:
             self.reader.fill(self.plan.base, spans, base)
-        for i in range(self.m):
-            self.reader.fill(self.experts[i], spans, row)
-            heads[i] = (row - base).tolist()
-        scalar = [() if self.importances else (w,) for w in self.weights.tolist()]
-        keys = [(*h, *w) for h, w in zip(heads, scalar, strict=True)]
-        groups = [[i for i in range(self.m) if keys[i] == k] for k in sorted(set(keys))]
-        if any(len(g) > 1 for g in groups):
-            for _, rows in self.blocks():
-                groups = [part for g in groups for part in _split(g, rows)]
-                if all(len(g) == 1 for g in groups):
-                    break
-        order = [i for g in groups for i in g]
+        heads: list[tuple[float, ...]] = []
+        for expert, weight in zip(self.experts, self.weights.tolist(), strict=True):
+            self.reader.fill(expert, spans, row)
+            # Weights per entry do not fit in a head; equal rows then stay as they came.
+            heads.append((*(row - base).tolist(), *(() if self.importances else (weight,))))
+
+        pieces = (lambda i, rows=rows: rows[i].numpy().tobytes() for _, rows in self.blocks())
+        order = canonical(heads, pieces)
         self.experts = [self.experts[i] for i in order]
         self.importances = [self.importances[i] for i in order] if self.importances else []
         self.weights = self.weights[order]
 
     def run(self, write: Write) -> None:
         """Combine all blocks, and write them."""
-        a = self.aggregator
         self.order()
-        if isinstance(a, Linear):
-            self._linear(a, write)
-        elif isinstance(a, Blockwise):
-            self._blockwise(a, write)
+        if isinstance(self.aggregator, Linear):
+            self._linear(self.aggregator, write)
+        elif isinstance(self.aggregator, Blockwise):
+            self._blockwise(self.aggregator, write)
         else:
-            self._whole(a, write)
+            self._all_rows(self.aggregator, write)
 
-    def _linear(self, a: Linear, write: Write) -> None:
-        gram = torch.zeros(0, 0, dtype=self.plan.wide)
-        if a.needs_gram:
-            gram = torch.zeros(self.m, self.m, dtype=torch.float64)
-            for _, rows in self.blocks():
-                gram += (rows @ rows.T).double()
-        c = [float(x) for x in a.weigh(gram.to(self.plan.wide), self.weights, self.generator)]
-        rest = 1 - sum(c) if self.plan.base is not None else 0.0
-        rest = 0.0 if abs(rest) < 1e-6 else rest
-        used = [(e, x) for e, x in zip(self.experts, c, strict=True) if x]
-        if not used and self.plan.base is not None:
-            used, rest = [(self.plan.base, 1.0)], 0.0
+    def _linear(self, aggregator: Linear, write: Write) -> None:
+        """Add up parameters with the aggregator's coefficients, block by block."""
+        sources, terms = self._terms(aggregator)
         reader = Reader(self.plan, self.reader.names, LINEAR)
-        if not self.scales and len(used) == 1 and used[0][1] == 1 and not rest:
-            self.every(
+        if sources and terms.copied and not self.scales:
+            source = sources[0]
+            self.each_block(
                 reader,
                 lambda: None,
-                lambda offset, _: self._copy(list(reader.spans(offset)), used[0][0], write),
+                lambda offset, _: self._copy(list(reader.spans(offset)), source, write),
             )
             return
 
-        alike = len({x for _, x in used}) == 1
-        cancels = bool(rest) and abs(rest) + sum(abs(x) for _, x in used) > CANCELS
+        def allocate() -> list[Tensor]:
+            width = min(LINEAR, self.size)
+            return [torch.zeros(width, dtype=self.plan.wide) for _ in range(3)]
 
-        def room() -> list[tuple[Tensor, Array]]:
-            made = [torch.zeros(min(LINEAR, self.n), dtype=self.plan.wide) for _ in range(3)]
-            return [(t, t.numpy()) for t in made]
-
-        def work(offset: int, own: list[tuple[Tensor, Array]]) -> None:
+        def work(offset: int, buffers: list[Tensor]) -> None:
             spans = list(reader.spans(offset))
-            width = spans[-1].at + spans[-1].stop - spans[-1].start
-            (base, base_array), (row, row_array), (total, total_array) = (
-                (t[:width], x[:width]) for t, x in own
-            )
-            if self.plan.base is not None and (rest or self.scales):
-                reader.fill(self.plan.base, spans, base_array)
-            if not used or cancels:
-                total.zero_()
-            for i, (source, x) in enumerate(used):
-                reader.fill(source, spans, row_array if i or cancels else total_array)
-                if cancels:
-                    total.add_(row.sub_(base), alpha=x)
-                elif alike and i:
-                    np.add(total_array, row_array, out=total_array)
-                elif i:
-                    total.add_(row, alpha=x)
-                elif not alike:
-                    total.mul_(x)
-            if alike and not cancels:
-                total.mul_(used[0][1])
-            if rest:
-                total.add_(base, alpha=1.0 if cancels else rest)
-            self._put(spans, base, total, write, True)
+            base, row, total = (buffer[: spans[-1].columns.stop] for buffer in buffers)
+            if self.plan.base is not None and (terms.base_share or self.scales):
+                reader.fill(self.plan.base, spans, base.numpy())
 
-        self.every(reader, room, work)
+            def rows() -> Iterator[Tensor]:
+                for i, source in enumerate(sources):
+                    # The first row is read straight into the sum, which saves a pass over it.
+                    buffer = row if i or terms.by_changes else total
+                    reader.fill(source, spans, buffer.numpy())
+                    yield buffer
+
+            made = terms.add(rows(), base, total) if sources else total.zero_()
+            self._put(spans, base, made, write, True)
+
+        self.each_block(reader, allocate, work)
+
+    def _terms(self, aggregator: Linear) -> tuple[list[Entries], Affine]:
+        """Return the models that are added, and how: experts with a coefficient, or else the base."""
+        gram = torch.zeros(0, 0, dtype=self.plan.wide)
+        if aggregator.needs_gram:
+            gram = torch.zeros(self.count, self.count, dtype=torch.float64)
+            for _, rows in self.blocks():
+                gram += (rows @ rows.T).double()
+        found = aggregator.weigh(gram.to(self.plan.wide), self.weights, self.generator).tolist()
+        rest = 1 - sum(found) if self.plan.base is not None else 0.0
+
+        # Experts without a coefficient are not read.
+        used = [(expert, value) for expert, value in zip(self.experts, found, strict=True) if value]
+        if not used and self.plan.base is not None:
+            used, rest = [(self.plan.base, 1.0)], 0.0
+        values = tuple(value for _, value in used)
+        terms = Affine(values, rest)
+        if terms.base_share and abs(terms.base_share) + sum(abs(value) for value in values) > CANCELS:
+            terms = Affine(values, rest, by_changes=True)
+        elif len(set(values)) == 1:
+            terms = Affine(values, rest, factored=True)
+        return [source for source, _ in used], terms
 
     def _copy(self, spans: Sequence[Span], source: Entries, write: Write) -> None:
-        """A block of one model as it is."""
-        for s in spans:
-            owner = source if s.name in source.shapes else self.plan.like
-            piece = owner.read(s.name, s.start, s.stop)
+        """Write a block of one model as it is."""
+        for span in spans:
+            owner = source if span.name in source.shapes else self.plan.like
+            piece = owner.read(span.name, span.start, span.stop)
             if not finite(piece):
                 raise NotFinite(not_finite(self.plan))
-            write(s.name, s.start, piece)
+            write(span.name, span.start, piece)
 
-    def _blockwise(self, a: Blockwise, write: Write) -> None:
-        known = a.init(self.m, self.n, self.generator)
-        while not known.done:
-            columns = known.columns
+    def _blockwise(self, aggregator: Blockwise, write: Write) -> None:
+        """Scan all blocks until the aggregator is done, then make each."""
+        state = aggregator.init(self.count, self.size, self.generator)
+        while not state.done:
+            columns = state.columns
             for offset, rows in self.blocks(columns):
-                known = a.scan(rows, offset, known)
-            known, self.checked = a.settle(known), columns is None
+                state = aggregator.scan(rows, offset, state)
+            state, self.known_finite = aggregator.settle(state), columns is None
 
         def work(offset: int, slot: Slot) -> None:
             spans, base, rows = self.load(offset, slot)
-            self._put(spans, base, a.apply(rows, self._weights(spans, rows), offset, known), write, False)
+            made = aggregator.apply(rows, self._entry_weights(spans, rows), offset, state)
+            self._put(spans, base, made, write, False)
 
-        self.every(self.reader, self.slot, work)
+        self.each_block(self.reader, self.slot, work)
 
-    def _weights(self, spans: Sequence[Span], rows: Tensor) -> Tensor:
-        """[m], or [m, b] where importances were given."""
+    def _entry_weights(self, spans: Sequence[Span], rows: Tensor) -> Tensor:
+        """Return weights [m], or [m, b] if importances were given."""
         if not self.importances:
             return self.weights
         made = torch.zeros_like(rows)
         for i, source in enumerate(self.importances):
-            for s in spans:
-                source.into(s.name, s.start, made[i, s.at : s.at + s.stop - s.start].numpy())
+            for span in spans:
+                source.into(span.name, span.start, made[i, span.columns].numpy())
+
         if not (made >= 0).all() or not torch.isfinite(made).all():
             bad = [
-                f"{s.name!r} of {source.name}"
+                f"{span.name!r} of {source.name}"
                 for source, row in zip(self.importances, made, strict=True)
-                for s in spans
-                if not ((piece := row[s.at : s.at + s.stop - s.start]) >= 0).all()
-                or not torch.isfinite(piece).all()
+                for span in spans
+                if not (row[span.columns] >= 0).all() or not torch.isfinite(row[span.columns]).all()
             ]
             raise ConsilienceError(
-                f"importances should be finite and not negative. Found others in {'; '.join(bad)}."
+                f"importances must be finite and not negative, got others in {'; '.join(bad)}."
             )
         return made * self.weights[:, None]
 
-    def _whole(self, a: Aggregator, write: Write) -> None:
-        rows = torch.empty(self.m, self.n, dtype=self.plan.wide)
+    def _all_rows(self, aggregator: Aggregator, write: Write) -> None:
+        """Combine all rows at once, for aggregators that work neither by coefficients nor by blocks."""
+        rows = torch.empty(self.count, self.size, dtype=self.plan.wide)
         for offset, block in self.blocks():
             rows[:, offset : offset + block.shape[1]] = block
-        total = a.combine(rows, self.weights, self.generator)
+        total = aggregator.combine(rows, self.weights, self.generator)
         del rows
 
         def work(offset: int, slot: Slot) -> None:
             spans, base, _ = self.load(offset, slot)
             self._put(spans, base, total[offset : offset + len(base)], write, False)
 
-        self.every(self.reader, self.slot, work)
+        self.each_block(self.reader, self.slot, work)
 
     def _put(
         self, spans: Sequence[Span], base: Tensor, total: Tensor, write: Write, parameters: bool
     ) -> None:
-        """Write a block: `total` is parameters, or a change of the base's that is scaled by entry."""
-        for s in spans:
-            piece = slice(s.at, s.at + s.stop - s.start)
-            values, origin, scale = total[piece], base[piece], self.scales.get(s.name, 1.0)
+        """Write a block, scaled: `total` holds `parameters`, or else a change of the base's."""
+        for span in spans:
+            values, origin = total[span.columns], base[span.columns]
+            scale = self.scales.get(span.name, 1.0)
             if parameters and scale != 1:
                 values = origin + (values - origin) * scale
             elif not parameters:
                 values = origin + (values * scale if scale != 1 else values)
             if not np.isfinite(float(values.sum())):
-                self._blame(values)
-            write(s.name, s.start, values)
+                self._refuse_infinite(values)
+            write(span.name, span.start, values)
 
 
 class NotFinite(ConsilienceError):
     """NaN or infinity in models' tensors."""
 
     def __init__(self, entries: Mapping[str, Sequence[str]]) -> None:
-        found = "; ".join(f"{n!r} of {', '.join(models)}" for n, models in entries.items())
-        super().__init__(
-            f"parameters should be finite (--allow-non_finite). Found NaN or infinity in {found}."
-        )
+        got = "; ".join(f"{n!r} of {', '.join(models)}" for n, models in entries.items())
+        super().__init__(f"parameters must be finite (--allow-non_finite), got NaN or infinity in {got}.")
         self.entries = set(entries)
 
 
 def not_finite(plan: Plan) -> dict[str, list[str]]:
-    """Entries with NaN or infinity, and the models that have it there."""
+    """Find entries with NaN or infinity, and the models that have it there."""
     found: dict[str, list[str]] = {}
-    for e in {id(e): e for e in (plan.like, *plan.experts)}.values():
+    # Without a base `like` is an expert too: each model is read once.
+    for model in {id(model): model for model in (plan.like, *plan.experts)}.values():
         for n in plan.names:
-            if n in e.shapes and not all(finite(piece) for _, piece in e.pieces(n, 0, plan.spans[n])):
-                found.setdefault(n, []).append(e.name)
+            if n in model.shapes and not all(finite(piece) for _, piece in model.pieces(n, 0, plan.spans[n])):
+                found.setdefault(n, []).append(model.name)
     return found
-
-
-def _split(group: list[int], rows: Tensor) -> list[list[int]]:
-    """A group of rows that are alike so far, divided and ordered by the bytes of a further block."""
-    if len(group) == 1:
-        return [group]
-    found: dict[bytes, list[int]] = {}
-    for i in group:
-        found.setdefault(rows[i].numpy().tobytes(), []).append(i)
-    return [found[k] for k in sorted(found)]
 
 
 @overload
@@ -381,45 +399,48 @@ def merge(  # type: ignore[misc]
 ) -> dict[str, Tensor] | Path:
     """Merge experts into one model: base + A(expert_1 - base, .., expert_m - base), block by block.
 
-    A linear aggregator gives coefficients c, and the result is sum c_i expert_i + (1 - sum c) base: one unchanged expert, or the base, is
-    taken as it is. Integer and boolean entries are the base's. Files and state dicts go through the same code: the same bits.
-    Memory beside the result is a few blocks of every model (aggregators that read all rows at once: `memory`).
+    A linear aggregator gives coefficients c, and the result is sum c_i expert_i + (1 - sum c) base: one
+    unchanged expert, or the base, is taken as it is. Integer and boolean entries are the base's. Files and
+    state dicts go through the same code: the same bits. Besides the result, memory holds a few blocks of
+    every model (aggregators that read all rows at once: `memory`).
 
     Args:
-        base: what the experts started from: a path of safetensors (file, folder, shards with their index), a state dict or a module;
-            None combines whole parameters (the first expert gives names and dtypes).
+        base: what the experts started from: a path of safetensors (file, folder, shards with their index), a
+            state dict
+            or a module; None combines complete parameters (the first expert gives names and dtypes).
         experts: the same, or folders of LoRA adapters on the base; a mapping names them.
         aggregator: one of `consilience.aggregators`; None is the mean.
         out: a new file (.safetensors) or folder; None gives a state dict.
-        weights: one an expert; 1/m by default.
+        weights: one per expert; 1/m by default.
         per: "model" treats all entries as one vector, "tensor" every entry by itself.
         scales: factors of the change by pattern of names, the first that fits: {"layers.0.*": 0.5}.
-        keep: patterns of entries that stay every expert's own (heads): the result has the base's, and a folder the experts' in kept/.
-        allow: of `missing`, `extra`, `vocabulary`, `non_finite`, `other_base`, `configuration`; else these are refused.
-        importances: a model of weights >= 0 an expert (Fisher information), for aggregators that weigh entries.
-        dtype: of the arithmetic; float32, or float64 where an entry has it.
+        keep: patterns of entries that stay every expert's own (heads): the result has the base's, and a
+            folder has the
+            experts' in kept/.
+        allow: of `missing`, `extra`, `vocabulary`, `non_finite`, `other_base`, `configuration`; others are
+            refused.
+        importances: one model of weights >= 0 per expert (Fisher information), for aggregators that weigh
+            entries.
+        dtype: of the arithmetic; float32, or float64 if an entry has it.
         out_dtype: of the floating-point entries written; the base's by default.
-        shard: bytes a file holds at most; as the base's files by default.
-        memory: bytes that may be held beside the result.
-        threads: that take whole blocks; with more than one, blocks are also read ahead.
+        shard: most bytes per file; as in the base's files by default.
+        memory: bytes that may be held besides the result.
+        threads: threads that take complete blocks; with more than one, blocks are also read ahead.
         seed: of aggregators that draw.
-        progress: told bytes done and in all.
+        progress: called with the bytes done and the bytes in all.
 
     Raises:
-        ConsilienceError: models that do not fit (every problem is told), what is not finite, a place that is taken.
+        ConsilienceError: models that do not fit (with every problem), numbers that are not finite, an
+            existing `out`.
 
     >>> base = {"w": torch.zeros(3)}
-    >>> merge(base, [{"w": torch.tensor([2.0, 0.0, 4.0])}, {"w": torch.tensor([4.0, 2.0, 0.0])}])["w"].tolist()
+    >>> experts = [{"w": torch.tensor([2.0, 0.0, 4.0])}, {"w": torch.tensor([4.0, 2.0, 0.0])}]
+    >>> merge(base, experts)["w"].tolist()
     [3.0, 1.0, 2.0]
     """
     from consilience.aggregators._mean import Mean
 
-    aggregator = aggregator or Mean()
-    made, w, weighing, factors = checked(
-        base,
-        experts,
-        aggregator,
-        out,
+    settings = MergeSettings(
         weights=weights,
         per=per,
         scales=scales,
@@ -427,57 +448,27 @@ def merge(  # type: ignore[misc]
         allow=allow,
         importances=importances,
         dtype=dtype,
+        out_dtype=out_dtype,
+        shard=shard,
         memory=memory,
         threads=threads,
+        seed=seed,
     )
+    prepared = prepare(base, experts, aggregator or Mean(), out, settings)
+    made = prepared.plan
     dtypes = {
-        n: out_dtype if out_dtype is not None and t.is_floating_point else t
-        for n, t in made.like.dtypes.items()
+        n: out_dtype if out_dtype is not None and stored.is_floating_point else stored
+        for n, stored in made.like.dtypes.items()
     }
     sink = Tensors(made, dtypes) if out is None else Shards(made, dtypes, Path(out), shard)
-    skip: set[str] = set()
+
     before = torch.get_num_threads()
-    count = threads or before
     try:
-        torch.set_num_threads(1)  # blocks are small: threads take whole blocks
-        groups = [list(made.names)] if per == "model" else [[n] for n in made.names]
-        while True:
-            told = _Told(progress, made)
-            try:
-                for names in groups:
-                    names = [n for n in names if n not in skip]
-                    if names and sum(made.spans[n] for n in names):
-                        generator = (
-                            torch.Generator().manual_seed(seed) if per == "model" else key(seed, names[0])
-                        )
-                        Merge(made, names, aggregator, w, factors, weighing, generator, told, count).run(
-                            sink.write
-                        )
-                break
-            except NotFinite as e:
-                if "non_finite" not in allow or not e.entries - skip:
-                    raise
-                skip |= e.entries  # and again, without them
-        for n in made.like.shapes:
-            begin = 0 if n in made.taken or n in skip else made.spans[n]
-            for at, piece in made.like.pieces(n, begin) if n not in made.like.aliases else ():
-                sink.write(n, at, piece)
-        sink.close(
-            _recipe(
-                aggregator,
-                made,
-                w,
-                weighing,
-                dtypes,
-                {
-                    "per": per,
-                    "scales": dict(scales or {}),
-                    "keep": list(keep),
-                    "allow": list(allow),
-                    "seed": seed,
-                },
-            )
-        )
+        # Blocks are too small to divide among torch's threads: ours take complete blocks.
+        torch.set_num_threads(1)
+        skipped = _merge_all(prepared, settings, sink.write, progress, threads or before)
+        _copy_unmerged(made, skipped, sink.write)
+        sink.close(_recipe(prepared, settings, dtypes))
     except BaseException:
         sink.undo()
         raise
@@ -486,112 +477,178 @@ def merge(  # type: ignore[misc]
     return sink.made if isinstance(sink, Tensors) else Path(out)  # type: ignore[arg-type]
 
 
-def checked(
+def _merge_all(
+    prepared: Prepared, settings: MergeSettings, write: Write, progress: Progress | None, threads: int
+) -> set[str]:
+    """Merge all groups of entries; return the entries that were left out, since they are not finite."""
+    made, seed = prepared.plan, settings.seed
+    groups = [list(made.names)] if settings.per == "model" else [[n] for n in made.names]
+    skipped: set[str] = set()
+    while True:
+        send = _Counter(progress, made)
+        try:
+            for group in groups:
+                names = [n for n in group if n not in skipped]
+                if not sum(made.spans[n] for n in names):
+                    continue
+                # By the entry's name, so that a tensor's draws do not depend on the others.
+                one_vector = settings.per == "model"
+                generator = torch.Generator().manual_seed(seed) if one_vector else key(seed, names[0])
+                Merge(prepared, names, generator, send, threads).run(write)
+            return skipped
+        except NotFinite as error:
+            # Begin again without these entries: all others may depend on them, as parts of one vector.
+            if "non_finite" not in settings.allow or not error.entries - skipped:
+                raise
+            skipped |= error.entries
+
+
+def _copy_unmerged(made: Plan, skipped: set[str], write: Write) -> None:
+    """Write the entries, and the ends of entries, that are not merged."""
+    for n in made.like.shapes:
+        if n in made.like.aliases:
+            continue
+        start = 0 if n in made.taken or n in skipped else made.spans[n]
+        for at, piece in made.like.pieces(n, start):
+            write(n, at, piece)
+
+
+def prepare(
     base: Any,
     experts: Sequence[Any] | Mapping[str, Any],
     aggregator: Aggregator,
-    out: str | Path | None = None,
-    *,
-    weights: Sequence[float] | None = None,
-    per: str = "model",
-    scales: Mapping[str, float] | None = None,
-    keep: Sequence[str] = (),
-    allow: Sequence[str] = (),
-    importances: Sequence[Any] | None = None,
-    dtype: torch.dtype | None = None,
-    memory: int = 512 << 20,
-    threads: int | None = None,
-    **rest: Any,
-) -> tuple[Plan, Tensor, list[Entries], dict[str, float]]:
-    """The plan of a merge, weights [m], importances and factors by entry: all that can be refused before anything is computed."""
+    out: str | Path | None,
+    settings: MergeSettings,
+) -> Prepared:
+    """Open all models and check the merge: all that can be refused before anything is computed."""
+    _check_arguments(base, aggregator, out, settings)
+    start, models, importances = _open_all(base, experts, settings.importances)
+    made = plan(start, models, settings.allow, settings.keep, settings.dtype)
+    weights = _weights(settings.weights, len(models), aggregator)
+
+    if settings.importances is not None:
+        _check_importances(aggregator, importances, made)
+    if not isinstance(aggregator, Linear | Blockwise):
+        columns = made.size if settings.per == "model" else max(made.spans.values())
+        needed = (len(models) + 2) * made.wide.itemsize * columns
+        if needed > settings.memory:
+            raise ConsilienceError(
+                f"{type(aggregator).__name__} reads all rows at once: `memory` must be {needed:,} bytes or "
+                f'more (or `per` "tensor"), got {settings.memory:,}.'
+            )
+    scales = _scales(settings.scales or {}, made)
+    if scales and base is None:
+        raise ConsilienceError("`scales` are factors of changes and need a base, got none.")
+    return Prepared(made, aggregator, weights, importances, scales)
+
+
+def _check_arguments(
+    base: Any, aggregator: Aggregator, out: str | Path | None, settings: MergeSettings
+) -> None:
+    """Refuse arguments that are wrong for any models."""
     from consilience.aggregators._slerp import Slerp
 
     if not isinstance(aggregator, Aggregator):
         raise ConsilienceError(
-            f"`aggregator` should be made by consilience.aggregators, such as ties(). Found {kind_of(aggregator)}."
+            "`aggregator` must be made by consilience.aggregators, such as ties(), got "
+            f"{kind_of(aggregator)}."
         )
-    if per not in ("model", "tensor"):
-        raise unknown("per", str(per), ("model", "tensor"))
+    if settings.per not in ("model", "tensor"):
+        raise unknown("per", str(settings.per), ("model", "tensor"))
     if out is not None and Path(out).exists():
-        raise ConsilienceError(f"`out` should be new. Found something at {out}.")
-    if threads is not None and threads < 1:
-        raise ConsilienceError(f"`threads` should be at least 1. Found {threads}.")
+        raise ConsilienceError(f"`out` must be new, got {out}, which exists.")
+    if settings.threads is not None and settings.threads < 1:
+        raise ConsilienceError(f"`threads` must be at least 1, got {settings.threads}.")
+    # Slerp is often used on parameters themselves, on an arc around zero.
     if base is None and aggregator.needs_base and not isinstance(aggregator, Slerp):
-        raise ConsilienceError(
-            f"{type(aggregator).__name__} combines changes, so there should be a base. Found none."
-        )
+        raise ConsilienceError(f"{type(aggregator).__name__} combines changes and needs a base, got none.")
+
+
+def _open_all(
+    base: Any, experts: Sequence[Any] | Mapping[str, Any], importances: Iterable[Any] | None
+) -> tuple[Entries | None, list[Entries], list[Entries]]:
+    """Open base, experts and importances; one error lists all problems."""
     problems: list[str] = []
 
-    def there(what: Any, base: Entries | None, name: str) -> Entries | None:
+    def attempt(model: Any, base: Entries | None, name: str) -> Entries | None:
         try:
-            return opened(what, base, name)
-        except ConsilienceError as e:
-            problems.append(str(e).rstrip("."))
+            return opened(model, base, name)
+        except ConsilienceError as error:
+            problems.append(str(error).rstrip("."))
             return None
 
-    start = there(base, None, "the base") if base is not None else None
-    named = experts if isinstance(experts, Mapping) else {f"expert {i}": e for i, e in enumerate(experts)}
-    found = [there(e, start, n) for n, e in named.items()]
-    weighing = [e for i, x in enumerate(importances or ()) if (e := there(x, start, f"importances {i}"))]
+    start = attempt(base, None, "the base") if base is not None else None
+    named = (
+        experts if isinstance(experts, Mapping) else {f"expert {i}": model for i, model in enumerate(experts)}
+    )
+    models = [attempt(model, start, name) for name, model in named.items()]
+    weighing = [attempt(model, start, f"importances {i}") for i, model in enumerate(importances or ())]
     if problems:
         raise ConsilienceError("; ".join(problems) + ".")
-    models = [e for e in found if e is not None]
-    made = plan(start, models, allow, keep, dtype)
-    m = len(models)
-    w = (
-        torch.full((m,), 1 / m, dtype=torch.float64)
-        if weights is None
-        else torch.as_tensor(list(weights), dtype=torch.float64)
+    return (
+        start,
+        [model for model in models if model is not None],
+        [model for model in weighing if model is not None],
     )
-    if (
-        w.shape != (m,)
-        or not torch.isfinite(w).all()
-        or (not aggregator.takes_negative_weights and (w < 0).any())
-    ):
-        sign = "" if aggregator.takes_negative_weights else " and not negative"
-        raise ConsilienceError(f"weights should be {m} numbers, finite{sign}. Found {w.tolist()}.")
-    if m < aggregator.fewest_rows:
+
+
+def _weights(given: Sequence[float] | None, count: int, aggregator: Aggregator) -> Tensor:
+    """Return checked weights [m], in float64."""
+    if given is None:
+        weights = torch.full((count,), 1 / count, dtype=torch.float64)
+    else:
+        weights = torch.as_tensor(list(given), dtype=torch.float64)
+    positive = aggregator.takes_negative_weights or not (weights < 0).any()
+    if weights.shape != (count,) or not torch.isfinite(weights).all() or not positive:
+        rule = "finite" if aggregator.takes_negative_weights else "finite and not negative"
+        raise ConsilienceError(f"`weights` must be {count} numbers, {rule}, got {weights.tolist()}.")
+    if count < aggregator.fewest_rows:
         raise ConsilienceError(
-            f"{type(aggregator).__name__} should be given at least {aggregator.fewest_rows} experts. Found {m}."
+            f"{type(aggregator).__name__} needs at least {aggregator.fewest_rows} experts, got {count}."
         )
-    if importances is not None and (not aggregator.takes_entry_weights or len(importances) != m):
+    return weights
+
+
+def _check_importances(aggregator: Aggregator, importances: list[Entries], made: Plan) -> None:
+    """Refuse importances that do not fit the experts, or that the aggregator does not use."""
+    count = len(made.experts)
+    if not aggregator.takes_entry_weights:
         raise ConsilienceError(
-            f"importances should be one an expert, for an aggregator that weighs entries (fisher). Found {len(importances)} of {m} for {type(aggregator).__name__}."
+            f"`importances` need an aggregator that weighs entries (fisher), got {type(aggregator).__name__}."
         )
-    problems += [
-        f"{e.name}: {n!r} {'has shape ' + str(list(e.shapes[n])) if n in e.shapes else 'is missing'}"
-        for e in weighing
-        for n in made.names
-        if e.shapes.get(n) != made.like.shapes[n]
-    ]
+    if len(importances) != count:
+        raise ConsilienceError(f"`importances` must be {count}, one per expert, got {len(importances)}.")
+
+    problems = []
+    for model in importances:
+        for name in made.names:
+            if name not in model.shapes:
+                problems.append(f"{model.name}: {name!r} is missing")
+            elif model.shapes[name] != made.like.shapes[name]:
+                problems.append(f"{model.name}: {name!r} has shape {list(model.shapes[name])}")
     if problems:
         raise ConsilienceError(
-            f"importances should have the shapes of what they weigh. Found {'; '.join(problems)}."
+            f"`importances` must have the shapes of the entries that they weigh: {'; '.join(problems)}."
         )
-    if not isinstance(aggregator, Linear | Blockwise):
-        need = (m + 2) * made.wide.itemsize * (made.size if per == "model" else max(made.spans.values()))
-        if need > memory:
-            raise ConsilienceError(
-                f'{type(aggregator).__name__} reads all rows at once, so `memory` should be {need:,} bytes or more (or `per` "tensor"). Found {memory:,}.'
-            )
-    factors = {}
+
+
+def _scales(patterns: Mapping[str, float], made: Plan) -> dict[str, float]:
+    """Return the factor of each entry that a pattern fits; the first that fits counts."""
+    factors: dict[str, float] = {}
     for n in made.names:
-        for pattern, value in (scales or {}).items():
-            if matches(n, [pattern]):
-                factors[n] = float(value)
-                break
-    for pattern in scales or {}:
+        fitting = [float(value) for pattern, value in patterns.items() if matches(n, [pattern])]
+        if fitting:
+            factors[n] = fitting[0]
+    for pattern in patterns:
         if not any(matches(n, [pattern]) for n in made.names):
             raise ConsilienceError(
-                f"a pattern of `scales` should fit some entry. Found {pattern!r}, which fits none."
+                f"a pattern of `scales` must fit some entry, got {pattern!r}, which fits none."
             )
-    if factors and base is None:
-        raise ConsilienceError("`scales` are factors of changes, so there should be a base. Found none.")
-    return made, w, weighing, factors
+    return factors
 
 
-class _Told:
-    """Progress in bytes: passes are counted as they come."""
+class _Counter:
+    """Progress in bytes. The number of passes is not known before: further passes extend the total."""
 
     def __init__(self, progress: Progress | None, plan: Plan) -> None:
         self.progress, self.plan, self.done = progress, plan, 0
@@ -604,26 +661,26 @@ class _Told:
 
 
 def _recipe(
-    aggregator: Aggregator,
-    plan: Plan,
-    weights: Tensor,
-    importances: Sequence[Entries],
-    dtypes: Mapping[str, torch.dtype],
-    rest: Mapping[str, Any],
+    prepared: Prepared, settings: MergeSettings, dtypes: Mapping[str, torch.dtype]
 ) -> dict[str, object]:
-    """What made a merged model."""
-    from consilience import __version__
+    """Describe how a model was merged, for merge.json."""
+    from consilience.version import __version__
 
+    made = prepared.plan
     return {
         "consilience": __version__,
-        "aggregator": repr(aggregator),
-        "base": plan.base.name if plan.base is not None else None,
-        "experts": [e.name for e in plan.experts],
-        "weights": weights.tolist(),
-        "importances": [e.name for e in importances],
-        "dtype": str(plan.wide),
-        "out_dtypes": sorted({str(dtypes[n]) for n in plan.names}),
-        **rest,
+        "aggregator": repr(prepared.aggregator),
+        "base": made.base.name if made.base is not None else None,
+        "experts": [model.name for model in made.experts],
+        "weights": prepared.weights.tolist(),
+        "importances": [model.name for model in prepared.importances],
+        "dtype": str(made.wide),
+        "out_dtypes": sorted({str(dtypes[n]) for n in made.names}),
+        "per": settings.per,
+        "scales": dict(settings.scales or {}),
+        "keep": list(settings.keep),
+        "allow": list(settings.allow),
+        "seed": settings.seed,
     }
 
 
@@ -635,37 +692,44 @@ def fold_normalisation(
     to_mean: Sequence[float],
     to_std: Sequence[float],
 ) -> dict[str, Tensor]:
-    """Parameters for inputs normalised by (to_mean, to_std), of a model that was trained for (mean, std): its first layer takes the difference.
+    """Change a model's first layer for inputs normalised by (to_mean, to_std) in the place of (mean, std).
 
-    W' = W to_std / std, b' = b + sum W (to_mean - mean) / std, by channel; W [out, channels * p] or [out, channels, ..]. Exact for a linear layer or a
-    convolution without padding (a padded one sees another border).
+    W' = W to_std / std, b' = b + sum W (to_mean - mean) / std, by channel; W [out, channels * p] or [out,
+    channels, ..]. Exact for a linear layer or a convolution without padding (a padded one sees another
+    border).
 
     Raises:
-        ConsilienceError: no such layer, a bias that is missing where one is needed, or other channels.
+        ConsilienceError: no such layer, a missing bias that is needed, or other channels.
 
-    >>> p = fold_normalisation({"l.weight": torch.ones(1, 2), "l.bias": torch.zeros(1)}, "l", [0.5, 0.5], [0.5, 0.5], [0.0, 0.0], [1.0, 1.0])
-    >>> p["l.weight"].tolist(), p["l.bias"].tolist()
+    >>> p = {"l.weight": torch.ones(1, 2), "l.bias": torch.zeros(1)}
+    >>> folded = fold_normalisation(p, "l", [0.5, 0.5], [0.5, 0.5], [0.0, 0.0], [1.0, 1.0])
+    >>> folded["l.weight"].tolist(), folded["l.bias"].tolist()
     ([[2.0, 2.0]], [-2.0])
     """
     made = dict(params)
-    w, b = params.get(f"{layer}.weight"), params.get(f"{layer}.bias")
-    if w is None:
+    weight, bias = params.get(f"{layer}.weight"), params.get(f"{layer}.bias")
+    if weight is None:
         raise ConsilienceError(
-            f"`layer` should have a weight among the parameters. Found no {layer + '.weight'!r}."
+            f"`layer` must have a weight among the parameters, got no {layer + '.weight'!r}."
         )
     channels = len(mean)
-    if not len(std) == len(to_mean) == len(to_std) == channels or w.shape[1] % channels:
+    if not len(std) == len(to_mean) == len(to_std) == channels or weight.shape[1] % channels:
         raise ConsilienceError(
-            f"means and deviations should be one a channel of {layer!r}, {tuple(w.shape)}. Found {channels}."
+            f"means and deviations must be one per channel of {layer!r}, {tuple(weight.shape)}, got "
+            f"{channels}."
         )
-    m, s, to_m, to_s = (torch.tensor(list(x), dtype=torch.float64) for x in (mean, std, to_mean, to_std))
-    if not ((s > 0).all() and (to_s > 0).all()):
-        raise ConsilienceError(f"deviations should be positive. Found {list(std)} and {list(to_std)}.")
-    wide = w.double().reshape(len(w), channels, -1)
-    shift = (wide * ((to_m - m) / s)[:, None]).sum((1, 2))
-    if b is None and bool((shift != 0).any()):
-        raise ConsilienceError(f"{layer!r} should have a bias, since the means differ. Found none.")
-    made[f"{layer}.weight"] = (wide * (to_s / s)[:, None]).reshape(w.shape).to(w.dtype)
-    if b is not None:
-        made[f"{layer}.bias"] = (b.double() + shift).to(b.dtype)
+    old_mean, old_std, new_mean, new_std = (
+        torch.tensor(list(values), dtype=torch.float64) for values in (mean, std, to_mean, to_std)
+    )
+    if not ((old_std > 0).all() and (new_std > 0).all()):
+        raise ConsilienceError(f"deviations must be positive, got {list(std)} and {list(to_std)}.")
+
+    # The last axis holds all inputs of one channel, whether the layer is linear or a convolution.
+    wide = weight.double().reshape(len(weight), channels, -1)
+    shift = (wide * ((new_mean - old_mean) / old_std)[:, None]).sum((1, 2))
+    if bias is None and bool((shift != 0).any()):
+        raise ConsilienceError(f"{layer!r} must have a bias, because the means differ, got none.")
+    made[f"{layer}.weight"] = (wide * (new_std / old_std)[:, None]).reshape(weight.shape).to(weight.dtype)
+    if bias is not None:
+        made[f"{layer}.bias"] = (bias.double() + shift).to(bias.dtype)
     return made

@@ -432,7 +432,12 @@ def test_a_revisited_sources_own_summary_is_left_out():
     net, anchors = plain(), {}
     for visit, s in ((0, A), (0, B), (1, A)):
         others = [v for n, v in anchors.items() if n != s.name]
-        fit(net, s, lambda net, x, y, *_: F.cross_entropy(net(x), y) + penalised(net, others, 3.0), visit)  # noqa: B023
+        fit(
+            net,
+            s,
+            lambda net, x, y, *_: F.cross_entropy(net(x), y) + penalised(net, others, 3.0),  # noqa: B023
+            visit,
+        )
         anchors[s.name] = (naive_fisher(net, s), entries(net))
     near(final(phases([A, B], plan), cs.methods.ewc(3.0, "all")), entries(net), 1e-11)
 
@@ -453,7 +458,8 @@ def test_strength_zero_is_plain_training_bit_for_bit(method):
 
 
 def si_loop(net, s, omegas, strength, xi, path=None, visit=0, second=None):
-    """One learn: the path integral of the task's own gradient, then Omega; s and `second` in one step each half."""
+    """One learn: the path integral of the task's own gradient, then Omega; s and `second` in one step each
+    half."""
     path = {n: torch.zeros_like(p) for n, p in net.named_parameters()}
     start, optimiser = entries(net), sgd(net)
     steps = max(-(-len(o.train) // BATCH) for o in (s, second) if o)
@@ -731,7 +737,12 @@ def test_clients_hear_of_each_others_fisher():
         for one in s:
             net = plain(params=server)
             others = [v for n, v in known.items() if n != one.name]
-            fit(net, one, lambda net, x, y, *_: F.cross_entropy(net(x), y) + penalised(net, others, 2.0), r)  # noqa: B023
+            fit(
+                net,
+                one,
+                lambda net, x, y, *_: F.cross_entropy(net(x), y) + penalised(net, others, 2.0),  # noqa: B023
+                r,
+            )
             ends.append((one, net))
         known = {one.name: (naive_fisher(net, one), entries(net)) for one, net in ends}
         total = sum(len(one.train) for one in s)
@@ -1025,7 +1036,8 @@ def test_one_spherical_component_each_is_nearest_mean():
 
 @pytest.mark.parametrize("fit", ["torch", "sklearn"])
 def test_a_small_task_has_few_components_and_is_found_beside_a_large_one(fit):
-    """24 examples beside 600 of a wider task, in 40 dimensions: 25 components of one example each would be points."""
+    """24 examples beside 600 of a wider task, in 40 dimensions: 25 components of one example each would be
+    points."""
     x = {
         n: torch.randn(k + 200, 40, generator=key(0, n)).double() for n, k in (("small", 24), ("large", 600))
     }
@@ -1080,7 +1092,11 @@ def test_ensembles_are_weighted_sums_of_softmaxes():
     experts = []
     for s in TASKS:
         keep = list(s.classes)
-        net = fit(plain(), s, lambda net, x, y, *_: F.cross_entropy(net(x)[:, keep], y - keep[0]))  # noqa: B023
+        net = fit(
+            plain(),
+            s,
+            lambda net, x, y, *_: F.cross_entropy(net(x)[:, keep], y - keep[0]),  # noqa: B023
+        )
         p = torch.zeros(40, C).double()
         p[:, keep] = net(x).detach()[:, keep].softmax(1)
         experts.append(p)
@@ -1381,7 +1397,10 @@ def test_constraints_want_a_cone():
     for s in (A, B):
         optimiser, parameters = sgd(net), list(net.parameters())
         for *_, x, y in batches(s):
-            flat = lambda v: torch.cat([g.flatten() for g in torch.autograd.grad(v, parameters)])  # noqa: B023, E731
+
+            def flat(value, parameters=parameters):
+                return torch.cat([g.flatten() for g in torch.autograd.grad(value, parameters)])
+
             g, c = flat(F.cross_entropy(net(x), y)), flat(opposed(net(x)))
             met += float(g @ c) < 0
             g = g - min(float(g @ c), 0.0) / (c @ c) * c
@@ -1416,7 +1435,10 @@ def test_a_penalty_can_be_a_linear_term_and_a_trace_follows_the_path():
     )
     net = plain()
     layout = Layout.of(double(mlp())[0])
-    linear = lambda net: (torch.cat([p.flatten() for _, p in sorted(net.named_parameters())]) * push).sum()  # noqa: E731
+
+    def linear(net):
+        return (torch.cat([p.flatten() for _, p in sorted(net.named_parameters())]) * push).sum()
+
     for s in (A, B):
         start = layout.flatten(entries(net))
         fit(
@@ -1707,7 +1729,8 @@ def test_mas_l2sp_and_online_ewc_restated():
 
 @pytest.mark.parametrize("name", ["mas", "online_ewc"])
 def test_running_precisions_have_one_centre(name):
-    """Over three sources: what was kept of each, summed (with gamma, decayed), around where the learn begins."""
+    """Over three sources: what was kept of each, summed (with gamma, decayed), around where the learn
+    begins."""
     method = cs.methods.mas(0.02) if name == "mas" else cs.methods.online_ewc(0.5, 0.5, "all")
     r = cs.run(cs.settings.continual([A, B, E], "domain"), method, mlp(), training())
     items = [
@@ -1719,8 +1742,8 @@ def test_running_precisions_have_one_centre(name):
         start = entries(net)
         total = {n: sum(g * i[n] for g, i in zip(gains, items, strict=False)) for n in start}
 
-        def loss(net, x, y, epoch, step):
-            away = sum((total[n] * (p - start[n]) ** 2).sum() for n, p in net.named_parameters())  # noqa: B023
+        def loss(net, x, y, epoch, step, total=total, start=start):
+            away = sum((total[n] * (p - start[n]) ** 2).sum() for n, p in net.named_parameters())
             return F.cross_entropy(net(x), y) + method.corrections[0].strength / 2 * away
 
         fit(net, s, loss)

@@ -1,4 +1,5 @@
-"""Task inference: superposition, Expert Gate, Mahalanobis, anchors on inputs; and that mappers serve any task-aware method."""
+"""Task inference: superposition, Expert Gate, Mahalanobis, anchors on inputs; and that mappers serve any
+task-aware method."""
 
 from __future__ import annotations
 
@@ -142,7 +143,8 @@ def finite_difference(agent, x, alpha, h=1e-6):
 
 @pytest.mark.parametrize("name", VIEWS)
 def test_slopes_are_finite_differences(name):
-    """On jittered inputs; those on signed constants sit on kinks of the ReLU, so that SupSup's biases of 0 want inputs off 0."""
+    """On jittered inputs; those on signed constants sit on kinks of the ReLU, so that SupSup's biases of 0
+    want inputs off 0."""
     agent, alpha = learned(name).agent, torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64)
     slopes = finite_difference(agent, SPREAD, alpha)
     with torch.no_grad():
@@ -156,7 +158,8 @@ def test_slopes_are_finite_differences(name):
 
 
 def test_routes_are_the_paper_in_ten_lines():
-    """argmin of the slopes at 1 / K; in halves, those not above the median of -g go to 0, the others are normalised."""
+    """argmin of the slopes at 1 / K; in halves, those not above the median of -g go to 0, the others are
+    normalised."""
     agent = learned("supsup").agent
     r, forward = routing(agent), whole(agent)
 
@@ -220,7 +223,10 @@ def test_superposition_on_a_conv_net_and_by_batches(scenario):
 
 
 def test_superposition_refuses_what_has_no_views():
-    told = "gives each task its own view of the parameters, so that there is nothing to superpose; compose it with supsup"
+    told = (
+        "gives each task its own view of the parameters, so that there is nothing to superpose; "
+        "compose it with supsup"
+    )
     for method, model in (("finetune", heads()), ("ewc", heads()), (cs.methods.psp(0.0), mlp())):
         with pytest.raises(cs.Refusal, match=told):
             go(method, cs.mappers.superposition(), model)
@@ -264,7 +270,8 @@ def places(items, mapper, x):
 
 
 def test_mahalanobis_is_lda_with_equal_priors():
-    """Its argmin is the source of LDA's argmax, from scikit-learn on the pooled data; the distance is the formula."""
+    """Its argmin is the source of LDA's argmax, from scikit-learn on the pooled data; the distance is the
+    formula."""
     from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
     mapper = Mahalanobis(0.0, "inputs")
@@ -294,7 +301,8 @@ def test_mahalanobis_does_not_see_linear_maps():
 
 
 def test_an_identity_covariance_is_the_nearest_mean():
-    """Classes that are a mean and +-1 along every axis have a covariance of I / d within, with and without a ridge."""
+    """Classes that are a mean and +-1 along every axis have a covariance of I / d within, with and without a
+    ridge."""
     cross = torch.cat([torch.eye(D), -torch.eye(D)]).double()
     mu = torch.randn(C, D, generator=key(2), dtype=torch.float64)
     made = []
@@ -312,7 +320,8 @@ def test_an_identity_covariance_is_the_nearest_mean():
 
 
 def test_sums_are_shared_exact_and_one():
-    """Halves add to the whole; nearest mean and the ridge head have the same sums; a direction without variance is left out."""
+    """Halves add to the whole; nearest mean and the ridge head have the same sums; a direction without
+    variance is left out."""
     s, mapper = SOURCES[0], Mahalanobis(0.0, "inputs")
     half = [replace(s, train=Tensors(s.train.x[i], s.train.y[i])) for i in (slice(0, 13), slice(13, 40))]
     one, two = (summary(mapper, h) for h in half)
@@ -517,8 +526,8 @@ SERVED = {
 
 @pytest.mark.parametrize("method", [*VIEWS, "finetune"])
 def test_mappers_serve_any_task_aware_method(method):
-    """Three tasks of digits without labels at evaluation: the task is found more often than by chance, 1/3, and the method's expert
-    for it answers. Training does not depend on the mapper."""
+    """Three tasks of digits without labels at evaluation: the task is found more often than by chance, 1/3,
+    and the method's expert for it answers. Training does not depend on the mapper."""
     fit = cs.Training(epochs=3, batch_size=32, lr=0.05, momentum=0.9)
     params = None
     for name, (mapper, low) in SERVED.items():

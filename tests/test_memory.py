@@ -1,4 +1,5 @@
-"""Buffers and their policies, iCaRL, GDumb, training from scratch, less-forgetting, streams without ends: restatements and limits."""
+"""Buffers and their policies, iCaRL, GDumb, training from scratch, less-forgetting, streams without ends:
+restatements and limits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Training for merging: TaLoS and linearised models against restatements and limits, and the analyses that prove them."""
+"""Training for merging: TaLoS and linearised models against restatements and limits, and the analyses that
+prove them."""
 
 from __future__ import annotations
 
@@ -186,7 +187,8 @@ def test_the_mask_is_the_restated_one(density, rounds, of):
 
 
 def test_the_kept_count_is_exact_and_ties_go_by_index():
-    """Inputs that are always zero have a score of exactly 0: of them the first are kept, in the order of the flat vector."""
+    """Inputs that are always zero have a score of exactly 0: of them the first are kept, in the order of the
+    flat vector."""
     x = torch.zeros(12, D, dtype=torch.float64)
     x[:, 0] = torch.linspace(0.1, 1, 12)
     s = replace(A, train=Tensors(x, torch.arange(12) % C), task="a")
@@ -283,7 +285,8 @@ def test_one_after_another_each_source_has_its_own_mask_from_where_it_began():
 
 
 def test_a_client_keeps_its_mask_over_rounds():
-    """What two clients hold is what neither of their first masks lets move, in all rounds; their masks stay with them."""
+    """What two clients hold is what neither of their first masks lets move, in all rounds; their masks stay
+    with them."""
     rounds = cs.settings.federated([replace(s, task=None) for s in PAIR], 3, scenario="task")
     result = cs.run(rounds, cs.methods.talos(0.1), mlp(), training(), seed=0)
     keep = [restated(start(), s, 0.1, 4) for s in PAIR]
@@ -370,7 +373,8 @@ def test_where_sparse_training_refuses():
 
 
 def test_anchored_and_early_stopped_experts_are_there():
-    """fedprox pulls to the base where experts are merged; epochs = 0 leaves it; half the work is half the plain loop's steps."""
+    """fedprox pulls to the base where experts are merged; epochs = 0 leaves it; half the work is half the
+    plain loop's steps."""
     schedule = cs.settings.merging(PAIR, scenario="task")
     base = start()
 
@@ -435,7 +439,8 @@ INNER = {
 
 
 def tangent(name):
-    """The linearised model, its own, parameters (with heads) in float64, buffers, an input and a direction."""
+    """The linearised model, its own, parameters (with heads) in float64, buffers, an input and a
+    direction."""
     make, shape = INNER[name]
     inner = make()
     model, g = cs.models.linearised(inner), key(3)
@@ -465,7 +470,10 @@ def at(params, *taus):
 @pytest.mark.parametrize("name", list(INNER))
 def test_a_tangent_is_the_model_where_it_touches_and_affine(name):
     model, inner, params, buffers, x, tau = tangent(name)
-    f = lambda a: model(at(params, {n: a * t for n, t in tau.items()}), buffers, x, None, True)[0]  # noqa: E731
+
+    def f(a):
+        return model(at(params, {n: a * t for n, t in tau.items()}), buffers, x, None, True)[0]
+
     own = {n: p for n, p in params.items() if not n.startswith("origin.")}
     assert torch.equal(f(0.0), inner(own, buffers, x, None, False)[0])
     first, last = f(0.0), f(1.0)
@@ -582,7 +590,8 @@ def normed():
 
 
 def test_a_linearised_model_has_the_pretrained_statistics():
-    """At theta_0 it answers as the pretrained one, given to it or to a setting; both refuse statistics of other shapes."""
+    """At theta_0 it answers as the pretrained one, given to it or to a setting; both refuse statistics of
+    other shapes."""
     inner, net = normed()
     told, x = net.state_dict(), A.test.whole()[0]
     for model, base in ((cs.models.linearised(inner, told), None), (cs.models.linearised(inner), told)):
@@ -755,7 +764,8 @@ def test_the_error_of_disentanglement_is_the_restated_one():
 
 
 def test_task_vectors_that_act_on_other_inputs_are_disentangled():
-    """Task a lives in the first inputs, b in the others: a linear model's task vectors in their own columns disturb nothing."""
+    """Task a lives in the first inputs, b in the others: a linear model's task vectors in their own columns
+    disturb nothing."""
     half = torch.tensor([1.0] * 3 + [0.0] * 3, dtype=torch.float64)
     apart = [s.map(x=lambda x, m=m: x * m) for s, m in zip(PAIR, (half, 1 - half), strict=True)]
     model = cs.models.linear(D, C)
@@ -789,7 +799,8 @@ def test_a_transfer_matrix_is_a_table_of_accuracies():
 
 
 def test_sparse_experts_leave_other_tasks_alone_on_real_digits():
-    """A conv net trained on half of the digits, then on pairs of the other half, its head held: as good on their own, nearer to 1 elsewhere."""
+    """A conv net trained on half of the digits, then on pairs of the other half, its head held: as good on
+    their own, nearer to 1 elsewhere."""
     whole = cs.data.digits().map(x=lambda x: x.view(-1, 1, 8, 8))
     order = torch.randperm(len(whole.train), generator=key(0))
     halves = [replace(whole, train=whole.train.select(part)) for part in order.chunk(2)]

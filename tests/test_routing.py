@@ -1,4 +1,5 @@
-"""Mappers at speed: our own mixtures, screened routing, what Mahalanobis may share, and inputs that belong to no task."""
+"""Mappers at speed: our own mixtures, screened routing, what Mahalanobis may share, and inputs that belong
+to no task."""
 
 from __future__ import annotations
 
@@ -100,7 +101,8 @@ def blobs(n=400, d=20, k=5, seed=0):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_expectation_maximisation_is_that_of_scikit_learn(seed):
-    """From the same start: the same steps, parameters and log-likelihood; features are ReLU's, with many zeros."""
+    """From the same start: the same steps, parameters and log-likelihood; features are ReLU's, with many
+    zeros."""
     from sklearn.mixture import GaussianMixture as Reference
 
     x, held = blobs(seed=seed).split([300, 100])
@@ -229,7 +231,8 @@ def test_a_screened_argmax_is_the_exact_one(dtype, spread, decades):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_bounds_hold(dtype):
-    """Products on the two ends of what rounding may do: no true score leaves its bounds, which are found by what is left."""
+    """Products on the two ends of what rounding may do: no true score leaves its bounds, which are found by
+    what is left."""
     g = gen(2)
     b = torch.randn(40, 64, generator=g).sign() * (1 + 2.0**-8 + 2.0**-9 * torch.rand(40, 64, generator=g))
     a = (b[torch.arange(100) % 40].sign()) * (1 + 2.0**-9 - 2.0**-12)
@@ -314,7 +317,8 @@ def test_a_rank_that_is_enough_is_exact():
 
 
 def test_a_rank_too_small_leaves_the_diagonal():
-    """S is U^T U + diag(rest) over the examples of all anchors, restated; its variances are exact at any rank."""
+    """S is U^T U + diag(rest) over the examples of all anchors, restated; its variances are exact at any
+    rank."""
     mapper = Mahalanobis(on="inputs", rank=2)
     items = list(told(mapper, SOURCES).values())
     total = sum(
@@ -331,8 +335,8 @@ def test_a_rank_too_small_leaves_the_diagonal():
 
 
 def test_the_pseudo_inverse_takes_no_rounding_for_variance():
-    """Features of 5 directions out of 8, far from zero: the directions without any variance are left out, though float64 sums give
-    them some, by rounding."""
+    """Features of 5 directions out of 8, far from zero: the directions without any variance are left out,
+    though float64 sums give them some, by rounding."""
     turn = torch.linalg.qr(torch.randn(D, D, generator=gen(6), dtype=torch.float64))[0][:5]
     thin = [source(i, n=90, d=5) for i in range(4)]
     far = [s.map(x=lambda x: x @ turn + 1e4) for s in thin]
@@ -517,7 +521,8 @@ NARROW = {
 
 
 def test_a_tight_task_calls_no_example_of_a_broad_one_unknown():
-    """Likelihoods heed how wide tasks are: x = 6.5 is nearer to the mean of B = 6 +- 0.1, and goes to A = [-10, 10] all the same."""
+    """Likelihoods heed how wide tasks are: x = 6.5 is nearer to the mean of B = 6 +- 0.1, and goes to A =
+    [-10, 10] all the same."""
     mapper = NARROW["gaussian_mixture"]
     broad, tight = line("task0", -10, 10), line("task1", 5.9, 6.1)
     memory = told(mapper, [broad, tight])
@@ -541,7 +546,8 @@ def test_a_tight_task_calls_no_example_of_a_broad_one_unknown():
 
 @pytest.mark.parametrize("mapper", list(NARROW.values()), ids=list(NARROW))
 def test_a_broad_task_does_not_vouch_for_what_is_nearest_to_a_tight_one(mapper):
-    """An input near B and outside it is unknown, however far A's own examples are from A: one broad task would make all known."""
+    """An input near B and outside it is unknown, however far A's own examples are from A: one broad task
+    would make all known."""
     broad, tight = line("task0", -10, 10), line("task1", 19.9, 20.1)
     memory = told(mapper, [broad, tight])
     at = torch.tensor([[20.0], [20.5], [19.0], [1.0], [math.nan]], dtype=torch.float64)
@@ -573,7 +579,8 @@ def test_scores_are_exact_far_from_zero(mapper):
 
 @EACH
 def test_routes_with_reject_are_the_largest_scores_if_these_reach_their_marks(mapper):
-    """40 tasks that overlap, of ever wider classes: a tight task often scores best where only a broad one would accept."""
+    """40 tasks that overlap, of ever wider classes: a tight task often scores best where only a broad one
+    would accept."""
     mapper = replace(mapper, reject=0.3, **({"soft": False} if isinstance(mapper, ExpertGate) else {}))
     memory = told(mapper, [source(i, 30 + i, scale=1.0, noise=0.3 + i / 10) for i in range(40)])
     names = sorted(memory, key=lambda k: k[1])
@@ -622,7 +629,8 @@ def test_mappers_of_answers_have_a_lone_expert_too():
 
 
 def test_scores_of_shared_images_on_features_are_refused():
-    """They would be settled without features, and `route` would read that: it reads the features of its model instead."""
+    """They would be settled without features, and `route` would read that: it reads the features of its
+    model instead."""
     mapper, seen = Mahalanobis(images=3), lambda x=KNOWN: x[:, :4].square()
     raw = told(replace(mapper, on="inputs"), SOURCES)
     sums = told(replace(mapper, on="inputs"), [s.map(x=seen) for s in SOURCES])

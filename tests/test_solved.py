@@ -1,4 +1,5 @@
-"""Heads in closed form: the ridge and prototype solutions restated, on both sides of d = n, as a start and on their own."""
+"""Heads in closed form: the ridge and prototype solutions restated, on both sides of d = n, as a start and
+on their own."""
 
 from __future__ import annotations
 

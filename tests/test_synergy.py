@@ -1,4 +1,5 @@
-"""What tasks have in common: names that mean the same, tasks made of old classes, heads that begin with similar rows."""
+"""What tasks have in common: names that mean the same, tasks made of old classes, heads that begin with
+similar rows."""
 
 from __future__ import annotations
 
@@ -175,7 +176,8 @@ def test_equivalences_are_pairs_of_different_tasks():
 
 
 def test_answers_are_corrected_in_a_run():
-    """Two data sets with the same things under like names: what the mapper confuses counts as right, as a restatement says."""
+    """Two data sets with the same things under like names: what the mapper confuses counts as right, as a
+    restatement says."""
     a = source("pets", {"cat": "cat", "dog": "dog", "van": "van"}, seed=1)
     b = source("zoo", {"Cat": "cat", "dogs": "dog", "oak": "oak"}, seed=2)
     schedule = cs.settings.skill([a, b])
@@ -206,7 +208,8 @@ def logits(model: Any, agent: Any, m: Module, x: Tensor, k: int) -> Tensor:
 
 
 def test_two_heads_below_each_other_keep_their_logits():
-    """Heads that are trained through the infinity norm: every class has the logit that it had, to 1e-6; the new module predicts."""
+    """Heads that are trained through the infinity norm: every class has the logit that it had, to 1e-6; the
+    new module predicts."""
     a, b = (
         source("pets", {"cat": "cat", "dog": "dog"}, seed=1),
         source("trees", {"oak": "oak", "elm": "elm", "bus": "bus"}, seed=2),
@@ -314,7 +317,8 @@ NEW = source("zoo", {"Dogs": "dog", "oak": "oak", "van": "van"}, seed=3)
 
 @pytest.mark.parametrize("by", ["name", "features"])
 def test_new_rows_are_those_of_the_most_similar_class(by):
-    """Own rows and heard ones, weights and biases as they are; what nothing is alike to stays as it was drawn."""
+    """Own rows and heard ones, weights and biases as they are; what nothing is alike to stays as it was
+    drawn."""
     reuse = HeadReuse(by, threshold=0.4 if by == "name" else 0.9)
     agent, job = start_of(NEW, skilled(reuse), OLD)
     plain, drawn = start_of(NEW, skilled(), OLD)
@@ -385,7 +389,8 @@ def beginning(**changes: Any) -> Beginning:
 
 
 def test_equal_ones_are_taken_in_sorted_order():
-    """Two old classes have the very name: the first by (sender, source), whatever the order in which they came."""
+    """Two old classes have the very name: the first by (sender, source), whatever the order in which they
+    came."""
     start = beginning()
     for experts in (start.experts, dict(reversed(start.experts.items()))):
         params, private, _ = HeadReuse().begin(replace(start, experts=experts))
@@ -395,7 +400,8 @@ def test_equal_ones_are_taken_in_sorted_order():
 
 
 def test_votes_are_counted():
-    """By hand: of 10 images 6 fall to column 3, 4 to column 2; ties go to the lower column, no answer is no vote."""
+    """By hand: of 10 images 6 fall to column 3, 4 to column 2; ties go to the lower column, no answer is no
+    vote."""
 
     def votes(counts: dict[int | None, int]) -> Any:
         order = [c for c, n in counts.items() for _ in range(n)]
@@ -434,7 +440,8 @@ def test_votes_are_counted():
 
 
 def test_a_head_that_was_trained_goes_on():
-    """Other data of a task that was learned: its head does not begin again, though its names are the very same."""
+    """Other data of a task that was learned: its head does not begin again, though its names are the very
+    same."""
     a = source("pets", {"cat": "cat", "dog": "dog"}, seed=1)
     more = replace(source("pets", {"cat": "cat", "dog": "dog"}, seed=7), name="pets again")
     agent, job = start_of(

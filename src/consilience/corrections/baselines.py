@@ -35,6 +35,7 @@ def pool(sources: tuple[Source, ...], past: Mapping[str, Private]) -> tuple[Sour
 
     With task labels each source is a part of its own, the new ones first; without, all are one source.
     """
+    # Kept examples may lie on another device than the new ones.
     where = sources[0].train.targets().device
     old = [
         replace(
@@ -89,6 +90,7 @@ def reset(
     in which tasks came.
     """
     fresh, buffers = model.init(generator)
+    # Heads draw from one generator, so they must grow in the order of a run that had all tasks.
     visits = sorted(past.items(), key=lambda visit: (visit[1].meta["order"], visit[0]))
     before = [
         replace(sources[0], name=name, task=item.meta["label"], classes=tuple(item.meta["classes"]))
@@ -115,6 +117,7 @@ class Cumulative(Correction):
     shared_items: ClassVar[bool] = False
 
     def refuse(self, facts: ScheduleFacts) -> str | None:
+        # New parameters would replace the received ones before anything read them.
         if self.scratch and facts.receives_others:
             return THROWN + "use cumulative"
         if facts.own_history or facts.parts > 1:

@@ -92,6 +92,7 @@ class Scaffold(Correction):
         visited = {source.name for source in sources}
         # An agent that receives keeps the sum itself; what it sent before is then the only total that counts.
         receivers = {sender for sender, source in memory if source == SUM}
+        # Statistics add entry by entry, and a missing entry counts as zero.
         own, total = Statistics({}), Statistics({})
         for (sender, source), item in by_source(memory):
             if source in visited and isinstance(item, Private):
@@ -135,6 +136,7 @@ class Scaffold(Correction):
         """Return this source's share of c_i+ (`c/...`) and of a client (`count`), and their gains."""
         if not learned.steps or learned.training is None:
             return None
+        # The shift is part of every step, so it is taken out of the mean gradient again.
         start, end = learned.layout.flatten(learned.start), learned.layout.flatten(learned.trainable)
         variate = (start - end) / (learned.steps * learned.training.lr) - ctx.flat.get("shift", 0.0)
         gain = learned.share * (variate - ctx.flat.get("own", 0.0))
@@ -150,6 +152,7 @@ class Scaffold(Correction):
     def trim(self, memory: Mapping[str, Any], learned: Learned) -> Mapping[str, Any]:
         """Move the gains since this agent last received into the item that is sent with its parameters."""
         sent = memory.get(WHOLE)
+        # Several visits may come between two exchanges: their gains add up.
         gained = Statistics(sent.tensors) if sent is not None and sent.meta.get("gain") else Statistics({})
         kept: dict[str, Any] = {}
         for source, item in sorted(memory.items()):
@@ -208,6 +211,7 @@ class FedDyn(Correction):
 
     def prepare_step(self, ctx: Context, training: Training) -> tuple[dict[str, Tensor], str | None]:
         assert ctx.start is not None
+        # Zeros at the first visit, so that all visits run the same step.
         return {"h": ctx.flat.get("h", torch.zeros_like(ctx.start))}, None
 
     def penalty(self, step: StepView, ctx: Context) -> Tensor:
@@ -246,6 +250,7 @@ class LocalSteps(Correction):
         inner = learned.training.inner() if learned.training is not None else None
         steps = float(learned.steps)
         if isinstance(inner, SGD) and inner.momentum:
+            # Momentum restarts at each visit, so its early steps are shorter.
             m, first = inner.momentum, 1 + inner.nesterov
             steps = sum((1 - m**k) / (1 - m) for k in range(first, learned.steps + first))
         return Private({"steps": torch.tensor(learned.share * steps, dtype=torch.float64)})
@@ -255,6 +260,7 @@ class LocalSteps(Correction):
         total = Statistics({})
         for _, item in sorted(memory.items()):
             total = total + Statistics(item.tensors)
+        # By source nothing is kept: the consolidator needs the sum only.
         return {WHOLE: total}
 
     def after_receive(
@@ -302,6 +308,7 @@ class _Momentum(Correction):
         return push(step, ctx.flat["push"]) / (step.horizon[0] * step.horizon[1])
 
     def penalty_gradient(self, step: StepView, ctx: Context) -> tuple[Tensor, float]:
+        # Per step, so that the steps of a visit add up to `push`.
         return ctx.flat["push"], 1 / (step.horizon[0] * step.horizon[1])
 
 
@@ -358,6 +365,7 @@ class _Global(_Momentum):
         past = [*past, {name: p for name, p in after.params.items() if p.is_floating_point()}][
             -self.window - 1 :
         ]
+        # Items hold flat names: the age of the parameters comes first.
         kept = {f"{i}/{name}": p for i, params in enumerate(past) for name, p in params.items()}
         result = {**memory, PAST: Private(kept, {"rounds": len(past)})}
 
@@ -428,6 +436,7 @@ class FedCM(_Global):
         return 1 - self.alpha
 
     def mask(self, step: StepView, ctx: Context) -> Tensor:
+        # Masks scale the objectives before they are aggregated, and leave penalties as they are.
         return torch.full_like(step.theta, self.alpha)
 
 
@@ -471,6 +480,7 @@ class _Local(_Momentum):
         anchor = ctx.recalled.group("anchor")
         if not anchor or ctx.layout is None or ctx.start is None:
             return None
+        # Visits without an exchange between them count as one round apart.
         rounds = max(1, ctx.recalled.meta["round"] - ctx.recalled.meta["last"])
         moved: Tensor = (ctx.start - ctx.flat["anchor"]) / rounds
         for name in ctx.layout.names:
@@ -506,7 +516,6 @@ class LocalGHBM(_Local):
     tau_i = 1 / C, and this is GHBM with tau = 1 / C. The first visit is plain. Zaccone et al. 2023,
     arXiv:2311.18578.
     """
-
 
     def keep(self, learned: Learned) -> Params:
         return dict(learned.start)

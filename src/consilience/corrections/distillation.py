@@ -40,6 +40,7 @@ def soft_targets(student: Tensor, teacher: Tensor, temperature: float, batch: Ba
     """
     target = (teacher / temperature).log_softmax(1)
     output = (student / temperature).log_softmax(1)
+    # `batchmean` would count the rows that pad a batch.
     if batch is not None and batch.w is not None:
         divergence = F.kl_div(output, target, reduction="none", log_target=True)
         return temperature**2 * batch.mean(divergence.sum(1))
@@ -92,6 +93,7 @@ class LwF(Correction):
             part = step.parts[i]
             for task, classes in ctx.recalled:
                 columns = torch.tensor(classes, device=part.x.device)
+                # The teacher knows nothing about the other columns.
                 teacher = step.before(part.x, task).index_select(1, columns)
                 student = step.answer(i, task).index_select(1, columns)
                 if self.match == "probabilities":
@@ -152,17 +154,22 @@ class LessForgetting(Correction):
             for i, part in enumerate(step.parts)
             if not part.drawn_by
         ]
+        # A mean over parts, so that the strength means the same for any number of sources.
         return [Row(torch.stack(distances).sum(), self.strength / len(distances))]
 
     def mask(self, step: StepView, ctx: Context) -> Tensor:
         """Return 0 for the rows of a shared head for classes of earlier sources."""
         assert ctx.model is not None
         shapes = dict(zip(step.layout.names, step.layout.shapes, strict=True))
-        head = [name for name in anatomy(ctx.model).head or () if name in shapes] if self.freeze_head else []
-        rows = torch.tensor(ctx.recalled, device=step.theta.device)
-        return spread(
-            step.layout, {name: step.theta.new_ones(shapes[name]).index_fill(0, rows, 0) for name in head}
-        )
+        # Heads of tasks are not in the anatomy, whose head is the shared one.
+        head = anatomy(ctx.model).head if self.freeze_head else None
+        frozen = torch.tensor(ctx.recalled, device=step.theta.device)
+        rows = {
+            name: step.theta.new_ones(shapes[name]).index_fill(0, frozen, 0)
+            for name in (head.entries if head else ())
+            if name in shapes
+        }
+        return spread(step.layout, rows)
 
     def summarise(self, learned: Learned, ctx: Context) -> Statistics:
         return Statistics({}, {"classes": list(learned.source.classes)})

@@ -73,6 +73,7 @@ def fisher(
     """
     examples = _drawn(learned, samples)
     kind = learned.source.kind
+    # With a task label the answer is over the task's own classes.
     keep: Tensor | None = None
     if kind == "class" and learned.task is not None:
         keep = torch.zeros(learned.model.outputs, dtype=torch.bool, device=learned.layout.device)
@@ -117,6 +118,7 @@ def _drawn(learned: Learned, samples: int | None) -> Examples:
 
 def _mean_over_samples(learned: Learned, examples: Examples, wanted: Wanted, chunk: int) -> Params:
     """Average what is wanted over samples, by entry, layer by layer where the model allows it."""
+    # An entry that no sample reaches keeps 0.
     total = {name: torch.zeros_like(p) for name, p in learned.trainable.items()}
     layers = _layers(learned)
     for x, y in examples.chunks(chunk):
@@ -173,6 +175,7 @@ def _targets(learned: Learned, out: Tensor, y: Tensor, labels: str, keep: Tensor
     if labels == "model":
         drawn = torch.multinomial(p.cpu(), 1, generator=learned.generator)[:, 0]
         return [Weighted(drawn.to(out.device), ones)]
+    # The expectation over classes, each weighted by its probability.
     classes = [c for c in range(p.shape[1]) if keep is None or bool(keep[c])]
     return [Weighted(torch.full_like(y, c), p[:, c]) for c in classes]
 

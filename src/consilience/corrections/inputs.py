@@ -146,6 +146,7 @@ def gram(layer: nn.Module, x: Tensor) -> Tensor:
     groups, width = layer.groups, _width(layer)
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     total = torch.zeros(groups, width, width, dtype=torch.float64, device=x.device)
+    # Patches repeat each pixel as often as the kernel has places.
     size = max(1, NUMBERS // max(1, x[0].numel() * layer.kernel_size[0] * layer.kernel_size[1]))
     for part in x.split(size):
         # The layer's own padding, which `F.unfold` knows for zeros only.

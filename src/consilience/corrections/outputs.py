@@ -33,6 +33,7 @@ class WSM(Correction):
 
     def begin(self, start: Beginning) -> Begun:
         """Return the private log p [C], -inf for classes that these sources lack."""
+        # The sources of a visit are trained together, so that their counts add.
         size = start.model.outputs
         counts = [torch.bincount(s.train.targets(), minlength=size) for s in start.sources]
         total = torch.stack(counts).sum(0).double()

@@ -19,6 +19,7 @@ from consilience.corrections.rehearsal import ER
 
 def constraints(step: StepView, drawn_by: str) -> list[Row]:
     """Return the loss of each part that a correction drew, as a constraint."""
+    # Parts do not name their kind; targets that are values are floats.
     kind = "value" if step.parts[0].y.is_floating_point() else "class"
     return [
         Row(mean_loss(out, part, kind), kind="constraint")

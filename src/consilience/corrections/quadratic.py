@@ -56,6 +56,7 @@ class Quadratic(Correction):
         )
 
     def penalty_gradient(self, step: StepView, ctx: Context) -> tuple[Tensor, float]:
+        # In place on the new product: a step of a large model should allocate one vector.
         return torch.mul(ctx.flat["precision"], step.theta).sub_(ctx.flat["shift"]), self.strength
 
     def prepare_step(self, ctx: Context, training: Training) -> tuple[dict[str, Tensor], str | None]:
@@ -71,6 +72,7 @@ class Quadratic(Correction):
             rates = training.factors(ctx.layout)
         steep = precision if rates is None else precision * rates
 
+        # Schedules only lower the rate, so that the first step is the longest.
         most = 1 / (training.lr * self.strength)
         over = int((steep > most).sum())
         if not over:
@@ -127,6 +129,7 @@ class Running(Quadratic):
 
     def prepare_step(self, ctx: Context, training: Training) -> tuple[dict[str, Tensor], str | None]:
         if "precision" in ctx.flat and ctx.start is not None:
+            # With this shift the minimum of the penalty is where the visit begins.
             ctx = replace(ctx, flat={**ctx.flat, "shift": ctx.flat["precision"] * ctx.start})
         return super().prepare_step(ctx, training)
 
@@ -233,6 +236,7 @@ class OnlineEWC(Running, EWC):
 
         # From the oldest visit on: the order of a sum of floats is part of its value.
         order = {key: memory[key].meta["order"] for key in past}
+        # Equal ages occur where senders differ; names decide then.
         past.sort(key=lambda key: (order[key], key[1], key[0]))
         latest = order[past[-1]]
         precision: Params = {}

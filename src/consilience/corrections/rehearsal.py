@@ -73,6 +73,7 @@ class Buffer(Correction):
 
     def summarise(self, learned: Learned, ctx: Context) -> Private:
         train, keys = learned.source.train, self.keys(learned, ctx)
+        # Examples that the whole buffer could never keep are not even stored.
         kept = self.policy.keep(keys, train.targets(), self.size).nonzero()[:, 0]
         x, y = train.select(kept).whole()
         tensors = {"x": x.clone(), "y": y.clone(), "key": keys[kept]}
@@ -81,6 +82,7 @@ class Buffer(Correction):
     def trim(self, memory: Mapping[str, Any], learned: Learned) -> Mapping[str, Any]:
         """Keep the examples that the policy chooses among those of all sources together."""
         items = list(memory.values())
+        # Keys never change, so a stream's buffer does not depend on how it was cut into sources.
         keys, y = (torch.cat([item.tensors[k].cpu() for item in items]) for k in ("key", "y"))
         kept = self.policy.keep(keys, y, self.size).split([len(item.tensors["key"]) for item in items])
         return {
@@ -119,6 +121,7 @@ class ER(Buffer):
 
     def recall(self, memory: Memory, sources: tuple[Source, ...]) -> Any:
         """Return a Group per task of the examples of all other sources, or None where there are none."""
+        # A part of a step has one task, so its examples must come from one group.
         by_task: dict[str | None, dict[str, Private]] = {}
         for source, item in others(memory, sources).items():
             if len(item.tensors["y"]):
@@ -177,6 +180,7 @@ class ERACE(ER):
         groups, seen = ctx.recalled
         own = sources[int(torch.randint(len(sources), (1,), generator=generator))]
         new = sum(len(s.train) for s in sources)
+        # One draw per example of the batch: how many of them are the source's own.
         fresh = int((torch.rand(self.batch_size, generator=generator) < new / (new + seen)).sum())
         (old,) = super().sample(replace(ctx, recalled=groups), sources, generator)
 
@@ -223,6 +227,7 @@ class DER(ER):
     def sample(self, ctx: Context, sources: tuple[Source, ...], generator: torch.Generator) -> list[Batch]:
         """Return a part of weight 0 with its logits, and for DER++ another of weight beta."""
         parts = []
+        # The part of weight 0 is only forwarded: `rows` makes its objective.
         for weight in (0.0, self.beta) if self.beta else (0.0,):
             names, task, tensors = self.draw(ctx.recalled, generator)
             extra = {} if weight else {"logits": tensors["logits"]}
@@ -244,6 +249,7 @@ class DER(ER):
     def summarise(self, learned: Learned, ctx: Context) -> Private:
         plain = super().summarise(learned, ctx)
         with torch.no_grad():
+            # In chunks, as a forward pass of the whole buffer may not fit in memory.
             logits = [
                 learned.model(learned.params, learned.buffers, x, learned.task, False)[0]
                 for x in plain.tensors["x"].split(1024)

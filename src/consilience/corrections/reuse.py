@@ -91,6 +91,7 @@ class HeadReuse(Correction):
                 f"(such as {before[0]!r}) but no module; use methods.skill."
             )
         old: Rows = {}
+        # Sorted, so that it does not matter who sent first; the first of equal labels stays.
         for _, module in sorted(start.experts.items()):
             for label, row in rows_of(module).items():
                 old.setdefault(label, row)
@@ -143,6 +144,7 @@ class HeadReuse(Correction):
         index = []
         for c in source.classes:
             own = (targets == c).nonzero()[:, 0]
+            # A few images are enough for a majority.
             index.append(own[torch.randperm(len(own), generator=start.generator)[: self.shots]])
         images = source.train.select(torch.cat(index))
 

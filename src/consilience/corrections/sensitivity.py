@@ -64,6 +64,7 @@ class TaLoS(Correction):
     neutral: ClassVar[Mapping[str, Any]] = {"density": 1.0}
 
     def __post_init__(self) -> None:
+        # A word or a boolean, as YAML may give, would fail late or count as 1.
         number = isinstance(self.density, (int, float)) and not isinstance(self.density, bool)
         if not number or not 0 < self.density <= 1:
             raise ConsilienceError(f"`density` must be a number in (0, 1], got {self.density!r}.")
@@ -127,6 +128,7 @@ class TaLoS(Correction):
         Running statistics of batch norm are those that this visit begins with.
         """
         model, params, sources = start.model, start.params, start.sources
+        # Only names and shapes of entries are used, so that any seed does.
         base, buffers = model.init(torch.Generator().manual_seed(0))
         grown = base
         for source in sources:
@@ -145,6 +147,7 @@ class TaLoS(Correction):
             if self.reached and r == 0:
                 reached &= total > 0
             lowest = total.masked_fill(~(keep & reached), torch.inf).argsort(stable=True)
+            # A stable sort takes equal scores by index, on every device.
             chosen = lowest[: self.kept(int(reached.sum()), r)]
             keep = torch.zeros_like(keep).index_fill(0, chosen, True)
         return Drawn(layout.split(keep), float((total[keep] == 0).sum()) / max(1, len(chosen)))
@@ -202,10 +205,14 @@ def _reached(model: Model, params: Params, sources: tuple[Source, ...]) -> Param
     # Imported here because a room of concepts does not load another one.
     from consilience.models.tangent import Tangent
 
+    # A tangent model has the head of the model that it linearises.
+    head = anatomy(model.model if isinstance(model, Tangent) else model).head
     found = {name: torch.ones_like(p) for name, p in params.items()}
-    for name in anatomy(model.model if isinstance(model, Tangent) else model).head or ():
-        if name is not None and all(s.kind == "class" for s in sources):
-            rows = torch.zeros_like(params[name])
-            rows[[c for s in sources for c in s.classes]] = 1
-            found[name] = rows
+    if head is None or any(s.kind != "class" for s in sources):
+        return found
+
+    classes = [c for s in sources for c in s.classes]
+    for name in head.entries:
+        found[name] = torch.zeros_like(params[name])
+        found[name][classes] = 1
     return found

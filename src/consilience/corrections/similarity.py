@@ -85,6 +85,7 @@ def similarities(names_a: Sequence[str], names_b: Sequence[str], encoder: Encode
 
 def _pieces(name: str) -> Counter[str]:
     """Count the words of a name and their pieces; the name itself where it has no letter or digit."""
+    # The underscores mark both ends of a word, so that endings differ from middles.
     words = re.findall(r"[^\W_]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower())
     pieces = [f"_{word}_"[i : i + 3] for word in words for i in range(len(word))]
     return Counter([*words, *pieces] or [name])

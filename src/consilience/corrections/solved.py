@@ -86,12 +86,14 @@ class SolvedHead(Correction):
         for (weight, bias), sources in by_head.items():
             if bias is None:
                 raise Refusal(f"a head in closed form needs a bias, and {weight!r} has none; add one.")
+            # A task's head has rows for its own classes only, and a buffer says which.
             prefix = weight.rpartition(".")[0]
             columns = start.buffers.get(f"{prefix}.columns", torch.arange(len(params[weight])))
             row_of = {int(column): row for row, column in enumerate(columns.tolist())}
             classes = sorted({c for source in sources for c in source.classes})
             rows = [row_of[c] for c in classes]
             solved_weight, solved_bias = self.head(start, sources, classes)
+            # Clones, since verbs are pure: the given parameters must not change.
             for name, solved in ((weight, solved_weight.T), (bias, solved_bias)):
                 params[name] = params[name].clone()
                 params[name][rows] = solved.to(params[name])
@@ -130,6 +132,7 @@ class SolvedHead(Correction):
         """
         penalty = self.strength * float(centred.square().mean()) / 2
         left, sizes, right = torch.linalg.svd(centred, full_matrices=False)
+        # Directions without variance would only slow the search, whose optimum has no weight on them.
         there = sizes > sizes[:1] * 1e-10
         reduced, directions = left[:, there] * sizes[there], right[there]
 

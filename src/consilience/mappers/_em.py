@@ -54,6 +54,7 @@ def log_density(x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor) -> Te
     -0.918939
     """
     mean, variance, weight = (t.to(x) for t in (mean, variance, weight))
+    # Expanded squares: the cross term is a product of matrices.
     precision = 1 / variance
     distance = x.square() @ precision.T - 2 * x @ (mean * precision).T + (mean.square() * precision).sum(1)
     return weight.log() - 0.5 * (distance + variance.log().sum(1) + x.shape[1] * math.log(2 * math.pi))
@@ -110,6 +111,7 @@ def fit(
         return _single(x, floor)
 
     both, centre, scale = _scaled(x)
+    # Densities of scaled examples differ by the determinant of the scaling.
     least, jacobian = floor / scale**2, width * (math.log(scale) + 0.5 * math.log(2 * math.pi))
     rows = seeds(both[:, :width], k, generator) if start is None else start
     mean = both[rows, :width].double()
@@ -160,6 +162,7 @@ def _expect(both: Tensor, mixture: Mixture) -> tuple[Tensor, Tensor]:
     precision = 1 / variance
     constant = weight.log() - 0.5 * ((mean.square() * precision).sum(1) + variance.log().sum(1))
     factors = torch.cat([mean * precision, -0.5 * precision], 1).float()
+    # One product gives the linear and the quadratic term.
     log = torch.addmm(constant.float(), both, factors.T)
     total = log.logsumexp(1)
     return torch.threshold_(log.sub_(total[:, None]).exp_(), SHARE, 0.0), total

@@ -84,6 +84,7 @@ class Level:
     @staticmethod
     def of(b: Tensor, dtype: torch.dtype, parts: int) -> Level:
         """Make the level of b [J, n] in float32."""
+        # The terms of the bound, in one product with [lost, kept] of the places.
         low, kept, lost = _rounded(b, dtype, parts)
         gamma = 2 * (b.shape[1] + 8) * 2.0**-24
         return Level(low, torch.cat([kept + lost, lost + gamma * kept], 1).to(dtype), parts)
@@ -152,6 +153,7 @@ class Screen:
         """
         size, none = len(psi), len(self.group)
         pairs = self._screened(psi, columns, scored)
+        # Where anchors of one group are left it is the answer; other rows are settled below.
         best = torch.full((size,), none).scatter_reduce(0, pairs.rows, self.group[pairs.anchors], "amin")
         if not scored:
             asked = self._open(pairs, size, False)[pairs.rows]
@@ -177,6 +179,7 @@ class Screen:
         pairs = Pairs(*left.nonzero(as_tuple=True))
         for level in self.levels[1:]:
             is_open = self._open(pairs, len(psi), scored)
+            # Settled rows keep their pairs, which a finer level need not see.
             kept = ~is_open[pairs.rows]
             if len(pairs.rows) - int(kept.sum()) <= PAIRS:
                 break

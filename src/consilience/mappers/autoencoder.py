@@ -92,6 +92,7 @@ class ExpertGate(Anchored):
         moments = {"mean": psi.mean(0), "deviation": torch.where(deviation > 0, deviation, 1.0)}
         target = torch.sigmoid((psi - moments["mean"]) / moments["deviation"]).float()
         net = self.fit(target, learned.generator)
+        # Single precision halves what is sent.
         item = Module({**{name: t.float() for name, t in moments.items()}, **net})
         if not self.rejects:
             return item

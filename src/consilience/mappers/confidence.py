@@ -32,6 +32,7 @@ class Average(Mapper):
     """weights = 1 / experts: the ensemble's mean of class probabilities."""
 
     def route(self, routing: Routing, memory: Memory) -> Tensor:
+        # In float64: weights of many experts must still sum to 1.
         shape = (len(routing.x), len(routing.experts))
         return torch.full(shape, 1 / len(routing.experts), dtype=torch.float64, device=routing.x.device)
 

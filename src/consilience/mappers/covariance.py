@@ -49,6 +49,7 @@ def symmetric(packed: Tensor, d: int) -> Tensor:
 
 def factors(scatter: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Return U [min(rank, d), d] and a diagonal [d] with scatter ~ U^T U + diag: the largest eigenvalues."""
+    # `eigh` reads one triangle only, and sums in floats are not symmetric to the last bit.
     values, vectors = torch.linalg.eigh((scatter + scatter.T) / 2)
     values, vectors = values.clamp_min(0)[-rank:], vectors[:, -rank:]
     factor = (vectors * values.sqrt()).T
@@ -144,6 +145,7 @@ class Distances(Screened):
         points = [means(item) for item in items]
         self.group, every = grouped(points), torch.cat(points)
         self.centre, self.white = every.mean(0).float(), whitening(known, ridge)
+        # About their centre the points are small, and so is the rounding of distances.
         self.points = (every - self.centre) @ self.white
         self.screen = Screen.of(self.points @ self.white.T, -0.5 * self.points.square().sum(1), self.group)
 
@@ -224,6 +226,7 @@ class Mahalanobis(Anchored):
         if self.images:
             tensors |= self._drawn(learned)
         elif self.rank:
+            # Second moments are about 0; factors are of the scatter about the class means.
             centres = means(Statistics(tensors)) * count[count > 0].sqrt()[:, None]
             factor, rest = factors(found["second"] - centres.T @ centres, self.rank)
             tensors |= {"factor": factor.float(), "rest": rest.float()}

@@ -89,7 +89,9 @@ class Anchored(Mapper):
             return Begun(start.params)
         x = start.sources[0].train.select(torch.arange(1)).whole()[0]
         like = next(p for p in start.params.values() if p.is_floating_point())
+        # Integer inputs, such as tokens, keep their type.
         x = x.to(like.device, like.dtype) if x.is_floating_point() else x.to(like.device)
+        # Every trainable entry is moved, and the features of one example must not follow.
         moved = {
             name: p if start.model.frozen(name) or not p.is_floating_point() else p + 1
             for name, p in start.params.items()
@@ -164,6 +166,7 @@ class Anchored(Mapper):
         With `reject` all are 0 where the score of the best one is below its threshold.
         """
         best, score = anchors.best(psi, self.rejects)
+        # One-hot also with equal scores: `best` has the first of them.
         weights = F.one_hot(best, len(anchors.own)).double()
         if self.rejects:
             # A score that is not a number is at no threshold, so such an input is unknown too.
@@ -477,6 +480,7 @@ class GaussianMixture(Anchored):
 
         names = ("mean", "variance", "weight")
         tensors = {name: getattr(fit, name).to("cpu", torch.float32) for name in names}
+        # Anchors are sent to every agent, so that they are in float32.
         item = Module({**tensors, "count": torch.tensor([float(len(psi))])})
         if not self.rejects:
             return item
@@ -485,6 +489,7 @@ class GaussianMixture(Anchored):
 
     def ready(self, items: tuple[Item, ...], every: tuple[Item, ...]) -> Anchors:
         sizes = torch.stack([item.tensors["count"].double().sum() for item in items])
+        # Only experts count, since anchors without an expert cannot win.
         prior = (sizes / sizes.sum()).log().tolist() if self.prior == "size" else [0.0] * len(items)
         return Mixtures(items, prior)
 

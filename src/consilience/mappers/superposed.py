@@ -65,6 +65,7 @@ class Superposition(Mapper):
     def route(self, routing: Routing, memory: Memory) -> Tensor:
         experts = kept = len(routing.experts)
         dtype = routing.x.dtype if routing.x.is_floating_point() else torch.get_default_dtype()
+        # Integer inputs, such as tokens, have no type for a gradient.
         alpha = torch.full((experts,), 1 / experts, dtype=dtype, device=routing.x.device)
         while kept > 1:
             # Experts that are out have weight 0 and must not come back.

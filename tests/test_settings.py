@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from itertools import permutations
 from typing import ClassVar
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from scipy.stats import chi2
 
 import consilience as cs
+from consilience.core.correction import Correction
 from consilience.core.message import Message, Weights
 from consilience.core.metrics import global_forgetting
 from consilience.core.params import same
@@ -800,3 +802,20 @@ def test_work_where_experts_are_given_is_refused():
             fraction=0.1,
         )
         assert cs.settings.merging(**those, fraction=1)
+
+
+@dataclass(frozen=True)
+class Again(Correction):
+    """Acts where it sees a source again."""
+
+    needs_revisits: ClassVar[bool] = True
+
+
+def test_what_acts_at_revisits_alone_needs_some():
+    method = cs.Method("again", (Again(),))
+    method.resolve(cs.settings.federated(FOUR, 2).survey())
+    for once in (cs.settings.federated(FOUR, 1), cs.settings.continual(FOUR), cs.settings.merging(FOUR)):
+        with pytest.raises(
+            cs.Refusal, match="again: Again would do nothing .*trains on a source again, and here none"
+        ):
+            method.resolve(once.survey())

@@ -52,6 +52,7 @@ class Consolidator(ABC):
 
         Raises Refusal where that is impossible.
         """
+        # Most combinations cannot be undone, so those that can must say how.
         raise Refusal(
             f"what {type(self).__name__} combined cannot be taken out again; train again without that sender."
         )

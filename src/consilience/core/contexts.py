@@ -182,6 +182,7 @@ class Learned:
             part = {"second": features.T @ features} if second else {}
             part["first"] = features.T @ targets
             part["count"] = targets.new_tensor([len(y)]) if values else targets.sum(0)
+            # Chunks of the same size on every device, so that the sums have the same order everywhere.
             total = {name: total[name] + tensor for name, tensor in part.items()} if total else part
         return total
 

@@ -125,7 +125,7 @@ class Correction(ABC):  # noqa: B024 (every verb is optional)
         """
         return None
 
-    # Before a visit. These run once, and may use Python freely.
+    # Before a visit. These run once per visit, and may use Python freely.
 
     def recall(self, memory: Memory, sources: tuple[Source, ...]) -> Any:
         """Return what to know in a visit to `sources`, as `ctx.recalled`; or None if there is nothing yet.
@@ -135,8 +135,8 @@ class Correction(ABC):  # noqa: B024 (every verb is optional)
         not right: by buffers, LwF, SI, PackNet, HAT and SCAFFOLD.
 
         Called once per visit, and with `sources = ()` in prediction if the correction has a `view`. With
-        `flat` the result must be an `Item`. Shapes should not depend on the number of visits, or engines
-        compile each visit anew.
+        `flat` the result must be an `Item`. Shapes should not depend on the number of visits: engines
+        compile a program per shape.
         """
         names = {source.name for source in sources}
         total: Statistics | None = None
@@ -304,6 +304,7 @@ def overrides(correction: Correction, verb: str) -> bool:
 
 def knows_gradient(correction: Correction) -> bool:
     """Whether its `penalty_gradient` belongs to its `penalty`: from the same class or a subclass."""
+    # A subclass with a penalty of its own would inherit the gradient of another penalty.
     classes = type(correction).__mro__
 
     def depth(verb: str) -> int:

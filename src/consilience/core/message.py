@@ -138,6 +138,7 @@ class Message:
                     "a message carries Weights, Statistics, Module or Samples, "
                     f"got {type(item).__name__} for {name!r}."
                 )
+        # A digest that is given is the sender's; `from_bytes` compares it.
         if not self.digest:
             tensors, facts = encode(self.items)
             digest = content_hash(tensors) + content_hash({json.dumps(facts): _NOTHING})[:8]

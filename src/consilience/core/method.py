@@ -76,6 +76,7 @@ class Method:
     def active(self) -> tuple[Correction, ...]:
         """The corrections that differ from plain training; those that change shapes come last."""
         active = (correction for correction in self.all_corrections if correction.active)
+        # A stable sort: otherwise the order is the user's.
         return tuple(sorted(active, key=lambda correction: correction.changes_shapes))
 
     def resolve(self, facts: ScheduleFacts) -> Method:
@@ -111,6 +112,7 @@ class Method:
         exchange = self.exchange_aggregator
         if exchange is None and facts.receives_others:
             exchange = self.aggregator
+        # An aggregator that found no place is refused by the first rule.
         left = self.aggregator if step is None and exchange is None else None
         return replace(self, aggregator=left, step_aggregator=step, exchange_aggregator=exchange)
 
@@ -255,6 +257,7 @@ class Method:
             raise ConsilienceError(
                 f"`method` must be made by consilience.methods, such as methods.er(), got {kind_of(found)}."
             )
+        # Left to right, so that corrections act in the order in which they are listed.
         total = methods[0]
         for method in methods[1:]:
             total = total + method
@@ -279,9 +282,11 @@ def _correction_rules(
     )
 
     # A correction's own reason says more than the general ones below, so it comes first.
+    # Evaluated only here: it may count on the rules above.
     own = correction.refuse(facts)
     yield Rule(bool(own), f"{idle}: {own}", "")
 
+    # What others trained on counts as history only for items that travel.
     history = facts.shared_history if correction.shared_items else facts.own_history
     if correction.shared_items:
         reason = "no agent trains after it trained on, or received, another source"

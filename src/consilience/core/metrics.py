@@ -56,6 +56,7 @@ def r2(p: Tensor, y: Tensor) -> float:
     >>> r2(torch.tensor([[1.0], [2.0]]), torch.tensor([[1.0], [2.0]]))
     1.0
     """
+    # Constant targets have no variance to explain.
     spread = float((y - y.mean(0)).square().sum())
     return 1 - float((y - p[:, : y.shape[1]]).square().sum()) / spread if spread else float("nan")
 
@@ -74,6 +75,7 @@ def client_drift(base: Tensor, new: Tensor, sent: Tensor) -> dict[str, float]:
     {'distance': 2.0, 'distance_max': 2.0, 'cosine': 0.7071067811865475}
     """
     steps, step = (sent - base).double(), (new - base).double()
+    # A client that did not move has no direction.
     far = steps.norm(dim=1)
     cosines = (steps @ step)[far > 0] / (far[far > 0] * step.norm())
     cosine = float(cosines.mean()) if len(cosines) and step.norm() > 0 else float("nan")

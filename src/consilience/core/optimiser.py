@@ -149,6 +149,7 @@ class Adagrad(Optimiser):
         return {"square": torch.zeros_like(theta)} | ({"mean": torch.zeros_like(theta)} if self.beta1 else {})
 
     def update(self, grad: Tensor, state: OptimiserState, theta: Tensor) -> tuple[Tensor, OptimiserState]:
+        # Without beta1 no mean is kept, as in the paper's FedAdagrad.
         new = {"square": state["square"] + grad * grad}
         m = grad
         if self.beta1:
@@ -180,6 +181,7 @@ class Yogi(Optimiser):
         return {"mean": torch.zeros_like(theta), "square": torch.zeros_like(theta)}
 
     def update(self, grad: Tensor, state: OptimiserState, theta: Tensor) -> tuple[Tensor, OptimiserState]:
+        # The sign decides whether v rises or falls; the size of the change is g^2 in both cases.
         m = torch.lerp(state["mean"], grad, 1 - self.beta1)
         square = grad * grad
         v = state["square"] - (1 - self.beta2) * square * torch.sign(state["square"] - square)
@@ -221,6 +223,7 @@ class Averaging(Optimiser):
         return {"step": torch.zeros((), dtype=torch.float64, device=theta.device)}
 
     def update(self, grad: Tensor, state: OptimiserState, theta: Tensor) -> tuple[Tensor, OptimiserState]:
+        # With g = theta - aggregate this is the mean of all aggregates so far.
         t = state["step"] + 1
         return grad / t.to(grad.dtype), {"step": t}
 
@@ -293,6 +296,7 @@ class Torch(Optimiser):
         return {name: torch.zeros_like(tensor) for name, tensor in made.items()} | {"new": torch.ones(())}
 
     def update(self, grad: Tensor, state: OptimiserState, theta: Tensor) -> tuple[Tensor, OptimiserState]:
+        # Not from zeros: torch's first step makes the state itself, and not always from zeros.
         held = {} if state["new"] else {name: tensor for name, tensor in state.items() if name != "new"}
         end, kept = self._step(grad, theta, held)
         return theta - end, kept | {"new": torch.zeros_like(state["new"])}

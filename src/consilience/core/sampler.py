@@ -30,6 +30,7 @@ class Shuffle(Sampler):
     ([2, 2, 1], [0, 1, 2, 3, 4])
     """
 
+    # A last batch of one sample breaks batch norm and makes a noisy step.
     drop_last: bool = False
 
     def plan(self, targets: Tensor, batch_size: int, epoch: int, generator: torch.Generator) -> list[Tensor]:

@@ -66,6 +66,7 @@ class Training:
             raise ConsilienceError(f"`lr` must be positive and finite, got {self.lr!r}.")
         if self.weight_decay < 0:
             raise ConsilienceError(f"`weight_decay` must be >= 0, got {self.weight_decay!r}.")
+        # A configuration in a file may hold any text.
         for name, choices in (("precision", PRECISIONS), ("lr_schedule", LR_SCHEDULES)):
             value = getattr(self, name)
             if value not in choices:

@@ -15,6 +15,7 @@ from consilience.core.consolidator import Consolidator
 from consilience.core.errors import ConsilienceError, Refusal
 from consilience.core.message import Message, Shared, Weights
 from consilience.core.model import Model
+from consilience.core.names import WHOLE
 from consilience.core.optimiser import SGD, Optimiser
 from consilience.core.params import Layout, Params, finite, matches
 from consilience.core.schedule import ScheduleFacts
@@ -77,7 +78,7 @@ class WeightSpace(Consolidator):
             return {}
         params = {f"params/{name}": p for name, p in state.params.items() if not matches(name, personal)}
         buffers = {f"buffers/{name}": b for name, b in state.buffers.items() if not matches(name, personal)}
-        return {"": Weights({**params, **buffers})}
+        return {WHOLE: Weights({**params, **buffers})}
 
     def release(self, state: State, personal: Sequence[str]) -> State:
         """Keep personal entries only; those that were sent come back with the next message."""
@@ -163,6 +164,7 @@ class WeightSpace(Consolidator):
         weights = torch.tensor([row.weight / total for row in rows], dtype=layout.dtype)
         params = [row.params for row in rows]
 
+        # In canonical order the sum has the same bits however messages arrive.
         # Coefficients that need no Gramian are applied entry by entry: no flat copy of any model is made.
         if aggregator is None or (isinstance(aggregator, Linear) and not aggregator.needs_gram):
             order = rank(params, layout, weights)
@@ -194,6 +196,7 @@ class WeightSpace(Consolidator):
 
         layout = Layout.of(common)
         theta, aggregate = layout.flatten(state.base), layout.flatten(common)
+        # base - aggregate is the pseudo-gradient of server optimisers (FedOpt).
         held = dict(state.outer) or outer.init(theta)
         direction, held = outer.update(theta - aggregate, held, theta)
         return {**target, **layout.split(theta - self.lr * direction)}, held
@@ -218,6 +221,7 @@ def without_broken(messages: list[Message]) -> list[Message]:
         for m in messages
         if m.trained and not all(bool(torch.isfinite(t).all()) for t in m.items["model"].tensors.values())
     }
+    # If all are broken, leaving them out would silently keep the old parameters.
     if not broken or all(m.sender in broken for m in messages):
         return messages
     names = ", ".join(map(repr, sorted(broken)))
@@ -234,6 +238,7 @@ def _check_fits(row: Received, state: State) -> None:
                 f"received parameters must have the receiver's shapes, got {tuple(p.shape)} for {name!r} of "
                 f"{row.sender!r}, here {tuple(state.params[name].shape)}."
             )
+    # New entries may be heads of other tasks, but a model without any common entry is another model.
     if row.params and state.base and not row.params.keys() & state.params.keys():
         raise ConsilienceError(
             f"received parameters must have the receiver's names, got {next(iter(row.params))!r} of "
@@ -258,6 +263,7 @@ def _average_buffers(rows: Sequence[Received], own: Params) -> Params:
         having = [(row.buffers[name], row.weight) for row in rows if name in row.buffers]
         if len(having) == 1:
             buffers[name] = having[0][0]
+        # Counters are integers, whose average means nothing.
         elif having[0][0].is_floating_point():
             total = sum(weight for _, weight in having)
             buffers[name] = torch.stack([b * (weight / total) for b, weight in having]).sum(0)

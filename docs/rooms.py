@@ -18,20 +18,16 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("version", "lazy"),
     ("core",),
     ("loop",),
-    ("memory", "models", "data", "aggregators", "consolidators", "corrections", "mappers"),
+    ("memory", "models", "data", "aggregators"),
+    ("corrections", "consolidators", "mappers"),
     ("settings", "methods", "engines"),
     ("report",),
     ("api",),
     ("merging", "skill"),
-    ("testing", "demo", "cli"),
+    ("testing", "demo"),
+    ("cli",),
 )
 """The rooms from the ground up. A room imports from lower floors only."""
-
-STAIRS = {
-    ("mappers", "corrections"),
-    ("corrections", "mappers"),
-}
-"""Imports between rooms of one floor that are allowed: (from, to)."""
 
 DOOR = {"testing", "demo", "cli"}
 """Rooms that may use the package as a user does, by `import consilience`."""
@@ -105,7 +101,7 @@ def rising() -> list[str]:
                 found.append(f"{place}: {here} uses the door of the package")
             continue
         there = room_of(known[target])
-        if here != there and (here, there) not in STAIRS and floor_of(there) >= floor_of(here):
+        if here != there and floor_of(there) >= floor_of(here):
             found.append(f"{place}: {here} imports {there}")
     return found
 

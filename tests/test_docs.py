@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+import consilience as cs
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
@@ -43,6 +45,54 @@ def test_the_examples_of_the_agents_page_run(capsys, tmp_path):
     )
     score, mapper = (float(v) for v in re.findall(r"(\d\.\d+|\d\.\d)", capsys.readouterr().out))
     assert score > 0.8 and mapper > 0.8
+
+
+PAGES = sorted(
+    page.relative_to(ROOT / "docs").as_posix()
+    for page in (ROOT / "docs").rglob("*.md")
+    if page.name not in ("skill.md", "your-own-method.md") and "```python" in page.read_text()
+)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_the_code_of_the_docs_runs(name, tmp_path, monkeypatch):
+    """The blocks of a page run in order, as a reader would type them."""
+    monkeypatch.chdir(tmp_path)
+    here: dict[str, Any] = {}
+    for code in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / name).read_text(), re.S):
+        exec(compile(code, name, "exec"), here)
+
+
+def test_the_worked_examples_are_the_files():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "your-own-method.md").read_text(), re.S)
+    files = [path.read_text() for path in sorted((ROOT / "examples").glob("*.py"))]
+    assert len(blocks) == 5
+    for block in blocks:
+        # The page leaves out the docstring of the file, the __future__ import and what runs as a script.
+        code = block.split("\n\n\n", 1)[1].strip()
+        assert any(code in file for file in files), block[:200]
+
+
+def test_the_table_of_verbs_is_true():
+    """Every class that the page names as a user of a verb overrides it, and every verb is in the table."""
+    from consilience import corrections, mappers
+    from consilience.core.correction import Correction, overrides
+
+    page = (ROOT / "docs" / "your-own-method.md").read_text()
+    rows = re.findall(r"^\|[^|]*\| (`\w+.*?) \|.*\| ([\w, ]+) \|$", page, re.M)
+    named = set()
+    for verbs, users in rows:
+        for verb in re.findall(r"`(\w+)(?:\(|`)", verbs):
+            named.add(verb)
+            for user in users.split(", "):
+                kind = getattr(corrections, user, None) or getattr(mappers, user)
+                own = any(
+                    verb in vars(k) for k in kind.__mro__ if k is not Correction and issubclass(k, Correction)
+                )
+                assert own or (verb == "view" and issubclass(kind, cs.Mapper)), (verb, user)
+    verbs = {n for n, f in vars(Correction).items() if callable(f) and not n.startswith("_")}
+    assert verbs <= named, verbs - named
+    assert overrides
 
 
 def test_the_examples_run(capsys):

@@ -75,6 +75,8 @@ MUST_RUN = {
 
 def test_table_has_every_method_and_setting() -> None:
     pinned = kit.read("methods")
+    new = ", ".join(kit.ROWS.keys() - pinned.keys())
+    assert not new, f"{new} is not pinned yet: {AGAIN}"
     assert list(pinned) == list(kit.ROWS), AGAIN
     assert all(list(cells) == list(testing.SETTINGS) for cells in pinned.values()), AGAIN
     assert MUST_RUN.keys() == kit.ROWS.keys()

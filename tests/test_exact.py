@@ -1370,6 +1370,15 @@ def test_losses_are_bent():
     near(r.agent.state.params, entries(net))
 
 
+def test_a_constant_penalty_is_plain_training():
+    """As that of a method which compares with an earlier visit has in the first."""
+    r = ran(toy(penalty=lambda self, step, ctx: step.theta.new_zeros(())))
+    net = plain()
+    for s in (A, B):
+        fit(net, s, lambda net, x, y, *_: F.cross_entropy(net(x), y))
+    near(r.agent.state.params, entries(net))
+
+
 def test_rows_are_further_objectives():
     r = ran(toy(rows=lambda self, step, ctx: [Row(step.raw[0].square().mean(), 0.3)]))
     net = plain()

@@ -395,8 +395,10 @@ class Step:
         in_place = not self.by_verb["trace"]
         if left:
             leaf = see.theta.detach().requires_grad_()
-            grad = grad + torch.autograd.grad(self.penalty(replace(see, theta=leaf), left), leaf)[0]
-            in_place = True
+            value = self.penalty(replace(see, theta=leaf), left)
+            if value.requires_grad:  # a penalty may be constant, as at a first visit with nothing to compare with
+                grad = grad + torch.autograd.grad(value, leaf)[0]
+                in_place = True
         for vector, scale in known:
             grad = grad.add_(vector, alpha=scale) if in_place else torch.add(grad, vector, alpha=scale)
             in_place = True

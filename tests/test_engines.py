@@ -359,7 +359,7 @@ def test_agents_that_were_heard_rest(monkeypatch, tmp_path):
 
             run(method, out=out, checkpoint_steps=4, progress=stop)
         again = run(method, out=out, resume=True)
-        monkeypatch.setattr("consilience.loop.agents.release_plan", lambda phases, evaluated: {})
+        monkeypatch.setattr("consilience.loop.trial.release_plan", lambda phases, evaluated: {})
         whole = run(method, "batched")
         monkeypatch.undo()
         assert gap(light, whole) == 0 and light.costs["bytes"] == whole.costs["bytes"]

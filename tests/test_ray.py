@@ -290,7 +290,7 @@ def test_equal_content_is_found_and_other_content_is_not():
 
 def test_a_view_of_much_is_sent_as_little():
     pytest.importorskip("ray", reason="Ray is not installed: pip install 'consilience[ray]'")
-    from consilience.engines._ray import dumped, loaded
+    from consilience.engines._ray_task import dumped, loaded
 
     x = torch.randn(10_000, 64)[5:9]
     data = dumped(Tensors(x, torch.arange(4)), "some data")

@@ -1,9 +1,12 @@
-"""Graphs of a traced step made short: what changes nothing goes, what is known is made once, states are updated in place."""
+"""Simplify the graph of a traced step: fewer operations, constants computed once, states updated in place.
+
+A step of a small model takes as long as its operations take to start: with half as many it is twice as fast.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +14,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.passes.shape_prop import ShapeProp
 
 aten = torch.ops.aten
+# The groups list operations that traced steps contain. One that is missing is left as it is: slow, not wrong.
 SHAPES = {aten.expand.default, aten.view.default, aten._unsafe_view.default, aten.reshape.default}
 VIEWS = {
     *SHAPES,
@@ -36,7 +40,7 @@ FILLS = {
     aten.full_like.default: None,
     aten.full.default: None,
 }
-"""What makes a tensor of one number (None: its last argument)."""
+"""Operations that fill a tensor with one number (None: the last argument)."""
 POINTWISE = {
     aten.add.Tensor,
     aten.sub.Tensor,
@@ -51,24 +55,31 @@ FEW = 1 << 16
 """Numbers up to which a constant is kept as a tensor."""
 
 
-def tidy(graph: GraphModule, args: Sequence[Tensor], states: int) -> GraphModule:
-    """The same function to rounding, shorter; the first `states` arguments may be changed in place, to what it gives for them."""
-    for simplify in (_known, _pieces, _shaped, _known):
+def simplify(graph: GraphModule, args: Sequence[Tensor], states: int) -> GraphModule:
+    """Simplify a graph in place; it computes the same function up to rounding.
+
+    The first `states` arguments may be changed in place, to what the graph returns for them.
+    """
+    # Each pass leaves something for the next: slices of constants, for example, are constants again.
+    for simplified in (_fold_constants, _push_slices, _push_shapes, _fold_constants):
         ShapeProp(graph).propagate(*args)
         for node in list(graph.graph.nodes):
-            same = _same(node)
+            same = _repeated(node)
             if same is not None:
                 node.replace_all_uses_with(same)
-        _once(graph)
+        _merge_equal(graph)
         graph.graph.eliminate_dead_code()
-        simplify(graph, args[0].device)
+        simplified(graph, args[0].device)
         graph.graph.eliminate_dead_code()
+
     ShapeProp(graph).propagate(*args)
-    _once(graph)
-    _with_bias(graph.graph)
-    _in_place(graph.graph, states)
+    _merge_equal(graph)
+    _fuse_bias(graph.graph)
+
+    # Last, because no other pass may move an operation across one that writes into its argument.
+    _update_in_place(graph.graph, states)
     graph.graph.eliminate_dead_code()
-    _natively(graph.graph)
+    _call_natively(graph.graph)
     graph.recompile()
     return graph
 
@@ -82,7 +93,12 @@ def _dtype(node: Node) -> Any:
     return getattr(node.meta.get("tensor_meta"), "dtype", None)
 
 
-def _same(node: Node) -> Node | None:
+def _draws(target: Any) -> bool:
+    """Whether an operation draws random numbers, so that two calls differ."""
+    return torch.Tag.nondeterministic_seeded in getattr(target, "tags", ())
+
+
+def _repeated(node: Node) -> Node | None:
     """The node whose value this one repeats, or None."""
     if node.op != "call_function" or not node.args or not isinstance(node.args[0], Node):
         return None
@@ -91,208 +107,264 @@ def _same(node: Node) -> Node | None:
         return before
     if node.target is aten.detach.default or (node.target is aten.mul.Scalar and node.args[1] == 1):
         return before
-    if (
-        node.target is aten.transpose.int
-        and before.target is aten.transpose.int
-        and node.args[1:] == before.args[1:]
-    ):
+
+    # Two transpositions of the same dimensions cancel.
+    transposes = node.target is aten.transpose.int and before.target is aten.transpose.int
+    if transposes and node.args[1:] == before.args[1:]:
         return before.args[0]  # type: ignore[return-value]
     return None
 
 
-# what is known before any step
+# Constants
 
 
-def _known(graph: GraphModule, device: torch.device) -> None:
-    """Nodes that no argument's numbers enter are computed now; products with one number become scalings, which are joined."""
-    values: dict[Node, Tensor] = {}
-    uniform: dict[Node, float] = {}
+class Scaling(NamedTuple):
+    """A node that is `factor` times `node`."""
 
-    def know(node: Node, value: Tensor) -> None:
-        values[node] = value
+    node: Node
+    factor: float
+
+
+class Constants:
+    """The tensors of a graph that do not depend on its arguments."""
+
+    def __init__(self, graph: GraphModule) -> None:
+        self.graph = graph
+        self.values: dict[Node, Tensor] = {}
+        self.uniform: dict[Node, float] = {}
+        """Those whose numbers are all equal, with that number."""
+        for node in graph.graph.nodes:
+            if node.op == "get_attr":
+                self._add(node, getattr(graph, node.target))
+
+    def _add(self, node: Node, value: Tensor) -> None:
+        self.values[node] = value
         if value.numel() and value.is_floating_point() and bool((value == value.flatten()[0]).all()):
-            uniform[node] = float(value.flatten()[0])
+            self.uniform[node] = float(value.flatten()[0])
 
-    def keep(node: Node, value: Tensor) -> None:
-        name = f"_constant_{len(values)}_{node.name}"
-        graph.register_buffer(name, value)
-        with graph.graph.inserting_before(node):
-            made = graph.graph.get_attr(name)
-        made.meta = node.meta
-        know(made, value)
-        node.replace_all_uses_with(made)
+    def replace(self, node: Node, value: Tensor) -> None:
+        """Put a constant in the place of a node."""
+        name = f"_constant_{len(self.values)}_{node.name}"
+        self.graph.register_buffer(name, value)
+        with self.graph.graph.inserting_before(node):
+            constant = self.graph.graph.get_attr(name)
+        constant.meta = node.meta
+        self._add(constant, value)
+        node.replace_all_uses_with(constant)
 
-    for node in graph.graph.nodes:
-        if node.op == "get_attr":
-            know(node, getattr(graph, node.target))
+    def computed(self, node: Node) -> Tensor:
+        """Run a node whose arguments are all constants."""
+
+        def value(arg: Any) -> Any:
+            if isinstance(arg, list | tuple):
+                return [value(entry) for entry in arg]
+            return self.values.get(arg, arg) if isinstance(arg, Node) else arg
+
+        target: Any = node.target
+        options = {name: value(arg) for name, arg in node.kwargs.items()}
+        result: Tensor = target(*map(value, node.args), **options)
+        return result
+
+
+def _fold_constants(graph: GraphModule, device: torch.device) -> None:
+    """Compute nodes that depend on no argument; make products with one number scalings, and join those."""
+    constants = Constants(graph)
     for node in list(graph.graph.nodes):
         target, meta = node.target, node.meta.get("tensor_meta")
         if node.op != "call_function" or not isinstance(getattr(meta, "dtype", None), torch.dtype):
             continue
-        if torch.Tag.nondeterministic_seeded in getattr(target, "tags", ()) or not str(target).startswith(
-            "aten."
-        ):
+        if _draws(target) or not str(target).startswith("aten."):
             continue
-        scale = _scaling(node, uniform)
+
+        # Large constants would take memory in every program.
         if target in FILLS and meta.shape.numel() <= FEW:
             number: Any = node.args[-1] if FILLS[target] is None else FILLS[target]
-            keep(node, torch.full(meta.shape, number, dtype=meta.dtype, device=device))
-        elif all(n in values for n in node.all_input_nodes) and meta.shape.numel() <= FEW:
-
-            def put(a: Any) -> Any:
-                return (
-                    [put(x) for x in a]
-                    if isinstance(a, list | tuple)
-                    else values.get(a, a)
-                    if isinstance(a, Node)
-                    else a
-                )
-
-            keep(node, target(*map(put, node.args), **{k: put(a) for k, a in node.kwargs.items()}))
-        elif scale is not None:
-            x, factor = scale
-            if x.target is aten.mul.Scalar and set(x.users) == {node}:
-                x, factor = x.args[0], x.args[1] * factor  # type: ignore[assignment, operator]
-            with graph.graph.inserting_before(node):
-                made = graph.graph.call_function(aten.mul.Scalar, (x, factor)) if factor != 1 else x
-            if made is not x:
-                made.meta = node.meta
-            node.replace_all_uses_with(made)
-            graph.graph.erase_node(node)
+            constants.replace(node, torch.full(meta.shape, number, dtype=meta.dtype, device=device))
+        elif all(each in constants.values for each in node.all_input_nodes) and meta.shape.numel() <= FEW:
+            constants.replace(node, constants.computed(node))
+        elif (scaling := _scaling(node, constants.uniform)) is not None:
+            _scale(graph.graph, node, scaling)
 
 
-def _scaling(node: Node, uniform: dict[Node, float]) -> tuple[Node, float] | None:
-    """(x, c) where a node is c x, of the shape and type of x."""
-    args, found = node.args, None
-    if node.target is aten.mul.Tensor:
-        for x, c in ((args[0], args[1]), (args[1], args[0])):
-            if isinstance(x, Node) and (c in uniform or isinstance(c, float | int)):
-                found = x, uniform[c] if isinstance(c, Node) else float(c)  # type: ignore[arg-type]
-    elif (
-        node.target is aten.div.Tensor
-        and isinstance(args[0], Node)
-        and (args[1] in uniform or isinstance(args[1], float | int))
-    ):
-        by = uniform[args[1]] if isinstance(args[1], Node) else float(args[1])  # type: ignore[arg-type]
-        found = (args[0], 1 / by) if by else None
-    elif (
-        node.target is aten.add.Tensor
-        and args[0] is args[1]
-        and isinstance(args[0], Node)
-        and not node.kwargs
-    ):
-        found = args[0], 2.0
-    elif node.target is aten.mul.Scalar and isinstance(args[0], Node) and args[0].target is aten.mul.Scalar:
-        found = args[0], float(args[1])  # type: ignore[arg-type]
-    elif node.target is aten.neg.default and isinstance(args[0], Node):
-        found = args[0], -1.0
-    if found is None or _shape(found[0]) != _shape(node):
+def _scale(graph: Graph, node: Node, scaling: Scaling) -> None:
+    """Replace a node by a scaling, joined with the scaling that its argument may be."""
+    inner, factor = scaling
+    if inner.target is aten.mul.Scalar and set(inner.users) == {node}:
+        inner, factor = inner.args[0], inner.args[1] * factor  # type: ignore[assignment, operator]
+    with graph.inserting_before(node):
+        scaled = graph.call_function(aten.mul.Scalar, (inner, factor)) if factor != 1 else inner
+    if scaled is not inner:
+        scaled.meta = node.meta
+    node.replace_all_uses_with(scaled)
+    graph.erase_node(node)
+
+
+def _scaling(node: Node, uniform: dict[Node, float]) -> Scaling | None:
+    """Write a node as a scaling of another one of its shape and type, or None."""
+    found = _factored(node, uniform)
+    if found is None or _shape(found.node) != _shape(node):
         return None
-    dtype = found[0].meta["tensor_meta"].dtype
+
+    # A number is rounded to the type of the tensor that it meets, which must not change.
+    dtype = found.node.meta["tensor_meta"].dtype
     return found if dtype == node.meta["tensor_meta"].dtype and dtype.is_floating_point else None
 
 
-def _once(graph: GraphModule) -> None:
-    """Equal operations of equal arguments are made once."""
+def _factored(node: Node, uniform: dict[Node, float]) -> Scaling | None:
+    """Write a node as a number times one of its arguments, or None."""
+    target, args = node.target, node.args
+
+    def number(arg: Any) -> float | None:
+        if isinstance(arg, Node):
+            return uniform.get(arg)
+        return float(arg) if isinstance(arg, float | int) else None
+
+    # Where both arguments are numbers, the second pair wins.
+    if target is aten.mul.Tensor:
+        found = None
+        for arg, other in ((args[0], args[1]), (args[1], args[0])):
+            factor = number(other)
+            if isinstance(arg, Node) and factor is not None:
+                found = Scaling(arg, factor)
+        return found
+
+    first = args[0] if args else None
+    if not isinstance(first, Node):
+        return None
+    if target is aten.div.Tensor:
+        by = number(args[1])
+        return Scaling(first, 1 / by) if by else None
+    if target is aten.add.Tensor and first is args[1] and not node.kwargs:
+        return Scaling(first, 2.0)
+    if target is aten.mul.Scalar and first.target is aten.mul.Scalar:
+        return Scaling(first, float(args[1]))  # type: ignore[arg-type]
+    if target is aten.neg.default:
+        return Scaling(first, -1.0)
+    return None
+
+
+def _merge_equal(graph: GraphModule) -> None:
+    """Compute equal operations on equal arguments once."""
     seen: dict[object, Node] = {}
     for node in list(graph.graph.nodes):
         if node.op != "call_function":
             continue
-        target = node.target
-        if (
-            torch.Tag.nondeterministic_seeded in getattr(target, "tags", ())
-            or getattr(target, "_schema", None) is None
-        ):
+        schema = getattr(node.target, "_schema", None)
+        if _draws(node.target) or schema is None:
             continue
-        if target._schema.is_mutable:
+
+        # After an operation that writes into its argument, equal arguments need no longer hold equal numbers.
+        if schema.is_mutable:
             return
-        at = (target, repr(node.args), repr(node.kwargs))
-        if at in seen:
-            node.replace_all_uses_with(seen[at])
+        key = (node.target, repr(node.args), repr(node.kwargs))
+        if key in seen:
+            node.replace_all_uses_with(seen[key])
         else:
-            seen[at] = node
+            seen[key] = node
 
 
-# flat vectors, entry by entry
+# Flat vectors, entry by entry
 
 
-def _pieces(graph: GraphModule, _: torch.device) -> None:
-    """A slice of what is computed number by number is computed from slices, and one of entries put together is that entry."""
-    todo = [n for n in graph.graph.nodes if n.target is aten.slice.Tensor and len(n.args) == 4]
-    while todo:
-        made = [part for node in todo for part in _push(graph.graph, node)]
-        if todo == made:
+def _push_slices(graph: GraphModule, _: torch.device) -> None:
+    """Compute slices of elementwise results from slices of the arguments.
+
+    A slice of joined entries is then one of the entries, so the joined vector [n] need not exist.
+    """
+    slices = [node for node in graph.graph.nodes if node.target is aten.slice.Tensor and len(node.args) == 4]
+    # Each turn moves every slice by one operation, until none can move.
+    while slices:
+        moved = [part for node in slices for part in _push_slice(graph.graph, node)]
+        if slices == moved:
             return
-        todo = made
+        slices = moved
 
 
-def _push(graph: Graph, node: Node) -> list[Node]:
-    """Move one slice up by one operation; the slices that are left to move."""
-    x, dim, start, end = node.args
-    assert isinstance(x, Node) and isinstance(dim, int) and isinstance(start, int) and isinstance(end, int)
-    shape = _shape(x)
-    if x.target is aten.cat.default and (x.args[1] if len(x.args) > 1 else 0) == dim:
-        at = 0
-        for piece in x.args[0]:  # type: ignore[union-attr]
-            width = _shape(piece)[dim]
-            if (at, at + width) == (start, min(end, shape[dim])):
-                node.replace_all_uses_with(piece)  # type: ignore[arg-type]
-                graph.erase_node(node)
-                return []
-            at += width
+def _push_slice(graph: Graph, node: Node) -> list[Node]:
+    """Move one slice up by one operation; return the slices that are left to move."""
+    inner, dim, start, end = node.args
+    assert (
+        isinstance(inner, Node) and isinstance(dim, int) and isinstance(start, int) and isinstance(end, int)
+    )
+    shape = _shape(inner)
+    if inner.target is aten.cat.default and (inner.args[1] if len(inner.args) > 1 else 0) == dim:
+        _take_entry(graph, node, inner, (start, min(end, shape[dim])))
         return []
-    if x.target not in POINTWISE:
+    if inner.target not in POINTWISE:
         return []
-    if any(u.target is not aten.slice.Tensor for u in x.users):
+
+    # Another user needs the operation as a whole, which would then be computed twice.
+    if any(user.target is not aten.slice.Tensor for user in inner.users):
         return [node]
-    made: list[Node] = []
+    moved: list[Node] = []
 
-    def cut(a: Any) -> Any:
-        if not isinstance(a, Node):
-            return a
-        own = dim - (len(shape) - len(_shape(a)))
-        if own < 0 or _shape(a)[own] != shape[dim]:
-            return a  # broadcast along it
-        part = graph.call_function(aten.slice.Tensor, (a, own, start, end))
-        part.meta["tensor_meta"] = _cut(a, own, start, end)
-        made.append(part)
+    def cut(arg: Any) -> Any:
+        if not isinstance(arg, Node):
+            return arg
+
+        # An argument with fewer dimensions, or of size 1 in this one, is broadcast along it.
+        own = dim - (len(shape) - len(_shape(arg)))
+        if own < 0 or _shape(arg)[own] != shape[dim]:
+            return arg
+        part = graph.call_function(aten.slice.Tensor, (arg, own, start, end))
+        part.meta["tensor_meta"] = _sliced_meta(arg, own, start, end)
+        moved.append(part)
         return part
 
     with graph.inserting_before(node):
-        new = graph.call_function(x.target, tuple(cut(a) for a in x.args), x.kwargs)
+        new = graph.call_function(inner.target, tuple(cut(arg) for arg in inner.args), inner.kwargs)
     new.meta = node.meta
     node.replace_all_uses_with(new)
     graph.erase_node(node)
-    if not x.users:
-        graph.erase_node(x)
-    return made
+    if not inner.users:
+        graph.erase_node(inner)
+    return moved
 
 
-def _shaped(graph: GraphModule, _: torch.device) -> None:
-    """A view of what is computed number by number, for nobody else, is computed from views."""
-    todo = [n for n in graph.graph.nodes if n.target in SHAPES and isinstance(n.args[0], Node)]
-    while todo:
-        node = todo.pop()
+def _take_entry(graph: Graph, node: Node, joined: Node, span: tuple[int, int]) -> None:
+    """Replace a slice of joined tensors by one of them, if it is exactly one."""
+    dim, start = node.args[1], 0
+    for entry in joined.args[0]:  # type: ignore[union-attr]
+        width = _shape(entry)[dim]
+        if (start, start + width) == span:
+            node.replace_all_uses_with(entry)  # type: ignore[arg-type]
+            graph.erase_node(node)
+            return
+        start += width
+
+
+def _sliced_meta(node: Node, dim: int, start: int, end: int) -> Any:
+    """The shape and type of a slice."""
+    meta = node.meta["tensor_meta"]
+    shape = list(meta.shape)
+    shape[dim] = min(end, shape[dim]) - start
+    return meta._replace(shape=torch.Size(shape))
+
+
+def _push_shapes(graph: GraphModule, _: torch.device) -> None:
+    """Compute views of elementwise results from views of the arguments, unless others read the results."""
+    views = [node for node in graph.graph.nodes if node.target in SHAPES and isinstance(node.args[0], Node)]
+    while views:
+        node = views.pop()
         inner, new = node.args[0], _shape(node)
-        if (
-            inner.target not in POINTWISE
-            or len(inner.users) > 1
-            or not _shape(inner)
-            or not new
-            or new[0] != _shape(inner)[0]
-        ):
+        if inner.target not in POINTWISE or len(inner.users) > 1 or not _shape(inner):
             continue
-        sizes = [_fitting(a, _shape(inner), new) for a in inner.args]
-        if None in sizes:
+        # The first dimension counts the agents, and a view that mixes it with others stays.
+        if not new or new[0] != _shape(inner)[0]:
             continue
+        shapes = [_viewed_shape(arg, _shape(inner), new) for arg in inner.args]
+        if None in shapes:
+            continue
+
         args = []
         with graph.graph.inserting_before(node):
-            for a, size in zip(inner.args, sizes, strict=True):
-                if isinstance(a, Node) and _shape(a) != size:
-                    a, old = graph.graph.call_function(aten.reshape.default, (a, list(size))), a
-                    a.meta["tensor_meta"] = old.meta["tensor_meta"]._replace(shape=size)
-                    todo.append(a)
-                args.append(a)
+            for arg, shape in zip(inner.args, shapes, strict=True):
+                viewed = arg
+                if isinstance(arg, Node) and _shape(arg) != shape:
+                    viewed = graph.graph.call_function(aten.reshape.default, (arg, list(shape)))
+                    viewed.meta["tensor_meta"] = arg.meta["tensor_meta"]._replace(shape=shape)
+                    views.append(viewed)
+                args.append(viewed)
             made = graph.graph.call_function(inner.target, tuple(args), inner.kwargs)
         made.meta = node.meta
         node.replace_all_uses_with(made)
@@ -300,28 +372,25 @@ def _shaped(graph: GraphModule, _: torch.device) -> None:
         graph.graph.erase_node(inner)
 
 
-def _fitting(a: Any, shape: torch.Size, new: torch.Size) -> Any:
-    """The shape in which an argument of an operation of this shape enters one of a new shape with the same first dimension."""
-    own = _shape(a) if isinstance(a, Node) else torch.Size()
+def _viewed_shape(arg: Any, shape: torch.Size, new: torch.Size) -> Any:
+    """The shape that an argument of an elementwise operation needs when the result is viewed as `new`.
+
+    `shape` is that of the result before; both have the same first dimension. None: it cannot be viewed.
+    """
+    own = _shape(arg) if isinstance(arg, Node) else torch.Size()
     if own == shape:
         return new
     if own == shape[1:] and len(own) == len(shape) - 1:
         return new[1:]
     if own.numel() == 1:
         return torch.Size()
+    # One number per agent.
     if len(own) == len(shape) and own[0] == shape[0] and own[1:].numel() == 1:
         return torch.Size([own[0], *[1] * (len(new) - 1)])
     return None
 
 
-def _cut(a: Node, dim: int, start: int, end: int) -> Any:
-    meta = a.meta["tensor_meta"]
-    shape = list(meta.shape)
-    shape[dim] = min(end, shape[dim]) - start
-    return meta._replace(shape=torch.Size(shape))
-
-
-# calls
+# Calls
 
 NATIVE: dict[Any, Any] = {
     aten.bmm.default: torch.bmm,
@@ -341,134 +410,164 @@ NATIVE: dict[Any, Any] = {
     aten.baddbmm_.default: "baddbmm_",
     aten.addcmul_.default: "addcmul_",
 }
-"""The same operations by torch's own bindings, which are called sooner."""
+"""The same operations by torch's own bindings, which start faster than those of `torch.ops`."""
 
 
-def _natively(graph: Graph) -> None:
+def _call_natively(graph: Graph) -> None:
+    """Call operations by torch's own bindings."""
     for node in graph.nodes:
         target = NATIVE.get(node.target) if node.op == "call_function" else None
         if target is not None and "dtype" not in node.kwargs:
             node.op, node.target = ("call_method" if isinstance(target, str) else "call_function"), target
 
 
-# updates
+# Updates
 
 
-def _with_bias(graph: Graph) -> None:
-    """b + X W is one operation."""
+def _fuse_bias(graph: Graph) -> None:
+    """Make b + X W one operation."""
     for node in list(graph.nodes):
-        if (
-            node.target is not aten.add.Tensor
-            or node.kwargs
-            or not all(isinstance(a, Node) for a in node.args)
-        ):
+        plain = node.target is aten.add.Tensor and not node.kwargs
+        if not plain or not all(isinstance(arg, Node) for arg in node.args):
             continue
+
         for bias, product in (node.args, node.args[::-1]):
+            # A bias is smaller than the product. A larger tensor may be a state, which is updated in place.
             small = _shape(bias) is not None and _shape(bias).numel() < _shape(node).numel()
-            if (
-                product.target is aten.bmm.default
-                and set(product.users) == {node}
-                and small
-                and _shape(product) == _shape(node)
-            ):
+            alone = product.target is aten.bmm.default and set(product.users) == {node}
+            if alone and small and _shape(product) == _shape(node):
                 with graph.inserting_before(node):
-                    new = graph.call_function(aten.baddbmm.default, (bias, *product.args))
-                new.meta = node.meta
-                node.replace_all_uses_with(new)
+                    fused = graph.call_function(aten.baddbmm.default, (bias, *product.args))
+                fused.meta = node.meta
+                node.replace_all_uses_with(fused)
                 graph.erase_node(node)
                 break
 
 
-def _root(node: Any, through: set[Any] = VIEWS) -> Any:
-    """The node whose memory this one is a view of."""
-    while isinstance(node, Node) and node.target in through and node.args:
-        node = node.args[0]
-    return node
+class Term(NamedTuple):
+    """One term of a sum: `factor` times the state, a product ("bmm", "mul"), or a tensor ("add")."""
+
+    kind: str
+    args: tuple[Any, ...]
+    factor: float
 
 
-def _in_place(graph: Graph, states: int) -> None:
-    """new = c state + sum of c_i x_i becomes updates of the state, with products added as they are made."""
-    output = next(n for n in graph.nodes if n.op == "output")
-    inputs = [n for n in graph.nodes if n.op == "placeholder"]
+def _update_in_place(graph: Graph, states: int) -> None:
+    """Turn new = c state + sum of c_i x_i into updates of the state.
+
+    A product is added to the state as it is computed, so no step makes a copy of all parameters.
+    """
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    output = next(node for node in graph.nodes if node.op == "output")
     moved: set[Any] = set()
-    for i in range(states):
+    for index, state in enumerate(inputs[:states]):
         results = list(output.args[0])
-        state, node = inputs[i], results[i]
-        roots = [_root(r) for r in results]
-        if (
-            not isinstance(node, Node)
-            or node.op != "call_function"
-            or any(r is state for j, r in enumerate(roots) if j != i)
-        ):
+        node = results[index]
+        # The update comes last where only the caller reads the new state, and else where it was computed.
+        last = isinstance(node, Node) and set(node.users) == {output}
+        if not _is_replaceable(graph, state, index, results, last):
             continue
-        if _shape(node) != _shape(state) or results.count(node) > 1:
-            continue
-        at = output if set(node.users) == {output} else node
-        if at is not output and _read_later(graph, state, node):
-            continue
+
         terms = _terms(graph, node, 1.0, state, top=True)
-        own = sum(c for kind, _, c in terms if kind == "state")
-        rest = [t for t in terms if t[0] != "state"]
-        reads = [any(_root(a) is state for a in args) for _, args, _ in rest]
-        if (
-            own == 0
-            or not rest
-            or sum(reads) > 1
-            or any(_root(a) in moved for _, args, _ in rest for a in args)
-        ):
+        own = sum(term.factor for term in terms if term.kind == "state")
+        rest = [term for term in terms if term.kind != "state"]
+        reads = [any(_memory_of(arg) is state for arg in term.args) for term in rest]
+        # Only the first update may read the old state, and none may read a state that was updated before.
+        reads_moved = any(_memory_of(arg) in moved for term in rest for arg in term.args)
+        if own == 0 or not rest or sum(reads) > 1 or reads_moved:
             continue
-        with graph.inserting_before(at):
-            new = state
-            for (kind, a, c), read in zip(rest, reads, strict=True):
-                new = UPDATES[kind](graph, new, a, c / own) if read else new
-            new = graph.call_function(aten.mul_.Scalar, (new, own)) if own != 1 else new
-            for (kind, a, c), read in zip(rest, reads, strict=True):
-                new = new if read else UPDATES[kind](graph, new, a, c)
+
+        with graph.inserting_before(output if last else node):
+            new = _updated(graph, state, own, rest, reads)
         moved.add(state)
-        if at is output:
-            results[i] = new
+        if last:
+            results[index] = new
             output.args = (tuple(results),)
         else:
             node.replace_all_uses_with(new)
 
 
+def _is_replaceable(graph: Graph, state: Node, index: int, results: list[Any], last: bool) -> bool:
+    """Whether nothing needs a state after its new value is there."""
+    node = results[index]
+    if not isinstance(node, Node) or node.op != "call_function":
+        return False
+    if any(_memory_of(result) is state for i, result in enumerate(results) if i != index):
+        return False
+    if _shape(node) != _shape(state) or results.count(node) > 1:
+        return False
+    return last or not _read_later(graph, state, node)
+
+
+def _updated(graph: Graph, state: Node, own: float, terms: list[Term], reads: list[bool]) -> Node:
+    """Write own * state + terms as updates of the state; the term that reads the state comes first."""
+    new = state
+    for term, read in zip(terms, reads, strict=True):
+        new = UPDATES[term.kind](graph, new, term.args, term.factor / own) if read else new
+    new = graph.call_function(aten.mul_.Scalar, (new, own)) if own != 1 else new
+    for term, read in zip(terms, reads, strict=True):
+        new = new if read else UPDATES[term.kind](graph, new, term.args, term.factor)
+    return new
+
+
 UPDATES: dict[str, Callable[[Graph, Node, Any, float], Node]] = {
-    "bmm": lambda g, s, a, c: g.call_function(aten.baddbmm_.default, (s, *a), {"alpha": c}),
-    "mul": lambda g, s, a, c: g.call_function(aten.addcmul_.default, (s, *a), {"value": c}),
-    "add": lambda g, s, a, c: g.call_function(aten.add_.Tensor, (s, *a), {"alpha": c}),
+    "bmm": lambda graph, state, args, factor: graph.call_function(
+        aten.baddbmm_.default, (state, *args), {"alpha": factor}
+    ),
+    "mul": lambda graph, state, args, factor: graph.call_function(
+        aten.addcmul_.default, (state, *args), {"value": factor}
+    ),
+    "add": lambda graph, state, args, factor: graph.call_function(
+        aten.add_.Tensor, (state, *args), {"alpha": factor}
+    ),
 }
+"""The operation that adds a term of each kind to a state in place."""
+
+
+def _memory_of(node: Any) -> Any:
+    """The node whose memory this one is a view of."""
+    return _under(node, VIEWS)
+
+
+def _under(node: Any, views: set[Any]) -> Any:
+    """The node below a chain of operations of these kinds."""
+    while isinstance(node, Node) and node.target in views and node.args:
+        node = node.args[0]
+    return node
 
 
 def _read_later(graph: Graph, state: Node, node: Node) -> bool:
-    """Whether something that comes after `node` reads the state's memory."""
-    order = {n: i for i, n in enumerate(graph.nodes)}
-    views, found = [state], [state]
+    """Whether something after `node` reads the state's memory."""
+    order = {each: i for i, each in enumerate(graph.nodes)}
+    views, readers = [state], [state]
     while views:
         for user in views.pop().users:
             if user.op == "call_function" and user.target in VIEWS:
                 views.append(user)
-            found.append(user)
-    return any(order[n] > order[node] for n in found)
+            readers.append(user)
+    return any(order[reader] > order[node] for reader in readers)
 
 
-def _terms(
-    graph: Graph, node: Any, c: float, state: Node, top: bool = False
-) -> list[tuple[str, tuple[Any, ...], float]]:
-    """A node times c as terms (kind, arguments, coefficient) of a sum; only what nobody else needs is taken apart."""
+def _terms(graph: Graph, node: Any, factor: float, state: Node, top: bool = False) -> list[Term]:
+    """Write factor * node as a sum of terms; a node that others read stays one term, except at the top."""
     shape = _shape(state)
-    if _root(node, SHAPES) is state and _shape(node) == shape:
-        return [("state", (), c)]
+    if _under(node, SHAPES) is state and _shape(node) == shape:
+        return [Term("state", (), factor)]
     if not isinstance(node, Node) or node.op != "call_function" or (len(node.users) > 1 and not top):
-        return [("add", (node,), c)]
+        return [Term("add", (node,), factor)]
+
     target = node.target
     args: tuple[Any, ...] = node.args
-    if target in (aten.add.Tensor, aten.sub.Tensor) and all(isinstance(a, Node) for a in args):
-        sign: Any = node.kwargs.get("alpha", 1) * (1 if target is aten.add.Tensor else -1)  # type: ignore[operator]
-        return [*_terms(graph, args[0], c, state), *_terms(graph, args[1], c * sign, state)]
+    if target in (aten.add.Tensor, aten.sub.Tensor) and all(isinstance(arg, Node) for arg in args):
+        alpha: Any = node.kwargs.get("alpha", 1)
+        sign = alpha if target is aten.add.Tensor else -alpha
+        return [*_terms(graph, args[0], factor, state), *_terms(graph, args[1], factor * sign, state)]
     if target is aten.mul.Scalar:
-        return _terms(graph, args[0], c * args[1], state)
+        return _terms(graph, args[0], factor * args[1], state)
+
     if target is aten.bmm.default and _shape(node) == shape:
-        return [("bmm", args, c)]
-    if target is aten.mul.Tensor and all(isinstance(a, Node) and _dtype(a) == _dtype(state) for a in args):
-        return [("mul", args, c)]
-    return [("add", (node,), c)]
+        return [Term("bmm", args, factor)]
+    same_type = all(isinstance(arg, Node) and _dtype(arg) == _dtype(state) for arg in args)
+    if target is aten.mul.Tensor and same_type:
+        return [Term("mul", args, factor)]
+    return [Term("add", (node,), factor)]

@@ -11,20 +11,24 @@ from consilience.loop.engine import Engine, EngineEvents, Paused, Visit
 
 @dataclass(frozen=True)
 class Serial(Engine):
-    """One agent after another; stoppable at every step."""
+    """Run one agent after another; a run can stop at every step."""
 
     def train(self, visits: Sequence[Visit], events: EngineEvents, paused: Paused | None = None) -> None:
-        for agent, names, part in visits:
+        """Train the agents in order."""
+        for visit in visits:
+            agent = visit.agent
             try:
-                job = agent.prepare(names, part)
+                job = agent.prepare(visit.sources, visit.fraction)
                 if paused is not None:
                     job.load(*paused)
                     paused = None
+
                 for _ in job.run(agent.ledger):
                     events.tick(job)
                 agent.finish(job)
             except Interrupted:
+                # The user stopped the run: that is no failure of this agent.
                 raise
-            except Exception as e:
-                events.fail(agent, e)
+            except Exception as error:
+                events.fail(agent, error)
             events.done(agent)

@@ -11,24 +11,33 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from consilience import lazy
+
 if TYPE_CHECKING:
-    from consilience.aggregators._arithmetic import Arithmetic
-    from consilience.aggregators._breadcrumbs import Breadcrumbs
-    from consilience.aggregators._cone import AGEM, GEM
-    from consilience.aggregators._consensus import Consensus
-    from consilience.aggregators._dare import Dare
-    from consilience.aggregators._fisher import Fisher
-    from consilience.aggregators._geometric import GeometricMedian
-    from consilience.aggregators._krum import Bulyan, Krum, MultiKrum
-    from consilience.aggregators._mean import Mean
-    from consilience.aggregators._mgda import MGDA
-    from consilience.aggregators._pcgrad import PCGrad
-    from consilience.aggregators._robust import Median, TrimmedMean
-    from consilience.aggregators._slerp import Slerp
-    from consilience.aggregators._stock import ModelStock
-    from consilience.aggregators._ties import Ties
-    from consilience.aggregators._torchjd import TorchJD
+    from consilience.aggregators._arithmetic import Arithmetic as Arithmetic
+    from consilience.aggregators._breadcrumbs import Breadcrumbs as Breadcrumbs
+    from consilience.aggregators._cone import AGEM as AGEM
+    from consilience.aggregators._cone import GEM as GEM
+    from consilience.aggregators._consensus import Consensus as Consensus
+    from consilience.aggregators._dare import Dare as Dare
+    from consilience.aggregators._fisher import Fisher as Fisher
+    from consilience.aggregators._geometric import GeometricMedian as GeometricMedian
+    from consilience.aggregators._krum import Bulyan as Bulyan
+    from consilience.aggregators._krum import Krum as Krum
+    from consilience.aggregators._krum import MultiKrum as MultiKrum
+    from consilience.aggregators._mean import Mean as Mean
+    from consilience.aggregators._mgda import MGDA as MGDA
+    from consilience.aggregators._pcgrad import PCGrad as PCGrad
+    from consilience.aggregators._robust import Median as Median
+    from consilience.aggregators._robust import TrimmedMean as TrimmedMean
+    from consilience.aggregators._slerp import Slerp as Slerp
+    from consilience.aggregators._stock import ModelStock as ModelStock
+    from consilience.aggregators._ties import Ties as Ties
+    from consilience.aggregators._torchjd import TorchJD as TorchJD
+    from consilience.aggregators._torchjd import TorchJDLinear as TorchJDLinear
     from consilience.core.aggregator import Aggregator
+else:
+    __getattr__, __dir__ = lazy.attach(__name__)
 
 __all__ = [
     "agem",

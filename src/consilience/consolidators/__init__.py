@@ -9,14 +9,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
+from consilience import lazy
+
 if TYPE_CHECKING:
-    from consilience.consolidators.arrivals import OPCM, RunningArithmetic
-    from consilience.consolidators.bank import Experts
-    from consilience.consolidators.distillation import Distillation
-    from consilience.consolidators.merging import FisherSpace, RegMean
-    from consilience.consolidators.normalised import Normalised
-    from consilience.consolidators.statistics import ClosedForm
-    from consilience.core.weight_space import WeightSpace
+    from consilience.consolidators.arrivals import OPCM as OPCM
+    from consilience.consolidators.arrivals import RunningArithmetic as RunningArithmetic
+    from consilience.consolidators.bank import Experts as Experts
+    from consilience.consolidators.distillation import Distillation as Distillation
+    from consilience.consolidators.merging import FisherSpace as FisherSpace
+    from consilience.consolidators.merging import RegMean as RegMean
+    from consilience.consolidators.normalised import Normalised as Normalised
+    from consilience.consolidators.statistics import ClosedForm as ClosedForm
+    from consilience.core.weight_space import WeightSpace as WeightSpace
+else:
+    __getattr__, __dir__ = lazy.attach(__name__)
 
 
 def weight_space(aggregator: Any = None, outer: Any = None, lr: float = 1.0) -> WeightSpace:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
+
+from consilience import lazy
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
     from consilience.core.source import Source
     from consilience.data import features as features
     from consilience.data import samplers as samplers
+else:
+    # Both are not in `__all__`, because the command line offers what is there as data or as a split.
+    __getattr__, __dir__ = lazy.attach(__name__)
 
 Kind = Literal["class", "value"]
 
@@ -44,22 +48,6 @@ __all__ = [
     "streams",
     "wine",
 ]
-
-# Not in `__all__`, because the command line offers everything there as data or as a split.
-_MODULES = ("features", "samplers")
-"""Public modules of this package."""
-
-
-def __getattr__(name: str) -> Any:
-    """Load a module when it is first used, because it imports torch."""
-    if name in _MODULES:
-        return importlib.import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted([*__all__, *_MODULES])
-
 
 # Sources. Functions import what they need when they are called: the command line reads the signatures of
 # all of them before it runs one, and importing torch takes seconds.

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
+from consilience import lazy
+
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from consilience.mappers.autoencoder import ExpertGate
-    from consilience.mappers.confidence import Average, MinEntropy, Oracle
-    from consilience.mappers.covariance import Mahalanobis
-    from consilience.mappers.mixture import GaussianMixture, NearestMean
-    from consilience.mappers.superposed import Superposition
+    from consilience.mappers.autoencoder import ExpertGate as ExpertGate
+    from consilience.mappers.confidence import Average as Average
+    from consilience.mappers.confidence import MinEntropy as MinEntropy
+    from consilience.mappers.confidence import Oracle as Oracle
+    from consilience.mappers.covariance import Mahalanobis as Mahalanobis
+    from consilience.mappers.mixture import Anchored as Anchored
+    from consilience.mappers.mixture import GaussianMixture as GaussianMixture
+    from consilience.mappers.mixture import NearestMean as NearestMean
+    from consilience.mappers.superposed import Superposition as Superposition
+else:
+    __getattr__, __dir__ = lazy.attach(__name__)
 
 __all__ = [
     "auroc",

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from consilience import lazy
+
 if TYPE_CHECKING:
-    from consilience.core.buffer import Reservoir
-    from consilience.memory.policies import ClassBalanced, Growing, Herding, Ring
+    from consilience.core.buffer import Reservoir as Reservoir
+    from consilience.memory.policies import ClassBalanced as ClassBalanced
+    from consilience.memory.policies import Growing as Growing
+    from consilience.memory.policies import Herding as Herding
+    from consilience.memory.policies import Ring as Ring
+else:
+    __getattr__, __dir__ = lazy.attach(__name__)
 
 __all__ = ["class_balanced", "growing", "herding", "reservoir", "ring"]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from consilience import lazy
 from consilience.core.errors import ConsilienceError
 
 if TYPE_CHECKING:
@@ -19,15 +20,17 @@ if TYPE_CHECKING:
     from consilience.core.model import Model
     from consilience.core.params import Params
     from consilience.core.source import Source
-    from consilience.models.adapted import Adapted
-    from consilience.models.biased import Biased
-    from consilience.models.columns import Progressive
-    from consilience.models.heads import MultiHead
-    from consilience.models.module import ModuleModel
-    from consilience.models.tangent import Tangent
-    from consilience.models.toes import Toes
+    from consilience.models.adapted import Adapted as Adapted
+    from consilience.models.biased import Biased as Biased
+    from consilience.models.columns import Progressive as Progressive
+    from consilience.models.heads import MultiHead as MultiHead
+    from consilience.models.module import ModuleModel as ModuleModel
+    from consilience.models.tangent import Tangent as Tangent
+    from consilience.models.toes import Toes as Toes
 
     M = TypeVar("M", ModuleModel, MultiHead)
+else:
+    __getattr__, __dir__ = lazy.attach(__name__)
 
 __all__ = [
     "adapters",

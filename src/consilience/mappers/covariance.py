@@ -58,18 +58,18 @@ def factors(scatter: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return factor, rest.where(rest > 1e-12 * scatter.diagonal(), 0.0)
 
 
-def spread(known: Sequence[Item]) -> tuple[Tensor, float]:
+def spread(bank: Sequence[Item]) -> tuple[Tensor, float]:
     """Return the covariance S [d, d] within the classes of all anchors, and its noise.
 
     The noise is the largest eigenvalue that may come of rounding alone. S = 1/N sum of scatters about the
     class means: of sums, second - sum_c n_c mu_c mu_c^T; of factors, U^T U + diag(rest); of shared examples,
     that of their features. N counts the examples that those are of.
     """
-    width = len(known[0].tensors["first"])
+    width = len(bank[0].tensors["first"])
     total = torch.zeros(width, width, dtype=torch.float64)
     count, noise = 0.0, 0.0
     for kind, add in (("second", _add_sums), ("factor", _add_factors), ("residual", _add_residuals)):
-        items = [item for item in known if kind in item.tensors]
+        items = [item for item in bank if kind in item.tensors]
         if items:
             total, count, noise = add(items, Scatter(total, count, noise))
     count = max(count, 1.0)
@@ -116,12 +116,12 @@ def _add_residuals(items: Sequence[Item], scatter: Scatter) -> Scatter:
     return Scatter(total, count + len(residual), noise + rounding)
 
 
-def whitening(known: Sequence[Item], ridge: float) -> Tensor:
+def whitening(bank: Sequence[Item], ridge: float) -> Tensor:
     """Return W [d, r] with W W^T = (S + ridge tr(S)/d I)^-1, S the covariance within classes.
 
     With `ridge` = 0 it is the pseudo-inverse.
     """
-    covariance, noise = spread(known)
+    covariance, noise = spread(bank)
     width, eye = len(covariance), torch.eye(len(covariance), dtype=torch.float64)
     lift = ridge * float(covariance.trace()) / width
     if lift > 0:
@@ -141,10 +141,10 @@ def whitening(known: Sequence[Item], ridge: float) -> Tensor:
 class Distances(Screened):
     """-min_c ||(x - mu_c) W||^2 over the classes of each expert."""
 
-    def __init__(self, items: Sequence[Item], known: Sequence[Item], ridge: float) -> None:
+    def __init__(self, items: Sequence[Item], bank: Sequence[Item], ridge: float) -> None:
         points = [means(item) for item in items]
         self.group, every = grouped(points), torch.cat(points)
-        self.centre, self.white = every.mean(0).float(), whitening(known, ridge)
+        self.centre, self.white = every.mean(0).float(), whitening(bank, ridge)
         # About their centre the points are small, and so is the rounding of distances.
         self.points = (every - self.centre) @ self.white
         self.screen = Screen.of(self.points @ self.white.T, -0.5 * self.points.square().sum(1), self.group)

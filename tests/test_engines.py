@@ -1,4 +1,4 @@
-"""The batched engine: what it learns is what the serial one learns, whatever the clients' sizes; what cannot be stacked says why."""
+"""The batched engine learns what the serial one learns, for clients of any sizes, or it says why not."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from consilience.core.optimiser import SGD
 from consilience.core.params import key
 from consilience.core.source import Source, Tensors
 from consilience.engines import batched
-from consilience.engines._merge import Ragged, Slots, Unbatchable, fill, merge
 from consilience.engines._graph import NATIVE, VIEWS
+from consilience.engines._merge import Ragged, Slots, Unbatchable, fill, merge
 
 D, C = 6, 3
 LABELS = tuple(("toy", str(c)) for c in range(C))
@@ -229,7 +229,7 @@ def test_a_client_that_fails_is_left_out_or_stops_the_run(engine):
     with (
         warnings.catch_warnings(),
         pytest.raises(
-            cs.ConsilienceError, match="at least 4 agents that finish. Found 3: 'client-1': OSError"
+            cs.ConsilienceError, match="at least 4 agents must finish a round, and 3 did: 'client-1': OSError"
         ),
     ):
         warnings.simplefilter("ignore")
@@ -325,13 +325,13 @@ def test_auto_stacks_small_models_once_they_take_many_steps_and_leaves_one_agent
     plain = cs.run(cs.settings.continual(CLIENTS[:2]), cs.methods.ewc(), mlp())
     assert gap(one, plain) == 0
     with pytest.raises(
-        cs.ConsilienceError, match="`engine` must be one of the catalogue's, got 'bached'"
+        cs.ConsilienceError, match="`engine` must be one of serial, batched, ray, auto, got 'bached'"
     ):
         go("bached", cs.methods.fedavg())
 
 
-def test_agents_that_were_heard_rest(monkeypatch, tmp_path):
-    """They let go of what the server will tell them; results, bytes and resumed runs are those of agents that keep everything."""
+def test_agents_free_what_they_will_receive_again(monkeypatch, tmp_path):
+    """Agents free what the server will send them; results, bytes and resumed runs do not change by it."""
     agents = {}
 
     class Spy(type(batched())):
@@ -365,10 +365,12 @@ def test_agents_that_were_heard_rest(monkeypatch, tmp_path):
         assert gap(light, whole) == 0 and light.costs["bytes"] == whole.costs["bytes"]
         assert gap(again, whole) < 1e-12 and again.costs["bytes"] == whole.costs["bytes"]
     run(cs.methods.ghbm(0.5, 1), Spy())
-    assert all(agent.state.params for agent in agents.values()), "what hears may ask for what it had"
+    assert all(agent.state.params for agent in agents.values()), (
+        "`after_receive` may read what was there before"
+    )
 
 
-def test_who_rests_and_who_does_not():
+def test_who_frees_its_parameters_and_who_does_not():
     from consilience.core.schedule import Evaluate, Exchange, Train
     from consilience.loop.agents import release_plan
 
@@ -385,7 +387,7 @@ def test_who_rests_and_who_does_not():
     }
     assert release_plan([down, learn, up, Evaluate("1")], "a")[2] == ("b",), "who is judged keeps what it has"
     assert release_plan([learn, up, Evaluate("1"), learn, up], "s")[1] == (), (
-        "who learns on without hearing keeps what it has"
+        "an agent that trains on without receiving keeps what it has"
     )
     own = Exchange({"s": ("a",), "a": ("s",)})
     assert (
@@ -420,7 +422,7 @@ def arguments(program):
 
 @pytest.mark.parametrize("name", [*METHODS, "ghbm", "scaffold", "fedcm", "feddyn"])
 @pytest.mark.parametrize("optimiser", ["sgd", "momentum", "decay", "nesterov", "adam"])
-def test_a_tidied_program_is_the_traced_one(name, optimiser):
+def test_a_simplified_program_is_the_traced_one(name, optimiser):
     more = {
         "momentum": {"momentum": 0.9, "weight_decay": 0.01},
         "decay": {"weight_decay": 0.1},
@@ -440,7 +442,7 @@ def test_a_tidied_program_is_the_traced_one(name, optimiser):
 
 @pytest.mark.parametrize("name", ["fedavg", "fedprox", "ghbm", "scaffold", "ewc"])
 def test_steps_make_no_copy_of_all_parameters(name):
-    """What pulls at every parameter is added in place: no operation but an update makes as many numbers as the largest entry has."""
+    """Penalties are added in place: only an update yields as many numbers as the largest entry has."""
     method = METHODS[name](cs.methods) if name in METHODS else getattr(cs.methods, name)()
     model = cs.models.mlp(D, (64,), C)
     for program in programs(

@@ -1,4 +1,4 @@
-"""The Ray engine: what it learns is what the serial engine learns, to the bit, also when a worker is killed or the run interrupted."""
+"""The Ray engine learns what the serial one learns, to the bit, also when a worker dies or the run stops."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from consilience.core.errors import ConsilienceError
 from consilience.core.params import load, same
 from consilience.core.schedule import Evaluate, Exchange, Train, build
 from consilience.core.source import Tensors
+from consilience.loop.engine import Visit
 
 needed = pytest.mark.skipif(
     importlib.util.find_spec("ray") is None, reason="Ray is not installed: pip install 'consilience[ray]'"
@@ -36,7 +37,7 @@ MODEL = cs.models.mlp(64, (24,), 10)
 
 @pytest.fixture(scope="module")
 def ray() -> Iterator[Any]:
-    """A local Ray of two workers, and a GPU that it is told of, that outlives every run here."""
+    """A local Ray of two workers, with a GPU that need not exist, which outlives every run here."""
     if importlib.util.find_spec("ray") is None:
         pytest.skip("Ray is not installed: pip install 'consilience[ray]'")
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -61,17 +62,18 @@ def kept(out: Path) -> tuple[dict[str, Tensor], Any]:
     """All that a run kept of every agent, but its seconds."""
     index = json.loads((out / "checkpoint" / "index.json").read_text())
     facts = index["facts"]
-    for walk in facts["trials"].values():
-        walk["ledger"].pop("seconds")
-        ended = [walk["result"]["costs"], *walk["result"]["curve"]] if walk["result"] else []
-        for c in (*walk["judge"]["curve"], *ended):
-            c.pop("seconds", None)
+    for trial in facts["trials"].values():
+        trial["ledger"].pop("seconds")
+        result = trial["result"]
+        ended = [result["costs"], *result["curve"]] if result else []
+        for costs in (*trial["judge"]["curve"], *ended):
+            costs.pop("seconds", None)
     return load(out / "checkpoint" / index["file"])[0], facts
 
 
 @dataclass(frozen=True, eq=False)
 class Probe(Tensors):
-    """Examples of which something is done before they are read: in a worker, as each learn begins."""
+    """Examples that do something before they are read: in a worker, at the start of each visit."""
 
     folder: Path
     what: str
@@ -101,7 +103,7 @@ class Probe(Tensors):
 
 
 def when_begun(folder: Path, do: Any) -> threading.Thread:
-    """Do something with the process of the first learn of a probed client, once it began."""
+    """Do something with the process of a probed client's first visit, once that began."""
 
     def wait() -> None:
         for _ in range(3000):
@@ -197,7 +199,7 @@ def test_a_worker_that_dies_too_often_fails_its_client_by_name(ray, clients, tmp
     when_begun(tmp_path, lambda pid: os.kill(pid, signal.SIGKILL))
     with pytest.raises(
         ConsilienceError,
-        match=r"a Ray worker should live. Found that of 'client-1' dead, once: WorkerCrashedError",
+        match=r"the Ray worker of 'client-1' died once: WorkerCrashedError",
     ):
         cs.run(rounds(sources, 1), cs.methods.finetune(), MODEL, TRAINING, engine=cs.engines.ray(retries=0))
 
@@ -244,7 +246,7 @@ def test_warnings_and_log_lines_of_workers_reach_the_driver(ray, clients, tmp_pa
     assert texts[0] and texts[0] == texts[1]
 
 
-def test_what_all_heard_goes_into_the_store_once_a_round_and_data_once_a_run(ray, clients, monkeypatch):
+def test_what_all_received_goes_into_the_store_once_a_round_and_data_once_a_run(ray, clients, monkeypatch):
     sizes: list[int] = []
     put = ray.put
 
@@ -301,10 +303,10 @@ def test_a_view_of_much_is_sent_as_little():
 def test_a_run_interrupted_between_clients_resumes_to_the_same_bits(ray, clients, tmp_path, again):
     sources = probed(clients[:3], 1, tmp_path, "waits")
     when_begun(tmp_path, lambda pid: os.kill(os.getpid(), signal.SIGINT))
-    with pytest.raises(cs.core.errors.Interrupted, match="go on with `resume=True`"):
+    with pytest.raises(cs.core.errors.Interrupted, match="continue with `resume=True`"):
         cs.run(rounds(sources, 2), cs.methods.ewc(1.0), MODEL, TRAINING, engine="ray", out=tmp_path / "run")
-    walk = kept(tmp_path / "run")[1]["trials"]["0"]
-    assert walk["phase"] == 1 and walk["finished"] in (0, 1) and walk["job"] is None
+    trial = kept(tmp_path / "run")[1]["trials"]["0"]
+    assert trial["phase"] == 1 and trial["finished"] in (0, 1) and trial["job"] is None
     (tmp_path / "go").write_text("")
     resumed = cs.run(
         rounds(sources, 2),
@@ -357,15 +359,14 @@ def test_fractions_and_retries_are_asked_of_ray(ray, clients, monkeypatch):
     cs.run(rounds(clients[:2], 1), cs.methods.finetune(), MODEL, TRAINING, engine=engine)
     assert asked == [{"num_cpus": 0.5, "num_gpus": 0.25, "max_retries": 7, "max_calls": 0}]
     agent = SimpleNamespace(training=replace(TRAINING, device="cuda:0"))
-    watch = SimpleNamespace(note=lambda text: None)
-    with pytest.raises(
-        ConsilienceError, match=r"`gpus` should be above 0 for the device 'cuda:0'. Found `gpus = 0`"
-    ):
-        cs.engines.ray().train([(agent, (), 1.0)], watch)
+    events = SimpleNamespace(note=lambda text: None)
+    with pytest.raises(ConsilienceError, match=r"`gpus` must be above 0 for device='cuda:0', got 0"):
+        cs.engines.ray().train([Visit(agent, (), 1.0)], events)
     with pytest.warns(
-        UserWarning, match=r"agents wait until Ray has 1 CPUs and 2 GPUs for one. Found 2 CPUs and 1 GPUs."
+        UserWarning,
+        match=r"agents wait until Ray has 1 CPUs and 2 GPUs for one; now Ray has 2 CPUs and 1 GPUs",
     ):
-        cs.engines.ray(gpus=2)._open(watch)
+        cs.engines.ray(gpus=2).open(events)
 
 
 @pytest.mark.slow
@@ -403,7 +404,8 @@ def interrupt():
 
 clients = cs.data.iid(cs.data.digits(), 3)
 slow = [replace(clients[0], train=Slow(*clients[0].train.whole())), *clients[1:]]
-run = lambda sources, **more: cs.run(cs.settings.federated(sources, 2), cs.methods.fedavg(), cs.models.mlp(64, (16,), 10), **more)
+model = cs.models.mlp(64, (16,), 10)
+run = lambda sources, **more: cs.run(cs.settings.federated(sources, 2), cs.methods.fedavg(), model, **more)
 threading.Thread(target=interrupt).start()
 try:
     run(slow, out=folder / "run", engine=cs.engines.ray(workers=2))
@@ -424,7 +426,7 @@ def test_a_ray_that_a_run_starts_ends_with_it_and_sigterm_still_interrupts(tmp_p
     args = [sys.executable, str(tmp_path / "script.py"), str(tmp_path)]
     p = subprocess.run(args, capture_output=True, text=True, env=env, timeout=120, check=False)
     assert p.returncode == 0, p.stderr
-    assert "Interrupted: interrupted; go on with `resume=True`" in p.stdout
+    assert "Interrupted: interrupted; continue with `resume=True`" in p.stdout
     assert "still there: False" in p.stdout and "same: True" in p.stdout
     assert "Traceback" not in p.stderr
 
@@ -435,7 +437,8 @@ from ray.cluster_utils import Cluster
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
 cluster.add_node(num_cpus=1)
 clients = cs.data.iid(cs.data.digits(), 4)
-run = lambda **more: cs.run(cs.settings.federated(clients, 2), cs.methods.fedavg(), cs.models.mlp(64, (16,), 10), **more)
+model = cs.models.mlp(64, (16,), 10)
+run = lambda **more: cs.run(cs.settings.federated(clients, 2), cs.methods.fedavg(), model, **more)
 there = run(engine=cs.engines.ray(workers=1, address=cluster.address))
 print("same:", cs.core.params.same(run().params, there.params), "nodes:", len(cluster.list_all_nodes()))
 cluster.shutdown()
@@ -472,7 +475,7 @@ def test_what_cannot_be_pickled_is_named(ray, clients):
     lock = SimpleNamespace(held=threading.Lock())
     source = replace(clients[0], train=Probe(x, y, lock, "nothing"))  # type: ignore[arg-type]
     with pytest.raises(
-        ConsilienceError, match=r"should be picklable. Found that the source '.*' is not: .*lock"
+        ConsilienceError, match=r"Ray needs everything pickled, but the source '.*' cannot be: .*lock"
     ):
         cs.run(rounds([source, clients[1]], 1), cs.methods.finetune(), MODEL, TRAINING, engine="ray")
 
@@ -480,11 +483,11 @@ def test_what_cannot_be_pickled_is_named(ray, clients):
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ({"workers": 0}, "`workers` should be a whole number >= 1. Found `workers = 0`"),
-        ({"cpus": 0}, "`cpus` should be positive. Found `cpus = 0`"),
-        ({"gpus": -1}, "`gpus` should be a fraction of one or a whole number. Found `gpus = -1`"),
-        ({"gpus": 1.5}, "`gpus` should be a fraction of one or a whole number. Found `gpus = 1.5`"),
-        ({"retries": -1}, "`retries` should be a whole number >= 0. Found `retries = -1`"),
+        ({"workers": 0}, "`workers` must be a whole number >= 1, got 0"),
+        ({"cpus": 0}, "`cpus` must be positive, got 0"),
+        ({"gpus": -1}, "`gpus` must be a fraction of one or a whole number, got -1"),
+        ({"gpus": 1.5}, "`gpus` must be a fraction of one or a whole number, got 1.5"),
+        ({"retries": -1}, "`retries` must be a whole number >= 0, got -1"),
     ],
 )
 def test_bad_arguments_are_refused(arguments, text):

@@ -1,4 +1,4 @@
-"""Engines agree: every method, in every setting with several agents, learns the same when they are stacked."""
+"""Engines agree: every method, in every setting with several agents, learns the same when stacked."""
 
 from __future__ import annotations
 

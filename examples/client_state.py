@@ -20,7 +20,7 @@ class OwnAnchor(cs.Correction):
     mu: float = 0.1
     neutral: ClassVar[dict[str, float]] = {"mu": 0.0}
     shared_items: ClassVar[bool] = False  # what `summarise` returns is Private: it never leaves the client
-    needs_revisits: ClassVar[bool] = True  # without a second visit of a source it would never act
+    needs_revisits: ClassVar[bool] = True  # inactive until `recall` finds an earlier visit of the same source
     flat: ClassVar[tuple[str, ...]] = ("end",)
 
     def summarise(self, learned: cs.Learned, ctx: cs.Context) -> cs.Private:
@@ -32,9 +32,7 @@ class OwnAnchor(cs.Correction):
         return next((item for (_, source), item in memory.items() if source == sources[0].name), None)
 
     def penalty(self, step: cs.StepView, ctx: cs.Context) -> Tensor:
-        """A scalar of `step.theta` [n]; `flat` made one vector of what was recalled."""
-        if "end" not in ctx.flat:
-            return step.theta.new_zeros(())
+        """A scalar of `step.theta` [n]; `flat` made one vector [n] of what was recalled."""
         return 0.5 * self.mu * (step.theta - ctx.flat["end"]).square().sum()
 
 

@@ -45,8 +45,12 @@ class Objectives(NamedTuple):
 
 
 def acts(correction: Correction, ctx: Context) -> bool:
-    """Whether a correction is active in this visit. One that needs history is inactive until there is some."""
-    return not (correction.needs_history and ctx.recalled is None)
+    """Whether a correction is active in this visit.
+
+    One that needs history, or revisits, is inactive until `recall` returns some.
+    """
+    waits = correction.needs_history or correction.needs_revisits
+    return not (waits and ctx.recalled is None)
 
 
 @dataclass(eq=False)

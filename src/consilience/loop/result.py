@@ -1,30 +1,30 @@
-"""The result of a run: frozen, with everything a table or a report needs."""
+"""The result of a run: everything that tables and reports need, and the agent that it trained."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from consilience.core.errors import ConsilienceError, unknown
 from consilience.core.metrics import global_forgetting, summary, worst
+from consilience.core.params import Params
+from consilience.loop.agent import Agent
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from consilience.core.params import Params
-    from consilience.loop.agent import Agent
+# Fields of a result that JSON holds as they are.
+PLAIN = ("setting", "data", "method", "model", "metric", "seed", "costs", "curve", "config", "versions")
 
 
 @dataclass(frozen=True, eq=False)
 class Result:
     """What a run found, over its repeats.
 
-    `matrices` [repeats, stages + 1, sources] hold the metric on each source's test data before training and after each
-    stage; `costs` are means over the repeats (`by_agent`: of the first); `learned_at` the only stage in which each source is learned (None: several; 0: none). `agent` is the evaluated agent of the
-    first repeat (None for a result read from a folder).
+    R = `matrices[r]` [stages + 1, sources] has the metric on each source's test data before training (row 0) and after
+    each stage, for repeat r. T is the last stage, and l_j the only stage that trains on source j.
     """
 
     setting: str
@@ -36,124 +36,141 @@ class Result:
     sources: tuple[str, ...]
     stages: tuple[str, ...]
     learned_at: tuple[int | None, ...]
+    """l_j for each source; None: several stages train on it; 0: none does."""
     matrices: np.ndarray
+    """[repeats, stages + 1, sources]."""
     costs: Mapping[str, Any]
+    """macs, bytes, steps and seconds: means over the repeats; `by_agent`: those of the first repeat."""
     mapper: np.ndarray | None = None
-    """Task-mapper accuracy [repeats, stages], over the sources known at that stage."""
+    """Task-mapper accuracy [repeats, stages], over the sources that were trained on by then."""
     curve: Sequence[Mapping[str, float]] = ()
     """Before training and after each stage of the first repeat: score, macs, bytes, seconds so far."""
     learning_curve: Sequence[Mapping[str, Any]] = ()
-    """Inside the tasks of the first repeat, where asked for: agent, source, epoch, step in it, steps so far, score."""
+    """Inside visits of the first repeat (`curve_steps`): agent, source, epoch, step in it, steps so far, score."""
     client_drift: Sequence[Mapping[str, Any]] = ()
-    """Where `clients` were judged, for each time that an agent of the first repeat absorbed two or more that learned from its own
-    parameters: stage, agent, clients, and what `metrics.client_drift` gives."""
+    """With `judge_clients`: stage, agent, clients, and the fields of `metrics.client_drift`, for each time that an
+    agent of the first repeat received from two or more agents that had trained from its parameters."""
     local: Sequence[Mapping[str, Any]] = ()
-    """Where `clients` were judged, for each learn of the first repeat: stage, agent, and the score on its own test data and the mean
-    over all others', by its own parameters before and after the learn: own_before, own_after, others_before, others_after."""
+    """With `judge_clients`, for each visit of the first repeat: stage, agent, and its own parameters' score on its own
+    test data and the mean over all others', before and after: own_before, own_after, others_before, others_after."""
     personal: Mapping[str, float] | None = None
-    """The last score of each client's own parameters on its own test data, where clients were judged."""
+    """With `judge_clients`: the last score of each client's own parameters on its own test data."""
     config: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, Any] = field(default_factory=dict)
     agent: Agent | None = None
+    """The evaluated agent of the first repeat; None for a result that was read from a folder."""
+
+    # Scores
 
     @property
     def repeats(self) -> int:
+        """The number of seeds."""
         return len(self.matrices)
 
     @property
     def matrix(self) -> np.ndarray:
-        """Mean over repeats [stages + 1, sources]; row 0 is before any training."""
+        """The mean of R over repeats [stages + 1, sources]."""
         return self.matrices.mean(0)  # type: ignore[no-any-return]
 
     @property
     def scores(self) -> list[float]:
-        """The final mean over sources, for each repeat."""
-        return [float(np.nanmean(m[-1])) if np.isfinite(m[-1]).any() else float("nan") for m in self.matrices]
+        """The final mean over sources, per repeat. Sources where the metric is undefined are left out."""
+        last = [matrix[-1] for matrix in self.matrices]
+        return [float(np.nanmean(row)) if np.isfinite(row).any() else float("nan") for row in last]
 
     @property
     def score(self) -> float:
+        """The mean of `scores`."""
         return float(np.mean(self.scores))
 
     @property
     def score_std(self) -> float:
-        """The standard deviation over repeats (ddof 1), 0 for one."""
+        """The standard deviation of `scores` (ddof 1); 0 for one repeat."""
         return float(np.std(self.scores, ddof=1)) if self.repeats > 1 else 0.0
 
     @property
     def accuracy(self) -> float:
-        """The score, where the metric is accuracy."""
+        """The score. Raises ConsilienceError if the metric is not accuracy."""
         if self.metric != "accuracy":
             raise ConsilienceError(
-                f"`accuracy` needs classification by accuracy. Found the metric {self.metric!r}; use `score`."
+                f"`accuracy` needs classification by accuracy, and the metric is {self.metric!r}; use `score`."
             )
         return self.score
-
-    def _mean(self, name: str) -> float | None:
-        values = [summary(m, self.learned_at)[name] for m in self.matrices]
-        found = [v for v in values if v is not None]
-        return float(np.mean(found)) if found else None
-
-    @property
-    def forgetting(self) -> float | None:
-        return self._mean("forgetting")
-
-    @property
-    def global_forgetting(self) -> float | None:
-        """mean_j (max_{0 < i < T} R[i, j] - R[T, j]): also where sources are learned again and again."""
-        found = [v for m in self.matrices if (v := global_forgetting(m)) is not None]
-        return float(np.mean(found)) if found else None
-
-    @property
-    def local_forgetting(self) -> float | None:
-        """What local learning loses on others' data: the mean of others_before - others_after over all learns of clients."""
-        lost = [
-            d["others_before"] - d["others_after"]
-            for d in self.local
-            if None not in (d["others_before"], d["others_after"])
-        ]
-        return float(np.mean(lost)) if lost else None
-
-    def worst(self, fraction: float = 0.1) -> float:
-        """The final mean over the worst sources, that fraction of all of them and at least one: how fair a federation is to clients."""
-        if not 0 < fraction <= 1:
-            raise ConsilienceError(f"`fraction` should be in (0, 1]. Found `fraction = {fraction}`.")
-        return float(np.mean([worst(m[-1], fraction) for m in self.matrices]))
 
     @property
     def spread(self) -> float:
         """The final standard deviation over sources (ddof 0)."""
-        stds = [float(np.nanstd(m[-1])) if np.isfinite(m[-1]).any() else float("nan") for m in self.matrices]
+        last = [matrix[-1] for matrix in self.matrices]
+        stds = [float(np.nanstd(row)) if np.isfinite(row).any() else float("nan") for row in last]
         return float(np.mean(stds))
 
-    @property
-    def backward_transfer(self) -> float | None:
-        return self._mean("backward_transfer")
-
-    @property
-    def forward_transfer(self) -> float | None:
-        return self._mean("forward_transfer")
-
-    @property
-    def normalised(self) -> float | None:
-        """mean_j R[T, j] / R[l_j, j]: what is left of the score that each source had when it was learned; None for "r2"."""
-        return None if self.metric == "r2" else self._mean("normalised")
+    def worst(self, fraction: float = 0.1) -> float:
+        """The final mean over this fraction of the sources (at least one) with the lowest scores: how fair a federation is."""
+        if not 0 < fraction <= 1:
+            raise ConsilienceError(f"`fraction` must be in (0, 1], got {fraction}.")
+        return float(np.mean([worst(matrix[-1], fraction) for matrix in self.matrices]))
 
     @property
     def first_source(self) -> list[float]:
-        """The score on the first source learned, before training and after each stage."""
-        at = [len(self.matrix) if a == 0 else a or 0 for a in self.learned_at]  # 0: nobody learned it
-        return [float(v) for v in self.matrix[:, at.index(min(at))]]
+        """The score on the source that is trained on first, before training and after each stage."""
+        # A source that nobody trains on (0) comes last, one of several stages (None) first.
+        stages = [len(self.matrix) if at == 0 else at or 0 for at in self.learned_at]
+        return [float(value) for value in self.matrix[:, stages.index(min(stages))]]
 
     def of_source(self, name: str) -> list[float]:
         """The score on one source, before training and after each stage."""
         if name not in self.sources:
             raise unknown("source", name, self.sources)
-        return [float(v) for v in self.matrix[:, self.sources.index(name)]]
+        return [float(value) for value in self.matrix[:, self.sources.index(name)]]
+
+    # Forgetting and transfer: None where no source allows it.
+
+    def _mean(self, name: str) -> float | None:
+        """The mean over repeats of a field of `metrics.summary`."""
+        values = [summary(matrix, self.learned_at)[name] for matrix in self.matrices]
+        found = [value for value in values if value is not None]
+        return float(np.mean(found)) if found else None
+
+    @property
+    def forgetting(self) -> float | None:
+        """mean_j (max_{0 < i < T} R[i, j] - R[T, j]) over sources that one stage before the last trains on."""
+        return self._mean("forgetting")
+
+    @property
+    def global_forgetting(self) -> float | None:
+        """mean_j (max_{0 < i < T} R[i, j] - R[T, j]) over all sources, also those that many stages train on."""
+        values = [global_forgetting(matrix) for matrix in self.matrices]
+        found = [value for value in values if value is not None]
+        return float(np.mean(found)) if found else None
+
+    @property
+    def local_forgetting(self) -> float | None:
+        """What local training loses on others' data: the mean of others_before - others_after over `local`."""
+        pairs = [(visit["others_before"], visit["others_after"]) for visit in self.local]
+        lost = [before - after for before, after in pairs if before is not None and after is not None]
+        return float(np.mean(lost)) if lost else None
+
+    @property
+    def backward_transfer(self) -> float | None:
+        """mean_j (R[T, j] - R[l_j, j]) over sources that one stage before the last trains on."""
+        return self._mean("backward_transfer")
+
+    @property
+    def forward_transfer(self) -> float | None:
+        """mean_j (R[l_j - 1, j] - R[0, j]) over sources that one stage after the first trains on."""
+        return self._mean("forward_transfer")
+
+    @property
+    def normalised(self) -> float | None:
+        """mean_j R[T, j] / R[l_j, j]: the fraction of the score after training that is left; None for "r2"."""
+        return None if self.metric == "r2" else self._mean("normalised")
 
     @property
     def mapper_accuracy(self) -> float | None:
-        """The share of test samples that the task mapper gives to their own task, at the end."""
+        """The final fraction of test examples that the task mapper gives to their own task."""
         return None if self.mapper is None else float(self.mapper[:, -1].mean())
+
+    # The agent
 
     @property
     def params(self) -> Params:
@@ -162,20 +179,20 @@ class Result:
 
     def predict(self, x: Tensor, task: str | None = None) -> Tensor:
         """Class probabilities (or values) [B, classes] of the evaluated agent (first repeat)."""
-        import torch
-
         return self._agent().predict(torch.as_tensor(x), task)
 
     def _agent(self) -> Agent:
         if self.agent is None:
             raise ConsilienceError(
-                "parameters live in the run or in its checkpoint. Found a result read from a folder."
+                "a result that was read from a folder has no parameters; resume the run (`resume=True`), which has."
             )
         return self.agent
 
+    # JSON
+
     def to_json(self) -> dict[str, Any]:
-        """The content of result.json."""
-        return {
+        """The content of result.json: the fields, and what follows from them, for other programs."""
+        fields = {
             "setting": self.setting,
             "data": self.data,
             "method": self.method,
@@ -183,6 +200,27 @@ class Result:
             "repeats": self.repeats,
             "seed": self.seed,
             "metric": self.metric,
+            "sources": list(self.sources),
+            "stages": list(self.stages),
+            "learned_at": list(self.learned_at),
+            "matrices": self.matrices.tolist(),
+            "mapper": None if self.mapper is None else self.mapper.tolist(),
+            "costs": dict(self.costs),
+            "versions": dict(self.versions),
+            "config": dict(self.config),
+        }
+
+        # Lists of records, where they were asked for.
+        fields |= {
+            "curve": [dict(point) for point in self.curve],
+            "learning_curve": [dict(point) for point in self.learning_curve],
+            "client_drift": [dict(entry) for entry in self.client_drift],
+            "local": [dict(visit) for visit in self.local],
+            "personal": None if self.personal is None else dict(self.personal),
+        }
+
+        # Derived numbers are written too, so that a reader needs none of the formulas.
+        derived = {
             "score": self.score,
             "score_std": self.score_std,
             "matrix": self.matrix.tolist(),
@@ -190,60 +228,56 @@ class Result:
             "backward_transfer": self.backward_transfer,
             "forward_transfer": self.forward_transfer,
             "normalised": self.normalised,
-            "macs": self.costs["macs"],
-            "bytes": self.costs["bytes"],
-            "seconds": self.costs["seconds"],
-            "versions": dict(self.versions),
-            "sources": list(self.sources),
-            "stages": list(self.stages),
-            "learned_at": list(self.learned_at),
-            "matrices": self.matrices.tolist(),
-            "mapper": None if self.mapper is None else self.mapper.tolist(),
-            "mapper_accuracy": self.mapper_accuracy,
-            "costs": dict(self.costs),
-            "curve": [dict(c) for c in self.curve],
-            "learning_curve": [dict(c) for c in self.learning_curve],
-            "config": dict(self.config),
             "worst": self.worst(),
             "spread": self.spread,
             "global_forgetting": self.global_forgetting,
             "local_forgetting": self.local_forgetting,
-            "client_drift": [dict(d) for d in self.client_drift],
-            "local": [dict(d) for d in self.local],
-            "personal": None if self.personal is None else dict(self.personal),
+            "mapper_accuracy": self.mapper_accuracy,
         }
+        return {**fields, **derived, **{name: self.costs[name] for name in ("macs", "bytes", "seconds")}}
 
-    @staticmethod
-    def from_json(d: Mapping[str, Any]) -> Result:
-        """A result from the content of result.json."""
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Self:
+        """A result from the content of result.json, also one that version 0.1 wrote."""
+        content = renamed(content)
         try:
-            return Result(
-                **{
-                    k: d[k]
-                    for k in (
-                        "setting",
-                        "data",
-                        "method",
-                        "model",
-                        "metric",
-                        "seed",
-                        "costs",
-                        "curve",
-                        "config",
-                        "versions",
-                    )
-                },
-                learning_curve=d.get("learning_curve", ()),
-                client_drift=d.get("client_drift", ()),
-                local=d.get("local", ()),
-                personal=d.get("personal"),
-                sources=tuple(d["sources"]),
-                stages=tuple(d["stages"]),
-                learned_at=tuple(d["learned_at"]),
-                matrices=np.array(d["matrices"], dtype=float),
-                mapper=None if d["mapper"] is None else np.array(d["mapper"], dtype=float),
+            mapper = content["mapper"]
+            return cls(
+                **{name: content[name] for name in PLAIN},
+                learning_curve=content.get("learning_curve", ()),
+                client_drift=content.get("client_drift", ()),
+                local=content.get("local", ()),
+                personal=content.get("personal"),
+                sources=tuple(content["sources"]),
+                stages=tuple(content["stages"]),
+                learned_at=tuple(content["learned_at"]),
+                matrices=np.array(content["matrices"], dtype=float),
+                mapper=None if mapper is None else np.array(mapper, dtype=float),
             )
         except (KeyError, TypeError, ValueError) as e:
             raise ConsilienceError(
-                f"a result should have all keys of result.json. Found a fault: {e}."
+                f"result.json must have the keys of a result, and one is missing or wrong: {e}; run again to write it."
             ) from e
+
+
+def renamed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of result.json with the keys of 0.2, whichever version wrote it.
+
+    >>> renamed({"drift": [], "costs": {"by_agent": {"server": {"macs": 3, "absorbing": 2}}}})
+    {'costs': {'by_agent': {'server': {'macs': 3, 'receiving': 2}}}, 'client_drift': []}
+    """
+    result = dict(content)
+    if "drift" in result:
+        result["client_drift"] = result.pop("drift")
+
+    # A page that is no mapping is reported as a fault by the reader.
+    costs = result.get("costs")
+    by_agent = costs.get("by_agent") if isinstance(costs, Mapping) else None
+    if isinstance(costs, Mapping) and isinstance(by_agent, Mapping):
+        names = {"absorbing": "receiving"}
+        pages = {
+            agent: {names.get(what, what): amount for what, amount in page.items()}
+            for agent, page in by_agent.items()
+        }
+        result["costs"] = {**costs, "by_agent": pages}
+    return result

@@ -58,6 +58,7 @@ class Dare(Blockwise):
         object.__setattr__(self, "fewest_rows", self.then.fewest_rows)
 
     def init(self, rows: int, size: int, generator: torch.Generator | None) -> Masks:
+        # A default seed would silently give every merge the same masks.
         if generator is None:
             raise ConsilienceError(
                 "DARE drops entries at random and needs a `generator`, got None; give a torch.Generator."
@@ -84,6 +85,7 @@ class Dare(Blockwise):
         wide = widened(rows)
         if self.density == 1:
             return weighted(wide, weights.to(wide.dtype)).to(rows.dtype)
+        # Dropping, rescaling and weighting in one pass: no dropped row is ever stored.
         total = torch.zeros_like(wide[0])
         for kept, weight in zip(self._kept(wide, offset, statistics.seed), weights.tolist(), strict=True):
             total += kept.mul_(weight / self.density)
@@ -131,6 +133,7 @@ def uniform(seed: int, rows: int, offset: int, size: int, device: torch.device) 
     part, bits = torch.empty_like(column), torch.empty_like(column)
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
         _stir(column, part, shift).mul_(factor - (factor >> 31 << 32))
+    # Odd factors are invertible modulo 2^32: no two columns of a row get one product.
     for i in range(rows):
         torch.mul(column, _key(seed, i + 1) | 1, out=bits)
         yield _stir(bits, part, 16).mul_(0x85EBCA6B - 2**32).bitwise_and_(0x7FFFFFFF)

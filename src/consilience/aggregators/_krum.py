@@ -126,6 +126,7 @@ class MultiKrum(_Chosen):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        # None depends on the number of rows, which is not known before they come.
         if self.keep is not None and (not isinstance(self.keep, int) or self.keep < 1):
             raise ConsilienceError(f"`keep` must be a whole number >= 1, or None, got {self.keep!r}.")
 
@@ -171,6 +172,7 @@ class Bulyan(_Tolerant, Blockwise):
 
     def chosen(self, square: Tensor) -> list[int]:
         """Choose m - 2 byzantine rows by repeated Krum."""
+        # Scores change when a row is taken, so that one sort would not do.
         left, taken = list(range(len(square))), []
         for _ in range(len(square) - 2 * self.byzantine):
             taken.append(left.pop(nearest(square[left][:, left], self.byzantine, 1)[0]))

@@ -21,6 +21,7 @@ class _Sorted(Blockwise):
     robust: ClassVar[bool] = True
 
     def apply(self, rows: Tensor, weights: Tensor, offset: int, statistics: Any) -> Tensor:
+        # Stable, so that weights of equal values stay in canonical order.
         values, order = rows.sort(dim=0, stable=True)
         wide = weights.double()
         # Sums of weights that differ by less than their own rounding error count as equal.

@@ -49,6 +49,7 @@ class Selection(ScanState):
         if k >= size:
             # Every magnitude is above -1: nothing is trimmed.
             return Selection(True, None, k, size, (-1.0,) * rows, (0,) * rows, (0,) * rows, (-1.0,) * rows)
+        # The head of every block is sampled: layers differ in scale, and blocks cover all of them.
         blocks = -(-size // block)
         columns = min(block, max(8, SAMPLE // blocks))
         return Selection(False, columns, k, size, step=Sample())
@@ -127,6 +128,7 @@ class Bracket:
                 self.found[i].append(size[between])
                 self.counts[i].append(len(self.found[i][-1]))
                 self.left -= self.counts[i][-1]
+                # Many small arrays cost more memory than their numbers.
                 if len(self.found[i]) == 256:
                     self.found[i] = [np.concatenate(self.found[i])]
 

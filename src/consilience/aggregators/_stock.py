@@ -27,6 +27,7 @@ class ModelStock(Linear):
 
     def weigh(self, gram: Tensor, weights: Tensor, generator: torch.Generator | None) -> Tensor:
         count, gram = len(weights), gram.double()
+        # One row makes no pair, and the mean over none is not defined.
         if count == 1:
             return weights
         lengths = gram.diagonal().clamp(min=0).sqrt()

@@ -80,6 +80,7 @@ class Ties(Blockwise):
 
         wins = np.greater(mass[0], -mass[1], out=there)
         loses = mass[0] < -mass[1]
+        # Where no sign wins both factors are 0; `tiny` keeps 0 / 0 from being NaN.
         merged = (mass[0] * wins + mass[1] * loses) * dtype(total)
         merged /= np.maximum(counts[0] * wins + counts[1] * loses, np.finfo(dtype).tiny)
         return torch.from_numpy(merged).to(rows.device, rows.dtype)

@@ -87,6 +87,7 @@ class TorchJD(Aggregator):
             if rows.is_cuda:
                 with torch.cuda.device(rows.device):
                     torch.cuda.manual_seed(seed)
+            # torchjd says by a ValueError which matrices an aggregator takes.
             try:
                 result: Tensor = aggregator(rows)
                 return result

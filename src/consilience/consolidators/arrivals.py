@@ -66,6 +66,7 @@ class _OneByOne(WeightSpace):
         self, model: Model, state: State, fresh: Sequence[Message], by_size: bool, generator: torch.Generator
     ) -> State:
         received = with_weights(fresh)
+        # Parameters that a server broadcasts are adopted, not merged again.
         if not any(m.trained for m in received):
             return super().receive(model, state, fresh, by_size, generator)
         if self.from_base and state.origin == "given":
@@ -95,6 +96,7 @@ class _OneByOne(WeightSpace):
             and p.is_floating_point()
         }
         now, kept = {name: state.base[name] for name in new}, dict(state.outer)
+        # The first expert finds the base, which later ones have left behind.
         if not kept:
             kept = {"weight": torch.zeros((), dtype=torch.float64)}
             kept |= {f"origin/{name}": p for name, p in now.items()} if self.from_base else {}
@@ -174,6 +176,7 @@ class OPCM(_OneByOne):
         base = {name: kept[f"origin/{name}"] for name in new}
         tau = {name: p.double() - base[name].double() for name, p in new.items()}
         length = _length(tau)
+        # The first expert has no directions before it to be projected off.
         if "scale" not in kept:
             return dict(new), {"scale": torch.ones_like(length), "length": length}
         mean = torch.lerp(kept["length"], length, share)

@@ -40,6 +40,7 @@ def refuse_strangers(model: Model, params: Params, messages: Sequence[Message]) 
                 f"a module must be run as it was trained, here with {model.form or 'rows as they are'}, got "
                 f"{form or 'rows as they are'} in {whose}."
             )
+        # Entries that this model would ignore could change what the sender's model computes.
         strange = [n for n in item.group("entries") if not model.reads(n)]
         if strange:
             raise ConsilienceError(

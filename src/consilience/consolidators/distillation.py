@@ -126,6 +126,7 @@ class Distillation(WeightSpace):
             for n, p in new.params.items()
             if n in names and p.is_floating_point() and not model.frozen(n)
         }
+        # A broadcast holds no new models to learn from.
         if not any(m.trained for m in fresh) or not self.steps or not taught:
             return new
 

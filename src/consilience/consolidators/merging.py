@@ -117,6 +117,7 @@ class FisherSpace(_ByStatistics):
         summaries = self._summaries(rows, fresh, state, keys, "fisher_merging")
         here = [n for n in names if all(f"precision/{n}" in s.item.tensors for own in summaries for s in own)]
 
+        # In float64: Fisher information spans many orders of magnitude.
         first = rows[0].params
         layout = Layout.of({n: first[n] for n in here}, torch.float64)
         theta = torch.stack([layout.flatten(row.params) for row in rows])

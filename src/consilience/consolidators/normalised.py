@@ -69,6 +69,7 @@ class Normalised(WeightSpace):
     @staticmethod
     def _scaled(model: Model, message: Message, state: State, factor: float) -> Message:
         """Move the parameters of a message to base + factor (theta - base)."""
+        # To the bit: lerp would round even at a factor of 1.
         if factor == 1:
             return message
         tensors = dict(message.items["model"].tensors)

@@ -86,6 +86,7 @@ class Aggregator(ABC):
             raise ConsilienceError(
                 f"rows of {own} must be floats [m, n], got {rows.dtype} {tuple(rows.shape)}."
             )
+        # After the shape, which says what counts as a row.
         if len(rows) < self.fewest_rows:
             raise ConsilienceError(f"{own} needs at least {self.fewest_rows} rows, got {len(rows)}.")
 
@@ -97,6 +98,7 @@ class Aggregator(ABC):
 
     def _checked_weights(self, weights: Tensor | Sequence[float] | None, rows: Tensor) -> Tensor:
         own, rows_given = type(self).__name__, len(rows)
+        # 1/m, so that the default of every aggregator is a mean and not a sum.
         if weights is None:
             return torch.full((rows_given,), 1 / rows_given, dtype=rows.dtype, device=rows.device)
 
@@ -128,6 +130,7 @@ class Linear(Aggregator):
         """Compute coefficients [m] for rows [m, n]."""
         if not self.needs_gram:
             return self.weigh(rows.new_zeros(0, 0), weights, generator)
+        # Products of narrow dtypes overflow early, and their sums lose most digits.
         wide = widened(rows)
         gram = wide @ wide.T
         if not torch.isfinite(gram).all():
@@ -194,6 +197,7 @@ class Blockwise(Aggregator):
                 state = self.scan(matrix[:, start:stop], start, state)
             state = self.settle(state)
 
+        # Weights per entry are cut into the same blocks as the rows.
         made = torch.empty_like(matrix[0])
         for start in range(0, size, self.block):
             part = slice(start, start + self.block)
@@ -261,6 +265,7 @@ class Affine:
     by_changes: bool = False
 
     def __post_init__(self) -> None:
+        # Averages then need no base at all, and neither read nor add it.
         if abs(self.base_share) < ROUNDING:
             object.__setattr__(self, "base_share", 0.0)
 
@@ -278,6 +283,8 @@ class Affine:
         The first row may be `out` itself, unless it is taken `by_changes`.
         """
         terms = zip(rows, self.coefficients, strict=True)
+
+        # The base comes last: it is large compared with the changes, and would swallow their digits.
         if self.by_changes:
             assert base is not None
             total = torch.zeros_like(base) if out is None else out.zero_()
@@ -309,6 +316,7 @@ def canonical(heads: Sequence[tuple[float, ...]], pieces: Iterable[Callable[[int
     >>> canonical([(2.0,), (1.0,), (1.0,)], [lambda i: b"cba"[i : i + 1]])
     [2, 1, 0]
     """
+    # Groups of tied rows, in order; they only split further.
     groups = _split(range(len(heads)), heads.__getitem__)
     if len(groups) < len(heads):
         for content in pieces:
@@ -333,6 +341,7 @@ def canonical_rows(rows: Tensor, weights: Tensor) -> list[int]:
     if len(rows) == 1:
         return [0]
     heads = [tuple(head) for head in rows[:, :4].tolist()]
+    # Weights per entry are as long as the rows: they count only where rows are equal.
     if weights.dim() > 1:
         return canonical(heads, [lambda i: _bytes(rows[i]), lambda i: _bytes(weights[i])])
     heads = [(*head, weight) for head, weight in zip(heads, weights.tolist(), strict=True)]

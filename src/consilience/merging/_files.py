@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -101,6 +102,7 @@ class Memory(Entries):
                 if known != n:
                     aliases[n] = known
         self.aliases = aliases
+        # After the ties were found, since a copy has memory of its own.
         self._tensors = {n: t.contiguous() for n, t in self._tensors.items()}
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
@@ -207,6 +209,7 @@ class Files(Entries):
             self._places[n] = Place(handle, data + fact.begin, NATIVE.get(fact.dtype, ""))
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
+        # As bytes, since numpy lacks bfloat16 and the 8-bit floats.
         out = torch.empty(stop - start, dtype=self.dtypes[name])
         if len(out):
             self._fill(name, start, out.view(torch.uint8).numpy(), out.element_size())
@@ -256,6 +259,7 @@ class Adapter(Entries):
             raise pickle_refused(folder / "adapter_model.bin")
         own = Files(folder / "adapter_model.safetensors")
 
+        # Adapters are small: their tensors stay in memory, and only products are computed piece by piece.
         self._pairs: dict[str, tuple[Tensor, Tensor]] = {}
         self._complete: dict[str, Tensor] = {}
         by_layer: dict[str, dict[str, Tensor]] = {}
@@ -335,6 +339,7 @@ def opened(what: Any, base: Entries | None = None, name: str | None = None) -> E
 
     Raises ConsilienceError for anything else, with file and tensor.
     """
+    # Opened models pass, so that a caller may open one and use it several times.
     if isinstance(what, Entries):
         return what
     if isinstance(what, nn.Module):
@@ -445,8 +450,7 @@ def _pair(values: Any) -> tuple[int, int]:
 
 def _by_pattern(patterns: Mapping[str, Any] | None, layer: str, default: Any) -> Any:
     """Return the value whose pattern matches the end of a layer's name, as peft does."""
-    import re
-
+    # The first pattern that fits counts, in the order of the file.
     for pattern, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", layer):
             return value

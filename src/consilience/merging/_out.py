@@ -79,6 +79,7 @@ class Shards:
         names = list(like.shapes)
         sizes = {name: like.size(name) * dtypes[name].itemsize for name in names}
         of_file = _layout(names, sizes, like if isinstance(like, Files) else None, self.single, shard)
+        # Refused now, and not after an hour of merging.
         free = shutil.disk_usage(_existing(out)).free
         if (needed := sum(sizes.values())) > free:
             raise ConsilienceError(
@@ -171,6 +172,7 @@ class Shards:
             index = {"metadata": {"total_size": self.total}, "weight_map": self.index}
             write_json(self.temporary / INDEX, index)
 
+        # A folder that the Hugging Face libraries load as they load the base.
         like = self.plan.like
         if isinstance(like, Files) and like.path.is_dir():
             for path in sorted(like.path.iterdir()):

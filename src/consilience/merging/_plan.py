@@ -142,6 +142,7 @@ def plan(
     if not found.spans:
         raise ConsilienceError("a merge needs floating-point entries, got none.")
 
+    # Models in float64 keep their digits; narrower ones lose none in float32.
     wide = dtype
     if wide is None:
         has_double = any(like.dtypes[n] == torch.float64 for n in found.spans)
@@ -182,6 +183,7 @@ class _Comparison:
 
     def compare(self, name: str) -> None:
         """Compare one entry of `like` with those of all experts."""
+        # Ties come first: a kept or integer entry may be tied too, and is then written with its first name.
         if name in self.like.aliases:
             self.taken[name] = "tied to another"
             self.problems += _untied(self.like, self.experts, name, self.keep)
@@ -211,6 +213,7 @@ class _Comparison:
         """Find how many leading elements of an entry can be merged."""
         like, shape = self.like, self.like.shapes[name]
         shapes = [shape]
+        # Problems are collected, so that one run shows all that has to be mended.
         for model in self.others:
             if name not in model.shapes:
                 if "missing" not in self.allow:
@@ -229,6 +232,7 @@ class _Comparison:
                     )
 
         self.spans[name] = torch.Size(shape).numel()
+        # Rows of an embedding or a head are words of the vocabulary; new words are appended.
         if len(shapes) > 1:
             rows = min(its[0] for its in shapes)
             self.spans[name] = rows * torch.Size(shape[1:]).numel()
@@ -242,6 +246,7 @@ class _Comparison:
             extra = [
                 n for n in sorted(model.shapes) if n not in self.like.shapes and not matches(n, self.keep)
             ]
+            # Entries that only experts have could not be written: the result has the entries of `like`.
             if extra and "extra" in self.allow:
                 self.notes.append(f"left out of {model.name}: {few(extra)}")
             elif extra:
@@ -313,6 +318,7 @@ def _strangers(plan: Plan) -> list[str]:
     """
     assert plan.base is not None
     base, found = plan.base, []
+    # Matrices only: biases and norms start at equal values in unrelated models too.
     large = sorted((n for n in plan.names if len(base.shapes[n]) > 1), key=lambda n: -plan.spans[n])[:8]
 
     def probe(model: Entries, names: Sequence[str]) -> Array:
@@ -330,6 +336,7 @@ def _strangers(plan: Plan) -> list[str]:
             continue
 
         origin, tuned = probe(base, shared), probe(model, shared)
+        # Zeros are pruned or padded numbers, which unrelated models may share.
         valid = np.isfinite(origin) & np.isfinite(tuned) & (origin != 0)
         apart, before, after = (
             float(np.square(values[valid]).sum()) for values in (origin - tuned, origin, tuned)
@@ -384,6 +391,7 @@ class Reader:
     def spans(self, offset: int, columns: int | None = None) -> Iterator[Span]:
         """Yield the pieces of a block, or of its first columns."""
         end = min(self.size, offset + min(self.block, columns or self.block))
+        # The last entry that starts at or before the block.
         i = bisect_right(self._starts, offset) - 1
         at = offset
         while at < end:

@@ -123,6 +123,7 @@ class Merge:
                 self.send(self.reader.block)
             return
 
+        # Two slots: one is read while the other is used.
         with ThreadPoolExecutor(1) as pool:
             coming = pool.submit(self.load, offsets[0], slots[0], columns)
             for i, offset in enumerate(offsets):
@@ -178,6 +179,7 @@ class Merge:
         """Put the experts in canonical order, as an `Aggregator` does with rows in memory."""
         if self.count < 2:
             return
+        # The changes' first numbers, as `canonical_rows` takes them from rows in memory.
         spans = list(self.reader.spans(0, 4))
         base, row = (torch.zeros(min(4, self.size), dtype=self.plan.wide).numpy() for _ in "ab")
         if self.plan.base is not None:
@@ -207,6 +209,7 @@ class Merge:
     def _linear(self, aggregator: Linear, write: Write) -> None:
         """Add up parameters with the aggregator's coefficients, block by block."""
         sources, terms = self._terms(aggregator)
+        # Rows are added one after another, so that blocks may be larger than where all rows are held.
         reader = Reader(self.plan, self.reader.names, LINEAR)
         if sources and terms.copied and not self.scales:
             source = sources[0]
@@ -241,6 +244,7 @@ class Merge:
 
     def _terms(self, aggregator: Linear) -> tuple[list[Entries], Affine]:
         """Return the models that are added, and how: experts with a coefficient, or else the base."""
+        # Blocks are added in float64, so that the number of blocks costs no digits.
         gram = torch.zeros(0, 0, dtype=self.plan.wide)
         if aggregator.needs_gram:
             gram = torch.zeros(self.count, self.count, dtype=torch.float64)
@@ -309,6 +313,7 @@ class Merge:
 
     def _all_rows(self, aggregator: Aggregator, write: Write) -> None:
         """Combine all rows at once, for aggregators that work neither by coefficients nor by blocks."""
+        # `prepare` has checked that this fits in `memory`.
         rows = torch.empty(self.count, self.size, dtype=self.plan.wide)
         for offset, block in self.blocks():
             rows[:, offset : offset + block.shape[1]] = block
@@ -332,6 +337,7 @@ class Merge:
                 values = origin + (values - origin) * scale
             elif not parameters:
                 values = origin + (values * scale if scale != 1 else values)
+            # Finite models can still overflow when they are combined.
             if not np.isfinite(float(values.sum())):
                 self._refuse_infinite(values)
             write(span.name, span.start, values)
@@ -506,6 +512,7 @@ def _merge_all(
 def _copy_unmerged(made: Plan, skipped: set[str], write: Write) -> None:
     """Write the entries, and the ends of entries, that are not merged."""
     for n in made.like.shapes:
+        # The sink writes tied entries itself.
         if n in made.like.aliases:
             continue
         start = 0 if n in made.taken or n in skipped else made.spans[n]
@@ -528,6 +535,7 @@ def prepare(
 
     if settings.importances is not None:
         _check_importances(aggregator, importances, made)
+    # Users' own aggregators may need all rows at once, where ours work by coefficients or blocks.
     if not isinstance(aggregator, Linear | Blockwise):
         columns = made.size if settings.per == "model" else max(made.spans.values())
         needed = (len(models) + 2) * made.wide.itemsize * columns
@@ -577,6 +585,7 @@ def _open_all(
             problems.append(str(error).rstrip("."))
             return None
 
+    # The base first: adapters are read on top of it.
     start = attempt(base, None, "the base") if base is not None else None
     named = (
         experts if isinstance(experts, Mapping) else {f"expert {i}": model for i, model in enumerate(experts)}
@@ -639,6 +648,7 @@ def _scales(patterns: Mapping[str, float], made: Plan) -> dict[str, float]:
         fitting = [float(value) for pattern, value in patterns.items() if matches(n, [pattern])]
         if fitting:
             factors[n] = fitting[0]
+    # A pattern that fits nothing is nearly always a typing error.
     for pattern in patterns:
         if not any(matches(n, [pattern]) for n in made.names):
             raise ConsilienceError(

@@ -17,7 +17,9 @@ import consilience as cs
 
 @dataclass(frozen=True)
 class EqualLengths(cs.Linear):
-    """sum_i w_i (l / ||r_i||) r_i, with l the weighted mean length of the rows r_i [m, n]; a zero row stays zero.
+    """Give all rows one length: sum_i w_i (l / ||r_i||) r_i, l being their weighted mean length.
+
+    Rows are [m, n], weights [m]. A zero row stays zero.
 
     >>> EqualLengths()(torch.tensor([[1.0, 0.0], [0.0, 3.0]])).tolist()  # l = 2, w = 1/2
     [1.0, 1.0]

@@ -1,4 +1,4 @@
-"""A federated method with state of its own at each client: stay near your own last model, not only the server's.
+"""A federated method with state at each client: stay near your own last model.
 
 Run it with `python examples/client_state.py`.
 """
@@ -15,7 +15,7 @@ import consilience as cs
 
 @dataclass(frozen=True)
 class OwnAnchor(cs.Correction):
-    """(mu / 2) ||theta - theta_own||^2, theta_own being where this client's last visit of the source ended."""
+    """Stay near where this client's last visit of the source ended: (mu / 2) ||theta - theta_own||^2."""
 
     mu: float = 0.1
     neutral: ClassVar[dict[str, float]] = {"mu": 0.0}

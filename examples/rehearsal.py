@@ -16,7 +16,7 @@ import consilience as cs
 
 @dataclass(frozen=True)
 class MostCertain(cs.Policy):
-    """Keep examples with a large margin p_1 - p_2 between the two most probable classes, equally many per class."""
+    """Keep examples with a large margin p_1 - p_2 of the two likeliest classes, equally many per class."""
 
     def keys(self, learned: cs.Learned, size: int) -> Tensor:
         """The negative margins [N] of the training examples, by the model at the end of the visit."""

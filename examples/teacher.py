@@ -13,7 +13,7 @@ import consilience as cs
 
 @dataclass(frozen=True)
 class OldLogits(cs.Correction):
-    """Keep the old answers: strength x mean over samples and classes of (z - z_old)^2, z the logits [B, C]."""
+    """Keep the old answers: strength x mean over samples and classes of (z - z_old)^2, z being logits."""
 
     strength: float = 0.1
     neutral: ClassVar[dict[str, float]] = {"strength": 0.0}

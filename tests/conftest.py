@@ -1,4 +1,5 @@
-"""Lets the files here import `restate`, whatever the import mode; one thread a worker, as `make test` has it."""
+"""Lets the files here import `restate`, whatever the import mode; one thread a worker, as `make test` has
+it."""
 
 import os
 import sys

@@ -103,7 +103,8 @@ class Stop(Exception):
 
 
 def stopped(run, out, at, every=1):
-    """`run` into the folder `out`, stopped at its first checkpoint after `at` steps; run(out=out, resume=True) goes on."""
+    """`run` into the folder `out`, stopped at its first checkpoint after `at` steps; run(out=out,
+    resume=True) goes on."""
 
     def stop(line):
         if line["event"] == "checkpoint" and line["ran"] >= at:

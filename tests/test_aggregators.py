@@ -1,4 +1,5 @@
-"""Every aggregator of the catalogue: the contract, invariance to order, purity, refusals; and each one's own identities."""
+"""Every aggregator of the catalogue: the contract, invariance to order, purity, refusals; and each one's own
+identities."""
 
 from __future__ import annotations
 

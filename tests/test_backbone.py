@@ -258,13 +258,17 @@ def test_a_checkpoint_is_read_by_name(tmp_path):
         (
             "less",
             {n: t for n, t in bare.items() if n != "bn.running_mean"},
-            "all entries of the backbone. Found no bn.running_mean",
+            "all entries of the backbone, got no bn.running_mean",
         ),
-        ("more", {**bare, "stem.weight": torch.zeros(1)}, "no others. Found also stem.weight"),
+        (
+            "more",
+            {**bare, "stem.weight": torch.zeros(1)},
+            "no entries but the backbone's, got also stem.weight",
+        ),
         (
             "shape",
             {**bare, "bn.weight": torch.zeros(3)},
-            r"shapes. Found \(3,\), not \(4,\), for 'bn.weight'",
+            r"shapes, got \(3,\), not \(4,\), for 'bn.weight'",
         ),
         ("nan", {**bare, "bn.weight": torch.full((4,), torch.nan)}, "'bn.weight'"),
     ):
@@ -276,21 +280,21 @@ def test_a_checkpoint_is_read_by_name(tmp_path):
 def test_what_does_not_fit_is_refused():
     model = models.backbone(net())
     for x, said in (
-        (torch.rand(2, 5), "width 4. Found 5"),
+        (torch.rand(2, 5), "width 4, got 5"),
         (
             torch.rand(2, 2, 8, 8),
-            r"\[B, 1 or 3, H, W\] in \[0, 1\], or its features \[B, 4\]. Found float32 \(2, 2, 8, 8\)",
+            r"\[B, 1 or 3, H, W\] in \[0, 1\], or its features \[B, 4\], got float32 \(2, 2, 8, 8\)",
         ),
-        (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), "Found uint8"),
+        (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), "got uint8"),
     ):
         with pytest.raises(ConsilienceError, match=said):
             psi(model, x)
     for more, said in (
-        ({"std": 0}, "`std` should be positive"),
-        ({"mean": (0.1, 0.2)}, "each of 3 channels. Found 2"),
-        ({"size": 0}, "`size` should be"),
-        ({"size": "big"}, "`size` should be"),
-        ({"pad_type": "same"}, "options should be timm's"),
+        ({"std": 0}, "`std` must be positive"),
+        ({"mean": (0.1, 0.2)}, "each of 3 channels, got 2"),
+        ({"size": 0}, "`size` must be"),
+        ({"size": "big"}, "`size` must be"),
+        ({"pad_type": "same"}, "only a timm model by name takes more options, got pad_type"),
     ):
         with pytest.raises(ConsilienceError, match=said):
             models.backbone(net(), **more)
@@ -323,10 +327,10 @@ def test_a_module_without_a_linear_layer_gives_its_outputs():
     for ask in (lambda: models.wrap(module), lambda: uncounted.outputs, lambda: uncounted.width):
         with pytest.raises(
             ConsilienceError,
-            match="`outputs` should be given for a module without a linear head. Found none.",
+            match="`outputs` must be given for a module without a linear head, got none.",
         ):
             ask()
-    with pytest.raises(ConsilienceError, match="`outputs` should be at least 1. Found `outputs = 0`"):
+    with pytest.raises(ConsilienceError, match="`outputs` must be a whole number >= 1, got 0"):
         models.wrap(module, 0, headless=True)
 
 
@@ -336,14 +340,12 @@ def test_a_body_that_does_not_take_its_images_is_refused_with_its_reason(error):
         def forward(self, x):
             raise error("it wants 7.\nand more")
 
-    said = rf"images \[1, 3, 5, 6\]. Found {error.__name__}: it wants 7.$"
+    said = rf"images \[1, 3, 5, 6\], got {error.__name__}: it wants 7.$"
     with pytest.raises(ConsilienceError, match=said):
         models.backbone(Picky(), size=(5, 6))
-    with pytest.raises(
-        ConsilienceError, match=r"\[1, 3, 32, 32\]; where it wants others, give `size`. Found"
-    ):
+    with pytest.raises(ConsilienceError, match=r"\[1, 3, 32, 32\] \(if it needs others, give `size`\), got"):
         models.backbone(Picky())
-    with pytest.raises(ConsilienceError, match="backbone should give features .* Found RuntimeError"):
+    with pytest.raises(ConsilienceError, match="backbone must give features .* got RuntimeError"):
         models.backbone(nn.Conv2d(3, 4, 7), size=5)
 
 
@@ -375,7 +377,7 @@ def test_a_buffer_that_the_module_makes_itself_is_made_once():
             self.grid = x
             return x.mean((2, 3))
 
-    with pytest.raises(ConsilienceError, match="Found TypeError: cannot assign"):
+    with pytest.raises(ConsilienceError, match="got TypeError: cannot assign"):
         models.backbone(Always(), size=4)
 
 
@@ -799,7 +801,7 @@ def test_a_timm_model_by_name(timm):
         assert torch.allclose(psi(other, x), plain((x - mean) / std), atol=1e-5)
     for args, more, said in (
         (("resnet10",), {}, "nearest: resnet10t"),
-        (("resnet10t", WEIGHTS), {"pretrained": True}, "Found both"),
+        (("resnet10t", WEIGHTS), {"pretrained": True}, "got both"),
         (("resnet10t",), {"num_classes": 3}, "gives features"),
         (("resnet10t",), {"pretrained": False, "nothing": 3}, "TypeError"),
     ):
@@ -916,17 +918,17 @@ except models.ConsilienceError as e:
     )
     *hashes, missing = done.stdout.splitlines()
     assert len(hashes) == 3 and len({*hashes}) == 1, done.stderr
-    assert "timm should make 'resnet10t'; without the hub, give `checkpoint`. Found" in missing
+    assert "timm cannot make 'resnet10t', got" in missing and "without the hub, give `checkpoint`" in missing
 
 
 def test_timm_s_own_size_is_named_where_it_is_fixed(timm):
     small = {"pretrained": False, "depth": 1}
     with pytest.raises(
         ConsilienceError,
-        match=r"images \[1, 3, 64, 64\]; .* with `img_size=64`. Found AssertionError: Input height",
+        match=r"images \[1, 3, 64, 64\] .* with `img_size=64`\), got AssertionError: Input height",
     ):
         models.backbone("vit_tiny_patch16_224", size=64, **small)
-    with pytest.raises(ConsilienceError, match=r"with `img_size=\(64, 48\)`. Found"):
+    with pytest.raises(ConsilienceError, match=r"with `img_size=\(64, 48\)`\), got"):
         models.backbone("vit_tiny_patch16_224", size=(64, 48), **small)
     assert models.backbone("vit_tiny_patch16_224", size=(64, 48), img_size=(64, 48), **small).width == 192
 

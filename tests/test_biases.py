@@ -1,4 +1,5 @@
-"""Beneficial biases and normalised heads: restatements in plain torch, old answers to the bit, refusals, learning."""
+"""Beneficial biases and normalised heads: restatements in plain torch, old answers to the bit, refusals,
+learning."""
 
 from __future__ import annotations
 
@@ -171,9 +172,9 @@ def test_the_last_fraction_of_the_layers():
             )[0],
         )
     for last in (-0.1, 1.1, True):
-        with pytest.raises(ConsilienceError, match=r"`last` should be in \[0, 1\]"):
+        with pytest.raises(ConsilienceError, match=r"`last` must be in \[0, 1\]"):
             models.beneficial_biases(four, C, last)
-    with pytest.raises(ConsilienceError, match="biases should have convolutions or linear layers"):
+    with pytest.raises(ConsilienceError, match="biases must have convolutions or linear layers"):
         models.beneficial_biases(models.wrap(nn.Flatten(), 81, headless=True), C)
     assert models.beneficial_biases(four, C, 0).from_features(
         params, buffers, torch.rand(2, 5), "s/0"
@@ -278,7 +279,7 @@ def test_a_task_with_biases_inside_wants_images():
         ):
             with pytest.raises(
                 ConsilienceError,
-                match=rf"{word} inside the backbone should be given images. Found features \[B, 5\] for 's/0'",
+                match=rf"{word} inside the backbone must be given images, got features \[B, 5\] for 's/0'",
             ):
                 call("s/0")
         assert torch.equal(model.features(params, buffers, psi), psi), (
@@ -315,9 +316,7 @@ def test_layers_that_a_backbone_never_calls_have_none(recwarn):
         "a fraction of those that are called"
     )
     assert models.adapters(backbone, C, 2, ("body.*",)).layers == called
-    with pytest.raises(
-        ConsilienceError, match=r"should match parts that the backbone calls. Found none like '\*qkv'"
-    ):
+    with pytest.raises(ConsilienceError, match=r"must match parts that the backbone calls, got '\*qkv'"):
         models.adapters(backbone, C, 2, ("body.stem", "*qkv"))
     params, buffers = grown(model, [s])
     for n in model.layers:
@@ -335,10 +334,10 @@ def test_layers_that_a_backbone_never_calls_have_none(recwarn):
         "proj",
         "unused",
     )
-    with pytest.raises(ConsilienceError, match="biases should have convolutions or linear layers"):
+    with pytest.raises(ConsilienceError, match="biases must have convolutions or linear layers"):
         models.beneficial_biases(models.backbone(models.wrap(Silent(), 9, headless=True), size=3), C)
     assert hash_of(backbone) == before and not recwarn
-    assert not any(m._forward_hooks for m in backbone._module.modules())
+    assert not any(m._forward_hooks for m in backbone.module.modules())
 
 
 class Silent(nn.Module):
@@ -475,7 +474,7 @@ def test_heads_that_stand_together_keep_each_task_s_logits():
 def test_what_writes_a_head_is_refused():
     with pytest.raises(ConsilienceError, match="rows are normalised"):
         normed().head(grown(normed(), SOURCES[:1])[0], "s/0")
-    with pytest.raises(ConsilienceError, match="`norm` should be 'inf' or None. Found `norm = 2`"):
+    with pytest.raises(ConsilienceError, match="`norm` must be 'inf' or None, got 2"):
         models.multi_head(models.linear(4), C, norm=2)
     assert "norm=inf" in repr(normed()) and "norm" not in repr(models.multi_head(models.linear(4), C))
     frozen = models.frozen(normed(), ("heads.*",))

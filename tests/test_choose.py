@@ -56,7 +56,8 @@ def accuracy(model, params, part, buffers=None, task=None, columns=None):
     return float((out.argmax(1) == part.y).double().mean())
 
 
-# ------------------------------------------------------------------------------------------------------- mixtures
+# -------------------------------------------------------------------------------------------------------
+# mixtures
 
 
 def test_a_mixture_is_the_base_and_its_task_vectors(digits):
@@ -406,7 +407,8 @@ def test_tied_weights_go_by_both_names():
     assert torch.allclose(found["a.weight"], (base["a.weight"] + expert["a.weight"]) / 2, atol=1e-6)
 
 
-# ------------------------------------------------------------------------------------------------------- choosing
+# -------------------------------------------------------------------------------------------------------
+# choosing
 
 
 @pytest.fixture(scope="module")
@@ -668,7 +670,8 @@ def test_bad_input_is_refused_by_name(case):
             choose(*args, **given)
 
 
-# ------------------------------------------------------------------------------------------------- the command line
+# ------------------------------------------------------------------------------------------------- the
+# command line
 
 
 @pytest.fixture(scope="module")

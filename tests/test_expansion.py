@@ -69,7 +69,8 @@ def seen(r, task):
 
 
 class Restated:
-    """`w`, `b`: the layers as the newest task sees them, only living units; `old`: those of earlier tasks, whose rows follow until split."""
+    """`w`, `b`: the layers as the newest task sees them, only living units; `old`: those of earlier tasks,
+    whose rows follow until split."""
 
     def __init__(self, c, model):
         p = start(model)
@@ -566,7 +567,8 @@ def test_complex_keys_are_phases_of_pairs():
 
 
 def test_rotations_are_uniform():
-    """The trace of a uniform orthogonal matrix has mean 0 and variance 1, its entries variance 1 / n; QR alone is biased."""
+    """The trace of a uniform orthogonal matrix has mean 0 and variance 1, its entries variance 1 / n; QR
+    alone is biased."""
     many = torch.stack([turns(str(t), "haar", 4, "rotation") for t in range(600)])
     trace = many.diagonal(dim1=1, dim2=2).sum(1)
     assert abs(float(trace.mean())) < 0.15 and float(trace.var()) == pytest.approx(1, abs=0.2)
@@ -593,7 +595,8 @@ def test_keys_turn_inputs_and_channels(keys):
 
 @pytest.mark.parametrize("keys", ["binary", "complex", "rotation"])
 def test_another_key_retrieves_noise(keys):
-    """W stored under key a, read under key b: mean 0, and variance sum x^2 w^2, |z|^2 |w|^2 / 2 by pairs, |x|^2 |w|^2 / n."""
+    """W stored under key a, read under key b: mean 0, and variance sum x^2 w^2, |z|^2 |w|^2 / 2 by pairs,
+    |x|^2 |w|^2 / n."""
     psp, g, n, many = PSP(keys=keys), key(3), 8, 1500
     w, x = (
         torch.randn(1, n, generator=g, dtype=torch.float64),

@@ -1,4 +1,5 @@
-"""FedWeIt, ensemble distillation, statistics with random features, clients that leave, and what clients keep, against restatements."""
+"""FedWeIt, ensemble distillation, statistics with random features, clients that leave, and what clients
+keep, against restatements."""
 
 from __future__ import annotations
 
@@ -236,7 +237,8 @@ def test_fedweit_begins_where_the_server_is():
 
 
 def test_fedweit_keeps_its_tasks_apart_and_refuses():
-    """Names of tasks may hold slashes and one may begin with another; sgd is capped with a warning; no task, no method."""
+    """Names of tasks may hold slashes and one may begin with another; sgd is capped with a warning; no task,
+    no method."""
     given = [
         [
             source("t", 20, (0, 1), 1, task="t"),
@@ -255,7 +257,8 @@ def test_fedweit_keeps_its_tasks_apart_and_refuses():
 
 
 def test_fedweit_under_rehearsal_holds_what_is_earlier(monkeypatch):
-    """Rehearsed, an earlier task moves the shared parameters and its own, and neither its mask nor its alphas."""
+    """Rehearsed, an earlier task moves the shared parameters and its own, and neither its mask nor its
+    alphas."""
     given = [source("t/x", 20, (2, 3), 2, task="t/x"), source("t", 20, (0, 1), 1, task="t")]
     finish, ends = Agent.finish, []
     monkeypatch.setattr(
@@ -300,7 +303,8 @@ def test_fedweit_resumes_to_the_bit(tmp_path):
 
 @pytest.mark.parametrize("name", ["heard", "received", "the past"])
 def test_fedweit_takes_a_source_of_any_name(name):
-    """What the correction keeps is under a key that no source can have: the source's module stays in sight."""
+    """What the correction keeps is under a key that no source can have: the source's module stays in
+    sight."""
 
     def answers(first):
         # Full batches: their order is drawn by the source's name, and a sum does not depend on it.

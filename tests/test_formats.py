@@ -84,8 +84,9 @@ def test_checkpoints_of_0_1_are_refused_in_one_sentence(folder):
     with pytest.raises(cs.ConsilienceError) as e:
         resume(folder)
     assert str(e.value) == (
-        f"the checkpoint in {folder} is of format 1, written by consilience 0.1.0, and consilience {cs.__version__} "
-        "resumes format 2; resume it with consilience 0.1.0, or start again in another folder."
+        f"the checkpoint in {folder} is of format 1, written by consilience 0.1.0, "
+        f"and consilience {cs.__version__} resumes format 2; resume it with consilience 0.1.0, "
+        "or start again in another folder."
     )
     (folder / "log.jsonl").unlink()
     with pytest.raises(cs.ConsilienceError, match=r"written by consilience 0\.1, and"):

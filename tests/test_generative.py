@@ -1,4 +1,5 @@
-"""Generative replay and gradient-based sample selection: restatements in plain torch, mixtures, buffers, resuming, refusals, learning."""
+"""Generative replay and gradient-based sample selection: restatements in plain torch, mixtures, buffers,
+resuming, refusals, learning."""
 
 from __future__ import annotations
 
@@ -114,7 +115,8 @@ def test_elbo_is_that_of_torch_distributions(variance):
 
 @pytest.mark.parametrize("scale", [0.0, 5.0])
 def test_generator_is_trained_on_the_mixture(scale, states, monkeypatch):
-    """Its second visit restated: Adam on as many generated inputs as new ones; the third has a third of each source."""
+    """Its second visit restated: Adam on as many generated inputs as new ones; the third has a third of each
+    source."""
     counts, elbo = [], VAE.elbo
 
     def count(self, x, c, noise, beta=1.0):
@@ -237,7 +239,8 @@ def test_replay_of_values_restated(states):
 
 @pytest.mark.parametrize("labels", ["soft", "hard"])
 def test_answers_are_the_former_models_not_the_generators(labels, monkeypatch):
-    """Targets that come with a generated batch are read by nobody; where nothing changed yet soft answers are met."""
+    """Targets that come with a generated batch are read by nobody; where nothing changed yet soft answers
+    are met."""
     whole, sample, losses, first = (
         go(GR(**SMALL, labels=labels), scenario="domain", model=mlp(2)),
         GenerativeReplay.sample,
@@ -342,7 +345,8 @@ def test_directions_restated():
     [("class", 1, "all"), ("task", 1, "all"), ("class", 7, "head"), ("task", 7, "all")],
 )
 def test_buffer_restated(scenario, arrivals, layers, states):
-    """The same buffer by a loop over arriving examples, with the same random numbers; batches see the buffer as they found it."""
+    """The same buffer by a loop over arriving examples, with the same random numbers; batches see the buffer
+    as they found it."""
     size, n = 12, 5
     go(PICK(size, subset=n, arrivals=arrivals, layers=layers), scenario=scenario)
     M = []  # x, y, key, score, source
@@ -478,9 +482,7 @@ def test_inputs_that_cannot_be_generated_are_refused():
     known = words.recall({("a", "s/0"): item}, (wide,))
     with pytest.raises(cs.ConsilienceError, match=r"one shape, got \(2, 3\) in 's/1' after \(6,\)"):
         words.begin(Beginning(mlp(), {}, {}, (wide,), known, key(0)))
-    with pytest.raises(
-        cs.ConsilienceError, match="finite, got NaN or infinity .* the generator after 's/0'"
-    ):
+    with pytest.raises(cs.ConsilienceError, match="finite, got NaN or infinity .* the generator after 's/0'"):
         go(GR(**{**SMALL, "lr": 1e300}))
 
 

@@ -1,4 +1,5 @@
-"""Isolation: PackNet, HAT, SupSup, PSP, XdG. What old tasks answer, restatements in plain torch, learning, resuming, refusals."""
+"""Isolation: PackNet, HAT, SupSup, PSP, XdG. What old tasks answer, restatements in plain torch, learning,
+resuming, refusals."""
 
 from __future__ import annotations
 
@@ -121,7 +122,8 @@ def forward(p, x):
 
 
 def fit(params, s, see, factors=None, extra=None, after=None, lr=0.1, **more):
-    """SGD with momentum and decay; `see(params, epoch, step, steps)` is what the network uses, `factors` multiply gradients (0 holds)."""
+    """SGD with momentum and decay; `see(params, epoch, step, steps)` is what the network uses, `factors`
+    multiply gradients (0 holds)."""
     velocity = {n: torch.zeros_like(p) for n, p in params.items()}
     for epoch, step, steps, x, y in batches(s, **more):
         leaves = {n: p.clone().requires_grad_() for n, p in params.items()}

@@ -1,4 +1,5 @@
-"""Merging files of any size: identities, the same bits in and out of core, what is carried along, and what is refused."""
+"""Merging files of any size: identities, the same bits in and out of core, what is carried along, and what
+is refused."""
 
 from __future__ import annotations
 
@@ -199,7 +200,8 @@ def test_ties_over_entries_of_any_size(sizes, m, density, step, dtype, block):
     threads=st.integers(1, 2),
 )
 def test_any_shapes_and_dtypes_in_files_and_in_memory(tmp_path_factory, shapes, dtypes, m, a, per, threads):
-    """Names, shapes and dtypes stay; files and memory give the same bits; a merge of copies of one expert is that expert, but for trims."""
+    """Names, shapes and dtypes stay; files and memory give the same bits; a merge of copies of one expert is
+    that expert, but for trims."""
     named_ = {f"{i}": tuple(s) for i, s in enumerate(shapes)}
     kinds = dict(zip(named_, dtypes, strict=False))
     base = {n: t.to(kinds[n]) for n, t in model(0, named_, torch.float64, 0.25).items()}
@@ -240,7 +242,8 @@ def restated(row: Tensor, k: int) -> Tensor:
 @pytest.mark.parametrize("kind", ["normal", "ties", "mostly zeros", "one value", "misled", "halves"])
 @pytest.mark.parametrize("density", [0.001, 0.2, 0.5, 0.93])
 def test_selection_is_exact_wherever_the_sample_leads(kind, density, monkeypatch):
-    """A sample of the heads of blocks brackets the threshold, or is misled: the count is exact and ties fall by index."""
+    """A sample of the heads of blocks brackets the threshold, or is misled: the count is exact and ties fall
+    by index."""
     monkeypatch.setattr(_select, "SAMPLE", 400)
     block, n = 512, 512 * 23 + 77
     g = torch.Generator().manual_seed(1)
@@ -590,7 +593,7 @@ def test_bad_arguments(three, tmp_path):
     base, experts, *_ = three
     for call, said in (
         (lambda: cs.merge(base, []), "needs experts, got none"),
-        (lambda: cs.merge(base, experts, "ties"), "made by consilience.aggregators, such as ties"),  # type: ignore[arg-type]
+        (lambda: cs.merge(base, experts, "ties"), "made by consilience.aggregators, such as ties"),
         (
             lambda: cs.merge(base, experts, weights=[1.0]),
             r"`weights` must be 3 numbers, finite, got \[1.0\]",
@@ -622,7 +625,8 @@ def test_an_interrupted_merge_leaves_nothing(three, tmp_path):
 
 
 def test_memory_stays_within_blocks(three, monkeypatch):
-    """No aggregator that streams ever asks for more than a block of a tensor; one that does not is refused over its budget."""
+    """No aggregator that streams ever asks for more than a block of a tensor; one that does not is refused
+    over its budget."""
     base, experts, *_ = three
     read, asked = opened(base).__class__.read, []
     monkeypatch.setattr(

@@ -616,7 +616,7 @@ def test_a_linearised_model_has_the_pretrained_statistics():
         "none given: those it begins with"
     )
     wrong = {**told, "1.running_var": torch.ones(4)}
-    with pytest.raises(cs.ConsilienceError, match=r"'1.running_var' of \(5,\). Found \(4,\)"):
+    with pytest.raises(cs.ConsilienceError, match=r"'1.running_var' of \(5,\), got \(4,\)"):
         cs.models.linearised(inner, wrong)
 
 
@@ -709,12 +709,12 @@ def test_analyses_judge_by_the_statistics_of_checkpoints():
 
 
 def test_what_cannot_be_linearised_is_refused():
-    with pytest.raises(cs.ConsilienceError, match=r"should be a Model.*Found Linear"):
+    with pytest.raises(cs.ConsilienceError, match=r"must be a Model.*got Linear"):
         cs.models.linearised(nn.Linear(2, 2))
     with pytest.raises(cs.ConsilienceError, match="twice"):
         cs.models.linearised(cs.models.linearised(mlp()))
     with pytest.raises(
-        cs.ConsilienceError, match=r"`base` should have the model's entries, '3.bias' of \(4,\). Found none"
+        cs.ConsilienceError, match=r"`base` must have the model's entries, '3.bias' of \(4,\), got none"
     ):
         cs.models.linearised(mlp(), {n: p for n, p in start().items() if n != "3.bias"})
     with pytest.raises(cs.ConsilienceError, match="got none called 'origin"):

@@ -1,4 +1,5 @@
-"""Aggregators for merging: closed forms and restatements, the masks' statistics, out of core from the Gramian, and other libraries."""
+"""Aggregators for merging: closed forms and restatements, the masks' statistics, out of core from the
+Gramian, and other libraries."""
 
 from __future__ import annotations
 
@@ -41,7 +42,8 @@ def in_blocks(
 ) -> Tensor:
     """The aggregator's result where it sees few columns at once."""
     small = type("Small", (type(a),), {"block": block})
-    return small(**{f.name: getattr(a, f.name) for f in dataclasses.fields(a)})(rows, weights, gen())  # type: ignore[arg-type]
+    fields = {f.name: getattr(a, f.name) for f in dataclasses.fields(a)}
+    return small(**fields)(rows, weights, gen())
 
 
 # DARE
@@ -226,7 +228,8 @@ def test_model_stock_is_its_formula(seed: int, m: int, common: float) -> None:
 
 
 def test_model_stock_is_the_foot_of_a_perpendicular() -> None:
-    """With rows of one length and one angle between all, the merged point is nearest to their centre, which is at right angles to each."""
+    """With rows of one length and one angle between all, the merged point is nearest to their centre, which
+    is at right angles to each."""
     m, centre = 4, torch.zeros(8, dtype=torch.float64)
     centre[0] = 2.0
     spread = torch.zeros(m, 8, dtype=torch.float64)
@@ -289,7 +292,8 @@ def test_consensus_leaves_out_what_serves_one_task_and_what_serves_none() -> Non
 
 @pytest.mark.parametrize("m", [2, 3, 5, 7])
 def test_consensus_of_equal_rows(m: int) -> None:
-    """The sum of m equal ones is (m - 1) lengths away from each: the paper's masks leave them out beyond 1 / strength."""
+    """The sum of m equal ones is (m - 1) lengths away from each: the paper's masks leave them out beyond 1 /
+    strength."""
     g = normal(9)
     found = aggregators.consensus(0.2)(g.expand(m, 9).contiguous())
     assert torch.allclose(found, g if m < 6 else torch.zeros_like(g), atol=1e-12)

@@ -1,24 +1,37 @@
-"""Against avalanche-lib, where it is installed: the same seeds, data, initial weights and (where it can be said) batches.
+"""Against avalanche-lib, where it is installed: the same seeds, data, initial weights and (where it can be
+said) batches.
 
-    python -m venv VENV && VENV/bin/pip install avalanche-lib quadprog -e '.[dev]' && VENV/bin/python -m pytest -m peers
+    python -m venv VENV && VENV/bin/pip install avalanche-lib quadprog -e '.[dev]' && VENV/bin/python -m
+    pytest -m peers
 
-Made with avalanche-lib 0.6.0. It does not install quadprog, which its GEM needs (qpsolvers dropped the extra that it names).
+Made with avalanche-lib 0.6.0. It does not install quadprog, which its GEM needs (qpsolvers dropped the extra
+that it names).
 
-What is compared. (1) Final accuracy of every task, five seeds, each method in a scenario where it does something. (2) All
-parameters after the stream, to 1e-6 in float64, where a method draws nothing of its own (plain training, EWC, LwF, SI) and, given what
+What is compared. (1) Final accuracy of every task, five seeds, each method in a scenario where it does
+something. (2) All
+parameters after the stream, to 1e-6 in float64, where a method draws nothing of its own (plain training,
+EWC, LwF, SI) and, given what
 we drew from memory, of A-GEM and DER++. (3) GEM's projection, alone.
 
-Translations (ours -> theirs), with B the batch size, K the tasks; what differs from the papers is said where it is corrected.
-  EWC   strength -> lambda = strength / 2 (no half there); labels="data" (the empirical Fisher). Theirs squares the gradient of a
+Translations (ours -> theirs), with B the batch size, K the tasks; what differs from the papers is said where
+it is corrected.
+  EWC   strength -> lambda = strength / 2 (no half there); labels="data" (the empirical Fisher). Theirs
+  squares the gradient of a
         *batch*, which is the Fisher's diagonal for batches of one only: `SampleEWC` asks for those.
   SI    strength -> lambda = 2 strength (they halve), xi -> eps. See `PaperSI` for three corrections.
   LwF   strength T^2 -> alpha (no T^2 there; Li & Hoiem have none either, Hinton et al. do).
-  ER    their one mean over B new and B old is our (L_new + L_buffer) / 2. Their buffer is balanced over experiences, ours a reservoir
-        over all: the same in expectation, as tasks have the same size. They walk through it, we draw with replacement.
-  A-GEM size -> patterns_per_experience = size / (K - 1): theirs grows by task, ours is full from the first. Group-balanced batches.
-  GEM   margin -> memory_strength, size -> patterns_per_experience. Theirs adds 1e-3 to the diagonal of the program (as the authors').
-  DER++ alpha, beta as they are, both libraries average the squared distance over outputs and store logits at the *end* of a task (the
-        paper while training). They take one draw for both terms, we (and the paper) two. Theirs is balanced over classes.
+  ER    their one mean over B new and B old is our (L_new + L_buffer) / 2. Their buffer is balanced over
+  experiences, ours a reservoir
+        over all: the same in expectation, as tasks have the same size. They walk through it, we draw with
+        replacement.
+  A-GEM size -> patterns_per_experience = size / (K - 1): theirs grows by task, ours is full from the first.
+  Group-balanced batches.
+  GEM   margin -> memory_strength, size -> patterns_per_experience. Theirs adds 1e-3 to the diagonal of the
+  program (as the authors').
+  DER++ alpha, beta as they are, both libraries average the squared distance over outputs and store logits at
+  the *end* of a task (the
+        paper while training). They take one draw for both terms, we (and the paper) two. Theirs is balanced
+        over classes.
 """
 
 from __future__ import annotations
@@ -61,12 +74,14 @@ EPOCHS = {"class": 5, "task": 5, "domain": 5}
 LR = 0.1
 
 
-# ---------------------------------------------------------------------------------------------------- the same data
+# ---------------------------------------------------------------------------------------------------- the
+# same data
 
 
 @functools.cache
 def sources(scenario: str) -> tuple[cs.Source, ...]:
-    """Scikit-learn's digits, 128 a class to train on (whole batches only): five pairs of classes, or five permutations of the pixels."""
+    """Scikit-learn's digits, 128 a class to train on (whole batches only): five pairs of classes, or five
+    permutations of the pixels."""
     from sklearn.datasets import load_digits
 
     x, y = load_digits(return_X_y=True)
@@ -127,7 +142,8 @@ class Batches:
 
 
 class Masked(MultiTaskModule):
-    """One head whose outputs of other tasks are -inf: how this library reads a task label on a plain model."""
+    """One head whose outputs of other tasks are -inf: how this library reads a task label on a plain
+    model."""
 
     def __init__(self, module: nn.Module, scenario: str):
         super().__init__()
@@ -158,8 +174,10 @@ class SampleEWC(their.EWCPlugin):
 class PaperSI(their.SynapticIntelligencePlugin):
     """Their SI, made to act, and as Zenke et al. 2017 and their code have it.
 
-    As it is, on a CPU it is plain training for any lambda (a test below): what it keeps of old weights are views of the live ones. So
-    they are copied here. Importances are cut at 1e-3 from above and not from below: here their sum is cut at 0 from below. The path
+    As it is, on a CPU it is plain training for any lambda (a test below): what it keeps of old weights are
+    views of the live ones. So
+    they are copied here. Importances are cut at 1e-3 from above and not from below: here their sum is cut at
+    0 from below. The path
     takes the gradient with the penalty's: here the task's own.
     """
 
@@ -190,7 +208,7 @@ class PaperSI(their.SynapticIntelligencePlugin):
         self.update_ewc_data(
             strategy.model, self.ewc_data, self.syn_data, torch.inf, self.excluded_parameters, 1, eps=self.eps
         )
-        self.raw = {n: importance.data.clone() for n, importance in self.ewc_data[1].items()}  # type: ignore[misc]
+        self.raw = {n: importance.data.clone() for n, importance in self.ewc_data[1].items()}
         for importance in self.ewc_data[1].values():
             importance.data = importance.data.clamp(min=0)
 
@@ -201,7 +219,8 @@ class PaperSI(their.SynapticIntelligencePlugin):
 
 
 def theirs(made: Any, scenario: str, seed: int, tasks: int = TASKS) -> tuple[nn.Module, list[float]]:
-    """A model trained by Avalanche on the same stream, and its accuracy on every task. `made`: their plugin, or their DER and its arguments."""
+    """A model trained by Avalanche on the same stream, and its accuracy on every task. `made`: their plugin,
+    or their DER and its arguments."""
     torch.set_default_dtype(torch.float64)
     try:
         module = net(seed)
@@ -239,7 +258,8 @@ def theirs(made: Any, scenario: str, seed: int, tasks: int = TASKS) -> tuple[nn.
         torch.set_default_dtype(torch.float32)
 
 
-# ---------------------------------------------------------------------------------------------------- (1) accuracies
+# ---------------------------------------------------------------------------------------------------- (1)
+# accuracies
 
 m = cs.methods
 PAIRS: dict[str, tuple[str, Any, Any]] = {
@@ -271,10 +291,11 @@ def their_accuracy(name: str, scenario: str) -> np.ndarray:
 
 
 def apart(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """By how much the means over seeds differ beyond noise, for every task and for their mean: negative where they agree.
+    """By how much the means over seeds differ beyond noise, for every task and for their mean: negative
+    where they agree.
 
-    |mean a - mean b| - (4 sqrt((var a + var b) / seeds) + .02): with 5 seeds, t(8) = 4 has p = .004 a comparison, and there are 48;
-    .02 is two test examples of a pair.
+    |mean a - mean b| - (4 sqrt((var a + var b) / seeds) + .02): with 5 seeds, t(8) = 4 has p = .004 per
+    comparison, and there are 48; .02 is two test examples of a pair.
     """
     a, b = (np.column_stack([v, v.mean(1)]) for v in (a, b))
     error = np.sqrt((a.var(0, ddof=1) + b.var(0, ddof=1)) / len(a))
@@ -291,7 +312,8 @@ def test_final_accuracies_agree_within_noise(name: str) -> None:
 
 @pytest.mark.parametrize("name", [n for n in PAIRS if n != "naive"])
 def test_the_comparison_could_fail(name: str) -> None:
-    """The same comparison tells both libraries' method from the other library's plain training, which is worse."""
+    """The same comparison tells both libraries' method from the other library's plain training, which is
+    worse."""
     scenario = PAIRS[name][0]
     a, b = our_accuracy(name, scenario), their_accuracy(name, scenario)
     naive = our_accuracy("naive", scenario), their_accuracy("naive", scenario)
@@ -299,7 +321,8 @@ def test_the_comparison_could_fail(name: str) -> None:
     assert min(a.mean(), b.mean()) > naive[0].mean() + 0.02
 
 
-# ---------------------------------------------------------------------------------------------------- (2) parameters
+# ---------------------------------------------------------------------------------------------------- (2)
+# parameters
 
 
 def distance(module: nn.Module, result: cs.Result) -> float:
@@ -396,7 +419,8 @@ def test_their_si_as_it_is_does_nothing_on_a_cpu(strength: float) -> None:
     assert distance(module, ours(m.finetune(), "domain", 0, 2)) == 0
 
 
-# ---------------------------------------------------------------------------------------------------- (3) the projection
+# ---------------------------------------------------------------------------------------------------- (3)
+# the projection
 
 
 @pytest.mark.parametrize("margin", [0.0, 0.5])

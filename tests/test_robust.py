@@ -1,4 +1,5 @@
-"""Aggregators against bad rows: restatements, huge values, and clients that send garbage, huge values or NaN."""
+"""Aggregators against bad rows: restatements, huge values, and clients that send garbage, huge values or
+NaN."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The loop as a user meets it: identities between settings, learning, resuming, streaming, evaluation, costs."""
+"""The loop as a user meets it: identities between settings, learning, resuming, streaming, evaluation,
+costs."""
 
 from __future__ import annotations
 
@@ -370,7 +371,8 @@ steps = 0
 def progress(line):
     if line["event"] == "checkpoint" and not resume and kill and line["ran"] >= kill:
         os.kill(os.getpid(), signal.SIGKILL)
-result = cs.run(schedule, method, model, training, repeats=2, out=out, resume=resume, checkpoint_steps=kill or 7, progress=progress)
+result = cs.run(schedule, method, model, training, repeats=2, out=out, resume=resume, checkpoint_steps=kill
+or 7, progress=progress)
 from consilience.core.params import save
 save(out + "/params.safetensors", result.params)
 """
@@ -572,7 +574,10 @@ def test_composition_refuses_what_disagrees():
 
 
 def test_importing_is_light():
-    code = "import sys, consilience as cs; cs.methods, cs.settings, cs.aggregators; print('torch' in sys.modules, 'numpy' in sys.modules)"
+    code = (
+        "import sys, consilience as cs; cs.methods, cs.settings, cs.aggregators; "
+        "print('torch' in sys.modules, 'numpy' in sys.modules)"
+    )
     assert subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout.split() == [
@@ -721,7 +726,7 @@ def test_the_learning_rate_follows_its_schedule(schedule: str, engine: str) -> N
 
     pieces = zip(cs.data.iid(cs.data.digits(), 2), (96, 64), strict=True)
     parts = [replace(s, train=s.train.select(torch.arange(n))) for s, n in pieces]
-    training = cs.Training(epochs=3, batch_size=32, lr=0.5, lr_schedule=schedule, precision="fp64")  # type: ignore[arg-type]
+    training = cs.Training(epochs=3, batch_size=32, lr=0.5, lr_schedule=schedule, precision="fp64")
     model, s, tune = cs.models.linear(64), parts[0], cs.methods.finetune()
     one, both = (
         cs.run(cs.settings.federated(parts, 1), cs.methods.fedavg(), model, training, engine=e).params
@@ -755,7 +760,8 @@ def test_the_learning_rate_follows_its_schedule(schedule: str, engine: str) -> N
 @pytest.mark.parametrize("optimiser", ["sgd", "adamw"])
 @pytest.mark.parametrize("engine", ["serial", "batched"])
 def test_entries_have_learning_rates_of_their_own(optimiser: str, engine: str) -> None:
-    """Restated with torch's parameter groups, on one source; two clients side by side are the same on both engines."""
+    """Restated with torch's parameter groups, on one source; two clients side by side are the same on both
+    engines."""
     rates = {"*.bias": 0.0, "3.*": 10.0, "*": 2.0}
     training = cs.Training(
         epochs=2,

@@ -1,4 +1,5 @@
-"""Merging by statistics (Fisher, RegMean), continual merging, and experts with heads of their own; against closed forms and restatements."""
+"""Merging by statistics (Fisher, RegMean), continual merging, and experts with heads of their own; against
+closed forms and restatements."""
 
 from __future__ import annotations
 
@@ -95,7 +96,8 @@ def fished(hessians, by_size=False, sizes=(10, 10, 10), prior=0.0, key="Informat
 @pytest.mark.parametrize("prior", [0.0, 0.7])
 @pytest.mark.parametrize("by_size", [False, True])
 def test_fisher_is_the_optimum_of_the_joint_quadratic(prior, by_size):
-    """The gradient of sum_i w_i/2 H_i (theta - theta_i)^2 + prior/2 (theta - base)^2 is 0 there, and nowhere else."""
+    """The gradient of sum_i w_i/2 H_i (theta - theta_i)^2 + prior/2 (theta - base)^2 is 0 there, and nowhere
+    else."""
     sizes = (10, 30, 60)
     shares = [s / 100 for s in sizes] if by_size else [1 / 3] * 3
     found = fished(HESSIANS, by_size, sizes, prior)
@@ -328,7 +330,8 @@ def test_layers_know_tied_weights_trunks_and_frozen_entries():
 
 
 def test_regmean_on_convolutions_is_the_least_of_all_merges():
-    """The merged first layer's outputs on each expert's inputs are nearer to that expert's, in sum: the least of all merges."""
+    """The merged first layer's outputs on each expert's inputs are nearer to that expert's, in sum: the
+    least of all merges."""
     sources = [s.map(x=lambda x: x.reshape(-1, 1, 2, 3).repeat(1, 1, 2, 2)) for s in SOURCES]
 
     def conv():
@@ -534,7 +537,8 @@ def test_opcm_limits():
 
 
 def two_spaces(other):
-    """Digits in two halves whose labels are of two spaces, or digits and wine, whose measurements stand in the first pixels."""
+    """Digits in two halves whose labels are of two spaces, or digits and wine, whose measurements stand in
+    the first pixels."""
     digits = cs.data.digits()
     if other == "wine":
         return [digits, cs.data.wine().map(x=lambda x: F.pad(x, (0, 64 - x.shape[1])))]
@@ -565,7 +569,8 @@ def test_trunks_are_merged_and_heads_kept(other):
     result, alone = go(cs.methods.average()), []
     for s in schedule.sources:
         alone.append(go(cs.methods.finetune(), cs.settings.merging([s], scenario="task")))
-    # heads are named by tasks and are drawn by sources: one that is alone among its labels begins as it does here
+    # heads are named by tasks and are drawn by sources: one that is alone among its labels begins as it does
+    # here
     for a in alone:
         head = {n: p for n, p in a.params.items() if "heads." in n}
         assert len(head) == 2 and all(torch.equal(result.params[n], p) for n, p in head.items())

@@ -1,4 +1,5 @@
-"""Seeds and strengths side by side: the same as one after another, stacked, refused before any work, stopped and resumed."""
+"""Seeds and strengths side by side: the same as one after another, stacked, refused before any work, stopped
+and resumed."""
 
 from __future__ import annotations
 

@@ -169,9 +169,9 @@ def test_equivalences_are_pairs_of_different_tasks():
     frame = LabelFrame((("s", "bike"), ("s", "bikes"), ("s", "Bike")), {"t": (0, 1), "u": (2,)})
     assert [p[:2] for p in cs.skill.equivalences(frame, 0.4).found] == [(0, 2), (1, 2)]
     for bad in (0.0, 1.5, math.nan):
-        with pytest.raises(cs.ConsilienceError, match=r"`threshold` should be in \(0, 1\]"):
+        with pytest.raises(cs.ConsilienceError, match=r"`threshold` must be in \(0, 1\]"):
             cs.skill.equivalences(labels, bad)
-    with pytest.raises(cs.ConsilienceError, match="should have labels. Found none"):
+    with pytest.raises(cs.ConsilienceError, match="must have at least one label, got none"):
         cs.skill.equivalences([], 0.5)
 
 
@@ -264,17 +264,17 @@ def test_combining_what_cannot_be_is_refused():
 
     a, b = head("a", "x", "y"), head("b", "x", "z")
     with pytest.raises(
-        cs.ConsilienceError, match=r"classes of the new task should be old ones. Found \('a', 'z'\)"
+        cs.ConsilienceError, match=r"classes of the new task must be those of modules, got \('a', 'z'\)"
     ):
         cs.skill.combine([a, b], [("a", "x"), ("a", "z")], "new")
-    with pytest.raises(cs.ConsilienceError, match="should stand on one backbone. Found b, other"):
+    with pytest.raises(cs.ConsilienceError, match="must have one backbone, got b, other"):
         cs.skill.combine([a, head("b", "x", backbone="other")], [("a", "x")], "new")
     with pytest.raises(cs.ConsilienceError, match="different classes"):
         cs.skill.combine([a], [("a", "x"), ("a", "x")], "new")
-    with pytest.raises(cs.ConsilienceError, match="Found 0 modules"):
+    with pytest.raises(cs.ConsilienceError, match="got 0 modules"):
         cs.skill.combine([], [("a", "x")], "new")
     biased = head("c", "x", **{"entries/biases.c.0": torch.ones(2)})
-    with pytest.raises(cs.ConsilienceError, match=r"a head and no more. Found \['biases.c.0'\]"):
+    with pytest.raises(cs.ConsilienceError, match=r"a head and nothing else, got \['biases.c.0'\]"):
         cs.skill.combine([biased], [("c", "x")], "new")
     zero = Module({**a.tensors, "entries/heads.a.weight": torch.zeros(2, 3)}, a.meta)
     rows = cs.skill.combine([zero, b], [("a", "x"), ("b", "z")], "new").tensors["entries/heads.new.weight"]

@@ -13,7 +13,7 @@ from consilience.core.errors import ConsilienceError
 from consilience.core.message import Module
 from consilience.core.params import key
 from consilience.core.source import Source, Tensors
-from consilience.models.toes import _read
+from consilience.models.toes import head_rows
 
 C = 4
 
@@ -268,7 +268,7 @@ def test_examples_are_read_where_the_parameters_are():
         held = Tensors(fake.from_tensor(s.train.x), fake.from_tensor(s.train.y))
         with pytest.raises(RuntimeError, match="on the same device"):
             toes.taps(params, buffers, held.x, "t")
-        x, y = _read(toes, params, buffers, held, "t", None, 16, buffers["heads.t.columns"])
+        x, y = head_rows(toes, params, buffers, held, "t", None, 16)
     assert (x.shape, y.shape) == ((40, 20), (40,)) and x.device.type == y.device.type == "lazy"
 
 
@@ -278,7 +278,7 @@ def test_on_features_of_a_backbone_it_wants_images():
     given = grown(model, s)
     toes, params, buffers = models.head2toe(model, *given, s, keep=0.2, epochs=1)
     assert toes.from_features(params, buffers, torch.rand(2, 5), "t") is None
-    with pytest.raises(ConsilienceError, match="should be given images. Found none called of 'body"):
+    with pytest.raises(ConsilienceError, match="must be given images, not features, got no call of 'body"):
         toes(params, buffers, torch.rand(2, 5), "t", False)
 
 
@@ -306,9 +306,7 @@ def test_layers_that_a_backbone_never_calls_are_not_read(by):
     assert len(buffers["toes.t.index"]) == (9 if by == "biases" else 14)
     assert torch.isfinite(toes(params, buffers, s.test.x, "t", False)[0][:, :2]).all()
     wrapped = models.multi_head(models.frozen(models.wrap(module, 5, headless=True)), C)
-    with pytest.raises(
-        ConsilienceError, match="reads layers, which the module should call. Found none called of 'qkv'"
-    ):
+    with pytest.raises(ConsilienceError, match="needs layers that the module calls, got no call of 'qkv'"):
         models.head2toe(wrapped, *grown(wrapped, s), s, epochs=1)
 
 
@@ -326,7 +324,7 @@ def test_a_layer_without_a_row_for_each_image_is_refused():
         source(),
     )
     with pytest.raises(
-        ConsilienceError, match="a row for each image. Found 480 rows of 'body.fc' for 40 images"
+        ConsilienceError, match="a row for each image, got 480 rows of 'body.fc' for 40 images"
     ):
         models.head2toe(model, *grown(model, s), s, epochs=1)
 
@@ -335,17 +333,17 @@ def test_refusals():
     s, model = source(), plain()
     given = grown(model, s)
     for more, said in (
-        ({"keep": 0}, r"`keep` should be in \(0, 1\]. Found `keep = 0`"),
+        ({"keep": 0}, r"`keep` must be in \(0, 1\], got 0"),
         ({"keep": 1.5}, "`keep`"),
-        ({"epochs": 0}, "`epochs` should be at least 1"),
-        ({"lr": -1}, "`lr` should be at least 0"),
-        ({"pool": 0}, "`pool` should be at least 1"),
-        ({"by": "magic"}, "`by` should be 'biases' or 'lasso'"),
-        ({"by": "biases"}, "should be of models.beneficial_biases. Found multi_head"),
+        ({"epochs": 0}, "`epochs` must be a whole number >= 1"),
+        ({"lr": -1}, "`lr` must be at least 0"),
+        ({"pool": 0}, "`pool` must be a whole number >= 1"),
+        ({"by": "magic"}, "`by` must be 'biases' or 'lasso'"),
+        ({"by": "biases"}, "needs biases of models.beneficial_biases, got multi_head"),
     ):
         with pytest.raises(ConsilienceError, match=said):
             models.head2toe(model, *given, s, **more)
-    with pytest.raises(ConsilienceError, match="Found none of 'other'"):
+    with pytest.raises(ConsilienceError, match="got none for 'other'"):
         models.head2toe(model, *given, source("other"))
     trained = models.multi_head(models.wrap(net(), 5, headless=True), C)
     with pytest.raises(ConsilienceError, match="frozen trunk"):
@@ -353,7 +351,7 @@ def test_refusals():
     toes, params, buffers = models.head2toe(model, *given, s, epochs=1)
     with pytest.raises(ConsilienceError, match="one `by` and `pool`"):
         models.head2toe(toes, params, buffers, s, pool=2)
-    with pytest.raises(ConsilienceError, match="should stand on models.multi_head"):
+    with pytest.raises(ConsilienceError, match="needs a model of models.multi_head"):
         models.head2toe(models.linear(4), {}, {}, s)
 
 

@@ -268,7 +268,7 @@ def check_pure_agents(run: Callable[[], object]) -> set[str]:
 
 
 def check_pure_consolidator(consolidator: Consolidator, run: Callable[[], object]) -> int:
-    """The same state, messages and generator give the same bits and stay unchanged; returns how often it received."""
+    """The same state, messages and generator give the same bits; returns how often it received."""
     kind, received = type(consolidator), 0
     receive = kind.receive
 
@@ -291,7 +291,7 @@ def check_pure_consolidator(consolidator: Consolidator, run: Callable[[], object
 
 
 def check_seeded(run: Callable[[int], Result]) -> None:
-    """One seed gives the same bits, whatever the global random state, which no run moves; another gives others."""
+    """One seed gives the same bits, whatever the global random state; another seed gives others."""
     first = run(0)
     torch.manual_seed(12345)
     np.random.seed(12345)
@@ -410,7 +410,7 @@ def check_neutral(neutral: Result, plain: Result) -> None:
 
 
 def check_aggregator(aggregator: Aggregator, rows: int = 5) -> None:
-    """Check the contract over rows [m, n]: pure, seeded, the same for any order of rows; bad rows are refused."""
+    """Check the contract over rows [m, n]: pure, seeded, the same for any order; bad rows are refused."""
     name, size = type(aggregator).__name__, 33
     draw = torch.Generator().manual_seed(0)
     rows = max(rows, aggregator.fewest_rows)
@@ -626,8 +626,8 @@ class _Check:
         if not self._inert(setting, result):
             return RUNS
         self.notes.append(
-            f"in {setting} it is plain training, bit for bit: declare what it needs (`needs_history`, `needs_revisits`), "
-            "or give `refuse` a reason"
+            f"in {setting} it is plain training, bit for bit: declare what it needs (`needs_history`, "
+            "`needs_revisits`), or give `refuse` a reason"
         )
         return INERT
 

@@ -1,6 +1,8 @@
-"""What the conformance suite shares: a tiny problem, everything that can be discovered, runs by name; and the pinned files.
+"""What the conformance suite shares: a tiny problem, everything that can be discovered, runs by name; and
+the pinned files.
 
-`python tests/conformance/kit.py --pin` writes tests/pinned/*.json and docs/methods.md anew: review the difference by eye.
+`python tests/conformance/kit.py --pin` writes tests/pinned/*.json and docs/methods.md anew: review the
+difference by eye.
 """
 
 from __future__ import annotations
@@ -50,7 +52,8 @@ def method_of(name: str, correction: Correction) -> cs.Method:
 
 
 def frozen_trunk() -> Model:
-    """A trainable perceptron on frozen features, which are what anchors see: every class shares its hidden layer."""
+    """A trainable perceptron on frozen features, which are what anchors see: every class shares its hidden
+    layer."""
 
     def module() -> nn.Module:
         return nn.Sequential(
@@ -71,7 +74,8 @@ def heads(outputs: int = CLASSES) -> Model:
     return cs.models.multi_head(cs.models.random_features(INPUTS, 32), outputs)
 
 
-# ---------------------------------------------------------------------------------------------------- discovery
+# ----------------------------------------------------------------------------------------------------
+# discovery
 
 
 BASES = {
@@ -80,7 +84,8 @@ BASES = {
     "Anchored": "its subclasses say what an anchor is",
     "Buffer": "its subclasses say what the buffer is for",
 }
-"""Classes that only others extend, and what they lack; all verbs being optional, Python does not call them abstract."""
+"""Classes that only others extend, and what they lack; all verbs being optional, Python does not call them
+abstract."""
 
 
 def modules(room: str) -> Iterator[Any]:
@@ -121,7 +126,8 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     **{n: {"byzantine": 0} for n in ("Bulyan", "Krum", "MultiKrum")},
     "TaLoS": {"density": 0.5, "reached": True},
 }
-"""Of classes that cannot be made without; and of TaLoS, for which most of the tiny problem's units are off and so the first to be trained."""
+"""Of classes that cannot be made without; and of TaLoS, for which most of the tiny problem's units are off
+and so the first to be trained."""
 
 
 def make(name: str, **arguments: Any) -> Any:
@@ -146,10 +152,11 @@ WANT_TASKS = {
     "SupSup": "its masks are a task's own",
     "XdG": "its gates are a task's own",
 }
-"""Corrections that refuse where tasks have no label (nor a mapper finds them), and why: they are checked where they have."""
+"""Corrections that refuse where tasks have no label (nor a mapper finds them), and why: they are checked
+where they have."""
 
 WANT_VIEWS = {
-    "Superposition": "it superposes the views of another correction: with each that has one it is checked in tests/test_mappers.py"
+    "Superposition": "it superposes the views of another correction: checked with each in test_mappers.py"
 }
 """Mappers that refuse alone, and why."""
 
@@ -160,7 +167,8 @@ def stream_for(*names: str) -> str:
 
 
 def model_for(*names: str) -> Model:
-    """The model on which corrections, one or together, are checked: iCaRL's means want one head on what anchors see, and
+    """The model on which corrections, one or together, are checked: iCaRL's means want one head on what
+    anchors see, and
     less-forgetting features that move."""
     from consilience.mappers.mixture import Anchored
 
@@ -177,14 +185,16 @@ THROW_AWAY = {
 """Corrections that refuse where others are heard and learned with again, and why."""
 
 WANT_OTHERS = {"FedHBM": "its momentum is what others made of its own result"}
-"""Corrections that refuse where an agent hears itself alone, and why: no pairs of theirs run here, where all learn one source after
+"""Corrections that refuse where an agent hears itself alone, and why: no pairs of theirs run here, where all
+learn one source after
 another; tests/test_drift.py checks them."""
 
 OWN_MODEL: dict[str, Callable[[int], Model]] = {
     "Columns": lambda outputs: cs.models.progressive(INPUTS, (16, 12), outputs),
     "HeadReuse": heads,
 }
-"""Corrections that refuse any other kind of model: no pairs of theirs run here, where all stand on one model; their own tests
+"""Corrections that refuse any other kind of model: no pairs of theirs run here, where all stand on one
+model; their own tests
 compose them (tests/test_progressive.py, tests/test_synergy.py)."""
 
 NEED_ARGUMENTS = {"aggregate", "feddf", "infer"}
@@ -215,7 +225,8 @@ ROWS: dict[str, Callable[[], cs.Method]] = dict(
 
 
 def model_of(row: str, setting: str) -> Model:
-    """Methods with anchors want heads on a frozen backbone, some a kind of model of their own; all others run on a perceptron."""
+    """Methods with anchors want heads on a frozen backbone, some a kind of model of their own; all others
+    run on a perceptron."""
     from consilience.mappers.mixture import Anchored
 
     outputs = 2 if "domain" in setting else CLASSES
@@ -244,7 +255,8 @@ def cell(row: str, setting: str, precision: str = "fp32", seed: int = 0) -> Resu
         return str(e)
 
 
-# ---------------------------------------------------------------------------------------------------- pinned files
+# ---------------------------------------------------------------------------------------------------- pinned
+# files
 
 
 def table() -> dict[str, dict[str, str]]:
@@ -266,7 +278,8 @@ def pinned_settings(cells: Mapping[str, str]) -> list[str]:
 
 
 def values(row: str, setting: str) -> dict[str, float]:
-    """The final score, and the sum and the sum of magnitudes of the parameters (with those of the experts) in float64."""
+    """The final score, and the sum and the sum of magnitudes of the parameters (with those of the experts)
+    in float64."""
     result = cell(row, setting, "fp64")
     assert not isinstance(result, str), result
     tensors = [t for t in result.params.values()]
@@ -312,14 +325,15 @@ def render(cells: Mapping[str, Mapping[str, str]]) -> str:
     lines = [
         "# Methods and settings",
         "",
-        "Which method runs in which setting. *yes*: it runs, checked on a tiny problem at every change; a number: it refuses, for",
-        "the reason below, before any work is done. Written by `python tests/conformance/kit.py --pin`; do not edit by hand.",
+        "Which method runs in which setting. *yes*: it runs, checked on a tiny problem at every change.",
+        "A number: it refuses before any work is done, for the reason below.",
+        "`python tests/conformance/kit.py --pin` writes this page; do not edit it.",
         "",
         "| method | " + " | ".join(SETTINGS) + " |",
         "|---" * (len(SETTINGS) + 1) + "|",
         *["| " + " | ".join([f"`{row}`", *[mark(cells[row][s]) for s in SETTINGS]]) + " |" for row in cells],
         "",
-        "`exmodel` trains the experts first, from one base; in `exmodel (given)` they come without data and without a base.",
+        "`exmodel` trains the experts first, from one base; in `exmodel (given)` they have no data or base.",
         "",
         "## Why a method refuses",
         "",
@@ -340,7 +354,8 @@ def render(cells: Mapping[str, Mapping[str, str]]) -> str:
 
 @cache
 def read(name: str) -> Any:
-    """A pinned file. A row that is not pinned yet skips its test: one test fails for it, and says how to pin."""
+    """A pinned file. A row that is not pinned yet skips its test: one test fails for it, and says how to
+    pin."""
     return Rows(json.loads((PINNED / f"{name}.json").read_text(encoding="utf-8")))
 
 

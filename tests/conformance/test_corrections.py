@@ -1,4 +1,5 @@
-"""Corrections: at their neutral value they are plain training; they compose in pairs; what is private stays."""
+"""Corrections: at their neutral value they are plain training; they compose in pairs; what is private
+stays."""
 
 from __future__ import annotations
 
@@ -131,7 +132,8 @@ PROTECTED = {
     "XdG": ("EpisodicConstraints",),
     **dict.fromkeys(("ExpertGate", "GaussianMixture", "Mahalanobis", "NearestMean"), ("LessForgetting",)),
 }
-"""What adds nothing on top of which isolation: what earlier tasks depend on does not move, and so needs no protection; anchors stand on frozen features (with
+"""What adds nothing on top of which isolation: what earlier tasks depend on does not move, and so needs no
+protection; anchors stand on frozen features (with
 XdG, whose active units overlap little, no constraint is violated here)."""
 
 
@@ -166,8 +168,10 @@ IN_ORDER = {
 
 
 def adds_nothing(other: str, one: str) -> bool:
-    """Protection on top of isolation; where tasks have a label, a mapper (it only routes where they have none); and class weights where tasks
-    are told apart, as a mapper does: the two classes of each are equally many, and others are left out by either."""
+    """Protection on top of isolation; where tasks have a label, a mapper (it only routes where they have
+    none); and class weights where tasks
+    are told apart, as a mapper does: the two classes of each are equally many, and others are left out by
+    either."""
     apart = one in kit.WANT_TASKS or one in kit.MAPPERS
     weighted = (other == "WSM" and apart) or (one == "WSM" and other in kit.MAPPERS)
     return other in PROTECTED.get(one, ()) or (one in kit.WANT_TASKS and other in kit.MAPPERS) or weighted
@@ -180,7 +184,8 @@ def alone(name: str, **arguments: Any) -> cs.Method:
 
 @cache
 def learned(*names: str, setting: str = "", beside: str = "") -> Result:
-    """Three sources one after another, on the model for these corrections (and one beside), with these in this order."""
+    """Three sources one after another, on the model for these corrections (and one beside), with these in
+    this order."""
     method = [alone(n) for n in names] or cs.methods.finetune()
     return testing.quiet(
         testing.SETTINGS[setting or kit.stream_for(*names)](),
@@ -251,7 +256,8 @@ def test_differs_from_plain_training(name: str) -> None:
 
 @pytest.mark.parametrize(("a", "b"), pairs())
 def test_pairs_compose(a: str, b: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every ordered pair runs, differs from either alone, and both have something in memory after the first source."""
+    """Every ordered pair runs, differs from either alone, and both have something in memory after the first
+    source."""
     kept: list[dict[str, int]] = []
     finish = Agent.finish
 
@@ -307,7 +313,8 @@ def test_twice_the_same_is_refused(name: str) -> None:
 
 
 def test_order_does_not_matter_where_all_data_is_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With task labels what is gathered stands as parts: what others recall, and which part is new, is the same in any order."""
+    """With task labels what is gathered stands as parts: what others recall, and which part is new, is the
+    same in any order."""
     new: list[str] = []
     rows = LwF.rows
     monkeypatch.setattr(

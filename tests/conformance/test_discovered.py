@@ -1,4 +1,5 @@
-"""Every Correction, Aggregator, Consolidator, Mapper and catalogue method: how it is written, and what it refuses."""
+"""Every Correction, Aggregator, Consolidator, Mapper and catalogue method: how it is written, and what it
+refuses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Imports lead down, inside functions too; catalogues import no torch; the picture of the rooms is made from the code."""
+"""Imports lead down, inside functions too; catalogues import no torch; the picture of the rooms is made from
+the code."""
 
 from __future__ import annotations
 

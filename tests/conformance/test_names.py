@@ -1,4 +1,5 @@
-"""Names of users are harmless: none hides what the library keeps next to it, and reserved forms are refused."""
+"""Names of users are harmless: none hides what the library keeps next to it, and reserved forms are
+refused."""
 
 from __future__ import annotations
 

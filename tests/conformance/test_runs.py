@@ -110,10 +110,15 @@ def test_every_consolidator_is_in_a_method() -> None:
 
 @ROWS
 def test_seeded(row: str) -> None:
-    """The same seed gives the same bits, whatever the global random state, which no run moves; another seed other bits."""
+    """The same seed gives the same bits, whatever the global random state, which no run moves; another seed
+    other bits."""
     for setting in settings_of(row):
-        schedule, method, model = testing.SETTINGS[setting], kit.ROWS[row], kit.model_of
-        testing.check_seeded(lambda seed: testing.quiet(schedule(), method(), model(row, setting), seed=seed))  # noqa: B023
+
+        def run(seed, setting=setting):
+            schedule, model = testing.SETTINGS[setting](), kit.model_of(row, setting)
+            return testing.quiet(schedule, kit.ROWS[row](), model, seed=seed)
+
+        testing.check_seeded(run)
 
 
 @ROWS
@@ -135,7 +140,8 @@ def test_messages_round_trip(row: str) -> None:
 
 @ROWS
 def test_interrupted_and_resumed_to_the_same_bits(row: str) -> None:
-    """Stopped inside an epoch of a later visit, each method ends with the state of a run that was never stopped."""
+    """Stopped inside an epoch of a later visit, each method ends with the state of a run that was never
+    stopped."""
     setting = where(
         row, "continual (task)", "continual (class)", "federated_continual", "merging", "multitask"
     )
@@ -150,7 +156,7 @@ SILENT = {
     **dict.fromkeys(
         ("from_scratch", "gdumb", "joint"), "throws away what is heard, and refuses where others are"
     ),
-    "fedweit": "wants task labels, here in continual alone; what it tells is checked in tests/test_fedmethods.py",
+    "fedweit": "wants task labels, here in continual alone; what it sends is checked in test_fedmethods.py",
     "pcgrad": "runs in multitask alone, where nobody hears another agent",
     **dict.fromkeys(
         (
@@ -164,7 +170,7 @@ SILENT = {
             "hat+infer(expert_gate)",
             "packnet+infer(mahalanobis)",
         ),
-        "wants task labels, here in continual alone; masks that travel are checked in tests/test_isolation.py",
+        "wants task labels, here in continual alone; shared masks are checked in test_isolation.py",
     ),
 }
 """Methods that no agent here tells of, and why."""

@@ -1,4 +1,5 @@
-"""The pinned table method x setting, docs/methods.md, and pinned values. `python tests/conformance/kit.py --pin` writes them."""
+"""The pinned table method x setting, docs/methods.md, and pinned values. `python tests/conformance/kit.py
+--pin` writes them."""
 
 from __future__ import annotations
 
@@ -107,7 +108,8 @@ def test_the_page_is_up_to_date() -> None:
 
 @ROWS
 def test_values_are_as_pinned(row: str) -> None:
-    """In float64: the final score, the sum of the parameters (and those of experts), the sum of their magnitudes."""
+    """In float64: the final score, the sum of the parameters (and those of experts), the sum of their
+    magnitudes."""
     pinned = kit.read("values")[row]
     assert list(pinned) == kit.pinned_settings(kit.read("methods")[row]), AGAIN
     for setting, values in pinned.items():

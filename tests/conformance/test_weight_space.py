@@ -1,4 +1,5 @@
-"""What is heard: aggregators keep their contract inside WeightSpace, strangers are refused, the bank's join is a join."""
+"""What is heard: aggregators keep their contract inside WeightSpace, strangers are refused, the bank's join
+is a join."""
 
 from __future__ import annotations
 
@@ -257,4 +258,5 @@ def test_join_refuses_two_contents_of_a_version() -> None:
             join(bank, news)
     assert content(join({}, [one, message("a", "x", 1)])) == content(join({}, [one]))
     with pytest.raises(TypeError):
-        Message("a", "x", 1, 2, ORIGIN, ORIGIN, {"c": Private({"x": torch.ones(3)})})  # type: ignore[dict-item]
+        items = {"c": Private({"x": torch.ones(3)})}
+        Message("a", "x", 1, 2, ORIGIN, ORIGIN, items)

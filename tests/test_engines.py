@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -469,3 +470,16 @@ def test_an_engine_that_is_used_again_takes_other_training():
             a, _ = go("serial", method, model=model, training=t)
             b, _ = go(engine, method, model=model, training=t)
             assert gap(a, b) < 1e-12
+
+
+class Pair(NamedTuple):
+    first: torch.Tensor
+    second: int
+
+
+def test_named_tuples_stay_named():
+    """Verbs may read what they recall by attribute, stacked or not."""
+    slots = Slots()
+    merged = merge([Pair(torch.zeros(2), 3), Pair(torch.ones(2), 3)], slots)
+    filled = fill(merged, [torch.full((2,), 7.0)])
+    assert isinstance(filled, Pair) and filled.first.tolist() == [7.0, 7.0] and filled.second == 3

@@ -90,7 +90,7 @@ def merge(values: Sequence[Any], slots: Slots) -> Any:
         if any(len(value) != len(first) for value in values):
             return Ragged()
         merged = [merge(list(entries), slots) for entries in zip(*values, strict=True)]
-        return merged if isinstance(first, list) else tuple(merged)
+        return like(first, merged)
 
     # The facts of an item, such as a round's number, change with every visit. Most steps read only tensors.
     if isinstance(first, Item):
@@ -125,11 +125,18 @@ def fill(value: Any, tensors: Sequence[Tensor]) -> Any:
     if isinstance(value, dict):
         return {name: fill(entry, tensors) for name, entry in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(fill(entry, tensors) for entry in value)
+        return like(value, [fill(entry, tensors) for entry in value])
     if has_fields(value) and not isinstance(value, Ragged):
         names = [entry.name for entry in dataclasses.fields(value)]
         return rebuilt(value, {name: fill(getattr(value, name), tensors) for name in names})
     return value
+
+
+def like(value: list[Any] | tuple[Any, ...], entries: list[Any]) -> Any:
+    """Put other entries into a list, tuple or NamedTuple of the same type: verbs may read them by name."""
+    if isinstance(value, list):
+        return entries
+    return type(value)(*entries) if hasattr(value, "_fields") else tuple(entries)
 
 
 def shape_of(value: Any) -> object:

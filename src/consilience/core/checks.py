@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Integral
 
 from consilience.core.errors import ConsilienceError
 from consilience.core.source import Source
@@ -11,8 +12,8 @@ from consilience.core.source import Source
 def whole_number(low: int = 1, **values: object) -> None:
     """Refuse values that are not whole numbers of at least `low`; keywords are the names of the arguments."""
     for name, value in values.items():
-        # True is an int to Python, but never a count.
-        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        # True is an int to Python, but never a count; numbers of NumPy are counts too.
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < low:
             raise ConsilienceError(f"`{name}` must be a whole number >= {low}, got {value!r}.")
 
 

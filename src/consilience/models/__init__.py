@@ -1,6 +1,6 @@
 """The catalogue of models: inputs [B, ...] -> outputs [B, C] as pure functions of parameters and buffers.
 
-Nothing here imports torch before it is called.
+Nothing here imports torch before it is called, so that the command line answers at once.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from consilience import lazy
 from consilience.core.errors import ConsilienceError
 
+# These modules import torch when they are loaded.
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
@@ -57,17 +58,23 @@ __all__ = [
 
 
 def linear(inputs: int, outputs: int = 10) -> ModuleModel:
-    """W x + b of the flattened inputs [B, inputs].
+    """Return W x + b of the flattened inputs [B, inputs].
 
     >>> import torch
     >>> sorted(linear(4, 3).init(torch.Generator())[0])
     ['1.bias', '1.weight']
     """
-    return mlp(inputs, (), outputs)._named(f"linear({inputs}, {outputs})")
+    from consilience.core.checks import whole_number
+    from consilience.models import nets
+    from consilience.models.module import ModuleModel
+
+    whole_number(inputs=inputs, outputs=outputs)
+    name = f"linear({inputs}, {outputs})"
+    return ModuleModel(lambda: nets.mlp(inputs, (), outputs), outputs, name=name)
 
 
 def mlp(inputs: int, hidden: Sequence[int] = (128,), outputs: int = 10) -> ModuleModel:
-    """A perceptron on the flattened inputs [B, inputs], with ReLU between its layers.
+    """Return a perceptron on the flattened inputs [B, inputs], with ReLU between its layers.
 
     >>> import torch
     >>> model = mlp(64, (32,), 10)
@@ -75,47 +82,51 @@ def mlp(inputs: int, hidden: Sequence[int] = (128,), outputs: int = 10) -> Modul
     >>> model(params, buffers, torch.zeros(2, 8, 8), None, False)[0].shape
     torch.Size([2, 10])
     """
-    _positive(inputs=inputs, outputs=outputs)
-    for width in hidden:
-        _positive(hidden=width)
+    from consilience.core.checks import whole_number
     from consilience.models import nets
     from consilience.models.module import ModuleModel
 
+    whole_number(inputs=inputs, outputs=outputs)
+    for width in hidden:
+        whole_number(hidden=width)
+    # A copy: the list is read again whenever parameters are made.
     widths = tuple(hidden)
-    return ModuleModel(
-        lambda: nets.mlp(inputs, widths, outputs), outputs, name=f"mlp({inputs}, {widths}, {outputs})"
-    )
+    name = f"mlp({inputs}, {widths}, {outputs})"
+    return ModuleModel(lambda: nets.mlp(inputs, widths, outputs), outputs, name=name)
 
 
 def lenet(outputs: int = 10, channels: int = 1, size: int = 28) -> ModuleModel:
-    """LeNet-5 with ReLU and max pooling, on square images [B, channels, size, size]. LeCun et al. 1998.
+    """Return LeNet-5 with ReLU and max pooling, on images [B, channels, size, size]. LeCun et al. 1998.
 
     >>> lenet().head({}, None)
     ('11.weight', '11.bias')
     """
-    _positive(outputs=outputs, channels=channels)
-    if size < 12:
-        raise ConsilienceError(f"`size` should be at least 12. Found `size = {size}`.")
+    from consilience.core.checks import whole_number
     from consilience.models import nets
     from consilience.models.module import ModuleModel
 
-    return ModuleModel(
-        lambda: nets.lenet(outputs, channels, size), outputs, name=f"lenet({outputs}, {channels}, {size})"
-    )
+    whole_number(outputs=outputs, channels=channels)
+    # Smaller images leave nothing after the second convolution and its pooling.
+    whole_number(12, size=size)
+    name = f"lenet({outputs}, {channels}, {size})"
+    return ModuleModel(lambda: nets.lenet(outputs, channels, size), outputs, name=name)
 
 
 def conv(outputs: int = 10, channels: int = 1, size: int = 28, width: int = 32) -> ModuleModel:
-    """Two 3 x 3 convolutions (`width` and 2 `width` maps) with ReLU and pooling, then a linear head; [B, channels, size, size].
+    """Return two 3 x 3 convolutions with ReLU and pooling, and a linear head; [B, channels, size, size].
+
+    They have `width` and 2 `width` maps.
 
     >>> conv(size=8, width=4).width
     32
     """
-    _positive(outputs=outputs, channels=channels, width=width)
-    if size < 4:
-        raise ConsilienceError(f"`size` should be at least 4. Found `size = {size}`.")
+    from consilience.core.checks import whole_number
     from consilience.models import nets
     from consilience.models.module import ModuleModel
 
+    whole_number(outputs=outputs, channels=channels, width=width)
+    # Two poolings halve the side twice.
+    whole_number(4, size=size)
     name = f"conv({outputs}, {channels}, {size}, {width})"
     return ModuleModel(lambda: nets.conv(outputs, channels, size, width), outputs, name=name)
 
@@ -127,46 +138,51 @@ def resnet(
     norm: Literal["group", "batch"] = "group",
     width: int = 16,
 ) -> ModuleModel:
-    """A residual network for small images [B, channels, H, W]: CIFAR's ResNet-20, or a ResNet-18 whose stem keeps the size.
+    """Return a residual network for small images [B, channels, H, W]: CIFAR's ResNet-20, or a ResNet-18.
 
-    The usual ResNet-18 has `width=64`. Shortcuts that change shape are 1 x 1 convolutions. He et al. 2016. Group norm
-    (at most 8 groups) makes samples independent of their batch, which averages and vmap want; Wu and He 2018.
+    The stem of this ResNet-18 keeps the size of the images. The usual one has `width=64`. Shortcuts that
+    change shape are 1 x 1 convolutions. He et al. 2016. With group norm (at most 8 groups) samples do not
+    depend on their batch, which averages of models and vmap need; Wu and He 2018.
 
     >>> resnet().has_batch_norm, resnet(norm="batch").has_batch_norm
     (False, True)
     """
-    _positive(outputs=outputs, channels=channels, width=width)
-    if depth not in (18, 20):
-        raise ConsilienceError(f"`depth` should be 18 or 20. Found `depth = {depth}`.")
-    if norm not in ("group", "batch"):
-        raise ConsilienceError(f"`norm` should be 'group' or 'batch'. Found `norm = {norm!r}`.")
+    from consilience.core.checks import whole_number
     from consilience.models import nets
     from consilience.models.module import ModuleModel
 
+    whole_number(outputs=outputs, channels=channels, width=width)
+    # Types are not checked at run time, and a configuration may have any value.
+    if depth not in (18, 20):
+        raise ConsilienceError(f"`depth` must be 18 or 20, got {depth}.")
+    if norm not in ("group", "batch"):
+        raise ConsilienceError(f"`norm` must be 'group' or 'batch', got {norm!r}.")
     name = f"resnet({depth}, {outputs}, {channels}, {norm!r}, {width})"
     return ModuleModel(lambda: nets.ResNet(depth, outputs, channels, norm, width), outputs, name=name)
 
 
 def char_lstm(outputs: int = 64, embedding: int = 8, hidden: int = 128, layers: int = 1) -> ModuleModel:
-    """The next of `outputs` characters after x [B, T] of them (whole numbers): embedding, LSTM, linear head on its last state.
+    """Predict the next of `outputs` characters from x [B, T] (whole numbers): embedding, LSTM, linear head.
 
-    McMahan et al. 2017 have 2 layers of 256. Same equations as nn.LSTM, in plain operations, so that many clients run at once.
+    The head reads the last state. McMahan et al. 2017 have 2 layers of 256 units. The equations are those of
+    nn.LSTM, in plain operations, so that many clients run at once.
 
     Args:
-        outputs: characters that there are.
-        embedding: numbers a character becomes.
-        hidden: units of a layer.
-        layers: of the LSTM.
+        outputs: the number of different characters.
+        embedding: the width of a character's vector.
+        hidden: the number of units per layer.
+        layers: the number of LSTM layers.
 
     >>> import torch
     >>> model = char_lstm(10, 4, 6)
     >>> model(*model.init(torch.Generator()), torch.zeros(2, 5, dtype=torch.long), None, False)[0].shape
     torch.Size([2, 10])
     """
-    _positive(outputs=outputs, embedding=embedding, hidden=hidden, layers=layers)
+    from consilience.core.checks import whole_number
     from consilience.models import nets
     from consilience.models.module import ModuleModel
 
+    whole_number(outputs=outputs, embedding=embedding, hidden=hidden, layers=layers)
     name = f"char_lstm({outputs}, {embedding}, {hidden}, {layers})"
     return ModuleModel(lambda: nets.CharLSTM(outputs, embedding, hidden, layers), outputs, name=name)
 
@@ -174,28 +190,29 @@ def char_lstm(outputs: int = 64, embedding: int = 8, hidden: int = 128, layers: 
 def char_transformer(
     outputs: int = 64, window: int = 80, width: int = 64, heads: int = 4, layers: int = 2
 ) -> ModuleModel:
-    """The next of `outputs` characters after x [B, T <= window] (whole numbers): a causal transformer, pre-norm, with learned places.
+    """Predict the next of `outputs` characters from x [B, T <= window] (whole numbers): a causal transformer.
+
+    It is pre-norm, with learned embeddings of positions.
 
     Args:
-        outputs: characters that there are.
-        window: characters that it can see.
-        width: of a place's state; a multiple of `heads`.
-        heads: of attention.
-        layers: blocks of attention and a perceptron of 4 x `width`.
+        outputs: the number of different characters.
+        window: the largest number of characters in a sample.
+        width: the width of a position's state; a multiple of `heads`.
+        heads: the number of heads of attention.
+        layers: the number of blocks, each of attention and a perceptron of 4 x `width` units.
 
     >>> import torch
     >>> model = char_transformer(10, 5, 8, 2, 1)
     >>> model(*model.init(torch.Generator()), torch.zeros(2, 5, dtype=torch.long), None, False)[0].shape
     torch.Size([2, 10])
     """
-    _positive(outputs=outputs, window=window, width=width, heads=heads, layers=layers)
-    if width % heads:
-        raise ConsilienceError(
-            f"`width` should be a multiple of `heads`. Found `width = {width}` and `heads = {heads}`."
-        )
+    from consilience.core.checks import whole_number
     from consilience.models import nets
     from consilience.models.module import ModuleModel
 
+    whole_number(outputs=outputs, window=window, width=width, heads=heads, layers=layers)
+    if width % heads:
+        raise ConsilienceError(f"`width` must be a multiple of `heads`, got width={width} and heads={heads}.")
     name = f"char_transformer({outputs}, {window}, {width}, {heads}, {layers})"
     return ModuleModel(
         lambda: nets.CharTransformer(outputs, window, width, heads, layers), outputs, name=name
@@ -203,39 +220,42 @@ def char_transformer(
 
 
 def random_features(inputs: int, width: int = 512, seed: int = 0) -> ModuleModel:
-    """Frozen random ReLU features psi(x) = max(W x + b, 0) [B, width] of flattened inputs in [0, 1]; no head.
+    """Return frozen random ReLU features max(W x + b, 0) [B, width] of flattened x in [0, 1]; no head.
 
-    W ~ N(0, 12 / inputs), so that W x has unit variance over the unit cube; b = -W c, so that the kink of each feature
-    passes through a point c of the cube, uniform on the segment from 0 to a uniform point. They depend on `seed` alone:
-    every run and every agent has the same backbone. Rahimi and Recht 2008.
+    W ~ N(0, 12 / inputs), so that W x has unit variance over the unit cube. b = -W c, so that the kink of
+    each feature passes through a point c of the cube, uniform on the segment from 0 to a uniform point. The
+    features depend on `seed` alone: every run and every agent has the same backbone. Rahimi and Recht 2008.
 
     >>> import torch
     >>> model = random_features(4, 8)
-    >>> model.backbone(model.init(torch.Generator())[0]) == model.backbone(model.init(torch.Generator().manual_seed(1))[0])
+    >>> first, second = (model.init(torch.Generator().manual_seed(seed))[0] for seed in (0, 1))
+    >>> model.backbone(first) == model.backbone(second)
     True
     """
-    _positive(inputs=inputs, width=width)
+    from consilience.core.checks import whole_number
     from consilience.models import nets
     from consilience.models.module import ModuleModel
 
+    whole_number(inputs=inputs, width=width)
     name = f"random_features({inputs}, {width}, {seed})"
-    return ModuleModel(
-        nets.random_features(inputs, width, seed), width, frozen=("*",), headless=True, name=name
-    )
+    # A module, not a function that makes one: its weights must not depend on the seed of the run.
+    module = nets.random_features(inputs, width, seed)
+    return ModuleModel(module, width, frozen=("*",), headless=True, name=name)
 
 
 def fourier_features(model: ModuleModel, width: int = 2048, sigma: float = 1.0, seed: int = 0) -> ModuleModel:
-    """The model with random Fourier features between its features psi [B, d] and a new head: sqrt(2 / D) cos(Omega psi + b) [B, D].
+    """Put random Fourier features sqrt(2 / D) cos(Omega psi + b) [B, D] before a new head of the model.
 
-    Omega ~ N(0, 1 / sigma^2), b uniform in [0, 2 pi), frozen and drawn by `seed` alone, so that all agents have the same: inner
-    products are the Gaussian kernel exp(-|psi - psi'|^2 / (2 sigma^2)), up to 1 / sqrt(D). With `methods.fed3r` it is Fed3R with
-    random features, of the model's own parameters as they begin (`frozen` keeps them so in other methods). Rahimi and Recht 2007.
+    psi [B, d] are the model's features. Omega ~ N(0, 1 / sigma^2) and b uniform in [0, 2 pi) are frozen and
+    drawn from `seed` alone, so that all agents have the same. Inner products are the Gaussian kernel
+    exp(-|psi - psi'|^2 / (2 sigma^2)), up to 1 / sqrt(D). With `methods.fed3r` it is Fed3R with random
+    features of the model's first parameters; in other methods, `frozen` keeps these. Rahimi and Recht 2007.
 
     Args:
-        model: one of one module, whose head is taken off.
+        model: a model of one module; its head is taken off.
         width: D, the number of features.
-        sigma: of the kernel; about the median distance of features.
-        seed: of Omega and b.
+        sigma: the width of the kernel; about the median distance of features.
+        seed: the seed of Omega and b.
 
     Raises:
         ConsilienceError: `width` < 1, or `sigma` not positive.
@@ -245,24 +265,27 @@ def fourier_features(model: ModuleModel, width: int = 2048, sigma: float = 1.0, 
     >>> model.width, [n for n in model.init(torch.Generator())[0] if model.frozen(n)], model.outputs
     (16, ['fourier.weight', 'fourier.bias'], 3)
     """
-    _positive(width=width)
-    if not 0 < sigma < float("inf"):
-        raise ConsilienceError(f"`sigma` should be positive and finite. Found `sigma = {sigma}`.")
     import copy
 
+    from consilience.core.checks import positive, whole_number
     from consilience.models import nets
     from consilience.models.module import ModuleModel
 
+    whole_number(width=width)
+    positive(sigma=sigma)
     if not isinstance(model, ModuleModel):
-        raise ConsilienceError(f"`model` should be a model of one module. Found {type(model).__name__}.")
+        raise ConsilienceError(
+            f"`model` must be a model of one module, as models.wrap makes it, got {type(model).__name__}."
+        )
     body, outputs = model.body(), model.outputs
-    own, factory, d = body._module, body._factory, body.width
-    frozen = [f"body.{n}" for n in body._names if body.frozen(n)]
-    name = f"fourier_features({model.description}, {width}, {sigma}, {seed})"
+    frozen = [f"body.{entry}" for entry in body.entries if body.frozen(entry)]
 
     def make() -> nn.Module:
-        return nets.Fourier(factory() if factory else copy.deepcopy(own), d, width, sigma, seed, outputs)
+        # A new body per call, because models must not share a module.
+        trunk = body.factory() if body.factory else copy.deepcopy(body.module)
+        return nets.Fourier(trunk, body.width, width, sigma, seed, outputs)
 
+    name = f"fourier_features({model.description}, {width}, {sigma}, {seed})"
     return ModuleModel(make, outputs, head="head", frozen=("fourier.*", *frozen), name=name)
 
 
@@ -274,25 +297,31 @@ def backbone(
     std: float | Sequence[float] | None = None,
     **more: Any,
 ) -> ModuleModel:
-    """Frozen features psi(x) [B, d] of images x [B, 1 or c, H, W] in [0, 1], by a `timm` model or any torch module; no head.
+    """Return frozen features psi(x) [B, d] of images x [B, 1 or c, H, W] in [0, 1]; no head.
 
-    Images are resized to `size` (bilinear, antialiased where they shrink), grey ones repeated to c channels, then (x - mean) / std.
-    Its own features [B, d] are given back as they are, so that agents with images and agents with features that `data.embed` kept
-    have one model. It runs in eval mode always. Its hash (`Model.backbone`) covers weights, buffers, `size`, mean, std and what the
-    module is. For other modules than timm's, that is what torch prints of them, and their parts' classes
-    and plain public attributes.
+    The body is a `timm` model or any torch module. Images are resized to `size` (bilinear, antialiased where
+    they shrink), grey ones repeated to c channels, then (x - mean) / std. Features [B, d] are returned as
+    they are, so that agents with images and agents with features that `data.embed` kept have one model. It
+    always runs in eval mode. Its hash (`Model.backbone`) covers weights, buffers, `size`, mean, std and what
+    the module is: for timm's models their name, for others what torch prints of them, and their parts'
+    classes and plain public attributes.
 
     Args:
-        of: a name of timm's (`consilience[vision]`), a torch module (its last linear layer is taken off; without any, its outputs are
-            the features), or a model of one (`wrap(.., headless=True)` keeps its last layer; `outputs` need not be given).
-        checkpoint: weights as a safetensors file, read as float32; None: timm's from the hub, a module's own.
-        size: height and width (one number: both); "own": timm's for this model, else as the images come; None: as they come.
-        mean, std: of each channel, or one number for all; None: timm's for this model, else 0 and 1.
-        more: for `timm.create_model`; with `pretrained=False` the weights are random, the same ones always.
+        of: a name of timm's (`consilience[vision]`), a torch module (its last linear layer is taken off;
+            without any, its outputs are the features), or a model of one (`wrap(.., headless=True)` keeps
+            its last layer; `outputs` need not be given).
+        checkpoint: weights as a safetensors file, read as float32; None: timm's from the hub, or the
+            module's.
+        size: height and width (one number: both); "own": timm's for this model, else the size of the images;
+            None: the size of the images.
+        mean, std: per channel, or one number for all; None: timm's for this model, else 0 and 1.
+        more: options for `timm.create_model`; with `pretrained=False` the weights are random, always the
+            same.
 
     Raises:
-        ConsilienceError: no timm, no such name, entries that the checkpoint lacks or has too many of (the classifier's do not
-            matter), a std that is not positive, a body that does not take images of `size`.
+        ConsilienceError: timm is not installed, or has no such model; entries that the checkpoint lacks or
+            has too many of (except the classifier's); a std that is not positive; a body that does not take
+            images of `size`.
 
     >>> import torch
     >>> model = backbone(conv(3, 3, 8, 4), size=8, mean=0.5, std=0.5)
@@ -303,41 +332,43 @@ def backbone(
     """
     from consilience.models import pretrained
 
+    prepare = pretrained.Preparation(size, mean, std)
     if isinstance(of, str):
-        return pretrained.of_timm(of, checkpoint, size, mean, std, more)
+        return pretrained.of_timm(of, checkpoint, prepare, more)
     if more:
-        raise ConsilienceError(
-            f"options should be timm's, for a model by name. Found {', '.join(sorted(more))}."
-        )
-    return pretrained.of_module(of, checkpoint, size, mean, std)
+        # Nothing would read them, and a misspelt option would be lost.
+        listed = ", ".join(sorted(more))
+        raise ConsilienceError(f"only a timm model by name takes more options, got {listed}.")
+    return pretrained.of_module(of, checkpoint, prepare)
 
 
 def macs(model: Model | nn.Module, sample: Tensor | Sequence[int], task: str | None = None) -> int:
-    """Multiply-accumulates of one forward pass of one sample: half the FLOPs of matrix products and convolutions, as torch counts them.
+    """Count the multiply-accumulates of one forward pass of one sample.
 
-    Additions, activations and norms are not counted. Training costs about three times as much, or less where layers are frozen.
+    They are half the FLOPs of matrix products and convolutions, as torch counts them, without additions,
+    activations and norms. Training costs about three times as much, or less where layers are frozen.
 
     Args:
-        model: a model as it begins, or a torch module.
+        model: a model with its first parameters, or a torch module.
         sample: samples [B, ..], or the shape (..) of one.
-        task: which the model is told.
+        task: the task that the model is given.
 
     >>> macs(mlp(4, (8,), 3), (4,))
     56
     """
-    from consilience.models.module import count
+    from consilience.models.module import count_macs
 
-    return count(model, sample, task)
+    return count_macs(model, sample, task)
 
 
 def multi_head(trunk: ModuleModel, outputs: int, norm: Literal["inf"] | None = None) -> MultiHead:
-    """One linear head for each task, on the features of a trunk whose own head is taken off; C = `outputs`.
+    """Return one linear head per task, on the features of a trunk without its own head; C = `outputs`.
 
     Args:
         trunk: a model of one module; its head is taken off.
         outputs: the number of output columns; each head has those of its task's classes.
-        norm: "inf": logits psi (W / ||W||_inf)^T + b, each row by its own largest magnitude, trained through the division, so that
-            rows of several heads can stand together.
+        norm: "inf": logits psi (W / ||W||_inf)^T + b, each row divided by its own largest magnitude, also in
+            training, so that rows of several heads are comparable.
 
     >>> import torch
     >>> model = multi_head(random_features(4, 8), outputs=10)
@@ -352,16 +383,17 @@ def multi_head(trunk: ModuleModel, outputs: int, norm: Literal["inf"] | None = N
 def beneficial_biases(
     backbone: ModuleModel | nn.Module, outputs: int, last: float = 1.0, norm: Literal["inf"] | None = None
 ) -> Biased:
-    """A frozen backbone, and for each task a linear head and one bias B for each output channel of its convolutions and linear layers.
+    """Return a frozen backbone, and per task a linear head and a bias B per output channel of its layers.
 
-    y = Conv(x) + b + B, and for linear layers likewise; B begins at 0, as the backbone. With `methods.finetune` nothing is forgotten;
-    with `methods.skill` biases and heads travel. Ge et al., "Lightweight Learner for Shared Knowledge Lifelong Learning", 2023.
+    Convolutions give y = Conv(x) + b + B, and linear layers likewise; B begins at 0, so that the model
+    begins as the backbone. With `methods.finetune` nothing is forgotten; with `methods.skill` biases and
+    heads are sent. Ge et al., "Lightweight Learner for Shared Knowledge Lifelong Learning", 2023.
 
     Args:
         backbone: a model of one module, or a torch module; its head is taken off.
         outputs: the number of output columns; each head has those of its task's classes.
-        last: the fraction of the layers, from the end, that have biases, rounded up; 0 has none. Layers that a `models.backbone` never
-            calls do not count.
+        last: the fraction of the layers, from the end, that have biases, rounded up; 0: none. Layers that a
+            `models.backbone` never calls do not count.
         norm: of the heads, as in `multi_head`.
 
     >>> beneficial_biases(conv(3, size=8, width=4), 10, last=0.5).layers
@@ -371,6 +403,7 @@ def beneficial_biases(
     from consilience.models.biased import Biased
     from consilience.models.module import ModuleModel
 
+    # A torch module becomes a model that begins with its weights.
     return Biased(backbone if isinstance(backbone, Model) else ModuleModel(backbone), outputs, last, norm)
 
 
@@ -381,23 +414,24 @@ def progressive(
     bottleneck: int | None = None,
     shrink: float = 1.0,
 ) -> Progressive:
-    """One perceptron (a column) for each task on the flattened inputs [B, inputs], which reads the layers of the earlier ones.
+    """Return one perceptron (a column) per task on flattened inputs [B, inputs], which reads earlier columns.
 
     Rusu et al. 2016.
 
     Args:
-        inputs: of a sample.
+        inputs: the number of inputs of a sample.
         hidden: the units of the layers of the first column.
         outputs: the number of output columns; each head has those of its task's classes.
-        bottleneck: units that a layer reads of all earlier columns; None takes as many as the layer before has.
+        bottleneck: units that a layer makes of all earlier columns; None: as many as the layer before has.
         shrink: column k = 0, 1, .. has shrink^k times the units of the first, rounded.
 
     >>> progressive(4, (8, 8)).widths
     (8, 8)
     """
-    _positive(inputs=inputs)
+    from consilience.core.checks import whole_number
     from consilience.models.columns import Progressive
 
+    whole_number(inputs=inputs)
     return Progressive((inputs,), hidden, outputs, bottleneck, shrink)
 
 
@@ -409,44 +443,47 @@ def progressive_conv(
     bottleneck: int | None = None,
     shrink: float = 1.0,
 ) -> Progressive:
-    """One small convolutional net (a column) for each task, as `conv` has it, which reads the layers of the earlier ones.
+    """Return one small convolutional network (a column) per task, which reads earlier columns.
 
-    Two 3 x 3 convolutions (`width` and 2 `width` maps) with ReLU and pooling; [B, channels, size, size]. Rusu et al. 2016.
+    As in `conv`: two 3 x 3 convolutions (`width` and 2 `width` maps) with ReLU and pooling; [B, channels,
+    size, size]. Rusu et al. 2016.
 
     Args:
         outputs: the number of output columns; each head has those of its task's classes.
-        channels: of the images.
+        channels: the number of channels of the images.
         size: the side of the images.
         width: the maps of the first layer of the first column.
-        bottleneck: maps that a layer reads of all earlier columns; None takes as many as the layer before has.
+        bottleneck: maps that a layer makes of all earlier columns; None: as many as the layer before has.
         shrink: column k = 0, 1, .. has shrink^k times the maps of the first, rounded.
 
     >>> progressive_conv(size=8, width=4).widths
     (4, 8)
     """
-    _positive(channels=channels, width=width)
-    if size < 4:
-        raise ConsilienceError(f"`size` should be at least 4. Found `size = {size}`.")
+    from consilience.core.checks import whole_number
     from consilience.models.columns import Progressive
 
+    whole_number(channels=channels, width=width)
+    # Two poolings halve the side twice.
+    whole_number(4, size=size)
     return Progressive((channels, size, size), (width, 2 * width), outputs, bottleneck, shrink)
 
 
 def adapters(
     backbone: ModuleModel | nn.Module, outputs: int, bottleneck: int = 16, layers: Sequence[str] | None = None
 ) -> Adapted:
-    """A frozen backbone, and for each task a linear head and residual bottlenecks h + U relu(V h) after its layers.
+    """Return a frozen backbone, and per task a linear head and residual bottlenecks h + U relu(V h) in it.
 
-    With `methods.finetune` nothing is forgotten; with `methods.skill` adapters and heads travel. A backbone that was made by a
-    function begins at random, from the seed; a torch module (or `wrap` of one) comes with its weights. Its own head is taken off.
-    Houlsby et al. 2019, Rebuffi et al. 2017.
+    With `methods.finetune` nothing is forgotten; with `methods.skill` adapters and heads are sent. A
+    backbone that a function makes begins at random, from the seed; a torch module (or `wrap` of one) comes
+    with its weights. Its own head is taken off. Houlsby et al. 2019, Rebuffi et al. 2017.
 
     Args:
         backbone: a model of one module, or a torch module.
         outputs: the number of output columns; each head has those of its task's classes.
         bottleneck: the rows of V.
-        layers: shell patterns of names of layers or blocks (`*` also matches dots); None takes every convolution, linear layer and attention
-            (of a `models.backbone` those that it calls).
+        layers: shell patterns of names of layers or blocks that adapters follow (`*` also matches dots);
+            None: every convolution, linear layer and attention (of a `models.backbone`: those that it
+            calls).
 
     >>> adapters(resnet(width=4), 10, layers=("body.?",)).layers[:2]
     ('body.0', 'body.1')
@@ -455,16 +492,18 @@ def adapters(
     from consilience.models.adapted import Adapted
     from consilience.models.module import ModuleModel
 
-    made = backbone if isinstance(backbone, Model) else ModuleModel(backbone)
+    # A torch module becomes a model that begins with its weights.
+    model = backbone if isinstance(backbone, Model) else ModuleModel(backbone)
+    # One pattern is not a sequence of one-letter patterns.
     patterns = (layers,) if isinstance(layers, str) else layers
-    return Adapted(made, outputs, bottleneck, patterns)
+    return Adapted(model, outputs, bottleneck, patterns)
 
 
 def frozen(model: M, patterns: Sequence[str] = ("*",)) -> M:
-    """The same model with the entries that match one of the shell patterns frozen too.
+    """Return the same model with the entries that match one of the shell patterns frozen too.
 
-    A part all of whose entries are frozen runs in eval mode also in training: its batch norms keep their statistics and
-    its dropouts are off.
+    A part whose entries are all frozen runs in eval mode also in training: its batch norms keep their
+    statistics and its dropouts are off.
 
     >>> import torch
     >>> model = frozen(mlp(4, (3,), 2), ("1.*",))
@@ -488,61 +527,71 @@ def head2toe(
     batch: int = 32,
     seed: int = 0,
 ) -> tuple[Toes, Params, Params]:
-    """A head for the source's task that reads a few chosen channels of all layers: the model, and parameters and buffers with its.
+    """Train a head for the source's task that reads a few chosen channels of all layers.
 
-    By biases: the channels of the `keep` largest |B| of the task's trained beneficial biases, averaged, and the task's logits. By
-    lasso: the averaged channels of every layer and the features, each layer divided by its L2 norm; a linear head on all of them is
-    trained with cross entropy + `penalty` sum_i ||W_i||_2, and the `keep` largest ||W_i||_2 stay. Then a linear head on what stays
-    is trained by Adam. Images pass the backbone once; all that a head sees is held in memory, by lasso 4 bytes for each channel of all
-    layers an image. Evci et al. 2022; by biases: Ge et al. 2023, section 7.3.
+    By biases: it reads the channels of the `keep` largest |B| of the task's trained beneficial biases,
+    averaged, and the task's logits. By lasso: of the averaged channels of every layer and the features, each
+    layer divided by its L2 norm, it reads those with the `keep` largest ||W_i||_2 in a linear head that is
+    trained first, with cross entropy + `penalty` sum_i ||W_i||_2. Images pass the backbone once. All inputs
+    of a head are held in memory: by lasso 4 bytes per image and channel of all layers. Evci et al. 2022; by
+    biases: Ge et al. 2023, section 7.3.
 
     Args:
-        model: `multi_head` on a frozen trunk, `beneficial_biases`, or what this gave for another task.
-        params, buffers: of it, with the head (and the trained biases) of the source's task.
+        model: `multi_head` on a frozen trunk, `beneficial_biases`, or the model returned for another task.
+        params, buffers: of the model, with the head (and the trained biases) of the source's task.
         source: images; `validation`, where it has some, chooses among the epochs.
-        keep: the fraction of channels (by biases) or of averages (by lasso) that stay.
-        by: None: biases, where the model has them.
+        keep: the fraction of channels (by biases) or of averages (by lasso) to keep.
+        by: None: biases, where the model has them, else lasso.
         pool: each channel is averaged on a grid of this side.
-        penalty: of the group lasso.
+        penalty: the strength of the group lasso.
         epochs, lr, batch: of Adam, also for the lasso.
         seed: of first weights and orders.
 
+    Returns:
+        The model, and its parameters and buffers with those of the new head.
+
     Raises:
-        ConsilienceError: the task has no head, no biases to choose by, numbers out of range, targets that are not the head's columns, a
-            layer that does not give a row for each image.
+        ConsilienceError: the task has no head or no biases to choose by; numbers out of range; targets that
+            are not the head's columns; a layer that does not give a row for each image.
 
     >>> import torch
     >>> from consilience.data import digits
-    >>> model = multi_head(frozen(conv(3, 1, 8, 4)), 10)
-    >>> params, buffers = model.grow(*model.init(torch.Generator().manual_seed(0)), digits(image=True), torch.Generator())
-    >>> model, params, buffers = head2toe(model, params, buffers, digits(image=True), keep=0.5, epochs=1)
+    >>> model, source = multi_head(frozen(conv(3, 1, 8, 4)), 10), digits(image=True)
+    >>> params, buffers = model.init(torch.Generator().manual_seed(0))
+    >>> params, buffers = model.grow(params, buffers, source, torch.Generator())
+    >>> model, params, buffers = head2toe(model, params, buffers, source, keep=0.5, epochs=1)
     >>> buffers["toes.digits.index"].shape, params["toes.digits.weight"].shape
     (torch.Size([22]), torch.Size([10, 22]))
     """
     from consilience.models import toes
 
-    return toes.fit(model, params, buffers, source, keep, by, pool, penalty, epochs, lr, batch, seed)
+    # They are checked as a whole before any image passes the backbone.
+    options = toes.Options(keep, by, pool, penalty, epochs, lr, batch, seed)
+    return toes.fit(model, params, buffers, source, options)
 
 
 def linearised(model: Model, base: Params | None = None) -> Tangent:
-    """The model made linear in its parameters: f(x; theta_0) + J(x; theta_0) (theta - theta_0), J the Jacobian at theta_0.
+    """Make a model linear in its parameters: f(x; theta_0) + J(x; theta_0) (theta - theta_0).
 
-    theta begins at theta_0 and is trained; theta_0 stays. Sums of task vectors are then sums of functions: fine-tuning for merging
-    (Ortiz-Jimenez et al. 2023). It costs about two forward passes instead of one, and runs in eval mode also in training.
+    J is the Jacobian at theta_0. theta begins at theta_0 and is trained; theta_0 is frozen. Sums of task
+    vectors are then sums of functions: fine-tuning for merging (Ortiz-Jimenez et al. 2023). It costs about
+    two forward passes instead of one, and runs in eval mode also in training.
 
     Args:
-        model: any model; of one that adds heads, these are linearised too (freeze what should not move before).
-        base: theta_0, such as a pretrained state dict, whose buffers (the statistics of batch norm) are taken where they stand
-            in it; None takes what the model begins with. As the `base` of a setting it wants `linearised(model).at(params)`.
+        model: any model; heads that it adds are linearised too (freeze what must not move before).
+        base: theta_0, such as a pretrained state dict; buffers in it (the statistics of batch norm) are used
+            too. None: the model's first parameters. As `base` of a setting, give
+            `linearised(model).at(params)`.
 
     Raises:
         ConsilienceError: `base` lacks one of the model's entries, or the model is linearised already.
 
     >>> import torch
-    >>> model, g = mlp(4, (3,), 2), torch.Generator().manual_seed(0)
-    >>> params, buffers = linearised(model).init(g)
+    >>> model, generator = mlp(4, (3,), 2), torch.Generator().manual_seed(0)
+    >>> params, buffers = linearised(model).init(generator)
     >>> x = torch.ones(1, 4)
-    >>> torch.equal(linearised(model)(params, buffers, x, None, True)[0], model(params, buffers, x, None, True)[0])
+    >>> first_order = linearised(model)(params, buffers, x, None, True)[0]
+    >>> torch.equal(first_order, model(params, buffers, x, None, True)[0])
     True
     """
     from consilience.models.tangent import Tangent
@@ -557,13 +606,16 @@ def wrap(
     frozen: Sequence[str] = (),
     headless: bool = False,
 ) -> ModuleModel:
-    """A model of any torch module x -> outputs [B, C]: a module is taken with its weights, a factory makes new ones for each seed.
+    """Return a model of any torch module x -> outputs [B, C].
+
+    A module is taken with its weights; a function that makes one makes new weights for each seed.
 
     Args:
         module: the module, which is copied, or a function of no arguments that makes one.
-        outputs: the number of output columns (of features, if headless); None takes the head's, and of a headless module leaves it to
-            `backbone` to count.
-        head: the name of the last linear layer, whose input are the features; None takes the last nn.Linear in module order.
+        outputs: the number of output columns (of features, if headless); None: the head's, or, for a headless
+            module, the number that `backbone` counts.
+        head: the name of the last linear layer, whose inputs are the features; None: the last nn.Linear in
+            module order.
         frozen: shell patterns of entries that never change.
         headless: the outputs are features, and there is no head.
 
@@ -574,12 +626,6 @@ def wrap(
     """
     from consilience.models.module import ModuleModel
 
-    return ModuleModel(
-        module, outputs, head, (frozen,) if isinstance(frozen, str) else tuple(frozen), headless
-    )
-
-
-def _positive(**numbers: int) -> None:
-    for name, number in numbers.items():
-        if number < 1:
-            raise ConsilienceError(f"`{name}` should be at least 1. Found `{name} = {number}`.")
+    # One pattern is not a sequence of one-letter patterns.
+    patterns = (frozen,) if isinstance(frozen, str) else tuple(frozen)
+    return ModuleModel(module, outputs, head, patterns, headless)

@@ -1,4 +1,4 @@
-"""Beneficial biases: a frozen backbone, and for each task one number more for each output channel of its layers."""
+"""Beneficial biases: a frozen backbone, and per task one bias for each output channel of its layers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from consilience.core.errors import ConsilienceError
-from consilience.models.adapted import Inserted, layers_of, placed
+from consilience.models.adapted import Inserted, layers_of, output_dim
 from consilience.models.heads import HEADS
 from consilience.models.module import ModuleModel
 
@@ -17,14 +17,15 @@ BIAS = "beneficial_bias"
 
 
 class Biased(Inserted):
-    """outputs[:, columns_t] = psi_t W_t^T + b_t, where psi_t are the features of a frozen backbone whose convolutions and linear
-    layers give y = Conv(x) + b + B_t to task t.
+    """outputs[:, columns_t] = psi_t W_t^T + b_t; layers of a frozen backbone give y = Conv(x) + b + B_t.
 
-    B_t [c'] has a number for each of the c' channels of a map [B, c', ..], or of the last dimension of vectors and tokens; it
-    begins at 0, so that a new task has the backbone to the bit. Only the last fraction `last` of the layers have it, in module
-    order, rounded up; layers that a `models.backbone` never calls are none of them. Entries are `biases.<task>.<layer>` [c'], and
-    `heads.<task>` and `trunk` as in MultiHead. Before a batch norm in eval mode B is beta' = beta + gamma B / sqrt(v + eps).
-    Gradients pass the backbone from the first of these layers on. Wen et al. 2021, Ge et al. 2023.
+    B_t [c'] has one number per channel of a map [B, c', ..], or per feature of vectors and tokens (their
+    last dimension). It begins at 0, so that a new task has the outputs of the backbone, to the bit. Only the
+    last fraction `last` of the convolutions and linear layers have it, in module order, rounded up; layers
+    that a `models.backbone` never calls do not count. Entries are `biases.<task>.<layer>` [c'], and
+    `heads.<task>` and `trunk` as in MultiHead. Before a batch norm in eval mode B has the effect of beta' =
+    beta + gamma B / sqrt(v + eps). Gradients flow back to the first of these layers. Wen et al. 2021, Ge et
+    al. 2023.
 
     >>> from consilience.models import mlp
     >>> model = Biased(mlp(4, (8, 8)), outputs=10)
@@ -32,7 +33,7 @@ class Biased(Inserted):
     (('1', '3'), 't', True)
     """
 
-    own: ClassVar[tuple[str, ...]] = (HEADS, "biases.")
+    task_prefixes: ClassVar[tuple[str, ...]] = (HEADS, "biases.")
     kind: ClassVar[str] = "biases"
     parts: ClassVar[dict[str, str]] = {"": BIAS}
 
@@ -40,27 +41,30 @@ class Biased(Inserted):
         self, backbone: ModuleModel, outputs: int, last: float = 1.0, norm: Literal["inf"] | None = None
     ) -> None:
         super().__init__(backbone, outputs, norm)
+        # True is 1 to Python, but nobody means a fraction by it.
         if isinstance(last, bool) or not 0 <= last <= 1:
-            raise ConsilienceError(f"`last` should be in [0, 1]. Found `last = {last}`.")
+            raise ConsilienceError(f"`last` must be in [0, 1], got {last}.")
         self.last = last
-        every = layers_of(self.trunk._module, self.trunk.description, "biases")
-        count = ceil(last * len(every) - 1e-9)
-        self._place(self.trunk, every[len(every) - count :], _shifted)
+        layers = layers_of(self.trunk.module, self.trunk.description, "biases")
+        # 0.07 * 100 is 7.000000000000001 in floats, and means 7 layers.
+        count = ceil(last * len(layers) - 1e-9)
+        self._insert(self.trunk, layers[len(layers) - count :], _add_bias)
 
     def __repr__(self) -> str:
         norm = ", norm=inf" if self.norm else ""
         return f"beneficial_biases({self.trunk.description}, {self.outputs}, {self.last}{norm})"
 
-    def _new(self, layer: str, width: int, generator: torch.Generator) -> dict[str, Tensor]:
+    def _initial(self, layer: str, width: int, generator: torch.Generator) -> dict[str, Tensor]:
         return {"": torch.zeros(width)}
 
 
-def _shifted(layer: nn.Module, args: Any, h: Any) -> Any:
-    """h + B, where the layer was given B; of a tuple, such as attention gives, the first."""
+def _add_bias(layer: nn.Module, args: Any, h: Any) -> Any:
+    """Return h + B where the layer has a B; of a tuple, as of attention, for the first."""
     bias = layer.beneficial_bias
     assert isinstance(bias, Tensor)
+    # None leaves the output as it is.
     if not bias.numel():
         return None
     if isinstance(h, tuple):
-        return (_shifted(layer, args, h[0]), *h[1:])
-    return h + (bias if placed(layer, h, "a bias") == -1 else bias.view(-1, *[1] * (h.ndim - 2)))
+        return (_add_bias(layer, args, h[0]), *h[1:])
+    return h + (bias if output_dim(layer, h, "a bias") == -1 else bias.view(-1, *[1] * (h.ndim - 2)))

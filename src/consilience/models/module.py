@@ -1,4 +1,4 @@
-"""A torch module as a Model: parameters and buffers are given at each call, or bound once."""
+"""A torch module as a Model: parameters and buffers are passed in each call, or bound once."""
 
 from __future__ import annotations
 
@@ -13,20 +13,24 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from consilience.core.checks import whole_number
 from consilience.core.errors import ConsilienceError
 from consilience.core.model import Forward, Model
 from consilience.core.params import Params, content_hash, matches, same
+
+Factory = Callable[[], nn.Module]
 
 
 class ModuleModel(Model):
     """A module x [B, ...] -> outputs [B, C] as a pure function of its parameters and buffers.
 
-    Entries are the named parameters, tied weights once, under their first name. A given module keeps its weights at every
-    `init`; a factory makes new ones from the generator and leaves torch's random state alone (what it draws outside of torch's
-    CPU generator is not seeded). The features are the input of `head`, by default the last nn.Linear in module order;
-    of a headless module, its outputs (which `models.backbone` counts, where they are not given). A part all of whose entries are
-    frozen runs in eval mode also in training. Buffers follow in-place updates, as batch norm makes them, not those that put a
-    new tensor in the place of the old.
+    Entries are the named parameters; a tied weight is one entry, under its first name. A given module keeps
+    its weights at every `init`. A factory makes new ones from the generator and leaves torch's random state
+    alone; what it draws from other generators than torch's on the CPU is not seeded. The features are the
+    input of `head`, by default the last nn.Linear in module order, or the outputs of a headless module;
+    their number may be left to `models.backbone` to count. A part whose entries are all frozen runs in eval
+    mode, also in training. Buffers follow updates in place, as batch norm makes them; a new tensor in the
+    place of a buffer is lost.
 
     >>> model = ModuleModel(lambda: nn.Linear(4, 3))
     >>> params, buffers = model.init(torch.Generator().manual_seed(0))
@@ -36,33 +40,54 @@ class ModuleModel(Model):
     True
     """
 
+    factory: Factory | None
+    """The function that makes the module; None if the module was given."""
+
+    module: nn.Module
+    """The structure that runs; its weights are those of a given module, else of no use."""
+
+    entries: tuple[str, ...]
+    """The names of the parameters."""
+
+    head_layer: str | None
+    """The name of the head's layer; None without a head."""
+
+    given_outputs: int | None
+    """C; None where nothing says it. Then `outputs` raises."""
+
     def __init__(
         self,
-        module: nn.Module | Callable[[], nn.Module],
+        module: nn.Module | Factory,
         outputs: int | None = None,
         head: str | None = None,
         frozen: Sequence[str] = (),
         headless: bool = False,
         name: str | None = None,
     ) -> None:
-        self._factory = None if isinstance(module, nn.Module) else module
-        made = copy.deepcopy(module) if isinstance(module, nn.Module) else self._make(0)
-        if not isinstance(made, nn.Module):
+        self.factory = None if isinstance(module, nn.Module) else module
+        self.module = copy.deepcopy(module) if isinstance(module, nn.Module) else self._make(0)
+        if not isinstance(self.module, nn.Module):
             raise ConsilienceError(
-                f"a model should be a torch module, or a function that makes one. Found {type(made).__name__}."
+                "a model must be a torch module or a function that makes one, "
+                f"got {type(self.module).__name__}."
             )
-        self._module = made
-        self._mode: bool | None = None
-        self.description = name or type(made).__name__
+        self.description = name or type(self.module).__name__
+
         self.headless = headless
-        self._head = None if headless else _find_head(made, head)
-        self._outputs = self._layer().out_features if outputs is None and self._head is not None else outputs
-        if (self._outputs is not None or not headless) and self.outputs < 1:
-            raise ConsilienceError(f"`outputs` should be at least 1. Found `outputs = {self.outputs}`.")
-        self._names = tuple(n for n, _ in made.named_parameters())
-        self._buffers = tuple(n for n, _ in made.named_buffers())
+        self.head_layer = None if headless else _find_head(self.module, head)
+        counted = outputs is None and self.head_layer is not None
+        self.given_outputs = self._head().out_features if counted else outputs
+        # A headless module may leave the number to `backbone`; for others `self.outputs` raises without it.
+        if self.given_outputs is not None or not headless:
+            whole_number(outputs=self.outputs)
+
+        self.entries = tuple(name for name, _ in self.module.named_parameters())
+        self._buffers = tuple(name for name, _ in self.module.named_buffers())
         self._frozen: frozenset[str] = frozenset()
+        self._mode: bool | None = None
         self._freeze(frozen)
+
+    # What it is.
 
     @property
     def name(self) -> str:
@@ -72,175 +97,195 @@ class ModuleModel(Model):
     @property
     def outputs(self) -> int:  # type: ignore[override]
         """The number C of output columns."""
-        if self._outputs is None:
-            raise ConsilienceError(
-                "`outputs` should be given for a module without a linear head. Found none."
-            )
-        return self._outputs
+        if self.given_outputs is None:
+            raise ConsilienceError("`outputs` must be given for a module without a linear head, got none.")
+        return self.given_outputs
 
     @property
     def width(self) -> int:
         """The number d of features."""
-        return self.outputs if self.headless else self._layer().in_features
+        return self.outputs if self.headless else self._head().in_features
+
+    @property
+    def structure(self) -> str:
+        """What the module is, without its weights; see the function `structure`."""
+        return structure(self.module)
 
     @property
     def feature_space(self) -> str:
         params, buffers = self.init(torch.Generator().manual_seed(0))
-        if not self.headless or not all(self.frozen(n) for n in params):
+        if not self.headless or not all(self.frozen(name) for name in params):
             return ""
+        # Frozen weights that depend on the seed differ between runs.
         if not same(params, self.init(torch.Generator().manual_seed(1))[0]):
             return ""
-        of = {
-            n: t for n, t in {**params, **buffers}.items() if t.numel()
-        }  # empty are the places of tasks' own entries
-        if "identity" not in of:
-            said = hashlib.blake2b(self.structure.encode(), digest_size=16).digest()
-            of["identity"] = torch.tensor([*said], dtype=torch.uint8)
-        return content_hash(of)
+
+        # Empty entries are only the places of the entries of tasks.
+        hashed = {name: tensor for name, tensor in {**params, **buffers}.items() if tensor.numel()}
+        # A backbone has its structure among its entries.
+        if "identity" not in hashed:
+            digest = hashlib.blake2b(self.structure.encode(), digest_size=16).digest()
+            hashed["identity"] = torch.tensor([*digest], dtype=torch.uint8)
+        return content_hash(hashed)
 
     @property
     def has_batch_norm(self) -> bool:
-        self._set(True)
-        return any(isinstance(m, _BatchNorm) and m.training for m in self._module.modules())
+        self._set_mode(True)
+        return any(isinstance(part, _BatchNorm) and part.training for part in self.module.modules())
 
     @property
     def draws(self) -> bool:
-        self._set(True)
-        return any(isinstance(m, _DropoutNd) and m.training and m.p > 0 for m in self._module.modules())
+        self._set_mode(True)
+        dropouts = [part for part in self.module.modules() if isinstance(part, _DropoutNd)]
+        return any(part.training and part.p > 0 for part in dropouts)
+
+    def __repr__(self) -> str:
+        if not self._frozen:
+            return self.description
+        # A long list of names would hide what the model is.
+        all_of_many = len(self._frozen) == len(self.entries) > 9
+        return f"{self.description}, frozen: {'*' if all_of_many else ', '.join(sorted(self._frozen))}"
+
+    # What it computes.
 
     def init(self, generator: torch.Generator) -> tuple[Params, Params]:
-        module = self._module
-        if self._factory is not None:
+        module = self.module
+        if self.factory is not None:
             module = self._make(int(torch.randint(2**62, (), generator=generator)))
-        params = {n: p.detach().clone() for n, p in module.named_parameters()}
-        return params, {n: b.detach().clone() for n, b in module.named_buffers()}
+        params = {name: tensor.detach().clone() for name, tensor in module.named_parameters()}
+        return params, {name: tensor.detach().clone() for name, tensor in module.named_buffers()}
 
     def __call__(
         self, params: Params, buffers: Params, x: Tensor, task: str | None, train: bool
     ) -> tuple[Tensor, Params]:
-        self._set(train)
-        own = _pick(params, self._names)
-        held = _pick(buffers, self._buffers)
+        self._set_mode(train)
+        weights = _pick(params, self.entries)
+        statistics = _pick(buffers, self._buffers)
+        # The module updates its buffers in place, and the caller's must stay as they are.
         if train:
-            held = {n: b.clone() for n, b in held.items()}
-        out = functional_call(self._module, {**own, **held}, (x,), tie_weights=True)
-        return out, {**buffers, **held} if train and held else buffers
+            statistics = {name: tensor.clone() for name, tensor in statistics.items()}
+        out = functional_call(self.module, {**weights, **statistics}, (x,), tie_weights=True)
+        return out, {**buffers, **statistics} if train and statistics else buffers
 
     def features(self, params: Params, buffers: Params, x: Tensor, task: str | None = None) -> Tensor:
         if self.headless:
             return self(params, buffers, x, task, False)[0].flatten(1)
+
         seen: list[Tensor] = []
-        handle = self._layer().register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        handle = self._head().register_forward_pre_hook(lambda _, args: seen.append(args[0]))
         try:
             self(params, buffers, x, task, False)
         finally:
             handle.remove()
         if not seen:
-            raise ConsilienceError(
-                f"the head should be called by the module. Found that {self._head!r} is not."
-            )
+            raise _head_not_called(self.head_layer)
         return seen[-1].flatten(1)
 
     def bind(self, params: Params, buffers: Params, train: bool) -> tuple[Forward, Params]:
-        self._set(train)
-        held = {n: b.detach().clone() for n, b in _pick(buffers, self._buffers).items()}
-        given = {**_pick(params, self._names), **held}
-        # a copy of the structure: in every place, and for every alias, deepcopy takes the given tensor as the copy made
-        own = {**dict(self._module.named_parameters()), **dict(self._module.named_buffers())}
-        module = copy.deepcopy(self._module, {id(t): given[n] for n, t in own.items()})
-        return lambda x, task: module(x), held
+        self._set_mode(train)
+        statistics = {name: tensor.detach().clone() for name, tensor in _pick(buffers, self._buffers).items()}
+        given = {**_pick(params, self.entries), **statistics}
 
-    @property
-    def structure(self) -> str:
-        """What the module is, without its weights: what torch prints of it, and its parts' classes and plain attributes."""
-        return structure(self._module)
+        # Copy the structure alone: deepcopy takes each given tensor for the copy of the module's, at every
+        # place and for every alias.
+        originals = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+        module = copy.deepcopy(self.module, {id(tensor): given[name] for name, tensor in originals.items()})
+        return lambda x, task: module(x), statistics
+
+    # The head, and what is frozen.
 
     def head(self, params: Params, task: str | None) -> tuple[str, str | None]:
         if self.headless:
             return super().head(params, task)
-        layer = self._layer()
-        names = {id(p): n for n, p in self._module.named_parameters()}
+        layer = self._head()
+        # By identity, because a tied weight is an entry under another name.
+        names = {id(tensor): name for name, tensor in self.module.named_parameters()}
         return names[id(layer.weight)], names[id(layer.bias)] if layer.bias is not None else None
 
     def frozen(self, entry: str) -> bool:
         return entry in self._frozen
 
     def freeze(self, patterns: Sequence[str]) -> ModuleModel:
-        """The same model with the entries that match these patterns frozen too."""
+        """Return the same model with the entries that match these patterns frozen too."""
         other = copy.deepcopy(self)
         other._freeze(patterns)
         return other
 
     def body(self) -> ModuleModel:
-        """The headless model of this one's features [B, width], without the head's entries.
+        """Return the headless model of this one's features [B, width], without the head's entries.
 
-        The head is replaced by a layer that keeps its input, so that what the module does after it changes nothing.
+        A layer that keeps its input replaces the head, so that what the module does after it changes nothing.
         """
         if self.headless:
             return self
-        width, name, factory = self._layer().in_features, self._head or "", self._factory
-        make = (
+        width, name, factory = self._head().in_features, self.head_layer or "", self.factory
+        made = (
             (lambda: _without_head(factory(), name))
             if factory
-            else _without_head(copy.deepcopy(self._module), name)
+            else _without_head(copy.deepcopy(self.module), name)
         )
-        body = ModuleModel(make, width, headless=True, name=self.description)
-        body._freeze([n for n in self._frozen if n in body._names])
+        body = ModuleModel(made, width, headless=True, name=self.description)
+        body._freeze([entry for entry in self._frozen if entry in body.entries])
         return body
 
-    def __repr__(self) -> str:
-        if not self._frozen:
-            return self.description
-        whole = len(self._frozen) == len(self._names) > 9
-        return f"{self.description}, frozen: {'*' if whole else ', '.join(sorted(self._frozen))}"
-
-    def _named(self, description: str) -> ModuleModel:
-        self.description = description
-        return self
-
-    def _layer(self) -> nn.Linear:
-        if self._head is None:
+    def _head(self) -> nn.Linear:
+        """Return the layer of the head."""
+        if self.head_layer is None:
             raise ConsilienceError(
-                f"features need a linear head, or a headless module. Found neither in {self.description}."
+                "features need a linear head or a headless module, "
+                f"got neither in {self.description}; pass headless=True."
             )
-        layer = self._module.get_submodule(self._head)
+        layer = self.module.get_submodule(self.head_layer)
         assert isinstance(layer, nn.Linear)
         return layer
 
     def _make(self, seed: int) -> nn.Module:
-        if not callable(self._factory):
+        """Return a module with the weights of this seed."""
+        if not callable(self.factory):
             raise ConsilienceError(
-                f"a model should be a torch module, or a function that makes one. Found {self._factory!r}."
+                f"a model must be a torch module or a function that makes one, got {self.factory!r}."
             )
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            return self._factory()
+            return self.factory()
 
     def _freeze(self, patterns: Sequence[str]) -> None:
-        for p in patterns:
-            if not any(matches(n, [p]) for n in self._names):
-                raise ConsilienceError(
-                    f"frozen patterns should match an entry. Found none like {p!r} in {self.description}."
-                )
-        self._frozen |= {n for n in self._names if matches(n, patterns)}
+        """Freeze the entries that match."""
+        for pattern in patterns:
+            if not any(matches(entry, [pattern]) for entry in self.entries):
+                raise no_such_entry(pattern, self.description)
+        self._frozen |= {entry for entry in self.entries if matches(entry, patterns)}
         self._mode = None
 
-    def _set(self, train: bool) -> None:
-        """Set the modes of all parts, frozen ones always to eval."""
+    def _set_mode(self, train: bool) -> None:
+        """Set the modes of all parts; frozen ones are always in eval mode."""
         if self._mode is train:
             return
-        self._module.train(train)
+        self.module.train(train)
         if train and self._frozen:
-            names = {id(p): n for n, p in self._module.named_parameters()}
-            for part in self._module.modules():
-                own = [names[id(p)] for p in part.parameters()]
-                if own and all(n in self._frozen for n in own):
+            names = {id(tensor): name for name, tensor in self.module.named_parameters()}
+            for part in self.module.modules():
+                held = [names[id(tensor)] for tensor in part.parameters()]
+                if held and all(name in self._frozen for name in held):
                     part.eval()
         self._mode = train
 
 
+def no_such_entry(pattern: str, model: str) -> ConsilienceError:
+    """Return the error for a pattern of frozen entries that no entry of the model matches."""
+    return ConsilienceError(f"frozen patterns must match an entry of {model}, got {pattern!r}.")
+
+
+def _head_not_called(name: str | None) -> ConsilienceError:
+    """Return the error for a module that runs without its head."""
+    return ConsilienceError(
+        f"the head must be called by the module, got {name!r}, which is not; name another `head`."
+    )
+
+
+# `structure` has the name of this class, and hashes of feature spaces have it from there.
 class _Taken(nn.Module):
-    """Stands where a head was: keeps its input [B, ..., d], gives zeros [B, ..., C]."""
+    """A layer in the place of a head: keeps its input [B, ..., d] and returns zeros [B, ..., C]."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -248,108 +293,124 @@ class _Taken(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-1] != self.inputs:
-            raise ValueError(f"the head should have {self.inputs} inputs. Found {x.shape[-1]}.")
+            raise ValueError(f"the head must have {self.inputs} inputs, got {x.shape[-1]}.")
+        # Past `nn.Module.__setattr__`, which would register a parameter as the layer's own.
         self.__dict__["seen"] = x
         return x.new_zeros(*x.shape[:-1], self.outputs)
 
 
 def _without_head(module: nn.Module, name: str) -> nn.Module:
-    """The module, giving its head's input flattened to [B, d]."""
+    """Change a module so that it returns its head's input, flattened to [B, d]."""
+    # A module that is the head itself has no parent where the head could be replaced.
     if not name:
         module, name = nn.Sequential(module), "0"
     layer = module.get_submodule(name)
     assert isinstance(layer, nn.Linear)
-    mine = {id(p) for p in layer.parameters()}
-    holder, _, attribute = name.rpartition(".")
-    taken = _Taken(layer.in_features, layer.out_features)
-    places = [n for n, m in module.named_modules(remove_duplicate=False) if m is layer]
-    setattr(module.get_submodule(holder), attribute, taken)
-    if len(places) > 1 or any(id(p) in mine for p in module.parameters()):
-        raise ConsilienceError(f"a trunk should not share entries with its head. Found that {name!r} does.")
 
-    def give(root: nn.Module, args: object, out: object) -> Tensor:
+    places = [place for place, part in module.named_modules(remove_duplicate=False) if part is layer]
+    parent, _, attribute = name.rpartition(".")
+    setattr(module.get_submodule(parent), attribute, _Taken(layer.in_features, layer.out_features))
+    tensors = {id(tensor) for tensor in layer.parameters()}
+    if len(places) > 1 or any(id(tensor) in tensors for tensor in module.parameters()):
+        raise ConsilienceError(
+            f"a trunk must not share entries with its head, but {name!r} does; "
+            "untie them, or pass headless=True."
+        )
+
+    def replace_output(root: nn.Module, args: object, out: object) -> Tensor:
         seen: Tensor | None = root.get_submodule(name).__dict__.pop("seen", None)
         if seen is None:
-            raise ConsilienceError(f"the head should be called by the module. Found that {name!r} is not.")
+            raise _head_not_called(name)
         return seen.flatten(1)
 
-    module.register_forward_hook(give)
+    module.register_forward_hook(replace_output)
     return module
 
 
 def structure(module: nn.Module) -> str:
-    """What a module is, without its weights: two that compute something else from equal weights have different ones.
+    """Describe a module without its weights, so that two that compute different things differ.
 
-    What torch prints of it, and of each part the class and the public attributes that are numbers, text, None, functions (by name)
-    or sequences of these: torch prints neither the heads of an attention nor `norm_first`. Private attributes are not seen.
+    It is what torch prints of the module, and of each part the class and the public attributes that are
+    numbers, text, None, functions (by name) or sequences of these: torch prints neither the heads of an
+    attention nor `norm_first`. Private attributes are not seen.
 
     >>> layers = [nn.MultiheadAttention(4, heads) for heads in (1, 2, 2)]
-    >>> [str(layers[0]) == str(m) for m in layers], [structure(layers[1]) == structure(m) for m in layers]
-    ([True, True, True], [False, True, True])
+    >>> [str(layers[0]) == str(layer) for layer in layers]
+    [True, True, True]
+    >>> [structure(layers[1]) == structure(layer) for layer in layers]
+    [False, True, True]
     """
     lines = [str(module)]
     for name, part in module.named_modules():
-        held = {} if isinstance(part, _Taken) else vars(part)  # the head that was is none of it
-        said = {n: _plain(v) for n, v in sorted(held.items()) if not n.startswith("_") and n != "training"}
-        own = ", ".join(f"{n}={v}" for n, v in said.items() if v is not None)
-        lines.append(f"{name}: {_plain(type(part))}({own})")
+        # The size of a head that was taken off changes no feature.
+        attributes = {} if isinstance(part, _Taken) else vars(part)
+        plain = {
+            key: _plain(value)
+            for key, value in sorted(attributes.items())
+            if not key.startswith("_") and key != "training"
+        }
+        listed = ", ".join(f"{key}={value}" for key, value in plain.items() if value is not None)
+        lines.append(f"{name}: {_plain(type(part))}({listed})")
     return "\n".join(lines)
 
 
 def _plain(value: object) -> str | None:
-    """A plain value in words; None for anything else."""
+    """Return a plain value in words; None for anything else."""
     if value is None or isinstance(value, bool | int | float | str):
         return repr(value)
     if isinstance(value, tuple | list):
-        parts = [_plain(v) for v in value]
-        return None if None in parts else f"({', '.join(str(p) for p in parts)})"
+        parts = [_plain(part) for part in value]
+        return None if None in parts else f"({', '.join(map(str, parts))})"
+    # Without the module where it is defined: `__main__` on one machine is a package on another.
     name = getattr(value, "__qualname__", None)
-    return (
-        name if isinstance(name, str) else None
-    )  # not where it is defined: __main__ for one agent is a package for another
+    return name if isinstance(name, str) else None
 
 
 def _find_head(module: nn.Module, name: str | None) -> str | None:
-    """The name of the head: the given one, else the last nn.Linear in module order, else None."""
-    layers = [n for n, m in module.named_modules() if isinstance(m, nn.Linear)]
+    """Return the name of the head: the given one, else the last nn.Linear in module order, else None."""
+    layers = [place for place, part in module.named_modules() if isinstance(part, nn.Linear)]
     if name is None:
         return layers[-1] if layers else None
     if name not in layers:
         raise ConsilienceError(
-            f"`head` should name an nn.Linear of the module. Found {name!r}; those are: {', '.join(layers)}."
+            f"`head` must name an nn.Linear of the module, got {name!r}; those are: {', '.join(layers)}."
         )
     return name
 
 
 def _pick(tensors: Params, names: Sequence[str]) -> Params:
-    """The entries of these names, and no other."""
+    """Return the entries of these names alone."""
     try:
-        return {n: tensors[n] for n in names}
-    except KeyError as e:
+        return {name: tensors[name] for name in names}
+    except KeyError as error:
         raise ConsilienceError(
-            f"parameters and buffers should have the model's entries. Found none called {e.args[0]!r}."
-        ) from e
+            f"parameters and buffers must have the model's entries, got none called {error.args[0]!r}."
+        ) from error
 
 
-def count(model: Model | nn.Module, sample: Tensor | Sequence[int], task: str | None) -> int:
+def count_macs(model: Model | nn.Module, sample: Tensor | Sequence[int], task: str | None) -> int:
     """See `consilience.models.macs`."""
-    with warnings.catch_warnings():  # torch scripts something of its own there
+    # On import torch compiles functions in a way that it deprecates itself.
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         from torch.nn.attention import SDPBackend, sdpa_kernel
         from torch.utils.flop_counter import FlopCounterMode
 
-    model = copy.deepcopy(model)  # neither its mode nor its statistics move
+    # A copy, so that neither its mode nor its statistics change.
+    model = copy.deepcopy(model)
     x = sample[:1] if isinstance(sample, Tensor) else torch.zeros(1, *sample)
     if isinstance(model, Model):
-        given = model.init(torch.Generator().manual_seed(0))
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # one operator that the counter does not know
+        start = model.init(torch.Generator().manual_seed(0))
+
+    # The fast path of attention is one operator, which the counter does not know.
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             if isinstance(model, Model):
-                model(*given, x, task, False)
+                model(*start, x, task, False)
             else:
                 model.eval()(x)
     finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+        torch.backends.mha.set_fastpath_enabled(fast_path)
     return int(counter.get_total_flops()) // 2

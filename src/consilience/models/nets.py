@@ -1,4 +1,8 @@
-"""The modules behind the catalogue of models: plain torch."""
+"""The modules behind the catalogue of models: plain torch.
+
+Names of classes and of public attributes are part of `models.module.structure`, and so of hashes of
+backbones.
+"""
 
 from __future__ import annotations
 
@@ -53,10 +57,11 @@ def conv(outputs: int, channels: int, size: int, width: int) -> nn.Sequential:
 
 def random_features(inputs: int, width: int, seed: int) -> nn.Sequential:
     """max(W x + b, 0) with W ~ N(0, 12 / inputs) and b = -W c."""
-    g = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    # On "meta" the layer draws no first values, which would move torch's random state.
     layer = nn.Linear(inputs, width, device="meta").to_empty(device="cpu")
-    weight = torch.randn(width, inputs, generator=g) * (12 / inputs) ** 0.5
-    through = torch.rand(width, inputs, generator=g) * torch.rand(width, 1, generator=g)
+    weight = torch.randn(width, inputs, generator=generator) * (12 / inputs) ** 0.5
+    through = torch.rand(width, inputs, generator=generator) * torch.rand(width, 1, generator=generator)
     with torch.no_grad():
         layer.weight.copy_(weight)
         layer.bias.copy_(-(weight * through).sum(1))
@@ -71,10 +76,11 @@ class Fourier(nn.Module):
     ) -> None:
         super().__init__()
         self.body, self.fourier, self.head = body, nn.Linear(inputs, width), nn.Linear(width, outputs)
-        g = torch.Generator().manual_seed(seed)
+        # The features have their own seed, so that all agents have the same whatever theirs is.
+        generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
-            self.fourier.weight.copy_(torch.randn(width, inputs, generator=g) / sigma)
-            self.fourier.bias.copy_(2 * torch.pi * torch.rand(width, generator=g))
+            self.fourier.weight.copy_(torch.randn(width, inputs, generator=generator) / sigma)
+            self.fourier.bias.copy_(2 * torch.pi * torch.rand(width, generator=generator))
 
     def forward(self, x: Tensor) -> Tensor:
         psi = self.fourier(self.body(x).flatten(1)).cos() * (2 / self.fourier.out_features) ** 0.5
@@ -103,7 +109,7 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """A stem, stages of blocks that double the width and halve the size, the mean over places, a linear head."""
+    """A stem, stages of blocks (double width, half the size), the mean over places, a linear head."""
 
     def __init__(self, depth: int, outputs: int, channels: int, norm: str, width: int) -> None:
         super().__init__()
@@ -114,13 +120,16 @@ class ResNet(nn.Module):
         inputs = width
         for stage, count in enumerate((3, 3, 3) if depth == 20 else (2, 2, 2, 2)):
             for i in range(count):
+                # The first block of every stage but the first halves the size.
                 blocks.append(Block(inputs, width << stage, 2 if stage and not i else 1, norm))
                 inputs = width << stage
         self.body = nn.Sequential(*blocks)
         self.head = nn.Linear(inputs, outputs)
-        for m in self.modules():
-            if isinstance(m, nn.Conv2d):
-                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+
+        # He et al. 2015, as torchvision's networks begin; torch's own default is narrower.
+        for part in self.modules():
+            if isinstance(part, nn.Conv2d):
+                nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.head(self.body(self.stem(x)).mean((2, 3)))
@@ -128,14 +137,14 @@ class ResNet(nn.Module):
 
 
 def normalise(norm: str, channels: int) -> nn.Module:
-    """Group norm, at most 8 groups of at least two channels; or batch norm."""
-    return (
-        nn.GroupNorm(gcd(8, channels, max(channels // 2, 1)), channels)
-        if norm == "group"
-        else nn.BatchNorm2d(channels)
-    )
+    """Return a group norm (at most 8 groups of at least two channels) or a batch norm."""
+    if norm == "batch":
+        return nn.BatchNorm2d(channels)
+    # A group of one channel at one place would normalise a single number, to zero.
+    return nn.GroupNorm(gcd(8, channels, max(channels // 2, 1)), channels)
 
 
+# Plain operations instead of nn.LSTM, so that vmap can run many clients at once.
 class LSTM(nn.Module):
     """One layer over x [B, T, d] -> [B, T, h]: the equations and the initial values of nn.LSTM."""
 
@@ -147,13 +156,14 @@ class LSTM(nn.Module):
         self.bias = nn.Parameter(torch.empty(4 * hidden).uniform_(-bound, bound))
 
     def forward(self, x: Tensor) -> Tensor:
-        told = x @ self.input.T + self.bias
+        # The inputs of all times at once: only the state needs the loop.
+        inputs = x @ self.input.T + self.bias
         state = x.new_zeros(len(x), self.state.shape[1])
         cell, states = state, []
-        for now in told.unbind(1):
-            i, f, g, o = (now + state @ self.state.T).chunk(4, 1)
-            cell = torch.sigmoid(f) * cell + torch.sigmoid(i) * torch.tanh(g)
-            state = torch.sigmoid(o) * torch.tanh(cell)
+        for now in inputs.unbind(1):
+            enter, forget, candidate, show = (now + state @ self.state.T).chunk(4, 1)
+            cell = torch.sigmoid(forget) * cell + torch.sigmoid(enter) * torch.tanh(candidate)
+            state = torch.sigmoid(show) * torch.tanh(cell)
             states.append(state)
         return torch.stack(states, 1)
 
@@ -183,18 +193,16 @@ class Attention(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        b, t, d = x.shape
-        q, k, v = (
-            self.qkv(self.norm1(x))
-            .view(b, t, 3, self.heads, d // self.heads)
-            .permute(2, 0, 3, 1, 4)
-            .unbind(0)
-        )
-        later = torch.ones(t, t, dtype=torch.bool, device=x.device).triu(1)
-        weights = (
-            (q @ k.transpose(-1, -2) * (d // self.heads) ** -0.5).masked_fill(later, -torch.inf).softmax(-1)
-        )
-        x = x + self.out((weights @ v).transpose(1, 2).reshape(b, t, d))
+        batch, length, width = x.shape
+        size = width // self.heads
+        qkv = self.qkv(self.norm1(x)).view(batch, length, 3, self.heads, size)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+
+        # A character sees itself and those before it.
+        later = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
+        scores = query @ key.transpose(-1, -2) * size**-0.5
+        weights = scores.masked_fill(later, -torch.inf).softmax(-1)
+        x = x + self.out((weights @ value).transpose(1, 2).reshape(batch, length, width))
         out: Tensor = x + self.mlp(self.norm2(x))
         return out
 

@@ -1,4 +1,4 @@
-"""Frozen feature extractors: timm models and torch modules, with the preparation of their images, under one hash."""
+"""Frozen feature extractors: timm models and torch modules with their image preparation, under one hash."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,12 +21,21 @@ from consilience.models.module import ModuleModel, structure
 Size = int | tuple[int, int] | str | None
 
 
-class Backbone(nn.Module):
-    """psi(x) [B, d] of images x [B, 1 or c, H, W] in [0, 1]: resized, grey repeated to c channels, (x - mean) / std, then the body.
+class Preparation(NamedTuple):
+    """How a user asks for images to be prepared; None stands for the default of the body."""
 
-    Its own features [B, d] are given back as they are. Everything that its outputs depend on is an entry, so that one hash names it:
-    the body's parameters, its buffers (as parameters, for they never change), mean and std, and `identity`, 16 bytes that stand
-    for what the body is and for `size`.
+    size: Size
+    mean: float | Sequence[float] | None
+    std: float | Sequence[float] | None
+
+
+class Backbone(nn.Module):
+    """psi(x) [B, d] of images x [B, 1 or c, H, W] in [0, 1]: prepare them, then run the body.
+
+    Images are resized, grey ones repeated to c channels, then (x - mean) / std. Features [B, d] are returned
+    as they are. Everything that the outputs depend on is an entry, so that one hash names it: the body's
+    parameters, its buffers (as parameters, because they never change), mean and std, and `identity`: 16
+    bytes that are a digest of what the body is and of `size`.
     """
 
     def __init__(
@@ -39,232 +48,282 @@ class Backbone(nn.Module):
         width: int = 0,
     ) -> None:
         super().__init__()
-        held = _held(body)
+        buffers = _buffers(body)
         self.body, self.size = _fixed(body), size
-        self.channels: int = next(
-            (m.in_channels for m in body.modules() if isinstance(m, nn.modules.conv._ConvNd)), 3
-        )
-        self.mean, self.std = (self._per_channel(n, v) for n, v in (("mean", mean), ("std", std)))
+        # The first convolution says how many channels an image has.
+        convolutions = (part for part in body.modules() if isinstance(part, nn.modules.conv._ConvNd))
+        self.channels: int = next((part.in_channels for part in convolutions), 3)
+
+        self.mean, self.std = self._per_channel("mean", mean), self._per_channel("std", std)
         if not bool((self.std > 0).all()):
-            raise ConsilienceError(f"`std` should be positive. Found `std = {tuple(std)}`.")
+            raise ConsilienceError(f"`std` must be positive, got {tuple(std)}.")
+        # A digest, because all backbones must have entries of the same shapes.
         digest = hashlib.blake2b(json.dumps([what, size]).encode(), digest_size=16).digest()
         self.identity = nn.Parameter(torch.tensor([*digest], dtype=torch.uint8), requires_grad=False)
-        self.width = width or self._measured(held)
+
+        self.width = width or self._measured(buffers)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim == 2:
             if x.shape[1] != self.width:
                 raise ConsilienceError(
-                    f"features should have the backbone's width {self.width}. Found {x.shape[1]}."
+                    f"features must have the backbone's width {self.width}, got {x.shape[1]}."
                 )
             return x
         if x.ndim != 4 or x.shape[1] not in (1, self.channels) or not x.is_floating_point():
-            found = f"{x.dtype} {tuple(x.shape)}".removeprefix("torch.")
+            got = f"{x.dtype} {tuple(x.shape)}".removeprefix("torch.")
             raise ConsilienceError(
-                f"a backbone should be given images [B, 1 or {self.channels}, H, W] in [0, 1], or its features [B, {self.width}]. "
-                f"Found {found}."
+                f"a backbone must be given images [B, 1 or {self.channels}, H, W] in [0, 1], "
+                f"or its features [B, {self.width}], got {got}."
             )
+
         if self.size is not None and x.shape[-2:] != self.size:
+            # Where images shrink, bilinear alone would skip pixels.
             smaller = x.shape[-2] > self.size[0] or x.shape[-1] > self.size[1]
             x = F.interpolate(x, self.size, mode="bilinear", antialias=smaller)
-        x = ((x - self.mean) / self.std).contiguous(
-            memory_format=torch.channels_last
-        )  # a third quicker on CPUs
-        out = self.body(x)
+        x = (x - self.mean) / self.std
+
+        # Channels last is faster by a third on CPUs.
+        out = self.body(x.contiguous(memory_format=torch.channels_last))
         if not isinstance(out, Tensor):
-            raise ConsilienceError(
-                f"a backbone should give a tensor of features. Found {type(out).__name__}."
-            )
+            raise ConsilienceError(f"a backbone must give a tensor of features, got {type(out).__name__}.")
         return out.flatten(1)
 
+    def blank(self) -> Tensor:
+        """Return zeros [1, c, H, W] as an image to try the body on."""
+        return torch.zeros(1, self.channels, *(self.size or (32, 32))).to(self.mean)
+
     def _per_channel(self, name: str, values: Sequence[float]) -> nn.Parameter:
-        given = tuple(float(v) for v in values)
+        """Return one number per channel as a parameter [c, 1, 1]."""
+        given = tuple(float(value) for value in values)
         if len(given) not in (1, self.channels):
             raise ConsilienceError(
-                f"`{name}` should have a number for each of {self.channels} channels. Found {len(given)}."
+                f"`{name}` must have one number, or one for each of {self.channels} channels, "
+                f"got {len(given)}."
             )
         given = given * self.channels if len(given) == 1 else given
         return nn.Parameter(torch.tensor(given).view(-1, 1, 1), requires_grad=False)
 
-    def blank(self) -> Tensor:
-        """Zeros [1, c, H, W] as an image that the body is tried on."""
-        return torch.zeros(1, self.channels, *(self.size or (32, 32))).to(self.mean)
+    def _measured(self, buffers: list[tuple[nn.Module, str]]) -> int:
+        """Return the number d of features of an image.
 
-    def _measured(self, held: list[tuple[nn.Module, str]]) -> int:
-        """The number d of features of an image. A body that puts new tensors in the place of buffers may do so here, once."""
-        self.width, x = -1, self.eval().blank()
+        A body that assigns new tensors to its buffers may do so here, once.
+        """
+        # `forward` names a width in its errors, and this one is not known yet.
+        self.width, blank = -1, self.eval().blank()
         try:
             with torch.no_grad():
                 try:
-                    return int(self(x).shape[1])
-                except TypeError:  # of a parameter that is assigned a tensor
-                    for part, n in held:
-                        part.register_buffer(n, part._parameters.pop(n))
-                    self(x)
+                    return int(self(blank).shape[1])
+                except TypeError:
+                    # It assigns a tensor where a parameter now is: give it its buffers back for one pass.
+                    for part, name in buffers:
+                        part.register_buffer(name, part._parameters.pop(name))
+                    self(blank)
                     _fixed(self.body)
-                    return int(self(x).shape[1])
+                    return int(self(blank).shape[1])
         except ConsilienceError:
             raise
-        except (AssertionError, TypeError, RuntimeError, ValueError) as e:
+        except (AssertionError, TypeError, RuntimeError, ValueError) as error:
             raise ConsilienceError(
-                f"a backbone should give features of images {[*x.shape]}{self._hint()}. Found {type(e).__name__}: {_reason(e)}."
-            ) from e
+                f"a backbone must give features of images {[*blank.shape]}{self._hint()}, "
+                f"got {type(error).__name__}: {_reason(error)}."
+            ) from error
 
     def _hint(self) -> str:
-        """What may help where the body does not take its images."""
+        """Return what may help where the body does not take its images."""
         if self.size is None:
-            return "; where it wants others, give `size`"
-        cfg = getattr(self.body, "pretrained_cfg", None)
-        own = cfg if isinstance(cfg, dict) and cfg.get("fixed_input_size") else {}
-        if self.size == tuple(own.get("input_size", self.size)[-2:]):
+            return " (if it needs others, give `size`)"
+        config = getattr(self.body, "pretrained_cfg", None)
+        fixed = config if isinstance(config, dict) and config.get("fixed_input_size") else {}
+        if self.size == tuple(fixed.get("input_size", self.size)[-2:]):
             return ""
-        return f"; timm makes this one for that size with `img_size={self.size[0] if len({*self.size}) == 1 else self.size}`"
+        size = self.size[0] if len({*self.size}) == 1 else self.size
+        return f" (timm makes this model for that size with `img_size={size}`)"
 
 
 def of_timm(
-    name: str, checkpoint: str | Path | None, size: Size, mean: Any, std: Any, more: dict[str, Any]
+    name: str, checkpoint: str | Path | None, prepare: Preparation, options: dict[str, Any]
 ) -> ModuleModel:
-    """The backbone of a timm model: the hub's weights, those of a file, or, with `pretrained=False`, random ones that are always the same."""
+    """Return the backbone of a timm model, with the hub's weights or those of a file.
+
+    With `pretrained=False` among the options the weights are random, the same ones always.
+    """
     try:
         import timm
-    except ImportError as e:
+    except ImportError as error:
         raise ConsilienceError(
-            "a backbone by name should have timm: pip install 'consilience[vision]'. Found none."
-        ) from e
-    if "num_classes" in more:
+            "a backbone by name needs timm, which is not installed; pip install 'consilience[vision]'."
+        ) from error
+    if "num_classes" in options:
         raise ConsilienceError(
-            f"a backbone gives features, and no classes. Found `num_classes = {more['num_classes']!r}`."
+            f"a backbone gives features and no classes, got `num_classes={options['num_classes']!r}`."
         )
-    pretrained = more.pop("pretrained", checkpoint is None)
+    pretrained = options.pop("pretrained", checkpoint is None)
     if pretrained and checkpoint is not None:
-        raise ConsilienceError("weights should come from `checkpoint` or with `pretrained=True`. Found both.")
+        raise ConsilienceError(
+            "weights must come from `checkpoint` or with `pretrained=True`, got both; leave one out."
+        )
+
+    # The identity has no tag: it names weights, and those are entries.
     elsewhere = name.startswith(("hf-hub:", "hf_hub:", "local-dir:"))
     name = name if elsewhere else name.removeprefix("timm/")
-    kind = name if elsewhere else name.partition(".")[0]  # a tag names weights, which are entries
+    kind = name if elsewhere else name.partition(".")[0]
     if not elsewhere and not timm.is_model(kind):
         raise unknown("name", name, timm.list_models())
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(0)
-            body = timm.create_model(name, pretrained=pretrained, num_classes=0, **more)
-    except (OSError, RuntimeError, ValueError, TypeError, KeyError) as e:
-        where = "; without the hub, give `checkpoint`" if pretrained else ""
-        raise ConsilienceError(
-            f"timm should make {name!r}{where}. Found {type(e).__name__}: {_reason(e)}."
-        ) from e
-    own = dict(getattr(body, "pretrained_cfg", None) or {})
+    body = _timm_body(timm, name, pretrained, options)
+
+    config = dict(getattr(body, "pretrained_cfg", None) or {})
     if elsewhere:
-        kind = _architecture(timm, body, own.get("architecture"), more) or name
+        kind = _architecture(timm, body, config.get("architecture"), options) or name
     if checkpoint is not None:
-        head = own.get("classifier") or ()
-        _read(body, checkpoint, (head,) if isinstance(head, str) else tuple(head))
-    given: Size = tuple(own.get("input_size", (3, 224, 224))[-2:]) if size == "own" else size
-    mean = own.get("mean", (0.0,)) if mean is None else mean
-    std = own.get("std", (1.0,)) if std is None else std
-    options = "".join(f", {k}={v!r}" for k, v in sorted(more.items()))
-    return _made(body, f"timm {kind}{options}", given, mean, std, f"{name!r}{options}")
+        head = config.get("classifier") or ()
+        _load_weights(body, checkpoint, (head,) if isinstance(head, str) else tuple(head))
+
+    own_size = tuple(config.get("input_size", (3, 224, 224))[-2:])
+    asked = Preparation(
+        own_size if prepare.size == "own" else prepare.size,
+        config.get("mean", (0.0,)) if prepare.mean is None else prepare.mean,
+        config.get("std", (1.0,)) if prepare.std is None else prepare.std,
+    )
+    listed = "".join(f", {option}={value!r}" for option, value in sorted(options.items()))
+    return _backbone(body, f"timm {kind}{listed}", asked, f"{name!r}{listed}")
 
 
-def of_module(
-    module: nn.Module | Model, checkpoint: str | Path | None, size: Size, mean: Any, std: Any
-) -> ModuleModel:
-    """The backbone of a torch module, or of a model of one: its head is taken off."""
+def of_module(module: nn.Module | Model, checkpoint: str | Path | None, prepare: Preparation) -> ModuleModel:
+    """Return the backbone of a torch module, or of a model of one, without its head."""
     model = module
     if isinstance(module, nn.Module):
-        model = ModuleModel(module, headless=not any(isinstance(m, nn.Linear) for m in module.modules()))
+        has_linear = any(isinstance(part, nn.Linear) for part in module.modules())
+        model = ModuleModel(module, headless=not has_linear)
     if not isinstance(model, ModuleModel):
         raise ConsilienceError(
-            f"a backbone should be a timm model's name, a torch module or a model of one. Found {model!r}."
+            f"a backbone must be a timm model's name, a torch module or a model of one, got {model!r}."
         )
-    head = model._head
-    body = copy.deepcopy(model.body()._module)
+
+    body = copy.deepcopy(model.body().module)
     if checkpoint is not None:
-        _read(body, checkpoint, (head,) if head else ())
-    given = None if size == "own" else size
-    mean, std = (0.0,) if mean is None else mean, (1.0,) if std is None else std
-    width = 0 if model._outputs is None else model.width
-    return _made(body, structure(body), given, mean, std, model.description, width)
+        _load_weights(body, checkpoint, (model.head_layer,) if model.head_layer else ())
+    asked = Preparation(
+        None if prepare.size == "own" else prepare.size,
+        (0.0,) if prepare.mean is None else prepare.mean,
+        (1.0,) if prepare.std is None else prepare.std,
+    )
+    # Zero: to be measured.
+    width = 0 if model.given_outputs is None else model.width
+    return _backbone(body, structure(body), asked, model.description, width)
 
 
-def _architecture(timm: Any, body: nn.Module, name: str | None, more: dict[str, Any]) -> str | None:
-    """What a body from a folder or another's repository is: timm's architecture, and in what it differs from it, if it does."""
+def _timm_body(timm: Any, name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
+    """Return timm's model without its classifier."""
+    try:
+        # All agents and runs must have the same random weights.
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)
+            body: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
+    except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
+        remedy = "; without the hub, give `checkpoint`" if pretrained else ""
+        raise ConsilienceError(
+            f"timm cannot make {name!r}, got {type(error).__name__}: {_reason(error)}{remedy}."
+        ) from error
+    return body
+
+
+def _architecture(timm: Any, body: nn.Module, name: str | None, options: dict[str, Any]) -> str | None:
+    """Return what a body from a folder or another's repository is.
+
+    That is timm's name of the architecture, with a digest of the structure where the body differs from it.
+    """
     if not name or not timm.is_model(name):
         return None
+    # The weights do not count here, and torch's random state must not move.
     with torch.random.fork_rng(devices=[]):
-        plain = timm.create_model(name, pretrained=False, num_classes=0, **more)
+        plain = timm.create_model(name, pretrained=False, num_classes=0, **options)
     what = structure(body)
     if what == structure(plain):
         return name
     return f"{name} {hashlib.blake2b(what.encode(), digest_size=16).hexdigest()}"
 
 
-def _made(
-    body: nn.Module, what: str, size: Size, mean: Any, std: Any, name: str, width: int = 0
-) -> ModuleModel:
+def _backbone(body: nn.Module, what: str, asked: Preparation, name: str, width: int = 0) -> ModuleModel:
+    """Return the frozen headless model of a body; `what` is hashed, and `name` is shown."""
+    size = asked.size
     if isinstance(size, str) or (size is not None and min(_pair(size)) < 1):
-        raise ConsilienceError(
-            f"`size` should be one or two whole numbers >= 1, 'own' or None. Found `size = {size!r}`."
-        )
-    both = None if size is None else _pair(size)
-    module = Backbone(body.float(), what, both, _tuple(mean), _tuple(std), width)
-    prepared = f"{both}, mean={_tuple(mean)}, std={_tuple(std)}"
+        raise ConsilienceError(f"`size` must be one or two whole numbers >= 1, 'own' or None, got {size!r}.")
+    sides = None if size is None else _pair(size)
+    mean, std = _floats(asked.mean), _floats(asked.std)
+    module = Backbone(body.float(), what, sides, mean, std, width)
     digest = bytes(module.identity.tolist()).hex()[:8]
-    described = f"backbone({name}, size={prepared}, {digest})"
-    return ModuleModel(module, module.width, frozen=("*",), headless=True, name=described)
+    description = f"backbone({name}, size={sides}, mean={mean}, std={std}, {digest})"
+    return ModuleModel(module, module.width, frozen=("*",), headless=True, name=description)
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    """Return height and width."""
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
-def _tuple(values: Any) -> tuple[float, ...]:
-    return (float(values),) if isinstance(values, (int, float)) else tuple(float(v) for v in values)
+def _floats(values: Any) -> tuple[float, ...]:
+    """Return one number or several as a tuple of floats."""
+    return (float(values),) if isinstance(values, (int, float)) else tuple(float(value) for value in values)
 
 
-def _read(body: nn.Module, path: str | Path, head: Sequence[str]) -> None:
-    """Put the weights of a safetensors file in a module, in float32; what is amiss is named, but for the classifier's."""
+def _load_weights(body: nn.Module, path: str | Path, head: Sequence[str]) -> None:
+    """Load the weights of a safetensors file into a module, in float32.
+
+    Entries that are missing or too many are refused by name, except those of the classifier `head`.
+    """
     tensors, _ = load(path)
+    # A NaN would show up much later, as features that no task can use.
     finite(tensors, str(path))
-    own = body.state_dict()
+    entries = body.state_dict()
 
-    def counts(n: str) -> bool:
-        return not any(n == h or n.startswith(f"{h}.") for h in head)
-
-    for what, names in (
-        ("all entries of the backbone", sorted(n for n in own.keys() - tensors.keys() if counts(n))),
-        ("no others", sorted(n for n in tensors.keys() - own.keys() if counts(n))),
-    ):
-        if names:
-            verb = "no" if what.startswith("all") else "also"
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    def refuse(names: set[str], rule: str, verb: str) -> None:
+        counted = sorted(
+            name for name in names if not any(name == layer or name.startswith(f"{layer}.") for layer in head)
+        )
+        if counted:
+            more = f" and {len(counted) - 3} more" if len(counted) > 3 else ""
             raise ConsilienceError(
-                f"a checkpoint should have {what}. Found {verb} {', '.join(names[:3])}{more} in {path}."
+                f"a checkpoint must have {rule}, got {verb} {', '.join(counted[:3])}{more} in {path}."
             )
-    common = {n: t.float() if t.is_floating_point() else t for n, t in tensors.items() if n in own}
-    for n, t in common.items():
-        if t.shape != own[n].shape:
-            a, b = tuple(own[n].shape), tuple(t.shape)
+
+    refuse(entries.keys() - tensors.keys(), "all entries of the backbone", "no")
+    refuse(tensors.keys() - entries.keys(), "no entries but the backbone's", "also")
+
+    # Integers, such as counters of norms, keep their type.
+    common = {
+        name: tensor.float() if tensor.is_floating_point() else tensor
+        for name, tensor in tensors.items()
+        if name in entries
+    }
+    for name, tensor in common.items():
+        if tensor.shape != entries[name].shape:
             raise ConsilienceError(
-                f"a checkpoint's entries should have the backbone's shapes. Found {b}, not {a}, for {n!r} in {path}."
+                f"a checkpoint's entries must have the backbone's shapes, got {tuple(tensor.shape)}, "
+                f"not {tuple(entries[name].shape)}, for {name!r} in {path}."
             )
-    body.load_state_dict({**own, **common})
+    body.load_state_dict({**entries, **common})
 
 
-def _reason(e: Exception) -> str:
-    """The first line of an error."""
-    return str(e).splitlines()[0][:200].rstrip(".") if str(e) else "no reason"
+def _reason(error: Exception) -> str:
+    """Return the first line of an error."""
+    return str(error).splitlines()[0][:200].rstrip(".") if str(error) else "no reason"
 
 
-def _held(module: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Where the buffers of a module stand."""
-    return [(part, n) for part in module.modules() for n, b in part._buffers.items() if b is not None]
+def _buffers(module: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Return the parts of a module that have buffers, and the names of these."""
+    return [
+        (part, name) for part in module.modules() for name, held in part._buffers.items() if held is not None
+    ]
 
 
 def _fixed(module: nn.Module) -> nn.Module:
-    """The module with its buffers as parameters of the same names: what never changes is hashed, and nobody averages it."""
-    for part, n in _held(module):
-        b = part._buffers.pop(n)
-        assert b is not None
-        part._non_persistent_buffers_set.discard(n)
-        part.register_parameter(n, nn.Parameter(b.detach().clone(), requires_grad=False))
+    """Freeze a module, with its buffers as parameters, which are hashed and never averaged."""
+    for part, name in _buffers(module):
+        held = part._buffers.pop(name)
+        assert held is not None
+        # Buffers that torch does not save are entries too, because outputs depend on them.
+        part._non_persistent_buffers_set.discard(name)
+        part.register_parameter(name, nn.Parameter(held.detach().clone(), requires_grad=False))
     return module.requires_grad_(False).eval()

@@ -17,11 +17,12 @@ ORIGIN = "origin."
 
 
 class Tangent(Model):
-    """f(x; theta_0) + J(x; theta_0) (theta - theta_0): a model's first order around theta_0, as `models.linearised` makes it.
+    """f(x; theta_0) + J(x; theta_0) (theta - theta_0): a model to first order around theta_0.
 
-    Entries are those of the model, which are trained from theta_0 on, and frozen `origin.<name>` with theta_0. A head that is
-    added for a task has its own first values for an origin. It runs in eval mode also in training: norms keep their statistics
-    and dropouts are off. Features are those of first order too. Ortiz-Jimenez et al. 2023.
+    `models.linearised` makes it. Entries are those of the model, which are trained from theta_0 on, and
+    frozen `origin.<name>` with theta_0. The origin of a head that is added for a task is that head's first
+    values. The model runs in eval mode also in training: norms keep their statistics and dropouts are off.
+    Features are to first order too. Ortiz-Jimenez et al. 2023.
 
     >>> from consilience.models import mlp
     >>> model = Tangent(mlp(4, (), 3))
@@ -32,12 +33,13 @@ class Tangent(Model):
     def __init__(self, model: Model, base: Mapping[str, Tensor] | None = None) -> None:
         if not isinstance(model, Model):
             raise ConsilienceError(
-                f"`model` should be a Model, as models.mlp makes it. Found {type(model).__name__}."
+                f"`model` must be a Model, as models.mlp and models.wrap make it, got {type(model).__name__}."
             )
         if isinstance(model, Tangent):
-            raise ConsilienceError("`model` should not be linearised twice. Found a linearised one.")
+            raise ConsilienceError("`model` must not be linearised twice, got a linearised one.")
         self.model, self.outputs = model, model.outputs
-        self._held = frozenset(self.model.init(torch.Generator().manual_seed(0))[1])
+        # A checkpoint has buffers among its parameters; these names tell them apart.
+        self._buffers = frozenset(self.model.init(torch.Generator().manual_seed(0))[1])
         self.base = None if base is None else self._checked(base)
 
     @property
@@ -49,39 +51,46 @@ class Tangent(Model):
         return f"linearised({self.model!r})"
 
     def at(self, params: Mapping[str, Tensor]) -> Params:
-        """theta = theta_0 = these parameters: what a setting's `base` should be. Buffers among them, as norms have, stay what they are.
+        """Return the entries for theta = theta_0 = these parameters, as `base` of a setting.
+
+        Buffers among them, such as the statistics of norms, get no origin.
 
         >>> from consilience.models import mlp
         >>> sorted(Tangent(mlp(4, (), 3)).at({"1.bias": torch.zeros(3)}))
         ['1.bias', 'origin.1.bias']
         """
-        own = {n: torch.as_tensor(p) for n, p in params.items() if not n.startswith(ORIGIN)}
-        return {**own, **{ORIGIN + n: p.clone() for n, p in own.items() if self._moves(n, p)}}
+        entries = {
+            name: torch.as_tensor(tensor) for name, tensor in params.items() if not name.startswith(ORIGIN)
+        }
+        trained = {name: tensor for name, tensor in entries.items() if self._is_trained(name, tensor)}
+        return {**entries, **{ORIGIN + name: tensor.clone() for name, tensor in trained.items()}}
 
     def init(self, generator: torch.Generator) -> tuple[Params, Params]:
         params, buffers = self.model.init(generator)
-        given = {n: t.detach().clone() for n, t in (self.base or {}).items()}
-        own = params if self.base is None else {n: given[n] for n in params}
-        return self.at(own), {n: given.get(n, b) for n, b in buffers.items()}
+        given = {name: tensor.detach().clone() for name, tensor in (self.base or {}).items()}
+        start = params if self.base is None else {name: given[name] for name in params}
+        return self.at(start), {name: given.get(name, tensor) for name, tensor in buffers.items()}
 
     def grow(
         self, params: Params, buffers: Params, source: Source, generator: torch.Generator
     ) -> tuple[Params, Params]:
-        own = {n: p for n, p in params.items() if not n.startswith(ORIGIN)}
-        grown, buffers = self.model.grow(own, buffers, source, generator)
-        new = {n: p for n, p in grown.items() if n not in own}
+        entries = {name: tensor for name, tensor in params.items() if not name.startswith(ORIGIN)}
+        grown, buffers = self.model.grow(entries, buffers, source, generator)
+        # Only new entries get an origin: that of the others must not move.
+        new = {name: tensor for name, tensor in grown.items() if name not in entries}
         return ({**params, **self.at(new)} if new else params), buffers
 
     def __call__(
         self, params: Params, buffers: Params, x: Tensor, task: str | None, train: bool
     ) -> tuple[Tensor, Params]:
-        return self._first_order(params, lambda p: self.model(p, buffers, x, task, False)[0]), buffers
+        return self._first_order(params, lambda moved: self.model(moved, buffers, x, task, False)[0]), buffers
 
     def features(self, params: Params, buffers: Params, x: Tensor, task: str | None = None) -> Tensor:
-        return self._first_order(params, lambda p: self.model.features(p, buffers, x, task))
+        return self._first_order(params, lambda moved: self.model.features(moved, buffers, x, task))
 
     def bind(self, params: Params, buffers: Params, train: bool) -> tuple[Forward, Params]:
-        held = {n: b.clone() for n, b in buffers.items()}
+        # Nothing else can be prepared, because theta - theta_0 changes at every step.
+        held = {name: tensor.clone() for name, tensor in buffers.items()}
         return lambda x, task: self(params, held, x, task, train)[0], held
 
     def head_key(self, source: Source) -> str:
@@ -100,31 +109,38 @@ class Tangent(Model):
     def check(self, frame: LabelFrame, sample: Tensor, aware: bool) -> None:
         self.model.check(frame, sample, aware)
 
-    def _moves(self, entry: str, p: Tensor) -> bool:
+    def _is_trained(self, entry: str, tensor: Tensor) -> bool:
         """Whether an entry is trained, and so has an origin."""
-        return p.is_floating_point() and entry not in self._held and not self.model.frozen(entry)
+        return tensor.is_floating_point() and entry not in self._buffers and not self.model.frozen(entry)
 
     def _first_order(self, params: Params, f: Callable[[Params], Tensor]) -> Tensor:
-        """f(theta_0) + the derivative of f at theta_0 along theta - theta_0."""
-        origin = {n.removeprefix(ORIGIN): p for n, p in params.items() if n.startswith(ORIGIN)}
-        fixed = {n: p for n, p in params.items() if not n.startswith(ORIGIN) and n not in origin}
-        away = {n: params[n] - p for n, p in origin.items()}
+        """Return f(theta_0) + the derivative of f at theta_0 along theta - theta_0."""
+        origin = {
+            name.removeprefix(ORIGIN): tensor for name, tensor in params.items() if name.startswith(ORIGIN)
+        }
+        # Frozen entries have no origin and are constants of f.
+        fixed = {
+            name: tensor
+            for name, tensor in params.items()
+            if not name.startswith(ORIGIN) and name not in origin
+        }
+        direction = {name: params[name] - tensor for name, tensor in origin.items()}
 
-        def moved(p: Params) -> Tensor:
-            return f({**fixed, **p})
-
-        found = torch.func.jvp(moved, (origin,), (away,))
-        out: Tensor = found[0] + found[1]
+        # One forward pass gives both terms, and J is never built.
+        value, slope = torch.func.jvp(lambda moved: f({**fixed, **moved}), (origin,), (direction,))[:2]
+        out: Tensor = value + slope
         return out
 
     def _checked(self, base: Mapping[str, Any]) -> Params:
-        """The given theta_0, which must have the model's entries in their shapes, and the buffers that stand in it."""
-        own, buffers = self.model.init(torch.Generator().manual_seed(0))
-        given = {n: torch.as_tensor(base[n]) for n in (*own, *buffers) if n in base}
-        for n, p in (own | {n: b for n, b in buffers.items() if n in given}).items():
-            if n not in given or given[n].shape != p.shape:
-                found = tuple(given[n].shape) if n in given else "none"
+        """Return the given theta_0 and buffers; refuse those that are not the model's entries."""
+        params, buffers = self.model.init(torch.Generator().manual_seed(0))
+        given = {name: torch.as_tensor(base[name]) for name in (*params, *buffers) if name in base}
+        # A checkpoint may lack buffers, but those that it has must fit.
+        expected = params | {name: tensor for name, tensor in buffers.items() if name in given}
+        for name, tensor in expected.items():
+            if name not in given or given[name].shape != tensor.shape:
+                got = tuple(given[name].shape) if name in given else "none"
                 raise ConsilienceError(
-                    f"`base` should have the model's entries, {n!r} of {tuple(p.shape)}. Found {found}."
+                    f"`base` must have the model's entries, {name!r} of {tuple(tensor.shape)}, got {got}."
                 )
         return given

@@ -48,7 +48,7 @@ from common import RESULTS, machine, save
 from consilience.core.message import Module
 from consilience.core.params import write_json
 from consilience.core.source import Source
-from consilience.merging._diagnose import draw
+from consilience.merging._figures import draw
 from consilience.report._svg import Axis, lines_chart
 
 SIZE, TRAIN, TEST, BB_EPOCHS = 128, 700, 300, 10
@@ -843,10 +843,10 @@ def main() -> None:
     n_train = sum(len(s.train) for s in images)
     teacher = {m: r.costs["macs"] + n_train * per_image for m, r in runs.items()}
     bb_macs = sum(t["macs"] for t in told.values())
-    bytes_of = {m: sum(cs.skill.told_bytes(r.agent).values()) / lab.k for m, r in runs.items()}
+    bytes_of = {m: sum(cs.skill.message_bytes(r.agent).values()) / lab.k for m, r in runs.items()}
     bytes_bb = (
         sum(os.path.getsize(p) for p in paths if os.path.exists(p)) / lab.k
-        or sum(cs.skill.told_bytes(hearer).values()) / lab.k
+        or sum(cs.skill.message_bytes(hearer).values()) / lab.k
     )
     rows = []
     for name, v in sorted(score.items(), key=lambda kv: -kv[1]):
@@ -1035,7 +1035,7 @@ def main() -> None:
     shared_n = sum(5 * len(s.classes) for s in images)
     work = [per_image * len(s.train) for s in images]
     order = sorted(raws.costs["by_agent"])
-    as_features = cs.skill.told_bytes(raws.agent)  # as serialised, but features stood for the images
+    as_features = cs.skill.message_bytes(raws.agent)  # as serialised, but features stood for the images
     raw = [
         next(b for (_, n), b in as_features.items() if n == s.name)
         + 5 * len(s.classes) * (s.train.whole()[0][0].numel() - 4 * d)
@@ -1065,12 +1065,12 @@ def main() -> None:
     ]
     spans = []
     gmmc = runs["GMMC"]
-    by_source = {k[1]: b for k, b in cs.skill.told_bytes(hearer).items()}
+    by_source = {k[1]: b for k, b in cs.skill.message_bytes(hearer).items()}
     for label, w, b in (
         (
             "LLL, GMMC",
             [gmmc.costs["by_agent"][a]["macs"] + x for a, x in zip(order, work, strict=True)],
-            [b for _, b in sorted(cs.skill.told_bytes(gmmc.agent).items())],
+            [b for _, b in sorted(cs.skill.message_bytes(gmmc.agent).items())],
         ),
         ("LLL, BB, MAHA", [told[i]["macs"] for i in range(lab.k)], [by_source[n] for n in names]),
     ):
@@ -1100,7 +1100,7 @@ def main() -> None:
             n,
             pc(r.mapper_accuracy or float("nan")),
             pc(r.score),
-            f"{sum(cs.skill.told_bytes(r.agent).values()) / lab.k / 1e3:.0f}",
+            f"{sum(cs.skill.message_bytes(r.agent).values()) / lab.k / 1e3:.0f}",
         ]
         for n, r in routed.items()
     ]

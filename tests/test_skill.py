@@ -794,7 +794,7 @@ def test_targets_of_another_frame_are_no_columns_of_a_head(parts):
     model = cs.models.multi_head(cs.models.frozen(cs.models.mlp(64, (12,), 10)), 10)
     params, buffers = model.grow(*model.init(torch.Generator().manual_seed(0)), framed, torch.Generator())
     cs.models.head2toe(model, params, buffers, framed, keep=0.5, epochs=1)
-    with pytest.raises(cs.ConsilienceError, match="targets should be output columns"):
+    with pytest.raises(cs.ConsilienceError, match="targets must be output columns"):
         cs.models.head2toe(model, params, buffers, replace(parts[1], task=framed.task), keep=0.5, epochs=1)
 
 

@@ -1,4 +1,8 @@
-"""Banks in files: what agents told, whole or not at all, checked by content, and given to any agent on the same backbone."""
+"""Banks of messages in files, and agents that receive them.
+
+A bank holds messages by (sender, source). A file has all of a bank or is refused, and any agent on the same
+backbone can receive it.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +18,9 @@ from torch import Tensor
 
 from consilience.consolidators.bank import refuse_strangers
 from consilience.core.contexts import Routing
-from consilience.core.errors import ConsilienceError
+from consilience.core.errors import ConsilienceError, kind_of
 from consilience.core.message import Bank, Item, Message, Module, decode, encode, join, text_hash
-from consilience.core.names import pair
+from consilience.core.names import checked_name, pair
 from consilience.core.params import save, unpack
 from consilience.core.schedule import Schedule
 from consilience.core.source import LabelFrame, Source, Tensors
@@ -30,187 +34,231 @@ if TYPE_CHECKING:
     from consilience.loop.agent import Agent
 
 FORMAT = 1
-"""Of the file; a later one is refused."""
+"""The format of the file; later ones are refused."""
 
 
-def _bank(agent_or_bank: Agent | Mapping[tuple[str, str], Message]) -> Bank:
-    found = (
-        agent_or_bank
-        if isinstance(agent_or_bank, Mapping)
-        else getattr(getattr(agent_or_bank, "state", None), "bank", None)
-    )
-    if found is None or any(not isinstance(m, Message) for m in found.values()):
+def messages_of(agent_or_bank: Agent | Mapping[tuple[str, str], Message]) -> Bank:
+    """Return the messages of an agent or a bank, sorted by (sender, source)."""
+    bank: Mapping[tuple[str, str], Message] | None
+    if isinstance(agent_or_bank, Mapping):
+        bank = agent_or_bank
+    else:
+        # Anything may be given here by mistake, so its attributes are not relied on.
+        bank = getattr(getattr(agent_or_bank, "state", None), "bank", None)
+    if bank is None or any(not isinstance(message, Message) for message in bank.values()):
         raise ConsilienceError(
-            f"a bank should be an agent's, or messages by (sender, source). Found a {type(agent_or_bank).__name__}."
+            "a bank must be an agent with one, or messages by (sender, source), "
+            f"got a {type(agent_or_bank).__name__}."
         )
-    return dict(sorted(found.items()))
+    return dict(sorted(bank.items()))
 
 
 def bank_hash(agent_or_bank: Agent | Mapping[tuple[str, str], Message]) -> str:
-    """A hash of (sender, source, version, content) of all that a bank holds: equal banks, however they came about, have equal hashes.
+    """Return a hash of (sender, source, version, content) of all messages.
+
+    Equal banks have equal hashes, whatever the order in which their messages arrived.
 
     >>> bank_hash({}) == bank_hash(dict())
     True
     """
-    held = [(m.sender, m.source, m.version, m.digest) for m in _bank(agent_or_bank).values()]
+    messages = messages_of(agent_or_bank).values()
+    # The digest has the content, so its tensors are not read again.
+    held = [(message.sender, message.source, message.version, message.digest) for message in messages]
     return hashlib.sha256(json.dumps(held).encode()).hexdigest()[:32]
 
 
-def told_bytes(agent_or_bank: Agent | Mapping[tuple[str, str], Message]) -> dict[tuple[str, str], int]:
-    """Bytes of each message of a bank as it is serialised, by (sender, source): what telling of that task costs."""
-    return {k: len(m.to_bytes()) for k, m in _bank(agent_or_bank).items()}
+def message_bytes(agent_or_bank: Agent | Mapping[tuple[str, str], Message]) -> dict[tuple[str, str], int]:
+    """Return the serialised size of each message in bytes, by (sender, source)."""
+    return {key: len(message.to_bytes()) for key, message in messages_of(agent_or_bank).items()}
+
+
+# Files.
 
 
 def save_bank(agent_or_bank: Agent | Mapping[tuple[str, str], Message], path: str | Path) -> Path:
-    """Write a bank as one safetensors file, whole or not at all: every message with its version and the hash of its content.
+    """Write a bank as one safetensors file: every message with its version and the hash of its content.
 
-    Equal banks give equal bytes.
+    Equal banks give equal bytes. The file is replaced at once: a write that fails leaves the old one.
 
     Args:
-        agent_or_bank: an agent (`Result.agent`), or what `load_bank` gave.
+        agent_or_bank: an agent (`Result.agent`), or a bank, such as `load_bank` returns.
         path: of the file.
 
-    Raises ConsilienceError where it cannot be written.
+    Raises ConsilienceError if the file cannot be written.
     """
     items: dict[str, Item] = {}
-    told = []
-    for m in _bank(agent_or_bank).values():
-        items |= {json.dumps([m.sender, m.source, name]): item for name, item in m.items.items()}
-        told.append(m.facts() | {"names": list(m.items)})
+    messages = []
+    for message in messages_of(agent_or_bank).values():
+        items |= {
+            item_key(message.sender, message.source, name): item for name, item in message.items.items()
+        }
+        messages.append(message.facts() | {"names": list(message.items)})
+
     tensors, facts = encode(items)
-    text = json.dumps(
-        {"format": FORMAT, "consilience": __version__, "messages": told, "items": facts}
-    )
-    save(path, tensors, {"bank": f"{text_hash(text)} {text}"})  # one entry: several have no order
+    text = json.dumps({"format": FORMAT, "consilience": __version__, "messages": messages, "items": facts})
+    # One entry of metadata, since the order of several is not fixed in the file.
+    save(path, tensors, {"bank": f"{text_hash(text)} {text}"})
     return Path(path)
 
 
 def load_bank(path: str | Path) -> Bank:
-    """The bank that `save_bank` wrote: {(sender, source): message}.
+    """Read a bank that `save_bank` wrote: {(sender, source): message}.
 
-    Every message is hashed again. The hashes say that a file is whole, not who wrote it.
+    Every message is hashed again. The hashes show that a file is complete, not who wrote it.
 
-    Raises ConsilienceError, with the name of the file, where it cannot be read, is cut short, is no bank, is of a later format,
-    or holds other content than its senders hashed.
+    Raises ConsilienceError, with the name of the file, if it cannot be read, is incomplete, is not a bank,
+    has a later format, or has other content than its senders hashed.
     """
     try:
         data = Path(path).read_bytes()
-    except OSError as e:
-        raise ConsilienceError(f"a bank should be a readable file. Found {e.strerror} at {path}.") from e
-    tensors, meta = unpack(data, str(path))
-    told, _, text = meta.get("bank", "").partition(" ")
-    try:
-        facts = json.loads(text)
-        form = int(facts["format"])
-    except (ValueError, KeyError, TypeError) as e:
-        raise ConsilienceError(
-            f"a bank should be a file of `save_bank`. Found safetensors without its facts in {path}."
-        ) from e
-    if form > FORMAT:
-        raise ConsilienceError(
-            f"a bank should have a format up to {FORMAT}. Found {form} in {path}, by consilience {facts.get('consilience')}."
-        )
-    if told != text_hash(text):
-        raise ConsilienceError(
-            f"a bank should be as it was written. Found other facts than were hashed in {path}."
-        )
+    except OSError as error:
+        raise ConsilienceError(f"cannot read the bank {path}: {error.strerror}.") from error
+    tensors, metadata = unpack(data, str(path))
+    facts = read_facts(metadata.get("bank", ""), path)
+
     items: dict[str, Any] = decode(tensors, facts["items"])
-    found = []
-    for f in facts["messages"]:
-        own = {name: items[json.dumps([f["sender"], f["source"], name])] for name in f.pop("names")}
-        digest = f.pop("digest")
-        m = Message(items=own, **f)
-        if m.digest != digest:
+    messages = []
+    for fields in facts["messages"]:
+        sender, source = fields["sender"], fields["source"]
+        # Without a digest a message computes it from its items.
+        own = {name: items[item_key(sender, source, name)] for name in fields.pop("names")}
+        digest = fields.pop("digest")
+        message = Message(items=own, **fields)
+        if message.digest != digest:
             raise ConsilienceError(
-                f"a message should have the content that its sender hashed. Found another for {m.source!r} of {m.sender!r} in {path}."
+                "a message must have the content that its sender hashed, got another for "
+                f"{source!r} of {sender!r} in {path}."
             )
-        found.append(m)
-    return join({}, found)
+        messages.append(message)
+    return join({}, messages)
+
+
+def item_key(sender: str, source: str, name: str) -> str:
+    """Return the key of an item in a file."""
+    # JSON keeps any text apart, where a separator could be part of a name.
+    return json.dumps([sender, source, name])
+
+
+def read_facts(entry: str, path: str | Path) -> dict[str, Any]:
+    """Read the metadata of a bank's file: its hash, then JSON. Refuse later formats and altered text."""
+    digest, _, text = entry.partition(" ")
+    try:
+        facts: dict[str, Any] = json.loads(text)
+        format_ = int(facts["format"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConsilienceError(
+            f"a bank must be a file of `save_bank`, got safetensors without its metadata in {path}."
+        ) from error
+
+    # A later format may be hashed in another way, so the format is checked first.
+    if format_ > FORMAT:
+        raise ConsilienceError(
+            f"a bank must have a format up to {FORMAT}, got {format_} in {path}, written by consilience "
+            f"{facts.get('consilience')}; install that version."
+        )
+    if digest != text_hash(text):
+        raise ConsilienceError(f"a bank must be as it was written, got altered metadata in {path}.")
+    return facts
+
+
+# Agents that receive a bank.
 
 
 def give(agent: Agent, bank: Mapping[tuple[str, str], Message]) -> None:
-    """Let an agent absorb a bank, as if it had heard every message: what it has already is left out, newer versions take an older one's place.
+    """Let an agent receive a bank, as if every message had been sent to it.
 
-    Raises ConsilienceError for a module of another backbone, messages from other first parameters, classes that the agent's
-    schedule does not declare, another content under a version that it has, or a module without the anchor (with `reject` above 0:
-    and its validation scores) that the agent's mapper reads. Then nothing of the bank is absorbed.
+    Messages that it has already are skipped; newer versions replace older ones.
+
+    Raises ConsilienceError for a module of another backbone, messages from other initial parameters, classes
+    that the agent's schedule does not declare, other content under a version that it has, or a module without
+    the anchor (with `reject` above 0: and its validation scores) that the agent's mapper reads. Then no
+    message of the bank is received.
 
     >>> import consilience as cs
-    >>> digits, model = cs.data.split_classes(cs.data.digits(), 5), cs.models.multi_head(cs.models.random_features(64, 64), 10)
+    >>> digits = cs.data.split_classes(cs.data.digits(), 5)
+    >>> model = cs.models.multi_head(cs.models.random_features(64, 64), 10)
     >>> method, schedule = cs.methods.skill("nearest_mean", head="ridge"), cs.settings.skill(digits)
     >>> teacher, student = cs.run(schedule, method, model).agent, newcomer(schedule, method, model)
     >>> give(student, teacher.state.bank)
     >>> bank_hash(student) == bank_hash(teacher)
     True
     """
-    messages = list(_bank(bank).values())
+    # All checks come before the first message is received.
+    messages = list(messages_of(bank).values())
     refuse_strangers(agent.model, agent.state.params, messages)
-    _refuse_lost(agent, messages)
-    for m in messages:
-        module = m.items.get("model")
+    refuse_unroutable(agent, messages)
+
+    # Columns refuses labels that the frame does not have.
+    for message in messages:
+        module = message.items.get("model")
         if isinstance(module, Module) and module.labels != agent.frame.labels:
             agent.frame.columns(module.labels)
     agent.receive(messages, by_size=False)
 
 
-def _refuse_lost(agent: Agent, messages: Sequence[Message]) -> None:
-    """Refuse modules that the agent's mapper could route nothing to, and anchors that it could not judge by."""
+def refuse_unroutable(agent: Agent, messages: Sequence[Message]) -> None:
+    """Refuse modules without an anchor of the agent's mapper, and anchors without the scores it compares."""
+    # Other mappers, such as the oracle, need no anchors.
     mapper = agent.method.mapper
     if not isinstance(mapper, Anchored):
         return
-    for m in messages:
-        anchor = m.items.get(mapper.name)
-        if anchor is None and isinstance(m.items.get("model"), Module):
+    for message in messages:
+        anchor = message.items.get(mapper.name)
+        if anchor is None and isinstance(message.items.get("model"), Module):
             raise ConsilienceError(
-                "a module to be routed to should come with the anchor that this agent's mapper reads, that of "
-                f"`{mapper.name}`. Found {', '.join(m.items)} in {m.source!r} of {m.sender!r}."
+                f"a module must have the anchor that this agent's mapper reads, that of `{mapper.name}`, "
+                f"got {', '.join(message.items)} in {message.source!r} of {message.sender!r}."
             )
         if anchor is not None and mapper.rejects and "validation" not in anchor.tensors:
             raise ConsilienceError(
-                "with `reject` above 0 every anchor should be made with it. Found one without validation scores, "
-                f"of {m.source!r} of {m.sender!r}."
+                "with `reject` above 0 every anchor must be made with it, got one without validation scores, "
+                f"of {message.source!r} of {message.sender!r}."
             )
 
 
 def offer(agent: Agent, module: Module, name: str | None = None) -> Bank:
-    """A bank of one module, such as `combine` makes, as a message of this agent: for `give` and `save_bank`.
+    """Make a bank of one module, such as `combine` returns, as a message of this agent.
 
-    It has no anchor, so that agents with a mapper of anchors refuse it: it is for agents that are told the task.
+    `give` and `save_bank` take it. It has no anchor, so agents with a mapper of anchors refuse it: it is for
+    agents that receive the task with each input.
 
     Args:
-        agent: whose message it is; it is not changed.
+        agent: the sender; it is not changed.
         module: on the agent's backbone.
-        name: of the source under which the module stands; None takes the module's task. What the agent has under it already is
-            an older version.
+        name: of the source of the message; None takes the module's task. A message that the agent already has
+            under this name becomes an older version.
 
-    Raises ConsilienceError for what is no module, for a name that is empty or has a "|", or that of a source which the agent
-    learned.
+    Raises ConsilienceError for a value that is not a module, for a name that is empty or has a "|", or for
+    the name of a source that the agent trained on.
 
     >>> import consilience as cs
-    >>> digits, model = cs.data.split_classes(cs.data.digits(), 5), cs.models.multi_head(cs.models.random_features(64, 64), 10)
+    >>> digits = cs.data.split_classes(cs.data.digits(), 5)
+    >>> model = cs.models.multi_head(cs.models.random_features(64, 64), 10)
     >>> agent = cs.run(cs.settings.skill([digits]), cs.methods.skill("oracle", head="ridge"), model).agent
     >>> both = cs.skill.combine(agent.state.experts, [("digits", "0"), ("digits", "9")], "ends")
     >>> bank = offer(agent, both)
     >>> give(agent, bank)
-    >>> list(bank), [m.version for m in offer(agent, both).values()]
+    >>> list(bank), [message.version for message in offer(agent, both).values()]
     ([('agent-0', 'ends')], [2])
     """
     if type(module) is not Module:
-        raise ConsilienceError(
-            f"what is offered should be a module, such as `combine` makes. Found a {type(module).__name__}."
-        )
+        raise ConsilienceError(f"`module` must be a module, such as `combine` makes, got {kind_of(module)}.")
     source = module.meta.get("task") if name is None else name
     if not isinstance(source, str) or not source or "|" in source:
-        raise ConsilienceError(f"a module should be offered under a name, without '|'. Found {source!r}.")
+        raise ConsilienceError(
+            f"a module must have a name that is not empty and without '|', got {source!r}; give `name`."
+        )
     if source in agent.state.visits:
         raise ConsilienceError(
-            f"a module should be offered under a name of its own. Found {source!r}, which the agent learned."
+            f"the name of a module must be new, got {source!r}, a source that the agent trained on; "
+            "give another `name`."
         )
-    held, (version, _) = (
-        agent.state.bank.get((agent.name, source)),
-        agent.state.received.get(pair(agent.name, source), (0, "")),
-    )
-    version = max(version, held.version if held is not None else 0) + 1
+    checked_name(source, "module")
+
+    # Receivers skip versions that are not new, so it must exceed all that this agent has used.
+    held = agent.state.bank.get((agent.name, source))
+    received, _ = agent.state.received.get(pair(agent.name, source), (0, ""))
+    version = max(received, held.version if held is not None else 0) + 1
     message = agent.message(source, version, 0, {"model": module})
     return {message.key: message}
 
@@ -225,23 +273,26 @@ def newcomer(
     *,
     like: Tensor | None = None,
 ) -> Agent:
-    """An agent that has learned nothing: in a schedule's frame, to be given a bank; or in the frame of a bank, which it is given.
+    """Make an agent that has not trained, from a schedule or from a bank, which it then receives.
 
-    From a bank it needs no data: its classes and tasks are those of the modules. What it answers is what the agent answers whose
-    bank it was.
+    From a bank it needs no data: its classes and tasks are those of the modules. It predicts as the agent
+    does that the bank is from.
 
     Args:
-        schedule: as in `run`; or a bank of modules, such as `load_bank` gives.
+        schedule: as in `run`; or a bank of modules, such as `load_bank` returns.
         method, model, training: as in `run`.
-        seed: draws the first parameters. With a bank it must be the one of the run that the bank is of, where the model draws its
-            trunk (`models.backbone` and `models.random_features` draw none); so must the precision of `training`.
+        seed: draws the initial parameters. With a bank it must be the seed of the bank's run if the model
+            draws its trunk (`models.backbone` and `models.random_features` do not), and `training` must have
+            the run's precision.
         name: of the agent.
-        like: inputs [B, ...] such as it will be given, images or features; with a bank alone, which has none.
+        like: inputs [B, ...] like those that it will predict for, images or features; with a bank only, which
+            has none.
 
     Raises ConsilienceError for a bank without modules or without `like`, and as `give` does.
 
     >>> import consilience as cs
-    >>> digits, model = cs.data.split_classes(cs.data.digits(), 5), cs.models.multi_head(cs.models.random_features(64, 64), 10)
+    >>> digits = cs.data.split_classes(cs.data.digits(), 5)
+    >>> model = cs.models.multi_head(cs.models.random_features(64, 64), 10)
     >>> method, x = cs.methods.skill("nearest_mean", head="ridge"), digits[3].test.whole()[0]
     >>> teacher = cs.run(cs.settings.skill(digits), method, model).agent
     >>> student = newcomer(teacher.state.bank, method, model, like=x)
@@ -255,86 +306,91 @@ def newcomer(
 
     bank: Bank = {}
     if isinstance(schedule, Mapping):
-        bank = _bank(schedule)
-        framed = _framed(bank, like)
+        bank = messages_of(schedule)
+        planned = schedule_of(bank, like)
     elif like is not None:
-        raise ConsilienceError(
-            "`like` should be left out where a schedule is given, which has inputs. Found both."
-        )
+        raise ConsilienceError("`like` must be left out with a schedule, which has inputs, got both.")
     else:
-        framed = schedule
-    chosen = model_for(framed, method, model)
-    session = begin(framed, method, chosen, training, Serial(), RunOptions(seed=seed))
+        planned = schedule
+
+    # A run that has only begun has agents with initial parameters.
+    chosen = model_for(planned, method, model)
+    session = begin(planned, method, chosen, training, Serial(), RunOptions(seed=seed))
     agent = session.trials[0].agents[name]
     if bank:
         give(agent, bank)
     return agent
 
 
-def _framed(bank: Bank, like: Tensor | None) -> Schedule:
-    """A schedule in the frame of a bank's modules: their sources in the bank's order, with an example of zeros each."""
+def schedule_of(bank: Bank, like: Tensor | None) -> Schedule:
+    """Make a schedule with the labels and tasks of a bank's modules, and one example of zeros per source."""
     from consilience import settings
 
-    modules = {k: m for k, message in bank.items() if isinstance(m := message.items.get("model"), Module)}
+    items = {key: message.items.get("model") for key, message in bank.items()}
+    modules = {key: item for key, item in items.items() if isinstance(item, Module)}
     if not modules:
         raise ConsilienceError(
-            f"a bank in whose frame an agent stands should have modules. Found none in {len(bank)} messages."
+            f"a bank must have modules to make an agent from, got none in {len(bank)} messages."
         )
     if not isinstance(like, Tensor) or like.ndim < 1:
-        raise ConsilienceError(f"with a bank, `like` should be inputs [B, ...]. Found `like = {like!r:.60}`.")
-    labels = tuple(dict.fromkeys(label for m in modules.values() for label in m.labels))
+        raise ConsilienceError(f"with a bank, `like` must be inputs [B, ...], got {kind_of(like)}.")
+
+    labels = tuple(dict.fromkeys(label for module in modules.values() for label in module.labels))
     frame = LabelFrame(labels)
     zeros = torch.zeros(1, *like.shape[1:], dtype=like.dtype)
+    empty = Tensors(zeros[:0], torch.zeros(0, dtype=torch.long))
     sources: list[Source] = []
-    for (sender, source), m in modules.items():
-        twice = any(s.name == source for s in sources)
-        classes = tuple(frame.columns(m.labels)[list(m.classes)].tolist())
-        nothing = Tensors(zeros[:0], torch.zeros(0, dtype=torch.long))
+    # Two senders may have used one name, but a schedule's sources need different ones.
+    for (sender, source), module in modules.items():
+        twice = any(other.name == source for other in sources)
+        name = f"{source} of {sender}" if twice else source
+        classes = tuple(frame.columns(module.labels)[list(module.classes)].tolist())
         train = Tensors(zeros, torch.tensor(classes[:1]))
-        sources.append(
-            Source(
-                f"{source} of {sender}" if twice else source, train, nothing, nothing, labels, classes, m.task
-            )
-        )
+        sources.append(Source(name, train, empty, empty, labels, classes, module.task))
+
     schedule = settings.skill([sources])
-    if (
-        schedule.frame.labels != labels
-    ):  # it leaves out classes that none of these modules answers, and modules name them
-        back = {c: labels.index(label) for c, label in enumerate(schedule.frame.labels)}
-        tasks = {t: tuple(back[c] for c in columns) for t, columns in schedule.frame.tasks.items()}
-        schedule = replace(schedule, sources=tuple(sources), judged=(), frame=replace(frame, tasks=tasks))
-    return schedule
+    if schedule.frame.labels == labels:
+        return schedule
+
+    # Classes that no module of the bank answers were left out; modules name them, so they are put back.
+    column = {c: labels.index(label) for c, label in enumerate(schedule.frame.labels)}
+    tasks = {task: tuple(column[c] for c in columns) for task, columns in schedule.frame.tasks.items()}
+    return replace(schedule, sources=tuple(sources), judged=(), frame=replace(frame, tasks=tasks))
 
 
 def familiarity(agent: Agent, x: Tensor) -> Tensor:
-    """How known inputs x [B, ...] are to an agent [B], comparable between tasks: (s - median) / (median - lower quartile), s the
-    score by the best task's anchor and the others those of that task's validation examples.
+    """Score how familiar inputs x [B, ...] are to an agent [B], comparably between tasks.
 
-    0 is as one of its own, -1 as one that three quarters of them excel. `mappers.auroc` of known and unknown inputs says how well
-    it tells them apart.
+    (s - median) / (median - lower quartile), where s is the score by the best task's anchor, and the
+    quantiles are those of that task's validation examples. 0 is as familiar as the median example, -1 as the
+    lower quartile. `mappers.auroc` of known and unknown inputs measures how well it separates them.
 
-    Raises ConsilienceError for a mapper without anchors, or with `reject` = 0, whose anchors have no scores to compare with.
+    Raises ConsilienceError for a mapper without anchors, or with `reject` = 0, whose anchors have no scores
+    to compare with.
 
     >>> import consilience as cs
     >>> digits = cs.data.split_classes(cs.data.digits(), 2)
     >>> model = cs.models.multi_head(cs.models.random_features(64, 512), 10)
     >>> method = cs.methods.skill("nearest_mean", head="ridge", reject=0.05)
     >>> agent = cs.run(cs.settings.skill(digits[:1]), method, model).agent
-    >>> known, unknown = (familiarity(agent, s.test.whole()[0]) for s in digits)
+    >>> known, unknown = (familiarity(agent, source.test.whole()[0]) for source in digits)
     >>> cs.mappers.auroc(known, unknown) > 0.7
     True
     """
     mapper = agent.method.mapper
     if not isinstance(mapper, Anchored):
-        raise ConsilienceError(f"familiarity needs a mapper with anchors. Found {type(mapper).__name__}.")
+        raise ConsilienceError(f"`familiarity` needs a mapper with anchors, got {type(mapper).__name__}.")
+    # The agent computes in the precision it was trained in; class indices and token ids stay integers.
     x = x.to(agent.device, agent.training.dtype if x.is_floating_point() else x.dtype)
     params, buffers = (
-        {n: t.to(agent.device) for n, t in held.items()} for held in (agent.state.params, agent.state.buffers)
+        {name: tensor.to(agent.device) for name, tensor in held.items()}
+        for held in (agent.state.params, agent.state.buffers)
     )
 
     def features(other: Tensor | None = None) -> Tensor:
         return agent.model.features(params, buffers, x if other is None else other)
 
+    # Familiarity is read from features; the outputs of experts are not needed, so their list is empty.
     with torch.no_grad():
-        routing = Routing(x, features, list, [k for k, *_ in agent.choices()])
+        routing = Routing(x, features, list, [key for key, *_ in agent.choices()])
         return mapper.familiarity(routing, agent.memory(mapper))

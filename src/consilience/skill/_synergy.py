@@ -1,4 +1,4 @@
-"""What tasks have in common: names that mean the same, answers that are right under another name, tasks made of old classes."""
+"""Classes of different tasks that mean the same, and tasks that are made of old classes."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from consilience.corrections.similarity import Encoder, Rows, rows_of, similarit
 
 @dataclass(frozen=True, eq=False)
 class Equivalences:
-    """Which classes of different tasks mean the same; a metric for `run`: a prediction is right if its class means what the true one does.
+    """Which classes of different tasks mean the same; also a metric for `run`.
 
-    `same` [C, C] is symmetric with a true diagonal; `found` are the pairs (i, j, similarity) with i < j.
+    As a metric it counts a prediction as right if its class means the same as the true one. `same` [C, C] is
+    symmetric with a true diagonal; `found` has the pairs (i, j, similarity) with i < j.
     """
 
     labels: tuple[Label, ...]
@@ -28,27 +29,31 @@ class Equivalences:
     __name__ = "corrected_accuracy"
 
     def __call__(self, p: Tensor, y: Tensor) -> float:
-        """The share of predictions [N, C] whose class is the right one [N] or equivalent to it; a row of zeros answers nothing."""
+        """Return the fraction of predictions p [N, C] whose class is y [N] or equivalent to it.
+
+        A row of zeros is no answer, and counts as wrong.
+        """
         answered = p.sum(1) > 0
         return float((self.same[p.argmax(1), y] & answered).double().mean())
 
     def pairs(self) -> list[tuple[Label, Label, float]]:
-        """The equivalent classes, the most alike first."""
-        order = sorted(self.found, key=lambda f: (-f[2], f[:2]))
-        return [(self.labels[i], self.labels[j], s) for i, j, s in order]
+        """Return the equivalent classes with their similarity, the most similar first."""
+        order = sorted(self.found, key=lambda found: (-found[2], found[:2]))
+        return [(self.labels[i], self.labels[j], similarity) for i, j, similarity in order]
 
 
 def equivalences(
     labels: LabelFrame | Sequence[Label], threshold: float = 0.9, encoder: Encoder = None
 ) -> Equivalences:
-    """The classes of different tasks whose names are at least `threshold` alike: i ~ j iff task_i != task_j and s_ij >= threshold.
+    """Find classes of different tasks with similar names: i ~ j iff task_i != task_j and s_ij >= threshold.
 
-    The relation is between pairs, as in the paper: what is alike to a third class is not united through it. Two classes of one
-    task never are the same. As `metric` of `run` it corrects answers: a bike of one data set that is taken for a bicycle of another counts as right.
+    The relation is between pairs, as in the paper: two classes that are similar to a third are not united.
+    Two classes of one task are never the same. As `metric` of `run` it corrects answers: "bike" of one data
+    set, predicted for a "bicycle" of another, counts as right.
 
     Args:
-        labels: a schedule's `frame`, which says the tasks, or the labels in the order of the output columns, whose spaces
-            then stand for tasks.
+        labels: a schedule's `frame`, which has the tasks; or the labels in the order of the output columns,
+            and then each label space is a task.
         threshold: in (0, 1].
         encoder: as for `similarities`.
 
@@ -62,38 +67,44 @@ def equivalences(
     0.5
     """
     if not 0 < threshold <= 1:
-        raise ConsilienceError(f"`threshold` should be in (0, 1]. Found `threshold = {threshold}`.")
-    names = (
-        labels.labels
-        if isinstance(labels, LabelFrame)
-        else tuple((str(space), str(name)) for space, name in labels)
-    )
-    if not names:
-        raise ConsilienceError("equivalences should have labels. Found none.")
-    tasks: list[set[str]] = [set() for _ in names]
-    if isinstance(labels, LabelFrame):
-        for task, columns in labels.tasks.items():
-            for c in columns:
-                tasks[c].add(task)
-    else:
-        tasks = [{space} for space, _ in names]
-    words = [name for _, name in names]
-    alike = similarities(words, words, encoder)
-    same = torch.eye(len(names), dtype=torch.bool)
+        raise ConsilienceError(f"`threshold` must be in (0, 1], got {threshold}.")
+    known = labels.labels if isinstance(labels, LabelFrame) else labels
+    columns = tuple((str(space), str(name)) for space, name in known)
+    if not columns:
+        raise ConsilienceError("`labels` must have at least one label, got none.")
+    tasks = tasks_by_column(labels, columns)
+
+    names = [name for _, name in columns]
+    similarity = similarities(names, names, encoder)
+    same = torch.eye(len(columns), dtype=torch.bool)
     found = []
-    for i, j in (alike >= threshold - 1e-6).triu(1).nonzero().tolist():
+    # The similarities are float32, and a threshold of 0.9 is not one of its numbers.
+    for i, j in (similarity >= threshold - 1e-6).triu(1).nonzero().tolist():
         if not tasks[i] & tasks[j]:
             same[i, j] = same[j, i] = True
-            found.append((i, j, float(alike[i, j])))
-    return Equivalences(tuple(names), same, tuple(found))
+            found.append((i, j, float(similarity[i, j])))
+    return Equivalences(columns, same, tuple(found))
+
+
+def tasks_by_column(labels: LabelFrame | Sequence[Label], columns: Sequence[Label]) -> list[set[str]]:
+    """Return the tasks that each output column belongs to."""
+    if not isinstance(labels, LabelFrame):
+        return [{space} for space, _ in columns]
+
+    # A column belongs to several tasks if they share its class.
+    tasks: list[set[str]] = [set() for _ in columns]
+    for task, task_columns in labels.tasks.items():
+        for column in task_columns:
+            tasks[column].add(task)
+    return tasks
 
 
 def combine(modules: Mapping[Any, Module] | Iterable[Module], labels: Sequence[Label], name: str) -> Module:
-    """A module for a new task whose classes are a union of old ones: w'_c = w_c / ||w_c||_inf, with their biases, one below the other.
+    """Make a module for a new task of old classes: their rows w_c / ||w_c||_inf, and their biases.
 
-    Heads that were trained through that division (`multi_head(norm="inf")`) keep each class's logit; of others the scale is lost.
-    Of classes that several modules have, the first module's is taken. To go on training with another task's rows, as they are, use
-    the correction `HeadReuse`.
+    Heads that were trained with that division (`multi_head(norm="inf")`) keep the logit of each class; others
+    lose its scale. If several modules have a class, the first is taken. To continue training from the rows of
+    another task, use the correction `HeadReuse`.
 
     Args:
         modules: heads on one frozen backbone, such as `agent.state.experts`.
@@ -101,23 +112,27 @@ def combine(modules: Mapping[Any, Module] | Iterable[Module], labels: Sequence[L
         name: of the new task.
 
     Returns:
-        A Module that answers `labels`: what `Message` takes as its item "model".
+        A Module that answers `labels`; `Message` takes it as its item "model".
 
-    Raises ConsilienceError for a class that no module has, for modules with more entries than a head, or of different backbones.
+    Raises ConsilienceError for a class that no module has, for modules with more entries than a head, or with
+    different backbones.
 
     Paper: Ge et al. 2023, section 7.2.
 
     >>> def head(task, *classes):
-    ...     at = f"heads.{task}"
-    ...     held = {f"entries/{at}.weight": torch.tensor([[2.0, -4.0]] * len(classes)), f"entries/{at}.bias": torch.ones(len(classes))}
-    ...     held[f"buffers/{at}.columns"] = torch.arange(len(classes))
-    ...     return Module(held, {"labels": [[task, c] for c in classes], "classes": [*range(len(classes))], "task": task, "backbone": ""})
-    >>> both = combine([head("pets", "cat", "dog"), head("cars", "van")], [("pets", "dog"), ("cars", "van")], "mixed")
-    >>> both.tensors["entries/heads.mixed.weight"], both.task
+    ...     at, count = f"heads.{task}", len(classes)
+    ...     held = {f"entries/{at}.weight": torch.tensor([[2.0, -4.0]] * count)}
+    ...     held |= {f"entries/{at}.bias": torch.ones(count), f"buffers/{at}.columns": torch.arange(count)}
+    ...     labels = [[task, name] for name in classes]
+    ...     return Module(held, {"labels": labels, "classes": [*range(count)], "task": task, "backbone": ""})
+    >>> pets, cars = head("pets", "cat", "dog"), head("cars", "van")
+    >>> both = combine([pets, cars], [("pets", "dog"), ("cars", "van")], "mix")
+    >>> both.tensors["entries/heads.mix.weight"], both.task
     (tensor([[ 0.5000, -1.0000],
-        [ 0.5000, -1.0000]]), 'mixed')
+        [ 0.5000, -1.0000]]), 'mix')
 
-    It has no anchor: an agent that is told the task answers with it, and one that routes by anchors refuses it.
+    It has no anchor: an agent that receives the task with each input uses it, and one that routes by anchors
+    refuses it.
 
     >>> import consilience as cs
     >>> digits = cs.data.split_classes(cs.data.digits(), 5)
@@ -130,54 +145,67 @@ def combine(modules: Mapping[Any, Module] | Iterable[Module], labels: Sequence[L
     True
     """
     given = list(modules.values()) if isinstance(modules, Mapping) else list(modules)
-    wanted = [(str(space), str(c)) for space, c in labels]
+    # Labels come from users, who may write a class as a number.
+    wanted = [(str(space), str(name)) for space, name in labels]
     if not given or not wanted or len(set(wanted)) < len(wanted):
         raise ConsilienceError(
-            f"a new task should be made of modules and of different classes. Found {len(given)} modules and {wanted[:4]}."
+            "a new task must be made of at least one module and of different classes, got "
+            f"{len(given)} modules and {wanted[:4]}."
         )
-    backbones = {m.meta["backbone"] for m in given}
-    if len(backbones) > 1:
-        raise ConsilienceError(
-            f"modules to combine should stand on one backbone. Found {', '.join(sorted(b[:8] for b in backbones))}."
-        )
-    forms = {m.meta.get("form", "") for m in given}
-    if len(forms) > 1:
-        raise ConsilienceError(
-            f"modules to combine should be of one form. Found {', '.join(f or 'rows as they are' for f in sorted(forms))}."
-        )
+    backbone, form = common_base(given)
+
+    # Of several rows for one class the first is kept.
     rows: Rows = {}
-    for m in given:
-        for label, row in head_rows(m).items():
+    for module in given:
+        for label, row in head_rows(module).items():
             rows.setdefault(label, row)
     missing = next((label for label in wanted if label not in rows), None)
     if missing is not None:
         raise ConsilienceError(
-            f"classes of the new task should be old ones. Found {missing}, which no module has."
+            f"classes of the new task must be those of modules, got {missing}, which no module has."
         )
-    weight = torch.stack([rows[label][0] for label in wanted])
+
+    weight = torch.stack([rows[label].weight for label in wanted])
     norm = weight.abs().amax(1, keepdim=True)
-    at, n = f"heads.{name.replace('.', '_')}", len(wanted)
+    # Names of entries have dots between modules, so a task's name may have none.
+    head, count = f"heads.{name.replace('.', '_')}", len(wanted)
     tensors = {
-        f"entries/{at}.weight": weight / torch.where(norm > 0, norm, torch.ones_like(norm)),
-        f"entries/{at}.bias": torch.stack([rows[label][1] for label in wanted]),
-        f"buffers/{at}.columns": torch.arange(n),
+        f"entries/{head}.weight": weight / torch.where(norm > 0, norm, torch.ones_like(norm)),
+        f"entries/{head}.bias": torch.stack([rows[label].bias for label in wanted]),
+        f"buffers/{head}.columns": torch.arange(count),
     }
-    meta = {
+    facts = {
         "labels": [list(label) for label in wanted],
-        "classes": list(range(n)),
+        "classes": list(range(count)),
         "task": name,
-        "backbone": backbones.pop(),
-        "form": forms.pop(),
+        "backbone": backbone,
+        "form": form,
     }
-    return Module(tensors, meta)
+    return Module(tensors, facts)
 
 
-def head_rows(m: Module) -> Rows:
-    """The weight [d] and the bias [] of each class of a module that is one head."""
-    rows, entries = rows_of(m), m.group("entries")
+def common_base(modules: Sequence[Module]) -> tuple[str, str]:
+    """Return the backbone and the form of modules; refuse modules that differ in one of them."""
+    backbones = {module.meta["backbone"] for module in modules}
+    if len(backbones) > 1:
+        got = ", ".join(sorted(backbone[:8] for backbone in backbones))
+        raise ConsilienceError(f"modules to combine must have one backbone, got {got}.")
+    forms = {module.meta.get("form", "") for module in modules}
+    if len(forms) > 1:
+        # A module without a form has rows that are used as they are.
+        got = ", ".join(form or "rows as they are" for form in sorted(forms))
+        raise ConsilienceError(f"modules to combine must have one form, got {got}.")
+    return backbones.pop(), forms.pop()
+
+
+def head_rows(module: Module) -> Rows:
+    """Return the weight [d] and the bias [] of each class of a module that is one head."""
+    # Adapters and biases would be lost, and the head with them would answer otherwise.
+    rows, entries = rows_of(module), module.group("entries")
     if not rows or len(entries) > 2:
-        found = sorted(n for n in entries if not n.startswith("heads."))[:2]
+        others = sorted(name for name in entries if not name.startswith("heads."))[:2]
         raise ConsilienceError(
-            f"modules to combine should be a head and no more. Found {found or 'no head'} in that of {m.task!r}."
+            f"modules to combine must have a head and nothing else, got {others or 'no head'} in that of "
+            f"{module.task!r}."
         )
     return rows

@@ -37,7 +37,7 @@ from consilience.core.params import Params
 from consilience.core.schedule import Evaluate, Expert, Schedule, Train, build
 from consilience.core.source import Source, Tensors
 from consilience.merging._analysis import disentanglement, transfer_matrix
-from consilience.merging._diagnose import draw
+from consilience.merging._figures import draw
 from consilience.report._svg import Axis, lines_chart
 
 NAMES = {

@@ -20,9 +20,10 @@ from consilience.cli.choose import halved
 from consilience.cli.main import main
 from consilience.core.params import key, same, save
 from consilience.core.source import Tensors
-from consilience.merging import _choose, _explore
+from consilience.merging import _choose
+from consilience.merging._bench import Answers, Bench
 from consilience.merging._choose import choose
-from consilience.merging._explore import Bench, explore, greedy_soup
+from consilience.merging._explore import explore, greedy_soup
 
 QUICK = dict(grid=(0.0, 0.4, 1.0), budget=6)
 
@@ -282,7 +283,7 @@ def test_a_soup_without_a_base_does_not_take_the_first_experts_head_for_untraine
     name = next(n for n in a if n.startswith("heads.") and n.endswith("bias"))
     other = {**mine, name: a[name] + 1}
     with pytest.raises(
-        ConsilienceError, match=f"give `base`. Found {name!r} of task .* in 'x' and another in 'y'"
+        ConsilienceError, match=f"got {name!r} of task .* in 'x' and another in 'y'; give `base`"
     ):
         greedy_soup(model, {"x": a, "y": other}, halves)
     assert greedy_soup(model, {"x": a, "y": other}, halves, base=a).best.score > 0
@@ -310,7 +311,7 @@ def test_experts_with_frozen_entries_of_their_own_are_refused(digits):
     experts = {n: {**e, **{k: base[k] for k in base if k.startswith("3.")}} for n, e in digits[2].items()}
     bad = {**experts, "b": digits[2]["b"]}
     with pytest.raises(
-        ConsilienceError, match="frozen entries. Found another '3.weight' in 'b' than in the base"
+        ConsilienceError, match="frozen entries, got another '3.weight' in 'b' than in the base"
     ):
         explore(still, base, bad, halves)
     with pytest.raises(ConsilienceError, match="another '3.weight' in 'b' than in 'a'"):
@@ -486,13 +487,13 @@ def test_combining_pays_where_experts_complete_each_other_and_not_where_they_are
     assert found.pays
     assert found.gain > 10 * found.error
     assert found[found.use].kind not in ("base", "expert")
-    told = choose(model, base, experts, halves, budget=4, aggregators={}, scenario="task")
+    by_task = choose(model, base, experts, halves, budget=4, aggregators={}, scenario="task")
     columns = [s.classes for s in halves]
     best = [
         accuracy(model, e, s.test, columns=c)
         for e, s, c in zip(experts.values(), halves, columns, strict=True)
     ]
-    assert list(told["routing by task"].test.values()) == best
+    assert list(by_task["routing by task"].test.values()) == best
     alike = choose(model, experts["a"], [experts["a"], experts["a"]], halves, budget=4)
     assert not alike.pays
     assert (alike.use, alike.gain, alike.error) == ("base", 0.0, 0.0)
@@ -524,8 +525,8 @@ def test_choosing_without_labels_reads_none_and_says_so(digits):
 
 def test_sources_of_the_same_examples_count_once_in_the_error():
     y = torch.zeros(6, dtype=torch.long)
-    right = _explore.Answers(torch.tensor([[1.0, 0.0]]).repeat(6, 1), y, 2)
-    mixed = _explore.Answers(torch.eye(2).repeat(3, 1), y, 2)
+    right = Answers(torch.tensor([[1.0, 0.0]]).repeat(6, 1), y, 2)
+    mixed = Answers(torch.eye(2).repeat(3, 1), y, 2)
     gain, error = _choose.paired([right], [mixed])
     assert _choose.paired([right] * 4, [mixed] * 4, [0] * 4) == (pytest.approx(gain), pytest.approx(error))
     assert _choose.paired([right] * 4, [mixed] * 4, [0, 1, 2, 3])[1] == pytest.approx(error / 2)
@@ -543,25 +544,25 @@ def test_clients_over_one_test_set_have_the_error_of_one_source(digits):
     for ask in (
         lambda bench: bench.ensemble("test"),
         lambda bench: _choose.routed(bench, "test"),
-        lambda bench: _choose._told(bench, ["a"] * len(bench.sources), "test"),
+        lambda bench: _choose.answers_of(bench, ["a"] * len(bench.sources), "test"),
     ):
         wanted = _choose.paired(ask(one), one.alone("b", "test"))
         assert wanted[1] > 0
         assert _choose.paired(ask(four), four.alone("b", "test"), keys) == pytest.approx(wanted)
     for some in (many, [whole]):
         found = choose(model, base, experts, some, aggregators={}, budget=0)
-        told = {"ensemble": one.ensemble("test"), "routing by entropy": _choose.routed(one, "test")}
-        assert found.combination in told, "experts of halves are best together"
+        combined = {"ensemble": one.ensemble("test"), "routing by entropy": _choose.routed(one, "test")}
+        assert found.combination in combined, "experts of halves are best together"
         wanted = _choose.paired(
-            told[found.combination],
+            combined[found.combination],
             one.alone(found.single, "test") if found.single != "base" else one.answers(base, "test"),
         )
         assert (found.gain, found.error) == pytest.approx(wanted)
 
 
 def answers(*right):
-    """Answers that are right or wrong as told."""
-    return _explore.Answers(
+    """Answers that are right or wrong as given."""
+    return Answers(
         torch.tensor([[1.0, 0.0] if r else [0.0, 1.0] for r in right]),
         torch.zeros(len(right), dtype=torch.long),
         2,
@@ -586,8 +587,8 @@ def test_no_sample_is_certain():
 
 def test_answers_that_are_not_finite_are_wrong_and_unsure():
     y = torch.zeros(3, dtype=torch.long)
-    broken = _explore.Answers(torch.tensor([[math.nan, math.nan], [0.9, 0.1], [math.nan, 0.5]]), y, 2)
-    fine = _explore.Answers(torch.tensor([[0.6, 0.4]] * 3), y, 2)
+    broken = Answers(torch.tensor([[math.nan, math.nan], [0.9, 0.1], [math.nan, 0.5]]), y, 2)
+    fine = Answers(torch.tensor([[0.6, 0.4]] * 3), y, 2)
     assert broken.correct.tolist() == [0, 1, 0]
     assert broken.agreement(fine).tolist() == [0, 1, 0] == broken.agreement(broken).tolist()
     assert broken.entropy.tolist()[::2] == [1, 1]
@@ -621,16 +622,16 @@ BAD = {
     "no source": (dict(sources=[]), "must have sources"),
     "a source twice": (
         dict(sources=[data.digits(), data.digits()]),
-        "names of their own. Found digits twice",
+        "names of their own, got digits twice",
     ),
-    "not a model": (dict(model="mlp"), "a model or a torch module. Found 'mlp'"),
-    "missing": (dict(base={}), r"Found no '1.weight' in the base; no '1.bias' in the base"),
+    "not a model": (dict(model="mlp"), "a model or a torch module, got 'mlp'"),
+    "missing": (dict(base={}), r"got no '1.weight' in the base; no '1.bias' in the base"),
     "shape": (
         dict(experts={"x": models.mlp(64, (16,)).init(key(0))[0]}),
         r"\(16, 64\) for '1.weight' of 'x', where the model has \(8",
     ),
-    "no base": (dict(base=None), "`base` should be what the experts started from.* Found none"),
-    "extra": (dict(extra={"other": torch.ones(3)}), "'other' in 'x', which the model has not"),
+    "no base": (dict(base=None), "`base` must be .* which the experts were trained from, got none"),
+    "extra": (dict(extra={"other": torch.ones(3)}), "'other' in 'x', which the model does not have"),
     "NaN": (dict(extra={"1.bias": torch.full((8,), math.nan)}), "NaN or infinity in '1.bias' of 'x'"),
     "no validation": (
         dict(sources=[data.arrays(np.eye(64, dtype="float32"), np.arange(64) % 2, validation=0.0)]),
@@ -643,10 +644,10 @@ BAD = {
 MORE = {
     "objective": (dict(objective="men"), "nearest: mean"),
     "optimiser": (dict(optimiser="nelder"), "nearest: nelder-mead"),
-    "budget": (dict(budget=-1), "`budget` should be a whole number >= 0. Found `budget = -1`"),
-    "grid": (dict(grid=[math.nan]), "`grid` should be finite numbers"),
-    "empty grid": (dict(grid=[]), "`grid` should be finite numbers, at least one"),
-    "scales": (dict(scales=["1"]), "`scales` should be finite"),
+    "budget": (dict(budget=-1), "`budget` must be a whole number >= 0, got -1"),
+    "grid": (dict(grid=[math.nan]), "`grid` must be finite numbers"),
+    "empty grid": (dict(grid=[]), "`grid` must be finite numbers, at least one"),
+    "scales": (dict(scales=["1"]), "`scales` must be finite"),
     "aggregator": (dict(aggregators={"ties": "ties"}), "made by consilience.aggregators"),
     "name": (dict(aggregators={"sum": aggregators.mean()}), "under names other than 'sum'"),
 }

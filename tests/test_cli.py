@@ -513,6 +513,7 @@ def test_help_shows_options_from_docstrings_and_imports_no_torch():
             "--method.aggregator.density",
         ),
         (["compare", "--help"], "--dtype {float32,float64,bfloat16}"),
+        (["merge", "--help"], "--allow-non-finite"),
         (["choose", "--help"], "--setting.scenario {task,domain,class}"),
         (["methods", "--help"], "--help"),
         (["report", "--help"], "--out OUT"),

@@ -156,18 +156,18 @@ BAD = {
     "shapes": (
         {"w": torch.zeros(2)},
         [{"w": torch.zeros(3)}],
-        r"Found \(3,\) for 'w' of expert-0, here \(2,\)",
+        r"got \(3,\) for 'w' of expert-0, here \(2,\)",
     ),
-    "nothing shared": ({"w": torch.zeros(2)}, [{"v": torch.zeros(2)}], "should share entries"),
+    "nothing shared": ({"w": torch.zeros(2)}, [{"v": torch.zeros(2)}], "floating-point entries in common"),
     "NaN": (
         {"w": torch.zeros(2)},
         [{"w": torch.tensor([0, math.nan])}],
         "NaN or infinity in 'w' of expert-0",
     ),
     "broken base": ({"w": torch.tensor([math.inf])}, [{"w": torch.zeros(1)}], "'w' of the base"),
-    "no experts": ({"w": torch.zeros(2)}, [], "at least one expert. Found none"),
-    "one state dict": ({"w": torch.zeros(2)}, {"w": torch.zeros(2)}, "in a sequence or by name"),
-    "one path": ({"w": torch.zeros(2)}, "expert.safetensors", "in a sequence or by name"),
+    "no experts": ({"w": torch.zeros(2)}, [], "at least one expert, got none"),
+    "one state dict": ({"w": torch.zeros(2)}, {"w": torch.zeros(2)}, "a sequence, or by name"),
+    "one path": ({"w": torch.zeros(2)}, "expert.safetensors", "a sequence, or by name"),
 }
 
 

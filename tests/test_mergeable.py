@@ -699,12 +699,10 @@ def test_analyses_judge_by_the_statistics_of_checkpoints():
         == disentanglement(model, base, shifted, PAIR, grid, held)
     )
     with pytest.raises(
-        cs.ConsilienceError, match=r"base's buffers.*Found others in '1.running_mean' of expert 1"
+        cs.ConsilienceError, match=r"base's buffers.*got others in '1.running_mean' of expert 1"
     ):
         disentanglement(model, base, [params[0], shifted[1]], PAIR, grid)
-    with pytest.raises(
-        cs.ConsilienceError, match=r"Found \(4,\) for '1.running_var' of expert 0, here \(5,\)"
-    ):
+    with pytest.raises(cs.ConsilienceError, match=r"got \(4,\) for '1.running_var' of expert 0, here \(5,\)"):
         transfer_matrix(model, base, [{**params[0], "1.running_var": torch.ones(4)}, params[1]], PAIR)
 
 
@@ -865,20 +863,20 @@ def test_what_cannot_be_analysed_is_refused():
         (PAIR[:1], params[:1], {}, "two tasks"),
         (PAIR, params, {"coefficients": ()}, "finite, and at least one"),
         (PAIR, params, {"coefficients": (math.inf,)}, "finite, and at least one"),
-        ([source("v", kind="value"), PAIR[1]], params, {}, "should be classes"),
+        ([source("v", kind="value"), PAIR[1]], params, {}, "needs a source of classes"),
         (
             PAIR,
             [start(), {**start(), "1.bias": torch.zeros(3)}],
             {},
-            r"base's shapes. Found \(3,\) for '1.bias' of expert 1",
+            r"base's shapes, got \(3,\) for '1.bias' of expert 1",
         ),
-        (PAIR, [start(), {"1.bias": start()["1.bias"]}], {}, "Found none called '1.weight' in expert 1"),
+        (PAIR, [start(), {"1.bias": start()["1.bias"]}], {}, "got none called '1.weight' in expert 1"),
     ):
         with pytest.raises(cs.ConsilienceError, match=why):
             disentanglement(mlp(), start(), given, sources, **more)
     with pytest.raises(cs.ConsilienceError, match="an expert for each source"):
         transfer_matrix(mlp(), start(), params, PAIR[:1])
-    with pytest.raises(cs.ConsilienceError, match=r"`base` should have the model's entries"):
+    with pytest.raises(cs.ConsilienceError, match=r"`base` must have the model's entries"):
         transfer_matrix(mlp(), {}, params, PAIR)
 
 

@@ -27,6 +27,7 @@ from consilience.cli.options import (
     take_choice,
 )
 from consilience.core.errors import ConsilienceError, unknown
+from consilience.merging._allowed import ALLOWED
 
 if TYPE_CHECKING:
     from consilience.core.aggregator import Aggregator
@@ -169,7 +170,7 @@ def requested(argv: Sequence[str]) -> Request:
     if stored.aggregator is not None and aggregator != stored.aggregator:
         of_file = {key: value for key, value in of_file.items() if not key.startswith("aggregator.")}
 
-    allowed = [name for name in allowances() if allow_switch(name) in turned_on or name in stored.allow]
+    allowed = [name for name in ALLOWED if allow_switch(name) in turned_on or name in stored.allow]
     return Request(
         base=words[0] if words else stored.base,
         experts=words[1:] or stored.experts,
@@ -182,13 +183,6 @@ def requested(argv: Sequence[str]) -> Request:
     )
 
 
-def allowances() -> Mapping[str, str]:
-    """What is refused unless it is allowed, and what allowing it means."""
-    from consilience.merging._plan import ALLOWED
-
-    return ALLOWED
-
-
 def allow_switch(name: str) -> str:
     """The switch that allows something."""
     return f"allow-{dashed(name)}"
@@ -196,13 +190,13 @@ def allow_switch(name: str) -> str:
 
 def switches_with_help() -> dict[str, str]:
     """All switches, and what they do."""
-    return {**SWITCHES, **{allow_switch(name): why for name, why in allowances().items()}}
+    return {**SWITCHES, **{allow_switch(name): why for name, why in ALLOWED.items()}}
 
 
 def spellings(switches: Mapping[str, str]) -> set[str]:
     """All spellings of switches: dashes and underscores are the same."""
     # --allow-non_finite, as the argument of the library is spelled.
-    mixed = {f"allow-{name}" for name in allowances()}
+    mixed = {f"allow-{name}" for name in ALLOWED}
     return {*switches, *(switch.replace("-", "_") for switch in switches), *mixed}
 
 

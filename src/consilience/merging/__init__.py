@@ -9,17 +9,22 @@ Nothing here imports torch before it is called.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from consilience.core.errors import unknown
+from consilience import lazy
 
+# Everything loads when it is first used, so that the command line can name these functions without torch.
 if TYPE_CHECKING:
-    from consilience.merging._analysis import disentanglement, transfer_matrix
-    from consilience.merging._choose import choose
-    from consilience.merging._diagnose import diagnose
-    from consilience.merging._explore import explore, greedy_soup
-    from consilience.merging._stream import fold_normalisation, merge
+    from consilience.merging._analysis import disentanglement as disentanglement
+    from consilience.merging._analysis import transfer_matrix as transfer_matrix
+    from consilience.merging._choose import choose as choose
+    from consilience.merging._diagnose import diagnose as diagnose
+    from consilience.merging._explore import explore as explore
+    from consilience.merging._explore import greedy_soup as greedy_soup
+    from consilience.merging._stream import fold_normalisation as fold_normalisation
+    from consilience.merging._stream import merge as merge
+else:
+    __getattr__, __dir__ = lazy.attach(__name__)
 
 __all__ = [
     "choose",
@@ -31,20 +36,3 @@ __all__ = [
     "merge",
     "transfer_matrix",
 ]
-# Imported at first use, so that the command line can name these functions without torch.
-_WHERE = {
-    "choose": "_choose",
-    "diagnose": "_diagnose",
-    "disentanglement": "_analysis",
-    "explore": "_explore",
-    "fold_normalisation": "_stream",
-    "greedy_soup": "_explore",
-    "merge": "_stream",
-    "transfer_matrix": "_analysis",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name in _WHERE:
-        return getattr(importlib.import_module(f"consilience.merging.{_WHERE[name]}"), name)
-    raise AttributeError(str(unknown("name", name, __all__)))

@@ -1,41 +1,47 @@
-"""Whether combining experts pays, and how: one model, a merge, an ensemble, routing or distillation, judged on held-out data."""
+"""Whether combining experts pays, and how: merge, ensemble, routing or distillation, on held-out data."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 
+from consilience import aggregators as catalogue
+from consilience.consolidators.distillation import Distillation, inputs
 from consilience.core.aggregator import Aggregator
 from consilience.core.errors import ConsilienceError, Refusal, unknown
 from consilience.core.message import Message, Weights
-from consilience.core.params import Params
+from consilience.core.params import Params, key
 from consilience.core.source import Source
 from consilience.core.state import State
-from consilience.merging._explore import Answers, Bench, Part, search, soup
+from consilience.merging._bench import Answers, Bench, Part
+from consilience.merging._explore import Mixture, SearchOptions, search, soup
 
 RULE = (
-    "the best combination and the best single model by the validation parts are compared on the test parts: combining pays where the "
-    "mean over sources is higher by more than its standard error, paired over examples"
+    "the best combination and the best single model by the validation parts are compared on the test parts: "
+    "combining pays where the mean over sources is higher by more than its standard error, paired over "
+    "examples"
 )
 SILENT = (
-    "no labels were read: scores are the agreement with the ensemble of experts, then confidence (1 - entropy over log C); they cannot "
-    "tell whether answers are right, nor whether combining pays"
+    "no labels were read: scores are the agreement with the ensemble of experts, then confidence "
+    "(1 - entropy over log C); they cannot tell whether answers are right, nor whether combining pays"
 )
 SINGLE, ONE = ("base", "expert"), ("base", "expert", "merge", "distilled")
 """Kinds that combine nothing, and kinds that are one model."""
+STRENGTHS = (0.25, 0.5, 0.75, 1.5, 2, 3, 4, 6, 8)
+"""Scales of merges to try besides 1, as far as they are at most the number of experts."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A way to answer: its kind (base, expert, merge, ensemble, routing, distilled), scores, and what it costs.
+    """A way to answer: its kind (base, expert, merge, ensemble, routing, distilled), scores, and cost.
 
-    `validation` is what was selected by, `test` the score by source on the test parts and `mean` its mean: accuracy, or without
-    labels agreement with the ensemble. `passes` are forward passes for each example, `parameters` what is stored, entries that
-    several models have alike once.
+    `validation` is the score that selects. `test` has the scores by source on the test parts, and `mean` is
+    their mean: accuracy, or without labels agreement with the ensemble. `passes` are forward passes per
+    example, `parameters` the number stored; entries that are equal in several models count once.
     """
 
     name: str
@@ -52,10 +58,11 @@ class Candidate:
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """What `choose` found: all candidates, which to `use`, and whether combining `pays` (None without labels).
+    """The result of `choose`: candidates, which to `use`, and whether combining `pays` (None without labels).
 
-    `gain` +- `error` is what `combination` has on the test parts over `single`, the best of each by validation; `cheaper` costs fewer
-    passes or parameters than `use`, and is within one paired standard error of it on the validation parts.
+    `gain` +- `error` is the advantage of `combination` over `single` on the test parts, the best of each by
+    validation. `cheaper` costs fewer passes or parameters than `use`, and is within one paired standard error
+    of it on the validation parts.
     """
 
     labels: bool
@@ -72,47 +79,59 @@ class Choice:
     make: Callable[[str], Params] = field(default=lambda _: {}, repr=False)
 
     def __getitem__(self, name: str) -> Candidate:
-        for c in self.candidates:
-            if c.name == name:
-                return c
-        raise unknown("candidate", name, [c.name for c in self.candidates])
+        for candidate in self.candidates:
+            if candidate.name == name:
+                return candidate
+        raise unknown("candidate", name, [candidate.name for candidate in self.candidates])
 
     def params(self, name: str | None = None) -> Params:
-        """The state dict of a candidate that is one model; None: of the one to use."""
+        """Return the state dict of a candidate that is one model; None: of the one to use."""
         name = name or self.use
         if self[name].kind not in ONE:
             raise ConsilienceError(
-                f"parameters are those of one model. Found {self[name].kind} {name!r}, which keeps all experts."
+                f"`name` must be a candidate that is one model, got the {self[name].kind} {name!r}, which "
+                "keeps all experts."
             )
         return self.make(name)
 
     def table(self) -> str:
-        """The candidates, best first, and what to do."""
+        """Write the candidates, best first, and the advice."""
         from consilience.report._text import Column, clean, grid, human, number, short
 
-        shown = sorted(self.candidates, key=lambda c: (-c.validation, c.passes, c.parameters))
-        what = "accuracy" if self.labels else "agreement"
+        shown = sorted(
+            self.candidates,
+            key=lambda candidate: (-candidate.validation, candidate.passes, candidate.parameters),
+        )
+
+        def column(head: str, say: Callable[[Candidate], str], right: bool = True) -> Column:
+            return Column(head, [say(candidate) for candidate in shown], right)
+
+        score = "accuracy" if self.labels else "agreement"
         columns = [
-            Column("candidate", [clean(c.name) for c in shown], False),
-            Column("kind", [c.kind for c in shown], False),
-            Column("validation %", [number(c.validation, True) for c in shown]),
-            Column(f"test {what} %", [number(c.mean, True) for c in shown]),
+            column("candidate", lambda candidate: clean(candidate.name), False),
+            column("kind", lambda candidate: candidate.kind, False),
+            column("validation %", lambda candidate: number(candidate.validation, True)),
+            column(f"test {score} %", lambda candidate: number(candidate.mean, True)),
         ]
+        # More columns than these do not fit a line.
         if 1 < len(self.sources) <= 8:
-            columns += [Column(short(s, 14), [number(c.test[s], True) for c in shown]) for s in self.sources]
+            for source in self.sources:
+                scores = [number(candidate.test[source], True) for candidate in shown]
+                columns.append(Column(short(source, 14), scores))
         elif len(self.sources) > 8:
-            columns.append(Column("worst source", [number(min(c.test.values()), True) for c in shown]))
+            worst = column("worst source", lambda candidate: number(min(candidate.test.values()), True))
+            columns.append(worst)
         if not self.labels:
-            columns.append(Column("confidence %", [number(c.confidence, True) for c in shown]))
+            columns.append(column("confidence %", lambda candidate: number(candidate.confidence, True)))
         columns += [
-            Column("passes", [str(c.passes) for c in shown]),
-            Column("parameters", [human(c.parameters) for c in shown]),
-            Column("", [short(c.detail, 60) for c in shown], False),
+            column("passes", lambda candidate: str(candidate.passes)),
+            column("parameters", lambda candidate: human(candidate.parameters)),
+            column("", lambda candidate: short(candidate.detail, 60), False),
         ]
         return f"{grid(columns)}\n\n{self.advice}"
 
     def to_json(self) -> dict[str, Any]:
-        """The same as plain values."""
+        """Return the same as plain values."""
         return {
             "labels": self.labels,
             "sources": list(self.sources),
@@ -125,19 +144,10 @@ class Choice:
             "pays": self.pays,
             "rule": RULE if self.labels else SILENT,
             "advice": self.advice,
-            "candidates": [{**vars(c), "test": dict(c.test)} for c in self.candidates],
+            "candidates": [
+                {**vars(candidate), "test": dict(candidate.test)} for candidate in self.candidates
+            ],
         }
-
-
-@dataclass(frozen=True, eq=False)
-class _Made:
-    """A candidate before it is judged."""
-
-    kind: str
-    detail: str
-    answer: Callable[[Part], list[Answers]]
-    passes: int
-    models: tuple[Params, ...]
 
 
 def choose(
@@ -153,33 +163,38 @@ def choose(
     budget: int = 40,
     seed: int = 0,
 ) -> Choice:
-    """Judge base, experts, merges, their ensemble, routing and distillation on held-out data, and say which to use.
+    """Judge base, experts, merges, ensemble, routing and distillation on held-out data, and say which to use.
 
-    Selected on the validation parts, reported on the test parts. With d_si = 1[combination right] - 1[single right] on example i of
-    source s, combining pays where mean_s mean_i d_si > sqrt(sum_s var_i(d_si) / n_s) / S (d summed first over sources that share their
-    examples); what to use is decided by the same rule on the validation parts. Without labels no target is read, coefficients are
-    searched, and one model is chosen, by the agreement with the ensemble of experts, equal ones by the entropy of the answers (on its
-    own it prefers what is confident and wrong).
+    Candidates are selected on the validation parts and reported on the test parts. With
+    d_si = 1[combination right] - 1[single right] on example i of source s, combining pays if
+    mean_s mean_i d_si > sqrt(sum_s var_i(d_si) / n_s) / S (d summed first over sources that share their
+    examples). The same rule on the validation parts decides which to use. Without labels no target is read:
+    coefficients and one model are chosen by the agreement with the ensemble of experts, then by the entropy
+    of the answers, which alone would prefer what is confident and wrong.
 
     Args:
-        model: what the checkpoints are parameters of: a Model or a torch module.
-        base: what the experts started from: a state dict, a module or a path.
+        model: a Model or a torch module with the entries of the checkpoints.
+        base: what the experts were trained from: a state dict, a module or a path.
         experts: the same, in a sequence or by name.
-        sources: what to choose on; no expert may have seen their validation and test parts, or one that memorised them is chosen.
-        aggregators: by name, in place of ties, dare and, for two experts, slerp; the strength of each is searched. Average, task
-            arithmetic with one coefficient and with one an expert, and the greedy soup are always there.
+        sources: to choose on. No expert may have seen their validation and test parts, or one that memorised
+            them is chosen.
+        aggregators: by name, instead of ties, dare and, for two experts, slerp; the scale of each is
+            searched. Average, task arithmetic with one coefficient and with one per expert, and the greedy
+            soup are always judged.
         labels: whether the targets may be read.
-        distil: unlabelled inputs (a tensor, an array, a source; True: the sources' training inputs), or a `Distillation`, to teach the
-            average what all experts answer together; None does not.
-        scenario: "task" tells the source's task, which picks the expert too; "class" and "domain" do not; None: fits the model.
-        budget: mixtures that an optimiser may try for each kind of merge, after a grid.
-        seed: of whatever is random.
+        distil: unlabelled inputs (a tensor, an array, a source; True: the sources' training inputs), or a
+            `Distillation`, to train the average on the mean answer of all experts; None does not.
+        scenario: "task" gives the source's task, which also selects the expert; "class" and "domain" do not;
+            None fits the model.
+        budget: number of mixtures that an optimiser may try for each kind of merge, after a grid.
+        seed: of all random draws.
 
     Raises:
         ConsilienceError: as `explore`.
         Refusal: sources of values; distillation of a model with heads of tasks.
 
-    Wortsman et al. 2022, arXiv:2203.05482; Ilharco et al. 2023, arXiv:2212.04089; Lin et al. 2020, arXiv:2006.07242 (distillation).
+    Wortsman et al. 2022, arXiv:2203.05482; Ilharco et al. 2023, arXiv:2212.04089; Lin et al. 2020,
+    arXiv:2006.07242 (distillation).
 
     >>> import torch.nn as nn
     >>> from consilience import data
@@ -191,309 +206,405 @@ def choose(
     >>> found.pays, found["average"].mean > found["low"].mean
     (True, True)
     """
+    # The order is that of ties: of equal candidates the first is chosen.
     bench = Bench(model, base, experts, sources, scenario)
-    made = _candidates(bench, aggregators, labels, distil, budget, seed)
-    return _judge(bench, made, labels)
-
-
-def _candidates(
-    bench: Bench,
-    aggregators: Mapping[str, Aggregator] | None,
-    labels: bool,
-    distil: Any,
-    budget: int,
-    seed: int,
-) -> dict[str, _Made]:
-    names, m = list(bench.experts), len(bench.experts)
-    made: dict[str, _Made] = {}
-
-    def put(name: str, candidate: _Made) -> None:
-        while name in made:
-            name = f"{candidate.kind} {name}"
-        made[name] = candidate
-
-    def one(name: str, kind: str, entries: Params, detail: str = "") -> None:
-        put(name, _Made(kind, detail, lambda part: bench.answers(entries, part), 1, (entries,)))
-
-    one("base", "base", bench.base)
-    for n in names:
-        one(n, "expert", bench.experts[n])
-    objective = "mean" if labels else "agreement"
-    found = search(bench, objective=objective, budget=budget, seed=seed)
-    one("average", "merge", bench.mixture([1 / m] * m))
-    c = found.best.coefficients
-    one("task arithmetic", "merge", bench.mixture(c), f"coefficient {c[0]:.4g}")
-    if m > 1:
-        c = search(
-            bench, each=True, objective=objective, budget=budget * min(m, 4), seed=seed
-        ).best.coefficients
-        one(
-            "task arithmetic, each",
-            "merge",
-            bench.mixture(c),
-            f"coefficients {', '.join(f'{v:.3g}' for v in c)}",
-        )
-        best = soup(bench, objective).best
-        members = [n for n, v in zip(names, best.coefficients, strict=True) if v]
-        one("greedy soup", "merge", bench.mixture(best.coefficients), f"of {', '.join(members)}")
-        for n, a in (_usual(m) if aggregators is None else aggregators).items():
-            best = search(
-                bench,
-                aggregators={n: a},
-                objective=objective,
-                budget=budget,
-                seed=seed,
-                plain=False,
-                scales=(1.0, *_scales(n, m)),
-            ).best
-            one(n, "merge", bench.along(n, best.coefficients[0]), f"x {best.coefficients[0]:.4g}")
-        every = tuple(bench.experts.values())
-        put("ensemble", _Made("ensemble", "mean of probabilities", bench.ensemble, m, every))
-        put(
-            "routing by entropy",
-            _Made("routing", "the most certain expert", lambda part: routed(bench, part), m, every),
-        )
-        if bench.labelled and len(bench.sources) > 1:
-            picks = _picks(bench, labels)
-            told = ", ".join(f"{s.name}: {n}" for s, n in zip(bench.sources, picks, strict=True))
-            used = tuple(bench.experts[n] for n in dict.fromkeys(picks))
-            put("routing by task", _Made("routing", told, lambda part: _told(bench, picks, part), 1, used))
+    proposed = Proposals(bench)
+    proposed.add_single()
+    proposed.add_merges(aggregators, SearchOptions(objective=objective_of(labels), budget=budget, seed=seed))
+    if len(bench.experts) > 1:
+        proposed.add_combined(labels)
     if distil is not None and distil is not False:
-        one("distillation", "distilled", distilled(bench, distil, seed), "the ensemble taught to the average")
-    return made
+        made = distilled(bench, distil, seed)
+        proposed.add_model("distillation", "distilled", made, "the ensemble taught to the average")
+    return judge(bench, proposed.found, labels)
 
 
-def _usual(m: int) -> dict[str, Aggregator]:
-    from consilience import aggregators
-
-    found: dict[str, Aggregator] = {"ties": aggregators.ties(), "dare": aggregators.dare()}
-    slerp = getattr(aggregators, "slerp", None)
-    return {**found, "slerp": slerp()} if slerp is not None and m == 2 else found
+def objective_of(labels: bool) -> str:
+    """Return the objective of searches and scores."""
+    return "mean" if labels else "agreement"
 
 
-def _scales(name: str, m: int) -> tuple[float, ...]:
-    """Strengths to try; a point on the arc between two models has none."""
-    return (
-        () if name == "slerp" else tuple(s for s in (0.25, 0.5, 0.75, 1.5, 2, 3, 4, 6, 8) if s <= max(2, m))
-    )
+# What is judged.
+
+
+@dataclass(frozen=True, eq=False)
+class Proposal:
+    """A candidate before it is judged: its answers by part, and the models that it keeps."""
+
+    kind: str
+    detail: str
+    answer: Callable[[Part], list[Answers]]
+    passes: int
+    models: tuple[Params, ...]
+
+
+class Proposals:
+    """The candidates of a bench by name, in the order in which they are added."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench = bench
+        self.found: dict[str, Proposal] = {}
+
+    def add(self, name: str, proposal: Proposal) -> None:
+        """Add a candidate; its kind goes before a name that is taken."""
+        while name in self.found:
+            name = f"{proposal.kind} {name}"
+        self.found[name] = proposal
+
+    def add_model(self, name: str, kind: str, entries: Params, detail: str = "") -> None:
+        """Add a candidate that is one model."""
+        bench = self.bench
+        self.add(name, Proposal(kind, detail, lambda part: bench.answers(entries, part), 1, (entries,)))
+
+    def add_mixture(self, name: str, coefficients: Sequence[float], detail: str = "") -> None:
+        """Add a mixture of the base and the experts."""
+        self.add_model(name, "merge", self.bench.mixture(coefficients), detail)
+
+    def add_single(self) -> None:
+        """Add the base and the experts."""
+        self.add_model("base", "base", self.bench.base)
+        for name, expert in self.bench.experts.items():
+            self.add_model(name, "expert", expert)
+
+    def add_merges(self, aggregators: Mapping[str, Aggregator] | None, options: SearchOptions) -> None:
+        """Add the average, task arithmetic, the greedy soup, and merges by aggregators at the best scale."""
+        names, count = list(self.bench.experts), len(self.bench.experts)
+        best = self._best(options)
+        self.add_mixture("average", [1 / count] * count)
+        self.add_mixture("task arithmetic", best.coefficients, f"coefficient {best.coefficients[0]:.4g}")
+        # All further ways to merge one expert are task arithmetic.
+        if count == 1:
+            return
+
+        # More dimensions need more evaluations.
+        coefficients = self._best(options, each=True, budget=options.budget * min(count, 4)).coefficients
+        shown = ", ".join(f"{value:.3g}" for value in coefficients)
+        self.add_mixture("task arithmetic, each", coefficients, f"coefficients {shown}")
+        coefficients = soup(self.bench, options.objective).best.coefficients
+        members = [name for name, value in zip(names, coefficients, strict=True) if value]
+        self.add_mixture("greedy soup", coefficients, f"of {', '.join(members)}")
+
+        # Each aggregator is searched alone, so that its scale is the best one and not that of another.
+        for name, aggregator in (usual(count) if aggregators is None else aggregators).items():
+            scales = (1.0, *scales_of(name, count))
+            best = self._best(options, aggregators={name: aggregator}, plain=False, scales=scales)
+            scale = best.coefficients[0]
+            self.add_model(name, "merge", self.bench.along(name, scale), f"x {scale:.4g}")
+
+    def _best(self, options: SearchOptions, **changes: Any) -> Mixture:
+        return search(self.bench, replace(options, **changes)).best
+
+    def add_combined(self, labels: bool) -> None:
+        """Add the ensemble, and routing to one expert by entropy and by task."""
+        bench = self.bench
+        every, count = tuple(bench.experts.values()), len(bench.experts)
+        self.add("ensemble", Proposal("ensemble", "mean of probabilities", bench.ensemble, count, every))
+        by_entropy = Proposal(
+            "routing", "the most certain expert", lambda part: routed(bench, part), count, every
+        )
+        self.add("routing by entropy", by_entropy)
+
+        # With one source, routing by task is the best expert.
+        if bench.labelled and len(bench.sources) > 1:
+            picks = expert_by_source(bench, labels)
+            pairs = zip(bench.sources, picks, strict=True)
+            used = tuple(bench.experts[name] for name in dict.fromkeys(picks))
+            detail = ", ".join(f"{source.name}: {name}" for source, name in pairs)
+            by_task = Proposal("routing", detail, lambda part: answers_of(bench, picks, part), 1, used)
+            self.add("routing by task", by_task)
+
+
+def usual(count: int) -> dict[str, Aggregator]:
+    """Return the aggregators that are tried for a number of experts."""
+    found: dict[str, Aggregator] = {"ties": catalogue.ties(), "dare": catalogue.dare()}
+    # slerp is an arc between two points.
+    return {**found, "slerp": catalogue.slerp()} if count == 2 else found
+
+
+def scales_of(name: str, count: int) -> tuple[float, ...]:
+    """Return the scales to try besides 1; a point on the arc between two models has none."""
+    return () if name == "slerp" else tuple(scale for scale in STRENGTHS if scale <= max(2, count))
 
 
 def routed(bench: Bench, part: Part) -> list[Answers]:
-    """For each example what the expert says whose answer has the least normalised entropy; what is not finite comes last."""
-    out = []
-    for answers in zip(*(bench.alone(n, part) for n in bench.experts), strict=True):
-        best = torch.stack([a.entropy.where(a.finite, torch.inf) for a in answers]).argmin(0)
-        p = torch.stack([a.p for a in answers])[best, torch.arange(len(best))]
-        out.append(Answers(p, answers[0].y, max(a.width for a in answers)))
-    return out
+    """Return for each example the answer of the expert with the least normalised entropy."""
+    found = []
+    for answers in zip(*(bench.alone(name, part) for name in bench.experts), strict=True):
+        # Answers that are not finite come last, after those with entropy 1.
+        entropies = [answer.entropy.where(answer.finite, torch.inf) for answer in answers]
+        best = torch.stack(entropies).argmin(0)
+        p = torch.stack([answer.p for answer in answers])[best, torch.arange(len(best))]
+        found.append(Answers(p, answers[0].y, max(answer.width for answer in answers)))
+    return found
 
 
-def _picks(bench: Bench, labels: bool) -> list[str]:
-    """The expert for each source: the best on its validation part (of equal ones the surest of the right classes), or without labels
-    the most certain."""
+def expert_by_source(bench: Bench, labels: bool) -> list[str]:
+    """Return the best expert for each source on its validation part.
 
-    def merit(name: str, j: int) -> tuple[float, float]:
-        a = bench.alone(name, "validation")[j]
-        return (
-            (float(a.correct.mean()), float(a.chance(a.y).mean()))
-            if labels
-            else (-float(a.entropy.mean()), 0.0)
-        )
+    With labels it is that with the highest accuracy, then with the highest mean probability of the right
+    class; without labels that with the least entropy.
+    """
 
-    return [max(bench.experts, key=lambda n: merit(n, j)) for j in range(len(bench.sources))]
+    def merit(name: str, source: int) -> tuple[float, float]:
+        answers = bench.alone(name, "validation")[source]
+        if labels:
+            return float(answers.correct.mean()), float(answers.chance(answers.y).mean())
+        return -float(answers.entropy.mean()), 0.0
+
+    return [max(bench.experts, key=lambda name: merit(name, source)) for source in range(len(bench.sources))]
 
 
-def _told(bench: Bench, picks: Sequence[str], part: Part) -> list[Answers]:
-    return [bench.alone(n, part)[j] for j, n in enumerate(picks)]
+def answers_of(bench: Bench, picks: Sequence[str], part: Part) -> list[Answers]:
+    """Return for each source the answers of the expert that was picked for it."""
+    return [bench.alone(name, part)[source] for source, name in enumerate(picks)]
 
 
 def distilled(bench: Bench, distil: Any, seed: int) -> Params:
-    """The average of the experts, taught what they answer together on unlabelled inputs."""
-    from consilience.consolidators.distillation import Distillation, inputs
-    from consilience.core.params import key
-
+    """Train the average of the experts on their mean answer on unlabelled inputs."""
     if distil is True:
-        distil = torch.cat([s.train.whole()[0] for s in bench.sources])
+        distil = torch.cat([source.train.whole()[0] for source in bench.sources])
     consolidator = distil if isinstance(distil, Distillation) else Distillation(unlabelled=inputs(distil))
     if bench.model.uses_task:
         raise Refusal(
             "models with heads of several tasks have no outputs in common to distil; leave `distil` out."
         )
+
     params, buffers = bench.params(bench.base), bench.buffers(bench.base)
     state = State(params=params, buffers=buffers, base=params, origin="")
+    messages = [
+        Message(name, "", 1, 1, "", "", {"model": weights_of(expert, params)})
+        for name, expert in bench.experts.items()
+    ]
+    new = consolidator.receive(bench.model, state, messages, False, key(seed, "choose", "distil"))
+    # The mean of equal numbers may round, but frozen entries stay.
+    frozen = {name: tensor for name, tensor in params.items() if bench.model.frozen(name)}
+    return {**new.params, **new.buffers, **frozen}
 
-    def told(entries: Params) -> Weights:
-        return Weights({f"{'params' if n in params else 'buffers'}/{n}": t for n, t in entries.items()})
 
-    heard = [Message(n, "", 1, 1, "", "", {"model": told(e)}) for n, e in bench.experts.items()]
-    new = consolidator.receive(bench.model, state, heard, False, key(seed, "choose", "distil"))
-    still = {n: t for n, t in params.items() if bench.model.frozen(n)}  # a mean may round them
-    return {**new.params, **new.buffers, **still}
+def weights_of(entries: Params, params: Params) -> Weights:
+    """Return entries as an item of a message; `params` has the names of parameters, others are buffers."""
+    named = {f"{'params' if name in params else 'buffers'}/{name}": value for name, value in entries.items()}
+    return Weights(named)
 
 
 def stored(models: Sequence[Params]) -> int:
-    """How many parameters several models store, entries that are alike in some once.
+    """Count the parameters that several models store; entries that are equal in some count once.
 
     >>> stored([{"w": torch.ones(3), "b": torch.zeros(2)}, {"w": torch.ones(3), "b": torch.ones(2)}])
     7
     """
+    # Experts often share a frozen trunk or an unchanged entry.
     total = 0
-    for n in {n for entries in models for n in entries}:
+    for name in {name for entries in models for name in entries}:
         kept: list[torch.Tensor] = []
-        for t in (entries[n] for entries in models if n in entries):
-            if not any(torch.equal(t, k) for k in kept):
-                kept.append(t)
-        total += sum(t.numel() for t in kept if t.is_floating_point())
+        for tensor in (entries[name] for entries in models if name in entries):
+            if not any(torch.equal(tensor, other) for other in kept):
+                kept.append(tensor)
+        total += sum(tensor.numel() for tensor in kept if tensor.is_floating_point())
     return total
 
 
-def paired(
-    a: Sequence[Answers], b: Sequence[Answers], keys: Sequence[Hashable] | None = None
-) -> tuple[float, float]:
-    """The mean over sources of how much more often a is right than b, and its standard error.
+# The rule.
 
-    Sources whose `keys` are the same have the same examples (None: none have), so that what they add up to varies by example. The error
-    is infinite where a source has one example; a variance of 0 about a mean that is not 0 counts as 1 / n, for no sample is certain.
+
+class Gain(NamedTuple):
+    """The mean advantage of one candidate over another, and its standard error."""
+
+    mean: float
+    error: float
+
+
+def paired(a: Sequence[Answers], b: Sequence[Answers], keys: Sequence[Hashable] | None = None) -> Gain:
+    """Return the mean over sources of how much more often a is right than b, and its standard error.
+
+    Sources with the same of `keys` have the same examples (None: none have), so their sum varies by example.
+    The error is infinite if a source has one example. A variance of 0 about a mean other than 0 counts as 1 /
+    n, for no sample is certain.
 
     >>> y = torch.tensor([0, 0, 0, 0])
-    >>> right, half = Answers(torch.tensor([[1.0, 0.0]]).repeat(4, 1), y, 2), Answers(torch.eye(2).repeat(2, 1), y, 2)
+    >>> right = Answers(torch.tensor([[1.0, 0.0]]).repeat(4, 1), y, 2)
+    >>> half = Answers(torch.eye(2).repeat(2, 1), y, 2)
     >>> paired([right], [half]) == (0.5, (1 / 3 / 4) ** 0.5)
     True
     """
     groups: dict[Hashable, list[torch.Tensor]] = {}
-    for u, v, k in zip(a, b, range(len(a)) if keys is None else keys, strict=True):
-        groups.setdefault(k, []).append(u.correct - v.correct)
-    gain = math.fsum(float(d.mean()) for rows in groups.values() for d in rows) / len(a)
-    return gain, math.sqrt(math.fsum(_variance(rows) for rows in groups.values())) / len(a)
+    for ours, theirs, group in zip(a, b, range(len(a)) if keys is None else keys, strict=True):
+        groups.setdefault(group, []).append(ours.correct - theirs.correct)
+    # fsum rounds once, so the order of sources does not matter.
+    gain = math.fsum(float(rows.mean()) for group in groups.values() for rows in group) / len(a)
+    return Gain(gain, math.sqrt(math.fsum(variance(rows) for rows in groups.values())) / len(a))
 
 
-def _variance(rows: Sequence[torch.Tensor]) -> float:
-    """The variance of the sum of the means of rows [n] over the same examples."""
-    d, n = torch.stack(list(rows)).sum(0), len(rows[0])
+def variance(rows: Sequence[torch.Tensor]) -> float:
+    """Return the variance of the sum of the means of rows [n] over the same examples."""
+    difference, n = torch.stack(list(rows)).sum(0), len(rows[0])
     if n < 2:
         return math.inf
-    return (float(d.var()) or (len(rows) ** 2 / n if d.any() else 0.0)) / n
+    return (float(difference.var()) or (len(rows) ** 2 / n if difference.any() else 0.0)) / n
 
 
-def _judge(bench: Bench, made: Mapping[str, _Made], labels: bool) -> Choice:
-    """The candidates judged, and the advice."""
-    held: dict[str, list[Answers]] = {}
-    kept: dict[str, list[Answers]] = {}
-    candidates: dict[str, Candidate] = {}
-    objective = "mean" if labels else "agreement"
-    same = {part: [id(getattr(s, part)) for s in bench.sources] for part in ("validation", "test")}
+# Judging.
 
-    def average(scores: Mapping[str, float]) -> float:
-        return math.fsum(scores.values()) / len(scores)
 
-    for n, c in made.items():
-        held[n], test = c.answer("validation"), c.answer("test")
-        found = bench.scores(test, objective, "test")
-        candidates[n] = Candidate(
-            n,
-            c.kind,
-            c.detail,
-            average(bench.scores(held[n], objective, "validation")),
-            found,
-            average(found),
-            average(bench.scores(test, "entropy", "test")),
-            average(bench.scores(test, "agreement", "test")),
-            c.passes,
-            stored(c.models),
-        )
-        kept[n] = test
-    sure = {n: average(bench.scores(held[n], "entropy", "validation")) for n in made}
+class Judged(NamedTuple):
+    """A candidate with its answers, and its confidence on the validation parts."""
+
+    candidate: Candidate
+    validation: list[Answers]
+    test: list[Answers]
+    confidence: float
+
+
+def average(scores: Mapping[str, float]) -> float:
+    """Return the mean over sources."""
+    return math.fsum(scores.values()) / len(scores)
+
+
+def judge(bench: Bench, proposed: Mapping[str, Proposal], labels: bool) -> Choice:
+    """Judge the candidates, and choose."""
+    judged = {name: judge_one(bench, name, proposal, labels) for name, proposal in proposed.items()}
 
     def best(names: Sequence[str]) -> str:
-        """By score, without labels then by confidence; then the cheaper, then the first."""
-        return max(
-            names,
-            key=lambda n: (
-                candidates[n].validation,
-                0.0 if labels else sure[n],
-                -candidates[n].passes,
-                -candidates[n].parameters,
-            ),
-        )
+        """Return the best by score, without labels then by confidence; then the cheaper, then the first."""
 
-    def points(v: float) -> str:
-        return f"{100 * v:.1f}"
+        def merit(name: str) -> tuple[float, float, int, int]:
+            candidate, confidence = judged[name].candidate, judged[name].confidence
+            sure = 0.0 if labels else confidence
+            return candidate.validation, sure, -candidate.passes, -candidate.parameters
 
-    singles = [n for n, c in made.items() if c.kind in SINGLE]
-    combined = [n for n, c in made.items() if c.kind not in SINGLE and (labels or c.kind in ONE)]
-    single, combination = best(singles), best(combined)
+        return max(names, key=merit)
 
-    def entries(name: str) -> Params:
-        return bench.checkpoint(made[name].models[0])
+    def checkpoint(name: str) -> Params:
+        return bench.checkpoints.restored(proposed[name].models[0])
 
-    sources = tuple(s.name for s in bench.sources)
-    if not labels:
+    # Without labels an ensemble agrees with itself, so only single models are compared.
+    single = best([name for name, proposal in proposed.items() if proposal.kind in SINGLE])
+    combination = best(
+        [
+            name
+            for name, proposal in proposed.items()
+            if proposal.kind not in SINGLE and (labels or proposal.kind in ONE)
+        ]
+    )
+    if labels:
+        decision = decide(bench, judged, single, combination)
+    else:
         use = best([single, combination])
-        u = candidates[use]
-        advice = (
-            f"use: {use} (agreement {points(u.mean)} %, confidence {points(u.confidence)} % on the test parts): of what is one model, it "
-            f"answers most as the ensemble of experts does.\ncombining: {SILENT}."
-        )
-        return Choice(
-            False,
-            sources,
-            tuple(candidates.values()),
-            use,
-            None,
-            single,
-            combination,
-            None,
-            None,
-            None,
-            advice,
-            entries,
-        )
-    gain, error = paired(held[combination], held[single], same["validation"])
-    use = combination if gain > error else single
-    u = candidates[use]
-    near = []
-    for n, x in candidates.items():
-        less, unsure = paired(held[use], held[n], same["validation"])
-        if (
-            (x.passes, x.parameters) < (u.passes, u.parameters)
-            and x.passes <= u.passes
-            and x.parameters <= u.parameters
-            and less <= unsure < math.inf
-        ):
-            near.append(n)
-    cheaper = (
-        min(near, key=lambda n: (candidates[n].passes, candidates[n].parameters, -candidates[n].validation))
-        if near
-        else None
-    )
-    gain, error = paired(kept[combination], kept[single], same["test"])
-    pays = gain > error
-    said = (use == combination) == pays
-    advice = (
-        f"use: {use} ({points(u.mean)} % on the test parts; {u.passes} forward pass{'es' * (u.passes > 1)} an example, "
-        f"{u.parameters:,} parameters).\n"
-    )
-    if cheaper is not None:
-        other = candidates[cheaper]
-        advice += (
-            f"cheaper: {cheaper} is within one standard error of it on the validation parts ({points(other.mean)} % on the test parts; "
-            f"{other.passes} pass{'es' * (other.passes > 1)}, {other.parameters:,} parameters).\n"
-        )
-    advice += (
-        f"combining {'pays' if pays else 'does not pay'}: {combination} has {'+' * (gain >= 0)}{points(gain)} +- {points(error)} points over "
-        f"{single}, the best single model{'' if said else '; the validation parts said otherwise'}.\nrule: {RULE}."
-    )
+        decision = Decision(use, None, None, None, advice_without_labels(judged[use].candidate))
+
+    gain = decision.gain
     return Choice(
-        True,
-        sources,
-        tuple(candidates.values()),
-        use,
-        cheaper,
+        labels,
+        tuple(source.name for source in bench.sources),
+        tuple(each.candidate for each in judged.values()),
+        decision.use,
+        decision.cheaper,
         single,
         combination,
-        gain,
-        error,
-        pays,
-        advice,
-        entries,
+        None if gain is None else gain.mean,
+        None if gain is None else gain.error,
+        decision.pays,
+        decision.advice,
+        checkpoint,
     )
+
+
+def judge_one(bench: Bench, name: str, proposal: Proposal, labels: bool) -> Judged:
+    """Judge one candidate on the validation and test parts."""
+    objective = objective_of(labels)
+    # The answers on both parts are kept: the rule pairs those of two candidates by example.
+    validation, test = proposal.answer("validation"), proposal.answer("test")
+    by_source = bench.scores(test, objective, "test")
+    candidate = Candidate(
+        name,
+        proposal.kind,
+        proposal.detail,
+        average(bench.scores(validation, objective, "validation")),
+        by_source,
+        average(by_source),
+        average(bench.scores(test, "entropy", "test")),
+        average(bench.scores(test, "agreement", "test")),
+        proposal.passes,
+        stored(proposal.models),
+    )
+    confidence = average(bench.scores(validation, "entropy", "validation"))
+    return Judged(candidate, validation, test, confidence)
+
+
+class Decision(NamedTuple):
+    """What to use, what is cheaper, whether combining pays, and all of it in words."""
+
+    use: str
+    cheaper: str | None
+    gain: Gain | None
+    pays: bool | None
+    advice: str
+
+
+def decide(bench: Bench, judged: Mapping[str, Judged], single: str, combination: str) -> Decision:
+    """Decide by the rule: on the validation parts which to use, on the test parts whether combining pays."""
+    # Sources are taken together by the identity of their examples, part by part.
+    validation_keys, test_keys = (
+        [id(getattr(source, part)) for source in bench.sources] for part in ("validation", "test")
+    )
+    better = paired(judged[combination].validation, judged[single].validation, validation_keys)
+    use = combination if better.mean > better.error else single
+    cheaper = cheaper_than(use, judged, validation_keys)
+    gain = paired(judged[combination].test, judged[single].test, test_keys)
+    pays = gain.mean > gain.error
+
+    chosen = judged[use].candidate
+    advice = (
+        f"use: {use} ({points(chosen.mean)} % on the test parts; {chosen.passes} forward "
+        f"pass{'es' * (chosen.passes > 1)} per example, {chosen.parameters:,} parameters).\n"
+    )
+    if cheaper is not None:
+        other = judged[cheaper].candidate
+        advice += (
+            f"cheaper: {cheaper} is within one standard error of it on the validation parts "
+            f"({points(other.mean)} % on the test parts; {other.passes} pass{'es' * (other.passes > 1)}, "
+            f"{other.parameters:,} parameters).\n"
+        )
+    # The two parts may disagree where the gain is near its error.
+    doubt = "" if (use == combination) == pays else "; the validation parts said otherwise"
+    advice += (
+        f"combining {'pays' if pays else 'does not pay'}: {combination} has {'+' * (gain.mean >= 0)}"
+        f"{points(gain.mean)} +- {points(gain.error)} points over {single}, the best single model{doubt}.\n"
+        f"rule: {RULE}."
+    )
+    return Decision(use, cheaper, gain, pays, advice)
+
+
+def cheaper_than(use: str, judged: Mapping[str, Judged], keys: Sequence[Hashable]) -> str | None:
+    """Return the cheapest candidate that costs less and is within one standard error, if there is one."""
+    chosen = judged[use].candidate
+    near = []
+    for other in judged.values():
+        candidate = other.candidate
+        less = (
+            candidate.passes <= chosen.passes
+            and candidate.parameters <= chosen.parameters
+            and (candidate.passes, candidate.parameters) != (chosen.passes, chosen.parameters)
+        )
+        behind = paired(judged[use].validation, other.validation, keys)
+        # An infinite error, from a single example, says nothing.
+        if less and behind.mean <= behind.error < math.inf:
+            near.append(candidate)
+    if not near:
+        return None
+    return min(near, key=lambda other: (other.passes, other.parameters, -other.validation)).name
+
+
+def advice_without_labels(chosen: Candidate) -> str:
+    """Write the advice for a choice without labels."""
+    return (
+        f"use: {chosen.name} (agreement {points(chosen.mean)} %, confidence {points(chosen.confidence)} % on "
+        "the test parts): of the candidates that are one model, it answers most as the ensemble of experts "
+        "does.\n"
+        f"combining: {SILENT}."
+    )
+
+
+def points(value: float) -> str:
+    """Write a fraction as percent with one digit."""
+    return f"{100 * value:.1f}"

@@ -1,402 +1,41 @@
-"""Mixtures of experts judged on data: coefficients searched, the Pareto front over sources, greedy soups."""
+"""Mixtures of experts judged on data: search for coefficients, Pareto front over sources, greedy soups."""
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from consilience.core.aggregator import Aggregator
-from consilience.core.errors import ConsilienceError, Refusal, kind_of, unknown
-from consilience.core.model import Model
-from consilience.core.params import Layout, Params, finite
-from consilience.core.source import Examples, LabelFrame, Source
-from consilience.merging._diagnose import draw, named
+from consilience.core.checks import whole_number
+from consilience.core.errors import ConsilienceError, kind_of, unknown
+from consilience.core.params import Params
+from consilience.core.source import Source
+from consilience.merging._bench import Bench
+from consilience.merging._figures import Mark, draw, scatter
 
-CHUNK = 1024
-Part = Literal["validation", "test"]
 Objective = Literal["mean", "worst", "entropy", "agreement"]
 OBJECTIVES = ("mean", "worst", "entropy", "agreement")
+OPTIMISERS = ("nelder-mead", "differential_evolution")
 GRID = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+SCALES = (0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8)
+"""Coefficients of merges to try, as far as they are at most the number of experts."""
 SUM = "sum"
-"""What the plain mixture base + sum_i lambda_i tau_i is called among aggregators."""
-
-
-@dataclass(frozen=True, eq=False)
-class Answers:
-    """What a model says of a source: probabilities p [N, C] over `width` columns that it may choose from, and the targets y [N].
-
-    A row that is not finite is wrong, agrees with none, and is as unsure as can be.
-    """
-
-    p: Tensor
-    y: Tensor
-    width: int
-
-    @cached_property
-    def finite(self) -> Tensor:
-        """Whether all probabilities of an example are finite [N]."""
-        return self.p.isfinite().all(1)
-
-    @property
-    def correct(self) -> Tensor:
-        """Whether the likeliest class is the right one [N]."""
-        return ((self.p.argmax(1) == self.y) & self.finite).double()
-
-    def chance(self, y: Tensor) -> Tensor:
-        """The probabilities of classes y [N], 0 where they are not finite."""
-        return self.p.gather(1, y[:, None])[:, 0].double().where(self.finite, 0.0)
-
-    @property
-    def entropy(self) -> Tensor:
-        """-sum p log p over the log of the number of classes to choose from [N]."""
-        p = self.p.double()
-        return (-(p * p.clamp_min(1e-300).log()).sum(1) / math.log(max(self.width, 2))).where(
-            self.finite, 1.0
-        )
-
-    def agreement(self, other: Answers) -> Tensor:
-        """Whether the likeliest class is the same as another's [N]."""
-        return ((self.p.argmax(1) == other.p.argmax(1)) & self.finite & other.finite).double()
-
-
-def mean(answers: Sequence[Answers]) -> Answers:
-    """The ensemble: the mean of the probabilities."""
-    return Answers(torch.stack([a.p for a in answers]).mean(0), answers[0].y, max(a.width for a in answers))
-
-
-class Bench:
-    """A model, what was learned from one base, and the data that mixtures of it are judged on.
-
-    Only entries that base and experts share are mixed; of a task's own entries (its head) those are kept that some expert learned,
-    and averaged where several did. Floating-point buffers, which must stay variances, are averaged, others stay the base's.
-    Everything is held in memory, in float32 (float64 where the checkpoints are). `averages`: weights add up to 1, so that any base
-    will do; without one it is the first expert, but for what belongs to tasks.
-    """
-
-    def __init__(
-        self,
-        model: Any,
-        base: Any,
-        experts: Any,
-        sources: Sequence[Source],
-        scenario: str | None = None,
-        averages: bool = False,
-    ) -> None:
-        self.model = _model(model)
-        given = named(experts)
-        if base is None and not averages:
-            raise ConsilienceError(
-                "`base` should be what the experts started from: a state dict, a module or a path. Found none."
-            )
-        self.sources, self.frame, self.labelled = framed(self.model, sources, scenario)
-        read = {n: entries(e, base) for n, e in given.items()}
-        first = next(iter(read))
-        if base is None:
-            origin = {n: t for n, t in read[first].items() if self.model.task_of(n) is None}
-            self._alike(read)
-        else:
-            origin = entries(base)
-        every = {**({} if base is None else {"the base": origin}), **{repr(n): e for n, e in read.items()}}
-        params, buffers = self.model.init(torch.Generator().manual_seed(0))
-        self._buffers, known = set(buffers), {**params, **buffers}
-        faults, self._twins = [], {}
-        for whose, own in every.items():
-            faults += [f"no {n!r} in {whose}" for n in known if n not in own]
-            faults += [
-                f"{tuple(own[n].shape)} for {n!r} of {whose}, where the model has {tuple(t.shape)}"
-                for n, t in known.items()
-                if n in own and own[n].shape != t.shape
-            ]
-            for n in own.keys() - known.keys():
-                if self.model.task_of(n) is None:
-                    twin = next(
-                        (
-                            k
-                            for k in known
-                            if k in own and own[k].shape == own[n].shape and own[k].equal(own[n])
-                        ),
-                        None,
-                    )
-                    faults += [] if twin else [f"{n!r} in {whose}, which the model has not"]
-                    self._twins[n] = twin or n
-        if faults:
-            hint = _spaces(sources) if (scenario or "class") == "class" and not self.model.uses_task else ""
-            raise ConsilienceError(
-                f"checkpoints should have the model's entries. Found {'; '.join(faults)}{hint}."
-            )
-        for whose, own in every.items():
-            finite(own, whose)
-        start = "the base" if base is not None else repr(first)
-        still = [n for n in params if self.model.frozen(n)]
-        faults = [
-            f"another {n!r} in {whose} than in {start}"
-            for whose, own in every.items()
-            for n in still
-            if not own[n].to(origin[n].dtype).equal(origin[n])
-            and not origin[n].to(own[n].dtype).equal(own[n])
-        ]
-        if faults:
-            raise ConsilienceError(
-                f"experts should have the base's frozen entries. Found {'; '.join(faults)}."
-            )
-        self._dtypes = {n: t.dtype for own in (*read.values(), origin) for n, t in own.items()}
-        dtype = torch.float64 if torch.float64 in {t.dtype for t in origin.values()} else torch.float32
-
-        def ready(own: Params) -> Params:
-            return {
-                n: t.to(dtype) if t.is_floating_point() else t for n, t in own.items() if n not in self._twins
-            }
-
-        self.dtype, self.base, self.experts = dtype, ready(origin), {n: ready(e) for n, e in read.items()}
-        free = [n for n, t in params.items() if t.is_floating_point() and not self.model.frozen(n)]
-        self.mixed = Layout.of({n: self.base[n] for n in free}, dtype)
-        self._origin = self.mixed.flatten(self.base)
-        self._rows = torch.stack([self.mixed.flatten(e) for e in self.experts.values()])
-        self._directions: dict[str, Tensor] = {}
-        self._ensembles: dict[str, list[Answers]] = {}
-        self._alone: dict[tuple[str, str], list[Answers]] = {}
-
-    def _alike(self, read: Mapping[str, Params]) -> None:
-        """Refuses entries of a task that differ between experts: without a base none can say whose were learned."""
-        owner: dict[str, str] = {}
-        for whose, own in read.items():
-            for n, t in own.items():
-                task = self.model.task_of(n)
-                if task is not None and not t.equal(read[owner.setdefault(n, whose)][n]):
-                    raise ConsilienceError(
-                        f"without a base one expert should carry a task's own entries, or all alike; give `base`. Found {n!r} of task "
-                        f"{task!r} in {owner[n]!r} and another in {whose!r}."
-                    )
-
-    def params(self, made: Params) -> Params:
-        """What of a mixture's entries the model takes as parameters."""
-        return {n: t for n, t in made.items() if n not in self._buffers and t.is_floating_point()}
-
-    def buffers(self, made: Params) -> Params:
-        """The rest."""
-        return {n: t for n, t in made.items() if n in self._buffers or not t.is_floating_point()}
-
-    # mixtures
-
-    def mixture(self, coefficients: Sequence[float]) -> Params:
-        """base + sum_i c_i tau_i; all 0 give the base, a single 1 that expert, to the bit (but for the heads of other tasks)."""
-        c = [float(v) for v in coefficients]
-        used = [i for i, v in enumerate(c) if v]
-        if not used or (len(used) == 1 and c[used[0]] == 1):
-            flat = self._rows[used[0]] if used else self._origin
-        else:
-            flat = torch.tensor(c, dtype=self.dtype) @ self._rows + (1 - math.fsum(c)) * self._origin
-        up = [max(v, 0.0) for v in c]
-        scale = max(1.0, math.fsum(up))
-        return self._whole(self.mixed.split(flat), [v / scale for v in up])
-
-    def along(self, name: str, coefficient: float) -> Params:
-        """base + c (merged - base), for what an aggregator that was `added` merged."""
-        d = self._directions[name]
-        flat = d if coefficient == 1 else self._origin + coefficient * (d - self._origin)
-        return self._whole(self.mixed.split(flat), [1 / len(self.experts)] * len(self.experts))
-
-    def add(self, name: str, aggregator: Aggregator, seed: int) -> None:
-        """Merge by an aggregator at its default weights."""
-        from consilience.merging import merge
-
-        def own(e: Params) -> Params:
-            return {n: e[n] for n in self.mixed.names}
-
-        found = merge(own(self.base), {n: own(e) for n, e in self.experts.items()}, aggregator, seed=seed)
-        self._directions[name] = self.mixed.flatten(found)
-
-    def _whole(self, mixed: Params, share: Sequence[float]) -> Params:
-        """The entries of a model: the mixed ones, the tasks' own, and buffers weighted by shares that add up to at most 1."""
-        made = {**self.base, **mixed}
-        every = {n for e in self.experts.values() for n in e} | self.base.keys()
-        for n in every:
-            if self.model.task_of(n) is not None:
-                have = [e[n] for e in self.experts.values() if n in e]
-                moved = [t for t in have if n not in self.base or not torch.equal(t, self.base[n])]
-                if moved:
-                    fits = moved[0].is_floating_point() and all(t.shape == moved[0].shape for t in moved)
-                    differ = not all(torch.equal(t, moved[0]) for t in moved)
-                    made[n] = torch.stack(moved).mean(0) if fits and differ else moved[0]
-            elif n in self._buffers and self.base[n].is_floating_point():
-                have = [e[n] for e in self.experts.values()]
-                if 1.0 in share:
-                    made[n] = have[list(share).index(1.0)]
-                elif any(share):
-                    made[n] = self.base[n] * (1 - math.fsum(share))
-                    for t, s in zip(have, share, strict=True):
-                        made[n] = made[n] + s * t
-        return made
-
-    def checkpoint(self, made: Params) -> Params:
-        """Entries as the base's checkpoint has them: its types, and both names of tied weights."""
-        found = {n: t.to(self._dtypes[n]).clone() for n, t in made.items()}
-        return {**found, **{twin: found[n].clone() for twin, n in self._twins.items()}}
-
-    # judging
-
-    def answers(self, made: Params, part: Part) -> list[Answers]:
-        """What a model says of each source: one forward pass a data set; sources that share their examples are asked once."""
-        params, buffers = self.params(made), self.buffers(made)
-        return self.ask(lambda x, task: self.model(params, buffers, x, task, False)[0], part)
-
-    @torch.no_grad()
-    def ask(self, forward: Callable[[Tensor, str | None], Tensor], part: Part) -> list[Answers]:
-        """What (x, task) -> outputs says of each source."""
-        from consilience.loop.predict import probabilities
-
-        found: dict[tuple[int, str | None], Answers] = {}
-        out = []
-        for s in self.sources:
-            examples: Examples = getattr(s, part)
-            task = s.task if self.labelled else None
-            at = (id(examples), task)
-            if at not in found:
-                columns, ps, ys, width = self.frame.tasks[str(s.task)] if self.labelled else None, [], [], 2
-                for x, y in examples.chunks(CHUNK):
-                    outputs = forward(x.to(self.dtype) if x.is_floating_point() else x, task)
-                    width = max(
-                        width,
-                        int(torch.isfinite(outputs[:, list(columns)] if columns else outputs).any(0).sum()),
-                    )
-                    ps.append(probabilities(outputs, self.frame, columns, len(self.frame.labels)))
-                    ys.append(y)
-                found[at] = Answers(
-                    torch.cat(ps), torch.cat(ys), min(width, len(columns or self.frame.labels))
-                )
-            out.append(found[at])
-        return out
-
-    def alone(self, name: str, part: Part) -> list[Answers]:
-        """What one expert says, as it is; asked once."""
-        if (name, part) not in self._alone:
-            self._alone[name, part] = self.answers(self.experts[name], part)
-        return self._alone[name, part]
-
-    def ensemble(self, part: Part) -> list[Answers]:
-        """The mean of the experts' probabilities."""
-        if part not in self._ensembles:
-            self._ensembles[part] = [
-                mean(a) for a in zip(*(self.alone(n, part) for n in self.experts), strict=True)
-            ]
-        return self._ensembles[part]
-
-    def scores(self, answers: Sequence[Answers], objective: str, part: Part) -> dict[str, float]:
-        """By source: accuracy; or without labels 1 - normalised entropy, or agreement with the ensemble of experts."""
-        if objective == "entropy":
-            found = [1 - a.entropy for a in answers]
-        elif objective == "agreement":
-            found = [a.agreement(e) for a, e in zip(answers, self.ensemble(part), strict=True)]
-        else:
-            found = [a.correct for a in answers]
-        return {s.name: float(v.mean()) for s, v in zip(self.sources, found, strict=True)}
-
-    def likelihood(self, answers: Sequence[Answers], objective: str, part: Part) -> float:
-        """What breaks ties of scores, and leads an optimiser over their plateaus: the mean over sources of the mean log p of the right
-        class, of the ensemble's, or for the entropy, which has no plateaus, 0; -inf where some answer is not finite."""
-        if objective == "entropy":
-            return 0.0
-        if not all(a.finite.all() for a in answers):
-            return -math.inf
-        right = (
-            [e.p.argmax(1) for e in self.ensemble(part)]
-            if objective == "agreement"
-            else [a.y for a in answers]
-        )
-        found = [a.chance(y).clamp_min(1e-12).log().mean() for a, y in zip(answers, right, strict=True)]
-        return float(torch.stack(found).mean())
-
-
-def _model(model: Any) -> Model:
-    if isinstance(model, torch.nn.Module):
-        from consilience.models import wrap
-
-        return wrap(model)
-    if not isinstance(model, Model):
-        raise ConsilienceError(f"`model` should be a model or a torch module. Found {kind_of(model)}.")
-    return model
-
-
-def _spaces(sources: Sequence[Source]) -> str:
-    """A hint, where classes of sources cannot be the same because their label spaces differ."""
-    spaces = sorted({space for s in sources for space, _ in s.labels})
-    if len(spaces) < 2:
-        return ""
-    return (
-        f"; the sources have {len(spaces)} label spaces ({', '.join(spaces)}), whose classes are all different: one `space` for all (on the "
-        "command line `--data.space NAME`) makes classes of one name one class"
-    )
-
-
-def entries(what: Any, base: Any = None) -> Params:
-    """All entries of a checkpoint in memory: of a state dict, a module or a path; of an adapter with its base."""
-    from consilience.merging._files import opened
-
-    found = opened(what, None if base is None else opened(base))
-    return {n: found.whole(n) for n in found.shapes}
-
-
-def framed(
-    model: Model, sources: Sequence[Source], scenario: str | None
-) -> tuple[tuple[Source, ...], LabelFrame, bool]:
-    """Sources in one frame that fits the model, and whether it is told tasks.
-
-    Sources that share their labels, all of which the model has outputs for, stay as they are; others are put together as a
-    schedule of this scenario does. None: "task" for a model with heads of tasks, else "class".
-    """
-    from consilience.core.schedule import reframe
-
-    if (
-        isinstance(sources, Source)
-        or not isinstance(sources, Sequence)
-        or not all(isinstance(s, Source) for s in sources)
-    ):
-        raise ConsilienceError(f"sources should come in a list. Found {kind_of(sources)}.")
-    twice = sorted({s.name for s in sources if sum(o.name == s.name for o in sources) > 1})
-    if twice:
-        raise ConsilienceError(f"sources should have names of their own. Found {', '.join(twice)} twice.")
-    scenario = scenario or ("task" if model.uses_task else "class")
-    found, frame = reframe(sources, scenario)
-    if any(s.kind == "value" for s in sources):
-        raise Refusal("mixtures are judged by classes. Found sources whose targets are values.")
-    if (
-        scenario != "domain"
-        and all(s.labels == sources[0].labels for s in sources)
-        and model.outputs >= len(sources[0].labels)
-    ):
-        found = tuple(replace(s, task=s.task or s.name) for s in sources)
-        tasks: dict[str, tuple[int, ...]] = {}
-        for s in found:
-            tasks[str(s.task)] = tuple(dict.fromkeys((*tasks.get(str(s.task), ()), *s.classes)))
-        frame = LabelFrame(sources[0].labels, tasks)
-    for part in ("validation", "test"):
-        empty = [s.name for s in found if not len(getattr(s, part))]
-        if empty:
-            raise ConsilienceError(f"sources should have {part} examples. Found none in {', '.join(empty)}.")
-    samples = {x.shape: x for s in found for x in (s.validation.select(torch.arange(1)).whole()[0],)}
-    for x in samples.values():
-        try:
-            model.check(frame, x, scenario == "task")
-        except ConsilienceError as e:
-            hint = _spaces(sources) if scenario == "class" and model.outputs < len(frame.labels) else ""
-            if not hint:
-                raise
-            raise type(e)(f"{str(e).removesuffix('.')}{hint}.") from e
-    return found, frame, scenario == "task"
+"""The name of the plain mixture base + sum_i lambda_i tau_i, among those of aggregators."""
 
 
 @dataclass(frozen=True)
 class Mixture:
     """A mixture that was tried: its coefficients, its scores by source, and the objective (higher is better).
 
-    `likelihood` (mean log p of the right class, or of the ensemble's) breaks ties. `aggregator` "sum" is base + sum_i c_i tau_i, with one coefficient an expert; any other is base + c (merged - base), with one.
+    `aggregator` "sum" is base + sum_i c_i tau_i, with one coefficient per expert; any other is
+    base + c (merged - base), with one. `likelihood` (mean log p of the right class, or of the ensemble's)
+    breaks ties.
     """
 
     aggregator: str
@@ -412,17 +51,29 @@ class Mixture:
 
     @property
     def name(self) -> str:
-        """The aggregator and its coefficients, one where they are all alike."""
-        c = self.coefficients[:1] if len(set(self.coefficients)) == 1 else self.coefficients
-        return f"{self.aggregator} {', '.join(f'{v:.4g}' for v in c)}"
+        """The aggregator and its coefficients, only one if they are equal."""
+        equal = len(set(self.coefficients)) == 1
+        shown = self.coefficients[:1] if equal else self.coefficients
+        return f"{self.aggregator} {', '.join(f'{value:.4g}' for value in shown)}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values; an infinite likelihood is None, since JSON has no infinity."""
+        return {
+            "aggregator": self.aggregator,
+            "coefficients": [*self.coefficients],
+            "scores": dict(self.scores),
+            "score": self.score,
+            "likelihood": self.likelihood if math.isfinite(self.likelihood) else None,
+        }
 
 
 @dataclass(frozen=True, eq=False)
 class Exploration:
-    """What a search over mixtures found: all that were tried, in order, and the best.
+    """The result of a search over mixtures: all that were tried, in order, and the best.
 
-    `scores` of a mixture are accuracies (objectives "mean", "worst") on the validation parts, or 1 - entropy, or agreement;
-    `reference` is the accuracy of the best single expert on each source, by which accuracies are normalised in the objective.
+    `scores` of a mixture are accuracies (objectives "mean", "worst") on the validation parts, or 1 - entropy,
+    or agreement. `reference` has the accuracy of the best single expert on each source, by which the
+    objective normalises accuracies.
     """
 
     objective: str
@@ -434,108 +85,72 @@ class Exploration:
     make: Callable[[Mixture], Params] = field(default=lambda _: {}, repr=False)
 
     def pareto(self) -> tuple[Mixture, ...]:
-        """The mixtures that no other dominates: is at least as good on every source, and better on one. Equal ones count once."""
-        points = torch.tensor(
-            [[m.scores[s] for s in self.sources] for m in self.mixtures], dtype=torch.float64
-        )
+        """Return the mixtures that no other dominates; of equal ones the first.
+
+        A mixture dominates another if it is at least as good on every source, and better on one.
+        """
+        rows = [[mixture.scores[source] for source in self.sources] for mixture in self.mixtures]
+        points = torch.tensor(rows, dtype=torch.float64)
         kept = []
-        for i, p in enumerate(points):
-            dominated = ((points >= p).all(1) & (points > p).any(1)).any()
-            if not dominated and not (points[:i] == p).all(1).any():
+        for i, point in enumerate(points):
+            dominated = ((points >= point).all(1) & (points > point).any(1)).any()
+            if not dominated and not (points[:i] == point).all(1).any():
                 kept.append(self.mixtures[i])
         return tuple(kept)
 
     def params(self, mixture: Mixture | None = None) -> Params:
-        """The merged state dict of a mixture; None: of the best."""
+        """Return the merged state dict of a mixture; None: of the best."""
         return self.make(mixture or self.best)
 
     def table(self, most: int | None = 20) -> str:
-        """The best mixtures, a line each; `*` marks the Pareto front over sources."""
+        """Write the best mixtures in one line each; `*` marks the Pareto front over sources."""
         from consilience.report._text import Column, clean, grid, number, short
 
-        front = {id(m) for m in self.pareto()}
-        shown = sorted(self.mixtures, key=lambda m: (m is self.best, *m.merit), reverse=True)[:most]
+        # By identity, since two mixtures with equal scores are equal.
+        front = {id(mixture) for mixture in self.pareto()}
+        order = sorted(
+            self.mixtures, key=lambda mixture: (mixture is self.best, *mixture.merit), reverse=True
+        )
+        shown = order[:most]
         columns = [
-            Column("mixture", [clean(m.name) for m in shown], False),
-            Column(self.objective, [number(m.score, True) for m in shown]),
-            *(Column(short(s, 14), [number(m.scores[s], True) for m in shown]) for s in self.sources),
-            Column("front", ["*" if id(m) in front else "" for m in shown], False),
+            Column("mixture", [clean(mixture.name) for mixture in shown], False),
+            Column(self.objective, [number(mixture.score, True) for mixture in shown]),
         ]
+        for source in self.sources:
+            scores = [number(mixture.scores[source], True) for mixture in shown]
+            columns.append(Column(short(source, 14), scores))
+        columns.append(Column("front", ["*" if id(mixture) in front else "" for mixture in shown], False))
         more = f"\n... of {len(self.mixtures)} mixtures" if len(shown) < len(self.mixtures) else ""
         return grid(columns) + more
 
     def to_json(self) -> dict[str, Any]:
-        """The same as plain values."""
-
-        def one(m: Mixture) -> dict[str, Any]:
-            return {
-                "aggregator": m.aggregator,
-                "coefficients": [*m.coefficients],
-                "scores": dict(m.scores),
-                "score": m.score,
-                "likelihood": m.likelihood if math.isfinite(m.likelihood) else None,
-            }
-
+        """Return the same as plain values."""
         return {
             "objective": self.objective,
             "sources": list(self.sources),
             "experts": list(self.experts),
             "reference": dict(self.reference),
-            "mixtures": [one(m) for m in self.mixtures],
-            "best": one(self.best),
-            "pareto": [one(m) for m in self.pareto()],
+            "mixtures": [mixture.to_json() for mixture in self.mixtures],
+            "best": self.best.to_json(),
+            "pareto": [mixture.to_json() for mixture in self.pareto()],
         }
 
     def write(self, path: str | Path) -> Path:
-        """Write a scatter of all mixtures as SVG: one source against the other, or, of more, the worst against the mean."""
-        from consilience.report._svg import MARKS, Plot, bounds, canvas, esc, legend, ticks, word, xy
-        from consilience.report._text import number
-
+        """Write a scatter of all mixtures as SVG: two sources, or, of more, the worst against the mean."""
         two = len(self.sources) == 2
-        names = self.sources if two else ("mean over sources", "worst source")
-        front = {id(m) for m in self.pareto()}
-        kinds = list(dict.fromkeys(m.aggregator for m in self.mixtures))
-        points = []
-        for m in self.mixtures:
-            v = [m.scores[s] for s in self.sources]
-            points.append((v[0], v[1]) if two else (math.fsum(v) / len(v), min(v)))
-        plot = Plot(bounds([x for x, _ in points], True), bounds([y for _, y in points], True), height=300)
-        plot.grid_y(lambda v, step: number(v, True, 0 if step >= 0.01 else 1))
-        for at in ticks(*plot.x):
-            plot.mark_x(plot.at_x(at), f"{100 * at:.3g}")
-        plot.axis()
-        plot.body.append(
-            word((plot.left + plot.right) / 2, plot.height + 37, f"{names[0]} (%)", "m", "middle")
-        )
-        plot.body.append(word(plot.left, 10, f"{names[1]} (%)", "m"))
-        order = sorted(
-            zip(self.mixtures, points, strict=True),
-            key=lambda pair: (pair[0] is self.best, id(pair[0]) in front),
-        )
-        for m, (x, y) in order:
-            k, ringed = kinds.index(m.aggregator), id(m) in front
-            ring = (
-                f'<circle class="learn" r="{9 if m is self.best else 7}"/>'
-                if ringed or m is self.best
-                else ""
+        names = (self.sources[0], self.sources[1]) if two else ("mean over sources", "worst source")
+        front = {id(mixture) for mixture in self.pareto()}
+        marks = []
+        for mixture in self.mixtures:
+            scores = [mixture.scores[source] for source in self.sources]
+            x, y = scores if two else (math.fsum(scores) / len(scores), min(scores))
+            marks.append(
+                Mark(x, y, mixture.aggregator, mixture.name, id(mixture) in front, mixture is self.best)
             )
-            title = f"{m.name}: {number(x, True)}, {number(y, True)}{', best' if m is self.best else ''}"
-            mark = MARKS[k % 5].format(k % 8)
-            plot.body.append(
-                f'<g transform="translate({xy(plot.at_x(x))} {xy(plot.at_y(y))})">{ring}{mark}<title>{esc(title)}</title></g>'
-            )
-        marks = [(MARKS[k % 5].format(k % 8), n) for k, n in enumerate(kinds)]
-        ringed_mark = '<circle class="learn" r="7"/>'
-        body, tall = legend([*marks, (ringed_mark, "Pareto front")], plot.height + 64)
-        label = f"Scatter: {len(points)} mixtures, {names[1]} against {names[0]}; best {self.best.name}."
-        return draw(
-            path,
-            [(f"{len(points)} mixtures", canvas(480, plot.height + 48 + tall, label, [*plot.body, *body]))],
-        )
 
-
-class _Spent(Exception):
-    """The budget of evaluations is spent."""
+        # The label is for readers who cannot see the figure.
+        label = f"Scatter: {len(marks)} mixtures, {names[1]} against {names[0]}; best {self.best.name}."
+        return draw(path, [(f"{len(marks)} mixtures", scatter(names, marks, label))])
 
 
 def explore(
@@ -554,32 +169,34 @@ def explore(
     seed: int = 0,
     scenario: str | None = None,
 ) -> Exploration:
-    """Search mixtures base + sum_i lambda_i tau_i on the validation parts of sources: a grid, then an optimiser from its best.
+    """Search mixtures base + sum_i lambda_i tau_i on validation parts: a grid, then an optimiser.
 
-    A mixture costs one forward pass a data set and is judged once. An accuracy a_s is normalised by that of the best single expert
-    on the source: the objective is mean_s or min_s a_s / r_s; without labels 1 - the mean entropy of the answers over log C
-    (Yang et al. 2024), or the share of examples where the answer is that of the experts' ensemble. The entropy of mixtures with one
-    coefficient an expert is often least at a single expert, sure of all data: prefer agreement there.
+    A mixture costs one forward pass per data set and is judged once. The objective is mean_s or min_s a_s /
+    r_s, where a_s is the accuracy on source s and r_s that of the best single expert. Without labels it is 1
+    - the mean entropy of the answers over log C (Yang et al. 2024), or the fraction of examples where the
+    answer is that of the experts' ensemble. With one coefficient per expert the entropy is often least at a
+    single expert that is certain on all data: prefer agreement there.
 
     Args:
-        model: what the checkpoints are parameters of: a Model or a torch module.
-        base: what the experts started from: a state dict, a module or a path.
+        model: a Model or a torch module with the entries of the checkpoints.
+        base: what the experts were trained from: a state dict, a module or a path.
         experts: the same, in a sequence or by name.
-        sources: what to judge on, with validation parts that no expert has seen; the right head is used where the model has heads
-            of tasks.
+        sources: to judge on, with validation parts that no expert has seen. The right head is used if the
+            model has heads of tasks.
         aggregators: by name; base + c (merged - base) is searched for each, too.
-        each: one coefficient an expert is searched, not one for all.
+        each: search one coefficient per expert, not one for all.
         objective: "mean" or "worst" normalised accuracy; without labels "entropy" or "agreement".
-        grid: coefficients for all experts together that are tried first.
+        grid: coefficients that are tried first, each for all experts.
         scales: coefficients c that are tried for aggregators; None: from 1/4 to the number of experts.
-        optimiser: what goes on from the grid's best, within [0, 1.5 x its highest] (without labels, its highest); None: nothing.
-        budget: how many mixtures the optimiser may try for each of the sum and the aggregators.
+        optimiser: what continues from the best of the grid, within [0, 1.5 x its highest] (without labels,
+            its highest); None: nothing.
+        budget: number of mixtures that the optimiser may try for the sum and for each aggregator.
         seed: of aggregators and the optimiser.
-        scenario: "task" tells the model the source's task, "class" and "domain" do not; None: fits the model.
+        scenario: "task" gives the model the source's task, "class" and "domain" do not; None fits the model.
 
     Raises:
-        ConsilienceError: no base, checkpoints that do not have the model's entries or differ in frozen ones, numbers out of range,
-            sources without validation part.
+        ConsilienceError: no base, checkpoints without the model's entries or with different frozen ones,
+            numbers out of range, sources without validation part.
 
     Ilharco et al. 2023, arXiv:2212.04089 (coefficients); Yang et al. 2024, arXiv:2310.02575 (entropy).
 
@@ -588,14 +205,15 @@ def explore(
     >>> x = torch.arange(40.0)[:, None] / 40
     >>> source = data.arrays(x, (x[:, 0] > 0.5).long())
     >>> expert = {"weight": torch.tensor([[0.0], [2.0]]), "bias": torch.tensor([1.0, 0.0])}
-    >>> found = explore(nn.Linear(1, 2), {n: 0 * t for n, t in expert.items()}, [expert], [source])
+    >>> base = {name: 0 * tensor for name, tensor in expert.items()}
+    >>> found = explore(nn.Linear(1, 2), base, [expert], [source])
     >>> found.best.scores["data"], len(found.mixtures) <= 51
     (1.0, True)
     """
+    # The bench refuses bad checkpoints and data before the options are looked at.
     bench = Bench(model, base, experts, sources, scenario)
-    return search(
-        bench,
-        aggregators=aggregators,
+    options = SearchOptions(
+        aggregators=aggregators or {},
         each=each,
         objective=objective,
         grid=grid,
@@ -604,175 +222,272 @@ def explore(
         budget=budget,
         seed=seed,
     )
+    return search(bench, options)
 
 
-def search(
-    bench: Bench,
-    *,
-    aggregators: Mapping[str, Aggregator] | None = None,
-    each: bool = False,
-    objective: str = "mean",
-    grid: Sequence[float] = GRID,
-    scales: Sequence[float] | None = None,
-    optimiser: str | None = "nelder-mead",
-    budget: int = 40,
-    seed: int = 0,
-    plain: bool = True,
-) -> Exploration:
-    """`explore` on a bench; `plain`: the sum is searched, not the aggregators alone."""
-    m, names = len(bench.experts), tuple(s.name for s in bench.sources)
-    if objective not in OBJECTIVES:
-        raise unknown("objective", objective, OBJECTIVES)
-    if optimiser not in (None, "nelder-mead", "differential_evolution"):
-        raise unknown("optimiser", optimiser, ("nelder-mead", "differential_evolution"))
-    if isinstance(budget, bool) or not isinstance(budget, int) or budget < 0:
-        raise ConsilienceError(f"`budget` should be a whole number >= 0. Found `budget = {budget!r}`.")
-    scales = (
-        tuple(s for s in (0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8) if s <= max(2, m))
-        if scales is None
-        else scales
-    )
-    for name, values in (("grid", grid), ("scales", scales)):
-        if not len(values) or not all(isinstance(v, int | float) and math.isfinite(v) for v in values):
-            raise ConsilienceError(
-                f"`{name}` should be finite numbers, at least one. Found {kind_of(values)}."
-            )
-    for n, a in (aggregators or {}).items():
-        if n == SUM or not isinstance(a, Aggregator):
-            raise ConsilienceError(
-                f"`aggregators` should be made by consilience.aggregators, under names other than {SUM!r}. Found {n!r}: {kind_of(a)}."
-            )
-    reference = {}
-    if objective in ("mean", "worst"):
-        own = [bench.scores(bench.alone(n, "validation"), "accuracy", "validation") for n in bench.experts]
-        reference = {s: max(o[s] for o in own) for s in names}
-    tried: dict[tuple[str, tuple[float, ...]], Mixture] = {}
+# The search.
 
-    def made(m: Mixture) -> Params:
-        entry = (
-            bench.mixture(m.coefficients)
-            if m.aggregator == SUM
-            else bench.along(m.aggregator, m.coefficients[0])
-        )
-        return bench.checkpoint(entry)
 
-    def at(name: str, coefficients: Iterable[float]) -> Mixture:
-        c = tuple(round(float(v), 9) + 0.0 for v in coefficients)
-        if (name, c) not in tried:
-            entry = bench.mixture(c) if name == SUM else bench.along(name, c[0])
-            answers = bench.answers(entry, "validation")
+@dataclass(frozen=True)
+class SearchOptions:
+    """Options of a search; `explore` says what each means."""
+
+    aggregators: Mapping[str, Aggregator] = field(default_factory=dict)
+    each: bool = False
+    objective: str = "mean"
+    grid: Sequence[float] = GRID
+    scales: Sequence[float] | None = None
+    optimiser: str | None = "nelder-mead"
+    budget: int = 40
+    seed: int = 0
+    plain: bool = True
+    """Whether the sum is searched, not only the aggregators."""
+
+    def check(self) -> None:
+        """Refuse unknown names and numbers out of range."""
+        if self.objective not in OBJECTIVES:
+            raise unknown("objective", self.objective, OBJECTIVES)
+        if self.optimiser is not None and self.optimiser not in OPTIMISERS:
+            raise unknown("optimiser", self.optimiser, OPTIMISERS)
+        whole_number(0, budget=self.budget)
+        lists = {"grid": self.grid} | ({} if self.scales is None else {"scales": self.scales})
+        for option, values in lists.items():
+            if not len(values) or not all(
+                isinstance(value, int | float) and math.isfinite(value) for value in values
+            ):
+                raise ConsilienceError(
+                    f"`{option}` must be finite numbers, at least one, got {kind_of(values)}."
+                )
+        for name, aggregator in self.aggregators.items():
+            if name == SUM or not isinstance(aggregator, Aggregator):
+                raise ConsilienceError(
+                    f"`aggregators` must be made by consilience.aggregators, under names other than {SUM!r}, "
+                    f"got {name!r}: {kind_of(aggregator)}."
+                )
+
+
+def search(bench: Bench, options: SearchOptions) -> Exploration:
+    """Search mixtures on a bench, as `explore` does."""
+    options.check()
+    if not options.plain and not options.aggregators:
+        raise ConsilienceError("a search needs the sum or aggregators, got neither.")
+    state = Search(bench, options)
+    if options.plain:
+        state.search_sum()
+    for name, aggregator in options.aggregators.items():
+        state.search_merge(name, aggregator)
+    return state.result()
+
+
+class Search:
+    """A search in progress: every mixture that was tried, judged once."""
+
+    def __init__(self, bench: Bench, options: SearchOptions) -> None:
+        self.bench, self.options = bench, options
+        self.size = len(bench.experts)
+        self.tried: dict[tuple[str, tuple[float, ...]], Mixture] = {}
+
+        # Without labels there is no accuracy to compare with.
+        self.reference: dict[str, float] = {}
+        if options.objective in ("mean", "worst"):
+            alone = [
+                bench.scores(bench.alone(name, "validation"), "accuracy", "validation")
+                for name in bench.experts
+            ]
+            self.reference = {
+                source.name: max(scores[source.name] for scores in alone) for source in bench.sources
+            }
+
+    def search_sum(self) -> None:
+        """Search base + sum_i lambda_i tau_i."""
+        options = self.options
+        first = [self.judge(SUM, [value] * self.size) for value in options.grid]
+        # The single experts are corners of the space that the optimiser searches.
+        if options.each:
+            first += [self.judge(SUM, [float(i == j) for j in range(self.size)]) for i in range(self.size)]
+        if options.optimiser and options.budget:
+            self.refine(first, max(1.0, *options.grid), self.size if options.each else 1)
+
+    def search_merge(self, name: str, aggregator: Aggregator) -> None:
+        """Search base + c (merged - base) for what an aggregator merges."""
+        options = self.options
+        scales = options.scales
+        if scales is None:
+            scales = tuple(scale for scale in SCALES if scale <= max(2, self.size))
+        self.bench.add(name, aggregator, options.seed)
+        first = [self.judge(name, [scale]) for scale in scales]
+
+        # A single scale is what the caller wants, not a place to start.
+        if options.optimiser and options.budget and len(scales) > 1:
+            self.refine(first, max(1.0, *scales), 1)
+
+    def judge(self, name: str, coefficients: Iterable[float]) -> Mixture:
+        """Return a mixture with its scores; it is judged if it was not tried yet."""
+        # A mixture costs a pass over the data, so none is judged twice.
+        key = (name, canonical(coefficients))
+        if key not in self.tried:
+            bench, objective = self.bench, self.options.objective
+            answers = bench.answers(self.mixed(*key), "validation")
             scores = bench.scores(answers, objective, "validation")
-            values = [v / (reference[s] or 1.0) if reference else v for s, v in scores.items()]
+            # Where no expert has an answer right, the accuracy counts as it is.
+            values = [
+                value / (self.reference[source] or 1.0) if self.reference else value
+                for source, value in scores.items()
+            ]
             score = min(values) if objective == "worst" else math.fsum(values) / len(values)
-            tried[name, c] = Mixture(
-                name, c, scores, score, bench.likelihood(answers, objective, "validation")
-            )
-        return tried[name, c]
+            likelihood = bench.likelihood(answers, objective, "validation")
+            self.tried[key] = Mixture(*key, scores, score, likelihood)
+        return self.tried[key]
 
-    def refine(name: str, first: Sequence[Mixture], high: float, size: int) -> None:
-        """From the best of the first, in `size` dimensions (1: the same for all experts), up to half beyond what the grid had; without labels,
-        where longer steps make answers surer and not better, not beyond it."""
-        best = max(first, key=lambda x: x.merit)
-        whole = m if name == SUM else 1
-        limit, low = len(tried) + budget, min(0.0, *best.coefficients)
-        start = list(best.coefficients[:size])
+    def mixed(self, name: str, coefficients: tuple[float, ...]) -> Params:
+        """Return the entries of a mixture."""
+        if name == SUM:
+            return self.bench.mixture(coefficients)
+        return self.bench.along(name, coefficients[0])
 
-        def loss(v: Any) -> float:
-            c = [round(float(x), 4) for x in v] if size == whole else [round(float(v[0]), 4)] * whole
-            if (name, tuple(x + 0.0 for x in c)) not in tried and len(tried) >= limit:
-                raise _Spent
-            score, likelihood = at(name, c).merit
+    def refine(self, first: Sequence[Mixture], high: float, dimensions: int) -> None:
+        """Let the optimiser continue from the best of the first mixtures.
+
+        With one dimension all experts have the same coefficient. The bounds go to half beyond the grid's
+        highest, `high`; without labels to `high`, since longer steps make answers more certain, not better.
+        """
+        best = max(first, key=lambda mixture: mixture.merit)
+        name, count = best.aggregator, len(best.coefficients)
+        limit = len(self.tried) + self.options.budget
+        start = list(best.coefficients[:dimensions])
+
+        def loss(point: Any) -> float:
+            # Four digits, so that an optimiser's last tiny steps are not new mixtures.
+            values = [round(float(value), 4) for value in point]
+            coefficients = values if dimensions == count else [values[0]] * count
+            if (name, canonical(coefficients)) not in self.tried and len(self.tried) >= limit:
+                raise Spent
+            score, likelihood = self.judge(name, coefficients).merit
+            # The likelihood leads over plateaus of the accuracy; its weight keeps it below one example.
             return -score - 1e-3 * max(likelihood, -100.0)
 
-        minimise(
-            loss, start, (low, max((1.5 if reference else 1.0) * high, *start)), optimiser or "", budget, seed
+        low = min(0.0, *best.coefficients)
+        top = max((1.5 if self.reference else 1.0) * high, *start)
+        minimise(loss, start, (low, top), self.options)
+
+    def make(self, mixture: Mixture) -> Params:
+        """Return the checkpoint of a mixture."""
+        return self.bench.checkpoints.restored(self.mixed(mixture.aggregator, mixture.coefficients))
+
+    def result(self) -> Exploration:
+        """Return what was found."""
+        mixtures = tuple(self.tried.values())
+        return Exploration(
+            self.options.objective,
+            tuple(source.name for source in self.bench.sources),
+            tuple(self.bench.experts),
+            mixtures,
+            max(mixtures, key=lambda mixture: mixture.merit),
+            self.reference,
+            self.make,
         )
 
-    if plain:
-        first = [at(SUM, [v] * m) for v in grid]
-        if each:
-            first += [at(SUM, [float(i == j) for j in range(m)]) for i in range(m)]
-        if optimiser and budget:
-            refine(SUM, first, max(1.0, *grid), m if each else 1)
-    for n, a in (aggregators or {}).items():
-        bench.add(n, a, seed)
-        first = [at(n, [v]) for v in scales]
-        if optimiser and budget and len(scales) > 1:
-            refine(n, first, max(1.0, *scales), 1)
-    found = tuple(tried.values())
-    if not found:
-        raise ConsilienceError("there should be something to search. Found neither the sum nor aggregators.")
-    return Exploration(
-        objective, names, tuple(bench.experts), found, max(found, key=lambda x: x.merit), reference, made
-    )
+
+def canonical(coefficients: Iterable[float]) -> tuple[float, ...]:
+    """Round coefficients to nine digits, so that equal mixtures have equal keys.
+
+    >>> canonical([0.1 + 0.2, -0.0])
+    (0.3, 0.0)
+    """
+    # Adding 0.0 turns -0.0 into 0.0.
+    return tuple(round(float(value), 9) + 0.0 for value in coefficients)
 
 
-def minimise(
-    loss: Callable[[Any], float],
-    start: Sequence[float],
-    span: tuple[float, float],
-    optimiser: str,
-    budget: int,
-    seed: int,
-) -> None:
-    """Let an optimiser call `loss` within a box until it is content or the budget is spent; the calls are the result."""
-    import numpy as np
-    from scipy.optimize import differential_evolution, minimize
+# Optimisers.
 
-    n, (low, high) = len(start), span
+
+class Spent(Exception):
+    """The budget of evaluations is spent."""
+
+
+Loss = Callable[[Any], float]
+
+
+def minimise(loss: Loss, start: Sequence[float], bounds: tuple[float, float], options: SearchOptions) -> None:
+    """Let an optimiser call `loss` within a box until it converges or the budget is spent.
+
+    The calls are the result: `loss` keeps what it was called with.
+    """
+    optimise = differential_evolution if options.optimiser == "differential_evolution" else nelder_mead
     try:
-        if optimiser == "differential_evolution":
-            first = np.random.default_rng(seed).uniform(low, high, (max(5, min(15, budget // 4)), n))
-            first[0] = start
-            differential_evolution(
-                loss,
-                [span] * n,
-                init=first,
-                maxiter=max(1, 20 * budget),
-                polish=False,
-                tol=0,
-                atol=1e-9,
-                **_seeded(differential_evolution, seed),
-            )
-        else:
-            # one corner moves all together, the others one each and less: experts out of balance are a steep way off a ridge
-            wide, narrow = (
-                (f * (high - low) * (1 if start[0] + f * (high - low) <= high else -1)) for f in (0.15, 0.05)
-            )
-            corners = [
-                [v + wide for v in start],
-                *([v + narrow * (i == j) for j, v in enumerate(start)] for i in range(n - 1)),
-            ]
-            minimize(
-                loss,
-                start,
-                method="Nelder-Mead",
-                bounds=[span] * n,
-                options={
-                    "initial_simplex": np.array([list(start), *corners]),
-                    "xatol": 1e-3,
-                    "fatol": 1e-6,
-                    "maxfev": 20 * budget,
-                },
-            )
-    except _Spent:
+        optimise(loss, start, bounds, options)
+    except Spent:
         return
 
 
-def _seeded(call: Any, seed: int) -> dict[str, int]:
-    """The seed under the name that this version of scipy has for it."""
-    import inspect
+def nelder_mead(
+    loss: Loss, start: Sequence[float], bounds: tuple[float, float], options: SearchOptions
+) -> None:
+    """Minimise by the simplex method."""
+    import numpy as np
+    from scipy.optimize import minimize
 
-    return {"rng" if "rng" in inspect.signature(call).parameters else "seed": seed}
+    low, high = bounds
+    # One corner moves all coefficients together, the others one each and less: good mixtures lie on a ridge,
+    # which experts out of balance leave steeply.
+    steps = (0.15 * (high - low), 0.05 * (high - low))
+    wide, narrow = (step * (1 if start[0] + step <= high else -1) for step in steps)
+    corners = [
+        list(start),
+        [value + wide for value in start],
+        *([value + narrow * (i == j) for j, value in enumerate(start)] for i in range(len(start) - 1)),
+    ]
+    minimize(
+        loss,
+        start,
+        method="Nelder-Mead",
+        bounds=[bounds] * len(start),
+        options={
+            "initial_simplex": np.array(corners),
+            "xatol": 1e-3,
+            "fatol": 1e-6,
+            "maxfev": 20 * options.budget,
+        },
+    )
+
+
+def differential_evolution(
+    loss: Loss, start: Sequence[float], bounds: tuple[float, float], options: SearchOptions
+) -> None:
+    """Minimise by differential evolution, from a population with `start` in it."""
+    import numpy as np
+    from scipy import optimize
+
+    evolve = optimize.differential_evolution
+    population = max(5, min(15, options.budget // 4))
+    first = np.random.default_rng(options.seed).uniform(*bounds, (population, len(start)))
+    first[0] = start
+    # The argument for the seed has another name in older versions of scipy.
+    seed = "rng" if "rng" in inspect.signature(evolve).parameters else "seed"
+    evolve(
+        loss,
+        [bounds] * len(start),
+        init=first,
+        maxiter=max(1, 20 * options.budget),
+        polish=False,
+        tol=0,
+        atol=1e-9,
+        **{seed: options.seed},
+    )
+
+
+# Soups.
 
 
 def greedy_soup(
     model: Any, experts: Any, sources: Sequence[Source], *, base: Any = None, scenario: str | None = None
 ) -> Exploration:
-    """Average the best experts: sorted by validation accuracy, each is added if the mean accuracy of the average does not fall.
+    """Average the best experts: add each, in order of accuracy, if the average does not get worse.
 
-    The best mixture has coefficient 1/k for each of its k members; no data but the validation parts of the sources is read. `base`
-    tells which entries of tasks (heads) were learned; without it each should be one expert's alone, or the same in all.
+    Experts are sorted by mean validation accuracy. The best mixture has coefficient 1/k for each of its k
+    members. Only the validation parts of the sources are read. `base` shows which entries of tasks (heads)
+    were trained; without it each must be in one expert only, or equal in all.
+
     Raises ConsilienceError as `explore` does. Wortsman et al. 2022, arXiv:2203.05482 (recipe 1).
 
     >>> import torch.nn as nn
@@ -780,35 +495,39 @@ def greedy_soup(
     >>> x = torch.arange(40.0)[:, None] / 40
     >>> source = data.arrays(x, (x[:, 0] > 0.5).long())
     >>> good = {"weight": torch.tensor([[0.0], [2.0]]), "bias": torch.tensor([1.0, 0.0])}
-    >>> greedy_soup(nn.Linear(1, 2), {"good": good, "bad": {n: -t for n, t in good.items()}}, [source]).best.coefficients
+    >>> bad = {name: -tensor for name, tensor in good.items()}
+    >>> greedy_soup(nn.Linear(1, 2), {"good": good, "bad": bad}, [source]).best.coefficients
     (1.0, 0.0)
     """
     return soup(Bench(model, base, experts, sources, scenario, averages=True))
 
 
 def soup(bench: Bench, objective: str = "mean") -> Exploration:
-    """`greedy_soup` on a bench; without labels by another score than accuracy."""
-    names, sources = list(bench.experts), tuple(s.name for s in bench.sources)
+    """Make a greedy soup on a bench, without labels by another score than accuracy."""
+    names = list(bench.experts)
     tried = []
 
-    def at(members: Sequence[str]) -> Mixture:
-        c = tuple(1 / len(members) if n in members else 0.0 for n in names)
-        scores = bench.scores(bench.answers(bench.mixture(c), "validation"), objective, "validation")
-        tried.append(Mixture(SUM, c, scores, math.fsum(scores.values()) / len(scores)))
+    def judge(members: Sequence[str]) -> Mixture:
+        coefficients = tuple(1 / len(members) if name in members else 0.0 for name in names)
+        answers = bench.answers(bench.mixture(coefficients), "validation")
+        scores = bench.scores(answers, objective, "validation")
+        tried.append(Mixture(SUM, coefficients, scores, math.fsum(scores.values()) / len(scores)))
         return tried[-1]
 
-    singles = sorted(((at([n]), n) for n in names), key=lambda pair: -pair[0].score)
-    best, members = singles[0][0], [singles[0][1]]
-    for _, n in singles[1:]:
-        more = at([*members, n])
+    singles = sorted(((judge([name]), name) for name in names), key=lambda pair: -pair[0].score)
+    (best, first), *others = singles
+    members = [first]
+    for _, name in others:
+        more = judge([*members, name])
+        # Equal averages count, as in the paper: more members, less variance.
         if more.score >= best.score:
-            best, members = more, [*members, n]
+            best, members = more, [*members, name]
+
     return Exploration(
         objective,
-        sources,
+        tuple(source.name for source in bench.sources),
         tuple(names),
         tuple(tried),
         best,
-        {},
-        lambda m: bench.checkpoint(bench.mixture(m.coefficients)),
+        make=lambda mixture: bench.checkpoints.restored(bench.mixture(mixture.coefficients)),
     )

@@ -13,19 +13,8 @@ import torch
 
 from consilience.core.errors import ConsilienceError
 from consilience.core.params import matches
+from consilience.merging._allowed import ALLOWED
 from consilience.merging._files import Adapter, Array, Entries, Files, read_json
-
-ALLOWED = {
-    "missing": "an entry that an expert lacks counts as unchanged from the base",
-    "extra": "entries that the base lacks are left out",
-    "vocabulary": "of entries whose first sizes differ, the rows that all models have are merged; further "
-    "rows of the base stay, those of experts are left out",
-    "non_finite": "entries with NaN or infinity in any model are taken from the base",
-    "other_base": "experts may be far from the base, as if trained from another one",
-    "configuration": "configurations of the experts may differ from the base's in fields that change the "
-    "meaning of parameters",
-}
-"""What may be allowed, and what then happens; without it such models are refused."""
 
 # Fields that have to agree, or the same parameters mean something else.
 CONFIGURATION_FIELDS = {

@@ -1,4 +1,4 @@
-"""What every results script shares: the heading with date, machine and commit, and writing JSON and Markdown."""
+"""What all result scripts share: a heading with date, machine and commit, and writing JSON and Markdown."""
 
 from __future__ import annotations
 

@@ -1,10 +1,13 @@
-"""The core's overhead: continual training against an in-memory SGD loop that indexes tensors, interleaved, as ratios of CPU time.
+"""The overhead of continual training over a plain SGD loop on tensors in memory, as ratios of CPU time.
 
-MLP 784-256-256-10, batch 64, 60,000 samples in 5 domains, one epoch, one thread. `make bench` writes results/core.{json,md}.
-The loop has no evaluation. "with metrics" judges all five test sets (10,000 samples) before training and after each source:
-60,000 forward passes, which the "loop that evaluates" makes too. Memory batches are of 64 (DER++ draws two of them) or, where the
-row says so, of 32 (so that DER++ sees 64 remembered examples a step, as ER does). "by hand" is the same method in plain torch for this one
-net, with a buffer that is there from the first step: what a step of it must cost; the last column is our time over it. Data: MNIST from CONSILIENCE_DATA, else random numbers of the same shape (the time is the same).
+MLP 784-256-256-10, batch 64, 60,000 samples in 5 domains, one epoch, one thread; all cases are timed in
+turns. `make bench` writes results/core.{json,md}. The loop has no evaluation. "with metrics" evaluates all
+five test sets (10,000 samples) before training and after each source: 60,000 forward passes, which the "loop
+that evaluates" makes too. Memory batches are of 64 (DER++ draws two of them) or, where the row says so, of
+32 (so that DER++ sees 64 remembered examples per step, as ER does). "by hand" is the same method in plain
+torch for this one net, with a buffer that is full from the first step: what a step of it must cost; the last
+column is our time over it. Data: MNIST from CONSILIENCE_DATA, else random numbers of the same shape (the
+time is the same).
 """
 
 from __future__ import annotations
@@ -47,7 +50,7 @@ def net() -> nn.Module:
 
 
 def data(samples: int, tests: int, few: bool) -> list[Source]:
-    """Five domains with the same ten classes; `few` keeps ten test samples each, so that evaluation costs nothing."""
+    """Make five domains of the same ten classes; `few` keeps ten test samples each, to evaluate for free."""
     if os.environ.get("CONSILIENCE_DATA"):
         whole = cs.data.npz("mnist", flat=True)
         (x, y), (xt, yt) = whole.train.whole(), whole.test.whole()
@@ -70,7 +73,7 @@ def data(samples: int, tests: int, few: bool) -> list[Source]:
 
 
 def loop(sources: list[Source], epochs: int, evaluate: bool = False) -> None:
-    """The limit: a plain loop over tensors in memory; with `evaluate`, it also makes the same 60,000 forward passes of the matrix."""
+    """Run a plain loop over tensors in memory; with `evaluate`, also the forward passes of the matrix."""
     torch.manual_seed(0)
     model = net()
     optimiser = torch.optim.SGD(model.parameters(), lr=0.05)
@@ -91,7 +94,7 @@ def loop(sources: list[Source], epochs: int, evaluate: bool = False) -> None:
 
 
 def by_hand(sources: list[Source], method: str, batch: int = 64) -> None:
-    """ER, A-GEM or DER++ in plain torch: the same forward and backward passes, parts that go together in one."""
+    """Run ER, A-GEM or DER++ in plain torch: the same passes, with parts that go together in one."""
     torch.manual_seed(0)
     model = net()
     params = list(model.parameters())
@@ -251,7 +254,8 @@ def main() -> None:
         "|---|---|---|---|---|---|",
     ]
     table += [
-        f"| {r['case']} | {r['seconds']} | {r['ratio']} | {r['least']} | {r['limit'] or ''} | {r['over hand'] or ''} |"
+        f"| {r['case']} | {r['seconds']} | {r['ratio']} | {r['least']} | {r['limit'] or ''} "
+        f"| {r['over hand'] or ''} |"
         for r in rows
     ]
     table += ["", *[f"- {k}: {v}" for k, v in facts.items() if k != "rows"]]

@@ -1,11 +1,14 @@
-"""Engines: client updates a second of the batched engine against a plain sequential PyTorch loop, interleaved, as ratios of wall time.
+"""Client updates per second of the batched engine and of a plain PyTorch loop, as ratios of wall time.
 
-100 clients, 10 a round, 100 samples of 28x28 each (unequal: 20 to 100), 5 local epochs, batch 10, 2 threads for both, ROUNDS rounds a
-measurement after a warm-up, median of REPEATS. The loop does the same work by hand: it trains one client after another
-(FedProx and GHBM: what they add to the gradient; ER: a batch of 10 from the client's buffer beside each new one) and averages. Ours also
-serialises what is told, hashes it, and keeps the books. Times are of whole runs over their rounds: preparing and tracing a run
-are in them; the programs were traced in the warm-up, as an engine and a model that are used again have them. Scaling: CROWDS clients of
-20 images (all of one bank, so that data take no room), 100 rounds of 100, each in a process of its own: its peak memory. `make engines` writes results/engines.{json,md}. On a GPU: --device cuda:0.
+100 clients, 10 per round, 100 samples of 28x28 each (unequal: 20 to 100), 5 local epochs, batch 10, 2
+threads for both, ROUNDS rounds per measurement after a warm-up; both are timed in turns, and the median of
+REPEATS is shown. The loop does the same work by hand: it trains one client after another (FedProx and GHBM:
+what they add to the gradient; ER: a batch of 10 from the client's buffer next to each new one) and averages.
+Ours also serialises messages, hashes them, and counts costs. Times are those of a run, divided by its
+rounds: they include preparing it, but its programs were traced in the warm-up, since engine and model are
+used again. Scaling: CROWDS clients of 20 images (all from one bank, so that data take no memory), 100 rounds
+of 100, each in a process of its own, with its peak memory. `make engines` writes results/engines.{json,md}.
+On a GPU: --device cuda:0.
 """
 
 from __future__ import annotations
@@ -228,13 +231,14 @@ def main() -> None:
         )
         print(rows[-1], flush=True)
     table = [
-        "| case | loop, ms a round | serial | batched | client updates a second | batched over loop | limit |",
+        "| case | loop, ms a round | serial | batched | client updates a second "
+        "| batched over loop | limit |",
         "|---|---|---|---|---|---|---|",
     ]
     for r in rows:
         table.append(
-            f"| {r['case']} | {r['loop_ms']:.0f} | {r['serial_ms']:.0f} | {r['batched_ms']:.0f} | {r['updates']:.0f} | {r['ratio']:.2f} "
-            f"| {r['limit']} |"
+            f"| {r['case']} | {r['loop_ms']:.0f} | {r['serial_ms']:.0f} | {r['batched_ms']:.0f} "
+            f"| {r['updates']:.0f} | {r['ratio']:.2f} | {r['limit']} |"
         )
     crowds = [crowd(n) for n in CROWDS]
     table += ["", "| clients | peak memory, MiB | seconds |", "|---|---|---|"]

@@ -195,9 +195,9 @@ class Feed:
             if stack.timed:
                 moments[row] = torch.tensor(line.moments[span], device=device).T
 
-            for size, indices in zip(line.sizes[span], line.index[span], strict=True):
+            for step, size in enumerate(line.sizes[span], line.done):
                 if (size,) not in self.macs:
-                    alone = next(examples.batches([indices[:size]]))
+                    alone = next(examples.batches([line.index[step, :size]]))
                     self._measure(job, [replace(blank, x=alone[0], y=alone[1])], (size,))
 
         weights = None

@@ -1,15 +1,20 @@
-"""Continual learning on real data: accuracy after the last source, forgetting and cost, five seeds, tuned by one protocol.
+"""Continual learning on real data: accuracy after the last source, forgetting and cost, five seeds, tuned by
+one protocol.
 
 Data from CONSILIENCE_DATA. Streams and their training, the same for every method:
 
 STREAMS
 
-Buffers hold 500 examples in all; GEM 100 of each source. A network is an MLP, or a small conv net; a last batch that is not full is left out; PNN
+Buffers hold 500 examples in all; GEM 100 of each source. A network is an MLP, or a small conv net; a last
+batch that is not full is left out; PNN
 has columns of half its width. Test sets are whole, but for CIFAR-10's (2,000 images; whole with --full).
 
-Protocol: each method's strength is chosen from a grid of at most three values by the accuracy on the *validation* parts of the
-first three sources only (one seed, at most TUNE training images a source), the same budget for every method; the final streams and
-the test data are never used to choose. Seeds give the mean and the standard deviation; a paired t-test compares with fine-tuning.
+Protocol: each method's strength is chosen from a grid of at most three values by the accuracy on the
+*validation* parts of the
+first three sources only (one seed, at most TUNE training images a source), the same budget for every method;
+the final streams and
+the test data are never used to choose. Seeds give the mean and the standard deviation; a paired t-test
+compares with fine-tuning.
 """
 
 from __future__ import annotations
@@ -40,7 +45,8 @@ SEEDS, TUNE = 5, 2000
 
 @dataclass(frozen=True)
 class Stream:
-    """A stream: its data, how it is cut, how it is trained on; `per` training images a source, `full` of them with --full."""
+    """A stream: its data, how it is cut, how it is trained on; `per` training images a source, `full` of
+    them with --full."""
 
     data: str
     scenario: str
@@ -95,7 +101,8 @@ STREAMS = {
 }
 
 SPLIT = [n for n, s in STREAMS.items() if s.data != "permuted"]
-"""What runs by default, in half an hour on two idle cores; the permuted stream takes another quarter of one."""
+"""What runs by default, in half an hour on two idle cores; the permuted stream takes another quarter of
+one."""
 
 GRID: dict[str, list[dict[str, Any]]] = {
     "finetune": [{}],
@@ -267,7 +274,8 @@ def write(
             text = ", ".join(f"{k} {v}" for k, v in r["arguments"].items())
             note = f" ({r['diverged']} of {SEEDS} diverged)" if r["diverged"] else ""
             table.append(
-                f"| {r['stream']} | {r['method']} | {text} | {100 * r['score']:.1f} ± {100 * r['std']:.1f}{note} "
+                f"| {r['stream']} | {r['method']} | {text} | {100 * r['score']:.1f} ± "
+                f"{100 * r['std']:.1f}{note} "
                 f"| {100 * r['forgetting']:.1f} | {r['p']:.1g} | {r['gmacs']:.1f} | {r['seconds']:.1f} |"
             )
     told = []
@@ -275,7 +283,8 @@ def write(
         s, t = STREAMS[name], STREAMS[name].training
         net = f"conv net of width {s.width}" if s.conv else f"MLP 784-{s.width}-{s.width}-10"
         told.append(
-            f"- {name}: {s.full if arguments.full else s.per} training images a source (before the validation tenth), {t.epochs} "
+            f"- {name}: {s.full if arguments.full else s.per} training images a source (before the "
+            f"validation tenth), {t.epochs} "
             f"epoch{'s' * (t.epochs > 1)}, batch {t.batch_size}, {t.optimiser} lr {t.lr}, {net}"
         )
     facts = {

@@ -1,10 +1,18 @@
-"""Features by a frozen backbone against a bare timm loop, kept features at second use, and what beneficial biases cost.
+"""Features by a frozen backbone against a bare timm loop, kept features at second use, and what beneficial
+biases cost.
 
-mobilenetv2_100 with the shared weights, CIFAR-10 images 32x32 resized to 96, batches of 64, one thread. The bare loop resizes, normalises and
-calls the timm module under inference_mode, and joins what comes. Loop and ours run in turn; throughput is the loop's CPU time over ours, each
-round by itself, median over rounds. Ours lays images out channels last, which the bare loop does not; the loop in that layout stands beside it. "kept" also hashes the images and writes the files. Second use: all features are there; wall time of `data.embed` and of
-reading every number, of that the hashing of the images, and, for comparison, the bare reading of the same files. Warm: the files are in the system's memory, as
-they are right after writing; cold: the system was told to let go of them, so that the disk is read. Biases: CPU time of one forward and backward pass of 32 images that trains head and biases, over that of a forward pass without gradients.
+mobilenetv2_100 with the shared weights, CIFAR-10 images 32x32 resized to 96, batches of 64, one thread. The
+bare loop resizes, normalises and
+calls the timm module under inference_mode, and joins what comes. Loop and ours run in turn; throughput is
+the loop's CPU time over ours, each
+round by itself, median over rounds. Ours lays images out channels last, which the bare loop does not; the
+loop in that layout stands beside it. "kept" also hashes the images and writes the files. Second use: all
+features are there; wall time of `data.embed` and of
+reading every number, of that the hashing of the images, and, for comparison, the bare reading of the same
+files. Warm: the files are in the system's memory, as
+they are right after writing; cold: the system was told to let go of them, so that the disk is read. Biases:
+CPU time of one forward and backward pass of 32 images that trains head and biases, over that of a forward
+pass without gradients.
 Wants CONSILIENCE_DATA and timm (`consilience[vision]`).
 """
 
@@ -234,7 +242,8 @@ def main() -> None:
         "|---|---|---|---|---|",
     ]
     table += [
-        f"| {r['case']} | {r['ms an image']} | {r['of the loop']} | {r['of the loop, channels last']} | {r['limit'] or ''} |"
+        f"| {r['case']} | {r['ms an image']} | {r['of the loop']} | {r['of the loop, channels last']} "
+        f"| {r['limit'] or ''} |"
         for r in rows
     ]
     table += ["", "| second use | |", "|---|---|", *[f"| {k} | {v} |" for k, v in kept.items()], ""]

@@ -1,15 +1,24 @@
-"""Federated learning on real data: rounds to a target, final accuracy, robustness to the schedule, and a federated-continual stream.
+"""Federated learning on real data: rounds to a target, final accuracy, robustness to the schedule, and a
+federated-continual stream.
 
 Data from CONSILIENCE_DATA. SIZES
 
-Part "clients": CLIENTS clients, SAMPLED a round, Dirichlet over classes, MLP 784-200-10, ROUNDS rounds of one epoch, batch 10, sgd lr 0.05, judged on
-2,000 test images every other round. Targets: .85 (MNIST), .72 (Fashion). Strengths are chosen on MNIST, Dirichlet .1, by the accuracy on
-the *validation* images after TUNED rounds, one seed, at most three values a method; test images never choose. Fed3R is a ridge head over one round of all
-clients, on the 500 random hidden units of an MLP, and ("on features") on the 1280 features of a MobileNetV2 pretrained on ImageNet, frozen, images
-enlarged to 96x96 (these rows need timm); "fed3r, then fedavg" begins from it, and "fedavg on features" trains a linear head from zero.
-Part "schedules": 2,000 MNIST images in ten pieces, five passes over every piece under each of eight schedules; the spread is max - min (federated_schedules.svg).
-Part "stream": 5 clients x 10 tasks (pairs of classes of MNIST and Fashion-MNIST, each client in its own order), task labels, one round of
-four epochs a task, Adam lr 0.001, MLP 784-100-20: the mean over a client's ten tasks by its own parameters, and over all tasks by the server.
+Part "clients": CLIENTS clients, SAMPLED a round, Dirichlet over classes, MLP 784-200-10, ROUNDS rounds of
+one epoch, batch 10, sgd lr 0.05, judged on
+2,000 test images every other round. Targets: .85 (MNIST), .72 (Fashion). Strengths are chosen on MNIST,
+Dirichlet .1, by the accuracy on
+the *validation* images after TUNED rounds, one seed, at most three values a method; test images never
+choose. Fed3R is a ridge head over one round of all
+clients, on the 500 random hidden units of an MLP, and ("on features") on the 1280 features of a MobileNetV2
+pretrained on ImageNet, frozen, images
+enlarged to 96x96 (these rows need timm); "fed3r, then fedavg" begins from it, and "fedavg on features"
+trains a linear head from zero.
+Part "schedules": 2,000 MNIST images in ten pieces, five passes over every piece under each of eight
+schedules; the spread is max - min (federated_schedules.svg).
+Part "stream": 5 clients x 10 tasks (pairs of classes of MNIST and Fashion-MNIST, each client in its own
+order), task labels, one round of
+four epochs a task, Adam lr 0.001, MLP 784-100-20: the mean over a client's ten tasks by its own parameters,
+and over all tasks by the server.
 """
 
 from __future__ import annotations
@@ -281,7 +290,10 @@ def main() -> None:
             lines += {"clients": first, "schedules": second, "stream": third}[part](pool, facts)
             facts["by part"][part] = round((time.time() - start) / 60, 1)
             told = f"- seeds: {SEEDS}\n- minutes: {facts['by part']} ({arguments.workers} processes)\n\n"
-            sizes = f"{IMAGES} training images in all ({IMAGES // CLIENTS} a client, before the validation tenth)."
+            sizes = (
+                f"{IMAGES} training images in all ({IMAGES // CLIENTS} a client, before the "
+                f"validation tenth)."
+            )
             about = (
                 (__doc__ or "")
                 .replace("SIZES", sizes)
@@ -338,8 +350,11 @@ def first(pool: ProcessPoolExecutor, facts: dict[str, Any]) -> list[str]:
             else f"{sum(r is not None for r in rounds)} of {SEEDS} seeds reach it"
         )
         lines.append(
-            f"| {d}, Dirichlet {a}{', in turn' * (order == 'cyclic')} | {n} | {', '.join(f'{k} {v}' for k, v in chose.items())} "
-            f"| {mean([r['score'] for r in rs])} | {reached} | {np.mean([r['bytes'] for r in rs]) / 1e6:.0f} | {np.mean([r['seconds'] for r in rs]):.1f} |"
+            f"| {d}, Dirichlet {a}{', in turn' * (order == 'cyclic')} | {n} | "
+            f"{', '.join(f'{k} {v}' for k, v in chose.items())} "
+            f"| {mean([r['score'] for r in rs])} | {reached} | "
+            f"{np.mean([r['bytes'] for r in rs]) / 1e6:.0f} | "
+            f"{np.mean([r['seconds'] for r in rs]):.1f} |"
         )
     return [*lines, ""]
 
@@ -374,13 +389,15 @@ def figure(means: dict[str, list[float]]) -> str:
     for tenth in range(0, 11, 2):
         x = at(tenth / 10)
         body.append(
-            f'<path d="M{x} 12V{high - 32}" stroke="#ddd"/><text x="{x}" y="{high - 14}" text-anchor="middle">{10 * tenth}%</text>'
+            f'<path d="M{x} 12V{high - 32}" stroke="#ddd"/><text x="{x}" y="{high - 14}" '
+            f'text-anchor="middle">{10 * tenth}%</text>'
         )
     for i, (name, values) in enumerate(means.items()):
         y = 30 + row * i
         body.append(f'<text x="{left - 10}" y="{y + 4}" text-anchor="end">{name}</text>')
         body.append(
-            f'<path d="M{at(min(values)):.1f} {y}H{at(max(values)):.1f}" stroke="#4477aa" stroke-width="6" opacity=".35"/>'
+            f'<path d="M{at(min(values)):.1f} {y}H{at(max(values)):.1f}" stroke="#4477aa" '
+            f'stroke-width="6" opacity=".35"/>'
         )
         body += [
             f'<circle cx="{at(v):.1f}" cy="{y}" r="4.5" fill="#4477aa"><title>{100 * v:.1f}%</title></circle>'
@@ -390,8 +407,10 @@ def figure(means: dict[str, list[float]]) -> str:
             f'<text x="{left + wide + 12}" y="{y + 4}">{100 * (max(values) - min(values)):.1f}</text>'
         )
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + wide + 70} {high}" font-family="sans-serif" font-size="12" fill="#222">'
-        f"<title>Final accuracy under eight schedules of the same data; at the right the spread in points</title>{''.join(body)}</svg>\n"
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + wide + 70} {high}" '
+        f'font-family="sans-serif" font-size="12" fill="#222">'
+        f"<title>Final accuracy under eight schedules of the same data; at the right the spread in "
+        f"points</title>{''.join(body)}</svg>\n"
     )
 
 
@@ -417,8 +436,10 @@ def third(pool: ProcessPoolExecutor, facts: dict[str, Any]) -> list[str]:
                 for w in ("server", "client")
             }
             lines.append(
-                f"| {n} {', '.join(f'{k} {v}' for k, v in a.items())} | {mean([r['score'] for r in of['server']])} "
-                f"| {mean([r['score'] for r in of['client']])} | {of['server'][0]['bytes'] / 1e6:.0f} | {of['server'][0]['seconds']:.0f} |"
+                f"| {n} {', '.join(f'{k} {v}' for k, v in a.items())} | "
+                f"{mean([r['score'] for r in of['server']])} "
+                f"| {mean([r['score'] for r in of['client']])} | {of['server'][0]['bytes'] / 1e6:.0f} "
+                f"| {of['server'][0]['seconds']:.0f} |"
             )
     return [*lines, ""]
 

@@ -1,15 +1,25 @@
-"""Mappers: fitting mixtures against scikit-learn, routing beyond the backbone, what Mahalanobis may share, unknown inputs, and
+"""Mappers: fitting mixtures against scikit-learn, routing beyond the backbone, what Mahalanobis may share,
+unknown inputs, and
 scaling to 500 tasks.
 
-Fit: 10,000 x 1280 features, k = 25, from the same start, to the same tolerance, 2 threads for both, interleaved, ratios of wall
-time; aim 0.5. Routing: 1,000 inputs over 100 and 500 tasks (25 components, or 10 class means, each), median and best of REPEATS;
-aim 50 ms at 100 tasks. What is routed is compared with the largest float64 score of all. Scaling: tasks of 10 classes, 30
-training and 5 test inputs a class, drawn as described at `Tasks`; after each count of tasks the share of all test inputs so far
-that go to their own task, and its regression line (the paper's, on real images: -0.0012 x + 0.952). These tasks are much easier to tell
-apart than real ones (15 real ones: results/skill.md), and Gaussian with one covariance, which is Mahalanobis's own model: the slopes say
-how mappers compare as tasks are added, not what real tasks would give. Predicting: an agent with 100 tasks answers 10,000 features, grouped by task, against one
-call an input (100 of them, scaled up). Where timm and CONSILIENCE_DATA are there, the same on the mini-suite's features (images of skill.py): both fits' log-likelihoods,
-mapper accuracies and bytes of an anchor, and the AUROC of familiarity with each task left out in turn; elsewhere those of before are
+Fit: 10,000 x 1280 features, k = 25, from the same start, to the same tolerance, 2 threads for both,
+interleaved, ratios of wall
+time; aim 0.5. Routing: 1,000 inputs over 100 and 500 tasks (25 components, or 10 class means, each), median
+and best of REPEATS;
+aim 50 ms at 100 tasks. What is routed is compared with the largest float64 score of all. Scaling: tasks of
+10 classes, 30
+training and 5 test inputs a class, drawn as described at `Tasks`; after each count of tasks the share of all
+test inputs so far
+that go to their own task, and its regression line (the paper's, on real images: -0.0012 x + 0.952). These
+tasks are much easier to tell
+apart than real ones (15 real ones: results/skill.md), and Gaussian with one covariance, which is
+Mahalanobis's own model: the slopes say
+how mappers compare as tasks are added, not what real tasks would give. Predicting: an agent with 100 tasks
+answers 10,000 features, grouped by task, against one
+call an input (100 of them, scaled up). Where timm and CONSILIENCE_DATA are there, the same on the
+mini-suite's features (images of skill.py): both fits' log-likelihoods,
+mapper accuracies and bytes of an anchor, and the AUROC of familiarity with each task left out in turn;
+elsewhere those of before are
 kept. Writes results/mapping.{json,md}.
 """
 
@@ -54,15 +64,19 @@ SPECTRUM = (
     (640, 2.63e-4, 1.89e-5, 4.27e-6, 1.63e-5),
     (1280, 6.70e-5, 4.47e-6, 6.32e-7, 3.44e-6),
 )
-"""Variances within classes, of class means about their task's, of task means about their domain's, and of domain means, as
-shares of the trace of the first, in bands of its principal directions up to each number: as measured on the mini-suite's 15
-tasks (mobilenetv2_100 at 96 px, 302 classes; task means of one domain: the 8 Omniglot alphabets, and the two halves of
+"""Variances within classes, of class means about their task's, of task means about their domain's, and of
+domain means, as
+shares of the trace of the first, in bands of its principal directions up to each number: as measured on the
+mini-suite's 15
+tasks (mobilenetv2_100 at 96 px, 302 classes; task means of one domain: the 8 Omniglot alphabets, and the two
+halves of
 CIFAR-10)."""
 DOMAINS = 50
 
 
 class Tasks:
-    """Tasks of Gaussian classes: x = Q (m + t + c + w), the mean m of the task's domain (one of DOMAINS by chance), the task's
+    """Tasks of Gaussian classes: x = Q (m + t + c + w), the mean m of the task's domain (one of DOMAINS by
+    chance), the task's
     t, the class's c and w within, all drawn with the variances of SPECTRUM.
 
     Q is a random rotation: no axis is a principal direction, which is the harder case for diagonal mixtures.
@@ -101,7 +115,8 @@ PARAMS, BUFFERS = MODEL.init(key(0))
 
 
 def anchor(mapper: Anchored, name: str, x: Tensor, y: Tensor, seed: int = 0) -> Item:
-    """What `mapper` (on inputs: features stand in for them) tells of a task. A tenth is left for validation."""
+    """What `mapper` (on inputs: features stand in for them) tells of a task. A tenth is left for
+    validation."""
     y = y.long()
     held = torch.arange(len(y)) % 10 == 9
     labels = tuple((name, str(c)) for c in range(int(y.max()) + 1))
@@ -163,7 +178,8 @@ def reference(x: Tensor, rows: Tensor, floor: float, single: bool = False) -> tu
 
 
 def fits(x: Tensor, held: Tensor, seeds: int) -> list[dict[str, float]]:
-    """Both fits from the same starts. Ours is timed from float64 features on, as the mapper has it, without the choice of the
+    """Both fits from the same starts. Ours is timed from float64 features on, as the mapper has it, without
+    the choice of the
     start (which both need); the time of that choice is apart."""
     rows = []
     floor = GaussianMixture().floor * float(x.double().var(0, unbiased=False).mean())
@@ -242,7 +258,8 @@ def scaling(most: int) -> dict[str, Any]:
 
 
 def predicting(count: int, inputs: int) -> dict[str, float]:
-    """How long an agent takes whose bank has `count` tasks: one call, grouped by task, and one call an input."""
+    """How long an agent takes whose bank has `count` tasks: one call, grouped by task, and one call an
+    input."""
     tasks, sources = Tasks(), []
     for i in range(count):
         x, y, test, t = tasks.draw(i, 5, -(-inputs // (10 * count)))
@@ -335,13 +352,17 @@ def real() -> dict[str, Any] | None:
 
 def lines(facts: dict[str, Any]) -> str:
     out = [
-        "| fit (10,000 x 1280, k = 25) | ours s | scikit-learn s | ratio | steps | log-likelihood, train | held out |",
+        "| fit (10,000 x 1280, k = 25) | ours s | scikit-learn s | ratio | steps | log-likelihood, "
+        "train | held out |",
         "|---|---|---|---|---|---|---|",
     ]
     for i, r in enumerate(facts["fit"]):
         out.append(
-            f"| seed {i} | {r['ours s']:.2f} | {r['sklearn s']:.2f} | {r['ratio']:.3f} ({r['ratio with start']:.3f} with the start; to its float32 {r['ratio to float32']:.3f}) | {r['steps']} / {r['sklearn steps']} | "
-            f"{r['train']:.3f} / {r['sklearn train']:.3f} | {r['held out']:.3f} / {r['sklearn held out']:.3f} |"
+            f"| seed {i} | {r['ours s']:.2f} | {r['sklearn s']:.2f} | {r['ratio']:.3f} "
+            f"({r['ratio with start']:.3f} with the start; to its float32 "
+            f"{r['ratio to float32']:.3f}) | {r['steps']} / {r['sklearn steps']} | "
+            f"{r['train']:.3f} / {r['sklearn train']:.3f} | {r['held out']:.3f} / "
+            f"{r['sklearn held out']:.3f} |"
         )
     out += [
         f"\nmedian ratio {facts['fit ratio']:.3f} (aim 0.5)\n",
@@ -350,7 +371,8 @@ def lines(facts: dict[str, Any]) -> str:
     ]
     for name, counts in facts["routing"].items():
         out += [
-            f"| {name} | {n} | {r['ms']:.1f} | {r['best ms']:.1f} | {r['processor ms']:.1f} | {r['first s']:.2f} | {r['as in float64']:.4f} |"
+            f"| {name} | {n} | {r['ms']:.1f} | {r['best ms']:.1f} | {r['processor ms']:.1f} | "
+            f"{r['first s']:.2f} | {r['as in float64']:.4f} |"
             for n, r in counts.items()
         ]
     for name, s in facts["scaling"].items():
@@ -360,7 +382,8 @@ def lines(facts: dict[str, Any]) -> str:
         ]
     p = facts["predicting"]
     out += [
-        f"\nPredicting {p['inputs']:,} features over {p['tasks']} tasks: {p['together s']:.2f} s together (the first time, with the anchors to make "
+        f"\nPredicting {p['inputs']:,} features over {p['tasks']} tasks: {p['together s']:.2f} s "
+        f"together (the first time, with the anchors to make "
         f"ready, {p['first s']:.2f}), {p['one by one s']:.1f} s one by one."
     ]
     if "real" in facts:
@@ -377,7 +400,8 @@ def lines(facts: dict[str, Any]) -> str:
             "|---|---|---|---|",
         ]
         out += [
-            f"| {n} | {r['auroc']:.3f} | {r['known called unknown']:.3f} | {r['unknown called unknown']:.3f} |"
+            f"| {n} | {r['auroc']:.3f} | {r['known called unknown']:.3f} | "
+            f"{r['unknown called unknown']:.3f} |"
             for n, r in facts["real"]["unknown"].items()
         ]
         every = [r for rows in facts["real"]["fits"].values() for r in rows]
@@ -386,7 +410,10 @@ def lines(facts: dict[str, Any]) -> str:
             max(abs(r["held out"] - r["sklearn held out"]) for r in every),
         )
         out += [
-            f"\nReal features, {len(every)} fits from equal starts: log-likelihoods differ by at most {off[0]:.4f} (train), {off[1]:.4f} (held out); median ratio of times {statistics.median(r['ratio'] for r in every):.3f}. Measured at commit {facts['real']['commit']}."
+            f"\nReal features, {len(every)} fits from equal starts: log-likelihoods differ by at most "
+            f"{off[0]:.4f} (train), {off[1]:.4f} (held out); median ratio of times "
+            f"{statistics.median(r['ratio'] for r in every):.3f}. Measured at commit "
+            f"{facts['real']['commit']}."
         ]
     return "\n".join(out)
 

@@ -1,12 +1,20 @@
-"""Training for merging, end to end on real data: full, sparse, anchored, linearised and undertrained experts, merged by every aggregator.
+"""Training for merging, end to end on real data: full, sparse, anchored, linearised and undertrained
+experts, merged by every aggregator.
 
-Data from CONSILIENCE_DATA: MNIST, Fashion-MNIST, USPS, notMNIST and CIFAR-10, gray, 28x28; MNIST-M (gray) is the base task. SIZES
-A net of three 3x3 convolutions (16, 32, 64 maps) with group norm, ReLU and pooling, and one linear head of 60 outputs, of which each task has
-its ten, is pretrained on `pretrain` images of each, ten times as many of the base task, and its head held. Every expert trains the convolutions from there on another part
-of one data set (SGD, momentum .9, lr by regime chosen on validation images of the first two tasks). Merged at the coefficient 1 of the aggregator's own
-merge, and at the one of LAMBDAS by which base + lambda (merge - base) is best on *validation* images; test images never choose.
-Normalised: accuracy over that of the task's own expert, mean over tasks. Control: accuracy on the base task, whose own value is in the table.
-Transfer: accuracy of expert i on task j over the base's. Disentanglement: xi on a grid for the first two tasks. Figures: mergeability_*.svg.
+Data from CONSILIENCE_DATA: MNIST, Fashion-MNIST, USPS, notMNIST and CIFAR-10, gray, 28x28; MNIST-M (gray) is
+the base task. SIZES
+A net of three 3x3 convolutions (16, 32, 64 maps) with group norm, ReLU and pooling, and one linear head of
+60 outputs, of which each task has
+its ten, is pretrained on `pretrain` images of each, ten times as many of the base task, and its head held.
+Every expert trains the convolutions from there on another part
+of one data set (SGD, momentum .9, lr by regime chosen on validation images of the first two tasks). Merged
+at the coefficient 1 of the aggregator's own
+merge, and at the one of LAMBDAS by which base + lambda (merge - base) is best on *validation* images; test
+images never choose.
+Normalised: accuracy over that of the task's own expert, mean over tasks. Control: accuracy on the base task,
+whose own value is in the table.
+Transfer: accuracy of expert i on task j over the base's. Disentanglement: xi on a grid for the first two
+tasks. Figures: mergeability_*.svg.
 """
 
 from __future__ import annotations
@@ -133,7 +141,8 @@ def model_of(regime: str, wide: int, base: Params) -> tuple[Model, Params]:
 
 @lru_cache(maxsize=1)
 def sources(sizes: tuple[tuple[str, int], ...]) -> tuple[tuple[Source, ...], tuple[Source, ...]]:
-    """(what the base learns, what experts learn): six data sets, gray and 28x28, with common validation and test images."""
+    """(what the base learns, what experts learn): six data sets, gray and 28x28, with common validation and
+    test images."""
     n, first, later = dict(sizes), [], []
     for i, (file, name) in enumerate(NAMES.items()):
         s = cs.data.npz(
@@ -163,7 +172,10 @@ def sources(sizes: tuple[tuple[str, int], ...]) -> tuple[tuple[Source, ...], tup
 
 def alone(of: Sequence[Source], i: int, base: Params, work: float = 1.0) -> Schedule:
     """One agent learns one source, in the frame of all."""
-    plan = lambda seed: iter([Train({"agent": (of[i].name,)}, {"agent": work}), Evaluate("end")])  # noqa: E731
+
+    def plan(seed: int) -> list[Phase]:
+        return [Train({"agent": (of[i].name,)}, {"agent": work}), Evaluate("end")]
+
     return build("alone", of, "task", plan, "agent", base=base)
 
 
@@ -304,7 +316,10 @@ def main() -> None:
         print(f"counts and steps after {time.time() - began:.0f} s", flush=True)
     lines += analyses(into, sizes, base, experts, facts)
     facts["seconds"] = time.time() - began
-    told = f"Sizes: {', '.join(f'{k} {v}' for k, v in n.items())} (images a data set; epochs; maps). {facts['seconds']:.0f} s on {chosen.workers} workers.\n\n"
+    told = (
+        f"Sizes: {', '.join(f'{k} {v}' for k, v in n.items())} (images a data set; epochs; maps). "
+        f"{facts['seconds']:.0f} s on {chosen.workers} workers.\n\n"
+    )
     about = (__doc__ or "").replace("SIZES\n", f"\n{', '.join(tasks)}.\n")
     if chosen.tiny:
         print(told + "\n".join(lines), into, sep="\n")
@@ -313,7 +328,8 @@ def main() -> None:
 
 
 def rates(pool: ProcessPoolExecutor, sizes: Any, base: Params, facts: dict[str, Any]) -> dict[str, float]:
-    """The learning rate of every regime by the validation accuracy of its first two experts (a third of the work)."""
+    """The learning rate of every regime by the validation accuracy of its first two experts (a third of the
+    work)."""
     trials = [(r, rate, i) for r in REGIMES for rate in RATES for i in range(2)]
     found = list(pool.map(expert, [(sizes, r, i, rate, 1 / 3, base) for r, rate, i in trials]))
     score = {(r, rate): 0.0 for r, rate, _ in trials}
@@ -340,7 +356,8 @@ def own(
     first = accuracies(model, base, framed)
     facts["base"] = first
     lines.append(
-        f"| base (control: {percent(first[5])}) | - | {' | '.join(map(percent, first[:5]))} | {percent(mean(first[:5]))} | - |"
+        f"| base (control: {percent(first[5])}) | - | {' | '.join(map(percent, first[:5]))} | "
+        f"{percent(mean(first[:5]))} | - |"
     )
     facts["experts"] = {}
     for r, some in experts.items():
@@ -349,7 +366,8 @@ def own(
         seconds = mean(done[r, i]["seconds"] for i in range(5))
         facts["experts"][r] = {"accuracy": found, "lr": chosen[r], "seconds": seconds}
         lines.append(
-            f"| {r} | {chosen[r]} | {' | '.join(map(percent, found))} | {percent(mean(found))} | {seconds:.0f} |"
+            f"| {r} | {chosen[r]} | {' | '.join(map(percent, found))} | {percent(mean(found))} | "
+            f"{seconds:.0f} |"
         )
     return ["## Experts, each on its own task (accuracy %)", "", *lines, ""]
 
@@ -383,7 +401,8 @@ def aggregators(
                 cells += [f["refused"] if f["refused"] == "not tried" else "refuses", "-", "-"]
                 continue
             said = [
-                f"{percent(mean(v[:5]))} ({percent(mean(x / max(y, 1e-9) for x, y in zip(v[:5], best, strict=True)))})"
+                f"{percent(mean(v[:5]))} "
+                f"({percent(mean(x / max(y, 1e-9) for x, y in zip(v[:5], best, strict=True)))})"
                 for v in (f["plain"], f["tuned"])
             ]
             cells += [said[0], f"{said[1]} ({f['lambda']:g})", percent(f["tuned"][5])]
@@ -514,7 +533,8 @@ def analyses(
         name = f"transfer_{r.replace(' ', '').replace('.', '')}"
         t.write(into / f"mergeability_{name}.svg")
         lines += [
-            f"**{r}**: mean |ratio - 1| off the diagonal {t.others:.3f}, own accuracy {percent(t.own)} % ([figure](mergeability_{name}.svg))",
+            f"**{r}**: mean |ratio - 1| off the diagonal {t.others:.3f}, own accuracy "
+            f"{percent(t.own)} % ([figure](mergeability_{name}.svg))",
             "",
             "```",
             t.table(),

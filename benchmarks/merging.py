@@ -1,7 +1,10 @@
-"""Merging checkpoints out of core: CPU time and memory against a floor that reads every file once and adds what it reads.
+"""Merging checkpoints out of core: CPU time and memory against a floor that reads every file once and adds
+what it reads.
 
-`python benchmarks/merging.py [--full]`: eight checkpoints of 24.5 M float32 numbers (safetensors in memory: tmpfs, as a warm page cache) and their base, one thread, then
-two; every case in a process of its own, interleaved. `--full` adds the growth with parameters (up to 8 x 1 B, in sparse files) and experts. Files
+`python benchmarks/merging.py [--full]`: eight checkpoints of 24.5 M float32 numbers (safetensors in memory:
+tmpfs, as a warm page cache) and their base, one thread, then
+two; every case in a process of its own, interleaved. `--full` adds the growth with parameters (up to 8 x 1
+B, in sparse files) and experts. Files
 are made in a temporary folder and deleted.
 """
 
@@ -214,7 +217,8 @@ def main() -> None:
         lines += [f"| {case} | {' | '.join(str(row[k]) for k in keys)} |" for case, row in table.items()]
         lines += [
             "",
-            "CPU seconds with one thread, wall seconds with two; MiB is the largest of all repeats, the output included.",
+            "CPU seconds with one thread, wall seconds with two; MiB is the largest of all repeats, "
+            "the output included.",
         ]
         lines += [f"- {k}: {v}" for k, v in facts.items() if k != "growth"] + [
             f"- {k}: {v}" for k, v in facts.get("growth", {}).items()
@@ -225,7 +229,8 @@ def main() -> None:
 
 
 def growth(folder: Path) -> dict[str, object]:
-    """CPU seconds for more parameters (8 experts, random to 200 M, 1 B in sparse files, whose changes are all 0) and for more experts."""
+    """CPU seconds for more parameters (8 experts, random to 200 M, 1 B in sparse files, whose changes are
+    all 0) and for more experts."""
     made: dict[str, object] = {}
     for numbers in (50_000_000, 100_000_000, 200_000_000, 1_000_000_000):
         at = folder / "grown"

@@ -42,7 +42,7 @@ import consilience as cs
 from common import RESULTS, save
 from consilience.core.model import Model
 from consilience.core.params import Params
-from consilience.core.schedule import Evaluate, Expert, Schedule, Train, build
+from consilience.core.schedule import Evaluate, Expert, Phase, Schedule, Train, build
 from consilience.core.source import Source, Tensors
 from consilience.merging._analysis import disentanglement, transfer_matrix
 from consilience.merging._figures import draw

@@ -211,8 +211,8 @@ def module_of(model: Model) -> tuple[str, object]:
     """
     trunk = getattr(model, "trunk", None)
     if trunk is None:
-        return "", getattr(model, "_module", None)
-    return "trunk.", getattr(trunk, "_module", None)
+        return "", getattr(model, "module", None)
+    return "trunk.", getattr(trunk, "module", None)
 
 
 def _layers(learned: Learned) -> dict[str, nn.Module] | None:

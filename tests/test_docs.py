@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib.util
+import inspect
 import os
 import re
 import runpy
@@ -12,7 +15,10 @@ from typing import Any
 
 import pytest
 
+import consilience as cs
+
 ROOT = Path(__file__).parents[1]
+HOOKS = ROOT / "docs" / "hooks.py"
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
 
@@ -119,3 +125,74 @@ def test_links_of_the_docs_lead_somewhere():
     for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
             assert (page.parent / target).exists(), (page.name, target)
+
+
+@pytest.fixture(scope="module")
+def hooks() -> Any:
+    """The module that makes pages of the site from the code."""
+    spec = importlib.util.spec_from_file_location("hooks", HOOKS)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert doctest.testmod(module).failed == 0
+    return module
+
+
+def test_the_catalogue_has_every_method(hooks):
+    page = hooks.catalogue()
+    for name in cs.methods.__all__:
+        function = getattr(cs.methods, name)
+        section = page.partition(f"\n## {name}\n")[2].partition("\n## ")[0]
+        assert "**Paper:** " in section, name
+        assert "**Runs in" in section, name
+        assert "!!! note" in section or "no parts" in section, name
+
+        # Each argument has a row with its default, and a meaning.
+        for parameter in inspect.signature(function).parameters.values():
+            default = "required" if parameter.default is parameter.empty else hooks.written(parameter.default)
+            row = re.search(rf"^\| `{parameter.name}` \| `?(.*?)`? \| (.+) \|$", section, re.M)
+            assert row is not None and row.group(1) == default and len(row.group(2)) > 3, (name, parameter)
+
+
+def test_the_reference_has_every_public_name_and_room(hooks):
+    pages = hooks.reference()
+    top = pages["reference/consilience.md"]
+    for name in cs.__all__:
+        if inspect.ismodule(getattr(cs, name)):
+            assert f"]({name}.md)" in top and f"::: consilience.{name}." in pages[f"reference/{name}.md"], (
+                name
+            )
+        else:
+            assert f"::: consilience.{name}\n" in top, name
+
+    listed = {title: page for entry in hooks.reference_nav() for title, page in entry.items()}
+    assert set(listed.values()) == set(pages)
+    assert set(hooks.all_rooms()) <= set(listed), "a room has no page; see docs/rooms.py"
+
+
+def test_the_benchmarks_are_pages(hooks):
+    pages, figures = hooks.benchmarks(), {path.name for path in hooks.RESULTS.glob("*.svg")}
+    listed = {page for entry in hooks.benchmarks_nav() for page in entry.values()}
+    assert listed == set(pages)
+    for text in pages.values():
+        assert set(re.findall(r"\]\((\w+\.svg)\)", text)) <= figures
+
+
+@pytest.mark.slow
+def test_the_site_builds_and_asks_no_server(tmp_path):
+    pytest.importorskip("mkdocs", reason="pip install -e '.[docs]'")
+    pytest.importorskip("mkdocstrings")
+    pytest.importorskip("material")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    for page in tmp_path.rglob("*.html"):
+        loaded = re.findall(
+            r"<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)=\"?(https?:[^\" >]*)", page.read_text()
+        )
+        assert not loaded, (page, loaded)
+    for sheet in tmp_path.rglob("*.css"):
+        assert not re.findall(r"url\([\"']?https?:", sheet.read_text()), sheet

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import consilience as cs
 from consilience import ConsilienceError, Result, report
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
@@ -230,6 +231,17 @@ def test_load_reads_what_was_written(tmp_path):
     back = report.load(tmp_path)
     assert report.table([back]) == report.table([r])
     np.testing.assert_array_equal(back.matrices, r.matrices)
+
+
+def test_a_result_of_a_folder_shows_itself(tmp_path):
+    """`Result.load` gives what `run` gives, without the agent."""
+    (tmp_path / "result.json").write_text(json.dumps(make().to_json()))
+    back = cs.Result.load(tmp_path)
+    assert type(back) is cs.Result and back.agent is None
+    assert back.table() == report.table([make()])
+    assert back.report(tmp_path / "x.html").exists()
+    with pytest.raises(ConsilienceError, match="has no result.json"):
+        cs.Result.load(tmp_path / "nowhere")
 
 
 def test_load_reads_null_as_nan(tmp_path):

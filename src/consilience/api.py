@@ -37,6 +37,16 @@ class Result(loop_result.Result):
     ((3, 2), ('digits/0-1', 'digits/2-3'))
     """
 
+    @classmethod
+    def load(cls, folder: str | Path) -> Result:
+        """Read the result of a run from its folder (`result.json`); it has no agent.
+
+        Raises ConsilienceError if the file is missing, cannot be read, or is no complete result.
+        """
+        from consilience.report import load
+
+        return cls(**vars(load(folder)))
+
     def table(self) -> str:
         """The result as a text table."""
         from consilience.report import table

@@ -1,8 +1,9 @@
 """Consilience: learning from heterogeneous sources, with one loop for tasks, time, places and trained models.
 
-`run` and `sweep` run methods in settings; `merge` merges checkpoints. Catalogues are `methods`, `settings`, `data`,
-`models`, `aggregators`, `consolidators`, `mappers`, `memory` and `engines`. For a method of one's own: `Correction`,
-`Aggregator`, `Consolidator`, `Mapper`, `Policy`, and what their verbs see and return; `testing.check` checks it.
+`run` and `sweep` run methods in settings; `merge` merges checkpoints. Catalogues are `methods`, `settings`,
+`data`, `models`, `aggregators`, `consolidators`, `mappers`, `memory` and `engines`. For a method of one's
+own: `Correction`, `Aggregator`, `Consolidator`, `Mapper`, `Policy`, and what their verbs see and return;
+`testing.check` checks it.
 
 >>> import consilience as cs
 >>> cs.__version__

@@ -1,4 +1,4 @@
-"""The entry points that users type: `run`, `sweep`, and `Result`. They know all rooms below: engines, models, reports."""
+"""What users type: `run`, `sweep`, and `Result`. It knows the engines, models and reports by name."""
 
 from __future__ import annotations
 
@@ -25,14 +25,15 @@ from consilience.loop.session import Session
 
 
 class Result(loop_result.Result):
-    """What a run found: scores of every source before training and after each stage, costs, and the trained agent.
+    """What a run found: the scores before training and after each stage, costs, and the trained agent.
 
-    `matrices` [repeats, stages + 1, sources] has the metric on each source's test data; `score` is the mean of the
-    last rows. `table()` and `report(path)` show it.
+    `matrices` [repeats, stages + 1, sources] has the metric on each source's test data; `score` is the mean
+    of the last rows. `table()` and `report(path)` show it.
 
     >>> import consilience as cs
     >>> sources = cs.data.split_classes(cs.data.digits(), 5)
-    >>> result = cs.run(cs.settings.continual(sources[:2]), cs.methods.finetune(), training=cs.Training(epochs=1))
+    >>> schedule = cs.settings.continual(sources[:2])
+    >>> result = cs.run(schedule, cs.methods.finetune(), training=cs.Training(epochs=1))
     >>> result.matrix.shape, result.stages
     ((3, 2), ('digits/0-1', 'digits/2-3'))
     """
@@ -48,7 +49,8 @@ class Result(loop_result.Result):
         return cls(**vars(load(folder)))
 
     def table(self) -> str:
-        """The result as a text table."""
+        """Return the result as a text table."""
+        # Reports are loaded when one is drawn: most runs draw none.
         from consilience.report import table
 
         return table([self])
@@ -79,25 +81,27 @@ def run(
     progress: Progress | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> Result:
-    """Run a schedule with a method, `repeats` times with seeds seed, seed + 1, ..; evaluate before training and after every stage.
+    """Run a schedule with a method; evaluate before training and after every stage.
+
+    It runs `repeats` times, with seeds seed, seed + 1, ..; equal arguments give equal bits.
 
     Args:
-        schedule: which agent trains on which source when, and who sends to whom (`consilience.settings`).
+        schedule: which agent trains on which source when, and sends to which others (`consilience.settings`).
         method: one, or several that compose (`consilience.methods`).
         model: a Model, a torch module, or a function that makes one; None takes one that fits the data.
         training: how a source is trained on.
         repeats: the number of seeds, for a mean and a standard deviation.
         seed: the first seed; everything random is keyed by it.
         out: a folder for config.yaml, result.json, log.jsonl and checkpoints; None writes nothing.
-        resume: continue from the folder's last checkpoint; the end is bit-identical to a run never interrupted.
-        engine: what runs the steps: "serial", "batched" (many clients in one program), "ray" (many processes or
-            machines), "auto" (batched where that is faster), or one of `consilience.engines`. The results are the same,
-            to rounding.
-        metric: "accuracy", "auroc", "r2", or a function of (predictions, targets); None fits the kind of target.
+        resume: continue from the folder's last checkpoint; the end is bit-identical to an uninterrupted run.
+        engine: what runs the steps: "serial", "batched" (many clients in one program), "ray" (many processes
+            or machines), "auto" (batched where that is faster), or one of `consilience.engines`. The results
+            are the same, to rounding.
+        metric: "accuracy", "auroc", "r2", or a function of (predictions, targets); None fits the targets.
         checkpoint_seconds: the time between checkpoints, also inside a visit.
         checkpoint_steps: the steps between checkpoints, in addition.
-        curve_steps: the steps between points of the learning curve inside a visit: the metric on the test data of the
-            source that is trained on (`Result.learning_curve`); None draws none.
+        curve_steps: the steps between points of the learning curve inside a visit: the metric on the test
+            data of the source that is trained on (`Result.learning_curve`); None draws none.
         judge_clients: also score agents that train by their own parameters, before and after each visit
             (`Result.local`), and measure how far senders drifted apart (`Result.client_drift`); it costs two
             evaluations per visit.
@@ -126,6 +130,8 @@ def run(
         config=config,
     )
     options.check_checkpoint()
+
+    # A method may refuse the model, so that is chosen before the checks.
     chosen = model_for(schedule, method, model)
     session = begin(schedule, method, chosen, training, engine_of(engine), options)
     drive([session], session.engine)
@@ -148,13 +154,14 @@ def sweep(
     judge_clients: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Result]:
-    """Run several methods, or one with several strengths, on one schedule side by side; return what `run` would, by name.
+    """Run several methods, or one with several strengths, on one schedule side by side.
 
-    The "batched" engine stacks visits that are alike across methods and seeds: ten strengths cost much less than ten
-    runs. Every method is checked before any work is done.
+    It returns what `run` would for each, by name. The "batched" engine stacks visits that are alike across
+    methods and seeds: ten strengths cost much less than ten runs. All methods are checked before any work.
 
     Args:
-        schedule, model, training, repeats, seed, engine, metric, checkpoint_seconds, judge_clients, progress: as in `run`.
+        schedule, model, training, repeats, seed, engine: as in `run`.
+        metric, checkpoint_seconds, judge_clients, progress: as in `run`.
         methods: by name, or a sequence, whose members are then called by their names.
         out: a folder with a run's folder for each name; None writes nothing.
         resume: continue the runs in `out` from their last checkpoints, and begin those that have none.
@@ -164,7 +171,8 @@ def sweep(
     >>> import consilience as cs
     >>> sources = cs.data.split_classes(cs.data.digits(), 5)
     >>> methods = {f"strength {s:g}": cs.methods.ewc(s) for s in (1, 10)}
-    >>> results = cs.sweep(cs.settings.continual(sources, "task"), methods, training=cs.Training(epochs=1), repeats=2)
+    >>> schedule, training = cs.settings.continual(sources, "task"), cs.Training(epochs=1)
+    >>> results = cs.sweep(schedule, methods, training=training, repeats=2)
     >>> list(results), results["strength 1"].matrices.shape
     (['strength 1', 'strength 10'], (2, 6, 5))
     """
@@ -197,7 +205,7 @@ def sweep(
 
 
 def by_name(methods: Mapping[str, Method] | Sequence[Method]) -> Mapping[str, Method]:
-    """Several methods by name. Raises ConsilienceError for one method, none, or two of one name."""
+    """Return several methods by name. Raises ConsilienceError for one method, none, or two of one name."""
     if isinstance(methods, Method) or not methods:
         raise ConsilienceError(
             f"`methods` must be a mapping or a sequence of methods, got {kind_of(methods)}."
@@ -211,14 +219,14 @@ def by_name(methods: Mapping[str, Method] | Sequence[Method]) -> Mapping[str, Me
 
 
 def engine_of(engine: str | Engine) -> Engine:
-    """The engine of a name, or the given one."""
+    """Return the engine of a name, or the given one."""
     if isinstance(engine, Engine):
         return engine
     return engines.by_name(engine)
 
 
 def model_for(schedule: Schedule, method: Method | Sequence[Method], model: object) -> Model:
-    """The model of a run: as it is given, around a torch module, or one that fits the data."""
+    """Return the model of a run: as it is given, around a torch module, or one that fits the data."""
     check_arguments(schedule)
     if model is None:
         return default_model(schedule, Method.of(method))  # type: ignore[arg-type]
@@ -232,7 +240,7 @@ def model_for(schedule: Schedule, method: Method | Sequence[Method], model: obje
 
 
 def default_model(schedule: Schedule, method: Method) -> Model:
-    """A model that fits the data: what a part of the method asks for, else a small conv net for images, or a perceptron."""
+    """Make a model that fits the data: what a part asks for, else a conv net or a perceptron."""
     x, _ = schedule.sources[0].train.select(torch.arange(1)).whole()
     shape, outputs = tuple(x.shape[1:]), len(schedule.frame.labels)
     for part in reversed(method.all_corrections):  # a mapper's wish comes first
@@ -240,11 +248,13 @@ def default_model(schedule: Schedule, method: Method) -> Model:
         if model is not None:
             return model
 
+    # Two poolings leave something of square images of side 8 or more.
     if len(shape) == 3 and shape[1] == shape[2] and shape[1] >= 8:
         return models.conv(outputs, channels=shape[0], size=shape[1])
     return models.mlp(x[0].numel(), (128,), outputs)
 
 
 def result_of(session: Session) -> Result:
-    """The result of a session that has ended."""
+    """Return the result of a session that has ended."""
+    # The loop's result draws nothing; this one has `table` and `report`.
     return Result(**vars(session.end()))

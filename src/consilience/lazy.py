@@ -22,7 +22,7 @@ from types import FunctionType
 
 
 def attach(package: str) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
-    """The `__getattr__` and `__dir__` of a package with names under `if TYPE_CHECKING:`."""
+    """Return the `__getattr__` and `__dir__` of a package with names under `if TYPE_CHECKING:`."""
 
     def getattr_(name: str) -> object:
         origin = "" if name.startswith("__") else declared(package).get(name, "")
@@ -41,7 +41,7 @@ def attach(package: str) -> tuple[Callable[[str], object], Callable[[], list[str
 
 @functools.cache
 def declared(package: str) -> Mapping[str, str]:
-    """The modules of the names that a package imports as themselves under `if TYPE_CHECKING:`."""
+    """Return the modules of the names that a package imports as themselves under `if TYPE_CHECKING:`."""
     tree = ast.parse(Path(str(sys.modules[package].__file__)).read_text(encoding="utf-8"))
     guards = [node for node in tree.body if isinstance(node, ast.If) and is_type_checking(node.test)]
     imports = [node for guard in guards for node in guard.body if isinstance(node, ast.ImportFrom)]
@@ -59,7 +59,7 @@ def is_type_checking(test: ast.expr) -> bool:
 
 
 def listed(package: str) -> list[str]:
-    """The public names of a package: those of `__all__`, its own functions, and those that load later."""
+    """Return the public names of a package: `__all__`, its functions, and names that load later."""
     module = sys.modules[package]
     own = [
         name

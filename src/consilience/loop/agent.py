@@ -1,4 +1,7 @@
-"""Agents: `prepare` a visit, `finish` it, `send` messages, `receive` them, `predict`. The only class whose state changes."""
+"""Agents: they prepare a visit, finish it, send messages, receive them, and predict.
+
+All that an agent knows is its `State`, which is immutable: each of these methods puts another in its place.
+"""
 
 from __future__ import annotations
 
@@ -31,6 +34,9 @@ from consilience.loop.step import Carry, Step, acts
 ONCE = "(later visits do not repeat this warning)"
 """The end of a correction's warning, which is given once per run."""
 
+# The purpose of the random numbers of `receive`. Another word would draw others than version 0.1.
+RECEIVE_KEY = "absorb"
+
 Corrections = list[tuple[Correction, Context]]
 
 
@@ -61,14 +67,16 @@ class Agent:
         self.consolidator = self.method.receiver()
         self.device = torch.device(self.training.device)
         self.frame = self.schedule.frame
+
+        # Agents with a mapper know in training which task is theirs, with or without labels.
         self.aware = self.schedule.labelled or self.method.mapper is not None
 
     # Train: `prepare` makes a job, an engine runs its steps, `finish` keeps what it learned.
 
     def prepare(self, names: Sequence[str], fraction: float = 1.0) -> Job:
-        """Make a visit to these sources into a job: recall, grow the model, begin the corrections, build the step.
+        """Make a job of a visit to these sources; `fraction` of its steps are run.
 
-        `fraction` is the fraction of its steps that are run.
+        Recall what is needed, grow the model, begin the corrections, and build the step.
         """
         given = tuple(self.schedule.source(name) for name in names)
         params, buffers = self._grown(given)
@@ -87,6 +95,7 @@ class Agent:
         start = theta.clone()
         self._lay_out(corrections, layout, start, given[0].name)
 
+        # Steps update buffers in place, so those of the state are copied.
         own_buffers = {name: buffer.to(self.device).clone() for name, buffer in buffers.items()}
         carry = Carry(theta, own_buffers, self.training.inner().init(theta))
         parts = tuple(self._part(source) for source in sources)
@@ -122,16 +131,19 @@ class Agent:
         )
 
     def _grown(self, given: Sequence[Source]) -> tuple[Params, Params]:
-        """Parameters and buffers with the entries that new sources need, such as heads."""
+        """Return parameters and buffers with the entries that new sources need, such as heads."""
         params, buffers = dict(self.state.params), dict(self.state.buffers)
         for source in given:
+            # Keyed by the source alone: every agent grows the same head.
             generator = key(self.seed, source.name, "grow")
             params, buffers = self.model.grow(params, buffers, source, generator)
         return params, buffers
 
     def _recalled(self, given: tuple[Source, ...]) -> tuple[Corrections, tuple[Source, ...]]:
-        """The active corrections with what they recall, and the sources to train on."""
+        """Return the active corrections with what they recall, and the sources to train on."""
         corrections: Corrections = []
+
+        # Without labels or a mapper, the model is not given the task.
         sources = given if self.aware else tuple(replace(source, task=None) for source in given)
         for correction in self.method.active:
             recalled = correction.recall(self.memory(correction), given)
@@ -141,14 +153,14 @@ class Agent:
         return corrections, sources
 
     def _generator(self, correction: Correction, given: Sequence[Source]) -> torch.Generator:
-        """What `gather` and `begin` of a correction draw from: the same stream for both."""
+        """Return what `gather` and `begin` of a correction draw from: the same stream for both."""
         first = given[0].name
         return key(self.seed, first, self.state.visits.get(first, 0), correction.name, "begin")
 
     def _begun(
         self, corrections: Corrections, given: tuple[Source, ...], params: Params, buffers: Params
     ) -> tuple[Params, set[str], tuple[tuple[object, ...], ...]]:
-        """The parameters after every `begin`, the entries that it froze, and the keys of its costs."""
+        """Return the parameters after every `begin`, the entries that it froze, and the keys of its costs."""
         frozen: set[str] = set()
         begun: list[tuple[object, ...]] = []
         sizes = [(len(source.train), len(source.classes), shape_of(source.train)) for source in given]
@@ -167,6 +179,8 @@ class Agent:
                 experts=self.state.experts,
                 grown=frozenset(params) - frozenset(self.state.params),
             )
+
+            # The cost of `begin` depends on sizes only, so equal ones are measured once.
             kind = ("begin", correction.name, ctx.recalled is None, len(params), *sizes)
             begin = partial(correction.begin, beginning)
             params, ctx.private, held = self.ledger.measure(kind, begin)
@@ -181,23 +195,25 @@ class Agent:
             if correction.flat and ctx.recalled is not None:
                 ctx.flat = {group: layout.flatten(ctx.recalled.group(group)) for group in correction.flat}
 
+            # One warning per run: a visit of a hundred would repeat it a hundred times.
             ctx.flat, warning = correction.prepare_step(ctx, self.training)
             if warning and correction.name not in self.ledger.warned:
                 self.ledger.warned.add(correction.name)
                 warnings.warn(f"{correction.name} on {first!r}: {warning} {ONCE}", stacklevel=3)
 
     def _part(self, source: Source) -> Part:
-        """A source to train on, with its examples on the device, and its task if the model is given one."""
+        """Return a source to train on with its examples on the device, and the task given to the model."""
         examples = source.train.to(self.device, self.training.dtype)
         return Part(source, examples, source.task if self.aware else None)
 
     def _horizon(self, parts: Sequence[Part]) -> tuple[int, int]:
-        """(epochs, steps per epoch) of a visit."""
+        """Return (epochs, steps per epoch) of a visit."""
+        # A sampler may plan another number of steps, which `Job.plan` then takes.
         longest = max(len(part.examples) for part in parts)
         return self.training.epochs, -(-longest // self.training.batch_size)
 
     def _visits(self, given: Sequence[Source], sources: Sequence[Source]) -> tuple[int, ...]:
-        """How often each part was visited before; a pool that a correction gathered is new at every visit."""
+        """Return how often each part was visited before; a pool that was gathered is new at every visit."""
         names, visits = {source.name for source in given}, self.state.visits
         total = sum(visits.values())
         return tuple(visits.get(s.name, 0) if s.name in names else total for s in sources)
@@ -211,9 +227,11 @@ class Agent:
                 ctx.trace = {name: tensor.to(self.device) for name, tensor in kept.tensors.items()}
 
     def finish(self, job: Job) -> None:
-        """Keep what a job learned: parameters, and what the corrections and the consolidator make of the visit."""
+        """Keep what a job learned: parameters, summaries of corrections, and messages for the bank."""
         for kind in job.begun:
             self.ledger.charge(self.name, kind)
+
+        # Diverged parameters must not reach the agents that would receive them.
         end = {name: p.clone() for name, p in job.layout.split(job.carry.theta).items()}
         finite(
             end, f"{self.name!r} after {job.name!r} (a lower lr or strength helps where training diverges)"
@@ -237,11 +255,13 @@ class Agent:
     def _summarised(
         self, job: Job, params: Params, buffers: Params
     ) -> tuple[dict[str, dict[str, Item]], dict[str, dict[str, Shared]]]:
-        """The private memory after this visit, and the items to share by source, as the corrections make them."""
+        """Return the private memory after this visit, and the items to share, by source."""
         memory = {name: dict(kept) for name, kept in self.state.memory.items()}
         shared: dict[str, dict[str, Shared]] = {source.name: {} for source in job.sources}
         for correction, ctx in job.corrections:
             name = correction.name
+
+            # Traces of sources that do not come again would only take memory.
             if ctx.trace and all(source.name in self.revisited for source in job.sources):
                 memory.setdefault(trace_key(name), {})[job.name] = Private(ctx.trace)
             if not overrides(correction, "summarise"):
@@ -267,7 +287,7 @@ class Agent:
     def _learned(
         self, job: Job, source: Source, params: Params, buffers: Params, correction: Correction
     ) -> Learned:
-        """What `summarise` of a correction may read about a source."""
+        """Return what `summarise` of a correction may read about a source."""
         visit = self.state.visits.get(source.name, 0)
         return Learned(
             model=Viewed.of(self.model, job.step.by_verb["view"]),
@@ -285,7 +305,7 @@ class Agent:
         )
 
     def _bank(self, job: Job, shared: Mapping[str, dict[str, Shared]]) -> None:
-        """Put a message per source into the bank: its summaries, and its module if the consolidator makes one."""
+        """Put a message per source into the bank: summaries, and a module if the consolidator makes one."""
         modules = self.consolidator.export(self.model, self.state, job.sources, self.method.personal)
         news = []
         for source in job.sources:
@@ -306,11 +326,12 @@ class Agent:
     # Exchange: `send` and `receive` messages; `forget` a sender.
 
     def memory(self, correction: Correction) -> Memory:
-        """The items of a correction: shared ones from the bank, private ones under this agent's name."""
+        """Return the items of a correction: shared ones of the bank, private ones under this agent."""
         return memory_of(self.name, self.state, correction)
 
     def common_hash(self, params: Params) -> str:
-        """The hash of those entries that all agents have: neither of one task, nor personal."""
+        """Return the hash of those entries that all agents have: neither of one task, nor personal."""
+        # Compared by identity, because hashing all parameters is what costs time here.
         if self._common is None or self._common[0] is not params:
             common = {
                 name: p
@@ -321,12 +342,12 @@ class Agent:
         return self._common[1]
 
     def message(self, source: str, version: int, size: int, items: Mapping[str, Shared]) -> Message:
-        """A message of this agent about a source."""
+        """Return a message of this agent about a source."""
         base, state = self.common_hash(self.state.base), self.state
         return Message(self.name, source, version, size, state.origin, base, items, state.trained)
 
     def receipts(self) -> dict[str, int]:
-        """The version held of each `pair(sender, source)`.
+        """Return the version held of each `pair(sender, source)`.
 
         Weights that were received are left out once this agent has trained on: it no longer has them.
         """
@@ -336,11 +357,11 @@ class Agent:
         }
 
     def send(self, receipts: Mapping[str, int]) -> list[Message]:
-        """The messages that a receiver with these receipts lacks: this agent's own, and the bank's, relayed unchanged."""
+        """Return the messages that a receiver with these receipts lacks; the bank's are relayed unchanged."""
         return [m for m in self._messages() if m.version > receipts.get(pair(m.sender, m.source), -1)]
 
     def _messages(self) -> list[Message]:
-        """All messages of this state; made once, since many agents may ask."""
+        """Return all messages of this state; made once, since many agents may ask."""
         if self._outbox is not None and self._outbox[0] is self.state:
             return self._outbox[1]
 
@@ -355,20 +376,21 @@ class Agent:
         return messages
 
     def _about_all(self) -> dict[str, Shared]:
-        """What corrections send together with this agent's own parameters."""
+        """Return what corrections send together with this agent's own parameters."""
         kept = [(c, self.state.memory.get(c.name, {}).get(WHOLE)) for c in self.method.active]
         return {c.name: sharable(c, item) for c, item in kept if isinstance(item, Shared)}
 
     def receive(self, messages: Sequence[Message], by_size: bool = True) -> None:
         """Join the messages into the bank, and consolidate those that are new here.
 
-        `by_size` weights them by their numbers of examples. Raises ConsilienceError for messages that do not fit.
+        `by_size` weights them by their numbers of examples. Raises ConsilienceError if one does not fit.
         """
         fresh, before = self._fresh(messages), self.state
         bank = join(before.bank, [kept for kept in map(without_weights, fresh) if kept is not None])
         self._check_base(fresh)
         after = self._consolidated(bank, fresh, by_size)
 
+        # Corrections may keep what the exchange changed, for the visits that follow.
         memory = {name: dict(kept) for name, kept in after.memory.items()}
         for correction in self.method.active:
             if overrides(correction, "after_receive"):
@@ -384,9 +406,11 @@ class Agent:
         )
 
     def _fresh(self, messages: Sequence[Message]) -> list[Message]:
-        """The messages of newer versions than the receipts say, sorted by (sender, source)."""
+        """Return the messages of newer versions than the receipts say, sorted by (sender, source)."""
         state, receipts = self.state, self.receipts()
         fresh: dict[tuple[str, str], Message] = {}
+
+        # Sorted, so that the result does not depend on the order in which messages arrive.
         wanted = [m for m in messages if m.sender not in state.forgotten]
         for m in sorted(wanted, key=lambda m: (m.key, m.version)):
             if m.origin != state.origin:
@@ -395,6 +419,7 @@ class Agent:
                     f"{m.origin[:8]}, and {self.name!r} has {state.origin[:8]}."
                 )
 
+            # Two contents under one version mean a broken sender, which averaging would hide.
             at, twin = pair(m.sender, m.source), fresh.get(m.key)
             version, digest = state.received.get(at, (-1, ""))
             other_than_received = m.version == version and m.digest != digest
@@ -408,7 +433,7 @@ class Agent:
         return list(fresh.values())
 
     def _check_base(self, fresh: Sequence[Message]) -> None:
-        """Refuse weights that did not start from this agent's parameters, if the consolidator makes deltas of them."""
+        """Refuse weights that started from other parameters, if the consolidator makes deltas of them."""
         if not self.consolidator.needs_base:
             return
         for m in fresh:
@@ -420,9 +445,9 @@ class Agent:
                 )
 
     def _consolidated(self, bank: Bank, fresh: list[Message], by_size: bool) -> State:
-        """The state after the consolidator received the messages."""
+        """Return the state after the consolidator received the messages."""
         state = self.state.change(bank=bank)
-        generator = key(self.seed, self.name, state.version, "absorb")  # the key of 0.1, so that bits stay
+        generator = key(self.seed, self.name, state.version, RECEIVE_KEY)
         numbers = sum(t.numel() for m in fresh for item in m.items.values() for t in item.tensors.values())
         return self.ledger.charge_work(
             self.name,
@@ -431,22 +456,24 @@ class Agent:
         )
 
     def release(self) -> None:
-        """Free parameters that will be received again, so that a simulation keeps only active agents in memory."""
+        """Free parameters that will be received again: a simulation keeps only active agents in memory."""
+        # `after_receive` compares with the parameters before, so then they must stay.
         if not any(overrides(correction, "after_receive") for correction in self.method.active):
             self.state = self.consolidator.release(self.state, self.method.personal)
         self._common, self._outbox, self._predictor = None, None, None
 
     def forget(self, sender: str) -> None:
-        """Take out what a sender sent, as if it had never been received; later messages of it are refused too.
+        """Take out all that a sender sent, as if it had never been received; later messages are ignored too.
 
-        Solved statistics and experts are afterwards exactly what they would be without that sender. Other agents
-        forget for themselves. Raises Refusal where its messages entered weights, or what this agent learned later.
+        Solved statistics and experts are then exactly what they would be without that sender. Other agents
+        forget for themselves. Raises Refusal if the messages entered weights, or training after them.
         """
         state = self.state
         senders = {m.sender for m in state.bank.values()} | {unpair(at)[0] for at in state.received}
         if sender not in senders:
             raise unknown("sender", sender, senders)
 
+        # Weights depend on what was recalled while they were trained, and nothing can undo that.
         entered = [
             c.name
             for c in self.method.corrections
@@ -469,6 +496,7 @@ class Agent:
     @property
     def predictor(self) -> Predictor:
         """How this agent answers in its present state."""
+        # What is recalled for prediction depends on the state alone, so it is kept with it.
         if self._predictor is None or self._predictor.state is not self.state:
             self._predictor = Predictor(
                 self.name, self.model, self.method, self.schedule, self.training, self.state
@@ -476,49 +504,51 @@ class Agent:
         return self._predictor
 
     def predict(self, x: Tensor, task: str | None = None) -> Tensor:
-        """Class probabilities (or values) [B, C]: the sum over experts of weight times the expert's probabilities.
+        """Predict class probabilities (or values) [B, C]: the experts' ones, summed by their weights.
 
-        A row of zeros means that the mapper knows no expert for the input. Raises ConsilienceError for a `task` that
-        is neither in the schedule nor any expert's.
+        A row of zeros means that the mapper knows no expert for the input. Raises ConsilienceError for a
+        `task` that is neither in the schedule nor any expert's.
         """
         return self.predictor(x, task).probabilities
 
     def route(self, x: Tensor) -> tuple[Tensor, list[tuple[str, str]]]:
-        """The mapper's weights [B, experts] and the experts' keys (sender, source)."""
+        """Return the mapper's weights [B, experts] and the experts' keys (sender, source)."""
         return self.predictor.route(x)
 
     def choices(self) -> list[Choice]:
-        """The experts that it answers with."""
+        """Return the experts that it answers with."""
         return self.predictor.choices()
 
     def outputs(
         self, params: Params, buffers: Params, x: Tensor, task: str | None, psi: Tensor | None = None
     ) -> Tensor:
-        """Outputs [B, C] in eval mode, before softmax; psi [B, d] are the features of x if they are known."""
+        """Return outputs [B, C] in eval mode, before softmax; psi [B, d] are features of x, if known."""
         return self.predictor.outputs(params, buffers, x, task, psi)
 
     def superposed(self, params: Params, buffers: Params) -> Callable[[Tensor, Tensor], Tensor]:
-        """(x, alpha) -> outputs [B, C] of the parameters sum_k alpha_k view_k(params), k over `choices`."""
+        """Return (x, alpha) -> outputs [B, C] of sum_k alpha_k view_k(params), k over `choices`."""
         return self.predictor.superposed(params, buffers)
 
 
 def sharable(correction: Correction, item: Item) -> Shared:
-    """The item of a correction that is about to be shared. Raises TypeError if its items must stay with the agent."""
+    """Return an item that is to be shared. Raises TypeError if it must stay with the agent."""
     if not correction.shared_items or not isinstance(item, Shared):
         raise TypeError(
-            f"items of {correction.name} stay with their agent, so they must be Private, got {type(item).__name__}."
+            f"items of {correction.name} stay with their agent and must be Private, "
+            f"got {type(item).__name__}."
         )
     return item
 
 
 def shape_of(examples: Examples) -> tuple[int, ...]:
-    """The shape of one input, or () for examples that are not in memory."""
+    """Return the shape of one input, or () for examples that are not in memory."""
     x = getattr(examples, "x", None)
     return tuple(x.shape[1:]) if isinstance(x, Tensor) else ()
 
 
 def without_weights(message: Message) -> Message | None:
-    """What a bank keeps of a message: everything but weights; None if nothing is left."""
+    """Return what a bank keeps of a message: everything but weights; None if nothing is left."""
+    # Weights are consolidated at once; a bank of all clients' models would fill the memory.
     if not any(isinstance(item, Weights) for item in message.items.values()):
         return message
     items = {name: item for name, item in message.items.items() if not isinstance(item, Weights)}

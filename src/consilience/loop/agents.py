@@ -1,4 +1,4 @@
-"""The agents of a trial: their first parameters, how messages pass between them, and when they may be released."""
+"""The agents of a trial: their first parameters, how messages pass, and when agents may be released."""
 
 from __future__ import annotations
 
@@ -51,6 +51,7 @@ class Agents(dict[str, Agent]):
         return initial_state(self.setup, self.seed)
 
     def __missing__(self, name: str) -> Agent:
+        # States are immutable, so that all agents may start from one.
         setup = self.setup
         agent = Agent(
             name=name,
@@ -70,15 +71,20 @@ class Agents(dict[str, Agent]):
 
 
 class Wire:
-    """Messages pass as bytes, which the ledger counts. What many agents receive, or relay, is one object in memory."""
+    """Messages pass as bytes, which the ledger counts.
+
+    A message that many agents receive, or relay, is one object in memory.
+    """
 
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
+
+        # Weak: a message that no agent holds any more is freed.
         self._arrived: WeakValueDictionary[object, Message] = WeakValueDictionary()
         self._sizes: WeakKeyDictionary[Message, int] = WeakKeyDictionary()
 
     def carry(self, message: Message, sender: str, receiver: str) -> Message:
-        """The message as the receiver reads it from its bytes."""
+        """Return the message as the receiver reads it from its bytes."""
         content = (message.key, message.version, message.digest, message.base, message.trained)
         arrived = self._arrived.get(content)
         if arrived is None:
@@ -90,12 +96,13 @@ class Wire:
 
 
 def initial_state(setup: Setup, seed: int) -> State:
-    """The parameters that all agents start from: drawn by the seed, or the schedule's `base`."""
+    """Return the parameters that all agents start from: drawn by the seed, or the schedule's `base`."""
     schedule = setup.schedule
     params, buffers = setup.model.init(key(seed, "init"))
     if schedule.base is not None:
         params, buffers = from_base(schedule.base, params, buffers)
 
+    # Cast once, so that all that agents send and compare is of one type.
     dtype, device = setup.training.dtype, torch.device(setup.training.device)
 
     def cast(tensor: Tensor) -> Tensor:
@@ -110,7 +117,7 @@ def initial_state(setup: Setup, seed: int) -> State:
 
 
 def from_base(base: Mapping[str, Any], params: Params, buffers: Params) -> tuple[Params, Params]:
-    """The model's entries as a state_dict `base` has them; it may leave out buffers."""
+    """Return the model's entries as a state_dict `base` has them; it may leave out buffers."""
     lacking = sorted(params.keys() - base.keys())
     if lacking:
         raise ConsilienceError(f"`base` must have all entries of the model, got none called {lacking[0]!r}.")
@@ -156,7 +163,7 @@ def give(agent: Agent, expert: Expert) -> None:
 
 
 def expert_entries(agent: Agent, expert: Expert) -> tuple[Params, Params]:
-    """An expert's parameters and buffers, in the shapes and types of the agent's, with entries of its own task."""
+    """Return an expert's parameters and buffers, in the agent's types, with entries of its own task."""
     state, theirs = agent.state, {**expert.params, **expert.buffers}  # a state_dict holds both
     params: Params = {}
     buffers: Params = {}
@@ -173,6 +180,7 @@ def expert_entries(agent: Agent, expert: Expert) -> tuple[Params, Params]:
             )
         (params if name in state.params else buffers)[name] = entry
 
+    # Heads of its task are the expert's own: the model has none before it grows them.
     for name in theirs.keys() - params.keys() - buffers.keys():
         if agent.model.task_of(name) is None:
             raise ConsilienceError(
@@ -183,15 +191,16 @@ def expert_entries(agent: Agent, expert: Expert) -> tuple[Params, Params]:
 
 
 def release_plan(phases: Sequence[Phase], evaluated: str) -> dict[int, tuple[str, ...]]:
-    """Which agents may be released after which phase (by its index).
+    """Return which agents may be released after which phase (by its index).
 
-    An agent that has just sent may be, if a server received from it (an agent that never trains itself), and if the
-    next thing that it does, if anything, is to receive from that server: all that it had comes back to it.
+    An agent that has just sent may be, if a server received from it (an agent that never trains itself), and
+    if the next thing that it does, if anything, is to receive from that server: all it had comes back to it.
     """
     trainers = {name for phase in phases if isinstance(phase, Train) for name in phase.who}
     found: dict[int, tuple[str, ...]] = {}
 
-    # Going backwards: the only sender that an agent receives from next; None if it needs its parameters before.
+    # Going backwards, the only sender that an agent receives from next; None if it needs its parameters
+    # before that. Agents that do nothing more are not in it.
     next_sender: dict[str, str | None] = {evaluated: None}
     for i in reversed(range(len(phases))):
         phase = phases[i]
@@ -200,6 +209,7 @@ def release_plan(phases: Sequence[Phase], evaluated: str) -> dict[int, tuple[str
             next_sender |= dict.fromkeys(active)
             continue
 
+        # Agents that receive in the same exchange need their parameters for it.
         receivers: dict[str, list[str]] = {}
         for receiver, senders in phase.who.items():
             for sender in senders:
@@ -210,6 +220,7 @@ def release_plan(phases: Sequence[Phase], evaluated: str) -> dict[int, tuple[str
             sender for sender in idle if next_sender.get(sender, receivers[sender][0]) in servers[sender]
         )
 
+        # Sending needs parameters; and only a single message replaces all of them.
         next_sender |= dict.fromkeys(idle)
         for receiver, senders in phase.who.items():
             next_sender[receiver] = senders[0] if len(senders) == 1 else None

@@ -1,4 +1,4 @@
-"""What is checked before a run, so that no work is lost; and the facts by which a run is described and recognised."""
+"""What is checked before a run, so that no work is lost; and the facts that describe and identify a run."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class RunOptions:
         checkpoint_seconds: the time between checkpoints.
         checkpoint_steps: the steps between further checkpoints; None: none.
         curve_steps: the steps between points of the learning curve; None: no curve.
-        judge_clients: whether to score all agents that train by their own parameters, before and after each visit.
+        judge_clients: whether to score all agents that train by their own parameters, around each visit.
         progress: called with every line of the log.
         config: the content of config.yaml; None describes the arguments.
     """
@@ -86,9 +86,15 @@ def check_arguments(schedule: object, training: object = None) -> None:
 def check_all(
     schedule: Schedule, method: Method, model: Model, training: Training, options: RunOptions
 ) -> Setup:
-    """The method resolved for the schedule, with all that must fit together. Raises ConsilienceError or Refusal."""
+    """Resolve the method for the schedule, and check that everything fits.
+
+    Raises ConsilienceError, or Refusal for a method that could not act.
+    """
+    # Parts of a method may refuse a model, so it is among the facts.
     facts = replace(schedule.survey(options.seed), model=model)
     method = method.resolve(facts)
+
+    # A method may set fields of the training itself, such as `epochs=1`.
     training = replace(training, **method.fixed)
     _check_tasks(schedule, method)
     if not schedule.boundaries and training.epochs > 1:
@@ -111,8 +117,8 @@ def _check_tasks(schedule: Schedule, method: Method) -> None:
     others = [source.name for source in schedule.judged if source.task not in trained]
     if method.mapper is not None and method.mapper.needs_label and others:
         raise Refusal(
-            f"{method.name} is given the true task of test data, and {others[0]!r} has test data of several tasks; "
-            "use another mapper."
+            f"{method.name} is given the true task of test data, and {others[0]!r} has test data of several "
+            "tasks; use another mapper."
         )
 
 
@@ -121,6 +127,7 @@ def _check_inputs(schedule: Schedule, method: Method, model: Model) -> None:
     aware = schedule.labelled or method.mapper is not None
     shapes: set[tuple[int, ...]] = set()
     for source in schedule.sources:
+        # Two examples of each shape are enough to try the model.
         x = source.train.select(torch.arange(min(2, len(source.train)))).whole()[0]
         if tuple(x.shape[1:]) not in shapes:
             shapes.add(tuple(x.shape[1:]))
@@ -131,14 +138,17 @@ def _check_inputs(schedule: Schedule, method: Method, model: Model) -> None:
     for source in schedule.sources:
         if source.feature_space and own and source.feature_space != own:
             raise ConsilienceError(
-                f"the features of {source.name!r} were made by backbone {source.feature_space[:8]}, and the model's is "
-                f"{own[:8]}; the two differ in weights, image size, mean, std or structure. The model is {model!r:.200}."
+                f"the features of {source.name!r} were made by backbone {source.feature_space[:8]}, and the "
+                f"model's is {own[:8]}; the two differ in weights, image size, mean, std or structure. "
+                f"The model is {model!r:.200}."
             )
 
 
 def metric_of(metric: str | Metric | None, kind: str) -> tuple[str, Metric]:
-    """The name and the function of a metric that fits targets of this kind ("class" or "value")."""
+    """Return the name and the function of a metric that fits targets of this kind ("class" or "value")."""
     default = "accuracy" if kind == "class" else "r2"
+
+    # The name of a function is a label in tables.
     if callable(metric):
         return getattr(metric, "__name__", default), metric
 
@@ -154,7 +164,7 @@ def metric_of(metric: str | Metric | None, kind: str) -> tuple[str, Metric]:
 
 
 def versions(engine: Engine | None = None) -> dict[str, Any]:
-    """What bit-identity depends on: versions, threads, engine, machine."""
+    """Return what bit-identity depends on: versions, threads, engine, machine."""
     return {
         "consilience": __version__,
         "torch": torch.__version__,
@@ -167,7 +177,8 @@ def versions(engine: Engine | None = None) -> dict[str, Any]:
 
 
 def describe(setup: Setup, method: str, options: RunOptions) -> dict[str, Any]:
-    """The arguments of a run, as config.yaml has them."""
+    """Return the arguments of a run, as config.yaml has them."""
+    # Objects such as samplers have no form in YAML but their repr.
     simple = int | float | str | bool | None
     training = {
         name: value if isinstance(value, simple) else repr(value)
@@ -186,7 +197,7 @@ def describe(setup: Setup, method: str, options: RunOptions) -> dict[str, Any]:
 
 
 def fingerprint(setup: Setup, metric: str, options: RunOptions) -> dict[str, Any]:
-    """What must be the same for a run to be resumed."""
+    """Return what must be the same for a run to be resumed."""
     schedule, method, model = setup.schedule, setup.method, setup.model
     nothing = torch.zeros(0)
 
@@ -201,6 +212,8 @@ def fingerprint(setup: Setup, metric: str, options: RunOptions) -> dict[str, Any
     # The repr, if the model has one, tells what it will grow.
     params, buffers = model.init(key(options.seed, "init"))
     shape = {} if type(model).__repr__ is object.__repr__ else {repr(model): nothing}
+
+    # All parts of a method are dataclasses, so their reprs have all hyperparameters.
     parts = {f: repr(getattr(method, f)) for f in method.__dataclass_fields__ if is_dataclass(method)}
     return {
         "setting": schedule.setting,

@@ -40,14 +40,14 @@ class EngineEvents:
 
 
 class Engine(ABC):
-    """Runs the visits of agents, one after another or side by side; what they learn is the same, to rounding."""
+    """Runs the visits of agents, one after another or side by side; the results are equal, to rounding."""
 
     stacks: ClassVar[bool] = False
     """Whether visits of several seeds and methods are better given together."""
 
     @abstractmethod
     def train(self, visits: Sequence[Visit], events: EngineEvents, paused: Paused | None = None) -> None:
-        """Let each agent train on its sources: `prepare`, the steps, `finish`. `paused` continues the first visit."""
+        """Let each agent train: `prepare`, the steps, `finish`. `paused` continues the first visit."""
 
     def close(self) -> None:  # noqa: B027 (optional: most engines hold nothing)
         """Free what the engine holds at the end of a run."""

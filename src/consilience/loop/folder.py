@@ -47,13 +47,14 @@ class Log:
 
     def open(self, config: Mapping[str, Any], resume: bool) -> None:
         """Write config.yaml, and start the log. Refuses the folder of another run, unless that is resumed."""
+        # Imported here, because a run without a folder needs no YAML.
         import yaml
 
         files = ("result.json", "log.jsonl", "checkpoint")
         if not resume and any((self.folder / file).exists() for file in files):
             raise ConsilienceError(
-                f"`out` must be a new folder, and {self.folder} has a run; resume it (`resume=True`, --resume), "
-                "or choose another folder."
+                f"`out` must be a new folder, and {self.folder} has a run; resume it "
+                "(`resume=True`, --resume), or choose another folder."
             )
         text = yaml.safe_dump(dict(config), sort_keys=False)
         write_bytes(self.folder / "config.yaml", text.encode())
@@ -63,6 +64,7 @@ class Log:
     def write(self, line: Mapping[str, Any]) -> None:
         """Append a line to the log, and report it to `progress`."""
         if self.out is not None:
+            # Opened for every line, so that a killed run has all lines but the last.
             path = self.out / "log.jsonl"
             try:
                 with open(path, "a") as file:
@@ -73,8 +75,10 @@ class Log:
             self.progress(line)
 
     def lines(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """The text and content of every line of the log. A line that was cut short is left out."""
+        """Yield the text and content of every line of the log. A line that was cut short is left out."""
         path = self.folder / "log.jsonl"
+
+        # A process that was killed may have left half a line.
         for text in path.read_text().splitlines() if path.exists() else []:
             with suppress(ValueError):
                 yield text, json.loads(text)
@@ -97,6 +101,7 @@ class Log:
 
     def checkpoint(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Write a checkpoint, then delete the one before."""
+        # A new file each time: the one before must stay readable until the index names this one.
         folder, data = self.index.parent, pack(tensors)
         name = f"state-{time.time_ns():x}.safetensors"
         write_bytes(folder / name, data)
@@ -110,7 +115,7 @@ class Log:
                 old.unlink(missing_ok=True)
 
     def last(self) -> Checkpoint | None:
-        """The folder's checkpoint, or None. Raises ConsilienceError for a damaged one, or one of another format."""
+        """Return the folder's checkpoint, or None. Refuses one that is damaged, or of another format."""
         if not self.index.exists():
             return None
         remedy = "start again in another folder"
@@ -136,16 +141,19 @@ class Log:
         found = index.get("format", 1)
         if found == FORMAT:
             return
+
+        # 0.1 wrote its version into the log only.
         begun = (line.get("versions", {}) for _, line in self.lines() if line.get("event") == "begin")
         writer = index.get("consilience") or next((v.get("consilience") for v in begun), None) or "0.1"
         raise ConsilienceError(
-            f"the checkpoint in {self.folder} is of format {found}, written by consilience {writer}, and consilience "
-            f"{__version__} resumes format {FORMAT}; resume it with consilience {writer}, or start again in another folder."
+            f"the checkpoint in {self.folder} is of format {found}, written by consilience {writer}, and "
+            f"consilience {__version__} resumes format {FORMAT}; resume it with consilience {writer}, "
+            "or start again in another folder."
         )
 
 
 def plain(value: Any) -> Any:
-    """A value for JSON: tuples become lists, and NaN becomes None."""
+    """Return a value for JSON: tuples become lists, and NaN becomes None."""
     if isinstance(value, float):
         return None if value != value else value
     if isinstance(value, dict):
@@ -155,7 +163,10 @@ def plain(value: Any) -> Any:
 
 @contextmanager
 def interruptible() -> Iterator[list[int]]:
-    """A list that receives the number of SIGINT or SIGTERM; a second signal stops at once. Main thread only."""
+    """A list that receives the number of SIGINT or SIGTERM; a second signal stops at once.
+
+    Python handles signals in its main thread only; elsewhere the list stays empty.
+    """
     stop: list[int] = []
 
     def handle(number: int, frame: Any) -> None:
@@ -163,6 +174,7 @@ def interruptible() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         stop.append(number)
 
+    # A second signal must stop a run that hangs.
     old: dict[int, Any] = {}
     with suppress(ValueError):  # not the main thread
         old = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}

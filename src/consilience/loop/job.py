@@ -1,4 +1,4 @@
-"""Jobs: one agent's visit to its sources as tensors, which an engine runs, may stop at any step, and resumes."""
+"""Jobs: one agent's visit to its sources as tensors. An engine runs it, and may stop it at any step."""
 
 from __future__ import annotations
 
@@ -86,11 +86,13 @@ class Job:
 
     def run(self, ledger: Ledger) -> Iterator[None]:
         """Run the steps that are left, and yield after each; `epoch` and `index` count them."""
+        # A head that is solved in closed form leaves nothing to train.
         if not self.layout.size:
             return
 
         first, visit, draws = self.sources[0].name, self.visits[0], self.step.model.draws
         for parts, clock in self.draw():
+            # Keyed by the step, an aggregator draws the same numbers on every engine.
             generator = key(self.seed, first, visit, *clock, "aggregate") if self.step.aggregator else None
             with self._random_forward(clock) if draws else nullcontext():
                 ledger.charge_work(self.agent, self.cost(parts), partial(self.step, parts, clock, generator))
@@ -99,12 +101,13 @@ class Job:
             yield
 
     def draw(self) -> Iterator[tuple[list[Batch], tuple[int, int]]]:
-        """The batches and the clock (epoch, step) of every step that is left. The caller raises `index`."""
+        """Yield the batches and the clock (epoch, step) of every step left. The caller raises `index`."""
         while self.epoch < self.training.epochs:
             plans = self.left(self.epoch, self.index)
             if not plans[0] and self.index < self.step.horizon[1]:  # the straggler's fraction is done
                 return
 
+            # The examples of all parts are read side by side, one batch of each per step.
             streams = [part.examples.batches(plan) for part, plan in zip(self.parts, plans, strict=True)]
             for batches in zip(*streams, strict=True):
                 own = [
@@ -116,16 +119,18 @@ class Job:
             self.epoch, self.index = self.epoch + 1, 0
 
     def _sampled(self, clock: tuple[int, int]) -> list[Batch]:
-        """The batches that corrections add to a step, such as rehearsal."""
+        """Return the batches that corrections add to a step, such as rehearsal."""
         added: list[Batch] = []
         for correction, ctx in self.step.by_verb["sample"]:
             generator = key(self.seed, self.sources[0].name, self.visits[0], *clock, correction.name)
             batches = correction.sample(ctx, self.sources, generator)
+
+            # Marked, because a constraint's samples are forwarded apart from others.
             added += [replace(batch, drawn_by=correction.name) for batch in batches]
         return added
 
     def plan(self, epoch: int) -> list[list[Tensor]]:
-        """The index batches of an epoch, per part; a shorter part starts over in a new order."""
+        """Return the index batches of an epoch, per part; a shorter part starts over in a new order."""
         plans = [self._pass(part, epoch, 0) for part in range(len(self.parts))]
         longest = max(map(len, plans))
         for part, plan in enumerate(plans):
@@ -140,7 +145,7 @@ class Job:
         return plans
 
     def _pass(self, part: int, epoch: int, turn: int) -> list[Tensor]:
-        """The index batches of one pass over one part."""
+        """Return the index batches of one pass over one part."""
         source, examples, _ = self.parts[part]
         sampler = self.training.sampler or Shuffle()
         generator = key(self.seed, source.name, self.visits[part], epoch, turn, "shuffle")
@@ -152,49 +157,56 @@ class Job:
         return plan
 
     def left(self, epoch: int, index: int) -> list[list[Tensor]]:
-        """The index batches of an epoch from step `index` on, per part."""
+        """Return the index batches of an epoch from step `index` on, per part."""
         plans = [plan[index:] for plan in self.plan(epoch)]
         if self.fraction == 1:
             return plans
 
+        # A straggler stops early in the visit; it does not do less of every epoch.
         per_epoch = self.step.horizon[1]
         allowed = max(1, round(self.fraction * self.training.epochs * per_epoch))
         limit = max(0, allowed - (epoch * per_epoch + index))
         return [plan[:limit] for plan in plans]
 
     def cost(self, parts: Sequence[Batch]) -> tuple[object, ...]:
-        """The key under which the ledger keeps the cost of a step with these parts."""
+        """Return the key under which the ledger keeps the cost of a step with these parts."""
         return (*self.kind, *[(tuple(part.x.shape), part.task) for part in parts])
 
     @contextmanager
     def _random_forward(self, clock: tuple[int, int]) -> Iterator[None]:
-        """Key torch's global random state by the step, for models that draw in their forward pass (dropout)."""
+        """Key torch's global random state by the step, for models that draw in their forward (dropout)."""
         device = self.layout.device
+
+        # Forked, so that a run leaves the user's random state as it found it.
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             generator = key(self.seed, self.sources[0].name, self.visits[0], *clock, "forward")
             torch.manual_seed(generator.initial_seed())
             yield
 
     def answer(self, x: Tensor, task: str | None) -> Tensor:
-        """Class probabilities (or values) [B, C] with the parameters of this step, in eval mode."""
+        """Return class probabilities (or values) [B, C] with the parameters of this step, in eval mode."""
         frame = self.step.frame
         x = x.to(self.layout.device, self.layout.dtype if x.is_floating_point() else x.dtype)
         columns = frame.tasks.get(task or "")
         return probabilities(self.step.now(x, task), frame, columns, len(frame.labels))
 
     def save(self) -> tuple[dict[str, Tensor], dict[str, int]]:
-        """The tensors and counts that a checkpoint inside a visit keeps; `Agent.prepare` makes the rest again."""
+        """Return the tensors and counts that a checkpoint keeps; `Agent.prepare` makes the rest again."""
         tensors = {"theta": self.carry.theta}
         tensors |= {f"buffers/{name}": buffer for name, buffer in self.carry.buffers.items()}
         tensors |= {f"optimiser/{name}": tensor for name, tensor in self.carry.optimiser.items()}
         for correction, ctx in self.corrections:
             tensors |= {f"trace/{correction.name}/{name}": tensor for name, tensor in ctx.trace.items()}
+
+        # Cloned, because the next step changes these tensors in place.
         counts = {"epoch": self.epoch, "index": self.index}
         return {name: tensor.clone() for name, tensor in tensors.items()}, counts
 
     def load(self, tensors: Mapping[str, Tensor], counts: Mapping[str, int]) -> None:
         """Continue from what `save` gave."""
         device = self.layout.device
+
+        # In place, because the step's leaves and the bound model share this memory.
         self.carry.theta.copy_(tensors["theta"])
         for name, buffer in self.carry.buffers.items():
             buffer.copy_(tensors[f"buffers/{name}"])

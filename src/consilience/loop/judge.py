@@ -1,4 +1,4 @@
-"""What a trial measures: scores before training and after every stage, learning curves, drift, and clients' own scores."""
+"""What a trial measures: scores per stage, learning curves, client drift, and clients' own scores."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ KEPT = ("rows", "stages", "mapped", "curve", "learning", "client_drift", "local"
 
 
 class Score(NamedTuple):
-    """One source's score, and the fraction of its test examples that the mapper gave to their own task (or NaN)."""
+    """One source's score, and the fraction of its test examples that the mapper gave to their own task."""
 
     metric: float
     mapped: float
@@ -61,7 +61,7 @@ class Judge:
     """The scores of the agents of a Train phase before it, until it has ended."""
 
     def kept(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """Return what a checkpoint keeps."""
         return {name: getattr(self, name) for name in KEPT}
 
     def resume(self, facts: Mapping[str, Any]) -> None:
@@ -70,7 +70,7 @@ class Judge:
             setattr(self, name, facts[name])
 
     def result(self) -> dict[str, Any]:
-        """What the trial found, without costs."""
+        """Return what the trial found, without costs."""
         names = ("rows", "curve", "learning", "client_drift", "local", "personal")
         stages, mapper = self.stages[1:], self.mapped or None
         return {name: getattr(self, name) for name in names} | {"stages": stages, "mapper": mapper}
@@ -86,6 +86,7 @@ class Judge:
         if len(self.rows) > 1 and self.setup.method.mapper is not None:
             self.mapped.append(self._mapper_accuracy(scores))
 
+        # Some metrics need several classes, which a small test set may lack.
         undefined = [
             source.name
             for source, value in zip(self.setup.schedule.judged, row, strict=True)
@@ -98,6 +99,8 @@ class Judge:
             )
 
         mean = float(np.nanmean(row)) if len(undefined) < len(row) else float("nan")
+
+        # The score is drawn over costs, so each stage has the costs so far.
         costs = {
             "macs": self.ledger.total("macs"),
             "bytes": self.ledger.total("sent"),
@@ -108,7 +111,7 @@ class Judge:
         self.write({**line, "score": mean, "scores": row, "steps": self.ledger.steps, **costs})
 
     def _mapper_accuracy(self, scores: Sequence[Score]) -> float:
-        """The mean mapper accuracy over the sources that were trained on by now."""
+        """Return the mean mapper accuracy over the sources that were trained on by now."""
         stage, learned_at = len(self.rows) - 1, self.setup.facts.learned_at.values()
         by_now = [
             score.mapped
@@ -119,7 +122,7 @@ class Judge:
 
     @torch.no_grad()
     def scores(self, agent: Agent) -> list[Score]:
-        """The scores of an agent on everything that is judged."""
+        """Return the scores of an agent on everything that is judged."""
         schedule, mapper = self.setup.schedule, self.setup.method.mapper
         labelled = schedule.labelled or (mapper is not None and mapper.needs_label)
 
@@ -134,7 +137,7 @@ class Judge:
         return scores
 
     def _score(self, agent: Agent, source: Source, task: str | None) -> Score:
-        """The score of an agent on one source's test data; `task` is the label that it is given."""
+        """Return the score of an agent on one source's test data; `task` is the label that it is given."""
         schedule = self.setup.schedule
         is_trained = source.task in {other.task for other in schedule.sources}
         answers, targets, right, count = [], [], 0.0, 0
@@ -142,6 +145,8 @@ class Judge:
             prediction = agent.predictor(x, task)
             answers.append(prediction.probabilities.cpu())
             targets.append(y.cpu())
+
+            # Routing is right or wrong only where some expert is of the true task.
             if prediction.weights is not None and is_trained:
                 tasks = [schedule.source(name).task for _, name in prediction.keys]
                 own = [i for i, other in enumerate(tasks) if other == source.task]
@@ -153,8 +158,9 @@ class Judge:
 
     @torch.no_grad()
     def add_curve_point(self, job: Job) -> None:
-        """Score the sources of a visit with the parameters of its present step: a point of the learning curve."""
+        """Score the sources of a visit with the parameters of this step: a point of the learning curve."""
         for source in job.sources:
+            # The parameters are the job's: the agent still has those before the visit.
             task = source.task if self.agents[job.agent].aware else None
             chunks = source.test.chunks(chunk(job.layout.device))
             pairs = [(job.answer(x, task).cpu(), y) for x, y in chunks]
@@ -166,6 +172,7 @@ class Judge:
 
     def before_visits(self, phase: Train) -> None:
         """Score the agents of a Train phase before they train."""
+        # A resumed phase has the scores from before the interruption.
         if self.setup.judge_clients and not self.before:
             known: dict[str, list[float]] = {}
             self.before = {name: self.row(self.agents[name], known) for name in phase.who}
@@ -173,6 +180,7 @@ class Judge:
     def after_visits(self, phase: Train, failed: Mapping[str, str]) -> None:
         """Score them again: what training changed on their own test data and on all others'."""
         for name, row in self.before.items():
+            # A failed agent has no parameters after its visit.
             if name in failed:
                 continue
             own, others = self.own_and_others(row, phase.who[name])
@@ -193,10 +201,11 @@ class Judge:
             self.personal[name] = self.own_and_others(self.row(self.agents[name]), sources)[0]
 
     def row(self, agent: Agent, known: dict[str, list[float]] | None = None) -> list[float]:
-        """The scores of an agent on everything that is judged.
+        """Return the scores of an agent on everything that is judged.
 
         `known` caches rows by the hash of the parameters, where these alone decide what the agent answers.
         """
+        # After an exchange many clients have equal parameters, and scoring is slow.
         has_more = self.setup.method.mapper is not None or agent.choices() or agent.predictor.views
         if known is None or has_more:
             return [score.metric for score in self.scores(agent)]
@@ -208,9 +217,11 @@ class Judge:
     def own_and_others(
         self, row: Sequence[float | None], names: Sequence[str]
     ) -> tuple[float | None, float | None]:
-        """The means of a row over the test data of these sources, and over all others'; None if there are none."""
+        """Return the means of a row over the test data of these sources, and over all others'."""
         schedule = self.setup.schedule
         tests = {id(schedule.source(name).test) for name in names}
+
+        # Parts of a stream share the test data of what they are parts of, other sources have names.
         own_tests = schedule.judged is not schedule.sources
         own = [id(s.test) in tests if own_tests else s.name in names for s in schedule.judged]
         others = [id(s.test) not in tests for s in schedule.judged]
@@ -223,13 +234,16 @@ class Judge:
         return mean(own), mean(others)
 
     def measure_drift(self, agent: Agent, before: State, messages: Sequence[Message]) -> None:
-        """How far the clients that started from this agent's parameters went, against the step that it made of them."""
+        """Measure how far clients went that started from this agent's parameters, against its own step."""
         base = agent.common_hash(before.base)
         items = [m.items.get("model") for m in messages if m.trained and m.base == base]
         clients = [item.group("params") for item in items if isinstance(item, Weights)]
+
+        # One client cannot drift apart from others.
         if len(clients) < 2:
             return
 
+        # Heads of single tasks and frozen entries say nothing about drift.
         model = self.setup.model
         common: dict[str, Tensor] = {
             name: p
@@ -247,5 +261,5 @@ class Judge:
 
 
 def chunk(device: torch.device) -> int:
-    """How many test examples are evaluated at once on a device."""
+    """Return how many test examples are evaluated at once on a device."""
     return CHUNK["cpu" if device.type == "cpu" else "cuda"]

@@ -15,10 +15,10 @@ RECEIVE = "receive"
 
 @dataclass
 class Ledger:
-    """MACs (forward and backward: half of torch.utils.flop_counter's FLOPs), bytes as serialised, steps, seconds.
+    """MACs (forward and backward: half of torch.utils.flop_counter's FLOPs), bytes, steps, seconds.
 
-    Each kind of work is measured the first time it is done, and multiplied afterwards. `by_agent` has the `macs`, the
-    bytes `sent` and `received`, and the part of `macs` that went into `receiving`: consolidating messages.
+    Each kind of work is measured the first time it is done, and multiplied afterwards. `by_agent` has the
+    `macs`, the serialised bytes `sent` and `received`, and the part of `macs` that went into `receiving`.
     """
 
     by_agent: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -32,6 +32,7 @@ class Ledger:
 
     def add(self, agent: str, what: str, amount: float) -> None:
         """Add to an agent's `macs`, `sent`, `received` or `receiving`."""
+        # Agents that do nothing are in no table, so pages are made when needed.
         costs = self.by_agent.setdefault(agent, {"macs": 0, "sent": 0, "received": 0, "receiving": 0})
         costs[what] = costs.get(what, 0) + amount
 
@@ -69,18 +70,18 @@ class Ledger:
         self._since = time.perf_counter()
 
     def clock(self) -> float:
-        """Seconds so far, with those before an interruption."""
+        """Return seconds so far, with those before an interruption."""
         now = time.perf_counter()
         self.seconds += now - self._since
         self._since = now
         return self.seconds
 
     def total(self, what: str) -> int:
-        """The sum over agents of `macs`, `sent`, `received` or `receiving`."""
+        """Return the sum over agents of `macs`, `sent`, `received` or `receiving`."""
         return int(sum(costs[what] for costs in self.by_agent.values()))
 
     def costs(self) -> dict[str, Any]:
-        """macs, bytes (sent), seconds and steps of all agents, and the costs by agent."""
+        """Return macs, bytes (sent), seconds and steps of all agents, and the costs by agent."""
         pages = sorted(self.by_agent.items())
         return {
             "macs": self.total("macs"),
@@ -91,7 +92,7 @@ class Ledger:
         }
 
     def kept(self) -> dict[str, Any]:
-        """What a checkpoint keeps. Measured kinds are measured again: they may be of another machine."""
+        """Return what a checkpoint keeps. Kinds of work are measured again, maybe on another machine."""
         return {"seconds": self.clock(), "by_agent": self.by_agent, "steps": self.steps}
 
     def resume(self, facts: Mapping[str, Any]) -> None:

@@ -51,10 +51,12 @@ class Prediction(NamedTuple):
 
 
 def probabilities(out: Tensor, frame: LabelFrame, columns: Sequence[int] | None, width: int) -> Tensor:
-    """Class probabilities [B, width] over the given columns (None: all), or values, from outputs [B, C >= width]."""
+    """Return class probabilities [B, width] over some columns (None: all), or values, of outputs [B, C]."""
     out = out[:, :width]  # a model may have more outputs than there are classes
     if frame.kind == "value":
         return out
+
+    # The softmax is over the columns of the task only.
     if columns:
         keep = torch.zeros(out.shape[1], dtype=torch.bool, device=out.device)
         keep[list(columns)] = True
@@ -63,7 +65,7 @@ def probabilities(out: Tensor, frame: LabelFrame, columns: Sequence[int] | None,
 
 
 def memory_of(agent: str, state: State, correction: Correction) -> Memory:
-    """The items of a correction: shared ones from the bank, private ones under the agent's name."""
+    """Return the items of a correction: shared ones from the bank, private ones under the agent's name."""
     name = correction.name
     items: dict[Key, Item] = {
         key: message.items[name] for key, message in state.bank.items() if name in message.items
@@ -103,19 +105,20 @@ class Predictor:
         return Context(recalled=recalled, model=self.model)
 
     def viewed(self, params: Params, task: str | None) -> Params:
-        """The parameters as the model sees them for a task."""
+        """Return the parameters as the model sees them for a task."""
         for correction, ctx in self.views:
             params = correction.view(params, task, ctx)
         return params
 
     def cast(self, x: Tensor) -> Tensor:
-        """Inputs on the device, in the precision of the training."""
+        """Move inputs to the device, in the precision of the training."""
         return x.to(self.device, self.training.dtype if x.is_floating_point() else x.dtype)
 
     def choices(self) -> list[Choice]:
-        """The experts: modules of the bank, or, for a mapper, the tasks that one set of parameters serves."""
+        """Return the experts: modules of the bank, or the tasks between which a mapper chooses."""
         frame, found = self.schedule.frame, []
         for key, module in self.state.experts.items():
+            # Classes of another frame are put where this frame has them.
             where = None if module.labels == frame.labels else frame.columns(module.labels)
             entries, buffers = module.group("entries"), module.group("buffers")
             found.append(Choice(key, entries, buffers, module.task, module.classes or None, where))
@@ -128,7 +131,7 @@ class Predictor:
         return found
 
     def _served(self) -> list[Key]:
-        """The (sender, source) of all sources that the agent's own parameters can answer for."""
+        """Return the (sender, source) of all sources that the agent's own parameters can answer for."""
         own = [(self.agent, name) for name in self.state.visits]
         keys = dict.fromkeys([*own, *(key for key in self.state.bank if key[1] != WHOLE)])
         if keys:
@@ -142,7 +145,7 @@ class Predictor:
     def outputs(
         self, params: Params, buffers: Params, x: Tensor, task: str | None, psi: Tensor | None = None
     ) -> Tensor:
-        """Outputs [B, C] in eval mode, before softmax; psi [B, d] are the features of x if they are known."""
+        """Return outputs [B, C] in eval mode, before softmax; psi [B, d] are features of x, if known."""
         if psi is not None and not self.views:
             short = self.model.from_features(params, buffers, psi, task)
             if short is not None:
@@ -150,7 +153,7 @@ class Predictor:
         return self.model(self.viewed(params, task), buffers, x, task, False)[0]
 
     def superposed(self, params: Params, buffers: Params) -> Callable[[Tensor, Tensor], Tensor]:
-        """(x, alpha) -> outputs [B, C] of the parameters sum_k alpha_k view_k(params), k over `choices`."""
+        """Return (x, alpha) -> outputs [B, C] of sum_k alpha_k view_k(params), k over `choices`."""
         choices = self.choices()
         if any(choice.where is not None for choice in choices):
             raise ConsilienceError(
@@ -158,12 +161,14 @@ class Predictor:
                 "use a mapper that does not superpose."
             )
 
+        # The agent's own buffers win: one set of statistics must serve all views.
         views = []
         for choice in choices:
             views.append(self.viewed({**params, **choice.entries}, choice.task))
             buffers = {**choice.buffers, **buffers}
         combined = superposition(views)
 
+        # Classes that no expert was trained for get no probability.
         served = {column for choice in choices for column in choice.columns or range(self.classes)}
         hidden = torch.tensor([column not in served for column in range(self.classes)], device=self.device)
 
@@ -178,6 +183,8 @@ class Predictor:
         """Answer a batch: sum over experts of weight times the expert's probabilities."""
         choices = self._asked(task)
         batch = Experts(self, self.cast(x), choices)
+
+        # Without experts, the agent's own parameters answer alone.
         if not choices:
             columns = self.schedule.frame.tasks.get(task) if task is not None else None
             out = self.outputs(batch.params, batch.buffers, batch.x, task)
@@ -188,7 +195,7 @@ class Predictor:
 
     @torch.no_grad()
     def route(self, x: Tensor) -> tuple[Tensor, list[Key]]:
-        """The mapper's weights [B, experts] and the experts' keys, without the answers."""
+        """Return the mapper's weights [B, experts] and the experts' keys, without the answers."""
         choices = self.choices()
         if not choices:
             raise ConsilienceError(f"`route` needs a mapper and experts, and {self.agent!r} has none.")
@@ -196,7 +203,7 @@ class Predictor:
         return self._weights(batch, None), batch.keys
 
     def _asked(self, task: str | None) -> list[Choice]:
-        """The experts of a task, or all. Raises ConsilienceError for a task that nothing here is about."""
+        """Return the experts of a task, or all. Raises ConsilienceError for a task that does not exist."""
         choices, tasks = self.choices(), self.schedule.frame.tasks
         if task is None:
             return choices
@@ -208,11 +215,13 @@ class Predictor:
             if task not in known:
                 raise unknown("task", task, known, "the schedule's tasks")
 
+        # A task without an expert of its own is answered by all of them.
         own = [choice for choice in choices if choice.task == task]
         return own or choices
 
     def _weights(self, batch: Experts, task: str | None) -> Tensor:
-        """Weights [B, experts]: the mapper's, or equal ones where there is nothing to map."""
+        """Return weights [B, experts]: the mapper's, or equal ones where there is nothing to map."""
+        # A single expert needs no routing, unless the mapper may reject the input.
         mapper, count = self.method.mapper, len(batch.choices)
         if mapper is None or task is not None or (count == 1 and not mapper.rejects):
             shape = (len(batch.x), count)
@@ -234,13 +243,15 @@ class Experts:
     def __init__(self, predictor: Predictor, x: Tensor, choices: list[Choice]) -> None:
         self.predictor, self.x, self.choices = predictor, x, choices
         self.keys = [choice.key for choice in choices]
+
+        # A state may be kept on another device than predictions are made on.
         self.params = {name: p.to(predictor.device) for name, p in predictor.state.params.items()}
         self.buffers = {name: b.to(predictor.device) for name, b in predictor.state.buffers.items()}
         self._features: Tensor | None = None
         self._answers: dict[int, Tensor] = {}
 
     def features(self, other: Tensor | None = None) -> Tensor:
-        """The features [B, d] of the batch (computed once), or of other inputs."""
+        """Return the features [B, d] of the batch (computed once), or of other inputs."""
         model = self.predictor.model
         if other is not None:
             return model.features(self.params, self.buffers, self.predictor.cast(other))
@@ -249,7 +260,7 @@ class Experts:
         return self._features
 
     def probabilities(self) -> list[Tensor]:
-        """What each expert answers to the whole batch [B, classes of that expert]."""
+        """Return what each expert answers to the whole batch [B, classes of that expert]."""
         found = []
         for i, choice in enumerate(self.choices):
             if i not in self._answers:
@@ -259,7 +270,7 @@ class Experts:
         return found
 
     def answer(self, i: int, rows: Tensor | None) -> Tensor:
-        """What expert i answers to these rows (None: all), in the columns of the frame [rows, C]."""
+        """Return what expert i answers to these rows (None: all), in the columns of the frame [rows, C]."""
         choice, model, predictor = self.choices[i], self.predictor.model, self.predictor
         device, classes = predictor.device, predictor.classes
         entries = {name: tensor.to(device) for name, tensor in choice.entries.items()}
@@ -278,14 +289,17 @@ class Experts:
         own = probabilities(out, predictor.schedule.frame, choice.columns, width)
         if choice.where is None:
             return own
+
+        # Classes that the expert does not know get probability 0.
         aligned = own.new_zeros(len(x), classes)
         return aligned.index_add_(1, choice.where.to(aligned.device), own)
 
     def mixture(self, weights: Tensor) -> Tensor:
-        """sum_i weights[:, i] answer_i [B, C]. An expert is asked only about rows where its weight is positive."""
+        """Return sum_i weights[:, i] answer_i [B, C]."""
         shape, dtype = (len(self.x), self.predictor.classes), self.predictor.training.dtype
         result = torch.zeros(shape, device=self.predictor.device, dtype=dtype)
         for i in range(len(self.choices)):
+            # Mappers mostly choose one expert per input: an expert answers only rows where it has weight.
             kept, rows = self._answers.get(i), weights[:, i] > 0
             if bool(rows.all()):
                 result += weights[:, i : i + 1] * (self.answer(i, None) if kept is None else kept)

@@ -23,8 +23,8 @@ PLAIN = ("setting", "data", "method", "model", "metric", "seed", "costs", "curve
 class Result:
     """What a run found, over its repeats.
 
-    R = `matrices[r]` [stages + 1, sources] has the metric on each source's test data before training (row 0) and after
-    each stage, for repeat r. T is the last stage, and l_j the only stage that trains on source j.
+    R = `matrices[r]` [stages + 1, sources] has the metric on each source's test data before training (row 0)
+    and after each stage, for repeat r. T is the last stage, and l_j the only stage that trains on source j.
     """
 
     setting: str
@@ -46,13 +46,14 @@ class Result:
     curve: Sequence[Mapping[str, float]] = ()
     """Before training and after each stage of the first repeat: score, macs, bytes, seconds so far."""
     learning_curve: Sequence[Mapping[str, Any]] = ()
-    """Inside visits of the first repeat (`curve_steps`): agent, source, epoch, step in it, steps so far, score."""
+    """Inside visits of the first repeat: agent, source, epoch, step in it, steps so far, score."""
     client_drift: Sequence[Mapping[str, Any]] = ()
-    """With `judge_clients`: stage, agent, clients, and the fields of `metrics.client_drift`, for each time that an
-    agent of the first repeat received from two or more agents that had trained from its parameters."""
+    """With `judge_clients`: stage, agent, clients, and the fields of `metrics.client_drift`, for each time
+    that an agent of the first repeat received from two or more agents that trained from its parameters."""
     local: Sequence[Mapping[str, Any]] = ()
-    """With `judge_clients`, for each visit of the first repeat: stage, agent, and its own parameters' score on its own
-    test data and the mean over all others', before and after: own_before, own_after, others_before, others_after."""
+    """With `judge_clients`, for each visit of the first repeat: stage, agent, and the score of its parameters
+    on its own test data, and the mean over all others', before and after the visit: own_before, own_after,
+    others_before, others_after."""
     personal: Mapping[str, float] | None = None
     """With `judge_clients`: the last score of each client's own parameters on its own test data."""
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -93,7 +94,7 @@ class Result:
         """The score. Raises ConsilienceError if the metric is not accuracy."""
         if self.metric != "accuracy":
             raise ConsilienceError(
-                f"`accuracy` needs classification by accuracy, and the metric is {self.metric!r}; use `score`."
+                f"`accuracy` needs classification by accuracy, got metric {self.metric!r}; use `score`."
             )
         return self.score
 
@@ -105,7 +106,7 @@ class Result:
         return float(np.mean(stds))
 
     def worst(self, fraction: float = 0.1) -> float:
-        """The final mean over this fraction of the sources (at least one) with the lowest scores: how fair a federation is."""
+        """Return the final mean over the worst fraction of the sources: how fair a federation is."""
         if not 0 < fraction <= 1:
             raise ConsilienceError(f"`fraction` must be in (0, 1], got {fraction}.")
         return float(np.mean([worst(matrix[-1], fraction) for matrix in self.matrices]))
@@ -118,7 +119,7 @@ class Result:
         return [float(value) for value in self.matrix[:, stages.index(min(stages))]]
 
     def of_source(self, name: str) -> list[float]:
-        """The score on one source, before training and after each stage."""
+        """Return the score on one source, before training and after each stage."""
         if name not in self.sources:
             raise unknown("source", name, self.sources)
         return [float(value) for value in self.matrix[:, self.sources.index(name)]]
@@ -126,43 +127,43 @@ class Result:
     # Forgetting and transfer: None where no source allows it.
 
     def _mean(self, name: str) -> float | None:
-        """The mean over repeats of a field of `metrics.summary`."""
+        """Return the mean over repeats of a field of `metrics.summary`."""
         values = [summary(matrix, self.learned_at)[name] for matrix in self.matrices]
         found = [value for value in values if value is not None]
         return float(np.mean(found)) if found else None
 
     @property
     def forgetting(self) -> float | None:
-        """mean_j (max_{0 < i < T} R[i, j] - R[T, j]) over sources that one stage before the last trains on."""
+        """mean_j (max_{0 < i < T} R[i, j] - R[T, j]) over sources with l_j < T."""
         return self._mean("forgetting")
 
     @property
     def global_forgetting(self) -> float | None:
-        """mean_j (max_{0 < i < T} R[i, j] - R[T, j]) over all sources, also those that many stages train on."""
+        """mean_j (max_{0 < i < T} R[i, j] - R[T, j]) over all sources, whichever stages train on them."""
         values = [global_forgetting(matrix) for matrix in self.matrices]
         found = [value for value in values if value is not None]
         return float(np.mean(found)) if found else None
 
     @property
     def local_forgetting(self) -> float | None:
-        """What local training loses on others' data: the mean of others_before - others_after over `local`."""
+        """What a visit loses on others' data: the mean of others_before - others_after over `local`."""
         pairs = [(visit["others_before"], visit["others_after"]) for visit in self.local]
         lost = [before - after for before, after in pairs if before is not None and after is not None]
         return float(np.mean(lost)) if lost else None
 
     @property
     def backward_transfer(self) -> float | None:
-        """mean_j (R[T, j] - R[l_j, j]) over sources that one stage before the last trains on."""
+        """mean_j (R[T, j] - R[l_j, j]) over sources with l_j < T."""
         return self._mean("backward_transfer")
 
     @property
     def forward_transfer(self) -> float | None:
-        """mean_j (R[l_j - 1, j] - R[0, j]) over sources that one stage after the first trains on."""
+        """mean_j (R[l_j - 1, j] - R[0, j]) over sources with l_j > 1."""
         return self._mean("forward_transfer")
 
     @property
     def normalised(self) -> float | None:
-        """mean_j R[T, j] / R[l_j, j]: the fraction of the score after training that is left; None for "r2"."""
+        """mean_j R[T, j] / R[l_j, j]: the fraction of the score at l_j that is left; None for "r2"."""
         return None if self.metric == "r2" else self._mean("normalised")
 
     @property
@@ -178,20 +179,20 @@ class Result:
         return dict(self._agent().state.params)
 
     def predict(self, x: Tensor, task: str | None = None) -> Tensor:
-        """Class probabilities (or values) [B, classes] of the evaluated agent (first repeat)."""
+        """Return class probabilities (or values) [B, classes] of the evaluated agent (first repeat)."""
         return self._agent().predict(torch.as_tensor(x), task)
 
     def _agent(self) -> Agent:
         if self.agent is None:
             raise ConsilienceError(
-                "a result that was read from a folder has no parameters; resume the run (`resume=True`), which has."
+                "a result that was read from a folder has no parameters; resume its run (`resume=True`)."
             )
         return self.agent
 
     # JSON
 
     def to_json(self) -> dict[str, Any]:
-        """The content of result.json: the fields, and what follows from them, for other programs."""
+        """Return the content of result.json: the fields, and what follows from them, for other programs."""
         fields = {
             "setting": self.setting,
             "data": self.data,
@@ -238,7 +239,7 @@ class Result:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Self:
-        """A result from the content of result.json, also one that version 0.1 wrote."""
+        """Return a result from the content of result.json, also one that version 0.1 wrote."""
         content = renamed(content)
         try:
             mapper = content["mapper"]
@@ -256,12 +257,13 @@ class Result:
             )
         except (KeyError, TypeError, ValueError) as e:
             raise ConsilienceError(
-                f"result.json must have the keys of a result, and one is missing or wrong: {e}; run again to write it."
+                f"result.json must have the keys of a result, and one is missing or wrong: {e}; "
+                "run again to write it."
             ) from e
 
 
 def renamed(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of result.json with the keys of 0.2, whichever version wrote it.
+    """Return the content of result.json with the keys of 0.2, whichever version wrote it.
 
     >>> renamed({"drift": [], "costs": {"by_agent": {"server": {"macs": 3, "absorbing": 2}}}})
     {'costs': {'by_agent': {'server': {'macs': 3, 'receiving': 2}}}, 'client_drift': []}

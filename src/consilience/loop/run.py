@@ -40,7 +40,8 @@ def begin(
 
 
 def drive(sessions: Sequence[Session], engine: Engine) -> None:
-    """Run all trials that have not ended: side by side if the engine stacks visits, else one after another."""
+    """Run all trials that have not ended, side by side if the engine stacks visits."""
+    # Memory that a step frees is used by the next, instead of given back to the system.
     keep_memory()
     trials = [trial for session in sessions for trial in session.trials if trial.result is None]
     groups = [trials] if engine.stacks else [[trial] for trial in trials]
@@ -75,7 +76,8 @@ def _drive_together(trials: Sequence[Trial], engine: Engine) -> None:
 
 
 def joined(requests: Sequence[TrainRequest]) -> EngineEvents:
-    """The events of several trials whose visits are run together."""
+    """Return the events of several trials whose visits are run together."""
+    # Agents of different trials may have the same name, so identity distinguishes them.
     own = {id(visit.agent): request.events for request in requests for visit in request.visits}
 
     def tick(_: Job | None) -> None:

@@ -52,6 +52,7 @@ class Session:
 
     def open(self) -> None:
         """Open the folder: start it, or continue from its checkpoint."""
+        # Loaded before anything is written: a refused resume leaves the folder as it was.
         self.fingerprint = fingerprint(self.setup, self.metric, self.options)
         resume = self.options.resume
         if resume:
@@ -62,12 +63,13 @@ class Session:
         self.log.write({"event": "begin", "versions": versions(self.engine)})
 
     def tick(self, trial: Trial, job: Job | None) -> None:
-        """After every step, and (without a job) after phases and groups of agents: save when due, stop when asked to."""
+        """Save if due, and stop if asked: after every step, and (without a job) after phases."""
         options, steps = self.options, trial.ledger.steps
         self.ran += job is not None
         if job is not None and options.curve_steps is not None and steps % options.curve_steps == 0:
             trial.judge.add_curve_point(job)
 
+        # Steps and seconds are counted over all trials, which may run side by side.
         every = options.checkpoint_steps
         due = every is not None and job is not None and steps % every == 0
         late = self.log.out is not None and time.monotonic() - self._saved > options.checkpoint_seconds
@@ -87,6 +89,7 @@ class Session:
         if self.log.out is None:
             return
 
+        # One checkpoint for all seeds: it is there completely, or the one before is.
         tensors: dict[str, Tensor] = {}
         trials: dict[str, Any] = {}
         for other in self.trials:
@@ -125,23 +128,27 @@ class Session:
                 name, before, now = f"{name}.{differs}", before.get(differs), now[differs]
             if before != now:
                 raise ConsilienceError(
-                    f"a run resumes with the configuration it began with, and `{name}` was {before} and is {now} "
-                    "now; use the first, or another folder."
+                    f"a run resumes with the configuration it began with, and `{name}` was {before} "
+                    f"and is {now} now; use the first, or another folder."
                 )
 
     def _rewind(self) -> None:
         """Drop the log's lines of what will be done again, and log where the run continues."""
         begun = [trial for trial in self.trials if trial.begun]
         self.log.rewind({trial.repeat: len(trial.judge.rows) for trial in begun})
+
+        # The first that has not ended says where the run continues.
         now = next((trial for trial in begun if trial.result is None), (begun or self.trials)[-1])
         place = {"repeat": now.repeat, "stage": len(now.judge.rows), "steps": now.ledger.steps}
         self.log.write({"event": "resume", **place})
 
     def end(self) -> Result:
-        """The result of all trials; written as result.json."""
+        """Return the result of all trials; written as result.json."""
         first, setup = self.trials[0], self.setup
         done = [trial.result for trial in self.trials if trial.result is not None]
         model, learned_at = setup.model, setup.facts.learned_at.values()
+
+        # Lists of records are those of the first repeat: others may have other stages.
         mapper = None
         if done[0]["mapper"] is not None:
             mapper = np.array([found["mapper"] for found in done], dtype=float)
@@ -175,15 +182,17 @@ class Session:
 
 
 def mean_costs(done: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The means of costs over trials, and the costs by agent of the first."""
+    """Return the means of costs over trials, and the costs by agent of the first."""
     costs = [found["costs"] for found in done]
     mean = {name: sum(c[name] for c in costs) / len(costs) for name in ("macs", "bytes", "steps", "seconds")}
+
+    # Seconds may be fractions; the others are counts.
     whole = {name: int(value) for name, value in mean.items() if name != "seconds"}
     return {**whole, "seconds": round(mean["seconds"], 3), "by_agent": costs[0]["by_agent"]}
 
 
 def mean_personal(done: Sequence[Mapping[str, Any]]) -> dict[str, float] | None:
-    """The mean over trials of each client's last score; None without any."""
+    """Return the mean over trials of each client's last score; None without any."""
     scores: dict[str, list[float]] = {}
     for found in done:
         for name, score in found["personal"].items():
@@ -193,13 +202,13 @@ def mean_personal(done: Sequence[Mapping[str, Any]]) -> dict[str, float] | None:
 
 
 def of_repeat(tensors: Mapping[str, Tensor], repeat: int) -> dict[str, Tensor]:
-    """The tensors of one trial of a checkpoint."""
+    """Return the tensors of one trial of a checkpoint."""
     prefix = f"{repeat}|"
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
 def saved_agents(out: str | Path) -> dict[str, State]:
-    """The states of the agents that a run's folder keeps of its first seed; none without a checkpoint."""
+    """Return the states of agents (first seed) in a run's folder; none without a checkpoint."""
     found = Log(Path(out)).last()
     if found is None or "0" not in found.facts["trials"]:
         return {}

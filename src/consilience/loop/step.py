@@ -1,4 +1,4 @@
-"""The step: a function of tensors, built once per visit from those verbs of the corrections that are overridden."""
+"""The step: a function of tensors, built once per visit from the verbs that corrections override."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ Pairs = Sequence[tuple[Correction, Context]]
 
 @dataclass(eq=False)
 class Carry:
-    """What moves from step to step: trainable parameters [n], buffers, the optimiser's state. Traces are in the contexts."""
+    """What moves from step to step: trainable parameters [n], buffers, and the optimiser's state.
+
+    Traces move too; each is in the context of its correction.
+    """
 
     theta: Tensor
     buffers: Params
@@ -58,8 +61,8 @@ class Step:
     """One visit's step over parameters theta [n].
 
     It forwards all parts, aggregates the gradients of all objectives, adds those of penalties, and updates:
-    g = A(grad of each objective) + grad(penalties); theta' = theta + U(g). After the optimiser, entries that are
-    masked, or that no objective reaches, are as they were.
+    g = A(grad of each objective) + grad(penalties); theta' = theta + U(g). Entries that are masked, or that
+    no objective reaches, are afterwards as they were.
     """
 
     model: Model
@@ -78,10 +81,13 @@ class Step:
     absent: list[str] = field(default_factory=list, init=False)
     """The entries that no objective of the last step reaches."""
     bound: Forward | None = field(default=None, init=False)
-    """The model over `leaves` in training mode; bound once, since a functional call per step costs a quarter more."""
+    """The model over `leaves` in training mode."""
 
     def __post_init__(self) -> None:
         self.optimiser: Optimiser = self.training.inner()
+
+        # A verb that is not overridden, or of an inactive correction, costs nothing in a step.
+        # Traces go on regardless: a later visit may read them.
         self.by_verb = {
             verb: [
                 (c, ctx)
@@ -103,6 +109,8 @@ class Step:
                 self.shared[layout.span(name)] = False
         self.all_shared = bool(self.shared.all())
         self.factors = self.training.factors(layout)
+
+        # Copied, because steps update buffers in place.
         self.start_buffers = {name: buffer.clone() for name, buffer in self.carry.buffers.items()}
         self._columns: dict[str, Tensor] = {}
 
@@ -141,13 +149,14 @@ class Step:
         return {name: p.detach().requires_grad_() for name, p in self.layout.split(self.carry.theta).items()}
 
     def autocast(self) -> AbstractContextManager[object]:
-        """The precision of forward passes."""
+        """Return the precision of forward passes."""
         if self.training.precision == "bf16":
             return torch.autocast(self.layout.device.type, dtype=torch.bfloat16)
         return nullcontext()
 
     def columns(self, task: str) -> Tensor:
-        """Which output columns [C] belong to a task."""
+        """Return which output columns [C] belong to a task."""
+        # Kept, because steps ask for the same few tasks again and again.
         if task not in self._columns:
             own = torch.zeros(self.model.outputs, dtype=torch.bool, device=self.layout.device)
             own[list(self.frame.tasks[task])] = True
@@ -155,16 +164,18 @@ class Step:
         return self._columns[task]
 
     def forward(self, x: Tensor, task: str | None) -> Tensor:
-        """The outputs [B, C] in training mode."""
+        """Return the outputs [B, C] in training mode."""
         if self.by_verb["view"]:
             return self.seen(x, task)
+
+        # Bound once: a functional call in every step costs a quarter more.
         if self.bound is None:
             params = {**self.fixed, **self.leaves}
             self.bound, self.carry.buffers = self.model.bind(params, self.carry.buffers, True)
         return self.bound(x, task)
 
     def seen(self, x: Tensor, task: str | None) -> Tensor:
-        """The outputs [B, C] in training mode, through the views of corrections."""
+        """Return the outputs [B, C] in training mode, through the views of corrections."""
         params: Params = {**self.fixed, **self.leaves}
         for correction, ctx in self.by_verb["view"]:
             params = correction.view(params, task, ctx)
@@ -172,13 +183,14 @@ class Step:
         return out
 
     def forward_all(self, parts: list[Batch]) -> list[Tensor]:
-        """The outputs of every part; parts that the model treats alike go through it together.
+        """Return the outputs of every part; parts that the model treats alike go through it together.
 
-        Those of a constraint go alone: its gradient is a backward pass of its own, through its own samples only.
+        Those of a constraint go alone: its gradient is another backward pass, through its own samples only.
         """
         if len(parts) == 1:
             return [self.forward(parts[0].x, parts[0].task)]
 
+        # One forward pass of many samples is faster than one per part.
         by_task = self.model.uses_task or bool(self.by_verb["view"])
         groups: dict[tuple[str | None, int], list[int]] = {}
         for i, part in enumerate(parts):
@@ -196,7 +208,8 @@ class Step:
         return outputs
 
     def outputs(self, parts: list[Batch], clock: tuple[int, int]) -> tuple[list[Tensor], list[Tensor]]:
-        """The outputs of all parts, before and after task masks."""
+        """Return the outputs of all parts, before and after task masks."""
+        # `view` is called without a StepView, so it reads the clock from its context.
         for _, ctx in self.by_verb["view"]:
             ctx.clock, ctx.horizon = clock, self.horizon
         with self.autocast():
@@ -204,6 +217,7 @@ class Step:
         if self.training.precision == "bf16":
             raw = [out.to(self.layout.dtype) for out in raw]
 
+        # Columns of other tasks take no part in the loss of a sample with a task.
         masked = []
         for out, part in zip(raw, parts, strict=True):
             if part.task is not None and self.frame.kind == "class" and part.task in self.frame.tasks:
@@ -218,12 +232,12 @@ class Step:
         return model.bind(params, self.start_buffers, False)[0]
 
     def before(self, x: Tensor, task: str | None) -> Tensor:
-        """The outputs [B, C] of the model as it was before this visit, without gradient."""
+        """Return the outputs [B, C] of the model as it was before this visit, without gradient."""
         with torch.no_grad(), self.autocast():
             return self._before(x, task).to(x.dtype if x.is_floating_point() else self.start.dtype)
 
     def features(self, x: Tensor, task: str | None, before: bool = False) -> Tensor:
-        """The features [B, d] in eval mode; with `before`, of the model before this visit, without gradient."""
+        """Return features [B, d] in eval mode; with `before`, those before this visit, without gradient."""
         params: Params = {**self.fixed, **(self.layout.split(self.start) if before else self.leaves)}
         model = Viewed.of(self.model, self.by_verb["view"])
         buffers = self.start_buffers if before else self.carry.buffers
@@ -231,7 +245,7 @@ class Step:
             return model.features(params, buffers, x, task).to(self.layout.dtype)
 
     def now(self, x: Tensor, task: str | None) -> Tensor:
-        """The outputs [B, C] with the present parameters, in eval mode."""
+        """Return the outputs [B, C] with the present parameters, in eval mode."""
         params = {**self.fixed, **self.layout.split(self.carry.theta)}
         return Viewed.of(self.model, self.by_verb["view"])(params, self.carry.buffers, x, task, False)[0]
 
@@ -243,9 +257,10 @@ class Step:
         raw: list[Tensor],
         outputs: list[Tensor],
     ) -> StepView:
-        """What the verbs of a step may see."""
+        """Return what the verbs of a step may see."""
 
         def answer(part: int, task: str | None) -> Tensor:
+            # Most models answer alike for every task, and their outputs are there already.
             if task == parts[part].task or not (self.model.uses_task or self.by_verb["view"]):
                 return raw[part]
             with self.autocast():
@@ -269,7 +284,8 @@ class Step:
     # Objectives and their gradients
 
     def objectives(self, see: StepView) -> Objectives:
-        """The loss of each part that has a weight, and the rows of corrections."""
+        """Return the loss of each part that has a weight, and the rows of corrections."""
+        # Parts without a weight share 1. A part of weight 0 is forwarded for a correction only.
         share = 1 / max(1, sum(part.weight is None for part in see.parts))
         found = Objectives([], [], [])
         for loss, part in zip(self.part_losses(see, self.frame.kind), see.parts, strict=True):
@@ -288,7 +304,7 @@ class Step:
         return found
 
     def part_losses(self, see: StepView, kind: str) -> list[Tensor]:
-        """The mean loss of each part."""
+        """Return the mean loss of each part."""
         pairs = list(zip(see.outputs, see.parts, strict=True))
         if not self.by_verb["losses"]:
             return [mean_loss(out, part, kind) for out, part in pairs]
@@ -299,7 +315,7 @@ class Step:
         return [part.mean(each[i]) for i, part in enumerate(see.parts)]
 
     def gradient(self, loss: Tensor, keep: bool) -> tuple[Tensor, list[str]]:
-        """The gradient [n] of a scalar, and the entries that it does not reach; `keep` keeps the graph."""
+        """Return the gradient [n] of a scalar, and the entries out of its reach; `keep` keeps the graph."""
         layout = self.layout
         if not loss.requires_grad:  # for example the answer of an earlier task through its own mask
             return torch.zeros(layout.size, dtype=layout.dtype, device=layout.device), list(layout.names)
@@ -316,8 +332,10 @@ class Step:
     def _aggregate(
         self, objectives: Objectives, factor: Tensor | None, generator: torch.Generator | None
     ) -> tuple[Tensor, list[str]]:
-        """The aggregated gradient [n], and the entries that no objective reaches."""
+        """Return the aggregated gradient [n], and the entries that no objective reaches."""
         aggregator = self.aggregator
+
+        # A weighted sum needs one backward pass, other aggregators one per objective.
         sums = isinstance(aggregator, Linear) and not aggregator.needs_gram
         if aggregator is None or sums or len(objectives.losses) == 1:
             grad, absent = self._summed(objectives, factor)
@@ -328,7 +346,7 @@ class Step:
         return grad, absent
 
     def _summed(self, objectives: Objectives, factor: Tensor | None) -> tuple[Tensor, list[str]]:
-        """The gradient of the weighted sum: one backward pass."""
+        """Return the gradient of the weighted sum: one backward pass."""
         losses, weights = objectives.losses, objectives.weights
         if isinstance(self.aggregator, Linear) and len(losses) > 1:
             given = torch.tensor(weights, dtype=torch.float64)
@@ -347,27 +365,32 @@ class Step:
         factor: Tensor | None,
         generator: torch.Generator | None,
     ) -> tuple[Tensor, list[str]]:
-        """The gradients of all objectives, one backward pass each, combined by the aggregator."""
+        """Return the gradients of all objectives, one backward pass each, combined by the aggregator."""
         losses, last = objectives.losses, len(objectives.losses) - 1
         more = bool(objectives.constraints)
         pairs = [self.gradient(loss, keep=i < last or more) for i, loss in enumerate(losses)]
         rows = torch.stack([grad for grad, _ in pairs])
         rows = rows if factor is None else rows * factor
+
+        # An entry moves if any objective reaches it.
         absent = [name for name in pairs[0][1] if all(name in missing for _, missing in pairs)]
         if self.all_shared:
             return aggregator(rows, objectives.weights, generator), absent
 
+        # Entries of single tasks are summed by weight: there is nothing to aggregate.
         grad = torch.tensor(objectives.weights, dtype=rows.dtype, device=rows.device) @ rows
         grad[self.shared] = aggregator(rows[:, self.shared], objectives.weights, generator)
         return grad, absent
 
     def _projected(self, grad: Tensor, constraints: list[Tensor], factor: Tensor | None) -> Tensor:
-        """The gradient nearest to this one that increases no constraint's loss."""
+        """Return the gradient nearest to this one that increases no constraint's loss."""
         if not isinstance(self.aggregator, Cone):
             raise Refusal(
                 "constraint rows need a cone as step aggregator, such as aggregators.gem, "
                 f"got {type(self.aggregator).__name__}."
             )
+
+        # The last backward pass frees the graph.
         last = len(constraints) - 1
         each = [self.gradient(loss, keep=i < last)[0] for i, loss in enumerate(constraints)]
         rows = torch.stack(each) if len(each) > 1 else each[0][None]
@@ -376,7 +399,7 @@ class Step:
     # Penalties, masks, and entries without gradient
 
     def penalty_gradients(self, see: StepView) -> tuple[list[tuple[Tensor, float]], Pairs]:
-        """Gradients of penalties in closed form, as vectors [n] with factors; and the corrections left to autograd."""
+        """Return penalty gradients in closed form (vectors [n], factors), and who is left to autograd."""
         known: list[tuple[Tensor, float]] = []
         left: list[tuple[Correction, Context]] = []
         for correction, ctx in self.by_verb["penalty"]:
@@ -390,17 +413,18 @@ class Step:
 
     @staticmethod
     def penalty(see: StepView, penalties: Pairs) -> Tensor:
-        """The sum of penalties: a function of `see.theta`."""
+        """Return the sum of penalties: a function of `see.theta`."""
         return sum((c.penalty(see, ctx) for c, ctx in penalties), start=see.theta.new_zeros(()))
 
     def _penalised(self, grad: Tensor, see: StepView) -> Tensor:
-        """grad + the gradient of the penalties. `grad` itself is unchanged if a trace reads it."""
+        """Add the gradient of the penalties to `grad`. `grad` itself is unchanged if a trace reads it."""
         known, left = self.penalty_gradients(see)
         in_place = not self.by_verb["trace"]
         if left:
             leaf = see.theta.detach().requires_grad_()
             value = self.penalty(replace(see, theta=leaf), left)
-            if value.requires_grad:  # a penalty may be constant, as at a first visit with nothing to compare with
+            # A penalty may be constant, as at a first visit with nothing to compare with.
+            if value.requires_grad:
                 grad = grad + torch.autograd.grad(value, leaf)[0]
                 in_place = True
         for vector, scale in known:
@@ -409,7 +433,7 @@ class Step:
         return grad
 
     def _mask(self, see: StepView) -> Tensor | None:
-        """The product of all masks [n], or None."""
+        """Return the product of all masks [n], or None."""
         factor: Tensor | None = None
         for correction, ctx in self.by_verb["mask"]:
             mask = correction.mask(see, ctx)
@@ -417,11 +441,13 @@ class Step:
         return factor
 
     def _hold(self, direction: Tensor, state: OptimiserState, old: Mapping[str, Tensor]) -> Tensor:
-        """Keep absent entries, and the optimiser's state of them: momentum must not move what has no gradient."""
+        """Keep absent entries, and the optimiser's state of them: momentum must not move them."""
         held = direction.clone()
         for name in self.absent:
             span = self.layout.span(name)
             held[span] = 0
+
+            # State of other shapes, such as a step count, belongs to no entry.
             for key, value in state.items():
                 if value.shape == held.shape and key in old:
                     value[span] = old[key][span]

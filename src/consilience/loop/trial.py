@@ -1,7 +1,7 @@
 """The main loop, in every setting: the phases of a schedule in order, for one seed.
 
-Train: agents visit their sources, as loop/agent.py and an engine do it. Exchange: senders' messages reach receivers.
-Evaluate: the evaluated agent is scored, by loop/judge.py.
+Train: agents visit their sources; loop/agent.py prepares and finishes a visit, an engine runs its steps.
+Exchange: messages of senders reach receivers. Evaluate: loop/judge.py scores the evaluated agent.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Trial:
     write: Callable[[Mapping[str, Any]], None]
     """Writes a line of the log."""
     tick: Callable[[Trial, Job | None], None]
-    """Called after every step (with its job), phase and group of agents; it may save, and raise Interrupted."""
+    """Called after every step (with its job), phase and group of agents; it may raise Interrupted."""
     save: Callable[[Trial], None]
     phase: int = 0
     """Phases that are done."""
@@ -78,11 +78,13 @@ class Trial:
         return self.agents[self.setup.schedule.evaluated]
 
     def steps(self) -> Iterator[TrainRequest]:
-        """The main loop. It yields what is to be trained, and goes on when an engine has done it."""
+        """Run the main loop: yield what is to be trained, and go on when an engine has done it."""
         schedule = self.setup.schedule
         self.ledger.start_clock()
         paused = self._restore()
         self.begun = True
+
+        # Row 0 of every matrix is before any training.
         if not self.judge.rows:
             self.judge.evaluate("start")
             self.save(self)
@@ -102,9 +104,12 @@ class Trial:
             else:
                 self.judge.judge_clients(phase)
                 self.judge.evaluate(phase.name)
+
+            # Counted before the tick, which may save: a resumed trial must not repeat the phase.
             self.phase, self.finished = i + 1, 0
             self._tick(None)
 
+        # Saved once more, so that a run of several seeds resumes after this one.
         self.result = self.judge.result() | {"costs": self.ledger.costs()}
         self.save(self)
 
@@ -115,10 +120,14 @@ class Trial:
     # Train
 
     def train(self, phase: Train, paused: Paused | None) -> Iterator[TrainRequest]:
-        """Let agents train on their sources, side by side; those that were done before an interruption are left out."""
+        """Let agents train on their sources, but for those that were done before an interruption."""
         done = self.finished
         todo = list(phase.who.items())[done:]
+
+        # States are immutable, so that keeping one needs no copy.
         before = {name: self.agents[name].state for name, _ in todo} if phase.least is not None else {}
+
+        # An agent that trains again may recover from its failure.
         if not done:
             self.failed = {name: why for name, why in self.failed.items() if name not in phase.who}
 
@@ -137,17 +146,19 @@ class Trial:
             self.save(self)
             reasons = "; ".join(f"{name!r}: {why}" for name, why in failed.items())
             raise ConsilienceError(
-                f"at least {phase.least} agents must finish a round, and {len(phase.who) - len(failed)} did: {reasons}."
+                f"at least {phase.least} agents must finish a round, and {len(phase.who) - len(failed)} did: "
+                f"{reasons}."
             )
         self.judge.after_visits(phase, self.failed)
 
     def _events(self, phase: Train) -> EngineEvents:
-        """What an engine calls while it trains the agents of a phase."""
+        """Return what an engine calls while it trains the agents of a phase."""
 
         def done(agent: Agent) -> None:
             self.finished, self.job = self.finished + 1, None
 
         def fail(agent: Agent, why: Exception) -> None:
+            # Without a minimum, a failure stops the run; it resumes when the cause is mended.
             if phase.least is None:
                 why.add_note(f"while {agent.name!r} trained on {', '.join(phase.who[agent.name])}")
                 raise why
@@ -164,6 +175,7 @@ class Trial:
 
     def exchange(self, phase: Exchange) -> None:
         """Pass messages from senders to receivers. All are sent before any is received."""
+        # Nobody gets what another received in this very exchange.
         sent = {name: self._sent(name, senders) for name, senders in phase.who.items()}
         for name, messages in sent.items():
             agent, senders = self.agents[name], phase.who[name]
@@ -181,13 +193,15 @@ class Trial:
             self.failed.pop(name, None)
 
     def _sent(self, receiver: str, senders: tuple[str, ...]) -> list[Message]:
-        """The messages that a receiver lacks, from these senders in turn."""
+        """Return the messages that a receiver lacks, from these senders in turn."""
         receipts, found = self.agents[receiver].receipts(), []
         for sender in senders:
             if sender in self.failed:
                 continue
             request = len(json.dumps(receipts))
             messages = self.agents[sender].send(receipts)
+
+            # The request travels too, and counts; what an agent keeps for itself does not.
             if sender != receiver:
                 self.ledger.transfer(receiver, sender, request)
                 messages = [self.wire.carry(message, sender, receiver) for message in messages]
@@ -205,6 +219,7 @@ class Trial:
 
     def free_agents(self) -> None:
         """Free the agents of a trial that has ended, but for the evaluated agent of the first repeat."""
+        # `Result.agent` is that agent.
         kept = self.agent if self.repeat == 0 else None
         self.agents.clear()
         if kept is not None:
@@ -213,9 +228,11 @@ class Trial:
     # Checkpoints
 
     def kept(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """All that a checkpoint keeps: tensors, and facts that JSON can hold."""
+        """Return all that a checkpoint keeps: tensors, and facts that JSON can hold."""
         tensors: dict[str, Tensor] = {}
         agents: dict[str, Any] = {}
+
+        # Names may contain any character, so keys are escaped pairs.
         for name, agent in self.agents.items():
             held, agents[name] = encode_state(agent.state)
             tensors |= {pair(name, key): tensor for key, tensor in held.items()}
@@ -242,6 +259,8 @@ class Trial:
         for name in ("phase", "finished", "failed", "result"):
             setattr(self, name, facts[name])
         self.judge.resume(facts["judge"])
+
+        # The loop of a trial that has ended does not start again, but its agent is asked for.
         if self.result is not None and facts["agents"]:
             self._restore()
 
@@ -262,7 +281,7 @@ class Trial:
 def agent_states(
     tensors: Mapping[str, Tensor], facts: Mapping[str, Any], device: str = "cpu"
 ) -> dict[str, State]:
-    """The states of the agents that `Trial.kept` kept, on a device."""
+    """Return the states of the agents that `Trial.kept` kept, on a device."""
     owned, states = by_owner(tensors), {}
     for name, held in facts["agents"].items():
         own = {key: tensor.to(device) for key, tensor in owned.get(name, {}).items()}
@@ -271,7 +290,7 @@ def agent_states(
 
 
 def by_owner(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """The tensors of each agent, and of the job, from the names that `Trial.kept` gives them."""
+    """Return the tensors of each agent, and of the job, from the names that `Trial.kept` gives them."""
     found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         owner, name = unpair(key)

@@ -532,7 +532,7 @@ def test_an_interrupt_saves_and_says_how_to_go_on(tmp_path, parts):
         ({"model": cs.models.mlp(10, (8,), 10)}, "samples must fit the model's input, got (64,)"),
         ({"model": cs.models.mlp(64, (8,), 3)}, "an output for each of the 4 classes, got 3"),
         ({"repeats": 0}, "`repeats` must be an integer >= 1, got 0"),
-        ({"engine": "seriel"}, "`engine` must be one of the catalogue's, got 'seriel'; nearest: serial"),
+        ({"engine": "seriel"}, "`engine` must be one of serial, batched, ray, auto, got 'seriel'"),
         ({"checkpoint_steps": 0}, "`checkpoint_steps` must be >= 1 or None, got 0"),
         ({"metric": "r2"}, "`metric` must be accuracy or auroc for targets of kind 'class', got 'r2'"),
         ({"resume": True}, "`resume` needs a folder with a checkpoint, and None has none"),
@@ -674,10 +674,10 @@ def test_a_metric_that_is_undefined_somewhere_is_left_out(tmp_path):
         (lambda s: cs.settings.continual(s[0]), "sources must come in a list"),
         (lambda s: cs.settings.federated_continual(s[:2]), "sources must come in a list"),
         (lambda s: cs.settings.continual([(1, 2)]), "a source must be made by consilience.data"),
-        (lambda s: cs.run(cs.settings.continual(s), "er"), "`method` must be made by consilience.methods"),
+        (lambda s: cs.run(cs.settings.continual(s), "er"), "`method` must be a Method"),
         (
             lambda s: cs.run(cs.settings.continual(s), cs.methods.er),
-            "`method` must be made by consilience.methods",
+            "`method` must be a Method",
         ),
         (
             lambda s: cs.run(cs.methods.er(), cs.settings.continual(s)),

@@ -557,7 +557,7 @@ def test_fairness_and_forgetting_of_a_matrix():
     assert result.spread == pytest.approx(np.std([0.8, 0.4, 0.5, 0.3]))
     assert result.forgetting is None and result.global_forgetting == pytest.approx((0.1 + 0.2 + 0 + 0.1) / 4)
     assert global_forgetting(m[:2]) is None
-    with pytest.raises(cs.ConsilienceError, match=r"`fraction` should be in \(0, 1\]. Found `fraction = 0`"):
+    with pytest.raises(cs.ConsilienceError, match=r"`fraction` must be in \(0, 1\], got 0"):
         result.worst(0)
     once = go(cs.settings.continual([A, B, E], "domain"), cs.methods.finetune())
     assert once.forgetting is not None and once.global_forgetting is not None

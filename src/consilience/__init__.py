@@ -70,6 +70,7 @@ if TYPE_CHECKING:
     from consilience.core.schedule import Exchange as Exchange
     from consilience.core.schedule import Expert as Expert
     from consilience.core.schedule import Schedule as Schedule
+    from consilience.core.schedule import ScheduleFacts as ScheduleFacts
     from consilience.core.schedule import Train as Train
     from consilience.core.source import LabelFrame as LabelFrame
     from consilience.core.source import Source as Source

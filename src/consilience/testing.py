@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import difflib
 import inspect
 import json
 import math
@@ -26,7 +27,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,12 @@ from torch import Tensor
 
 import consilience as cs
 from consilience.core.aggregator import Aggregator
+from consilience.core.batch import Batch
 from consilience.core.consolidator import Consolidator
+from consilience.core.contexts import Begun, Context, Row, StepView
 from consilience.core.correction import Correction, Mapper, overrides
-from consilience.core.errors import ConsilienceError, Refusal
-from consilience.core.message import Message
+from consilience.core.errors import ConsilienceError, Refusal, kind_of
+from consilience.core.message import Message, Module, Private, Samples, Statistics, Weights
 from consilience.core.method import Method
 from consilience.core.model import Model
 from consilience.core.params import pack, unpack
@@ -206,7 +209,7 @@ def own_verbs(correction: Correction) -> list[str]:
 
 
 def check_written(part: Part) -> None:
-    """A part is a frozen dataclass that compares, with a docstring."""
+    """Check that a part is a frozen dataclass that compares, has a docstring, and spells its verbs right."""
     kind = type(part)
     if kind is Method:
         return
@@ -216,30 +219,182 @@ def check_written(part: Part) -> None:
     doc = inspect.cleandoc(vars(kind).get("__doc__") or "")
     generated = doc.startswith(f"{kind.__name__}(")
     assert doc and not generated, f"{kind.__name__} must have a docstring of its own"
-    assert doc.split("\n\n")[0].endswith("."), f"the docstring of {kind.__name__} must begin with a sentence"
+    assert doc.split("\n\n")[0].endswith("."), (
+        f"the docstring of {kind.__name__} must begin with a sentence that ends with a period"
+    )
     same = dataclasses.replace(part)  # type: ignore[type-var]
     assert same == part and hash(same) == hash(part), f"equal objects of {kind.__name__} must be equal"
+    if isinstance(part, Correction):
+        check_spelt(part)
+
+
+def check_spelt(correction: Correction) -> None:
+    """Check that a correction overrides a verb, and that no name is a near miss of a verb or class attribute."""
+    kind = type(correction)
+    fields = {f.name for f in dataclasses.fields(correction)}  # type: ignore[arg-type]
+    known = {name for name in vars(Correction) if not name.startswith("_")} | {"route", "rejects"}
+    for name in vars(kind):
+        if not name.startswith("_") and name not in known | fields:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
+            assert not near, (
+                f"{kind.__name__}.{name} is no verb or class attribute; did you mean `{near[0]}`?"
+            )
+    own = own_verbs(correction)
+    assert own, f"{kind.__name__} overrides no verb, so it can never act"
+    assert "penalty" in own or "penalty_gradient" not in own, (
+        f"{kind.__name__} overrides `penalty_gradient`, but not the `penalty` that it is the gradient of"
+    )
+    strange = sorted(set(correction.neutral) - fields)
+    assert not strange, (
+        f"`neutral` of {kind.__name__} must name fields of the class, got {', '.join(strange)}"
+    )
 
 
 def check_pure_verbs(correction: Correction, run: Callable[[], object]) -> set[str]:
-    """No verb that a run calls changes its arguments; returns the verbs that were called."""
+    """Check that no verb that a run calls changes its arguments; return the verbs that were called."""
     called: set[str] = set()
-    kind = type(correction)
 
-    def watched(verb: str) -> Callable[..., Any]:
-        function = getattr(kind, verb)
-
+    def watched(verb: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             before = bits([*args, kwargs])
             result = function(*args, **kwargs)
-            assert bits([*args, kwargs]) == before, f"{kind.__name__}.{verb} changes its arguments"
+            name = f"{type(args[0]).__name__}.{verb}"
+            assert bits([*args, kwargs]) == before, f"{name} changes its arguments"
             called.add(verb)
             return result
 
         return call
 
-    _with_replaced([(kind, verb, watched(verb)) for verb in own_verbs(correction)], run)
+    _with_replaced(_changes(correction, watched), run)
     return called
+
+
+def check_returns(
+    correction: Correction,
+    run: Callable[[], Any],
+    returned: Callable[[str, Any], None] | None = None,
+) -> Any:
+    """Run, and check that verbs return what they must; a fault in a verb is raised with its name.
+
+    `returned(verb, result)` is called after each verb. Returns what `run` returns.
+    """
+
+    def typed(verb: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            name = f"{type(args[0]).__name__}.{verb}"
+            try:
+                result = function(*args, **kwargs)
+            except (ConsilienceError, AssertionError):
+                raise
+            except Exception as error:
+                hint = ""
+                if any(isinstance(a, Context) and a.recalled is None for a in args):
+                    hint = (
+                        "; nothing is recalled in this visit: declare `needs_history` or `needs_revisits`, "
+                        "or allow for None"
+                    )
+                raise AssertionError(f"{name} raises {type(error).__name__}: {error}{hint}") from error
+            fits, wanted = RETURNS[verb]
+            got = (
+                f"{type(result).__name__} {tuple(result.shape)}"
+                if isinstance(result, Tensor)
+                else kind_of(result)
+            )
+            assert fits(result, args), f"{name} must return {wanted}, got {got}"
+            if verb == "penalty_gradient" and result is not None:
+                _check_gradient(name, function, *args)
+            if returned is not None:
+                returned(verb, result)
+            return result
+
+        return call
+
+    found: list[Any] = []
+    _with_replaced(_changes(correction, typed), lambda: found.append(run()))
+    return found[0]
+
+
+def _changes(
+    correction: Correction, wrapped: Callable[[str, Callable[..., Any]], Callable[..., Any]]
+) -> list[tuple[Any, str, Any]]:
+    """The verbs of a correction to replace, each in the class that defines it: `knows_gradient` reads where."""
+    found = []
+    for verb in own_verbs(correction):
+        owner = next(kind for kind in type(correction).__mro__ if verb in vars(kind))
+        found.append((owner, verb, wrapped(verb, vars(owner)[verb])))
+    return found
+
+
+def _check_gradient(
+    name: str, function: Callable[..., Any], correction: Correction, step: StepView, ctx: Context
+) -> None:
+    """Check that `penalty_gradient` is the gradient of `penalty`, by autograd."""
+    # Not at theta itself: at the start of a visit a penalty may be flat, and only rounding would be compared.
+    noise = torch.randn(step.theta.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    leaf = (step.theta + 0.1 * noise.to(step.theta)).detach().requires_grad_()
+    moved = dataclasses.replace(step, theta=leaf)
+    value = correction.penalty(moved, ctx)
+    true = torch.autograd.grad(value, leaf)[0] if value.requires_grad else torch.zeros_like(leaf)
+    vector, factor = function(correction, moved, ctx)
+    apart, size = float((vector * factor - true).norm()), float(true.norm().clamp_min(1e-6))
+    assert apart <= 1e-3 * size, (
+        f"{name} differs from the gradient of `penalty` by {apart / size:.2g} of its norm"
+    )
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim == 0
+
+
+def _all_of(value: Any, container: type, kind: type) -> bool:
+    entries: Any = value
+    return type(value) is container and all(isinstance(entry, kind) for entry in entries)
+
+
+def _fits_losses(result: Any, args: Sequence[Any]) -> bool:
+    """Whether `losses` returned one vector per part, as it was given."""
+    given = args[1]
+    return isinstance(result, Mapping) and all(
+        part in result and isinstance(result[part], Tensor) and result[part].shape == loss.shape
+        for part, loss in given.items()
+    )
+
+
+RETURNS: dict[str, tuple[Callable[[Any, Sequence[Any]], bool], str]] = {
+    "gather": (lambda r, args: _all_of(r, tuple, Source), "a tuple of sources"),
+    "begin": (lambda r, args: isinstance(r, Begun), "Begun(params, private, frozen)"),
+    "recall": (lambda r, args: True, "anything"),
+    "prepare_step": (
+        lambda r, args: isinstance(r, tuple) and len(r) == 2 and isinstance(r[0], Mapping),
+        "({name: vector}, warning or None)",
+    ),
+    "sample": (lambda r, args: _all_of(r, list, Batch), "a list of Batch"),
+    "view": (lambda r, args: isinstance(r, Mapping), "a mapping of parameters"),
+    "losses": (_fits_losses, "{part: losses [B]} for every part that it was given"),
+    "rows": (lambda r, args: _all_of(r, list, Row), "a list of Row"),
+    "penalty": (lambda r, args: _is_scalar(r), "a scalar tensor"),
+    "penalty_gradient": (
+        lambda r, args: r is None or (isinstance(r, tuple) and len(r) == 2 and isinstance(r[0], Tensor)),
+        "(vector [n], factor) or None",
+    ),
+    "mask": (
+        lambda r, args: isinstance(r, Tensor) and r.shape == args[1].theta.shape,
+        "factors [n], one per entry of `step.theta`",
+    ),
+    "trace_init": (lambda r, args: isinstance(r, Mapping), "{name: tensor}"),
+    "trace": (
+        lambda r, args: isinstance(r, Mapping) and r.keys() == args[2].trace.keys(),
+        "tensors with the names that `trace_init` gave",
+    ),
+    "summarise": (
+        lambda r, args: r is None or isinstance(r, (Weights, Statistics, Module, Samples, Private)),
+        "Statistics, Samples, Module, Weights, Private or None",
+    ),
+    "after_receive": (lambda r, args: isinstance(r, Mapping), "a memory {source: item}"),
+    "trim": (lambda r, args: isinstance(r, Mapping), "a memory {source: item}"),
+    "route": (lambda r, args: isinstance(r, Tensor) and r.ndim == 2, "weights [B, experts]"),
+}
+"""What each verb must return: whether a result, with the verb's arguments (self first), fits; and in words."""
 
 
 AGENT_VERBS = ("prepare", "finish", "send", "receive", "predict")
@@ -499,22 +654,19 @@ def check(
 ) -> Report:
     """Run the conformance checks on a method or on a part of one; return what runs where.
 
-    Checked are: how the class is written; that each setting runs or refuses with a Refusal; that verbs and
-    consolidators
-    are pure; that a seed gives the same bits; that states and messages survive their bytes; that a stopped
-    run resumes to
-    the same bits; that `neutral` values are plain training to the bit; that it composes with EWC and ER;
-    that engines
-    agree; and for an aggregator its contract. A setting in which the result is plain training, bit for bit,
-    is reported
-    as "runs, but never acts": declare a class attribute such as `needs_history` or `needs_revisits`, or
-    `refuse`.
+    Checked are: how the class is written; that verbs return what they must, and `penalty_gradient` the gradient
+    of `penalty`; that each setting runs or refuses with a Refusal; that verbs and consolidators are pure; that a
+    seed gives the same bits; that states and messages survive their bytes; that a stopped run resumes to the same
+    bits; that `neutral` values are plain training to the bit; that it composes with EWC and ER; that engines
+    agree; and for an aggregator its contract.
+
+    A setting in which the result is plain training, bit for bit, is reported as "runs, but never acts". A class
+    attribute such as `needs_history` or `needs_revisits`, or a reason that `refuse` returns, says so before a run.
 
     Args:
         part: a Method, Correction, Mapper, Aggregator or Consolidator.
-        model: makes the model for a number of outputs; the inputs are [8]. None takes the part's
-            `default_model`, or a
-            small perceptron.
+        model: a function that makes the model for a number of outputs; inputs are [8]. None takes the part's
+            `default_model`, or a small perceptron.
         settings: names from `consilience.testing.SETTINGS`; None takes all.
         training: how the tiny problem is trained.
 
@@ -561,44 +713,57 @@ class _Check:
     method: Method
     model: Callable[[int], Model]
     training: Training
-    faults: list[str] = field(default_factory=list)
+    faults: dict[str, list[str]] = field(default_factory=dict)
+    """Each fault once, with the settings in which it was found."""
     passed: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def all(self, chosen: Sequence[str]) -> Report:
         self._try("written", lambda: check_written(self.part))
+        if self.faults:  # nothing below can be trusted before the class is right
+            raise AssertionError(self._lines())
         if isinstance(self.part, Aggregator):
             aggregator = self.part
             self._try("contract of an aggregator", lambda: check_aggregator(aggregator))
 
         found = {setting: self._setting(setting) for setting in chosen}
         running = [s for s, outcome in found.items() if outcome == RUNS]
-        if not running:
+        if not running and not self.faults:
             reasons = "; ".join(f"{s}: {outcome}" for s, outcome in found.items())
-            self.faults.append(f"it acts in no setting ({reasons})")
-        else:
-            exchanging = next((s for s in EXCHANGING if s in running), running[0])
+            self._fault(f"it acts in no setting ({reasons})")
+        elif running:
+            exchanging = next((s for s in (*EXCHANGING, *SEVERAL) if s in running), running[0])
             for setting in dict.fromkeys((running[0], exchanging)):
                 self._in(setting)
             stream = next((s for s in STREAMS if s in running), None)
             if stream is not None:
-                self._try("composes", lambda: self._composes(stream))
+                self._try("composes", lambda: self._composes(stream), stream)
 
         if self.faults:
-            lines = "\n".join(f"- {fault}" for fault in self.faults)
-            raise AssertionError(f"{self.method.name} fails {len(self.faults)} checks:\n{lines}")
-        return Report(self.method.name, found, tuple(dict.fromkeys(self.passed)), tuple(self.notes))
+            raise AssertionError(self._lines())
+        notes = tuple(dict.fromkeys(self.notes))
+        return Report(self.method.name, found, tuple(dict.fromkeys(self.passed)), notes)
 
-    def _try(self, what: str, do: Callable[[], object]) -> None:
+    def _lines(self) -> str:
+        """All faults, one line each, with the notes."""
+        lines = [f"{self.method.name} fails {len(self.faults)} checks:"]
+        for fault, settings in self.faults.items():
+            places = ", ".join(dict.fromkeys(filter(None, settings)))
+            lines.append(f"- {fault}" + (f" (in {places})" if places else ""))
+        return "\n".join([*lines, *(f"  note: {note}" for note in dict.fromkeys(self.notes))])
+
+    def _fault(self, text: str, setting: str = "") -> None:
+        self.faults.setdefault(text, []).append(setting)
+
+    def _try(self, what: str, do: Callable[[], object], setting: str = "") -> None:
         """Do one check; keep what it finds and go on."""
         try:
             do()
         except (AssertionError, ConsilienceError) as error:
-            self.faults.append(f"{what}: {error}")
-        except (
-            Exception
-        ) as error:  # a fault in the part's own code, such as a KeyError: named, and the others go on
-            self.faults.append(f"{what}: {type(error).__name__}: {error}")
+            self._fault(f"{what}: {error}", setting)
+        # A fault in the part's own code, such as a KeyError, is named, and the other checks go on.
+        except Exception as error:
+            self._fault(f"{what}: {type(error).__name__}: {error}", setting)
         else:
             self.passed.append(what)
 
@@ -607,29 +772,54 @@ class _Check:
         training = more.pop("training", self.training)
         return quiet(SETTINGS[setting](), method or self.method, self.model(outputs), training, **more)
 
+    def _typed(self, setting: str) -> Result:
+        """Run with every verb of every correction checked for what it returns."""
+
+        def run(left: Sequence[Correction]) -> Any:
+            if not left:
+                return self._run(setting)
+            note = partial(self._note_dead_memory, left[0])
+            return check_returns(left[0], lambda: run(left[1:]), note)
+
+        result: Result = run(self.method.all_corrections)
+        return result
+
     def _setting(self, setting: str) -> str:
         """Whether a setting runs, never acts, or refuses."""
         try:
-            result = self._run(setting)
+            result = self._typed(setting)
         except Refusal as refusal:
             text = str(refusal)
             if "\n" in text or not re.search(r"[.!]$", text):
-                self.faults.append(f"{setting}: a refusal must be one sentence, got {text!r}")
+                self._fault(f"a refusal must be one sentence, got {text!r}", setting)
             return f"refuses: {text}"
+        except AssertionError as error:
+            self._fault(str(error).split("\n")[0], setting)
+            return f"fails: {error}"
         except Exception as error:
-            self.faults.append(
-                f"{setting}: it must run or refuse with a Refusal, got {type(error).__name__}: {error}"
-            )
+            self._fault(f"it must run or refuse with a Refusal, got {type(error).__name__}: {error}", setting)
             return f"fails: {error}"
 
-        self._try("finite", lambda: self._finite(setting, result))
+        self._try("finite", lambda: self._finite(setting, result), setting)
         if not self._inert(setting, result):
             return RUNS
-        self.notes.append(
-            f"in {setting} it is plain training, bit for bit: declare what it needs (`needs_history`, "
-            "`needs_revisits`), or give `refuse` a reason"
+        trains = SETTINGS[setting]().survey().trains
+        why = (
+            "declare what it needs (`needs_history`, `needs_revisits`), or let `refuse(facts)` return a reason"
+            if trains
+            else "nobody trains there; let `refuse(facts)` return a reason where `not facts.trains`"
         )
+        self.notes.append(f"in {setting} it is plain training, bit for bit: {why}")
         return INERT
+
+    def _note_dead_memory(self, correction: Correction, verb: str, result: Any) -> None:
+        """Note Private items that are kept and never read: the default `recall` adds up Statistics only."""
+        read = any(overrides(correction, reader) for reader in ("recall", "trim", "after_receive"))
+        if verb == "summarise" and isinstance(result, Private) and not read:
+            self.notes.append(
+                f"{correction.name}.summarise returns Private items, and the default `recall` reads only Statistics "
+                "of other sources: override `recall`"
+            )
 
     @staticmethod
     def _finite(setting: str, result: Result) -> None:
@@ -659,19 +849,20 @@ class _Check:
             return self._run(setting, seed=seed, **more)
 
         for correction in self.method.all_corrections:
-            self._try("pure verbs", lambda c=correction: check_pure_verbs(c, run))  # type: ignore[misc]
+            self._try("pure verbs", partial(check_pure_verbs, correction, run), setting)
         receiver = self.method.resolve(SETTINGS[setting]().survey()).receiver()
-        self._try("pure agents", lambda: check_pure_agents(lambda: run().predict(inputs)))
-        self._try("pure consolidator", lambda: check_pure_consolidator(receiver, run))
-        self._try("seeded", lambda: check_seeded(run))
-        self._try("state round trip", lambda: check_state_round_trip(state_of(run())))
-        self._try("messages round trip", lambda: check_messages_round_trip(run))
-        self._try("resumes", lambda: check_resumes(run))
-        self._try("neutral", lambda: self._neutral(setting))
+        self._try("pure agents", lambda: check_pure_agents(lambda: run().predict(inputs)), setting)
+        self._try("pure consolidator", lambda: check_pure_consolidator(receiver, run), setting)
+        self._try("seeded", lambda: check_seeded(run), setting)
+        self._try("state round trip", lambda: check_state_round_trip(state_of(run())), setting)
+        self._try("messages round trip", lambda: check_messages_round_trip(run), setting)
+        self._try("resumes", lambda: check_resumes(run), setting)
+        self._try("neutral", lambda: self._neutral(setting), setting)
         if setting in SEVERAL:
             self._try(
                 "engines agree",
                 lambda: check_engines(run(training=FP64), run(training=FP64, engine="batched")),
+                setting,
             )
 
     def _neutral(self, setting: str) -> None:

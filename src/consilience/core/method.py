@@ -60,6 +60,13 @@ class Method:
     """Fields of `Training` that the method sets itself."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.corrections, tuple) or not all(
+            isinstance(c, Correction) for c in self.corrections
+        ):
+            raise ConsilienceError(
+                "`corrections` must be a tuple of corrections, as in Method('name', (EWC(),)), "
+                f"got {kind_of(self.corrections)}."
+            )
         names = [correction.name for correction in self.all_corrections]
         twice = {name for name in names if names.count(name) > 1}
         if twice:
@@ -254,8 +261,14 @@ class Method:
             raise ConsilienceError("a run needs a method, got an empty list.")
         if not isinstance(methods, list | tuple) or not isinstance(methods[0], Method):
             found = methods[0] if isinstance(methods, list | tuple) else methods
+            wrap = (
+                f"; wrap it: Method('name', ({type(found).__name__}(...),))"
+                if isinstance(found, Correction)
+                else ""
+            )
             raise ConsilienceError(
-                f"`method` must be made by consilience.methods, such as methods.er(), got {kind_of(found)}."
+                "`method` must be a Method, such as methods.er() of consilience.methods, "
+                f"got {kind_of(found)}{wrap}."
             )
         # Left to right, so that corrections act in the order in which they are listed.
         total = methods[0]

@@ -56,9 +56,9 @@ class Result:
     others_before, others_after."""
     personal: Mapping[str, float] | None = None
     """With `judge_clients`: the last score of each client's own parameters on its own test data."""
-    config: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict, repr=False)
     versions: Mapping[str, Any] = field(default_factory=dict)
-    agent: Agent | None = None
+    agent: Agent | None = field(default=None, repr=False)
     """The evaluated agent of the first repeat; None for a result that was read from a folder."""
 
     # Scores

@@ -82,8 +82,7 @@ class Correction(ABC):  # noqa: B024 (every verb is optional)
     """Whether it acts only after training on another source.
 
     Its step verbs other than `trace` are left out while `recall` returns None. A schedule without such
-    history is
-    refused: without `ScheduleFacts.shared_history`, or `own_history` where items are private.
+    history is refused: without `ScheduleFacts.shared_history`, or `own_history` where items are private.
     """
 
     needs_revisits: ClassVar[bool] = False

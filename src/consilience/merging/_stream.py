@@ -412,8 +412,8 @@ def merge(  # type: ignore[misc]
 
     Args:
         base: what the experts started from: a path of safetensors (file, folder, shards with their index), a
-            state dict
-            or a module; None combines complete parameters (the first expert gives names and dtypes).
+            state dict or a module; None combines complete parameters (the first expert gives names and
+            dtypes).
         experts: the same, or folders of LoRA adapters on the base; a mapping names them.
         aggregator: one of `consilience.aggregators`; None is the mean.
         out: a new file (.safetensors) or folder; None gives a state dict.
@@ -421,8 +421,7 @@ def merge(  # type: ignore[misc]
         per: "model" treats all entries as one vector, "tensor" every entry by itself.
         scales: factors of the change by pattern of names, the first that fits: {"layers.0.*": 0.5}.
         keep: patterns of entries that stay every expert's own (heads): the result has the base's, and a
-            folder has the
-            experts' in kept/.
+            folder has the experts' in kept/.
         allow: of `missing`, `extra`, `vocabulary`, `non_finite`, `other_base`, `configuration`; others are
             refused.
         importances: one model of weights >= 0 per expert (Fisher information), for aggregators that weigh

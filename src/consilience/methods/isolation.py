@@ -114,8 +114,7 @@ def den(
         units: added to each hidden layer where a task expands; 0 never adds any.
         threshold: the loss after retraining above which a task expands.
         drift: how far a unit's incoming weights may move before it is split; infinite never splits, 0 keeps
-            old
-            answers to the bit.
+            old answers to the bit.
         l1: of the first task's weights, of a new head and of added units, whose weights near 0 then are 0.
         l2: of what is retrained.
         group: of the incoming weights of each added unit: those of norm near 0 are dropped.

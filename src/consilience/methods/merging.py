@@ -78,10 +78,8 @@ def talos(
     """Sparse fine-tuning for merging: train only the entries that the base's answers depend on least.
 
     It changes training only; compose it with an aggregator, as in `talos() + ties()`. Other experts that
-    merge
-    well: `fedprox(mu)` keeps them near the base; `models.linearised` makes their functions add; undertrained
-    ones
-    stop early, by `Training(epochs=1)` or `settings.merging(fraction=...)`.
+    merge well: `fedprox(mu)` keeps them near the base; `models.linearised` makes their functions add;
+    undertrained ones stop early, by `Training(epochs=1)` or `settings.merging(fraction=...)`.
 
     Paper: Iurada, Ciccone & Tommasi 2025.
 
@@ -92,8 +90,7 @@ def talos(
             likelihood (their paper).
         samples: how many examples the scores are taken on; None is all.
         reached: leave out entries that no answer depends on (of inputs that are always 0, say); they cannot
-            be
-            trained either.
+            be trained either.
     """
     from consilience.core.method import Method
     from consilience.corrections.sensitivity import TaLoS

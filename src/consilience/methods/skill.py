@@ -26,8 +26,7 @@ def skill(
     """SKILL: heads (and biases) on a frozen backbone, shared in a bank and routed to by one anchor per task.
 
     Models: `models.multi_head(models.backbone(..), ..)`, or `models.beneficial_biases`. For other mappers
-    and more
-    of their options, use `Method(.., mapper=mappers.gaussian_mixture(..))`.
+    and more of their options, use `Method(.., mapper=mappers.gaussian_mixture(..))`.
 
     Paper: Ge et al. 2023.
 
@@ -40,11 +39,9 @@ def skill(
             sums instead.
         rank: of "mahalanobis": rank of the shared factors of a task's scatter; 0 shares the whole matrix.
         reject: fraction of a task's validation examples to reject (sets the threshold). Inputs that score
-            below
-            their task's threshold are called unknown. 0 rejects nothing.
+            below their task's threshold are called unknown. 0 rejects nothing.
         head: "trained" by steps; "lp_ft": logistic regression on the features, then trained with the rest
-            (linear
-            probing, then fine-tuning); "logistic", "ridge", "prototype": solved for and not trained.
+            (linear probing, then fine-tuning); "logistic", "ridge", "prototype": solved for and not trained.
         reuse: start a new head from the rows of similar earlier classes, by their "name" or by "features".
     """
     from consilience import mappers

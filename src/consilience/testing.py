@@ -229,7 +229,7 @@ def check_written(part: Part) -> None:
 
 
 def check_spelt(correction: Correction) -> None:
-    """Check that a correction overrides a verb, and that no name is a near miss of a verb or class attribute."""
+    """Check that a correction overrides a verb, and that no name nearly spells a verb or class attribute."""
     kind = type(correction)
     fields = {f.name for f in dataclasses.fields(correction)}  # type: ignore[arg-type]
     known = {name for name in vars(Correction) if not name.startswith("_")} | {"route", "rejects"}
@@ -317,7 +317,7 @@ def check_returns(
 def _changes(
     correction: Correction, wrapped: Callable[[str, Callable[..., Any]], Callable[..., Any]]
 ) -> list[tuple[Any, str, Any]]:
-    """The verbs of a correction to replace, each in the class that defines it: `knows_gradient` reads where."""
+    """Return the verbs to replace, each in the class that defines it: `knows_gradient` reads where."""
     found = []
     for verb in own_verbs(correction):
         owner = next(kind for kind in type(correction).__mro__ if verb in vars(kind))
@@ -394,7 +394,7 @@ RETURNS: dict[str, tuple[Callable[[Any, Sequence[Any]], bool], str]] = {
     "trim": (lambda r, args: isinstance(r, Mapping), "a memory {source: item}"),
     "route": (lambda r, args: isinstance(r, Tensor) and r.ndim == 2, "weights [B, experts]"),
 }
-"""What each verb must return: whether a result, with the verb's arguments (self first), fits; and in words."""
+"""What each verb must return: a test of (result, arguments of the verb with self first), and words."""
 
 
 AGENT_VERBS = ("prepare", "finish", "send", "receive", "predict")
@@ -654,14 +654,15 @@ def check(
 ) -> Report:
     """Run the conformance checks on a method or on a part of one; return what runs where.
 
-    Checked are: how the class is written; that verbs return what they must, and `penalty_gradient` the gradient
-    of `penalty`; that each setting runs or refuses with a Refusal; that verbs and consolidators are pure; that a
-    seed gives the same bits; that states and messages survive their bytes; that a stopped run resumes to the same
-    bits; that `neutral` values are plain training to the bit; that it composes with EWC and ER; that engines
-    agree; and for an aggregator its contract.
+    Checked are: how the class is written; that verbs return what they must, and `penalty_gradient` the
+    gradient of `penalty`; that each setting runs or refuses with a Refusal; that verbs and consolidators are
+    pure; that a seed gives the same bits; that states and messages survive their bytes; that a stopped run
+    resumes to the same bits; that `neutral` values are plain training to the bit; that it composes with EWC
+    and ER; that engines agree; and for an aggregator its contract.
 
-    A setting in which the result is plain training, bit for bit, is reported as "runs, but never acts". A class
-    attribute such as `needs_history` or `needs_revisits`, or a reason that `refuse` returns, says so before a run.
+    A setting in which the result is plain training, bit for bit, is reported as "runs, but never acts". A
+    class attribute such as `needs_history` or `needs_revisits`, or a reason that `refuse` returns, says so
+    before a run.
 
     Args:
         part: a Method, Correction, Mapper, Aggregator or Consolidator.
@@ -805,7 +806,7 @@ class _Check:
             return RUNS
         trains = SETTINGS[setting]().survey().trains
         why = (
-            "declare what it needs (`needs_history`, `needs_revisits`), or let `refuse(facts)` return a reason"
+            "declare what it needs (`needs_history`, `needs_revisits`), or let `refuse(facts)` give a reason"
             if trains
             else "nobody trains there; let `refuse(facts)` return a reason where `not facts.trains`"
         )
@@ -817,8 +818,8 @@ class _Check:
         read = any(overrides(correction, reader) for reader in ("recall", "trim", "after_receive"))
         if verb == "summarise" and isinstance(result, Private) and not read:
             self.notes.append(
-                f"{correction.name}.summarise returns Private items, and the default `recall` reads only Statistics "
-                "of other sources: override `recall`"
+                f"{correction.name}.summarise returns Private items, and the default `recall` reads only "
+                "Statistics of other sources: override `recall`"
             )
 
     @staticmethod

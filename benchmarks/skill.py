@@ -542,8 +542,8 @@ def kept_seed(order: Sequence[str], scores: Mapping[str, Sequence[float]]) -> No
     about = (
         "The main comparison of `benchmarks/skill.py`, without task labels, after all 15 tasks, over "
         f"{len(seeds)} seeds: each draws its own training, validation and test images and (but for 0) its "
-        "own order of tasks. The learning rate of biases and ER's epochs are those that seed 0 chose. Mean over "
-        f"tasks; standard deviation over seeds; a paired t test over seeds. Commits: {commits}. "
+        "own order of tasks. The learning rate of biases and ER's epochs are those that seed 0 chose. "
+        f"Mean over tasks; standard deviation over seeds; a paired t test over seeds. Commits: {commits}. "
         "Each: CONSILIENCE_DATA=.. python benchmarks/skill.py --seed N."
     )
     table = lines(["", "accuracy", "LLL, BB, MAHA is better by, each seed", "mean, paired t"], rows)

@@ -222,6 +222,7 @@ def check_written(part: Part) -> None:
     assert doc.split("\n\n")[0].endswith("."), (
         f"the docstring of {kind.__name__} must begin with a sentence that ends with a period"
     )
+    # Compositions are compared and cached by their fields.
     same = dataclasses.replace(part)  # type: ignore[type-var]
     assert same == part and hash(same) == hash(part), f"equal objects of {kind.__name__} must be equal"
     if isinstance(part, Correction):
@@ -231,6 +232,7 @@ def check_written(part: Part) -> None:
 def check_spelt(correction: Correction) -> None:
     """Check that a correction overrides a verb, and that no name nearly spells a verb or class attribute."""
     kind = type(correction)
+    # All verbs are optional, so Python takes a misspelt one for a helper method and nothing is ever called.
     fields = {f.name for f in dataclasses.fields(correction)}  # type: ignore[arg-type]
     known = {name for name in vars(Correction) if not name.startswith("_")} | {"route", "rejects"}
     for name in vars(kind):
@@ -286,6 +288,7 @@ def check_returns(
                 result = function(*args, **kwargs)
             except (ConsilienceError, AssertionError):
                 raise
+            # The cause is in the author's code: say in which verb, and what most often is wrong there.
             except Exception as error:
                 hint = ""
                 if any(isinstance(a, Context) and a.recalled is None for a in args):
@@ -294,6 +297,8 @@ def check_returns(
                         "or allow for None"
                     )
                 raise AssertionError(f"{name} raises {type(error).__name__}: {error}{hint}") from error
+
+            # A wrong type would end in a message from deep inside the step, or in none.
             fits, wanted = RETURNS[verb]
             got = (
                 f"{type(result).__name__} {tuple(result.shape)}"
@@ -431,6 +436,7 @@ def check_pure_consolidator(consolidator: Consolidator, run: Callable[[], object
         self: Any, model: Model, state: State, fresh: Any, by_size: bool, generator: torch.Generator
     ) -> State:
         nonlocal received
+        # Generators may move on; a second call gets one that stands where the first stood.
         twin = torch.Generator()
         twin.set_state(generator.get_state())
         before = bits(state), bits(list(fresh))
@@ -448,6 +454,7 @@ def check_pure_consolidator(consolidator: Consolidator, run: Callable[[], object
 def check_seeded(run: Callable[[int], Result]) -> None:
     """One seed gives the same bits, whatever the global random state; another seed gives others."""
     first = run(0)
+    # A part that reads a global generator gives other numbers now.
     torch.manual_seed(12345)
     np.random.seed(12345)
     random.seed(12345)
@@ -504,6 +511,7 @@ def check_messages_round_trip(run: Callable[[], object]) -> int:
             assert json.dumps(arrived.meta) == json.dumps(dict(item.meta)), f"{name} loses facts on the way"
         digest = Message(**{**vars(other), "digest": ""}).digest
         assert other.digest == digest, "the digest of a message is not that of its content"
+    # One message stands for all: the format is the same.
     for _, data in sent[:1]:
         _refuses_cuts(data, Message.from_bytes)
     return len(sent)
@@ -582,6 +590,7 @@ def check_aggregator(aggregator: Aggregator, rows: int = 5) -> None:
     )
     assert bits([given, weights]) == before, f"{name} changes its rows or weights"
     assert torch.equal(first, combined(given, weights)), f"{name} gives other bits the second time"
+    # Messages arrive in any order; the result must not depend on it.
     order = torch.randperm(rows, generator=draw)
     assert torch.equal(first, combined(given[order], weights[order])), f"the order of rows matters to {name}"
 
@@ -595,6 +604,7 @@ def check_aggregator(aggregator: Aggregator, rows: int = 5) -> None:
             f"{rows} equal rows must give {name} the sum of weights times its result for one row"
         )
 
+    # A row that is not finite must be named, or one bad client would spoil everybody's model in silence.
     spoilt, refusal = given.clone(), ""
     spoilt[rows - 1, 3] = torch.nan
     try:
@@ -734,6 +744,7 @@ class _Check:
             self._fault(f"it acts in no setting ({reasons})")
         elif running:
             exchanging = next((s for s in (*EXCHANGING, *SEVERAL) if s in running), running[0])
+            # Two settings are enough for the slow checks: one as it comes, one in which agents exchange.
             for setting in dict.fromkeys((running[0], exchanging)):
                 self._in(setting)
             stream = next((s for s in STREAMS if s in running), None)
@@ -804,6 +815,7 @@ class _Check:
         self._try("finite", lambda: self._finite(setting, result), setting)
         if not self._inert(setting, result):
             return RUNS
+        # What helps depends on why: where nobody trains no declaration of history can be right.
         trains = SETTINGS[setting]().survey().trains
         why = (
             "declare what it needs (`needs_history`, `needs_revisits`), or let `refuse(facts)` give a reason"
@@ -837,6 +849,7 @@ class _Check:
             plain = self._run(setting, cs.methods.finetune())
         except Refusal:
             return False
+        # The mean is what plain training does, so equal bits are right for it alone.
         mean = isinstance(self.part, Aggregator) and self.part == cs.aggregators.mean()
         same = bits(in_order(result.params)) == bits(in_order(plain.params))
         return same and not mean and np.array_equal(result.matrices, plain.matrices, equal_nan=True)
@@ -889,6 +902,7 @@ class _Check:
             except Refusal as refusal:
                 self.notes.append(f"with {other.name} in {setting}: {refusal}")
                 continue
+            # Protection on top of protection may add nothing, so this is a note and no fault.
             same = bits(in_order(both.params)) == bits(in_order(alone.params))
             if same and any(overrides_training(c) for c in self.method.corrections):
                 self.notes.append(f"it adds nothing to {other.name} in {setting}")

@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -16,6 +17,7 @@ from torch import Tensor
 import consilience as cs
 from consilience.core import names
 from consilience.core.message import Message, Private, Statistics
+from consilience.core.names import joined
 from consilience.core.sampler import Sampler
 from consilience.core.schedule import Evaluate, Exchange, Expert, Schedule, Train, build
 from consilience.core.source import Source
@@ -126,3 +128,30 @@ def test_a_state_keeps_items_apart_whose_names_have_bars() -> None:
         ("a", "b|c"): 2.0,
     }
     assert [float(item.tensors["x"]) for item in again.memory["EWC"].values()] == [3.0, 4.0]
+
+
+@pytest.mark.parametrize("method", ["hat", "supsup", "den", "packnet", "fedweit"])
+def test_names_of_tasks_that_contain_others_are_harmless(method: str) -> None:
+    """Entries of a task begin with its name: "a" must not take those of "a/b", nor "a_b" those of "a:b"."""
+    results = []
+    for labels in (("x1", "x2", "x3", "x4"), ("a/b", "a", "a:b", "a_b")):
+        tasks = [
+            source(name, 24, own, number, task=name)
+            for number, (name, own) in enumerate(zip(labels, ((0, 1), (2, 3), (0, 1), (2, 3)), strict=True))
+        ]
+        made = cs.settings.continual(tasks, "task")
+        plain = training(sampler=InOrder())
+        results.append(cs.run(made, getattr(cs.methods, method)(), mlp(), plain))
+    one, other = results
+    if method in ("packnet", "fedweit"):  # the others draw by the names of tasks
+        assert np.array_equal(one.matrices, other.matrices)
+    if method in ("hat", "supsup", "packnet"):  # what a task answers never changes once it was trained
+        for task in range(4):
+            assert len(set(other.matrix[task + 1 :, task])) == 1
+    shapes = [sorted(tuple(p.shape) for p in r.params.values()) for r in results]
+    assert shapes[0] == shapes[1]
+
+
+def test_traces_of_one_source_and_of_two_together_are_apart() -> None:
+    assert joined(["a+b"]) != joined(["a", "b"]) == "a+b"
+    assert joined(["a%2Bb"]) != joined(["a+b"])

@@ -14,6 +14,8 @@ False
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from consilience.core.errors import ConsilienceError
 
 WHOLE = ""
@@ -57,6 +59,27 @@ def unpair(key: str) -> tuple[str, str]:
 
 
 # The percent sign goes first when escaping and last when reading, or an escape would be escaped again.
+def joined(names: Iterable[str]) -> str:
+    """One key for several names, in their order: "a+b" is another key than that of "a" and "b".
+
+    >>> joined(["a+b"]) == joined(["a", "b"]), joined(["a", "b"])
+    (False, 'a+b')
+    """
+    return "+".join(name.replace("%", "%25").replace("+", "%2B") for name in names)
+
+
+def owned_by(entry: str, prefix: str, owner: str, parts: int = 1) -> bool:
+    """Whether an entry `prefix/<owner>/...`, with `parts` more parts, belongs to an owner.
+
+    The name of an owner may hold slashes; the other parts may not.
+
+    >>> owned_by("hat/a/b/1.weight", "hat", "a"), owned_by("hat/a/b/1.weight", "hat", "a/b")
+    (False, True)
+    """
+    start, *rest = entry.rsplit("/", parts)
+    return len(rest) == parts and start == f"{prefix}/{owner}"
+
+
 def _escape(name: str) -> str:
     return name.replace("%", "%25").replace("|", "%7C")
 

@@ -55,12 +55,12 @@ class Anatomy:
         return self.layers if self.head is None else (*self.layers, self.head.weight)
 
     def previous(self, name: str) -> str | None:
-        """The weight before `name` (or before the head), or None."""
+        """Return the weight before `name` (or before the head), or None."""
         at = self.order.index(name) if name in self.order else len(self.order)
         return self.order[at - 1] if at else None
 
     def bias_of(self, name: str) -> str | None:
-        """The bias of a weight or of the head, or None."""
+        """Return the bias of a weight or of the head, or None."""
         return self.head.bias if self.head and name == self.head.weight else self.biases.get(name)
 
 
@@ -89,7 +89,7 @@ def anatomy(model: Model) -> Anatomy:
 
 
 def shared_head(model: Model, params: Params, weights: list[str], biases: Mapping[str, str]) -> Head | None:
-    """The head that all tasks share, or None."""
+    """Return the head that all tasks share, or None."""
     try:
         head = Head(*model.head(params, None))
     except ConsilienceError:
@@ -103,7 +103,7 @@ def shared_head(model: Model, params: Params, weights: list[str], biases: Mappin
 
 
 def without_tasks(facts: ScheduleFacts) -> str | None:
-    """Why a correction that treats every task in its own way cannot act, or None."""
+    """Return why a correction that treats every task in its own way cannot act, or None."""
     if not facts.trains:
         return NO_TRAINING
     if not facts.aware:
@@ -120,7 +120,7 @@ def without_tasks(facts: ScheduleFacts) -> str | None:
 
 
 def not_alone(facts: ScheduleFacts) -> str | None:
-    """Why a correction that keeps entries of old tasks as they are cannot act, or None."""
+    """Return why a correction that keeps entries of old tasks as they are cannot act, or None."""
     if facts.parts > 1:
         return "tasks are given their entries one after another, and here a step has several; use continual"
     if facts.receives_others:
@@ -131,7 +131,7 @@ def not_alone(facts: ScheduleFacts) -> str | None:
 
 
 def rows_with_units(model: Model) -> str | None:
-    """Why units cannot be gated by the rows of their layers, or None.
+    """Return why units cannot be gated by the rows of their layers, or None.
 
     The rows suffice where a_i relu(w_i x + b_i) = relu(a_i w_i x + a_i b_i) with a_i >= 0.
     """
@@ -154,7 +154,7 @@ def rows_with_units(model: Model) -> str | None:
 
 
 def spread(layout: Layout, factors: Mapping[str, Tensor]) -> Tensor:
-    """Factors [n] in a layout; 1 for the entries that are not named."""
+    """Return factors [n] in a layout; 1 for the entries that are not named."""
     ones = {
         name: torch.ones(shape, dtype=layout.dtype, device=layout.device)
         for name, shape in zip(layout.names, layout.shapes, strict=True)
@@ -165,7 +165,7 @@ def spread(layout: Layout, factors: Mapping[str, Tensor]) -> Tensor:
 def own_entries(
     model: Model, params: Params, sources: tuple[Source, ...], taken: frozenset[int]
 ) -> dict[str, Tensor]:
-    """Factors by entry that isolate the heads.
+    """Return factors by entry that isolate the heads.
 
     In a shared head: 1 for the rows of these sources that no earlier task took, 0 for the others. 0 for the
     heads of other tasks. Entries that are not named may train.

@@ -71,7 +71,7 @@ class ICaRL(Buffer):
         return super().refuse(facts)
 
     def recall(self, memory: Memory, sources: tuple[Source, ...]) -> Exemplars:
-        """The exemplars of other sources, and the means that the last source left."""
+        """Return the exemplars of other sources, and the means that the last source left."""
         last = next((item for item in memory.values() if "means" in item.tensors), None)
         means, seen = (last.tensors["means"], last.tensors["seen"]) if last else (None, None)
         return Exemplars(others(memory, sources), means, seen)
@@ -82,7 +82,7 @@ class ICaRL(Buffer):
         return pool(sources, recalled.past)
 
     def begin(self, start: Beginning) -> Begun:
-        """Private: which classes [C] are old, and which are seen."""
+        """Return the parameters unchanged. Private: which classes [C] are old, and which are seen."""
         old, new = (torch.zeros(start.model.outputs, dtype=torch.bool) for _ in range(2))
         old[[label for item in start.recalled.past.values() for label in item.meta["classes"]]] = True
         new[[label for source in start.sources for label in source.classes]] = True
@@ -104,7 +104,7 @@ class ICaRL(Buffer):
         return changed
 
     def view(self, params: Params, task: str | None, ctx: Context) -> Params:
-        """The parameters; in predict with the means of the exemplars as the head."""
+        """Return the parameters; in predict with the means of the exemplars as the head."""
         if ctx.private or ctx.recalled.means is None:
             return params
         assert ctx.model is not None
@@ -118,7 +118,7 @@ class ICaRL(Buffer):
         return seen
 
     def trim(self, memory: Mapping[str, Any], learned: Learned) -> Mapping[str, Any]:
-        """The exemplars within the budget; the last source's item has the means of all of them."""
+        """Keep the exemplars within the budget; the last source's item has the means of all of them."""
         # The means are those of the features now, so older ones are dropped.
         bare = {
             source: replace(item, tensors={k: item.tensors[k] for k in ("x", "y", "key")})
@@ -132,7 +132,7 @@ class ICaRL(Buffer):
 
     @staticmethod
     def _means(kept: Mapping[str, Private], learned: Learned) -> dict[str, Tensor] | None:
-        """The unit mean [C, d] of the unit features per class, and which have one [C]; None if none has."""
+        """Return the unit mean [C, d] of unit features per class, and which have one [C]; None if none has."""
         total: Tensor | None = None
         model, count = learned.model, torch.zeros(learned.model.outputs, dtype=torch.float64)
         for item in kept.values():
@@ -193,18 +193,18 @@ class GDumb(Buffer):
         return super().refuse(facts)
 
     def recall(self, memory: Memory, sources: tuple[Source, ...]) -> dict[str, Private]:
-        """The buffered examples of other sources."""
+        """Return the buffered examples of other sources."""
         return others(memory, sources)
 
     @staticmethod
     def drawn(sources: tuple[Source, ...], generator: torch.Generator) -> dict[str, Tensor]:
-        """The keys of the new examples, by source."""
+        """Draw the keys of the new examples, by source."""
         return {s.name: torch.rand(len(s.train), generator=generator, dtype=torch.float64) for s in sources}
 
     def gather(
         self, sources: tuple[Source, ...], recalled: dict[str, Private], generator: torch.Generator
     ) -> tuple[Source, ...]:
-        """The buffer as it will be after this visit, repeated to the length of the longest source."""
+        """Return the buffer as after this visit, repeated to the length of the longest source."""
         new = self.drawn(sources, generator)
         keys = [*new.values(), *(item.tensors["key"] for item in recalled.values())]
         targets = [
@@ -216,8 +216,7 @@ class GDumb(Buffer):
         ).split([*map(len, keys)])
         of_new, of_past = kept[: len(sources)], kept[len(sources) :]
 
-        # A source must have an example to be trained on: of one that the buffer leaves out, that with the
-        # least key.
+        # A source needs an example to train on: if the buffer has none of it, that with the least key.
         indices = [
             own.nonzero()[:, 0] if bool(own.any()) else new[source.name].argmin()[None]
             for own, source in zip(of_new, sources, strict=True)

@@ -15,6 +15,7 @@ from consilience.core.correction import Correction
 from consilience.core.errors import ConsilienceError, Refusal
 from consilience.core.message import Private
 from consilience.core.model import Model
+from consilience.core.names import owned_by
 from consilience.core.params import Layout, Params
 from consilience.core.source import Source
 from consilience.corrections.anatomy import anatomy, not_alone, spread, without_tasks
@@ -45,8 +46,7 @@ class Dense(NamedTuple):
         return Dense(weight, bias)
 
 
-# A dataclass and not a tuple: engines that stack agents rebuild what was recalled, and make every tuple
-# plain.
+# A dataclass, so that verbs read it by name on every engine.
 @dataclass(frozen=True, eq=False)
 class Split:
     """The units of a layer that a stage split (mask [units]), with their old rows and old biases."""
@@ -56,7 +56,7 @@ class Split:
     biases: Tensor
 
     def restore(self, layer: Dense) -> Dense:
-        """Give the split units their old rows. An earlier stage has the leading units and inputs alone."""
+        """Give the split units their old rows. An earlier stage sees only the leading units and inputs."""
         weight, bias = layer
         units, rows, biases = (t.to(weight.device) for t in (self.units, self.rows, self.biases))
         index = units[: len(weight)].nonzero()[:, 0]
@@ -67,13 +67,13 @@ class Split:
 
 
 def added(stage: str, kind: str, layer: str) -> str:
-    """The name of an entry that a stage added to a layer; `kind` is "into", "from" or "bias"."""
+    """Return the name of an entry that a stage added to a layer; `kind` is "into", "from" or "bias"."""
     return f"den/{stage}/{kind}/{layer}"
 
 
 def is_edge(name: str) -> bool:
     """Whether an entry holds weights that a stage added."""
-    return name.startswith("den/") and ("/into/" in name or "/from/" in name)
+    return name.startswith("den/") and name.rsplit("/", 2)[1] in ("into", "from")
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,7 @@ class Chain:
     A stage is a source, in the order of training. It adds `den/<stage>/into/<layer>` [units, inputs so far],
     `den/<stage>/from/<layer>` [units so far, units] (edges from its units of the layer below to older
     units), and `den/<stage>/bias/<layer>`; and a head of its own, as `into` and `bias`. The layer as a whole
-    is [[W, from_1, ..], [into_1, ..], ..], so what a stage saw is the leading block of what later stages
-    see.
+    is [[W, from_1, ..], [into_1, ..], ..], so the layer of a stage is the leading block of later ones.
     """
 
     layers: tuple[str, ...]
@@ -94,7 +93,7 @@ class Chain:
 
     @staticmethod
     def of(model: Model) -> Chain:
-        """The chain of a model for which `unchained` has no objection."""
+        """Return the chain of a model that passes `unchained`."""
         parts = anatomy(model)
         assert parts.head is not None
         head, head_bias = parts.head
@@ -106,7 +105,7 @@ class Chain:
         return name.startswith("den/") or name in self.widths or name in self.biases.values()
 
     def head_entries(self, stages: Sequence[str]) -> tuple[str, str | None]:
-        """The names of the weight and bias of the last stage's head; without stages: of the model's."""
+        """Return the names of the weight and bias of the last stage's head; without stages: of the model's."""
         bias = self.biases.get(self.head)
         if not stages:
             return self.head, bias
@@ -160,17 +159,17 @@ class Chain:
 
 
 def entry(layout: Layout, flat: Tensor, name: str) -> Tensor:
-    """One entry of a flat vector [n], in its shape."""
+    """Return one entry of a flat vector [n], in its shape."""
     return flat[layout.span(name)].view(layout.shapes[layout.names.index(name)])
 
 
 def shapes_of(layout: Layout) -> dict[str, tuple[int, ...]]:
-    """The shapes of a layout by name."""
+    """Return the shapes of a layout by name."""
     return dict(zip(layout.names, layout.shapes, strict=True))
 
 
 def unchained(model: Model) -> str | None:
-    """Why units cannot be added to the trainable layers of a model, or None."""
+    """Return why units cannot be added to the trainable layers of a model, or None."""
     parts = anatomy(model)
     if parts.head is None:
         return (
@@ -202,7 +201,7 @@ def unchained(model: Model) -> str | None:
 
 
 def unwidened(model: Model, inputs: Tensor) -> str | None:
-    """Why a model cannot run with one more unit in each layer, or None.
+    """Return why a model cannot run with one more unit in each layer, or None.
 
     Nothing leads away from these units, so the outputs for `inputs` [B, ...] must stay the same.
     """
@@ -249,7 +248,7 @@ class Growth:
     source: str | None = None
 
     def growing(self, last: int | None = None) -> tuple[str, ...]:
-        """The stages that added entries, up to number `last`: all but the first, and the one that runs."""
+        """Return the stages that added entries, up to number `last`: all but the first, and the one that runs."""
         every = self.stages if self.source is None else (*self.stages, self.source)
         return every[1 : None if last is None else last + 1]
 
@@ -322,7 +321,7 @@ class DEN(Correction):
         return why or (unchained(facts.model) if facts.model is not None else None)
 
     def recall(self, memory: Memory, sources: tuple[Source, ...]) -> Growth:
-        """The stages of this agent, from the first to the last."""
+        """Return the stages of this agent, from the first to the last."""
         items = sorted(
             ((source, item) for (_, source), item in memory.items()), key=lambda p: p[1].meta["order"]
         )
@@ -367,7 +366,7 @@ class DEN(Correction):
     def _new_units(
         self, chain: Chain, params: Params, growth: Growth, generator: torch.Generator
     ) -> dict[str, Tensor]:
-        """A stage's hidden entries: incoming edges uniform in +-1 / sqrt(inputs), outgoing ones 0."""
+        """Draw a stage's hidden entries: incoming edges uniform in +-1 / sqrt(inputs), outgoing ones 0."""
         stage, earlier, like = growth.growing()[-1], self.units * (len(growth.stages) - 1), params[chain.head]
         entries: dict[str, Tensor] = {}
         for depth, layer in enumerate(chain.layers if self.units else ()):
@@ -385,7 +384,7 @@ class DEN(Correction):
         return entries
 
     def _new_head(self, chain: Chain, params: Params, growth: Growth) -> dict[str, Tensor]:
-        """A stage's head: a copy of the model's, with weights 0 from all added units."""
+        """Return a stage's head: a copy of the model's, with weights 0 from all added units."""
         (weight_name, bias_name), weight = chain.head_entries(growth.growing()), params[chain.head]
         wider = weight.new_zeros(len(weight), self.units * len(growth.stages))
         entries = {weight_name: torch.cat([weight, wider], 1)}
@@ -396,7 +395,7 @@ class DEN(Correction):
     # What a task sees.
 
     def view(self, params: Params, task: str | None, ctx: Context) -> Params:
-        """The layers at the stage of a task: without dropped units, with rows as before later splits."""
+        """Return the layers at the stage of a task: without dropped units, with rows as before later splits."""
         assert ctx.model is not None
         growth: Growth = ctx.recalled
         current = growth.task is not None and task == growth.task
@@ -424,20 +423,20 @@ class DEN(Correction):
         return seen
 
     def _pruned(self, params: Params, chain: Chain, ctx: Context) -> Params:
-        """The parameters with pruned weights at 0; in a visit also those that it has pruned so far."""
+        """Return the parameters with pruned weights at 0; in a visit also those pruned so far."""
         growth: Growth = ctx.recalled
         keep = growth.keep
         if growth.source is not None:
             # `begin` has set what earlier stages pruned to 0, and no gradient moves it from there.
             assert ctx.layout is not None
-            stage = f"den/{growth.source}/"
-            own = [name for name in params if name.startswith(stage) and is_edge(name)]
+            stage = growth.source
+            own = [name for name in params if owned_by(name, "den", stage, 2) and is_edge(name)]
             prunable = own if growth.stages else list(chain.widths)
             keep = {name: entry(ctx.layout, ctx.trace["keep"], name) for name in prunable}
         return {**params, **{name: params[name] * kept.to(params[name]) for name, kept in keep.items()}}
 
     def _live(self, chain: Chain, layer: str, ctx: Context, stages: Sequence[str]) -> Tensor:
-        """1 for the units of a hidden layer that exist [all units], 0 for those that were dropped."""
+        """Return 1 for the units of a hidden layer that exist [all units], 0 for those that were dropped."""
         growth: Growth = ctx.recalled
         live = [torch.ones(chain.widths[layer], device=ctx.layout.device if ctx.layout else None)]
         for stage in stages if self.units else ():
@@ -453,20 +452,19 @@ class DEN(Correction):
 
     @staticmethod
     def phase(clock: tuple[int, int], horizon: tuple[int, int], after: int = 0) -> int:
-        """The phase of a step: 5 i // n for step i of n; with `after` that of so many steps later."""
+        """Return the phase of a step: 5 i // n for step i of n; with `after` that of so many steps later."""
         steps = horizon[0] * horizon[1]
         return PHASES * (clock[0] * horizon[1] + clock[1] + after) // steps if steps else 0
 
     def _marks(self, chain: Chain, layer: str | None, mark: Params, ctx: Context) -> Marks:
-        """The marks on a layer's units; layer None are the inputs, which are all reached and live."""
+        """Return the marks on a layer's units; layer None are the inputs, which are all reached and live."""
         stages, layout = ctx.recalled.growing(), ctx.layout
         assert layout is not None
         if layer is None:
             ones = torch.ones(mark[chain.layers[0]].shape[1], dtype=layout.dtype, device=layout.device)
             return Marks(ones, ones * 0, ones * 0, ones)
 
-        # A row of `mark` has one value: 0, 1 where the unit is reached (or a new one is alive), 2 where it
-        # is split.
+        # A row of `mark` has one value: 0, 1 (unit reached, or a new one alive) or 2 (unit split).
         values = chain.join(mark, layer, stages).weight[:, 0]
         new = torch.zeros_like(values)
         if self.units and stages:
@@ -477,13 +475,13 @@ class DEN(Correction):
         return Marks(reached, split, values * new, live)
 
     def _expands(self, trace: Mapping[str, Tensor]) -> Tensor:
-        """1 where the mean loss after retraining is above the threshold, else 0."""
+        """Return 1 where the mean loss after retraining is above the threshold, else 0."""
         total, count = trace["loss"]
         above: Tensor = (total / count.clamp_min(1) > self.threshold).to(total) * float(self.units > 0)
         return above
 
     def _trained_head(self, ctx: Context) -> Tensor:
-        """1 for the entries [n] that train in the first phase: a stage's own head, from old units.
+        """Return 1 for the entries [n] that train in the first phase: a stage's own head, from old units.
 
         In the first visit: all entries but the rows of other outputs.
         """
@@ -501,7 +499,7 @@ class DEN(Correction):
         return spread(layout, held | chain.separate(torch.outer(rows, inputs), rows, chain.head, stages, 0))
 
     def _trained(self, phase: int, ctx: Context) -> Tensor:
-        """1 for the entries [n] that train in a phase after the first."""
+        """Return 1 for the entries [n] that train in a phase after the first."""
         layout, trace = ctx.layout, ctx.trace
         assert layout is not None and ctx.model is not None
         chain, stages, mark = Chain.of(ctx.model), ctx.recalled.growing(), layout.split(trace["mark"])
@@ -510,8 +508,7 @@ class DEN(Correction):
 
         below = self._marks(chain, None, mark, ctx)
         for layer in (*chain.layers, chain.head):
-            # Old units train edges from reached units, new ones all their edges, `receiving` ones those from
-            # new.
+            # Old units train edges from reached units, new ones all, `receiving` ones those from new units.
             if layer == chain.head:
                 new, old, receiving = rows * 0, rows, rows
             else:
@@ -536,7 +533,7 @@ class DEN(Correction):
         return self._trained_head(ctx) if first else ctx.trace["train"]
 
     def penalty(self, step: StepView, ctx: Context) -> Tensor:
-        """The regulariser of the phase, over the entries that train in it."""
+        """Return the regulariser of the phase, over the entries that train in it."""
         assert ctx.model is not None
         phase, growth, chain = self.phase(step.clock, step.horizon), ctx.recalled, Chain.of(ctx.model)
         factors = step.layout.split(self.mask(step, ctx))
@@ -563,22 +560,22 @@ class DEN(Correction):
         return torch.where(self._expands(ctx.trace) > 0, grouped, small)
 
     def _anchored(self, step: StepView, factors: Params, chain: Chain, growth: Growth) -> Tensor:
-        """anchor/2 |W - W_old|^2 over the old entries that train."""
-        moved, stage = step.layout.split((step.theta - step.start).square()), f"den/{growth.source}/"
+        """Return anchor/2 |W - W_old|^2 over the old entries that train."""
+        moved, stage = step.layout.split((step.theta - step.start).square()), str(growth.source)
         old = (
             (value * factors[name]).sum()
             for name, value in moved.items()
-            if chain.has(name) and not name.startswith(stage)
+            if chain.has(name) and not owned_by(name, "den", stage, 2)
         )
         return self.anchor / 2 * sum(old, start=step.theta.new_zeros(()))
 
     def _smooth(self, values: Tensor) -> Tensor:
-        """|values|, with a parabola in place of the kink within eps of 0."""
+        """Return |values|, with a parabola in place of the kink within eps of 0."""
         size = values.abs()
         return torch.where(size < self.eps, values.square() / (2 * self.eps) + self.eps / 2, size)
 
     def trace_init(self, theta: Tensor) -> dict[str, Tensor]:
-        """What the phases have decided so far.
+        """Return the trace at the start, before any phase has decided anything.
 
         `train` [n] is 1 for entries that train, `keep` [n] for those that are not pruned. A row of `mark`
         [n] has 1 where its unit is reached or alive, 2 where it is split. `loss` [2] is the sum of losses
@@ -604,7 +601,7 @@ class DEN(Correction):
         return trace
 
     def _close(self, phase: int, theta: Tensor, start: Tensor, ctx: Context) -> dict[str, Tensor]:
-        """The trace after a phase, with what its end decides."""
+        """Return the trace after a phase, with the decisions at its end."""
         layout, trace = ctx.layout, ctx.trace
         assert layout is not None
         values = layout.split(theta)
@@ -631,7 +628,7 @@ class DEN(Correction):
         return {**trace, "train": self._trained(phase + 1, replace(ctx, trace=trace))}
 
     def _zero(self, values: Tensor) -> Tensor:
-        """1 for weights within eps of 0."""
+        """Return 1 for weights within eps of 0."""
         return (values.abs() <= self.eps).to(values)
 
     def _prune_first(self, values: Params, keep: Params, ctx: Context) -> None:
@@ -684,7 +681,7 @@ class DEN(Correction):
             mark[name].mul_((norms > self.eps).to(norms)[:, None])
 
         for name, kept in keep.items():
-            if name.startswith(f"den/{source}/") and is_edge(name):
+            if owned_by(name, "den", source, 2) and is_edge(name):
                 kept.mul_(1 - self._expands(ctx.trace) * trained[name] * self._zero(values[name]))
 
     def _mark_split(self, values: Params, began: Params, mark: Params, ctx: Context) -> None:
@@ -704,7 +701,7 @@ class DEN(Correction):
                 mark[part].add_(value * (mark[part] > 0))
 
     def summarise(self, learned: Learned, ctx: Context) -> Private:
-        """What this stage pruned, which of its units are alive, and the old rows of units that it split."""
+        """Return the weights pruned by this stage, its live units, and the old rows of units that it split."""
         assert ctx.model is not None
         growth: Growth = ctx.recalled
         chain, earlier = Chain.of(ctx.model), growth.growing()[:-1]
@@ -716,8 +713,7 @@ class DEN(Correction):
                 tensors[f"live/{layer}"] = mark[added(str(growth.source), "into", layer)][:, 0] > 0
             split = chain.join(mark, layer, earlier).weight[:, 0] > 1
             if bool(split.any()):
-                # A layer without biases keeps a column that nobody reads, so that every item has the same
-                # parts.
+                # A layer without biases keeps an unused column, so that every item has the same parts.
                 weight, bias = chain.join(learned.start, layer, earlier)
                 tensors |= {
                     f"split/{layer}": split,
@@ -728,7 +724,7 @@ class DEN(Correction):
 
 
 def row_norms(weight: Tensor) -> Tensor:
-    """The norms of the rows; the gradient at 0 is 0."""
+    """Return the norms of the rows; the gradient at 0 is 0."""
     # The derivative of the root at 0 is infinite, and times 0 it would be NaN.
     square = weight.square().sum(1)
     return torch.where(square > 0, square, 1).sqrt() * (square > 0)

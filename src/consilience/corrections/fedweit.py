@@ -33,7 +33,7 @@ Key = tuple[str, str]
 
 @lru_cache(maxsize=16)
 def shared(model: Model) -> tuple[str, ...]:
-    """The trainable entries that all tasks share, in the model's order."""
+    """Return the trainable entries that all tasks share, in the model's order."""
     params, _ = model.init(torch.Generator().manual_seed(0))
     return tuple(
         name
@@ -43,12 +43,12 @@ def shared(model: Model) -> tuple[str, ...]:
 
 
 def slot(task: str | None) -> str:
-    """A task's name as it stands in entries, before a colon."""
-    return str(task).replace(":", "_")
+    """Return a task's name as it stands in entries, before a colon: one name, one slot."""
+    return str(task).replace("%", "%25").replace(":", "%3A")
 
 
 def compose(base: Tensor, mask: Tensor, own: Tensor) -> Tensor:
-    """B * sigma + A, one factor sigma for each unit (the first dimension).
+    """Return B * sigma + A, one factor sigma for each unit (the first dimension).
 
     >>> compose(torch.ones(2, 2), torch.tensor([0.0, 1.0]), torch.ones(2, 2)).tolist()
     [[1.0, 1.0], [2.0, 2.0]]
@@ -72,14 +72,14 @@ class Recalled:
     """The tasks of this visit; none in predict."""
 
     def own(self, key: Key, name: str) -> Tensor:
-        """The pruned A_j of an entry, as it was sent."""
+        """Return the pruned A_j of an entry, as it was sent."""
         item = self.sent[key]
         values: Tensor = item.tensors[f"own/{name}"]
         kept = unpack(item.tensors[f"kept/{name}"], item.meta["shapes"][name])
         return torch.zeros_like(kept, dtype=values.dtype).masked_scatter(kept > 0, values)
 
     def others(self) -> list[Key]:
-        """The tasks of other agents."""
+        """Return the tasks of other agents."""
         return [key for key in self.sent if self.agent is not None and key[0] != self.agent]
 
 
@@ -120,17 +120,17 @@ class FedWeIt(Correction):
 
     @staticmethod
     def entry(kind: str, task: str | None, name: str) -> str:
-        """The name of a personal entry of kind "mask", "own" or "alpha"."""
+        """Return the name of a personal entry of kind "mask", "own" or "alpha"."""
         return f"fedweit/{kind}/{slot(task)}:{name}"
 
     @staticmethod
     def alpha(task: str | None, key: Key) -> str:
-        """The entry of a task's weights alpha [entries] for what others sent under a key."""
+        """Return the name of a task's weights alpha [entries] for what others sent under a key."""
         return FedWeIt.entry("alpha", task, "/".join(key))
 
     @staticmethod
     def earlier(names: Iterable[str], ctx: Context) -> list[str]:
-        """The tasks with entries of their own among these names that are not trained in this visit."""
+        """Return the tasks with entries of their own among these names that are not trained in this visit."""
         assert ctx.model is not None
         # Every task has the mask of the first entry, so that its name is found there once.
         start, end = "fedweit/mask/", f":{shared(ctx.model)[0]}"
@@ -139,11 +139,11 @@ class FedWeIt(Correction):
 
     @staticmethod
     def used(params: Params, task: str | None, recalled: Recalled) -> list[Key]:
-        """The tasks of others that a task of this agent weighs: those that it has an alpha for."""
+        """Return the tasks of others that a task of this agent weighs: those that it has an alpha for."""
         return [key for key in recalled.others() if FedWeIt.alpha(task, key) in params]
 
     def recall(self, memory: Memory, sources: tuple[Source, ...]) -> Recalled:
-        """What was sent of all tasks, and what `after_receive` kept."""
+        """Return the items sent of all tasks, and those that `after_receive` kept."""
         agent, kept = next(
             ((sender, item) for (sender, source), item in memory.items() if source == RECEIVED),
             (None, Private({}, {"newest": []})),
@@ -177,7 +177,7 @@ class FedWeIt(Correction):
         return Begun(params, private)
 
     def _new(self, task: str, names: Sequence[str], start: Beginning) -> dict[str, Tensor]:
-        """The entries of a new task."""
+        """Create the entries of a new task."""
         params, recalled = start.params, start.recalled
         # sigmoid(log 2) = 2/3, so that with A = B / 3 the task begins at theta = B.
         entries: dict[str, Tensor] = {}
@@ -191,7 +191,7 @@ class FedWeIt(Correction):
         return entries
 
     def prepare_step(self, ctx: Context, training: Training) -> tuple[dict[str, Tensor], str | None]:
-        """What the drift of earlier tasks needs, over all shared entries in the layout's order.
+        """Return the tensors for the drift of earlier tasks, over all shared entries in the layout's order.
 
         `drift`: its strength; `mask` [tasks, n]: sigmoid(m_i), which does not train; `before` [n]: B'; `own`
         [tasks, n]: A_i'.
@@ -215,7 +215,7 @@ class FedWeIt(Correction):
         }, warning
 
     def _capped(self, training: Training, layout: Layout, earlier: int) -> tuple[float, str | None]:
-        """The strength of the drift, and a warning if it is less than `drift`."""
+        """Return the strength of the drift, and a warning if it is less than `drift`."""
         rates = training.factors(layout)
         lr = training.lr * (1 if rates is None else float(rates.max().clamp_min(1)))
 
@@ -229,23 +229,23 @@ class FedWeIt(Correction):
         )
 
     def _wide(self, values: Params, task: str, name: str) -> Tensor:
-        """sigmoid(m) of an entry, in the entry's shape."""
+        """Return sigmoid(m) of an entry, in the entry's shape."""
         mask, like = values[self.entry("mask", task, name)].sigmoid(), values[name]
         return compose(torch.ones_like(like), mask, like.new_zeros(()))
 
     def _owns(self, values: Params, tasks: Sequence[str], names: Sequence[str]) -> Tensor:
-        """A of these tasks [tasks, n]."""
+        """Return A of these tasks [tasks, n]."""
         rows = [[values[self.entry("own", task, name)].view(-1) for name in names] for task in tasks]
         return torch.stack([torch.cat(row) for row in rows])
 
     @staticmethod
     def _in_order(ctx: Context) -> list[str]:
-        """The shared entries as the layout has them: by name."""
+        """Return the shared entries in the order of the layout: by name."""
         assert ctx.model is not None
         return sorted(shared(ctx.model))
 
     def view(self, params: Params, task: str | None, ctx: Context) -> Params:
-        """theta of a task: by this agent's own entries, else by what was sent; B if there is neither."""
+        """Return theta of a task: by this agent's entries, else by those sent; B if there is neither."""
         assert ctx.model is not None
         recalled, names = ctx.recalled, shared(ctx.model)
         if self.entry("mask", task, names[0]) in params:
@@ -261,7 +261,7 @@ class FedWeIt(Correction):
         return {**params, **{name: torch.stack([view[name] for view in views]).mean(0) for name in names}}
 
     def _own_theta(self, params: Params, task: str | None, ctx: Context) -> Params:
-        """theta of a task by this agent's entries; A is pruned in predict alone."""
+        """Return theta of a task by this agent's entries; A is pruned in predict alone."""
         assert ctx.model is not None
         recalled, names, training = ctx.recalled, shared(ctx.model), ctx.layout is not None
         used, theta = self.used(params, task, recalled), {}
@@ -279,8 +279,7 @@ class FedWeIt(Correction):
                 value = value + torch.tensordot(alpha[:, at], others, 1)
             theta[name] = value
 
-        # Entries that no loss reaches do not move, so the earlier tasks' are reached by 0: the penalty moves
-        # them.
+        # Entries that no loss reaches do not move. Times 0 the loss reaches them, and the penalty moves them.
         earlier = self.earlier(params, ctx) if training and self.drift else []
         if earlier:
             reached = [params[self.entry("own", t, n)].reshape(-1)[0] for t in earlier for n in names]
@@ -288,7 +287,7 @@ class FedWeIt(Correction):
         return theta
 
     def _sent_theta(self, params: Params, key: Key, recalled: Recalled, names: Sequence[str]) -> Params:
-        """theta of a task by what was sent of it, over this agent's B."""
+        """Return theta of a task by the entries sent of it, over this agent's B."""
         item, theta = recalled.sent[key], {}
         for at, name in enumerate(names):
             p = params[name]
@@ -302,7 +301,7 @@ class FedWeIt(Correction):
         return theta
 
     def penalty(self, step: StepView, ctx: Context) -> Tensor:
-        """The sparsity of this visit's tasks, and sparsity and drift of earlier ones."""
+        """Return the sparsity of this visit's tasks, and sparsity and drift of earlier ones."""
         values, names = step.layout.split(step.theta), self._in_order(ctx)
         total = step.theta.new_zeros(())
         for task in ctx.recalled.current:
@@ -318,7 +317,7 @@ class FedWeIt(Correction):
         return total + self.sparsity * own.abs().sum() + ctx.flat["drift"] * away.square().sum()
 
     def mask(self, step: StepView, ctx: Context) -> Tensor:
-        """0 for m and alpha of earlier tasks, and without `drift` for their A."""
+        """Return 0 for m and alpha of earlier tasks, and without `drift` for their A."""
         # Without drift nothing would hold their A, and decay would move them.
         held = ("mask", "alpha") if self.drift else ("mask", "alpha", "own")
         current = tuple(self.entry(kind, task, "") for kind in held for task in ctx.recalled.current)
@@ -328,7 +327,7 @@ class FedWeIt(Correction):
         return spread(step.layout, {name: step.theta.new_zeros(shapes[name]) for name in frozen})
 
     def summarise(self, learned: Learned, ctx: Context) -> Module:
-        """The task as it is sent: the mask, the pruned A, alpha, and whose A_j that weighs."""
+        """Return the task as it is sent: the mask, the pruned A, alpha, and whose A_j that weighs."""
         assert ctx.model is not None
         names, params, task = shared(ctx.model), learned.params, learned.task
         # Only the entries that are not pruned are sent, and one bit per entry.

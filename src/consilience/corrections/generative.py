@@ -98,11 +98,11 @@ class VAE:
         return (self._layer(name, x) + self.weights[f"{name}.condition"].index_select(0, c)).relu()
 
     def decode(self, z: Tensor, c: Tensor) -> Tensor:
-        """The parameter [B, d] of p(x|z,c): its mean, for Bernoulli the logit of it."""
+        """Return the parameter [B, d] of p(x|z,c): its mean, for Bernoulli the logit of it."""
         return self._layer("mean", self._hidden("decode", z, c))
 
     def elbo(self, x: Tensor, c: Tensor, noise: Tensor, beta: float = 1.0) -> Tensor:
-        """log p(x|z,c) - beta KL(q(z|x,c) || p(z)) per sample [B], summed over dimensions.
+        """Return log p(x|z,c) - beta KL(q(z|x,c) || p(z)) per sample [B], summed over dimensions.
 
         z = m + exp(v / 2) noise, with `noise` [B, latent].
 
@@ -122,15 +122,14 @@ class VAE:
 
     @torch.no_grad()
     def generate(self, c: Tensor, generator: torch.Generator) -> Tensor:
-        """The means [B, d] of p(x|z,c), z drawn from the prior."""
+        """Return the means [B, d] of p(x|z,c), z drawn from the prior."""
         # Means and not samples: the noise of p(x|z,c) would only blur them.
         z = torch.randn(len(c), self.latent, generator=generator, dtype=torch.float64)
         out = self.decode(z.to(self.weights["mean.bias"]), c.to(self.weights["mean.bias"].device))
         return out.sigmoid() if self.bernoulli else out
 
 
-# A dataclass and not a tuple: engines that stack agents rebuild what was recalled, and make every tuple
-# plain.
+# A dataclass, so that verbs read it by name on every engine.
 @dataclass(frozen=True)
 class Taught:
     """A source of the generator: its name, the task that the model was given, its classes."""
@@ -154,7 +153,7 @@ class Scholar:
     """How many values a target has; 0 for classes."""
 
     def columns(self, task: str | None) -> list[int]:
-        """The outputs that a task's earlier sources taught."""
+        """Return the outputs that a task's earlier sources taught."""
         of_task = (self.taught[i] for i in self.old if self.taught[i].task == task)
         return sorted({label for taught in of_task for label in taught.classes})
 
@@ -253,7 +252,7 @@ class GenerativeReplay(Correction):
         return Begun(start.params)
 
     def recall(self, memory: Memory, sources: tuple[Source, ...]) -> Scholar | None:
-        """The generator, if it was trained on other sources than these."""
+        """Return the generator, if it was trained on other sources than these."""
         names = {source.name for source in sources}
         # `trim` leaves one item, which knows all sources.
         for item in memory.values():
@@ -265,7 +264,7 @@ class GenerativeReplay(Correction):
         return None
 
     def sample(self, ctx: Context, sources: tuple[Source, ...], generator: torch.Generator) -> list[Batch]:
-        """A part per earlier source, or one of all; `losses` computes their targets."""
+        """Return a part per earlier source, or one of all; `losses` computes their targets."""
         scholar: Scholar = ctx.recalled
         assert ctx.layout is not None
         like = torch.zeros((), dtype=ctx.layout.dtype, device=ctx.layout.device)
@@ -284,7 +283,7 @@ class GenerativeReplay(Correction):
         return parts
 
     def _conditions(self, scholar: Scholar, generator: torch.Generator) -> list[Tensor]:
-        """The conditions [B] of each part to generate."""
+        """Return the conditions [B] of each part to generate."""
         old = list(scholar.old)
         if self.importance == "sources":
             each, more = divmod(self.batch_size, len(old))
@@ -313,7 +312,7 @@ class GenerativeReplay(Correction):
         return changed
 
     def _distilled(self, out: Tensor, teacher: Tensor, columns: Tensor) -> Tensor:
-        """The losses [B] of outputs [B, C] against those of the teacher over some columns."""
+        """Return the losses [B] of outputs [B, C] against those of the teacher over some columns."""
         if self.labels == "hard":
             return F.cross_entropy(out, columns[teacher.argmax(1)], reduction="none")
         # The student's softmax is over all columns, so that mass on new classes costs something.
@@ -322,7 +321,7 @@ class GenerativeReplay(Correction):
         return self.temperature**2 * (target.exp() * (target - student)).sum(1)
 
     def summarise(self, learned: Learned, ctx: Context) -> Private:
-        """The generator after this source; it replaces the one before (in `trim`)."""
+        """Return the generator after this source; it replaces the one before (in `trim`)."""
         source, scholar, generator = learned.source, ctx.recalled, learned.generator
         x, y = next(iter(source.train.chunks(1)))
         before: VAE | None = None if scholar is None else scholar.vae.to(x)
@@ -353,7 +352,7 @@ class GenerativeReplay(Correction):
         return Private(vae.weights, meta)
 
     def trim(self, memory: Mapping[str, Any], learned: Learned) -> Mapping[str, Any]:
-        """The newest generator alone, since it was trained on all sources."""
+        """Keep only the newest generator, since it was trained on all sources."""
         newest = max(memory, key=lambda source: memory[source].meta["order"])
         return {newest: memory[newest]}
 
@@ -386,7 +385,7 @@ class GenerativeReplay(Correction):
         return VAE({name: weight.detach() for name, weight in leaves.items()})
 
     def _variance(self, source: Source) -> float | None:
-        """Where the Gaussian's variance begins: that of the inputs around their mean; None for Bernoulli."""
+        """Return the Gaussian's first variance: that of the inputs around their mean; None for Bernoulli."""
         if self.likelihood == "bernoulli" or (self.likelihood == "auto" and in_unit_interval(source)):
             return None
 

@@ -40,7 +40,7 @@ def directions(
     classes: Sequence[int] = (),
     names: Sequence[str] | None = None,
 ) -> Tensor:
-    """The unit gradients [B, n] of the samples' losses at the trained parameters, by vmap.
+    """Return the unit gradients [B, n] of the samples' losses at the trained parameters, by vmap.
 
     `names` are the entries [n numbers] to differentiate; None: all trainable ones. If a task is given,
     losses are over its classes. A gradient of zero stays zero.
@@ -80,11 +80,11 @@ class Scorer:
     """"task" and "classes" of each source in the buffer; the last is the source whose examples arrive."""
 
     def classes(self, task: str | None) -> list[int]:
-        """The classes of a task, over all its sources."""
+        """Return the classes of a task, over all its sources."""
         return sorted({label for of in self.sources if of["task"] == task for label in of["classes"]})
 
     def score(self, x: Tensor, y: Tensor, near: Mapping[str, Tensor]) -> Tensor:
-        """c [B] = 1 + the largest cosine with the buffered examples `near`, in float64."""
+        """Return c [B] = 1 + the largest cosine with the buffered examples `near`, in float64."""
         task = self.learned.task
         new = directions(self.learned, x, y, task, self.classes(task), self.names)
         closest = new.new_full((len(x),), -1.0)
@@ -130,7 +130,7 @@ class GSS(ER):
             raise ConsilienceError(f"`layers` must be 'all' or 'head', got {self.layers!r}.")
 
     def recall(self, memory: Memory, sources: tuple[Source, ...]) -> Any:
-        """The groups of `ER` with the items that they came from, or None."""
+        """Return the groups of `ER` with the items that they came from, or None."""
         groups = super().recall(memory, sources)
         return None if groups is None else Held(groups, list(others(memory, sources).values()))
 
@@ -139,7 +139,7 @@ class GSS(ER):
         return super().sample(replace(ctx, recalled=ctx.recalled.groups), sources, generator)
 
     def summarise(self, learned: Learned, ctx: Context) -> Private:
-        """This source's examples in the buffer, and the keys of those that they replaced (for `trim`)."""
+        """Return this source's examples in the buffer, and the keys of those that they replaced (for `trim`)."""
         items = [] if ctx.recalled is None else list(ctx.recalled.items)
         device, meta = learned.layout.device, {"task": learned.task, "classes": list(learned.source.classes)}
         sources = [*[item.meta for item in items], meta]
@@ -165,7 +165,7 @@ class GSS(ER):
         return Private(tensors, meta)
 
     def _take(self, held: dict[str, Tensor], arrived: dict[str, Tensor], scorer: Scorer) -> dict[str, Tensor]:
-        """The buffer after a batch arrived."""
+        """Return the buffer after a batch arrived."""
         x, device, generator = arrived["x"], arrived["x"].device, scorer.learned.generator
         count = len(held["key"]) if held else 0
         score = torch.ones(len(x), dtype=torch.float64, device=device)
@@ -186,7 +186,7 @@ class GSS(ER):
         return {k: t.index_copy(0, place[enter], arrived[k][enter]) for k, t in held.items()}
 
     def trim(self, memory: Mapping[str, Any], learned: Learned) -> Mapping[str, Any]:
-        """The memory without replaced examples, and with the lowest scores if it is still too large."""
+        """Drop replaced examples, and keep the lowest scores if the memory is still too large."""
         memory = {
             source: replace(
                 item, tensors={k: t if k in ("x", "y") else t.cpu() for k, t in item.tensors.items()}
@@ -213,7 +213,7 @@ class GSS(ER):
         return trimmed
 
     def _arrive(self, learned: Learned, room: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """(x, y, key) of the batches, in a seeded order; the buffer becomes full at the end of one."""
+        """Yield (x, y, key) of the batches, in a seeded order; the buffer becomes full at the end of one."""
         # The first batches fill the buffer exactly, because a batch either finds room or replaces others.
         total = len(learned.source.train)
         keys = torch.rand(total, generator=learned.generator, dtype=torch.float64)
@@ -223,7 +223,7 @@ class GSS(ER):
             yield x, y, keys[index]
 
     def _names(self, learned: Learned, tasks: Sequence[str | None]) -> tuple[str, ...]:
-        """The entries whose gradients are compared."""
+        """Return the entries whose gradients are compared."""
         if self.layers == "all":
             return learned.layout.names
         heads = {n for task in tasks for n in learned.model.head(learned.params, task) if n is not None}

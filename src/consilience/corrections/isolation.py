@@ -15,6 +15,7 @@ from consilience.core.correction import NO_TRAINING, Correction
 from consilience.core.errors import ConsilienceError
 from consilience.core.message import Private
 from consilience.core.model import Model
+from consilience.core.names import owned_by
 from consilience.core.params import Layout, Params
 from consilience.core.source import Source
 from consilience.core.training import Training
@@ -42,7 +43,7 @@ class Columns(Correction):
     """
 
     def default_model(self, inputs: tuple[int, ...], outputs: int) -> Model:
-        """Convolutional columns for square images of side 8 or more, else perceptrons with 128 units."""
+        """Return convolutional columns for square images of side 8 or more, else perceptrons with 128 units."""
         # Rooms of parts do not import one another when they are loaded.
         from consilience.models import progressive, progressive_conv
 
@@ -68,7 +69,7 @@ class Columns(Correction):
         return not_alone(facts)
 
     def begin(self, start: Beginning) -> Begun:
-        """Private: one tensor per frozen entry, under its name."""
+        """Return the parameters unchanged. Private: one tensor per frozen entry, under its name."""
         from consilience.models.columns import Progressive
 
         model, params = start.model, start.params
@@ -126,7 +127,7 @@ class PackNet(Correction):
             raise ConsilienceError(f"`retrain` (of the epochs) must be in [0, 1), got {self.retrain}.")
 
     def kept(self, free: int) -> int:
-        """How many of a layer's free weights a task keeps."""
+        """Return how many of a layer's free weights a task keeps."""
         return min(free, max(1, round(self.keep * free)))
 
     def refuse(self, facts: ScheduleFacts) -> str | None:
@@ -140,7 +141,7 @@ class PackNet(Correction):
         return why
 
     def _exhausted(self, model: Model, tasks: int) -> str | None:
-        """Why a model has too few weights for so many tasks, or None."""
+        """Return why a model has too few weights for so many tasks, or None."""
         parts = anatomy(model)
         for name in parts.layers:
             # Every task leaves a part of the free weights, so small layers run out first.
@@ -155,7 +156,7 @@ class PackNet(Correction):
         return None
 
     def recall(self, memory: Memory, sources: tuple[Source, ...]) -> Division:
-        """The division so far, from the first task to the last."""
+        """Return the division so far, from the first task to the last."""
         taken_by: dict[str, Tensor] = {}
         tasks: dict[str, int] = {}
         classes: set[int] = set()
@@ -187,7 +188,7 @@ class PackNet(Correction):
         return Begun(params, {f"free/{name}": factor for name, factor in free.items()})
 
     def view(self, params: Params, task: str | None, ctx: Context) -> Params:
-        """The weights taken up to a task; in its own visit also the free ones that are not pruned."""
+        """Return the weights taken up to a task; in its own visit also the free ones that are not pruned."""
         division: Division = ctx.recalled
         if task in division.current:
             assert ctx.model is not None and ctx.layout is not None
@@ -208,7 +209,7 @@ class PackNet(Correction):
         return spread(step.layout, group(ctx.private, "free")) * ctx.trace["keep"]
 
     def trace_init(self, theta: Tensor) -> dict[str, Tensor]:
-        """`keep` [n]: 0 for weights that were pruned in this visit; `pruned`: 1 once they were."""
+        """Return `keep` [n]: 0 for weights that were pruned in this visit; `pruned`: 1 once they were."""
         return {"keep": torch.ones_like(theta), "pruned": theta.new_zeros(())}
 
     def trace(self, step: StepView, ctx: Context, grad: Tensor, delta: Tensor) -> dict[str, Tensor]:
@@ -219,7 +220,7 @@ class PackNet(Correction):
         return self._prune(step.theta + delta, step.layout, ctx)
 
     def _prune(self, theta: Tensor, layout: Layout, ctx: Context) -> dict[str, Tensor]:
-        """The trace with the largest free weights of each layer kept, next to those of earlier tasks."""
+        """Return the trace that keeps the largest free weights of each layer, and those of earlier tasks."""
         assert ctx.model is not None
         values, keep = layout.split(theta), {}
         for name in anatomy(ctx.model).layers:
@@ -232,7 +233,7 @@ class PackNet(Correction):
         return {"keep": spread(layout, keep), "pruned": theta.new_ones(())}
 
     def summarise(self, learned: Learned, ctx: Context) -> Private:
-        """The weights that this task took, as masks `own/<entry>`."""
+        """Return the weights that this task took, as masks `own/<entry>`."""
         # Without epochs no step has pruned, and the task must still leave weights to later ones.
         trace = ctx.trace
         if not trace["pruned"]:
@@ -310,17 +311,17 @@ class HAT(Correction):
         return why or (rows_with_units(facts.model) if facts.model is not None else None)
 
     def scale(self, clock: tuple[int, int], horizon: tuple[int, int]) -> float:
-        """s at a step: from 1 / s_max at the first batch of an epoch to s_max at its last."""
+        """Return s at a step: from 1 / s_max at the first batch of an epoch to s_max at its last."""
         low, last = 1 / self.s_max, horizon[1] - 1
         return low + (self.s_max - low) * (clock[1] / last if last > 0 else 1.0)
 
     def compensation(self, e: Tensor, s: float) -> Tensor:
-        """Factors that undo the scale of the gradient of sigmoid(s e): s_max times that of sigmoid(e)."""
+        """Return factors that undo the scale of the gradient of sigmoid(s e): s_max times that of sigmoid(e)."""
         # cosh overflows beyond this range; the clamp is the authors' too.
         return self.s_max / s * ((s * e).clamp(-50, 50).cosh() + 1) / (e.clamp(-50, 50).cosh() + 1)
 
     def recall(self, memory: Memory, sources: tuple[Source, ...]) -> Attention:
-        """The masks of all tasks, and the largest over other sources than these."""
+        """Return the masks of all tasks, and the largest over other sources than these."""
         here = {source.name for source in sources}
         masks: dict[str, dict[str, Tensor]] = {}
         past: dict[str, Tensor] = {}
@@ -348,14 +349,14 @@ class HAT(Correction):
 
         # Embeddings of other tasks are frozen, so that momentum and decay do not move them.
         free = self._free(start)
-        own = tuple(f"hat/{source.task}/" for source in start.sources)
+        own = {f"hat/{source.task}/{layer}" for source in start.sources for layer in parts.layers}
         for name, embedding in params.items():
-            if name.startswith("hat/") and not name.startswith(own):
+            if name.startswith("hat/") and name not in own:
                 free[name] = torch.zeros_like(embedding)
         return Begun(params, {f"free/{name}": factor for name, factor in free.items()})
 
     def _free(self, start: Beginning) -> dict[str, Tensor]:
-        """1 - min(a_i, a_j) of the earlier tasks for weight (i, j), 1 - a_i for bias i."""
+        """Return gradient factors: 1 - min(a_i, a_j) of the earlier tasks for weight (i, j), 1 - a_i for bias i."""
         model, params, attention = start.model, start.params, start.recalled
         parts, past = anatomy(model), attention.past
         free = own_entries(model, params, start.sources, attention.classes)
@@ -376,7 +377,7 @@ class HAT(Correction):
 
     @staticmethod
     def _inputs(model: Model, name: str, attention: Attention) -> Tensor:
-        """The past mask of the units that a layer reads, on its weight; 1 where it reads the inputs."""
+        """Return the past mask of the units that a layer reads, on its weight; 1 where it reads the inputs."""
         parts = anatomy(model)
         shape, before = parts.shapes[name], parts.previous(name)
         if before not in attention.past:
@@ -396,13 +397,13 @@ class HAT(Correction):
         return ctx.flat, warning
 
     def view(self, params: Params, task: str | None, ctx: Context) -> Params:
-        """The parameters with the rows of every hidden layer multiplied by the task's mask."""
+        """Return the parameters with the rows of every hidden layer multiplied by the task's mask."""
         assert ctx.model is not None
         attention: Attention = ctx.recalled
         if task in attention.current:
             # Soft while they train, even where `hard` fixes them afterwards.
             s = self.scale(ctx.clock, ctx.horizon)
-            masks = {layer: torch.sigmoid(s * e) for layer, e in group(params, f"hat/{task}").items()}
+            masks = {layer: torch.sigmoid(s * e) for layer, e in task_entries(params, "hat", task).items()}
         else:
             masks = dict(attention.masks.get(str(task), {}))
 
@@ -422,13 +423,13 @@ class HAT(Correction):
 
     @staticmethod
     def _layer_of(name: str, ctx: Context) -> str | None:
-        """The layer of an entry that is an embedding of a task of this visit, else None."""
+        """Return the layer of an entry that is an embedding of a task of this visit, else None."""
         # Names of tasks may hold slashes, so the entry cannot be split at them.
-        starts = (f"hat/{task}/" for task in ctx.recalled.current)
-        return next((name.removeprefix(start) for start in starts if name.startswith(start)), None)
+        found = any(owned_by(name, "hat", task) for task in ctx.recalled.current)
+        return name.rpartition("/")[2] if found else None
 
     def penalty(self, step: StepView, ctx: Context) -> Tensor:
-        """`sparsity` x sum a (1 - past) / sum (1 - past), over all layers."""
+        """Return `sparsity` x sum a (1 - past) / sum (1 - past), over all layers."""
         s, past = self.scale(step.clock, step.horizon), ctx.recalled.past
         above, below = step.theta.new_zeros(()), step.theta.new_zeros(())
         for name, e in step.layout.split(step.theta).items():
@@ -444,8 +445,8 @@ class HAT(Correction):
         return self.sparsity * above / below.clamp_min(1)
 
     def summarise(self, learned: Learned, ctx: Context) -> Private:
-        """The task's mask of each layer."""
-        embeddings = group(learned.params, f"hat/{learned.task}")
+        """Return the task's mask of each layer."""
+        embeddings = task_entries(learned.params, "hat", learned.task)
         masks = {
             layer: (e > 0).to(e.dtype) if self.hard else torch.sigmoid(self.s_max * e)
             for layer, e in embeddings.items()
@@ -454,6 +455,11 @@ class HAT(Correction):
         return Private({f"mask/{layer}": mask for layer, mask in masks.items()}, meta)
 
 
+def task_entries(params: Mapping[str, Tensor], prefix: str, task: str | None) -> dict[str, Tensor]:
+    """Return the entries `prefix/<task>/<layer>` of a task, by layer."""
+    return {n.rpartition("/")[2]: p for n, p in params.items() if owned_by(n, prefix, str(task))}
+
+
 def group(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names begin with `prefix/`, under the rest of their names."""
+    """Return the tensors whose names begin with `prefix/`, under the rest of their names."""
     return {name[len(prefix) + 1 :]: t for name, t in tensors.items() if name.startswith(f"{prefix}/")}

@@ -18,6 +18,7 @@ from consilience.core.model import Model
 from consilience.core.params import Params, key
 from consilience.core.source import Source
 from consilience.corrections.anatomy import anatomy, rows_with_units, spread, without_tasks
+from consilience.corrections.isolation import task_entries
 
 if TYPE_CHECKING:
     from consilience.core.schedule import ScheduleFacts
@@ -25,13 +26,13 @@ if TYPE_CHECKING:
 
 @lru_cache(maxsize=4096)
 def signs(task: str, layer: str, width: int, flips: float) -> Tensor:
-    """The key c [width] of a task for a layer: -1 with probability `flips`, else 1."""
+    """Return the key c [width] of a task for a layer: -1 with probability `flips`, else 1."""
     return 1.0 - 2.0 * (torch.rand(width, generator=key("psp", task, layer)) < flips)
 
 
 @lru_cache(maxsize=32)
-def turns(task: str, layer: str, width: int, keys: str) -> Tensor:
-    """The key C [width, width] in float64 of a task for a layer: C C^T = 1.
+def rotation_key(task: str, layer: str, width: int, keys: str) -> Tensor:
+    """Return the orthogonal key C [width, width] of a task for a layer, in float64.
 
     complex: blocks of two, [[cos phi, sin phi], [-sin phi, cos phi]], phi uniform: (x1 + i x2) e^{i phi} on
     pairs (x C); an odd last input has a sign. rotation: uniform among all orthogonal matrices: the Q of a
@@ -86,19 +87,19 @@ class PSP(Correction):
         return without_tasks(facts)
 
     def seen(self, weight: Tensor, task: str, layer: str) -> Tensor:
-        """W C_t^T over the inputs of W [units, inputs, ...]."""
+        """Return the weight multiplied by the task's key over its inputs: W C_t^T."""
         width = weight.shape[1]
         if self.keys == "binary" or not self.flips:
             c = signs(task, layer, width, self.flips).to(weight)
             return weight * c.view(1, -1, *[1] * (weight.ndim - 2))
 
         # tensordot puts the new axis last, and a convolution's places follow the inputs.
-        turned = torch.tensordot(weight, turns(task, layer, width, self.keys).to(weight), ([1], [1]))
+        turned = torch.tensordot(weight, rotation_key(task, layer, width, self.keys).to(weight), ([1], [1]))
         seen: Tensor = turned.movedim(-1, 1)
         return seen
 
     def view(self, params: Params, task: str | None, ctx: Context) -> Params:
-        """The parameters with the task's key on every layer."""
+        """Return the parameters with the task's key on every layer."""
         assert ctx.model is not None
         if task is None:
             return params
@@ -108,7 +109,7 @@ class PSP(Correction):
 
 @lru_cache(maxsize=4096)
 def gates(task: str, layer: str, units: int, fraction: float) -> Tensor:
-    """The gates [units] of a task for a layer: round(fraction x units) are 0, but at least one is 1."""
+    """Return the gates [units] of a task for a layer: round(fraction x units) are 0, but at least one is 1."""
     order = torch.randperm(units, generator=key("xdg", task, layer))
     return torch.ones(units).index_fill(0, order[: min(units - 1, round(fraction * units))], 0.0)
 
@@ -135,7 +136,7 @@ class XdG(Correction):
         return without_tasks(facts) or (rows_with_units(facts.model) if facts.model is not None else None)
 
     def view(self, params: Params, task: str | None, ctx: Context) -> Params:
-        """The parameters with the rows of silent units at 0."""
+        """Return the parameters with the rows of silent units at 0."""
         assert ctx.model is not None
         if task is None:
             return params
@@ -181,7 +182,7 @@ class Supermasks:
     current: tuple[str, ...]
 
     def of(self, task: str | None, layers: tuple[str, ...]) -> Mapping[str, Tensor]:
-        """The masks of a task; for None or an unknown one the mean over tasks, {} without any."""
+        """Return the masks of a task; for None or an unknown one the mean over tasks, {} without any."""
         if task in self.masks:
             return self.masks[str(task)]
         if not self.masks:
@@ -212,20 +213,20 @@ class SupSup(Correction):
 
     @staticmethod
     def layers(model: Model) -> tuple[str, ...]:
-        """The weights that are masked."""
+        """Return the names of the weights that are masked."""
         return tuple(name for name in anatomy(model).weights if not model.frozen(name))
 
     def kept(self, size: int) -> int:
-        """How many weights of a layer a task uses."""
+        """Return how many weights of a layer a task uses."""
         return max(1, round(self.keep * size))
 
     def mask_of(self, scores: Tensor) -> Tensor:
-        """The mask of these scores."""
+        """Return the mask of these scores."""
         mask: Tensor = TopK.apply(scores.abs(), self.kept(scores.numel()))  # type: ignore[no-untyped-call]
         return mask
 
     def recall(self, memory: Memory, sources: tuple[Source, ...]) -> Supermasks:
-        """The masks of all tasks, those of one task averaged."""
+        """Return the masks of all tasks, those of one task averaged."""
         of_task: dict[str, list[dict[str, Tensor]]] = {}
         for _, item in sorted(memory.items()):
             shapes: Mapping[str, list[int]] = item.meta["shapes"]
@@ -251,12 +252,12 @@ class SupSup(Correction):
                     params[name] = (drawn * weight[0].numel() ** -0.5).to(weight)
 
         # A vector of other tasks' scores would grow with every task, and nothing reads it.
-        own = tuple(f"supsup/{source.task}/" for source in start.sources)
-        others = {name for name in params if name.startswith("supsup/") and not name.startswith(own)}
+        own = {f"supsup/{source.task}/{n}" for source in start.sources for n in self.layers(start.model)}
+        others = {name for name in params if name.startswith("supsup/") and name not in own}
         return Begun(params, frozen=others)
 
     def view(self, params: Params, task: str | None, ctx: Context) -> Params:
-        """The parameters with every layer's weights masked, of one size, and its bias 0."""
+        """Return the parameters with every layer's weights masked, of one size, and its bias 0."""
         assert ctx.model is not None
         recalled: Supermasks = ctx.recalled
         parts, layers, seen = anatomy(ctx.model), self.layers(ctx.model), dict(params)
@@ -277,7 +278,7 @@ class SupSup(Correction):
         return seen
 
     def mask(self, step: StepView, ctx: Context) -> Tensor:
-        """0 for all shared entries of the model; only scores train."""
+        """Return 0 for all shared entries of the model; only scores train."""
         assert ctx.model is not None
         parts = anatomy(ctx.model)
         head = parts.head.entries if parts.head else ()
@@ -286,9 +287,8 @@ class SupSup(Correction):
         return spread(step.layout, {n: step.theta.new_zeros(shapes[n]) for n in held if n in shapes})
 
     def summarise(self, learned: Learned, ctx: Context) -> Module:
-        """The task's masks, one bit per weight."""
-        start = f"supsup/{learned.task}/"
-        scores = {n.removeprefix(start): s for n, s in learned.params.items() if n.startswith(start)}
+        """Return the task's masks, one bit per weight."""
+        scores = task_entries(learned.params, "supsup", learned.task)
         masks = {layer: self.mask_of(score) for layer, score in scores.items()}
         shapes = {layer: list(mask.shape) for layer, mask in masks.items()}
         packed = {f"mask/{layer}": pack(mask) for layer, mask in masks.items()}
@@ -308,6 +308,6 @@ def pack(mask: Tensor) -> Tensor:
 
 
 def unpack(data: Tensor, shape: list[int]) -> Tensor:
-    """The mask in float32 that `pack` stored."""
+    """Return the mask in float32 that `pack` stored."""
     bits = (data.view(-1, 1) >> torch.arange(8, dtype=torch.uint8, device=data.device)) & 1
     return bits.reshape(-1)[: torch.Size(shape).numel()].view(shape).float()

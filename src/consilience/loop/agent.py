@@ -19,7 +19,7 @@ from consilience.core.errors import ConsilienceError, Refusal, unknown
 from consilience.core.message import Bank, Item, Message, Private, Shared, Weights, join
 from consilience.core.method import Method
 from consilience.core.model import Model
-from consilience.core.names import WHOLE, pair, trace_key, unpair
+from consilience.core.names import WHOLE, joined, pair, trace_key, unpair
 from consilience.core.params import Layout, Params, content_hash, finite, key, matches
 from consilience.core.schedule import Schedule
 from consilience.core.source import Examples, Source
@@ -220,7 +220,7 @@ class Agent:
 
     def _resume_traces(self, corrections: Corrections, given: Sequence[Source]) -> None:
         """Continue the traces of an earlier visit to these sources, unless the model has grown since."""
-        visit = "+".join(source.name for source in given)
+        visit = joined(source.name for source in given)
         for correction, ctx in corrections:
             kept = self.state.memory.get(trace_key(correction.name), {}).get(visit)
             if kept is not None and all(t.shape == kept.tensors[name].shape for name, t in ctx.trace.items()):
@@ -263,7 +263,8 @@ class Agent:
 
             # Traces of sources that do not come again would only take memory.
             if ctx.trace and all(source.name in self.revisited for source in job.sources):
-                memory.setdefault(trace_key(name), {})[job.name] = Private(ctx.trace)
+                visit = joined(source.name for source in job.sources)
+                memory.setdefault(trace_key(name), {})[visit] = Private(ctx.trace)
             if not overrides(correction, "summarise"):
                 continue
 

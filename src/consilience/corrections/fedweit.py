@@ -47,6 +47,11 @@ def slot(task: str | None) -> str:
     return str(task).replace("%", "%25").replace(":", "%3A")
 
 
+def task_in(slot: str) -> str:
+    """Return the name of the task that `slot` wrote."""
+    return slot.replace("%3A", ":").replace("%25", "%")
+
+
 def compose(base: Tensor, mask: Tensor, own: Tensor) -> Tensor:
     """Return B * sigma + A, one factor sigma for each unit (the first dimension).
 
@@ -135,7 +140,8 @@ class FedWeIt(Correction):
         # Every task has the mask of the first entry, so that its name is found there once.
         start, end = "fedweit/mask/", f":{shared(ctx.model)[0]}"
         slots = [n[len(start) : -len(end)] for n in names if n.startswith(start) and n.endswith(end)]
-        return [task for task in slots if task not in map(slot, ctx.recalled.current)]
+        now = {slot(task) for task in ctx.recalled.current}
+        return [task_in(found) for found in slots if found not in now]
 
     @staticmethod
     def used(params: Params, task: str | None, recalled: Recalled) -> list[Key]:
@@ -279,7 +285,7 @@ class FedWeIt(Correction):
                 value = value + torch.tensordot(alpha[:, at], others, 1)
             theta[name] = value
 
-        # Entries that no loss reaches do not move. Times 0 the loss reaches them, and the penalty moves them.
+        # Entries that no loss reaches do not move. The loss reads these times 0, so the penalty moves them.
         earlier = self.earlier(params, ctx) if training and self.drift else []
         if earlier:
             reached = [params[self.entry("own", t, n)].reshape(-1)[0] for t in earlier for n in names]

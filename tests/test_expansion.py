@@ -13,7 +13,7 @@ from consilience.core.contexts import Context
 from consilience.core.params import key, same
 from consilience.core.source import Source, Tensors
 from consilience.corrections.expansion import DEN, Chain
-from consilience.corrections.superposition import PSP, turns
+from consilience.corrections.superposition import PSP, rotation_key
 from consilience.loop.agent import Agent
 from restate import stopped
 
@@ -545,15 +545,15 @@ def test_den_refuses():
 @pytest.mark.parametrize("keys", ["complex", "rotation"])
 @pytest.mark.parametrize("width", [1, 2, 7, 64])
 def test_keys_are_orthogonal(keys, width):
-    c = turns("a", "layer", width, keys)
+    c = rotation_key("a", "layer", width, keys)
     assert torch.allclose(c @ c.T, torch.eye(width, dtype=torch.float64), atol=1e-12)
-    assert torch.equal(c, turns("a", "layer", width, keys)) and (
-        width < 2 or not torch.equal(c, turns("b", "layer", width, keys))
+    assert torch.equal(c, rotation_key("a", "layer", width, keys)) and (
+        width < 2 or not torch.equal(c, rotation_key("b", "layer", width, keys))
     )
 
 
 def test_complex_keys_are_phases_of_pairs():
-    c, x = turns("a", "layer", 7, "complex"), torch.randn(5, 7, generator=key(1), dtype=torch.float64)
+    c, x = rotation_key("a", "layer", 7, "complex"), torch.randn(5, 7, generator=key(1), dtype=torch.float64)
     z = torch.view_as_complex((x @ c)[:, :6].reshape(5, 3, 2).contiguous())
     turned = z / torch.view_as_complex(x[:, :6].reshape(5, 3, 2).contiguous())
     assert torch.allclose(turned.abs(), torch.ones(5, 3).double()) and torch.allclose(
@@ -561,7 +561,7 @@ def test_complex_keys_are_phases_of_pairs():
     )
     assert abs(float(c[6, 6])) == 1 and float(c[6, :6].abs().sum()) == 0
     phases = torch.tensor(
-        [float(torch.atan2(*turns(str(t), "l", 2, "complex")[0].flip(0))) for t in range(400)]
+        [float(torch.atan2(*rotation_key(str(t), "l", 2, "complex")[0].flip(0))) for t in range(400)]
     )
     assert float(phases.cos().mean().abs()) < 0.1 > float(phases.sin().mean().abs())
 
@@ -569,7 +569,7 @@ def test_complex_keys_are_phases_of_pairs():
 def test_rotations_are_uniform():
     """The trace of a uniform orthogonal matrix has mean 0 and variance 1, its entries variance 1 / n; QR
     alone is biased."""
-    many = torch.stack([turns(str(t), "haar", 4, "rotation") for t in range(600)])
+    many = torch.stack([rotation_key(str(t), "haar", 4, "rotation") for t in range(600)])
     trace = many.diagonal(dim1=1, dim2=2).sum(1)
     assert abs(float(trace.mean())) < 0.15 and float(trace.var()) == pytest.approx(1, abs=0.2)
     assert torch.allclose(many.square().mean(0), torch.full((4, 4), 0.25).double(), atol=0.05)
@@ -631,7 +631,9 @@ def test_psp_with_other_keys_is_its_restatement(keys):
                 h = s.train.x[i]
                 for n in names:
                     h = F.linear(
-                        h @ turns(s.name, n, h.shape[1], keys), leaves[n], leaves[n.replace("weight", "bias")]
+                        h @ rotation_key(s.name, n, h.shape[1], keys),
+                        leaves[n],
+                        leaves[n.replace("weight", "bias")],
                     )
                     h = torch.relu(h) if n != "5.weight" else h
                 loss = F.cross_entropy(h[:, list(s.classes)], s.train.y[i] - s.classes[0])

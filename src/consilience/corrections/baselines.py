@@ -65,8 +65,7 @@ def others(memory: Memory, sources: tuple[Source, ...]) -> dict[str, Private]:
 def facts_of(learned: Learned) -> dict[str, object]:
     """Return the facts of a source that its item keeps.
 
-    They are the task that the model was given, the source's own task, its classes, and the number of the
-    visit.
+    They are the task that the model was given, the source's own task, its classes, and the visit's number.
     """
     source = learned.source
     return {

@@ -1,7 +1,6 @@
 """Corrections against client drift: control variates, dynamic regularisation, and momentum that clients add.
 
-All of them are linear in theta (FedDyn has FedProx's term as well): they add a vector to the gradient of each
-step.
+All of them are linear in theta (FedDyn has FedProx's term as well): they add a vector to each gradient.
 """
 
 from __future__ import annotations

@@ -132,7 +132,7 @@ class ICaRL(Buffer):
 
     @staticmethod
     def _means(kept: Mapping[str, Private], learned: Learned) -> dict[str, Tensor] | None:
-        """Return the unit mean [C, d] of unit features per class, and which have one [C]; None if none has."""
+        """Return unit means [C, d] of unit features per class, and which have one [C]; None if none has."""
         total: Tensor | None = None
         model, count = learned.model, torch.zeros(learned.model.outputs, dtype=torch.float64)
         for item in kept.values():

@@ -105,7 +105,7 @@ class Chain:
         return name.startswith("den/") or name in self.widths or name in self.biases.values()
 
     def head_entries(self, stages: Sequence[str]) -> tuple[str, str | None]:
-        """Return the names of the weight and bias of the last stage's head; without stages: of the model's."""
+        """Return the names of weight and bias of the last stage's head; without stages: of the model's."""
         bias = self.biases.get(self.head)
         if not stages:
             return self.head, bias
@@ -248,7 +248,7 @@ class Growth:
     source: str | None = None
 
     def growing(self, last: int | None = None) -> tuple[str, ...]:
-        """Return the stages that added entries, up to number `last`: all but the first, and the one that runs."""
+        """Return the stages that added entries, up to number `last`: not the first, but the current one."""
         every = self.stages if self.source is None else (*self.stages, self.source)
         return every[1 : None if last is None else last + 1]
 
@@ -266,8 +266,7 @@ class Marks(NamedTuple):
 class DEN(Correction):
     """Dynamically expandable network: retrain what a task needs, add units, split units that drift.
 
-    The first visit trains everything with l1. Any other task has its own head, and five phases of equal
-    length:
+    The first visit trains everything with l1. Any other task has its own head, and five equal phases:
 
     1. head: min L + l1 |W_t|, the rest frozen; then weights within `eps` of 0 are pruned. S are the units
        that non-zero weights connect to this head, layer by layer.
@@ -395,7 +394,7 @@ class DEN(Correction):
     # What a task sees.
 
     def view(self, params: Params, task: str | None, ctx: Context) -> Params:
-        """Return the layers at the stage of a task: without dropped units, with rows as before later splits."""
+        """Return the layers at a task's stage: without dropped units, with rows as before later splits."""
         assert ctx.model is not None
         growth: Growth = ctx.recalled
         current = growth.task is not None and task == growth.task
@@ -701,7 +700,7 @@ class DEN(Correction):
                 mark[part].add_(value * (mark[part] > 0))
 
     def summarise(self, learned: Learned, ctx: Context) -> Private:
-        """Return the weights pruned by this stage, its live units, and the old rows of units that it split."""
+        """Return the weights that this stage pruned, its live units, and the old rows of units it split."""
         assert ctx.model is not None
         growth: Growth = ctx.recalled
         chain, earlier = Chain.of(ctx.model), growth.growing()[:-1]

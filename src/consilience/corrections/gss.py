@@ -139,7 +139,7 @@ class GSS(ER):
         return super().sample(replace(ctx, recalled=ctx.recalled.groups), sources, generator)
 
     def summarise(self, learned: Learned, ctx: Context) -> Private:
-        """Return this source's examples in the buffer, and the keys of those that they replaced (for `trim`)."""
+        """Return this source's examples in the buffer, and the keys of those they replaced (for `trim`)."""
         items = [] if ctx.recalled is None else list(ctx.recalled.items)
         device, meta = learned.layout.device, {"task": learned.task, "classes": list(learned.source.classes)}
         sources = [*[item.meta for item in items], meta]

@@ -43,7 +43,7 @@ class Columns(Correction):
     """
 
     def default_model(self, inputs: tuple[int, ...], outputs: int) -> Model:
-        """Return convolutional columns for square images of side 8 or more, else perceptrons with 128 units."""
+        """Return convolutional columns for square images of side >= 8, else perceptrons with 128 units."""
         # Rooms of parts do not import one another when they are loaded.
         from consilience.models import progressive, progressive_conv
 
@@ -316,7 +316,7 @@ class HAT(Correction):
         return low + (self.s_max - low) * (clock[1] / last if last > 0 else 1.0)
 
     def compensation(self, e: Tensor, s: float) -> Tensor:
-        """Return factors that undo the scale of the gradient of sigmoid(s e): s_max times that of sigmoid(e)."""
+        """Return factors that scale the gradient of sigmoid(s e) to s_max times that of sigmoid(e)."""
         # cosh overflows beyond this range; the clamp is the authors' too.
         return self.s_max / s * ((s * e).clamp(-50, 50).cosh() + 1) / (e.clamp(-50, 50).cosh() + 1)
 
@@ -356,7 +356,7 @@ class HAT(Correction):
         return Begun(params, {f"free/{name}": factor for name, factor in free.items()})
 
     def _free(self, start: Beginning) -> dict[str, Tensor]:
-        """Return gradient factors: 1 - min(a_i, a_j) of the earlier tasks for weight (i, j), 1 - a_i for bias i."""
+        """Return gradient factors by past masks: 1 - min(a_i, a_j) for weight (i, j), 1 - a_i for bias i."""
         model, params, attention = start.model, start.params, start.recalled
         parts, past = anatomy(model), attention.past
         free = own_entries(model, params, start.sources, attention.classes)
@@ -377,7 +377,7 @@ class HAT(Correction):
 
     @staticmethod
     def _inputs(model: Model, name: str, attention: Attention) -> Tensor:
-        """Return the past mask of the units that a layer reads, on its weight; 1 where it reads the inputs."""
+        """Return the past mask of the units that a layer reads, on its weight; 1 if it reads the inputs."""
         parts = anatomy(model)
         shape, before = parts.shapes[name], parts.previous(name)
         if before not in attention.past:

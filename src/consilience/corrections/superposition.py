@@ -109,7 +109,7 @@ class PSP(Correction):
 
 @lru_cache(maxsize=4096)
 def gates(task: str, layer: str, units: int, fraction: float) -> Tensor:
-    """Return the gates [units] of a task for a layer: round(fraction x units) are 0, but at least one is 1."""
+    """Return the gates [units] of a task for a layer: round(fraction x units) are 0, at least one is 1."""
     order = torch.randperm(units, generator=key("xdg", task, layer))
     return torch.ones(units).index_fill(0, order[: min(units - 1, round(fraction * units))], 0.0)
 

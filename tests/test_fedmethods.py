@@ -471,7 +471,7 @@ def test_fourier_features_are_the_kernel_and_the_same_for_everybody():
     frozen = [n for n in given.init(torch.Generator())[0] if given.frozen(n)]
     assert frozen == ["body.1.weight", "body.1.bias", "fourier.weight", "fourier.bias"]
     assert same(*(given.init(torch.Generator().manual_seed(4))[0] for _ in range(2)))
-    with pytest.raises(ConsilienceError, match="`sigma` should be positive"):
+    with pytest.raises(ConsilienceError, match="`sigma` must be positive"):
         cs.models.fourier_features(mlp(), 8, sigma=0.0)
 
 

@@ -588,7 +588,7 @@ def test_infer_is_in_the_command_line():
     with pytest.raises(cs.ConsilienceError, match="nearest: expert_gate"):
         understand("run", ["--method", "hat+infer", "--method.infer.mapper", "expert_gat"])
     with pytest.raises(
-        cs.ConsilienceError, match=r"made by consilience.mappers, such as min_entropy\(\). Found 'hat'"
+        cs.ConsilienceError, match=r"made by consilience.mappers, such as min_entropy\(\), got 'hat'"
     ):
         cs.methods.infer("hat")
 

@@ -634,7 +634,7 @@ def test_a_state_dict_is_an_expert_with_its_buffers(digits):
             {n: t for n, t in experts[0].params.items() if "running" not in n},
             "'bad' has none called '1.running_mean'",
         ),
-        ({**experts[0].params, "bogus": torch.zeros(3)}, "Found 'bogus'"),
+        ({**experts[0].params, "bogus": torch.zeros(3)}, "'bad' has 'bogus'"),
     ):
         with pytest.raises(cs.ConsilienceError, match=text):
             cs.run(

@@ -459,7 +459,7 @@ def test_a_shared_item_of_what_does_not_travel_is_refused() -> None:
         def summarise(self, learned: Learned, ctx: Context) -> Statistics:
             return Statistics({"x": learned.source.train.whole()[0]})
 
-    with pytest.raises(TypeError, match="should be Private"):
+    with pytest.raises(TypeError, match="must be Private"):
         testing.quiet(
             testing.SETTINGS["continual (class)"](), cs.Method("leak", (Leak(),)), testing.plain_model()
         )

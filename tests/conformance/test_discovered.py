@@ -18,7 +18,10 @@ import consilience as cs
 ROOMS = ("aggregators", "consolidators", "mappers")
 CLASSES = pytest.mark.parametrize("name", sorted(kit.EVERY))
 CATALOGUE = {
-    f"{room}.{n}": f for room in ROOMS for n, f in vars(getattr(cs, room)).items() if inspect.isfunction(f)
+    f"{room}.{n}": f
+    for room in ROOMS
+    for n, f in vars(getattr(cs, room)).items()
+    if inspect.isfunction(f) and not n.startswith("_")
 }
 CATALOGUE |= {f"methods.{n}": getattr(cs.methods, n) for n in cs.methods.__all__}
 

@@ -185,8 +185,7 @@ class Bulyan(_Tolerant, Blockwise):
         near = (values - middle).abs().argsort(dim=0, stable=True)[: count - 2 * self.byzantine]
         kept = values.gather(0, near).sort(0).values
 
-        # Added one after another: a reduction's order, and so its bits, would depend on the size of the
-        # block.
+        # Added one after another: the order of a reduction, and so its bits, depends on the block size.
         total = torch.zeros_like(middle)
         for value in kept:
             total = total + value / len(kept)

@@ -32,8 +32,7 @@ class MGDA(Linear):
             share = (square <= 0).double()
         else:
             # With x = t a, min |x g|^2 + s (sum x - 1)^2 has the same a for every s > 0, and its only
-            # constraint is x >= 0. Rows are scaled to length 1, so that short and long ones are solved
-            # equally well.
+            # constraint is x >= 0. Rows are scaled to length 1, to solve short and long ones equally well.
             norm = square.sqrt()
             scale = norm.min() / norm
             system = wide / norm.outer(norm) + scale.outer(scale)

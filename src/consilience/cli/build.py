@@ -63,7 +63,7 @@ def check_sources(choice: str, value: Any, name: str) -> Any:
 
 
 def as_list(value: Any) -> list[Any]:
-    """A list as it is, and one thing as a list of one."""
+    """Return a list as it is, and anything else as a list of one."""
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
@@ -133,7 +133,7 @@ def model_of(order: Order, schedule: Schedule) -> Model | None:
 
 
 def data_sizes(schedule: Schedule) -> dict[str, int]:
-    """The arguments of models that the data decides."""
+    """Return the arguments of models that the data decides."""
     import torch
 
     inputs, _ = schedule.sources[0].train.select(torch.arange(1)).whole()

@@ -165,6 +165,6 @@ def show(results: Mapping[str, Result], refused: Mapping[str, str], folder: Path
 
 
 def summary(result: Result) -> dict[str, Any]:
-    """The figures of result.json, without the matrices."""
+    """Return the figures of result.json, without the matrices."""
     figures = result.to_json()
     return {key: figures[key] for key in FIGURES}

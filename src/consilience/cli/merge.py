@@ -78,7 +78,7 @@ class MergeOptions:
     seed: int = 0
 
     def arguments(self) -> dict[str, Any]:
-        """The arguments of `consilience.merge`."""
+        """Return the arguments of `consilience.merge`."""
         return {
             "weights": self.weights,
             "per": self.per,
@@ -184,17 +184,17 @@ def requested(argv: Sequence[str]) -> Request:
 
 
 def allow_switch(name: str) -> str:
-    """The switch that allows something."""
+    """Return the switch that allows something."""
     return f"allow-{dashed(name)}"
 
 
 def switches_with_help() -> dict[str, str]:
-    """All switches, and what they do."""
+    """Return all switches, and what they do."""
     return {**SWITCHES, **{allow_switch(name): why for name, why in ALLOWED.items()}}
 
 
 def spellings(switches: Mapping[str, str]) -> set[str]:
-    """All spellings of switches: dashes and underscores are the same."""
+    """Return all spellings of switches: dashes and underscores are the same."""
     # --allow-non_finite, as the argument of the library is spelled.
     mixed = {f"allow-{name}" for name in ALLOWED}
     return {*switches, *(switch.replace("-", "_") for switch in switches), *mixed}

@@ -115,11 +115,11 @@ class Part:
     """The parameter that receives the result of the part before: sources, or a model."""
 
     def option(self, name: str) -> str:
-        """The option of a parameter."""
+        """Return the option of a parameter."""
         return f"{self.key}.{name}" if self.key else name
 
     def options(self) -> dict[str, inspect.Parameter]:
-        """Parameters by option, with annotations evaluated as far as that needs no torch."""
+        """Return parameters by option, with annotations evaluated as far as that needs no torch."""
         try:
             parameters = list(inspect.signature(self.call).parameters.values())
         except (TypeError, ValueError):
@@ -354,7 +354,7 @@ def nested(parts: Sequence[Part], values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def changed_options(part: Part, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of a part that differ from their defaults."""
+    """Return the options of a part that differ from their defaults."""
     options = part.options().items()
     return {
         key.removeprefix(part.key + "."): plain(values[key])
@@ -412,11 +412,11 @@ class Order:
         return found
 
     def of(self, choice: str) -> list[Part]:
-        """The parts of a choice, in order."""
+        """Return the parts of a choice, in order."""
         return [part for part in self.parts if part.choice == choice]
 
     def options(self, part: Part) -> dict[str, Any]:
-        """The arguments that a part is called with."""
+        """Return the arguments that a part is called with."""
         return {key.removeprefix(part.key + "."): self.values[key] for key in part.options()}
 
     @property
@@ -474,7 +474,7 @@ def given_options(command: str, argv: Sequence[str]) -> tuple[dict[str, str | No
 
 
 def choices_of(command: str) -> tuple[str, ...]:
-    """The choices of `run` or `compare`, which takes several methods."""
+    """Return the choices of `run` or `compare`, which takes several methods."""
     return tuple("methods" if command == "compare" and key == "method" else key for key in CHOICES)
 
 
@@ -489,7 +489,7 @@ def stored_options(given: Mapping[str, str | None]) -> dict[str, str | None]:
 
 
 def fitting_options(choices: Sequence[str], chosen: Mapping[str, Any]) -> dict[str, Any]:
-    """Options that fit the chosen setting and data."""
+    """Return the options that fit the chosen setting and data."""
     setting = chosen.get("setting") or "continual"
     data = chosen.get("data") or "digits"
 
@@ -504,7 +504,7 @@ def fitting_options(choices: Sequence[str], chosen: Mapping[str, Any]) -> dict[s
 
 
 def common_parts() -> list[Part]:
-    """Parts that every run has: the training, and the run itself."""
+    """Return the parts that every run has: the training, and the run itself."""
     from consilience.core.training import Training
 
     return [
@@ -548,7 +548,7 @@ def with_precision(layer: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def spelled(key: str) -> str:
-    """The spelling of an option on the command line."""
+    """Return the spelling of an option on the command line."""
     return "dtype" if key == PRECISION else key
 
 
@@ -575,7 +575,7 @@ def take_choice(given: dict[str, str | None], choice: str, default: str, helping
 
 
 def missing(key: str, sign: str = "--") -> ConsilienceError:
-    """The error for an option without a value."""
+    """Return the error for an option without a value."""
     return ConsilienceError(f"`{sign}{spelled(key)}` needs a value.")
 
 

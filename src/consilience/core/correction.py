@@ -50,8 +50,9 @@ class Correction(ABC):  # noqa: B024 (every verb is optional)
     through what they return:
 
     - `summarise` returns an item to keep after a visit. `recall` turns the items into `ctx.recalled` at the
-    next one. - `begin` returns private tensors that last for one visit, as `ctx.private`. - `trace` returns
-    what accumulates over the steps, as `ctx.trace`.
+      next one.
+    - `begin` returns private tensors that last for one visit, as `ctx.private`.
+    - `trace` returns what accumulates over the steps, as `ctx.trace`.
 
     `ctx` is the `Context` of this correction alone. The verbs that run in each step must be functions of
     tensors: no branch on the value of a tensor, no `.item()`, `.unique()` or `nonzero()`, and no random
@@ -181,7 +182,7 @@ class Correction(ABC):  # noqa: B024 (every verb is optional)
 
         Called once per visit, for corrections that override `trace`. A trace continues over the visits to a
         source: at a later visit the kept one takes its place, if the shapes are still the same. Used by SI,
-        PackNet, DEN and FedWeIt.
+        PackNet and DEN.
         """
         return {}
 
@@ -251,7 +252,7 @@ class Correction(ABC):  # noqa: B024 (every verb is optional)
 
         `ctx.trace` is the trace before it, `grad` [n] the aggregated gradient without penalties, and `delta`
         [n] what the step adds to `step.theta`. Called once per step, after the optimiser. Names and shapes
-        must be those of `trace_init`. Used by SI, PackNet, DEN and FedWeIt.
+        must be those of `trace_init`. Used by SI, PackNet and DEN.
         """
         return ctx.trace
 

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
+
 from consilience.core.aggregator import Aggregator, Cone
 from consilience.core.consolidator import Consolidator
 from consilience.core.correction import Correction, Mapper, overrides
@@ -182,7 +184,6 @@ class Method:
         """
         if facts.model is None or not self.personal:
             return self.personal
-        import torch
 
         model = facts.model
         params, buffers = model.init(torch.Generator().manual_seed(0))

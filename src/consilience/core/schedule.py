@@ -213,6 +213,38 @@ class _Sent(NamedTuple):
         return self.params != self.base
 
 
+@dataclass(eq=False)
+class Counts:
+    """What a symbolic run has counted so far; most of it becomes `ScheduleFacts`."""
+
+    parts: int = 0
+    """The largest number of sources in one step."""
+    trains: bool = False
+    """Whether any agent trained."""
+    exchanges: bool = False
+    """Whether any agent received messages."""
+    receives_others: bool = False
+    """Whether any agent received what another agent was trained on."""
+    shared_history: bool = False
+    """Whether an agent trained after it trained on other sources, or received from agents that did."""
+    own_history: bool = False
+    """Whether an agent trained after it trained on other sources itself."""
+    repeats: bool = False
+    """Whether an agent trained after it trained or received."""
+    common_base: bool = True
+    """Whether agents received only parameters that were trained from their own base."""
+    most_received: int = 0
+    """The largest number of newly trained agents whose messages one agent received at once."""
+    revisited: set[str] = field(default_factory=set)
+    """Sources that some agent trained on more than once."""
+    rounds: int = 0
+    """The largest number of times that one agent had received trained parameters when training went on."""
+    received: dict[str, int] = field(default_factory=dict)
+    """How often each agent received newly trained parameters."""
+    events: int = 0
+    """The number of visits; the parameters after a visit are named by it."""
+
+
 class _SymbolicRun:
     """A run of a schedule in which agents train in name only.
 
@@ -224,21 +256,14 @@ class _SymbolicRun:
         self.schedule = schedule
         self.stage = 1
         self.agents: dict[str, _SymbolicAgent] = {}
-        # By bit: the source of each visit. By source: its visits, and the newest that reached the evaluated
-        # agent.
+        # The source of each visit, by bit.
         self.visited: list[str] = []
+        # The visits to each source, and the newest of them that reached the evaluated agent.
         self.visits_of: dict[str, int] = {}
         self.newest: dict[str, int] = {}
         self.learned_at: dict[str, list[int]] = {source.name: [] for source in schedule.judged}
         self.judged_by = _judged_by(schedule)
-
-        self.parts = self.most_received = self.rounds = self.events = 0
-        self.trains = self.exchanges = self.receives_others = False
-        self.shared_history = self.own_history = self.repeats = False
-        self.common_base = True
-        self.revisited: set[str] = set()
-        # How often each agent received newly trained parameters.
-        self.received: dict[str, int] = {}
+        self.counts = Counts()
 
         for name, expert in schedule.experts.items():
             agent = self.agent(name)
@@ -288,8 +313,10 @@ class _SymbolicRun:
 
     def train(self, phase: Train) -> None:
         """Let agents train."""
-        self.trains = True
-        self.rounds = max(self.received.values(), default=0)
+        counts = self.counts
+        counts.trains = True
+        counts.rounds = max(counts.received.values(), default=0)
+
         for name, sources in phase.who.items():
             agent = self.agent(name)
             # Knowledge of the very sources that are trained on now is no history that could be forgotten.
@@ -297,22 +324,23 @@ class _SymbolicRun:
             for source in sources:
                 of_these |= self.visits_of.get(source, 0)
 
-            self.parts = max(self.parts, len(sources))
-            self.revisited |= agent.own.intersection(sources)
-            self.shared_history |= bool(agent.knowledge & ~of_these)
-            self.own_history |= bool(agent.own.difference(sources))
-            self.repeats |= agent.active
+            counts.parts = max(counts.parts, len(sources))
+            counts.revisited |= agent.own.intersection(sources)
+            counts.shared_history |= bool(agent.knowledge & ~of_these)
+            counts.own_history |= bool(agent.own.difference(sources))
+            counts.repeats |= agent.active
 
             agent.active = True
             agent.own.update(sources)
             self.learn(name, self.visit(sources))
             # Every visit ends at parameters that nobody else has.
-            self.events += 1
-            agent.params = self.events
+            counts.events += 1
+            agent.params = counts.events
 
     def exchange(self, phase: Exchange) -> None:
         """Let agents receive from others."""
-        self.exchanges = True
+        counts = self.counts
+        counts.exchanges = True
         senders = {sender for group in phase.who.values() for sender in group}
         sent: dict[str, _Sent] = {}
         for name in senders:
@@ -323,10 +351,10 @@ class _SymbolicRun:
         for name, group in phase.who.items():
             base = self.agent(name).base
             news = [sent[sender] for sender in group if sent[sender].trained]
-            self.most_received = max(self.most_received, len(news))
-            self.received[name] = self.received.get(name, 0) + bool(news)
-            self.receives_others |= any(sender != name and sent[sender].knowledge for sender in group)
-            self.common_base &= all(message.base == base for message in news)
+            counts.most_received = max(counts.most_received, len(news))
+            counts.received[name] = counts.received.get(name, 0) + bool(news)
+            counts.receives_others |= any(sender != name and sent[sender].knowledge for sender in group)
+            counts.common_base &= all(message.base == base for message in news)
 
         for name, group in phase.who.items():
             agent = self.agent(name)
@@ -334,13 +362,12 @@ class _SymbolicRun:
                 self.learn(name, sent[sender].knowledge)
                 agent.active = True
             mixed = frozenset((sender, sent[sender].params) for sender in group)
-            # One message is adopted as it is; of several the hash is a token that stays small over many
-            # rounds.
+            # One message is adopted as it is. Of several, the hash is a token that stays small.
             agent.base = agent.params = sent[group[0]].params if len(mixed) == 1 else hash(mixed)
 
     def facts(self) -> ScheduleFacts:
         """Return what the run showed."""
-        schedule = self.schedule
+        schedule, counts = self.schedule, self.counts
         # Tasks overlap where two of them own one column.
         columns = [column for own in schedule.frame.tasks.values() for column in own]
         trained_on = [agent.own for agent in self.agents.values()]
@@ -349,20 +376,20 @@ class _SymbolicRun:
         return ScheduleFacts(
             setting=schedule.setting,
             labelled=schedule.labelled,
-            parts=self.parts,
-            trains=self.trains,
-            exchanges=self.exchanges,
-            receives_others=self.receives_others,
-            shared_history=self.shared_history,
-            own_history=self.own_history,
-            repeats=self.repeats,
-            common_base=self.common_base,
+            parts=counts.parts,
+            trains=counts.trains,
+            exchanges=counts.exchanges,
+            receives_others=counts.receives_others,
+            shared_history=counts.shared_history,
+            own_history=counts.own_history,
+            repeats=counts.repeats,
+            common_base=counts.common_base,
             learned_at={name: tuple(stages) for name, stages in self.learned_at.items()},
             stages=self.stage - 1,
             kind=schedule.frame.kind,
-            most_received=self.most_received,
-            revisited=frozenset(self.revisited),
-            rounds=self.rounds,
+            most_received=counts.most_received,
+            revisited=frozenset(counts.revisited),
+            rounds=counts.rounds,
             most_sources=max(map(len, trained_on), default=0),
             classes=max(map(len, classes), default=0),
             boundaries=schedule.boundaries,

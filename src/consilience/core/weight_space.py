@@ -101,8 +101,7 @@ class WeightSpace(Consolidator):
         for row in rows:
             _check_fits(row, state)
 
-        # Without training since the last exchange there is no change to take an outer step along: rows are
-        # averaged.
+        # If no sender trained, there is no change to step along: average the rows.
         trained = any(m.trained for m in messages)
         merged: Params = {}
         for names, among in _by_carriers(rows):
@@ -129,8 +128,7 @@ class WeightSpace(Consolidator):
         frozen = [name for name in names if model.frozen(name) or not first[name].is_floating_point()]
         merged = {name: state.params.get(name, first[name]) for name in frozen}
 
-        # A task's own entries have no base, so that no aggregator of deltas applies to them: they are
-        # averaged.
+        # A task's own entries have no base, and so no deltas to aggregate: average them.
         of_one_task = [name for name in names if name not in frozen and model.task_of(name) is not None]
         common = [name for name in names if name not in frozen and name not in of_one_task]
         if trained is not None:
@@ -159,13 +157,17 @@ class WeightSpace(Consolidator):
         base: Params,
         generator: torch.Generator,
     ) -> Params:
+        """Combine entries that all rows carry.
+
+        They are combined by coefficients if those suffice, else by flat deltas from the base.
+        """
         layout = Layout.of({name: rows[0].params[name] for name in names})
         total = sum(row.weight for row in rows)
         weights = torch.tensor([row.weight / total for row in rows], dtype=layout.dtype)
         params = [row.params for row in rows]
 
-        # In canonical order the sum has the same bits however messages arrive.
-        # Coefficients that need no Gramian are applied entry by entry: no flat copy of any model is made.
+        # In canonical order the sum has the same bits however messages arrive. Coefficients that need no
+        # Gramian are applied entry by entry: no flat copy of any model is made.
         if aggregator is None or (isinstance(aggregator, Linear) and not aggregator.needs_gram):
             order = rank(params, layout, weights)
             weights = weights[order]

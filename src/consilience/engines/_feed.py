@@ -162,7 +162,7 @@ class Feed:
                     job.epoch, job.index = line.clock()
 
     def _blank(self) -> Batch:
-        """A batch of one sample, which shows shapes and types."""
+        """Return a batch of one sample, which shows shapes and types."""
         part = self.stack.jobs[0].parts[0]
         x, y = next(iter(part.examples.batches([torch.zeros(1, dtype=torch.long)])))
         same = all(job.parts[0].source.name == part.source.name for job in self.stack.jobs)
@@ -206,7 +206,7 @@ class Feed:
         return Window(inputs, targets, weights, moments)
 
     def _batches(self, window: Window, blank: Batch) -> Iterator[tuple[Slots, Batch, Clock]]:
-        """The batch and the clock of each step of a window, with the tensors in their slots."""
+        """Yield the batch and the clock of each step of a window, with the tensors in their slots."""
         for step in range(window.inputs.shape[1]):
             slots = Slots()
             weights = None if window.weights is None else slots.put(window.weights[:, step], 0)
@@ -217,7 +217,7 @@ class Feed:
     # What both ways need
 
     def _clock(self, moments: Tensor, slots: Slots) -> Clock:
-        """The clock of all rows, from moments [4, K] of (epoch, step, epochs, steps per epoch)."""
+        """Return the clock of all rows, from moments [4, K] of (epoch, step, epochs, steps per epoch)."""
         # Where no verb reads the time, it is left out of the program, which then serves all epochs.
         if not self.stack.timed:
             return Clock((0, 0), (0, 0))
@@ -231,9 +231,10 @@ class Feed:
         return Clock(now, (horizon(epochs), horizon(steps)))
 
     def _measure(self, job: Job, parts: list[Batch], sizes: tuple[int, ...]) -> None:
-        """Measure the cost of a step with batches of these sizes: one job takes it alone, and takes it back.
+        """Measure the cost of a step with batches of these sizes.
 
-        The step also shows which entries the gradient does not reach.
+        For this, one job takes the step alone, and its state is restored. The step also shows which entries
+        the gradient does not reach.
         """
         stack, cost = self.stack, job.cost(parts)
         key = (stack.kind, stack.shape, sizes, cost)
@@ -302,7 +303,7 @@ class Line:
         return self.done == len(self.sizes)
 
     def clock(self) -> tuple[int, int]:
-        """(epoch, step in the epoch) of the next step."""
+        """Return (epoch, step in the epoch) of the next step."""
         if not self.ended:
             return self.moments[self.done][:2]
         epoch, index, _, per_epoch = self.moments[-1]
@@ -310,7 +311,7 @@ class Line:
 
 
 def part_kind(batch: Batch) -> tuple[object, ...]:
-    """What the batches of one part must have in common to be stacked."""
+    """Return what the batches of one part must have in common to be stacked."""
     return (batch.task, batch.weight, batch.drawn_by, batch.extra.keys(), batch.x.shape[1:])
 
 

@@ -99,7 +99,7 @@ def _draws(target: Any) -> bool:
 
 
 def _repeated(node: Node) -> Node | None:
-    """The node whose value this one repeats, or None."""
+    """Return the node whose value this one repeats, or None."""
     if node.op != "call_function" or not node.args or not isinstance(node.args[0], Node):
         return None
     before = node.args[0]
@@ -334,7 +334,7 @@ def _take_entry(graph: Graph, node: Node, joined: Node, span: tuple[int, int]) -
 
 
 def _sliced_meta(node: Node, dim: int, start: int, end: int) -> Any:
-    """The shape and type of a slice."""
+    """Return the shape and type of a slice."""
     meta = node.meta["tensor_meta"]
     shape = list(meta.shape)
     shape[dim] = min(end, shape[dim]) - start
@@ -373,7 +373,7 @@ def _push_shapes(graph: GraphModule, _: torch.device) -> None:
 
 
 def _viewed_shape(arg: Any, shape: torch.Size, new: torch.Size) -> Any:
-    """The shape that an argument of an elementwise operation needs when the result is viewed as `new`.
+    """Return the shape that an argument of an elementwise operation needs if the result has shape `new`.
 
     `shape` is that of the result before; both have the same first dimension. None: it cannot be viewed.
     """
@@ -525,12 +525,12 @@ UPDATES: dict[str, Callable[[Graph, Node, Any, float], Node]] = {
 
 
 def _memory_of(node: Any) -> Any:
-    """The node whose memory this one is a view of."""
+    """Return the node whose memory this one is a view of."""
     return _under(node, VIEWS)
 
 
 def _under(node: Any, views: set[Any]) -> Any:
-    """The node below a chain of operations of these kinds."""
+    """Return the node below a chain of operations of these kinds."""
     while isinstance(node, Node) and node.target in views and node.args:
         node = node.args[0]
     return node

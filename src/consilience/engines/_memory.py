@@ -24,7 +24,7 @@ WINDOW = 1 << 24
 
 
 def most_agents(visits: Sequence[Visit]) -> int:
-    """How many agents are stacked at most, so that their state and activations fit in memory."""
+    """Return the largest number of agents whose state and activations fit in memory as one stack."""
     if not visits:
         return 1
     # Agents of one run have the same model, so the first stands for all.
@@ -37,7 +37,7 @@ def most_agents(visits: Sequence[Visit]) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Free memory in bytes."""
+    """Return the free memory in bytes."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     with suppress(ValueError, OSError, AttributeError):

@@ -56,7 +56,7 @@ class Pool:
             place = len(self.tensors)
             self.tensors.append(tensor)
             alike.append(place)
-            # Only tensors that the pool holds are known by identity: the id of another may be given away.
+            # Only tensors that the pool holds are known by identity: the id of a freed tensor may be reused.
             self._objects[id(tensor)] = place
         return place
 

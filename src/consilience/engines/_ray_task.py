@@ -95,14 +95,14 @@ def aligned(data: bytes, device: str) -> dict[str, Tensor]:
 
 
 def versions() -> dict[str, str]:
-    """The versions that a worker must share with the driver to compute the same bits."""
+    """Return the versions that a worker must share with the driver to compute the same bits."""
     from consilience.version import __version__
 
     return {"consilience": __version__, "torch": torch.__version__, "Python": platform.python_version()}
 
 
 def cloudpickle() -> Any:
-    """The module with which Ray pickles code."""
+    """Return the module with which Ray pickles code."""
     return importlib.import_module("ray.cloudpickle")
 
 
@@ -152,7 +152,7 @@ def portable(error: Exception) -> bytes:
 
 
 def settings() -> dict[str, Any]:
-    """The settings of this process that decide the bits of a result."""
+    """Return the settings of this process that decide the bits of a result."""
     return {
         "threads": torch.get_num_threads(),
         "dtype": torch.get_default_dtype(),
@@ -318,5 +318,5 @@ def encoded(state: State, given: Mapping[str, Tensor]) -> Encoded:
 
 
 def _no_phases(seed: int) -> Sequence[Any]:
-    """The plan of a worker's schedule: the driver has the phases."""
+    """Return the plan of a worker's schedule, which is empty: the driver has the phases."""
     return ()

@@ -134,7 +134,7 @@ class Stack:
         )
 
     def live(self) -> list[tuple[int, Job]]:
-        """The rows whose jobs have not ended, with their jobs."""
+        """Return the rows whose jobs have not ended, with their jobs."""
         return [(row, job) for row, job in enumerate(self.rows) if job is not None]
 
     def advance(self, slots: Slots, parts: list[Batch], clock: Clock) -> None:
@@ -229,7 +229,7 @@ class Stack:
 
 
 def context_of(job: Job, name: str) -> Context:
-    """The context of a correction in a job, by the correction's name."""
+    """Return the context of a correction in a job, by the correction's name."""
     return next(ctx for correction, ctx in job.corrections if correction.name == name)
 
 
@@ -254,5 +254,5 @@ def alike(job: Job) -> object:
 
 
 def input_shape(examples: Examples) -> tuple[int, ...] | None:
-    """The shape of one input; None where the examples are not in memory."""
+    """Return the shape of one input; None where the examples are not in memory."""
     return tuple(examples.whole()[0].shape[1:]) if isinstance(examples, Tensors) else None

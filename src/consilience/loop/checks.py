@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, is_dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -201,7 +201,7 @@ def fingerprint(setup: Setup, metric: str, options: RunOptions) -> dict[str, Any
     schedule, method, model = setup.schedule, setup.method, setup.model
     nothing = torch.zeros(0)
 
-    # A sample of each source's inputs, and all targets: quick, and other data are found.
+    # A sample of each source's inputs, and all targets. This is quick, and detects other data.
     data: dict[str, Tensor] = {}
     for source in schedule.sources:
         some = torch.arange(0, len(source.train), max(1, len(source.train) // 64))
@@ -214,7 +214,7 @@ def fingerprint(setup: Setup, metric: str, options: RunOptions) -> dict[str, Any
     shape = {} if type(model).__repr__ is object.__repr__ else {repr(model): nothing}
 
     # All parts of a method are dataclasses, so their reprs have all hyperparameters.
-    parts = {f: repr(getattr(method, f)) for f in method.__dataclass_fields__ if is_dataclass(method)}
+    parts = {f: repr(getattr(method, f)) for f in method.__dataclass_fields__}
     return {
         "setting": schedule.setting,
         "scenario": schedule.scenario,

@@ -89,7 +89,7 @@ class Session:
         if self.log.out is None:
             return
 
-        # One checkpoint for all seeds: it is there completely, or the one before is.
+        # One checkpoint for all seeds. It replaces the last one only when it is complete.
         tensors: dict[str, Tensor] = {}
         trials: dict[str, Any] = {}
         for other in self.trials:

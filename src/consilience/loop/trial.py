@@ -175,14 +175,13 @@ class Trial:
 
     def exchange(self, phase: Exchange) -> None:
         """Pass messages from senders to receivers. All are sent before any is received."""
-        # Nobody gets what another received in this very exchange.
+        # Send before receiving: no agent gets what another receives in this exchange.
         sent = {name: self._sent(name, senders) for name, senders in phase.who.items()}
         for name, messages in sent.items():
             agent, senders = self.agents[name], phase.who[name]
             if senders and all(sender in self.failed for sender in senders):
-                agent.state = agent.state.change(
-                    size=0
-                )  # it has nothing that anybody sent, so it weighs nothing
+                # Nothing that it holds was sent by anybody, so it weighs nothing.
+                agent.state = agent.state.change(size=0)
                 continue
 
             before = agent.state

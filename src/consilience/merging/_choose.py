@@ -417,9 +417,9 @@ class Gain(NamedTuple):
 def paired(a: Sequence[Answers], b: Sequence[Answers], keys: Sequence[Hashable] | None = None) -> Gain:
     """Return the mean over sources of how much more often a is right than b, and its standard error.
 
-    Sources with the same of `keys` have the same examples (None: none have), so their sum varies by example.
-    The error is infinite if a source has one example. A variance of 0 about a mean other than 0 counts as 1 /
-    n, for no sample is certain.
+    Sources with equal keys share their examples; with `keys=None` none do. The sum of such sources varies by
+    example. The error is infinite if a source has one example. A variance of 0 about a mean other than 0
+    counts as 1 / n, since no sample is certain.
 
     >>> y = torch.tensor([0, 0, 0, 0])
     >>> right = Answers(torch.tensor([[1.0, 0.0]]).repeat(4, 1), y, 2)

@@ -25,7 +25,7 @@ OPTIMISERS = ("nelder-mead", "differential_evolution")
 GRID = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 SCALES = (0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8)
 """Coefficients of merges to try, as far as they are at most the number of experts."""
-SUM = "sum"
+PLAIN_SUM = "sum"
 """The name of the plain mixture base + sum_i lambda_i tau_i, among those of aggregators."""
 
 
@@ -259,9 +259,10 @@ class SearchOptions:
                     f"`{option}` must be finite numbers, at least one, got {kind_of(values)}."
                 )
         for name, aggregator in self.aggregators.items():
-            if name == SUM or not isinstance(aggregator, Aggregator):
+            if name == PLAIN_SUM or not isinstance(aggregator, Aggregator):
                 raise ConsilienceError(
-                    f"`aggregators` must be made by consilience.aggregators, under names other than {SUM!r}, "
+                    "`aggregators` must be made by consilience.aggregators, "
+                    f"under names other than {PLAIN_SUM!r}, "
                     f"got {name!r}: {kind_of(aggregator)}."
                 )
 
@@ -301,10 +302,12 @@ class Search:
     def search_sum(self) -> None:
         """Search base + sum_i lambda_i tau_i."""
         options = self.options
-        first = [self.judge(SUM, [value] * self.size) for value in options.grid]
+        first = [self.judge(PLAIN_SUM, [value] * self.size) for value in options.grid]
         # The single experts are corners of the space that the optimiser searches.
         if options.each:
-            first += [self.judge(SUM, [float(i == j) for j in range(self.size)]) for i in range(self.size)]
+            first += [
+                self.judge(PLAIN_SUM, [float(i == j) for j in range(self.size)]) for i in range(self.size)
+            ]
         if options.optimiser and options.budget:
             self.refine(first, max(1.0, *options.grid), self.size if options.each else 1)
 
@@ -324,7 +327,7 @@ class Search:
     def judge(self, name: str, coefficients: Iterable[float]) -> Mixture:
         """Return a mixture with its scores; it is judged if it was not tried yet."""
         # A mixture costs a pass over the data, so none is judged twice.
-        key = (name, canonical(coefficients))
+        key = (name, rounded(coefficients))
         if key not in self.tried:
             bench, objective = self.bench, self.options.objective
             answers = bench.answers(self.mixed(*key), "validation")
@@ -341,7 +344,7 @@ class Search:
 
     def mixed(self, name: str, coefficients: tuple[float, ...]) -> Params:
         """Return the entries of a mixture."""
-        if name == SUM:
+        if name == PLAIN_SUM:
             return self.bench.mixture(coefficients)
         return self.bench.along(name, coefficients[0])
 
@@ -360,7 +363,7 @@ class Search:
             # Four digits, so that an optimiser's last tiny steps are not new mixtures.
             values = [round(float(value), 4) for value in point]
             coefficients = values if dimensions == count else [values[0]] * count
-            if (name, canonical(coefficients)) not in self.tried and len(self.tried) >= limit:
+            if (name, rounded(coefficients)) not in self.tried and len(self.tried) >= limit:
                 raise Spent
             score, likelihood = self.judge(name, coefficients).merit
             # The likelihood leads over plateaus of the accuracy; its weight keeps it below one example.
@@ -388,10 +391,10 @@ class Search:
         )
 
 
-def canonical(coefficients: Iterable[float]) -> tuple[float, ...]:
+def rounded(coefficients: Iterable[float]) -> tuple[float, ...]:
     """Round coefficients to nine digits, so that equal mixtures have equal keys.
 
-    >>> canonical([0.1 + 0.2, -0.0])
+    >>> rounded([0.1 + 0.2, -0.0])
     (0.3, 0.0)
     """
     # Adding 0.0 turns -0.0 into 0.0.
@@ -511,7 +514,7 @@ def soup(bench: Bench, objective: str = "mean") -> Exploration:
         coefficients = tuple(1 / len(members) if name in members else 0.0 for name in names)
         answers = bench.answers(bench.mixture(coefficients), "validation")
         scores = bench.scores(answers, objective, "validation")
-        tried.append(Mixture(SUM, coefficients, scores, math.fsum(scores.values()) / len(scores)))
+        tried.append(Mixture(PLAIN_SUM, coefficients, scores, math.fsum(scores.values()) / len(scores)))
         return tried[-1]
 
     singles = sorted(((judge([name]), name) for name in names), key=lambda pair: -pair[0].score)

@@ -153,8 +153,7 @@ class Shards:
             for start in range(0, size, PIECE):
                 self.write(name, start, self._read_back(first, start, min(size, start + PIECE)))
 
-        # Tensors without elements at the end of a file were never written: the file gets its full length
-        # here.
+        # Tensors without elements at the end of a file were never written: set the file's full length.
         for handle in self._handles.values():
             os.ftruncate(handle, self._ends[handle])
             os.fsync(handle)

@@ -249,8 +249,7 @@ def _untied(like: Entries, experts: Sequence[Entries], name: str, keep: Sequence
     """List experts in which a tensor is not one that `like` has under two names."""
     first = like.aliases[name]
     found = []
-    # Merged once and written under both names: the experts' two tensors must be one, or one change would be
-    # lost.
+    # Merged once and written under both names: if the experts had two tensors, one change would be lost.
     if matches(name, keep) != matches(first, keep):
         found.append(f"`keep` has one of {first!r} and {name!r}, which are tied in {like.name}")
     for model in experts:

@@ -79,7 +79,7 @@ def page(results: Sequence[Result], title: str | None = None) -> str:
 
 
 def place(result: Result) -> Place:
-    """What results must have in common to be compared: the setting and the sources."""
+    """Return what results must have in common to be compared: the setting and the sources."""
     return result.setting, result.sources
 
 
@@ -123,7 +123,7 @@ def names(results: Sequence[Result]) -> list[str]:
 
 
 def axis_of(metric: str) -> Axis:
-    """How scores of a metric are written."""
+    """Return how scores of a metric are written."""
     percent = metric in PERCENT
 
     def say(value: float) -> str:
@@ -140,12 +140,12 @@ def axis_of(metric: str) -> Axis:
 
 
 def unit_of(metric: str) -> str:
-    """The unit of a metric, for a heading."""
+    """Return the unit of a metric, for a heading."""
     return " (%)" if metric in PERCENT else ""
 
 
 def colour_range(results: Sequence[Result], metric: str) -> tuple[float, float]:
-    """The values of the faintest and the strongest colour, equal for all results of one metric."""
+    """Return the values of the faintest and the strongest colour, equal for all results of one metric."""
     if metric in PERCENT:
         return 0.0, 1.0
     matrices = [result.matrix.ravel().tolist() for result in results if result.metric == metric]
@@ -159,7 +159,7 @@ def colour_range(results: Sequence[Result], metric: str) -> tuple[float, float]:
 
 
 def finite_or_nan(value: object) -> float:
-    """A number, or NaN for what is none."""
+    """Return a number as a float, and anything else as NaN."""
     return float(value) if isinstance(value, int | float) else math.nan
 
 
@@ -422,7 +422,7 @@ def forgetting_chart(result: Result, name: str) -> str:
 
 
 def forgotten(result: Result) -> list[tuple[str, float]]:
-    """The forgetting of each source learned before the last stage, mean over repeats; [] where undefined.
+    """Return the forgetting of each source learned before the last stage, mean over repeats; [] if undefined.
 
     max_{0 < i < T} R[i, j] - R[T, j], with R [stages + 1, sources] and T the last stage.
     """

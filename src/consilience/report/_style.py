@@ -38,7 +38,7 @@ def shade(scheme: str, level: int) -> tuple[int, int, int]:
 
 
 def luminance(colour: tuple[int, int, int]) -> float:
-    """The relative luminance of a colour (WCAG)."""
+    """Return the relative luminance of a colour (WCAG)."""
     shares = [value / 255 for value in colour]
     linear = [share / 12.92 if share <= 0.04045 else ((share + 0.055) / 1.055) ** 2.4 for share in shares]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]

@@ -150,7 +150,7 @@ class Plot:
     body: list[str] = field(default_factory=list)
 
     def at_x(self, value: float) -> float:
-        """The place of a value on the horizontal axis; NaN where it has none."""
+        """Return the place of a value on the horizontal axis; NaN where it has none."""
         left = self.left + (34 if self.zero else 14 if self.log else 0)
         if not self.log:
             return left + (value - self.x[0]) / (self.x[1] - self.x[0] or 1) * (self.right - left)
@@ -162,7 +162,7 @@ class Plot:
         return left + (math.log10(value) - low) / (high - low or 1) * (self.right - left - 10)
 
     def at_y(self, value: float) -> float:
-        """The place of a value on the vertical axis."""
+        """Return the place of a value on the vertical axis."""
         share = (value - self.y[0]) / (self.y[1] - self.y[0] or 1)
         return self.height - share * (self.height - self.top)
 
@@ -434,7 +434,7 @@ class Cells(NamedTuple):
     """Whether the map needs the width of the page."""
 
     def corner(self, row: int, column: int) -> tuple[float, float]:
-        """The top left corner of a cell."""
+        """Return the top left corner of a cell."""
         return self.left + column * self.width, self.top + row * self.height
 
 
@@ -561,7 +561,7 @@ def shades(
 
 
 def shade_of(value: float, colours: tuple[float, float]) -> str:
-    """The CSS class of a value's shade."""
+    """Return the CSS class of a value's shade."""
     if not math.isfinite(value):
         return "qn"
     low, high = colours

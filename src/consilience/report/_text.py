@@ -186,7 +186,7 @@ def heading(agreed: dict[str, str]) -> str:
 
 
 def rows_of(found: Sequence[Column]) -> list[tuple[str, ...]]:
-    """The rows below the heading."""
+    """Return the rows below the heading."""
     return list(zip(*(column.cells for column in found), strict=True))
 
 
@@ -315,7 +315,7 @@ def tsv(found: Sequence[Column]) -> str:
 
 
 def example(method: str = "ewc") -> Result:
-    """Make a small result, for the examples of this room."""
+    """Make a small result for the examples in these docstrings."""
     import numpy as np
 
     from consilience.loop.result import Result

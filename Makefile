@@ -40,7 +40,7 @@ $(VENV)/.docs: $(VENV)/.ready
 
 # Exact versions with hashes of what developers install: pip install --require-hashes -r requirements-dev.lock
 lock:
-	uv pip compile pyproject.toml --extra dev --extra docs --generate-hashes --python-version 3.11 --quiet -o requirements-dev.lock
+	echo "$(TORCH)" | uv pip compile pyproject.toml -c - --extra dev --extra docs --generate-hashes --python-version 3.11 --quiet -o requirements-dev.lock
 
 bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/core.py

@@ -106,7 +106,7 @@ PROSE = {
     r"(?i)\b(told|heard|hears?|hearers?|listeners?|speakers?)\b": EXCHANGE,
     r"(?i)\b(whom|anew|shall|wherefore|thereof)\b": "archaic",
     r"(?i)\bbeside\b": "use besides, next to or with",
-    r"(?i)\b(a|the|this|one|every|per|very)\s+learn\b": "use visit",
+    r"(?i)\b(a|the|this|one|each|every|per|very|later|earlier|next|last|its)\s+learn\b": "use visit",
     r"(?i)\blet\s+go\s+of\b": "use free or release",
     r"(?i)\bwhat\s+is\s+known\b": "name the thing",
     r"(?i)\bshould\s+be\s+there\b": "use must exist",

@@ -374,7 +374,7 @@ def test_the_transformer_is_causal_and_torchs():
 def test_bad_character_models_are_refused(roles):
     refused("`hidden` must be a whole number >= 1, got 0.", cs.models.char_lstm, hidden=0)
     refused(
-        "`width` should be a multiple of `heads`. Found `width = 9` and `heads = 2`.",
+        "`width` must be a multiple of `heads`, got width=9 and heads=2.",
         cs.models.char_transformer,
         width=9,
         heads=2,

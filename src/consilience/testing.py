@@ -678,7 +678,7 @@ def check(
         part: a Method, Correction, Mapper, Aggregator or Consolidator.
         model: a function that makes the model for a number of outputs; inputs are [8]. None takes the part's
             `default_model`, or a small perceptron.
-        settings: names from `consilience.testing.SETTINGS`; None takes all.
+        settings: names from `consilience.testing.SETTINGS`; None takes all, a few make a quick check.
         training: how the tiny problem is trained.
 
     Raises AssertionError with one line per fault; ConsilienceError for an unknown setting.
@@ -728,6 +728,8 @@ class _Check:
     """Each fault once, with the settings in which it was found."""
     passed: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    inert: dict[str, list[str]] = field(default_factory=dict)
+    """Settings in which it never acts, by what would help."""
 
     def all(self, chosen: Sequence[str]) -> Report:
         self._try("written", lambda: check_written(self.part))
@@ -738,6 +740,8 @@ class _Check:
             self._try("contract of an aggregator", lambda: check_aggregator(aggregator))
 
         found = {setting: self._setting(setting) for setting in chosen}
+        for why, settings in self.inert.items():
+            self.notes.append(f"in {', '.join(settings)} it is plain training, bit for bit: {why}")
         running = [s for s, outcome in found.items() if outcome == RUNS]
         if not running and not self.faults:
             reasons = "; ".join(f"{s}: {outcome}" for s, outcome in found.items())
@@ -822,7 +826,7 @@ class _Check:
             if trains
             else "nobody trains there; let `refuse(facts)` return a reason where `not facts.trains`"
         )
-        self.notes.append(f"in {setting} it is plain training, bit for bit: {why}")
+        self.inert.setdefault(why, []).append(setting)
         return INERT
 
     def _note_dead_memory(self, correction: Correction, verb: str, result: Any) -> None:

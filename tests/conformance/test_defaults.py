@@ -96,3 +96,42 @@ def test_online_ewc_has_the_strength_of_ewc() -> None:
     """In 0.1 its class had 1, that of a base for other penalties, and the catalogue 10."""
     assert OnlineEWC().strength == EWC().strength == 10.0
     assert cs.methods.online_ewc().corrections == (OnlineEWC(),)
+
+
+def typed_defaults(kind: Any) -> dict[str, Any]:
+    """The defaults of a function's arguments, or of a dataclass's fields."""
+    if dataclasses.is_dataclass(kind):
+        fields = {f.name: f for f in dataclasses.fields(kind)}
+        missing = dataclasses.MISSING
+        made = {n: f.default_factory() for n, f in fields.items() if f.default_factory is not missing}
+        return {n: f.default for n, f in fields.items() if f.default is not missing} | made
+    return {n: p.default for n, p in inspect.signature(kind).parameters.items() if p.default is not p.empty}
+
+
+def options() -> list[Any]:
+    """What users type, and the option objects behind it."""
+    from consilience.cli import merge as command
+    from consilience.loop.checks import RunOptions
+    from consilience.merging._plan import MergeSettings
+
+    pairs = [(cs.run, RunOptions), (cs.sweep, RunOptions), (cs.merge, MergeSettings)]
+    pairs += [(cs.merge, command.MergeOptions)]
+    return [pytest.param(*pair, id=f"{pair[0].__name__}-{pair[1].__name__}") for pair in pairs]
+
+
+@pytest.mark.parametrize(("function", "kind"), options())
+def test_option_objects_have_the_defaults_that_users_type(function: Any, kind: type) -> None:
+    typed, held = typed_defaults(function), typed_defaults(kind)
+    common = (typed.keys() & held.keys()) - {
+        "engine",
+        "memory",
+    }  # a sweep stacks; the command line takes memory in words
+    assert len(common) >= 5
+    differ = {n: (typed[n], held[n]) for n in common if typed[n] != held[n] and (typed[n] or held[n])}
+    assert not differ
+
+
+def test_the_lock_file_and_make_have_one_torch() -> None:
+    make = (kit.ROOT / "Makefile").read_text()
+    pinned = make.split("torch==")[1].split()[0]
+    assert f"\ntorch=={pinned} " in (kit.ROOT / "requirements-dev.lock").read_text()

@@ -42,7 +42,7 @@ def online_ewc(
 
     Args:
         strength: of the penalty; 0 is plain training.
-        gamma: decay of older Fishers at each later learn.
+        gamma: decay of older Fishers at each later visit.
         labels: whose labels the Fisher takes (see `ewc`).
         samples: how many examples the Fisher is estimated on; None is all.
     """

@@ -134,7 +134,7 @@ def icarl(size: int = 500) -> Method:
 
 
 def gdumb(size: int = 500) -> Method:
-    """GDumb: a class-balanced buffer, and new parameters trained on it alone at each learn.
+    """GDumb: a class-balanced buffer, and new parameters trained on it alone at each visit.
 
     Paper: Prabhu, Torr & Dokania 2020.
 

@@ -54,7 +54,7 @@ __all__ = [
 
 
 def digits(image: bool = False, seed: int = 0) -> Source:
-    """scikit-learn's 1797 handwritten digits: x [N, 64] in [0, 1], 10 classes.
+    """Load scikit-learn's 1797 handwritten digits: x [N, 64] in [0, 1], 10 classes.
 
     A stratified fifth of them is the test.
 
@@ -72,7 +72,7 @@ def digits(image: bool = False, seed: int = 0) -> Source:
 
 
 def breast_cancer(seed: int = 0) -> Source:
-    """scikit-learn's 569 tumours: x [N, 30] standardised by the training statistics, 2 classes.
+    """Load scikit-learn's 569 tumours: x [N, 30] standardised by the training statistics, 2 classes.
 
     >>> breast_cancer().labels
     (('breast_cancer', 'malignant'), ('breast_cancer', 'benign'))
@@ -83,7 +83,7 @@ def breast_cancer(seed: int = 0) -> Source:
 
 
 def wine(seed: int = 0) -> Source:
-    """scikit-learn's 178 wines: x [N, 13] standardised by the training statistics, 3 classes.
+    """Load scikit-learn's 178 wines: x [N, 13] standardised by the training statistics, 3 classes.
 
     >>> wine().train.whole()[0].shape
     torch.Size([128, 13])
@@ -94,7 +94,7 @@ def wine(seed: int = 0) -> Source:
 
 
 def diabetes(seed: int = 0) -> Source:
-    """scikit-learn's 442 patients, a regression: x [N, 10] and y [N, 1].
+    """Load scikit-learn's 442 patients, a regression: x [N, 10] and y [N, 1].
 
     Both are standardised by the training statistics.
 
@@ -263,7 +263,7 @@ def shakespeare(
     validation: float = 0.1,
     path: str | Path | None = None,
 ) -> list[Source]:
-    """Tiny Shakespeare by speaking role, 100 natural clients: predict the next character.
+    """Load Tiny Shakespeare by speaking role, 100 natural clients: predict the next character.
 
     Inputs are x [N, T] (whole numbers), targets y [N]. The classes are the characters of all roles, in the
     order of their codes, for every choice of roles. The test of a role is the last 20% of its text, its
@@ -311,7 +311,7 @@ def core50(
     name: str = "core50",
     space: str | None = None,
 ) -> list[Source]:
-    """CORe50, 50 objects filmed in 11 sessions: one source per training batch, all with one test.
+    """Load CORe50, 50 objects filmed in 11 sessions: one source per training batch, all with one test.
 
     The test is sessions 3, 7 and 10. Batches are exactly those of the published file lists
     (batches_filelists.zip, batches_filelists_NICv2.zip) if these are next to the images. Without them NI (8
@@ -365,7 +365,7 @@ def clear(
     space: str | None = None,
     seed: int = 0,
 ) -> list[Source]:
-    """CLEAR-10 or CLEAR-100, photographs of 2004 to 2014: one source per bucket of time (ten), in order.
+    """Load CLEAR-10 or CLEAR-100, photographs of 2004 to 2014: one source per bucket of time (10), in order.
 
     All buckets have the same classes. The folder has labeled_images/<bucket>/<class>/*.jpg, in train/ (or
     train_image_only/) and test/ as in the released archives, or directly, as in the first release. Bucket 0
@@ -419,15 +419,13 @@ def embed(
     """Replace images by the features psi [N, d] of a frozen backbone; all else in the sources stays the same.
 
     Every image passes the backbone once; parts that several sources share stay shared. `models.backbone`
-    accepts its own features as inputs, so that the same model can be trained on them. Streams are read in
-    chunks.
+    accepts its own features as inputs, so the same model can be trained on them. Streams are read in chunks.
 
     With `cache`, features are kept in the folder <cache>/<hash of the backbone>, in safetensors files of at
     most 8192 images, by the hash of each image (type, shape, bytes). They are found again for the same image
     in another source, order or split, and memory-mapped. An interrupted run keeps what it computed; a killed
     process loses at most the last 8192 images. A file that is incomplete or not ours is named in a warning,
-    and its features are computed again. A file whose features were changed is refused when they are first
-    used.
+    and its features are computed again. A file with changed features is refused at their first use.
 
     Args:
         sources: one source, or several.
@@ -741,8 +739,7 @@ def shards(
 ) -> list[Source]:
     """Deal a source to clients in shards, so that every client has few classes.
 
-    Examples are sorted by class, cut into equal shards, and the shards are dealt at random (McMahan et al.
-    2017).
+    Examples are sorted by class, cut into equal shards, and these are dealt at random (McMahan et al. 2017).
 
     Args:
         source: a source of classes.

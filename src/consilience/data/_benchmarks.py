@@ -28,12 +28,12 @@ from consilience.data._sources import (
 
 
 def _images(path: Path) -> list[Path]:
-    """The images in a folder, sorted."""
+    """Return the images in a folder, sorted."""
     return sorted(file for file in path.iterdir() if is_image(file))
 
 
 def _lines(file: Path) -> list[tuple[str, int]]:
-    """The lines of a file list: a path and a number."""
+    """Return the lines of a file list: a path and a number each."""
     # Reasons such as "permission denied" go into our own error, with the path.
     try:
         text = file.read_text(encoding="utf-8")
@@ -57,12 +57,11 @@ def _lines(file: Path) -> list[tuple[str, int]]:
 
 
 def _labels(options: Options, names: Sequence[str]) -> tuple[Label, ...]:
-    """The labels of these classes."""
+    """Return the labels of these classes."""
     return tuple((options.label_space, name) for name in names)
 
 
-# CORe50. Its test is the same for all scenarios, and only the order and the grouping of the training images
-# differ.
+# CORe50. Its test is the same for all scenarios; only the order and grouping of training images differ.
 
 
 # In the order of the objects: o1 .. o5 are plug adapters.
@@ -162,7 +161,7 @@ def core50(
 
 
 def _sessions_folder(path: Path) -> Path:
-    """The folder with the sessions s1 .. s11: this one, or one in it."""
+    """Return the folder with the sessions s1 .. s11: this one, or one in it."""
     candidates = (path, *(path / f"core50_{side}x{side}" for side in (128, 32, 350)))
     root = next((folder for folder in candidates if (folder / "s1").is_dir()), None)
     if root is None:
@@ -178,7 +177,7 @@ def _sessions_folder(path: Path) -> Path:
 
 
 def _published_lists(path: Path, scenario: str, object_level: bool, run: int) -> list[Path] | None:
-    """The published file lists of one run, the test's last; None where there are none."""
+    """Return the published file lists of one run, the test's last; None if there are none."""
     folder, count = SCENARIOS[scenario]
     # Lists for categories have the same batches, with other numbers; those for objects serve as well.
     levels = ("",) if object_level else ("_cat", "")
@@ -210,7 +209,7 @@ def _published_lists(path: Path, scenario: str, object_level: bool, run: int) ->
 
 
 def _by_lists(files: Sequence[Path]) -> Batches:
-    """The batches that file lists name; the last list is the test's."""
+    """Return the batches of these file lists; the last list is the test's."""
     *taught, test = [[_image(name, file) for name, _ in _lines(file)] for file in files]
     train = [frame for batch in taught for frame in batch]
     index = torch.arange(len(train)).split([len(batch) for batch in taught])
@@ -218,7 +217,7 @@ def _by_lists(files: Sequence[Path]) -> Batches:
 
 
 def _image(name: str, file: Path) -> Image:
-    """The image of a line of a file list.
+    """Return the image of a line of a file list.
 
     Its object is taken from the path: the numbers in some lists are renumbered.
     """
@@ -232,7 +231,7 @@ def _image(name: str, file: Path) -> Image:
 
 
 def _by_rule(root: Path, scenario: str, run: int) -> Batches:
-    """The batches of NI and NC by the published rule, in an order drawn from `run`."""
+    """Make the batches of NI or NC by the published rule, in an order drawn from `run`."""
     # The batches of NIC were drawn at random by the authors: no rule gives them again.
     if scenario not in ("ni", "nc"):
         folder, count = SCENARIOS[scenario]
@@ -332,7 +331,7 @@ def clear(path: str | Path, protocol: str, split: int, reading: Reading, options
 def _streaming(
     everything: Examples, buckets: dict[int, Bucket], path: Path
 ) -> tuple[dict[int, Examples], dict[int, Examples]]:
-    """The training and the test examples of each bucket: all of it, and all of the next."""
+    """Return the training and the test examples of each bucket: all of it, and all of the next."""
     if len(buckets) < 2:
         raise ConsilienceError(
             f"streaming needs two buckets or more, the last to test on, got {len(buckets)} in {path}."
@@ -347,7 +346,7 @@ def _streaming(
 
 
 def _photographs(path: Path, split: int | None, options: Options) -> Photographs:
-    """The images of a folder of CLEAR; `split` is one of the published splits, or None to ignore these."""
+    """Find the images of CLEAR in a folder; `split` is a published split, or None to ignore these."""
     halves = _halves(path)
     classes = _class_names(halves[0])
     by_half = [_buckets(half, classes) for half in halves]
@@ -383,13 +382,13 @@ def _photographs(path: Path, split: int | None, options: Options) -> Photographs
 
 
 def _classes_of(files: Sequence[Path], classes: Sequence[str]) -> Tensor:
-    """The classes [N] of images, by the names of their folders."""
+    """Return the classes [N] of images, by the names of their folders."""
     number = {name: i for i, name in enumerate(classes)}
     return torch.tensor([number[file.parent.name] for file in files])
 
 
 def _halves(path: Path) -> list[Path]:
-    """The folders of training and of test images, or one folder of both."""
+    """Return the folders of training and of test images, or one folder of both."""
     train = next((path / name for name in ("train", "train_image_only") if (path / name).is_dir()), None)
     test = path / "test" if (path / "test").is_dir() else None
     if (train is None) != (test is None):
@@ -398,7 +397,7 @@ def _halves(path: Path) -> list[Path]:
 
 
 def _class_names(root: Path) -> list[str]:
-    """The classes in the order of class_names.txt, or those of the folders."""
+    """Return the classes in the order of class_names.txt, or those of the folders."""
     file = root / "class_names.txt"
     if file.is_file():
         return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -412,7 +411,7 @@ def _class_names(root: Path) -> list[str]:
 
 
 def _buckets(root: Path, classes: Sequence[str]) -> dict[int, list[Path]]:
-    """The images of every bucket but 0, which has no labels, class by class."""
+    """Return the images of every bucket but 0, which has no labels, class by class."""
     images = root / "labeled_images"
     folders = subfolders(images) if images.is_dir() else []
     numbers = sorted(int(folder.name) for folder in folders if folder.name.isdigit() and folder.name != "0")
@@ -438,7 +437,7 @@ def _buckets(root: Path, classes: Sequence[str]) -> dict[int, list[Path]]:
 
 
 def _listed(path: Path, file: Path, classes: Sequence[str]) -> list[Path]:
-    """The images of a file list, whose numbers must be those of their class folders."""
+    """Return the images of a file list; their numbers must be those of their class folders."""
     images = []
     for name, number in _lines(file):
         # A list for another set of classes may name existing files, with other numbers.

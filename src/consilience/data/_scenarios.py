@@ -118,7 +118,7 @@ def blurry(sources: Sequence[Source], share: float, to: str, seed: int) -> list[
 
 
 def _mixed(sources: Sequence[Source], part: str, share: float, to: str, seed: int) -> list[Examples]:
-    """One part of every source after the exchange.
+    """Return one part of every source after the exchange.
 
     The examples that stayed keep their order; those that arrived are put at random places among them.
     """
@@ -159,7 +159,7 @@ def _mixed(sources: Sequence[Source], part: str, share: float, to: str, seed: in
 
 
 def examples_of(units: Sequence[Unit], groups: Tensor, classes: Tensor) -> list[Tensor]:
-    """The indices of each unit's examples, ascending; `groups` [N] and `classes` [N] are of the examples."""
+    """Return the indices of each unit's examples, ascending; `groups` and `classes` [N] are per example."""
     found = []
     for unit in units:
         keep = torch.ones(len(groups), dtype=torch.bool)
@@ -189,7 +189,7 @@ def batches(
 
 
 def _checked_groups(source: Source, groups: Any) -> Groups:
-    """The groups of the training and of the validation examples, from one list of all."""
+    """Return the groups of the training and of the validation examples, from one list of all."""
     train, validation = len(source.train), len(source.validation)
     every = torch.as_tensor(groups)
     if (
@@ -211,7 +211,7 @@ def _checked_groups(source: Source, groups: Any) -> Groups:
 def _split_by_units(
     source: Source, groups: Groups, units: Sequence[Unit], names: Sequence[str]
 ) -> list[Source]:
-    """One task per unit."""
+    """Make one task per unit."""
     train = examples_of(units, groups.train, source.train.targets().cpu())
     validation = examples_of(units, groups.validation, source.validation.targets().cpu())
     return batches(source, names, train, validation)

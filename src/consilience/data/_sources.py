@@ -53,7 +53,7 @@ class Options:
 
 
 def tensor(value: Any, what: str) -> Tensor:
-    """A tensor from a tensor, an array or nested lists of numbers; `what` names it in errors."""
+    """Make a tensor from a tensor, an array or nested lists of numbers; `what` names it in errors."""
     if isinstance(value, Tensor):
         if value.is_complex():
             raise ConsilienceError(f"{what} must be real numbers, got dtype {value.dtype}.")
@@ -85,7 +85,7 @@ def unit(x: Tensor) -> Tensor:
 
 
 def inputs(value: Any, what: str) -> Tensor:
-    """Checked inputs [N, ...]."""
+    """Check inputs, and return them as a tensor [N, ...]."""
     x = tensor(value, what)
     if x.dim() < 2:
         raise ConsilienceError(
@@ -99,7 +99,7 @@ def inputs(value: Any, what: str) -> Tensor:
 
 
 def targets(value: Any, kind: Kind, what: str) -> Tensor:
-    """Checked targets: class numbers [N], or values [N, outputs]."""
+    """Check targets, and return them as class numbers [N] or values [N, outputs]."""
     y = tensor(value, what)
     if kind == "value":
         if y.dim() not in (1, 2):
@@ -130,7 +130,7 @@ def _finite(values: Tensor, what: str) -> None:
 
 
 def _pair(x: Any, y: Any, kind: Kind, prefix: str) -> Tensors:
-    """Checked inputs and targets; `prefix` comes before their names in errors."""
+    """Check inputs and targets, and pair them; `prefix` comes before their names in errors."""
     pair = Tensors(inputs(x, f"`{prefix}x`"), targets(y, kind, f"`{prefix}y`"))
     # Torch would index both all the same, and pair examples with the wrong targets.
     if len(pair.x) != len(pair.y):
@@ -148,7 +148,7 @@ class Labels(NamedTuple):
 
 
 def _labels(train: Tensor, test: Tensor, options: Options) -> Labels:
-    """The labels of a source with these training and test targets."""
+    """Return the labels of a source with these training and test targets."""
     classes = options.classes
     if classes is not None and (isinstance(classes, str) or len(set(classes)) != len(classes)):
         raise ConsilienceError(f"`classes` must be a list of different names, got {classes!r}.")
@@ -174,7 +174,7 @@ def _labels(train: Tensor, test: Tensor, options: Options) -> Labels:
 
 
 def _output_labels(train: Tensor, test: Tensor, options: Options) -> Labels:
-    """The labels of a source of values: one per output."""
+    """Return the labels of a source of values: one per output."""
     if train.shape[1:] != test.shape[1:]:
         raise ConsilienceError(
             "test targets must have as many outputs as training targets, "
@@ -194,7 +194,7 @@ def _output_labels(train: Tensor, test: Tensor, options: Options) -> Labels:
 def _source(
     train: Examples, test: Examples | float, validation: Examples | float, options: Options
 ) -> Source:
-    """A source from examples; where `test` or `validation` is a fraction, it is split off `train`."""
+    """Make a source from examples; where `test` or `validation` is a fraction, it is split off `train`."""
     name, seed, by_class = options.name, options.seed, options.kind == "class"
     # The test is split off first, so that it does not depend on `validation`.
     if not isinstance(test, Examples):
@@ -223,7 +223,7 @@ def _source(
 
 
 def table(name: str, seed: int, image: bool = False) -> Source:
-    """One of scikit-learn's tables."""
+    """Load one of scikit-learn's tables."""
     from sklearn import datasets
 
     data = getattr(datasets, f"load_{name}")()
@@ -241,7 +241,7 @@ def table(name: str, seed: int, image: bool = False) -> Source:
 
 
 def _standard(values: Tensor) -> Any:
-    """A function that standardises each column by the statistics of these values."""
+    """Return a function that standardises each column by the statistics of these values."""
     mean, std = values.double().mean(0), values.double().std(0)
     # A constant column becomes 0, not NaN.
     std[std == 0] = 1
@@ -302,13 +302,13 @@ class Pairs:
 
 
 def channels_first(image: np.ndarray) -> Tensor:
-    """[H, W] or [H, W, C] -> [C, H, W]."""
+    """Convert an image [H, W] or [H, W, C] to [C, H, W]."""
     image = image[None] if image.ndim == 2 else image.transpose(2, 0, 1)
     return torch.from_numpy(np.array(image, order="C"))
 
 
 def collect(dataset: Any, kind: Kind) -> Tensor:
-    """The targets of a dataset, from its attribute if that agrees with the first example, or one by one."""
+    """Read the targets of a dataset, from its attribute if that fits the first example, or one by one."""
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise ConsilienceError(
             f"a dataset must be map-style, with len(dataset) and dataset[i], got {type(dataset).__name__}."
@@ -331,12 +331,12 @@ def collect(dataset: Any, kind: Kind) -> Tensor:
 
 
 def _plain(y: Any) -> Any:
-    """A target as a number or a list."""
+    """Return a target as a number or a list."""
     return y.tolist() if hasattr(y, "tolist") else y
 
 
 def _streamed(dataset: Any, y: Tensor, workers: int) -> Stream:
-    """A dataset with known targets as a stream."""
+    """Return a dataset with known targets as a stream."""
     return Stream(Pairs(dataset, y), y, torch.arange(len(y)), workers)
 
 
@@ -376,7 +376,7 @@ class Reading:
     unreadable: str = "refuse"
 
     def checked(self) -> Reading:
-        """The same with height and width as `size`, if images can be read so."""
+        """Check the options, and return them with height and width as `size`."""
         if self.unreadable not in ("refuse", "skip"):
             raise ConsilienceError(f"`unreadable` must be 'refuse' or 'skip', got {self.unreadable!r}.")
         whole_number(0, workers=self.workers)
@@ -390,7 +390,7 @@ class Reading:
 
 
 def pillow() -> Any:
-    """PIL's Image module; an error says how to install it."""
+    """Return PIL's Image module; an error says how to install it."""
     try:
         from PIL import Image
     except ImportError as error:
@@ -441,12 +441,12 @@ class Images:
         return image
 
     def _read(self, i: int) -> Tensor:
-        """One image as bytes [C, H, W]."""
+        """Read one image as bytes [C, H, W]."""
         return picture(self.paths[i], str(self.paths[i]), self.mode, self.size)
 
 
 def pictures(files: list[Path], y: Tensor, reading: Reading) -> Tensors | Stream:
-    """Image files with their classes [N], read at once or when they are needed; `reading` must be checked."""
+    """Read image files with classes [N], at once or when needed; `reading` must be checked."""
     if reading.unreadable == "skip":
         files, y = _readable(files, y)
     size = None if reading.size is None or isinstance(reading.size, int) else reading.size
@@ -457,7 +457,7 @@ def pictures(files: list[Path], y: Tensor, reading: Reading) -> Tensors | Stream
 
 
 def _readable(files: list[Path], y: Tensor) -> tuple[list[Path], Tensor]:
-    """The files that can be read, with their classes; a warning names the others."""
+    """Return the readable files with their classes; a warning names the others."""
     bad: dict[int, Path] = {}
     # Decoded completely: a truncated file has a valid header.
     for i, path in enumerate(files):
@@ -492,7 +492,7 @@ def same_size(train: Examples, test: Examples) -> None:
 
 
 def image_folder(path: str | Path) -> Path:
-    """The path, if it is a folder."""
+    """Return the path; refuse it if it is not a folder."""
     path = Path(path)
     if not path.is_dir():
         got = "a file" if path.exists() else "nothing"
@@ -532,7 +532,7 @@ def from_folder(path: str | Path, reading: Reading, options: Options) -> Source:
 
 
 def subfolders(path: Path) -> list[Path]:
-    """The folders in a folder, sorted, without hidden ones."""
+    """Return the folders in a folder, sorted, without hidden ones."""
     return sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
@@ -542,7 +542,7 @@ def is_image(path: Path) -> bool:
 
 
 def _class_files(path: Path, classes: list[str]) -> tuple[list[Path], Tensor]:
-    """The image files below a folder, class by class, and their classes."""
+    """Return the image files below a folder, class by class, and their classes."""
     files: list[Path] = []
     y: list[int] = []
     for folder in subfolders(path):
@@ -568,7 +568,7 @@ BROKEN = (zipfile.BadZipFile, zlib.error, lzma.LZMAError)
 
 
 def find(name: str | Path) -> Path:
-    """The file for a path, or for a name in the folder of data."""
+    """Find the file for a path, or for a name in the folder of data."""
     path = Path(name)
     # "mnist" is a name; "mnist.npz" and "data/mnist" are paths.
     if path.suffix == ".npz" or len(path.parts) > 1 or not str(name):
@@ -602,7 +602,7 @@ class Archive(NamedTuple):
     """Whether images are JPEG files, end to end."""
 
     def targets(self, part: str) -> Tensor:
-        """The classes [N] of one part."""
+        """Return the classes [N] of one part."""
         y = targets(self.arrays[f"{part}_labels"], "class", f"{part}_labels of {self.path}")
         if self.coded:
             count = len(self.arrays[f"{part}_offsets"]) - 1
@@ -615,7 +615,7 @@ class Archive(NamedTuple):
         return y
 
     def inputs(self, part: str, chosen: Tensor) -> Tensor:
-        """The images [N, C, H, W] of one part at these indices."""
+        """Return the images [N, C, H, W] of one part at these indices."""
         if not self.coded:
             return _channels(self.arrays[f"{part}_{self.images}"][chosen.numpy()], self.path)
         jpeg, offsets = self.arrays[f"{part}_jpeg"], self.arrays[f"{part}_offsets"]
@@ -683,7 +683,7 @@ def _archive(path: Path, images: str) -> Archive:
 
 
 def _channels(x: np.ndarray, path: Path) -> Tensor:
-    """[N, H, W] or [N, H, W, C] -> [N, C, H, W]; rows [N, n] stay."""
+    """Convert images [N, H, W] or [N, H, W, C] to [N, C, H, W]; rows [N, n] stay."""
     images = tensor(x, f"images of {path}")
     if images.dim() == 3:
         return images[:, None]
@@ -693,7 +693,7 @@ def _channels(x: np.ndarray, path: Path) -> Tensor:
 
 
 def _decode(jpeg: np.ndarray, offsets: np.ndarray, chosen: list[int], what: str, path: Path) -> Tensor:
-    """The chosen images of JPEG files laid end to end, as bytes [N, C, H, W]."""
+    """Decode the chosen images of JPEG files laid end to end, to bytes [N, C, H, W]."""
     # Slices beyond the end would give shorter files without any error.
     cuts = np.asarray(offsets)
     if (

@@ -59,7 +59,7 @@ def split_classes(
 
 
 def _ordered_classes(source: Source, order: Sequence[int | str] | None, seed: int | None) -> list[int]:
-    """The classes of a source in the given order, in a random one, or as declared."""
+    """Return the classes of a source in the given order, in a random one, or as declared."""
     if order is not None and seed is not None:
         raise ConsilienceError("got both `order` and `seed`; give the order of classes, or draw it.")
     classes = list(source.classes)
@@ -90,7 +90,7 @@ def permute(source: Source, n: int, seed: int) -> list[Source]:
 
 
 def _permuted(order: Tensor) -> Callable[[Tensor], Tensor]:
-    """A function that permutes all entries of each input."""
+    """Return a function that permutes all entries of each input."""
     return lambda x: x.flatten(1)[:, order.to(x.device)].view(x.shape)
 
 
@@ -120,7 +120,7 @@ def rotate(source: Source, angles: int | Sequence[float], side: int | None) -> l
 
 
 def _degrees(angles: int | Sequence[float]) -> Sequence[float]:
-    """The angles in degrees, from their number or a list of them."""
+    """Return the angles in degrees, from their number or a list of them."""
     if isinstance(angles, int):
         whole_number(angles=angles)
         angles = [360 * i / angles for i in range(angles)]
@@ -132,7 +132,7 @@ def _degrees(angles: int | Sequence[float]) -> Sequence[float]:
 
 
 def _turned(angle: float, side: int | None) -> Callable[[Tensor], Tensor]:
-    """A function that turns images counter-clockwise.
+    """Return a function that turns images counter-clockwise.
 
     Output (u, v) is input at (u cos - v sin, u sin + v cos), in pixels from the centre.
     """
@@ -172,7 +172,7 @@ def _turned(angle: float, side: int | None) -> Callable[[Tensor], Tensor]:
 
 
 def _input_shape(source: Source) -> tuple[int, ...]:
-    """The shape of one input."""
+    """Return the shape of one input."""
     return tuple(next(iter(source.train.batches([torch.tensor([0])])))[0].shape[1:])
 
 
@@ -181,7 +181,7 @@ def _input_shape(source: Source) -> tuple[int, ...]:
 
 
 def _partition(source: Source, deal: Deal, local_test: bool) -> list[Source]:
-    """The clients of a source; they keep its classes, its task, and its test, unless that is dealt too."""
+    """Deal a source to clients. They keep its classes and its task, and its test unless that is dealt too."""
     parts = {}
     for part in ("train", "validation", *(["test"] if local_test else [])):
         examples = getattr(source, part)
@@ -209,10 +209,10 @@ def _enough_examples(source: Source, pieces: int, each: int, what: str) -> None:
 
 
 def dirichlet_shares(rows: int, columns: int, alpha: float, generator: torch.Generator) -> Tensor:
-    """Draws [rows, columns] from Dirichlet(alpha 1).
+    """Draw shares [rows, columns] from Dirichlet(alpha 1).
 
-    In logarithms, log G(a) = log G(a + 1) + log(U) / a for a Gamma variable G(a) and a uniform U, which never
-    underflows.
+    In logarithms, which never underflow: log G(a) = log G(a + 1) + log(U) / a for a Gamma variable G(a) and
+    a uniform U.
     """
     # Torch has no public function that draws Gamma variables from a given generator.
     rng = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
@@ -307,7 +307,7 @@ class Sizes:
         return self.name != "power"
 
     def weights(self, clients: int, generator: torch.Generator) -> Tensor:
-        """The relative sizes [clients]."""
+        """Return the relative sizes [clients]."""
         if self.sigma is not None:
             return (self.sigma * torch.randn(clients, generator=generator, dtype=torch.float64)).softmax(0)
         if self.alpha is not None:
@@ -329,7 +329,7 @@ def quantity_skew(source: Source, clients: int, sizes: Sizes, dealing: Dealing) 
 
 
 def _drawn_sizes(source: Source, clients: int, sizes: Sizes, dealing: Dealing) -> Tensor:
-    """Relative sizes [clients] with which every client has enough training examples."""
+    """Draw relative sizes [clients] with which every client has enough training examples."""
     best = 0
 
     # The power law draws nothing, so that a second attempt would find the same.
@@ -379,7 +379,7 @@ def label_sets(
 
 
 def _drawn_sets(source: Source, clients: int, each: int, seed: int) -> list[list[int]]:
-    """`each` different classes per client; no class is held by two clients more than another.
+    """Draw `each` different classes per client; no class is held by two clients more than another.
 
     Clients choose in turn, the classes with the fewest clients first.
     """
@@ -403,7 +403,7 @@ def _drawn_sets(source: Source, clients: int, each: int, seed: int) -> list[list
 
 
 def _given_sets(source: Source, clients: int, classes: Sequence[Sequence[int | str]]) -> list[list[int]]:
-    """The classes of each client as numbers."""
+    """Return the classes of each client as numbers."""
     numbers: dict[int | str, int] = {label: label for label in source.classes}
     numbers |= {source.labels[label][1]: label for label in source.classes}
     unknown = [label for own in classes for label in own if label not in numbers]
@@ -452,7 +452,7 @@ def natural(source: Source, users: Any, test_users: Any, least: int) -> list[Sou
 
 
 def _column(values: Any, count: int, name: str, each: str) -> list[Any]:
-    """A list of names or whole numbers, one per example."""
+    """Return a list of names or whole numbers, one per example."""
     found = []
     if hasattr(values, "tolist"):
         found = values.tolist()

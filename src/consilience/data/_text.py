@@ -66,7 +66,7 @@ def shakespeare(
 
 
 def _chosen_roles(roles: int | Sequence[str] | None, texts: dict[str, dict[str, str]]) -> list[str]:
-    """The names of the roles to take."""
+    """Return the names of the roles to take."""
     if isinstance(roles, int):
         whole_number(roles=roles)
         if roles > len(texts):
@@ -82,7 +82,7 @@ def _chosen_roles(roles: int | Sequence[str] | None, texts: dict[str, dict[str, 
 
 
 def read(path: str | Path | None) -> dict[str, dict[str, str]]:
-    """The texts of a file: {role: {"train": text, "test": text}}."""
+    """Read the texts of a file: {role: {"train": text, "test": text}}."""
     if path is None:
         folder = os.environ.get("CONSILIENCE_DATA")
         if not folder:
@@ -116,12 +116,12 @@ def _is_role(value: Any) -> bool:
 
 
 def encode(text: str, numbers: dict[str, int]) -> Tensor:
-    """The numbers [L] of the characters of a text."""
+    """Return the numbers [L] of the characters of a text."""
     return torch.from_numpy(np.array([numbers[char] for char in text], dtype=np.int64))
 
 
 def windows(text: Tensor, window: int, stride: int) -> Tensors:
-    """Windows x [N, T] of an encoded text [L], and the characters y [N] that follow them."""
+    """Return windows x [N, T] of an encoded text [L], and the characters y [N] that follow them."""
     if len(text) <= window:
         return Tensors(text.new_zeros(0, window), text.new_zeros(0))
 

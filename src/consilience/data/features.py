@@ -90,7 +90,7 @@ class Backbone:
 
     @classmethod
     def of(cls, model: Model, device: torch.device) -> Backbone:
-        """The backbone of a model, if that has one that is frozen and the same for every seed."""
+        """Return the backbone of a model; refuse one that is not frozen, or that differs between seeds."""
         trunk: Any = getattr(model, "trunk", model)
         if not getattr(trunk, "headless", False) or not isinstance(trunk, Model):
             raise ConsilienceError(
@@ -111,7 +111,7 @@ class Backbone:
         return cls(trunk, name, int(trunk.outputs), device, params, buffers)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The features [B, width] of a batch of images, checked."""
+        """Compute the features [B, width] of a batch of images, and check them."""
         # Where all features are kept already, the backbone is never bound.
         if self.bound is None:
             params = {name: value.to(self.device) for name, value in self.params.items()}
@@ -134,7 +134,7 @@ class Backbone:
 def _features(
     examples: Examples, backbone: Backbone, batch: int, store: Store | None, report: Callable[[int], None]
 ) -> Tensors:
-    """The features [N, d] of a part of a source; those that the store has are not computed."""
+    """Return the features [N, d] of a part of a source; compute only those that the store lacks."""
     count = len(examples)
     if count == 0:
         return Tensors(torch.zeros(0, backbone.width), examples.targets())
@@ -273,7 +273,7 @@ class Store:
         self._open(path)
 
     def get(self, images: Sequence[bytes]) -> Tensor:
-        """The features [N, d] of these images; a view of a file where they are consecutive there."""
+        """Return the features [N, d] of these images; a view of a file where they are consecutive there."""
         places = np.array([self.places[image] for image in images])
         for file in np.unique(places[:, 0]):
             self._check(int(file))
@@ -332,7 +332,7 @@ class Store:
 
 
 def _digest(raw: bytes) -> str:
-    """The name of a file: a hash of the hashes of its images."""
+    """Return the name of a file: a hash of the hashes of its images."""
     return hashlib.blake2b(raw, digest_size=HASH).hexdigest()
 
 

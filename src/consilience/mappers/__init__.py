@@ -37,21 +37,21 @@ __all__ = [
 
 
 def oracle() -> Oracle:
-    """The true task is given at evaluation: an upper bound."""
+    """Take the expert of the true task, which is given at evaluation: an upper bound."""
     from consilience.mappers.confidence import Oracle
 
     return Oracle()
 
 
 def average() -> Average:
-    """Every expert has the same weight."""
+    """Give every expert the same weight."""
     from consilience.mappers.confidence import Average
 
     return Average()
 
 
 def min_entropy(unknown: float = 1.0) -> MinEntropy:
-    """The expert that is most certain of its answer.
+    """Choose the expert that is most certain of its answer.
 
     Args:
         unknown: an input whose least entropy, over the log of the classes, is above this belongs to no
@@ -63,7 +63,7 @@ def min_entropy(unknown: float = 1.0) -> MinEntropy:
 
 
 def nearest_mean(on: Literal["features", "inputs"] = "features", reject: float = 0.0) -> NearestMean:
-    """The expert whose nearest class mean is nearest.
+    """Choose the expert whose nearest class mean is nearest.
 
     Args:
         on: distances are between features of a frozen backbone, or between inputs, for any model.
@@ -82,7 +82,7 @@ def gaussian_mixture(
     fit: Literal["torch", "sklearn"] = "torch",
     reject: float = 0.0,
 ) -> GaussianMixture:
-    """The expert of the likeliest component among the mixtures of all sources.
+    """Choose the expert of the likeliest component among the mixtures of all sources.
 
     Args:
         components: diagonal Gaussians per source; one per 20 examples where there are fewer.
@@ -105,7 +105,7 @@ def mahalanobis(
     rank: int = 0,
     reject: float = 0.0,
 ) -> Mahalanobis:
-    """The expert of the nearest class mean by one covariance of all sources: LDA, from what they share.
+    """Choose the expert of the nearest class mean by one covariance of all sources: LDA on what they share.
 
     Args:
         ridge: added to the covariance, as a share of the mean variance; 0 takes the pseudo-inverse.
@@ -130,7 +130,7 @@ def expert_gate(
     on: Literal["features", "inputs"] = "inputs",
     reject: float = 0.0,
 ) -> ExpertGate:
-    """The expert whose autoencoder reconstructs the input best. Aljundi et al. 2017.
+    """Choose the expert whose autoencoder reconstructs the input best. Aljundi et al. 2017.
 
     Args:
         code: hidden units of an autoencoder, as a share of its inputs.
@@ -148,7 +148,7 @@ def expert_gate(
 
 
 def superposition(halving: bool = False, together: bool = False) -> Superposition:
-    """The expert whose weight in the superposition of all tasks' parameters most lowers the entropy.
+    """Choose the expert whose weight in the superposition of all tasks' parameters most lowers the entropy.
 
     Parameters differ by task through masks, keys or gates. Wortsman et al. 2020.
 

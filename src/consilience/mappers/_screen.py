@@ -73,8 +73,8 @@ class Level:
 
     With a = a^ + a', b = b^ + b', hats as rounded, |a . b - a^ . b^| <= |a'| (|b^| + |b'|) + |a^| |b'|, block
     by block; float32 sums of n products add gamma |a^| |b^|, gamma = 2 (n + 8) 2^-24, and the result is
-    rounded to its type. The bound is itself a product in that type, of positive terms, so that 3 % more are
-    enough.
+    rounded to its type. The bound is itself a product in that type, of positive terms, so 3 % more
+    are enough.
     """
 
     low: Tensor

@@ -42,8 +42,7 @@ class MinEntropy(Mapper):
     """The expert with the least entropy -sum p log p of its class probabilities, over the log of its classes.
 
     An expert of a single class is never certain: it counts as 1. Of equal entropies the first expert's wins.
-    An input for which even the least is above `unknown` belongs to no expert; at 1 every input belongs to
-    one.
+    An input whose least entropy is above `unknown` belongs to no expert; at 1 every input belongs to one.
 
     >>> one, two = torch.ones(2, 1), torch.tensor([[0.5, 0.5], [0.9, 0.1]])
     >>> routing = Routing(torch.zeros(2, 1), lambda: one, lambda: [one, two], [("a", "one"), ("a", "two")])

@@ -245,8 +245,8 @@ class Mahalanobis(Anchored):
     def _drawn(self, learned: Learned) -> dict[str, Tensor]:
         """Draw `images` examples of each class without replacement.
 
-        Returns x [M, ...] (`bytes`, 255 x, where those are whole numbers), and y [M], which of the source's
-        classes.
+        Returns x [M, ...] (`bytes`, 255 x, where those are whole numbers), and y [M], places in
+        `source.classes`.
         """
         source = learned.source
         y = source.train.targets().cpu()

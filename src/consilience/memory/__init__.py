@@ -21,35 +21,35 @@ __all__ = ["class_balanced", "growing", "herding", "reservoir", "ring"]
 
 
 def reservoir() -> Reservoir:
-    """A uniform sample of everything seen."""
+    """Keep a uniform sample of everything seen."""
     from consilience.core.buffer import Reservoir
 
     return Reservoir()
 
 
 def ring() -> Ring:
-    """The last examples of each class."""
+    """Keep the last examples of each class."""
     from consilience.memory.policies import Ring
 
     return Ring()
 
 
 def class_balanced() -> ClassBalanced:
-    """A uniform sample of each class, as many of each."""
+    """Keep a uniform sample of each class, as many of each."""
     from consilience.memory.policies import ClassBalanced
 
     return ClassBalanced()
 
 
 def herding() -> Herding:
-    """The examples of each class whose mean feature is nearest to the class's."""
+    """Keep the examples of each class whose mean feature is nearest to the class's."""
     from consilience.memory.policies import Herding
 
     return Herding()
 
 
 def growing() -> Growing:
-    """`size` examples of each class: the buffer grows with the number of classes."""
+    """Keep `size` examples of each class: the buffer grows with the number of classes."""
     from consilience.memory.policies import Growing
 
     return Growing()

@@ -315,8 +315,7 @@ def backbone(
         size: height and width (one number: both); "own": timm's for this model, else the size of the images;
             None: the size of the images.
         mean, std: per channel, or one number for all; None: timm's for this model, else 0 and 1.
-        more: options for `timm.create_model`; with `pretrained=False` the weights are random, always the
-            same.
+        more: options for `timm.create_model`; `pretrained=False` gives random weights, always the same.
 
     Raises:
         ConsilienceError: timm is not installed, or has no such model; entries that the checkpoint lacks or
@@ -482,8 +481,7 @@ def adapters(
         outputs: the number of output columns; each head has those of its task's classes.
         bottleneck: the rows of V.
         layers: shell patterns of names of layers or blocks that adapters follow (`*` also matches dots);
-            None: every convolution, linear layer and attention (of a `models.backbone`: those that it
-            calls).
+            None: every convolution, linear layer and attention (of a `models.backbone`: those it calls).
 
     >>> adapters(resnet(width=4), 10, layers=("body.?",)).layers[:2]
     ('body.0', 'body.1')

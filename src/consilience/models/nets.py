@@ -1,7 +1,6 @@
 """The modules behind the catalogue of models: plain torch.
 
-Names of classes and of public attributes are part of `models.module.structure`, and so of hashes of
-backbones.
+Names of classes and of public attributes are part of `models.module.structure` and of backbone hashes.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 
 def mlp(inputs: int, hidden: Sequence[int], outputs: int) -> nn.Sequential:
-    """Linear layers with ReLU between them."""
+    """Return linear layers with ReLU between them."""
     layers: list[nn.Module] = [nn.Flatten()]
     for width in hidden:
         layers += [nn.Linear(inputs, width), nn.ReLU()]
@@ -23,7 +22,7 @@ def mlp(inputs: int, hidden: Sequence[int], outputs: int) -> nn.Sequential:
 
 
 def lenet(outputs: int, channels: int, size: int) -> nn.Sequential:
-    """Two 5 x 5 convolutions and three linear layers."""
+    """Return two 5 x 5 convolutions and three linear layers."""
     side = (size // 2 - 4) // 2
     return nn.Sequential(
         nn.Conv2d(channels, 6, 5, padding=2),
@@ -42,7 +41,7 @@ def lenet(outputs: int, channels: int, size: int) -> nn.Sequential:
 
 
 def conv(outputs: int, channels: int, size: int, width: int) -> nn.Sequential:
-    """Two 3 x 3 convolutions and a linear head."""
+    """Return two 3 x 3 convolutions and a linear head."""
     return nn.Sequential(
         nn.Conv2d(channels, width, 3, padding=1),
         nn.ReLU(),
@@ -56,7 +55,7 @@ def conv(outputs: int, channels: int, size: int, width: int) -> nn.Sequential:
 
 
 def random_features(inputs: int, width: int, seed: int) -> nn.Sequential:
-    """max(W x + b, 0) with W ~ N(0, 12 / inputs) and b = -W c."""
+    """Return max(W x + b, 0) with W ~ N(0, 12 / inputs) and b = -W c."""
     generator = torch.Generator().manual_seed(seed)
     # On "meta" the layer draws no first values, which would move torch's random state.
     layer = nn.Linear(inputs, width, device="meta").to_empty(device="cpu")

@@ -26,7 +26,7 @@ Order = Literal["uniform", "cyclic", "weighted"]
 
 
 def multitask(sources: Sequence[Source], scenario: Scenario = "class", rounds: int = 1) -> Schedule:
-    """One agent trains on all tasks in each step.
+    """Train one agent on all tasks in each step.
 
     Args:
         sources: the tasks.
@@ -51,7 +51,7 @@ def multitask(sources: Sequence[Source], scenario: Scenario = "class", rounds: i
 
 
 def continual(sources: Sequence[Source], scenario: Scenario = "class", base: Any = None) -> Schedule:
-    """One agent trains on one source after another, and is evaluated on all sources after each.
+    """Train one agent on one source after another, and evaluate it on all sources after each.
 
     Args:
         sources: in the order of training.
@@ -78,7 +78,7 @@ def continual(sources: Sequence[Source], scenario: Scenario = "class", base: Any
 def online(
     sources: Sequence[Source], chunk: int = 320, scenario: Scenario = "class", seed: int = 0
 ) -> Schedule:
-    """One agent trains on a stream of examples that is seen once, without boundaries between sources.
+    """Train one agent on a stream of examples that is seen once, without boundaries between sources.
 
     Sources arrive one after another in chunks of `chunk` examples. The agent trains on a chunk for one epoch,
     in batches of the training's size; then a buffer may store the chunk, and the next one arrives. The agent
@@ -129,7 +129,7 @@ def online(
 
 
 def _common_test(sources: Sequence[Source], scenario: str) -> list[Source]:
-    """One source for the evaluation of all, if they have one test and no task labels; otherwise none."""
+    """Return one source to evaluate all, if they have one test and no task labels; otherwise none."""
     from dataclasses import replace
 
     first = sources[0]
@@ -164,7 +164,7 @@ def federated(
     personalise: bool = False,
     base: Any = None,
 ) -> Schedule:
-    """Clients with one source each and a server: the clients of a round receive, train, and send.
+    """Train clients with one source each and a server: the clients of a round receive, train, and send.
 
     The clients of a round depend on the seed and the round alone.
 
@@ -234,7 +234,7 @@ def federated_continual(
     personalise: bool = False,
     base: Any = None,
 ) -> Schedule:
-    """Clients with a stream of sources each: for each position in the streams, some rounds with the server.
+    """Train clients with a stream of sources each: some rounds with the server per position in the streams.
 
     Args:
         streams: the sources of each client, in order.
@@ -283,7 +283,7 @@ def hierarchical(
     evaluate_every: int = 1,
     personalise: bool = False,
 ) -> Schedule:
-    """Clients below edge servers below a server.
+    """Train clients below edge servers below a server.
 
     In every round parameters go down, clients train, and send up again. An edge server is to its clients what
     the server is in `federated`: aggregators and outer steps act there. The server averages the edges, each
@@ -327,7 +327,7 @@ def _federation(
     federation: Federation,
     base: Any = None,
 ) -> Schedule:
-    """The schedule of clients with streams and a server."""
+    """Return the schedule of clients with streams and a server."""
     from consilience.core.errors import ConsilienceError
     from consilience.core.schedule import Evaluate, Exchange, Train, build
     from consilience.settings._rounds import PlannedRound
@@ -378,7 +378,7 @@ def gossip(
     evaluate_every: int = 1,
     min_clients: int | None = None,
 ) -> Schedule:
-    """Agents without a server: in each round all train, then each averages with its neighbours.
+    """Train agents without a server: in each round all train, then each averages with its neighbours.
 
     A message carries the number of examples in its average, so that on a graph in which all agents have as
     many neighbours they converge to the average weighted by examples. On other graphs, agents with more
@@ -439,7 +439,7 @@ def merging(
     scenario: Scenario = "class",
     fraction: float = 1.0,
 ) -> Schedule:
-    """One merger receives trained models once, equally weighted.
+    """Merge trained models once: one merger receives all of them, equally weighted.
 
     Agents train on a source each, from one base; or experts are given.
 
@@ -486,7 +486,7 @@ def exmodel(
     base: Any = None,
     scenario: Scenario = "class",
 ) -> Schedule:
-    """One learner receives one trained expert at a time, and no data.
+    """Send one learner one trained expert at a time, and no data.
 
     Args:
         experts: trained models in the order in which they are received; or
@@ -522,12 +522,12 @@ class _Experts(NamedTuple):
     given: dict[str, Expert]
 
     def training(self) -> dict[str, tuple[str, ...]]:
-        """The source that each expert trains on."""
+        """Return the source that each expert trains on."""
         return {name: (source.name,) for name, source in zip(self.names, self.sources, strict=True)}
 
 
 def _resolved_experts(sources: Sequence[Source], experts: Sequence[Expert]) -> _Experts:
-    """The experts of a schedule, from sources to train on or from trained models."""
+    """Return the experts of a schedule, from sources to train on or from trained models."""
     from consilience.core.errors import ConsilienceError, kind_of
     from consilience.core.schedule import Expert
     from consilience.core.source import Source
@@ -562,7 +562,7 @@ def skill(
     fails: Mapping[int | str, int] | None = None,
     evaluated: int | str | None = None,
 ) -> Schedule:
-    """Agents train on streams of their own in parallel, and share over any graph, without a server.
+    """Train agents on separate streams in parallel; they share over any graph, without a server.
 
     When they share, every agent receives from itself and its neighbours, all at once. This is repeated as
     often as the news of any agent takes to reach all others (the diameter of the graph of the agents that are
@@ -583,8 +583,7 @@ def skill(
             sent stays with the others. What it learned and did not send is lost, and so are the sources that
             were left in its stream: nobody knows them, and they are evaluated all the same. If the graph
             falls apart, each part knows only what its own agents learned since.
-        evaluated: the agent that is evaluated, which must be present at the end; None takes the first that
-            is.
+        evaluated: the agent that is evaluated, present at the end; None takes the first such agent.
 
     Raises:
         ConsilienceError: agents that do not exist, agents without sources, graphs that do not connect all,
@@ -635,7 +634,7 @@ def skill(
 def leave_one_out(
     sources: Sequence[Source], setting: Callable[[list[Source]], Schedule]
 ) -> dict[str, Schedule]:
-    """For each source, the schedule of a setting without it, evaluated on it alone.
+    """Make, for each source, the schedule of a setting without it, evaluated on it alone.
 
     This measures how well the others serve a source that they never saw. A class that only this source has
     counts as never recognised (in scenario "domain" targets are 0..k-1, whatever they mean).
@@ -675,13 +674,13 @@ def leave_one_out(
 
 
 def _numbered(prefix: str, count: int) -> list[str]:
-    """Names with numbers of equal width, so that they sort as the numbers do."""
+    """Return names with numbers of equal width, so that they sort as the numbers do."""
     width = len(str(count - 1))
     return [f"{prefix}{i:0{width}d}" for i in range(count)]
 
 
 def _checked_sources(sources: Any) -> list[Source]:
-    """A list of sources."""
+    """Check sources, and return them as a list."""
     from consilience.core.errors import ConsilienceError, kind_of
     from consilience.core.source import Source
 
@@ -698,7 +697,7 @@ def _checked_sources(sources: Any) -> list[Source]:
 
 
 def _entries(base: Any) -> Any:
-    """A base as a dictionary of tensors, from one or from a torch module."""
+    """Return a base as a dictionary of tensors, from one or from a torch module."""
     if base is None or isinstance(base, dict):
         return base
     return {name: tensor.detach() for name, tensor in (*base.named_parameters(), *base.named_buffers())}

@@ -29,7 +29,7 @@ class Lifetimes:
     share: str
 
     def present(self, stage: int) -> list[int]:
-        """The agents that are present in a stage."""
+        """Return the agents that are present in a stage."""
         return [
             i
             for i, (join, fail) in enumerate(zip(self.joins, self.fails, strict=True))
@@ -37,7 +37,7 @@ class Lifetimes:
         ]
 
     def phases(self) -> Iterator[Phase]:
-        """The phases of all stages: new agents catch up, all train, then share and are evaluated."""
+        """Yield the phases of all stages: new agents catch up, all train, then share and are evaluated."""
         shared = False
         for stage in range(1, self.stages + 1):
             present = self.present(stage)
@@ -57,7 +57,7 @@ class Lifetimes:
             yield Evaluate(f"task {stage}")
 
     def _training(self, stage: int, present: Sequence[int]) -> dict[str, tuple[str, ...]]:
-        """The source of each agent whose stream is not over."""
+        """Return the source of each agent whose stream is not over."""
         positions = {i: stage - self.joins[i] for i in present}
         return {
             self.agents[i]: (self.streams[i][position].name,)
@@ -98,7 +98,7 @@ class Lifetimes:
             yield exchange
 
     def _distances(self, start: set[int], among: Sequence[int]) -> dict[int, int]:
-        """The number of exchanges after which news of `start` reaches each agent that it can reach."""
+        """Count the exchanges until news of `start` reaches each agent that it can reach."""
         distance, front, allowed = dict.fromkeys(start, 0), set(start), set(among)
         while front and len(distance) < len(allowed):
             front = {j for i in front for j in self.near[i] if j in allowed} - distance.keys()
@@ -114,7 +114,7 @@ def lifetimes(
     fails: Any,
     share: str,
 ) -> Lifetimes:
-    """The lifetimes of agents, with all arguments of `consilience.settings.skill` checked."""
+    """Return the lifetimes of agents, with all arguments of `consilience.settings.skill` checked."""
     count = len(agents)
     near = _graph(graph, agents)
     given = _stages("joins", joins, agents)
@@ -137,7 +137,7 @@ def lifetimes(
 
 
 def _graph(graph: Any, agents: Sequence[str]) -> Neighbours:
-    """The neighbours of each agent."""
+    """Return the neighbours of each agent."""
     if isinstance(graph, str):
         if graph not in ("mesh", "ring"):
             raise ConsilienceError(f"`graph` must be mesh, ring or a list of pairs of agents, got {graph!r}.")
@@ -152,7 +152,7 @@ def _graph(graph: Any, agents: Sequence[str]) -> Neighbours:
 
 
 def _numbered(graph: Any, agents: Sequence[str]) -> Any:
-    """The edges with the names of agents replaced by numbers; anything that is no edge is left as it is."""
+    """Replace the names of agents in edges by numbers; leave anything that is no edge as it is."""
     if isinstance(graph, str) or not isinstance(graph, Iterable):
         return graph
 
@@ -165,7 +165,7 @@ def _numbered(graph: Any, agents: Sequence[str]) -> Any:
 
 
 def agent_names(streams: Mapping[Any, Any]) -> list[str]:
-    """The names of the agents, checked."""
+    """Check the names of the agents, and return them."""
     for name in streams:
         if not isinstance(name, str) or not name or "|" in name:
             raise ConsilienceError(f"an agent's name must be text without '|', and not empty, got {name!r}.")
@@ -173,7 +173,7 @@ def agent_names(streams: Mapping[Any, Any]) -> list[str]:
 
 
 def position(what: str, agent: Any, agents: Sequence[str]) -> Any:
-    """The number of an agent that is given by its name; anything else is left as it is."""
+    """Return the number of an agent that is given by its name; leave anything else as it is."""
     if not isinstance(agent, str):
         return agent
     if agent in agents:
@@ -186,7 +186,7 @@ def position(what: str, agent: Any, agents: Sequence[str]) -> Any:
 
 
 def _stages(name: str, given: Any, agents: Sequence[str]) -> dict[int, int]:
-    """{agent: stage}, checked; numbers may be given as text."""
+    """Return {agent: stage}, checked; numbers may be given as text."""
     count = len(agents)
     pairs = [(position(name, i, agents), at) for i, at in given.items()] if isinstance(given, Mapping) else []
     try:

@@ -116,7 +116,7 @@ class Participation:
             self._numbers(clients)
 
     def _numbers(self, clients: Any) -> frozenset[int]:
-        """The clients of one round of `available`, checked."""
+        """Check the clients of one round of `available`, and return them."""
         try:
             numbers = frozenset(int(i) for i in clients if int(i) == i)
         except (TypeError, ValueError):
@@ -130,14 +130,14 @@ class Participation:
         return numbers
 
     def wanted(self, able: int) -> int:
-        """How many of `able` clients a round asks for."""
+        """Return how many of `able` clients a round asks for."""
         if self.fraction is not None:
             # Not `round`, which rounds halves to even: 0.5 of 5 clients would be 2.
             return max(1, math.floor(self.fraction * able + 0.5))
         return min(self.clients_per_round or able, able)
 
     def present(self, number: int, seed: int, able: Sequence[int]) -> list[int]:
-        """Which of the clients `able` are available in a round; rounds are numbered over the whole run."""
+        """Return the clients of `able` available in a round; rounds are numbered over the whole run."""
         trace = self.available
         if trace is None:
             return list(able)
@@ -223,7 +223,7 @@ class Participation:
         return sorted(present[i] for i in drawn.tolist())
 
     def _with_failures(self, seed: int, planned: PlannedRound, chosen: list[int]) -> Round:
-        """The round of these clients, with stragglers and dropouts drawn among them."""
+        """Return the round of these clients, with stragglers and dropouts drawn among them."""
         # Stragglers and their fractions come from one generator, in this order.
         generator = key(seed, planned.position, planned.number, "stragglers")
         slow = _some(chosen, self.stragglers, generator)
@@ -255,7 +255,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _next_on_circle(able: Sequence[int], present: set[int], start: int, wanted: int) -> tuple[list[int], int]:
-    """The next clients in turn that are present, and how many places on the circle were passed."""
+    """Return the next present clients in turn, and how many places on the circle were passed."""
     chosen: list[int] = []
     passed = 0
     while len(chosen) < wanted and passed < len(able):
@@ -298,7 +298,7 @@ class Federation:
     def phases(
         self, drawn: Round, clients: Sequence[str], sources: Mapping[int, str], least: int | None
     ) -> Iterator[Phase]:
-        """The phases of one round: parameters go down to its clients, these train, and send up again.
+        """Yield the phases of one round: parameters go down to its clients, these train, and send up again.
 
         Args:
             drawn: the round.
@@ -335,7 +335,7 @@ class Federation:
 
 
 def edges_of(edges: Any, clients: int) -> dict[int, str]:
-    """The edge server of each client, from a number of edges or from the clients of each."""
+    """Return the edge server of each client, from a number of edges or from the clients of each."""
     if isinstance(edges, int) and not isinstance(edges, bool):
         if not 1 <= edges <= clients:
             raise ConsilienceError(f"`edges` must be from 1 to the {clients} clients, got {edges}.")
@@ -356,7 +356,7 @@ def edges_of(edges: Any, clients: int) -> dict[int, str]:
 
 
 def neighbours(graph: Any, agents: int, degree: int) -> Callable[[int, int, int], Neighbours]:
-    """A function (seed, round, mixing) -> the neighbours of each agent."""
+    """Return a function (seed, round, mixing) -> the neighbours of each agent."""
     if agents < 2:
         raise ConsilienceError(f"gossip needs two agents or more, got {agents}.")
     if graph == "regular":
@@ -375,7 +375,7 @@ def neighbours(graph: Any, agents: int, degree: int) -> Callable[[int, int, int]
 
 
 def _fixed_graph(graph: Any, agents: int) -> Neighbours:
-    """The neighbours of each agent in a graph that is not drawn."""
+    """Return the neighbours of each agent in a graph that is not drawn."""
     if graph == "complete":
         return [tuple(j for j in range(agents) if j != i) for i in range(agents)]
     if graph == "ring":
@@ -400,7 +400,7 @@ def _fixed_graph(graph: Any, agents: int) -> Neighbours:
 
 
 def _edge(pair: Any, agents: int) -> tuple[int, int]:
-    """The two agents of an edge, checked."""
+    """Check an edge, and return its two agents."""
     ends = tuple(pair) if isinstance(pair, Sequence) and not isinstance(pair, str) else ()
     numbers = all(isinstance(end, int) and 0 <= end < agents for end in ends)
     if len(ends) != 2 or ends[0] == ends[1] or not numbers:
@@ -411,7 +411,7 @@ def _edge(pair: Any, agents: int) -> tuple[int, int]:
 
 
 def _reachable(near: Sequence[set[int]]) -> set[int]:
-    """The agents with a path to agent 0."""
+    """Return the agents with a path to agent 0."""
     reached, front = {0}, {0}
     while front:
         front = {j for i in front for j in near[i]} - reached

@@ -47,7 +47,8 @@ def test_a_misspelt_verb_is_found():
         def penality(self, step, ctx):
             return step.theta.sum()
 
-    fails(Misspelt(), "Misspelt.penality is no verb or class attribute; did you mean `penalty`?")
+    for part in (Misspelt(), cs.Method("misspelt", (Misspelt(),))):
+        fails(part, "Misspelt.penality is no verb or class attribute; did you mean `penalty`?")
 
 
 def test_a_misspelt_attribute_is_found():

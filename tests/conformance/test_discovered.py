@@ -14,6 +14,7 @@ import kit
 import pytest
 
 import consilience as cs
+from consilience import testing
 
 ROOMS = ("aggregators", "consolidators", "mappers")
 CLASSES = pytest.mark.parametrize("name", sorted(kit.EVERY))
@@ -98,6 +99,7 @@ def test_frozen_dataclass_with_a_docstring(name: str) -> None:
     assert "__dataclass_params__" in vars(kind), "not a dataclass of its own"
     assert kind.__dataclass_params__.frozen and kind.__dataclass_params__.eq
     thing = kit.make(name)
+    testing.check_written(thing)
     assert thing == kit.make(name) and hash(thing) == hash(kit.make(name))
     doc = vars(kind).get("__doc__") or ""
     assert doc and not doc.startswith(f"{name}("), "no docstring of its own"

@@ -49,23 +49,22 @@ def checked_name(name: str, kind: str) -> str:
 
 def pair(sender: str, source: str) -> str:
     """Return one key for (sender, source). Bars in names are escaped, so that two pairs never share a key."""
-    return f"{_escape(sender)}|{_escape(source)}"
+    return f"{escaped(sender, '|')}|{escaped(source, '|')}"
 
 
 def unpair(key: str) -> tuple[str, str]:
     """Return the (sender, source) whose key `pair` made."""
     sender, _, source = key.partition("|")
-    return _unescape(sender), _unescape(source)
+    return unescaped(sender, "|"), unescaped(source, "|")
 
 
-# The percent sign goes first when escaping and last when reading, or an escape would be escaped again.
 def joined(names: Iterable[str]) -> str:
-    """One key for several names, in their order: "a+b" is another key than that of "a" and "b".
+    """Return one key for several names, in their order: "a+b" is another key than that of "a" and "b".
 
     >>> joined(["a+b"]) == joined(["a", "b"]), joined(["a", "b"])
     (False, 'a+b')
     """
-    return "+".join(name.replace("%", "%25").replace("+", "%2B") for name in names)
+    return "+".join(escaped(name, "+") for name in names)
 
 
 def owned_by(entry: str, prefix: str, owner: str, parts: int = 1) -> bool:
@@ -80,9 +79,16 @@ def owned_by(entry: str, prefix: str, owner: str, parts: int = 1) -> bool:
     return len(rest) == parts and start == f"{prefix}/{owner}"
 
 
-def _escape(name: str) -> str:
-    return name.replace("%", "%25").replace("|", "%7C")
+# The percent sign goes first when escaping and last when reading, or an escape would be escaped again.
+def escaped(name: str, mark: str) -> str:
+    """Return a name without a mark that has a meaning where the name is put; `unescaped` reads it back.
+
+    >>> escaped("a:b", ":"), unescaped(escaped("a:b%3A", ":"), ":")
+    ('a%3Ab', 'a:b%3A')
+    """
+    return name.replace("%", "%25").replace(mark, f"%{ord(mark):02X}")
 
 
-def _unescape(name: str) -> str:
-    return name.replace("%7C", "|").replace("%25", "%")
+def unescaped(name: str, mark: str) -> str:
+    """Return the name that `escaped` wrote."""
+    return name.replace(f"%{ord(mark):02X}", mark).replace("%25", "%")

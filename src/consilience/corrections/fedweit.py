@@ -14,7 +14,7 @@ from consilience.core.contexts import Beginning, Begun, Context, Learned, Memory
 from consilience.core.correction import Correction
 from consilience.core.message import Item, Message, Module, Private
 from consilience.core.model import Model
-from consilience.core.names import RECEIVED
+from consilience.core.names import RECEIVED, escaped, unescaped
 from consilience.core.optimiser import SGD
 from consilience.core.params import Layout, Params
 from consilience.core.source import Source
@@ -44,12 +44,7 @@ def shared(model: Model) -> tuple[str, ...]:
 
 def slot(task: str | None) -> str:
     """Return a task's name as it stands in entries, before a colon: one name, one slot."""
-    return str(task).replace("%", "%25").replace(":", "%3A")
-
-
-def task_in(slot: str) -> str:
-    """Return the name of the task that `slot` wrote."""
-    return slot.replace("%3A", ":").replace("%25", "%")
+    return escaped(str(task), ":")
 
 
 def compose(base: Tensor, mask: Tensor, own: Tensor) -> Tensor:
@@ -141,7 +136,7 @@ class FedWeIt(Correction):
         start, end = "fedweit/mask/", f":{shared(ctx.model)[0]}"
         slots = [n[len(start) : -len(end)] for n in names if n.startswith(start) and n.endswith(end)]
         now = {slot(task) for task in ctx.recalled.current}
-        return [task_in(found) for found in slots if found not in now]
+        return [unescaped(found, ":") for found in slots if found not in now]
 
     @staticmethod
     def used(params: Params, task: str | None, recalled: Recalled) -> list[Key]:

@@ -6,11 +6,11 @@ bare loop resizes, normalises and
 calls the timm module under inference_mode, and joins what comes. Loop and ours run in turn; throughput is
 the loop's CPU time over ours, each
 round by itself, median over rounds. Ours lays images out channels last, which the bare loop does not; the
-loop in that layout stands beside it. "kept" also hashes the images and writes the files. Second use: all
+loop in that layout stands next to it. "kept" also hashes the images and writes the files. Second use: all
 features are there; wall time of `data.embed` and of
 reading every number, of that the hashing of the images, and, for comparison, the bare reading of the same
 files. Warm: the files are in the system's memory, as
-they are right after writing; cold: the system was told to let go of them, so that the disk is read. Biases:
+they are right after writing; cold: the system was asked to drop them, so that the disk is read. Biases:
 CPU time of one forward and backward pass of 32 images that trains head and biases, over that of a forward
 pass without gradients.
 Wants CONSILIENCE_DATA and timm (`consilience[vision]`).

@@ -312,7 +312,7 @@ def main() -> None:
 def importable(name: str) -> bool:
     try:
         import_module(name)
-    except Exception:  # timm beside a build of torch without torchvision's operators raises RuntimeError
+    except Exception:  # timm next to a build of torch without torchvision's operators raises RuntimeError
         return False
     return True
 

@@ -18,7 +18,7 @@ right. "+ H2T" is Head2Toe on these
 biases, the top 1 % with a 3 x 3 grid (`models.head2toe`), where that has at least as many right.
 MAHA shares sums; MAHA16 shares 16 factors of the scatter (`mahalanobis(rank=16)`); GMMC at most 25 Gaussians
 a task, one for 20 images.
-Baselines train a linear head on the same kept features (PSP, SupSup, and all that are told the task, where
+Baselines train a linear head on the same kept features (PSP, SupSup, and all that are given the task, where
 linear heads would share nothing: a hidden
 layer of 256), Adam lr .001, 10 epochs a task (ER 10 or 30), one agent, the tasks in order (30 epochs for the
 joint probe, as for LLL's heads); where they have a strength it is
@@ -296,7 +296,7 @@ def baseline(work: tuple[str, dict[str, Any], str, int, int, int, bool]) -> dict
 
 @remembered
 def other(work: tuple[str, int, int, int]) -> dict[str, Any]:
-    """A run that is no sequence: the joint probe, parallel SupSup (told the task, or finding it), heads from
+    """A run that is no sequence: the joint probe, parallel SupSup (given the task, or finding it), heads from
     few images."""
     what, size, train, test = work
     quiet()

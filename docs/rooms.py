@@ -305,7 +305,7 @@ def picture() -> str:
         (x, y), rest = points[0], points[1:]
         text = f"M{x:.0f} {y + height / 2:.0f}"
         for i, (x2, y2) in enumerate(rest):
-            # Between rows a line is a curve that starts and ends upright; beside boxes it is straight.
+            # Between rows a line is a curve that starts and ends upright; next to boxes it is straight.
             start = y + height / 2
             end = y2 - height / 2
             middle = (start + end) / 2

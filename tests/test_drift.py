@@ -145,7 +145,7 @@ def test_scaffold_tells_the_sum_once_and_counts_clients():
 
 
 def test_what_was_gained_in_two_learns_is_told_together():
-    """An agent that learns twice before anybody hears it."""
+    """An agent that trains twice before anybody receives from it."""
     s = clients(2)
     phases = [
         Exchange({"a": ("server",), "b": ("server",)}),

@@ -1036,7 +1036,7 @@ def test_one_spherical_component_each_is_nearest_mean():
 
 @pytest.mark.parametrize("fit", ["torch", "sklearn"])
 def test_a_small_task_has_few_components_and_is_found_beside_a_large_one(fit):
-    """24 examples beside 600 of a wider task, in 40 dimensions: 25 components of one example each would be
+    """24 examples next to 600 of a wider task, in 40 dimensions: 25 components of one example each would be
     points."""
     x = {
         n: torch.randn(k + 200, 40, generator=key(0, n)).double() for n, k in (("small", 24), ("large", 600))

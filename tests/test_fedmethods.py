@@ -92,7 +92,7 @@ def wide(m, like):
 
 
 def fedweit_by_hand(streams, rounds, sparsity, drift, prune, lr):
-    """Server parameters, clients' own entries, and what they told, by the paper's equations."""
+    """Server parameters, clients' own entries, and what they sent, by the paper's equations."""
     names = ("1.weight", "1.bias", "3.weight", "3.bias")
     server = {n: p.double() for n, p in mlp().init(key(0, "init"))[0].items()}
     own = [{} for _ in streams]
@@ -188,7 +188,7 @@ def test_fedweit_is_the_papers_objective(drift):
         assert len(own[k][given[k][1].name]["keys"]) == 1 and own[k][given[k][1].name]["alpha"].any()
     assert len(clients[0].state.params) == len(names) * 6 + 1, "nothing of others, and one alpha"
 
-    # the answers: a client by its own entries, the server by what was told, both pruned
+    # the answers: a client by its own entries, the server by what was sent, both pruned
     x = given[0][0].train.whole()[0]
     for (k, task), item in told.items():
         theirs = {}
@@ -603,7 +603,7 @@ def test_scroll_has_no_spread_over_schedules_and_balanced_tuning_goes_on_from_it
 
 
 def statistics_run(sources, **more):
-    """The server at the end, told by these clients."""
+    """The server at the end, after these clients sent."""
     return cs.run(
         cs.settings.federated(sources, 1, scenario="domain", **more), cs.methods.fed3r(), mlp(), training()
     ).agent

@@ -67,7 +67,7 @@ def go(method, mapper=None, model=None, sources=SOURCES, scenario="class", **mor
 
 @cache
 def learned(name, n=3, model="mlp"):
-    """A run of a method by tasks of which a mapper is told nothing."""
+    """A run of a method by tasks of which a mapper knows nothing."""
     return go(name, cs.mappers.average(), {"mlp": mlp, "heads": heads}[model](), SOURCES[:n])
 
 
@@ -478,7 +478,7 @@ def test_features_want_a_frozen_backbone_and_inputs_do_not(name):
 
 
 def test_anchors_travel():
-    """Two agents that learn apart each route to all experts, by the anchors that they heard."""
+    """Two agents that learn apart each route to all experts, by the anchors that they received."""
     streams = [SOURCES[:2], SOURCES[2:]]
     for name, mapper in ANCHORS.items():
         method = cs.Method(name, consolidator=cs.consolidators.experts(), mapper=mapper)

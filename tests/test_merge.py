@@ -408,7 +408,7 @@ def test_normalisation_is_folded():
 
 @pytest.fixture
 def hub(tmp_path: Path, three) -> tuple[Path, list[Path]]:
-    """A sharded base and an expert a file, with what lies beside weights."""
+    """A sharded base and an expert a file, with what lies next to weights."""
     base, experts, *_ = three
     folder = tmp_path / "hub"
     folder.mkdir()

@@ -536,7 +536,7 @@ def test_a_tight_task_calls_no_example_of_a_broad_one_unknown():
         [0, 0],
     ]
     for s in (broad, tight):
-        for part, most in ((s.validation.x, 0.05), (s.test.x, 0.05 + 0.03)):  # 256 examples are told
+        for part, most in ((s.validation.x, 0.05), (s.test.x, 0.05 + 0.03)):  # 256 examples are sent
             goes = replace(mapper, reject=0.0).route(routing(part, keys(2)), memory).argmax(1) == int(
                 s.name[-1]
             )
@@ -562,7 +562,7 @@ def test_a_broad_task_does_not_vouch_for_what_is_nearest_to_a_tight_one(mapper):
         lost = mapper.route(routing(s.test.x, keys(2)), memory)[goes].sum(1) == 0
         assert float(lost.double().mean()) <= 0.05 + (
             0.1 if isinstance(mapper, Mahalanobis) else 0.03
-        )  # 64 or 256 are told
+        )  # 64 or 256 are sent
 
 
 @pytest.mark.parametrize("mapper", list(NARROW.values()), ids=list(NARROW))

@@ -320,7 +320,7 @@ def test_other_names_or_shapes_are_refused():
     receiver.receive([message(good)])
 
 
-# Who hears whom.
+# Who receives from which senders.
 
 
 @pytest.mark.parametrize("by_size", [True, False])

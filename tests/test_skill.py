@@ -121,7 +121,7 @@ def diameter(n: int, edges: Sequence[tuple[int, int]]) -> int:
 
 
 def test_any_graph_is_passed_over_as_often_as_its_diameter(parts):
-    """Random trees with more edges: all know all after so many hears, and one fewer would not do."""
+    """Random trees with more edges: all know all after so many exchanges, and one fewer would not do."""
     draw = random.Random(0)
     tiny = [s.map(name=f"s{i}", task=f"s{i}") for i, s in enumerate([*parts, *parts, *parts[:2]])]
     for n in (2, 3, 5, 8, 12):
@@ -1099,7 +1099,7 @@ def test_the_room_imports_no_torch():
 
 
 def test_no_flipped_bit_of_a_message_is_taken(shared):
-    """Neither in what its sender told nor in who it says that it is from."""
+    """Neither in what its sender sent nor in who it says that it is from."""
     message = next(iter(shared.state.bank.values()))
     data = message.to_bytes()
     assert Message.from_bytes(data).facts() == message.facts()

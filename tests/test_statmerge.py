@@ -576,7 +576,7 @@ def test_trunks_are_merged_and_heads_kept(other):
         assert len(head) == 2 and all(torch.equal(result.params[n], p) for n, p in head.items())
     for n in ("trunk.1.weight", "trunk.1.bias"):
         assert torch.allclose(result.params[n], (alone[0].params[n] + alone[1].params[n]) / 2, atol=1e-6)
-    assert result.matrix[-1].min() > 0.8  # told the task
+    assert result.matrix[-1].min() > 0.8  # given the task
     for method in (
         cs.methods.regmean(),
         cs.methods.fisher_merging(),

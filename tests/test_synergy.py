@@ -317,7 +317,7 @@ NEW = source("zoo", {"Dogs": "dog", "oak": "oak", "van": "van"}, seed=3)
 
 @pytest.mark.parametrize("by", ["name", "features"])
 def test_new_rows_are_those_of_the_most_similar_class(by):
-    """Own rows and heard ones, weights and biases as they are; what nothing is alike to stays as it was
+    """Own rows and received ones, weights and biases as they are; what nothing is alike to stays as it was
     drawn."""
     reuse = HeadReuse(by, threshold=0.4 if by == "name" else 0.9)
     agent, job = start_of(NEW, skilled(reuse), OLD)

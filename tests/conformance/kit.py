@@ -1,7 +1,7 @@
 """What the conformance suite shares: a tiny problem, everything that can be discovered, runs by name; and
 the pinned files.
 
-`python tests/conformance/kit.py --pin` writes tests/pinned/*.json and docs/methods.md anew: review the
+`python tests/conformance/kit.py --pin` writes tests/pinned/*.json and docs/methods.md again: review the
 difference by eye.
 """
 
@@ -182,10 +182,11 @@ THROW_AWAY = {
     "GDumb": "it begins anew, whatever was heard",
     "SolvedHead": "it writes the head anew at each visit, whatever was heard",
 }
-"""Corrections that refuse where others are heard and learned with again, and why."""
+"""Corrections that refuse where others are received and trained with again, and why."""
 
 WANT_OTHERS = {"FedHBM": "its momentum is what others made of its own result"}
-"""Corrections that refuse where an agent hears itself alone, and why: no pairs of theirs run here, where all
+"""Corrections that refuse where an agent receives only from itself, and why: no pairs of theirs run here,
+where all
 learn one source after
 another; tests/test_drift.py checks them."""
 
@@ -369,7 +370,7 @@ class Rows(dict[str, Any]):
 
 
 def pin() -> None:
-    """Write all pinned files anew."""
+    """Write all pinned files again."""
     cells = table()
     PINNED.mkdir(exist_ok=True)
     found = {row: {s: values(row, s) for s in pinned_settings(cells[row])} for row in ROWS}

@@ -170,7 +170,7 @@ IN_ORDER = {
 def adds_nothing(other: str, one: str) -> bool:
     """Protection on top of isolation; where tasks have a label, a mapper (it only routes where they have
     none); and class weights where tasks
-    are told apart, as a mapper does: the two classes of each are equally many, and others are left out by
+    are separated, as a mapper does: the two classes of each are equally many, and others are left out by
     either."""
     apart = one in kit.WANT_TASKS or one in kit.MAPPERS
     weighted = (other == "WSM" and apart) or (one == "WSM" and other in kit.MAPPERS)
@@ -184,7 +184,8 @@ def alone(name: str, **arguments: Any) -> cs.Method:
 
 @cache
 def learned(*names: str, setting: str = "", beside: str = "") -> Result:
-    """Three sources one after another, on the model for these corrections (and one beside), with these in
+    """Three sources one after another, on the model for these corrections (and one next to them), with these
+    in
     this order."""
     method = [alone(n) for n in names] or cs.methods.finetune()
     return testing.quiet(
@@ -403,7 +404,7 @@ def marked() -> list[Source]:
 @pytest.mark.parametrize("setting", ["federated_continual", "skill"])
 def test_private_items_never_enter_bytes(name: str, setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if name in {**kit.WANT_TASKS, **kit.THROW_AWAY}:
-        with pytest.raises(cs.Refusal):  # masks that are private mean nothing where others are heard
+        with pytest.raises(cs.Refusal):  # masks that are private mean nothing where others are received
             testing.quiet(testing.SETTINGS[setting](), alone(name), testing.plain_model())
         return
     sent: list[bytes] = []

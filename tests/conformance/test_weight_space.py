@@ -1,4 +1,5 @@
-"""What is heard: aggregators keep their contract inside WeightSpace, strangers are refused, the bank's join
+"""What is received: aggregators keep their contract inside WeightSpace, strangers are refused, the bank's
+join
 is a join."""
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from consilience.core.metrics import Metric
 from consilience.core.model import Model
 from consilience.core.schedule import Schedule
 from consilience.core.training import Training
+from consilience.core.tree import Tree
 from consilience.loop import result as loop_result
 from consilience.loop.checks import RunOptions, check_arguments
 from consilience.loop.engine import Engine
@@ -241,7 +242,12 @@ def model_for(schedule: Schedule, method: Method | Sequence[Method], model: obje
 
 def default_model(schedule: Schedule, method: Method) -> Model:
     """Make a model that fits the data: what a part asks for, else a conv net or a perceptron."""
-    x, _ = schedule.sources[0].train.select(torch.arange(1)).whole()
+    inputs, _ = schedule.sources[0].train.select(torch.arange(1)).whole()
+    if isinstance(inputs, Tree):
+        raise ConsilienceError(
+            f"no default model takes inputs of several parts ({', '.join(inputs.parts)}); give a `model`."
+        )
+    x = inputs
     shape, outputs = tuple(x.shape[1:]), len(schedule.frame.labels)
     for part in reversed(method.all_corrections):  # a mapper's wish comes first
         model = part.default_model(shape, outputs)

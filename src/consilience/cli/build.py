@@ -136,7 +136,10 @@ def data_sizes(schedule: Schedule) -> dict[str, int]:
     """Return the arguments of models that the data decides."""
     import torch
 
-    inputs, _ = schedule.sources[0].train.select(torch.arange(1)).whole()
+    from consilience.core.tree import one_tensor
+
+    x, _ = schedule.sources[0].train.select(torch.arange(1)).whole()
+    inputs = one_tensor(x, "a model whose sizes the data decides")
     # Vectors have one channel.
     channels = (*inputs.shape, 1)[1]
     values = (inputs[0].numel(), len(schedule.frame.labels), channels, inputs.shape[-1])

@@ -17,13 +17,14 @@ from consilience.core.params import Layout, Params, content_hash
 from consilience.core.schedule import ScheduleFacts
 from consilience.core.source import Examples, Source
 from consilience.core.state import State
+from consilience.core.tree import Input, Tree, named
 from consilience.core.weight_space import WeightSpace, with_weights
 
 CHUNK = 1024
 """Inputs per forward pass without gradients."""
 
 
-def inputs(unlabelled: Any) -> Tensor:
+def inputs(unlabelled: Any) -> Input:
     """Return the inputs [N, ...] of a source, of examples, of a tensor or of an array."""
     if isinstance(unlabelled, Source):
         unlabelled = unlabelled.train
@@ -35,6 +36,14 @@ def inputs(unlabelled: Any) -> Tensor:
         raise ConsilienceError(
             f"`unlabelled` must be inputs [N, ...] or a source, got {kind_of(unlabelled)}."
         ) from e
+
+
+def _is_finite(inputs: object) -> bool:
+    """Whether these are inputs [N, ...], at least one, without NaN and infinity."""
+    if not isinstance(inputs, Tensor | Tree) or not len(inputs):
+        return False
+    parts = [inputs] if isinstance(inputs, Tensor) else inputs.parts.values()
+    return all(part.dim() > 1 and bool(part.isfinite().all()) for part in parts)
 
 
 @dataclass(frozen=True)
@@ -49,7 +58,7 @@ class Distillation(WeightSpace):
     lr .001, up to 10,000 steps).
     """
 
-    unlabelled: Tensor | None = field(default=None, compare=False, repr=False)
+    unlabelled: Input | None = field(default=None, compare=False, repr=False)
     steps: int = 100
     rate: float = 0.001
     batch_size: int = 32
@@ -62,12 +71,7 @@ class Distillation(WeightSpace):
     def __post_init__(self) -> None:
         super().__post_init__()
         unlabelled = self.unlabelled
-        if (
-            not isinstance(unlabelled, Tensor)
-            or unlabelled.ndim < 2
-            or not len(unlabelled)
-            or (unlabelled.is_floating_point() and not unlabelled.isfinite().all())
-        ):
+        if not _is_finite(unlabelled):
             got = (
                 f"shape {tuple(unlabelled.shape)}" if isinstance(unlabelled, Tensor) else kind_of(unlabelled)
             )
@@ -87,7 +91,8 @@ class Distillation(WeightSpace):
                 raise ConsilienceError(f"`{name}` must be {' or '.join(choices)}, got {value!r}.")
 
         # Two consolidators are equal, and a run may be resumed, if their inputs have one hash.
-        object.__setattr__(self, "content", content_hash({"u": unlabelled}))
+        assert unlabelled is not None
+        object.__setattr__(self, "content", content_hash(named("u", unlabelled)))
 
     def refuse(self, facts: ScheduleFacts) -> str | None:
         if facts.kind == "value":
@@ -108,7 +113,9 @@ class Distillation(WeightSpace):
             assert self.unlabelled is not None
             params, buffers = facts.model.init(torch.Generator().manual_seed(0))
             try:
-                facts.model(params, buffers, self.unlabelled[:1].float(), None, False)
+                one = self.unlabelled[:1]
+                one = one.to(one.device, torch.float32) if one.is_floating_point() else one
+                facts.model(params, buffers, one, None, False)
             except (RuntimeError, ValueError, IndexError):
                 return (
                     f"`unlabelled` must fit the model's input, got inputs {tuple(self.unlabelled.shape[1:])}"
@@ -133,7 +140,7 @@ class Distillation(WeightSpace):
         layout = Layout.of(taught)
         unlabelled = self.unlabelled
         assert unlabelled is not None
-        dtype = layout.dtype if unlabelled.is_floating_point() else unlabelled.dtype
+        dtype = layout.dtype if unlabelled.is_floating_point() else None
         unlabelled = unlabelled.to(layout.device, dtype)
         target = self._targets(model, state, received, unlabelled)
 
@@ -145,13 +152,13 @@ class Distillation(WeightSpace):
         theta = self._steps(model, new, layout, unlabelled, target, generator)
         return new.change(params={**new.params, **layout.split(theta)})
 
-    def _logits(self, model: Model, params: Params, buffers: Params, unlabelled: Tensor) -> Tensor:
+    def _logits(self, model: Model, params: Params, buffers: Params, unlabelled: Input) -> Tensor:
         """Compute logits [N, C] divided by the temperature, without gradients."""
         with torch.no_grad():
             outs = [model(params, buffers, inputs, None, False)[0] for inputs in unlabelled.split(CHUNK)]
             return torch.cat(outs) / self.temperature
 
-    def _targets(self, model: Model, state: State, received: Sequence[Shared], unlabelled: Tensor) -> Tensor:
+    def _targets(self, model: Model, state: State, received: Sequence[Shared], unlabelled: Input) -> Tensor:
         """Compute the teachers' mean probabilities [N, C] at the temperature."""
         device = unlabelled.device
         total: Tensor | None = None
@@ -171,7 +178,7 @@ class Distillation(WeightSpace):
         model: Model,
         state: State,
         layout: Layout,
-        unlabelled: Tensor,
+        unlabelled: Input,
         target: Tensor,
         generator: torch.Generator,
     ) -> Tensor:

@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor
+
+from consilience.core.losses import NONE
+from consilience.core.tree import Input
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
     """Samples of one source. A step has one or more batches, and each is an objective of its own."""
 
-    x: Tensor
+    x: Input
     """Inputs [B, ...]."""
     y: Tensor
-    """Targets: classes [B], or values [B, k]."""
+    """Targets: classes [B, *places], or values or labels [B, k, *places]."""
     task: str | None = None
     """What the model is given as task."""
     w: Tensor | None = None
@@ -27,25 +30,28 @@ class Batch:
     """The name of the source."""
     weight: float | None = None
     """The weight of its loss among the objectives. None: 1 / (number of such batches). 0: for `rows` only."""
+    target: str = ""
+    """The key of what its targets are in `LabelFrame.targets`; "" where all tasks are alike."""
     drawn_by: str = ""
     """The name of the correction that drew it; set by the loop."""
 
     def mean(self, values: Tensor) -> Tensor:
-        """Return the mean of values [B] over the samples that count: sum w v / sum w."""
-        return values.mean() if self.w is None else (values * self.w).sum() / self.w.sum()
+        """Return the mean of values [B] or [B, *places] over the samples that count: sum w v / sum w.
 
+        Places without a target, such as padding, do not count.
+        """
+        if values.dim() == 1:
+            return values.mean() if self.w is None else (values * self.w).sum() / self.w.sum()
+        there = self.there(values)
+        if self.w is not None:
+            there = there * self.w.view(-1, *[1] * (values.dim() - 1))
+        return (values * there).sum() / there.sum().clamp_min(torch.finfo(there.dtype).tiny)
 
-def sample_losses(out: Tensor, y: Tensor, kind: str) -> Tensor:
-    """Return the loss of each sample [B]: cross-entropy for classes, mean squared error for values."""
-    if kind == "class":
-        return F.cross_entropy(out, y, reduction="none")
-    # A model may have more outputs than there are targets.
-    return (out[:, : y.shape[1]] - y).square().mean(1)
-
-
-def mean_loss(out: Tensor, batch: Batch, kind: str) -> Tensor:
-    """Return the loss of a batch: the mean over its samples, by their weights."""
-    # One fused call where it is possible: it is the loss of almost every step.
-    if batch.w is None and kind == "class":
-        return F.cross_entropy(out, batch.y)
-    return batch.mean(sample_losses(out, batch.y, kind))
+    def there(self, like: Tensor) -> Tensor:
+        """Return 1 for places that have a target, else 0, as values [B, *places]."""
+        values = self.y.is_floating_point()
+        found = ~torch.isnan(self.y).all(1) if values else self.y != NONE
+        # One target for a whole sample says nothing about its places.
+        if found.dim() < like.dim():
+            return torch.ones_like(like)
+        return found.to(like.dtype)

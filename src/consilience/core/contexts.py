@@ -12,16 +12,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from consilience.core.batch import Batch
+from consilience.core.losses import NONE
 from consilience.core.message import Item, Module
 from consilience.core.model import Model
 from consilience.core.params import Layout, Params
-from consilience.core.source import Source
+from consilience.core.source import PLAIN, Source, Target
+from consilience.core.tree import Input
 
 if TYPE_CHECKING:
     from consilience.core.training import Training
 
 Memory = Mapping[tuple[str, str], Item]
 """The items of one correction by (sender, source): received ones, and this agent's own under its name."""
+
+
+TARGET = Target("class", PLAIN)
+"""Classes, trained by the cross-entropy."""
 
 
 @dataclass(eq=False)
@@ -77,20 +83,22 @@ class StepView:
     parts: list[Batch]
     """The batches: one per source of the visit, then those of `sample`."""
     raw: list[Tensor]
-    """The model's outputs [B, C] for each part."""
+    """The model's outputs [B, C, *places] for each part."""
     outputs: list[Tensor]
     """The same, with -inf in the columns of other tasks where the task is known."""
-    before: Callable[[Tensor, str | None], Tensor]
+    before: Callable[[Input, str | None], Tensor]
     """before(x, task): outputs [B, C] of the model as it was at the start of the visit, without gradient."""
     clock: tuple[int, int]
     """(epoch, step in the epoch)."""
     horizon: tuple[int, int]
     """(epochs, steps per epoch) of the visit."""
+    targets: list[Target]
+    """What the targets of each part are."""
     answer: Callable[[int, str | None], Tensor]
     """answer(part, task): outputs [B, C] of that part for another task. A forward pass."""
     features: Callable[[int], Tensor]
     """features(part): features [B, d] of that part in eval mode. A forward pass."""
-    features_before: Callable[[Tensor, str | None], Tensor]
+    features_before: Callable[[Input, str | None], Tensor]
     """features_before(x, task): as `features`, of the model at the start of the visit, without gradient."""
 
 
@@ -109,7 +117,7 @@ class Beginning:
     """What `recall` returned."""
     generator: torch.Generator
     """Keyed by seed, first source, number of visits, and the name of the correction."""
-    predict: Callable[[Tensor], Tensor] | None = None
+    predict: Callable[[Input], Tensor] | None = None
     """predict(x): class probabilities [B, C] of this agent now, over the columns of its frame."""
     experts: Mapping[tuple[str, str], Module] = field(default_factory=dict)
     """The modules that the agent predicts with, by (sender, source)."""
@@ -159,23 +167,28 @@ class Learned:
     """The number of steps of this visit."""
     training: Training | None = None
     """The hyperparameters of the visit."""
+    target: Target = TARGET
+    """What the targets of the source are."""
 
     @property
     def trainable(self) -> Params:
         """The trainable parameters after the visit."""
         return {name: self.params[name] for name in self.layout.names}
 
-    def sums(self, psi: Callable[[Tensor], Tensor], second: bool = True) -> dict[str, Tensor]:
+    def sums(self, psi: Callable[[Input], Tensor], second: bool = True) -> dict[str, Tensor]:
         """Return sums over the training data in float64, for features psi(x) [B, d] and one-hot targets e_y.
 
         first = sum psi e_y^T [d, C]; count [C]; second = sum psi psi^T [d, d]. They are what ridge heads,
         nearest means, LDA and Mahalanobis need, and they add over sources, batches and agents. For values,
-        e_y is the target itself.
+        e_y is the target itself. Samples without a target are left out.
         """
         total: dict[str, Tensor] = {}
         values, classes = self.source.kind == "value", len(self.source.labels)
         # In float64, so that sums of many agents do not depend on how the data was cut.
         for x, y in self.source.train.chunks(1024):
+            there = ~torch.isnan(y).any(1) if values else y != NONE
+            if not self.target.complete and not bool(there.all()):
+                x, y = x[there], y[there]
             with torch.no_grad():
                 features = psi(x).double()
             targets = (y.double() if values else F.one_hot(y, classes).double()).to(features.device)
@@ -191,7 +204,7 @@ class Learned:
 class Routing:
     """What a mapper may read of a batch. All but the inputs is computed when it is asked for."""
 
-    x: Tensor
+    x: Input
     """The inputs [B, ...]."""
     features: Callable[..., Tensor]
     """features(): features [B, d] that all experts have in common; features(other): those of other inputs."""
@@ -199,7 +212,7 @@ class Routing:
     """probabilities(): for each expert its class probabilities [B, classes of that expert]."""
     experts: Sequence[tuple[str, str]]
     """(sender, source) of each expert."""
-    superposed: Callable[[], Callable[[Tensor, Tensor], Tensor]] | None = None
+    superposed: Callable[[], Callable[[Input, Tensor], Tensor]] | None = None
     """superposed(): a function of x [B, ...] and alpha [experts].
 
     It gives the outputs [B, C] of the model with parameters sum_k alpha_k view_k, where view_k is what expert

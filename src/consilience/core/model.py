@@ -14,14 +14,16 @@ from torch import Tensor
 from consilience.core.errors import ConsilienceError
 from consilience.core.params import Params, content_hash
 from consilience.core.source import LabelFrame, Source
+from consilience.core.tree import Input, Tree
 
-Forward = Callable[[Tensor, str | None], Tensor]
+Forward = Callable[[Input, str | None], Tensor]
 """(x, task) -> outputs."""
 
 
 class Model(ABC):
-    """(params, buffers, x [B, ...], task, train) -> (outputs [B, C], new buffers).
+    """(params, buffers, x [B, ...], task, train) -> (outputs [B, C, *places], new buffers).
 
+    x is a tensor, or a `Tree` of several. Places are where a sample has several targets: tokens, pixels.
     Entries are named tensors. An entry is frozen (`frozen`), belongs to one task (`task_of`), or is shared by
     all. Frozen entries never change, and their hash names the backbone. `grow` adds entries and never changes
     a shape.
@@ -36,12 +38,12 @@ class Model(ABC):
 
     @abstractmethod
     def __call__(
-        self, params: Params, buffers: Params, x: Tensor, task: str | None, train: bool
+        self, params: Params, buffers: Params, x: Input, task: str | None, train: bool
     ) -> tuple[Tensor, Params]:
-        """Return the outputs [B, C] and the new buffers; it changes none of its arguments."""
+        """Return the outputs [B, C, *places] and the new buffers; it changes none of its arguments."""
 
     @abstractmethod
-    def features(self, params: Params, buffers: Params, x: Tensor, task: str | None = None) -> Tensor:
+    def features(self, params: Params, buffers: Params, x: Input, task: str | None = None) -> Tensor:
         """Return the inputs of the head [B, d], in eval mode."""
 
     def from_features(self, params: Params, buffers: Params, psi: Tensor, task: str | None) -> Tensor | None:
@@ -121,10 +123,11 @@ class Model(ABC):
         """Whether its training forward draws random numbers (dropout). They are then keyed at every step."""
         return False
 
-    def check(self, frame: LabelFrame, sample: Tensor, aware: bool) -> None:
-        """Refuse inputs that do not fit, or too few outputs, before any training.
+    def check(self, frame: LabelFrame, sample: Input, aware: bool, places: int = 0) -> None:
+        """Refuse inputs that do not fit, or outputs of another form, before any training.
 
-        `aware` says whether the model will be given tasks.
+        `aware` says whether the model will be given tasks, and `places` how many dimensions of places the
+        targets have.
         """
         if self.outputs < len(frame.labels):
             raise ConsilienceError(
@@ -135,14 +138,40 @@ class Model(ABC):
         dtype = next(
             (tensor.dtype for tensor in params.values() if tensor.is_floating_point()), torch.float32
         )
+        ready = sample.to(sample.device, dtype) if sample.is_floating_point() else sample
         try:
             with torch.no_grad():
-                self(params, buffers, sample.to(dtype) if sample.is_floating_point() else sample, None, False)
-        except (RuntimeError, ValueError, IndexError) as error:
+                out, _ = self(params, buffers, ready, None, False)
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
             # Our own errors say more than their first line.
             if isinstance(error, ConsilienceError):
                 raise
+            shape = ", ".join(sample.parts) if isinstance(sample, Tree) else tuple(sample.shape[1:])
             line = str(error).splitlines()[0]
             raise ConsilienceError(
-                f"samples must fit the model's input, got {tuple(sample.shape[1:])}: {line}."
+                f"samples must fit the model's input, got {shape}: {line}{_hint(sample, line)}."
             ) from error
+        self.check_outputs(out, len(sample), places)
+
+    def check_outputs(self, out: object, samples: int, places: int) -> None:
+        """Refuse outputs that are not a tensor [B, C, *places]."""
+        wanted = f"outputs [B, {self.outputs}{', *places' * bool(places)}]"
+        if not isinstance(out, Tensor):
+            raise ConsilienceError(f"a model must return {wanted}, got {type(out).__name__}.")
+        if out.dim() != 2 + places or len(out) != samples or out.shape[1] != self.outputs:
+            got = tuple(["B", *out.shape[1:]] if len(out) == samples else out.shape)
+            raise ConsilienceError(
+                f"a model must return {wanted}"
+                f"{f' with {places} dimensions of places' if places else ''}, got {got}."
+            )
+
+
+def _hint(sample: Input, line: str) -> str:
+    """Return what may help where a model does not take its inputs."""
+    if isinstance(sample, Tree) and "unexpected keyword argument" in line:
+        return "; leave that part out, or name the parts as `forward` does"
+    # Layers of weights say that two types differ, embeddings that they need whole numbers.
+    if "dtype" in line or "same type" in line or "scalar type" in line or "type Long" in line:
+        kind = "fractions" if sample.is_floating_point() else "whole numbers"
+        return f"; the inputs are {kind}: give pixels in [0, 1] as fractions, and tokens as whole numbers"
+    return ""

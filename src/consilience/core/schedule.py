@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from consilience.core.errors import ConsilienceError
+from consilience.core.errors import ConsilienceError, unknown
+from consilience.core.losses import KINDS, NONE, fits, loss_of
 from consilience.core.names import checked_name
-from consilience.core.source import Examples, Label, LabelFrame, Source
+from consilience.core.source import Examples, Label, LabelFrame, Source, Target
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,11 @@ class ScheduleFacts:
     stages: int
     """The number of evaluations."""
     kind: str = "class"
-    """Of the targets: "class" or "value"."""
+    """Of the targets: "class", "value" or "labels"; "mixed" if tasks differ."""
+    kinds: frozenset[str] = frozenset({"class"})
+    """All kinds of targets."""
+    places: bool = False
+    """Whether some samples have a target for each of several places, such as tokens or pixels."""
     most_received: int = 0
     """The largest number of newly trained agents whose messages one agent receives at once."""
     revisited: frozenset[str] = frozenset()
@@ -387,6 +392,8 @@ class _SymbolicRun:
             learned_at={name: tuple(stages) for name, stages in self.learned_at.items()},
             stages=self.stage - 1,
             kind=schedule.frame.kind,
+            kinds=frozenset(target.kind for target in schedule.frame.targets.values()),
+            places=any(source.places > 0 for source in schedule.sources),
             most_received=counts.most_received,
             revisited=frozenset(counts.revisited),
             rounds=counts.rounds,
@@ -439,40 +446,139 @@ def reframe(sources: Sequence[Source], scenario: str) -> tuple[tuple[Source, ...
     """Return the sources with targets mapped to one frame, and the frame; `build` explains scenarios."""
     if scenario not in ("task", "domain", "class"):
         raise ConsilienceError(f"`scenario` must be task, domain or class, got {scenario!r}.")
-    if len({source.kind for source in sources}) > 1:
-        raise ConsilienceError("sources of one schedule must be all of classes or all of values, got both.")
     if not sources:
         raise ConsilienceError("a schedule must have sources, got none.")
 
-    kind = sources[0].kind
-    if kind == "value":
-        framed = tuple(source.map(task=source.task or source.name) for source in sources)
-        columns = {str(source.task): source.classes for source in framed}
-        return framed, LabelFrame(sources[0].labels, columns, kind)
-
-    # Tables from each source's targets to columns of the frame.
-    labels = _domain_labels(sources) if scenario == "domain" else _class_labels(sources)
-    column_of = {label: column for column, label in enumerate(labels)}
+    # Classes come first; values and several labels have columns of their own after them.
+    labels: tuple[Label, ...] = ()
+    found: dict[int, Source] = {}
     mapped: _Mapped = {}
-    found = []
-    for source in sources:
-        table = torch.full((len(source.labels),), -1, dtype=torch.long)
-        if scenario == "domain":
-            table[list(source.classes)] = torch.arange(len(source.classes))
-        else:
-            # A test may contain classes that this source does not train, but others do.
-            table = torch.tensor([column_of.get(label, -1) for label in source.labels])
-        parts = _mapped_parts(source, table, mapped)
-        classes = tuple(int(table[target]) for target in source.classes)
-        task = source.task or source.name
-        found.append(replace(source, **parts, labels=labels, classes=classes, task=task))
+    for kind in KINDS:
+        group = [(i, source) for i, source in enumerate(sources) if source.kind == kind]
+        if not group:
+            continue
+        own = _labels([source for _, source in group], scenario)
+        for i, source in group:
+            table = _table(source, own, scenario, len(labels))
+            parts = _mapped_parts(source, table, mapped) if kind == "class" else {}
+            classes = tuple(int(table[target]) for target in source.classes)
+            found[i] = replace(source, **parts, classes=classes, task=source.task or source.name)
+        labels += own
 
+    framed = tuple(replace(found[i], labels=labels) for i in range(len(sources)))
     # Sources of one task may have different classes; the task has all of them.
     tasks: dict[str, tuple[int, ...]] = {}
-    for source in found:
+    for source in framed:
         task = str(source.task)
         tasks[task] = tuple(dict.fromkeys((*tasks.get(task, ()), *source.classes)))
-    return tuple(found), LabelFrame(labels, tasks, kind)
+    return with_targets(framed, LabelFrame(labels, tasks), None)
+
+
+def with_targets(
+    sources: Sequence[Source], frame: LabelFrame, loss: Any
+) -> tuple[tuple[Source, ...], LabelFrame]:
+    """Return sources and frame with what the targets of each task are.
+
+    `loss` is that of sources without one: a Loss or its name, or several by task or kind; None: that of the
+    kind. Raises ConsilienceError for a loss that does not fit, or that no task has, and for a task of two
+    kinds.
+    """
+    chosen = _Chosen(loss)
+    found: dict[str, Target] = {}
+    for source in sources:
+        target = chosen.target(source, frame)
+        task = str(source.task)
+        other = found.setdefault(task, target)
+        if (other.kind, other.loss) != (target.kind, target.loss):
+            raise ConsilienceError(
+                f"a task must have targets of one kind and one loss, got {other.kind} with {other.loss} and "
+                f"{target.kind} with {target.loss} for {task!r}; give each its own `task`."
+            )
+        found[task] = replace(other, complete=other.complete and target.complete)
+    chosen.check_used()
+
+    # Where all tasks are alike, examples of several may be in one batch.
+    whole = {target.columns if target.kind != "class" else None: target for target in found.values()}
+    alike = {(target.kind, target.loss) for target in found.values()}
+    if len(alike) == 1 and len(whole) == 1:
+        ((columns, target),) = whole.items()
+        leading = columns is None or columns == tuple(range(len(columns)))
+        complete = all(target.complete for target in found.values())
+        only = replace(target, columns=None if leading else columns, complete=complete)
+        return tuple(replace(s, target="") for s in sources), replace(frame, targets={"": only})
+
+    # Classes of tasks that are not told apart compete with the classes of all others, not with values.
+    classes = tuple(
+        dict.fromkeys(c for task, t in found.items() if t.kind == "class" for c in frame.tasks[task])
+    )
+    targets = {
+        task: replace(target, columns=classes) if target.kind == "class" else target
+        for task, target in found.items()
+    }
+    return tuple(replace(s, target=str(s.task)) for s in sources), replace(frame, targets=targets)
+
+
+class _Chosen:
+    """The losses of a run: one for all tasks, or several by task or kind."""
+
+    def __init__(self, loss: Any) -> None:
+        self.by_name: Mapping[str, Any] = loss if isinstance(loss, Mapping) else {}
+        self.default = None if isinstance(loss, Mapping) else loss
+        self.used: set[str] = set()
+
+    def target(self, source: Source, frame: LabelFrame) -> Target:
+        """Return what the targets of a source are."""
+        chosen = source.loss
+        for name in (str(source.task), source.kind):
+            if name in self.by_name:
+                self.used.add(name)
+                chosen = self.by_name[name] if chosen is None else chosen
+        if chosen is None and fits(self.default, source.kind):
+            chosen = self.default
+
+        columns = source.classes
+        names = [source.labels[column][1] for column in columns]
+        loss = loss_of(chosen, source.kind).fitted(names, len(source.labels), columns)
+        return Target(source.kind, loss, columns, _complete(source))
+
+    def check_used(self) -> None:
+        """Refuse losses by a name that no task and no kind has."""
+        for name in self.by_name:
+            if name not in self.used:
+                raise unknown("loss", name, [*self.used, *KINDS], "the tasks or kinds of the schedule")
+
+
+def _complete(source: Source) -> bool:
+    """Whether no training target of a source is missing. Raises ConsilienceError where all are."""
+    y = source.train.targets()
+    missing = torch.isnan(y) if y.is_floating_point() else y == NONE
+    if bool(missing.all()):
+        raise ConsilienceError(
+            f"a source must have training targets, and all of {source.name!r} are missing."
+        )
+    return not bool(missing.any())
+
+
+def _labels(sources: Sequence[Source], scenario: str) -> tuple[Label, ...]:
+    """Return the labels of the columns of sources of one kind."""
+    if sources[0].kind == "class":
+        return _domain_labels(sources) if scenario == "domain" else _class_labels(sources)
+    if scenario != "domain":
+        return tuple(dict.fromkeys(label for source in sources for label in source.labels))
+    widest = max(sources, key=lambda source: len(source.labels))
+    return widest.labels
+
+
+def _table(source: Source, labels: Sequence[Label], scenario: str, first: int) -> Tensor:
+    """Return the column [targets] of each target of a source; `first` is that of the first label."""
+    table = torch.full((len(source.labels),), -1, dtype=torch.long)
+    if scenario == "domain":
+        table[list(source.classes)] = torch.arange(len(source.classes))
+    else:
+        # A test may contain classes that this source does not train, but others do.
+        column_of = {label: column for column, label in enumerate(labels)}
+        table = torch.tensor([column_of.get(label, -1) for label in source.labels])
+    return torch.where(table < 0, table, table + first)
 
 
 def _domain_labels(sources: Sequence[Source]) -> tuple[Label, ...]:
@@ -496,6 +602,11 @@ _Mapped = dict[tuple[int, tuple[int, ...]], Examples]
 
 def _mapped_parts(source: Source, table: Tensor, mapped: _Mapped) -> dict[str, Any]:
     """Return train, validation and test with target t replaced by table[t]."""
+
+    def columns(y: Tensor) -> Tensor:
+        # What has no target keeps none.
+        return torch.where(y == NONE, y, table.to(y.device)[y.clamp_min(0)])
+
     # Targets that stay as they are keep the very examples, and so the memory they are in.
     parts: dict[str, Any] = {name: getattr(source, name) for name in ("train", "validation", "test")}
     if torch.equal(table, torch.arange(len(table))):
@@ -503,6 +614,6 @@ def _mapped_parts(source: Source, table: Tensor, mapped: _Mapped) -> dict[str, A
     for name, examples in parts.items():
         at = (id(examples), tuple(table.tolist()))
         if at not in mapped:
-            mapped[at] = examples.map(y=lambda y: table.to(y.device)[y])
+            mapped[at] = examples.map(y=columns)
         parts[name] = mapped[at]
     return parts

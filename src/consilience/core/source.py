@@ -8,10 +8,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from consilience.core.errors import ConsilienceError
+from consilience.core.losses import DEFAULTS, NONE, Loss, Losses
 from consilience.core.names import checked_name
+from consilience.core.tree import Input, as_input, concat, named, pad, unnamed
 
 GATHERED = 1 << 20
 """Bytes of examples that are gathered at once."""
@@ -19,8 +22,11 @@ GATHERED = 1 << 20
 Label = tuple[str, str]
 """(label space, class name): two data sets share a class only where their label space says so."""
 
-Through = Callable[[Tensor], Tensor]
+Through = Callable[[Any], Any]
 """A function of a batch of inputs, or of a batch of targets."""
+
+Kind = Literal["class", "value", "labels"]
+"""Of targets: class numbers [N, *places], values [N, k, *places], or several labels [N, L, *places]."""
 
 
 class Examples(ABC):
@@ -30,8 +36,11 @@ class Examples(ABC):
     def __len__(self) -> int: ...
 
     @abstractmethod
-    def batches(self, plan: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the batches (x [B, ...], y [B]) whose indices `plan` lists, in its order."""
+    def batches(self, plan: Sequence[Tensor]) -> Iterator[tuple[Input, Tensor]]:
+        """Yield the batches (x [B, ...], y [B, ...]) whose indices `plan` lists, in its order.
+
+        Ragged inputs are padded to the longest of each batch, and their places of targets are too.
+        """
 
     @abstractmethod
     def select(self, index: Tensor) -> Examples:
@@ -52,13 +61,13 @@ class Examples(ABC):
             x=lambda x: x.to(device, dtype if x.is_floating_point() else x.dtype), y=lambda y: y.to(device)
         )
 
-    def whole(self) -> tuple[Tensor, Tensor]:
-        """Return all examples as two tensors."""
+    def whole(self) -> tuple[Input, Tensor]:
+        """Return all inputs and all targets."""
         if len(self) == 0:
             raise ConsilienceError("a part of a source that is read must have examples, got none.")
         return next(iter(self.batches([torch.arange(len(self))])))
 
-    def chunks(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def chunks(self, size: int) -> Iterator[tuple[Input, Tensor]]:
         """Yield all examples in order, `size` at a time."""
         return self.batches(list(torch.arange(len(self)).split(size)))
 
@@ -67,13 +76,13 @@ class Examples(ABC):
 class Tensors(Examples):
     """Examples that fit in memory, as tensors on their device."""
 
-    x: Tensor
+    x: Input
     y: Tensor
 
     def __len__(self) -> int:
         return len(self.y)
 
-    def batches(self, plan: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, plan: Sequence[Tensor]) -> Iterator[tuple[Input, Tensor]]:
         if not len(plan):
             return
         # One gather serves several small batches: a call costs more than the copy of a few samples.
@@ -83,11 +92,9 @@ class Tensors(Examples):
             group = list(plan[first : first + at_once])
             index = (torch.cat(group) if len(group) > 1 else group[0]).to(self.x.device)
             sizes = [len(batch) for batch in group]
-            yield from zip(
-                self.x.index_select(0, index).split(sizes),
-                self.y.index_select(0, index).split(sizes),
-                strict=True,
-            )
+            inputs, targets = self.x.index_select(0, index), self.y.index_select(0, index)
+            pairs = zip(inputs.split(sizes), targets.split(sizes), strict=True)
+            yield from pairs if isinstance(inputs, Tensor) else (trimmed(x, y) for x, y in pairs)
 
     def select(self, index: Tensor) -> Tensors:
         return Tensors(self.x[index], self.y[index])
@@ -98,11 +105,47 @@ class Tensors(Examples):
     def targets(self) -> Tensor:
         return self.y
 
-    def whole(self) -> tuple[Tensor, Tensor]:
+    def whole(self) -> tuple[Input, Tensor]:
         return self.x, self.y
 
-    def chunks(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        yield from zip(self.x.split(size), self.y.split(size), strict=True)
+    def chunks(self, size: int) -> Iterator[tuple[Input, Tensor]]:
+        pairs = zip(self.x.split(size), self.y.split(size), strict=True)
+        yield from pairs if isinstance(self.x, Tensor) else (trimmed(x, y) for x, y in pairs)
+
+
+def trimmed(x: Input, y: Tensor) -> tuple[Input, Tensor]:
+    """Cut the padding that a batch does not need, of ragged inputs and of targets [B, T] at their places."""
+    if isinstance(x, Tensor) or x.lengths is None:
+        return x, y
+    short = x.trim()
+    at_places = y.dim() > 1 and y.shape[-1] == x.places
+    return short, y[..., : short.places] if at_places else y
+
+
+def joined_rows(tables: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Return tables of samples, each of named tensors [n, ...], one under another.
+
+    "x" are inputs as `tree.named` names their tensors, and "y" are targets; both may be ragged.
+    """
+    joined = named("x", concat([unnamed("x", table) for table in tables]))
+    joined["y"] = joined_targets([table["y"] for table in tables])
+    others = [name for name in tables[0] if name not in ("x", "y") and not name.startswith("x/")]
+    return joined | {name: joined_targets([table[name] for table in tables]) for name in others}
+
+
+def joined_targets(targets: Sequence[Tensor]) -> Tensor:
+    """Return targets [B, ...] one after another; places are padded to the longest, without targets.
+
+    >>> joined_targets([torch.tensor([[1, 2]]), torch.tensor([[3]])]).tolist()
+    [[1, 2], [3, -100]]
+    """
+    if targets[0].dim() < 2 or len({y.shape[-1] for y in targets}) == 1:
+        return torch.cat(list(targets))
+    longest = max(y.shape[-1] for y in targets)
+    fill = float("nan") if targets[0].is_floating_point() else NONE
+    # Places are the last dimension: values and labels have their outputs before them.
+    flat = [pad(y.flatten(0, -2), longest, fill).view(*y.shape[:-1], longest) for y in targets]
+    return torch.cat(flat)
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,7 +166,7 @@ class Stream(Examples):
     def __len__(self) -> int:
         return len(self.index)
 
-    def batches(self, plan: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, plan: Sequence[Tensor]) -> Iterator[tuple[Input, Tensor]]:
         from torch.utils.data import DataLoader
 
         order = [self.index[batch].tolist() for batch in plan if len(batch)]
@@ -132,7 +175,7 @@ class Stream(Examples):
             self.dataset, batch_sampler=order, num_workers=self.workers, generator=torch.Generator()
         )
         for inputs, targets in loader:
-            x, y = inputs, torch.as_tensor(targets)
+            x, y = as_input(inputs), torch.as_tensor(targets)
             for function in self.x_through:
                 x = function(x)
             for function in self.y_through:
@@ -174,8 +217,14 @@ class Source:
     """The targets that occur in this source."""
     task: str | None = None
     """The task label that a learner may be given."""
-    kind: Literal["class", "value"] = "class"
-    """Of the targets: "class" (integers [N]) or "value" (floats [N, outputs])."""
+    kind: Kind = "class"
+    """Of the targets: "class" (integers, -100: none), "value", or "labels" (0 or 1 each; NaN: none)."""
+    loss: Any = None
+    """By name, or a Loss: what its task is trained by. None: that of the run, or of the kind."""
+    metric: Any = None
+    """By name, or a Metric: what its task is judged by. None: that of the run, or of the kind."""
+    target: str = ""
+    """The key of its Target in `LabelFrame.targets`; schedules set it."""
     feature_space: str = ""
     """The hash of the backbone whose features the inputs are (`data.embed`); "" for inputs of any model."""
 
@@ -204,16 +253,55 @@ class Source:
             mapped["feature_space"] = ""
         return replace(self, **{**mapped, **changes})
 
+    @property
+    def places(self) -> int:
+        """The number of dimensions of places, such as 1 for tokens and 2 for pixels; 0: one target each."""
+        return self.train.targets().dim() - (1 if self.kind == "class" else 2)
+
     @staticmethod
     def union(name: str, sources: Sequence[Source]) -> Source:
         """Return one source with the training examples of several, which must share their labels."""
         if any(source.labels != sources[0].labels for source in sources):
             raise ConsilienceError("sources to unite must share their labels, got different ones.")
         pairs = [source.train.whole() for source in sources]
-        train = Tensors(torch.cat([x for x, _ in pairs]), torch.cat([y for _, y in pairs]))
+        train = Tensors(concat([x for x, _ in pairs]), joined_targets([y for _, y in pairs]))
         classes = tuple(sorted({column for source in sources for column in source.classes}))
         # The rest, such as the test data, is the last source's.
         return replace(sources[-1], name=name, train=train, classes=classes)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the targets of a task are, and what it is trained by."""
+
+    kind: Kind
+    loss: Loss
+    columns: tuple[int, ...] | None = None
+    """The output columns that it answers with; None: all, or the first ones of values and labels."""
+    complete: bool = True
+    """Whether no training target is missing."""
+
+    def own(self, out: Tensor, y: Tensor) -> Tensor:
+        """Return the outputs that the targets are compared with: of classes all, else the task's own."""
+        if self.kind == "class":
+            return out
+        # A model may have more outputs than there are targets.
+        return out[:, : y.shape[1]] if self.columns is None else out[:, list(self.columns)]
+
+    def losses(self, out: Tensor, y: Tensor) -> Losses:
+        """Return the loss of each sample of outputs [B, C, *places]."""
+        return self.loss(self.own(out, y), y, self.complete)
+
+    def mean(self, out: Tensor, y: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Return the loss of a batch: the mean over the targets that are there, by weights [B]."""
+        # One fused call where it is possible: it is the loss of almost every step.
+        if weights is None and self.complete and self.loss == PLAIN:
+            return F.cross_entropy(out, y)
+        return self.losses(out, y).mean(weights)
+
+
+PLAIN = DEFAULTS["class"]
+"""The loss of most tasks."""
 
 
 @dataclass(frozen=True)
@@ -224,8 +312,46 @@ class LabelFrame:
     """The label of each column."""
     tasks: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """The columns of each task."""
-    kind: Literal["class", "value"] = "class"
-    """Of the targets."""
+    targets: Mapping[str, Target] = field(default_factory=lambda: {"": Target("class", PLAIN)})
+    """What the targets are: under "" if all tasks are alike, else by task."""
+
+    @property
+    def kind(self) -> str:
+        """The kind of all targets: "class", "value" or "labels"; "mixed" if they differ."""
+        kinds = {target.kind for target in self.targets.values()}
+        return kinds.pop() if len(kinds) == 1 else "mixed"
+
+    def within(self, target: Target, task: str | None) -> tuple[int, ...] | None:
+        """Return the columns that classes compete in: the task's own if it is known; None: all."""
+        if target.kind != "class":
+            return None
+        return self.tasks.get(task, target.columns) if task is not None else target.columns
+
+    def answer(
+        self,
+        out: Tensor,
+        task: str | None = None,
+        columns: Sequence[int] | None = None,
+        width: int | None = None,
+    ) -> Tensor:
+        """Return predictions from outputs [B, C, *places]: probabilities of classes and labels, or values.
+
+        Classes compete in `columns`, by default those of the task, if it is given. Columns of other kinds of
+        targets have answers of their own. A model may have more outputs than the `width` of the frame.
+        """
+        out = out[:, : len(self.labels) if width is None else width]
+        if len(self.targets) == 1:
+            (target,) = self.targets.values()
+            among = None if target.kind != "class" else columns or self.within(target, task)
+            return target.loss.answer(masked(out, among))
+
+        # Each column is answered by the targets that it belongs to; columns of other tasks are 0.
+        known = self.targets.get(task) if task is not None else None
+        result = torch.zeros_like(out)
+        for target in [known] if known is not None else self.targets.values():
+            own = list(self.within(target, task) or target.columns or range(len(self.labels)))
+            result[:, own] = target.loss.answer(out[:, own])
+        return result
 
     def columns(self, labels: Sequence[Label]) -> Tensor:
         """Return the columns [k] of those labels in this frame."""
@@ -236,3 +362,12 @@ class LabelFrame:
                 f"classes must be declared in the schedule's sources, got {missing[0]} that none has."
             )
         return torch.tensor([where[label] for label in labels], dtype=torch.long)
+
+
+def masked(out: Tensor, columns: Sequence[int] | None) -> Tensor:
+    """Return outputs [B, C, *places] with -inf outside some columns; None or none: as they are."""
+    if not columns:
+        return out
+    keep = torch.zeros(out.shape[1], dtype=torch.bool, device=out.device)
+    keep[list(columns)] = True
+    return out.masked_fill(~keep.view(-1, *[1] * (out.dim() - 2)), -torch.inf)

@@ -13,6 +13,7 @@ from consilience.core.errors import ConsilienceError
 from consilience.core.model import Forward, Model
 from consilience.core.params import Params
 from consilience.core.source import Source
+from consilience.core.tree import Input
 
 
 class Viewed(Model):
@@ -32,18 +33,18 @@ class Viewed(Model):
         return params
 
     def __call__(
-        self, params: Params, buffers: Params, x: Tensor, task: str | None, train: bool
+        self, params: Params, buffers: Params, x: Input, task: str | None, train: bool
     ) -> tuple[Tensor, Params]:
         return self.model(self._seen(params, task), buffers, x, task, train)
 
-    def features(self, params: Params, buffers: Params, x: Tensor, task: str | None = None) -> Tensor:
+    def features(self, params: Params, buffers: Params, x: Input, task: str | None = None) -> Tensor:
         return self.model.features(self._seen(params, task), buffers, x, task)
 
     def bind(self, params: Params, buffers: Params, train: bool) -> tuple[Forward, Params]:
         # Views depend on the task of each call, so that nothing can be bound in advance.
         held = {name: buffer.clone() for name, buffer in buffers.items()}
 
-        def forward(x: Tensor, task: str | None) -> Tensor:
+        def forward(x: Input, task: str | None) -> Tensor:
             out, new = self(params, held, x, task, train)
             held.update(new)
             return out

@@ -14,6 +14,7 @@ from consilience.core.message import Item, Private
 from consilience.core.model import Model
 from consilience.core.params import Params
 from consilience.core.source import Source, Tensors
+from consilience.core.tree import named, unnamed
 
 if TYPE_CHECKING:
     from consilience.core.schedule import ScheduleFacts
@@ -42,7 +43,7 @@ def pool(sources: tuple[Source, ...], past: Mapping[str, Private]) -> tuple[Sour
             sources[0],
             name=name,
             task=item.meta["task"],
-            train=Tensors(item.tensors["x"].to(where), item.tensors["y"].to(where)),
+            train=Tensors(unnamed("x", item.tensors).to(where), item.tensors["y"].to(where)),
             classes=tuple(item.meta["classes"]),
         )
         for name, item in past.items()
@@ -65,13 +66,15 @@ def others(memory: Memory, sources: tuple[Source, ...]) -> dict[str, Private]:
 def facts_of(learned: Learned) -> dict[str, object]:
     """Return the facts of a source that its item keeps.
 
-    They are the task that the model was given, the source's own task, its classes, and the visit's number.
+    They are the task that the model was given, the source's own task, its classes, what its targets are (by
+    the key in `LabelFrame.targets`), and the visit's number.
     """
     source = learned.source
     return {
         "task": learned.task,
         "label": source.task,
         "classes": list(source.classes),
+        "target": source.target,
         "order": learned.order,
     }
 
@@ -138,7 +141,7 @@ class Cumulative(Correction):
 
     def summarise(self, learned: Learned, ctx: Context) -> Private:
         x, y = learned.source.train.whole()
-        return Private({"x": x, "y": y}, facts_of(learned))
+        return Private({**named("x", x), "y": y}, facts_of(learned))
 
 
 @dataclass(frozen=True)

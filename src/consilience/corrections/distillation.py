@@ -31,9 +31,10 @@ class Seen(NamedTuple):
 
 
 def soft_targets(student: Tensor, teacher: Tensor, temperature: float, batch: Batch | None = None) -> Tensor:
-    """Return T^2 KL(softmax(teacher / T) || softmax(student / T)), averaged over the samples of the batch.
+    """Return T^2 KL(softmax(teacher / T) || softmax(student / T)) of outputs [B, C, *places].
 
-    Samples that only pad a batch do not count. Hinton et al. 2015.
+    It is the mean over samples and their places. Samples that only pad a batch do not count, nor do places
+    without a target. Hinton et al. 2015.
 
     >>> float(soft_targets(torch.ones(2, 3), torch.ones(2, 3), 2.0))
     0.0
@@ -41,9 +42,10 @@ def soft_targets(student: Tensor, teacher: Tensor, temperature: float, batch: Ba
     target = (teacher / temperature).log_softmax(1)
     output = (student / temperature).log_softmax(1)
     # `batchmean` would count the rows that pad a batch.
-    if batch is not None and batch.w is not None:
+    if output.dim() > 2 or (batch is not None and batch.w is not None):
         divergence = F.kl_div(output, target, reduction="none", log_target=True)
-        return temperature**2 * batch.mean(divergence.sum(1))
+        each = divergence.sum(1)
+        return temperature**2 * (each.mean() if batch is None else batch.mean(each))
     return temperature**2 * F.kl_div(output, target, reduction="batchmean", log_target=True)
 
 
@@ -92,7 +94,7 @@ class LwF(Correction):
         for i in own:
             part = step.parts[i]
             for task, classes in ctx.recalled:
-                columns = torch.tensor(classes, device=part.x.device)
+                columns = torch.tensor(classes, device=part.y.device)
                 # The teacher knows nothing about the other columns.
                 teacher = step.before(part.x, task).index_select(1, columns)
                 student = step.answer(i, task).index_select(1, columns)

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from consilience.core.batch import mean_loss
 from consilience.core.contexts import Beginning, Begun, Context, Learned, Memory, StepView
 from consilience.core.correction import Correction
 from consilience.core.errors import ConsilienceError, Refusal
@@ -18,6 +17,7 @@ from consilience.core.model import Model
 from consilience.core.names import owned_by
 from consilience.core.params import Layout, Params
 from consilience.core.source import Source
+from consilience.core.tree import one_tensor
 from consilience.corrections.anatomy import anatomy, not_alone, spread, without_tasks
 from consilience.corrections.quadratic import non_negative
 
@@ -348,7 +348,7 @@ class DEN(Correction):
         if not growth.stages:
             few = torch.arange(min(2, len(source.train)))
             inputs, _ = next(source.train.batches([few]))
-            if why := unwidened(start.model, inputs):
+            if why := unwidened(start.model, one_tensor(inputs, "DEN")):
                 raise Refusal(f"DEN widens the layers of a model, and this one cannot: {why}; use mlp.")
 
         for name, keep in growth.keep.items():
@@ -591,7 +591,7 @@ class DEN(Correction):
         # Losses count in the last epoch of retraining.
         if ctx.recalled.stages and now == RETRAIN and epoch_later > now:
             part, out = step.parts[0], step.outputs[0].detach()
-            loss = mean_loss(out, part, "value" if part.y.is_floating_point() else "class")
+            loss = step.targets[0].mean(out, part.y, part.w)
             trace["loss"] = trace["loss"] + torch.stack([loss, torch.ones_like(loss)])
 
         # With few steps several phases end in one.

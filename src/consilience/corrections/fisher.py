@@ -14,6 +14,7 @@ from consilience.core.errors import ConsilienceError
 from consilience.core.model import Model
 from consilience.core.params import Params
 from consilience.core.source import Examples
+from consilience.core.tree import Input
 
 LABELS = ("model", "all", "data", "batches")
 
@@ -180,7 +181,7 @@ def _targets(learned: Learned, out: Tensor, y: Tensor, labels: str, keep: Tensor
     return [Weighted(torch.full_like(y, c), p[:, c]) for c in classes]
 
 
-def _by_vmap(learned: Learned, x: Tensor, y: Tensor, wanted: Wanted) -> Params:
+def _by_vmap(learned: Learned, x: Input, y: Tensor, wanted: Wanted) -> Params:
     """Sum what is wanted over samples by vmap(grad), in slices that fit in memory."""
     frozen = {name: p for name, p in learned.params.items() if name not in learned.layout.names}
 
@@ -249,7 +250,7 @@ def _is_unusual(layer: nn.Module) -> bool:
 
 
 def _by_layers(
-    learned: Learned, layers: dict[str, nn.Module], x: Tensor, y: Tensor, wanted: Wanted
+    learned: Learned, layers: dict[str, nn.Module], x: Input, y: Tensor, wanted: Wanted
 ) -> Params | None:
     """Sum what is wanted over samples from the inputs of the layers and the gradients of their outputs.
 
@@ -284,7 +285,7 @@ def _by_layers(
 
 
 def _forward(
-    learned: Learned, layers: dict[str, nn.Module], x: Tensor
+    learned: Learned, layers: dict[str, nn.Module], x: Input
 ) -> tuple[Tensor, dict[str, list[Captured]]]:
     """Return the outputs of the model, and what each use of a layer captured, with a graph between them."""
     captured: dict[str, list[Captured]] = {name: [] for name in layers}

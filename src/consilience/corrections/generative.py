@@ -18,6 +18,7 @@ from consilience.core.errors import ConsilienceError
 from consilience.core.message import Private
 from consilience.core.params import Params, finite
 from consilience.core.source import Source
+from consilience.core.tree import one_tensor
 from consilience.corrections.quadratic import non_negative
 
 if TYPE_CHECKING:
@@ -323,7 +324,8 @@ class GenerativeReplay(Correction):
     def summarise(self, learned: Learned, ctx: Context) -> Private:
         """Return the generator after this source; it replaces the one before (in `trim`)."""
         source, scholar, generator = learned.source, ctx.recalled, learned.generator
-        x, y = next(iter(source.train.chunks(1)))
+        inputs, y = next(iter(source.train.chunks(1)))
+        x = one_tensor(inputs, "generative replay")
         before: VAE | None = None if scholar is None else scholar.vae.to(x)
         taught = [] if scholar is None else list(scholar.taught)
         vae = before or VAE.init(x[0].numel(), self.hidden, self.latent, self._variance(source), x, generator)
@@ -371,7 +373,8 @@ class GenerativeReplay(Correction):
         for _ in range(self.epochs):
             plan = torch.randperm(len(source.train), generator=generator).split(self.batch_size)
             for batch, _ in source.train.batches(plan):
-                x, conditions = batch.flatten(1), torch.full((len(batch),), current)
+                x = one_tensor(batch, "generative replay").flatten(1)
+                conditions = torch.full((len(batch),), current)
                 if before is not None and old:
                     replayed = torch.tensor(old).repeat_interleave(len(x))
                     x = torch.cat([x, before.generate(replayed, generator)])
@@ -391,7 +394,8 @@ class GenerativeReplay(Correction):
 
         # By chunks, because the inputs may not fit into memory at once.
         count, total, squares = 0, 0.0, 0.0
-        for x, _ in source.train.chunks(4096):
+        for inputs, _ in source.train.chunks(4096):
+            x = one_tensor(inputs, "generative replay")
             count += x.numel()
             total += float(x.double().sum())
             squares += float(x.double().square().sum())
@@ -400,4 +404,5 @@ class GenerativeReplay(Correction):
 
 def in_unit_interval(source: Source) -> bool:
     """Whether all training inputs lie in [0, 1]."""
-    return all(bool(((x >= 0) & (x <= 1)).all()) for x, _ in source.train.chunks(4096))
+    chunks = (one_tensor(x, "generative replay") for x, _ in source.train.chunks(4096))
+    return all(bool(((x >= 0) & (x <= 1)).all()) for x in chunks)

@@ -10,13 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from consilience.core.batch import Batch, sample_losses
+from consilience.core.batch import Batch
 from consilience.core.buffer import Policy, Reservoir
 from consilience.core.contexts import Context, Learned, Memory
 from consilience.core.errors import ConsilienceError
 from consilience.core.message import Private
 from consilience.core.params import Params
-from consilience.core.source import Source
+from consilience.core.source import Source, joined_rows
+from consilience.core.tree import Input, named, unnamed
 from consilience.corrections.baselines import others
 from consilience.corrections.rehearsal import ER
 
@@ -34,7 +35,7 @@ class Held:
 
 def directions(
     learned: Learned,
-    x: Tensor,
+    x: Input,
     y: Tensor,
     task: str | None = None,
     classes: Sequence[int] = (),
@@ -54,10 +55,11 @@ def directions(
         keep = torch.zeros(learned.model.outputs, dtype=torch.bool, device=x.device)
         keep[list(classes)] = True
 
-    def loss(params: Params, one_x: Tensor, one_y: Tensor) -> Tensor:
+    def loss(params: Params, one_x: Input, one_y: Tensor) -> Tensor:
         out = learned.model({**fixed, **params}, learned.buffers, one_x[None], task, False)[0]
         out = out if keep is None else out.masked_fill(~keep, -torch.inf)
-        return sample_losses(out, one_y[None], learned.source.kind)[0]
+        loss: Tensor = learned.target.losses(out, one_y[None]).values[0]
+        return loss
 
     # A gradient per sample has the size of the model, so that a whole source would not fit into memory.
     per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))
@@ -83,7 +85,7 @@ class Scorer:
         """Return the classes of a task, over all its sources."""
         return sorted({label for of in self.sources if of["task"] == task for label in of["classes"]})
 
-    def score(self, x: Tensor, y: Tensor, near: Mapping[str, Tensor]) -> Tensor:
+    def score(self, x: Input, y: Tensor, near: Mapping[str, Tensor]) -> Tensor:
         """Return c [B] = 1 + the largest cosine with the buffered examples `near`, in float64."""
         task = self.learned.task
         new = directions(self.learned, x, y, task, self.classes(task), self.names)
@@ -92,9 +94,9 @@ class Scorer:
         # Examples of one task go through the model together, since it may treat tasks differently.
         tasks = [source["task"] for source in self.sources]
         for task in dict.fromkeys(tasks):
-            of_task = torch.tensor([other == task for other in tasks], device=x.device)[near["source"]]
+            of_task = torch.tensor([other == task for other in tasks], device=y.device)[near["source"]]
             if of_task.any():
-                old_x, old_y = near["x"][of_task], near["y"][of_task]
+                old_x, old_y = unnamed("x", near)[of_task], near["y"][of_task]
                 old = directions(self.learned, old_x, old_y, task, self.classes(task), self.names)
                 closest = torch.maximum(closest, (new @ old.T).amax(1))
         return (closest.double() + 1).clamp(1e-12, 2)
@@ -141,7 +143,8 @@ class GSS(ER):
     def summarise(self, learned: Learned, ctx: Context) -> Private:
         """Return this source's examples in the buffer, and the keys of those they replaced (for `trim`)."""
         items = [] if ctx.recalled is None else list(ctx.recalled.items)
-        device, meta = learned.layout.device, {"task": learned.task, "classes": list(learned.source.classes)}
+        device, of = learned.layout.device, learned.source
+        meta = {"task": learned.task, "classes": list(of.classes), "target": of.target}
         sources = [*[item.meta for item in items], meta]
         scorer = Scorer(learned, self._names(learned, [source["task"] for source in sources]), sources)
 
@@ -150,33 +153,34 @@ class GSS(ER):
             {**item.tensors, "source": torch.full((len(item.tensors["y"]),), number)}
             for number, item in enumerate(items)
         ]
-        held = {k: torch.cat([item[k].to(device) for item in numbered]) for k in numbered[0]} if items else {}
+        on_device = [{k: t.to(device) for k, t in item.items()} for item in numbered]
+        held = joined_rows(on_device) if items else {}
         old = held["key"] if held else torch.zeros(0, dtype=torch.float64, device=device)
         for x, y, keys in self._arrive(learned, max(0, self.size - len(old))):
             source = torch.full((len(x),), len(items), device=device)
-            arrived = {"x": x, "y": y, "key": keys.to(device), "source": source}
+            arrived = {**named("x", x), "y": y, "key": keys.to(device), "source": source}
             held = self._take(held, arrived, scorer)
 
         # Keys and scores stay on the CPU, where `trim` compares them between sources.
         own = held["source"] == len(items)
-        tensors = {k: held[k][own] for k in ("x", "y", "key", "score")}
+        tensors = {k: t[own] for k, t in held.items() if k != "source"}
         gone = old[~torch.isin(old, held["key"])]
         tensors |= {"key": tensors["key"].cpu(), "score": tensors["score"].cpu(), "gone": gone.cpu()}
         return Private(tensors, meta)
 
     def _take(self, held: dict[str, Tensor], arrived: dict[str, Tensor], scorer: Scorer) -> dict[str, Tensor]:
         """Return the buffer after a batch arrived."""
-        x, device, generator = arrived["x"], arrived["x"].device, scorer.learned.generator
+        x, device, generator = unnamed("x", arrived), arrived["y"].device, scorer.learned.generator
         count = len(held["key"]) if held else 0
         score = torch.ones(len(x), dtype=torch.float64, device=device)
         if count:
             some = torch.randperm(count, generator=generator)[: self.subset].to(device)
-            near = {k: held[k].index_select(0, some) for k in ("x", "y", "source")}
+            near = {k: t.index_select(0, some) for k, t in held.items() if k not in ("key", "score")}
             score = scorer.score(x, arrived["y"], near)
 
         arrived = {**arrived, "score": score}
         if count < self.size:
-            return {k: torch.cat([held[k], t]) for k, t in arrived.items()} if held else arrived
+            return joined_rows([held, arrived]) if held else arrived
 
         # Drawn without replacement, so that no two of the batch take one place.
         place = torch.multinomial(held["score"].cpu(), len(x), generator=generator).to(device)
@@ -187,9 +191,11 @@ class GSS(ER):
 
     def trim(self, memory: Mapping[str, Any], learned: Learned) -> Mapping[str, Any]:
         """Drop replaced examples, and keep the lowest scores if the memory is still too large."""
+        numbers = ("key", "score", "gone")
         memory = {
             source: replace(
-                item, tensors={k: t if k in ("x", "y") else t.cpu() for k, t in item.tensors.items()}
+                item,
+                tensors={k: t.cpu() if k in numbers else t for k, t in item.tensors.items()},
             )
             for source, item in memory.items()
         }
@@ -212,7 +218,7 @@ class GSS(ER):
             trimmed[source] = replace(item, tensors=tensors)
         return trimmed
 
-    def _arrive(self, learned: Learned, room: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def _arrive(self, learned: Learned, room: int) -> Iterator[tuple[Input, Tensor, Tensor]]:
         """Yield (x, y, key) of the batches, in a seeded order; the buffer becomes full at the end of one."""
         # The first batches fill the buffer exactly, because a batch either finds room or replaces others.
         total = len(learned.source.train)

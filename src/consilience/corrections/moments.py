@@ -10,6 +10,7 @@ from torch import Tensor
 from consilience.core.contexts import Context, Learned
 from consilience.core.correction import Correction
 from consilience.core.message import Statistics
+from consilience.core.tree import Input
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Moments(Correction):
     """
 
     def summarise(self, learned: Learned, ctx: Context) -> Statistics:
-        def psi(x: Tensor) -> Tensor:
+        def psi(x: Input) -> Tensor:
             features = learned.model.features(learned.params, learned.buffers, x, learned.task).double()
             # The one makes the bias a row of the ridge solution.
             return torch.cat([features, features.new_ones(len(features), 1)], 1)

@@ -7,23 +7,22 @@ from typing import ClassVar
 
 import torch
 
-from consilience.core.batch import Batch, mean_loss
+from consilience.core.batch import Batch
 from consilience.core.contexts import Context, Learned, Memory, Row, StepView
 from consilience.core.correction import Correction
 from consilience.core.errors import ConsilienceError
 from consilience.core.message import Private
-from consilience.core.source import Source
+from consilience.core.source import Source, trimmed
+from consilience.core.tree import named, unnamed
 from consilience.corrections.baselines import others
 from consilience.corrections.rehearsal import ER
 
 
 def constraints(step: StepView, drawn_by: str) -> list[Row]:
     """Return the loss of each part that a correction drew, as a constraint."""
-    # Parts do not name their kind; targets that are values are floats.
-    kind = "value" if step.parts[0].y.is_floating_point() else "class"
     return [
-        Row(mean_loss(out, part, kind), kind="constraint")
-        for out, part in zip(step.outputs, step.parts, strict=True)
+        Row(target.mean(out, part.y, part.w), kind="constraint")
+        for target, out, part in zip(step.targets, step.outputs, step.parts, strict=True)
         if part.drawn_by == drawn_by
     ]
 
@@ -60,11 +59,13 @@ class EpisodicConstraints(Correction):
         """Return a part of weight 0 per earlier source: it is forwarded, and `rows` makes its constraint."""
         parts = []
         for source, item in ctx.recalled.items():
-            x, y = item.tensors["x"], item.tensors["y"]
+            x, y = unnamed("x", item.tensors), item.tensors["y"]
             if self.batch_size is not None and self.batch_size < len(y):
                 index = torch.randperm(len(y), generator=generator)[: self.batch_size].to(x.device)
                 x, y = x.index_select(0, index), y.index_select(0, index)
-            parts.append(Batch(x, y, item.meta["task"], source=source, weight=0.0))
+            x, y = trimmed(x, y)
+            target = item.meta["target"]
+            parts.append(Batch(x, y, item.meta["task"], source=source, weight=0.0, target=target))
         return parts
 
     def rows(self, step: StepView, ctx: Context) -> list[Row]:
@@ -75,7 +76,9 @@ class EpisodicConstraints(Correction):
         kept = torch.randperm(len(examples), generator=learned.generator)[: self.size]
         x, y = examples.select(kept).whole()
         # Copies, so that the item does not hold all examples of the source in memory.
-        return Private({"x": x.clone(), "y": y.clone()}, {"task": learned.task})
+        return Private(
+            {**named("x", x.clone()), "y": y.clone()}, {"task": learned.task, "target": learned.source.target}
+        )
 
 
 @dataclass(frozen=True)

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from consilience.core.batch import Batch, sample_losses
+from consilience.core.batch import Batch
 from consilience.core.buffer import Policy, Reservoir
 from consilience.core.contexts import Context, Learned, Memory, Row, StepView
 from consilience.core.correction import Correction
 from consilience.core.errors import ConsilienceError, kind_of
 from consilience.core.message import Private
 from consilience.core.schedule import ScheduleFacts
-from consilience.core.source import Source
+from consilience.core.source import Source, joined_rows, trimmed
+from consilience.core.tree import Input, concat, named, signature, unnamed
 from consilience.corrections.baselines import facts_of, others
 from consilience.corrections.quadratic import non_negative
 
@@ -27,6 +28,8 @@ class Group(NamedTuple):
     sources: str
     task: str | None
     tensors: Mapping[str, Tensor]
+    target: str = ""
+    """What their targets are, if that differs between tasks."""
 
 
 class Replayed(NamedTuple):
@@ -76,7 +79,7 @@ class Buffer(Correction):
         # Examples that the whole buffer could never keep are not even stored.
         kept = self.policy.keep(keys, train.targets(), self.size).nonzero()[:, 0]
         x, y = train.select(kept).whole()
-        tensors = {"x": x.clone(), "y": y.clone(), "key": keys[kept]}
+        tensors = {**named("x", x.clone()), "y": y.clone(), "key": keys[kept]}
         return Private(tensors, {**facts_of(learned), "seen": len(train)})
 
     def trim(self, memory: Mapping[str, Any], learned: Learned) -> Mapping[str, Any]:
@@ -89,6 +92,16 @@ class Buffer(Correction):
             source: item if bool(own.all()) else select(item, own)
             for (source, item), own in zip(memory.items(), kept, strict=True)
         }
+
+
+def kept(tensors: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
+    """Return those tensors of a buffered item; inputs of several parts have a tensor for each."""
+    return {name: tensor for name, tensor in tensors.items() if name.partition("/")[0] in names}
+
+
+def examples_of(group: Group) -> tuple[Input, Tensor]:
+    """Return the inputs and targets of buffered examples, without padding that they do not need."""
+    return trimmed(unnamed("x", group.tensors), group.tensors["y"])
 
 
 def select(item: Private, kept: Tensor) -> Private:
@@ -120,23 +133,29 @@ class ER(Buffer):
             raise ConsilienceError(f"`batch_size` of the buffer must be >= 1, got {self.batch_size}.")
 
     def recall(self, memory: Memory, sources: tuple[Source, ...]) -> Any:
-        """Return a Group per task of the examples of all other sources, or None where there are none."""
+        """Return a Group per task of the examples of all other sources, or None where there are none.
+
+        Inputs of other shapes, and targets of other kinds, are in groups of their own.
+        """
         # A part of a step has one task, so its examples must come from one group.
-        by_task: dict[str | None, dict[str, Private]] = {}
+        by_task: dict[object, dict[str, Private]] = {}
         for source, item in others(memory, sources).items():
             if len(item.tensors["y"]):
-                by_task.setdefault(item.meta["task"], {})[source] = item
+                alike = signature(unnamed("x", item.tensors)), item.tensors["y"].shape[1:-1]
+                by_task.setdefault((item.meta["task"], item.meta["target"], alike), {})[source] = item
 
         groups = []
-        for task, items in by_task.items():
-            tensors = {k: torch.cat([item.tensors[k] for item in items.values()]) for k in self.keeps}
-            groups.append(Group("+".join(items), task, tensors))
+        for items in by_task.values():
+            tensors = joined_rows([kept(item.tensors, self.keeps) for item in items.values()])
+            meta = next(iter(items.values())).meta
+            groups.append(Group("+".join(items), meta["task"], tensors, meta["target"]))
         return groups or None
 
     def sample(self, ctx: Context, sources: tuple[Source, ...], generator: torch.Generator) -> list[Batch]:
         """Return one part; with task labels, of a task drawn in proportion to its examples in the buffer."""
         drawn = self.draw(ctx.recalled, generator)
-        return [Batch(drawn.tensors["x"], drawn.tensors["y"], drawn.task, source=drawn.sources)]
+        x, y = examples_of(drawn)
+        return [Batch(x, y, drawn.task, source=drawn.sources, target=drawn.target)]
 
     def draw(self, groups: list[Group], generator: torch.Generator) -> Group:
         """Draw a group in proportion to its size, and then `batch_size` of its examples with replacement."""
@@ -145,7 +164,7 @@ class ER(Buffer):
         # With a single group nothing is drawn: the generator goes on as it was.
         at = 0 if len(groups) == 1 else int(torch.multinomial(counts, 1, generator=generator))
         index = torch.randint(sizes[at], (self.batch_size,), generator=generator)
-        index = index.to(groups[at].tensors["x"].device)
+        index = index.to(groups[at].tensors["y"].device)
         tensors = {k: t.index_select(0, index) for k, t in groups[at].tensors.items()}
         return groups[at]._replace(tensors=tensors)
 
@@ -186,11 +205,11 @@ class ERACE(ER):
 
         index = torch.randint(len(own.train), (self.batch_size,), generator=generator)
         x, y = own.train.select(index).whole()
-        x, y = x.to(old.x), y.to(old.y)
+        x, y = x.to(old.x.device, old.x.dtype), y.to(old.y)
         if old.task is not None:
             mostly_new = fresh * 2 > self.batch_size
             return [replace(old, x=x, y=y, task=own.task, source=own.name) if mostly_new else old]
-        x, y = torch.cat([x[:fresh], old.x[fresh:]]), torch.cat([y[:fresh], old.y[fresh:]])
+        x, y = concat([x[:fresh], old.x[fresh:]]), torch.cat([y[:fresh], old.y[fresh:]])
         return [replace(old, x=x, y=y)]
 
     def losses(self, losses: dict[int, Tensor], step: StepView, ctx: Context) -> dict[int, Tensor]:
@@ -202,7 +221,7 @@ class ERACE(ER):
             out, y = step.outputs[i], part.y
             count = torch.ones_like(y) if part.w is None else part.w.to(y.dtype)
             there = torch.zeros(out.shape[1], dtype=y.dtype, device=y.device).scatter_add(0, y, count) > 0
-            changed[i] = sample_losses(out.masked_fill(~there, -torch.inf), y, "class")
+            changed[i] = step.targets[i].losses(out.masked_fill(~there, -torch.inf), y).values
         return changed
 
 
@@ -229,9 +248,16 @@ class DER(ER):
         parts = []
         # The part of weight 0 is only forwarded: `rows` makes its objective.
         for weight in (0.0, self.beta) if self.beta else (0.0,):
-            names, task, tensors = self.draw(ctx.recalled, generator)
-            extra = {} if weight else {"logits": tensors["logits"]}
-            parts.append(Batch(tensors["x"], tensors["y"], task, extra=extra, source=names, weight=weight))
+            drawn = self.draw(ctx.recalled, generator)
+            x, y = examples_of(drawn)
+            part = Batch(x, y, drawn.task, source=drawn.sources, weight=weight, target=drawn.target)
+            if not weight:
+                logits = drawn.tensors["logits"]
+                # Trimmed as the targets are, where they have places.
+                part = replace(
+                    part, extra={"logits": logits[..., : y.shape[-1]] if logits.dim() > 2 else logits}
+                )
+            parts.append(part)
         return parts
 
     def rows(self, step: StepView, ctx: Context) -> list[Row]:
@@ -242,6 +268,8 @@ class DER(ER):
             stored, now = part.extra["logits"], step.raw[i]
             # Columns of classes that a head lacks are -inf, whose difference would be NaN.
             both = torch.isfinite(stored) & torch.isfinite(now)
+            if now.dim() > 2:
+                both = both & (part.there(now[:, 0]) > 0).unsqueeze(1)
             gap = torch.where(both, now, 0) - torch.where(both, stored, 0)
             found.append(Row(gap.square().sum() / both.sum().clamp_min(1), self.alpha))
         return found
@@ -252,6 +280,6 @@ class DER(ER):
             # In chunks, as a forward pass of the whole buffer may not fit in memory.
             logits = [
                 learned.model(learned.params, learned.buffers, x, learned.task, False)[0]
-                for x in plain.tensors["x"].split(1024)
+                for x in unnamed("x", plain.tensors).split(1024)
             ]
         return Private({**plain.tensors, "logits": torch.cat(logits)}, plain.meta)

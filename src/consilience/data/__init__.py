@@ -19,7 +19,7 @@ else:
     # Both are not in `__all__`, because the command line offers what is there as data or as a split.
     __getattr__, __dir__ = lazy.attach(__name__)
 
-Kind = Literal["class", "value"]
+Kind = Literal["class", "value", "labels"]
 
 __all__ = [
     "arrays",
@@ -117,21 +117,29 @@ def arrays(
     space: str | None = None,
     validation: float = 0.1,
     seed: int = 0,
+    loss: Any = None,
+    metric: Any = None,
 ) -> Source:
     """Make a source from numpy arrays or torch tensors.
 
     Args:
-        x: inputs [N, ...]. uint8 is read as images and divided by 255; other integers stay whole numbers
-            (token ids). A map-style dataset with `y=None` is a `stream`.
-        y: class numbers [N], or values [N] or [N, outputs].
+        x: inputs [N, ...], or a dict or tuple of them: parts with one first dimension, with which the module
+            is called by name or by place. Sequences of unequal length are padded to the longest of each
+            batch. uint8 images [N, H, W] or [N, C, H, W] are divided by 255; other integers stay whole
+            numbers (token ids). A map-style dataset with `y=None` is a `stream`.
+        y: class numbers [N, *places], where -100 is no target; values [N] or [N, k, *places], or labels [N,
+            L, *places] of 0 and 1, where NaN is no target. Places are tokens or pixels.
         test: (x, y) to test on, or the fraction of the examples to test on, a stratified draw.
         classes: the names of targets 0, 1, ... (of the outputs, for values); the source has all of them.
             None: those found, named by number. Declare them for clients that may lack some.
         name: the name of the source.
-        kind: "class" or "value".
+        kind: "class", "value", or "labels", of which several may hold at once.
         space: the label space; sources share classes only within the same space. None: `name`.
         validation: the fraction of the training examples that is set apart to choose hyperparameters by.
         seed: the seed of the splits.
+        loss: what its task is trained by: a name, one of `consilience.losses`, or a function (outputs,
+            targets) -> the loss of each target. None: that of the run (`Training.loss`), or of the kind.
+        metric: what its task is judged by. None: that of the run, or of the kind.
 
     Raises:
         ConsilienceError: different lengths, no examples, NaN or infinity, targets that are not among the
@@ -145,7 +153,7 @@ def arrays(
     """
     from consilience.data._sources import Options, from_arrays
 
-    return from_arrays(x, y, Options(name, test, classes, kind, space, validation, seed))
+    return from_arrays(x, y, Options(name, test, classes, kind, space, validation, seed, loss, metric))
 
 
 def stream(
@@ -158,6 +166,8 @@ def stream(
     space: str | None = None,
     validation: float = 0.1,
     seed: int = 0,
+    loss: Any = None,
+    metric: Any = None,
 ) -> Source:
     """Make a source from a map-style dataset that does not fit in memory.
 
@@ -167,7 +177,7 @@ def stream(
     Args:
         dataset: has `len(dataset)` and `dataset[i] -> (x, y)`; x is a tensor, an array or an image.
         test: another such dataset, or the fraction of this one to test on, a stratified draw.
-        classes, name, kind, space, validation, seed: as in `arrays`.
+        classes, name, kind, space, validation, seed, loss, metric: as in `arrays`.
         workers: processes that read; 0 reads in this one.
 
     >>> import torch
@@ -178,7 +188,8 @@ def stream(
     """
     from consilience.data._sources import Options, from_dataset
 
-    return from_dataset(dataset, workers, Options(name, test, classes, kind, space, validation, seed))
+    options = Options(name, test, classes, kind, space, validation, seed, loss, metric)
+    return from_dataset(dataset, workers, options)
 
 
 def folder(

@@ -13,7 +13,8 @@ from torch.utils.data import ConcatDataset, Dataset
 from consilience.core.checks import source_of_classes, whole_number
 from consilience.core.errors import ConsilienceError
 from consilience.core.params import key
-from consilience.core.source import Examples, Source, Stream, Tensors
+from consilience.core.source import Examples, Source, Stream, Tensors, joined_targets
+from consilience.core.tree import concat
 from consilience.data._shares import draw
 
 
@@ -43,7 +44,7 @@ class Rows(Dataset[tuple[Tensor, Tensor]]):
     def __len__(self) -> int:
         return len(self.examples)
 
-    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, i: int) -> tuple[Any, Tensor]:
         examples = self.examples
         if not isinstance(examples, Stream):
             x, y = examples.select(torch.tensor([i])).whole()
@@ -64,7 +65,7 @@ def joined(parts: Sequence[Examples]) -> Examples:
         return kept[0]
     tensors = [part for part in kept if isinstance(part, Tensors)]
     if len(tensors) == len(kept):
-        return Tensors(torch.cat([part.x for part in tensors]), torch.cat([part.y for part in tensors]))
+        return Tensors(concat([part.x for part in tensors]), joined_targets([part.y for part in tensors]))
 
     # Parts of one dataset are joined by their indices, so that nothing wraps the dataset.
     streams = [part for part in kept if isinstance(part, Stream)]

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,11 +19,11 @@ from torch import Tensor
 
 from consilience.core.checks import fraction, whole_number
 from consilience.core.errors import ConsilienceError, unknown
+from consilience.core.losses import KINDS, NONE, loss_of
 from consilience.core.params import key
-from consilience.core.source import Examples, Label, Source, Stream, Tensors
+from consilience.core.source import Examples, Kind, Label, Source, Stream, Tensors
+from consilience.core.tree import Input, Tree, as_input, as_tensor, one_tensor, part_of, signature, types
 from consilience.data._shares import draw
-
-Kind = Literal["class", "value"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,8 @@ class Options:
     space: str | None = None
     validation: float = 0.1
     seed: int = 0
+    loss: Any = None
+    metric: Any = None
 
     @property
     def label_space(self) -> str:
@@ -45,79 +47,109 @@ class Options:
 
     def checked_kind(self) -> None:
         """Refuse kinds of targets that are not known."""
-        if self.kind not in ("class", "value"):
-            raise ConsilienceError(f'`kind` must be "class" or "value", got {self.kind!r}.')
+        if self.kind not in KINDS:
+            raise ConsilienceError(f"`kind` must be one of {', '.join(KINDS)}, got {self.kind!r}.")
+        loss_of(self.loss, self.kind)
 
 
 # Checks.
 
 
-def tensor(value: Any, what: str) -> Tensor:
-    """Make a tensor from a tensor, an array or nested lists of numbers; `what` names it in errors."""
-    if isinstance(value, Tensor):
-        if value.is_complex():
-            raise ConsilienceError(f"{what} must be real numbers, got dtype {value.dtype}.")
-        return value.detach()
-    try:
-        array = np.asarray(value)
-    except ValueError as error:
-        raise ConsilienceError(
-            f"{what} must be an array with rows of equal length, got: {str(error).splitlines()[0]}"
-        ) from error
-    if array.dtype.kind not in "biuf":
-        raise ConsilienceError(f"{what} must be real numbers, got dtype {array.dtype}.")
-
-    # Torch has few unsigned types, no other byte order than the machine's, and no floats above 64 bits.
-    if array.dtype.kind == "u" and array.dtype.itemsize > 1:
-        array = array.astype(np.int64)
-    native = np.float64 if array.dtype.itemsize > 8 else array.dtype.newbyteorder("=")
-    return torch.from_numpy(np.require(array, dtype=native, requirements=["C", "W"]))
-
-
-def unit(x: Tensor) -> Tensor:
+def unit(x: Tensor, image: bool) -> Tensor:
     """Convert inputs to the types that models take.
 
     Images in bytes are divided by 255, other fractions become float32, other whole numbers int64.
     """
-    if x.dtype == torch.uint8:
+    if x.dtype == torch.uint8 and image:
         return x.to(torch.float32).div_(255)
     return x.to(torch.float32) if x.is_floating_point() or x.dtype == torch.bool else x.long()
 
 
-def inputs(value: Any, what: str) -> Tensor:
-    """Check inputs, and return them as a tensor [N, ...]."""
-    x = tensor(value, what)
-    if x.dim() < 2:
+def inputs(value: Any, what: str) -> Input:
+    """Check inputs, and return them as a tensor or tree [N, ...]."""
+    if _is_text(value):
+        raise ConsilienceError(f"{what} must be numbers, got text; `data.text` makes tokens of it.")
+    x = as_input(value, what)
+    if isinstance(x, Tensor):
+        return _part(x, what)
+    parts = {name: _part(part, part_of(what, name), 1) for name, part in x.parts.items()}
+    return replace(x, parts=parts)
+
+
+def _part(x: Tensor, what: str, least: int = 2) -> Tensor:
+    """Check one tensor of inputs."""
+    if x.dim() < least:
         raise ConsilienceError(
             f"{what} must have a dimension of examples and at least one more, got shape {tuple(x.shape)}."
         )
     if x.numel() == 0:
         raise ConsilienceError(f"{what} must not be empty, got shape {tuple(x.shape)}.")
-    x = unit(x)
+    # Bytes are pixels where they form images [N, H, W] or [N, C, H, W]; elsewhere they may be tokens.
+    x = unit(x, x.dim() > 2)
     _finite(x, what)
     return x
 
 
 def targets(value: Any, kind: Kind, what: str) -> Tensor:
-    """Check targets, and return them as class numbers [N] or values [N, outputs]."""
-    y = tensor(value, what)
-    if kind == "value":
-        if y.dim() not in (1, 2):
-            raise ConsilienceError(
-                f"{what} must have shape [N] or [N, outputs] for values, got shape {tuple(y.shape)}."
-            )
-        y = y.to(torch.float32)
-        _finite(y, what)
-        return y[:, None] if y.dim() == 1 else y
+    """Check targets: class numbers [N, *places], values [N, k, *places], or labels [N, L, *places].
 
-    if y.dim() != 1:
-        raise ConsilienceError(f"{what} must have shape [N] for classes, got shape {tuple(y.shape)}.")
-    # 1.0 may be a class read from a table or a value; rounding would hide the mistake.
-    if y.is_floating_point():
+    Values and labels [N] get one output. What is missing is -100 among classes and NaN elsewhere.
+    """
+    if _is_text(value):
+        first = np.asarray(value).flat[0]
         raise ConsilienceError(
-            f'{what} must be class numbers of an integer type (or `kind="value"`), got dtype {y.dtype}.'
+            f"{what} must be numbers, got text such as {str(first)!r}; number the classes and name them with "
+            "`classes`, or read a table with `data.table`."
         )
-    return y.long()
+    if kind == "class":
+        return _class_numbers(value, what)
+
+    y = as_tensor(value, what).to(torch.float32)
+    if bool(torch.isinf(y).any()):
+        raise ConsilienceError(
+            f"{what} must be finite, got infinity in example {int(torch.isinf(y).nonzero()[0, 0])}."
+        )
+    y = y[:, None] if y.dim() == 1 else y
+    if kind == "labels":
+        y = y.masked_fill(y == NONE, torch.nan)
+        wrong = ~(torch.isnan(y) | (y == 0) | (y == 1))
+        if bool(wrong.any()):
+            at = wrong.nonzero()[0]
+            raise ConsilienceError(
+                f"{what} must be 0 or 1 for each label (NaN: unknown), got {float(y[tuple(at)]):g} "
+                f"in example {int(at[0])}."
+            )
+    return y
+
+
+def _class_numbers(value: Any, what: str) -> Tensor:
+    """Check class numbers [N, *places]; sequences of unequal length are padded with -100."""
+    found = as_input(value, what)
+    if isinstance(found, Tree):
+        assert found.lengths is not None
+        y = found.parts["0"]
+        beyond = torch.arange(y.shape[1]) >= found.lengths[:, None]
+        found = y.long().masked_fill(beyond, NONE) if not y.is_floating_point() else y
+    # 1.0 may be a class read from a table or a value; rounding would hide the mistake.
+    if found.is_floating_point():
+        raise ConsilienceError(
+            f'{what} must be class numbers of an integer type (or `kind="value"`), got dtype {found.dtype}.'
+        )
+    if found.dim() == 2 and found.shape[1] == 1:
+        raise ConsilienceError(
+            f"{what} must be class numbers [N] or [N, *places], got shape {tuple(found.shape)}; "
+            "drop its last dimension."
+        )
+    return found.long()
+
+
+def _is_text(value: Any) -> bool:
+    """Whether a value is text, or a sequence of texts."""
+    if isinstance(value, str):
+        return True
+    if isinstance(value, np.ndarray):
+        return value.dtype.kind in "US" or (value.dtype == object and _is_text(value.flat[0]))
+    return isinstance(value, list | tuple) and len(value) > 0 and _is_text(value[0])
 
 
 def _finite(values: Tensor, what: str) -> None:
@@ -137,7 +169,25 @@ def _pair(x: Any, y: Any, kind: Kind, prefix: str) -> Tensors:
         raise ConsilienceError(
             f"`{prefix}x` and `{prefix}y` must be equally long, got {len(pair.x)} and {len(pair.y)}."
         )
+    if kind == "class" and _is_one_hot(pair.y) and pair.y.shape[1] not in sizes(pair.x):
+        raise ConsilienceError(
+            f"`{prefix}y` must be class numbers, got one-hot rows [N, {pair.y.shape[1]}]; give y.argmax(1), "
+            'or kind="labels" where several labels may hold at once.'
+        )
     return pair
+
+
+def _is_one_hot(y: Tensor) -> bool:
+    """Whether targets [N, K] have a single 1 in each row, and 0 elsewhere."""
+    if y.dim() != 2 or y.shape[1] < 2:
+        return False
+    return bool(((y == 0) | (y == 1)).all()) and bool((y.sum(1) == 1).all())
+
+
+def sizes(x: Input) -> set[int]:
+    """Return the sizes of all dimensions of samples."""
+    parts = [x] if isinstance(x, Tensor) else list(x.parts.values())
+    return {size for part in parts for size in part.shape[1:]}
 
 
 class Labels(NamedTuple):
@@ -152,14 +202,17 @@ def _labels(train: Tensor, test: Tensor, options: Options) -> Labels:
     classes = options.classes
     if classes is not None and (isinstance(classes, str) or len(set(classes)) != len(classes)):
         raise ConsilienceError(f"`classes` must be a list of different names, got {classes!r}.")
-    if options.kind == "value":
+    if options.kind != "class":
         return _output_labels(train, test, options)
 
-    present = torch.cat([train, test]).unique()
+    present = torch.cat([train.flatten(), test.flatten()]).unique()
+    present = present[present != NONE]
+    if not len(present):
+        raise ConsilienceError(f"some target must be there, got -100 for all examples of {options.name!r}.")
     low, high = int(present[0]), int(present[-1])
     space = options.label_space
     if low < 0:
-        raise ConsilienceError(f"class numbers must be 0 or more, got {low}.")
+        raise ConsilienceError(f"class numbers must be 0 or more (-100: no target), got {low}.")
     if classes is None:
         # A label is made for every number up to the highest: ids of users as classes would take all memory.
         if high >= 1_000_000:
@@ -174,7 +227,7 @@ def _labels(train: Tensor, test: Tensor, options: Options) -> Labels:
 
 
 def _output_labels(train: Tensor, test: Tensor, options: Options) -> Labels:
-    """Return the labels of a source of values: one per output."""
+    """Return the labels of a source of values or labels: one per output."""
     if train.shape[1:] != test.shape[1:]:
         raise ConsilienceError(
             "test targets must have as many outputs as training targets, "
@@ -183,7 +236,8 @@ def _output_labels(train: Tensor, test: Tensor, options: Options) -> Labels:
     outputs = train.shape[1]
     names = options.classes
     if names is None:
-        names = ["value"] if outputs == 1 else [f"value{i}" for i in range(outputs)]
+        word = "value" if options.kind == "value" else "label"
+        names = [word] if outputs == 1 else [f"{word}{i}" for i in range(outputs)]
     if len(names) != outputs:
         raise ConsilienceError(
             f"`classes` must name every output, got {len(names)} names for {outputs} outputs."
@@ -195,7 +249,9 @@ def _source(
     train: Examples, test: Examples | float, validation: Examples | float, options: Options
 ) -> Source:
     """Make a source from examples; where `test` or `validation` is a fraction, it is split off `train`."""
-    name, seed, by_class = options.name, options.seed, options.kind == "class"
+    name, seed = options.name, options.seed
+    # Samples with several targets have no class of their own to be drawn by.
+    by_class = options.kind == "class" and train.targets().dim() == 1
     # The test is split off first, so that it does not depend on `validation`.
     if not isinstance(test, Examples):
         of_train = train.targets()
@@ -216,7 +272,17 @@ def _source(
     # Classes that only the test has get a label too: every example of it counts in the score.
     seen = torch.cat([train.targets(), validation.targets()])
     labels, classes = _labels(seen, test.targets(), options)
-    return Source(name, train, validation, test, labels, classes, kind=options.kind)
+    return Source(
+        name,
+        train,
+        validation,
+        test,
+        labels,
+        classes,
+        kind=options.kind,
+        loss=options.loss,
+        metric=options.metric,
+    )
 
 
 # Tables.
@@ -230,14 +296,15 @@ def table(name: str, seed: int, image: bool = False) -> Source:
     x = torch.tensor(data.data, dtype=torch.float32)
     if name == "diabetes":
         source = from_arrays(x, data.target, Options(name, kind="value", seed=seed))
-        return source.map(x=_standard(source.train.whole()[0]), y=_standard(source.train.targets()))
+        inputs = one_tensor(source.train.whole()[0], "a table")
+        return source.map(x=_standard(inputs), y=_standard(source.train.targets()))
 
     # Digits are pixels from 0 to 16 on one scale; columns of the other tables have scales of their own.
     options = Options(name, classes=[str(label) for label in data.target_names], seed=seed)
     if name == "digits":
         return from_arrays(x.view(-1, 1, 8, 8) / 16 if image else x / 16, data.target, options)
     source = from_arrays(x, data.target, options)
-    return source.map(x=_standard(source.train.whole()[0]))
+    return source.map(x=_standard(one_tensor(source.train.whole()[0], "a table")))
 
 
 def _standard(values: Tensor) -> Any:
@@ -269,12 +336,12 @@ def from_arrays(x: Any, y: Any, options: Options) -> Source:
     if len(test) != 2:
         raise ConsilienceError(f"`test` must be (x, y) or a fraction, got {len(test)} parts.")
     held = _pair(test[0], test[1], options.kind, "test ")
-    if held.x.shape[1:] != train.x.shape[1:]:
+    if signature(held.x) != signature(train.x):
         raise ConsilienceError(
             "test examples must have the shape of training examples, "
             f"got {tuple(held.x.shape[1:])} and {tuple(train.x.shape[1:])}."
         )
-    if held.x.dtype != train.x.dtype:
+    if types(held.x) != types(train.x):
         raise ConsilienceError(
             f"test inputs must be of the type of training inputs, got {held.x.dtype} and {train.x.dtype}."
         )
@@ -298,7 +365,8 @@ class Pairs:
         x = item[0] if isinstance(item, tuple | list) else item
 
         # Images of pillow are known by a method, so that pillow is not imported.
-        return unit(channels_first(np.asarray(x)) if hasattr(x, "getbands") else tensor(x, "`x`")), self.y[i]
+        pixels = channels_first(np.asarray(x)) if hasattr(x, "getbands") else as_tensor(x, "`x`")
+        return unit(pixels, pixels.dim() > 1), self.y[i]
 
 
 def channels_first(image: np.ndarray) -> Tensor:
@@ -452,7 +520,7 @@ def pictures(files: list[Path], y: Tensor, reading: Reading) -> Tensors | Stream
     size = None if reading.size is None or isinstance(reading.size, int) else reading.size
     images = Images(files, "L" if reading.grey else "RGB", size)
     if reading.in_memory:
-        return Tensors(unit(torch.stack([images[i] for i in range(len(images))])), y)
+        return Tensors(unit(torch.stack([images[i] for i in range(len(images))]), True), y)
     return _streamed(images, y, reading.workers)
 
 
@@ -684,7 +752,7 @@ def _archive(path: Path, images: str) -> Archive:
 
 def _channels(x: np.ndarray, path: Path) -> Tensor:
     """Convert images [N, H, W] or [N, H, W, C] to [N, C, H, W]; rows [N, n] stay."""
-    images = tensor(x, f"images of {path}")
+    images = unit(as_tensor(x, f"images of {path}"), True)
     if images.dim() == 3:
         return images[:, None]
     if images.dim() == 4 and images.shape[-1] in (1, 3, 4):

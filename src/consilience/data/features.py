@@ -20,6 +20,7 @@ from consilience.core.errors import ConsilienceError, kind_of
 from consilience.core.model import Forward, Model
 from consilience.core.params import content_hash
 from consilience.core.source import Examples, Source, Tensors
+from consilience.core.tree import one_tensor
 
 ROWS = 1 << 13
 """Images in one file at most."""
@@ -144,7 +145,8 @@ def _features(
             return Tensors(store.get(hashes), examples.targets())
 
         features, done = torch.empty(count, backbone.width), 0
-        for x, _ in examples.chunks(batch):
+        for inputs, _ in examples.chunks(batch):
+            x = one_tensor(inputs, "embed")
             features[done : done + len(x)] = backbone(x)
             done += len(x)
             report(done)
@@ -158,7 +160,8 @@ def _fill(
     hashes: list[bytes] = []
     waiting: list[Tensor] = []
     try:
-        for x, _ in examples.chunks(batch):
+        for inputs, _ in examples.chunks(batch):
+            x = one_tensor(inputs, "embed")
             own = image_hashes(x)
             hashes += own
             waiting += [x[i] for i, image in enumerate(own) if store.wants(image)]

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from consilience.core.batch import Batch
 from consilience.core.source import Tensors
+from consilience.core.tree import Input, Tree
 from consilience.engines._memory import WINDOW
 from consilience.engines._merge import Slot, Slots, Unbatchable, rebuilt
 from consilience.engines._pure import Clock
 from consilience.engines._stack import Stack, StepCost
-from consilience.loop.job import Job
+from consilience.loop.job import Job, Part
 
 
 class Feed:
@@ -34,6 +35,9 @@ class Feed:
         self.macs: dict[tuple[int, ...], int] = {}
         """The cost of a step by the sizes of its batches."""
 
+        inputs = (part.examples.whole()[0] for job in stack.jobs for part in job.parts if in_memory(part))
+        if any(isinstance(x, Tree) and x.ragged for x in inputs):
+            raise Unbatchable("batches of ragged inputs are padded to lengths that differ")
         if self.padded and stack.step.model.has_batch_norm:
             raise Unbatchable(
                 "batch norm mixes the samples of a batch, and batches of unequal size would be filled up"
@@ -42,8 +46,8 @@ class Feed:
     def run(self) -> dict[int, Exception]:
         """Run all jobs to their ends; return what stopped some of them, by their position."""
         jobs = self.stack.jobs
-        in_memory = all(type(part.examples) is Tensors for job in jobs for part in job.parts)
-        if in_memory and len(self.widths) == 1 and not self.stack.step.by_verb["sample"]:
+        gathered = all(in_memory(part) for job in jobs for part in job.parts)
+        if gathered and len(self.widths) == 1 and not self.stack.step.by_verb["sample"]:
             self._run_windows()
             return {}
         return self._run_drawn()
@@ -116,15 +120,17 @@ class Feed:
         if fit or first.w is not None:
             weights = put(
                 [
-                    torch.ones(len(batch.y), dtype=dtype, device=batch.x.device)
+                    torch.ones(len(batch.y), dtype=dtype, device=batch.y.device)
                     if batch.w is None
                     else batch.w
                     for batch in batches
                 ]
             )
+        xs = [parts_of(batch.x) for batch in batches]
+        inputs = like_parts(first.x, {name: put([x[name] for x in xs]) for name in xs[0]})
         extra = {name: put([batch.extra[name] for batch in batches]) for name in first.extra}
         fields = {
-            "x": put([batch.x for batch in batches]),
+            "x": inputs,
             "y": put([batch.y for batch in batches]),
             "w": weights,
             "extra": extra,
@@ -166,7 +172,7 @@ class Feed:
         part = self.stack.jobs[0].parts[0]
         x, y = next(iter(part.examples.batches([torch.zeros(1, dtype=torch.long)])))
         same = all(job.parts[0].source.name == part.source.name for job in self.stack.jobs)
-        return Batch(x, y, part.task, source=part.source.name if same else "")
+        return Batch(x, y, part.task, source=part.source.name if same else "", target=part.source.target)
 
     def _gather(self, lines: dict[Job, Line], blank: Batch) -> Window:
         """Gather the batches of the next steps of all rows, as many as `WINDOW` bytes hold."""
@@ -177,8 +183,11 @@ class Feed:
         steps = max(1, min(steps, WINDOW // max(1, rows * width * blank.x.nbytes)))
 
         # Rows that have ended are set to 0: nobody reads their results, but a class must be in its range.
-        some_ended, x, y = len(live) < rows, blank.x, blank.y
-        inputs = stack.cache.inputs.view((rows, steps, width, *x.shape[1:]), x, some_ended)
+        some_ended, y = len(live) < rows, blank.y
+        inputs = {
+            name: stack.cache.inputs[name].view((rows, steps, width, *x.shape[1:]), x, some_ended)
+            for name, x in parts_of(blank.x).items()
+        }
         targets = (y.new_zeros if some_ended else y.new_empty)(rows, steps, width, *y.shape[1:])
         counts = torch.full((rows, steps), width, device=device)
         moments = torch.ones(rows, 4, steps, dtype=torch.long, device=device)
@@ -188,7 +197,8 @@ class Feed:
             assert isinstance(examples, Tensors)
             span = slice(line.done, line.done + steps)
             index = line.index[span].reshape(-1).to(device)
-            torch.index_select(examples.x, 0, index, out=inputs[row].view(-1, *x.shape[1:]))
+            for name, x in parts_of(examples.x).items():
+                torch.index_select(x, 0, index, out=inputs[name][row].view(-1, *x.shape[1:]))
             torch.index_select(examples.y, 0, index, out=targets[row].view(-1, *y.shape[1:]))
             if self.padded:
                 counts[row] = torch.tensor(line.sizes[span], device=device)
@@ -207,11 +217,16 @@ class Feed:
 
     def _batches(self, window: Window, blank: Batch) -> Iterator[tuple[Slots, Batch, Clock]]:
         """Yield the batch and the clock of each step of a window, with the tensors in their slots."""
-        for step in range(window.inputs.shape[1]):
+        for step in range(window.targets.shape[1]):
             slots = Slots()
             weights = None if window.weights is None else slots.put(window.weights[:, step], 0)
-            inputs, targets = slots.put(window.inputs[:, step], 0), slots.put(window.targets[:, step], 0)
-            batch: Batch = rebuilt(blank, {"x": inputs, "y": targets, "w": weights})
+            parts = {name: slots.put(part[:, step], 0) for name, part in window.inputs.items()}
+            fields = {
+                "x": like_parts(blank.x, parts),
+                "y": slots.put(window.targets[:, step], 0),
+                "w": weights,
+            }
+            batch: Batch = rebuilt(blank, fields)
             yield slots, batch, self._clock(window.moments[:, :, step].T, slots)
 
     # What both ways need
@@ -259,7 +274,7 @@ class Feed:
 class Window(NamedTuple):
     """The batches of the next S steps of K rows."""
 
-    inputs: Tensor
+    inputs: dict[str, Tensor]
     """[K, S, B, ..]"""
     targets: Tensor
     """[K, S, B, ..]"""
@@ -310,9 +325,24 @@ class Line:
         return (epoch + 1, 0) if index + 1 == per_epoch else (epoch, index + 1)
 
 
+def in_memory(part: Part) -> bool:
+    """Whether the examples of a part are tensors, which can be gathered for many steps at once."""
+    return type(part.examples) is Tensors
+
+
+def parts_of(x: Input) -> dict[str, Tensor]:
+    """Return the tensors of inputs by the name of their part; "" for inputs that are one tensor."""
+    return {"": x} if isinstance(x, Tensor) else dict(x.parts)
+
+
+def like_parts(x: Input, parts: Mapping[str, Any]) -> Any:
+    """Return inputs of the kind of `x` from their parts, which may be slots."""
+    return parts[""] if isinstance(x, Tensor) else rebuilt(x, {"parts": parts})
+
+
 def part_kind(batch: Batch) -> tuple[object, ...]:
     """Return what the batches of one part must have in common to be stacked."""
-    return (batch.task, batch.weight, batch.drawn_by, batch.extra.keys(), batch.x.shape[1:])
+    return (batch.task, batch.target, batch.weight, batch.drawn_by, batch.extra.keys(), batch.x.shape[1:])
 
 
 def padded(tensor: Tensor, width: int) -> Tensor:

@@ -13,6 +13,8 @@ from consilience.core.batch import Batch
 from consilience.core.contexts import Context, StepView
 from consilience.core.correction import Correction
 from consilience.core.params import Params
+from consilience.core.source import PLAIN
+from consilience.core.tree import Input
 from consilience.core.viewed import Viewed
 from consilience.engines._merge import Slot, Unbatchable, fill
 from consilience.loop.step import Carry, Step
@@ -96,16 +98,17 @@ class PureStep(Step):
         self.start, self.start_buffers = start, buffers
 
     # The model is never bound to parameters, since these are arguments of the program.
-    def forward(self, x: Tensor, task: str | None) -> Tensor:
+    def forward(self, x: Input, task: str | None) -> Tensor:
         return self.seen(x, task)
 
-    def part_losses(self, see: StepView, kind: str) -> list[Tensor]:
-        if self.by_verb["losses"] or kind != "class":
-            return super().part_losses(see, kind)
+    def part_losses(self, see: StepView) -> list[Tensor]:
+        plain = all(target.loss == PLAIN and target.complete for target in see.targets)
+        if self.by_verb["losses"] or not plain or any(part.y.dim() > 1 for part in see.parts):
+            return super().part_losses(see)
         apply: Any = CrossEntropy.apply
         return [apply(out, part.y, part.w)[0] for out, part in zip(see.outputs, see.parts, strict=True)]
 
-    def before(self, x: Tensor, task: str | None) -> Tensor:
+    def before(self, x: Input, task: str | None) -> Tensor:
         # Not bound once, as in `Step`: here the start is an argument of the program.
         params = {**self.fixed, **self.layout.split(self.start)}
         model = Viewed.of(self.model, self.by_verb["view"])

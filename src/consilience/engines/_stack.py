@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -42,7 +43,8 @@ class Cache:
     """Whether programs are compiled; None: those that run long on a GPU."""
     programs: dict[object, Program] = field(default_factory=dict)
     costs: dict[object, StepCost] = field(default_factory=dict)
-    inputs: Buffer = field(default_factory=Buffer)
+    inputs: defaultdict[str, Buffer] = field(default_factory=lambda: defaultdict(Buffer))
+    """By the name of the part of the inputs."""
 
 
 class Stack:
@@ -235,7 +237,7 @@ def context_of(job: Job, name: str) -> Context:
 
 def alike(job: Job) -> object:
     """Describe a job by what jobs must have in common to be stacked."""
-    parts = tuple((part.task, part.source.kind, input_shape(part.examples)) for part in job.parts)
+    parts = tuple((part.task, part.source.target, input_shape(part.examples)) for part in job.parts)
     corrections = tuple((correction.name, type(correction)) for correction, _ in job.corrections)
     verbs = tuple(
         (verb, tuple(correction.name for correction, _ in pairs)) for verb, pairs in job.step.by_verb.items()
@@ -253,6 +255,6 @@ def alike(job: Job) -> object:
     )
 
 
-def input_shape(examples: Examples) -> tuple[int, ...] | None:
+def input_shape(examples: Examples) -> tuple[object, ...] | None:
     """Return the shape of one input; None where the examples are not in memory."""
     return tuple(examples.whole()[0].shape[1:]) if isinstance(examples, Tensors) else None

@@ -22,9 +22,10 @@ from consilience.core.model import Model
 from consilience.core.names import WHOLE, joined, pair, trace_key, unpair
 from consilience.core.params import Layout, Params, content_hash, finite, key, matches
 from consilience.core.schedule import Schedule
-from consilience.core.source import Examples, Source
+from consilience.core.source import Examples, Source, Tensors
 from consilience.core.state import State
 from consilience.core.training import Training
+from consilience.core.tree import Input
 from consilience.core.viewed import Viewed
 from consilience.loop.job import Job, Part
 from consilience.loop.ledger import RECEIVE, Ledger
@@ -303,6 +304,7 @@ class Agent:
             order=sum(self.state.visits.values()),
             steps=job.steps,
             training=self.training,
+            target=self.frame.targets[source.target],
         )
 
     def _bank(self, job: Job, shared: Mapping[str, dict[str, Shared]]) -> None:
@@ -504,7 +506,7 @@ class Agent:
             )
         return self._predictor
 
-    def predict(self, x: Tensor, task: str | None = None) -> Tensor:
+    def predict(self, x: Input, task: str | None = None) -> Tensor:
         """Predict class probabilities (or values) [B, C]: the experts' ones, summed by their weights.
 
         A row of zeros means that the mapper knows no expert for the input. Raises ConsilienceError for a
@@ -512,7 +514,7 @@ class Agent:
         """
         return self.predictor(x, task).probabilities
 
-    def route(self, x: Tensor) -> tuple[Tensor, list[tuple[str, str]]]:
+    def route(self, x: Input) -> tuple[Tensor, list[tuple[str, str]]]:
         """Return the mapper's weights [B, experts] and the experts' keys (sender, source)."""
         return self.predictor.route(x)
 
@@ -521,12 +523,12 @@ class Agent:
         return self.predictor.choices()
 
     def outputs(
-        self, params: Params, buffers: Params, x: Tensor, task: str | None, psi: Tensor | None = None
+        self, params: Params, buffers: Params, x: Input, task: str | None, psi: Tensor | None = None
     ) -> Tensor:
         """Return outputs [B, C] in eval mode, before softmax; psi [B, d] are features of x, if known."""
         return self.predictor.outputs(params, buffers, x, task, psi)
 
-    def superposed(self, params: Params, buffers: Params) -> Callable[[Tensor, Tensor], Tensor]:
+    def superposed(self, params: Params, buffers: Params) -> Callable[[Input, Tensor], Tensor]:
         """Return (x, alpha) -> outputs [B, C] of sum_k alpha_k view_k(params), k over `choices`."""
         return self.predictor.superposed(params, buffers)
 
@@ -541,10 +543,9 @@ def sharable(correction: Correction, item: Item) -> Shared:
     return item
 
 
-def shape_of(examples: Examples) -> tuple[int, ...]:
+def shape_of(examples: Examples) -> tuple[object, ...]:
     """Return the shape of one input, or () for examples that are not in memory."""
-    x = getattr(examples, "x", None)
-    return tuple(x.shape[1:]) if isinstance(x, Tensor) else ()
+    return tuple(examples.x.shape[1:]) if isinstance(examples, Tensors) else ()
 
 
 def without_weights(message: Message) -> Message | None:

@@ -19,6 +19,7 @@ from consilience.core.model import Model
 from consilience.core.params import content_hash, key
 from consilience.core.schedule import Schedule
 from consilience.core.training import Training
+from consilience.core.tree import Tree, named, signature, types
 from consilience.loop.agents import Setup
 from consilience.loop.engine import Engine
 from consilience.loop.folder import Progress
@@ -125,13 +126,14 @@ def _check_tasks(schedule: Schedule, method: Method) -> None:
 def _check_inputs(schedule: Schedule, method: Method, model: Model) -> None:
     """Refuse inputs that the model cannot take, and kept features of another backbone."""
     aware = schedule.labelled or method.mapper is not None
-    shapes: set[tuple[int, ...]] = set()
+    shapes: set[object] = set()
     for source in schedule.sources:
         # Two examples of each shape are enough to try the model.
         x = source.train.select(torch.arange(min(2, len(source.train)))).whole()[0]
-        if tuple(x.shape[1:]) not in shapes:
-            shapes.add(tuple(x.shape[1:]))
-            model.check(schedule.frame, x, aware)
+        kind = (signature(x), types(x), source.places)
+        if kind not in shapes:
+            shapes.add(kind)
+            model.check(schedule.frame, x.trim() if isinstance(x, Tree) else x, aware, source.places)
 
     # The hash of a backbone costs time, so it is asked for only where features were kept.
     own = model.feature_space if any(source.feature_space for source in schedule.sources) else ""
@@ -205,7 +207,7 @@ def fingerprint(setup: Setup, metric: str, options: RunOptions) -> dict[str, Any
     data: dict[str, Tensor] = {}
     for source in schedule.sources:
         some = torch.arange(0, len(source.train), max(1, len(source.train) // 64))
-        data[f"{source.name}/x"] = source.train.select(some).whole()[0]
+        data |= named(f"{source.name}/x", source.train.select(some).whole()[0])
         data[f"{source.name}/y"] = source.train.targets()
     plan = [repr(phase) for phase in schedule.plan(options.seed)][:1000]
 

@@ -19,8 +19,8 @@ from consilience.core.params import Layout, Params, key
 from consilience.core.sampler import Shuffle
 from consilience.core.source import Examples, Source
 from consilience.core.training import Training
+from consilience.core.tree import Input
 from consilience.loop.ledger import Ledger
-from consilience.loop.predict import probabilities
 from consilience.loop.step import Carry, Step
 
 
@@ -111,7 +111,7 @@ class Job:
             streams = [part.examples.batches(plan) for part, plan in zip(self.parts, plans, strict=True)]
             for batches in zip(*streams, strict=True):
                 own = [
-                    Batch(x, y, part.task, source=part.source.name)
+                    Batch(x, y, part.task, source=part.source.name, target=part.source.target)
                     for (x, y), part in zip(batches, self.parts, strict=True)
                 ]
                 clock = (self.epoch, self.index)
@@ -183,12 +183,11 @@ class Job:
             torch.manual_seed(generator.initial_seed())
             yield
 
-    def answer(self, x: Tensor, task: str | None) -> Tensor:
+    def answer(self, x: Input, task: str | None) -> Tensor:
         """Return class probabilities (or values) [B, C] with the parameters of this step, in eval mode."""
         frame = self.step.frame
-        x = x.to(self.layout.device, self.layout.dtype if x.is_floating_point() else x.dtype)
-        columns = frame.tasks.get(task or "")
-        return probabilities(self.step.now(x, task), frame, columns, len(frame.labels))
+        x = x.to(self.layout.device, self.layout.dtype if x.is_floating_point() else None)
+        return frame.answer(self.step.now(x, task), task)
 
     def save(self) -> tuple[dict[str, Tensor], dict[str, int]]:
         """Return the tensors and counts that a checkpoint keeps; `Agent.prepare` makes the rest again."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -19,9 +19,9 @@ from consilience.core.model import Model
 from consilience.core.names import WHOLE
 from consilience.core.params import Params
 from consilience.core.schedule import Schedule
-from consilience.core.source import LabelFrame
 from consilience.core.state import State
 from consilience.core.training import Training
+from consilience.core.tree import Input
 from consilience.core.viewed import superposition
 
 Key = tuple[str, str]
@@ -48,20 +48,6 @@ class Prediction(NamedTuple):
     probabilities: Tensor
     weights: Tensor | None
     keys: list[Key]
-
-
-def probabilities(out: Tensor, frame: LabelFrame, columns: Sequence[int] | None, width: int) -> Tensor:
-    """Return class probabilities [B, width] over some columns (None: all), or values, of outputs [B, C]."""
-    out = out[:, :width]  # a model may have more outputs than there are classes
-    if frame.kind == "value":
-        return out
-
-    # The softmax is over the columns of the task only.
-    if columns:
-        keep = torch.zeros(out.shape[1], dtype=torch.bool, device=out.device)
-        keep[list(columns)] = True
-        out = out.masked_fill(~keep, -torch.inf)
-    return out.softmax(1)
 
 
 def memory_of(agent: str, state: State, correction: Correction) -> Memory:
@@ -110,7 +96,7 @@ class Predictor:
             params = correction.view(params, task, ctx)
         return params
 
-    def cast(self, x: Tensor) -> Tensor:
+    def cast(self, x: Input) -> Input:
         """Move inputs to the device, in the precision of the training."""
         return x.to(self.device, self.training.dtype if x.is_floating_point() else x.dtype)
 
@@ -143,7 +129,7 @@ class Predictor:
         return list(dict.fromkeys((self.agent, source.name) for source in sources))
 
     def outputs(
-        self, params: Params, buffers: Params, x: Tensor, task: str | None, psi: Tensor | None = None
+        self, params: Params, buffers: Params, x: Input, task: str | None, psi: Tensor | None = None
     ) -> Tensor:
         """Return outputs [B, C] in eval mode, before softmax; psi [B, d] are features of x, if known."""
         if psi is not None and not self.views:
@@ -152,7 +138,7 @@ class Predictor:
                 return short
         return self.model(self.viewed(params, task), buffers, x, task, False)[0]
 
-    def superposed(self, params: Params, buffers: Params) -> Callable[[Tensor, Tensor], Tensor]:
+    def superposed(self, params: Params, buffers: Params) -> Callable[[Input, Tensor], Tensor]:
         """Return (x, alpha) -> outputs [B, C] of sum_k alpha_k view_k(params), k over `choices`."""
         choices = self.choices()
         if any(choice.where is not None for choice in choices):
@@ -172,29 +158,28 @@ class Predictor:
         served = {column for choice in choices for column in choice.columns or range(self.classes)}
         hidden = torch.tensor([column not in served for column in range(self.classes)], device=self.device)
 
-        def outputs(x: Tensor, alpha: Tensor) -> Tensor:
+        def outputs(x: Input, alpha: Tensor) -> Tensor:
             out = self.model(combined(alpha), buffers, x, None, False)[0]
             return out[:, : self.classes].masked_fill(hidden, -torch.inf)
 
         return outputs
 
     @torch.no_grad()
-    def __call__(self, x: Tensor, task: str | None) -> Prediction:
+    def __call__(self, x: Input, task: str | None) -> Prediction:
         """Answer a batch: sum over experts of weight times the expert's probabilities."""
         choices = self._asked(task)
         batch = Experts(self, self.cast(x), choices)
 
         # Without experts, the agent's own parameters answer alone.
         if not choices:
-            columns = self.schedule.frame.tasks.get(task) if task is not None else None
             out = self.outputs(batch.params, batch.buffers, batch.x, task)
-            return Prediction(probabilities(out, self.schedule.frame, columns, self.classes), None, [])
+            return Prediction(self.schedule.frame.answer(out, task), None, [])
 
         weights = self._weights(batch, task)
         return Prediction(batch.mixture(weights), weights, batch.keys)
 
     @torch.no_grad()
-    def route(self, x: Tensor) -> tuple[Tensor, list[Key]]:
+    def route(self, x: Input) -> tuple[Tensor, list[Key]]:
         """Return the mapper's weights [B, experts] and the experts' keys, without the answers."""
         choices = self.choices()
         if not choices:
@@ -240,7 +225,7 @@ class Predictor:
 class Experts:
     """The experts' answers to one batch; each is computed when it is first needed."""
 
-    def __init__(self, predictor: Predictor, x: Tensor, choices: list[Choice]) -> None:
+    def __init__(self, predictor: Predictor, x: Input, choices: list[Choice]) -> None:
         self.predictor, self.x, self.choices = predictor, x, choices
         self.keys = [choice.key for choice in choices]
 
@@ -286,25 +271,34 @@ class Experts:
         x = self.x if rows is None else self.x[rows]
         out = predictor.outputs({**self.params, **entries}, {**self.buffers, **buffers}, x, choice.task, psi)
         width = classes if choice.where is None else len(choice.where)
-        own = probabilities(out, predictor.schedule.frame, choice.columns, width)
+        own = predictor.schedule.frame.answer(out, choice.task, choice.columns, width)
         if choice.where is None:
             return own
 
         # Classes that the expert does not know get probability 0.
-        aligned = own.new_zeros(len(x), classes)
+        aligned = own.new_zeros(len(x), classes, *own.shape[2:])
         return aligned.index_add_(1, choice.where.to(aligned.device), own)
 
     def mixture(self, weights: Tensor) -> Tensor:
         """Return sum_i weights[:, i] answer_i [B, C]."""
-        shape, dtype = (len(self.x), self.predictor.classes), self.predictor.training.dtype
-        result = torch.zeros(shape, device=self.predictor.device, dtype=dtype)
-        for i in range(len(self.choices)):
+        count, dtype = len(self.choices), self.predictor.training.dtype
+        result: Tensor | None = None
+        for i in range(count):
             # Mappers mostly choose one expert per input: an expert answers only rows where it has weight.
             kept, rows = self._answers.get(i), weights[:, i] > 0
-            if bool(rows.all()):
-                result += weights[:, i : i + 1] * (self.answer(i, None) if kept is None else kept)
-            elif bool(rows.any()):
-                index = rows.nonzero()[:, 0]
-                part = self.answer(i, index) if kept is None else kept[index]
-                result.index_add_(0, index, weights[index, i : i + 1] * part)
+            index = rows.nonzero()[:, 0]
+            if not len(index) and i + 1 < count:
+                continue
+            part = self.answer(i, None if bool(rows.all()) else index) if kept is None else kept[index]
+            if result is None:
+                shape = (len(self.x), *part.shape[1:])
+                result = torch.zeros(shape, device=self.predictor.device, dtype=dtype)
+
+            # One weight for all places of a sample.
+            share = weights[index, i].view(-1, *[1] * (part.dim() - 1))
+            if len(index) == len(self.x):
+                result += share * part
+            else:
+                result.index_add_(0, index, share * part)
+        assert result is not None
         return result

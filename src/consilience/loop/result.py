@@ -13,6 +13,7 @@ from torch import Tensor
 from consilience.core.errors import ConsilienceError, unknown
 from consilience.core.metrics import global_forgetting, summary, worst
 from consilience.core.params import Params
+from consilience.core.tree import Input
 from consilience.loop.agent import Agent
 
 # Fields of a result that JSON holds as they are.
@@ -178,7 +179,7 @@ class Result:
         """The final parameters of the evaluated agent (first repeat)."""
         return dict(self._agent().state.params)
 
-    def predict(self, x: Tensor, task: str | None = None) -> Tensor:
+    def predict(self, x: Input, task: str | None = None) -> Tensor:
         """Return class probabilities (or values) [B, classes] of the evaluated agent (first repeat)."""
         return self._agent().predict(torch.as_tensor(x), task)
 

@@ -12,15 +12,16 @@ import torch
 from torch import Tensor
 
 from consilience.core.aggregator import Aggregator, Cone, Linear
-from consilience.core.batch import Batch, mean_loss, sample_losses
+from consilience.core.batch import Batch
 from consilience.core.contexts import Context, StepView
 from consilience.core.correction import Correction, knows_gradient, overrides
 from consilience.core.errors import Refusal
 from consilience.core.model import Forward, Model
 from consilience.core.optimiser import Optimiser, OptimiserState
 from consilience.core.params import Layout, Params
-from consilience.core.source import LabelFrame
+from consilience.core.source import LabelFrame, Target
 from consilience.core.training import Training
+from consilience.core.tree import Input, concat
 from consilience.core.viewed import Viewed
 
 Pairs = Sequence[tuple[Correction, Context]]
@@ -45,6 +46,14 @@ class Objectives(NamedTuple):
     losses: list[Tensor]
     weights: list[float]
     constraints: list[Tensor]
+
+
+def joinable(x: Input) -> object:
+    """Describe what inputs must have in common to go through the model together."""
+    # Ragged trees are apart: padding to the longest of all parts would change what each is padded to.
+    if isinstance(x, Tensor):
+        return x.shape[1:]
+    return tuple((name, *part.shape[1:]) for name, part in x.parts.items())
 
 
 def acts(correction: Correction, ctx: Context) -> bool:
@@ -112,7 +121,7 @@ class Step:
 
         # Copied, because steps update buffers in place.
         self.start_buffers = {name: buffer.clone() for name, buffer in self.carry.buffers.items()}
-        self._columns: dict[str, Tensor] = {}
+        self._columns: dict[tuple[int, ...], Tensor] = {}
 
     # One step
 
@@ -154,17 +163,29 @@ class Step:
             return torch.autocast(self.layout.device.type, dtype=torch.bfloat16)
         return nullcontext()
 
-    def columns(self, task: str) -> Tensor:
-        """Return which output columns [C] belong to a task."""
-        # Kept, because steps ask for the same few tasks again and again.
-        if task not in self._columns:
-            own = torch.zeros(self.model.outputs, dtype=torch.bool, device=self.layout.device)
-            own[list(self.frame.tasks[task])] = True
-            self._columns[task] = own
-        return self._columns[task]
+    def target(self, part: Batch) -> Target:
+        """Return what the targets of a part are."""
+        targets = self.frame.targets
+        return targets[part.target] if part.target in targets else next(iter(targets.values()))
 
-    def forward(self, x: Tensor, task: str | None) -> Tensor:
-        """Return the outputs [B, C] in training mode."""
+    def masked(self, out: Tensor, part: Batch) -> Tensor:
+        """Return outputs [B, C, *places] with -inf where the classes of a part do not compete."""
+        columns = self.frame.within(self.target(part), part.task)
+        if columns is None:
+            return out
+
+        # Kept, because steps ask for the same few columns again and again.
+        if columns not in self._columns:
+            others = torch.ones(self.model.outputs, dtype=torch.bool, device=self.layout.device)
+            others[list(columns)] = False
+            self._columns[columns] = others
+        others = self._columns[columns]
+        return out.masked_fill(
+            others if out.dim() == 2 else others.view(-1, *[1] * (out.dim() - 2)), -torch.inf
+        )
+
+    def forward(self, x: Input, task: str | None) -> Tensor:
+        """Return the outputs [B, C, *places] in training mode."""
         if self.by_verb["view"]:
             return self.seen(x, task)
 
@@ -174,7 +195,7 @@ class Step:
             self.bound, self.carry.buffers = self.model.bind(params, self.carry.buffers, True)
         return self.bound(x, task)
 
-    def seen(self, x: Tensor, task: str | None) -> Tensor:
+    def seen(self, x: Input, task: str | None) -> Tensor:
         """Return the outputs [B, C] in training mode, through the views of corrections."""
         params: Params = {**self.fixed, **self.leaves}
         for correction, ctx in self.by_verb["view"]:
@@ -192,17 +213,18 @@ class Step:
 
         # One forward pass of many samples is faster than one per part.
         by_task = self.model.uses_task or bool(self.by_verb["view"])
-        groups: dict[tuple[str | None, int], list[int]] = {}
+        groups: dict[tuple[str | None, int, object], list[int]] = {}
         for i, part in enumerate(parts):
-            group = (part.task if by_task else None, i if part.drawn_by in self.alone else -1)
-            groups.setdefault(group, []).append(i)
+            alone = i if part.drawn_by in self.alone else -1
+            # Inputs of other shapes, such as images of another size, cannot be joined.
+            groups.setdefault((part.task if by_task else None, alone, joinable(part.x)), []).append(i)
 
-        outputs: list[Tensor] = [parts[0].x] * len(parts)
-        for (task, _), members in groups.items():
+        outputs: list[Tensor] = [parts[0].y] * len(parts)
+        for (task, _, _), members in groups.items():
             if len(members) == 1:
                 outputs[members[0]] = self.forward(parts[members[0]].x, task)
                 continue
-            out = self.forward(torch.cat([parts[i].x for i in members]), task)
+            out = self.forward(concat([parts[i].x for i in members]), task)
             for i, own in zip(members, out.split([len(parts[i].x) for i in members]), strict=True):
                 outputs[i] = own
         return outputs
@@ -218,12 +240,7 @@ class Step:
             raw = [out.to(self.layout.dtype) for out in raw]
 
         # Columns of other tasks take no part in the loss of a sample with a task.
-        masked = []
-        for out, part in zip(raw, parts, strict=True):
-            if part.task is not None and self.frame.kind == "class" and part.task in self.frame.tasks:
-                out = out.masked_fill(~self.columns(part.task), -torch.inf)
-            masked.append(out)
-        return raw, masked
+        return raw, [self.masked(out, part) for out, part in zip(raw, parts, strict=True)]
 
     @cached_property
     def _before(self) -> Forward:
@@ -231,12 +248,12 @@ class Step:
         model = Viewed.of(self.model, self.by_verb["view"])
         return model.bind(params, self.start_buffers, False)[0]
 
-    def before(self, x: Tensor, task: str | None) -> Tensor:
+    def before(self, x: Input, task: str | None) -> Tensor:
         """Return the outputs [B, C] of the model as it was before this visit, without gradient."""
         with torch.no_grad(), self.autocast():
             return self._before(x, task).to(x.dtype if x.is_floating_point() else self.start.dtype)
 
-    def features(self, x: Tensor, task: str | None, before: bool = False) -> Tensor:
+    def features(self, x: Input, task: str | None, before: bool = False) -> Tensor:
         """Return features [B, d] in eval mode; with `before`, those before this visit, without gradient."""
         params: Params = {**self.fixed, **(self.layout.split(self.start) if before else self.leaves)}
         model = Viewed.of(self.model, self.by_verb["view"])
@@ -244,7 +261,7 @@ class Step:
         with torch.no_grad() if before else nullcontext(), self.autocast():
             return model.features(params, buffers, x, task).to(self.layout.dtype)
 
-    def now(self, x: Tensor, task: str | None) -> Tensor:
+    def now(self, x: Input, task: str | None) -> Tensor:
         """Return the outputs [B, C] with the present parameters, in eval mode."""
         params = {**self.fixed, **self.layout.split(self.carry.theta)}
         return Viewed.of(self.model, self.by_verb["view"])(params, self.carry.buffers, x, task, False)[0]
@@ -276,6 +293,7 @@ class Step:
             before=self.before,
             clock=clock,
             horizon=self.horizon,
+            targets=[self.target(part) for part in parts],
             answer=answer,
             features=lambda i: self.features(parts[i].x, parts[i].task),
             features_before=lambda x, task: self.features(x, task, True),
@@ -288,7 +306,7 @@ class Step:
         # Parts without a weight share 1. A part of weight 0 is forwarded for a correction only.
         share = 1 / max(1, sum(part.weight is None for part in see.parts))
         found = Objectives([], [], [])
-        for loss, part in zip(self.part_losses(see, self.frame.kind), see.parts, strict=True):
+        for loss, part in zip(self.part_losses(see), see.parts, strict=True):
             weight = share if part.weight is None else part.weight
             if weight:
                 found.losses.append(loss)
@@ -303,16 +321,17 @@ class Step:
                     found.weights.append(row.weight)
         return found
 
-    def part_losses(self, see: StepView, kind: str) -> list[Tensor]:
+    def part_losses(self, see: StepView) -> list[Tensor]:
         """Return the mean loss of each part."""
-        pairs = list(zip(see.outputs, see.parts, strict=True))
+        triples = list(zip(see.targets, see.outputs, see.parts, strict=True))
         if not self.by_verb["losses"]:
-            return [mean_loss(out, part, kind) for out, part in pairs]
+            return [target.mean(out, part.y, part.w) for target, out, part in triples]
 
-        each = {i: sample_losses(out, part.y, kind) for i, (out, part) in enumerate(pairs)}
+        found = [target.losses(out, part.y) for target, out, part in triples]
+        each = {i: losses.values for i, losses in enumerate(found)}
         for correction, ctx in self.by_verb["losses"]:
             each = correction.losses(each, see, ctx)
-        return [part.mean(each[i]) for i, part in enumerate(see.parts)]
+        return [found[i]._replace(values=each[i]).mean(part.w) for i, part in enumerate(see.parts)]
 
     def gradient(self, loss: Tensor, keep: bool) -> tuple[Tensor, list[str]]:
         """Return the gradient [n] of a scalar, and the entries out of its reach; `keep` keeps the graph."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from consilience.core.contexts import Context, Learned
 from consilience.core.errors import ConsilienceError
 from consilience.core.message import Item, Module, Samples, Statistics
+from consilience.core.tree import Input, one_tensor
 from consilience.mappers._screen import Screen
 from consilience.mappers.mixture import Anchored, Anchors, Screened, grouped, means, sums
 
@@ -259,7 +260,7 @@ class Mahalanobis(Anchored):
                 "they give all that they have",
                 stacklevel=2,
             )
-        x, _ = source.train.select(torch.cat(own)).whole()
+        x = one_tensor(source.train.select(torch.cat(own)).whole()[0], "an anchor of images")
         which = torch.arange(len(own)).repeat_interleave(torch.tensor([len(index) for index in own]))
         if not x.is_floating_point():
             return {"x": x.cpu(), "y": which.int()}
@@ -270,7 +271,7 @@ class Mahalanobis(Anchored):
         exact = torch.equal(levels / 255, x)
         return {"bytes" if exact else "x": levels.byte() if exact else x, "y": which.int()}
 
-    def settle(self, item: Item, place: Callable[[Tensor], Tensor]) -> Item:
+    def settle(self, item: Item, place: Callable[[Input], Tensor]) -> Item:
         """Return the anchor on the CPU; the features of shared images are computed here, once."""
         item = super().settle(item, place)
         if "y" not in item.tensors:

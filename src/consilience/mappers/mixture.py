@@ -19,6 +19,7 @@ from consilience.core.errors import ConsilienceError, Refusal
 from consilience.core.message import Item, Module, Statistics
 from consilience.core.model import Model
 from consilience.core.schedule import ScheduleFacts
+from consilience.core.tree import Input, one_tensor
 from consilience.mappers import _em
 from consilience.mappers._screen import Screen
 
@@ -106,13 +107,13 @@ class Anchored(Mapper):
             )
         return Begun(start.params)
 
-    def place(self, x: Tensor, features: Callable[[Tensor], Tensor]) -> Tensor:
+    def place(self, x: Input, features: Callable[[Input], Tensor]) -> Tensor:
         """Return where inputs x [B, ...] lie [B, d], in float64 or float32."""
         with torch.no_grad():
-            psi = x.flatten(1) if self.on == "inputs" else features(x)
+            psi = one_tensor(x, "an anchor on inputs").flatten(1) if self.on == "inputs" else features(x)
         return psi if psi.dtype == torch.float64 else psi.float()
 
-    def psi(self, learned: Learned) -> Callable[[Tensor], Tensor]:
+    def psi(self, learned: Learned) -> Callable[[Input], Tensor]:
         """Return the function from x [B, ...] to its place in the space [B, d], in float64 on the CPU."""
         return lambda x: self.place(x, features_of(learned)).double().cpu()
 
@@ -132,7 +133,7 @@ class Anchored(Mapper):
         near = source.validation.to(learned.layout.device, learned.layout.dtype)
         return torch.cat([psi(x) for x, _ in near.chunks(1024)])
 
-    def settle(self, item: Item, place: Callable[[Tensor], Tensor]) -> Item:
+    def settle(self, item: Item, place: Callable[[Input], Tensor]) -> Item:
         """Return an anchor as this agent reads it, made once: on the CPU."""
         if all(t.device.type == "cpu" for t in item.tensors.values()):
             return item
@@ -154,8 +155,8 @@ class Anchored(Mapper):
                 "use `route`, whose model computes the features of images."
             )
 
-        def place(x: Tensor) -> Tensor:
-            return self.place(x, lambda features: features)
+        def place(x: Input) -> Tensor:
+            return self.place(x, lambda features: one_tensor(features, "`scores`"))
 
         settled = tuple(_settled(self, item, place) for item in items)
         return self.ready(settled, tuple(_settled(self, item, place) for item in every)).scores(psi)
@@ -182,7 +183,7 @@ class Anchored(Mapper):
         like = routing.x
         psi = self.place(like, lambda x: routing.features()).cpu()
 
-        def place(x: Tensor) -> Tensor:
+        def place(x: Input) -> Tensor:
             x = x.to(like.device, like.dtype if like.is_floating_point() else x.dtype)
             return self.place(x, routing.features).cpu()
 
@@ -279,7 +280,7 @@ def _ready(mapper: Anchored, items: tuple[Item, ...], every: tuple[Item, ...]) -
 _SETTLED: WeakKeyDictionary[Item, dict[Anchored, Item]] = WeakKeyDictionary()
 
 
-def _settled(mapper: Anchored, item: Item, place: Callable[[Tensor], Tensor]) -> Item:
+def _settled(mapper: Anchored, item: Item, place: Callable[[Input], Tensor]) -> Item:
     """Return `mapper.settle`, computed once per item."""
     found = _SETTLED.get(item, {}).get(mapper)
     if found is None:
@@ -290,7 +291,7 @@ def _settled(mapper: Anchored, item: Item, place: Callable[[Tensor], Tensor]) ->
     return found
 
 
-def features_of(learned: Learned) -> Callable[[Tensor], Tensor]:
+def features_of(learned: Learned) -> Callable[[Input], Tensor]:
     """Return the function from x [B, ...] to the features that all tasks have in common, [B, d]."""
     return lambda x: learned.model.features(learned.params, learned.buffers, x, None)
 
@@ -321,7 +322,7 @@ def separation(known: Tensor, unknown: Tensor) -> float:
     return float((below + upto).double().sum()) / (2 * len(known) * len(other))
 
 
-def sums(learned: Learned, psi: Callable[[Tensor], Tensor], second: bool = True) -> dict[str, Tensor]:
+def sums(learned: Learned, psi: Callable[[Input], Tensor], second: bool = True) -> dict[str, Tensor]:
     """Return `Learned.sums` of the source's own classes only: an anchor says nothing about others."""
     found, own = learned.sums(psi, second), list(learned.source.classes)
     return {**found, "first": found["first"][:, own], "count": found["count"][own]}

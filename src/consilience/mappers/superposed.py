@@ -11,6 +11,7 @@ from torch import Tensor
 from consilience.core.contexts import Memory, Routing
 from consilience.core.correction import Mapper
 from consilience.core.schedule import ScheduleFacts
+from consilience.core.tree import one_tensor
 
 
 def entropy(out: Tensor) -> Tensor:
@@ -59,7 +60,9 @@ class Superposition(Mapper):
         # Chunks of 64 samples, because each sample has its own parameters.
         one = torch.func.grad(lambda a, x: entropy(outputs(x[None], a)).sum())
         dims = (0 if alpha.ndim == 2 else None, 0)
-        each: Tensor = torch.func.vmap(one, dims, chunk_size=64)(alpha, routing.x)
+        each: Tensor = torch.func.vmap(one, dims, chunk_size=64)(
+            alpha, one_tensor(routing.x, "one in superposition")
+        )
         return each
 
     def route(self, routing: Routing, memory: Memory) -> Tensor:

@@ -353,7 +353,8 @@ def chunks(model: Model, params: Params, buffers: Params, source: Source) -> Ite
 
     ready = {name: cast(value) for name, value in buffers.items()}
     for x, y in source.test.chunks(CHUNK):
-        outputs = model(params, ready, cast(x), source.task, False)[0]
+        inputs = x.to(like.device, like.dtype if x.is_floating_point() else None)
+        outputs = model(params, ready, inputs, source.task, False)[0]
         yield Answer(columns[outputs[:, columns].argmax(1)].cpu(), y.cpu())
 
 

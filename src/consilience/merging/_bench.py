@@ -17,7 +17,7 @@ from consilience.core.model import Model
 from consilience.core.params import Layout, Params, finite
 from consilience.core.schedule import reframe
 from consilience.core.source import Examples, LabelFrame, Source
-from consilience.loop.predict import probabilities
+from consilience.core.tree import Input, signature
 from consilience.merging._diagnose import named
 from consilience.merging._files import opened
 from consilience.merging._stream import merge
@@ -276,7 +276,7 @@ def refuse_unfit(model: Model, data: Framed, sources: Sequence[Source], scenario
     """Refuse a model that does not fit the inputs and the frame; check one example of each shape."""
     one = torch.arange(1)
     samples = (source.validation.select(one).whole()[0] for source in data.sources)
-    for sample in {sample.shape: sample for sample in samples}.values():
+    for sample in {signature(sample): sample for sample in samples}.values():
         try:
             model.check(data.frame, sample, data.labelled)
         except ConsilienceError as error:
@@ -448,7 +448,7 @@ class Bench:
         return self.ask(lambda x, task: self.model(params, buffers, x, task, False)[0], part)
 
     @torch.no_grad()
-    def ask(self, forward: Callable[[Tensor, str | None], Tensor], part: Part) -> list[Answers]:
+    def ask(self, forward: Callable[[Input, str | None], Tensor], part: Part) -> list[Answers]:
         """Return the answers of forward(x, task) -> outputs on each source."""
         found: dict[tuple[int, str | None], Answers] = {}
         answers = []
@@ -465,20 +465,19 @@ class Bench:
 
     def _ask_once(
         self,
-        forward: Callable[[Tensor, str | None], Tensor],
+        forward: Callable[[Input, str | None], Tensor],
         examples: Examples,
         task: str | None,
         columns: tuple[int, ...] | None,
     ) -> Answers:
         """Return the answers on some examples, over the given columns (None: all)."""
-        classes = len(self.frame.labels)
         chances, targets, width = [], [], 2
         for x, y in examples.chunks(CHUNK):
-            outputs = forward(x.to(self.dtype) if x.is_floating_point() else x, task)
+            outputs = forward(x.to(x.device, self.dtype) if x.is_floating_point() else x, task)
             # A model may have more columns than it ever chooses from: those are -inf in all rows.
             within = outputs[:, list(columns)] if columns else outputs
             width = max(width, int(torch.isfinite(within).any(0).sum()))
-            chances.append(probabilities(outputs, self.frame, columns, classes))
+            chances.append(self.frame.answer(outputs, task))
             targets.append(y)
         return Answers(torch.cat(chances), torch.cat(targets), min(width, len(columns or self.frame.labels)))
 

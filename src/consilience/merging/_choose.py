@@ -17,6 +17,7 @@ from consilience.core.message import Message, Weights
 from consilience.core.params import Params, key
 from consilience.core.source import Source
 from consilience.core.state import State
+from consilience.core.tree import concat
 from consilience.merging._bench import Answers, Bench, Part
 from consilience.merging._explore import Mixture, SearchOptions, search, soup
 
@@ -362,7 +363,7 @@ def answers_of(bench: Bench, picks: Sequence[str], part: Part) -> list[Answers]:
 def distilled(bench: Bench, distil: Any, seed: int) -> Params:
     """Train the average of the experts on their mean answer on unlabelled inputs."""
     if distil is True:
-        distil = torch.cat([source.train.whole()[0] for source in bench.sources])
+        distil = concat([source.train.whole()[0] for source in bench.sources])
     consolidator = distil if isinstance(distil, Distillation) else Distillation(unlabelled=inputs(distil))
     if bench.model.uses_task:
         raise Refusal(

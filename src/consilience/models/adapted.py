@@ -16,6 +16,7 @@ from consilience.core.errors import ConsilienceError
 from consilience.core.model import Forward
 from consilience.core.params import Params, matches
 from consilience.core.source import Source
+from consilience.core.tree import Input
 from consilience.models.heads import HEADS, MultiHead, escape, trunk_entries
 from consilience.models.module import ModuleModel
 from consilience.models.pretrained import Backbone
@@ -96,7 +97,7 @@ class Inserted(MultiHead):
         return {**params, **new}, buffers
 
     def __call__(
-        self, params: Params, buffers: Params, x: Tensor, task: str | None, train: bool
+        self, params: Params, buffers: Params, x: Input, task: str | None, train: bool
     ) -> tuple[Tensor, Params]:
         heads = self.heads(params, buffers, task)
         if not heads:
@@ -104,7 +105,7 @@ class Inserted(MultiHead):
         psis = [self._features(params, buffers, x, head.task) for head in heads]
         return self._outputs(psis, heads), buffers
 
-    def features(self, params: Params, buffers: Params, x: Tensor, task: str | None = None) -> Tensor:
+    def features(self, params: Params, buffers: Params, x: Input, task: str | None = None) -> Tensor:
         return self._features(params, buffers, x, None if task is None else escape(task)).flatten(1)
 
     def from_features(self, params: Params, buffers: Params, psi: Tensor, task: str | None) -> Tensor | None:
@@ -116,7 +117,7 @@ class Inserted(MultiHead):
         # One bound copy of the structure per task, made when it is first needed.
         trunks: dict[str | None, Forward] = {}
 
-        def features(task: str | None, x: Tensor) -> Tensor:
+        def features(task: str | None, x: Input) -> Tensor:
             self._check_images(params, x, task)
             if task not in trunks:
                 # In eval mode also in training, so that the frozen norms keep their statistics.
@@ -124,7 +125,7 @@ class Inserted(MultiHead):
                 trunks[task] = self.trunk.bind(entries, trunk_entries(held), False)[0]
             return trunks[task](x, None)
 
-        def forward(x: Tensor, task: str | None) -> Tensor:
+        def forward(x: Input, task: str | None) -> Tensor:
             heads = self.heads(params, held, task)
             if not heads:
                 return self._no_outputs(features(None, x))
@@ -148,15 +149,15 @@ class Inserted(MultiHead):
         """Return the names of the entries of a task inside the backbone."""
         return [self._entry(task, layer, part) for layer in self.layers for part in self.parts]
 
-    def _features(self, params: Params, buffers: Params, x: Tensor, task: str | None) -> Tensor:
+    def _features(self, params: Params, buffers: Params, x: Input, task: str | None) -> Tensor:
         """Return the backbone's features [B, d] with the entries of a task, or without any."""
         self._check_images(params, x, task)
         return self.trunk(self._trunk_params(params, task), trunk_entries(buffers), x, None, False)[0]
 
-    def _check_images(self, params: Params, x: Tensor, task: str | None) -> None:
+    def _check_images(self, params: Params, x: Input, task: str | None) -> None:
         """Refuse features of the backbone where the task has entries inside it."""
         # Such features passed the layers without the entries of the task.
-        is_features = x.ndim == 2 and isinstance(self.trunk.module, Backbone)
+        is_features = isinstance(x, Tensor) and x.ndim == 2 and isinstance(self.trunk.module, Backbone)
         if is_features and any(entry in params for entry in self._entries(task)):
             raise ConsilienceError(
                 f"a task with {self.kind} inside the backbone must be given images, "

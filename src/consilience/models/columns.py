@@ -14,6 +14,7 @@ from consilience.core.errors import ConsilienceError
 from consilience.core.model import Forward
 from consilience.core.params import Params
 from consilience.core.source import Source
+from consilience.core.tree import Input, one_tensor
 from consilience.models.heads import Heads, escape, tasks
 
 COLUMNS = "columns."
@@ -124,7 +125,7 @@ class Progressive(Heads):
         return params, {**buffers, f"{column}order": torch.tensor(len(earlier), device=like.device)}
 
     def __call__(
-        self, params: Params, buffers: Params, x: Tensor, task: str | None, train: bool
+        self, params: Params, buffers: Params, x: Input, task: str | None, train: bool
     ) -> tuple[Tensor, Params]:
         return self.bind(params, buffers, train)[0](x, task), buffers
 
@@ -132,16 +133,16 @@ class Progressive(Heads):
         held = {name: tensor.clone() for name, tensor in buffers.items()}
         order = _tasks_in_order(params, buffers)
 
-        def forward(x: Tensor, task: str | None) -> Tensor:
+        def forward(x: Input, task: str | None) -> Tensor:
             heads = self.heads(params, held, task)
             psis = self._features(params, order, [head.task for head in heads], x)
             if not heads:
-                return self._no_outputs(x)
+                return self._no_outputs(one_tensor(x, "a progressive network").flatten(1))
             return self._outputs([psis[head.task] for head in heads], heads)
 
         return forward, held
 
-    def features(self, params: Params, buffers: Params, x: Tensor, task: str | None = None) -> Tensor:
+    def features(self, params: Params, buffers: Params, x: Input, task: str | None = None) -> Tensor:
         order = _tasks_in_order(params, buffers)
         chosen = escape(task) if task is not None else (order or [""])[0]
         if chosen not in order:
@@ -168,9 +169,10 @@ class Progressive(Heads):
         return found
 
     def _features(
-        self, params: Params, order: Sequence[str], wanted: Sequence[str], x: Tensor
+        self, params: Params, order: Sequence[str], wanted: Sequence[str], x: Input
     ) -> dict[str, Tensor]:
         """Return psi [B, d] of the wanted columns; the others before them run without gradient."""
+        x = one_tensor(x, "a progressive network")
         fits = tuple(x.shape[1:]) == self.inputs if self.maps else x.shape[1:].numel() == prod(self.inputs)
         if not fits:
             # Not an error of ours: `Model.check` turns it into one that names the samples.

@@ -15,6 +15,7 @@ from consilience.core.errors import ConsilienceError, Refusal
 from consilience.core.model import Forward, Model
 from consilience.core.params import Params, matches
 from consilience.core.source import LabelFrame, Source
+from consilience.core.tree import Input
 from consilience.models.module import ModuleModel, no_such_entry
 
 TRUNK, HEADS = "trunk.", "heads."
@@ -64,11 +65,7 @@ class Heads(Model):
     def task_of(self, entry: str) -> str | None:
         return entry[len(HEADS) :].rpartition(".")[0] if entry.startswith(HEADS) else None
 
-    def check(self, frame: LabelFrame, sample: Tensor, aware: bool) -> None:
-        if frame.kind == "value":
-            raise ConsilienceError(
-                "heads per task need targets that are classes, got values; use models.mlp or models.wrap."
-            )
+    def check(self, frame: LabelFrame, sample: Input, aware: bool, places: int = 0) -> None:
         # Two heads would give two logits for one class, and no rule says which counts.
         columns = [column for classes in frame.tasks.values() for column in classes]
         if not aware and len(set(columns)) < len(columns):
@@ -76,7 +73,7 @@ class Heads(Model):
                 "heads that share classes need a task label or a mapper, got neither; "
                 "use scenario='task' or 'class'."
             )
-        super().check(frame, sample, aware)
+        super().check(frame, sample, aware, places)
 
     # Which heads there are.
 
@@ -174,15 +171,17 @@ class Heads(Model):
         logits = [
             F.linear(psi, self.rows(head.weight), head.bias) for psi, head in zip(psis, heads, strict=True)
         ]
+        # Heads on places [B, *places, d] answer each place; classes come before places.
+        logits = [own if own.dim() == 2 else own.movedim(-1, 1) for own in logits]
         # One head is the usual case, and needs no copies.
         out, columns = logits[0], heads[0].columns
         if len(heads) > 1:
             out, columns = torch.cat(logits, 1), torch.cat([head.columns for head in heads])
-        return out.new_full((len(out), self.outputs), -torch.inf).index_copy(1, columns, out)
+        return out.new_full((len(out), self.outputs, *out.shape[2:]), -torch.inf).index_copy(1, columns, out)
 
     def _no_outputs(self, like: Tensor) -> Tensor:
         """Return the outputs [B, C] without any head: zeros, which are uniform probabilities."""
-        return like.new_zeros(len(like), self.outputs)
+        return like.new_zeros(len(like), self.outputs, *like.shape[1:-1])
 
 
 class MultiHead(Heads):
@@ -236,16 +235,19 @@ class MultiHead(Heads):
         return _prefixed(params), _prefixed(buffers)
 
     def __call__(
-        self, params: Params, buffers: Params, x: Tensor, task: str | None, train: bool
+        self, params: Params, buffers: Params, x: Input, task: str | None, train: bool
     ) -> tuple[Tensor, Params]:
         psi, updated = self.trunk(trunk_entries(params), trunk_entries(buffers), x, None, train)
         out = self._common_outputs(psi, self.heads(params, buffers, task))
         return out, {**buffers, **_prefixed(updated)} if train else buffers
 
-    def features(self, params: Params, buffers: Params, x: Tensor, task: str | None = None) -> Tensor:
+    def features(self, params: Params, buffers: Params, x: Input, task: str | None = None) -> Tensor:
         return self.trunk.features(trunk_entries(params), trunk_entries(buffers), x)
 
     def from_features(self, params: Params, buffers: Params, psi: Tensor, task: str | None) -> Tensor | None:
+        # The mean over places does not say what each place is.
+        if self.trunk.at_places:
+            return None
         return self._common_outputs(psi, self.heads(params, buffers, task))
 
     def bind(self, params: Params, buffers: Params, train: bool) -> tuple[Forward, Params]:
@@ -255,7 +257,7 @@ class MultiHead(Heads):
         # To find heads reads the values of columns, which is too slow for every step.
         found: dict[str | None, list[Head]] = {}
 
-        def forward(x: Tensor, task: str | None) -> Tensor:
+        def forward(x: Input, task: str | None) -> Tensor:
             if task not in found:
                 found[task] = self.heads(params, held, task)
             return self._common_outputs(trunk(x, None), found[task])

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from consilience.core.checks import whole_number
 from consilience.core.errors import ConsilienceError
 from consilience.core.model import Forward, Model
 from consilience.core.params import Params, content_hash, matches, same
+from consilience.core.tree import Input
 
 Factory = Callable[[], nn.Module]
 
@@ -85,6 +87,8 @@ class ModuleModel(Model):
         self._buffers = tuple(name for name, _ in self.module.named_buffers())
         self._frozen: frozenset[str] = frozenset()
         self._mode: bool | None = None
+        self.at_places = False
+        """Whether the last features were means over places."""
         self._freeze(frozen)
 
     # What it is.
@@ -156,7 +160,7 @@ class ModuleModel(Model):
         return params, {name: tensor.detach().clone() for name, tensor in module.named_buffers()}
 
     def __call__(
-        self, params: Params, buffers: Params, x: Tensor, task: str | None, train: bool
+        self, params: Params, buffers: Params, x: Input, task: str | None, train: bool
     ) -> tuple[Tensor, Params]:
         self._set_mode(train)
         weights = _pick(params, self.entries)
@@ -164,12 +168,14 @@ class ModuleModel(Model):
         # The module updates its buffers in place, and the caller's must stay as they are.
         if train:
             statistics = {name: tensor.clone() for name, tensor in statistics.items()}
-        out = functional_call(self.module, {**weights, **statistics}, (x,), tie_weights=True)
+        args, kwargs = called_with(x)
+        state = {**weights, **statistics}
+        out = tensor_of(functional_call(self.module, state, args, kwargs, tie_weights=True))
         return out, {**buffers, **statistics} if train and statistics else buffers
 
-    def features(self, params: Params, buffers: Params, x: Tensor, task: str | None = None) -> Tensor:
+    def features(self, params: Params, buffers: Params, x: Input, task: str | None = None) -> Tensor:
         if self.headless:
-            return self(params, buffers, x, task, False)[0].flatten(1)
+            return self._pooled(self(params, buffers, x, task, False)[0], x)
 
         seen: list[Tensor] = []
         handle = self._head().register_forward_pre_hook(lambda _, args: seen.append(args[0]))
@@ -179,7 +185,18 @@ class ModuleModel(Model):
             handle.remove()
         if not seen:
             raise _head_not_called(self.head_layer)
-        return seen[-1].flatten(1)
+        return self._pooled(seen[-1], x)
+
+    def _pooled(self, psi: Tensor, x: Input) -> Tensor:
+        """Return features [B, d] from the head's inputs; of inputs [B, *places, d] the mean over places."""
+        self.at_places = psi.dim() > 2 and psi.shape[-1] == self.width
+        if not self.at_places:
+            return psi.flatten(1)
+        if isinstance(x, Tensor) or x.lengths is None or psi.dim() > 3:
+            return psi.flatten(1, -2).mean(1)
+        # Padding has no part in the mean of a sequence.
+        there = torch.arange(psi.shape[1], device=psi.device) < x.lengths[:, None]
+        return (psi * there[..., None]).sum(1) / there.sum(1, keepdim=True).clamp_min(1)
 
     def bind(self, params: Params, buffers: Params, train: bool) -> tuple[Forward, Params]:
         self._set_mode(train)
@@ -190,7 +207,13 @@ class ModuleModel(Model):
         # place and for every alias.
         originals = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
         module = copy.deepcopy(self.module, {id(tensor): given[name] for name, tensor in originals.items()})
-        return lambda x, task: module(x), statistics
+
+        def forward(x: Input, task: str | None) -> Tensor:
+            # Most inputs are one tensor, and most modules return one: both cost nothing here.
+            out = module(x) if isinstance(x, Tensor) else module(*(called := x.arguments())[0], **called[1])
+            return out if isinstance(out, Tensor) else tensor_of(out)
+
+        return forward, statistics
 
     # The head, and what is frozen.
 
@@ -215,6 +238,7 @@ class ModuleModel(Model):
         """Return the headless model of this one's features [B, width], without the head's entries.
 
         A layer that keeps its input replaces the head, so that what the module does after it changes nothing.
+        Of a head that answers every place, such as every token, these are [B, *places, width].
         """
         if self.headless:
             return self
@@ -271,6 +295,32 @@ class ModuleModel(Model):
         self._mode = train
 
 
+def called_with(x: Input) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    """Return what a module is called with: inputs by place, and parts of a tree by name."""
+    return ((x,), {}) if isinstance(x, Tensor) else x.arguments()
+
+
+def tensor_of(out: Any) -> Tensor:
+    """Return the outputs [B, C, *places] from what a module returns: a tensor, or something with `logits`.
+
+    Logits [B, T, C] of transformers have their classes last, and get them first.
+
+    Raises ConsilienceError for anything else.
+    """
+    if isinstance(out, Tensor):
+        return out
+    logits = out.get("logits") if isinstance(out, Mapping) else getattr(out, "logits", None)
+    if not isinstance(logits, Tensor):
+        found = f"a {type(out).__name__}"
+        if isinstance(out, Mapping):
+            found += f" of {', '.join(map(str, out))}"
+        raise ConsilienceError(
+            f"a module must return a tensor [B, C, *places], or have it in `logits`, got {found}; "
+            "wrap it in a module that returns the outputs."
+        )
+    return logits.movedim(-1, 1) if logits.dim() == 3 else logits
+
+
 def no_such_entry(pattern: str, model: str) -> ConsilienceError:
     """Return the error for a pattern of frozen entries that no entry of the model matches."""
     return ConsilienceError(f"frozen patterns must match an entry of {model}, got {pattern!r}.")
@@ -300,7 +350,7 @@ class _Taken(nn.Module):
 
 
 def _without_head(module: nn.Module, name: str) -> nn.Module:
-    """Change a module so that it returns its head's input, flattened to [B, d]."""
+    """Change a module so that it returns its head's input [B, d], or [B, *places, d]."""
     # A module that is the head itself has no parent where the head could be replaced.
     if not name:
         module, name = nn.Sequential(module), "0"
@@ -321,7 +371,7 @@ def _without_head(module: nn.Module, name: str) -> nn.Module:
         seen: Tensor | None = root.get_submodule(name).__dict__.pop("seen", None)
         if seen is None:
             raise _head_not_called(name)
-        return seen.flatten(1)
+        return seen
 
     module.register_forward_hook(replace_output)
     return module

@@ -12,6 +12,7 @@ from consilience.core.errors import ConsilienceError
 from consilience.core.model import Forward, Model
 from consilience.core.params import Params
 from consilience.core.source import LabelFrame, Source
+from consilience.core.tree import Input
 
 ORIGIN = "origin."
 
@@ -81,11 +82,11 @@ class Tangent(Model):
         return ({**params, **self.at(new)} if new else params), buffers
 
     def __call__(
-        self, params: Params, buffers: Params, x: Tensor, task: str | None, train: bool
+        self, params: Params, buffers: Params, x: Input, task: str | None, train: bool
     ) -> tuple[Tensor, Params]:
         return self._first_order(params, lambda moved: self.model(moved, buffers, x, task, False)[0]), buffers
 
-    def features(self, params: Params, buffers: Params, x: Tensor, task: str | None = None) -> Tensor:
+    def features(self, params: Params, buffers: Params, x: Input, task: str | None = None) -> Tensor:
         return self._first_order(params, lambda moved: self.model.features(moved, buffers, x, task))
 
     def bind(self, params: Params, buffers: Params, train: bool) -> tuple[Forward, Params]:
@@ -106,8 +107,8 @@ class Tangent(Model):
     def uses_task(self) -> bool:
         return self.model.uses_task
 
-    def check(self, frame: LabelFrame, sample: Tensor, aware: bool) -> None:
-        self.model.check(frame, sample, aware)
+    def check(self, frame: LabelFrame, sample: Input, aware: bool, places: int = 0) -> None:
+        self.model.check(frame, sample, aware, places)
 
     def _is_trained(self, entry: str, tensor: Tensor) -> bool:
         """Whether an entry is trained, and so has an origin."""

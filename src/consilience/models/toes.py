@@ -16,6 +16,7 @@ from consilience.core.errors import ConsilienceError
 from consilience.core.model import Forward
 from consilience.core.params import Params, key
 from consilience.core.source import Examples, Source
+from consilience.core.tree import Input
 from consilience.models.adapted import feature_axis, layers_of
 from consilience.models.biased import Biased
 from consilience.models.heads import Head, Heads, MultiHead
@@ -94,11 +95,11 @@ class Toes(Heads):
     def task_of(self, entry: str) -> str | None:
         return entry[len(TOES) :].rpartition(".")[0] if entry.startswith(TOES) else self.inner.task_of(entry)
 
-    def features(self, params: Params, buffers: Params, x: Tensor, task: str | None = None) -> Tensor:
+    def features(self, params: Params, buffers: Params, x: Input, task: str | None = None) -> Tensor:
         return self.inner.features(params, buffers, x, task)
 
     def __call__(
-        self, params: Params, buffers: Params, x: Tensor, task: str | None, train: bool
+        self, params: Params, buffers: Params, x: Input, task: str | None, train: bool
     ) -> tuple[Tensor, Params]:
         # Which tasks have heads, and which columns, is decided by the inner model.
         inner_heads = self.inner.heads(params, buffers, task)
@@ -124,7 +125,7 @@ class Toes(Heads):
         return lambda x, task: self(params, held, x, task, train)[0], held
 
     def taps(
-        self, params: Params, buffers: Params, x: Tensor, task: str, index: Tensor | None = None
+        self, params: Params, buffers: Params, x: Input, task: str, index: Tensor | None = None
     ) -> Tensor:
         """Return the inputs [B, s] of a task's head: the chosen z (None: all); by biases, also its logits."""
         spans = self.spans()
@@ -168,7 +169,7 @@ class Toes(Heads):
         return found
 
     def _layer_outputs(
-        self, params: Params, buffers: Params, x: Tensor, task: str, used: list[str]
+        self, params: Params, buffers: Params, x: Input, task: str, used: list[str]
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Return the outputs of these layers, and the features psi [B, d]."""
         seen: dict[str, Tensor] = {}
@@ -190,7 +191,7 @@ class Toes(Heads):
 
         missing = [name for name in used if name not in seen]
         if missing:
-            got_features = x.ndim == 2 and isinstance(module, Backbone)
+            got_features = isinstance(x, Tensor) and x.ndim == 2 and isinstance(module, Backbone)
             rule = (
                 "must be given images, not features" if got_features else "needs layers that the module calls"
             )
@@ -357,7 +358,9 @@ def head_rows(
     with torch.no_grad():
         # Small batches of training would make this pass slow.
         chunks = examples.chunks(max(batch, 64))
-        inputs = torch.cat([toes.taps(params, buffers, x.to(like), task, index) for x, _ in chunks])
+        inputs = torch.cat(
+            [toes.taps(params, buffers, x.to(like.device, like.dtype), task, index) for x, _ in chunks]
+        )
     # Targets are columns of all outputs, and the head counts its own from 0.
     position = torch.full((toes.outputs,), -1, dtype=torch.long)
     position[columns.cpu()] = torch.arange(len(columns))

@@ -24,6 +24,7 @@ from consilience.core.names import checked_name, pair
 from consilience.core.params import save, unpack
 from consilience.core.schedule import Schedule
 from consilience.core.source import LabelFrame, Source, Tensors
+from consilience.core.tree import Input
 from consilience.mappers.mixture import Anchored
 from consilience.version import __version__
 
@@ -358,7 +359,7 @@ def schedule_of(bank: Bank, like: Tensor | None) -> Schedule:
     return replace(schedule, sources=tuple(sources), judged=(), frame=replace(frame, tasks=tasks))
 
 
-def familiarity(agent: Agent, x: Tensor) -> Tensor:
+def familiarity(agent: Agent, x: Input) -> Tensor:
     """Score how familiar inputs x [B, ...] are to an agent [B], comparably between tasks.
 
     (s - median) / (median - lower quartile), where s is the score by the best task's anchor, and the

@@ -1,8 +1,8 @@
 """Consilience: learning from heterogeneous sources, with one loop for tasks, time, places and trained models.
 
 `run` and `sweep` run methods in settings; `merge` merges checkpoints. Catalogues are `methods`, `settings`,
-`data`, `models`, `aggregators`, `consolidators`, `mappers`, `memory` and `engines`. For a method of one's
-own: `Correction`, `Aggregator`, `Consolidator`, `Mapper`, `Policy`, and what their verbs see and return;
+`data`, `models`, `losses`, `aggregators`, `consolidators`, `mappers`, `memory` and `engines`. For a method of
+one's own: `Correction`, `Aggregator`, `Consolidator`, `Mapper`, `Policy`, and what their verbs see and return;
 `testing.check` checks it.
 
 >>> import consilience as cs
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from consilience.api import Result as Result
     from consilience.api import run as run
     from consilience.api import sweep as sweep
+    from consilience.core import losses as losses
     from consilience.core.aggregator import Aggregator as Aggregator
     from consilience.core.aggregator import Blockwise as Blockwise
     from consilience.core.aggregator import Cone as Cone
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from consilience.core.errors import ConsilienceError as ConsilienceError
     from consilience.core.errors import Interrupted as Interrupted
     from consilience.core.errors import Refusal as Refusal
+    from consilience.core.losses import Loss as Loss
     from consilience.core.message import Message as Message
     from consilience.core.message import Module as Module
     from consilience.core.message import Private as Private
@@ -74,7 +76,9 @@ if TYPE_CHECKING:
     from consilience.core.schedule import Train as Train
     from consilience.core.source import LabelFrame as LabelFrame
     from consilience.core.source import Source as Source
+    from consilience.core.source import Target as Target
     from consilience.core.training import Training as Training
+    from consilience.core.tree import Tree as Tree
     from consilience.merging import merge as merge
 else:
     __getattr__, __dir__ = lazy.attach(__name__)

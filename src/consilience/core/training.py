@@ -41,6 +41,9 @@ class Training:
         rates: factors of the learning rate for entries that match a shell pattern, as parameter groups do:
             `{"biases.*": 20.0}`. The first pattern that an entry matches counts; each must match a trained
             entry.
+        loss: what tasks are trained by: a name, one of `consilience.losses`, a function (outputs, targets) ->
+            the loss of each target, or several of these by task or kind of targets. That of a source wins.
+            None: cross-entropy of classes, squared error of values, binary cross-entropy of labels.
     """
 
     epochs: int = 5
@@ -54,6 +57,7 @@ class Training:
     device: str = "cpu"
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     rates: Mapping[str, float] | None = field(default=None, hash=False)
+    loss: Any = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
         for name, low in (("epochs", 0), ("batch_size", 1)):

@@ -344,6 +344,29 @@ def as_tensor(value: Any, what: str) -> Tensor:
     return torch.from_numpy(np.require(array, dtype=native, requirements=["C", "W"]))
 
 
+def unit(x: Tensor, image: bool) -> Tensor:
+    """Convert inputs to the types that models take.
+
+    Images in bytes are divided by 255, other fractions become float32, other whole numbers int64.
+    """
+    if x.dtype == torch.uint8 and image:
+        return x.to(torch.float32).div_(255)
+    return x.to(torch.float32) if x.is_floating_point() or x.dtype == torch.bool else x.long()
+
+
+def ready(value: Any) -> Input:
+    """Make inputs of a batch from what a user has, in the types that models take."""
+
+    def converted(part: Tensor) -> Tensor:
+        # Fractions get the type of the training where they are used.
+        return part if part.is_floating_point() else unit(part, part.dim() > 2)
+
+    x = as_input(value)
+    if isinstance(x, Tensor):
+        return converted(x)
+    return replace(x, parts={name: converted(part) for name, part in x.parts.items()})
+
+
 def _ragged(value: Any) -> list[Any] | None:
     """Return sequences of unequal length as a list; None for anything else."""
     if isinstance(value, np.ndarray) and value.dtype == object:

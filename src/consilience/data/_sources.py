@@ -22,7 +22,17 @@ from consilience.core.errors import ConsilienceError, unknown
 from consilience.core.losses import KINDS, NONE, loss_of
 from consilience.core.params import key
 from consilience.core.source import Examples, Kind, Label, Source, Stream, Tensors
-from consilience.core.tree import Input, Tree, as_input, as_tensor, one_tensor, part_of, signature, types
+from consilience.core.tree import (
+    Input,
+    Tree,
+    as_input,
+    as_tensor,
+    one_tensor,
+    part_of,
+    signature,
+    types,
+    unit,
+)
 from consilience.data._shares import draw
 
 
@@ -53,16 +63,6 @@ class Options:
 
 
 # Checks.
-
-
-def unit(x: Tensor, image: bool) -> Tensor:
-    """Convert inputs to the types that models take.
-
-    Images in bytes are divided by 255, other fractions become float32, other whole numbers int64.
-    """
-    if x.dtype == torch.uint8 and image:
-        return x.to(torch.float32).div_(255)
-    return x.to(torch.float32) if x.is_floating_point() or x.dtype == torch.bool else x.long()
 
 
 def inputs(value: Any, what: str) -> Input:

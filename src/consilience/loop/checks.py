@@ -17,7 +17,7 @@ from consilience.core.method import Method
 from consilience.core.metrics import METRICS, Metric
 from consilience.core.model import Model
 from consilience.core.params import content_hash, key
-from consilience.core.schedule import Schedule
+from consilience.core.schedule import Schedule, with_targets
 from consilience.core.training import Training
 from consilience.core.tree import Tree, named, signature, types
 from consilience.loop.agents import Setup
@@ -91,6 +91,8 @@ def check_all(
 
     Raises ConsilienceError, or Refusal for a method that could not act.
     """
+    if training.loss is not None:
+        schedule = with_loss(schedule, training.loss)
     # Parts of a method may refuse a model, so it is among the facts.
     facts = replace(schedule.survey(options.seed), model=model)
     method = method.resolve(facts)
@@ -110,6 +112,15 @@ def check_all(
     _check_inputs(schedule, method, model)
     metric = metric_of(options.metric, schedule.frame.kind)[1]
     return Setup(schedule, method, model, training, metric, facts, options.judge_clients)
+
+
+def with_loss(schedule: Schedule, loss: Any) -> Schedule:
+    """Return the schedule with a loss of the run, for tasks without one of their own."""
+    own_judged = schedule.judged is not schedule.sources
+    every = (*schedule.sources, *schedule.judged) if own_judged else schedule.sources
+    sources, frame = with_targets(every, schedule.frame, loss)
+    count = len(schedule.sources)
+    return replace(schedule, sources=sources[:count], judged=sources[count:], frame=frame)
 
 
 def _check_tasks(schedule: Schedule, method: Method) -> None:

@@ -7,13 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from consilience.core.errors import ConsilienceError, unknown
 from consilience.core.metrics import global_forgetting, summary, worst
 from consilience.core.params import Params
-from consilience.core.tree import Input
+from consilience.core.tree import ready
 from consilience.loop.agent import Agent
 
 # Fields of a result that JSON holds as they are.
@@ -179,9 +178,12 @@ class Result:
         """The final parameters of the evaluated agent (first repeat)."""
         return dict(self._agent().state.params)
 
-    def predict(self, x: Input, task: str | None = None) -> Tensor:
-        """Return class probabilities (or values) [B, classes] of the evaluated agent (first repeat)."""
-        return self._agent().predict(torch.as_tensor(x), task)
+    def predict(self, x: Any, task: str | None = None) -> Tensor:
+        """Return predictions [B, classes, *places] of the evaluated agent (first repeat).
+
+        They are probabilities of classes or labels, or values. `x` are inputs as `data.arrays` takes them.
+        """
+        return self._agent().predict(ready(x), task)
 
     def _agent(self) -> Agent:
         if self.agent is None:

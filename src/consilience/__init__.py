@@ -2,8 +2,8 @@
 
 `run` and `sweep` run methods in settings; `merge` merges checkpoints. Catalogues are `methods`, `settings`,
 `data`, `models`, `losses`, `aggregators`, `consolidators`, `mappers`, `memory` and `engines`. For a method of
-one's own: `Correction`, `Aggregator`, `Consolidator`, `Mapper`, `Policy`, and what their verbs see and return;
-`testing.check` checks it.
+one's own: `Correction`, `Aggregator`, `Consolidator`, `Mapper`, `Policy`, and what their verbs see and
+return; `testing.check` checks it.
 
 >>> import consilience as cs
 >>> cs.__version__

@@ -132,13 +132,18 @@ class Tree:
         return by_place, {name: part for name, part in self.parts.items() if not name.isdigit()}
 
 
-def _taken_apart(x: Tree) -> tuple[list[Any], tuple[tuple[str, float], ...]]:
-    return [dict(x.parts), x.lengths], tuple(x.ragged.items())
+def _taken_apart(x: Tree) -> tuple[list[Tensor], tuple[tuple[str, ...], tuple[tuple[str, float], ...]]]:
+    lengths = [] if x.lengths is None else [x.lengths]
+    return [*x.parts.values(), *lengths], (tuple(x.parts), tuple(x.ragged.items()))
 
 
-def _put_together(values: Iterable[Any], ragged: tuple[tuple[str, float], ...]) -> Tree:
-    parts, lengths = values
-    return Tree(parts, dict(ragged), lengths)
+def _put_together(
+    values: Iterable[Any], facts: tuple[tuple[str, ...], tuple[tuple[str, float], ...]]
+) -> Tree:
+    (names, ragged), tensors = facts, list(values)
+    # The lengths come last, where there are any.
+    lengths = tensors[len(names)] if len(tensors) > len(names) else None
+    return Tree(dict(zip(names, tensors, strict=False)), dict(ragged), lengths)
 
 
 # Programs of engines take trees apart, and put them together again.

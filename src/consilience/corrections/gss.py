@@ -187,7 +187,9 @@ class GSS(ER):
         chance = torch.rand(len(x), generator=generator, dtype=torch.float64).to(device)
         theirs = held["score"][place]
         enter = (score < 1) & (chance < theirs / (theirs + score))
-        return {k: t.index_copy(0, place[enter], arrived[k][enter]) for k, t in held.items()}
+        # Joined first, so that ragged inputs have one length.
+        both = joined_rows([held, arrived])
+        return {k: t[:count].index_copy(0, place[enter], t[count:][enter]) for k, t in both.items()}
 
     def trim(self, memory: Mapping[str, Any], learned: Learned) -> Mapping[str, Any]:
         """Drop replaced examples, and keep the lowest scores if the memory is still too large."""

@@ -16,7 +16,7 @@ from consilience.core.correction import Correction
 from consilience.core.errors import ConsilienceError, kind_of
 from consilience.core.message import Private
 from consilience.core.schedule import ScheduleFacts
-from consilience.core.source import Source, joined_rows, trimmed
+from consilience.core.source import Source, joined_rows, joined_targets, trimmed
 from consilience.core.tree import Input, concat, named, signature, unnamed
 from consilience.corrections.baselines import facts_of, others
 from consilience.corrections.quadratic import non_negative
@@ -86,7 +86,8 @@ class Buffer(Correction):
         """Keep the examples that the policy chooses among those of all sources together."""
         items = list(memory.values())
         # Keys never change, so a stream's buffer does not depend on how it was cut into sources.
-        keys, y = (torch.cat([item.tensors[k].cpu() for item in items]) for k in ("key", "y"))
+        keys = torch.cat([item.tensors["key"].cpu() for item in items])
+        y = joined_targets([item.tensors["y"].cpu() for item in items])
         kept = self.policy.keep(keys, y, self.size).split([len(item.tensors["key"]) for item in items])
         return {
             source: item if bool(own.all()) else select(item, own)

@@ -20,7 +20,7 @@ from consilience.core.errors import ConsilienceError, kind_of
 from consilience.core.model import Forward, Model
 from consilience.core.params import content_hash
 from consilience.core.source import Examples, Source, Tensors
-from consilience.core.tree import one_tensor
+from consilience.core.tree import Input, Tree, concat
 
 ROWS = 1 << 13
 """Images in one file at most."""
@@ -111,16 +111,16 @@ class Backbone:
             )
         return cls(trunk, name, int(trunk.outputs), device, params, buffers)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Compute the features [B, width] of a batch of images, and check them."""
+    def __call__(self, x: Input) -> Tensor:
+        """Compute the features [B, width] of a batch, and check them."""
         # Where all features are kept already, the backbone is never bound.
         if self.bound is None:
             params = {name: value.to(self.device) for name, value in self.params.items()}
             buffers = {name: value.to(self.device) for name, value in self.buffers.items()}
             self.bound = self.trunk.bind(params, buffers, False)[0]
 
-        images = x.to(self.device, torch.float32 if x.is_floating_point() else x.dtype)
-        psi: Tensor = self.bound(images, None)
+        ready = x.to(self.device, torch.float32 if x.is_floating_point() else None)
+        psi: Tensor = self.bound(ready, None)
         if psi.ndim != 2 or psi.shape[1] != self.width:
             raise ConsilienceError(
                 f"a backbone must give features [B, {self.width}], got shape {tuple(psi.shape)}."
@@ -145,8 +145,7 @@ def _features(
             return Tensors(store.get(hashes), examples.targets())
 
         features, done = torch.empty(count, backbone.width), 0
-        for inputs, _ in examples.chunks(batch):
-            x = one_tensor(inputs, "embed")
+        for x, _ in examples.chunks(batch):
             features[done : done + len(x)] = backbone(x)
             done += len(x)
             report(done)
@@ -156,37 +155,56 @@ def _features(
 def _fill(
     store: Store, examples: Examples, backbone: Backbone, batch: int, report: Callable[[int], None]
 ) -> list[bytes]:
-    """Add the features that the store lacks; return the hashes of all images in order."""
+    """Add the features that the store lacks; return the hashes of all inputs in order."""
     hashes: list[bytes] = []
-    waiting: list[Tensor] = []
+    waiting: list[Input] = []
     try:
-        for inputs, _ in examples.chunks(batch):
-            x = one_tensor(inputs, "embed")
-            own = image_hashes(x)
+        for x, _ in examples.chunks(batch):
+            own = input_hashes(x)
             hashes += own
-            waiting += [x[i] for i, image in enumerate(own) if store.wants(image)]
+            waiting += [x[i : i + 1] for i, image in enumerate(own) if store.wants(image)]
 
             # The backbone is given full batches, however few images of a chunk are new.
             while len(waiting) >= batch:
-                store.add(backbone(torch.stack(waiting[:batch])))
+                store.add(backbone(concat(waiting[:batch])))
                 del waiting[:batch]
             report(len(hashes))
         if waiting:
-            store.add(backbone(torch.stack(waiting)))
+            store.add(backbone(concat(waiting)))
     finally:
         # What was computed is kept, also where the rest failed.
         store.close()
     return hashes
 
 
-def image_hashes(x: Tensor) -> list[bytes]:
-    """Hash each image of a batch [B, ...] by its type, its shape and its bytes."""
+def input_hashes(x: Input) -> list[bytes]:
+    """Hash each sample of a batch [B, ...] by the types, the shapes and the bytes of its parts.
+
+    Padding of ragged parts is left out: it differs between batches.
+    """
+    if isinstance(x, Tensor):
+        return _hashes(f"{x.dtype}|{tuple(x.shape[1:])}|", x)
+    if x.lengths is None:
+        header = "".join(f"{name}|{part.dtype}|{tuple(part.shape[1:])}|" for name, part in x.parts.items())
+        rows = [part.detach().cpu().reshape(len(x), -1).view(torch.uint8) for part in x.parts.values()]
+        return _hashes(header, torch.cat(rows, 1))
+
+    # Each sample has a length of its own, so that it is hashed alone.
+    found = []
+    for i in range(len(x)):
+        alone = x[i : i + 1].trim()
+        found += input_hashes(Tree(alone.parts))
+    return found
+
+
+def _hashes(header: str, x: Tensor) -> list[bytes]:
+    """Hash the rows of a tensor, each after a header."""
     # Bytes alone do not say whether they are 3 x 4 or 4 x 3 pixels, or floats or integers.
-    header = hashlib.blake2b(f"{x.dtype}|{tuple(x.shape[1:])}|".encode(), digest_size=HASH)
+    start = hashlib.blake2b(header.encode(), digest_size=HASH)
     rows = x.detach().cpu().contiguous().view(len(x), -1).view(torch.uint8).numpy()
     hashes = []
     for row in rows:
-        digest = header.copy()
+        digest = start.copy()
         digest.update(row)
         hashes.append(digest.digest())
     return hashes

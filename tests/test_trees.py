@@ -1,0 +1,379 @@
+"""Inputs of several parts: what they are made of, how modules are called, and that nothing else changes."""
+
+from __future__ import annotations
+
+from collections import UserDict
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import consilience as cs
+from consilience.core.source import joined_targets, trimmed
+from consilience.core.tree import Tree, as_input, concat, named, signature, unnamed
+from consilience.data.features import input_hashes
+
+m = cs.methods
+
+
+class Named(nn.Module):
+    """A net that is called by the names of two parts, of which it reads one."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, image: Tensor, weight: Tensor) -> Tensor:
+        return self.net(image)
+
+
+class Bag(nn.Module):
+    """The mean of the embeddings of tokens that the mask counts, and a linear layer."""
+
+    def __init__(self, outputs: int = 2, tags: bool = False) -> None:
+        super().__init__()
+        self.embed, self.head, self.tags = nn.Embedding(30, 6), nn.Linear(6, outputs), tags
+        self.widths: list[int] = []
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        self.widths.append(input_ids.shape[1])
+        mask = attention_mask.unsqueeze(-1).to(self.embed.weight)
+        if self.tags:
+            return self.head(self.embed(input_ids)).transpose(1, 2)
+        return self.head((self.embed(input_ids) * mask).sum(1) / mask.sum(1))
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, 12), nn.ReLU(), nn.Linear(12, 10))
+
+
+def bag(**options: Any) -> Bag:
+    torch.manual_seed(0)
+    return Bag(**options)
+
+
+def in_parts(source: cs.Source) -> cs.Source:
+    return source.map(x=lambda x: Tree({"image": x, "weight": torch.ones(len(x), 1)}))
+
+
+def texts(name: str, seed: int, tags: bool = False, longest: int = 9) -> cs.Source:
+    """Return 40 sequences of 2 to `longest` tokens; the target is whether the first is odd, or each is."""
+    random = np.random.default_rng(seed)
+    ids = [random.integers(1, 30, random.integers(2, longest + 1)).tolist() for _ in range(40)]
+    x = {"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids]}
+    y = [[token % 2 for token in row] for row in ids] if tags else [row[0] % 2 for row in ids]
+    return cs.data.arrays(x, y, classes=["even", "odd"], name=name, space="parity")
+
+
+# What trees are made from, and what they answer.
+
+
+class Two(NamedTuple):
+    a: Any
+    b: Any
+
+
+def test_inputs_of_every_form_become_trees_with_names():
+    a, b = np.arange(6.0).reshape(2, 3), [[1, 2], [3, 4]]
+    for value, names in (
+        ({"a": a, "b": b}, ("a", "b")),
+        (UserDict(a=a, b=b), ("a", "b")),  # what transformers' BatchEncoding is
+        (Two(a, b), ("a", "b")),
+        ((a, b), ("0", "1")),
+    ):
+        x = as_input(value)
+        assert isinstance(x, Tree) and tuple(x.parts) == names
+        assert torch.equal(x.parts[names[0]], torch.tensor(a)) and x.parts[names[1]].tolist() == b
+    assert as_input((a, b)).arguments()[0][1].tolist() == b, "parts of a tuple are given by place"
+    assert list(as_input({"a": a, "b": b}).arguments()[1]) == ["a", "b"], "named parts by name"
+
+
+@given(st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=6), min_size=2, max_size=8), st.data())
+def test_ragged_parts_keep_every_number_through_all_operations(rows, data):
+    x = as_input({"ids": rows, "ones": [[1] * len(row) for row in rows]})
+    index = torch.tensor(data.draw(st.lists(st.integers(0, len(rows) - 1), min_size=1, max_size=5)))
+    for chosen in (x[index], x.index_select(0, index), concat([x[i : i + 1].trim() for i in index.tolist()])):
+        wanted = [rows[i] for i in index.tolist()]
+        short = chosen.trim()
+        assert short.parts["ids"].shape[1] == (
+            max(map(len, wanted)) if x.lengths is not None else len(rows[0])
+        )
+        own = short.parts["ones"].sum(1).tolist()
+        assert [r[:n] for r, n in zip(short.parts["ids"].tolist(), own, strict=True)] == wanted
+        assert torch.equal(short.parts["ids"] != 0, short.parts["ones"] == 1), "padding is 0 in both parts"
+    back = unnamed("x", named("x", x))
+    assert list(back.parts) == list(x.parts) and back.ragged == x.ragged
+    assert all(torch.equal(part, x.parts[name]) for name, part in back.parts.items())
+    pieces = x.split(2)
+    assert sum(map(len, pieces)) == len(x) and torch.equal(concat(pieces).parts["ids"], x.parts["ids"])
+
+
+def test_targets_at_places_are_cut_and_joined_with_their_inputs():
+    x = as_input({"ids": [[1, 2, 3], [4]]})
+    y = torch.tensor([[5, 6, 7], [8, -100, -100]])
+    short, target = trimmed(x[1:], y[1:])
+    assert short.parts["ids"].tolist() == [[4]] and target.tolist() == [[8]]
+    assert joined_targets([target, y[:1]]).tolist() == [[8, -100, -100], [5, 6, 7]]
+    values = joined_targets([torch.ones(1, 2, 1), torch.zeros(1, 2, 2)])
+    assert values[0].isnan().tolist() == [[False, True]] * 2, "values have NaN where they have no target"
+
+
+def test_bytes_are_pixels_only_where_they_form_images():
+    tokens = cs.data.arrays(np.full((10, 4), 200, "uint8"), np.arange(10) % 2).train.whole()[0]
+    assert tokens.dtype == torch.long and int(tokens[0, 0]) == 200
+    images = cs.data.arrays(np.full((10, 1, 4, 4), 51, "uint8"), np.arange(10) % 2).train.whole()[0]
+    assert torch.equal(images, torch.full_like(images, 0.2))
+    parts = {"image": np.full((10, 3, 4, 4), 255, "uint8"), "ids": np.full((10, 4), 255, "uint8")}
+    both = cs.data.arrays(parts, np.arange(10) % 2).train.whole()[0]
+    assert float(both.parts["image"].max()) == 1.0 and int(both.parts["ids"].max()) == 255
+
+
+# A tree whose module reads one part is that part: the bits of whole runs are equal.
+
+FEDERATED = {"rounds": 2, "scenario": "domain"}
+RUNS = {
+    "finetune": lambda s: (cs.settings.continual(s, "domain"), m.finetune()),
+    "er": lambda s: (cs.settings.continual(s, "domain"), m.er(30, 8)),
+    "derpp": lambda s: (cs.settings.continual(s, "domain"), m.derpp(30, 8)),
+    "gss": lambda s: (cs.settings.continual(s, "domain"), m.gss(size=20)),
+    "gem": lambda s: (cs.settings.continual(s, "domain"), m.gem(10)),
+    "agem": lambda s: (cs.settings.continual(s, "domain"), m.agem(20, 8)),
+    "ewc": lambda s: (cs.settings.continual(s, "domain"), m.ewc(1.0)),
+    "mas": lambda s: (cs.settings.continual(s, "domain"), m.mas(1.0)),
+    "lwf": lambda s: (cs.settings.continual(s, "domain"), m.lwf()),
+    "cumulative": lambda s: (cs.settings.continual(s, "domain"), m.cumulative()),
+    "fedavg": lambda s: (cs.settings.federated(s, **FEDERATED), m.fedavg()),
+    "scaffold": lambda s: (cs.settings.federated(s, **FEDERATED), m.scaffold()),
+    "pcgrad": lambda s: (cs.settings.multitask(s, "domain"), m.pcgrad()),
+    "fisher_merging": lambda s: (cs.settings.merging(s, scenario="domain"), m.fisher_merging()),
+    "min_entropy": lambda s: (cs.settings.merging(s, scenario="domain"), m.ties()),
+}
+
+
+@pytest.fixture(scope="module")
+def parts() -> list[cs.Source]:
+    return cs.data.permute(cs.data.iid(cs.data.digits(), 8)[0], 3)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_part_of_a_tree_trains_as_the_tensor_does(name, parts):
+    training = cs.Training(epochs=1, lr=0.1)
+    plain = cs.run(*RUNS[name](parts), model=net(), training=training)
+    tree = cs.run(*RUNS[name]([in_parts(s) for s in parts]), model=Named(net()), training=training)
+    assert np.array_equal(plain.matrices, tree.matrices)
+    for entry, value in plain.params.items():
+        assert torch.equal(value, tree.params[f"net.{entry}"]), entry
+    assert plain.costs["macs"] == tree.costs["macs"] > 0
+    if name == "er":
+        x = parts[0].test.whole()[0]
+        assert torch.equal(plain.predict(x), tree.predict({"image": x, "weight": torch.ones(len(x), 1)}))
+
+
+@pytest.mark.parametrize("name", ["er", "ewc", "fedavg", "scaffold"])
+def test_engines_agree_on_trees(name, parts):
+    training = cs.Training(epochs=1, lr=0.1, precision="fp64")
+    sources = [in_parts(s) for s in parts]
+    one, many = (
+        cs.run(*RUNS[name](sources), model=Named(net()), training=training, engine=engine, repeats=2)
+        for engine in ("serial", "batched")
+    )
+    assert np.allclose(one.matrices, many.matrices)
+    assert all((value - many.params[n]).abs().max() < 1e-12 for n, value in one.params.items())
+
+
+def test_a_run_on_trees_resumes_to_the_same_bits(tmp_path, parts):
+    class Stop(Exception): ...
+
+    def stop(line):
+        seen.append(line["event"] == "checkpoint")
+        if sum(seen) == 4:
+            raise Stop
+
+    seen: list[bool] = []
+    run = lambda **more: cs.run(  # noqa: E731
+        cs.settings.continual([texts("a", 0), texts("b", 1), texts("c", 2, longest=5)], "domain"),
+        m.derpp(20, 8),
+        model=bag(),
+        training=cs.Training(epochs=2, lr=0.1),
+        **more,
+    )
+    whole = run()
+    with pytest.raises(Stop):
+        run(out=tmp_path / "a", checkpoint_steps=3, progress=stop)
+    again = run(out=tmp_path / "a", resume=True)
+    assert np.array_equal(whole.matrices, again.matrices)
+    assert all(torch.equal(value, again.params[n]) for n, value in whole.params.items())
+
+
+# Ragged inputs.
+
+
+def test_each_batch_is_padded_to_its_own_longest_and_trains_as_a_plain_loop_does():
+    source, model, ours = texts("a", 0, longest=25), bag(), bag()
+    training = cs.Training(epochs=2, lr=0.1, batch_size=4)
+    result = cs.run(cs.settings.continual([source]), m.finetune(), model=ours, training=training)
+
+    # The same plan, restated: the order is keyed by (seed, source, visit, epoch, turn, purpose).
+    from consilience.core.params import key
+
+    x, y = source.train.whole()
+    widths = []
+    for epoch in range(2):
+        order = torch.randperm(len(y), generator=key(0, "a", 0, epoch, 0, "shuffle"))
+        for index in order.split(4):
+            rows = [x.parts["input_ids"][i, : int(x.lengths[i])] for i in index]
+            ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+            out = model(ids, (ids != 0).long())
+            grads = torch.autograd.grad(nn.functional.cross_entropy(out, y[index]), list(model.parameters()))
+            with torch.no_grad():
+                for p, g in zip(model.parameters(), grads, strict=True):
+                    p -= 0.1 * g
+            widths.append(ids.shape[1])
+    assert len(set(widths)) > 1, "some batches are shorter than others"
+    for name, trained in model.named_parameters():
+        assert torch.allclose(result.params[name], trained, atol=1e-6), name
+
+
+def test_ragged_inputs_run_one_after_another_in_the_batched_engine():
+    notes = []
+    schedule = cs.settings.federated([texts("a", 0), texts("b", 1)], rounds=2, scenario="domain")
+    training = cs.Training(epochs=1, lr=0.1)
+    one = cs.run(schedule, m.fedavg(), model=bag(), training=training)
+    many = cs.run(
+        schedule, m.fedavg(), model=bag(), training=training, engine="batched",
+        progress=lambda line: notes.append(line.get("note", "")),
+    )  # fmt: skip
+    assert any("batches of ragged inputs are padded to lengths that differ" in note for note in notes)
+    assert all(torch.equal(value, many.params[n]) for n, value in one.params.items())
+
+
+def test_buffers_of_sources_with_other_lengths_are_joined():
+    sources = [
+        texts(name, seed, tags=True, longest=n) for name, seed, n in (("a", 0, 9), ("b", 1, 4), ("c", 2, 7))
+    ]
+    for method in (m.er(30, 8), m.derpp(30, 8), m.gem(10), m.gss(size=12), m.lwf()):
+        result = cs.run(
+            cs.settings.continual(sources, "domain"),
+            method,
+            model=bag(tags=True),
+            training=cs.Training(epochs=3, lr=1.0),
+        )
+        assert result.score > 0.5 and all(bool(p.isfinite().all()) for p in result.params.values())
+
+
+def test_features_are_kept_by_samples_and_not_by_their_padding(tmp_path):
+    class Text(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.embed = nn.Embedding(30, 6)
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+            mask = attention_mask.unsqueeze(-1).float()
+            return (self.embed(input_ids) * mask).sum(1) / mask.sum(1)
+
+    short = as_input({"ids": [[1, 2], [3, 4], [5, 6]]})
+    long = as_input({"ids": [[1, 2], [3, 4], [5, 6, 7]]})
+    own = [input_hashes(as_input({"ids": [row] * 2}))[0] for row in ([1, 2], [3, 4])]
+    assert input_hashes(short)[:2] == input_hashes(long)[:2] == own
+    assert len({*input_hashes(short), *input_hashes(long)}) == 4
+
+    body = cs.models.frozen(cs.models.wrap(Text(), outputs=6, headless=True))
+    source = texts("a", 0)
+    (first,) = cs.data.embed([source], body, cache=tmp_path)
+    (again,) = cs.data.embed([source], body, cache=tmp_path, batch=7)
+    x, _ = source.train.whole()
+    for embedded in (first, again):
+        assert torch.allclose(embedded.train.whole()[0], Text()(**x.parts), atol=1e-6)
+
+
+# What does not fit is refused before any work.
+
+
+class Out(nn.Module):
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.form, self.head = form, nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Any:
+        z = self.head(x)
+        forms = {"tuple": (z, x), "logits": {"logits": z}, "dict": {"out": z}, "[B, 1, C]": z[:, None]}
+        return {**forms, "[B]": z[:, 0], "3 columns": z[:, :3], "[C, B]": z.T}[self.form]
+
+
+@pytest.mark.parametrize(
+    ("form", "rule"),
+    [
+        ("tuple", "a module must return a tensor [B, C, *places], or have it in `logits`, got a tuple"),
+        ("dict", "or have it in `logits`, got a dict of out; wrap it in a module that returns the outputs"),
+        ("[B, 1, C]", "a model must return outputs [B, 10], got ('B', 1, 10)"),
+        ("[B]", "a model must return outputs [B, 10], got ('B',)"),
+        ("3 columns", "a model must return outputs [B, 10], got ('B', 3)"),
+        ("[C, B]", "a model must return outputs [B, 10], got (10, 2)"),
+    ],
+)
+def test_outputs_of_another_form_are_refused(form, rule):
+    with pytest.raises(cs.ConsilienceError) as e:
+        cs.run(cs.settings.continual([cs.data.digits()]), m.finetune(), model=Out(form))
+    assert rule in str(e.value)
+
+
+def test_outputs_in_logits_are_found():
+    training = cs.Training(epochs=1)
+    assert (
+        cs.run(cs.settings.continual([cs.data.digits()]), m.finetune(), Out("logits"), training).score > 0.2
+    )
+
+
+def test_inputs_that_a_module_does_not_take_are_named():
+    source = texts("a", 0)
+    run = lambda s, model: cs.run(cs.settings.continual([s]), m.finetune(), model=model)  # noqa: E731
+    extra = source.map(x=lambda x: Tree({**x.parts, "kind": x.parts["input_ids"]}, x.ragged, x.lengths))
+    cases = [
+        (
+            extra,
+            bag(),
+            "got input_ids, attention_mask, kind: Bag.forward() got an unexpected keyword argument",
+        ),
+        (extra, bag(), "leave that part out, or name the parts as `forward` does"),
+        (source.map(x=lambda x: Tree({"input_ids": x.parts["input_ids"]})), bag(), "missing 1 required"),
+        (source, None, "no default model takes inputs of several parts (input_ids, attention_mask)"),
+        (
+            cs.data.arrays(np.ones((20, 64), "uint8"), np.arange(20) % 10),
+            net(),
+            "the inputs are whole numbers",
+        ),
+        (
+            texts("a", 0, tags=True),
+            bag(),
+            "outputs [B, 2, *places] with 1 dimensions of places, got ('B', 2)",
+        ),
+        (source, bag(tags=True), "a model must return outputs [B, 2], got ('B', 2,"),
+    ]
+    for given_source, model, rule in cases:
+        with pytest.raises(cs.ConsilienceError) as e:
+            run(given_source, model)
+        assert rule in str(e.value), str(e.value)
+
+
+def test_methods_that_need_one_tensor_say_so():
+    sources = [texts("a", 0), texts("b", 1)]
+    for method in (m.finetune() + m.infer(cs.mappers.nearest_mean(on="inputs")),):
+        with pytest.raises(
+            cs.ConsilienceError, match="needs inputs that are one tensor, got the parts input_ids"
+        ):
+            cs.run(
+                cs.settings.continual(sources, "class"), method, model=bag(), training=cs.Training(epochs=1)
+            )
+
+
+def test_inputs_that_differ_are_not_joined():
+    x, y = as_input({"a": [[1, 2]]}), as_input({"b": [[1, 2]]})
+    assert signature(x) != signature(y)
+    with pytest.raises(cs.ConsilienceError, match="inputs to join must be alike"):
+        concat([x, y])

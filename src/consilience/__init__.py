@@ -1,9 +1,9 @@
 """Consilience: learning from heterogeneous sources, with one loop for tasks, time, places and trained models.
 
 `run` and `sweep` run methods in settings; `merge` merges checkpoints. Catalogues are `methods`, `settings`,
-`data`, `models`, `aggregators`, `consolidators`, `mappers`, `memory` and `engines`. For a method of one's
-own: `Correction`, `Aggregator`, `Consolidator`, `Mapper`, `Policy`, and what their verbs see and return;
-`testing.check` checks it.
+`data`, `models`, `metrics`, `aggregators`, `consolidators`, `mappers`, `memory` and `engines`. For a method
+of one's own: `Correction`, `Aggregator`, `Consolidator`, `Mapper`, `Policy`, and what their verbs see and
+return; `testing.check` checks it.
 
 >>> import consilience as cs
 >>> cs.__version__
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from consilience import memory as memory
     from consilience import merging as merging
     from consilience import methods as methods
+    from consilience import metrics as metrics
     from consilience import models as models
     from consilience import report as report
     from consilience import settings as settings
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
     from consilience.core.message import Statistics as Statistics
     from consilience.core.message import Weights as Weights
     from consilience.core.method import Method as Method
+    from consilience.core.metrics import Metric as Metric
     from consilience.core.model import Model as Model
     from consilience.core.optimiser import Optimiser as Optimiser
     from consilience.core.sampler import Sampler as Sampler

@@ -126,7 +126,7 @@ class Result:
         """Return the final mean over the worst fraction of the sources: how fair a federation is."""
         if not 0 < fraction <= 1:
             raise ConsilienceError(f"`fraction` must be in (0, 1], got {fraction}.")
-        higher = self._direction()
+        higher = self._known_direction()
         return float(mean([worst(matrix[-1], fraction, higher) for matrix in self.matrices]))
 
     # Several metrics
@@ -180,10 +180,15 @@ class Result:
                 f"use `result.of_metric({self.measured_by[0]!r})`."
             )
 
-    def _direction(self) -> bool:
+    @property
+    def direction(self) -> bool | None:
+        """Whether more of the metric is better; None where that is unknown."""
+        return self.higher.get(self.metric, True)
+
+    def _known_direction(self) -> bool:
         """Return whether more is better; refuse what needs a direction where none is known."""
         self._check_one_metric()
-        higher = self.higher.get(self.metric, True)
+        higher = self.direction
         if higher is None:
             raise ConsilienceError(
                 f"forgetting and transfer need a metric with a direction, and {self.metric!r} has none; "
@@ -208,7 +213,7 @@ class Result:
 
     def _mean(self, name: str) -> float | None:
         """Return the mean over repeats of a field of `metrics.summary`."""
-        higher = self._direction()
+        higher = self._known_direction()
         values = [summary(matrix, self.learned_at, higher)[name] for matrix in self.matrices]
         found = [value for value in values if value is not None]
         return float(np.mean(found)) if found else None
@@ -224,7 +229,7 @@ class Result:
     @property
     def global_forgetting(self) -> float | None:
         """mean_j (max_{0 < i < T} R[i, j] - R[T, j]) over all sources, whichever stages train on them."""
-        higher = self._direction()
+        higher = self._known_direction()
         values = [global_forgetting(matrix, higher) for matrix in self.matrices]
         found = [value for value in values if value is not None]
         return float(np.mean(found)) if found else None
@@ -235,7 +240,7 @@ class Result:
 
         Where less is better the difference has the other sign.
         """
-        sign = 1 if self._direction() else -1
+        sign = 1 if self._known_direction() else -1
         pairs = [(visit["others_before"], visit["others_after"]) for visit in self.local]
         lost = [
             sign * (before - after) for before, after in pairs if before is not None and after is not None
@@ -295,7 +300,7 @@ class Result:
             "repeats": self.repeats,
             "seed": self.seed,
             "metric": self.metric,
-            "higher": self.higher.get(self.metric, True),
+            "higher": self.direction,
             "sources": list(self.sources),
             "stages": list(self.stages),
             "learned_at": list(self.learned_at),

@@ -22,6 +22,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import resource
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -159,7 +160,7 @@ def judge(model: nn.Module, sources: list[Source]) -> list[float]:
         ]
 
 
-def ours(sources: list[Source], method: cs.Method, epochs: int, model=net) -> None:  # type: ignore[no-untyped-def]
+def ours(sources: list[Source], method: cs.Method, epochs: int, model: Callable[[], nn.Module] = net) -> None:
     training = cs.Training(epochs=epochs, batch_size=64, lr=0.05)
     cs.run(cs.settings.continual(sources, "domain"), method, cs.models.wrap(model), training)
 

@@ -19,6 +19,7 @@ PICTURE = ROOT / "docs" / "rooms.svg"
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("version", "lazy"),
     ("core",),
+    ("metrics", "losses"),
     ("loop",),
     ("memory", "models", "data", "aggregators"),
     ("corrections", "consolidators", "mappers"),
@@ -36,6 +37,8 @@ HELPERS = ("version", "lazy")
 
 WHAT = {
     "core": "what a method is made of",
+    "metrics": "what is measured",
+    "losses": "what is minimised",
     "loop": "what runs",
     "memory": "buffer policies",
     "models": "models, heads",

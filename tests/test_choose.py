@@ -809,7 +809,7 @@ COMMANDS = {
     "value": (["BASE", "BASE", *SPLIT, "--seed"], "`--seed` needs a value"),
     "type": (["BASE", "BASE", *SPLIT, "--seed", "one"], "must be a whole number"),
     "aggregator": (["BASE", "BASE", *SPLIT, "--aggregators", "tie"], "nearest: ties"),
-    "aggregator with arguments": (["BASE", "BASE", *SPLIT, "--aggregators", "krum"], "`aggregators`"),
+    "aggregator with arguments": (["BASE", "BASE", *SPLIT, "--aggregators", "krum"], "`aggregator`"),
     "model": (
         ["BASE", "BASE", "--data", "digits", "--model", "mlp", "--model.hidden", "[9]"],
         "'1.weight' of the base, where the model has (9, 64)",

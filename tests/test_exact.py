@@ -22,7 +22,7 @@ from consilience.core.correction import Correction
 from consilience.core.errors import Refusal
 from consilience.core.message import Message, Module, Private, Statistics
 from consilience.core.method import Method
-from consilience.core.metrics import accuracy, auroc, r2, summary
+from consilience.core.metrics import summary
 from consilience.core.optimiser import SGD, Adam, Averaging
 from consilience.core.params import Layout, key, same
 from consilience.core.schedule import Evaluate, Exchange, Train
@@ -1280,6 +1280,7 @@ def test_metrics_are_scikit_learns():
         torch.rand(200, 4, generator=g).mul(8).round().softmax(1).double(),
         torch.randint(4, (200,), generator=g),
     )
+    accuracy, auroc, r2 = cs.metrics.accuracy(), cs.metrics.auroc(), cs.metrics.r2()
     assert accuracy(p, y) == pytest.approx(metrics.accuracy_score(y, p.argmax(1)))
     q = p / p.sum(1, keepdim=True)
     assert auroc(q, y) == pytest.approx(metrics.roc_auc_score(y, q, multi_class="ovr"), abs=1e-12)

@@ -481,7 +481,7 @@ def test_reuse_learns_from_few_examples(by):
         params = {**job.fixed, **job.layout.split(job.start)}
         x, y = schedule.source("zoo").test.whole()
         p = agent.model(params, job.carry.buffers, x, "zoo", False)[0]
-        return cs.core.metrics.accuracy(p, y)
+        return cs.metrics.accuracy()(p, y)
 
     assert score(HeadReuse(by, 0.4)) > 0.95
     assert score(None) < 0.8

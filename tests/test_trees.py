@@ -244,10 +244,8 @@ def test_ragged_inputs_run_one_after_another_in_the_batched_engine():
     schedule = cs.settings.federated([texts("a", 0), texts("b", 1)], rounds=2, scenario="domain")
     training = cs.Training(epochs=1, lr=0.1)
     one = cs.run(schedule, m.fedavg(), model=bag(), training=training)
-    many = cs.run(
-        schedule, m.fedavg(), model=bag(), training=training, engine="batched",
-        progress=lambda line: notes.append(line.get("note", "")),
-    )  # fmt: skip
+    note = lambda line: notes.append(line.get("note", ""))  # noqa: E731
+    many = cs.run(schedule, m.fedavg(), model=bag(), training=training, engine="batched", progress=note)
     assert any("batches of ragged inputs are padded to lengths that differ" in note for note in notes)
     assert all(torch.equal(value, many.params[n]) for n, value in one.params.items())
 

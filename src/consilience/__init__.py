@@ -1,9 +1,9 @@
 """Consilience: learning from heterogeneous sources, with one loop for tasks, time, places and trained models.
 
 `run` and `sweep` run methods in settings; `merge` merges checkpoints. Catalogues are `methods`, `settings`,
-`data`, `models`, `losses`, `aggregators`, `consolidators`, `mappers`, `memory` and `engines`. For a method of
-one's own: `Correction`, `Aggregator`, `Consolidator`, `Mapper`, `Policy`, and what their verbs see and
-return; `testing.check` checks it.
+`data`, `models`, `losses`, `metrics`, `aggregators`, `consolidators`, `mappers`, `memory` and `engines`. For
+a method of one's own: `Correction`, `Aggregator`, `Consolidator`, `Mapper`, `Policy`, and what their verbs
+see and return; `testing.check` checks it.
 
 >>> import consilience as cs
 >>> cs.__version__
@@ -24,10 +24,12 @@ if TYPE_CHECKING:
     from consilience import corrections as corrections
     from consilience import data as data
     from consilience import engines as engines
+    from consilience import losses as losses
     from consilience import mappers as mappers
     from consilience import memory as memory
     from consilience import merging as merging
     from consilience import methods as methods
+    from consilience import metrics as metrics
     from consilience import models as models
     from consilience import report as report
     from consilience import settings as settings
@@ -36,7 +38,6 @@ if TYPE_CHECKING:
     from consilience.api import Result as Result
     from consilience.api import run as run
     from consilience.api import sweep as sweep
-    from consilience.core import losses as losses
     from consilience.core.aggregator import Aggregator as Aggregator
     from consilience.core.aggregator import Blockwise as Blockwise
     from consilience.core.aggregator import Cone as Cone
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
     from consilience.core.message import Statistics as Statistics
     from consilience.core.message import Weights as Weights
     from consilience.core.method import Method as Method
+    from consilience.core.metrics import Metric as Metric
     from consilience.core.model import Model as Model
     from consilience.core.optimiser import Optimiser as Optimiser
     from consilience.core.sampler import Sampler as Sampler

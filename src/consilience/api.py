@@ -12,7 +12,6 @@ import torch
 from consilience import engines, models
 from consilience.core.errors import ConsilienceError, kind_of
 from consilience.core.method import Method
-from consilience.core.metrics import Metric
 from consilience.core.model import Model
 from consilience.core.schedule import Schedule
 from consilience.core.training import Training
@@ -23,6 +22,7 @@ from consilience.loop.engine import Engine
 from consilience.loop.folder import Progress
 from consilience.loop.run import begin, drive
 from consilience.loop.session import Session
+from consilience.metrics.choice import Choice
 
 
 class Result(loop_result.Result):
@@ -74,7 +74,7 @@ def run(
     out: str | Path | None = None,
     resume: bool = False,
     engine: str | Engine = "serial",
-    metric: str | Metric | None = None,
+    metric: Choice = None,
     checkpoint_seconds: float = 60.0,
     checkpoint_steps: int | None = None,
     curve_steps: int | None = None,
@@ -98,7 +98,10 @@ def run(
         engine: what runs the steps: "serial", "batched" (many clients in one program), "ray" (many processes
             or machines), "auto" (batched where that is faster), or one of `consilience.engines`. The results
             are the same, to rounding.
-        metric: "accuracy", "auroc", "r2", or a function of (predictions, targets); None fits the targets.
+        metric: a name of `consilience.metrics`, what one of its functions returns, a function of
+            (predictions, targets), or an object of torchmetrics; a list of these, whose first is in the
+            matrices (`Result.of_metric` has the others); or a mapping of tasks or kinds of targets to them.
+            None fits the targets. A source's own `metric` comes first.
         checkpoint_seconds: the time between checkpoints, also inside a visit.
         checkpoint_steps: the steps between checkpoints, in addition.
         curve_steps: the steps between points of the learning curve inside a visit: the metric on the test
@@ -150,7 +153,7 @@ def sweep(
     out: str | Path | None = None,
     resume: bool = False,
     engine: str | Engine = "auto",
-    metric: str | Metric | None = None,
+    metric: Choice = None,
     checkpoint_seconds: float = 60.0,
     judge_clients: bool = False,
     progress: Progress | None = None,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
+import re
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -160,26 +162,65 @@ def aggregator_of(text: str) -> Aggregator:
     >>> aggregator_of("ties(density=0.5)")
     Ties(density=0.5)
     """
-    # Only literals are accepted as arguments, so that nothing is executed.
+    call = call_of("aggregator", text)
+    made: Aggregator = call()
+    return made
+
+
+def metrics_of(text: str) -> list[Any]:
+    """Build the metrics of `accuracy,f1(average=micro)`: names, or dotted paths to functions of users.
+
+    >>> metrics_of("accuracy, f1(average=micro)")
+    [Accuracy(), F1(average='micro', threshold=0.5)]
+    """
+    # YAML may have a list, which comes here as JSON.
+    words = json.loads(text) if text.startswith("[") else listed(text)
+    found = []
+    for word in words:
+        call = call_of("metric", str(word))
+        # A function of the user is the metric itself, unless it is called.
+        own = "." in str(word) and "(" not in str(word)
+        found.append(call.func if own else call())
+    return found
+
+
+def listed(text: str) -> list[str]:
+    """Split a list at its commas, but not at those between parentheses.
+
+    >>> listed("ties(0.3, 1),dare")
+    ['ties(0.3, 1)', 'dare']
+    """
+    return [word.strip() for word in re.split(r",(?![^()]*\))", text)]
+
+
+def call_of(choice: str, text: str) -> partial[Any]:
+    """Read a name of a catalogue, or a name with arguments, as a function with these."""
+    # Only literals and plain words are accepted as arguments, so that nothing is executed.
     try:
         node = ast.parse(text.strip(), mode="eval").body
-        positional = [ast.literal_eval(value) for value in node.args] if isinstance(node, ast.Call) else []
+        positional = [literal(value) for value in node.args] if isinstance(node, ast.Call) else []
         keywords = node.keywords if isinstance(node, ast.Call) else []
-        named = {word.arg: ast.literal_eval(word.value) for word in keywords if word.arg}
+        named = {word.arg: literal(word.value) for word in keywords if word.arg}
     except (SyntaxError, ValueError) as error:
         raise ConsilienceError(
-            f"an aggregator must be a name, or a name with its arguments, got {text!r}."
+            f"`{choice}` must be a name, or a name with its arguments, got {text!r}."
         ) from error
 
     name = ast.unparse(node.func if isinstance(node, ast.Call) else node)
-    call = resolve("aggregator", name)
+    call = resolve(choice, name)
+    if not isinstance(node, ast.Call) and "." in name:
+        return partial(call)  # a function of the user may have no signature
     signature = inspect.signature(call)
     try:
         signature.bind(*positional, **named)
     except TypeError as error:
         wanted = signature.replace(return_annotation=inspect.Signature.empty)
         raise ConsilienceError(
-            f"`aggregators` must have their arguments, as in {name}{wanted}, got {text!r}: {error}."
+            f"`{choice}` must have its arguments, as in {name}{wanted}, got {text!r}: {error}."
         ) from error
-    made: Aggregator = call(*positional, **named)
-    return made
+    return partial(call, *positional, **named)
+
+
+def literal(node: ast.expr) -> Any:
+    """Return the value of a literal, or a plain word as text."""
+    return node.id if isinstance(node, ast.Name) else ast.literal_eval(node)

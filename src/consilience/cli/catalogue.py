@@ -26,6 +26,7 @@ ROOMS = {
     "aggregator": "aggregators",
     "policy": "memory",
     "mapper": "mappers",
+    "metric": "metrics",
 }
 """The room of each kind of choice."""
 
@@ -37,6 +38,7 @@ HIDDEN = {
     "macs",
     "new_instances",
     "new_instances_and_classes",
+    "own",
     "stream",
     "wrap",
 }
@@ -49,10 +51,6 @@ def catalogue(choice: str) -> dict[str, Callable[..., Any]]:
     >>> sorted(catalogue("policy"))
     ['class_balanced', 'growing', 'herding', 'reservoir', 'ring']
     """
-    # A metric has no catalogue: its names are known to the run, and its dotted paths are resolved here.
-    if choice not in ROOMS:
-        return {}
-
     module = importlib.import_module(f"consilience.{ROOMS[choice]}")
     names = getattr(module, "__all__", FITTING)
     found = {name: getattr(module, name) for name in names if name not in HIDDEN}

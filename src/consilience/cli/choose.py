@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from consilience.cli.build import aggregator_of, model_of, schedule_of
+from consilience.cli.build import aggregator_of, listed, model_of, schedule_of
 from consilience.cli.catalogue import resolve
 from consilience.cli.options import (
     Order,
@@ -221,6 +220,4 @@ def halved(sources: Sequence[Source], seed: int) -> list[Source]:
 
 def aggregators_of(text: str) -> dict[str, Aggregator]:
     """Build the aggregators of `ties(0.3),dare`, by these names."""
-    # A comma between parentheses separates arguments.
-    names = [name.strip() for name in re.split(r",(?![^()]*\))", text)]
-    return {name: aggregator_of(name) for name in names}
+    return {name: aggregator_of(name) for name in listed(text)}

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from consilience.cli.build import method_of, model_of, schedule_of, training_of
-from consilience.cli.catalogue import resolve
+from consilience.cli.build import method_of, metrics_of, model_of, schedule_of, training_of
 from consilience.cli.options import Order, understand
 from consilience.core.errors import ConsilienceError
 
@@ -46,9 +46,7 @@ def carry_out(
     """Run one method with the options of an order."""
     import consilience as cs
 
-    # A metric of the user is a function, found by its dotted path.
     options = order.run
-    metric = resolve("metric", options.metric) if options.metric and "." in options.metric else options.metric
     stages = schedule.survey(options.seed).stages
     with progress_lines(stages, options.repeats, method.name) as progress:
         return cs.run(
@@ -62,7 +60,7 @@ def carry_out(
             config=config,
             repeats=options.repeats,
             seed=options.seed,
-            metric=metric,
+            metric=None if options.metric is None else metrics_of(options.metric),
             engine=options.engine,
             checkpoint_seconds=options.checkpoint_seconds,
             checkpoint_steps=options.checkpoint_steps,
@@ -87,12 +85,20 @@ def progress_lines(stages: int, repeats: int, label: str) -> Iterator[Callable[[
         if line["event"] == "stage" and line["stage"]:
             count = f"{before + line['stage']}/{total}"
             seconds = f"{line['seconds']:.1f} s"
-            print(f"{label}  {count}  {line['name']}  {line['score']:.3f}  {seconds}", flush=True)
+            print(f"{label}  {count}  {line['name']}  {scores_of(line)}  {seconds}", flush=True)
         elif line["event"] == "resume":
             done = before + max(0, line["stage"] - 1)
             print(f"{label}  resumed after {done}/{total}, step {line['steps']}", flush=True)
 
     yield write
+
+
+def scores_of(line: Mapping[str, Any]) -> str:
+    """Write the scores of a stage: one number, or each further metric by its name."""
+    further = [f"{name} {score:.3f}" for name, score in line.get("metrics", {}).items()]
+    # Sources with different metrics have no mean.
+    first = [] if further and math.isnan(line["score"]) else [f"{line['score']:.3f}"]
+    return ", ".join([*first, *further])
 
 
 @contextmanager
@@ -112,7 +118,7 @@ def progress_bar(stages: int, repeats: int, label: str) -> Iterator[Callable[[Ma
 
         def draw(line: Mapping[str, Any]) -> None:
             if line["event"] == "stage":
-                text = f"{label}, {line['name']}: {line['score']:.3f}"
+                text = f"{label}, {line['name']}: {scores_of(line)}"
                 bar.update(task, completed=line["repeat"] * stages + line["stage"], description=text)
 
         yield draw

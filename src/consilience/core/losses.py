@@ -70,6 +70,7 @@ class Loss(ABC):
 
     def __call__(self, out: Tensor, y: Tensor, complete: bool = False) -> Losses:
         """Return the losses of samples. `complete` says that no target is missing."""
+        # Without missing targets there is nothing to mask and to count: this is the case of most steps.
         if complete and self.weight(y) is None:
             each = self.elements(out, y)
             return Losses(each if y.dim() == 1 else each.flatten(1).mean(1))
@@ -83,6 +84,7 @@ class Loss(ABC):
         if y.dim() == 1:
             return Losses(each, share)
 
+        # The mean of a sample and its count give the mean over all places of a batch, as torch computes it.
         counts = share.flatten(1).sum(1)
         values = (each * share).flatten(1).sum(1) / counts.clamp_min(torch.finfo(each.dtype).tiny)
         # A sample of values counts once for each place, however many outputs it has.
@@ -188,6 +190,7 @@ class Focal(CrossEntropy):
             raise ConsilienceError(f"`gamma` must be >= 0 and finite, got {self.gamma}.")
 
     def elements(self, out: Tensor, y: Tensor) -> Tensor:
+        # 1 - p as -(e^-loss - 1): exact where p is nearly 1.
         own = F.cross_entropy(out, y, reduction="none")
         return (-torch.expm1(-own)) ** self.gamma * super().elements(out, y)
 
@@ -345,6 +348,7 @@ def loss_of(loss: object, kind: str) -> Loss:
     """
     if loss is None:
         return DEFAULTS[kind]
+    # A name from a configuration, or a function of the user's.
     if isinstance(loss, str):
         if loss not in LOSSES:
             raise unknown("loss", loss, LOSSES)

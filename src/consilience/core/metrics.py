@@ -3,65 +3,115 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import ClassVar
 
 import numpy as np
-import torch  # noqa: F401 (the examples use it)
+import torch
 from torch import Tensor
 
-Metric = Callable[[Tensor, Tensor], float]
-"""(predictions p [N, C], targets y [N] or [N, k]) -> a score, where more is better."""
+from consilience.core.source import Source
+
+Sums = dict[str, Tensor]
+"""What a metric knows of some chunks of examples."""
 
 
-def accuracy(p: Tensor, y: Tensor) -> float:
-    """Return the share of samples whose likeliest class is right.
+@dataclass(frozen=True)
+class Metric(ABC):
+    """A measure of predictions against targets. Its sums add up over chunks of examples.
 
-    A row of zeros, which says that no class is likely, is wrong.
+    Predictions p are [N, C, *places]: class probabilities, probabilities of each label, or values. Targets y
+    are classes [N, *places] with -100 for none, values [N, k, *places] with NaN for none, or labels 0 and 1
+    [N, L, *places] with NaN for none. A class of one's own is a frozen dataclass with `sums` and `value`.
 
-    >>> accuracy(torch.tensor([[0.2, 0.8], [0.9, 0.1]]), torch.tensor([1, 1]))
+    >>> class Errors(Metric):
+    ...     def sums(self, p, y):
+    ...         return {"wrong": (p.argmax(1) != y).sum(), "count": torch.tensor(len(y))}
+    ...     def value(self, sums):
+    ...         return float(sums["wrong"] / sums["count"])
+    ...     @property
+    ...     def higher(self):
+    ...         return False
+    >>> Errors()(torch.tensor([[0.2, 0.8], [0.9, 0.1]]), torch.tensor([1, 1]))
     0.5
-    >>> accuracy(torch.zeros(2, 3), torch.tensor([0, 1]))
-    0.0
     """
-    return float(((p.argmax(1) == y) & (p.amax(1) > 0)).double().mean())
+
+    called: ClassVar[str] = ""
+    """Its name with default arguments; "" for the name of the class."""
+    kinds: ClassVar[tuple[str, ...]] = ("class", "value", "labels")
+    """The kinds of targets that it fits."""
+    keeps: ClassVar[bool] = False
+    """Whether it keeps all predictions until the end: its sums are then concatenated instead of added."""
+
+    @property
+    def name(self) -> str:
+        """The name in tables and results: with all arguments that are no defaults, as in "top_k(k=3)"."""
+        given = [(field.name, getattr(self, field.name), field.default) for field in fields(self)]
+        changed = ", ".join(f"{name}={value}" for name, value, default in given if value != default)
+        called = self.called or type(self).__name__
+        return f"{called}({changed})" if changed else called
+
+    @property
+    def higher(self) -> bool | None:
+        """Whether more is better; None where that is unknown."""
+        return True
+
+    @abstractmethod
+    def sums(self, p: Tensor, y: Tensor) -> Sums:
+        """Return the sums over one chunk of examples, in float64 or whole numbers."""
+
+    @abstractmethod
+    def value(self, sums: Sums) -> float:
+        """Return the metric of sums; NaN where it is undefined."""
+
+    def add(self, *parts: Sums) -> Sums:
+        """Return the sums over several chunks."""
+        # Kept predictions have an order, which chunks follow.
+        if self.keeps:
+            return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        total = parts[0]
+        for part in parts[1:]:
+            total = {name: total[name] + part[name] for name in total}
+        return total
+
+    def of(self, source: Source) -> Metric:
+        """Return the metric for one source, where it depends on how the source is trained on."""
+        return self
+
+    def running(self) -> Running:
+        """Begin to measure chunk by chunk."""
+        return Running(self)
+
+    def __call__(self, p: Tensor, y: Tensor) -> float:
+        """Return the metric of one chunk."""
+        return self.value(self.sums(p, y))
 
 
-def auroc(p: Tensor, y: Tensor) -> float:
-    """Return the area under the ROC curve. Of more than two classes: each against the rest, averaged.
+class Running:
+    """A metric of the chunks that came so far."""
 
-    Classes that do not occur in y are left out; with fewer than two it is NaN.
+    def __init__(self, metric: Metric) -> None:
+        self.metric = metric
+        self.parts: list[Sums] = []
 
-    >>> auroc(torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8]]), torch.tensor([0, 0, 1]))
-    1.0
-    """
-    present = [int(label) for label in y.unique()]
-    if len(present) < 2:
-        return float("nan")
-    areas = []
-    # Of two classes one area says all: the other's is the same.
-    for label in present[1:] if len(present) == 2 else present:
-        # The area is a rank statistic (Mann-Whitney U); equal scores share the middle of their ranks.
-        _, rank, count = p[:, label].double().unique(return_inverse=True, return_counts=True)
-        middle = count.cumsum(0).double() - (count - 1) / 2
-        positive = y == label
-        n = float(positive.sum())
-        above = float(middle[rank[positive]].sum()) - n * (n + 1) / 2
-        areas.append(above / (n * (len(y) - n)))
-    return float(np.mean(areas))
+    def update(self, p: Tensor, y: Tensor) -> None:
+        """Count one chunk: predictions p and targets y, on any devices."""
+        self.parts.append(self.metric.sums(p, y.to(p.device)))
 
+        # Kept predictions are concatenated once, at the end; sums need no more memory than one of them.
+        if not self.metric.keeps:
+            self.parts = [self.metric.add(*self.parts)]
 
-def r2(p: Tensor, y: Tensor) -> float:
-    """Return the coefficient of determination 1 - sum (y - p)^2 / sum (y - mean y)^2.
+    def value(self) -> float:
+        """Return the metric; NaN before any chunk, and where it is infinite."""
+        if not self.parts:
+            return math.nan
 
-    >>> r2(torch.tensor([[1.0], [2.0]]), torch.tensor([[1.0], [2.0]]))
-    1.0
-    """
-    # Constant targets have no variance to explain.
-    spread = float((y - y.mean(0)).square().sum())
-    return 1 - float((y - p[:, : y.shape[1]]).square().sum()) / spread if spread else float("nan")
-
-
-METRICS: dict[str, Metric] = {"accuracy": accuracy, "auroc": auroc, "r2": r2}
+        # JSON has no infinity, and a mean with one says nothing.
+        value = float(self.metric.value(self.metric.add(*self.parts)))
+        return value if math.isfinite(value) else math.nan
 
 
 def client_drift(base: Tensor, new: Tensor, sent: Tensor) -> dict[str, float]:
@@ -82,25 +132,42 @@ def client_drift(base: Tensor, new: Tensor, sent: Tensor) -> dict[str, float]:
     return {"distance": float(far.mean()), "distance_max": float(far.max()), "cosine": cosine}
 
 
-def summary(matrix: np.ndarray, learned_at: Sequence[int | None]) -> Mapping[str, float | None]:
+def mean(values: np.ndarray | Sequence[float], axis: int | None = None) -> np.ndarray:
+    """Return the mean without the NaN among the values, over an axis or all; NaN where nothing is left.
+
+    >>> mean(np.array([[1.0, np.nan], [3.0, np.nan]]), 0)
+    array([ 2., nan])
+    """
+    array = np.asarray(values, dtype=float)
+    missing = np.isnan(array)
+    with np.errstate(invalid="ignore"):  # 0 / 0 is the NaN of nothing
+        total = np.where(missing, 0.0, array).sum(axis)
+        return np.asarray(np.true_divide(total, (~missing).sum(axis)))
+
+
+def summary(
+    matrix: np.ndarray, learned_at: Sequence[int | None], higher: bool = True
+) -> Mapping[str, float | None]:
     """Return score, forgetting, backward and forward transfer of R [stages + 1, sources].
 
-    Source j is learned at stage l_j = learned_at[j] only; None: at several. T is the last stage.
+    Source j is learned at stage l_j = learned_at[j] only; None: at several. T is the last stage. Where less
+    is better (not `higher`), max is min, and differences have the other sign: a loss of skill is positive.
 
     - score = mean_j R[T, j];
     - backward_transfer = mean (R[T, j] - R[l_j, j]), over sources learned before the last stage;
     - forgetting = mean (max_{0 < i < T} R[i, j] - R[T, j]), over the same;
     - forward_transfer = mean (R[l_j - 1, j] - R[0, j]), over sources learned after the first stage;
-    - normalised = mean R[T, j] / R[l_j, j], over all sources that are learned.
+    - normalised = mean R[T, j] / R[l_j, j], over all sources that are learned; None where less is better.
 
-    All but the score are None where a source is learned more than once, or where there is nothing to average.
+    Each mean leaves out the sources where it is NaN. All but the score are None where a source is learned
+    more than once, or where there is nothing to average.
 
     >>> r = np.array([[0.0, 0.2], [1.0, 0.3], [0.6, 0.9]])
     >>> {k: round(v, 3) for k, v in summary(r, [1, 2]).items()}
     {'score': 0.75, 'forgetting': 0.4, 'backward_transfer': -0.4, 'forward_transfer': 0.1, 'normalised': 0.8}
     """
     last = len(matrix) - 1
-    found: dict[str, float | None] = {"score": float(matrix[last].mean())}
+    found: dict[str, float | None] = {"score": float(mean(matrix[last]))}
 
     # With a source that is learned twice, no stage is "before" or "after" it.
     once = all(stage is not None for stage in learned_at)
@@ -109,37 +176,46 @@ def summary(matrix: np.ndarray, learned_at: Sequence[int | None]) -> Mapping[str
     after_first = [j for j, stage in enumerate(learned) if stage > 1] if once else []
     scored = [j for j, stage in enumerate(learned) if stage > 0 and matrix[stage, j] > 0] if once else []
 
-    def mean(values: list[float]) -> float | None:
-        return float(np.mean(values)) if values else None
-
-    found["forgetting"] = mean([float(matrix[1:last, j].max() - matrix[last, j]) for j in before_last])
-    found["backward_transfer"] = mean([float(matrix[last, j] - matrix[learned[j], j]) for j in before_last])
-    found["forward_transfer"] = mean([float(matrix[learned[j] - 1, j] - matrix[0, j]) for j in after_first])
-    found["normalised"] = mean([float(matrix[last, j] / matrix[learned[j], j]) for j in scored])
+    # From here on more is better.
+    good = matrix if higher else -matrix
+    changes = {
+        "forgetting": [lost(good[:, j]) for j in before_last],
+        "backward_transfer": [float(good[last, j] - good[learned[j], j]) for j in before_last],
+        "forward_transfer": [float(good[learned[j] - 1, j] - good[0, j]) for j in after_first],
+        "normalised": [float(matrix[last, j] / matrix[learned[j], j]) for j in scored] if higher else [],
+    }
+    for name, values in changes.items():
+        kept = [value for value in values if value == value]
+        found[name] = float(np.mean(kept)) if kept else None
     return found
 
 
-def global_forgetting(matrix: np.ndarray) -> float | None:
+def lost(scores: np.ndarray) -> float:
+    """Return max_{0 < i < T} s_i - s_T of the scores [T + 1] of one source; NaN where it is undefined.
+
+    >>> lost(np.array([0.0, 0.5, np.nan, 0.25]))
+    0.25
+    """
+    past = scores[1:-1][~np.isnan(scores[1:-1])]
+    return float(past.max() - scores[-1]) if len(past) else math.nan
+
+
+def global_forgetting(matrix: np.ndarray, higher: bool = True) -> float | None:
     """Return mean_j (max_{0 < i < T} R[i, j] - R[T, j]) over all sources; None with one stage.
 
-    Unlike `summary`, it counts sources that are learned several times.
+    Unlike `summary`, it counts sources that are learned several times. Where less is better (not `higher`),
+    it is mean_j (R[T, j] - min_{0 < i < T} R[i, j]).
 
     >>> global_forgetting(np.array([[0.0, 0.0], [0.5, 1.0], [1.0, 0.75]]))
     -0.125
     """
-    last = len(matrix) - 1
-    if last < 2:
-        return None
-    lost = [
-        float(np.nanmax(scores[:-1]) - scores[-1])
-        for scores in matrix[1:].T
-        if np.isfinite(scores[:-1]).any() and np.isfinite(scores[-1])
-    ]
-    return float(np.mean(lost)) if lost else None
+    values = [lost(scores if higher else -scores) for scores in matrix.T]
+    kept = [value for value in values if math.isfinite(value)]
+    return float(np.mean(kept)) if kept else None
 
 
-def worst(scores: np.ndarray, fraction: float) -> float:
-    """Return the mean over the lowest `fraction` of the scores [n], at least one. NaN ones are left out.
+def worst(scores: np.ndarray, fraction: float, higher: bool = True) -> float:
+    """Return the mean over the worst `fraction` of the scores [n], at least one. NaN ones are left out.
 
     >>> worst(np.array([0.9, 0.1, 0.5, 0.3]), 0.5)
     0.2
@@ -149,4 +225,4 @@ def worst(scores: np.ndarray, fraction: float) -> float:
         return float("nan")
     # A little less, because 0.1 x 30 is more than 3 in floating point.
     count = max(1, math.ceil(fraction * len(kept) - 1e-9))
-    return float(kept[:count].mean())
+    return float((kept[:count] if higher else kept[-count:]).mean())

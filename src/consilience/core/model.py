@@ -158,6 +158,7 @@ class Model(ABC):
         wanted = f"outputs [B, {self.outputs}{', *places' * bool(places)}]"
         if not isinstance(out, Tensor):
             raise ConsilienceError(f"a model must return {wanted}, got {type(out).__name__}.")
+        # More outputs than said would have columns that nothing names.
         if out.dim() != 2 + places or len(out) != samples or out.shape[1] != self.outputs:
             got = tuple(["B", *out.shape[1:]] if len(out) == samples else out.shape)
             raise ConsilienceError(

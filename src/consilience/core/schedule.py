@@ -449,7 +449,8 @@ def reframe(sources: Sequence[Source], scenario: str) -> tuple[tuple[Source, ...
     if not sources:
         raise ConsilienceError("a schedule must have sources, got none.")
 
-    # Classes come first; values and several labels have columns of their own after them.
+    # Classes come first; values and several labels have columns of their own after them, because a softmax
+    # over a value would mean nothing.
     labels: tuple[Label, ...] = ()
     found: dict[int, Source] = {}
     mapped: _Mapped = {}
@@ -483,6 +484,7 @@ def with_targets(
     kind. Raises ConsilienceError for a loss that does not fit, or that no task has, and for a task of two
     kinds.
     """
+    # A source's own loss wins over that of its task, which wins over that of its kind.
     chosen = _Chosen(loss)
     found: dict[str, Target] = {}
     for source in sources:
@@ -507,7 +509,7 @@ def with_targets(
         only = replace(target, columns=None if leading else columns, complete=complete)
         return tuple(replace(s, target="") for s in sources), replace(frame, targets={"": only})
 
-    # Classes of tasks that are not told apart compete with the classes of all others, not with values.
+    # Without task labels, classes compete with the classes of all tasks, but not with values.
     classes = tuple(
         dict.fromkeys(c for task, t in found.items() if t.kind == "class" for c in frame.tasks[task])
     )
@@ -565,6 +567,7 @@ def _labels(sources: Sequence[Source], scenario: str) -> tuple[Label, ...]:
         return _domain_labels(sources) if scenario == "domain" else _class_labels(sources)
     if scenario != "domain":
         return tuple(dict.fromkeys(label for source in sources for label in source.labels))
+    # By position: the widest source names the columns of all.
     widest = max(sources, key=lambda source: len(source.labels))
     return widest.labels
 

@@ -117,6 +117,7 @@ def trimmed(x: Input, y: Tensor) -> tuple[Input, Tensor]:
     """Cut the padding that a batch does not need, of ragged inputs and of targets [B, T] at their places."""
     if isinstance(x, Tensor) or x.lengths is None:
         return x, y
+    # Targets have places of their own, such as a tag for each token, or one class for all.
     short = x.trim()
     at_places = y.dim() > 1 and y.shape[-1] == x.places
     return short, y[..., : short.places] if at_places else y
@@ -127,6 +128,7 @@ def joined_rows(tables: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
     "x" are inputs as `tree.named` names their tensors, and "y" are targets; both may be ragged.
     """
+    # Inputs and targets may need padding; all else has one shape.
     joined = named("x", concat([unnamed("x", table) for table in tables]))
     joined["y"] = joined_targets([table["y"] for table in tables])
     others = [name for name in tables[0] if name not in ("x", "y") and not name.startswith("x/")]
@@ -283,6 +285,7 @@ class Target:
 
     def own(self, out: Tensor, y: Tensor) -> Tensor:
         """Return the outputs that the targets are compared with: of classes all, else the task's own."""
+        # Classes compete with one another, so all their columns are needed.
         if self.kind == "class":
             return out
         # A model may have more outputs than there are targets.

@@ -190,6 +190,7 @@ def concat(inputs: Sequence[Input]) -> Input:
     if isinstance(first, Tensor):
         return torch.cat([x for x in inputs if isinstance(x, Tensor)])
 
+    # Buffers and batches of other sources may have been padded to other lengths.
     trees = [x for x in inputs if isinstance(x, Tree)]
     longest = max(x.places or 0 for x in trees)
     trees = [x.padded(longest) for x in trees]
@@ -274,6 +275,7 @@ def as_input(value: Any, what: str = "`x`") -> Input:
     """
     if isinstance(value, Tree):
         return value
+    # A named tuple names its parts; a plain one is given to the module by place.
     if isinstance(value, tuple) and hasattr(value, "_asdict"):
         value = value._asdict()
     if isinstance(value, tuple):
@@ -374,6 +376,7 @@ def ready(value: Any) -> Input:
 
 def _ragged(value: Any) -> list[Any] | None:
     """Return sequences of unequal length as a list; None for anything else."""
+    # numpy keeps rows of unequal length as objects.
     if isinstance(value, np.ndarray) and value.dtype == object:
         value = list(value)
     if not isinstance(value, list) or not all(

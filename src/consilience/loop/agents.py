@@ -33,7 +33,8 @@ class Setup:
     """Resolved for this schedule."""
     model: Model
     training: Training
-    metric: Metric
+    metrics: Mapping[str, tuple[Metric, ...]]
+    """Those of each source, by its name; the first is in the matrices."""
     facts: ScheduleFacts
     judge_clients: bool = False
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from consilience.core.errors import ConsilienceError, Refusal, kind_of, unknown
+from consilience.core.errors import ConsilienceError, Refusal, kind_of
 from consilience.core.method import Method
-from consilience.core.metrics import METRICS, Metric
+from consilience.core.metrics import Metric
 from consilience.core.model import Model
 from consilience.core.params import content_hash, key
 from consilience.core.schedule import Schedule, with_targets
@@ -23,6 +23,7 @@ from consilience.core.tree import Tree, named, signature, types
 from consilience.loop.agents import Setup
 from consilience.loop.engine import Engine
 from consilience.loop.folder import Progress
+from consilience.metrics import choice
 from consilience.version import __version__
 
 
@@ -35,7 +36,7 @@ class RunOptions:
         seed: the first seed.
         out: the folder to write; None writes nothing.
         resume: whether to continue from the folder's checkpoint.
-        metric: by name, or a function of (predictions, targets); None fits the kind of target.
+        metric: one or several metrics, or those of each task or kind of targets; None fits the targets.
         checkpoint_seconds: the time between checkpoints.
         checkpoint_steps: the steps between further checkpoints; None: none.
         curve_steps: the steps between points of the learning curve; None: no curve.
@@ -48,7 +49,7 @@ class RunOptions:
     seed: int = 0
     out: str | Path | None = None
     resume: bool = False
-    metric: str | Metric | None = None
+    metric: choice.Choice = None
     checkpoint_seconds: float = 60.0
     checkpoint_steps: int | None = None
     curve_steps: int | None = None
@@ -110,8 +111,8 @@ def check_all(
         )
 
     _check_inputs(schedule, method, model)
-    metric = metric_of(options.metric, schedule.frame.kind)[1]
-    return Setup(schedule, method, model, training, metric, facts, options.judge_clients)
+    metrics = choice.metrics_of(options.metric, [*schedule.judged, *schedule.sources])
+    return Setup(schedule, method, model, training, metrics, facts, options.judge_clients)
 
 
 def with_loss(schedule: Schedule, loss: Any) -> Schedule:
@@ -157,23 +158,9 @@ def _check_inputs(schedule: Schedule, method: Method, model: Model) -> None:
             )
 
 
-def metric_of(metric: str | Metric | None, kind: str) -> tuple[str, Metric]:
-    """Return the name and the function of a metric that fits targets of this kind ("class" or "value")."""
-    default = "accuracy" if kind == "class" else "r2"
-
-    # The name of a function is a label in tables.
-    if callable(metric):
-        return getattr(metric, "__name__", default), metric
-
-    name = metric or default
-    if name not in METRICS:
-        raise unknown("metric", name, METRICS)
-    fits = ("r2",) if kind == "value" else ("accuracy", "auroc")
-    if name not in fits:
-        raise ConsilienceError(
-            f"`metric` must be {' or '.join(fits)} for targets of kind {kind!r}, got {name!r}."
-        )
-    return name, METRICS[name]
+def names_of(metrics: Sequence[Metric]) -> str:
+    """Name several metrics in one text."""
+    return ", ".join(metric.name for metric in metrics)
 
 
 def versions(engine: Engine | None = None) -> dict[str, Any]:
@@ -209,7 +196,7 @@ def describe(setup: Setup, method: str, options: RunOptions) -> dict[str, Any]:
     }
 
 
-def fingerprint(setup: Setup, metric: str, options: RunOptions) -> dict[str, Any]:
+def fingerprint(setup: Setup, options: RunOptions) -> dict[str, Any]:
     """Return what must be the same for a run to be resumed."""
     schedule, method, model = setup.schedule, setup.method, setup.model
     nothing = torch.zeros(0)
@@ -228,6 +215,7 @@ def fingerprint(setup: Setup, metric: str, options: RunOptions) -> dict[str, Any
 
     # All parts of a method are dataclasses, so their reprs have all hyperparameters.
     parts = {f: repr(getattr(method, f)) for f in method.__dataclass_fields__}
+    metrics = {source.name: names_of(setup.metrics[source.name]) for source in schedule.judged}
     return {
         "setting": schedule.setting,
         "scenario": schedule.scenario,
@@ -238,6 +226,6 @@ def fingerprint(setup: Setup, metric: str, options: RunOptions) -> dict[str, Any
         "training": {name: repr(value) for name, value in vars(setup.training).items()},
         "seed": options.seed,
         "repeats": options.repeats,
-        "metric": metric,
+        "metric": metrics if len({*metrics.values()}) > 1 else next(iter(metrics.values())),
         "threads": torch.get_num_threads(),
     }

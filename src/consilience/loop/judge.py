@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,10 +14,10 @@ import torch
 from torch import Tensor
 
 from consilience.core.message import Message, Weights
-from consilience.core.metrics import client_drift
+from consilience.core.metrics import Metric, Running, client_drift, mean
 from consilience.core.params import Layout, content_hash
 from consilience.core.schedule import Evaluate, Train
-from consilience.core.source import Source
+from consilience.core.source import Examples, Source
 from consilience.core.state import State
 from consilience.loop.agent import Agent
 from consilience.loop.agents import Agents, Setup
@@ -26,15 +28,32 @@ from consilience.loop.ledger import Ledger
 CHUNK = {"cpu": 512, "cuda": 4096}
 """How many test examples are evaluated at once, by the type of device: what is fastest there."""
 
-KEPT = ("rows", "stages", "mapped", "curve", "learning", "client_drift", "local", "personal", "before")
+KEPT = (
+    "rows",
+    "further",
+    "stages",
+    "mapped",
+    "curve",
+    "learning",
+    "client_drift",
+    "local",
+    "personal",
+    "before",
+)
 """The fields of a Judge that a checkpoint keeps."""
 
 
 class Score(NamedTuple):
-    """One source's score, and the fraction of its test examples that the mapper gave to their own task."""
+    """One source's scores by metric, and the fraction of examples that the mapper gave to their own task."""
 
-    metric: float
+    values: Mapping[str, float]
+    """The first is in the matrix."""
     mapped: float
+
+    @property
+    def first(self) -> float:
+        """The score in the matrix."""
+        return next(iter(self.values.values()))
 
 
 @dataclass(eq=False)
@@ -48,7 +67,9 @@ class Judge:
     write: Callable[[Mapping[str, Any]], None]
     """Writes a line of the log."""
     rows: list[list[float]] = field(default_factory=list)
-    """The scores of every source before training and after each stage."""
+    """The scores of every source before training and after each stage, by the first metric of each."""
+    further: dict[str, list[list[float]]] = field(default_factory=dict)
+    """By each other metric, or by all where the sources' first ones differ; NaN where it is not used."""
     stages: list[str] = field(default_factory=list)
     mapped: list[float] = field(default_factory=list)
     """Mapper accuracy after each stage."""
@@ -67,11 +88,11 @@ class Judge:
     def resume(self, facts: Mapping[str, Any]) -> None:
         """Continue from what `kept` gave."""
         for name in KEPT:
-            setattr(self, name, facts[name])
+            setattr(self, name, facts.get(name, getattr(self, name)))
 
     def result(self) -> dict[str, Any]:
         """Return what the trial found, without costs."""
-        names = ("rows", "curve", "learning", "client_drift", "local", "personal")
+        names = ("rows", "further", "curve", "learning", "client_drift", "local", "personal")
         stages, mapper = self.stages[1:], self.mapped or None
         return {name: getattr(self, name) for name in names} | {"stages": stages, "mapper": mapper}
 
@@ -80,8 +101,11 @@ class Judge:
     def evaluate(self, stage: str) -> None:
         """Score the evaluated agent on every source's test data: one more row of the matrix."""
         scores = self.scores(self.agents[self.setup.schedule.evaluated])
-        row = [score.metric for score in scores]
+        row = [score.first for score in scores]
         self.rows.append(row)
+        further = {name: [score.values.get(name, math.nan) for score in scores] for name in self.names}
+        for name, values in further.items():
+            self.further.setdefault(name, []).append(values)
         self.stages.append(stage)
         if len(self.rows) > 1 and self.setup.method.mapper is not None:
             self.mapped.append(self._mapper_accuracy(scores))
@@ -98,7 +122,11 @@ class Judge:
                 f"the metric is undefined on {names}; the mean over sources leaves them out", stacklevel=2
             )
 
-        mean = float(np.nanmean(row)) if len(undefined) < len(row) else float("nan")
+        # Scores by different metrics have no mean.
+        score = math.nan if self.mixed else float(mean(row))
+        scored: dict[str, Any] = {"score": score}
+        if further:
+            scored["metrics"] = {name: float(mean(values)) for name, values in further.items()}
 
         # The score is drawn over costs, so each stage has the costs so far.
         costs = {
@@ -106,9 +134,9 @@ class Judge:
             "bytes": self.ledger.total("sent"),
             "seconds": round(self.ledger.clock(), 3),
         }
-        self.curve.append({"score": mean, **costs})
+        self.curve.append({**scored, **costs})
         line = {"event": "stage", "repeat": self.repeat, "stage": len(self.rows) - 1, "name": stage}
-        self.write({**line, "score": mean, "scores": row, "steps": self.ledger.steps, **costs})
+        self.write({**line, **scored, "scores": row, "steps": self.ledger.steps, **costs})
 
     def _mapper_accuracy(self, scores: Sequence[Score]) -> float:
         """Return the mean mapper accuracy over the sources that were trained on by now."""
@@ -120,31 +148,54 @@ class Judge:
         ]
         return float(np.mean(by_now)) if by_now else float("nan")
 
-    @torch.no_grad()
+    @cached_property
+    def mixed(self) -> bool:
+        """Whether the first metric of some judged source is another than that of others."""
+        return len({self.first_metric(source.name) for source in self.setup.schedule.judged}) > 1
+
+    @cached_property
+    def names(self) -> list[str]:
+        """The names of the metrics of `further`."""
+        judged = [self.setup.metrics[source.name] for source in self.setup.schedule.judged]
+        # The first metric of all is in `rows` already.
+        ranked = [metrics[0] for metrics in judged] if self.mixed else []
+        ranked += [metric for metrics in judged for metric in metrics[1:]]
+        return list(dict.fromkeys(metric.name for metric in ranked))
+
+    def first_metric(self, source: str) -> str:
+        """Return the name of the metric by which a source is scored in the matrix."""
+        return self.setup.metrics[source][0].name
+
     def scores(self, agent: Agent) -> list[Score]:
         """Return the scores of an agent on everything that is judged."""
-        schedule, mapper = self.setup.schedule, self.setup.method.mapper
-        labelled = schedule.labelled or (mapper is not None and mapper.needs_label)
-
         # Parts of a stream have the same test data: they are judged once.
-        found: dict[tuple[int, str | None], Score] = {}
+        found: dict[tuple[int, str | None, tuple[Metric, ...]], Score] = {}
         scores = []
-        for source in schedule.judged:
-            at = (id(source.test), source.task if labelled or mapper is not None else None)
+        for source in self.setup.schedule.judged:
+            task = source.task if self._labelled or self.setup.method.mapper is not None else None
+            at = (id(source.test), task, self.setup.metrics[source.name])
             if at not in found:
-                found[at] = self._score(agent, source, source.task if labelled else None)
+                found[at] = self.score(agent, source.test, source)
             scores.append(found[at])
         return scores
 
-    def _score(self, agent: Agent, source: Source, task: str | None) -> Score:
-        """Return the score of an agent on one source's test data; `task` is the label that it is given."""
+    @property
+    def _labelled(self) -> bool:
+        """Whether the agent is given the task of test data."""
+        mapper = self.setup.method.mapper
+        return self.setup.schedule.labelled or (mapper is not None and mapper.needs_label)
+
+    @torch.no_grad()
+    def score(self, agent: Agent, examples: Examples, source: Source) -> Score:
+        """Return the scores of an agent on examples of a source, such as its test data, chunk by chunk."""
         schedule = self.setup.schedule
         is_trained = source.task in {other.task for other in schedule.sources}
-        answers, targets, right, count = [], [], 0.0, 0
-        for x, y in source.test.chunks(chunk(agent.device)):
-            prediction = agent.predictor(x, task)
-            answers.append(prediction.probabilities.cpu())
-            targets.append(y.cpu())
+        measured = [metric.running() for metric in self.setup.metrics[source.name]]
+        right, count = 0.0, 0
+        for x, y in examples.chunks(chunk(agent.device)):
+            prediction = agent.predictor(x, source.task if self._labelled else None)
+            for metric in measured:
+                metric.update(prediction.probabilities, y)
 
             # Routing is right or wrong only where some expert is of the true task.
             if prediction.weights is not None and is_trained:
@@ -152,21 +203,27 @@ class Judge:
                 own = [i for i, other in enumerate(tasks) if other == source.task]
                 right += float(sum(prediction.weights[:, i].sum() for i in own))
                 count += len(x)
-
-        metric = self.setup.metric(torch.cat(answers), torch.cat(targets))
-        return Score(metric, right / count if count else float("nan"))
+        return Score(values_of(measured), right / count if count else math.nan)
 
     @torch.no_grad()
+    def score_job(self, job: Job, examples: Examples, source: Source) -> Score:
+        """Return the scores of a visit's parameters at this step on examples of one of its sources."""
+        # The parameters are the job's: the agent still has those before the visit.
+        task = source.task if self.agents[job.agent].aware else None
+        measured = [metric.running() for metric in self.setup.metrics[source.name]]
+        for x, y in examples.chunks(chunk(job.layout.device)):
+            answer = job.answer(x, task)
+            for metric in measured:
+                metric.update(answer, y)
+        return Score(values_of(measured), math.nan)
+
     def add_curve_point(self, job: Job) -> None:
         """Score the sources of a visit with the parameters of this step: a point of the learning curve."""
         for source in job.sources:
-            # The parameters are the job's: the agent still has those before the visit.
-            task = source.task if self.agents[job.agent].aware else None
-            chunks = source.test.chunks(chunk(job.layout.device))
-            pairs = [(job.answer(x, task).cpu(), y) for x, y in chunks]
-            score = self.setup.metric(torch.cat([p for p, _ in pairs]), torch.cat([y for _, y in pairs]))
+            score = self.score_job(job, source.test, source)
             place = {"agent": job.agent, "source": source.name, "epoch": job.epoch, "step": job.index}
-            self.learning.append({**place, "steps": self.ledger.steps, "score": score})
+            point = {**place, "steps": self.ledger.steps, "score": score.first}
+            self.learning.append({**point, "metrics": dict(score.values)} if self.names else point)
 
     # Clients, by their own parameters (`judge_clients`).
 
@@ -208,10 +265,10 @@ class Judge:
         # After an exchange many clients have equal parameters, and scoring is slow.
         has_more = self.setup.method.mapper is not None or agent.choices() or agent.predictor.views
         if known is None or has_more:
-            return [score.metric for score in self.scores(agent)]
+            return [score.first for score in self.scores(agent)]
         content = content_hash({**agent.state.params, **agent.state.buffers})
         if content not in known:
-            known[content] = [score.metric for score in self.scores(agent)]
+            known[content] = [score.first for score in self.scores(agent)]
         return known[content]
 
     def own_and_others(
@@ -226,12 +283,15 @@ class Judge:
         own = [id(s.test) in tests if own_tests else s.name in names for s in schedule.judged]
         others = [id(s.test) not in tests for s in schedule.judged]
 
-        def mean(chosen: Sequence[bool]) -> float | None:
+        def mean_of(chosen: Sequence[bool]) -> float | None:
             # A resumed trial has None where JSON cannot hold a NaN.
             kept = [v for v, take in zip(row, chosen, strict=True) if take and v is not None and v == v]
-            return float(np.mean(kept)) if kept else None
+            names = {
+                self.first_metric(s.name) for s, take in zip(schedule.judged, chosen, strict=True) if take
+            }
+            return float(np.mean(kept)) if kept and len(names) == 1 else None
 
-        return mean(own), mean(others)
+        return mean_of(own), mean_of(others)
 
     def measure_drift(self, agent: Agent, before: State, messages: Sequence[Message]) -> None:
         """Measure how far clients went that started from this agent's parameters, against its own step."""
@@ -258,6 +318,11 @@ class Judge:
         found = client_drift(layout.flatten(before.base), layout.flatten(agent.state.params), rows)
         place = {"stage": len(self.rows), "agent": agent.name, "clients": len(clients)}
         self.client_drift.append({**place, **plain(found)})
+
+
+def values_of(measured: Sequence[Running]) -> dict[str, float]:
+    """Return the values of metrics by their names."""
+    return {running.metric.name: running.value() for running in measured}
 
 
 def chunk(device: torch.device) -> int:

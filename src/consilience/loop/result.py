@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import numpy as np
 from torch import Tensor
 
 from consilience.core.errors import ConsilienceError, unknown
-from consilience.core.metrics import global_forgetting, summary, worst
+from consilience.core.metrics import global_forgetting, mean, summary, worst
 from consilience.core.params import Params
 from consilience.core.tree import ready
 from consilience.loop.agent import Agent
 
 # Fields of a result that JSON holds as they are.
 PLAIN = ("setting", "data", "method", "model", "metric", "seed", "costs", "curve", "config", "versions")
+
+FIGURES = (
+    *("score", "score_std", "forgetting", "backward_transfer", "forward_transfer", "normalised"),
+    *("worst", "spread", "global_forgetting", "local_forgetting", "mapper_accuracy"),
+)
+"""Numbers that follow from a result's fields; result.json has them too."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +47,12 @@ class Result:
     """[repeats, stages + 1, sources]."""
     costs: Mapping[str, Any]
     """macs, bytes, steps and seconds: means over the repeats; `by_agent`: those of the first repeat."""
+    metrics: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """The matrices of each further metric; where `measured_by` is set, of all. `of_metric` uses them."""
+    higher: Mapping[str, bool | None] = field(default_factory=dict)
+    """Whether more is better, by metric; None: unknown, and True if it is not here."""
+    measured_by: tuple[str, ...] = ()
+    """The metric of each source in the matrices, where they differ; else (), and it is `metric`."""
     mapper: np.ndarray | None = None
     """Task-mapper accuracy [repeats, stages], over the sources that were trained on by then."""
     curve: Sequence[Mapping[str, float]] = ()
@@ -71,45 +83,117 @@ class Result:
     @property
     def matrix(self) -> np.ndarray:
         """The mean of R over repeats [stages + 1, sources]."""
-        return self.matrices.mean(0)  # type: ignore[no-any-return]
+        return mean(self.matrices, 0)
 
     @property
     def scores(self) -> list[float]:
-        """The final mean over sources, per repeat. Sources where the metric is undefined are left out."""
-        last = [matrix[-1] for matrix in self.matrices]
-        return [float(np.nanmean(row)) if np.isfinite(row).any() else float("nan") for row in last]
+        """The final mean over sources, per repeat. Sources where the metric is undefined are left out.
+
+        Raises ConsilienceError where sources have different metrics.
+        """
+        self._check_one_metric()
+        return [float(mean(matrix[-1])) for matrix in self.matrices]
 
     @property
     def score(self) -> float:
         """The mean of `scores`."""
-        return float(np.mean(self.scores))
+        return float(mean(self.scores))
 
     @property
     def score_std(self) -> float:
         """The standard deviation of `scores` (ddof 1); 0 for one repeat."""
-        return float(np.std(self.scores, ddof=1)) if self.repeats > 1 else 0.0
+        scores = [score for score in self.scores if np.isfinite(score)]
+        return float(np.std(scores, ddof=1)) if len(scores) > 1 else 0.0
 
     @property
     def accuracy(self) -> float:
-        """The score. Raises ConsilienceError if the metric is not accuracy."""
-        if self.metric != "accuracy":
+        """The score. Raises ConsilienceError if no metric is accuracy."""
+        if "accuracy" not in (self.metric, *self.metrics):
             raise ConsilienceError(
                 f"`accuracy` needs classification by accuracy, got metric {self.metric!r}; use `score`."
             )
-        return self.score
+        return self.of_metric("accuracy").score
 
     @property
     def spread(self) -> float:
         """The final standard deviation over sources (ddof 0)."""
-        last = [matrix[-1] for matrix in self.matrices]
-        stds = [float(np.nanstd(row)) if np.isfinite(row).any() else float("nan") for row in last]
-        return float(np.mean(stds))
+        self._check_one_metric()
+        rows = [matrix[-1] for matrix in self.matrices]
+        return float(mean([np.nanstd(row) if np.isfinite(row).any() else np.nan for row in rows]))
 
     def worst(self, fraction: float = 0.1) -> float:
         """Return the final mean over the worst fraction of the sources: how fair a federation is."""
         if not 0 < fraction <= 1:
             raise ConsilienceError(f"`fraction` must be in (0, 1], got {fraction}.")
-        return float(np.mean([worst(matrix[-1], fraction) for matrix in self.matrices]))
+        higher = self._known_direction()
+        return float(mean([worst(matrix[-1], fraction, higher) for matrix in self.matrices]))
+
+    # Several metrics
+
+    def of_metric(self, name: str) -> Self:
+        """Return this result by another of its metrics: with its matrices, forgetting, curves and table.
+
+        Sources that it does not fit have NaN, and are left out of means. What `judge_clients` found is by the
+        first metric only.
+        """
+        if name == self.metric:
+            return self
+        if name not in self.metrics:
+            raise unknown("metric", name, {*self.metrics, self.metric} - {""}, "those of the run")
+
+        # Curves have the first metric as the score, and all others next to it.
+        def scored(points: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+            return [{**point, "score": point["metrics"].get(name)} for point in points]
+
+        return replace(
+            self,
+            metric=name,
+            matrices=self.metrics[name],
+            metrics={},
+            measured_by=(),
+            curve=scored(self.curve),
+            learning_curve=scored(self.learning_curve),
+            local=(),
+            personal=None,
+        )
+
+    def by_metric(self) -> list[Self]:
+        """Return this result by each of its metrics, the first first."""
+        # Where the sources' metrics differ, no single one is the result's.
+        first = [] if self.measured_by else [self]
+        return [*first, *(self.of_metric(name) for name in self.metrics)]
+
+    def figure(self, name: str) -> float | None:
+        """Return a number of the result by its name, such as "forgetting"; None where it is refused."""
+        try:
+            value = getattr(self, name)
+            return value() if callable(value) else value  # type: ignore[no-any-return]
+        except ConsilienceError:
+            return None
+
+    def _check_one_metric(self) -> None:
+        """Refuse means over sources that have different metrics."""
+        if self.measured_by:
+            raise ConsilienceError(
+                f"the sources have different metrics ({', '.join(self.metrics)}), whose mean says nothing; "
+                f"use `result.of_metric({self.measured_by[0]!r})`."
+            )
+
+    @property
+    def direction(self) -> bool | None:
+        """Whether more of the metric is better; None where that is unknown."""
+        return self.higher.get(self.metric, True)
+
+    def _known_direction(self) -> bool:
+        """Return whether more is better; refuse what needs a direction where none is known."""
+        self._check_one_metric()
+        higher = self.direction
+        if higher is None:
+            raise ConsilienceError(
+                f"forgetting and transfer need a metric with a direction, and {self.metric!r} has none; "
+                "use `metric=cs.metrics.own(f, higher=True)`, or False where less is better."
+            )
+        return higher
 
     @property
     def first_source(self) -> list[float]:
@@ -128,27 +212,38 @@ class Result:
 
     def _mean(self, name: str) -> float | None:
         """Return the mean over repeats of a field of `metrics.summary`."""
-        values = [summary(matrix, self.learned_at)[name] for matrix in self.matrices]
+        higher = self._known_direction()
+        values = [summary(matrix, self.learned_at, higher)[name] for matrix in self.matrices]
         found = [value for value in values if value is not None]
         return float(np.mean(found)) if found else None
 
     @property
     def forgetting(self) -> float | None:
-        """mean_j (max_{0 < i < T} R[i, j] - R[T, j]) over sources with l_j < T."""
+        """mean_j (max_{0 < i < T} R[i, j] - R[T, j]) over sources with l_j < T.
+
+        Where less is better it is mean_j (R[T, j] - min_{0 < i < T} R[i, j]); transfer changes its sign too.
+        """
         return self._mean("forgetting")
 
     @property
     def global_forgetting(self) -> float | None:
         """mean_j (max_{0 < i < T} R[i, j] - R[T, j]) over all sources, whichever stages train on them."""
-        values = [global_forgetting(matrix) for matrix in self.matrices]
+        higher = self._known_direction()
+        values = [global_forgetting(matrix, higher) for matrix in self.matrices]
         found = [value for value in values if value is not None]
         return float(np.mean(found)) if found else None
 
     @property
     def local_forgetting(self) -> float | None:
-        """What a visit loses on others' data: the mean of others_before - others_after over `local`."""
+        """What a visit loses on others' data: the mean of others_before - others_after over `local`.
+
+        Where less is better the difference has the other sign.
+        """
+        sign = 1 if self._known_direction() else -1
         pairs = [(visit["others_before"], visit["others_after"]) for visit in self.local]
-        lost = [before - after for before, after in pairs if before is not None and after is not None]
+        lost = [
+            sign * (before - after) for before, after in pairs if before is not None and after is not None
+        ]
         return float(np.mean(lost)) if lost else None
 
     @property
@@ -163,13 +258,16 @@ class Result:
 
     @property
     def normalised(self) -> float | None:
-        """mean_j R[T, j] / R[l_j, j]: the fraction of the score at l_j that is left; None for "r2"."""
+        """mean_j R[T, j] / R[l_j, j]: the fraction of the score at l_j that is left.
+
+        None where less is better, and for "r2", whose 0 is not the least.
+        """
         return None if self.metric == "r2" else self._mean("normalised")
 
     @property
     def mapper_accuracy(self) -> float | None:
         """The final fraction of test examples that the task mapper gives to their own task."""
-        return None if self.mapper is None else float(self.mapper[:, -1].mean())
+        return None if self.mapper is None else float(mean(self.mapper[:, -1]))
 
     # The agent
 
@@ -204,6 +302,7 @@ class Result:
             "repeats": self.repeats,
             "seed": self.seed,
             "metric": self.metric,
+            "higher": self.direction,
             "sources": list(self.sources),
             "stages": list(self.stages),
             "learned_at": list(self.learned_at),
@@ -224,28 +323,26 @@ class Result:
         }
 
         # Derived numbers are written too, so that a reader needs none of the formulas.
-        derived = {
-            "score": self.score,
-            "score_std": self.score_std,
-            "matrix": self.matrix.tolist(),
-            "forgetting": self.forgetting,
-            "backward_transfer": self.backward_transfer,
-            "forward_transfer": self.forward_transfer,
-            "normalised": self.normalised,
-            "worst": self.worst(),
-            "spread": self.spread,
-            "global_forgetting": self.global_forgetting,
-            "local_forgetting": self.local_forgetting,
-            "mapper_accuracy": self.mapper_accuracy,
+        derived = {"matrix": self.matrix.tolist()} | {name: self.figure(name) for name in FIGURES}
+        further = {
+            name: {
+                "higher": self.higher.get(name, True),
+                "matrices": matrices.tolist(),
+                **{figure: self.of_metric(name).figure(figure) for figure in FIGURES},
+            }
+            for name, matrices in self.metrics.items()
         }
-        return {**fields, **derived, **{name: self.costs[name] for name in ("macs", "bytes", "seconds")}}
+        costs = {name: self.costs[name] for name in ("macs", "bytes", "seconds")}
+        return {**fields, **derived, "metrics": further, "measured_by": list(self.measured_by), **costs}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Self:
         """Return a result from the content of result.json, also one that version 0.1 wrote."""
         content = renamed(content)
         try:
-            mapper = content["mapper"]
+            # Results of 0.1 have one metric, of which more is better.
+            mapper, further = content["mapper"], content.get("metrics", {})
+            higher = {name: found["higher"] for name, found in further.items()}
             return cls(
                 **{name: content[name] for name in PLAIN},
                 learning_curve=content.get("learning_curve", ()),
@@ -257,6 +354,9 @@ class Result:
                 learned_at=tuple(content["learned_at"]),
                 matrices=np.array(content["matrices"], dtype=float),
                 mapper=None if mapper is None else np.array(mapper, dtype=float),
+                metrics={name: np.array(found["matrices"], dtype=float) for name, found in further.items()},
+                higher={content["metric"]: content.get("higher", True), **higher},
+                measured_by=tuple(content.get("measured_by", ())),
             )
         except (KeyError, TypeError, ValueError) as e:
             raise ConsilienceError(

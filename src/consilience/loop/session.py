@@ -16,7 +16,7 @@ from consilience.core.errors import ConsilienceError, Interrupted
 from consilience.core.params import write_json
 from consilience.core.state import State
 from consilience.loop.agents import Setup
-from consilience.loop.checks import RunOptions, describe, fingerprint, metric_of, versions
+from consilience.loop.checks import RunOptions, describe, fingerprint, versions
 from consilience.loop.engine import Engine
 from consilience.loop.folder import Log, plain
 from consilience.loop.job import Job
@@ -42,7 +42,6 @@ class Session:
     def __post_init__(self) -> None:
         options = self.options
         self.log = Log(Path(options.out) if options.out is not None else None, options.progress)
-        self.metric = metric_of(options.metric, self.setup.schedule.frame.kind)[0]
         self.config: Mapping[str, Any] = options.config or describe(self.setup, self.method, options)
         self.fingerprint: dict[str, Any] = {}
         self.trials = [
@@ -53,7 +52,7 @@ class Session:
     def open(self) -> None:
         """Open the folder: start it, or continue from its checkpoint."""
         # Loaded before anything is written: a refused resume leaves the folder as it was.
-        self.fingerprint = fingerprint(self.setup, self.metric, self.options)
+        self.fingerprint = fingerprint(self.setup, self.options)
         resume = self.options.resume
         if resume:
             self._load()
@@ -153,18 +152,29 @@ class Session:
         if done[0]["mapper"] is not None:
             mapper = np.array([found["mapper"] for found in done], dtype=float)
 
+        # The first metric of each source is the one of its column in the matrices.
+        chosen = [setup.metrics[source.name] for source in setup.schedule.judged]
+        firsts = tuple(metrics[0].name for metrics in chosen)
+        further = {
+            name: np.array([found["further"][name] for found in done], dtype=float)
+            for name in done[0]["further"]
+        }
+
         result = Result(
             setting=setup.schedule.setting,
             data="+".join(dict.fromkeys(source.name.split("/")[0] for source in setup.schedule.sources)),
             method=self.method,
             model=str(getattr(model, "name", type(model).__name__)),
-            metric=self.metric,
+            metric=" + ".join(dict.fromkeys(firsts)),
             seed=first.seed,
             sources=tuple(source.name for source in setup.schedule.judged),
             stages=tuple(done[0]["stages"]),
             learned_at=tuple((at or (0,))[0] if len(at) < 2 else None for at in learned_at),
             matrices=np.array([found["rows"] for found in done], dtype=float),
             costs=mean_costs(done),
+            metrics=further,
+            higher={metric.name: metric.higher for metrics in chosen for metric in metrics},
+            measured_by=firsts if len({*firsts}) > 1 else (),
             mapper=mapper,
             curve=done[0]["curve"],
             learning_curve=done[0]["learning"],
@@ -177,7 +187,7 @@ class Session:
         )
         if self.log.out is not None:
             write_json(self.log.out / "result.json", plain(result.to_json()))
-            self.log.write({"event": "end", "score": result.score, "ran": self.ran})
+            self.log.write({"event": "end", "score": result.figure("score"), "ran": self.ran})
         return result
 
 

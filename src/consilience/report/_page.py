@@ -8,27 +8,28 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
+from consilience.core.metrics import lost, mean
 from consilience.report._style import SCRIPT, STYLE
 from consilience.report._svg import Axis, Point, bars_chart, esc, heat_map, lines_chart, scatter
 from consilience.report._text import (
-    PERCENT,
     TRAITS,
     Column,
+    by_metric,
     clean,
     columns,
     duration,
     human,
+    in_percent,
     markdown,
     matrix_columns,
     number,
     score,
+    titled,
     trait,
     tsv,
 )
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from consilience.loop.result import Result
 
 # The page asks the network for nothing, and the browser enforces it.
@@ -46,11 +47,13 @@ Place = tuple[str, tuple[str, ...]]
 
 def page(results: Sequence[Result], title: str | None = None) -> str:
     """Write the HTML text of a report."""
+    # Each metric of a run is shown as a result of its own.
+    runs, results = len(results), by_metric(results)
     tables = f"{copy('Markdown', markdown(results))}{copy('Tab-separated', tsv(columns(results).columns))}"
     labels = names(results)
     if not title:
         only = f"{clean(results[0].method)}, {clean(results[0].setting)}"
-        title = only if len(results) == 1 else "Comparison of methods"
+        title = only if runs == 1 else "Comparison of methods"
 
     # One section per setting and its sources, then every result in detail; of many only the first is open.
     places = list(dict.fromkeys(place(result) for result in results))
@@ -58,12 +61,12 @@ def page(results: Sequence[Result], title: str | None = None) -> str:
     body.append(f'<h2 id="results">{"Each result" if len(results) > 1 else "In detail"}</h2>')
     for i, result in enumerate(results):
         opened = len(results) <= 4 or i == 0
-        body.append(detail(result, labels[i], i, opened, colour_range(results, result.metric)))
+        body.append(detail(result, labels[i], i, opened, colour_range(results, result)))
     body.append(f"<h2>Tables to copy</h2><div class=grid>{tables}</div>")
 
     settings = {result.setting for result in results}
     data = dict.fromkeys(result.data for result in results)
-    lead = [counted(len(results), "result"), counted(len(settings), "setting"), *map(clean, data)]
+    lead = [counted(runs, "result"), counted(len(settings), "setting"), *map(clean, data)]
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
@@ -124,7 +127,7 @@ def names(results: Sequence[Result]) -> list[str]:
 
 def axis_of(metric: str) -> Axis:
     """Return how scores of a metric are written."""
-    percent = metric in PERCENT
+    percent = in_percent(metric)
 
     def say(value: float) -> str:
         return number(value, percent) + (" %" if percent and math.isfinite(value) else "")
@@ -141,12 +144,13 @@ def axis_of(metric: str) -> Axis:
 
 def unit_of(metric: str) -> str:
     """Return the unit of a metric, for a heading."""
-    return " (%)" if metric in PERCENT else ""
+    return " (%)" if in_percent(metric) else ""
 
 
-def colour_range(results: Sequence[Result], metric: str) -> tuple[float, float]:
+def colour_range(results: Sequence[Result], shown: Result) -> tuple[float, float]:
     """Return the values of the faintest and the strongest colour, equal for all results of one metric."""
-    if metric in PERCENT:
+    metric = shown.metric
+    if in_percent(metric):
         return 0.0, 1.0
     matrices = [result.matrix.ravel().tolist() for result in results if result.metric == metric]
     finite = [value for values in matrices for value in values if math.isfinite(value)] or [0.0, 1.0]
@@ -155,7 +159,9 @@ def colour_range(results: Sequence[Result], metric: str) -> tuple[float, float]:
     # A far negative r2 would leave all others the strongest colour.
     if metric == "r2" and high <= 1:
         return min(0.0, max(low, -1.0)), 1.0
-    return low, high if high > low else low + 1
+    # The best is the strongest.
+    high = high if high > low else low + 1
+    return (high, low) if shown.direction is False else (low, high)
 
 
 def finite_or_nan(value: object) -> float:
@@ -236,10 +242,13 @@ def results_table(results: Sequence[Result], found: Sequence[Column], ids: Seque
 def score_cell(result: Result, results: Sequence[Result], text: str) -> str:
     """Write a score, bold if it is the best of those on the same data, with a bar if it is a percentage."""
     rivals = [other.score for other in results if (other.data, other.metric) == (result.data, result.metric)]
-    top = max(filter(math.isfinite, rivals), default=None)
-    best = " best" if len(rivals) > 1 and result.score == top else ""
+    best_of = min if result.direction is False else max
+    top = best_of(filter(math.isfinite, rivals), default=None)
+    # Without a direction, none is the best.
+    known = len(rivals) > 1 and result.direction is not None
+    best = " best" if known and result.score == top else ""
     bar = ""
-    if result.metric in PERCENT and math.isfinite(result.score):
+    if in_percent(result.metric) and math.isfinite(result.score):
         bar = f' style="--v:{100 * min(1.0, max(0.0, result.score)):.1f}%"'
     return f'<td class="r score{best}"{bar}>{text}</td>'
 
@@ -251,7 +260,7 @@ def stage_charts(setting: str, results: Sequence[Result], labels: Sequence[str])
         # One line says nothing about others, and more than eight cannot be distinguished.
         if not 2 <= len(own) <= 8:
             continue
-        series = [(labels[i], results[i].matrix.mean(1).tolist()) for i in own]
+        series = [(labels[i], mean(results[i].matrix, 1).tolist()) for i in own]
         shown = f"{counted(len(series), 'result')} over {counted(len(stages), 'stage')}"
         label = f"Line chart: mean {metric} of {shown} in {setting}."
 
@@ -284,8 +293,10 @@ def cost_charts(setting: str, results: Sequence[Result], labels: Sequence[str]) 
             scored = [point for point in points if math.isfinite(point.score)]
             if not any(point.cost > 0 for point in scored):
                 continue
-            top = max(scored, key=lambda point: point.score)
-            best = f"best {top.name}, {axis.say(top.score)} at {human(top.cost)}"
+            direction = own[0][1].direction
+            top = (min if direction is False else max)(scored, key=lambda point: point.score)
+            called_top = "highest" if direction is None else "best"
+            best = f"{called_top} {top.name}, {axis.say(top.score)} at {human(top.cost)}"
             label = f"Scatter: {metric} against {called} in {setting}; {best}."
             svg = scatter(label, called, points, axis, human)
             title = f"{metric}{unit_of(metric)} against {unit}"
@@ -305,7 +316,7 @@ def point_of(name: str, result: Result, cost: str) -> Point:
 def detail(result: Result, name: str, i: int, opened: bool, colours: tuple[float, float]) -> str:
     """Write everything about one result, the i-th."""
     facts = chips((trait_name, trait(result, trait_name)) for trait_name in (*TRAITS, "seed"))
-    unit = "<i> %</i>" if result.metric in PERCENT else ""
+    unit = "<i> %</i>" if in_percent(result.metric) else ""
     charts, wide = charts_of(result, name, colours)
 
     # A heat map that is not wide stands left of all other charts.
@@ -321,15 +332,16 @@ def detail(result: Result, name: str, i: int, opened: bool, colours: tuple[float
 
 def tiles(result: Result) -> str:
     """Write the figures of a result, each in a tile."""
-    percent = result.metric in PERCENT
+    percent = in_percent(result.metric)
     shown = [
         (result.metric, score(result), "%" if percent else ""),
-        ("forgetting", number(result.forgetting, percent), ""),
-        ("backward transfer", number(result.backward_transfer, percent), ""),
-        ("forward transfer", number(result.forward_transfer, percent), ""),
+        ("forgetting", number(result.figure("forgetting"), percent), ""),
+        ("backward transfer", number(result.figure("backward_transfer"), percent), ""),
+        ("forward transfer", number(result.figure("forward_transfer"), percent), ""),
     ]
-    if result.normalised is not None:
-        shown.append(("retained per source", number(result.normalised, True), "%"))
+    retained = result.figure("normalised")
+    if retained is not None:
+        shown.append(("retained per source", number(retained, True), "%"))
     if result.mapper is not None:
         shown.append(("mapper", number(result.mapper_accuracy, True), "%"))
     shown += [
@@ -361,7 +373,7 @@ def texts(result: Result) -> str:
 
 def charts_of(result: Result, name: str, colours: tuple[float, float]) -> tuple[list[str], bool]:
     """Draw all charts of a result, the heat map first; also return whether it is wide."""
-    axis, unit = axis_of(result.metric), unit_of(result.metric)
+    axis = axis_of(result.metric)
     stages = ["start", *result.stages]
     extent = f"{counted(len(result.stages), 'stage')} on {counted(len(result.sources), 'source')}"
     label = f"Heat map: {result.metric} of {name} over {extent}; at the end {axis.say(result.score)}."
@@ -374,7 +386,7 @@ def charts_of(result: Result, name: str, colours: tuple[float, float]) -> tuple[
 
     matrix = result.matrix.tolist()
     heat, wide = heat_map(label, stages, result.sources, matrix, colours, axis.say, brief, result.learned_at)
-    title = f"{result.metric}{unit} on each source"
+    title = f"{titled(result)} on each source"
     charts = [
         figure(title, heat, "Rows: after each stage; columns: sources", wide),
         stages_chart(result, name, extent),
@@ -388,14 +400,15 @@ def stages_chart(result: Result, name: str, extent: str) -> str:
     """Draw the score of each source over stages, and their mean."""
     axis = axis_of(result.metric)
     stages = ["start", *result.stages]
-    means = result.matrices.mean(2)
-    mean = means.mean(0).tolist()
+    # A source where the metric is undefined leaves a gap of its own, and none in the mean.
+    means = mean(result.matrices, 2)
+    average = mean(means, 0).tolist()
     std = means.std(0, ddof=1).tolist() if result.repeats > 1 else [0.0] * len(stages)
     series = [(clean(source), result.matrix[:, j].tolist()) for j, source in enumerate(result.sources)]
 
-    course = f"from {axis.say(mean[0])} to {axis.say(mean[-1])} over {extent}"
+    course = f"from {axis.say(average[0])} to {axis.say(average[-1])} over {extent}"
     label = f"Line chart: mean {result.metric} of {name} goes {course}."
-    svg = lines_chart(label, stages, series, axis, mean, std)
+    svg = lines_chart(label, stages, series, axis, average, std)
     band = ", band: one standard deviation" if result.repeats > 1 else ""
     title = f"{result.metric}{unit_of(result.metric)} over stages"
     return figure(title, svg, f"Thin: sources; bold: their mean{band}")
@@ -406,7 +419,7 @@ def forgetting_chart(result: Result, name: str) -> str:
     lost = forgotten(result)
     if not lost:
         return ""
-    percent = result.metric in PERCENT
+    percent = in_percent(result.metric)
     shown, note = lost, "Best score before the end, minus the last"
     if len(lost) > 20:
         # The 20 largest changes, in the order of the sources.
@@ -415,7 +428,7 @@ def forgetting_chart(result: Result, name: str) -> str:
         shown = [lost[j] for j in sorted(largest)]
         note = f"The {len(shown)} sources that change most, of {len(lost)}"
 
-    label = f"Bar chart: forgetting of {name} by source; mean {number(result.forgetting, percent)}."
+    label = f"Bar chart: forgetting of {name} by source; mean {number(result.figure('forgetting'), percent)}."
     sources, values = [source for source, _ in shown], [value for _, value in shown]
     svg = bars_chart(label, sources, values, lambda value: number(value, percent))
     return figure(f"forgetting{unit_of(result.metric)} of each source", svg, note)
@@ -424,17 +437,17 @@ def forgetting_chart(result: Result, name: str) -> str:
 def forgotten(result: Result) -> list[tuple[str, float]]:
     """Return the forgetting of each source learned before the last stage, mean over repeats; [] if undefined.
 
-    max_{0 < i < T} R[i, j] - R[T, j], with R [stages + 1, sources] and T the last stage.
+    max_{0 < i < T} R[i, j] - R[T, j], with R [stages + 1, sources] and T the last stage. NaN is left out.
     """
     last = len(result.stages)
-    if any(at is None for at in result.learned_at):
+    if any(at is None for at in result.learned_at) or result.figure("forgetting") is None:
         return []
     past = [j for j, at in enumerate(result.learned_at) if at is not None and 0 < at < last]
     if not past:
         return []
-    scores: np.ndarray = result.matrices[:, :, past]
-    values = (scores[:, 1:last].max(1) - scores[:, last]).mean(0).tolist()
-    return [(result.sources[j], value) for j, value in zip(past, values, strict=True)]
+    good = -result.matrices if result.direction is False else result.matrices
+    values = [float(mean([lost(matrix[:, j]) for matrix in good])) for j in past]
+    return [(result.sources[j], v) for j, v in zip(past, values, strict=True) if math.isfinite(v)]
 
 
 def learning_chart(result: Result, name: str) -> str:

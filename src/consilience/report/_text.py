@@ -12,8 +12,8 @@ from consilience.core.errors import ConsilienceError
 if TYPE_CHECKING:
     from consilience.loop.result import Result
 
-PERCENT = ("accuracy", "auroc")
-"""Metrics that are written in percent."""
+PERCENT = ("accuracy", "auroc", "balanced_accuracy", "f1", "iou", "top_k")
+"""Metrics that are written in percent, whatever their arguments."""
 TRAITS = ("setting", "data", "model", "metric", "repeats")
 """Fields that describe a result, next to its method."""
 
@@ -84,9 +84,29 @@ def duration(seconds: float | None) -> str:
     return f"{rounded // 3600} h {rounded % 3600 // 60:02d} min"
 
 
+def in_percent(metric: str) -> bool:
+    """Whether scores of a metric are written in percent.
+
+    >>> in_percent("top_k(k=3)"), in_percent("mse")
+    (True, False)
+    """
+    return metric.partition("(")[0] in PERCENT
+
+
+def titled(result: Result) -> str:
+    """Write the metric of a result as a heading: with its unit, and its direction where less is better."""
+    notes = ["%"] * in_percent(result.metric) + ["(less is better)"] * (result.direction is False)
+    return " ".join([clean(result.metric), *notes])
+
+
+def by_metric(results: Sequence[Result]) -> list[Result]:
+    """Return one result per metric, those of a run one after another."""
+    return [single for result in results for single in result.by_metric()]
+
+
 def score(result: Result) -> str:
     """Write the mean score and, where there are repeats, the standard deviation."""
-    percent = result.metric in PERCENT
+    percent = in_percent(result.metric)
     text = number(result.score, percent)
     return f"{text} ± {number(result.score_std, percent)}" if result.repeats > 1 else text
 
@@ -133,14 +153,14 @@ def columns(results: Sequence[Result]) -> Comparison:
             found.append(Column(name, cells, name == "repeats"))
 
     # The unit stands in the heading if it is the same for all, else in each cell.
-    percent = [result.metric in PERCENT for result in results]
+    percent = [in_percent(result.metric) for result in results]
     same = "metric" in agreed
-    title = f"{agreed['metric']}{' %' if percent[0] else ''}" if same else "score"
+    title = titled(results[0]) if same else "score"
     units = ["" if same or not flag else " %" for flag in percent]
     scores = [score(result) + unit for result, unit in zip(results, units, strict=True)]
     found.append(Column(title, scores, scores=True))
     for name in ("forgetting", "backward_transfer", "forward_transfer"):
-        values = [getattr(result, name) for result in results]
+        values = [result.figure(name) for result in results]
         found.append(Column(name.replace("_", " "), numbers(values, percent)))
 
     # Further columns only where a result has something to show.
@@ -167,10 +187,10 @@ def client_columns(results: Sequence[Result], percent: Sequence[bool]) -> list[C
         for result in results
     ]
     shown: dict[str, list[float | None]] = {
-        "worst tenth": [result.worst() for result in results],
+        "worst tenth": [result.figure("worst") for result in results],
         "spread": [result.spread for result in results],
-        "local forgetting": [result.local_forgetting for result in results],
-        "global forgetting": [result.global_forgetting for result in results],
+        "local forgetting": [result.figure("local_forgetting") for result in results],
+        "global forgetting": [result.figure("global_forgetting") for result in results],
         "personal": personal,
     }
     return [Column(name, numbers(values, percent)) for name, values in shown.items()]
@@ -227,7 +247,7 @@ def matrix_columns(
 
     More than `most_columns` or `most_rows` are cut in the middle.
     """
-    percent, matrix = result.metric in PERCENT, result.matrix
+    percent, matrix = in_percent(result.metric), result.matrix
     rows = kept(len(matrix), most_rows)
     stages = ["(start)", *map(clean, result.stages)]
     if most_rows is not None:
@@ -256,7 +276,7 @@ def kept(count: int, most: int | None) -> list[int | None]:
 
 
 def table(results: Sequence[Result]) -> str:
-    """Write results as plain text, one row each; for a single one also its matrix.
+    """Write results as plain text, one row for each of their metrics; for a single result also the matrices.
 
     >>> print(table([example()]))
     setting continual, data digits, model MLP, metric accuracy, 2 repeats
@@ -271,25 +291,26 @@ def table(results: Sequence[Result]) -> str:
     first       100.0      30.0
     second       60.0      90.0
     """
-    agreed, found = columns(results)
+    shown = by_metric(results)
+    agreed, found = columns(shown)
     text = "\n".join(filter(None, [heading(agreed), grid(found)]))
     if len(results) > 1:
         return text
 
     # A terminal has room for a dozen columns.
-    (result,) = results
-    unit = " %" if result.metric in PERCENT else ""
-    title = f"{clean(result.metric)}{unit} after each stage (rows), on each source (columns)"
-    return f"{text}\n\n{title}\n{grid(matrix_columns(result, 12, 20))}"
+    for result in shown:
+        title = f"{titled(result)} after each stage (rows), on each source (columns)"
+        text += f"\n\n{title}\n{grid(matrix_columns(result, 12, 20))}"
+    return text
 
 
 def markdown(results: Sequence[Result]) -> str:
-    """Write results as a Markdown table.
+    """Write results as a Markdown table, one row for each of their metrics.
 
     >>> print(markdown([example()]).splitlines()[-1])
     | ewc | 75.0 ± 7.1 | 40.0 | -40.0 | 10.0 | 1.20 M | 3.40 kB | 2.5 s |
     """
-    agreed, found = columns(results)
+    agreed, found = columns(by_metric(results))
     rows = [
         [column.name for column in found],
         ["--:" if column.right else ":--" for column in found],

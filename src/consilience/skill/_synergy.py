@@ -27,6 +27,7 @@ class Equivalences:
     same: Tensor
     found: tuple[tuple[int, int, float], ...]
     __name__ = "corrected_accuracy"
+    higher = True
 
     def __call__(self, p: Tensor, y: Tensor) -> float:
         """Return the fraction of predictions p [N, C] whose class is y [N] or equivalent to it.

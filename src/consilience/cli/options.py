@@ -17,6 +17,7 @@ import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import BuiltinFunctionType, FunctionType
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from consilience.cli.catalogue import catalogue, first_argument, nearest, resolve
@@ -367,6 +368,11 @@ def plain(value: Any) -> Any:
     """Convert a value to what YAML and JSON hold."""
     if isinstance(value, list | tuple):
         return [plain(entry) for entry in value]
+    if isinstance(value, Mapping):
+        return {str(name): plain(entry) for name, entry in value.items()}
+    # A function is written as the dotted path that names it.
+    if isinstance(value, FunctionType | BuiltinFunctionType):
+        return f"{value.__module__}.{value.__qualname__}"
     return value if isinstance(value, str | int | float | bool | None) else str(value)
 
 

@@ -7,6 +7,7 @@ import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
@@ -104,7 +105,7 @@ def check_all(
         raise ConsilienceError(
             f"a stream without boundaries is seen once, so `epochs` must be 1, got {training.epochs}."
         )
-    if training.device != "cpu" and not torch.cuda.is_available():
+    if training.device.startswith("cuda") and not torch.cuda.is_available():
         raise ConsilienceError(
             f"device={training.device!r} was requested, but CUDA is not available; use device='cpu'."
         )
@@ -209,6 +210,13 @@ def describe(setup: Setup, method: str, options: RunOptions) -> dict[str, Any]:
     }
 
 
+def identity(value: object) -> str:
+    """Return a text by which a value is recognised in another process: the name of a function, or the repr."""
+    if isinstance(value, FunctionType | BuiltinFunctionType):
+        return f"{value.__module__}.{value.__qualname__}"
+    return repr(value)
+
+
 def fingerprint(setup: Setup, metric: str, options: RunOptions) -> dict[str, Any]:
     """Return what must be the same for a run to be resumed."""
     schedule, method, model = setup.schedule, setup.method, setup.model
@@ -226,6 +234,12 @@ def fingerprint(setup: Setup, metric: str, options: RunOptions) -> dict[str, Any
     params, buffers = model.init(key(options.seed, "init"))
     shape = {} if type(model).__repr__ is object.__repr__ else {repr(model): nothing}
 
+    # Two functions may have one name, and the values of a schedule of learning rates are all that matters.
+    training: dict[str, Any] = {name: identity(value) for name, value in vars(setup.training).items()}
+    curve = setup.training.lr_schedule
+    if callable(curve):
+        training["lr_curve"] = [float(curve(i / 8)) for i in range(8)]
+
     # All parts of a method are dataclasses, so their reprs have all hyperparameters.
     parts = {f: repr(getattr(method, f)) for f in method.__dataclass_fields__}
     return {
@@ -235,7 +249,7 @@ def fingerprint(setup: Setup, metric: str, options: RunOptions) -> dict[str, Any
         "schedule": content_hash({"\n".join(plan): nothing}),
         "method": parts,
         "model": content_hash({**params, **buffers, **shape}),
-        "training": {name: repr(value) for name, value in vars(setup.training).items()},
+        "training": training,
         "seed": options.seed,
         "repeats": options.repeats,
         "metric": metric,

@@ -80,6 +80,15 @@ class Job:
         return (self.epoch, self.index, *self.step.horizon)
 
     @property
+    def rate(self) -> float:
+        """The learning rate of the next step."""
+        return self.rate_at((self.epoch, self.index), self.step.horizon)
+
+    def rate_at(self, clock: tuple[int, int], horizon: tuple[int, int]) -> float:
+        """Return the learning rate at a clock (epoch, step) of a horizon (epochs, steps per epoch)."""
+        return self.training.rate(clock, horizon, self.step.place)
+
+    @property
     def name(self) -> str:
         """The names of the sources."""
         return "+".join(source.name for source in self.sources)

@@ -20,7 +20,7 @@ from consilience.core.model import Forward, Model
 from consilience.core.optimiser import Optimiser, OptimiserState
 from consilience.core.params import Layout, Params
 from consilience.core.source import LabelFrame, Target
-from consilience.core.training import Training
+from consilience.core.training import Place, Training
 from consilience.core.tree import Input, concat
 from consilience.core.viewed import Viewed
 
@@ -56,6 +56,15 @@ def joinable(x: Input) -> object:
     return tuple((name, *part.shape[1:]) for name, part in x.parts.items())
 
 
+def clip_factor(norm: Tensor, most: float) -> Tensor:
+    """Return what a gradient of this norm is multiplied by, as `torch.nn.utils.clip_grad_norm_` does.
+
+    >>> clip_factor(torch.tensor(5.0), 1.0)
+    tensor(0.2000)
+    """
+    return (most / (norm + 1e-6)).clamp(max=1.0)
+
+
 def acts(correction: Correction, ctx: Context) -> bool:
     """Whether a correction is active in this visit.
 
@@ -70,8 +79,8 @@ class Step:
     """One visit's step over parameters theta [n].
 
     It forwards all parts, aggregates the gradients of all objectives, adds those of penalties, and updates:
-    g = A(grad of each objective) + grad(penalties); theta' = theta + U(g). Entries that are masked, or that
-    no objective reaches, are afterwards as they were.
+    g = clip(A(grad of each objective) + grad(penalties)); theta' = theta + U(g). Entries that are masked, or
+    that no objective reaches, are afterwards as they were.
     """
 
     model: Model
@@ -87,6 +96,8 @@ class Step:
     """theta [n] before the first step."""
     horizon: tuple[int, int]
     """(epochs, steps per epoch)."""
+    place: Place = field(default_factory=Place)
+    """Where the visit lies in the run."""
     absent: list[str] = field(default_factory=list, init=False)
     """The entries that no objective of the last step reaches."""
     bound: Forward | None = field(default=None, init=False)
@@ -117,7 +128,7 @@ class Step:
             if self.model.task_of(name) is not None:
                 self.shared[layout.span(name)] = False
         self.all_shared = bool(self.shared.all())
-        self.factors = self.training.factors(layout)
+        self.factors, self.decays = self.training.factors(layout), self.training.decays(layout)
 
         # Copied, because steps update buffers in place.
         self.start_buffers = {name: buffer.clone() for name, buffer in self.carry.buffers.items()}
@@ -135,8 +146,26 @@ class Step:
         grad, self.absent = self._aggregate(objectives, factor, generator)
         trained = self._penalised(grad, see) if self.by_verb["penalty"] else grad
 
-        lr = self.training.rate(clock, self.horizon)
-        direction, state = self.optimiser.update(trained, carry.optimiser, carry.theta)
+        self._descend(see, grad, trained, factor)
+
+    def _descend(self, see: StepView, grad: Tensor, trained: Tensor, factor: Tensor | None) -> None:
+        """Move theta, the optimiser's state and the traces by a gradient `trained` [n].
+
+        `grad` is the part of it without penalties, and `factor` the product of the masks.
+        """
+        carry, training = self.carry, self.training
+        rate = training.rate(see.clock, self.horizon, self.place)
+        optimiser, lr = self.optimiser.at(rate)
+        trained = self._clipped(trained, factor)
+        if self.decays is not None and not training.decoupled:
+            trained = trained + self.decays * carry.theta
+
+        direction, state = optimiser.update(trained, carry.optimiser, carry.theta)
+        if self.decays is not None and training.decoupled:
+            # The direction of some optimisers contains the learning rate, and then the decay must too.
+            direction = direction + self.decays * carry.theta * (rate / lr)
+
+        # Absent and masked entries stay as they are, whatever momentum and decay say.
         if self.absent:
             direction = self._hold(direction, state, carry.optimiser)
         if factor is not None:
@@ -149,6 +178,22 @@ class Step:
         for correction, ctx in self.by_verb["trace"]:
             ctx.trace = correction.trace(see, ctx, grad, direction * -lr)
         carry.theta.add_(direction, alpha=-lr)
+
+    def _clipped(self, grad: Tensor, factor: Tensor | None) -> Tensor:
+        """Return the gradient [n] within the limits of `Training`, as torch.nn.utils clips it."""
+        most = self.training.clip_value
+        if most is not None:
+            return grad.clamp(-most, most)
+        if self.training.clip_norm is None:
+            return grad
+
+        # Only what can move counts: other entries would shorten the step of these.
+        counted = grad if factor is None else grad.masked_fill(factor == 0, 0)
+        if self.absent:
+            counted = counted.clone()
+            for name in self.absent:
+                counted[self.layout.span(name)] = 0
+        return grad * clip_factor(counted.norm(), self.training.clip_norm)
 
     # Forward
 

@@ -387,6 +387,217 @@ def test_packnet_keeps_old_weights_under_momentum_decay_and_clipping():
     assert schedule.sources[0].name == "p0"
 
 
+# Accumulation
+
+
+def tasks_of(sizes, **more):
+    return [source(f"m{i}", n, (i, i + 1), i, task=f"m{i}", **more) for i, n in enumerate(sizes)]
+
+
+STEP_AGGREGATORS = {
+    "sum": lambda: None,
+    "pcgrad": cs.aggregators.pcgrad,
+    "mgda": cs.aggregators.mgda,
+    "mean": cs.aggregators.mean,
+}
+
+
+@pytest.mark.parametrize("name", STEP_AGGREGATORS)
+@pytest.mark.parametrize("batch", [4, 5])
+def test_micro_batches_of_a_step_are_one_batch(name, batch):
+    """With tasks of unequal sizes, whose last batches are unequal, and one of them of a single sample."""
+    schedule = cs.settings.multitask(tasks_of((33, 25, 17)))
+    aggregator = STEP_AGGREGATORS[name]()
+    method = cs.Method("m", step_aggregator=aggregator) if aggregator else cs.methods.finetune()
+    more = {"clip_norm": 0.5, "weight_decay": 0.1}
+    one = cs.run(schedule, method, mlp(), training(batch_size=4 * batch, **more))
+    many = cs.run(schedule, method, mlp(), training(batch_size=batch, accumulate=4, **more))
+    near(many.params, one.params)
+    assert not same(many.params, cs.run(schedule, method, mlp(), training(batch_size=batch, **more)).params)
+    assert many.costs["steps"] == one.costs["steps"]
+
+
+WITH_PARTS = {
+    "er": lambda: cs.methods.er(20, 3),
+    "der": lambda: cs.methods.der(20, batch_size=3),
+    "lwf": cs.methods.lwf,
+    "gem": cs.methods.gem,
+    "agem": cs.methods.agem,
+    "si": cs.methods.si,
+    "ewc": cs.methods.ewc,
+    "packnet": cs.methods.packnet,
+}
+
+
+@pytest.mark.parametrize("name", WITH_PARTS)
+def test_parts_of_corrections_are_accumulated_too(name):
+    """Rehearsal of three samples has fewer than there are micro-batches."""
+    label = name == "packnet"
+    given = tasks_of((30, 21, 26))
+    schedule = cs.settings.continual(given, "task" if label else "domain")
+    model = cs.models.multi_head(mlp(), 4) if label else mlp()
+    one = cs.run(schedule, WITH_PARTS[name](), model, training(batch_size=12))
+    many = cs.run(schedule, WITH_PARTS[name](), model, training(batch_size=3, accumulate=4))
+    near(many.params, one.params, 1e-11)
+
+
+@pytest.mark.parametrize(
+    ("loss", "classes"),
+    [(None, True), (cs.losses.CrossEntropy(weights={"0": 4.0, "1": 0.125}), True), ("huber", False)],
+)
+def test_micro_batches_count_by_their_targets(loss, classes):
+    """Places without a target, samples with none at all, and classes that weigh more."""
+    g = torch.Generator().manual_seed(3)
+    x = torch.randn(37, 6, 5, generator=g, dtype=torch.float64)
+    if classes:
+        y = torch.randint(4, (37, 5), generator=g)
+        y[torch.rand(37, 5, generator=g) < 0.5] = -100
+        y[:9] = -100
+    else:
+        y = torch.randn(37, 4, 5, generator=g, dtype=torch.float64)
+        y[torch.rand(37, 4, 5, generator=g) < 0.5] = math.nan
+        y[:9] = math.nan
+
+    net = cs.models.wrap(nn.Conv1d(6, 4, 1).double(), outputs=4)
+    given = cs.data.arrays(x, y, name="places", kind="class" if classes else "value")
+    schedule = cs.settings.continual([given], "domain")
+
+    def run(**more):
+        return cs.run(schedule, cs.methods.finetune(), net, training(loss=loss, **more)).params
+
+    near(run(batch_size=3, accumulate=4), run(batch_size=12))
+
+
+def test_batch_norm_sees_micro_batches():
+    """Its statistics are those of a micro-batch, as the documentation says."""
+    net = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 4)).double()
+    found = []
+    for more in ({"batch_size": 12}, {"batch_size": 3, "accumulate": 4}):
+        found.append(go(model=net, **more).agent.state)
+    one, many = (state.buffers["1.num_batches_tracked"] for state in found)
+    assert (int(one), int(many)) == (2 * 3, 2 * 10)
+
+
+def test_accumulation_runs_one_after_another():
+    same_on_both_engines("one after another: gradients are accumulated", batch_size=3, accumulate=3)
+
+
+# Half precision
+
+
+def big(seed=1, size=1.0):
+    s = source("big", 40, seed=seed, dtype=torch.float32)
+    return cs.core.source.replace(s, train=s.train.map(lambda x: x * size, lambda y: y))
+
+
+def by_grad_scaler(s, optimiser, clip=None):
+    net = plain().float()
+    theirs = optimiser(net.parameters())
+    scaler = torch.amp.GradScaler("cpu")
+    for *_, x, y in batches(s):
+        theirs.zero_grad()
+        with torch.autocast("cpu", dtype=torch.float16):
+            out = net(x)
+        scaler.scale(F.cross_entropy(out.float(), y)).backward()
+        scaler.unscale_(theirs)
+        if clip:
+            torch.nn.utils.clip_grad_norm_(net.parameters(), clip)
+        scaler.step(theirs)
+        scaler.update()
+    return net, scaler.get_scale()
+
+
+@pytest.mark.parametrize("size", [1.0, 300.0])
+@pytest.mark.parametrize("optimiser", ["sgd", "adam"])
+def test_half_precision_is_grad_scalers(size, optimiser):
+    """Inputs of a large size overflow at the first scale, so that steps are left out."""
+    s = big(size=size)
+    made = {
+        "sgd": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9),
+        "adam": lambda p: torch.optim.Adam(p, lr=0.01),
+    }[optimiser]
+    net, scale = by_grad_scaler(s, made, clip=0.5)
+    assert (scale < 2**16) == (size > 1)
+    jobs = []
+    r = go([s], precision="fp16", lr=0.01, optimiser=optimiser, clip_norm=0.5)
+    near(r.params, entries(net), 2e-3)
+    near(r.params, entries(net), 1e-5) if size == 1 else None
+    assert all(p.dtype == torch.float32 for p in r.params.values()) and not jobs
+
+
+def test_the_scale_follows_grad_scalers_rule():
+    from consilience.core.scaling import LossScale
+
+    theirs = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=3)
+    parameter = nn.Parameter(torch.zeros(1))
+    optimiser = torch.optim.SGD([parameter], lr=1.0)
+    theirs.scale(torch.zeros(()))
+    ours = LossScale(8.0, 3)
+    state = ours.init(torch.device("cpu"))
+    for finite in (1, 1, 1, 0, 1, 1, 1, 1, 1, 1, 0, 0, 1):
+        parameter.grad = torch.full((1,), 1.0 if finite else math.inf)
+        theirs.unscale_(optimiser)
+        theirs.step(optimiser)
+        theirs.update()
+        state = ours.update(state, bool(finite))
+        assert float(state["scale"]) == theirs.get_scale()
+
+
+def test_steps_left_out_move_nothing_and_are_no_divergence_up_to_a_number():
+    from consilience.core.scaling import LossScale
+
+    scale = LossScale(most=3)
+    state = scale.init(torch.device("cpu"))
+    for finite in (False, False, False, True, False, False, False):
+        state = scale.update(state, finite)
+    with pytest.raises(
+        cs.ConsilienceError, match="got 4 steps in a row without any, down to a loss scale of 1024"
+    ):
+        scale.update(state, False)
+
+    # Infinite inputs leave out every step: 10 are no divergence, and nothing moves; 50 are.
+    s = big(size=math.inf)
+    start = go([s], precision="fp16", epochs=0).params
+    assert same(go([s], precision="fp16", weight_decay=0.1).params, start)
+    with pytest.raises(cs.ConsilienceError, match="got 21 steps in a row without any"):
+        go([s], precision="fp16", epochs=10)
+
+
+def test_traces_see_steps_that_are_left_out():
+    """PackNet prunes at a given step, which may be one that is left out."""
+    tasks = tasks_of((32, 32))
+    spoilt = [
+        cs.core.source.replace(s, train=s.train.map(lambda x: x.float() * math.inf, lambda y: y))
+        for s in tasks
+    ]
+    schedule = cs.settings.continual(spoilt[:1], "task")
+    t = training(precision="fp16", epochs=4)
+    r = cs.run(schedule, cs.methods.packnet(), cs.models.multi_head(mlp(), 4), t)
+    (item,) = r.agent.state.memory["PackNet"].values()
+    assert any(bool((t == 0).any()) for n, t in item.tensors.items() if t.numel() > 1)
+
+
+def test_half_precision_with_objectives_and_engines():
+    schedule = cs.settings.multitask(tasks_of((33, 25), dtype=torch.float32))
+    method = cs.Method("m", step_aggregator=cs.aggregators.pcgrad())
+    half = cs.run(schedule, method, mlp(), training(precision="fp16")).params
+    full = cs.run(schedule, method, mlp(), training(precision="fp32")).params
+    near(half, full, 0.02)
+    assert not same(half, full)
+    same_on_both_engines("one after another: the loss is scaled", precision="fp16")
+
+
+def test_a_precision_that_torch_lacks_is_refused_by_name(monkeypatch):
+    def none(*_, **__):
+        raise RuntimeError("unsupported")
+
+    monkeypatch.setattr(torch, "autocast", none)
+    with pytest.raises(
+        cs.ConsilienceError, match="precision='fp16' was requested, but torch .* has no autocast"
+    ):
+        go(precision="fp16")
+
+
 # Arguments that would be ignored are refused
 
 REFUSED = {
@@ -529,6 +740,7 @@ def halved(t):
 
 RESUMED = {
     "rates": {"lr_schedule": halved, "lr_over": "run", "warmup": 3, "clip_norm": 0.5},
+    "half": {"precision": "fp16", "accumulate": 2, "batch_size": 4},
     "torch": {"optimiser": "NAdam", "weight_decay": 0.1, "decay": {"*.bias": 0.0}, "lr_schedule": "cosine"},
 }
 

@@ -38,7 +38,7 @@ FROM_COMMAND = {"setting": ("sources", "streams", "experts", "base"), "model": F
 """Parameters that are no options, because the command fills them."""
 
 PRECISION = "training.precision"
-DTYPES = {"float32": "fp32", "float64": "fp64", "bfloat16": "bf16"}
+DTYPES = {"float32": "fp32", "float64": "fp64", "bfloat16": "bf16", "float16": "fp16"}
 """Values of `--dtype`, and the precision of `Training` that each means."""
 RENAMED = {"scenario": "setting.scenario", PRECISION: "dtype"}
 """Options with one spelling over all commands, by the spelling that is refused."""
@@ -646,7 +646,7 @@ def help_of(
         group.add_function_arguments(part.stub(shown), part.key or None, as_group=False)
         if dtype is not None:
             default = next(name for name, precision in DTYPES.items() if precision == dtype.default)
-            text = "of the arithmetic; bfloat16 is autocast"
+            text = "of the arithmetic; bfloat16 and float16 are autocast"
             group.add_argument("--dtype", choices=list(DTYPES), default=default, help=text)
     return parser
 

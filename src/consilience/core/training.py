@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from consilience.core.params import Layout
 
 OPTIMISERS = ("sgd", "adam", "adamw")
-PRECISIONS = ("fp32", "fp64", "bf16")
+PRECISIONS = ("fp32", "fp64", "bf16", "fp16")
 LR_SCHEDULES = ("constant", "linear", "cosine")
 SPANS = ("visit", "source", "run", "rounds")
 
@@ -54,7 +54,9 @@ class Training:
         momentum: of "sgd", and of classes of torch.optim that take it.
         weight_decay: L2 (decoupled for "adamw").
         sampler: which examples a step sees; None shuffles (`consilience.data.samplers`).
-        precision: "fp32", "fp64" or "bf16" (autocast).
+        precision: "fp32", "fp64", "bf16" or "fp16": the last two are autocast, of float32 parameters. "fp16"
+            scales the loss by the rule of `consilience.core.scaling.LossScale`, which leaves out up to 20
+            steps in a row whose gradient is not finite.
         device: where to train, such as "cpu" or "cuda:0".
         lr_schedule: the factor of the learning rate as a function of t in [0, 1): "constant", "linear" 1 - t,
             "cosine" (1 + cos(pi t)) / 2, or any function of t with values in (0, 1]. An agent that trains for
@@ -77,6 +79,9 @@ class Training:
         clip_norm: the largest L2 norm of the gradient, which is scaled down to it, as
             `torch.nn.utils.clip_grad_norm_` does; None: any.
         clip_value: the largest size of each number of the gradient, as `clip_grad_value_`; None: any.
+        accumulate: micro-batches of `batch_size` samples per step. Their gradients are weighted by how many
+            targets each has, so that a step is one of a batch `accumulate` times as large, whatever the
+            aggregator. Batch norm, and corrections that read a batch, see each micro-batch alone.
 
     Raises ConsilienceError for values out of range, and for arguments that would have no effect.
 
@@ -92,7 +97,7 @@ class Training:
     momentum: float = 0.0
     weight_decay: float = 0.0
     sampler: Any = None
-    precision: Literal["fp32", "fp64", "bf16"] = "fp32"
+    precision: Literal["fp32", "fp64", "bf16", "fp16"] = "fp32"
     device: str = "cpu"
     lr_schedule: Literal["constant", "linear", "cosine"] | Callable[[float], float] = "constant"
     rates: Mapping[str, float] | None = field(default=None, hash=False)
@@ -103,9 +108,10 @@ class Training:
     arguments: Mapping[str, Any] | None = field(default=None, hash=False)
     clip_norm: float | None = None
     clip_value: float | None = None
+    accumulate: int = 1
 
     def __post_init__(self) -> None:
-        for name, low in (("epochs", 0), ("batch_size", 1)):
+        for name, low in (("epochs", 0), ("batch_size", 1), ("accumulate", 1)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < low:
                 raise ConsilienceError(f"`{name}` must be a whole number >= {low}, got {value!r}.")
@@ -295,8 +301,13 @@ class Training:
     # What runs
 
     @property
+    def samples(self) -> int:
+        """The samples of each part of a step, over all of its micro-batches."""
+        return self.batch_size * self.accumulate
+
+    @property
     def dtype(self) -> torch.dtype:
-        """The type of parameters and inputs; "bf16" keeps float32 parameters."""
+        """The type of parameters and inputs; "bf16" and "fp16" keep float32 parameters."""
         import torch
 
         return torch.float64 if self.precision == "fp64" else torch.float32

@@ -135,6 +135,10 @@ class Batched(Engine):
             return ""
         if model.draws:
             return "the model draws random numbers in its forward"
+        if first.training.accumulate > 1:
+            return "gradients are accumulated over micro-batches"
+        if first.training.precision == "fp16":
+            return "the loss is scaled for each agent"
         if not optimiser.elementwise:
             own = type(optimiser).__name__
             name = f"torch.optim.{optimiser.name}" if isinstance(optimiser, Torch) else own

@@ -21,6 +21,7 @@ from consilience.core.method import Method
 from consilience.core.model import Model
 from consilience.core.names import WHOLE, joined, pair, trace_key, unpair
 from consilience.core.params import Layout, Params, content_hash, finite, key, matches
+from consilience.core.scaling import LossScale
 from consilience.core.schedule import Schedule
 from consilience.core.source import Examples, Source, Tensors
 from consilience.core.state import State
@@ -101,6 +102,8 @@ class Agent:
         # Steps update buffers in place, so those of the state are copied.
         own_buffers = {name: buffer.to(self.device).clone() for name, buffer in buffers.items()}
         carry = Carry(theta, own_buffers, self.training.inner().init(theta))
+        if self.training.precision == "fp16":
+            carry.scaling = LossScale().init(self.device)
         parts = tuple(self._part(source) for source in sources)
         step = Step(
             model=self.model,
@@ -217,7 +220,7 @@ class Agent:
         """Return (epochs, steps per epoch) of a visit."""
         # A sampler may plan another number of steps, which `Job.plan` then takes.
         longest = max(len(part.examples) for part in parts)
-        return self.training.epochs, -(-longest // self.training.batch_size)
+        return self.training.epochs, -(-longest // self.training.samples)
 
     def _visits(self, given: Sequence[Source], sources: Sequence[Source]) -> tuple[int, ...]:
         """Return how often each part was visited before; a pool that was gathered is new at every visit."""

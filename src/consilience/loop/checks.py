@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from consilience.core.tree import Tree, named, signature, types
 from consilience.loop.agents import Setup
 from consilience.loop.engine import Engine
 from consilience.loop.folder import Progress
+from consilience.loop.step import HALF
 from consilience.version import __version__
 
 
@@ -110,6 +112,7 @@ def check_all(
             f"device={training.device!r} was requested, but CUDA is not available; use device='cpu'."
         )
 
+    _check_precision(training)
     _check_inputs(schedule, method, model)
     metric = metric_of(options.metric, schedule.frame.kind)[1]
     return Setup(schedule, method, model, training, metric, facts, options.judge_clients)
@@ -122,6 +125,26 @@ def with_loss(schedule: Schedule, loss: Any) -> Schedule:
     sources, frame = with_targets(every, schedule.frame, loss)
     count = len(schedule.sources)
     return replace(schedule, sources=sources[:count], judged=sources[count:], frame=frame)
+
+
+def _check_precision(training: Training) -> None:
+    """Refuse half precision where torch has no autocast of it."""
+    half, kind = HALF.get(training.precision), torch.device(training.device).type
+    if half is None:
+        return
+    try:
+        # torch only warns where it does not support a type, and computes in float32.
+        with warnings.catch_warnings(), torch.autocast(kind, dtype=half):
+            warnings.simplefilter("error")
+            one = torch.ones(1, 1, device=training.device)
+            works = (one @ one).dtype == half
+    except (RuntimeError, UserWarning):
+        works = False
+    if not works:
+        raise ConsilienceError(
+            f"precision={training.precision!r} was requested, but torch {torch.__version__} has no autocast "
+            f"of it on {kind!r}; use precision='fp32' or 'bf16'."
+        )
 
 
 def _check_tasks(schedule: Schedule, method: Method) -> None:
@@ -211,7 +234,7 @@ def describe(setup: Setup, method: str, options: RunOptions) -> dict[str, Any]:
 
 
 def identity(value: object) -> str:
-    """Return a text by which a value is recognised in another process: the name of a function, or the repr."""
+    """Return a text that is the same in every process: the name of a function, the repr of other values."""
     if isinstance(value, FunctionType | BuiltinFunctionType):
         return f"{value.__module__}.{value.__qualname__}"
     return repr(value)

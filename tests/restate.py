@@ -29,7 +29,15 @@ def source(name, n=30, classes=tuple(range(C)), seed=0, d=D, task=None, kind="cl
 
 def training(**more):
     given = {"epochs": EPOCHS, "batch_size": BATCH, "lr": LR, "momentum": 0.9, "precision": "fp64", **more}
-    return cs.Training(**given)
+    return cs.Training(**acting(given))
+
+
+def acting(given):
+    """The arguments of Training without those that the optimiser would refuse."""
+    optimiser = given.get("optimiser", "sgd")
+    inert = () if optimiser in ("sgd", "SGD", "RMSprop") else ("momentum",)
+    inert += () if isinstance(optimiser, str) else ("weight_decay",)
+    return {name: value for name, value in given.items() if name not in inert}
 
 
 def mlp(outputs=C):

@@ -15,7 +15,7 @@ from consilience.core.source import Source, Tensors
 from consilience.corrections.expansion import DEN, Chain
 from consilience.corrections.superposition import PSP, rotation_key
 from consilience.loop.agent import Agent
-from restate import stopped
+from restate import acting, stopped
 
 D, C = 6, 6
 HEAVY = {"momentum": 0.9, "weight_decay": 0.01}
@@ -39,7 +39,8 @@ def mlp():
 
 
 def training(**more):
-    return cs.Training(**{"epochs": 5, "batch_size": 8, "lr": 0.1, "precision": "fp64", **HEAVY, **more})
+    given = {"epochs": 5, "batch_size": 8, "lr": 0.1, "precision": "fp64", **HEAVY, **more}
+    return cs.Training(**acting(given))
 
 
 def go(method, model=None, sources=SOURCES, **more):

@@ -18,7 +18,7 @@ from consilience.corrections.anatomy import anatomy
 from consilience.corrections.isolation import HAT, PackNet
 from consilience.corrections.superposition import SupSup, TopK, gates, pack, signs, unpack
 from consilience.loop.agent import Agent
-from restate import stopped
+from restate import acting, stopped
 
 D, C = 6, 6
 METHODS = {n: getattr(cs.methods, n) for n in ("packnet", "hat", "supsup", "psp", "xdg")}
@@ -51,7 +51,8 @@ def heads():
 
 
 def training(**more):
-    return cs.Training(**{"epochs": 4, "batch_size": 8, "lr": 0.1, "precision": "fp64", **HEAVY, **more})
+    given = {"epochs": 4, "batch_size": 8, "lr": 0.1, "precision": "fp64", **HEAVY, **more}
+    return cs.Training(**acting(given))
 
 
 def go(method, model=None, sources=SOURCES, scenario="task", **more):

@@ -14,7 +14,7 @@ from consilience.core.errors import ConsilienceError
 from consilience.core.params import Layout, key, pack, same, unpack
 from consilience.core.source import Source, Tensors
 from consilience.loop.agent import Agent
-from restate import stopped
+from restate import acting, stopped
 
 D, C = 6, 6
 HEAVY = {"momentum": 0.9, "weight_decay": 0.01}
@@ -49,7 +49,8 @@ def adapted_conv():
 
 
 def training(**more):
-    return cs.Training(**{"epochs": 4, "batch_size": 8, "lr": 0.1, "precision": "fp64", **HEAVY, **more})
+    given = {"epochs": 4, "batch_size": 8, "lr": 0.1, "precision": "fp64", **HEAVY, **more}
+    return cs.Training(**acting(given))
 
 
 def go(method, model, sources=SOURCES, scenario="task", **more):

@@ -366,7 +366,7 @@ runs = {
     "skill": (cs.settings.skill([parts[:3], parts[3:]]), cs.methods.skill(components=5), None),
 }
 schedule, method, model = runs[case]
-training = cs.Training(epochs=3, lr=0.05, optimiser="adam" if case == "er" else "sgd", momentum=0.9)
+training = cs.Training(epochs=3, lr=0.05, **({"optimiser": "adam"} if case == "er" else {"momentum": 0.9}))
 steps = 0
 def progress(line):
     if line["event"] == "checkpoint" and not resume and kill and line["ran"] >= kill:

@@ -17,6 +17,7 @@ import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import BuiltinFunctionType, FunctionType
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from consilience.cli.catalogue import catalogue, first_argument, nearest, resolve
@@ -37,7 +38,7 @@ FROM_COMMAND = {"setting": ("sources", "streams", "experts", "base"), "model": F
 """Parameters that are no options, because the command fills them."""
 
 PRECISION = "training.precision"
-DTYPES = {"float32": "fp32", "float64": "fp64", "bfloat16": "bf16"}
+DTYPES = {"float32": "fp32", "float64": "fp64", "bfloat16": "bf16", "float16": "fp16"}
 """Values of `--dtype`, and the precision of `Training` that each means."""
 RENAMED = {"scenario": "setting.scenario", PRECISION: "dtype"}
 """Options with one spelling over all commands, by the spelling that is refused."""
@@ -369,6 +370,11 @@ def plain(value: Any) -> Any:
     """Convert a value to what YAML and JSON hold."""
     if isinstance(value, list | tuple):
         return [plain(entry) for entry in value]
+    if isinstance(value, Mapping):
+        return {str(name): plain(entry) for name, entry in value.items()}
+    # A function is written as the dotted path that names it.
+    if isinstance(value, FunctionType | BuiltinFunctionType):
+        return f"{value.__module__}.{value.__qualname__}"
     return value if isinstance(value, str | int | float | bool | None) else str(value)
 
 
@@ -642,7 +648,7 @@ def help_of(
         group.add_function_arguments(part.stub(shown), part.key or None, as_group=False)
         if dtype is not None:
             default = next(name for name, precision in DTYPES.items() if precision == dtype.default)
-            text = "of the arithmetic; bfloat16 is autocast"
+            text = "of the arithmetic; bfloat16 and float16 are autocast"
             group.add_argument("--dtype", choices=list(DTYPES), default=default, help=text)
     return parser
 

@@ -68,6 +68,10 @@ class Row:
     """Of the objective; the batches of a visit to one source have weight 1 together."""
     kind: Literal["objective", "constraint"] = "objective"
     """A constraint is a loss that the step must not increase, but need not decrease."""
+    part: int | None = None
+    """The part of the step over whose samples the loss is a mean; None: over those of all sources.
+
+    With `Training.accumulate` a micro-batch counts by its share of these samples."""
 
 
 @dataclass(eq=False)

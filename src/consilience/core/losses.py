@@ -273,7 +273,8 @@ class Huber(Loss):
             raise ConsilienceError(f"`delta` must be positive and finite, got {self.delta}.")
 
     def elements(self, out: Tensor, y: Tensor) -> Tensor:
-        return F.huber_loss(out, y, reduction="none", delta=self.delta)
+        # Unlike a difference, this needs both of one type: targets stay as they were given.
+        return F.huber_loss(out, y.to(out.dtype), reduction="none", delta=self.delta)
 
 
 @dataclass(frozen=True)

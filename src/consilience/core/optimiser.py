@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -30,6 +31,13 @@ class Optimiser(ABC):
     def update(self, grad: Tensor, state: OptimiserState, theta: Tensor) -> tuple[Tensor, OptimiserState]:
         """Return the direction [n] and the new state for a gradient [n]; it changes none of its arguments."""
 
+    def at(self, lr: float) -> tuple[Optimiser, float]:
+        """Return the optimiser of a step with this learning rate, and the factor of its direction.
+
+        Most directions do not depend on the learning rate, which is then the factor.
+        """
+        return self, lr
+
     def is_identity(self, lr: float) -> bool:
         """Whether a step with gradient theta - aggregate ends at the aggregate, to the bit.
 
@@ -43,6 +51,13 @@ def _fractions(**values: float) -> None:
     for name, value in values.items():
         if not 0 <= value < 1:
             raise ConsilienceError(f"`{name}` must be in [0, 1), got {value}.")
+
+
+def _at_least_zero(**values: float) -> None:
+    """Refuse values that are negative or not finite."""
+    for name, value in values.items():
+        if not 0 <= value < float("inf"):
+            raise ConsilienceError(f"`{name}` must be >= 0 and finite, got {value}.")
 
 
 def _positive(**values: float) -> None:
@@ -66,6 +81,11 @@ class SGD(Optimiser):
 
     def __post_init__(self) -> None:
         _fractions(momentum=self.momentum)
+        _at_least_zero(weight_decay=self.weight_decay)
+        if not isinstance(self.nesterov, bool):
+            raise ConsilienceError(f"`nesterov` must be true or false, got {self.nesterov!r}.")
+        if self.nesterov and not self.momentum:
+            raise ConsilienceError("`nesterov` has no effect without momentum; give `momentum` too.")
 
     def init(self, theta: Tensor) -> OptimiserState:
         return {"velocity": torch.zeros_like(theta)} if self.momentum else {}
@@ -100,8 +120,7 @@ class Adam(Optimiser):
 
     def __post_init__(self) -> None:
         _fractions(beta1=self.beta1, beta2=self.beta2)
-        if not 0 <= self.eps < float("inf"):
-            raise ConsilienceError(f"`eps` must be >= 0 and finite, got {self.eps}.")
+        _at_least_zero(eps=self.eps, weight_decay=self.weight_decay)
 
     def init(self, theta: Tensor) -> OptimiserState:
         return {
@@ -232,8 +251,9 @@ class Averaging(Optimiser):
 class Torch(Optimiser):
     """One of torch.optim's optimisers by its class name, such as "RAdam", with its arguments.
 
-    The direction is what it moves theta by. `arguments` are pairs (name, value); `lr` is 1 where they do not
-    name it, so that the outer learning rate scales the step. The state is kept as named tensors.
+    The direction is what it moves theta by. `arguments` are pairs (name, value). Where they do not name `lr`,
+    a step of training takes place at its learning rate (`at`), and an outer step at 1, scaled by the outer
+    learning rate. The state is kept as named tensors.
 
     Raises ConsilienceError for a name that torch.optim lacks, for optimisers that need a closure (LBFGS),
     that refuse the arguments, or that do not work on a dense vector (Muon, SparseAdam).
@@ -289,6 +309,16 @@ class Torch(Optimiser):
             if value is not None
         }
         return parameter.detach(), tensors
+
+    def at(self, lr: float) -> tuple[Optimiser, float]:
+        if "lr" in dict(self.arguments):
+            return self, lr
+
+        # The step of some, such as Rprop and Adafactor, is not in proportion to their learning rate. Copied
+        # without the checks, which take a step each.
+        other = copy.copy(self)
+        object.__setattr__(other, "arguments", (*self.arguments, ("lr", lr)))
+        return other, 1.0
 
     def init(self, theta: Tensor) -> OptimiserState:
         """Return zeros in the names and shapes of its state, and "new" = 1 until the first step makes it."""

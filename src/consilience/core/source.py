@@ -302,6 +302,14 @@ class Target:
             return F.cross_entropy(out, y)
         return self.losses(out, y).mean(weights)
 
+    def count(self, y: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Return what the mean over a batch divides by: the sum over its targets of how much each counts."""
+        there = ~torch.isnan(y) if y.is_floating_point() else y != NONE
+        factors = self.loss.weight(torch.where(there, y, 0))
+        counts = there.double() if factors is None else there * factors.double()
+        each = counts if y.dim() == 1 else counts.flatten(1).sum(1)
+        return each.sum() if weights is None else (each * weights).sum()
+
 
 PLAIN = DEFAULTS["class"]
 """The loss of most tasks."""

@@ -54,6 +54,10 @@ class WeightSpace(Consolidator):
     def __post_init__(self) -> None:
         if not 0 < self.lr < float("inf"):
             raise ConsilienceError(f"`lr` of the outer optimiser must be positive and finite, got {self.lr}.")
+        if self.lr != 1 and "lr" in dict(getattr(self.outer, "arguments", ())):
+            raise ConsilienceError(
+                f"`lr` of the outer optimiser must be given once, got {self.lr} and {self.outer!r}."
+            )
 
     @property
     def needs_base(self) -> bool:  # type: ignore[override]

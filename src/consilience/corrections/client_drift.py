@@ -31,11 +31,10 @@ if TYPE_CHECKING:
 
 def plain_steps(training: Training) -> str | None:
     """Return why a step is not the gradient times one learning rate, and what to change; None if it is."""
-    if training.lr_schedule != "constant":
-        return (
-            f"it assumes a constant learning rate, and this one decreases ({training.lr_schedule}); "
-            "train with lr_schedule='constant'"
-        )
+    if training.varies:
+        return f"it assumes a constant learning rate, and {change_of_rate(training)}"
+    if training.clip_norm is not None or training.clip_value is not None:
+        return "it adds vectors to gradients, and clipping shortens them; train without it"
     if training.rates:
         return "it assumes one learning rate for all entries, and `rates` gives some another; leave it out"
 
@@ -50,6 +49,13 @@ def plain_steps(training: Training) -> str | None:
             "train with momentum 0"
         )
     return None
+
+
+def change_of_rate(training: Training) -> str:
+    """Return how a learning rate that is not constant changes, and what to do instead."""
+    how = training.lr_schedule if isinstance(training.lr_schedule, str) else "a function"
+    changes = "rises (warmup)" if how == "constant" else f"decreases ({how})"
+    return f"this one {changes}; train with a constant one, or one per round (lr_over='rounds')"
 
 
 def push(step: StepView, vector: Tensor) -> Tensor:
@@ -239,11 +245,9 @@ class LocalSteps(Correction):
         return None if facts.trains else NO_TRAINING
 
     def prepare_step(self, ctx: Context, training: Training) -> tuple[dict[str, Tensor], str | None]:
-        if training.lr_schedule == "constant":
+        if not training.varies:
             return ctx.flat, None
-        return ctx.flat, (
-            "it counts steps of one learning rate, and this one decreases; train with lr_schedule='constant'"
-        )
+        return ctx.flat, f"it counts steps of one learning rate, and {change_of_rate(training)}"
 
     def summarise(self, learned: Learned, ctx: Context) -> Private:
         inner = learned.training.inner() if learned.training is not None else None

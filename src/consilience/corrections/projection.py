@@ -21,8 +21,8 @@ from consilience.corrections.rehearsal import ER
 def constraints(step: StepView, drawn_by: str) -> list[Row]:
     """Return the loss of each part that a correction drew, as a constraint."""
     return [
-        Row(target.mean(out, part.y, part.w), kind="constraint")
-        for target, out, part in zip(step.targets, step.outputs, step.parts, strict=True)
+        Row(target.mean(out, part.y, part.w), kind="constraint", part=i)
+        for i, (target, out, part) in enumerate(zip(step.targets, step.outputs, step.parts, strict=True))
         if part.drawn_by == drawn_by
     ]
 

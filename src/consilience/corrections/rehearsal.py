@@ -272,7 +272,7 @@ class DER(ER):
             if now.dim() > 2:
                 both = both & (part.there(now[:, 0]) > 0).unsqueeze(1)
             gap = torch.where(both, now, 0) - torch.where(both, stored, 0)
-            found.append(Row(gap.square().sum() / both.sum().clamp_min(1), self.alpha))
+            found.append(Row(gap.square().sum() / both.sum().clamp_min(1), self.alpha, part=i))
         return found
 
     def summarise(self, learned: Learned, ctx: Context) -> Private:

@@ -9,6 +9,7 @@ from math import prod
 from typing import ClassVar
 
 from consilience.core.errors import ConsilienceError, Interrupted
+from consilience.core.optimiser import Torch
 from consilience.engines._feed import Feed
 from consilience.engines._memory import most_agents
 from consilience.engines._merge import Unbatchable
@@ -65,7 +66,7 @@ class Batched(Engine):
         failed: dict[int, Exception] = {}
         for index, visit in enumerate(visits):
             try:
-                jobs[index] = visit.agent.prepare(visit.sources, visit.fraction)
+                jobs[index] = visit.prepare()
             except Exception as error:
                 failed[index] = error
 
@@ -134,8 +135,14 @@ class Batched(Engine):
             return ""
         if model.draws:
             return "the model draws random numbers in its forward"
+        if first.training.accumulate > 1:
+            return "gradients are accumulated over micro-batches"
+        if first.training.precision == "fp16":
+            return "the loss is scaled for each agent"
         if not optimiser.elementwise:
-            return f"{type(optimiser).__name__} does not treat every number alike"
+            own = type(optimiser).__name__
+            name = f"torch.optim.{optimiser.name}" if isinstance(optimiser, Torch) else own
+            return f"{name} cannot be stacked, as it may not treat every number alike"
         if not self.auto:
             return None
 

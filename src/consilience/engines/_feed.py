@@ -84,13 +84,15 @@ class Feed:
         filler = next(iter(drawn))
         rows = [job or filler for job in stack.rows]
         parts = self._padded_parts([drawn[job] for job in rows], slots)
-        moments = torch.tensor([job.moment for job in rows], device=stack.layout.device).T
+        device = stack.layout.device
+        moments = torch.tensor([job.moment for job in rows], device=device).T
+        rates = torch.tensor([job.rate for job in rows], dtype=torch.float64, device=device)
 
         sizes = {job: tuple([len(part.y) for part in parts]) for job, parts in drawn.items()}
         for job, size in sizes.items():
             if size not in self.macs:
                 self._measure(job, drawn[job], size)
-        stack.advance(slots, parts, self._clock(moments, slots))
+        stack.advance(slots, parts, self._clock(moments, rates, slots))
         for job, size in sizes.items():
             self._charge(job, size)
             job.index += 1
@@ -191,6 +193,7 @@ class Feed:
         targets = (y.new_zeros if some_ended else y.new_empty)(rows, steps, width, *y.shape[1:])
         counts = torch.full((rows, steps), width, device=device)
         moments = torch.ones(rows, 4, steps, dtype=torch.long, device=device)
+        rates = torch.ones(rows, steps, dtype=torch.float64, device=device)
 
         for row, job in live:
             line, examples = lines[job], job.parts[0].examples
@@ -202,8 +205,10 @@ class Feed:
             torch.index_select(examples.y, 0, index, out=targets[row].view(-1, *y.shape[1:]))
             if self.padded:
                 counts[row] = torch.tensor(line.sizes[span], device=device)
-            if stack.timed:
+            if stack.inside:
                 moments[row] = torch.tensor(line.moments[span], device=device).T
+            if stack.training.varies:
+                rates[row] = torch.tensor(line.rates[span], dtype=torch.float64, device=device)
 
             for step, size in enumerate(line.sizes[span], line.done):
                 if (size,) not in self.macs:
@@ -213,7 +218,7 @@ class Feed:
         weights = None
         if self.padded:
             weights = (torch.arange(width, device=device) < counts[..., None]).to(stack.layout.dtype)
-        return Window(inputs, targets, weights, moments)
+        return Window(inputs, targets, weights, moments, rates)
 
     def _batches(self, window: Window, blank: Batch) -> Iterator[tuple[Slots, Batch, Clock]]:
         """Yield the batch and the clock of each step of a window, with the tensors in their slots."""
@@ -227,15 +232,22 @@ class Feed:
                 "w": weights,
             }
             batch: Batch = rebuilt(blank, fields)
-            yield slots, batch, self._clock(window.moments[:, :, step].T, slots)
+            yield slots, batch, self._clock(window.moments[:, :, step].T, window.rates[:, step], slots)
 
     # What both ways need
 
-    def _clock(self, moments: Tensor, slots: Slots) -> Clock:
-        """Return the clock of all rows, from moments [4, K] of (epoch, step, epochs, steps per epoch)."""
+    def _clock(self, moments: Tensor, rates: Tensor, slots: Slots) -> Clock:
+        """Return the clock of all rows, from moments [4, K] and the learning rates [K].
+
+        A moment is (epoch, step, epochs, steps per epoch).
+        """
+        # A rate that never changes is a number in the program.
+        training = self.stack.training
+        rate = slots.put(rates, 0) if training.varies else training.lr
+
         # Where no verb reads the time, it is left out of the program, which then serves all epochs.
-        if not self.stack.timed:
-            return Clock((0, 0), (0, 0))
+        if not self.stack.inside:
+            return Clock((0, 0), (0, 0), rate)
         epoch, index, epochs, steps = moments
         now = (slots.put(epoch, 0), slots.put(index, 0))
 
@@ -243,7 +255,7 @@ class Feed:
         def horizon(values: Tensor) -> int | Slot:
             return int(values[0]) if bool((values == values[0]).all()) else slots.put(values, 0)
 
-        return Clock(now, (horizon(epochs), horizon(steps)))
+        return Clock(now, (horizon(epochs), horizon(steps)), rate)
 
     def _measure(self, job: Job, parts: list[Batch], sizes: tuple[int, ...]) -> None:
         """Measure the cost of a step with batches of these sizes.
@@ -282,6 +294,8 @@ class Window(NamedTuple):
     """[K, S, B], 0 for padding; None where no batch is padded."""
     moments: Tensor
     """[K, 4, S]: epoch, step in the epoch, epochs, steps per epoch."""
+    rates: Tensor
+    """[K, S]: learning rates, where they vary."""
 
 
 @dataclass
@@ -291,6 +305,7 @@ class Line:
     index: Tensor
     sizes: list[int]
     moments: list[tuple[int, int, int, int]]
+    rates: list[float]
     done: int = 0
 
     @staticmethod
@@ -310,7 +325,8 @@ class Line:
             for batch in batches
         ]
         index = torch.cat(filled).view(-1, width) if filled else torch.zeros(0, width, dtype=torch.long)
-        return Line(index, [len(batch) for batch in batches], moments)
+        rates = [job.rate_at((epoch, step), (epochs, steps)) for epoch, step, epochs, steps in moments]
+        return Line(index, [len(batch) for batch in batches], moments, rates)
 
     @property
     def ended(self) -> bool:

@@ -17,7 +17,7 @@ from consilience.core.source import PLAIN
 from consilience.core.tree import Input
 from consilience.core.viewed import Viewed
 from consilience.engines._merge import Slot, Unbatchable, fill
-from consilience.loop.step import Carry, Step
+from consilience.loop.step import Carry, Step, clip_factor
 
 
 class StateKey(NamedTuple):
@@ -50,6 +50,8 @@ class Clock:
 
     now: tuple[Any, Any]
     horizon: tuple[Any, Any]
+    rate: Any
+    """The learning rate: a number, or a tensor in double precision where it varies."""
 
 
 class CrossEntropy(torch.autograd.Function):
@@ -135,8 +137,6 @@ class Inputs:
     """The optimiser's state that has one value per agent, such as a count of steps."""
     parts: list[Batch]
     clock: Clock
-    rate: Any
-    """The learning rate: a number, or a tensor where it changes over the visit."""
     pure: PureStep
 
 
@@ -144,7 +144,7 @@ class Inputs:
 class AgentStep:
     """The step of one agent: (state, constants, data) -> new state, each a list of tensors.
 
-    g = grad(weighted objectives) * mask + grad(penalties);  theta' = theta - lr U(g), entry by entry.
+    g = clip(grad(weighted objectives) * mask + grad(penalties));  theta' = theta - lr U(g), entry by entry.
     """
 
     step: Step
@@ -157,6 +157,8 @@ class AgentStep:
     clock: Clock
     rate_factors: Params | None
     """Factors of the learning rate per entry."""
+    decays: Params | None
+    """Weight decay per entry, where the optimiser has none."""
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Take one step."""
@@ -165,7 +167,7 @@ class AgentStep:
         masks = self.mask(inputs, outputs)
         if masks is not None:
             grads = {name: grad * masks[name] for name, grad in grads.items()}
-        penalised = self.add_penalties(inputs, outputs, grads)
+        penalised = self.clip(self.add_penalties(inputs, outputs, grads), masks)
 
         new = {StateKey("buffer", name): buffer for name, buffer in buffers.items()}
         directions: Params = {}
@@ -183,7 +185,6 @@ class AgentStep:
         rest = tensors[len(self.keys) :]
         start = fill(constants.start, rest)
         clock = fill(self.clock, rest)
-        rate = step.training.rate(clock.now, clock.horizon)
 
         contexts: dict[str, tuple[Correction, Context]] = {}
         for name, (correction, fields) in constants.corrections.items():
@@ -206,7 +207,6 @@ class AgentStep:
             {key.name: tensor for key, tensor in state.items() if key.kind == "optimiser" and not key.entry},
             fill(self.parts, rest),
             clock,
-            rate,
             pure,
         )
 
@@ -265,6 +265,23 @@ class AgentStep:
             added.append(torch.func.grad(penalty)(inputs.leaves))
         return {name: sum((more[name] for more in added), start=grad) for name, grad in grads.items()}
 
+    def clip(self, grads: Params, masks: Params | None) -> Params:
+        """Bring the gradient within the limits of `Training`."""
+        training = self.step.training
+        if training.clip_value is not None:
+            most = training.clip_value
+            return {name: grad.clamp(-most, most) for name, grad in grads.items()}
+        if training.clip_norm is None:
+            return grads
+
+        # Only what can move counts, as in the serial step.
+        counted = {name: grad for name, grad in grads.items() if name not in self.step.absent}
+        if masks is not None:
+            counted = {name: grad.masked_fill(masks[name] == 0, 0) for name, grad in counted.items()}
+        squares = [grad.square().sum() for grad in counted.values()]
+        factor = clip_factor(torch.stack(squares).sum().sqrt(), training.clip_norm)
+        return {name: grad * factor for name, grad in grads.items()}
+
     def update(
         self,
         inputs: Inputs,
@@ -276,8 +293,13 @@ class AgentStep:
         """Compute the optimiser's direction for one entry, and put its new state into `new`."""
         step, absent = self.step, name in self.step.absent
         vectors = {key: inputs.state[StateKey("optimiser", key, name)] for key in self.vectors}
-        old = {**inputs.optimiser, **vectors}
-        direction, moved = step.optimiser.update(grad, old, inputs.leaves[name])
+        old, leaf = {**inputs.optimiser, **vectors}, inputs.leaves[name]
+        decay = None if self.decays is None else self.decays[name] * leaf
+        if decay is not None and not step.training.decoupled:
+            grad = grad + decay
+        direction, moved = step.optimiser.update(grad, old, leaf)
+        if decay is not None and step.training.decoupled:
+            direction = direction + decay
         for key, tensor in moved.items():
             if key in self.vectors:
                 new[StateKey("optimiser", key, name)] = old[key] if absent else tensor
@@ -293,11 +315,11 @@ class AgentStep:
 
     def moved(self, inputs: Inputs, name: str, direction: Tensor) -> Tensor:
         """Move one entry: theta - lr direction."""
-        leaf = inputs.leaves[name]
-        if self.step.training.lr_schedule == "constant":
-            return torch.add(leaf, direction, alpha=-inputs.rate)
-        # A rate that changes is a tensor: it cannot be `alpha`, and its type may be wider than the entry's.
-        step: Tensor = inputs.rate * direction
+        leaf, rate = inputs.leaves[name], inputs.clock.rate
+        if not isinstance(rate, Tensor):
+            return torch.add(leaf, direction, alpha=-rate)
+        # A tensor cannot be `alpha`, and its type may be wider than the entry's.
+        step: Tensor = rate * direction
         return leaf - step.to(leaf.dtype)
 
     def trace(
@@ -314,7 +336,8 @@ class AgentStep:
             return
         # Traces see the parameters before the step, and the gradient before penalties.
         see = self.view(inputs, inputs.leaves, outputs)
-        grad, delta = self.flat(grads), self.flat(directions) * -inputs.rate
+        grad = self.flat(grads)
+        delta = (self.flat(directions) * -inputs.clock.rate).to(grad.dtype)
         for correction, ctx in tracing:
             for entry, tensor in correction.trace(see, ctx, grad, delta).items():
                 new[StateKey("trace", correction.name, entry)] = tensor

@@ -180,7 +180,7 @@ class Round:
         self.given: list[dict[int, Tensor]] = []
         """The tensors of each agent by their numbers, from which its new state is put together."""
 
-        for agent, _, _ in visits:
+        for agent in (visit.agent for visit in visits):
             tensors, facts = encode_state(agent.state)
             places = {name: self.pool.place(tensor) for name, tensor in tensors.items()}
             self.places.append(places)
@@ -197,6 +197,7 @@ class Round:
             agent=agent.name,
             sources=visit.sources,
             fraction=visit.fraction,
+            place=visit.place,
             seed=agent.seed,
             config=self.config,
             facts=json.dumps(self.facts[index]),

@@ -27,6 +27,7 @@ from consilience.core.errors import ConsilienceError
 from consilience.core.params import pack, unpack
 from consilience.core.schedule import Schedule
 from consilience.core.state import State, decode_state, encode_state
+from consilience.core.training import Place
 from consilience.loop.agent import Agent
 from consilience.loop.ledger import Ledger
 
@@ -46,6 +47,7 @@ class Task:
     agent: str
     sources: tuple[str, ...]
     fraction: float
+    place: Place
     seed: int
     config: Any
     """Reference to the configuration of the run."""
@@ -290,7 +292,7 @@ def visit(task: Task, tally: Tally, sources: Sequence[bytes]) -> Encoded:
     )
 
     # From here on a worker does what the serial engine does, so the bits are the same.
-    job = agent.prepare(task.sources, task.fraction)
+    job = agent.prepare(task.sources, task.fraction, task.place)
     if task.paused is not None:
         job.load(aligned(task.paused[0], device), task.paused[1])
     for _ in job.run(tally):

@@ -18,7 +18,7 @@ class Serial(Engine):
         for visit in visits:
             agent = visit.agent
             try:
-                job = agent.prepare(visit.sources, visit.fraction)
+                job = visit.prepare()
                 if paused is not None:
                     job.load(*paused)
                     paused = None

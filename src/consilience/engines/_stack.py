@@ -61,7 +61,6 @@ class Stack:
         first = jobs[0]
         self.step, self.layout, self.training = first.step, first.layout, first.training
         self.inside = any(self.step.by_verb[verb] for verb in INSIDE)
-        self.timed = self.inside or self.training.lr_schedule != "constant"
         optimiser, theta = first.carry.optimiser, first.carry.theta
         self.vectors = tuple(key for key, tensor in optimiser.items() if tensor.shape == theta.shape)
 
@@ -172,7 +171,7 @@ class Stack:
 
         # In a program the data come after the constants, so their slots move up.
         moved: Any = [Slot(len(self.slots.tensors) + index) for index in range(len(slots.tensors))]
-        factors = self.step.factors
+        factors, decays = self.step.factors, self.step.decays
         step = AgentStep(
             self.step,
             tuple(self.state),
@@ -181,6 +180,7 @@ class Stack:
             fill(parts, moved),
             fill(clock, moved),
             None if factors is None else self.layout.split(factors),
+            None if decays is None else self.layout.split(decays),
         )
         program = self.cache.programs[key] = Program(step, args, dims, len(self.state))
         program.keeps = (self.step.model, self.constants, parts)

@@ -21,10 +21,11 @@ from consilience.core.method import Method
 from consilience.core.model import Model
 from consilience.core.names import WHOLE, joined, pair, trace_key, unpair
 from consilience.core.params import Layout, Params, content_hash, finite, key, matches
+from consilience.core.scaling import LossScale
 from consilience.core.schedule import Schedule
 from consilience.core.source import Examples, Source, Tensors
 from consilience.core.state import State
-from consilience.core.training import Training
+from consilience.core.training import Place, Training
 from consilience.core.tree import Input
 from consilience.core.viewed import Viewed
 from consilience.loop.job import Job, Part
@@ -74,8 +75,10 @@ class Agent:
 
     # Train: `prepare` makes a job, an engine runs its steps, `finish` keeps what it learned.
 
-    def prepare(self, names: Sequence[str], fraction: float = 1.0) -> Job:
+    def prepare(self, names: Sequence[str], fraction: float = 1.0, place: Place | None = None) -> Job:
         """Make a job of a visit to these sources; `fraction` of its steps are run.
+
+        `place` says where the visit lies in the run, for learning rates that change over visits.
 
         Recall what is needed, grow the model, begin the corrections, and build the step.
         """
@@ -94,11 +97,13 @@ class Agent:
         layout = Layout.of(trainable, self.training.dtype, self.device)
         theta = layout.flatten(trainable)
         start = theta.clone()
-        self._lay_out(corrections, layout, start, given[0].name)
+        self._lay_out(corrections, layout, start, given[0].name, place or Place())
 
         # Steps update buffers in place, so those of the state are copied.
         own_buffers = {name: buffer.to(self.device).clone() for name, buffer in buffers.items()}
         carry = Carry(theta, own_buffers, self.training.inner().init(theta))
+        if self.training.precision == "fp16":
+            carry.scaling = LossScale().init(self.device)
         parts = tuple(self._part(source) for source in sources)
         step = Step(
             model=self.model,
@@ -111,6 +116,7 @@ class Agent:
             carry=carry,
             start=start,
             horizon=self._horizon(parts),
+            place=place or Place(),
         )
         self._resume_traces(corrections, given)
 
@@ -189,15 +195,18 @@ class Agent:
             begun.append(kind)
         return params, frozen, tuple(begun)
 
-    def _lay_out(self, corrections: Corrections, layout: Layout, start: Tensor, first: str) -> None:
+    def _lay_out(
+        self, corrections: Corrections, layout: Layout, start: Tensor, first: str, place: Place
+    ) -> None:
         """Give the contexts the layout of the step, and flatten what `Correction.flat` names."""
+        training = self.training.at(place)
         for correction, ctx in corrections:
             ctx.layout, ctx.start = layout, start
             if correction.flat and ctx.recalled is not None:
                 ctx.flat = {group: layout.flatten(ctx.recalled.group(group)) for group in correction.flat}
 
             # One warning per run: a visit of a hundred would repeat it a hundred times.
-            ctx.flat, warning = correction.prepare_step(ctx, self.training)
+            ctx.flat, warning = correction.prepare_step(ctx, training)
             if warning and correction.name not in self.ledger.warned:
                 self.ledger.warned.add(correction.name)
                 warnings.warn(f"{correction.name} on {first!r}: {warning} {ONCE}", stacklevel=3)
@@ -211,7 +220,7 @@ class Agent:
         """Return (epochs, steps per epoch) of a visit."""
         # A sampler may plan another number of steps, which `Job.plan` then takes.
         longest = max(len(part.examples) for part in parts)
-        return self.training.epochs, -(-longest // self.training.batch_size)
+        return self.training.epochs, -(-longest // self.training.samples)
 
     def _visits(self, given: Sequence[Source], sources: Sequence[Source]) -> tuple[int, ...]:
         """Return how often each part was visited before; a pool that was gathered is new at every visit."""
@@ -303,7 +312,7 @@ class Agent:
             share=1 / len(job.sources),
             order=sum(self.state.visits.values()),
             steps=job.steps,
-            training=self.training,
+            training=self.training.at(job.step.place),
             target=self.frame.targets[source.target],
         )
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from consilience.core.tree import Tree, named, signature, types
 from consilience.loop.agents import Setup
 from consilience.loop.engine import Engine
 from consilience.loop.folder import Progress
+from consilience.loop.step import HALF
 from consilience.metrics import choice
 from consilience.version import __version__
 
@@ -105,11 +108,12 @@ def check_all(
         raise ConsilienceError(
             f"a stream without boundaries is seen once, so `epochs` must be 1, got {training.epochs}."
         )
-    if training.device != "cpu" and not torch.cuda.is_available():
+    if training.device.startswith("cuda") and not torch.cuda.is_available():
         raise ConsilienceError(
             f"device={training.device!r} was requested, but CUDA is not available; use device='cpu'."
         )
 
+    _check_precision(training)
     _check_inputs(schedule, method, model)
     metrics = choice.metrics_of(options.metric, [*schedule.judged, *schedule.sources])
     return Setup(schedule, method, model, training, metrics, facts, options.judge_clients)
@@ -122,6 +126,26 @@ def with_loss(schedule: Schedule, loss: Any) -> Schedule:
     sources, frame = with_targets(every, schedule.frame, loss)
     count = len(schedule.sources)
     return replace(schedule, sources=sources[:count], judged=sources[count:], frame=frame)
+
+
+def _check_precision(training: Training) -> None:
+    """Refuse half precision where torch has no autocast of it."""
+    half, kind = HALF.get(training.precision), torch.device(training.device).type
+    if half is None:
+        return
+    try:
+        # torch only warns where it does not support a type, and computes in float32.
+        with warnings.catch_warnings(), torch.autocast(kind, dtype=half):
+            warnings.simplefilter("error")
+            one = torch.ones(1, 1, device=training.device)
+            works = (one @ one).dtype == half
+    except (RuntimeError, UserWarning):
+        works = False
+    if not works:
+        raise ConsilienceError(
+            f"precision={training.precision!r} was requested, but torch {torch.__version__} has no autocast "
+            f"of it on {kind!r}; use precision='fp32' or 'bf16'."
+        )
 
 
 def _check_tasks(schedule: Schedule, method: Method) -> None:
@@ -196,6 +220,13 @@ def describe(setup: Setup, method: str, options: RunOptions) -> dict[str, Any]:
     }
 
 
+def identity(value: object) -> str:
+    """Return a text that is the same in every process: the name of a function, the repr of other values."""
+    if isinstance(value, FunctionType | BuiltinFunctionType):
+        return f"{value.__module__}.{value.__qualname__}"
+    return repr(value)
+
+
 def fingerprint(setup: Setup, options: RunOptions) -> dict[str, Any]:
     """Return what must be the same for a run to be resumed."""
     schedule, method, model = setup.schedule, setup.method, setup.model
@@ -213,6 +244,12 @@ def fingerprint(setup: Setup, options: RunOptions) -> dict[str, Any]:
     params, buffers = model.init(key(options.seed, "init"))
     shape = {} if type(model).__repr__ is object.__repr__ else {repr(model): nothing}
 
+    # Two functions may have one name, and the values of a schedule of learning rates are all that matters.
+    training: dict[str, Any] = {name: identity(value) for name, value in vars(setup.training).items()}
+    curve = setup.training.lr_schedule
+    if callable(curve):
+        training["lr_curve"] = [float(curve(i / 8)) for i in range(8)]
+
     # All parts of a method are dataclasses, so their reprs have all hyperparameters.
     parts = {f: repr(getattr(method, f)) for f in method.__dataclass_fields__}
     metrics = {source.name: names_of(setup.metrics[source.name]) for source in schedule.judged}
@@ -223,7 +260,7 @@ def fingerprint(setup: Setup, options: RunOptions) -> dict[str, Any]:
         "schedule": content_hash({"\n".join(plan): nothing}),
         "method": parts,
         "model": content_hash({**params, **buffers, **shape}),
-        "training": {name: repr(value) for name, value in vars(setup.training).items()},
+        "training": training,
         "seed": options.seed,
         "repeats": options.repeats,
         "metric": metrics if len({*metrics.values()}) > 1 else next(iter(metrics.values())),

@@ -9,6 +9,7 @@ from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
+from consilience.core.training import Place
 from consilience.loop.agent import Agent
 from consilience.loop.job import Job
 
@@ -19,6 +20,12 @@ class Visit(NamedTuple):
     agent: Agent
     sources: tuple[str, ...]
     fraction: float
+    place: Place = Place()
+    """Where the visit lies in the run."""
+
+    def prepare(self) -> Job:
+        """Make the job of this visit."""
+        return self.agent.prepare(self.sources, self.fraction, self.place)
 
 
 Paused = tuple[Mapping[str, Tensor], Mapping[str, int]]

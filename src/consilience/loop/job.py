@@ -80,6 +80,15 @@ class Job:
         return (self.epoch, self.index, *self.step.horizon)
 
     @property
+    def rate(self) -> float:
+        """The learning rate of the next step."""
+        return self.rate_at((self.epoch, self.index), self.step.horizon)
+
+    def rate_at(self, clock: tuple[int, int], horizon: tuple[int, int]) -> float:
+        """Return the learning rate at a clock (epoch, step) of a horizon (epochs, steps per epoch)."""
+        return self.training.rate(clock, horizon, self.step.place)
+
+    @property
     def name(self) -> str:
         """The names of the sources."""
         return "+".join(source.name for source in self.sources)
@@ -149,7 +158,7 @@ class Job:
         source, examples, _ = self.parts[part]
         sampler = self.training.sampler or Shuffle()
         generator = key(self.seed, source.name, self.visits[part], epoch, turn, "shuffle")
-        plan: list[Tensor] = sampler.plan(examples.targets(), self.training.batch_size, epoch, generator)
+        plan: list[Tensor] = sampler.plan(examples.targets(), self.training.samples, epoch, generator)
         if not plan:
             raise ConsilienceError(
                 f"a sampler must plan at least one batch, got none from {type(sampler).__name__}."
@@ -194,6 +203,7 @@ class Job:
         tensors = {"theta": self.carry.theta}
         tensors |= {f"buffers/{name}": buffer for name, buffer in self.carry.buffers.items()}
         tensors |= {f"optimiser/{name}": tensor for name, tensor in self.carry.optimiser.items()}
+        tensors |= {f"scaling/{name}": tensor for name, tensor in self.carry.scaling.items()}
         for correction, ctx in self.corrections:
             tensors |= {f"trace/{correction.name}/{name}": tensor for name, tensor in ctx.trace.items()}
 
@@ -211,6 +221,8 @@ class Job:
             buffer.copy_(tensors[f"buffers/{name}"])
         for name in self.carry.optimiser:
             self.carry.optimiser[name] = tensors[f"optimiser/{name}"].to(device)
+        for name in self.carry.scaling:
+            self.carry.scaling[name] = tensors[f"scaling/{name}"].to(device)
         for correction, ctx in self.corrections:
             prefix = f"trace/{correction.name}"
             ctx.trace = {name: tensors[f"{prefix}/{name}"].to(device) for name in ctx.trace}

@@ -19,10 +19,14 @@ from consilience.core.errors import Refusal
 from consilience.core.model import Forward, Model
 from consilience.core.optimiser import Optimiser, OptimiserState
 from consilience.core.params import Layout, Params
+from consilience.core.scaling import LossScale, ScaleState
 from consilience.core.source import LabelFrame, Target
-from consilience.core.training import Training
+from consilience.core.training import Place, Training
 from consilience.core.tree import Input, concat
 from consilience.core.viewed import Viewed
+
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""The type of autocast, by precision."""
 
 Pairs = Sequence[tuple[Correction, Context]]
 """Corrections with their contexts in this visit."""
@@ -38,6 +42,8 @@ class Carry:
     theta: Tensor
     buffers: Params
     optimiser: OptimiserState
+    scaling: ScaleState = field(default_factory=dict)
+    """The loss scale of "fp16"; {} for other precisions."""
 
 
 class Objectives(NamedTuple):
@@ -48,12 +54,64 @@ class Objectives(NamedTuple):
     constraints: list[Tensor]
 
 
+class Rows(NamedTuple):
+    """The gradients [n] of the objectives of a step, and of its constraints."""
+
+    objectives: list[Tensor]
+    """One each; one for all where they are summed."""
+    weights: list[float]
+    constraints: list[Tensor]
+    absent: list[str]
+    """The entries that no objective reaches."""
+
+    def plus(self, other: Rows) -> Rows:
+        """Add the gradients of another micro-batch, in place."""
+        for mine, theirs in zip(
+            [*self.objectives, *self.constraints], [*other.objectives, *other.constraints], strict=True
+        ):
+            mine.add_(theirs)
+        return self._replace(absent=[name for name in self.absent if name in other.absent])
+
+
+class Piece(NamedTuple):
+    """A micro-batch: its parts, and the share of each in the mean over the batch; None: it is the batch."""
+
+    parts: list[Batch]
+    shares: list[float] | None
+
+
+def cut(part: Batch, count: int) -> list[Batch]:
+    """Cut a batch into pieces of nearly equal size; the first sample fills those that would be empty."""
+    sizes = [len(part.y) // count + (i < len(part.y) % count) for i in range(count)]
+    ends = [sum(sizes[: i + 1]) for i in range(count)]
+    spans = [slice(end - size, end) if size else slice(0, 1) for size, end in zip(sizes, ends, strict=True)]
+    return [
+        replace(
+            part,
+            x=part.x[span],
+            y=part.y[span],
+            w=None if part.w is None else part.w[span],
+            extra={name: tensor[span] for name, tensor in part.extra.items()},
+        )
+        for span in spans
+    ]
+
+
 def joinable(x: Input) -> object:
     """Describe what inputs must have in common to go through the model together."""
     # Ragged trees are apart: padding to the longest of all parts would change what each is padded to.
     if isinstance(x, Tensor):
         return x.shape[1:]
     return tuple((name, *part.shape[1:]) for name, part in x.parts.items())
+
+
+def clip_factor(norm: Tensor, most: float) -> Tensor:
+    """Return what a gradient of this norm is multiplied by, as `torch.nn.utils.clip_grad_norm_` does.
+
+    >>> clip_factor(torch.tensor(5.0), 1.0)
+    tensor(0.2000)
+    """
+    return (most / (norm + 1e-6)).clamp(max=1.0)
 
 
 def acts(correction: Correction, ctx: Context) -> bool:
@@ -70,8 +128,8 @@ class Step:
     """One visit's step over parameters theta [n].
 
     It forwards all parts, aggregates the gradients of all objectives, adds those of penalties, and updates:
-    g = A(grad of each objective) + grad(penalties); theta' = theta + U(g). Entries that are masked, or that
-    no objective reaches, are afterwards as they were.
+    g = clip(A(grad of each objective) + grad(penalties)); theta' = theta + U(g). Entries that are masked, or
+    that no objective reaches, are afterwards as they were.
     """
 
     model: Model
@@ -87,6 +145,8 @@ class Step:
     """theta [n] before the first step."""
     horizon: tuple[int, int]
     """(epochs, steps per epoch)."""
+    place: Place = field(default_factory=Place)
+    """Where the visit lies in the run."""
     absent: list[str] = field(default_factory=list, init=False)
     """The entries that no objective of the last step reaches."""
     bound: Forward | None = field(default=None, init=False)
@@ -94,6 +154,7 @@ class Step:
 
     def __post_init__(self) -> None:
         self.optimiser: Optimiser = self.training.inner()
+        self.scaling = LossScale() if self.training.precision == "fp16" else None
 
         # A verb that is not overridden, or of an inactive correction, costs nothing in a step.
         # Traces go on regardless: a later visit may read them.
@@ -117,7 +178,7 @@ class Step:
             if self.model.task_of(name) is not None:
                 self.shared[layout.span(name)] = False
         self.all_shared = bool(self.shared.all())
-        self.factors = self.training.factors(layout)
+        self.factors, self.decays = self.training.factors(layout), self.training.decays(layout)
 
         # Copied, because steps update buffers in place.
         self.start_buffers = {name: buffer.clone() for name, buffer in self.carry.buffers.items()}
@@ -127,16 +188,81 @@ class Step:
 
     def __call__(self, parts: list[Batch], clock: tuple[int, int], generator: torch.Generator | None) -> None:
         """Move `carry` and the traces on by one step."""
-        carry = self.carry
-        raw, outputs = self.outputs(parts, clock)
-        see = self.look(parts, carry.theta, clock, raw, outputs)
-        objectives = self.objectives(see)
-        factor = self._mask(see)
-        grad, self.absent = self._aggregate(objectives, factor, generator)
-        trained = self._penalised(grad, see) if self.by_verb["penalty"] else grad
+        see, factor, rows = self._differentiate(parts, clock)
+        if self.scaling is not None and not self._scaled(rows):
+            # Nothing moves, but corrections that act at a given step must see that it is over.
+            self._trace(see, *[torch.zeros_like(self.carry.theta)] * 2)
+            return
 
-        lr = self.training.rate(clock, self.horizon)
-        direction, state = self.optimiser.update(trained, carry.optimiser, carry.theta)
+        grad = self._aggregate(rows, factor, generator)
+        trained = self._penalised(grad, see) if self.by_verb["penalty"] else grad
+        self._descend(see, grad, trained, factor)
+
+    def _differentiate(
+        self, parts: list[Batch], clock: tuple[int, int]
+    ) -> tuple[StepView, Tensor | None, Rows]:
+        """Return what the verbs saw, the product of the masks, and the gradients of the objectives.
+
+        The gradients of micro-batches add up to those of the batch.
+        """
+        total: Rows | None = None
+        for piece in self._pieces(parts):
+            raw, outputs = self.outputs(piece.parts, clock)
+            see = self.look(piece.parts, self.carry.theta, clock, raw, outputs)
+            rows = self._rows(self.objectives(see, piece.shares))
+            total = rows if total is None else total.plus(rows)
+        assert total is not None
+        self.absent = total.absent
+        return see, self._mask(see), total
+
+    def _pieces(self, parts: list[Batch]) -> list[Piece]:
+        """Return the micro-batches of a step: with `accumulate`, pieces of at most `batch_size` samples."""
+        if self.training.accumulate == 1:
+            return [Piece(parts, None)]
+        own = max((len(part.y) for part in parts if not part.drawn_by), default=0)
+        count = -(-own // self.training.batch_size)
+        if count <= 1:
+            return [Piece(parts, None)]
+
+        # Means over pieces add up to the mean over the batch by how many targets each piece has.
+        pieces = list(zip(*[cut(part, count) for part in parts], strict=True))
+        sizes = [[float(self.target(p).count(p.y, p.w)) for p in piece] for piece in pieces]
+        counts = torch.tensor(sizes, dtype=torch.float64)
+        # A part with fewer samples than there are pieces repeats its first one, which counts for nothing.
+        for i, part in enumerate(parts):
+            counts[len(part.y) :, i] = 0
+        totals = counts.sum(0)
+        shares = torch.where(totals > 0, counts / totals, 1 / count)
+        return [Piece(list(piece), row) for piece, row in zip(pieces, shares.tolist(), strict=True)]
+
+    def _scaled(self, rows: Rows) -> bool:
+        """Divide gradients by the loss scale, and update it; whether they are finite."""
+        assert self.scaling is not None
+        each, scale = [*rows.objectives, *rows.constraints], self.carry.scaling["scale"]
+        for row in each:
+            row.div_(scale)
+        finite = all(bool(torch.isfinite(row).all()) for row in each)
+        self.carry.scaling = self.scaling.update(self.carry.scaling, finite)
+        return finite
+
+    def _descend(self, see: StepView, grad: Tensor, trained: Tensor, factor: Tensor | None) -> None:
+        """Move theta, the optimiser's state and the traces by a gradient `trained` [n].
+
+        `grad` is the part of it without penalties, and `factor` the product of the masks.
+        """
+        carry, training = self.carry, self.training
+        rate = training.rate(see.clock, self.horizon, self.place)
+        optimiser, lr = self.optimiser.at(rate)
+        trained = self._clipped(trained, factor)
+        if self.decays is not None and not training.decoupled:
+            trained = trained + self.decays * carry.theta
+
+        direction, state = optimiser.update(trained, carry.optimiser, carry.theta)
+        if self.decays is not None and training.decoupled:
+            # The direction of some optimisers contains the learning rate, and then the decay must too.
+            direction = direction + self.decays * carry.theta * (rate / lr)
+
+        # Absent and masked entries stay as they are, whatever momentum and decay say.
         if self.absent:
             direction = self._hold(direction, state, carry.optimiser)
         if factor is not None:
@@ -146,9 +272,30 @@ class Step:
         carry.optimiser = state
 
         # Traces see theta before it moves.
-        for correction, ctx in self.by_verb["trace"]:
-            ctx.trace = correction.trace(see, ctx, grad, direction * -lr)
+        if self.by_verb["trace"]:
+            self._trace(see, grad, direction * -lr)
         carry.theta.add_(direction, alpha=-lr)
+
+    def _trace(self, see: StepView, grad: Tensor, delta: Tensor) -> None:
+        """Let corrections trace the step: the gradient without penalties [n], and how far theta moves [n]."""
+        for correction, ctx in self.by_verb["trace"]:
+            ctx.trace = correction.trace(see, ctx, grad, delta)
+
+    def _clipped(self, grad: Tensor, factor: Tensor | None) -> Tensor:
+        """Return the gradient [n] within the limits of `Training`, as torch.nn.utils clips it."""
+        most = self.training.clip_value
+        if most is not None:
+            return grad.clamp(-most, most)
+        if self.training.clip_norm is None:
+            return grad
+
+        # Only what can move counts: other entries would shorten the step of these.
+        counted = grad if factor is None else grad.masked_fill(factor == 0, 0)
+        if self.absent:
+            counted = counted.clone()
+            for name in self.absent:
+                counted[self.layout.span(name)] = 0
+        return grad * clip_factor(counted.norm(), self.training.clip_norm)
 
     # Forward
 
@@ -159,8 +306,9 @@ class Step:
 
     def autocast(self) -> AbstractContextManager[object]:
         """Return the precision of forward passes."""
-        if self.training.precision == "bf16":
-            return torch.autocast(self.layout.device.type, dtype=torch.bfloat16)
+        half = HALF.get(self.training.precision)
+        if half is not None:
+            return torch.autocast(self.layout.device.type, dtype=half)
         return nullcontext()
 
     def target(self, part: Batch) -> Target:
@@ -236,7 +384,7 @@ class Step:
             ctx.clock, ctx.horizon = clock, self.horizon
         with self.autocast():
             raw = self.forward_all(parts)
-        if self.training.precision == "bf16":
+        if self.training.precision in HALF:
             raw = [out.to(self.layout.dtype) for out in raw]
 
         # Columns of other tasks take no part in the loss of a sample with a task.
@@ -301,23 +449,33 @@ class Step:
 
     # Objectives and their gradients
 
-    def objectives(self, see: StepView) -> Objectives:
-        """Return the loss of each part that has a weight, and the rows of corrections."""
+    def objectives(self, see: StepView, shares: Sequence[float] | None = None) -> Objectives:
+        """Return the loss of each part that has a weight, and the rows of corrections.
+
+        `shares` are those of the parts of a micro-batch.
+        """
         # Parts without a weight share 1. A part of weight 0 is forwarded for a correction only.
         share = 1 / max(1, sum(part.weight is None for part in see.parts))
         found = Objectives([], [], [])
-        for loss, part in zip(self.part_losses(see), see.parts, strict=True):
+        own = [i for i, part in enumerate(see.parts) if not part.drawn_by]
+
+        def shared(loss: Tensor, part: int | None) -> Tensor:
+            if shares is None:
+                return loss
+            return loss * (sum(shares[i] for i in own) / len(own) if part is None else shares[part])
+
+        for i, (loss, part) in enumerate(zip(self.part_losses(see), see.parts, strict=True)):
             weight = share if part.weight is None else part.weight
             if weight:
-                found.losses.append(loss)
+                found.losses.append(shared(loss, i))
                 found.weights.append(weight)
 
         for correction, ctx in self.by_verb["rows"]:
             for row in correction.rows(see, ctx):
                 if row.kind == "constraint":
-                    found.constraints.append(row.loss)
+                    found.constraints.append(shared(row.loss, row.part))
                 else:
-                    found.losses.append(row.loss)
+                    found.losses.append(shared(row.loss, row.part))
                     found.weights.append(row.weight)
         return found
 
@@ -339,6 +497,8 @@ class Step:
         if not loss.requires_grad:  # for example the answer of an earlier task through its own mask
             return torch.zeros(layout.size, dtype=layout.dtype, device=layout.device), list(layout.names)
 
+        if self.scaling is not None:
+            loss = loss * self.carry.scaling["scale"]
         leaves = [self.leaves[name] for name in layout.names]
         grads = torch.autograd.grad(loss, leaves, retain_graph=keep, allow_unused=True)
         absent = [name for name, grad in zip(layout.names, grads, strict=True) if grad is None]
@@ -348,71 +508,68 @@ class Step:
         ]
         return torch.cat(flat), absent
 
-    def _aggregate(
-        self, objectives: Objectives, factor: Tensor | None, generator: torch.Generator | None
-    ) -> tuple[Tensor, list[str]]:
-        """Return the aggregated gradient [n], and the entries that no objective reaches."""
-        aggregator = self.aggregator
-
-        # A weighted sum needs one backward pass, other aggregators one per objective.
-        sums = isinstance(aggregator, Linear) and not aggregator.needs_gram
-        if aggregator is None or sums or len(objectives.losses) == 1:
-            grad, absent = self._summed(objectives, factor)
-        else:
-            grad, absent = self._combined(aggregator, objectives, factor, generator)
-        if objectives.constraints:
-            grad = self._projected(grad, objectives.constraints, factor)
-        return grad, absent
-
-    def _summed(self, objectives: Objectives, factor: Tensor | None) -> tuple[Tensor, list[str]]:
-        """Return the gradient of the weighted sum: one backward pass."""
+    def _rows(self, objectives: Objectives) -> Rows:
+        """Return the gradients of objectives and constraints; a weighted sum needs only its own gradient."""
         losses, weights = objectives.losses, objectives.weights
-        if isinstance(self.aggregator, Linear) and len(losses) > 1:
-            given = torch.tensor(weights, dtype=torch.float64)
-            weights = self.aggregator.weigh(torch.zeros(0, 0), given, None).tolist()
+        if self._sums(objectives):
+            if isinstance(self.aggregator, Linear) and len(losses) > 1:
+                given = torch.tensor(weights, dtype=torch.float64)
+                weights = self.aggregator.weigh(torch.zeros(0, 0), given, None).tolist()
 
-        total = losses[0] if weights[0] == 1 else losses[0] * weights[0]
-        for loss, weight in zip(losses[1:], weights[1:], strict=True):
-            total = total + loss * weight
-        grad, absent = self.gradient(total, keep=bool(objectives.constraints))
-        return grad if factor is None else grad * factor, absent
+            total = losses[0] if weights[0] == 1 else losses[0] * weights[0]
+            for loss, weight in zip(losses[1:], weights[1:], strict=True):
+                total = total + loss * weight
+            losses = [total]
 
-    def _combined(
-        self,
-        aggregator: Aggregator,
-        objectives: Objectives,
-        factor: Tensor | None,
-        generator: torch.Generator | None,
-    ) -> tuple[Tensor, list[str]]:
-        """Return the gradients of all objectives, one backward pass each, combined by the aggregator."""
-        losses, last = objectives.losses, len(objectives.losses) - 1
-        more = bool(objectives.constraints)
-        pairs = [self.gradient(loss, keep=i < last or more) for i, loss in enumerate(losses)]
-        rows = torch.stack([grad for grad, _ in pairs])
-        rows = rows if factor is None else rows * factor
+        # The last backward pass frees the graph.
+        every = [*losses, *objectives.constraints]
+        last = len(every) - 1
+        pairs = [self.gradient(loss, keep=i < last) for i, loss in enumerate(every)]
+        grads, count = [grad for grad, _ in pairs], len(losses)
 
         # An entry moves if any objective reaches it.
-        absent = [name for name in pairs[0][1] if all(name in missing for _, missing in pairs)]
+        absent = [name for name in pairs[0][1] if all(name in missing for _, missing in pairs[:count])]
+        return Rows(grads[:count], objectives.weights, grads[count:], absent)
+
+    def _sums(self, objectives: Objectives) -> bool:
+        """Whether the objectives are summed by weights; other aggregators need the gradient of each."""
+        aggregator = self.aggregator
+        linear = isinstance(aggregator, Linear) and not aggregator.needs_gram
+        return aggregator is None or linear or len(objectives.losses) == 1
+
+    def _aggregate(self, rows: Rows, factor: Tensor | None, generator: torch.Generator | None) -> Tensor:
+        """Return the aggregated gradient [n]."""
+        if len(rows.objectives) == 1:
+            (grad,) = rows.objectives
+            grad = grad if factor is None else grad * factor
+        else:
+            assert self.aggregator is not None
+            grad = self._combined(self.aggregator, rows, factor, generator)
+        return self._projected(grad, rows.constraints, factor) if rows.constraints else grad
+
+    def _combined(
+        self, aggregator: Aggregator, rows: Rows, factor: Tensor | None, generator: torch.Generator | None
+    ) -> Tensor:
+        """Return the gradients of all objectives combined by the aggregator."""
+        grads = torch.stack(rows.objectives)
+        grads = grads if factor is None else grads * factor
         if self.all_shared:
-            return aggregator(rows, objectives.weights, generator), absent
+            return aggregator(grads, rows.weights, generator)
 
         # Entries of single tasks are summed by weight: there is nothing to aggregate.
-        grad = torch.tensor(objectives.weights, dtype=rows.dtype, device=rows.device) @ rows
-        grad[self.shared] = aggregator(rows[:, self.shared], objectives.weights, generator)
-        return grad, absent
+        grad = torch.tensor(rows.weights, dtype=grads.dtype, device=grads.device) @ grads
+        grad[self.shared] = aggregator(grads[:, self.shared], rows.weights, generator)
+        return grad
 
     def _projected(self, grad: Tensor, constraints: list[Tensor], factor: Tensor | None) -> Tensor:
-        """Return the gradient nearest to this one that increases no constraint's loss."""
+        """Return the gradient nearest to this one that no constraint's gradient opposes."""
         if not isinstance(self.aggregator, Cone):
             raise Refusal(
                 "constraint rows need a cone as step aggregator, such as aggregators.gem, "
                 f"got {type(self.aggregator).__name__}."
             )
 
-        # The last backward pass frees the graph.
-        last = len(constraints) - 1
-        each = [self.gradient(loss, keep=i < last)[0] for i, loss in enumerate(constraints)]
-        rows = torch.stack(each) if len(each) > 1 else each[0][None]
+        rows = torch.stack(constraints) if len(constraints) > 1 else constraints[0][None]
         return self.aggregator.project(grad, rows if factor is None else rows * factor)
 
     # Penalties, masks, and entries without gradient

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,8 +18,9 @@ from torch import Tensor
 from consilience.core.errors import ConsilienceError
 from consilience.core.message import Message
 from consilience.core.names import WHOLE, pair, unpair
-from consilience.core.schedule import Exchange, Train
+from consilience.core.schedule import Exchange, Phase, Train
 from consilience.core.state import State, decode_state, encode_state
+from consilience.core.training import Place
 from consilience.loop.agent import Agent
 from consilience.loop.agents import Agents, Setup, Wire, release_plan
 from consilience.loop.engine import EngineEvents, Paused, Visit
@@ -91,12 +93,13 @@ class Trial:
 
         # Clients that are judged by their own parameters must keep them.
         phases = list(schedule.plan(self.seed))
+        places = places_of(phases)
         released = {} if self.setup.judge_clients else release_plan(phases, schedule.evaluated)
         for i, phase in enumerate(phases):
             if i < self.phase:  # done before the interruption
                 continue
             if isinstance(phase, Train):
-                yield from self.train(phase, paused)
+                yield from self.train(phase, places[i], paused)
                 paused = None
             elif isinstance(phase, Exchange):
                 self.exchange(phase)
@@ -119,7 +122,9 @@ class Trial:
 
     # Train
 
-    def train(self, phase: Train, paused: Paused | None) -> Iterator[TrainRequest]:
+    def train(
+        self, phase: Train, places: Mapping[str, Place], paused: Paused | None
+    ) -> Iterator[TrainRequest]:
         """Let agents train on their sources, but for those that were done before an interruption."""
         done = self.finished
         todo = list(phase.who.items())[done:]
@@ -133,7 +138,9 @@ class Trial:
 
         self.judge.before_visits(phase)
         fractions = phase.fractions
-        visits = [Visit(self.agents[name], names, fractions.get(name, 1.0)) for name, names in todo]
+        visits = [
+            Visit(self.agents[name], names, fractions.get(name, 1.0), places[name]) for name, names in todo
+        ]
         yield TrainRequest(visits, self._events(phase), paused)
 
         failed = {name: self.failed[name] for name in phase.who if name in self.failed}
@@ -275,6 +282,26 @@ class Trial:
         if facts["job"] is None:
             return None
         return by_owner(tensors)[JOB], facts["job"]
+
+
+def places_of(phases: Sequence[Phase]) -> list[dict[str, Place]]:
+    """Return where the visits of each Train phase lie in the run, by agent; {} for other phases.
+
+    >>> a, b = places_of([Train({"a": ("x",)}), Train({"a": ("x",), "b": ("y",)})])
+    >>> b["a"], b["b"]
+    (Place(visit=1, visits=2, round=1, rounds=2), Place(visit=0, visits=1, round=1, rounds=2))
+    """
+    visits = [list(phase.who.items()) if isinstance(phase, Train) else [] for phase in phases]
+    totals = Counter(visit for phase in visits for visit in phase)
+    done: Counter[tuple[str, tuple[str, ...]]] = Counter()
+
+    # Agents that are sampled later have fewer visits than there are rounds, so both are counted.
+    rounds, index, found = sum(isinstance(phase, Train) for phase in phases), 0, []
+    for phase in visits:
+        found.append({visit[0]: Place(done[visit], totals[visit], index, rounds) for visit in phase})
+        done.update(phase)
+        index += bool(phase)
+    return found
 
 
 def agent_states(

@@ -27,6 +27,8 @@ def fedavg(outer: str = "sgd", outer_lr: float = 1.0, outer_momentum: float = 0.
     from consilience.core.errors import ConsilienceError
     from consilience.core.optimiser import SGD, Adagrad, Adam, Averaging, Torch, Yogi
 
+    if outer_momentum and outer != "sgd":
+        raise ConsilienceError(f"`outer_momentum` has no effect on {outer!r}, got {outer_momentum}.")
     if outer in OUTER:
         # The paper's FedAdam has no bias correction: its start is damped by tau alone.
         adam = Adam(0.9, 0.99, 1e-3, corrected=False)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -93,13 +93,17 @@ def test_inputs_of_every_form_become_trees_with_names():
     assert list(as_input({"a": a, "b": b}).arguments()[1]) == ["a", "b"], "named parts by name"
 
 
-@given(st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=6), min_size=2, max_size=8), st.data())
-def test_ragged_parts_keep_every_number_through_all_operations(rows, data):
+ROWS = st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=4), min_size=2, max_size=5)
+
+
+@settings(deadline=None, max_examples=40)
+@given(ROWS, st.lists(st.integers(0, 1), min_size=1, max_size=4))
+def test_ragged_parts_keep_every_number_through_all_operations(rows, chosen):
     x = as_input({"ids": rows, "ones": [[1] * len(row) for row in rows]})
-    index = torch.tensor(data.draw(st.lists(st.integers(0, len(rows) - 1), min_size=1, max_size=5)))
-    for chosen in (x[index], x.index_select(0, index), concat([x[i : i + 1].trim() for i in index.tolist()])):
+    index = torch.tensor(chosen)
+    for taken in (x[index], x.index_select(0, index), concat([x[i : i + 1].trim() for i in index.tolist()])):
         wanted = [rows[i] for i in index.tolist()]
-        short = chosen.trim()
+        short = taken.trim()
         assert short.parts["ids"].shape[1] == (
             max(map(len, wanted)) if x.lengths is not None else len(rows[0])
         )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from consilience import lazy
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from consilience.core.model import Model
@@ -46,6 +46,7 @@ __all__ = [
     "split_classes",
     "stream",
     "streams",
+    "tasks",
     "wine",
 ]
 
@@ -154,6 +155,45 @@ def arrays(
     from consilience.data._sources import Options, from_arrays
 
     return from_arrays(x, y, Options(name, test, classes, kind, space, validation, seed, loss, metric))
+
+
+def tasks(
+    x: Any,
+    targets: Mapping[str, Any],
+    kinds: Mapping[str, Kind] | None = None,
+    classes: Mapping[str, Sequence[str]] | None = None,
+    test: float = 0.2,
+    validation: float = 0.1,
+    name: str = "data",
+    seed: int = 0,
+) -> list[Source]:
+    """Make one source per task from inputs that several tasks share, with one split for all of them.
+
+    A sample may have targets for some tasks only: -100 among classes, NaN among values and labels.
+
+    Args:
+        x: inputs [N, ...], as `arrays` takes them.
+        targets: by task, as `arrays` takes them: classes, values or labels.
+        kinds: "class", "value" or "labels" by task; those that are left out are classes.
+        classes: the names of the classes, values or labels by task; None: numbers.
+        test: the fraction of the samples to test on.
+        validation: the fraction of the rest to choose hyperparameters by.
+        name: the sources are called NAME/TASK.
+        seed: the seed of the split.
+
+    Raises ConsilienceError as `arrays` does, and for kinds and classes of tasks that are not in `targets`.
+
+    >>> import numpy as np
+    >>> x, even, size = np.eye(20, dtype="float32"), np.arange(20) % 2, np.arange(20.0)
+    >>> size[::2] = np.nan
+    >>> [(s.name, s.kind) for s in tasks(x, {"even": even, "size": size}, {"size": "value"}, name="n")]
+    [('n/even', 'class'), ('n/size', 'value')]
+    """
+    from consilience.data._sources import Options, from_tasks
+
+    return from_tasks(
+        x, targets, kinds or {}, classes or {}, Options(name, test, None, "class", None, validation, seed)
+    )
 
 
 def stream(

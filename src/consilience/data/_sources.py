@@ -8,7 +8,7 @@ import os
 import warnings
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from consilience.core.checks import fraction, whole_number
-from consilience.core.errors import ConsilienceError, unknown
+from consilience.core.errors import ConsilienceError, kind_of, unknown
 from consilience.core.losses import KINDS, NONE, loss_of
 from consilience.core.params import key
 from consilience.core.source import Examples, Kind, Label, Source, Stream, Tensors
@@ -346,6 +346,64 @@ def from_arrays(x: Any, y: Any, options: Options) -> Source:
             f"test inputs must be of the type of training inputs, got {held.x.dtype} and {train.x.dtype}."
         )
     return _source(train, held, validation, options)
+
+
+def from_tasks(
+    x: Any,
+    targets: Mapping[str, Any],
+    kinds: Mapping[str, Kind],
+    classes: Mapping[str, Any],
+    options: Options,
+) -> list[Source]:
+    """See `consilience.data.tasks`."""
+    if not isinstance(targets, Mapping) or not targets:
+        raise ConsilienceError(f"`targets` must be targets by task, got {kind_of(targets)}.")
+    for what, named in (("kinds", kinds), ("classes", classes)):
+        for task in named:
+            if task not in targets:
+                raise unknown(f"task of `{what}`", task, targets, "the tasks of `targets`")
+
+    # Checked as pairs, with the same words as those of `arrays`.
+    made = {
+        task: replace(options, kind=kinds.get(task, "class"), classes=classes.get(task)) for task in targets
+    }
+    pairs = {}
+    for task, own in made.items():
+        own.checked_kind()
+        pairs[task] = _pair(x, targets[task], own.kind, "")
+    inputs = next(iter(pairs.values())).x
+
+    # One split for all tasks: samples of one test are in no training set.
+    share = fraction("validation", options.validation, zero=True)
+    held, rest = draw(
+        torch.zeros(len(inputs)),
+        round(fraction("test", options.test) * len(inputs)),
+        key(options.seed, options.name, "test"),
+        stratified=False,
+    )
+    kept, train = draw(
+        torch.zeros(len(rest)),
+        round(share * len(rest)),
+        key(options.seed, options.name, "validation"),
+        stratified=False,
+    )
+    parts = {"train": rest[train], "validation": rest[kept], "test": held}
+    if not len(held) or not len(parts["train"]):
+        raise ConsilienceError(
+            f"`test` must leave examples on both sides, got {options.test} of {len(inputs)} examples."
+        )
+
+    # The tasks hold the very same inputs, once in memory.
+    shared = {part: inputs[index] for part, index in parts.items()}
+    sources = []
+    for task, own in made.items():
+        name = f"{options.name}/{task}"
+        examples: dict[str, Any] = {
+            part: Tensors(shared[part], pairs[task].y[index]) for part, index in parts.items()
+        }
+        labels, columns = _labels(pairs[task].y, examples["test"].y, replace(own, name=name))
+        sources.append(Source(name, **examples, labels=labels, classes=columns, task=task, kind=own.kind))
+    return sources
 
 
 # Datasets.

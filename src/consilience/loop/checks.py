@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -111,7 +112,15 @@ def check_all(
         )
 
     _check_inputs(schedule, method, model)
-    metrics = choice.metrics_of(options.metric, [*schedule.judged, *schedule.sources])
+    metrics = choice.metrics_of(options.metric, [*schedule.judged, *schedule.sources], schedule.frame)
+    for name in sorted(
+        {metric.name for some in metrics.values() for metric in some if metric.higher is None}
+    ):
+        warnings.warn(
+            f"the metric {name!r} has no direction, so forgetting and transfer will not be given; use "
+            "`metric=cs.metrics.own(f, higher=True)`, or False where less is better",
+            stacklevel=2,
+        )
     return Setup(schedule, method, model, training, metrics, facts, options.judge_clients)
 
 

@@ -70,6 +70,7 @@ CATALOGUES = (
     "mappers",
     "memory",
     "merging",
+    "metrics",
 )
 CATALOGUES += ("methods", "models", "report", "settings", "skill")
 

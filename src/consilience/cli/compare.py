@@ -167,4 +167,9 @@ def show(results: Mapping[str, Result], refused: Mapping[str, str], folder: Path
 def summary(result: Result) -> dict[str, Any]:
     """Return the figures of result.json, without the matrices."""
     figures = result.to_json()
-    return {key: figures[key] for key in FIGURES}
+    # Figures of further metrics too, by the name of each.
+    further = {
+        name: {key: value for key, value in found.items() if key in FIGURES}
+        for name, found in figures["metrics"].items()
+    }
+    return {**{key: figures[key] for key in FIGURES}, "metrics": further}

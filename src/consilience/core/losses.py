@@ -64,6 +64,10 @@ class Loss(ABC):
         """Return predictions from outputs [B, C, *places]: probabilities of classes or labels, or values."""
         return out
 
+    def outputs(self, answer: Tensor) -> Tensor:
+        """Return outputs that `answer` gives these predictions for: its inverse, to judge predictions by."""
+        return answer
+
     def fitted(self, names: Sequence[str], width: int, columns: Sequence[int]) -> Self:
         """Return the loss for a task with these output names, in these of `width` columns."""
         return self
@@ -167,6 +171,9 @@ class CrossEntropy(Loss):
     def answer(self, out: Tensor) -> Tensor:
         return out.softmax(1)
 
+    def outputs(self, answer: Tensor) -> Tensor:
+        return answer.log()
+
     def fitted(self, names: Sequence[str], width: int, columns: Sequence[int]) -> Self:
         return replace(self, weights=_by_column(self.weights, names, width, columns))
 
@@ -223,6 +230,9 @@ class BCE(Loss):
 
     def answer(self, out: Tensor) -> Tensor:
         return out.sigmoid()
+
+    def outputs(self, answer: Tensor) -> Tensor:
+        return answer.logit()
 
     def fitted(self, names: Sequence[str], width: int, columns: Sequence[int]) -> Self:
         # Outputs are cut to the task's own columns, so that one weight per label is enough.
@@ -293,6 +303,9 @@ class Poisson(Loss):
     def answer(self, out: Tensor) -> Tensor:
         return out.exp()
 
+    def outputs(self, answer: Tensor) -> Tensor:
+        return answer.log()
+
 
 @dataclass(frozen=True)
 class Own(Loss):
@@ -324,6 +337,9 @@ class Own(Loss):
 
     def answer(self, out: Tensor) -> Tensor:
         return self.like.answer(out)
+
+    def outputs(self, answer: Tensor) -> Tensor:
+        return self.like.outputs(answer)
 
 
 LOSSES: dict[str, type[Loss]] = {

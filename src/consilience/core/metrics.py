@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from consilience.core.source import Source
+from consilience.core.source import Target
 
 Sums = dict[str, Tensor]
 """What a metric knows of some chunks of examples."""
@@ -48,6 +48,7 @@ class Metric(ABC):
     @property
     def name(self) -> str:
         """The name in tables and results: with all arguments that are no defaults, as in "top_k(k=3)"."""
+        # Two of one class with other arguments must differ in their names.
         given = [(field.name, getattr(self, field.name), field.default) for field in fields(self)]
         changed = ", ".join(f"{name}={value}" for name, value, default in given if value != default)
         called = self.called or type(self).__name__
@@ -76,8 +77,8 @@ class Metric(ABC):
             total = {name: total[name] + part[name] for name in total}
         return total
 
-    def of(self, source: Source) -> Metric:
-        """Return the metric for one source, where it depends on how the source is trained on."""
+    def of(self, target: Target) -> Metric:
+        """Return the metric of one task, where it depends on what the task is trained by."""
         return self
 
     def running(self) -> Running:
@@ -196,6 +197,7 @@ def lost(scores: np.ndarray) -> float:
     >>> lost(np.array([0.0, 0.5, np.nan, 0.25]))
     0.25
     """
+    # The first score is from before training, and the last is what is compared.
     past = scores[1:-1][~np.isnan(scores[1:-1])]
     return float(past.max() - scores[-1]) if len(past) else math.nan
 

@@ -115,7 +115,15 @@ def check_all(
 
     _check_precision(training)
     _check_inputs(schedule, method, model)
-    metrics = choice.metrics_of(options.metric, [*schedule.judged, *schedule.sources])
+    metrics = choice.metrics_of(options.metric, [*schedule.judged, *schedule.sources], schedule.frame)
+    for name in sorted(
+        {metric.name for some in metrics.values() for metric in some if metric.higher is None}
+    ):
+        warnings.warn(
+            f"the metric {name!r} has no direction, so forgetting and transfer will not be given; use "
+            "`metric=cs.metrics.own(f, higher=True)`, or False where less is better",
+            stacklevel=2,
+        )
     return Setup(schedule, method, model, training, metrics, facts, options.judge_clients)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from consilience.core.message import Message, Weights
-from consilience.core.metrics import Metric, Running, client_drift, mean
+from consilience.core.metrics import Running, client_drift, mean
 from consilience.core.params import Layout, content_hash
 from consilience.core.schedule import Evaluate, Train
 from consilience.core.source import Examples, Source
@@ -169,11 +169,12 @@ class Judge:
     def scores(self, agent: Agent) -> list[Score]:
         """Return the scores of an agent on everything that is judged."""
         # Parts of a stream have the same test data: they are judged once.
-        found: dict[tuple[int, str | None, tuple[Metric, ...]], Score] = {}
+        found: dict[tuple[object, ...], Score] = {}
         scores = []
         for source in self.setup.schedule.judged:
             task = source.task if self._labelled or self.setup.method.mapper is not None else None
-            at = (id(source.test), task, self.setup.metrics[source.name])
+            names = [metric.name for metric in self.setup.metrics[source.name]]
+            at = (id(source.test), task, source.target, *names)
             if at not in found:
                 found[at] = self.score(agent, source.test, source)
             scores.append(found[at])
@@ -194,8 +195,9 @@ class Judge:
         right, count = 0.0, 0
         for x, y in examples.chunks(chunk(agent.device)):
             prediction = agent.predictor(x, source.task if self._labelled else None)
+            answer = self._own_answer(prediction.probabilities, y, source)
             for metric in measured:
-                metric.update(prediction.probabilities, y)
+                metric.update(answer, y)
 
             # Routing is right or wrong only where some expert is of the true task.
             if prediction.weights is not None and is_trained:
@@ -205,6 +207,18 @@ class Judge:
                 count += len(x)
         return Score(values_of(measured), right / count if count else math.nan)
 
+    def _own_answer(self, answer: Tensor, y: Tensor, source: Source) -> Tensor:
+        """Return the part of an answer [B, C, *places] that a source's targets are compared with."""
+        frame = self.setup.schedule.frame
+        target = frame.targets[source.target]
+        if target.kind != "class" or len(frame.targets) == 1 or not target.columns:
+            return target.own(answer, y)
+
+        # A value next to the probabilities of classes is no class.
+        others = torch.ones(answer.shape[1], dtype=torch.bool, device=answer.device)
+        others[list(target.columns)] = False
+        return answer.masked_fill(others.view(-1, *[1] * (answer.dim() - 2)), 0)
+
     @torch.no_grad()
     def score_job(self, job: Job, examples: Examples, source: Source) -> Score:
         """Return the scores of a visit's parameters at this step on examples of one of its sources."""
@@ -212,7 +226,7 @@ class Judge:
         task = source.task if self.agents[job.agent].aware else None
         measured = [metric.running() for metric in self.setup.metrics[source.name]]
         for x, y in examples.chunks(chunk(job.layout.device)):
-            answer = job.answer(x, task)
+            answer = self._own_answer(job.answer(x, task), y, source)
             for metric in measured:
                 metric.update(answer, y)
         return Score(values_of(measured), math.nan)

@@ -102,6 +102,7 @@ class Result:
     @property
     def score_std(self) -> float:
         """The standard deviation of `scores` (ddof 1); 0 for one repeat."""
+        # A repeat without any defined score says nothing about the spread.
         scores = [score for score in self.scores if np.isfinite(score)]
         return float(np.std(scores, ddof=1)) if len(scores) > 1 else 0.0
 
@@ -213,6 +214,7 @@ class Result:
     def _mean(self, name: str) -> float | None:
         """Return the mean over repeats of a field of `metrics.summary`."""
         higher = self._known_direction()
+        # Repeats may differ in what is defined.
         values = [summary(matrix, self.learned_at, higher)[name] for matrix in self.matrices]
         found = [value for value in values if value is not None]
         return float(np.mean(found)) if found else None

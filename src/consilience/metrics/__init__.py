@@ -10,7 +10,8 @@ these. Nothing here imports torch before it is called.
 (0.5, 1.0, 'top_k(k=2)')
 """
 
-# The classes lie in files with a leading underscore, as those of the aggregators do.
+# The classes lie in files with a leading underscore, and functions import inside, as the aggregators' do: a
+# submodule must not replace a function of its name, and the command line lists all names without torch.
 
 from __future__ import annotations
 
@@ -156,6 +157,10 @@ def own(function: Callable[..., Any], higher: bool, name: str = "") -> Own:
     >>> metric.name, metric(torch.tensor([[0.2, 0.8], [0.9, 0.1]]), torch.tensor([1, 1]))
     ('error_rate', 0.5)
     """
+    from consilience.core.errors import ConsilienceError, kind_of
     from consilience.metrics._others import Own
 
+    # Without a direction a run would give no forgetting, so it is asked for here.
+    if not isinstance(higher, bool):
+        raise ConsilienceError(f"`higher` must be True or False, got {kind_of(higher)}.")
     return Own(function, higher, name)

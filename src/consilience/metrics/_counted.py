@@ -137,6 +137,7 @@ class F1(Counted):
         check_threshold(self.threshold)
 
     def value(self, sums: Sums) -> float:
+        # With 2 TP / (predicted + true), no false counts are needed.
         twice, total = 2 * sums["right"], sums["predicted"] + sums["true"]
         return share(twice.sum(), total.sum()) if self.average == "micro" else mean_share(twice, total)
 
@@ -175,5 +176,6 @@ def share(part: Tensor, total: Tensor) -> float:
 
 def mean_share(parts: Tensor, totals: Tensor) -> float:
     """Return the mean of parts / totals [C] where there is something; NaN where nowhere is."""
+    # A class without any count has no share, rather than one of 0.
     some = totals > 0
     return float((parts[some].double() / totals[some].double()).mean()) if bool(some.any()) else math.nan

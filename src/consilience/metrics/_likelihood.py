@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
+from consilience.core.losses import DEFAULTS, NONE, Loss
 from consilience.core.metrics import Metric, Sums
-from consilience.metrics._targets import of_classes, of_values
 
 if TYPE_CHECKING:
-    from consilience.core.source import Source
+    from consilience.core.source import Target
 
 
 @dataclass(frozen=True)
-class Perplexity(Metric):
+class MeanLoss(Metric):
+    """A mean over targets: its sums are the loss and the count."""
+
+    @property
+    def higher(self) -> bool:
+        return False
+
+    def value(self, sums: Sums) -> float:
+        return float(sums["loss"]) / float(sums["count"]) if float(sums["count"]) else math.nan
+
+
+@dataclass(frozen=True)
+class Perplexity(MeanLoss):
     """exp of the mean of -log p(y) over targets: per token for a language model.
 
-    Probabilities of 0 count as the smallest positive number of their type, so that it is finite.
+    A probability of 0 counts as the smallest positive number of its type, so that it is finite, and a row of
+    zeros, which is no answer, as equal probabilities.
 
     >>> round(Perplexity()(torch.tensor([[0.5, 0.5], [0.875, 0.125]]), torch.tensor([0, 1])), 9)
     4.0
@@ -29,63 +42,60 @@ class Perplexity(Metric):
     called: ClassVar[str] = "perplexity"
     kinds: ClassVar[tuple[str, ...]] = ("class",)
 
-    @property
-    def higher(self) -> bool:
-        return False
-
     def sums(self, p: Tensor, y: Tensor) -> Sums:
-        return surprise(p, y)
+        # -100 is no column to read from.
+        there = y != NONE
+        true = y.where(there, 0).unsqueeze(1)
+        surprise = -possible(p, y).gather(1, true).squeeze(1).log()
+        return {"loss": surprise[there].sum(), "count": there.sum()}
 
     def value(self, sums: Sums) -> float:
-        return math.exp(float(sums["loss"] / sums["count"])) if float(sums["count"]) else math.nan
+        return math.exp(super().value(sums))
 
 
 @dataclass(frozen=True)
-class EvaluationLoss(Metric):
-    """The mean loss over targets: cross entropy of classes, binary cross entropy of labels, or squared error.
+class EvaluationLoss(MeanLoss):
+    """The mean loss over targets, by the loss that the task is trained by, without corrections and penalties.
 
-    `kind` is that of the targets; a run fills it in for each source.
+    `loss` is None for cross entropy of classes and the squared error of others; a run puts in that of each
+    task. Probabilities of 0 and 1 are rounded ones, so their loss is large and finite (as of `Perplexity`).
 
-    >>> round(EvaluationLoss("class")(torch.tensor([[0.5, 0.5]]), torch.tensor([0])), 4)
+    >>> round(EvaluationLoss()(torch.tensor([[0.5, 0.5]]), torch.tensor([0])), 4)
     0.6931
     """
 
-    kind: str = ""
+    loss: Loss | None = None
 
     called: ClassVar[str] = "loss"
 
     @property
     def name(self) -> str:
+        # One name for all tasks: each has a loss of its own.
         return self.called
 
-    @property
-    def higher(self) -> bool:
-        return False
-
-    def of(self, source: Source) -> EvaluationLoss:
-        return replace(self, kind=source.kind)
+    def of(self, target: Target) -> EvaluationLoss:
+        return EvaluationLoss(target.loss)
 
     def sums(self, p: Tensor, y: Tensor) -> Sums:
-        # Without a kind, whole numbers are classes and all other targets are values.
-        if self.kind == "class" or not y.is_floating_point():
-            return surprise(p, y)
-        answers, targets, there = of_values(p, y)
+        loss = self.loss or DEFAULTS["value" if y.is_floating_point() else "class"]
+        if "class" in loss.kinds:
+            p = possible(p, y)
+        elif "labels" in loss.kinds:
+            limits = torch.finfo(p.dtype)
+            p = p.double().clamp(limits.tiny, 1 - limits.eps / 2)
 
-        # A probability of 0 or 1 may be a rounded one, so its loss is large and finite.
-        if self.kind == "labels":
-            least = torch.finfo(p.dtype).tiny
-            yes, no = answers.clamp(min=least).log(), (1 - answers).clamp(min=least).log()
-            loss = -(targets * yes + (1 - targets) * no)
-        else:
-            loss = (targets - answers).square()
-        return {"loss": loss.mul(there).sum(), "count": there.sum()}
-
-    def value(self, sums: Sums) -> float:
-        return float(sums["loss"] / sums["count"]) if float(sums["count"]) else math.nan
+        # Losses are of outputs, and these are what the predictions came from.
+        found = loss(loss.outputs(p.double()), y)
+        counts = torch.ones_like(found.values) if found.counts is None else found.counts
+        return {"loss": (found.values * counts).double().sum(), "count": counts.double().sum()}
 
 
-def surprise(p: Tensor, y: Tensor) -> Sums:
-    """Return the sum of -log p(y) over targets, and their count."""
-    p, y = of_classes(p, y)
-    true = p.gather(1, y[:, None])[:, 0]
-    return {"loss": -true.clamp(min=torch.finfo(p.dtype).tiny).double().log().sum(), "count": (y >= 0).sum()}
+def possible(p: Tensor, y: Tensor) -> Tensor:
+    """Return class probabilities [N, C, *places], in float64, with that of the target above 0."""
+    least = torch.finfo(p.dtype).tiny
+    p = p.double()
+
+    # A row of zeros is no answer, which is to say nothing about the classes.
+    p = torch.where(p.amax(1, keepdim=True) == 0, 1 / p.shape[1], p)
+    true = y.where(y != NONE, 0).unsqueeze(1)
+    return p.scatter(1, true, p.gather(1, true).clamp(min=least))

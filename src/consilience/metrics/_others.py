@@ -33,8 +33,6 @@ class Own(Metric):
     def __post_init__(self) -> None:
         if not callable(self.function):
             raise ConsilienceError(f"an own metric must be a function, got {kind_of(self.function)}.")
-        if self.direction not in (True, False, None):
-            raise ConsilienceError(f"`higher` must be True or False, got {kind_of(self.direction)}.")
 
     @property
     def name(self) -> str:
@@ -75,6 +73,7 @@ class TorchMetric(Metric):
         return {"p": p.cpu(), "y": y.cpu()}
 
     def value(self, sums: Sums) -> float:
+        # One update with everything: objects of torchmetrics cannot add sums of others.
         running = self.running()
         running.update(sums["p"], sums["y"])
         return running.value()
@@ -112,6 +111,7 @@ def name_of(function: Callable[..., Any]) -> str:
     >>> name_of(functools.partial(round, ndigits=2)), name_of(len)
     ('round(ndigits=2)', 'len')
     """
+    # A partial has no name, and its arguments are what distinguishes it from another.
     if isinstance(function, functools.partial):
         bound = [*map(repr, function.args), *(f"{key}={value!r}" for key, value in function.keywords.items())]
         return f"{name_of(function.func)}({', '.join(bound)})"

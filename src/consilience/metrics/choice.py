@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 from consilience import metrics
 from consilience.core.errors import ConsilienceError, kind_of, unknown
 from consilience.core.metrics import Metric
-from consilience.core.source import Source
+from consilience.core.source import LabelFrame, Source
 from consilience.metrics._others import Own, TorchMetric
 
 One: TypeAlias = str | Metric | Callable[..., Any]
@@ -46,7 +46,7 @@ def as_metric(value: object) -> Metric:
         if callable(value):
             # torchmetrics' functions and objects of users may say which direction is better.
             directions = [getattr(value, name, None) for name in ("higher", "higher_is_better")]
-            return Own(value, next((direction for direction in directions if direction is not None), None))
+            return Own(value, next((found for found in directions if isinstance(found, bool)), None))
     raise ConsilienceError(
         "`metric` must be a name, one of consilience.metrics, a function of (predictions, targets), an "
         f"object of torchmetrics, or a list of these, got {kind_of(value)}."
@@ -70,7 +70,7 @@ def several(choice: object) -> tuple[Metric, ...]:
     return found
 
 
-def metrics_of(choice: Choice, sources: Sequence[Source]) -> dict[str, tuple[Metric, ...]]:
+def metrics_of(choice: Choice, sources: Sequence[Source], frame: LabelFrame) -> dict[str, tuple[Metric, ...]]:
     """Return the metrics of each source by its name; its first is what matrices have.
 
     A source's own metric comes first. Of several, those count that fit its kind of targets. Raises
@@ -88,8 +88,7 @@ def metrics_of(choice: Choice, sources: Sequence[Source]) -> dict[str, tuple[Met
     for source in sources:
         # A choice for the task is nearer than one for the kind.
         asked = chosen.get(source.task or "", chosen.get(source.kind, common))
-        own = getattr(source, "metric", None)
-        mine = () if own is None else (as_metric(own),)
+        mine = () if source.metric is None else (as_metric(source.metric),)
 
         # A source's own metric must fit; of several others one is enough.
         fits = [metric for metric in (*mine, *asked) if source.kind in metric.kinds]
@@ -98,7 +97,7 @@ def metrics_of(choice: Choice, sources: Sequence[Source]) -> dict[str, tuple[Met
                 raise misfit(metric, source)
         by_name: dict[str, Metric] = {}
         for metric in fits or [as_metric(FITTING[source.kind])]:
-            by_name.setdefault(metric.name, metric.of(source))
+            by_name.setdefault(metric.name, metric.of(frame.targets[source.target]))
         found[source.name] = tuple(by_name.values())
 
     # A metric that fits nothing would be left out silently.

@@ -458,6 +458,8 @@ def reframe(sources: Sequence[Source], scenario: str) -> tuple[tuple[Source, ...
         group = [(i, source) for i, source in enumerate(sources) if source.kind == kind]
         if not group:
             continue
+        if kind != "class" and scenario != "task":
+            group = _same_outputs(group)
         own = _labels([source for _, source in group], scenario)
         for i, source in group:
             table = _table(source, own, scenario, len(labels))
@@ -559,6 +561,20 @@ def _complete(source: Source) -> bool:
             f"a source must have training targets, and all of {source.name!r} are missing."
         )
     return not bool(missing.any())
+
+
+def _same_outputs(group: Sequence[tuple[int, Source]]) -> list[tuple[int, Source]]:
+    """Return values and labels of sources without a task of their own under one label if they have one name.
+
+    Two sites that both measure "value" mean the same by it; two tasks do not.
+    """
+    first: dict[tuple[str, ...], tuple[Label, ...]] = {}
+    found = []
+    for i, source in group:
+        names = tuple(name for _, name in source.labels)
+        shared = source.labels if source.task is not None else first.setdefault(names, source.labels)
+        found.append((i, replace(source, labels=shared)))
+    return found
 
 
 def _labels(sources: Sequence[Source], scenario: str) -> tuple[Label, ...]:

@@ -5,7 +5,7 @@ Nothing here imports torch before it is called, so that the command line answers
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from consilience import lazy
@@ -341,7 +341,9 @@ def backbone(
     return pretrained.of_module(of, checkpoint, prepare)
 
 
-def macs(model: Model | nn.Module, sample: Tensor | Sequence[int], task: str | None = None) -> int:
+def macs(
+    model: Model | nn.Module, sample: Tensor | Mapping[str, Any] | Sequence[int], task: str | None = None
+) -> int:
     """Count the multiply-accumulates of one forward pass of one sample.
 
     They are half the FLOPs of matrix products and convolutions, as torch counts them, without additions,
@@ -349,7 +351,7 @@ def macs(model: Model | nn.Module, sample: Tensor | Sequence[int], task: str | N
 
     Args:
         model: a model with its first parameters, or a torch module.
-        sample: samples [B, ..], or the shape (..) of one.
+        sample: samples [B, ..], in parts or as one tensor, or the shape (..) of one.
         task: the task that the model is given.
 
     >>> macs(mlp(4, (8,), 3), (4,))

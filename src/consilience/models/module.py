@@ -18,7 +18,7 @@ from consilience.core.checks import whole_number
 from consilience.core.errors import ConsilienceError
 from consilience.core.model import Forward, Model
 from consilience.core.params import Params, content_hash, matches, same
-from consilience.core.tree import Input
+from consilience.core.tree import Input, Tree, as_input
 
 Factory = Callable[[], nn.Module]
 
@@ -438,7 +438,7 @@ def _pick(tensors: Params, names: Sequence[str]) -> Params:
         ) from error
 
 
-def count_macs(model: Model | nn.Module, sample: Tensor | Sequence[int], task: str | None) -> int:
+def count_macs(model: Model | nn.Module, sample: Any, task: str | None) -> int:
     """See `consilience.models.macs`."""
     # On import torch compiles functions in a way that it deprecates itself.
     with warnings.catch_warnings():
@@ -448,7 +448,11 @@ def count_macs(model: Model | nn.Module, sample: Tensor | Sequence[int], task: s
 
     # A copy, so that neither its mode nor its statistics change.
     model = copy.deepcopy(model)
-    x = sample[:1] if isinstance(sample, Tensor) else torch.zeros(1, *sample)
+    x: Input
+    if isinstance(sample, Tensor | Tree | Mapping):
+        x = as_input(sample, "`sample`")[:1]
+    else:
+        x = torch.zeros(1, *sample)
     if isinstance(model, Model):
         start = model.init(torch.Generator().manual_seed(0))
 
@@ -460,7 +464,8 @@ def count_macs(model: Model | nn.Module, sample: Tensor | Sequence[int], task: s
             if isinstance(model, Model):
                 model(*start, x, task, False)
             else:
-                model.eval()(x)
+                args, kwargs = called_with(x)
+                model.eval()(*args, **kwargs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
     return int(counter.get_total_flops()) // 2

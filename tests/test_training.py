@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -18,6 +18,8 @@ from consilience.core.correction import Correction
 from consilience.core.optimiser import SGD, Adam, Torch
 from consilience.core.params import same
 from consilience.core.schedule import Evaluate, Exchange, Train
+from consilience.core.source import Tensors
+from consilience.core.state import encode_state
 from consilience.core.training import Place
 from consilience.core.weight_space import WeightSpace
 from restate import (
@@ -482,12 +484,278 @@ def test_accumulation_runs_one_after_another():
     same_on_both_engines("one after another: gradients are accumulated", batch_size=3, accumulate=3)
 
 
+# Early stopping
+
+
+def losses_by_epoch(s, epochs, every=None, loss_of=None):
+    """The validation loss of the plain loop after each epoch, or some steps, and the parameters then."""
+    net, optimiser, found = plain(), None, []
+    optimiser = torch.optim.SGD(net.parameters(), lr=0.3, momentum=0.9)
+    for count, (_, step, x, y) in enumerate(batches(s, epochs=epochs), 1):
+        optimiser.zero_grad()
+        F.cross_entropy(net(x), y).backward()
+        optimiser.step()
+        if (step == 3) if every is None else count % every == 0:
+            vx, vy = s.validation.whole()
+            found.append((float(F.cross_entropy(net(vx), vy).detach()), entries(net), count))
+    return found
+
+
+def rule_of(losses, patience, least=0.0):
+    """(index of the best check, number of checks)."""
+    best, at = math.inf, -1
+    for i, loss in enumerate(losses):
+        if loss < best - least:
+            best, at = loss, i
+        elif i - at >= patience:
+            return at, i + 1
+    return at, len(losses)
+
+
+def half_seen(s, seed):
+    """Half of the validation data were seen, so that their loss falls first and then rises."""
+    seen, new = s.train.select(torch.arange(20)).whole(), source("v", 20, seed=seed).train.whole()
+    both = [torch.cat(pair) for pair in zip(seen, new, strict=True)]
+    return replace(s, validation=Tensors(*both))
+
+
+NOISY = half_seen(A, 9)
+OVERFIT = {"lr": 0.3, "epochs": 15}
+
+
+@pytest.mark.parametrize("every", [None, 3])
+@pytest.mark.parametrize("patience", [1, 3])
+@pytest.mark.parametrize("best", [True, False])
+def test_a_visit_stops_by_its_validation_loss(every, patience, best):
+    found = losses_by_epoch(NOISY, 15, every)
+    at, checks = rule_of([loss for loss, *_ in found], patience)
+    assert at + 1 < checks < len(found), "it stops early, and the best is not the last"
+    stopping = cs.Stopping(patience, best=best, every=every)
+    r = go([NOISY], stopping=stopping, **OVERFIT)
+    near(r.params, found[at if best else checks - 1][1], 1e-10)
+    assert r.costs["steps"] == found[checks - 1][2]
+    if every is None and best:
+        assert same(go([NOISY], stopping=patience, **OVERFIT).params, r.params)
+
+
+def test_least_is_what_counts_as_better():
+    found = losses_by_epoch(NOISY, 15)
+    at, checks = rule_of([loss for loss, *_ in found], 2, 0.1)
+    assert (at, checks) != rule_of([loss for loss, *_ in found], 2)
+    r = go([NOISY], stopping={"patience": 2, "least": 0.1}, **OVERFIT)
+    near(r.params, found[at][1], 1e-10)
+    assert r.costs["steps"] == 4 * checks
+
+
+@pytest.mark.parametrize("method", [cs.methods.si, cs.methods.ewc, cs.methods.er])
+def test_a_stopped_visit_is_one_of_fewer_epochs(method):
+    """Traces, counts and summaries are those of a visit that ended at its best epoch."""
+    schedule = cs.settings.continual([NOISY, B], "domain")
+
+    def visited(**more):
+        agent = cs.run(schedule, method(), mlp(), training(epochs=0)).agent
+        agent.training = training(lr=0.3, **more)
+        job = agent.prepare(["a"])
+        steps = sum(1 for _ in job.run(agent.ledger))
+        agent.finish(job)
+        return steps, job.steps, encode_state(agent.state)[0]
+
+    ran, kept, mine = visited(epochs=15, stopping=2)
+    assert kept < ran < 60 and kept % 4 == 0
+    once, same_steps, theirs = visited(epochs=kept // 4)
+    assert once == same_steps == kept
+    assert mine.keys() == theirs.keys() and all(torch.equal(mine[n], theirs[n]) for n in mine)
+
+
+def test_several_sources_of_a_visit_count_alike():
+    pair = [NOISY, half_seen(B, 8)]
+    schedule = cs.settings.multitask(pair)
+    found = []
+    for epochs in range(1, 9):
+        net = plain(
+            params=cs.run(schedule, cs.methods.finetune(), mlp(), training(lr=0.3, epochs=epochs)).params
+        )
+        with torch.no_grad():
+            each = [F.cross_entropy(net(s.validation.x), s.validation.y) for s in pair]
+        found.append((float(sum(each)) / 2, entries(net)))
+    at, checks = rule_of([loss for loss, _ in found], 2)
+    assert checks < 8
+    r = cs.run(schedule, cs.methods.finetune(), mlp(), training(lr=0.3, epochs=8, stopping=2))
+    near(r.params, found[at][1], 1e-10)
+
+
+@pytest.mark.parametrize("at", [5, 9, 18, 21])
+def test_a_killed_visit_stops_on_the_same_bits(at, tmp_path):
+    schedule = cs.settings.continual([NOISY, half_seen(B, 8)], "domain")
+
+    def run(**more):
+        return cs.run(schedule, cs.methods.si(), mlp(), training(stopping=2, **OVERFIT), **more)
+
+    expected = run()
+    stopped(run, tmp_path, at)
+    found = run(out=tmp_path, resume=True)
+    assert same(found.params, expected.params) and found.costs["steps"] == expected.costs["steps"]
+
+
+def test_visits_that_stop_run_one_after_another():
+    same_on_both_engines("one after another: each agent stops by its own", stopping=1, epochs=4, lr=0.3)
+
+
+def rounds_of(stopping=None, rounds=12, **more):
+    clients = [NOISY, half_seen(B, 8)]
+    schedule = cs.settings.federated(clients, rounds)
+    more = {"seed": 0, **more}
+    return cs.run(schedule, cs.methods.fedavg(), mlp(), training(lr=0.3, epochs=1), stopping=stopping, **more)
+
+
+def test_a_federation_stops_by_its_validation_score():
+    """The case learn/stop_and_decay: stopping returns a result, with the parameters of the best round."""
+    clients = [NOISY, half_seen(B, 8)]
+    scores, ends = [], []
+    for rounds in range(1, 13):
+        ends.append(rounds_of(rounds=rounds))
+        right = [ends[-1].predict(s.validation.x).argmax(1) == s.validation.y for s in clients]
+        scores.append(sum(float(r.double().mean()) for r in right) / 2)
+    at, checks = rule_of([-score for score in scores], 3)
+    assert at + 1 < checks < 12
+
+    r, full = rounds_of(3), ends[-1]
+    assert r.stages == full.stages[:checks] and r.matrices.shape == (1, checks + 1, 2)
+    assert (r.matrix == full.matrix[: checks + 1]).all()
+    assert same(r.params, ends[at].params) and r.score == ends[at].score
+    assert r.costs["steps"] == ends[checks - 1].costs["steps"]
+    (stop,) = r.stopped
+    assert stop == {
+        "stage": checks,
+        "why": "no better validation score in 3 stages",
+        "returned": at + 1,
+        "score": pytest.approx(scores[at]),
+    }
+    last = rounds_of(cs.Stopping(3, best=False))
+    assert last.stopped[0]["returned"] == checks and same(last.params, ends[checks - 1].params)
+    never = rounds_of(12)
+    assert never.stopped[0]["why"] == "the schedule ended" and never.matrices.shape == full.matrices.shape
+    assert never.stopped[0]["returned"] == scores.index(max(scores)) + 1
+    assert full.stopped == () and "stopped" in full.to_json()
+
+
+@pytest.mark.parametrize("at", [30, 55])
+def test_a_killed_federation_stops_on_the_same_bits(at, tmp_path):
+    def run(**more):
+        return rounds_of(cs.Stopping(3), repeats=2, **more)
+
+    expected = run()
+    stopped(run, tmp_path, at, every=2)
+    found = run(out=tmp_path, resume=True)
+    assert same(found.params, expected.params) and found.stopped == expected.stopped
+    assert found.matrices == pytest.approx(expected.matrices, nan_ok=True, abs=0)
+
+    # Resumed after its end, it says the same again.
+    again = run(out=tmp_path, resume=True)
+    assert same(again.params, expected.params) and again.score == expected.score
+    with pytest.raises(cs.ConsilienceError, match=r"`stopping` was Stopping\(patience=3"):
+        rounds_of(2, repeats=2, out=tmp_path, resume=True)
+
+
+def test_repeats_stop_on_their_own(tmp_path):
+    r = rounds_of(2, repeats=3, out=tmp_path, judge_clients=True)
+    last = [stop["stage"] for stop in r.stopped]
+    assert len(set(last)) > 1 and len(r.stages) == max(last) == r.matrices.shape[1] - 1
+    for repeat, stop in enumerate(r.stopped):
+        alone = rounds_of(2, seed=repeat)
+        assert alone.stopped[0] == stop
+        assert (r.matrices[repeat, : stop["stage"] + 1] == alone.matrices[0]).all()
+        assert torch.tensor(r.matrices[repeat, stop["stage"] + 1 :]).isnan().all()
+        assert r.scores[repeat] == alone.score and len(r.final[repeat]) == stop["returned"] + 1
+
+    # Means over the repeats that reached a stage; files and reports hold all of it.
+    longest = r.matrices[last.index(max(last)), -1]
+    assert last.count(max(last)) > 1 or (r.matrix[-1] == longest).all()
+    kept = cs.Result.load(tmp_path)
+    assert kept.stopped == r.stopped and kept.scores == r.scores
+    assert kept.matrices == pytest.approx(r.matrices, nan_ok=True, abs=0)
+    assert "NaN" not in (tmp_path / "result.json").read_text()
+    assert "fedavg" in kept.table() and kept.report(tmp_path / "r.html").exists()
+
+
+def test_forgetting_is_that_of_the_stage_that_is_returned():
+    r = rounds_of(3)
+    (R,) = r.final
+    gap = (R[1:-1].max(0) - R[-1]) if len(R) > 2 else None
+    assert r.global_forgetting == (None if gap is None else pytest.approx(float(gap.mean())))
+
+
+STOP_REFUSED = {
+    "patience": ({"stopping": 0}, "`patience` of `stopping` must be a whole number >= 1, got 0"),
+    "true": ({"stopping": True}, "`stopping` must be a number of checks or a Stopping, got True"),
+    "field": ({"stopping": {"wait": 3}}, "`stopping` has no 'wait'; it takes patience, least, best, every"),
+    "least": ({"stopping": {"least": math.nan}}, "`least` of `stopping` must be >= 0 and finite, got nan"),
+    "best": ({"stopping": {"best": 1}}, "`best` of `stopping` must be true or false, got 1"),
+}
+
+
+@pytest.mark.parametrize("name", STOP_REFUSED)
+def test_a_stopping_that_means_nothing_is_refused(name):
+    given, text = STOP_REFUSED[name]
+    for act in (lambda: cs.Training(**given), lambda: rounds_of(**given)):
+        with pytest.raises(cs.ConsilienceError, match=re.escape(text)):
+            act()
+
+
+def test_a_stopping_that_could_not_act_is_refused():
+    none = replace(A, validation=A.train.select(torch.arange(0)))
+    tasks = tasks_of((30, 21))
+    model = cs.models.multi_head(cs.models.mlp(6, (12,), 4), 4)
+    for act, text in (
+        (lambda: go([none], stopping=2), "`stopping` needs validation data, and 'a' has none"),
+        (lambda: rounds_of(cs.Stopping(2, every=3)), "`every` of `stopping` has no effect on a run"),
+        (
+            lambda: cs.run(cs.settings.continual(tasks), cs.methods.finetune(), mlp(), stopping=2),
+            "`stopping` of a run would leave out sources that agents train on later (up to 2 in turn here)",
+        ),
+        (
+            lambda: cs.run(cs.settings.multitask(tasks), cs.methods.finetune(), mlp(), stopping=2),
+            "`stopping` of a run needs two stages or more, got 1",
+        ),
+        (
+            lambda: cs.run(
+                cs.settings.continual(tasks, "task"), cs.methods.packnet(), model, training(stopping=2)
+            ),
+            "PackNet acts at set steps of a visit, so visits need all of them; no `stopping`.",
+        ),
+    ):
+        with pytest.raises(cs.ConsilienceError, match=re.escape(text)):
+            act()
+
+
+def test_stopping_from_the_command_line(tmp_path):
+    from consilience.cli.build import training_of
+    from consilience.cli.main import main
+    from consilience.cli.options import understand
+
+    for words, stopping in (
+        (["3"], cs.Stopping(3)),
+        (['{"patience": 2, "best": false}'], cs.Stopping(2, best=False)),
+    ):
+        order = understand("run", ["--training.stopping", *words, "--stopping", *words])
+        path = tmp_path / "config.yaml"
+        path.write_text(json.dumps(order.config))
+        again = understand("run", ["--config", str(path)])
+        assert training_of(again).stopping == stopping == cs.Stopping.of(again.run.stopping)
+        assert again.config == order.config
+
+    argv = "run --setting federated --setting.rounds 3 --stopping 1 --training.epochs 1 --training.lr 1e-9"
+    assert main([*argv.split(), "--out", str(tmp_path / "run")]) == 0
+    (stop,) = cs.Result.load(tmp_path / "run").stopped
+    assert stop["stage"] == 2 and stop["returned"] == 1
+
+
 # Half precision
 
 
 def big(seed=1, size=1.0):
     s = source("big", 40, seed=seed, dtype=torch.float32)
-    return cs.core.source.replace(s, train=s.train.map(lambda x: x * size, lambda y: y))
+    return replace(s, train=s.train.map(lambda x: x * size, lambda y: y))
 
 
 def by_grad_scaler(s, optimiser, clip=None):
@@ -566,10 +834,7 @@ def test_steps_left_out_move_nothing_and_are_no_divergence_up_to_a_number():
 def test_traces_see_steps_that_are_left_out():
     """PackNet prunes at a given step, which may be one that is left out."""
     tasks = tasks_of((32, 32))
-    spoilt = [
-        cs.core.source.replace(s, train=s.train.map(lambda x: x.float() * math.inf, lambda y: y))
-        for s in tasks
-    ]
+    spoilt = [replace(s, train=s.train.map(lambda x: x.float() * math.inf, lambda y: y)) for s in tasks]
     schedule = cs.settings.continual(spoilt[:1], "task")
     t = training(precision="fp16", epochs=4)
     r = cs.run(schedule, cs.methods.packnet(), cs.models.multi_head(mlp(), 4), t)

@@ -79,6 +79,7 @@ if TYPE_CHECKING:
     from consilience.core.source import LabelFrame as LabelFrame
     from consilience.core.source import Source as Source
     from consilience.core.source import Target as Target
+    from consilience.core.stopping import Stopping as Stopping
     from consilience.core.training import Training as Training
     from consilience.core.tree import Tree as Tree
     from consilience.merging import merge as merge

@@ -14,6 +14,7 @@ from consilience.core.errors import ConsilienceError, kind_of
 from consilience.core.method import Method
 from consilience.core.model import Model
 from consilience.core.schedule import Schedule
+from consilience.core.stopping import Stopping
 from consilience.core.training import Training
 from consilience.core.tree import Tree
 from consilience.loop import result as loop_result
@@ -79,6 +80,7 @@ def run(
     checkpoint_steps: int | None = None,
     curve_steps: int | None = None,
     judge_clients: bool = False,
+    stopping: Stopping | Mapping[str, Any] | int | None = None,
     progress: Progress | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> Result:
@@ -109,6 +111,9 @@ def run(
         judge_clients: also score agents that train by their own parameters, before and after each visit
             (`Result.local`), and measure how far senders drifted apart (`Result.client_drift`); it costs two
             evaluations per visit.
+        stopping: ends the run where the metric on the sources' validation data no longer improves over its
+            stages, such as rounds, and returns the parameters of the best one (`Result.stopped`): a
+            `Stopping`, or the number of stages to wait. None: all stages are run.
         progress: called with every line of the log.
         config: the content of config.yaml; None describes the arguments.
 
@@ -130,6 +135,7 @@ def run(
         checkpoint_steps=checkpoint_steps,
         curve_steps=curve_steps,
         judge_clients=judge_clients,
+        stopping=Stopping.of(stopping),
         progress=progress,
         config=config,
     )
@@ -156,6 +162,7 @@ def sweep(
     metric: Choice = None,
     checkpoint_seconds: float = 60.0,
     judge_clients: bool = False,
+    stopping: Stopping | Mapping[str, Any] | int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Result]:
     """Run several methods, or one with several strengths, on one schedule side by side.
@@ -165,7 +172,7 @@ def sweep(
 
     Args:
         schedule, model, training, repeats, seed, engine: as in `run`.
-        metric, checkpoint_seconds, judge_clients, progress: as in `run`.
+        metric, checkpoint_seconds, judge_clients, stopping, progress: as in `run`.
         methods: by name, or a sequence, whose members are then called by their names.
         out: a folder with a run's folder for each name; None writes nothing.
         resume: continue the runs in `out` from their last checkpoints, and begin those that have none.
@@ -193,6 +200,7 @@ def sweep(
             metric=metric,
             checkpoint_seconds=checkpoint_seconds,
             judge_clients=judge_clients,
+            stopping=Stopping.of(stopping),
             progress=progress,
         )
 

@@ -86,6 +86,8 @@ class RunOptions:
         checkpoint_steps: steps between checkpoints, in addition.
         judge_clients: also evaluate each client with its own parameters, before and after training, and
             measure the drift between clients that are aggregated together.
+        stopping: stages without a better validation score after which the run ends, with the best one's
+            parameters; or a mapping of patience, least and best. None runs all stages.
     """
 
     out: str | None = None
@@ -98,6 +100,7 @@ class RunOptions:
     checkpoint_seconds: float = 60.0
     checkpoint_steps: int | None = None
     judge_clients: bool = False
+    stopping: int | dict[str, Any] | None = None
 
 
 # Parts: the chosen functions, and their parameters as options.
@@ -289,7 +292,7 @@ def flat(config: Mapping[Any, Any]) -> dict[str, str | None]:
     for key, value in ((str(key), value) for key, value in config.items()):
         if key in (*CHOICES, "methods"):
             found |= flat_choice(key, value)
-        elif isinstance(value, dict) and key.rpartition(".")[2] not in NAMED:
+        elif isinstance(value, dict) and key.rpartition(".")[2] not in NAMED and key != "stopping":
             found |= {f"{key}.{option}": argument for option, argument in value.items()}
         else:
             found |= flat_argument(key, value)

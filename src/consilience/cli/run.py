@@ -65,6 +65,7 @@ def carry_out(
             checkpoint_seconds=options.checkpoint_seconds,
             checkpoint_steps=options.checkpoint_steps,
             judge_clients=options.judge_clients,
+            stopping=options.stopping,
         )
 
 

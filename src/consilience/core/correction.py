@@ -92,6 +92,9 @@ class Correction(ABC):  # noqa: B024 (every verb is optional)
     needs_boundaries: ClassVar[bool] = False
     """Whether it must know where a source ends. A stream that does not say so is refused."""
 
+    needs_last_step: ClassVar[bool] = False
+    """Whether it acts at set steps of a visit, such as one that prunes, so that no visit may end early."""
+
     adds_constraints: ClassVar[bool] = False
     """Whether its `rows` are constraints. They need a cone as step aggregator, such as `aggregators.gem`."""
 

@@ -37,6 +37,7 @@ class LossScale:
 
     def init(self, device: torch.device) -> ScaleState:
         """Return the state before the first step: S, steps since it changed, steps left out in a row."""
+        # On the device, as the gradients are: a step divides by S without waiting for it.
         count = torch.zeros((), dtype=torch.long, device=device)
         return {"scale": torch.tensor(self.start, device=device), "steps": count, "skipped": count}
 
@@ -51,6 +52,7 @@ class LossScale:
                 )
             return {"scale": scale / 2, "steps": torch.zeros_like(steps), "skipped": skipped + 1}
 
+        # Doubled until it overflows now and then, so that S stays near the largest that works.
         grows = int(steps) + 1 == self.interval
         return {
             "scale": scale * 2 if grows else scale,

@@ -9,6 +9,7 @@ from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from consilience.core.errors import ConsilienceError
+from consilience.core.stopping import Stopping
 
 # The command line reads this signature to list its options, so nothing here imports torch at module level.
 if TYPE_CHECKING:
@@ -82,6 +83,9 @@ class Training:
         accumulate: micro-batches of `batch_size` samples per step. Their gradients are weighted by how many
             targets each has, so that a step is one of a batch `accumulate` times as large, whatever the
             aggregator. Batch norm, and corrections that read a batch, see each micro-batch alone.
+        stopping: ends a visit where the validation loss of its sources no longer improves, and takes it back
+            to its best parameters, as if it had ended there: a `consilience.Stopping`, or the number of
+            epochs to wait. None: all epochs are run.
 
     Raises ConsilienceError for values out of range, and for arguments that would have no effect.
 
@@ -109,6 +113,7 @@ class Training:
     clip_norm: float | None = None
     clip_value: float | None = None
     accumulate: int = 1
+    stopping: Any = None
 
     def __post_init__(self) -> None:
         for name, low in (("epochs", 0), ("batch_size", 1), ("accumulate", 1)):
@@ -138,7 +143,9 @@ class Training:
                 "choose an `lr_schedule`, or leave it out."
             )
 
+        # The class is frozen, but these have several forms.
         object.__setattr__(self, "device", device_name(self.device))
+        object.__setattr__(self, "stopping", Stopping.of(self.stopping))
         for name in ("rates", "decay"):
             check_factors(name, getattr(self, name))
         self._check_clipping()
@@ -175,6 +182,7 @@ class Training:
                 f"`lr` must be given once, as Training(lr=...), got it as an argument of {self.optimiser!r} "
                 "too."
             )
+        # An object has hyperparameters of its own, which these would not change.
         if not named:
             unused = [name for name in ("momentum", "weight_decay", "arguments") if getattr(self, name)]
             if unused:
@@ -263,6 +271,7 @@ class Training:
         elif self.lr_over == "rounds":
             done, total = place.round, place.rounds
 
+        # Step i has (i + 1) / warmup: the first step moves, and the last of the warm-up has the full rate.
         warmup = self.warmup if self.warmup >= 1 else math.ceil(self.warmup * total)
         if done < warmup:
             return self.lr * (done + 1) / warmup
@@ -295,6 +304,7 @@ class Training:
         """
         if self.lr_over != "rounds" or not self.varies:
             return self
+        # Corrections that assume one learning rate, such as SCAFFOLD, need the one of this visit.
         lr = self.rate((0, 0), (1, 1), place)
         return replace(self, lr=lr, lr_schedule="constant", lr_over="visit", warmup=0.0)
 

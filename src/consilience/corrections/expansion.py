@@ -300,6 +300,7 @@ class DEN(Correction):
 
     shared_items: ClassVar[bool] = False
     changes_shapes: ClassVar[bool] = True
+    needs_last_step: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         non_negative("DEN", l1=self.l1, l2=self.l2, group=self.group, anchor=self.anchor)

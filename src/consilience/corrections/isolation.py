@@ -119,6 +119,7 @@ class PackNet(Correction):
 
     shared_items: ClassVar[bool] = False
     needs_boundaries: ClassVar[bool] = True
+    needs_last_step: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0 < self.keep <= 1:

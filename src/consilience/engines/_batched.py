@@ -137,6 +137,8 @@ class Batched(Engine):
             return "the model draws random numbers in its forward"
         if first.training.accumulate > 1:
             return "gradients are accumulated over micro-batches"
+        if first.training.stopping is not None:
+            return "each agent stops by its own validation data"
         if first.training.precision == "fp16":
             return "the loss is scaled for each agent"
         if not optimiser.elementwise:

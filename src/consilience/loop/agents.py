@@ -19,6 +19,7 @@ from consilience.core.model import Model
 from consilience.core.params import Params, content_hash, key
 from consilience.core.schedule import Exchange, Expert, Phase, Schedule, ScheduleFacts, Train
 from consilience.core.state import State
+from consilience.core.stopping import Stopping
 from consilience.core.training import Training
 from consilience.loop.agent import Agent
 from consilience.loop.ledger import Ledger
@@ -37,6 +38,8 @@ class Setup:
     """Those of each source, by its name; the first is in the matrices."""
     facts: ScheduleFacts
     judge_clients: bool = False
+    stopping: Stopping | None = None
+    """Ends a run early."""
 
 
 class Agents(dict[str, Agent]):

@@ -19,7 +19,8 @@ from consilience.core.method import Method
 from consilience.core.metrics import Metric
 from consilience.core.model import Model
 from consilience.core.params import content_hash, key
-from consilience.core.schedule import Schedule, with_targets
+from consilience.core.schedule import Schedule, ScheduleFacts, with_targets
+from consilience.core.stopping import Stopping
 from consilience.core.training import Training
 from consilience.core.tree import Tree, named, signature, types
 from consilience.loop.agents import Setup
@@ -43,6 +44,7 @@ class RunOptions:
         checkpoint_seconds: the time between checkpoints.
         checkpoint_steps: the steps between further checkpoints; None: none.
         curve_steps: the steps between points of the learning curve; None: no curve.
+        stopping: ends a run where the validation score no longer improves over its stages.
         judge_clients: whether to score all agents that train by their own parameters, around each visit.
         progress: called with every line of the log.
         config: the content of config.yaml; None describes the arguments.
@@ -57,6 +59,7 @@ class RunOptions:
     checkpoint_steps: int | None = None
     curve_steps: int | None = None
     judge_clients: bool = False
+    stopping: Stopping | None = None
     progress: Progress | None = None
     config: Mapping[str, Any] | None = None
 
@@ -124,7 +127,55 @@ def check_all(
             "`metric=cs.metrics.own(f, higher=True)`, or False where less is better",
             stacklevel=2,
         )
-    return Setup(schedule, method, model, training, metrics, facts, options.judge_clients)
+    setup = Setup(schedule, method, model, training, metrics, facts, options.judge_clients, options.stopping)
+    check_stopping(setup)
+    return setup
+
+
+def check_stopping(setup: Setup) -> None:
+    """Refuse to stop early where it would leave out what is still to come, or has nothing to go by."""
+    inside, stopping = setup.training.stopping, setup.stopping
+    if inside is None and stopping is None:
+        return
+    for source in setup.schedule.sources:
+        if not len(source.validation):
+            raise ConsilienceError(
+                f"`stopping` needs validation data, and {source.name!r} has none; give a `validation` share."
+            )
+
+    if inside is not None:
+        ends = [correction.name for correction in setup.method.active if correction.needs_last_step]
+        if ends:
+            raise Refusal(
+                f"{ends[0]} acts at set steps of a visit, so visits need all of them; no `stopping`."
+            )
+    if stopping is not None:
+        check_stages(setup, stopping)
+
+
+def check_stages(setup: Setup, stopping: Stopping) -> None:
+    """Refuse to stop a run whose later stages have other data, or whose stages have no common score."""
+    facts, hint = setup.facts, "Training(stopping=...) stops visits"
+    if stopping.every is not None:
+        raise ConsilienceError(
+            "`every` of `stopping` has no effect on a run, which is checked at its stages, got "
+            f"{stopping.every}; leave it out."
+        )
+    if facts.most_sources > facts.parts:
+        raise ConsilienceError(
+            "`stopping` of a run would leave out sources that agents train on later (up to "
+            f"{facts.most_sources} in turn here); {hint}."
+        )
+    if facts.stages < 2:
+        raise ConsilienceError(f"`stopping` of a run needs two stages or more, got {facts.stages}; {hint}.")
+
+    # A mean over sources needs one metric, and a best stage needs a direction.
+    first = {metrics[0].name: metrics[0] for metrics in setup.metrics.values()}
+    if len(first) > 1 or None in [metric.higher for metric in first.values()]:
+        raise ConsilienceError(
+            "`stopping` of a run needs one metric with a direction for all sources, got "
+            f"{', '.join(first)}; give a `metric`."
+        )
 
 
 def with_loss(schedule: Schedule, loss: Any) -> Schedule:
@@ -272,5 +323,6 @@ def fingerprint(setup: Setup, options: RunOptions) -> dict[str, Any]:
         "seed": options.seed,
         "repeats": options.repeats,
         "metric": metrics if len({*metrics.values()}) > 1 else next(iter(metrics.values())),
+        "stopping": None if options.stopping is None else repr(options.stopping),
         "threads": torch.get_num_threads(),
     }

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -18,10 +19,14 @@ from consilience.core.errors import ConsilienceError
 from consilience.core.params import Layout, Params, key
 from consilience.core.sampler import Shuffle
 from consilience.core.source import Examples, Source
+from consilience.core.stopping import Stopping, Trend
 from consilience.core.training import Training
 from consilience.core.tree import Input
 from consilience.loop.ledger import Ledger
 from consilience.loop.step import Carry, Step
+
+CHUNK = 512
+"""How many validation examples are evaluated at once."""
 
 
 class Part(NamedTuple):
@@ -61,6 +66,10 @@ class Job:
     epoch: int = 0
     index: int = 0
     """Steps done in this epoch."""
+    trend: Trend = field(default_factory=Trend)
+    """The validation scores so far, at numbers of steps."""
+    best: tuple[dict[str, Tensor], dict[str, int]] | None = None
+    """What `save` gave at the best of them."""
     begun: tuple[tuple[object, ...], ...] = ()
     """The costs of `Correction.begin`. They are charged at the end, since a resumed job begins again."""
 
@@ -100,14 +109,70 @@ class Job:
             return
 
         first, visit, draws = self.sources[0].name, self.visits[0], self.step.model.draws
-        for parts, clock in self.draw():
+        rule: Stopping | None = self.training.stopping
+        for parts, clock in () if self.stopped else self.draw():
             # Keyed by the step, an aggregator draws the same numbers on every engine.
             generator = key(self.seed, first, visit, *clock, "aggregate") if self.step.aggregator else None
             with self._random_forward(clock) if draws else nullcontext():
                 ledger.charge_work(self.agent, self.cost(parts), partial(self.step, parts, clock, generator))
             ledger.steps += 1
             self.index += 1
+            if rule is not None and self._is_due(rule):
+                self._check(rule, ledger)
             yield
+            if self.stopped:
+                break
+
+        if rule is not None:
+            self._end(rule, ledger)
+
+    # Early stopping
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the visit has ended early."""
+        rule: Stopping | None = self.training.stopping
+        return rule is not None and self.trend.since >= rule.patience
+
+    def _is_due(self, rule: Stopping) -> bool:
+        """Whether the validation loss is measured after this step."""
+        return self.index == self.step.horizon[1] if rule.every is None else self.steps % rule.every == 0
+
+    def _check(self, rule: Stopping, ledger: Ledger) -> None:
+        """Measure the validation loss, and keep the state of the visit if it is the best so far."""
+        # It costs a forward pass, which the ledger counts as training.
+        sizes = tuple(len(part.source.validation) for part in self.parts)
+        kind = ("validate", *self.kind, *sizes)
+        loss = ledger.charge_work(self.agent, kind, self.validation_loss)
+        self.trend = self.trend.after(-loss, self.steps, rule.least)
+        if rule.best and self.trend.at == self.steps:
+            self.best = self._state(), {"epoch": self.epoch, "index": self.index}
+
+    def _end(self, rule: Stopping, ledger: Ledger) -> None:
+        """Go back to the best state of the visit."""
+        # A straggler ends between two checks.
+        if self.steps and not self._is_due(rule):
+            self._check(rule, ledger)
+        if self.best is not None:
+            self._restore(*self.best)
+
+    @torch.no_grad()
+    def validation_loss(self) -> float:
+        """Return the mean over sources of the loss on their validation data, in eval mode."""
+        # The loss of training, so that what is stopped by is what is trained by.
+        step, losses = self.step, []
+        for source, _, task in self.parts:
+            total = count = 0.0
+            for x, y in source.validation.to(self.layout.device, self.layout.dtype).chunks(CHUNK):
+                part = Batch(x, y, task, target=source.target)
+                target = step.target(part)
+                share = float(target.count(y))
+                # A chunk may have no target at all.
+                if share:
+                    out = step.masked(step.now(x, task), part)
+                    total, count = total + share * float(target.mean(out, y)), count + share
+            losses.append(total / count if count else math.nan)
+        return sum(losses) / len(losses)
 
     def draw(self) -> Iterator[tuple[list[Batch], tuple[int, int]]]:
         """Yield the batches and the clock (epoch, step) of every step left. The caller raises `index`."""
@@ -200,6 +265,19 @@ class Job:
 
     def save(self) -> tuple[dict[str, Tensor], dict[str, int]]:
         """Return the tensors and counts that a checkpoint keeps; `Agent.prepare` makes the rest again."""
+        tensors, counts = self._state(), {"epoch": self.epoch, "index": self.index}
+        if self.trend.best is not None:
+            tensors["trend"] = torch.tensor(self.trend, dtype=torch.float64)
+        else:
+            counts["since"] = self.trend.since
+        if self.best is not None:
+            held, place = self.best
+            tensors |= {f"best/{name}": tensor for name, tensor in held.items()}
+            counts |= {f"best/{name}": count for name, count in place.items()}
+        return tensors, counts
+
+    def _state(self) -> dict[str, Tensor]:
+        """Return copies of all tensors that steps change."""
         tensors = {"theta": self.carry.theta}
         tensors |= {f"buffers/{name}": buffer for name, buffer in self.carry.buffers.items()}
         tensors |= {f"optimiser/{name}": tensor for name, tensor in self.carry.optimiser.items()}
@@ -208,11 +286,23 @@ class Job:
             tensors |= {f"trace/{correction.name}/{name}": tensor for name, tensor in ctx.trace.items()}
 
         # Cloned, because the next step changes these tensors in place.
-        counts = {"epoch": self.epoch, "index": self.index}
-        return {name: tensor.clone() for name, tensor in tensors.items()}, counts
+        return {name: tensor.clone() for name, tensor in tensors.items()}
 
     def load(self, tensors: Mapping[str, Tensor], counts: Mapping[str, int]) -> None:
         """Continue from what `save` gave."""
+        self._restore(tensors, counts)
+
+        # A visit may have been checked before it was saved, and even have ended.
+        self.trend = Trend(since=counts.get("since", 0))
+        if "trend" in tensors:
+            best, at, since = tensors["trend"].tolist()
+            self.trend = Trend(best, int(at), int(since))
+        held = {name[5:]: tensor for name, tensor in tensors.items() if name.startswith("best/")}
+        if held:
+            self.best = held, {name: counts[f"best/{name}"] for name in ("epoch", "index")}
+
+    def _restore(self, tensors: Mapping[str, Tensor], counts: Mapping[str, int]) -> None:
+        """Put tensors that `_state` gave, and the clock, in the place of the present ones."""
         device = self.layout.device
 
         # In place, because the step's leaves and the bound model share this memory.

@@ -138,6 +138,12 @@ class Judge:
         line = {"event": "stage", "repeat": self.repeat, "stage": len(self.rows) - 1, "name": stage}
         self.write({**line, **scored, "scores": row, "steps": self.ledger.steps, **costs})
 
+    def validation(self) -> float:
+        """Return the mean score of the evaluated agent on the validation data of all sources."""
+        agent = self.agents[self.setup.schedule.evaluated]
+        scores = [self.score(agent, source.validation, source) for source in self.setup.schedule.sources]
+        return float(mean([score.first for score in scores]))
+
     def _mapper_accuracy(self, scores: Sequence[Score]) -> float:
         """Return the mean mapper accuracy over the sources that were trained on by now."""
         stage, learned_at = len(self.rows) - 1, self.setup.facts.learned_at.values()

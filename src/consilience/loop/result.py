@@ -68,6 +68,10 @@ class Result:
     others_before, others_after."""
     personal: Mapping[str, float] | None = None
     """With `judge_clients`: the last score of each client's own parameters on its own test data."""
+    stopped: Sequence[Mapping[str, Any]] = ()
+    """With `stopping`, for each repeat: the last `stage`, `why` it is the last, the stage whose parameters
+    are `returned`, and their `score` on validation data (higher is better). Rows of R that a repeat did not
+    reach are NaN; its scores, forgetting and transfer are those at the stage that is returned."""
     config: Mapping[str, Any] = field(default_factory=dict, repr=False)
     versions: Mapping[str, Any] = field(default_factory=dict)
     agent: Agent | None = field(default=None, repr=False)
@@ -82,8 +86,15 @@ class Result:
 
     @property
     def matrix(self) -> np.ndarray:
-        """The mean of R over repeats [stages + 1, sources]."""
+        """The mean of R over repeats [stages + 1, sources], at each stage over those that reached it."""
         return mean(self.matrices, 0)
+
+    @property
+    def final(self) -> list[np.ndarray]:
+        """R for each repeat, up to the stage whose parameters are returned: the last without `stopping`."""
+        if not self.stopped:
+            return list(self.matrices)
+        return [R[: stop["returned"] + 1] for R, stop in zip(self.matrices, self.stopped, strict=True)]
 
     @property
     def scores(self) -> list[float]:
@@ -92,7 +103,7 @@ class Result:
         Raises ConsilienceError where sources have different metrics.
         """
         self._check_one_metric()
-        return [float(mean(matrix[-1])) for matrix in self.matrices]
+        return [float(mean(matrix[-1])) for matrix in self.final]
 
     @property
     def score(self) -> float:
@@ -119,7 +130,7 @@ class Result:
     def spread(self) -> float:
         """The final standard deviation over sources (ddof 0)."""
         self._check_one_metric()
-        rows = [matrix[-1] for matrix in self.matrices]
+        rows = [matrix[-1] for matrix in self.final]
         return float(mean([np.nanstd(row) if np.isfinite(row).any() else np.nan for row in rows]))
 
     def worst(self, fraction: float = 0.1) -> float:
@@ -127,7 +138,7 @@ class Result:
         if not 0 < fraction <= 1:
             raise ConsilienceError(f"`fraction` must be in (0, 1], got {fraction}.")
         higher = self._known_direction()
-        return float(mean([worst(matrix[-1], fraction, higher) for matrix in self.matrices]))
+        return float(mean([worst(matrix[-1], fraction, higher) for matrix in self.final]))
 
     # Several metrics
 
@@ -214,8 +225,11 @@ class Result:
     def _mean(self, name: str) -> float | None:
         """Return the mean over repeats of a field of `metrics.summary`."""
         higher = self._known_direction()
-        # Repeats may differ in what is defined.
-        values = [summary(matrix, self.learned_at, higher)[name] for matrix in self.matrices]
+        # A source that was to be learned after the last stage is learned at none.
+        values = [
+            summary(matrix, [at and (at if at < len(matrix) else 0) for at in self.learned_at], higher)[name]
+            for matrix in self.final
+        ]
         found = [value for value in values if value is not None]
         return float(np.mean(found)) if found else None
 
@@ -231,7 +245,7 @@ class Result:
     def global_forgetting(self) -> float | None:
         """mean_j (max_{0 < i < T} R[i, j] - R[T, j]) over all sources, whichever stages train on them."""
         higher = self._known_direction()
-        values = [global_forgetting(matrix, higher) for matrix in self.matrices]
+        values = [global_forgetting(matrix, higher) for matrix in self.final]
         found = [value for value in values if value is not None]
         return float(np.mean(found)) if found else None
 
@@ -269,7 +283,9 @@ class Result:
     @property
     def mapper_accuracy(self) -> float | None:
         """The final fraction of test examples that the task mapper gives to their own task."""
-        return None if self.mapper is None else float(mean(self.mapper[:, -1]))
+        if self.mapper is None:
+            return None
+        return float(mean([own[len(R) - 2] for own, R in zip(self.mapper, self.final, strict=True)]))
 
     # The agent
 
@@ -311,6 +327,7 @@ class Result:
             "matrices": self.matrices.tolist(),
             "mapper": None if self.mapper is None else self.mapper.tolist(),
             "costs": dict(self.costs),
+            "stopped": [dict(stop) for stop in self.stopped],
             "versions": dict(self.versions),
             "config": dict(self.config),
         }
@@ -341,6 +358,8 @@ class Result:
     def from_json(cls, content: Mapping[str, Any]) -> Self:
         """Return a result from the content of result.json, also one that version 0.1 wrote."""
         content = renamed(content)
+
+        # Fields that 0.1 did not write have their defaults.
         try:
             # Results of 0.1 have one metric, of which more is better.
             mapper, further = content["mapper"], content.get("metrics", {})
@@ -351,6 +370,7 @@ class Result:
                 client_drift=content.get("client_drift", ()),
                 local=content.get("local", ()),
                 personal=content.get("personal"),
+                stopped=tuple(content.get("stopped", ())),
                 sources=tuple(content["sources"]),
                 stages=tuple(content["stages"]),
                 learned_at=tuple(content["learned_at"]),

@@ -150,15 +150,16 @@ class Session:
         # Lists of records are those of the first repeat: others may have other stages.
         mapper = None
         if done[0]["mapper"] is not None:
-            mapper = np.array([found["mapper"] for found in done], dtype=float)
+            mapper = padded([found["mapper"] for found in done])
+
+        # Repeats may stop at stages of their own, all of one schedule.
+        stages: list[str] = max((found["stages"] for found in done), key=len)
+        stopped = tuple(found["stopped"] for found in done if found.get("stopped"))
 
         # The first metric of each source is the one of its column in the matrices.
         chosen = [setup.metrics[source.name] for source in setup.schedule.judged]
         firsts = tuple(metrics[0].name for metrics in chosen)
-        further = {
-            name: np.array([found["further"][name] for found in done], dtype=float)
-            for name in done[0]["further"]
-        }
+        further = {name: padded([found["further"][name] for found in done]) for name in done[0]["further"]}
 
         result = Result(
             setting=setup.schedule.setting,
@@ -168,9 +169,10 @@ class Session:
             metric=" + ".join(dict.fromkeys(firsts)),
             seed=first.seed,
             sources=tuple(source.name for source in setup.schedule.judged),
-            stages=tuple(done[0]["stages"]),
+            stages=tuple(stages),
             learned_at=tuple((at or (0,))[0] if len(at) < 2 else None for at in learned_at),
-            matrices=np.array([found["rows"] for found in done], dtype=float),
+            matrices=padded([found["rows"] for found in done]),
+            stopped=stopped,
             costs=mean_costs(done),
             metrics=further,
             higher={metric.name: metric.higher for metrics in chosen for metric in metrics},
@@ -189,6 +191,20 @@ class Session:
             write_json(self.log.out / "result.json", plain(result.to_json()))
             self.log.write({"event": "end", "score": result.figure("score"), "ran": self.ran})
         return result
+
+
+def padded(rows: Sequence[Sequence[Any]]) -> np.ndarray:
+    """Return lists as one array; those of repeats that stopped early are filled up with NaN.
+
+    >>> padded([[[1.0], [2.0]], [[3.0]]]).tolist()
+    [[[1.0], [2.0]], [[3.0], [nan]]]
+    """
+    found = [np.array(each, dtype=float) for each in rows]
+    longest = max(map(len, found))
+    fill = [(longest - len(each), *each.shape[1:]) for each in found]
+    return np.stack(
+        [np.concatenate([each, np.full(more, np.nan)]) for each, more in zip(found, fill, strict=True)]
+    )
 
 
 def mean_costs(done: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

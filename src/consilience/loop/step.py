@@ -238,6 +238,7 @@ class Step:
     def _scaled(self, rows: Rows) -> bool:
         """Divide gradients by the loss scale, and update it; whether they are finite."""
         assert self.scaling is not None
+        # Before aggregators and clipping, which need the true sizes.
         each, scale = [*rows.objectives, *rows.constraints], self.carry.scaling["scale"]
         for row in each:
             row.div_(scale)

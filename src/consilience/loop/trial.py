@@ -20,6 +20,7 @@ from consilience.core.message import Message
 from consilience.core.names import WHOLE, pair, unpair
 from consilience.core.schedule import Exchange, Phase, Train
 from consilience.core.state import State, decode_state, encode_state
+from consilience.core.stopping import Trend
 from consilience.core.training import Place
 from consilience.loop.agent import Agent
 from consilience.loop.agents import Agents, Setup, Wire, release_plan
@@ -41,6 +42,8 @@ class TrainRequest:
 
 JOB = "<job>"
 """The owner of the present job's tensors in a checkpoint, next to the names of agents."""
+BEST = "<best>"
+"""The owner of the best state of the evaluated agent."""
 
 
 @dataclass(eq=False)
@@ -63,6 +66,10 @@ class Trial:
     """Why agents failed: they send nothing until they train or receive again."""
     job: Job | None = None
     """The job that is under way."""
+    trend: Trend = field(default_factory=Trend)
+    """The validation scores so far, at stages."""
+    best: State | None = None
+    """The state of the evaluated agent at the best stage."""
     begun: bool = False
     result: dict[str, Any] | None = None
     """What it found, once it has ended."""
@@ -98,6 +105,8 @@ class Trial:
         for i, phase in enumerate(phases):
             if i < self.phase:  # done before the interruption
                 continue
+            if self.stopped:
+                break
             if isinstance(phase, Train):
                 yield from self.train(phase, places[i], paused)
                 paused = None
@@ -107,14 +116,55 @@ class Trial:
             else:
                 self.judge.judge_clients(phase)
                 self.judge.evaluate(phase.name)
+                self._check()
 
             # Counted before the tick, which may save: a resumed trial must not repeat the phase.
             self.phase, self.finished = i + 1, 0
             self._tick(None)
 
         # Saved once more, so that a run of several seeds resumes after this one.
-        self.result = self.judge.result() | {"costs": self.ledger.costs()}
+        stopped = self._end()
+        self.result = self.judge.result() | {"costs": self.ledger.costs(), "stopped": stopped}
         self.save(self)
+
+    # Early stopping
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the run has ended before its schedule."""
+        rule = self.setup.stopping
+        return rule is not None and self.trend.since >= rule.patience
+
+    def _check(self) -> None:
+        """Score the evaluated agent on validation data, and keep its state if it is the best so far."""
+        rule = self.setup.stopping
+        if rule is None:
+            return
+        stage, score = len(self.judge.rows) - 1, self.judge.validation()
+
+        # All sources have one metric here, of which less may be better.
+        metrics = next(iter(self.setup.metrics.values()))
+        score = score if metrics[0].higher else -score
+        self.trend = self.trend.after(score, stage, rule.least)
+
+        # States are immutable, so that keeping one needs no copy.
+        if rule.best and self.trend.at == stage:
+            self.best = self.agent.state
+        line = {"event": "validation", "repeat": self.repeat, "stage": stage, "score": score}
+        self.write({**line, "best": self.trend.at, "since": self.trend.since})
+
+    def _end(self) -> dict[str, Any] | None:
+        """Give the evaluated agent its best state; return when and why training ended, or None."""
+        rule = self.setup.stopping
+        if rule is None:
+            return None
+        last, why = len(self.judge.rows) - 1, "the schedule ended"
+        if self.stopped:
+            why = f"no better validation score in {rule.patience} stages"
+        if self.best is not None:
+            self.agent.state = self.best
+        returned = last if self.best is None else self.trend.at
+        return {"stage": last, "why": why, "returned": returned, "score": self.trend.best}
 
     def _tick(self, job: Job | None) -> None:
         self.job = job
@@ -243,6 +293,10 @@ class Trial:
             held, agents[name] = encode_state(agent.state)
             tensors |= {pair(name, key): tensor for key, tensor in held.items()}
 
+        best = None
+        if self.best is not None:
+            held, best = encode_state(self.best)
+            tensors |= {pair(BEST, key): tensor for key, tensor in held.items()}
         job = None
         if self.job is not None:
             held, job = self.job.save()
@@ -253,6 +307,8 @@ class Trial:
             "failed": self.failed,
             "result": self.result,
             "judge": self.judge.kept(),
+            "trend": list(self.trend),
+            "best": best,
             "ledger": self.ledger.kept(),
             "agents": agents,
             "job": job,
@@ -265,6 +321,7 @@ class Trial:
         for name in ("phase", "finished", "failed", "result"):
             setattr(self, name, facts[name])
         self.judge.resume(facts["judge"])
+        self.trend = Trend(*facts.get("trend", ()))
 
         # The loop of a trial that has ended does not start again, but its agent is asked for.
         if self.result is not None and facts["agents"]:
@@ -279,6 +336,9 @@ class Trial:
 
         for name, state in agent_states(tensors, facts, self.setup.training.device).items():
             self.agents[name].state = state
+        if facts.get("best") is not None:
+            own = {key: t.to(self.setup.training.device) for key, t in by_owner(tensors)[BEST].items()}
+            self.best = decode_state(own, facts["best"])
         if facts["job"] is None:
             return None
         return by_owner(tensors)[JOB], facts["job"]

@@ -46,6 +46,7 @@ __all__ = [
     "split_classes",
     "stream",
     "streams",
+    "table",
     "tasks",
     "wine",
 ]
@@ -194,6 +195,81 @@ def tasks(
     return from_tasks(
         x, targets, kinds or {}, classes or {}, Options(name, test, None, "class", None, validation, seed)
     )
+
+
+def table(
+    rows: Any,
+    target: str | Sequence[str],
+    test: Any = 0.2,
+    group: str | None = None,
+    ignore: Sequence[str] = (),
+    categories: Any = None,
+    missing: Any = "refuse",
+    standardise: Literal["inputs", "all", "none"] = "inputs",
+    classes: Sequence[str] | None = None,
+    name: str | None = None,
+    kind: Kind | None = None,
+    space: str | None = None,
+    validation: float = 0.1,
+    seed: int = 0,
+    loss: Any = None,
+    metric: Any = None,
+) -> Any:
+    """Make a source from a table of named columns: x [N, d], numbers standardised and categories one-hot.
+
+    A number becomes (x - mean) / deviation, by the training rows alone; a constant column becomes 0. A column
+    of text becomes one input of 0 or 1 per category, in order of their names. Inputs keep the order of the
+    columns. Text stays text: a category "NA" is a category, and only an empty cell is missing. Among numbers,
+    words such as NA and null are missing too.
+
+    Args:
+        rows: a .csv, .tsv, .jsonl or .parquet file (the last needs pyarrow), a DataFrame, a
+            datasets.Dataset, or a mapping from names to columns.
+        target: the column of the targets, or several.
+        test: another such table, or the fraction of the rows to test on. A test table must have the columns
+            and the categories of the training data.
+        group: a column that names the client or domain of each row: one source per group, in order, with
+            common labels, categories and statistics. The statistics are added from those of each group
+            (count, sum, sum of squared differences from the common mean), as clients would send them.
+        ignore: columns to leave out, such as numbers of rows.
+        categories: columns whose numbers are categories, such as postcodes; or a mapping from such columns,
+            or columns of text, to all their categories.
+        missing: "refuse": an error names the column and the row; "mean": missing inputs get the mean of the
+            training rows (categories: their shares); "drop": leave out rows with a missing input, in the test
+            too; or a number (categories: none). But for "refuse", a row needs only one target.
+        standardise: "inputs": as above; "all": values of targets too; "none".
+        classes: the labels in order; None: all labels, sorted. For several targets, their names.
+        name: the name of the source, and of its groups `<name>/<group>`; None: the file's.
+        kind: "class", "value" or "labels". None: text is "class", several columns of 0 and 1 are "labels",
+            and other numbers are "value", where they cannot be meant as classes.
+        space, validation, seed, loss, metric: as in `arrays`.
+
+    Returns:
+        A source, or with `group` a list of them.
+
+    Raises:
+        ConsilienceError: no such file or column, no rows, columns without names or with equal ones, text
+            among numbers, a missing value, a column or category that only the test has not or has.
+
+    >>> rows = {"age": [20, 30, 40, 50, 60], "smokes": ["no", "yes"] * 2 + ["no"], "ill": list("nynyn")}
+    >>> source = table(rows, "ill", test=rows, validation=0)
+    >>> source.train.whole()[0][:2]
+    tensor([[-1.2649,  1.0000,  0.0000],
+            [-0.6325,  0.0000,  1.0000]])
+    >>> source.labels
+    (('table', 'n'), ('table', 'y'))
+    """
+    from pathlib import Path
+
+    from consilience.data._sources import Options
+    from consilience.data._tables import Roles, from_table
+
+    called = name or (Path(rows).stem if isinstance(rows, str | Path) else "table")
+    targets = (target,) if isinstance(target, str) else tuple(target)
+    left_out = (ignore,) if isinstance(ignore, str) else tuple(ignore)
+    roles = Roles(targets, group, left_out, categories, missing, standardise)
+    options = Options(called, test, classes, "class", space, validation, seed, loss, metric)
+    return from_table(rows, roles, kind, options)
 
 
 def stream(

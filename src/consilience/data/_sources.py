@@ -245,7 +245,7 @@ def _output_labels(train: Tensor, test: Tensor, options: Options) -> Labels:
     return Labels(tuple((options.label_space, str(name)) for name in names), tuple(range(outputs)))
 
 
-def _source(
+def source_of(
     train: Examples, test: Examples | float, validation: Examples | float, options: Options
 ) -> Source:
     """Make a source from examples; where `test` or `validation` is a fraction, it is split off `train`."""
@@ -259,7 +259,8 @@ def _source(
         drawn, rest = draw(of_train, quota, key(seed, name, "test"), by_class, spare=1)
         if not len(drawn) or not len(rest):
             raise ConsilienceError(
-                f"`test` must leave examples on both sides, got {test} of {len(of_train)} examples."
+                "`test` must leave examples on both sides, "
+                f"got {test} of {len(of_train)} examples of {name!r}."
             )
         train, test = train.select(rest), train.select(drawn)
 
@@ -331,7 +332,7 @@ def from_arrays(x: Any, y: Any, options: Options) -> Source:
     test = options.test
     # A pair stands for given examples, anything else must be a fraction.
     if not isinstance(test, tuple | list):
-        return _source(train, fraction("test", test), validation, options)
+        return source_of(train, fraction("test", test), validation, options)
 
     if len(test) != 2:
         raise ConsilienceError(f"`test` must be (x, y) or a fraction, got {len(test)} parts.")
@@ -345,7 +346,7 @@ def from_arrays(x: Any, y: Any, options: Options) -> Source:
         raise ConsilienceError(
             f"test inputs must be of the type of training inputs, got {held.x.dtype} and {train.x.dtype}."
         )
-    return _source(train, held, validation, options)
+    return source_of(train, held, validation, options)
 
 
 def from_tasks(
@@ -473,7 +474,7 @@ def from_dataset(dataset: Any, workers: int, options: Options) -> Source:
     validation = fraction("validation", options.validation, zero=True)
     train = _streamed(dataset, collect(dataset, options.kind), workers)
     if isinstance(options.test, int | float):
-        return _source(train, fraction("test", options.test), validation, options)
+        return source_of(train, fraction("test", options.test), validation, options)
 
     test = _streamed(options.test, collect(options.test, options.kind), workers)
     shapes = test.dataset[0][0].shape, train.dataset[0][0].shape
@@ -482,7 +483,7 @@ def from_dataset(dataset: Any, workers: int, options: Options) -> Source:
             "test examples must have the shape of training examples, "
             f"got {tuple(shapes[0])} and {tuple(shapes[1])}."
         )
-    return _source(train, test, validation, options)
+    return source_of(train, test, validation, options)
 
 
 # Images.
@@ -654,7 +655,7 @@ def from_folder(path: str | Path, reading: Reading, options: Options) -> Source:
         validation: Examples | float = read(validation_folder)
     else:
         validation = fraction("validation", options.validation, zero=True)
-    return _source(train, test, validation, replace(options, classes=classes))
+    return source_of(train, test, validation, replace(options, classes=classes))
 
 
 def subfolders(path: Path) -> list[Path]:

@@ -19,7 +19,7 @@ from consilience.core.method import Method
 from consilience.core.metrics import Metric
 from consilience.core.model import Model
 from consilience.core.params import content_hash, key
-from consilience.core.schedule import Schedule, ScheduleFacts, with_targets
+from consilience.core.schedule import Schedule, with_targets
 from consilience.core.stopping import Stopping
 from consilience.core.training import Training
 from consilience.core.tree import Tree, named, signature, types

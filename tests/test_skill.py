@@ -21,6 +21,7 @@ from consilience.core.message import Message, Module, join
 from consilience.core.params import load, pack
 from consilience.core.schedule import Evaluate, Exchange, Schedule, Train
 from consilience.core.source import Tensors
+from consilience.core.state import Frozen
 from consilience.loop.agent import Agent
 from consilience.loop.checks import RunOptions
 from consilience.loop.ledger import Ledger
@@ -916,7 +917,8 @@ def test_a_bank_of_another_backbone_is_refused(shared, parts, tmp_path):
     name = next(n for n in same.state.params if shared.model.frozen(n))
     hair = same.state.params[name].clone()
     hair.view(-1)[0] += 1e-6
-    same.state = same.state.change(params={**same.state.params, name: hair})
+    others = Frozen({**same.state.frozen.params, name: hair}, same.state.frozen.buffers)
+    same.state = same.state.change(params={**same.state.params, name: hair}, frozen=others)
     with pytest.raises(cs.ConsilienceError, match="a module must belong to this agent's backbone"):
         cs.skill.give(same, cs.skill.load_bank(path))
     few = cs.skill.newcomer(cs.settings.skill([parts[:2]]), METHOD, shared.model, TRAINING)

@@ -478,7 +478,7 @@ def check_state_round_trip(state: State) -> None:
     tensors, facts = encode_state(state)
     data = pack(tensors, {"facts": json.dumps(facts)})
     back, meta = unpack(data)
-    other = decode_state(back, json.loads(meta["facts"]))
+    other = decode_state(back, json.loads(meta["facts"]), state.frozen)
 
     assert state_bits(other) == state_bits(state), "a state differs after it was stored and read"
     assert [m.key for m in other.bank.values()] == [m.key for m in state.bank.values()]

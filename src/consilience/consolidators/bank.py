@@ -11,28 +11,24 @@ from consilience.core.consolidator import Consolidator
 from consilience.core.errors import ConsilienceError
 from consilience.core.message import Message, Module, Shared
 from consilience.core.model import Model
-from consilience.core.params import Params
 from consilience.core.schedule import ScheduleFacts
 from consilience.core.source import Source
 from consilience.core.state import State
 
 
-def refuse_strangers(model: Model, params: Params, messages: Sequence[Message]) -> None:
+def refuse_strangers(model: Model, state: State, messages: Sequence[Message]) -> None:
     """Refuse modules of another frozen backbone, and those that this model would run in another form."""
-    here = ""
     for message in messages:
         item, whose = message.items.get("model"), f"{message.source!r} of {message.sender!r}"
         if not isinstance(item, Module):
             continue
 
-        # The hash of a backbone is expensive: it is computed once, and only if some module needs one.
-        if item.meta["backbone"]:
-            here = here or model.backbone(params)
-            if item.meta["backbone"] != here:
-                raise ConsilienceError(
-                    f"a module must belong to this agent's backbone {here[:8]}, got "
-                    f"{item.meta['backbone'][:8]} in {whose}."
-                )
+        here = state.frozen.hash
+        if item.meta["backbone"] and item.meta["backbone"] != here:
+            raise ConsilienceError(
+                f"a module must belong to this agent's backbone {here[:8]}, got "
+                f"{item.meta['backbone'][:8]} in {whose}."
+            )
 
         form = item.meta.get("form", "")
         if form != model.form:
@@ -60,22 +56,25 @@ class Experts(Consolidator):
     def export(
         self, model: Model, state: State, sources: Sequence[Source], personal: Sequence[str]
     ) -> dict[str, Shared]:
-        backbone = model.backbone(state.params) if sources else ""
         result: dict[str, Shared] = {}
         for source in sources:
             # Entries without a task serve all tasks, so that a module cannot do without them.
             own = (None, model.head_key(source))
             entries = {
                 f"entries/{n}": p
-                for n, p in state.params.items()
-                if not model.frozen(n) and model.task_of(n) in own
+                for n, p in state.frozen.without(state.params).items()
+                if model.task_of(n) in own
             }
-            buffers = {f"buffers/{n}": b for n, b in state.buffers.items() if model.task_of(n) in own}
+            buffers = {
+                f"buffers/{n}": b
+                for n, b in state.frozen.without(state.buffers).items()
+                if model.task_of(n) in own
+            }
             meta = {
                 "labels": [list(label) for label in source.labels],
                 "classes": list(source.classes),
                 "task": source.task,
-                "backbone": backbone,
+                "backbone": state.frozen.hash,
                 "form": model.form,
             }
             result[source.name] = Module({**entries, **buffers}, meta)
@@ -84,7 +83,7 @@ class Experts(Consolidator):
     def receive(
         self, model: Model, state: State, fresh: Sequence[Message], by_size: bool, generator: torch.Generator
     ) -> State:
-        refuse_strangers(model, state.params, fresh)
+        refuse_strangers(model, state, fresh)
         return state
 
     def forget(self, model: Model, state: State) -> State:

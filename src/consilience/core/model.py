@@ -25,8 +25,9 @@ class Model(ABC):
 
     x is a tensor, or a `Tree` of several. Places are where a sample has several targets: tokens, pixels.
     Entries are named tensors. An entry is frozen (`frozen`), belongs to one task (`task_of`), or is shared by
-    all. Frozen entries never change, and their hash names the backbone. `grow` adds entries and never changes
-    a shape.
+    all. Frozen entries never change, and their hash names the backbone; those of `init`, and derived buffers
+    (`derived`), are held once for all agents, and are in no message and no checkpoint. `grow` adds entries
+    and never changes a shape.
     """
 
     outputs: int
@@ -34,7 +35,10 @@ class Model(ABC):
 
     @abstractmethod
     def init(self, generator: torch.Generator) -> tuple[Params, Params]:
-        """Return the first parameters and buffers, drawn from the generator alone."""
+        """Return the first parameters and buffers, drawn from the generator alone.
+
+        Frozen entries that do not depend on it may be the same tensors in every call: nobody changes them.
+        """
 
     @abstractmethod
     def __call__(
@@ -83,6 +87,13 @@ class Model(ABC):
 
     def frozen(self, entry: str) -> bool:
         """Whether an entry never changes."""
+        return False
+
+    def derived(self, buffer: str) -> bool:
+        """Whether the model makes a buffer itself, the same in every agent, and never changes it for good.
+
+        Position ids are such a buffer, and the statistics of a frozen norm.
+        """
         return False
 
     def reads(self, entry: str) -> bool:

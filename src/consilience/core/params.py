@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import weakref
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -63,6 +64,59 @@ def content_hash(tensors: Mapping[str, Tensor]) -> str:
 def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
     """Whether two dictionaries hold the same names and bit-equal tensors."""
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+_ALIASES = WeakTensorKeyDictionary()
+_PLACED = WeakTensorKeyDictionary()
+
+FULL = (torch.float32, torch.float64)
+"""The types of numbers to compute with; shorter ones, such as bfloat16, store frozen entries."""
+
+
+def alias(tensor: Tensor) -> Tensor:
+    """Return a tensor without its gradient, in the same memory: the same object whenever it is asked for.
+
+    >>> p = torch.nn.Parameter(torch.ones(2))
+    >>> alias(p) is alias(p), alias(p).data_ptr() == p.data_ptr(), alias(p).requires_grad
+    (True, True, False)
+    """
+    # Parameters of other classes carry more than numbers, such as the scales of a quantised layer.
+    if type(tensor) not in (Tensor, torch.nn.Parameter):
+        return tensor
+    found = _ALIASES.get(tensor)
+    # An assignment to `data` gives a parameter other memory.
+    if found is None or found.data_ptr() != tensor.data_ptr():
+        found = _ALIASES[tensor] = tensor.detach()
+    return found  # type: ignore[no-any-return]
+
+
+def placed(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return a frozen tensor on a device: itself, or one copy that all who ask for it share.
+
+    Full-precision numbers are cast to `dtype`; others, such as bfloat16 and int8, keep their type.
+    """
+    place = (device, dtype if tensor.dtype in FULL else tensor.dtype)
+    reference = _PLACED.get(tensor, {}).get(place)
+    found = reference() if reference is not None else None
+    if found is None:
+        found = tensor.to(*place)
+        # Weak on both sides: a copy lives as long as a state holds it.
+        if found is not tensor:
+            _PLACED.setdefault(tensor, {})[place] = weakref.ref(found)
+    return found
+
+
+def computing(params: Mapping[str, Tensor]) -> Tensor:
+    """Return an entry in a type to compute with, for `Tensor.to`; float32 zeros where all are shorter.
+
+    >>> computing({"a": torch.zeros(1, dtype=torch.bfloat16)}).dtype
+    torch.float32
+    """
+    full = next((tensor for tensor in params.values() if tensor.dtype in FULL), None)
+    if full is not None:
+        return full
+    device = next((tensor.device for tensor in params.values()), None)
+    return torch.zeros(0, dtype=torch.float32, device=device)
 
 
 @dataclass(frozen=True)

@@ -4,16 +4,52 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
 
+from consilience.core.errors import ConsilienceError
 from consilience.core.message import Bank, Item, Message, Module, Private, decode, encode
 from consilience.core.names import pair
-from consilience.core.params import Params
+from consilience.core.params import Params, content_hash
 
 _TENSORS = ("params", "buffers", "base", "outer")
 _FACTS = ("origin", "version", "size", "trained")
+
+
+@dataclass(frozen=True, eq=False)
+class Frozen:
+    """What never changes in a run: the frozen entries and derived buffers of the first parameters.
+
+    All agents hold the same tensors. They are in no message and no checkpoint; `hash` stands for them there.
+
+    >>> import torch
+    >>> frozen = Frozen({"w": torch.ones(1)})
+    >>> list(frozen.without({"w": torch.ones(1), "head": torch.ones(1)}))
+    ['head']
+    """
+
+    params: Params = field(default_factory=dict)
+    buffers: Params = field(default_factory=dict)
+
+    @cached_property
+    def hash(self) -> str:
+        """The content hash; "" of nothing. Without derived buffers it is that of `Model.backbone`."""
+        held = {**self.params, **self.buffers}
+        return content_hash(held) if held else ""
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that is held: parameters, then buffers."""
+        return [*self.params.values(), *self.buffers.values()]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.params or name in self.buffers
+
+    def without(self, tensors: Mapping[str, Tensor]) -> Params:
+        """Return the tensors that may change: those whose names are not held here."""
+        return {name: tensor for name, tensor in tensors.items() if name not in self}
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,7 +57,9 @@ class State:
     """An agent's parameters, what it received, and what it keeps. Immutable: `change` makes a new one."""
 
     params: Params
+    """All parameters, with the frozen ones."""
     buffers: Params
+    """All buffers, with the derived ones."""
     base: Params
     """The parameters after the last exchange. Deltas are computed against them."""
     origin: str
@@ -44,6 +82,8 @@ class State:
     """Whether it trained since the last exchange."""
     forgotten: tuple[str, ...] = ()
     """Senders that were removed from the bank. Their messages are no longer accepted."""
+    frozen: Frozen = field(default_factory=Frozen)
+    """What all agents hold together: the same tensors as in `params`, `buffers` and `base`."""
 
     @property
     def experts(self) -> dict[tuple[str, str], Module]:
@@ -61,9 +101,17 @@ class State:
 
 
 def encode_state(state: State) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Flatten a state into tensors and facts for JSON; `decode_state` reverses it."""
+    """Flatten a state into tensors and facts for JSON; `decode_state` reverses it.
+
+    Of what is frozen only the hash is kept. An entry of the base that is the present one is kept once.
+    """
+    params, buffers, base = map(state.frozen.without, (state.params, state.buffers, state.base))
+    present = [name for name, tensor in base.items() if params.get(name) is tensor]
+    base = {name: tensor for name, tensor in base.items() if name not in present}
+
     # All tensors become items of one dictionary, so that `encode` names each tensor once.
-    items: dict[str, Item] = {name: Private(getattr(state, name)) for name in _TENSORS}
+    parts = {"params": params, "buffers": buffers, "base": base, "outer": state.outer}
+    items: dict[str, Item] = {name: Private(tensors) for name, tensors in parts.items()}
     for message in state.bank.values():
         items |= {_bank_key(*message.key, name): item for name, item in message.items.items()}
     for correction, kept in state.memory.items():
@@ -72,6 +120,9 @@ def encode_state(state: State) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors, facts = encode(items)
     return tensors, {
         "items": facts,
+        "frozen": state.frozen.hash,
+        # The base of an agent that was released is empty, also of frozen entries.
+        "present": present if state.base else None,
         "bank": [message.facts() | {"names": list(message.items)} for message in state.bank.values()],
         "received": dict(state.received),
         "memory": {correction: list(kept) for correction, kept in state.memory.items()},
@@ -81,8 +132,19 @@ def encode_state(state: State) -> tuple[dict[str, Tensor], dict[str, Any]]:
     }
 
 
-def decode_state(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> State:
-    """Return the state that `encode_state` flattened."""
+def decode_state(
+    tensors: Mapping[str, Tensor], facts: Mapping[str, Any], frozen: Frozen | None = None
+) -> State:
+    """Return the state that `encode_state` flattened, over what is frozen.
+
+    Raises ConsilienceError where the state was kept over other frozen entries.
+    """
+    frozen = frozen or Frozen()
+    if facts["frozen"] != frozen.hash:
+        raise ConsilienceError(
+            f"a state must be read with the frozen entries that it was kept with ({facts['frozen'][:8]}), "
+            f"got {frozen.hash[:8] or 'none'}; use the same model and base."
+        )
     items: dict[str, Any] = decode(tensors, facts["items"])
     bank: Bank = {}
     for entry in facts["bank"]:
@@ -97,9 +159,14 @@ def decode_state(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Sta
         for correction, kept in facts["memory"].items()
     }
     plain: dict[str, Any] = {name: dict(items[name].tensors) for name in _TENSORS}
+    if facts["present"] is not None:
+        plain["base"] |= frozen.params | {name: plain["params"][name] for name in facts["present"]}
+    plain["params"] |= frozen.params
+    plain["buffers"] |= frozen.buffers
     plain |= {name: facts[name] for name in _FACTS}
     return State(
         **plain,
+        frozen=frozen,
         bank=bank,
         memory=memory,
         # JSON made lists of the tuples.

@@ -73,6 +73,9 @@ class Viewed(Model):
     def frozen(self, entry: str) -> bool:
         return self.model.frozen(entry)
 
+    def derived(self, buffer: str) -> bool:
+        return self.model.derived(buffer)
+
     @property
     def uses_task(self) -> bool:
         # A view may be a task's own, also where the model's outputs are not.

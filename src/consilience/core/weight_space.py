@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -80,14 +81,27 @@ class WeightSpace(Consolidator):
     ) -> dict[str, Shared]:
         if sources:
             return {}
-        params = {f"params/{name}": p for name, p in state.params.items() if not matches(name, personal)}
-        buffers = {f"buffers/{name}": b for name, b in state.buffers.items() if not matches(name, personal)}
-        return {WHOLE: Weights({**params, **buffers})}
+        moving = {
+            "params": state.frozen.without(state.params),
+            "buffers": state.frozen.without(state.buffers),
+        }
+        tensors = {
+            f"{kind}/{name}": tensor
+            for kind, held in moving.items()
+            for name, tensor in held.items()
+            if not matches(name, personal)
+        }
+        # Whoever receives them puts them over its own frozen entries, which must be the same.
+        return {WHOLE: Weights(tensors, {"backbone": state.frozen.hash} if state.frozen.hash else {})}
 
     def release(self, state: State, personal: Sequence[str]) -> State:
-        """Keep personal entries only; those that were sent come back with the next message."""
-        params = {name: p for name, p in state.params.items() if matches(name, personal)}
-        buffers = {name: b for name, b in state.buffers.items() if matches(name, personal)}
+        """Keep personal and frozen entries; those that were sent come back with the next message."""
+
+        def kept(name: str) -> bool:
+            return name in state.frozen or matches(name, personal)
+
+        params = {name: p for name, p in state.params.items() if kept(name)}
+        buffers = {name: b for name, b in state.buffers.items() if kept(name)}
         return state.change(params=params, buffers=buffers, base={})
 
     def receive(
@@ -98,12 +112,12 @@ class WeightSpace(Consolidator):
             messages = without_broken(messages)
         if not messages:
             return state
-        rows = [
-            Received(m.sender, m.items["model"].group("params"), m.items["model"].group("buffers"), weight)
-            for m, weight in zip(messages, message_weights(messages, by_size), strict=True)
-        ]
-        for row in rows:
-            _check_fits(row, state)
+        rows = []
+        for m, weight in zip(messages, message_weights(messages, by_size), strict=True):
+            item = m.items["model"]
+            row = Received(m.sender, item.group("params"), item.group("buffers"), weight)
+            _check_fits(model, row, item.meta.get("backbone", ""), state)
+            rows.append(row)
 
         # If no sender trained, there is no change to step along: average the rows.
         trained = any(m.trained for m in messages)
@@ -208,6 +222,51 @@ class WeightSpace(Consolidator):
         return {**target, **layout.split(theta - self.lr * direction)}, held
 
 
+def product_error(messages: Sequence[Message], merged: Params, by_size: bool) -> float:
+    """Return how far merged LoRA factors are from the mean of their senders' products, as a fraction of it.
+
+    It is |B A - sum_i w_i B_i A_i| / |sum_i w_i B_i A_i| in Frobenius norms over all pairs that two or more
+    messages carry, B A of the merged parameters; 0 without any. Entries are paired by peft's names, `lora_A`
+    and `lora_B`. A mean of factors is no mean of products unless all have one A, or one B.
+
+    >>> rows = torch.eye(2).split(1)
+    >>> factors = [{"params/lora_A": row, "params/lora_B": row.T} for row in rows]
+    >>> sent = [Message(str(i), "", 1, 1, "", "", {"model": Weights(f)}) for i, f in enumerate(factors)]
+    >>> mean = {"lora_A": torch.full((1, 2), 0.5), "lora_B": torch.full((2, 1), 0.5)}
+    >>> round(product_error(sent, mean, True), 4)
+    0.7071
+    """
+    weighted = with_weights(messages)
+    total, apart = 0.0, 0.0
+    rows = [item.items["model"].group("params") for item in weighted]
+    for name in sorted({name for row in rows for name in row if _FACTOR.search(name)}):
+        other = _FACTOR.sub(r"\1lora_\2B\3", name)
+        pairs = [
+            (weight, row[other], row[name])
+            for weight, row in zip(message_weights(weighted, by_size), rows, strict=True)
+            if name in row and other in row
+        ]
+        if len(pairs) < 2 or name not in merged or other not in merged:
+            continue
+
+        share = sum(weight for weight, _, _ in pairs)
+        mean = [(weight / share, b, a) for weight, b, a in pairs]
+        total += _square(mean)
+        apart += _square([*mean, (-1.0, merged[other], merged[name])])
+    return (max(apart, 0.0) / total) ** 0.5 if total else 0.0
+
+
+_FACTOR = re.compile(r"(^|\.)lora_(embedding_)?A(\.|$)")
+
+
+def _square(terms: Sequence[tuple[float, Tensor, Tensor]]) -> float:
+    """Return |sum_i c_i B_i A_i|^2 of terms (c, B, A), without any of the products."""
+    # Convolutions are matrices over the channels and places that they read.
+    left = torch.cat([c * b.double().flatten(1) for c, b, _ in terms], 1)
+    right = torch.cat([a.double().flatten(1) for _, _, a in terms])
+    return float(((left.T @ left) * (right @ right.T)).sum())
+
+
 def with_weights(messages: Iterable[Message]) -> list[Message]:
     """Select the messages that carry parameters."""
     return [m for m in messages if isinstance(m.items.get("model"), Weights)]
@@ -235,21 +294,32 @@ def without_broken(messages: list[Message]) -> list[Message]:
     return [m for m in messages if m.sender not in broken]
 
 
-def _check_fits(row: Received, state: State) -> None:
+def _check_fits(model: Model, row: Received, backbone: str, state: State) -> None:
     """Refuse parameters that are not finite, or of another model than the receiver's."""
     finite(row.params, repr(row.sender))
+    if backbone != state.frozen.hash:
+        raise ConsilienceError(
+            f"received parameters must belong to the receiver's frozen entries {_short(state.frozen.hash)}, "
+            f"got {_short(backbone)} from {row.sender!r}; use one model and one base for all agents."
+        )
     for name, p in row.params.items():
         if name in state.params and p.shape != state.params[name].shape:
             raise ConsilienceError(
                 f"received parameters must have the receiver's shapes, got {tuple(p.shape)} for {name!r} of "
                 f"{row.sender!r}, here {tuple(state.params[name].shape)}."
             )
+
     # New entries may be heads of other tasks, but a model without any common entry is another model.
-    if row.params and state.base and not row.params.keys() & state.params.keys():
+    common = {name for name in row.params if model.task_of(name) is None}
+    if common and state.base and not common & state.params.keys():
         raise ConsilienceError(
             f"received parameters must have the receiver's names, got {next(iter(row.params))!r} of "
             f"{row.sender!r}, here {next(iter(state.params))!r}."
         )
+
+
+def _short(backbone: str) -> str:
+    return backbone[:8] or "(none)"
 
 
 def _by_carriers(rows: Sequence[Received]) -> Iterator[tuple[list[str], list[Received]]]:

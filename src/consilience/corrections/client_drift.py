@@ -364,10 +364,11 @@ class _Global(_Momentum):
         if not any(message.trained for message in fresh):
             return memory
         held = memory.get(PAST)
-        past = [held.group(str(i)) for i in range(held.meta["rounds"])] if held is not None else [before.base]
-        past = [*past, {name: p for name, p in after.params.items() if p.is_floating_point()}][
-            -self.window - 1 :
-        ]
+        past = [after.frozen.without(before.base)]
+        if held is not None:
+            past = [held.group(str(i)) for i in range(held.meta["rounds"])]
+        now = after.frozen.without(after.params)
+        past = [*past, {name: p for name, p in now.items() if p.is_floating_point()}][-self.window - 1 :]
         # Items hold flat names: the age of the parameters comes first.
         kept = {f"{i}/{name}": p for i, params in enumerate(past) for name, p in params.items()}
         result = {**memory, PAST: Private(kept, {"rounds": len(past)})}

@@ -365,6 +365,7 @@ class FedWeIt(Correction):
 
         # A server has no tasks, and what it averages is nobody's B.
         has_tasks = any(name.startswith("fedweit/") for name in before.params)
-        left = {n: p for n, p in before.params.items() if has_tasks and not n.startswith("fedweit/")}
+        now = before.frozen.without(before.params)
+        left = {n: p for n, p in now.items() if has_tasks and not n.startswith("fedweit/")}
         tensors = {f"before/{n}": p for n, p in left.items()} | {f"began/{n}": p for n, p in began.items()}
         return {**memory, RECEIVED: Private(tensors, {"newest": newest, "visited": list(before.visits)})}

@@ -13,6 +13,7 @@ from torch import Tensor
 from consilience.core.contexts import Beginning, Begun
 from consilience.core.correction import NO_TRAINING, Correction
 from consilience.core.errors import ConsilienceError, Refusal
+from consilience.core.params import computing
 from consilience.core.schedule import ScheduleFacts
 from consilience.core.source import Source
 
@@ -162,7 +163,7 @@ def features_and_targets(
     start: Beginning, sources: Sequence[Source], classes: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
     """Return psi [N, d] and the targets [N, classes] (one-hot) of all data of the sources, in float64."""
-    like: Any = next(p for p in start.params.values() if p.is_floating_point())
+    like: Any = computing(start.params)
     psi, targets = [], []
     for source in sources:
         for x, y in source.train.chunks(1024):

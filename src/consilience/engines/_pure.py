@@ -42,6 +42,9 @@ class Constants:
     start: Slot | None
     """The parameters with which the visits began; None where no verb reads them."""
     buffers: dict[str, Slot]
+    """The buffers with which they began; none where no verb reads them."""
+    derived: dict[str, Slot]
+    """The buffers that no step changes."""
 
 
 @dataclass(frozen=True)
@@ -203,7 +206,10 @@ class AgentStep:
         return Inputs(
             state,
             {key.name: tensor for key, tensor in state.items() if key.kind == "leaf"},
-            {key.name: tensor for key, tensor in state.items() if key.kind == "buffer"},
+            {
+                **fill(constants.derived, rest),
+                **{key.name: tensor for key, tensor in state.items() if key.kind == "buffer"},
+            },
             {key.name: tensor for key, tensor in state.items() if key.kind == "optimiser" and not key.entry},
             fill(self.parts, rest),
             clock,

@@ -22,8 +22,8 @@ from consilience.core.errors import ConsilienceError
 from consilience.core.params import pack
 from consilience.core.schedule import Schedule
 from consilience.core.source import Source
-from consilience.core.state import State, decode_state, encode_state
-from consilience.engines._ray_task import Answer, Task, aligned, dumped, settings, train, versions
+from consilience.core.state import Frozen, State, decode_state, encode_state
+from consilience.engines._ray_task import Answer, Task, aligned, dumped, raw, settings, train, versions
 from consilience.loop.agent import ONCE, Agent
 from consilience.loop.engine import Engine, EngineEvents, Paused, Visit
 
@@ -88,6 +88,8 @@ class Session:
     """The objects and settings that the configuration was made of."""
     sources: dict[str, Any] = field(default_factory=dict)
     """References to sources, by name."""
+    held: dict[tuple[int, ...], tuple[Frozen, Any]] = field(default_factory=dict)
+    """What is frozen, and the reference to it, by the identities of its tensors."""
     registry: dict[Any, Any] = field(default_factory=dict)
     """Warnings that were shown."""
 
@@ -102,10 +104,7 @@ class Session:
         if same and self.made_of[-1] == now:
             return self.configuration
 
-        # Ray shows each worker only its own GPU, which is then the first one.
-        training = agent.training
-        if training.device.startswith("cuda"):
-            training = replace(training, device="cuda:0")
+        training = replace(agent.training, device=device_on_worker(agent.training.device))
         # What only the driver asks of a schedule stays here; sources are sent to those who train on them.
         kept = ("sources", "plan", "judged", "experts", "base")
         names = [entry.name for entry in fields(Schedule) if entry.name not in kept]
@@ -117,10 +116,21 @@ class Session:
             "settings": now,
             "schedule": {name: getattr(agent.schedule, name) for name in names},
         }
-        data = dumped(parts, "the model, the method or the training")
+        # A module that was given holds what is frozen too, which workers have from elsewhere.
+        data = dumped(parts, "the model, the method or the training", agent.state.frozen)
         self.configuration = self.ray.put(pickle.dumps((versions(), data)))
         self.sources, self.made_of = {}, (*made_of, now)
         return self.configuration
+
+    def frozen(self, frozen: Frozen) -> Any:
+        """Put what is frozen into the object store, once per run; return None where nothing is."""
+        if not frozen.hash:
+            return None
+        # Seeds that begin from one module have other dictionaries of the same tensors.
+        place = tuple(map(id, frozen.tensors))
+        if place not in self.held:
+            self.held[place] = (frozen, self.ray.put(raw(frozen)))
+        return self.held[place][1]
 
     def source(self, source: Source) -> Any:
         """Put a source without its test data into the object store, once per run."""
@@ -166,6 +176,11 @@ class Session:
             logging.getLogger(record.name).handle(record)
 
 
+def device_on_worker(device: str) -> str:
+    """Return the name that a device has on a worker: Ray shows each only its own GPU, as the first one."""
+    return "cuda:0" if device.startswith("cuda") else device
+
+
 class Round:
     """The tasks of some visits: their states, encoded and without repeated tensors."""
 
@@ -189,6 +204,10 @@ class Round:
             self.given.append({places[name]: tensor for name, tensor in reversed(tensors.items())})
         self.bundles = session.bundles(self.pool, self.places)
 
+        # What is frozen in seeds that have ended would never be freed.
+        self.frozen = [session.frozen(visit.agent.state.frozen) for visit in visits]
+        session.held = {place: held for place, held in session.held.items() if held[1] in self.frozen}
+
     def submit(self, index: int) -> Any:
         """Submit the task of one visit; return the reference to its answer."""
         visit, bundle, paused = self.visits[index], self.bundles[index], self.paused
@@ -204,6 +223,8 @@ class Round:
             places=tuple(self.places[index].items()),
             own=pack({str(place): self.pool.tensors[place] for place in bundle.own}),
             shared=tuple(bundle.shared),
+            frozen=self.frozen[index],
+            device=device_on_worker(agent.training.device),
             paused=(pack(paused[0]), paused[1]) if paused is not None and index == 0 else None,
         )
         sources = [session.source(agent.schedule.source(name)) for name in dict.fromkeys(visit.sources)]
@@ -303,12 +324,13 @@ class Ray(Engine):
             if answer.state is None:
                 assert answer.error is not None
                 raise pickle.loads(answer.error)
+            frozen = agent.state.frozen
             new = aligned(answer.state.new, agent.training.device)
             tensors = {
                 name: given[place] if place >= 0 else new[str(-1 - place)]
                 for name, place in answer.state.places
             }
-            agent.state = kept(agent.state, decode_state(tensors, json.loads(answer.state.facts)))
+            agent.state = kept(agent.state, decode_state(tensors, json.loads(answer.state.facts), frozen))
         except Exception as error:
             events.fail(agent, error)
         events.done(agent)

@@ -26,7 +26,7 @@ from torch import Tensor
 from consilience.core.errors import ConsilienceError
 from consilience.core.params import pack, unpack
 from consilience.core.schedule import Schedule
-from consilience.core.state import State, decode_state, encode_state
+from consilience.core.state import Frozen, State, decode_state, encode_state
 from consilience.core.training import Place
 from consilience.loop.agent import Agent
 from consilience.loop.ledger import Ledger
@@ -57,6 +57,9 @@ class Task:
     """Tensors that only this agent needs."""
     shared: tuple[Any, ...]
     """References to tensors that several agents need."""
+    frozen: Any = None
+    """Reference to what is frozen; None where nothing is."""
+    device: str = "cpu"
     paused: tuple[bytes, Mapping[str, int]] | None = None
 
 
@@ -108,20 +111,38 @@ def cloudpickle() -> Any:
     return importlib.import_module("ray.cloudpickle")
 
 
-def loaded(data: bytes) -> Any:
+def loaded(data: bytes, frozen: Frozen | None = None) -> Any:
     """Load what `dumped` pickled; raises ConsilienceError where its code cannot be imported."""
+    held = frozen.tensors if frozen is not None else []
+
+    class Unpickler(pickle.Unpickler):
+        def persistent_load(self, place: Any) -> Tensor:
+            index, kind, trained = place
+            return kind(held[index], trained) if kind is torch.nn.Parameter else held[index]
+
     try:
-        return cloudpickle().loads(data)
+        return Unpickler(io.BytesIO(data)).load()
     except (ImportError, AttributeError) as error:
         raise ConsilienceError(
             f"the code of a run must be importable on Ray's workers, but one lacks it: {error}."
         ) from error
 
 
-def dumped(value: Any, what: str) -> bytes:
-    """Pickle a value, lambdas and classes of a notebook included, and views without the tensors they view."""
+def dumped(value: Any, what: str, frozen: Frozen | None = None) -> bytes:
+    """Pickle a value, lambdas and classes of a notebook included, and views without the tensors they view.
+
+    Tensors in the memory of frozen ones are left out: `loaded` is given these again.
+    """
+    held = frozen.tensors if frozen is not None else []
+    places = {(t.data_ptr(), t.shape, t.dtype): i for i, t in enumerate(held) if t.device.type == "cpu"}
 
     class Pickler(cloudpickle().CloudPickler):  # type: ignore[misc]
+        def persistent_id(self, value: Any) -> Any:
+            if type(value) not in (Tensor, torch.nn.Parameter) or value.layout is not torch.strided:
+                return None
+            place = places.get((value.data_ptr(), value.shape, value.dtype)) if value.numel() else None
+            return None if place is None else (place, type(value), value.requires_grad)
+
         def reducer_override(self, value: Any) -> Any:
             # Only plain tensors on the CPU: others have their own ways to be pickled.
             plain = type(value) is Tensor and value.device.type == "cpu" and value.layout is torch.strided
@@ -230,7 +251,34 @@ def fetch(ref: Any, read: Callable[[Any], T]) -> T:
     return _held[key]  # type: ignore[no-any-return]
 
 
-def configured(data: bytes) -> dict[str, Any]:
+def raw(frozen: Frozen) -> list[tuple[str, str, torch.dtype, tuple[int, ...], Any]]:
+    """Return what is frozen as bytes in arrays, which Ray keeps once for all workers of a machine."""
+    held = {"params": frozen.params, "buffers": frozen.buffers}
+    return [
+        (kind, name, tensor.dtype, tuple(tensor.shape), _flat(tensor).numpy())
+        for kind, tensors in held.items()
+        for name, tensor in tensors.items()
+    ]
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+
+
+def thawed(parts: Sequence[Any], device: str) -> Frozen:
+    """Return what `raw` was made of, on a device; on the CPU over Ray's own memory."""
+    held: dict[str, dict[str, Tensor]] = {"params": {}, "buffers": {}}
+    with warnings.catch_warnings():
+        # The arrays are read-only, and nobody writes what is frozen.
+        warnings.simplefilter("ignore", UserWarning)
+        for kind, name, dtype, shape, array in parts:
+            tensor = torch.from_numpy(array)
+            tensor = tensor if tensor.data_ptr() % 64 == 0 else tensor.clone()
+            held[kind][name] = tensor.view(dtype).view(shape).to(device)
+    return Frozen(held["params"], held["buffers"])
+
+
+def configured(data: bytes, frozen: Frozen) -> dict[str, Any]:
     """Read the configuration of a run; raises ConsilienceError where the versions differ."""
     theirs, config = pickle.loads(data)
     for name, version in versions().items():
@@ -239,13 +287,13 @@ def configured(data: bytes) -> dict[str, Any]:
                 f"Ray's workers must have the driver's versions, got {name} {version} on a worker and "
                 f"{theirs.get(name)} on the driver."
             )
-    return loaded(config)  # type: ignore[no-any-return]
+    return loaded(config, frozen)  # type: ignore[no-any-return]
 
 
 def train(task: Task, measured: Mapping[Hashable, int], *sources: bytes) -> Answer:
     """Run one visit: what a worker does."""
     # What the last task needed and this one does not is of an earlier round, and would never be freed.
-    wanted = {ref.hex() for ref in (task.config, *task.shared)}
+    wanted = {ref.hex() for ref in (task.config, task.frozen, *task.shared) if ref is not None}
     for key in _held.keys() - wanted:
         del _held[key]
 
@@ -270,7 +318,8 @@ def train(task: Task, measured: Mapping[Hashable, int], *sources: bytes) -> Answ
 
 def visit(task: Task, tally: Tally, sources: Sequence[bytes]) -> Encoded:
     """Rebuild the agent of a task, train it on its sources, and encode its new state."""
-    config = fetch(task.config, configured)
+    frozen = Frozen() if task.frozen is None else fetch(task.frozen, lambda parts: thawed(parts, task.device))
+    config = fetch(task.config, lambda data: configured(data, frozen))
     adopt(config["settings"])
     device = config["training"].device
     given = tuple(loaded(source) for source in sources)
@@ -286,7 +335,7 @@ def visit(task: Task, tally: Tally, sources: Sequence[bytes]) -> Encoded:
         schedule=Schedule(sources=given, plan=_no_phases, **config["schedule"]),
         training=config["training"],
         seed=task.seed,
-        state=decode_state(places, json.loads(task.facts)),
+        state=decode_state(places, json.loads(task.facts), frozen),
         ledger=tally,
         revisited=config["revisited"],
     )

@@ -81,7 +81,7 @@ class Stack:
             StateKey("leaf", name): torch.stack([leaves[name] for leaves in split])
             for name in self.layout.names
         }
-        for name in first.buffers:
+        for name, _ in self.jobs[0].moving_buffers():
             state[StateKey("buffer", name)] = torch.stack([carry.buffers[name] for carry in carries])
 
         # Per entry, as the parameters are: a program updates entry by entry, and never joins them.
@@ -123,8 +123,14 @@ class Stack:
 
         # Entries that are equal for all agents, such as a frozen backbone, are held once.
         fixed = {name: slots.add([job.fixed[name] for job in jobs]) for name in jobs[0].fixed}
+        moving = dict(jobs[0].moving_buffers())
+        derived = {
+            name: slots.add([job.carry.buffers[name] for job in jobs])
+            for name in jobs[0].carry.buffers
+            if name not in moving
+        }
         if not self.inside:
-            return Constants(corrections, fixed, None, {})
+            return Constants(corrections, fixed, None, {}, derived)
         start = slots.add([job.start for job in jobs])
         begun = [job.step.start_buffers for job in jobs]
         return Constants(
@@ -132,6 +138,7 @@ class Stack:
             fixed,
             start,
             {name: slots.add([buffers[name] for buffers in begun]) for name in begun[0]},
+            derived,
         )
 
     def live(self) -> list[tuple[int, Job]]:
@@ -194,7 +201,7 @@ class Stack:
             carry = job.carry
             leaves = [self.state[StateKey("leaf", name)][row] for name in self.layout.names]
             torch.cat([leaf.reshape(-1) for leaf in leaves], out=carry.theta)
-            for name, buffer in carry.buffers.items():
+            for name, buffer in job.moving_buffers():
                 buffer.copy_(self.state[StateKey("buffer", name)][row])
 
             for key in carry.optimiser:

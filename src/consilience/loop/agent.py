@@ -28,6 +28,7 @@ from consilience.core.state import State
 from consilience.core.training import Place, Training
 from consilience.core.tree import Input
 from consilience.core.viewed import Viewed
+from consilience.core.weight_space import product_error
 from consilience.loop.job import Job, Part
 from consilience.loop.ledger import RECEIVE, Ledger
 from consilience.loop.predict import Choice, Predictor, memory_of
@@ -38,6 +39,9 @@ ONCE = "(later visits do not repeat this warning)"
 
 # The purpose of the random numbers of `receive`. Another word would draw others than version 0.1.
 RECEIVE_KEY = "absorb"
+
+FACTORS = "<factors>"
+"""The key of the warning about factors among those that were given."""
 
 Corrections = list[tuple[Correction, Context]]
 
@@ -99,8 +103,11 @@ class Agent:
         start = theta.clone()
         self._lay_out(corrections, layout, start, given[0].name, place or Place())
 
-        # Steps update buffers in place, so those of the state are copied.
-        own_buffers = {name: buffer.to(self.device).clone() for name, buffer in buffers.items()}
+        # Steps update buffers in place, so those of the state are copied, but for derived ones.
+        own_buffers = {
+            name: buffer if name in self.state.frozen else buffer.to(self.device).clone()
+            for name, buffer in buffers.items()
+        }
         carry = Carry(theta, own_buffers, self.training.inner().init(theta))
         if self.training.precision == "fp16":
             carry.scaling = LossScale().init(self.device)
@@ -249,7 +256,8 @@ class Agent:
 
         state, names = self.state, [source.name for source in job.sources]
         params = {**job.fixed, **end}
-        buffers = {name: buffer.clone() for name, buffer in job.carry.buffers.items()}
+        buffers = {name: buffer.clone() for name, buffer in state.frozen.without(job.carry.buffers).items()}
+        buffers |= state.frozen.buffers
         memory, shared = self._summarised(job, params, buffers)
         self.state = state.change(
             params=params,
@@ -342,7 +350,10 @@ class Agent:
         return memory_of(self.name, self.state, correction)
 
     def common_hash(self, params: Params) -> str:
-        """Return the hash of those entries that all agents have: neither of one task, nor personal."""
+        """Return the hash of those entries that all agents have: neither of one task, nor personal.
+
+        Frozen ones count, so that it also says which model the others belong to.
+        """
         # Compared by identity, because hashing all parameters is what costs time here.
         if self._common is None or self._common[0] is not params:
             common = {
@@ -401,6 +412,7 @@ class Agent:
         bank = join(before.bank, [kept for kept in map(without_weights, fresh) if kept is not None])
         self._check_base(fresh)
         after = self._consolidated(bank, fresh, by_size)
+        self._warn_of_factors(fresh, after, by_size)
 
         # Corrections may keep what the exchange changed, for the visits that follow.
         memory = {name: dict(kept) for name, kept in after.memory.items()}
@@ -466,6 +478,21 @@ class Agent:
             (RECEIVE, len(fresh), numbers),
             lambda: self.consolidator.receive(self.model, state, fresh, by_size, generator),
         )
+
+    def _warn_of_factors(self, fresh: Sequence[Message], after: State, by_size: bool) -> None:
+        """Warn, once per run, where the factors of products (LoRA) were combined one by one."""
+        if FACTORS in self.ledger.warned or not any(m.trained for m in fresh):
+            return
+        error = product_error(fresh, after.params, by_size)
+        # One A for all senders, as a frozen one, leaves rounding errors only.
+        if error > 1e-4:
+            self.ledger.warned.add(FACTORS)
+            warnings.warn(
+                f"{self.name!r} combined lora_A and lora_B one by one, and their products are {error:.1%} "
+                "away from the mean of the senders' products; freeze lora_A (requires_grad=False), and "
+                f"averages are exact {ONCE}",
+                stacklevel=2,
+            )
 
     def release(self) -> None:
         """Free parameters that will be received again: a simulation keeps only active agents in memory."""

@@ -16,9 +16,9 @@ from consilience.core.message import Message, join
 from consilience.core.method import Method
 from consilience.core.metrics import Metric
 from consilience.core.model import Model
-from consilience.core.params import Params, content_hash, key
+from consilience.core.params import FULL, Params, alias, content_hash, key, placed
 from consilience.core.schedule import Exchange, Expert, Phase, Schedule, ScheduleFacts, Train
-from consilience.core.state import State
+from consilience.core.state import Frozen, State
 from consilience.core.stopping import Stopping
 from consilience.core.training import Training
 from consilience.loop.agent import Agent
@@ -101,28 +101,43 @@ class Wire:
 
 def initial_state(setup: Setup, seed: int) -> State:
     """Return the parameters that all agents start from: drawn by the seed, or the schedule's `base`."""
-    schedule = setup.schedule
-    params, buffers = setup.model.init(key(seed, "init"))
+    schedule, model = setup.schedule, setup.model
+    params, buffers = model.init(key(seed, "init"))
     if schedule.base is not None:
-        params, buffers = from_base(schedule.base, params, buffers)
+        params, buffers = from_base(model, schedule.base, params, buffers)
 
     # Cast once, so that all that agents send and compare is of one type.
     dtype, device = setup.training.dtype, torch.device(setup.training.device)
 
-    def cast(tensor: Tensor) -> Tensor:
+    def cast(tensor: Tensor, frozen: bool) -> Tensor:
+        if frozen:
+            return placed(tensor, device, dtype)
         return tensor.detach().to(device, dtype if tensor.is_floating_point() else tensor.dtype)
 
-    params = {name: cast(p) for name, p in params.items()}
-    buffers = {name: cast(b) for name, b in buffers.items()}
+    params = {name: cast(p, model.frozen(name)) for name, p in params.items()}
+    buffers = {name: cast(b, model.derived(name)) for name, b in buffers.items()}
+    frozen = Frozen(
+        {name: p for name, p in params.items() if model.frozen(name)},
+        {name: b for name, b in buffers.items() if model.derived(name)},
+    )
 
     # Experts without a base come from parameters that nobody here has, so all say that they were given.
     given = schedule.experts and schedule.base is None
-    return State(params, buffers, params, "given" if given else content_hash(params))
+    return State(params, buffers, params, "given" if given else content_hash(params), frozen=frozen)
 
 
-def from_base(base: Mapping[str, Any], params: Params, buffers: Params) -> tuple[Params, Params]:
-    """Return the model's entries as a state_dict `base` has them; it may leave out buffers."""
+def from_base(
+    model: Model, base: Mapping[str, Any], params: Params, buffers: Params
+) -> tuple[Params, Params]:
+    """Return the model's entries as a state_dict `base` has them.
+
+    It may leave out buffers, and frozen entries that no seed changes.
+    """
     lacking = sorted(params.keys() - base.keys())
+    if lacking:
+        # Frozen entries that are drawn by a seed are not those that the base was trained with.
+        other = model.init(key("another seed"))[0]
+        lacking = [n for n in lacking if not (model.frozen(n) and torch.equal(params[n], other[n]))]
     if lacking:
         raise ConsilienceError(f"`base` must have all entries of the model, got none called {lacking[0]!r}.")
 
@@ -137,7 +152,29 @@ def from_base(base: Mapping[str, Any], params: Params, buffers: Params) -> tuple
             )
         both_float = buffer.is_floating_point() and own.is_floating_point()
         own_buffers[name] = buffer if both_float else buffer.to(own.dtype)
-    return {name: given[name] for name in params}, own_buffers
+        if model.derived(name):
+            own_buffers[name] = _held(own, buffer)
+
+    own_params = {name: given.get(name, own) for name, own in params.items()}
+    for name, own in params.items():
+        if name in given and model.frozen(name):
+            if own.is_floating_point() != given[name].is_floating_point():
+                raise ConsilienceError(
+                    f"`base` must have the types of the model's frozen entries, got {given[name].dtype} for "
+                    f"{name!r}, which is {own.dtype}."
+                )
+            own_params[name] = _held(own, given[name])
+    return own_params, own_buffers
+
+
+def _held(own: Tensor, given: Tensor) -> Tensor:
+    """Return a frozen tensor as it is given, or the model's own tensor if they are equal.
+
+    Numbers of full precision stay as given; others, such as bfloat16, are of the model's type.
+    """
+    exact = own.dtype in FULL and given.dtype in FULL
+    cast = given.to(own.device, given.dtype if exact else own.dtype)
+    return own if cast.dtype == own.dtype and torch.equal(cast, own) else alias(cast)
 
 
 def give(agent: Agent, expert: Expert) -> None:
@@ -172,17 +209,29 @@ def expert_entries(agent: Agent, expert: Expert) -> tuple[Params, Params]:
     params: Params = {}
     buffers: Params = {}
     for name, own in {**state.params, **state.buffers}.items():
+        held = params if name in state.params else buffers
         if name not in theirs:
-            raise ConsilienceError(
-                f"an expert must have all entries of the model, and {expert.name!r} has none called {name!r}."
-            )
+            # What is frozen is the same in all experts, so that it may be left out.
+            if name not in state.frozen:
+                raise ConsilienceError(
+                    "an expert must have all entries of the model, "
+                    f"and {expert.name!r} has none called {name!r}."
+                )
+            held[name] = own
+            continue
+
         entry = torch.as_tensor(theirs[name]).detach().to(own.device, own.dtype)
         if entry.shape != own.shape:
             raise ConsilienceError(
                 f"an expert must have the shapes of the model, got {tuple(entry.shape)} for {name!r} "
                 f"of {expert.name!r}, where the model has {tuple(own.shape)}."
             )
-        (params if name in state.params else buffers)[name] = entry
+        if name in state.frozen and not torch.equal(entry, own):
+            raise ConsilienceError(
+                f"an expert must have the model's frozen entries, and {expert.name!r} has another {name!r}; "
+                "give the experts' `base`, or a model with these entries."
+            )
+        held[name] = own if name in state.frozen else entry
 
     # Heads of its task are the expert's own: the model has none before it grows them.
     for name in theirs.keys() - params.keys() - buffers.keys():

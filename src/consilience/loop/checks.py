@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from consilience.core.correction import overrides
 from consilience.core.errors import ConsilienceError, Refusal, kind_of
 from consilience.core.method import Method
 from consilience.core.metrics import Metric
 from consilience.core.model import Model
-from consilience.core.params import content_hash, key
+from consilience.core.params import Params, content_hash, key
 from consilience.core.schedule import Schedule, with_targets
 from consilience.core.stopping import Stopping
 from consilience.core.training import Training
@@ -107,6 +108,8 @@ def check_all(
     # A method may set fields of the training itself, such as `epochs=1`.
     training = replace(training, **method.fixed)
     _check_tasks(schedule, method)
+    if facts.trains:
+        _check_trainable(schedule, method, model)
     if not schedule.boundaries and training.epochs > 1:
         raise ConsilienceError(
             f"a stream without boundaries is seen once, so `epochs` must be 1, got {training.epochs}."
@@ -216,6 +219,26 @@ def _check_tasks(schedule: Schedule, method: Method) -> None:
             f"{method.name} is given the true task of test data, and {others[0]!r} has test data of several "
             "tasks; use another mapper."
         )
+
+
+def _check_trainable(schedule: Schedule, method: Method, model: Model) -> None:
+    """Refuse to train a model whose entries are all frozen."""
+
+    def trained(params: Params) -> bool:
+        return any(p.is_floating_point() and not model.frozen(name) for name, p in params.items())
+
+    # Statistics of frozen features are learned without steps, and `begin` may add entries.
+    verbs = ("begin", "summarise")
+    if any(overrides(part, verb) for part in method.all_corrections for verb in verbs):
+        return
+    params, buffers = model.init(key("trainable"))
+    if params and not trained(params):
+        params, _ = model.grow(params, buffers, schedule.sources[0], key("trainable"))
+        if not trained(params):
+            raise Refusal(
+                f"nothing of the model can be trained: all {len(params)} entries are frozen "
+                "(requires_grad=False, or by patterns); leave a head trainable."
+            )
 
 
 def _check_inputs(schedule: Schedule, method: Method, model: Model) -> None:

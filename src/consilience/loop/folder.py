@@ -18,8 +18,8 @@ from consilience.core.errors import ConsilienceError
 from consilience.core.params import load, pack, write_bytes, write_json
 from consilience.version import __version__
 
-FORMAT = 2
-"""The format of checkpoints. 0.1 wrote no number."""
+FORMAT = 3
+"""The format of checkpoints. 0.1 wrote no number; 3 keeps a hash in the place of frozen entries."""
 
 Progress = Callable[[Mapping[str, Any]], None]
 """Called with every line of the log."""

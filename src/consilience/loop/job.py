@@ -279,7 +279,7 @@ class Job:
     def _state(self) -> dict[str, Tensor]:
         """Return copies of all tensors that steps change."""
         tensors = {"theta": self.carry.theta}
-        tensors |= {f"buffers/{name}": buffer for name, buffer in self.carry.buffers.items()}
+        tensors |= {f"buffers/{name}": buffer for name, buffer in self.moving_buffers()}
         tensors |= {f"optimiser/{name}": tensor for name, tensor in self.carry.optimiser.items()}
         tensors |= {f"scaling/{name}": tensor for name, tensor in self.carry.scaling.items()}
         for correction, ctx in self.corrections:
@@ -307,7 +307,7 @@ class Job:
 
         # In place, because the step's leaves and the bound model share this memory.
         self.carry.theta.copy_(tensors["theta"])
-        for name, buffer in self.carry.buffers.items():
+        for name, buffer in self.moving_buffers():
             buffer.copy_(tensors[f"buffers/{name}"])
         for name in self.carry.optimiser:
             self.carry.optimiser[name] = tensors[f"optimiser/{name}"].to(device)
@@ -317,3 +317,8 @@ class Job:
             prefix = f"trace/{correction.name}"
             ctx.trace = {name: tensors[f"{prefix}/{name}"].to(device) for name in ctx.trace}
         self.epoch, self.index = counts["epoch"], counts["index"]
+
+    def moving_buffers(self) -> list[tuple[str, Tensor]]:
+        """Return the buffers that steps may update: all but derived ones."""
+        held = self.carry.buffers.items()
+        return [(name, buffer) for name, buffer in held if not self.step.model.derived(name)]

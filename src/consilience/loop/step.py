@@ -180,8 +180,11 @@ class Step:
         self.all_shared = bool(self.shared.all())
         self.factors, self.decays = self.training.factors(layout), self.training.decays(layout)
 
-        # Copied, because steps update buffers in place.
-        self.start_buffers = {name: buffer.clone() for name, buffer in self.carry.buffers.items()}
+        # Copied, because steps update buffers in place; derived ones are the same after every step.
+        self.start_buffers = {
+            name: buffer if self.model.derived(name) else buffer.clone()
+            for name, buffer in self.carry.buffers.items()
+        }
         self._columns: dict[tuple[int, ...], Tensor] = {}
 
     # One step

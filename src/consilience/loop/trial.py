@@ -19,7 +19,7 @@ from consilience.core.errors import ConsilienceError
 from consilience.core.message import Message
 from consilience.core.names import WHOLE, pair, unpair
 from consilience.core.schedule import Exchange, Phase, Train
-from consilience.core.state import State, decode_state, encode_state
+from consilience.core.state import Frozen, State, decode_state, encode_state
 from consilience.core.stopping import Trend
 from consilience.core.training import Place
 from consilience.loop.agent import Agent
@@ -301,6 +301,7 @@ class Trial:
         if self.job is not None:
             held, job = self.job.save()
             tensors |= {pair(JOB, key): tensor for key, tensor in held.items()}
+        frozen = self.agents.initial.frozen
         facts = {
             "phase": self.phase,
             "finished": self.finished,
@@ -311,6 +312,7 @@ class Trial:
             "best": best,
             "ledger": self.ledger.kept(),
             "agents": agents,
+            "frozen": [*frozen.params, *frozen.buffers],
             "job": job,
         }
         return tensors, facts
@@ -334,11 +336,12 @@ class Trial:
         (tensors, facts), self._resumed = self._resumed, None
         self.ledger.resume(facts["ledger"])
 
-        for name, state in agent_states(tensors, facts, self.setup.training.device).items():
+        device, frozen = self.setup.training.device, self.agents.initial.frozen
+        for name, state in agent_states(tensors, facts, device, frozen).items():
             self.agents[name].state = state
         if facts.get("best") is not None:
             own = {key: t.to(self.setup.training.device) for key, t in by_owner(tensors)[BEST].items()}
-            self.best = decode_state(own, facts["best"])
+            self.best = decode_state(own, facts["best"], frozen)
         if facts["job"] is None:
             return None
         return by_owner(tensors)[JOB], facts["job"]
@@ -365,13 +368,16 @@ def places_of(phases: Sequence[Phase]) -> list[dict[str, Place]]:
 
 
 def agent_states(
-    tensors: Mapping[str, Tensor], facts: Mapping[str, Any], device: str = "cpu"
+    tensors: Mapping[str, Tensor],
+    facts: Mapping[str, Any],
+    device: str = "cpu",
+    frozen: Frozen | None = None,
 ) -> dict[str, State]:
-    """Return the states of the agents that `Trial.kept` kept, on a device."""
+    """Return the states of the agents that `Trial.kept` kept, on a device, over what is frozen there."""
     owned, states = by_owner(tensors), {}
     for name, held in facts["agents"].items():
         own = {key: tensor.to(device) for key, tensor in owned.get(name, {}).items()}
-        states[name] = decode_state(own, held)
+        states[name] = decode_state(own, held, frozen)
     return states
 
 

@@ -18,6 +18,7 @@ from consilience.core.correction import Mapper
 from consilience.core.errors import ConsilienceError, Refusal
 from consilience.core.message import Item, Module, Statistics
 from consilience.core.model import Model
+from consilience.core.params import computing
 from consilience.core.schedule import ScheduleFacts
 from consilience.core.tree import Input, one_tensor
 from consilience.mappers import _em
@@ -89,7 +90,7 @@ class Anchored(Mapper):
         if self.on == "inputs":
             return Begun(start.params)
         x = start.sources[0].train.select(torch.arange(1)).whole()[0]
-        like = next(p for p in start.params.values() if p.is_floating_point())
+        like = computing(start.params)
         # Integer inputs, such as tokens, keep their type.
         x = x.to(like.device, like.dtype) if x.is_floating_point() else x.to(like.device)
         # Every trainable entry is moved, and the features of one example must not follow.

@@ -265,11 +265,9 @@ def fourier_features(model: ModuleModel, width: int = 2048, sigma: float = 1.0, 
     >>> model.width, [n for n in model.init(torch.Generator())[0] if model.frozen(n)], model.outputs
     (16, ['fourier.weight', 'fourier.bias'], 3)
     """
-    import copy
-
     from consilience.core.checks import positive, whole_number
     from consilience.models import nets
-    from consilience.models.module import ModuleModel
+    from consilience.models.module import ModuleModel, same_tensors
 
     whole_number(width=width)
     positive(sigma=sigma)
@@ -281,8 +279,8 @@ def fourier_features(model: ModuleModel, width: int = 2048, sigma: float = 1.0, 
     frozen = [f"body.{entry}" for entry in body.entries if body.frozen(entry)]
 
     def make() -> nn.Module:
-        # A new body per call, because models must not share a module.
-        trunk = body.factory() if body.factory else copy.deepcopy(body.module)
+        # A new body per call, because models must not share a module; its entries never change in place.
+        trunk = body.factory() if body.factory else same_tensors(body.module)
         return nets.Fourier(trunk, body.width, width, sigma, seed, outputs)
 
     name = f"fourier_features({model.description}, {width}, {sigma}, {seed})"
@@ -608,7 +606,8 @@ def wrap(
 ) -> ModuleModel:
     """Return a model of any torch module x -> outputs [B, C].
 
-    A module is taken with its weights; a function that makes one makes new weights for each seed.
+    A module is taken with its weights; a function that makes one makes new weights for each seed. Entries
+    with `requires_grad=False` are frozen: they are not trained, sent or saved.
 
     Args:
         module: the module, which is copied, or a function of no arguments that makes one.
@@ -616,7 +615,7 @@ def wrap(
             module, the number that `backbone` counts.
         head: the name of the last linear layer, whose inputs are the features; None: the last nn.Linear in
             module order.
-        frozen: shell patterns of entries that never change.
+        frozen: shell patterns of further entries that never change.
         headless: the outputs are features, and there is no head.
 
     >>> import torch

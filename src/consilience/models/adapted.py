@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -17,8 +16,8 @@ from consilience.core.model import Forward
 from consilience.core.params import Params, matches
 from consilience.core.source import Source
 from consilience.core.tree import Input
-from consilience.models.heads import HEADS, MultiHead, escape, trunk_entries
-from consilience.models.module import ModuleModel
+from consilience.models.heads import HEADS, MultiHead, as_type, escape, trunk_entries
+from consilience.models.module import ModuleModel, same_tensors
 from consilience.models.pretrained import Backbone
 
 DOWN, UP = "adapter_down", "adapter_up"
@@ -61,7 +60,7 @@ class Inserted(MultiHead):
         prepared = (
             (lambda: _prepared(factory(), layers, places, hook))
             if factory
-            else _prepared(copy.deepcopy(body.module), layers, places, hook)
+            else _prepared(same_tensors(body.module), layers, places, hook)
         )
         self.widths = tuple(feature_axis(body.module.get_submodule(layer)).width for layer in layers)
         self.trunk = ModuleModel(prepared, body.outputs, frozen=("*",), headless=True, name=body.description)
@@ -324,7 +323,9 @@ def _add_bottleneck(layer: nn.Module, args: Any, h: Any) -> Any:
         return None
     if isinstance(h, tuple):
         return (_add_bottleneck(layer, args, h[0]), *h[1:])
+    # The backbone may compute in a shorter type, which its next layer expects.
+    z = as_type(h, down)
     if output_dim(layer, h, "an adapter") == -1:
-        return h + F.linear(F.linear(h, down).relu(), up)
+        return as_type(z + F.linear(F.linear(z, down).relu(), up), h)
     # On maps these are two 1 x 1 convolutions.
-    return h + (up @ (down @ h.flatten(2)).relu()).view_as(h)
+    return as_type(z + (up @ (down @ z.flatten(2)).relu()).view_as(h), h)

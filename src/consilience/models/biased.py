@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from consilience.core.errors import ConsilienceError
 from consilience.models.adapted import Inserted, layers_of, output_dim
-from consilience.models.heads import HEADS
+from consilience.models.heads import HEADS, as_type
 from consilience.models.module import ModuleModel
 
 BIAS = "beneficial_bias"
@@ -67,4 +67,6 @@ def _add_bias(layer: nn.Module, args: Any, h: Any) -> Any:
         return None
     if isinstance(h, tuple):
         return (_add_bias(layer, args, h[0]), *h[1:])
-    return h + (bias if output_dim(layer, h, "a bias") == -1 else bias.view(-1, *[1] * (h.ndim - 2)))
+    added = h + (bias if output_dim(layer, h, "a bias") == -1 else bias.view(-1, *[1] * (h.ndim - 2)))
+    # The backbone may compute in a shorter type, which its next layer expects.
+    return as_type(added, h)

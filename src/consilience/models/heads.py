@@ -13,7 +13,7 @@ from torch import Tensor
 from consilience.core.checks import whole_number
 from consilience.core.errors import ConsilienceError, Refusal
 from consilience.core.model import Forward, Model
-from consilience.core.params import Params, matches
+from consilience.core.params import Params, computing, matches
 from consilience.core.source import LabelFrame, Source
 from consilience.core.tree import Input
 from consilience.models.module import ModuleModel, no_such_entry
@@ -169,7 +169,8 @@ class Heads(Model):
     def _outputs(self, psis: Sequence[Tensor], heads: Sequence[Head]) -> Tensor:
         """Return the outputs [B, C] of heads on the features of each; -inf in the columns of no head."""
         logits = [
-            F.linear(psi, self.rows(head.weight), head.bias) for psi, head in zip(psis, heads, strict=True)
+            F.linear(as_type(psi, head.weight), self.rows(head.weight), head.bias)
+            for psi, head in zip(psis, heads, strict=True)
         ]
         # Heads on places [B, *places, d] answer each place; classes come before places.
         logits = [own if own.dim() == 2 else own.movedim(-1, 1) for own in logits]
@@ -270,18 +271,17 @@ class MultiHead(Heads):
         """Add a head for the source's task, uniform in +-1 / sqrt(d), if it has none."""
         if self._has_head(params, buffers, source):
             return params, buffers
-        # A head has the dtype and the device of its trunk.
-        floats = (
-            tensor for name, tensor in params.items() if name.startswith(TRUNK) and tensor.is_floating_point()
-        )
-        return self._add_head(
-            params, buffers, source, self.trunk.width, next(floats, torch.zeros(0)), generator
-        )
+        # A head is where its trunk is, in a type to compute with, which a frozen trunk's may not be.
+        like = computing(trunk_entries(params))
+        return self._add_head(params, buffers, source, self.trunk.width, like, generator)
 
     def frozen(self, entry: str) -> bool:
         if entry.startswith(TRUNK):
             return self.trunk.frozen(entry[len(TRUNK) :])
         return matches(entry, self._patterns)
+
+    def derived(self, buffer: str) -> bool:
+        return buffer.startswith(TRUNK) and self.trunk.derived(buffer[len(TRUNK) :])
 
     def freeze(self, patterns: Sequence[str]) -> Self:
         """Return the same model with the entries that match these patterns frozen too."""
@@ -299,6 +299,13 @@ class MultiHead(Heads):
     def _common_outputs(self, psi: Tensor, heads: Sequence[Head]) -> Tensor:
         """Return the outputs [B, C] of these heads on the same features, zero without any."""
         return self._outputs([psi] * len(heads), heads) if heads else self._no_outputs(psi)
+
+
+def as_type(h: Tensor, weight: Tensor) -> Tensor:
+    """Return activations in the type of a weight that acts on them, unless autocast chooses the types."""
+    if h.dtype == weight.dtype or torch.is_autocast_enabled(h.device.type):
+        return h
+    return h.to(weight.dtype)
 
 
 def escape(task: str) -> str:

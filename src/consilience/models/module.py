@@ -17,7 +17,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from consilience.core.checks import whole_number
 from consilience.core.errors import ConsilienceError
 from consilience.core.model import Forward, Model
-from consilience.core.params import Params, content_hash, matches, same
+from consilience.core.params import Params, alias, content_hash, matches, same
 from consilience.core.tree import Input, Tree, as_input
 
 Factory = Callable[[], nn.Module]
@@ -30,9 +30,13 @@ class ModuleModel(Model):
     its weights at every `init`. A factory makes new ones from the generator and leaves torch's random state
     alone; what it draws from other generators than torch's on the CPU is not seeded. The features are the
     input of `head`, by default the last nn.Linear in module order, or the outputs of a headless module;
-    their number may be left to `models.backbone` to count. A part whose entries are all frozen runs in eval
-    mode, also in training. Buffers follow updates in place, as batch norm makes them; a new tensor in the
-    place of a buffer is lost.
+    their number may be left to `models.backbone` to count.
+
+    Entries with `requires_grad=False` are frozen, and so are those that match the patterns `frozen`. A part
+    whose entries are all frozen runs in eval mode, also in training. Frozen entries of a given module are the
+    same tensors at every `init`. Buffers follow updates in place, as batch norm makes them; a new tensor in
+    the place of a buffer is lost. Buffers that torch does not save, and those of a frozen part, are derived:
+    every visit begins with them as the module made them.
 
     >>> model = ModuleModel(lambda: nn.Linear(4, 3))
     >>> params, buffers = model.init(torch.Generator().manual_seed(0))
@@ -40,6 +44,10 @@ class ModuleModel(Model):
     >>> x = torch.ones(2, 4)
     >>> torch.equal(forward(x, None), model(params, buffers, x, None, False)[0])
     True
+    >>> layer = nn.Linear(4, 3)
+    >>> _ = layer.weight.requires_grad_(False)
+    >>> ModuleModel(layer).frozen("weight"), ModuleModel(layer).frozen("bias")
+    (True, False)
     """
 
     factory: Factory | None
@@ -83,10 +91,8 @@ class ModuleModel(Model):
         if self.given_outputs is not None or not headless:
             whole_number(outputs=self.outputs)
 
-        self.entries = tuple(name for name, _ in self.module.named_parameters())
-        self._buffers = tuple(name for name, _ in self.module.named_buffers())
-        self._frozen: frozenset[str] = frozenset()
-        self._mode: bool | None = None
+        self._list_entries()
+        self._frozen = frozenset(name for name, p in self.module.named_parameters() if not p.requires_grad)
         self.at_places = False
         """Whether the last features were means over places."""
         self._freeze(frozen)
@@ -156,8 +162,17 @@ class ModuleModel(Model):
         module = self.module
         if self.factory is not None:
             module = self._make(int(torch.randint(2**62, (), generator=generator)))
-        params = {name: tensor.detach().clone() for name, tensor in module.named_parameters()}
-        return params, {name: tensor.detach().clone() for name, tensor in module.named_buffers()}
+
+        # What never changes is not copied: all who begin from one module hold the same tensors.
+        params = {
+            name: alias(tensor) if name in self._frozen else tensor.detach().clone()
+            for name, tensor in module.named_parameters()
+        }
+        buffers = {
+            name: alias(tensor) if name in self._derived else tensor.detach().clone()
+            for name, tensor in module.named_buffers()
+        }
+        return params, buffers
 
     def __call__(
         self, params: Params, buffers: Params, x: Input, task: str | None, train: bool
@@ -228,9 +243,13 @@ class ModuleModel(Model):
     def frozen(self, entry: str) -> bool:
         return entry in self._frozen
 
+    def derived(self, buffer: str) -> bool:
+        return buffer in self._derived
+
     def freeze(self, patterns: Sequence[str]) -> ModuleModel:
         """Return the same model with the entries that match these patterns frozen too."""
-        other = copy.deepcopy(self)
+        other = copy.copy(self)
+        other.module = same_tensors(self.module)
         other._freeze(patterns)
         return other
 
@@ -243,13 +262,15 @@ class ModuleModel(Model):
         if self.headless:
             return self
         width, name, factory = self._head().in_features, self.head_layer or "", self.factory
-        made = (
-            (lambda: _without_head(factory(), name))
-            if factory
-            else _without_head(copy.deepcopy(self.module), name)
-        )
-        body = ModuleModel(made, width, headless=True, name=self.description)
-        body._freeze([entry for entry in self._frozen if entry in body.entries])
+        body = copy.copy(self)
+        body.module = _without_head(same_tensors(self.module), name)
+        body.factory = (lambda: _without_head(factory(), name)) if factory else None
+        body.headless, body.head_layer, body.given_outputs = True, None, width
+
+        # A tied entry may have had its name from the head.
+        body._list_entries()
+        body._frozen &= frozenset(body.entries)
+        body._freeze(())
         return body
 
     def _head(self) -> nn.Linear:
@@ -273,26 +294,57 @@ class ModuleModel(Model):
             torch.default_generator.manual_seed(seed)
             return self.factory()
 
+    def _list_entries(self) -> None:
+        """List the names of the module's parameters and buffers."""
+        self.entries = tuple(name for name, _ in self.module.named_parameters())
+        self._buffers = tuple(name for name, _ in self.module.named_buffers())
+
     def _freeze(self, patterns: Sequence[str]) -> None:
-        """Freeze the entries that match."""
+        """Freeze the entries that match, and find the buffers that are then derived."""
         for pattern in patterns:
             if not any(matches(entry, [pattern]) for entry in self.entries):
                 raise no_such_entry(pattern, self.description)
         self._frozen |= {entry for entry in self.entries if matches(entry, patterns)}
-        self._mode = None
+        self._mode: bool | None = None
+
+        # Buffers that torch does not save are no state of a module. The norms of a frozen part run in eval
+        # mode, and leave their statistics as they are.
+        derived = {
+            f"{place}.{name}" if place else name
+            for place, part in self.module.named_modules()
+            for name in part._non_persistent_buffers_set
+        }
+        for place, part in self._frozen_parts():
+            derived |= {name for name, _ in part.named_buffers(place)}
+        self._derived = frozenset(derived.intersection(self._buffers))
+
+    def _frozen_parts(self) -> list[tuple[str, nn.Module]]:
+        """Return the parts that have entries, all of them frozen, with their places in the module."""
+        if not self._frozen:
+            return []
+        names = {id(tensor): name for name, tensor in self.module.named_parameters()}
+        found = []
+        for place, part in self.module.named_modules():
+            held = [names[id(tensor)] for tensor in part.parameters()]
+            if held and all(name in self._frozen for name in held):
+                found.append((place, part))
+        return found
 
     def _set_mode(self, train: bool) -> None:
         """Set the modes of all parts; frozen ones are always in eval mode."""
         if self._mode is train:
             return
         self.module.train(train)
-        if train and self._frozen:
-            names = {id(tensor): name for name, tensor in self.module.named_parameters()}
-            for part in self.module.modules():
-                held = [names[id(tensor)] for tensor in part.parameters()]
-                if held and all(name in self._frozen for name in held):
-                    part.eval()
+        for _, part in self._frozen_parts() if train else ():
+            part.eval()
         self._mode = train
+
+
+def same_tensors(module: nn.Module) -> nn.Module:
+    """Return a copy of a module's structure, over the same parameters and buffers."""
+    # deepcopy takes what stands in its memory for the copy, at every place and for every alias.
+    held = {id(tensor): tensor for tensor in [*module.parameters(), *module.buffers()]}
+    return copy.deepcopy(module, held)
 
 
 def called_with(x: Input) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:

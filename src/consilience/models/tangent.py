@@ -103,6 +103,9 @@ class Tangent(Model):
     def frozen(self, entry: str) -> bool:
         return entry.startswith(ORIGIN) or self.model.frozen(entry)
 
+    def derived(self, buffer: str) -> bool:
+        return self.model.derived(buffer)
+
     @property
     def uses_task(self) -> bool:
         return self.model.uses_task

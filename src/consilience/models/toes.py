@@ -92,6 +92,9 @@ class Toes(Heads):
     def frozen(self, entry: str) -> bool:
         return not entry.startswith(TOES) and self.inner.frozen(entry)
 
+    def derived(self, buffer: str) -> bool:
+        return not buffer.startswith(TOES) and self.inner.derived(buffer)
+
     def task_of(self, entry: str) -> str | None:
         return entry[len(TOES) :].rpartition(".")[0] if entry.startswith(TOES) else self.inner.task_of(entry)
 

@@ -186,7 +186,7 @@ def give(agent: Agent, bank: Mapping[tuple[str, str], Message]) -> None:
     """
     # All checks come before the first message is received.
     messages = list(messages_of(bank).values())
-    refuse_strangers(agent.model, agent.state.params, messages)
+    refuse_strangers(agent.model, agent.state, messages)
     refuse_unroutable(agent, messages)
 
     # Columns refuses labels that the frame does not have.

@@ -179,6 +179,7 @@ class Agent:
                 predict=self.predict,
                 experts=self.state.experts,
                 grown=frozenset(params) - frozenset(self.state.params),
+                frame=self.frame,
             )
 
             # The cost of `begin` depends on sizes only, so equal ones are measured once.
@@ -304,7 +305,7 @@ class Agent:
             order=sum(self.state.visits.values()),
             steps=job.steps,
             training=self.training,
-            target=self.frame.targets[source.target],
+            frame=self.frame,
         )
 
     def _bank(self, job: Job, shared: Mapping[str, dict[str, Shared]]) -> None:

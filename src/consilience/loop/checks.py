@@ -18,6 +18,7 @@ from consilience.core.metrics import METRICS, Metric
 from consilience.core.model import Model
 from consilience.core.params import content_hash, key
 from consilience.core.schedule import Schedule, with_targets
+from consilience.core.takes import Takes
 from consilience.core.training import Training
 from consilience.core.tree import Tree, named, signature, types
 from consilience.loop.agents import Setup
@@ -108,6 +109,10 @@ def check_all(
         raise ConsilienceError(
             f"device={training.device!r} was requested, but CUDA is not available; use device='cpu'."
         )
+
+    # A sampler of a user may be any object with a `plan`.
+    if isinstance(training.sampler, Takes) and (unfit := training.sampler.unfit(facts)):
+        raise Refusal(f"the sampler cannot be used here: {unfit}.")
 
     _check_inputs(schedule, method, model)
     metric = metric_of(options.metric, schedule.frame.kind)[1]

@@ -135,8 +135,12 @@ def test_buffers_refuse():
             cs.methods.er(policy=cs.memory.ring()),
             "use policy=memory.reservoir",
         ),
-        (cs.settings.continual(values), cs.methods.icarl(), "values have no classes with a mean"),
-        (cs.settings.continual(values), cs.methods.gdumb(), "values have no classes to balance"),
+        (
+            cs.settings.continual(values),
+            cs.methods.icarl(),
+            "ICaRL needs targets that are classes, and here some are values; use er",
+        ),
+        (cs.settings.continual(values), cs.methods.gdumb(), "GDumb needs targets that are classes"),
         (
             cs.settings.online(SOURCES),
             cs.methods.er(policy=cs.memory.herding()),

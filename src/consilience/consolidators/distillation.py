@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -58,6 +58,8 @@ class Distillation(WeightSpace):
     lr .001, up to 10,000 steps).
     """
 
+    kinds: ClassVar[tuple[str, ...]] = ("class",)
+
     unlabelled: Input | None = field(default=None, compare=False, repr=False)
     steps: int = 100
     rate: float = 0.001
@@ -95,8 +97,6 @@ class Distillation(WeightSpace):
         object.__setattr__(self, "content", content_hash(named("u", unlabelled)))
 
     def refuse(self, facts: ScheduleFacts) -> str | None:
-        if facts.kind == "value":
-            return "it distils class probabilities, and the targets are values; use fedavg"
         if facts.exchanges and facts.most_received < 2:
             return (
                 "it distils the joint output of several models, and one is received at a time; use fedavg, "
@@ -116,7 +116,7 @@ class Distillation(WeightSpace):
                 one = self.unlabelled[:1]
                 one = one.to(one.device, torch.float32) if one.is_floating_point() else one
                 facts.model(params, buffers, one, None, False)
-            except (RuntimeError, ValueError, IndexError):
+            except (RuntimeError, ValueError, IndexError, TypeError):
                 return (
                     f"`unlabelled` must fit the model's input, got inputs {tuple(self.unlabelled.shape[1:])}"
                 )

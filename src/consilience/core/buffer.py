@@ -14,15 +14,18 @@ from torch import Tensor
 
 from consilience.core.contexts import Learned
 from consilience.core.errors import ConsilienceError
+from consilience.core.losses import NONE
+from consilience.core.takes import Takes
 
 
-class Policy(ABC):
+class Policy(Takes, ABC):
     """Which examples a buffer keeps. Subclasses are frozen dataclasses, without side effects.
 
     An example's key never changes. So what is kept of a stream does not depend on how the stream was cut, and
     a buffer that shrinks keeps the best of what it had.
     """
 
+    instead: ClassVar[str] = "use policy=memory.reservoir()"
     grows: ClassVar[bool] = False
     """Whether the size is that of each class, so that the buffer grows with the number of classes."""
     needs_boundaries: ClassVar[bool] = False
@@ -69,9 +72,9 @@ def ranks(keys: Tensor, y: Tensor) -> Tensor:
     >>> ranks(torch.tensor([0.3, 0.1, 0.2]), torch.tensor([7, 7, 8])).tolist()
     [1, 0, 0]
     """
-    if y.is_floating_point():
+    if y.is_floating_point() or y.dim() > 1:
         raise ConsilienceError(
-            "a buffer by class needs targets that are classes, got values; use memory.reservoir()."
+            "a buffer by class needs one class per example as target, got others; use memory.reservoir()."
         )
     order = keys.argsort(stable=True)
     # Then by class: the sort is stable, so that each class stays sorted by key.
@@ -84,11 +87,13 @@ def ranks(keys: Tensor, y: Tensor) -> Tensor:
 def equal_shares(keys: Tensor, y: Tensor, size: int) -> Tensor:
     """Mark the smallest keys of each class, equally many of each: bool [M].
 
-    What small classes leave of `size` goes to larger ones.
+    What small classes leave of `size` goes to larger ones. Examples without a class are not kept.
 
     >>> equal_shares(torch.arange(5.0), torch.tensor([0, 0, 0, 0, 1]), 3).tolist()
     [True, True, False, False, True]
     """
     # First all keys of rank 0, then all of rank 1, and so on; within a rank by key.
     within = keys.argsort(stable=True).argsort() / (2 * max(1, len(keys)))
-    return smallest(ranks(keys, y).double() + within, size)
+    there = y.cpu() != NONE
+    order = (ranks(keys, y).double() + within).masked_fill(~there, torch.inf)
+    return smallest(order, size) & there

@@ -12,18 +12,20 @@ from consilience.core.errors import Refusal
 from consilience.core.message import Message, Shared
 from consilience.core.source import Source
 from consilience.core.state import State
+from consilience.core.takes import Takes
 
 if TYPE_CHECKING:
     from consilience.core.model import Model
     from consilience.core.schedule import ScheduleFacts
 
 
-class Consolidator(ABC):
+class Consolidator(Takes, ABC):
     """(state, fresh messages) -> state, without side effects. Subclasses are frozen dataclasses.
 
     Fresh messages are those with a newer version than this agent had, sorted by (sender, source).
     """
 
+    instead: ClassVar[str] = "use fedavg"
     needs_base: ClassVar[bool] = False
     """Whether senders must have started from the receiver's own `base`, so that deltas can be computed."""
 

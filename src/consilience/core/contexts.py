@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from consilience.core.batch import Batch
-from consilience.core.losses import NONE
+from consilience.core.losses import DEFAULTS, NONE
 from consilience.core.message import Item, Module
 from consilience.core.model import Model
 from consilience.core.params import Layout, Params
-from consilience.core.source import PLAIN, Source, Target
+from consilience.core.source import LabelFrame, Source, Target
 from consilience.core.tree import Input
 
 if TYPE_CHECKING:
@@ -24,10 +24,6 @@ if TYPE_CHECKING:
 
 Memory = Mapping[tuple[str, str], Item]
 """The items of one correction by (sender, source): received ones, and this agent's own under its name."""
-
-
-TARGET = Target("class", PLAIN)
-"""Classes, trained by the cross-entropy."""
 
 
 @dataclass(eq=False)
@@ -127,6 +123,8 @@ class Beginning:
     """The modules that the agent predicts with, by (sender, source)."""
     grown: frozenset[str] = frozenset()
     """The entries that the model grew for this visit."""
+    frame: LabelFrame | None = None
+    """What the output columns and the targets of all tasks mean."""
 
 
 class Begun(NamedTuple):
@@ -171,13 +169,32 @@ class Learned:
     """The number of steps of this visit."""
     training: Training | None = None
     """The hyperparameters of the visit."""
-    target: Target = TARGET
-    """What the targets of the source are."""
+    frame: LabelFrame | None = None
+    """What the output columns and the targets of all tasks mean; None: those of this source alone."""
 
     @property
     def trainable(self) -> Params:
         """The trainable parameters after the visit."""
         return {name: self.params[name] for name in self.layout.names}
+
+    @property
+    def target(self) -> Target:
+        """What the targets of the source are."""
+        return self.target_of(self.source.target)
+
+    def target_of(self, key: str) -> Target:
+        """Return what the targets under a key of `LabelFrame.targets` are."""
+        if self.frame is None:
+            kind = self.source.kind
+            return Target(kind, DEFAULTS[kind], complete=False)
+        return self.frame.targets[key]
+
+    @property
+    def columns(self) -> tuple[int, ...] | None:
+        """The output columns in which the classes of the source compete; None: all."""
+        if self.frame is not None:
+            return self.frame.within(self.target, self.task)
+        return self.source.classes if self.task is not None and self.source.kind == "class" else None
 
     def sums(self, psi: Callable[[Input], Tensor], second: bool = True) -> dict[str, Tensor]:
         """Return sums over the training data in float64, for features psi(x) [B, d] and one-hot targets e_y.

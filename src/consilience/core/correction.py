@@ -31,6 +31,7 @@ from consilience.core.message import Item, Statistics
 from consilience.core.model import Model
 from consilience.core.params import Params
 from consilience.core.source import Source
+from consilience.core.takes import Takes
 
 if TYPE_CHECKING:
     from consilience.core.message import Message
@@ -42,7 +43,7 @@ NO_TRAINING = "it changes training, and here only trained models are given; use 
 """Why a correction refuses a schedule in which no agent trains."""
 
 
-class Correction(ABC):  # noqa: B024 (every verb is optional)
+class Correction(Takes, ABC):
     """A change to training. Subclasses are frozen dataclasses whose fields are the hyperparameters.
 
     Every verb is optional, and costs nothing when it is not overridden. Verbs are pure: they read their
@@ -57,6 +58,9 @@ class Correction(ABC):  # noqa: B024 (every verb is optional)
     `ctx` is the `Context` of this correction alone. The verbs that run in each step must be functions of
     tensors: no branch on the value of a tensor, no `.item()`, `.unique()` or `nonzero()`, and no random
     draws. Engines compile these verbs and stack agents.
+
+    The attributes of `Takes` (`kinds`, `takes_places`, `takes_mixed`, `takes_trees`) say which inputs and
+    targets it is right for; a schedule with others is refused by name.
     """
 
     shared_items: ClassVar[bool] = True

@@ -102,7 +102,7 @@ class Method:
         receiver = placed.receiver()
         # The model is initialised for the names of its entries, so this comes after all that costs nothing.
         personal = placed._personal_entries(facts)
-        if reason := receiver.refuse(facts):
+        if reason := receiver.unfit(facts) or receiver.refuse(facts):
             raise Refusal(f"{self.name}: {reason}.")
         return replace(placed, consolidator=receiver, exchange_aggregator=None, personal=personal)
 
@@ -294,6 +294,9 @@ def _correction_rules(
         f"{name} needs to know where a source ends, and this stream has no ends",
         "use er, derpp, agem or online_ewc",
     )
+
+    unfit = correction.unfit(facts)
+    yield Rule(bool(unfit), str(unfit), "")
 
     # A correction's own reason says more than the general ones below, so it comes first.
     # Evaluated only here: it may count on the rules above.

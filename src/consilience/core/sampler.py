@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from consilience.core.takes import Takes
 
-class Sampler(ABC):
+
+class Sampler(Takes, ABC):
     """An order of examples. Subclasses are frozen dataclasses."""
+
+    instead: ClassVar[str] = "use Shuffle"
 
     @abstractmethod
     def plan(self, targets: Tensor, batch_size: int, epoch: int, generator: torch.Generator) -> list[Tensor]:

@@ -13,7 +13,8 @@ from torch import Tensor
 from consilience.core.errors import ConsilienceError, unknown
 from consilience.core.losses import KINDS, NONE, fits, loss_of
 from consilience.core.names import checked_name
-from consilience.core.source import Examples, Label, LabelFrame, Source, Target
+from consilience.core.source import Examples, Label, LabelFrame, Source, Target, Tensors
+from consilience.core.tree import Input, Tree, signature
 
 
 @dataclass(frozen=True)
@@ -155,8 +156,14 @@ class ScheduleFacts:
     """Of the targets: "class", "value" or "labels"; "mixed" if tasks differ."""
     kinds: frozenset[str] = frozenset({"class"})
     """All kinds of targets."""
+    mixed: bool = False
+    """Whether tasks differ in their kind of targets, their loss or their outputs."""
     places: bool = False
     """Whether some samples have a target for each of several places, such as tokens or pixels."""
+    inputs: frozenset[object] = frozenset()
+    """The shapes of samples, as `tree.signature` gives them."""
+    trees: bool = False
+    """Whether some inputs have several parts."""
     most_received: int = 0
     """The largest number of newly trained agents whose messages one agent receives at once."""
     revisited: frozenset[str] = frozenset()
@@ -375,6 +382,7 @@ class _SymbolicRun:
         schedule, counts = self.schedule, self.counts
         # Tasks overlap where two of them own one column.
         columns = [column for own in schedule.frame.tasks.values() for column in own]
+        samples = _samples(schedule.sources)
         trained_on = [agent.own for agent in self.agents.values()]
         classes = [{column for name in own for column in schedule.source(name).classes} for own in trained_on]
 
@@ -393,7 +401,10 @@ class _SymbolicRun:
             stages=self.stage - 1,
             kind=schedule.frame.kind,
             kinds=frozenset(target.kind for target in schedule.frame.targets.values()),
+            mixed=len(schedule.frame.targets) > 1,
             places=any(source.places > 0 for source in schedule.sources),
+            inputs=frozenset(signature(x) for x in samples),
+            trees=any(isinstance(x, Tree) for x in samples),
             most_received=counts.most_received,
             revisited=frozenset(counts.revisited),
             rounds=counts.rounds,
@@ -403,6 +414,22 @@ class _SymbolicRun:
             aware=schedule.labelled,
             overlap=len(columns) > len(set(columns)),
         )
+
+
+def _samples(sources: Sequence[Source]) -> list[Input]:
+    """Return inputs of every source; those of one stream are read once."""
+    found: dict[object, Input] = {}
+    for source in sources:
+        examples = source.train
+        if isinstance(examples, Tensors):
+            found[source.name] = examples.x
+            continue
+
+        # Thousands of clients may share a data set, and to read a sample may take long.
+        at = id(getattr(examples, "dataset", examples))
+        if at not in found:
+            found[at] = examples.select(torch.arange(1)).whole()[0]
+    return list(found.values())
 
 
 def _judged_by(schedule: Schedule) -> dict[str, list[str]]:

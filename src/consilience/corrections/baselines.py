@@ -14,7 +14,7 @@ from consilience.core.message import Item, Private
 from consilience.core.model import Model
 from consilience.core.params import Params
 from consilience.core.source import Source, Tensors
-from consilience.core.tree import named, unnamed
+from consilience.core.tree import named, signature, unnamed
 
 if TYPE_CHECKING:
     from consilience.core.schedule import ScheduleFacts
@@ -34,7 +34,8 @@ def by_source(memory: Memory) -> list[tuple[tuple[str, str], Item]]:
 def pool(sources: tuple[Source, ...], past: Mapping[str, Private]) -> tuple[Source, ...]:
     """Join the given sources with the kept examples of past ones.
 
-    With task labels each source is a part of its own, the new ones first; without, all are one source.
+    With task labels each source is a part of its own, the new ones first; without, all are one source, but
+    inputs of another shape, and targets of another kind or loss, are in a source of their own.
     """
     # Kept examples may lie on another device than the new ones.
     where = sources[0].train.targets().device
@@ -45,6 +46,8 @@ def pool(sources: tuple[Source, ...], past: Mapping[str, Private]) -> tuple[Sour
             task=item.meta["task"],
             train=Tensors(unnamed("x", item.tensors).to(where), item.tensors["y"].to(where)),
             classes=tuple(item.meta["classes"]),
+            kind=item.meta["kind"],
+            target=item.meta["target"],
         )
         for name, item in past.items()
         if len(item.tensors["y"])
@@ -52,8 +55,18 @@ def pool(sources: tuple[Source, ...], past: Mapping[str, Private]) -> tuple[Sour
     if sources[0].task is not None:
         return (*sources, *old)
 
-    everything = (*old, *sources)
-    return (Source.union("+".join(s.name for s in everything), everything),)
+    # The groups of the new sources come first.
+    groups: dict[object, list[Source]] = {_alike(source): [] for source in sources}
+    for source in (*old, *sources):
+        groups.setdefault(_alike(source), []).append(source)
+    return tuple(Source.union("+".join(s.name for s in group), group) for group in groups.values())
+
+
+def _alike(source: Source) -> object:
+    """Return what sources must have in common to be one."""
+    train = source.train
+    x = train.x if isinstance(train, Tensors) else train.select(torch.arange(1)).whole()[0]
+    return source.target, source.places, signature(x)
 
 
 def others(memory: Memory, sources: tuple[Source, ...]) -> dict[str, Private]:
@@ -66,14 +79,15 @@ def others(memory: Memory, sources: tuple[Source, ...]) -> dict[str, Private]:
 def facts_of(learned: Learned) -> dict[str, object]:
     """Return the facts of a source that its item keeps.
 
-    They are the task that the model was given, the source's own task, its classes, what its targets are (by
-    the key in `LabelFrame.targets`), and the visit's number.
+    They are the task that the model was given, the source's own task, its classes, its kind of targets, what
+    these are (by the key in `LabelFrame.targets`), and the visit's number.
     """
     source = learned.source
     return {
         "task": learned.task,
         "label": source.task,
         "classes": list(source.classes),
+        "kind": source.kind,
         "target": source.target,
         "order": learned.order,
     }

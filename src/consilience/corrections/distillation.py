@@ -24,10 +24,11 @@ if TYPE_CHECKING:
 
 
 class Seen(NamedTuple):
-    """The classes that were trained under one task label (None: without labels)."""
+    """The columns of one kind of targets that were trained under one task label (None: without labels)."""
 
     task: str | None
     classes: list[int]
+    kind: str = "class"
 
 
 def soft_targets(student: Tensor, teacher: Tensor, temperature: float, batch: Batch | None = None) -> Tensor:
@@ -49,14 +50,27 @@ def soft_targets(student: Tensor, teacher: Tensor, temperature: float, batch: Ba
     return temperature**2 * F.kl_div(output, target, reduction="batchmean", log_target=True)
 
 
+def soft_labels(student: Tensor, teacher: Tensor, temperature: float, batch: Batch) -> Tensor:
+    """Return T^2 KL between the Bernoulli distributions of labels, from outputs [B, L, *places].
+
+    It is the mean over labels, samples and their places; places without a target do not count.
+    """
+    target = (teacher / temperature).sigmoid()
+    # KL = cross-entropy - entropy, both of logits: no logarithm of a probability of 0.
+    cross = F.binary_cross_entropy_with_logits(student / temperature, target, reduction="none")
+    own = F.binary_cross_entropy_with_logits(teacher / temperature, target, reduction="none")
+    return temperature**2 * batch.mean((cross - own).mean(1))
+
+
 @dataclass(frozen=True)
 class LwF(Correction):
     """Learning without forgetting: on this source's inputs, keep the outputs for the classes trained before.
 
     strength x T^2 KL(teacher || student) over the classes seen, or with `match="logits"` strength x MSE of
     their logits. The teacher is the model at the start of this visit. With task labels each earlier task has
-    its own softmax; without, all seen classes share one (over the seen columns only). The item of a source is
-    the list of its classes, so the first source is plain training. Li & Hoiem 2016.
+    its own softmax; without, all seen classes share one (over the seen columns only). Each of several labels
+    has a Bernoulli distribution of its own, and values have their MSE. All are means over places. The item of
+    a source is the list of its classes, so the first source is plain training. Li & Hoiem 2016.
     """
 
     strength: float = 1.0
@@ -74,34 +88,28 @@ class LwF(Correction):
         if self.match not in ("probabilities", "logits"):
             raise ConsilienceError(f"`match` must be probabilities or logits, got {self.match!r}.")
 
-    def refuse(self, facts: ScheduleFacts) -> str | None:
-        if facts.kind == "value" and self.match == "probabilities":
-            return 'values have no class probabilities to keep; use `match="logits"`'
-        return None
-
     def recall(self, memory: Memory, sources: tuple[Source, ...]) -> list[Seen] | None:
-        """Return the classes seen, by task where the model is given tasks; None where there are none."""
+        """Return the columns seen, by kind, and by task where the model is given tasks; None without any."""
         names = {source.name for source in sources}
-        groups: dict[str | None, set[int]] = {}
+        groups: dict[tuple[str | None, str], set[int]] = {}
         for (_, source), item in by_source(memory):
             if source not in names:
-                groups.setdefault(item.meta["task"], set()).update(item.meta["classes"])
-        return [Seen(task, sorted(classes)) for task, classes in groups.items()] or None
+                # Classes have no softmax with values or labels.
+                key = item.meta["task"], item.meta["kind"]
+                groups.setdefault(key, set()).update(item.meta["classes"])
+        return [Seen(task, sorted(classes), kind) for (task, kind), classes in groups.items()] or None
 
     def rows(self, step: StepView, ctx: Context) -> list[Row]:
         losses: list[Tensor] = []
         own = [i for i, part in enumerate(step.parts) if not part.drawn_by]
         for i in own:
             part = step.parts[i]
-            for task, classes in ctx.recalled:
+            for task, classes, kind in ctx.recalled:
                 columns = torch.tensor(classes, device=part.y.device)
                 # The teacher knows nothing about the other columns.
                 teacher = step.before(part.x, task).index_select(1, columns)
                 student = step.answer(i, task).index_select(1, columns)
-                if self.match == "probabilities":
-                    losses.append(soft_targets(student, teacher, self.temperature, part))
-                else:
-                    losses.append(part.mean((student - teacher).square().mean(1)))
+                losses.append(self._distance(student, teacher, part, kind))
 
         # One row for all tasks, so that an aggregator of objectives weighs the old ones as a whole.
         total = losses[0]
@@ -109,8 +117,17 @@ class LwF(Correction):
             total = total + loss
         return [Row(total, self.strength / len(own))]
 
+    def _distance(self, student: Tensor, teacher: Tensor, part: Batch, kind: str) -> Tensor:
+        """Return how far outputs [B, k, *places] are from the teacher's, on average over places."""
+        if kind == "value" or self.match == "logits":
+            return part.mean((student - teacher).square().mean(1))
+        if kind == "labels":
+            return soft_labels(student, teacher, self.temperature, part)
+        return soft_targets(student, teacher, self.temperature, part)
+
     def summarise(self, learned: Learned, ctx: Context) -> Statistics:
-        return Statistics({}, {"task": learned.task, "classes": list(learned.source.classes)})
+        source = learned.source
+        return Statistics({}, {"task": learned.task, "classes": list(source.classes), "kind": source.kind})
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ from consilience.core.message import Private
 from consilience.core.model import Model
 from consilience.core.params import Params
 from consilience.core.source import Source
+from consilience.core.tree import unnamed
 from consilience.corrections.baselines import THROWN, others, pool, reset
-from consilience.corrections.rehearsal import Buffer, select
+from consilience.corrections.rehearsal import Buffer, kept, select
 
 if TYPE_CHECKING:
     from consilience.core.schedule import ScheduleFacts
@@ -48,6 +49,9 @@ class ICaRL(Buffer):
 
     size: int = 500
 
+    kinds: ClassVar[tuple[str, ...]] = ("class",)
+    takes_places: ClassVar[bool] = False
+    instead: ClassVar[str] = "use er"
     needs_boundaries: ClassVar[bool] = True
 
     @property
@@ -59,8 +63,6 @@ class ICaRL(Buffer):
         return Herding()
 
     def refuse(self, facts: ScheduleFacts) -> str | None:
-        if facts.kind == "value":
-            return "values have no classes with a mean; use er"
         if not facts.trains:
             return NO_TRAINING
         if facts.model is not None and not has_linear_head(facts.model):
@@ -96,7 +98,7 @@ class ICaRL(Buffer):
             if part.drawn_by:
                 continue
             old, seen = (ctx.private[name].to(part.y.device) for name in ("old", "seen"))
-            target = F.one_hot(part.y, len(old)).to(step.raw[i])
+            target = F.one_hot(part.y.clamp_min(0), len(old)).to(step.raw[i])
             if bool(ctx.recalled.past):
                 target = torch.where(old, step.before(part.x, part.task).sigmoid(), target)
             each = F.binary_cross_entropy_with_logits(step.raw[i], target, reduction="none")
@@ -121,22 +123,22 @@ class ICaRL(Buffer):
         """Keep the exemplars within the budget; the last source's item has the means of all of them."""
         # The means are those of the features now, so older ones are dropped.
         bare = {
-            source: replace(item, tensors={k: item.tensors[k] for k in ("x", "y", "key")})
+            source: replace(item, tensors=kept(item.tensors, ("x", "y", "key")))
             for source, item in memory.items()
         }
-        kept = dict(super().trim(bare, learned))
-        if (means := self._means(kept, learned)) is not None:
-            last = kept[learned.source.name]
-            kept[learned.source.name] = replace(last, tensors={**last.tensors, **means})
-        return kept
+        stay = dict(super().trim(bare, learned))
+        if (means := self._means(stay, learned)) is not None:
+            last = stay[learned.source.name]
+            stay[learned.source.name] = replace(last, tensors={**last.tensors, **means})
+        return stay
 
     @staticmethod
-    def _means(kept: Mapping[str, Private], learned: Learned) -> dict[str, Tensor] | None:
+    def _means(items: Mapping[str, Private], learned: Learned) -> dict[str, Tensor] | None:
         """Return unit means [C, d] of unit features per class, and which have one [C]; None if none has."""
         total: Tensor | None = None
         model, count = learned.model, torch.zeros(learned.model.outputs, dtype=torch.float64)
-        for item in kept.values():
-            x, y = item.tensors["x"], item.tensors["y"].cpu()
+        for item in items.values():
+            x, y = unnamed("x", item.tensors), item.tensors["y"].cpu()
             if not len(y):
                 continue
             with torch.no_grad():
@@ -176,6 +178,10 @@ class GDumb(Buffer):
 
     size: int = 500
 
+    kinds: ClassVar[tuple[str, ...]] = ("class",)
+    takes_places: ClassVar[bool] = False
+    instead: ClassVar[str] = "use er"
+
     @property
     def policy(self) -> Policy:  # type: ignore[override]
         """Class-balanced."""
@@ -188,8 +194,6 @@ class GDumb(Buffer):
             return THROWN + "use er"
         if not facts.trains:
             return NO_TRAINING
-        if facts.kind == "value":
-            return "values have no classes to balance; use er"
         return super().refuse(facts)
 
     def recall(self, memory: Memory, sources: tuple[Source, ...]) -> dict[str, Private]:
@@ -211,10 +215,10 @@ class GDumb(Buffer):
             *(source.train.targets() for source in sources),
             *(item.tensors["y"] for item in recalled.values()),
         ]
-        kept = self.policy.keep(
+        stay = self.policy.keep(
             torch.cat([k.cpu() for k in keys]), torch.cat([y.cpu() for y in targets]), self.size
         ).split([*map(len, keys)])
-        of_new, of_past = kept[: len(sources)], kept[len(sources) :]
+        of_new, of_past = stay[: len(sources)], stay[len(sources) :]
 
         # A source needs an example to train on: if the buffer has none of it, that with the least key.
         indices = [

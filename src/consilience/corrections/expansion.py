@@ -298,6 +298,8 @@ class DEN(Correction):
     anchor: float = 0.5
     eps: float = 0.001
 
+    takes_trees: ClassVar[bool] = False
+    instead: ClassVar[str] = "use finetune, or hat"
     shared_items: ClassVar[bool] = False
     changes_shapes: ClassVar[bool] = True
     needs_last_step: ClassVar[bool] = True

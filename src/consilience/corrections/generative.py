@@ -188,6 +188,11 @@ class GenerativeReplay(Correction):
     importance: Literal["sources", "equal"] = "sources"
     likelihood: Literal["auto", "bernoulli", "gaussian"] = "auto"
 
+    kinds: ClassVar[tuple[str, ...]] = ("class", "value")
+    takes_places: ClassVar[bool] = False
+    takes_mixed: ClassVar[bool] = False
+    takes_trees: ClassVar[bool] = False
+    instead: ClassVar[str] = "use er"
     shared_items: ClassVar[bool] = False
     needs_boundaries: ClassVar[bool] = True
     neutral: ClassVar[dict[str, int]] = {"batch_size": 0}
@@ -221,6 +226,8 @@ class GenerativeReplay(Correction):
                 "a step has several sources, and the generator is trained on one after another; "
                 "use settings.continual"
             )
+        if len(facts.inputs) > 1:
+            return "all inputs of a generator must have one shape, and here they differ; use er"
         return None
 
     def begin(self, start: Beginning) -> Begun:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +16,11 @@ from consilience.core.contexts import Context, Learned, Memory
 from consilience.core.errors import ConsilienceError
 from consilience.core.message import Private
 from consilience.core.params import Params
+from consilience.core.schedule import ScheduleFacts
 from consilience.core.source import Source, joined_rows
 from consilience.core.tree import Input, named, unnamed
 from consilience.corrections.baselines import others
+from consilience.corrections.gradients import per_sample
 from consilience.corrections.rehearsal import ER
 
 CHUNK = 16_000_000
@@ -41,10 +43,11 @@ def directions(
     classes: Sequence[int] = (),
     names: Sequence[str] | None = None,
 ) -> Tensor:
-    """Return the unit gradients [B, n] of the samples' losses at the trained parameters, by vmap.
+    """Return the unit gradients [B, n] of the samples' losses at the trained parameters.
 
     `names` are the entries [n numbers] to differentiate; None: all trainable ones. If a task is given,
-    losses are over its classes. A gradient of zero stays zero.
+    losses are over its classes. A sample with targets at places has the mean over them. A gradient of
+    zero, as of a sample without a target, stays zero.
     """
     names = learned.layout.names if names is None else names
     params = {name: learned.params[name].detach() for name in names}
@@ -56,17 +59,17 @@ def directions(
         keep[list(classes)] = True
 
     def loss(params: Params, one_x: Input, one_y: Tensor) -> Tensor:
-        out = learned.model({**fixed, **params}, learned.buffers, one_x[None], task, False)[0]
-        out = out if keep is None else out.masked_fill(~keep, -torch.inf)
-        loss: Tensor = learned.target.losses(out, one_y[None]).values[0]
+        out = learned.model({**fixed, **params}, learned.buffers, one_x, task, False)[0]
+        if keep is not None:
+            out = out.masked_fill(~keep.view(-1, *[1] * (out.dim() - 2)), -torch.inf)
+        loss: Tensor = learned.target.losses(out, one_y).values[0]
         return loss
 
     # A gradient per sample has the size of the model, so that a whole source would not fit into memory.
-    per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))
     size = max(1, CHUNK // max(1, sum(p.numel() for p in params.values())))
     units = []
     for xs, ys in zip(x.split(size), y.split(size), strict=True):
-        grads = per_sample(params, xs, ys)
+        grads = per_sample(learned.model, loss, params, xs, ys)
         units.append(F.normalize(torch.cat([grads[name].flatten(1) for name in names], 1), dim=1))
     return torch.cat(units)
 
@@ -118,6 +121,9 @@ class GSS(ER):
     each fills its own buffer, and the lowest scores stay. Private. Aljundi et al. 2019.
     """
 
+    takes_mixed: ClassVar[bool] = False
+    instead: ClassVar[str] = "use er"
+
     subset: int = 10
     arrivals: int = 10
     layers: Literal["all", "head"] = "all"
@@ -130,6 +136,11 @@ class GSS(ER):
                 raise ConsilienceError(f"`{name}` of the buffer must be >= 1, got {getattr(self, name)}.")
         if self.layers not in ("all", "head"):
             raise ConsilienceError(f"`layers` must be 'all' or 'head', got {self.layers!r}.")
+
+    def refuse(self, facts: ScheduleFacts) -> str | None:
+        if len(facts.inputs) > 1:
+            return "its buffer compares inputs of one shape, and here they differ; use er"
+        return super().refuse(facts)
 
     def recall(self, memory: Memory, sources: tuple[Source, ...]) -> Any:
         """Return the groups of `ER` with the items that they came from, or None."""

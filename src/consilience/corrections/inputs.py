@@ -16,8 +16,8 @@ from consilience.core.errors import ConsilienceError
 from consilience.core.message import Statistics
 from consilience.core.model import Model
 from consilience.core.source import Source
-from consilience.core.viewed import Viewed
-from consilience.corrections.fisher import check_labels, check_samples, fisher, module_of
+from consilience.corrections.fisher import check_labels, check_samples, fisher, refuse_all
+from consilience.corrections.gradients import module_of, unviewed
 from consilience.corrections.quadratic import Running
 
 if TYPE_CHECKING:
@@ -41,6 +41,9 @@ class Information(Correction):
     def __post_init__(self) -> None:
         check_labels(self.labels)
         check_samples(self.samples)
+
+    def refuse(self, facts: ScheduleFacts) -> str | None:
+        return refuse_all(self.labels, facts.places)
 
     def recall(self, memory: Memory, sources: tuple[Source, ...]) -> None:
         """Return None: only consolidators read these items."""
@@ -112,9 +115,7 @@ def layers(model: Model) -> list[tuple[str, nn.Module]]:
     >>> [n for n, _ in layers(mlp(4, (8,), 2))]
     ['1.weight', '3.weight']
     """
-    while isinstance(model, Viewed):
-        model = model.model
-    prefix, module = module_of(model)
+    prefix, module = module_of(unviewed(model))
     if not isinstance(module, nn.Module):
         return []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,8 +19,13 @@ class Moments(Correction):
     """Send A = sum psi psi^T [d+1, d+1], b = sum psi e_y^T [d+1, C] and n_c [C], in float64.
 
     psi are the features and a one. The sums add over sources, batches and clients; subtracting a client's
-    sums removes it exactly. They can leak rare samples: they are not private.
+    sums removes it exactly. They can leak rare samples: they are not private. Samples without a target
+    are left out.
     """
+
+    kinds: ClassVar[tuple[str, ...]] = ("class", "value")
+    takes_places: ClassVar[bool] = False
+    takes_mixed: ClassVar[bool] = False
 
     def summarise(self, learned: Learned, ctx: Context) -> Statistics:
         def psi(x: Input) -> Tensor:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from consilience.core.contexts import Beginning, Begun, Context, StepView
 from consilience.core.correction import NO_TRAINING, Correction
+from consilience.core.losses import NONE
 
 if TYPE_CHECKING:
     from consilience.core.schedule import ScheduleFacts
@@ -26,16 +26,18 @@ class WSM(Correction):
     all other parts keep the plain loss. Prediction is unchanged. Legate, Caccia & Belilovsky 2023.
     """
 
+    kinds: ClassVar[tuple[str, ...]] = ("class",)
+    takes_places: ClassVar[bool] = False
+
     def refuse(self, facts: ScheduleFacts) -> str | None:
-        if not facts.trains:
-            return NO_TRAINING
-        return "values have no classes to weight; use finetune" if facts.kind == "value" else None
+        return None if facts.trains else NO_TRAINING
 
     def begin(self, start: Beginning) -> Begun:
         """Return the private log p [C], -inf for classes that these sources lack."""
         # The sources of a visit are trained together, so that their counts add.
         size = start.model.outputs
-        counts = [torch.bincount(s.train.targets(), minlength=size) for s in start.sources]
+        targets = [source.train.targets() for source in start.sources]
+        counts = [torch.bincount(y[y != NONE], minlength=size) for y in targets]
         total = torch.stack(counts).sum(0).double()
         return Begun(start.params, {"log_p": (total / total.sum()).log()})
 
@@ -46,6 +48,6 @@ class WSM(Correction):
         for i, (logits, part) in enumerate(zip(step.outputs, step.parts, strict=True)):
             if not part.drawn_by:
                 # With p = 0 for its own class a sample's loss would be infinite; it keeps the plain one.
-                prior = torch.where(there[part.y][:, None], log_p, 0.0)
-                changed[i] = F.cross_entropy(logits + prior, part.y, reduction="none")
+                prior = torch.where(there[part.y.clamp_min(0)][:, None], log_p, 0.0)
+                changed[i] = step.targets[i].losses(logits + prior, part.y).values
         return changed

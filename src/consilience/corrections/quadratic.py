@@ -16,7 +16,7 @@ from consilience.core.optimiser import SGD
 from consilience.core.params import Params
 from consilience.core.source import Source
 from consilience.core.training import Training
-from consilience.corrections.fisher import check_labels, check_samples, fisher, sensitivity
+from consilience.corrections.fisher import check_labels, check_samples, fisher, refuse_all, sensitivity
 
 if TYPE_CHECKING:
     from consilience.core.schedule import ScheduleFacts
@@ -112,6 +112,9 @@ class EWC(Quadratic):
         super().__post_init__()
         check_labels(self.labels)
         check_samples(self.samples)
+
+    def refuse(self, facts: ScheduleFacts) -> str | None:
+        return refuse_all(self.labels, facts.places)
 
     def summarise(self, learned: Learned, ctx: Context) -> Statistics:
         return self.statistics(fisher(learned, self.labels, self.samples), learned.trainable)

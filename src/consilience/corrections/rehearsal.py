@@ -14,9 +14,10 @@ from consilience.core.buffer import Policy, Reservoir
 from consilience.core.contexts import Context, Learned, Memory, Row, StepView
 from consilience.core.correction import Correction
 from consilience.core.errors import ConsilienceError, kind_of
+from consilience.core.losses import NONE
 from consilience.core.message import Private
 from consilience.core.schedule import ScheduleFacts
-from consilience.core.source import Source, joined_rows, joined_targets, trimmed
+from consilience.core.source import Source, joined_rows, trimmed
 from consilience.core.tree import Input, concat, named, signature, unnamed
 from consilience.corrections.baselines import facts_of, others
 from consilience.corrections.quadratic import non_negative
@@ -56,9 +57,9 @@ class Buffer(Correction):
             )
 
     def refuse(self, facts: ScheduleFacts) -> str | None:
-        if facts.kind == "value" and type(self.policy) is not Reservoir:
-            return "values have no classes that share a buffer; use policy=memory.reservoir()"
-        if facts.kind == "class" and not self.policy.grows and self.size < facts.classes:
+        if reason := self.policy.unfit(facts):
+            return reason
+        if facts.kind == "class" and not facts.places and not self.policy.grows and self.size < facts.classes:
             return (
                 f"a buffer of {self.size} has no place for each of the {facts.classes} classes that an agent "
                 "trains on; use a larger `size`"
@@ -86,13 +87,19 @@ class Buffer(Correction):
         """Keep the examples that the policy chooses among those of all sources together."""
         items = list(memory.values())
         # Keys never change, so a stream's buffer does not depend on how it was cut into sources.
-        keys = torch.cat([item.tensors["key"].cpu() for item in items])
-        y = joined_targets([item.tensors["y"].cpu() for item in items])
+        keys, y = torch.cat([item.tensors["key"].cpu() for item in items]), classes_of(items)
         kept = self.policy.keep(keys, y, self.size).split([len(item.tensors["key"]) for item in items])
         return {
             source: item if bool(own.all()) else select(item, own)
             for (source, item), own in zip(memory.items(), kept, strict=True)
         }
+
+
+def classes_of(items: Sequence[Private]) -> Tensor:
+    """Return the targets [M] of the examples of items; -100 for those that are not one class."""
+    # Only policies by class read them, and these refuse all other targets.
+    targets = [item.tensors["y"].cpu() for item in items]
+    return torch.cat([y if y.dim() == 1 else torch.full((len(y),), NONE) for y in targets])
 
 
 def kept(tensors: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
@@ -141,8 +148,9 @@ class ER(Buffer):
         # A part of a step has one task, so its examples must come from one group.
         by_task: dict[object, dict[str, Private]] = {}
         for source, item in others(memory, sources).items():
-            if len(item.tensors["y"]):
-                alike = signature(unnamed("x", item.tensors)), item.tensors["y"].shape[1:-1]
+            if len(y := item.tensors["y"]):
+                # Ragged places may differ: they are the last dimension.
+                alike = signature(unnamed("x", item.tensors)), y.dtype, y.dim(), y.shape[1:-1]
                 by_task.setdefault((item.meta["task"], item.meta["target"], alike), {})[source] = item
 
         groups = []
@@ -180,10 +188,9 @@ class ERACE(ER):
     et al. 2022.
     """
 
-    def refuse(self, facts: ScheduleFacts) -> str | None:
-        if facts.kind == "value":
-            return "values have no classes that compete; use er"
-        return super().refuse(facts)
+    kinds: ClassVar[tuple[str, ...]] = ("class",)
+    takes_places: ClassVar[bool] = False
+    instead: ClassVar[str] = "use er"
 
     def recall(self, memory: Memory, sources: tuple[Source, ...]) -> Any:
         """Return what `ER` recalls, with the number of examples seen."""
@@ -195,7 +202,8 @@ class ERACE(ER):
     def sample(self, ctx: Context, sources: tuple[Source, ...], generator: torch.Generator) -> list[Batch]:
         """Return one part, of the buffer and of the source itself.
 
-        A part has one task: with task labels it is of whichever of the two has more of the drawn examples.
+        A part has one task, one kind of loss and inputs of one shape: where the two differ in these, it is of
+        whichever has more of the drawn examples.
         """
         groups, seen = ctx.recalled
         own = sources[int(torch.randint(len(sources), (1,), generator=generator))]
@@ -207,9 +215,9 @@ class ERACE(ER):
         index = torch.randint(len(own.train), (self.batch_size,), generator=generator)
         x, y = own.train.select(index).whole()
         x, y = x.to(old.x.device, old.x.dtype), y.to(old.y)
-        if old.task is not None:
-            mostly_new = fresh * 2 > self.batch_size
-            return [replace(old, x=x, y=y, task=own.task, source=own.name) if mostly_new else old]
+        if old.task is not None or own.target != old.target or signature(x) != signature(old.x):
+            new_part = replace(old, x=x, y=y, task=own.task, source=own.name, target=own.target)
+            return [new_part if fresh * 2 > self.batch_size else old]
         x, y = concat([x[:fresh], old.x[fresh:]]), torch.cat([y[:fresh], old.y[fresh:]])
         return [replace(old, x=x, y=y)]
 
@@ -218,10 +226,12 @@ class ERACE(ER):
         for i, part in enumerate(step.parts):
             if part.drawn_by:
                 continue
-            # Counting by scatter needs no `unique`, whose shape would depend on the data; padding counts 0.
+            # Counting by scatter needs no `unique`, whose shape would depend on the data; padding and samples
+            # without a class count 0.
             out, y = step.outputs[i], part.y
-            count = torch.ones_like(y) if part.w is None else part.w.to(y.dtype)
-            there = torch.zeros(out.shape[1], dtype=y.dtype, device=y.device).scatter_add(0, y, count) > 0
+            count = (y != NONE).to(y.dtype) if part.w is None else part.w.to(y.dtype) * (y != NONE)
+            there = torch.zeros(out.shape[1], dtype=y.dtype, device=y.device)
+            there = there.scatter_add(0, y.clamp_min(0), count) > 0
             changed[i] = step.targets[i].losses(out.masked_fill(~there, -torch.inf), y).values
         return changed
 

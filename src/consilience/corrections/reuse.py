@@ -59,6 +59,8 @@ class HeadReuse(Correction):
     HeadReuse(by='features', threshold=None, shots=5, encoder=None)
     """
 
+    kinds: ClassVar[tuple[str, ...]] = ("class",)
+    takes_places: ClassVar[bool] = False
     needs_history: ClassVar[bool] = True
 
     by: Literal["name", "features"] = "name"

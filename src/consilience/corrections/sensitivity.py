@@ -16,7 +16,7 @@ from consilience.core.errors import ConsilienceError
 from consilience.core.message import Item, Private
 from consilience.core.model import Model
 from consilience.core.params import Layout, Params, same
-from consilience.core.source import Source
+from consilience.core.source import LabelFrame, Source
 from consilience.corrections.anatomy import anatomy, spread
 from consilience.corrections.fisher import fisher
 
@@ -40,12 +40,13 @@ class TaLoS(Correction):
     """TaLoS: train the `density` of the shared entries that are least sensitive, and freeze all others.
 
     score = sum over x of (d logit_y / d theta)^2 ("logit", as in the authors' code) or (d log p(y|x) / d
-    theta)^2 ("likelihood", the Fisher of their paper), y drawn from the model among the source's classes (for
-    values the outputs' own squares). In round r = 0 .. `rounds` - 1 the ceil(density^((r+1)/rounds) n) of
-    lowest score among those left stay, of equal ones those of lowest index over the whole vector; entries
-    that are out count FADED of their value in later scores. Of a head that tasks share, rows of classes that
-    the source lacks are frozen, and not among the n; with `reached` so are all entries that no answer depends
-    on (a score of exactly 0: inputs that are always 0, units that are off), which get no gradient either.
+    theta)^2 ("likelihood", the Fisher of their paper), y drawn from the model among the source's classes. For
+    values it is the sum of the outputs' own squares, at places by a draw from N(output, 1). In round r = 0 ..
+    `rounds` - 1 the ceil(density^((r+1)/rounds) n) of lowest score among those left stay, of equal ones those
+    of lowest index over the whole vector; entries that are out count FADED of their value in later scores. Of
+    a head that tasks share, rows of classes that the source lacks are frozen, and not among the n; with
+    `reached` so are all entries that no answer depends on (a score of exactly 0: inputs that are always 0,
+    units that are off), which get no gradient either.
 
     The mask is drawn where a source is first trained, from the parameters that this visit begins with, and
     kept for later visits; it is private. Gradients are masked before anything else reads them, such as an
@@ -89,6 +90,8 @@ class TaLoS(Correction):
     def refuse(self, facts: ScheduleFacts) -> str | None:
         if not facts.trains:
             return NO_TRAINING
+        if self.score == "logit" and (facts.places or "labels" in facts.kinds):
+            return "a sample must have one class, whose logit it scores; use score='likelihood'"
         if facts.model is None:
             return None
         if not _shared(facts.model, facts.model.init(torch.Generator().manual_seed(0))[0]):
@@ -161,8 +164,18 @@ class TaLoS(Correction):
         total = torch.zeros_like(layout.flatten(start.params))
         for source in start.sources:
             near = replace(source, train=source.train.to(layout.device, layout.dtype))
-            learned = Learned(start.model, params, buffers, {}, near, source.task, layout, start.generator)
-            labels = "all" if source.kind == "value" else "model"
+            learned = Learned(
+                model=start.model,
+                params=params,
+                buffers=buffers,
+                start={},
+                source=near,
+                task=source.task,
+                layout=layout,
+                generator=start.generator,
+                frame=_alone(start.frame, source),
+            )
+            labels = "all" if source.kind == "value" and not source.places else "model"
             count = len(source.train) if self.samples is None else min(self.samples, len(source.train))
             # `fisher` averages; sums weigh the sources of a visit by their examples.
             total += layout.flatten(fisher(learned, labels, self.samples, of=self.score)) * count
@@ -179,6 +192,11 @@ class TaLoS(Correction):
     def summarise(self, learned: Learned, ctx: Context) -> Private:
         """Return the mask, one byte per entry."""
         return Private({f"keep/{name}": k > 0 for name, k in _kept(ctx).items()})
+
+
+def _alone(frame: LabelFrame | None, source: Source) -> LabelFrame | None:
+    """Return the frame with the source's own classes as those of its task."""
+    return frame and replace(frame, tasks={str(source.task): source.classes})
 
 
 def _is_count(value: object) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from torch import Tensor
 from consilience.core.contexts import Beginning, Begun
 from consilience.core.correction import NO_TRAINING, Correction
 from consilience.core.errors import ConsilienceError, Refusal
+from consilience.core.losses import NONE
 from consilience.core.params import computing
 from consilience.core.schedule import ScheduleFacts
 from consilience.core.source import Source
@@ -43,6 +44,10 @@ class SolvedHead(Correction):
     0.01
     """
 
+    kinds: ClassVar[tuple[str, ...]] = ("class", "value")
+    takes_places: ClassVar[bool] = False
+    takes_mixed: ClassVar[bool] = False
+
     kind: Literal["ridge", "prototype", "logistic"] = "ridge"
     ridge: float | None = None
 
@@ -62,7 +67,7 @@ class SolvedHead(Correction):
     def refuse(self, facts: ScheduleFacts) -> str | None:
         if not facts.trains:
             return NO_TRAINING
-        if facts.kind == "value" and self.kind != "ridge":
+        if "value" in facts.kinds and self.kind != "ridge":
             return "values have no classes; use kind='ridge'"
         if facts.revisited:
             return (
@@ -162,11 +167,17 @@ class SolvedHead(Correction):
 def features_and_targets(
     start: Beginning, sources: Sequence[Source], classes: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """Return psi [N, d] and the targets [N, classes] (one-hot) of all data of the sources, in float64."""
+    """Return psi [N, d] and the targets [N, classes] (one-hot) of all data of the sources, in float64.
+
+    Samples without a target are left out.
+    """
     like: Any = computing(start.params)
     psi, targets = [], []
     for source in sources:
         for x, y in source.train.chunks(1024):
+            there = ~torch.isnan(y).any(1) if source.kind == "value" else y != NONE
+            if not bool(there.all()):
+                x, y = x[there], y[there]
             with torch.no_grad():
                 x = x.to(like.device, like.dtype if x.is_floating_point() else x.dtype)
                 psi.append(start.model.features(start.params, start.buffers, x, source.task).double())

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from consilience.core.errors import ConsilienceError
+from consilience.core.losses import NONE
 from consilience.core.sampler import Sampler, Shuffle
 from consilience.data._shares import apportion
 
@@ -46,6 +48,9 @@ class Balanced(Sampler):
     [6, 6]
     """
 
+    kinds: ClassVar[tuple[str, ...]] = ("class",)
+    takes_places: ClassVar[bool] = False
+
     temperature: float = float("inf")
 
     def __post_init__(self) -> None:
@@ -58,7 +63,8 @@ class Balanced(Sampler):
             raise ConsilienceError(
                 f"Balanced needs classes as targets, got {targets.dtype} of shape {tuple(targets.shape)}."
             )
-        classes, counts = targets.unique(return_counts=True)
+        # Examples without a class would count as one more.
+        classes, counts = targets[targets != NONE].unique(return_counts=True)
 
         # In logarithms, because n^(1/T) overflows for small T.
         log_n = counts.double().log() / self.temperature

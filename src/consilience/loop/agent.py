@@ -192,6 +192,7 @@ class Agent:
                 predict=self.predict,
                 experts=self.state.experts,
                 grown=frozenset(params) - frozenset(self.state.params),
+                frame=self.frame,
             )
 
             # The cost of `begin` depends on sizes only, so equal ones are measured once.
@@ -321,7 +322,7 @@ class Agent:
             order=sum(self.state.visits.values()),
             steps=job.steps,
             training=self.training.at(job.step.place),
-            target=self.frame.targets[source.target],
+            frame=self.frame,
         )
 
     def _bank(self, job: Job, shared: Mapping[str, dict[str, Shared]]) -> None:

@@ -22,6 +22,7 @@ from consilience.core.model import Model
 from consilience.core.params import Params, content_hash, key
 from consilience.core.schedule import Schedule, with_targets
 from consilience.core.stopping import Stopping
+from consilience.core.takes import Takes
 from consilience.core.training import Training
 from consilience.core.tree import Tree, named, signature, types
 from consilience.loop.agents import Setup
@@ -120,6 +121,10 @@ def check_all(
         )
 
     _check_precision(training)
+    # A sampler of a user may be any object with a `plan`.
+    if isinstance(training.sampler, Takes) and (unfit := training.sampler.unfit(facts)):
+        raise Refusal(f"the sampler cannot be used here: {unfit}.")
+
     _check_inputs(schedule, method, model)
     metrics = choice.metrics_of(options.metric, [*schedule.judged, *schedule.sources], schedule.frame)
     for name in sorted(

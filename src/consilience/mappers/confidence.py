@@ -13,7 +13,6 @@ from torch import Tensor
 from consilience.core.contexts import Memory, Routing
 from consilience.core.correction import Mapper
 from consilience.core.errors import ConsilienceError
-from consilience.core.schedule import ScheduleFacts
 
 
 @dataclass(frozen=True)
@@ -50,6 +49,10 @@ class MinEntropy(Mapper):
     ([[1.0, 0.0], [0.0, 1.0]], [[0.0, 0.0], [0.0, 1.0]])
     """
 
+    kinds: ClassVar[tuple[str, ...]] = ("class",)
+    takes_places: ClassVar[bool] = False
+    instead: ClassVar[str] = "use the average mapper"
+
     unknown: float = 1.0
 
     def __post_init__(self) -> None:
@@ -59,9 +62,6 @@ class MinEntropy(Mapper):
     @property
     def rejects(self) -> bool:
         return self.unknown < 1
-
-    def refuse(self, facts: ScheduleFacts) -> str | None:
-        return "values have no entropy to compare; use the average" if facts.kind == "value" else None
 
     def route(self, routing: Routing, memory: Memory) -> Tensor:
         scores = []

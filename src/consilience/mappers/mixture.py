@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -43,6 +43,10 @@ class Anchored(Mapper):
     frozen backbone, or the flattened `inputs`, which serve any model.
     """
 
+    kinds: ClassVar[tuple[str, ...]] = ("class",)
+    takes_places: ClassVar[bool] = False
+    instead: ClassVar[str] = "use the oracle or average mapper"
+
     on: Literal["features", "inputs"]
     reject: float
     """Fraction of a task's validation examples to reject (sets the threshold); 0: every input has a task."""
@@ -69,8 +73,8 @@ class Anchored(Mapper):
 
     def refuse(self, facts: ScheduleFacts) -> str | None:
         model: Model | None = facts.model
-        if facts.kind == "value":
-            return "anchors are made for experts of classes, and here targets are values"
+        if self.on == "inputs" and facts.trees:
+            return "anchors on inputs need one tensor, and here inputs have several parts; use on='features'"
         if not facts.trains:
             return (
                 "anchors are made from data, and here only trained models are given; "

@@ -37,11 +37,13 @@ class Superposition(Mapper):
     halving: bool = False
     together: bool = False
 
+    kinds: ClassVar[tuple[str, ...]] = ("class",)
+    takes_places: ClassVar[bool] = False
+    takes_trees: ClassVar[bool] = False
+    instead: ClassVar[str] = "use the average mapper"
     superposes: ClassVar[bool] = True
 
     def refuse(self, facts: ScheduleFacts) -> str | None:
-        if facts.kind == "value":
-            return "values have no entropy to compare; use the average, or nearest_mean(on='inputs')"
         if facts.overlap and facts.model is not None and facts.model.uses_task:
             return (
                 "heads of several tasks for the same classes have no superposition; "

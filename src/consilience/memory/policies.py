@@ -10,10 +10,18 @@ from torch import Tensor
 
 from consilience.core.buffer import Policy, Reservoir, equal_shares, ranks
 from consilience.core.contexts import Learned
+from consilience.core.losses import NONE
+
+
+class ByClass(Policy):
+    """A policy that counts the examples of each class; examples without a class are not kept."""
+
+    kinds: ClassVar[tuple[str, ...]] = ("class",)
+    takes_places: ClassVar[bool] = False
 
 
 @dataclass(frozen=True)
-class ClassBalanced(Reservoir):
+class ClassBalanced(ByClass, Reservoir):
     """A reservoir per class; the classes seen share the buffer equally, except those with fewer examples.
 
     Chrysakis & Moens 2020; the greedy balanced sampler of Prabhu et al. 2020 keeps as many.
@@ -24,7 +32,7 @@ class ClassBalanced(Reservoir):
 
 
 @dataclass(frozen=True)
-class Ring(Policy):
+class Ring(ByClass):
     """A queue per class: its last examples stay, and the classes seen share the buffer equally.
 
     Lopez-Paz & Ranzato 2017; Chaudhry et al. 2019.
@@ -40,7 +48,7 @@ class Ring(Policy):
 
 
 @dataclass(frozen=True)
-class Herding(Policy):
+class Herding(ByClass):
     """Exemplars in the order in which their mean best approaches the class mean; classes share equally.
 
     p_k = argmin_x || mu - (psi(x) + sum_{j<k} psi(p_j)) / k ||, psi the features at the end of the source, of
@@ -55,8 +63,9 @@ class Herding(Policy):
         keys = torch.full((len(y),), torch.inf, dtype=torch.float64)
         # The most of one class that a buffer with these classes alone would hold.
         level = torch.arange(1, size + 1)
-        most = 1 + int((torch.minimum(y.bincount()[:, None], level).sum(0) < size).sum())
-        for c in y.unique().tolist():
+        present = y[y != NONE]
+        most = 1 + int((torch.minimum(present.bincount()[:, None], level).sum(0) < size).sum())
+        for c in present.unique().tolist():
             own = (y == c).nonzero()[:, 0]
             keys[own] = herd(psi[own], most)
         return keys
@@ -66,7 +75,7 @@ class Herding(Policy):
 
 
 @dataclass(frozen=True)
-class Growing(Reservoir):
+class Growing(ByClass, Reservoir):
     """A uniform sample of `size` examples of each class.
 
     Ten of each is the replay of Ge et al. 2023 (SKILL's baseline).
@@ -75,7 +84,7 @@ class Growing(Reservoir):
     grows: ClassVar[bool] = True
 
     def keep(self, keys: Tensor, y: Tensor, size: int) -> Tensor:
-        return ranks(keys, y) < size
+        return (ranks(keys, y) < size) & (y.cpu() != NONE)
 
 
 def unit_features(learned: Learned, chunk: int = 1024) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -11,6 +12,9 @@ from torch import Tensor
 
 class Sampler(ABC):
     """An order of examples. Subclasses are frozen dataclasses."""
+
+    needs_lengths: ClassVar[bool] = False
+    """Whether `plan` is also given `lengths=` [N] of sequences; None where all inputs have one shape."""
 
     @abstractmethod
     def plan(self, targets: Tensor, batch_size: int, epoch: int, generator: torch.Generator) -> list[Tensor]:

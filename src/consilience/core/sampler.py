@@ -16,6 +16,8 @@ class Sampler(Takes, ABC):
     """An order of examples. Subclasses are frozen dataclasses."""
 
     instead: ClassVar[str] = "use Shuffle"
+    needs_lengths: ClassVar[bool] = False
+    """Whether `plan` is also given `lengths=` [N] of sequences; None where all inputs have one shape."""
 
     @abstractmethod
     def plan(self, targets: Tensor, batch_size: int, epoch: int, generator: torch.Generator) -> list[Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -53,6 +53,10 @@ class Examples(ABC):
     @abstractmethod
     def targets(self) -> Tensor:
         """Return all targets [N]."""
+
+    def lengths(self) -> Tensor | None:
+        """Return how many places each example has [N]; None where inputs are not ragged."""
+        return None
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Examples:
         """Return the examples on a device, with floating-point inputs in `dtype`."""
@@ -105,6 +109,9 @@ class Tensors(Examples):
     def targets(self) -> Tensor:
         return self.y
 
+    def lengths(self) -> Tensor | None:
+        return None if isinstance(self.x, Tensor) else self.x.lengths
+
     def whole(self) -> tuple[Input, Tensor]:
         return self.x, self.y
 
@@ -119,7 +126,8 @@ def trimmed(x: Input, y: Tensor) -> tuple[Input, Tensor]:
         return x, y
     # Targets have places of their own, such as a tag for each token, or one class for all.
     short = x.trim()
-    at_places = y.dim() > 1 and y.shape[-1] == x.places
+    # Labels [B, L] are no places, even where there are as many labels as places.
+    at_places = y.dim() > (2 if y.is_floating_point() else 1) and y.shape[-1] == x.places
     return short, y[..., : short.places] if at_places else y
 
 
@@ -174,9 +182,14 @@ class Stream(Examples):
         order = [self.index[batch].tolist() for batch in plan if len(batch)]
         # A generator of its own, because a DataLoader would draw from torch's global one.
         loader = DataLoader(
-            self.dataset, batch_sampler=order, num_workers=self.workers, generator=torch.Generator()
+            self.dataset,
+            batch_sampler=order,
+            num_workers=self.workers,
+            # A dataset may know how its samples become a batch.
+            collate_fn=getattr(self.dataset, "collate", None),
+            generator=torch.Generator(),
         )
-        for inputs, targets in loader:
+        for inputs, targets in unwrapped(loader):
             x, y = as_input(inputs), torch.as_tensor(targets)
             for function in self.x_through:
                 x = function(x)
@@ -197,6 +210,23 @@ class Stream(Examples):
 
     def targets(self) -> Tensor:
         return self.y
+
+    def lengths(self) -> Tensor | None:
+        # Only some datasets know, such as those that `data.stream` wraps.
+        known = self.dataset.lengths() if hasattr(self.dataset, "lengths") else None
+        return None if known is None else known[self.index]
+
+
+def unwrapped(loader: Iterable[Any]) -> Iterator[Any]:
+    """Yield what a DataLoader reads; errors of its processes come without their trace."""
+    try:
+        yield from loader
+    except ConsilienceError as error:
+        raise ConsilienceError(str(error).strip().splitlines()[-1].removeprefix(WRAPPED)) from error
+
+
+WRAPPED = f"{ConsilienceError.__module__}.{ConsilienceError.__qualname__}: "
+"""How the last line of a trace begins."""
 
 
 @dataclass(frozen=True, eq=False)

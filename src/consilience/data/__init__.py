@@ -287,14 +287,23 @@ def stream(
 ) -> Source:
     """Make a source from a map-style dataset that does not fit in memory.
 
-    Examples are read when they are needed. Targets are read once: from the attribute `targets` or `labels` of
-    the dataset, or example by example.
+    Examples are read when they are needed. Targets are read once: from the column of a datasets.Dataset, or
+    from the attribute `targets` or `labels` of the dataset, if they are those of a spread of samples; else
+    example by example. Sequences of unequal length [T] or [T, d] are padded with 0 to the longest of each
+    batch.
 
     Args:
-        dataset: has `len(dataset)` and `dataset[i] -> (x, y)`; x is a tensor, an array or an image.
+        dataset: has `len(dataset)` and `dataset[i]`, which is a pair (x, y), or a mapping with the target as
+            "labels" or "label" (a datasets.Dataset). x is a tensor, an array, an image, or a mapping or tuple
+            of parts, with which the module is called by name or by place.
         test: another such dataset, or the fraction of this one to test on, a stratified draw.
-        classes, name, kind, space, validation, seed, loss, metric: as in `arrays`.
+        classes, name, kind, space, validation, seed, loss, metric: as in `arrays`. A datasets.Dataset may
+            name its classes itself.
         workers: processes that read; 0 reads in this one.
+
+    Raises:
+        ConsilienceError: no map-style dataset, items of another form, examples that cannot be read or are not
+            alike (named by number), and as in `arrays`.
 
     >>> import torch
     >>> from torch.utils.data import TensorDataset
@@ -320,6 +329,8 @@ def folder(
     validation: float = 0.1,
     seed: int = 0,
     unreadable: Literal["refuse", "skip"] = "refuse",
+    mean: float | Sequence[float] = 0.0,
+    std: float | Sequence[float] = 1.0,
 ) -> Source:
     """Make a source from a folder of images with one subfolder per class: x [N, 3, H, W] in [0, 1].
 
@@ -338,6 +349,8 @@ def folder(
         unreadable: "refuse": an error names the first image that cannot be read, when it is read; "skip": all
             images are read once at the start, and those that cannot be read are left out, with a warning that
             counts them.
+        mean, std: x becomes (x - mean) / std; one number, or one per channel, as in `(0.485, 0.456, 0.406)`
+            and `(0.229, 0.224, 0.225)` for models trained on ImageNet.
 
     >>> folder("no/such/place")
     Traceback (most recent call last):
@@ -349,7 +362,7 @@ def folder(
 
     # Resolved, because "." has no name.
     options = Options(name or Path(path).resolve().name, test, None, "class", space, validation, seed)
-    return from_folder(path, Reading(size, grey, in_memory, workers, unreadable), options)
+    return from_folder(path, Reading(size, grey, in_memory, workers, unreadable, mean, std), options)
 
 
 def npz(

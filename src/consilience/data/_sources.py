@@ -8,7 +8,7 @@ import os
 import warnings
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +32,17 @@ from consilience.core.tree import (
     signature,
     types,
     unit,
+)
+from consilience.data._samples import (
+    Pairs,
+    channels_first,
+    found_ragged,
+    item_of,
+    label_key,
+    named_inputs,
+    pair_of,
+    same_target,
+    spread,
 )
 from consilience.data._shares import draw
 
@@ -169,15 +180,20 @@ def _pair(x: Any, y: Any, kind: Kind, prefix: str) -> Tensors:
         raise ConsilienceError(
             f"`{prefix}x` and `{prefix}y` must be equally long, got {len(pair.x)} and {len(pair.y)}."
         )
-    if kind == "class" and _is_one_hot(pair.y) and pair.y.shape[1] not in sizes(pair.x):
-        raise ConsilienceError(
-            f"`{prefix}y` must be class numbers, got one-hot rows [N, {pair.y.shape[1]}]; give y.argmax(1), "
-            'or kind="labels" where several labels may hold at once.'
-        )
+    if kind == "class" and is_one_hot(pair.y) and pair.y.shape[1] not in sizes(pair.x):
+        raise one_hot(f"`{prefix}y`", pair.y)
     return pair
 
 
-def _is_one_hot(y: Tensor) -> bool:
+def one_hot(what: str, y: Tensor) -> ConsilienceError:
+    """Return the error for targets that are one-hot rows."""
+    return ConsilienceError(
+        f"{what} must be class numbers, got one-hot rows [N, {y.shape[1]}]; give y.argmax(1), "
+        'or kind="labels" where several labels may hold at once.'
+    )
+
+
+def is_one_hot(y: Tensor) -> bool:
     """Whether targets [N, K] have a single 1 in each row, and 0 elsewhere."""
     if y.dim() != 2 or y.shape[1] < 2:
         return False
@@ -410,61 +426,93 @@ def from_tasks(
 # Datasets.
 
 
-class Pairs:
-    """A map-style dataset as a stream reads it: inputs as tensors, targets as they were collected."""
-
-    def __init__(self, dataset: Any, y: Tensor):
-        self.dataset, self.y = dataset, y
-
-    def __len__(self) -> int:
-        return len(self.y)
-
-    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
-        item = self.dataset[i]
-        x = item[0] if isinstance(item, tuple | list) else item
-
-        # Images of pillow are known by a method, so that pillow is not imported.
-        pixels = channels_first(np.asarray(x)) if hasattr(x, "getbands") else as_tensor(x, "`x`")
-        return unit(pixels, pixels.dim() > 1), self.y[i]
-
-
-def channels_first(image: np.ndarray) -> Tensor:
-    """Convert an image [H, W] or [H, W, C] to [C, H, W]."""
-    image = image[None] if image.ndim == 2 else image.transpose(2, 0, 1)
-    return torch.from_numpy(np.array(image, order="C"))
-
-
-def collect(dataset: Any, kind: Kind) -> Tensor:
-    """Read the targets of a dataset, from its attribute if that fits the first example, or one by one."""
+def check_dataset(dataset: Any) -> None:
+    """Refuse what is no map-style dataset with examples."""
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise ConsilienceError(
             f"a dataset must be map-style, with len(dataset) and dataset[i], got {type(dataset).__name__}."
         )
+    if isinstance(dataset, Mapping):
+        splits = ", ".join(map(str, dataset))
+        raise ConsilienceError(f"a dataset must be one split, got the splits {splits}; pass one of them.")
     if len(dataset) == 0:
         raise ConsilienceError("a dataset must not be empty, got 0 examples.")
-    first = dataset[0]
-    if not isinstance(first, tuple | list) or len(first) < 2:
-        raise ConsilienceError(f"a dataset must give pairs (x, y), got {type(first).__name__}.")
 
+
+def collect(dataset: Any, some: Mapping[int, Any], kind: Kind) -> Tensor:
+    """Read the targets of a dataset: those it stores if they are those of `some` items, or one by one."""
+    read = targets([_plain(pair_of(item)[1]) for item in some.values()], kind, "`y` of the dataset")
+    for name, stored in _stored(dataset, some):
+        try:
+            y = targets(_plain(stored), kind, f"`{name}` of the dataset")
+        except ConsilienceError:
+            continue
+        # Some datasets keep the targets of all splits, or those before a transform.
+        rows = zip(some, read, strict=True)
+        if len(y) == len(dataset) and all(same_target(y[i], target) for i, target in rows):
+            return y
+
+    # One after another, because the inputs of all may not fit in memory.
+    every = (pair_of(some[i] if i in some else item_of(dataset, i))[1] for i in range(len(dataset)))
+    return targets([_plain(target) for target in every], kind, "`y` of the dataset")
+
+
+def _stored(dataset: Any, some: Mapping[int, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield what may be the targets of all examples, with its name."""
+    first = next(iter(some.values()))
+    # A datasets.Dataset reads a column much faster than its rows.
+    if isinstance(first, Mapping) and label_key(first) in getattr(dataset, "column_names", ()):
+        yield label_key(first), list(dataset[label_key(first)])
     # An attribute holds targets before any transform.
-    if getattr(dataset, "target_transform", None) is None:
-        for name in ("targets", "labels"):
-            stored = getattr(dataset, name, None)
-            if stored is not None and not callable(stored) and len(stored) == len(dataset):
-                y = targets(stored, kind, f"`{name}` of the dataset")
-                if torch.equal(y[:1], targets([_plain(first[1])], kind, "`y` of the dataset")):
-                    return y
-    return targets([_plain(dataset[i][1]) for i in range(len(dataset))], kind, "`y` of the dataset")
+    if getattr(dataset, "target_transform", None) is not None:
+        return
+    for name in ("targets", "labels"):
+        stored = getattr(dataset, name, None)
+        if stored is not None and not callable(stored) and hasattr(stored, "__len__"):
+            yield name, stored
 
 
 def _plain(y: Any) -> Any:
-    """Return a target as a number or a list."""
+    """Return a target, or a list of them, as numbers."""
+    if isinstance(y, list) and y and isinstance(y[0], Tensor):
+        return [each.tolist() for each in y]
     return y.tolist() if hasattr(y, "tolist") else y
 
 
-def _streamed(dataset: Any, y: Tensor, workers: int) -> Stream:
+def _class_names(dataset: Any, some: Mapping[int, Any]) -> Sequence[str] | None:
+    """Return the names that a datasets.Dataset declares for its classes."""
+    features, first = getattr(dataset, "features", None), next(iter(some.values()))
+    if not isinstance(features, Mapping) or not isinstance(first, Mapping):
+        return None
+    column = features.get(label_key(first))
+    # Tags are a list of classes, which has its names inside.
+    names = getattr(column, "names", None) or getattr(getattr(column, "feature", None), "names", None)
+    return None if names is None else list(names)
+
+
+def _streamed(dataset: Any, kind: Kind, workers: int) -> tuple[Stream, Sequence[str] | None]:
+    """Return a dataset as a stream, and the names of its classes where it declares them."""
+    check_dataset(dataset)
+    some = {i: item_of(dataset, i) for i in spread(len(dataset))}
+    names = _class_names(dataset, some) if kind == "class" else None
+    y = collect(dataset, some, kind)
+
+    pairs = Pairs(dataset, y)
+    samples = [named_inputs(item, i) for i, item in some.items()]
+    pairs.first = samples[0]
+    pairs.ragged = found_ragged([pairs.alike(sample, i) for sample, i in zip(samples, some, strict=True)])
+    if (
+        kind == "class"
+        and is_one_hot(y)
+        and all(y.shape[1] not in part.shape for part in samples[0].values())
+    ):
+        raise one_hot("`y` of the dataset", y)
+    return stream_of(pairs, workers), names
+
+
+def stream_of(pairs: Pairs, workers: int) -> Stream:
     """Return a dataset with known targets as a stream."""
-    return Stream(Pairs(dataset, y), y, torch.arange(len(y)), workers)
+    return Stream(pairs, pairs.y, torch.arange(len(pairs)), workers)
 
 
 def from_dataset(dataset: Any, workers: int, options: Options) -> Source:
@@ -472,16 +520,22 @@ def from_dataset(dataset: Any, workers: int, options: Options) -> Source:
     options.checked_kind()
     whole_number(0, workers=workers)
     validation = fraction("validation", options.validation, zero=True)
-    train = _streamed(dataset, collect(dataset, options.kind), workers)
-    if isinstance(options.test, int | float):
-        return source_of(train, fraction("test", options.test), validation, options)
+    share = fraction("test", options.test) if isinstance(options.test, int | float) else None
+    train, names = _streamed(dataset, options.kind, workers)
+    if options.classes is None and names is not None:
+        options = replace(options, classes=names)
+    if share is not None:
+        return source_of(train, share, validation, options)
 
-    test = _streamed(options.test, collect(options.test, options.kind), workers)
-    shapes = test.dataset[0][0].shape, train.dataset[0][0].shape
-    if shapes[0] != shapes[1]:
+    test, _ = _streamed(options.test, options.kind, workers)
+    # Sequences may be of one length in one of them by chance.
+    ragged = train.dataset.ragged | test.dataset.ragged
+    train.dataset.ragged = test.dataset.ragged = ragged
+    first = [part.dataset.collate([part.dataset[0]])[0] for part in (train, test)]
+    if signature(first[0]) != signature(first[1]):
         raise ConsilienceError(
             "test examples must have the shape of training examples, "
-            f"got {tuple(shapes[0])} and {tuple(shapes[1])}."
+            f"got {tuple(first[1].shape[1:])} and {tuple(first[0].shape[1:])}."
         )
     return source_of(train, test, validation, options)
 
@@ -501,6 +555,8 @@ class Reading:
     in_memory: bool = False
     workers: int = 0
     unreadable: str = "refuse"
+    mean: float | Sequence[float] = 0.0
+    std: float | Sequence[float] = 1.0
 
     def checked(self) -> Reading:
         """Check the options, and return them with height and width as `size`."""
@@ -513,7 +569,34 @@ class Reading:
             len(size) != 2 or any(not isinstance(side, int) or side < 1 for side in size)
         ):
             raise ConsilienceError(f"`size` must be one or two whole numbers >= 1, got {self.size!r}.")
+        channels = 1 if self.grey else 3
+        for name, given in (("mean", self.mean), ("std", self.std)):
+            numbers = np.atleast_1d(np.asarray(given, dtype=object)).tolist()
+            right = all(isinstance(x, int | float) and np.isfinite(x) for x in numbers)
+            if not right or len(numbers) not in (1, channels) or (name == "std" and min(numbers) <= 0):
+                raise ConsilienceError(
+                    f"`{name}` must be one{' positive' if name == 'std' else ''} number, or one for each of "
+                    f"{channels} channels, got {given!r}."
+                )
         return replace(self, size=size)
+
+    @property
+    def normalised(self) -> Normalised | None:
+        """What images in [0, 1] go through; None if they stay as they are."""
+        mean, std = (torch.tensor(each, dtype=torch.float32).view(-1, 1, 1) for each in (self.mean, self.std))
+        return None if bool((mean == 0).all() and (std == 1).all()) else Normalised(mean, std)
+
+
+@dataclass(frozen=True, eq=False)
+class Normalised:
+    """(x - mean) / std of images [N, C, H, W], with one number per channel [C, 1, 1]."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the images, normalised."""
+        return (x - self.mean.to(x)) / self.std.to(x)
 
 
 def pillow() -> Any:
@@ -580,7 +663,7 @@ def pictures(files: list[Path], y: Tensor, reading: Reading) -> Tensors | Stream
     images = Images(files, "L" if reading.grey else "RGB", size)
     if reading.in_memory:
         return Tensors(unit(torch.stack([images[i] for i in range(len(images))]), True), y)
-    return _streamed(images, y, reading.workers)
+    return stream_of(Pairs(images, y), reading.workers)
 
 
 def _readable(files: list[Path], y: Tensor) -> tuple[list[Path], Tensor]:
@@ -655,7 +738,7 @@ def from_folder(path: str | Path, reading: Reading, options: Options) -> Source:
         validation: Examples | float = read(validation_folder)
     else:
         validation = fraction("validation", options.validation, zero=True)
-    return source_of(train, test, validation, replace(options, classes=classes))
+    return source_of(train, test, validation, replace(options, classes=classes)).map(x=reading.normalised)
 
 
 def subfolders(path: Path) -> list[Path]:

@@ -8,12 +8,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from consilience.core.checks import whole_number
 from consilience.core.errors import ConsilienceError
 from consilience.core.losses import NONE
 from consilience.core.sampler import Sampler, Shuffle
 from consilience.data._shares import apportion
 
-__all__ = ["Balanced", "InOrder", "Sampler", "Shuffle"]
+__all__ = ["Balanced", "ByLength", "InOrder", "Sampler", "Shuffle"]
 
 
 @dataclass(frozen=True)
@@ -79,3 +80,48 @@ class Balanced(Sampler):
 
         together = torch.cat(chosen)
         return list(together[torch.randperm(len(together), generator=generator)].split(batch_size))
+
+
+@dataclass(frozen=True)
+class ByLength(Sampler):
+    """Every example once per epoch, in batches of sequences of similar length, so that little is padded.
+
+    Examples are shuffled and cut into pools of `pool` batches; each pool is sorted by length and cut into
+    batches, and the batches of all pools are shuffled. One pool of all examples pads least; a pool of one
+    batch is a plain shuffle, and so is everything where inputs have one length.
+
+    Args:
+        pool: batches that are sorted together.
+
+    >>> lengths = torch.tensor([1, 9, 1, 9, 1, 9])
+    >>> plan = ByLength().plan(torch.zeros(6), 3, 0, torch.Generator().manual_seed(0), lengths)
+    >>> sorted(sorted(batch.tolist()) for batch in plan)
+    [[0, 2, 4], [1, 3, 5]]
+    """
+
+    pool: int = 50
+
+    needs_lengths: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        whole_number(pool=self.pool)
+
+    def plan(
+        self,
+        targets: Tensor,
+        batch_size: int,
+        epoch: int,
+        generator: torch.Generator,
+        lengths: Tensor | None = None,
+    ) -> list[Tensor]:
+        order = torch.randperm(len(targets), generator=generator)
+        if lengths is None:
+            return list(order.split(batch_size))
+        lengths = lengths.cpu()
+
+        batches: list[Tensor] = []
+        for own in order.split(self.pool * batch_size):
+            # Stable, so that the shuffle decides among sequences of one length.
+            batches += own[lengths[own].argsort(stable=True)].split(batch_size)
+        # Without this, every pool would go from short to long.
+        return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]

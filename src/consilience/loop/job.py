@@ -223,7 +223,10 @@ class Job:
         source, examples, _ = self.parts[part]
         sampler = self.training.sampler or Shuffle()
         generator = key(self.seed, source.name, self.visits[part], epoch, turn, "shuffle")
-        plan: list[Tensor] = sampler.plan(examples.targets(), self.training.samples, epoch, generator)
+        # Only for those that ask: samplers of users take four arguments.
+        more = {"lengths": examples.lengths()} if getattr(sampler, "needs_lengths", False) else {}
+        size = self.training.samples
+        plan: list[Tensor] = sampler.plan(examples.targets(), size, epoch, generator, **more)
         if not plan:
             raise ConsilienceError(
                 f"a sampler must plan at least one batch, got none from {type(sampler).__name__}."

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from consilience.core.augment import Origins
 from consilience.core.contexts import Beginning, Begun, Context, Learned, Memory
 from consilience.core.correction import Correction
 from consilience.core.message import Item, Private
@@ -45,6 +46,7 @@ def pool(sources: tuple[Source, ...], past: Mapping[str, Private]) -> tuple[Sour
             task=item.meta["task"],
             train=Tensors(unnamed("x", item.tensors).to(where), item.tensors["y"].to(where)),
             classes=tuple(item.meta["classes"]),
+            augment=None,
         )
         for name, item in past.items()
         if len(item.tensors["y"])
@@ -52,8 +54,12 @@ def pool(sources: tuple[Source, ...], past: Mapping[str, Private]) -> tuple[Sour
     if sources[0].task is not None:
         return (*sources, *old)
 
-    everything = (*old, *sources)
-    return (Source.union("+".join(s.name for s in everything), everything),)
+    # Augmentations are found by the source that each example came from.
+    everything = (*old, *(replace(source, augment=None) for source in sources))
+    sizes = torch.tensor([len(source.train) for source in everything])
+    names = tuple(source.name for source in everything)
+    origins = Origins(names, torch.repeat_interleave(torch.arange(len(names)), sizes))
+    return (replace(Source.union("+".join(names), everything), origins=origins),)
 
 
 def others(memory: Memory, sources: tuple[Source, ...]) -> dict[str, Private]:
@@ -67,7 +73,7 @@ def facts_of(learned: Learned) -> dict[str, object]:
     """Return the facts of a source that its item keeps.
 
     They are the task that the model was given, the source's own task, its classes, what its targets are (by
-    the key in `LabelFrame.targets`), and the visit's number.
+    the key in `LabelFrame.targets`), and the visit's number; and whether its samples are augmented.
     """
     source = learned.source
     return {
@@ -76,7 +82,13 @@ def facts_of(learned: Learned) -> dict[str, object]:
         "classes": list(source.classes),
         "target": source.target,
         "order": learned.order,
+        **augmented(source),
     }
+
+
+def augmented(source: Source) -> dict[str, object]:
+    """Return the fact that samples of a source are augmented where they are trained on, if they are."""
+    return {} if source.augment is None else {"augmented": True}
 
 
 def reset(

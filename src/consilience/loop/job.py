@@ -172,7 +172,7 @@ class Job:
         """Return the mean over sources of the loss on their validation data, in eval mode."""
         # The loss of training, so that what is stopped by is what is trained by.
         step, losses = self.step, []
-        for source, _, task in self.parts:
+        for source, _, task, _ in self.parts:
             total = count = 0.0
             for x, y in source.validation.to(self.layout.device, self.layout.dtype).chunks(CHUNK):
                 part = Batch(x, y, task, target=source.target)

@@ -363,15 +363,11 @@ def test_inputs_that_a_module_does_not_take_are_named():
         assert rule in str(e.value), str(e.value)
 
 
-def test_methods_that_need_one_tensor_say_so():
+def test_methods_that_need_one_tensor_say_so_before_any_work():
     sources = [texts("a", 0), texts("b", 1)]
-    for method in (m.finetune() + m.infer(cs.mappers.nearest_mean(on="inputs")),):
-        with pytest.raises(
-            cs.ConsilienceError, match="needs inputs that are one tensor, got the parts input_ids"
-        ):
-            cs.run(
-                cs.settings.continual(sources, "class"), method, model=bag(), training=cs.Training(epochs=1)
-            )
+    for method in (m.generative_replay(), m.finetune() + m.infer(cs.mappers.nearest_mean(on="inputs"))):
+        with pytest.raises(cs.Refusal, match="several parts"):
+            cs.run(cs.settings.continual(sources, "class"), method, model=bag(outputs=4))
 
 
 def test_inputs_that_differ_are_not_joined():

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from consilience.core.augment import Origins
 from consilience.core.losses import NONE
 from consilience.core.tree import Input
 
@@ -27,13 +28,15 @@ class Batch:
     extra: Mapping[str, Tensor] = field(default_factory=dict)
     """Named tensors [B, ...] that belong to the samples, such as stored logits."""
     source: str = ""
-    """The name of the source."""
+    """The source whose samples these are, and whose augmentation they get; "" for generated ones."""
     weight: float | None = None
     """The weight of its loss among the objectives. None: 1 / (number of such batches). 0: for `rows` only."""
     target: str = ""
     """The key of what its targets are in `LabelFrame.targets`; "" where all tasks are alike."""
     drawn_by: str = ""
     """The name of the correction that drew it; set by the loop."""
+    origins: Origins | None = None
+    """The source of each sample, where there are several with an augmentation; the loop takes it away."""
 
     def mean(self, values: Tensor) -> Tensor:
         """Return the mean of values [B] or [B, *places] over the samples that count: sum w v / sum w.

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from consilience.core.augment import Views
 from consilience.core.errors import ConsilienceError, unknown
 from consilience.core.losses import KINDS, NONE, fits, loss_of
 from consilience.core.names import checked_name
@@ -96,6 +98,8 @@ class Schedule:
     """What the evaluated agent is judged on. Default: the sources. Parts of a stream share one `test`."""
     boundaries: bool = True
     """Whether learners may know where a source ends. If not, a stream is seen once."""
+    augments: Mapping[str, Views] = field(default_factory=dict)
+    """The augmentations of training samples, by source: also of sources that only buffers know."""
 
     def __post_init__(self) -> None:
         # Receipts, memories and visits are kept by the names of sources.
@@ -108,6 +112,9 @@ class Schedule:
         checked_name(self.evaluated, "agent")
         # The class is frozen, so that a schedule can be run twice.
         object.__setattr__(self, "judged", self.judged or self.sources)
+        own = {source.name: source.augment for source in self.sources if source.augment is not None}
+        others = {name: views for name, views in self.augments.items() if name not in names}
+        object.__setattr__(self, "augments", others | own)
         object.__setattr__(self, "_by_name", {source.name: source for source in self.sources})
 
     @property
@@ -587,7 +594,9 @@ def _complete(source: Source) -> bool:
         raise ConsilienceError(
             f"a source must have training targets, and all of {source.name!r} are missing."
         )
-    return not bool(missing.any())
+    # An augmentation may take targets away, such as pixels outside of an image that was turned.
+    changed = source.augment is not None and source.augment.joint
+    return not changed and not bool(missing.any())
 
 
 def _same_outputs(group: Sequence[tuple[int, Source]]) -> list[tuple[int, Source]]:
@@ -648,11 +657,6 @@ _Mapped = dict[tuple[int, tuple[int, ...]], Examples]
 
 def _mapped_parts(source: Source, table: Tensor, mapped: _Mapped) -> dict[str, Any]:
     """Return train, validation and test with target t replaced by table[t]."""
-
-    def columns(y: Tensor) -> Tensor:
-        # What has no target keeps none.
-        return torch.where(y == NONE, y, table.to(y.device)[y.clamp_min(0)])
-
     # Targets that stay as they are keep the very examples, and so the memory they are in.
     parts: dict[str, Any] = {name: getattr(source, name) for name in ("train", "validation", "test")}
     if torch.equal(table, torch.arange(len(table))):
@@ -660,6 +664,12 @@ def _mapped_parts(source: Source, table: Tensor, mapped: _Mapped) -> dict[str, A
     for name, examples in parts.items():
         at = (id(examples), tuple(table.tolist()))
         if at not in mapped:
-            mapped[at] = examples.map(y=columns)
+            # Not a closure, which could not be sent to the workers of a stream.
+            mapped[at] = examples.map(y=partial(_columns, table))
         parts[name] = mapped[at]
     return parts
+
+
+def _columns(table: Tensor, y: Tensor) -> Tensor:
+    """Return the columns of targets, by a table; what has no target keeps none."""
+    return torch.where(y == NONE, y, table.to(y.device)[y.clamp_min(0)])

@@ -5,12 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from consilience.core.augment import Origins, States, Views, as_views, isolated, sample_seeds, seed_all
 from consilience.core.errors import ConsilienceError
 from consilience.core.losses import DEFAULTS, NONE, Loss, Losses
 from consilience.core.names import checked_name
@@ -32,6 +33,9 @@ Kind = Literal["class", "value", "labels"]
 class Examples(ABC):
     """Samples with their targets, in memory or streamed."""
 
+    draws: ClassVar[bool] = False
+    """Whether reading a sample may draw random numbers."""
+
     @abstractmethod
     def __len__(self) -> int: ...
 
@@ -39,8 +43,16 @@ class Examples(ABC):
     def batches(self, plan: Sequence[Tensor]) -> Iterator[tuple[Input, Tensor]]:
         """Yield the batches (x [B, ...], y [B, ...]) whose indices `plan` lists, in its order.
 
-        Ragged inputs are padded to the longest of each batch, and their places of targets are too.
+        Ragged inputs are padded to the longest of each batch, and their places of targets are too. What is
+        random inside a dataset is the same at every call.
         """
+
+    def views(
+        self, plan: Sequence[Tensor], augment: Views | None, seeds: Sequence[Tensor]
+    ) -> Iterator[tuple[Input, Tensor]]:
+        """Yield random views of the batches of `plan`, by the seeds [B] of each batch, for training."""
+        for index, own, (x, y) in zip(plan, seeds, self.batches(plan), strict=True):
+            yield (x, y) if augment is None else augment.of(index)(x, y, own)
 
     @abstractmethod
     def select(self, index: Tensor) -> Examples:
@@ -172,29 +184,50 @@ class Stream(Examples):
     workers: int = 0
     x_through: tuple[Through, ...] = ()
     y_through: tuple[Through, ...] = ()
+    place: tuple[torch.device, torch.dtype] | None = None
+    """The device, and the type of inputs with fractions, that batches are moved to at the end."""
+
+    draws: ClassVar[bool] = True
 
     def __len__(self) -> int:
         return len(self.index)
 
+    def to(self, device: torch.device, dtype: torch.dtype) -> Stream:
+        return replace(self, y=self.y.to(device), place=(device, dtype))
+
     def batches(self, plan: Sequence[Tensor]) -> Iterator[tuple[Input, Tensor]]:
+        # A dataset that draws random numbers gives one fixed view of a sample here.
+        return self._read(plan, [sample_seeds(torch.Generator(), self.index[batch]) for batch in plan])
+
+    def views(
+        self, plan: Sequence[Tensor], augment: Views | None, seeds: Sequence[Tensor]
+    ) -> Iterator[tuple[Input, Tensor]]:
+        return self._read(plan, seeds, augment)
+
+    def _read(
+        self, plan: Sequence[Tensor], seeds: Sequence[Tensor], augment: Views | None = None
+    ) -> Iterator[tuple[Input, Tensor]]:
         from torch.utils.data import DataLoader
 
-        order = [self.index[batch].tolist() for batch in plan if len(batch)]
-        # A generator of its own, because a DataLoader would draw from torch's global one.
-        loader = DataLoader(
-            self.dataset,
-            batch_sampler=order,
+        # Without an augmentation to come after them, functions run in this process.
+        x_before = () if augment is None else self.x_through
+        y_before = self.y_through if augment is not None and augment.joint else ()
+        reader = Reader(self.dataset, x_before, y_before, augment)
+        pairs = [(self.index[batch], own) for batch, own in zip(plan, seeds, strict=True) if len(batch)]
+        loader: Any = DataLoader(
+            cast(Any, reader),
+            batch_sampler=[list(zip(index.tolist(), own.tolist(), strict=True)) for index, own in pairs],
             num_workers=self.workers,
-            # A dataset may know how its samples become a batch.
-            collate_fn=getattr(self.dataset, "collate", None),
+            collate_fn=as_it_is,
+            # A generator of its own, because a DataLoader would draw from torch's global one.
             generator=torch.Generator(),
         )
-        for inputs, targets in unwrapped(loader):
-            x, y = as_input(inputs), torch.as_tensor(targets)
-            for function in self.x_through:
-                x = function(x)
-            for function in self.y_through:
-                y = function(y)
+        for x, y in unwrapped(loader):
+            x = through(x, self.x_through[len(x_before) :])
+            y = through(y, self.y_through[len(y_before) :])
+            if self.place is not None:
+                device, dtype = self.place
+                x, y = x.to(device, dtype if x.is_floating_point() else x.dtype), y.to(device)
             yield x, y
 
     def select(self, index: Tensor) -> Stream:
@@ -229,6 +262,60 @@ WRAPPED = f"{ConsilienceError.__module__}.{ConsilienceError.__qualname__}: "
 """How the last line of a trace begins."""
 
 
+@dataclass
+class Reader:
+    """What a DataLoader reads, in its processes or in ours: batches of samples, by (index, seed)."""
+
+    dataset: Any
+    x_through: tuple[Through, ...] = ()
+    y_through: tuple[Through, ...] = ()
+    augment: Views | None = None
+    draws: bool = False
+    """Whether the dataset was seen to draw from the global random states."""
+
+    def __getitems__(self, keyed: Sequence[tuple[int, int]]) -> tuple[Input, Tensor]:
+        from torch.utils.data import default_collate
+
+        # A dataset may know how its samples become a batch.
+        collate = getattr(self.dataset, "collate", None) or default_collate
+        inputs, targets = collate(self._samples(keyed))
+        x, y = as_input(inputs), torch.as_tensor(targets)
+        if self.augment is None:
+            return x, y
+        x, y = through(x, self.x_through), through(y, self.y_through)
+        return self.augment(x, y, torch.tensor([seed for _, seed in keyed]))
+
+    def _samples(self, keyed: Sequence[tuple[int, int]]) -> list[Any]:
+        """Return samples; those of a dataset that draws random numbers are seeded one by one."""
+        if not self.draws:
+            before = States.now()
+            found = [self.dataset[i] for i, _ in keyed]
+            if before.unchanged():
+                return found
+            # Read again: seeding every sample of datasets that never draw would cost more than some reads.
+            before.restore()
+            self.draws = True
+
+        found = []
+        with isolated():
+            for i, seed in keyed:
+                seed_all(seed)
+                found.append(self.dataset[i])
+        return found
+
+
+def as_it_is(batch: Any) -> Any:
+    """Return a batch that is collated already."""
+    return batch
+
+
+def through(value: Any, functions: Sequence[Through]) -> Any:
+    """Return a value after some functions, one after another."""
+    for function in functions:
+        value = function(value)
+    return value
+
+
 @dataclass(frozen=True, eq=False)
 class Source:
     """Data of one place, task or time.
@@ -259,6 +346,13 @@ class Source:
     """The key of its Target in `LabelFrame.targets`; schedules set it."""
     feature_space: str = ""
     """The hash of the backbone whose features the inputs are (`data.embed`); "" for inputs of any model."""
+    augment: Any = None
+    """A random function of training samples, see `consilience.data.augment`; None: they stay as they are.
+
+    Training and rehearsal see views of it. Everything else reads the samples themselves.
+    """
+    origins: Origins | None = None
+    """Of a pool that a correction made: the source of each training example, whose augmentation it gets."""
 
     def __post_init__(self) -> None:
         # Our own keys live in the same dictionaries as these names.
@@ -267,6 +361,11 @@ class Source:
             checked_name(self.task, "task")
         if len(self.train) == 0:
             raise ConsilienceError(f"a source must have training examples, got none in {self.name!r}.")
+        try:
+            # The class is frozen, so that sources can be shared.
+            object.__setattr__(self, "augment", as_views(self.augment))
+        except ConsilienceError as error:
+            raise ConsilienceError(f"in {self.name!r}: {error}") from None
 
     def __repr__(self) -> str:
         sizes = f"{len(self.train)} + {len(self.validation)} + {len(self.test)}"
@@ -285,6 +384,13 @@ class Source:
             mapped["feature_space"] = ""
         return replace(self, **{**mapped, **changes})
 
+    def select(self, index: Tensor) -> Source:
+        """Return the same source with the training examples at these indices."""
+        origins = self.origins
+        if origins is not None:
+            origins = origins._replace(number=origins.number[index.to(origins.number.device)])
+        return replace(self, train=self.train.select(index), origins=origins)
+
     @property
     def places(self) -> int:
         """The number of dimensions of places, such as 1 for tokens and 2 for pixels; 0: one target each."""
@@ -295,6 +401,8 @@ class Source:
         """Return one source with the training examples of several, which must share their labels."""
         if any(source.labels != sources[0].labels for source in sources):
             raise ConsilienceError("sources to unite must share their labels, got different ones.")
+        if any(source.augment is not sources[0].augment for source in sources):
+            raise ConsilienceError("sources to unite must share their augmentation, got different ones.")
         pairs = [source.train.whole() for source in sources]
         train = Tensors(concat([x for x, _ in pairs]), joined_targets([y for _, y in pairs]))
         classes = tuple(sorted({column for source in sources for column in source.classes}))

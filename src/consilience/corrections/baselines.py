@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from consilience.core.augment import Origins
 from consilience.core.contexts import Beginning, Begun, Context, Learned, Memory
 from consilience.core.correction import Correction
 from consilience.core.message import Item, Private
@@ -48,6 +49,7 @@ def pool(sources: tuple[Source, ...], past: Mapping[str, Private]) -> tuple[Sour
             classes=tuple(item.meta["classes"]),
             kind=item.meta["kind"],
             target=item.meta["target"],
+            augment=None,
         )
         for name, item in past.items()
         if len(item.tensors["y"])
@@ -58,8 +60,17 @@ def pool(sources: tuple[Source, ...], past: Mapping[str, Private]) -> tuple[Sour
     # The groups of the new sources come first.
     groups: dict[object, list[Source]] = {_alike(source): [] for source in sources}
     for source in (*old, *sources):
-        groups.setdefault(_alike(source), []).append(source)
-    return tuple(Source.union("+".join(s.name for s in group), group) for group in groups.values())
+        # Augmentations are found by the source that each example came from.
+        groups.setdefault(_alike(source), []).append(replace(source, augment=None))
+    return tuple(_pooled(group) for group in groups.values())
+
+
+def _pooled(group: Sequence[Source]) -> Source:
+    """Return sources as one, with the origin of each example."""
+    sizes = torch.tensor([len(source.train) for source in group])
+    names = tuple(source.name for source in group)
+    origins = Origins(names, torch.repeat_interleave(torch.arange(len(names)), sizes))
+    return replace(Source.union("+".join(names), group), origins=origins)
 
 
 def _alike(source: Source) -> object:
@@ -80,7 +91,7 @@ def facts_of(learned: Learned) -> dict[str, object]:
     """Return the facts of a source that its item keeps.
 
     They are the task that the model was given, the source's own task, its classes, its kind of targets, what
-    these are (by the key in `LabelFrame.targets`), and the visit's number.
+    these are (by the key in `LabelFrame.targets`), and the visit's number; and whether it is augmented.
     """
     source = learned.source
     return {
@@ -90,7 +101,13 @@ def facts_of(learned: Learned) -> dict[str, object]:
         "kind": source.kind,
         "target": source.target,
         "order": learned.order,
+        **augmented(source),
     }
+
+
+def augmented(source: Source) -> dict[str, object]:
+    """Return the fact that samples of a source are augmented where they are trained on, if they are."""
+    return {} if source.augment is None else {"augmented": True}
 
 
 def reset(

@@ -225,10 +225,7 @@ class GDumb(Buffer):
             own.nonzero()[:, 0] if bool(own.any()) else new[source.name].argmin()[None]
             for own, source in zip(of_new, sources, strict=True)
         ]
-        chosen = tuple(
-            replace(source, train=source.train.select(index))
-            for source, index in zip(sources, indices, strict=True)
-        )
+        chosen = tuple(source.select(index) for source, index in zip(sources, indices, strict=True))
         past = {name: select(item, own) for (name, item), own in zip(recalled.items(), of_past, strict=True)}
 
         # Buffers are small, and an epoch has as many steps as for plain training.
@@ -236,7 +233,7 @@ class GDumb(Buffer):
         repeated = []
         for part in pool(chosen, past):
             length = max(longest, len(part.train))
-            repeated.append(replace(part, train=part.train.select(torch.arange(length) % len(part.train))))
+            repeated.append(part.select(torch.arange(length) % len(part.train)))
         return tuple(repeated)
 
     def begin(self, start: Beginning) -> Begun:

@@ -278,7 +278,6 @@ class GenerativeReplay(Correction):
         like = torch.zeros((), dtype=ctx.layout.dtype, device=ctx.layout.device)
         vae, parts = scholar.vae.to(like), []
         for conditions in self._conditions(scholar, generator):
-            names = dict.fromkeys(scholar.taught[i].source for i in conditions.tolist())
             first = scholar.taught[int(conditions[0])]
             x = vae.generate(conditions, generator).view(len(conditions), *scholar.shape)
 
@@ -287,7 +286,7 @@ class GenerativeReplay(Correction):
                 y = like.new_zeros(len(conditions), scholar.values)
             else:
                 y = torch.full((len(conditions),), first.classes[0], device=like.device)
-            parts.append(Batch(x, y, first.task, source="+".join(names)))
+            parts.append(Batch(x, y, first.task))
         return parts
 
     def _conditions(self, scholar: Scholar, generator: torch.Generator) -> list[Tensor]:

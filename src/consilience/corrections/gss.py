@@ -19,7 +19,7 @@ from consilience.core.params import Params
 from consilience.core.schedule import ScheduleFacts
 from consilience.core.source import Source, joined_rows
 from consilience.core.tree import Input, named, unnamed
-from consilience.corrections.baselines import others
+from consilience.corrections.baselines import augmented, others
 from consilience.corrections.gradients import per_sample
 from consilience.corrections.rehearsal import ER
 
@@ -155,7 +155,7 @@ class GSS(ER):
         """Return this source's examples in the buffer, and the keys of those they replaced (for `trim`)."""
         items = [] if ctx.recalled is None else list(ctx.recalled.items)
         device, of = learned.layout.device, learned.source
-        meta = {"task": learned.task, "classes": list(of.classes), "target": of.target}
+        meta = {"task": learned.task, "classes": list(of.classes), "target": of.target, **augmented(of)}
         sources = [*[item.meta for item in items], meta]
         scorer = Scorer(learned, self._names(learned, [source["task"] for source in sources]), sources)
 

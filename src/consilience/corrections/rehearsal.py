@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from consilience.core.augment import Origins
 from consilience.core.batch import Batch
 from consilience.core.buffer import Policy, Reservoir
 from consilience.core.contexts import Context, Learned, Memory, Row, StepView
@@ -18,7 +19,7 @@ from consilience.core.losses import NONE
 from consilience.core.message import Private
 from consilience.core.schedule import ScheduleFacts
 from consilience.core.source import Source, joined_rows, trimmed
-from consilience.core.tree import Input, concat, named, signature, unnamed
+from consilience.core.tree import concat, named, signature, unnamed
 from consilience.corrections.baselines import facts_of, others
 from consilience.corrections.quadratic import non_negative
 
@@ -31,6 +32,14 @@ class Group(NamedTuple):
     tensors: Mapping[str, Tensor]
     target: str = ""
     """What their targets are, if that differs between tasks."""
+    names: tuple[str, ...] = ()
+    """Of samples that are augmented, the sources that "from" [n] numbers."""
+
+    def batch(self, weight: float | None = None) -> Batch:
+        """Return the examples as a part of a step, without padding that they do not need."""
+        x, y = trimmed(unnamed("x", self.tensors), self.tensors["y"])
+        origins = Origins(self.names, self.tensors["from"]) if self.names else None
+        return Batch(x, y, self.task, source=self.sources, weight=weight, target=self.target, origins=origins)
 
 
 class Replayed(NamedTuple):
@@ -107,11 +116,6 @@ def kept(tensors: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tenso
     return {name: tensor for name, tensor in tensors.items() if name.partition("/")[0] in names}
 
 
-def examples_of(group: Group) -> tuple[Input, Tensor]:
-    """Return the inputs and targets of buffered examples, without padding that they do not need."""
-    return trimmed(unnamed("x", group.tensors), group.tensors["y"])
-
-
 def select(item: Private, kept: Tensor) -> Private:
     """Return the examples of an item where `kept` [n] is true."""
     return replace(item, tensors={k: t[kept.to(t.device)] for k, t in item.tensors.items()})
@@ -155,16 +159,20 @@ class ER(Buffer):
 
         groups = []
         for items in by_task.values():
-            tensors = joined_rows([kept(item.tensors, self.keeps) for item in items.values()])
+            tables = [kept(item.tensors, self.keeps) for item in items.values()]
+            names: tuple[str, ...] = ()
+            # Which source an example is from matters only where views of it are drawn.
+            if any(item.meta.get("augmented") for item in items.values()):
+                names = tuple(items)
+                for number, table in enumerate(tables):
+                    table["from"] = torch.full((len(table["y"]),), number, device=table["y"].device)
             meta = next(iter(items.values())).meta
-            groups.append(Group("+".join(items), meta["task"], tensors, meta["target"]))
+            groups.append(Group("+".join(items), meta["task"], joined_rows(tables), meta["target"], names))
         return groups or None
 
     def sample(self, ctx: Context, sources: tuple[Source, ...], generator: torch.Generator) -> list[Batch]:
         """Return one part; with task labels, of a task drawn in proportion to its examples in the buffer."""
-        drawn = self.draw(ctx.recalled, generator)
-        x, y = examples_of(drawn)
-        return [Batch(x, y, drawn.task, source=drawn.sources, target=drawn.target)]
+        return [self.draw(ctx.recalled, generator).batch()]
 
     def draw(self, groups: list[Group], generator: torch.Generator) -> Group:
         """Draw a group in proportion to its size, and then `batch_size` of its examples with replacement."""
@@ -216,10 +224,19 @@ class ERACE(ER):
         x, y = own.train.select(index).whole()
         x, y = x.to(old.x.device, old.x.dtype), y.to(old.y)
         if old.task is not None or own.target != old.target or signature(x) != signature(old.x):
-            new_part = replace(old, x=x, y=y, task=own.task, source=own.name, target=own.target)
+            new_part = replace(old, x=x, y=y, task=own.task, source=own.name, target=own.target, origins=None)
             return [new_part if fresh * 2 > self.batch_size else old]
         x, y = concat([x[:fresh], old.x[fresh:]]), torch.cat([y[:fresh], old.y[fresh:]])
-        return [replace(old, x=x, y=y)]
+        return [replace(old, x=x, y=y, origins=self._origins(own, old, fresh))]
+
+    def _origins(self, own: Source, old: Batch, fresh: int) -> Origins | None:
+        """Return where samples are from of which the first `fresh` are the source's own."""
+        if own.augment is None and old.origins is None:
+            return None
+        names, number = old.origins or Origins((old.source,), torch.zeros(len(old.y), dtype=torch.long))
+        number = number.clone()
+        number[:fresh] = len(names)
+        return Origins((*names, own.name), number)
 
     def losses(self, losses: dict[int, Tensor], step: StepView, ctx: Context) -> dict[int, Tensor]:
         changed = dict(losses)
@@ -260,13 +277,12 @@ class DER(ER):
         # The part of weight 0 is only forwarded: `rows` makes its objective.
         for weight in (0.0, self.beta) if self.beta else (0.0,):
             drawn = self.draw(ctx.recalled, generator)
-            x, y = examples_of(drawn)
-            part = Batch(x, y, drawn.task, source=drawn.sources, weight=weight, target=drawn.target)
+            part = drawn.batch(weight)
             if not weight:
                 logits = drawn.tensors["logits"]
                 # Trimmed as the targets are, where they have places.
                 part = replace(
-                    part, extra={"logits": logits[..., : y.shape[-1]] if logits.dim() > 2 else logits}
+                    part, extra={"logits": logits[..., : part.y.shape[-1]] if logits.dim() > 2 else logits}
                 )
             parts.append(part)
         return parts

@@ -13,10 +13,11 @@ if TYPE_CHECKING:
 
     from consilience.core.model import Model
     from consilience.core.source import Source
+    from consilience.data import augment as augment
     from consilience.data import features as features
     from consilience.data import samplers as samplers
 else:
-    # Both are not in `__all__`, because the command line offers what is there as data or as a split.
+    # These are not in `__all__`, because the command line offers what is there as data or as a split.
     __getattr__, __dir__ = lazy.attach(__name__)
 
 Kind = Literal["class", "value", "labels"]
@@ -121,6 +122,7 @@ def arrays(
     seed: int = 0,
     loss: Any = None,
     metric: Any = None,
+    augment: Any = None,
 ) -> Source:
     """Make a source from numpy arrays or torch tensors.
 
@@ -142,6 +144,8 @@ def arrays(
         loss: what its task is trained by: a name, one of `consilience.losses`, or a function (outputs,
             targets) -> the loss of each target. None: that of the run (`Training.loss`), or of the kind.
         metric: what its task is judged by. None: that of the run, or of the kind.
+        augment: a random function of a training sample, several in a list, or a mapping of them by part; see
+            `consilience.data.augment`. Validation and test are not augmented.
 
     Raises:
         ConsilienceError: different lengths, no examples, NaN or infinity, targets that are not among the
@@ -155,7 +159,8 @@ def arrays(
     """
     from consilience.data._sources import Options, from_arrays
 
-    return from_arrays(x, y, Options(name, test, classes, kind, space, validation, seed, loss, metric))
+    options = Options(name, test, classes, kind, space, validation, seed, loss, metric, augment)
+    return from_arrays(x, y, options)
 
 
 def tasks(
@@ -284,6 +289,7 @@ def stream(
     seed: int = 0,
     loss: Any = None,
     metric: Any = None,
+    augment: Any = None,
 ) -> Source:
     """Make a source from a map-style dataset that does not fit in memory.
 
@@ -297,9 +303,10 @@ def stream(
             "labels" or "label" (a datasets.Dataset). x is a tensor, an array, an image, or a mapping or tuple
             of parts, with which the module is called by name or by place.
         test: another such dataset, or the fraction of this one to test on, a stratified draw.
-        classes, name, kind, space, validation, seed, loss, metric: as in `arrays`. A datasets.Dataset may
-            name its classes itself.
-        workers: processes that read; 0 reads in this one.
+        classes, name, kind, space, validation, seed, loss, metric, augment: as in `arrays`. A table of the
+            library datasets may name its classes itself. A dataset that is random itself is random in
+            validation and test too, though it gives the same each time.
+        workers: processes that read and augment; 0 does so in this one. Results do not depend on it.
 
     Raises:
         ConsilienceError: no map-style dataset, items of another form, examples that cannot be read or are not
@@ -313,7 +320,7 @@ def stream(
     """
     from consilience.data._sources import Options, from_dataset
 
-    options = Options(name, test, classes, kind, space, validation, seed, loss, metric)
+    options = Options(name, test, classes, kind, space, validation, seed, loss, metric, augment)
     return from_dataset(dataset, workers, options)
 
 
@@ -331,6 +338,7 @@ def folder(
     unreadable: Literal["refuse", "skip"] = "refuse",
     mean: float | Sequence[float] = 0.0,
     std: float | Sequence[float] = 1.0,
+    augment: Any = None,
 ) -> Source:
     """Make a source from a folder of images with one subfolder per class: x [N, 3, H, W] in [0, 1].
 
@@ -351,6 +359,7 @@ def folder(
             counts them.
         mean, std: x becomes (x - mean) / std; one number, or one per channel, as in `(0.485, 0.456, 0.406)`
             and `(0.229, 0.224, 0.225)` for models trained on ImageNet.
+        augment: as in `arrays`.
 
     >>> folder("no/such/place")
     Traceback (most recent call last):
@@ -361,7 +370,8 @@ def folder(
     from consilience.data._sources import Options, Reading, from_folder
 
     # Resolved, because "." has no name.
-    options = Options(name or Path(path).resolve().name, test, None, "class", space, validation, seed)
+    called = name or Path(path).resolve().name
+    options = Options(called, test, None, "class", space, validation, seed, augment=augment)
     return from_folder(path, Reading(size, grey, in_memory, workers, unreadable, mean, std), options)
 
 
@@ -373,6 +383,7 @@ def npz(
     space: str | None = None,
     validation: float = 0.1,
     seed: int = 0,
+    augment: Any = None,
 ) -> Source:
     """Make a source from an .npz file of images: x [N, C, H, W] in [0, 1].
 
@@ -384,7 +395,7 @@ def npz(
         flat: x is [N, C*H*W].
         limit: training examples (with validation) at most, a stratified draw; None is all.
         images: which images, if the file has several kinds (`images28` for small omniglot).
-        space, validation, seed: as in `arrays`.
+        space, validation, seed, augment: as in `arrays`.
 
     >>> npz("no/such.npz")
     Traceback (most recent call last):
@@ -392,7 +403,7 @@ def npz(
     """
     from consilience.data._sources import from_npz
 
-    return from_npz(name, flat, limit, images, space, validation, seed)
+    return from_npz(name, flat, limit, images, space, validation, seed, augment)
 
 
 def shakespeare(
@@ -579,9 +590,9 @@ def embed(
         A source for a source, a list for several.
 
     Raises:
-        ConsilienceError: the backbone is not frozen, or a different one for each seed; features that are not
-            finite; an image that cannot be read; a folder that cannot be written; features that were changed
-            on disk.
+        ConsilienceError: the backbone is not frozen, or a different one for each seed; sources with an
+            augmentation; features that are not finite; an image that cannot be read; a folder that cannot be
+            written; features that were changed on disk.
 
     >>> from consilience import models
     >>> psi = embed(digits(image=True), models.backbone(models.conv(10, 1, 8, 4)))

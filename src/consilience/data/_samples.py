@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from consilience.core.augment import isolated
 from consilience.core.errors import ConsilienceError
 from consilience.core.losses import NONE
 from consilience.core.tree import Input, Tree, as_tensor, pad, part_of, unit
@@ -159,10 +160,12 @@ class Pairs:
 
     def parts(self, i: int) -> dict[str, Tensor]:
         """Return the inputs of an example, which must be like those of the first one."""
-        # The first example counts, whichever is read first: the order decides nothing.
+        # The first example counts, whichever is read first: the order decides nothing. It is read apart, or a
+        # dataset that draws random numbers would draw others for example i.
         if self.first is None:
-            self.first = named_inputs(item_of(self.dataset, 0), 0)
-        return dict(self.first) if i == 0 else self.alike(named_inputs(item_of(self.dataset, i), i), i)
+            with isolated():
+                self.first = named_inputs(item_of(self.dataset, 0), 0)
+        return self.alike(named_inputs(item_of(self.dataset, i), i), i)
 
     def alike(self, parts: dict[str, Tensor], i: int) -> dict[str, Tensor]:
         """Check that the inputs of an example are like those of the first one."""

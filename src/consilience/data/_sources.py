@@ -60,6 +60,7 @@ class Options:
     seed: int = 0
     loss: Any = None
     metric: Any = None
+    augment: Any = None
 
     @property
     def label_space(self) -> str:
@@ -299,6 +300,7 @@ def source_of(
         kind=options.kind,
         loss=options.loss,
         metric=options.metric,
+        augment=options.augment,
     )
 
 
@@ -840,6 +842,7 @@ def from_npz(
     space: str | None,
     validation: float,
     seed: int,
+    augment: Any = None,
 ) -> Source:
     """See `consilience.data.npz`."""
     path = find(name)
@@ -864,7 +867,7 @@ def from_npz(
     else:
         classes = [str(i) for i in range(int(torch.cat([y, pairs["test"][1]]).max()) + 1)]
     options = Options(path.stem, pairs["test"], classes, space=space, validation=validation, seed=seed)
-    return from_arrays(x, y, options)
+    return from_arrays(x, y, replace(options, augment=augment))
 
 
 def _archive(path: Path, images: str) -> Archive:

@@ -48,6 +48,12 @@ def embed(
         raise ConsilienceError(f"`batch` must be at least 1, got {batch}.")
     if not sources or not all(isinstance(source, Source) for source in sources):
         raise ConsilienceError(f"`sources` must be sources, got {kind_of(sources)}.")
+    for source in sources:
+        if source.augment is not None:
+            raise ConsilienceError(
+                f"features are kept of each image once, so images cannot be augmented, got "
+                f"{source.augment!r} in {source.name!r}; embed source.map(augment=None)."
+            )
     # The backbone's hash names the folder: another backbone never finds these features.
     backbone = Backbone.of(model, torch.device(device))
     store = None if cache is None else Store(Path(cache) / backbone.name, backbone.width)

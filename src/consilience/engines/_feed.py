@@ -46,7 +46,7 @@ class Feed:
     def run(self) -> dict[int, Exception]:
         """Run all jobs to their ends; return what stopped some of them, by their position."""
         jobs = self.stack.jobs
-        gathered = all(in_memory(part) for job in jobs for part in job.parts)
+        gathered = all(in_memory(part) and part.augment is None for job in jobs for part in job.parts)
         if gathered and len(self.widths) == 1 and not self.stack.step.by_verb["sample"]:
             self._run_windows()
             return {}

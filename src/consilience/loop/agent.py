@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from consilience.core.augment import views_of
 from consilience.core.contexts import Beginning, Context, Learned, Memory
 from consilience.core.correction import Correction, overrides
 from consilience.core.errors import ConsilienceError, Refusal, unknown
@@ -140,6 +141,7 @@ class Agent:
             seed=self.seed,
             training=self.training,
             kind=("step", *[c.name for c, ctx in corrections if acts(c, ctx)], layout.size),
+            augments=self.schedule.augments,
             fraction=fraction,
             begun=begun,
         )
@@ -222,7 +224,8 @@ class Agent:
     def _part(self, source: Source) -> Part:
         """Return a source to train on with its examples on the device, and the task given to the model."""
         examples = source.train.to(self.device, self.training.dtype)
-        return Part(source, examples, source.task if self.aware else None)
+        views = views_of(self.schedule.augments, source.name, source.origins)
+        return Part(source, examples, source.task if self.aware else None, views)
 
     def _horizon(self, parts: Sequence[Part]) -> tuple[int, int]:
         """Return (epochs, steps per epoch) of a visit."""

@@ -28,6 +28,7 @@ from consilience.core.tree import Tree, named, signature, types
 from consilience.loop.agents import Setup
 from consilience.loop.engine import Engine
 from consilience.loop.folder import Progress
+from consilience.loop.probe import check_augments
 from consilience.loop.step import HALF
 from consilience.metrics import choice
 from consilience.version import __version__
@@ -126,6 +127,7 @@ def check_all(
         raise Refusal(f"the sampler cannot be used here: {unfit}.")
 
     _check_inputs(schedule, method, model)
+    check_augments(schedule)
     metrics = choice.metrics_of(options.metric, [*schedule.judged, *schedule.sources], schedule.frame)
     for name in sorted(
         {metric.name for some in metrics.values() for metric in some if metric.higher is None}
@@ -325,6 +327,7 @@ def fingerprint(setup: Setup, options: RunOptions) -> dict[str, Any]:
         some = torch.arange(0, len(source.train), max(1, len(source.train) // 64))
         data |= named(f"{source.name}/x", source.train.select(some).whole()[0])
         data[f"{source.name}/y"] = source.train.targets()
+    augments = {name: repr(views) for name, views in schedule.augments.items()}
     plan = [repr(phase) for phase in schedule.plan(options.seed)][:1000]
 
     # The repr, if the model has one, tells what it will grow.
@@ -353,4 +356,5 @@ def fingerprint(setup: Setup, options: RunOptions) -> dict[str, Any]:
         "metric": metrics if len({*metrics.values()}) > 1 else next(iter(metrics.values())),
         "stopping": None if options.stopping is None else repr(options.stopping),
         "threads": torch.get_num_threads(),
+        **({"augment": augments} if augments else {}),
     }

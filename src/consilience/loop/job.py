@@ -12,7 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from consilience.core.augment import Views, sample_seeds, views_of
 from consilience.core.batch import Batch
+from consilience.core.buffer import ranks
 from consilience.core.contexts import Context
 from consilience.core.correction import Correction
 from consilience.core.errors import ConsilienceError
@@ -37,6 +39,13 @@ class Part(NamedTuple):
     """On the device."""
     task: str | None
     """The task label that the model is given."""
+    augment: Views | None = None
+    """What training samples go through."""
+
+    @property
+    def random(self) -> bool:
+        """Whether a sample is not the same each time."""
+        return self.augment is not None or self.examples.draws
 
 
 @dataclass(eq=False)
@@ -61,6 +70,8 @@ class Job:
     training: Training
     kind: tuple[object, ...]
     """With the shapes of a step's parts, the key under which the ledger keeps the cost of a step."""
+    augments: Mapping[str, Views] = field(default_factory=dict)
+    """The augmentations of all sources, for samples that corrections kept of them."""
     fraction: float = 1.0
     """The fraction of the visit's steps to run: below 1 for a straggler."""
     epoch: int = 0
@@ -161,7 +172,7 @@ class Job:
         """Return the mean over sources of the loss on their validation data, in eval mode."""
         # The loss of training, so that what is stopped by is what is trained by.
         step, losses = self.step, []
-        for source, _, task in self.parts:
+        for source, _, task, _ in self.parts:
             total = count = 0.0
             for x, y in source.validation.to(self.layout.device, self.layout.dtype).chunks(CHUNK):
                 part = Batch(x, y, task, target=source.target)
@@ -182,7 +193,7 @@ class Job:
                 return
 
             # The examples of all parts are read side by side, one batch of each per step.
-            streams = [part.examples.batches(plan) for part, plan in zip(self.parts, plans, strict=True)]
+            streams = self._views(plans)
             for batches in zip(*streams, strict=True):
                 own = [
                     Batch(x, y, part.task, source=part.source.name, target=part.source.target)
@@ -192,16 +203,50 @@ class Job:
                 yield own + self._sampled(clock), clock
             self.epoch, self.index = self.epoch + 1, 0
 
+    def _views(self, plans: list[list[Tensor]]) -> list[Iterator[tuple[Input, Tensor]]]:
+        """Return the batches of all parts, which these plans list from step `index` on."""
+        if not any(part.random for part in self.parts):
+            return [part.examples.batches(plan) for part, plan in zip(self.parts, plans, strict=True)]
+
+        # Numbers depend on the sample and how often it came in this epoch, not on steps or batches.
+        streams = []
+        for number, (part, whole) in enumerate(zip(self.parts, self.plan(self.epoch), strict=True)):
+            if not part.random:
+                streams.append(part.examples.batches(plans[number]))
+                continue
+            index, visit = torch.cat(whole), self.visits[number]
+            generator = key(self.seed, part.source.name, visit, self.epoch, "augment")
+            seeds = sample_seeds(generator, index, ranks(torch.arange(len(index)), index))
+            each = seeds.split([len(batch) for batch in whole])
+            own = each[self.index : self.index + len(plans[number])]
+            streams.append(part.examples.views(plans[number], part.augment, own))
+        return streams
+
     def _sampled(self, clock: tuple[int, int]) -> list[Batch]:
         """Return the batches that corrections add to a step, such as rehearsal."""
         added: list[Batch] = []
         for correction, ctx in self.step.by_verb["sample"]:
             generator = key(self.seed, self.sources[0].name, self.visits[0], *clock, correction.name)
             batches = correction.sample(ctx, self.sources, generator)
+            if self.augments:
+                purposes = [(*clock, correction.name, number) for number in range(len(batches))]
+                batches = [self._view(*pair) for pair in zip(batches, purposes, strict=True)]
 
             # Marked, because a constraint's samples are forwarded apart from others.
             added += [replace(batch, drawn_by=correction.name) for batch in batches]
         return added
+
+    def _view(self, batch: Batch, purpose: tuple[object, ...]) -> Batch:
+        """Return a view of stored samples: a buffer keeps them as they are, and each step has other views."""
+        views = views_of(self.augments, batch.source, batch.origins)
+        if views is None:
+            return replace(batch, origins=None)
+        generator = key(self.seed, self.sources[0].name, self.visits[0], *purpose, "augment")
+
+        # Cloned, because a function may write into what it is given, and this may be the buffer itself.
+        seeds = sample_seeds(generator, torch.arange(len(batch.y)))
+        x, y = views(batch.x.clone(), batch.y.clone(), seeds)
+        return replace(batch, x=x, y=y, origins=None)
 
     def plan(self, epoch: int) -> list[list[Tensor]]:
         """Return the index batches of an epoch, per part; a shorter part starts over in a new order."""
@@ -220,7 +265,7 @@ class Job:
 
     def _pass(self, part: int, epoch: int, turn: int) -> list[Tensor]:
         """Return the index batches of one pass over one part."""
-        source, examples, _ = self.parts[part]
+        source, examples = self.parts[part][:2]
         sampler = self.training.sampler or Shuffle()
         generator = key(self.seed, source.name, self.visits[part], epoch, turn, "shuffle")
         # Only for those that ask: samplers of users take four arguments.

@@ -750,6 +750,75 @@ def test_stopping_from_the_command_line(tmp_path):
     assert stop["stage"] == 2 and stop["returned"] == 1
 
 
+def test_a_federation_stops_by_a_loss_of_which_less_is_better():
+    by_loss = {"metric": "loss", "stopping": 3}
+    r, full = rounds_of(**by_loss), rounds_of(metric="loss")
+    (stop,) = r.stopped
+    assert 1 <= stop["returned"] < stop["stage"] < 12 and stop["score"] < 0
+    clients = [NOISY, half_seen(B, 8)]
+    losses = []
+    for rounds in range(1, 13):
+        net = plain(params=rounds_of(rounds=rounds).params)
+        with torch.no_grad():
+            each = [F.cross_entropy(net(s.validation.x), s.validation.y) for s in clients]
+        losses.append(float(sum(each)) / 2)
+    assert rule_of(losses, 3) == (stop["returned"] - 1, stop["stage"])
+    assert -stop["score"] == pytest.approx(min(losses), rel=1e-6)
+    assert r.score == full.matrix[stop["returned"]].mean()
+
+
+def test_a_run_without_one_direction_does_not_stop():
+    schedule = cs.settings.federated([NOISY, half_seen(B, 8)], 3)
+    none = lambda p, y: 1.0  # noqa: E731
+    for given in (none, {"a": "accuracy", "b": "loss"}):
+        with pytest.raises(
+            cs.ConsilienceError, match="`stopping` of a run needs one metric with a direction"
+        ):
+            cs.run(schedule, cs.methods.fedavg(), mlp(), training(), metric=given, stopping=2)
+
+
+# torch.compile
+
+
+def test_compiled_steps_are_the_same_to_rounding():
+    """With dropout and batch norm; visits, tasks and sizes of batches share what was compiled."""
+    net = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Dropout(0.5), nn.Linear(5, 4))
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    runs = [go([A, B], cs.methods.ewc(1.0), net.double(), compile=c) for c in (False, True)]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > before
+    near(runs[1].params, runs[0].params, 1e-11)
+    assert runs[0].costs["macs"] == runs[1].costs["macs"]
+
+
+def test_a_model_that_cannot_be_compiled_runs_as_it_is(monkeypatch):
+    def none(forward, **_):
+        def fail(x, task):
+            raise RuntimeError("no C++ compiler\nsecond line")
+
+        return fail
+
+    expected = go().params
+    monkeypatch.setattr(torch, "compile", none)
+    with pytest.warns(
+        UserWarning, match="the model is not compiled: RuntimeError: no C.. compiler; its forward"
+    ):
+        assert same(go(compile=True).params, expected)
+
+
+def test_compiling_what_corrections_view_has_no_effect():
+    tasks = tasks_of((16, 16))
+    model = cs.models.multi_head(cs.models.mlp(6, (12,), 4), 4)
+    with pytest.warns(UserWarning, match="`compile` has no effect with PackNet"):
+        cs.run(cs.settings.continual(tasks, "task"), cs.methods.packnet(), model, training(compile=True))
+
+
+def test_stacked_programs_are_compiled_too():
+    one, _ = two_clients("serial")
+    both, notes = two_clients("batched", compile=True)
+    near(both.params, one.params)
+    assert any(note.startswith("batched") for note in notes)
+
+
 # Half precision
 
 
@@ -949,6 +1018,7 @@ REFUSED = {
         {"lr_schedule": "step"},
         "`lr_schedule` must be one of constant, linear, cosine or a function",
     ),
+    "compile": ({"compile": "default"}, "`compile` must be true or false, got 'default'"),
     "device": ({"device": "gpu"}, "`device` must be a device of torch, got 'gpu'"),
 }
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from consilience.core.correction import overrides
 from consilience.core.errors import ConsilienceError, Refusal, kind_of
 from consilience.core.method import Method
 from consilience.core.metrics import Metric
@@ -125,6 +126,12 @@ def check_all(
         warnings.warn(
             f"the metric {name!r} has no direction, so forgetting and transfer will not be given; use "
             "`metric=cs.metrics.own(f, higher=True)`, or False where less is better",
+            stacklevel=2,
+        )
+    views = [part.name for part in method.all_corrections if overrides(part, "view")]
+    if training.compile and views:
+        warnings.warn(
+            f"`compile` has no effect with {views[0]}, which changes the parameters that the model sees",
             stacklevel=2,
         )
     setup = Setup(schedule, method, model, training, metrics, facts, options.judge_clients, options.stopping)

@@ -24,6 +24,7 @@ from consilience.core.source import LabelFrame, Target
 from consilience.core.training import Place, Training
 from consilience.core.tree import Input, concat
 from consilience.core.viewed import Viewed
+from consilience.loop.compiled import Compiled
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """The type of autocast, by precision."""
@@ -341,7 +342,8 @@ class Step:
         # Bound once: a functional call in every step costs a quarter more.
         if self.bound is None:
             params = {**self.fixed, **self.leaves}
-            self.bound, self.carry.buffers = self.model.bind(params, self.carry.buffers, True)
+            bound, self.carry.buffers = self.model.bind(params, self.carry.buffers, True)
+            self.bound = Compiled(bound) if self.training.compile else bound
         return self.bound(x, task)
 
     def seen(self, x: Input, task: str | None) -> Tensor:

@@ -470,6 +470,38 @@ def test_micro_batches_count_by_their_targets(loss, classes):
     near(run(batch_size=3, accumulate=4), run(batch_size=12))
 
 
+class Bag(nn.Module):
+    """The mean of the embeddings of the words that are there."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(20, 5), nn.Linear(5, 2)
+
+    def forward(self, words, mask):
+        weights = mask.unsqueeze(-1).to(self.embed.weight.dtype)
+        return self.head((self.embed(words) * weights).sum(1) / weights.sum(1))
+
+
+@pytest.mark.parametrize("method", [cs.methods.finetune, lambda: cs.methods.er(10, 2)])
+def test_trees_of_unequal_length_are_cut_too(method):
+    texts = [[1 + (i * j) % 19 for j in range(1, 3 + i % 5)] for i in range(40)]
+    sources = []
+    for name, rows in (("one", texts[:26]), ("two", texts[26:])):
+        x = {"words": rows, "mask": [[1] * len(row) for row in rows]}
+        y = [row[0] % 2 for row in rows]
+        sources.append(cs.data.arrays(x, y, name=name, classes=["even", "odd"], space="parity"))
+    torch.manual_seed(0)
+    net, schedule = (
+        Bag(),
+        cs.settings.continual(sources if method is not cs.methods.finetune else sources[:1], "domain"),
+    )
+
+    def run(**more):
+        return cs.run(schedule, method(), net, training(**more)).params
+
+    near(run(batch_size=3, accumulate=3), run(batch_size=9))
+
+
 def test_batch_norm_sees_micro_batches():
     """Its statistics are those of a micro-batch, as the documentation says."""
     net = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 4)).double()

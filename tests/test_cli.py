@@ -512,7 +512,7 @@ def test_help_shows_options_from_docstrings_and_imports_no_torch():
             ["run", "--method", "aggregate", "--method.aggregator", "ties", "--help"],
             "--method.aggregator.density",
         ),
-        (["compare", "--help"], "--dtype {float32,float64,bfloat16}"),
+        (["compare", "--help"], "--dtype {float32,float64,bfloat16,float16}"),
         (["merge", "--help"], "--allow-non-finite"),
         (["choose", "--help"], "--setting.scenario {task,domain,class}"),
         (["methods", "--help"], "--help"),

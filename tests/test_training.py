@@ -470,6 +470,38 @@ def test_micro_batches_count_by_their_targets(loss, classes):
     near(run(batch_size=3, accumulate=4), run(batch_size=12))
 
 
+class Bag(nn.Module):
+    """The mean of the embeddings of the words that are there."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(20, 5), nn.Linear(5, 2)
+
+    def forward(self, words, mask):
+        weights = mask.unsqueeze(-1).to(self.embed.weight.dtype)
+        return self.head((self.embed(words) * weights).sum(1) / weights.sum(1))
+
+
+@pytest.mark.parametrize("method", [cs.methods.finetune, lambda: cs.methods.er(10, 2)])
+def test_trees_of_unequal_length_are_cut_too(method):
+    texts = [[1 + (i * j) % 19 for j in range(1, 3 + i % 5)] for i in range(40)]
+    sources = []
+    for name, rows in (("one", texts[:26]), ("two", texts[26:])):
+        x = {"words": rows, "mask": [[1] * len(row) for row in rows]}
+        y = [row[0] % 2 for row in rows]
+        sources.append(cs.data.arrays(x, y, name=name, classes=["even", "odd"], space="parity"))
+    torch.manual_seed(0)
+    net, schedule = (
+        Bag(),
+        cs.settings.continual(sources if method is not cs.methods.finetune else sources[:1], "domain"),
+    )
+
+    def run(**more):
+        return cs.run(schedule, method(), net, training(**more)).params
+
+    near(run(batch_size=3, accumulate=3), run(batch_size=9))
+
+
 def test_batch_norm_sees_micro_batches():
     """Its statistics are those of a micro-batch, as the documentation says."""
     net = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 4)).double()
@@ -750,6 +782,75 @@ def test_stopping_from_the_command_line(tmp_path):
     assert stop["stage"] == 2 and stop["returned"] == 1
 
 
+def test_a_federation_stops_by_a_loss_of_which_less_is_better():
+    by_loss = {"metric": "loss", "stopping": 3}
+    r, full = rounds_of(**by_loss), rounds_of(metric="loss")
+    (stop,) = r.stopped
+    assert 1 <= stop["returned"] < stop["stage"] < 12 and stop["score"] < 0
+    clients = [NOISY, half_seen(B, 8)]
+    losses = []
+    for rounds in range(1, 13):
+        net = plain(params=rounds_of(rounds=rounds).params)
+        with torch.no_grad():
+            each = [F.cross_entropy(net(s.validation.x), s.validation.y) for s in clients]
+        losses.append(float(sum(each)) / 2)
+    assert rule_of(losses, 3) == (stop["returned"] - 1, stop["stage"])
+    assert -stop["score"] == pytest.approx(min(losses), rel=1e-6)
+    assert r.score == full.matrix[stop["returned"]].mean()
+
+
+def test_a_run_without_one_direction_does_not_stop():
+    schedule = cs.settings.federated([NOISY, half_seen(B, 8)], 3)
+    none = lambda p, y: 1.0  # noqa: E731
+    for given in (none, {"a": "accuracy", "b": "loss"}):
+        with pytest.raises(
+            cs.ConsilienceError, match="`stopping` of a run needs one metric with a direction"
+        ):
+            cs.run(schedule, cs.methods.fedavg(), mlp(), training(), metric=given, stopping=2)
+
+
+# torch.compile
+
+
+def test_compiled_steps_are_the_same_to_rounding():
+    """With dropout and batch norm; visits, tasks and sizes of batches share what was compiled."""
+    net = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Dropout(0.5), nn.Linear(5, 4))
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    runs = [go([A, B], cs.methods.ewc(1.0), net.double(), compile=c) for c in (False, True)]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > before
+    near(runs[1].params, runs[0].params, 1e-11)
+    assert runs[0].costs["macs"] == runs[1].costs["macs"]
+
+
+def test_a_model_that_cannot_be_compiled_runs_as_it_is(monkeypatch):
+    def none(forward, **_):
+        def fail(x, task):
+            raise RuntimeError("no C++ compiler\nsecond line")
+
+        return fail
+
+    expected = go().params
+    monkeypatch.setattr(torch, "compile", none)
+    with pytest.warns(
+        UserWarning, match="the model is not compiled: RuntimeError: no C.. compiler; its forward"
+    ):
+        assert same(go(compile=True).params, expected)
+
+
+def test_compiling_what_corrections_view_has_no_effect():
+    tasks = tasks_of((16, 16))
+    model = cs.models.multi_head(cs.models.mlp(6, (12,), 4), 4)
+    with pytest.warns(UserWarning, match="`compile` has no effect with PackNet"):
+        cs.run(cs.settings.continual(tasks, "task"), cs.methods.packnet(), model, training(compile=True))
+
+
+def test_stacked_programs_are_compiled_too():
+    one, _ = two_clients("serial")
+    both, notes = two_clients("batched", compile=True)
+    near(both.params, one.params)
+    assert any(note.startswith("batched") for note in notes)
+
+
 # Half precision
 
 
@@ -949,6 +1050,7 @@ REFUSED = {
         {"lr_schedule": "step"},
         "`lr_schedule` must be one of constant, linear, cosine or a function",
     ),
+    "compile": ({"compile": "default"}, "`compile` must be true or false, got 'default'"),
     "device": ({"device": "gpu"}, "`device` must be a device of torch, got 'gpu'"),
 }
 

@@ -86,6 +86,8 @@ class Training:
         stopping: ends a visit where the validation loss of its sources no longer improves, and takes it back
             to its best parameters, as if it had ended there: a `consilience.Stopping`, or the number of
             epochs to wait. None: all epochs are run.
+        compile: compile forward and backward passes with torch.compile: the same numbers, to rounding. Where
+            that fails, or a correction changes the parameters that the model sees, a warning says so.
 
     Raises ConsilienceError for values out of range, and for arguments that would have no effect.
 
@@ -114,6 +116,7 @@ class Training:
     clip_value: float | None = None
     accumulate: int = 1
     stopping: Any = None
+    compile: bool = False
 
     def __post_init__(self) -> None:
         for name, low in (("epochs", 0), ("batch_size", 1), ("accumulate", 1)):
@@ -148,6 +151,8 @@ class Training:
         object.__setattr__(self, "stopping", Stopping.of(self.stopping))
         for name in ("rates", "decay"):
             check_factors(name, getattr(self, name))
+        if not isinstance(self.compile, bool):
+            raise ConsilienceError(f"`compile` must be true or false, got {self.compile!r}.")
         self._check_clipping()
         self._check_optimiser()
 

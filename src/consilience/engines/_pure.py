@@ -237,7 +237,7 @@ class AgentStep:
 
         def total(leaves: Params) -> tuple[Tensor, tuple[Params, Outputs]]:
             see = self.view(inputs, leaves)
-            objectives, weights, constraints = pure.objectives(see)
+            objectives, weights, constraints, *_ = pure.objectives(see)
             if constraints or (len(objectives) > 1 and pure.aggregator is not None):
                 raise Unbatchable("an aggregator combines the objectives of a step")
             weighted = zip(objectives[1:], weights[1:], strict=True)

@@ -158,7 +158,8 @@ class Stack:
         program = self.programs.get(key)
         if program is None:
             program = self.programs[key] = self._program(args, slots, parts, clock)
-        for name, tensor in zip(self.state, program(args, self.cache.compiled, self.note), strict=True):
+        compiled = self.training.compile or self.cache.compiled
+        for name, tensor in zip(self.state, program(args, compiled, self.note), strict=True):
             self.state[name] = tensor
 
     def _program(self, args: list[Tensor], slots: Slots, parts: list[Batch], clock: Clock) -> Program:

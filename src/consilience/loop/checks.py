@@ -137,6 +137,12 @@ def check_all(
             "`metric=cs.metrics.own(f, higher=True)`, or False where less is better",
             stacklevel=2,
         )
+    views = [part.name for part in method.all_corrections if overrides(part, "view")]
+    if training.compile and views:
+        warnings.warn(
+            f"`compile` has no effect with {views[0]}, which changes the parameters that the model sees",
+            stacklevel=2,
+        )
     setup = Setup(schedule, method, model, training, metrics, facts, options.judge_clients, options.stopping)
     check_stopping(setup)
     return setup

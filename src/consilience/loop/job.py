@@ -131,7 +131,7 @@ class Job:
             if rule is not None and self._is_due(rule):
                 self._check(rule, ledger)
             yield
-            if self.stopped:
+            if rule is not None and self.stopped:
                 break
 
         if rule is not None:

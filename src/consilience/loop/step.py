@@ -24,6 +24,7 @@ from consilience.core.source import LabelFrame, Target
 from consilience.core.training import Place, Training
 from consilience.core.tree import Input, concat
 from consilience.core.viewed import Viewed
+from consilience.loop.compiled import Compiled
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """The type of autocast, by precision."""
@@ -52,6 +53,23 @@ class Objectives(NamedTuple):
     losses: list[Tensor]
     weights: list[float]
     constraints: list[Tensor]
+    parts: list[int | None]
+    """The part over whose samples each loss is a mean; None: those of all sources."""
+    parts_of_constraints: list[int | None]
+
+    def shared(self, shares: Sequence[float], parts: Sequence[Batch]) -> Objectives:
+        """Return the objectives of a micro-batch, scaled by the share of their parts in the whole batch."""
+        own = [share for share, part in zip(shares, parts, strict=True) if not part.drawn_by]
+        mean = sum(own) / len(own)
+
+        def scaled(losses: list[Tensor], of: list[int | None]) -> list[Tensor]:
+            each = [mean if part is None else shares[part] for part in of]
+            return [loss * share for loss, share in zip(losses, each, strict=True)]
+
+        return self._replace(
+            losses=scaled(self.losses, self.parts),
+            constraints=scaled(self.constraints, self.parts_of_constraints),
+        )
 
 
 class Rows(NamedTuple):
@@ -71,13 +89,6 @@ class Rows(NamedTuple):
         ):
             mine.add_(theirs)
         return self._replace(absent=[name for name in self.absent if name in other.absent])
-
-
-class Piece(NamedTuple):
-    """A micro-batch: its parts, and the share of each in the mean over the batch; None: it is the batch."""
-
-    parts: list[Batch]
-    shares: list[float] | None
 
 
 def cut(part: Batch, count: int) -> list[Batch]:
@@ -178,7 +189,11 @@ class Step:
             if self.model.task_of(name) is not None:
                 self.shared[layout.span(name)] = False
         self.all_shared = bool(self.shared.all())
-        self.factors, self.decays = self.training.factors(layout), self.training.decays(layout)
+        training = self.training
+        self.factors, self.decays = training.factors(layout), training.decays(layout)
+        # Asked for in every step, so that they are known beforehand.
+        self.varies = training.varies
+        self.clips = training.clip_norm is not None or training.clip_value is not None
 
         # Copied, because steps update buffers in place; derived ones are the same after every step.
         self.start_buffers = {
@@ -191,52 +206,57 @@ class Step:
 
     def __call__(self, parts: list[Batch], clock: tuple[int, int], generator: torch.Generator | None) -> None:
         """Move `carry` and the traces on by one step."""
-        see, factor, rows = self._differentiate(parts, clock)
+        if self.training.accumulate == 1:
+            see = self._seen(parts, clock)
+            rows = self._rows(self.objectives(see))
+        else:
+            see, rows = self._accumulated(parts, clock)
+
+        self.absent = rows.absent
         if self.scaling is not None and not self._scaled(rows):
             # Nothing moves, but corrections that act at a given step must see that it is over.
             self._trace(see, *[torch.zeros_like(self.carry.theta)] * 2)
             return
 
+        factor = self._mask(see) if self.by_verb["mask"] else None
         grad = self._aggregate(rows, factor, generator)
         trained = self._penalised(grad, see) if self.by_verb["penalty"] else grad
         self._descend(see, grad, trained, factor)
 
-    def _differentiate(
-        self, parts: list[Batch], clock: tuple[int, int]
-    ) -> tuple[StepView, Tensor | None, Rows]:
-        """Return what the verbs saw, the product of the masks, and the gradients of the objectives.
+    def _seen(self, parts: list[Batch], clock: tuple[int, int]) -> StepView:
+        """Return what the verbs see of these parts, after the forward pass."""
+        raw, outputs = self.outputs(parts, clock)
+        return self.look(parts, self.carry.theta, clock, raw, outputs)
 
-        The gradients of micro-batches add up to those of the batch.
-        """
+    def _accumulated(self, parts: list[Batch], clock: tuple[int, int]) -> tuple[StepView, Rows]:
+        """Return the gradients of a step's objectives as the sums of those of its micro-batches."""
         total: Rows | None = None
-        for piece in self._pieces(parts):
-            raw, outputs = self.outputs(piece.parts, clock)
-            see = self.look(piece.parts, self.carry.theta, clock, raw, outputs)
-            rows = self._rows(self.objectives(see, piece.shares))
+        for piece, shares in self._pieces(parts):
+            see = self._seen(piece, clock)
+            rows = self._rows(self.objectives(see).shared(shares, see.parts))
             total = rows if total is None else total.plus(rows)
         assert total is not None
-        self.absent = total.absent
-        return see, self._mask(see), total
+        return see, total
 
-    def _pieces(self, parts: list[Batch]) -> list[Piece]:
-        """Return the micro-batches of a step: with `accumulate`, pieces of at most `batch_size` samples."""
-        if self.training.accumulate == 1:
-            return [Piece(parts, None)]
-        own = max((len(part.y) for part in parts if not part.drawn_by), default=0)
+    def _pieces(self, parts: list[Batch]) -> list[tuple[list[Batch], list[float]]]:
+        """Cut the parts of a step into micro-batches of at most `batch_size` samples.
+
+        With each micro-batch comes the share of each of its parts in the mean over that part.
+        """
+        own = max((len(part.y) for part in parts if not part.drawn_by), default=1)
         count = -(-own // self.training.batch_size)
-        if count <= 1:
-            return [Piece(parts, None)]
+        pieces = list(zip(*[cut(part, count) for part in parts], strict=True))
 
         # Means over pieces add up to the mean over the batch by how many targets each piece has.
-        pieces = list(zip(*[cut(part, count) for part in parts], strict=True))
         sizes = [[float(self.target(p).count(p.y, p.w)) for p in piece] for piece in pieces]
         counts = torch.tensor(sizes, dtype=torch.float64)
         # A part with fewer samples than there are pieces repeats its first one, which counts for nothing.
         for i, part in enumerate(parts):
             counts[len(part.y) :, i] = 0
+
         totals = counts.sum(0)
-        shares = torch.where(totals > 0, counts / totals, 1 / count)
-        return [Piece(list(piece), row) for piece, row in zip(pieces, shares.tolist(), strict=True)]
+        shares = torch.where(totals > 0, counts / totals, 1 / count).tolist()
+        return [(list(piece), share) for piece, share in zip(pieces, shares, strict=True)]
 
     def _scaled(self, rows: Rows) -> bool:
         """Divide gradients by the loss scale, and update it; whether they are finite."""
@@ -255,9 +275,10 @@ class Step:
         `grad` is the part of it without penalties, and `factor` the product of the masks.
         """
         carry, training = self.carry, self.training
-        rate = training.rate(see.clock, self.horizon, self.place)
+        rate = training.rate(see.clock, self.horizon, self.place) if self.varies else training.lr
         optimiser, lr = self.optimiser.at(rate)
-        trained = self._clipped(trained, factor)
+        if self.clips:
+            trained = self._clipped(trained, factor)
         if self.decays is not None and not training.decoupled:
             trained = trained + self.decays * carry.theta
 
@@ -287,11 +308,10 @@ class Step:
 
     def _clipped(self, grad: Tensor, factor: Tensor | None) -> Tensor:
         """Return the gradient [n] within the limits of `Training`, as torch.nn.utils clips it."""
-        most = self.training.clip_value
+        most, norm = self.training.clip_value, self.training.clip_norm
         if most is not None:
             return grad.clamp(-most, most)
-        if self.training.clip_norm is None:
-            return grad
+        assert norm is not None
 
         # Only what can move counts: other entries would shorten the step of these.
         counted = grad if factor is None else grad.masked_fill(factor == 0, 0)
@@ -299,7 +319,7 @@ class Step:
             counted = counted.clone()
             for name in self.absent:
                 counted[self.layout.span(name)] = 0
-        return grad * clip_factor(counted.norm(), self.training.clip_norm)
+        return grad * clip_factor(counted.norm(), norm)
 
     # Forward
 
@@ -344,7 +364,8 @@ class Step:
         # Bound once: a functional call in every step costs a quarter more.
         if self.bound is None:
             params = {**self.fixed, **self.leaves}
-            self.bound, self.carry.buffers = self.model.bind(params, self.carry.buffers, True)
+            bound, self.carry.buffers = self.model.bind(params, self.carry.buffers, True)
+            self.bound = Compiled(bound) if self.training.compile else bound
         return self.bound(x, task)
 
     def seen(self, x: Input, task: str | None) -> Tensor:
@@ -453,34 +474,27 @@ class Step:
 
     # Objectives and their gradients
 
-    def objectives(self, see: StepView, shares: Sequence[float] | None = None) -> Objectives:
-        """Return the loss of each part that has a weight, and the rows of corrections.
-
-        `shares` are those of the parts of a micro-batch.
-        """
+    def objectives(self, see: StepView) -> Objectives:
+        """Return the loss of each part that has a weight, and the rows of corrections."""
         # Parts without a weight share 1. A part of weight 0 is forwarded for a correction only.
         share = 1 / max(1, sum(part.weight is None for part in see.parts))
-        found = Objectives([], [], [])
-        own = [i for i, part in enumerate(see.parts) if not part.drawn_by]
-
-        def shared(loss: Tensor, part: int | None) -> Tensor:
-            if shares is None:
-                return loss
-            return loss * (sum(shares[i] for i in own) / len(own) if part is None else shares[part])
-
+        found = Objectives([], [], [], [], [])
         for i, (loss, part) in enumerate(zip(self.part_losses(see), see.parts, strict=True)):
             weight = share if part.weight is None else part.weight
             if weight:
-                found.losses.append(shared(loss, i))
+                found.losses.append(loss)
                 found.weights.append(weight)
+                found.parts.append(i)
 
         for correction, ctx in self.by_verb["rows"]:
             for row in correction.rows(see, ctx):
                 if row.kind == "constraint":
-                    found.constraints.append(shared(row.loss, row.part))
+                    found.constraints.append(row.loss)
+                    found.parts_of_constraints.append(row.part)
                 else:
-                    found.losses.append(shared(row.loss, row.part))
+                    found.losses.append(row.loss)
                     found.weights.append(row.weight)
+                    found.parts.append(row.part)
         return found
 
     def part_losses(self, see: StepView) -> list[Tensor]:
@@ -524,6 +538,10 @@ class Step:
             for loss, weight in zip(losses[1:], weights[1:], strict=True):
                 total = total + loss * weight
             losses = [total]
+
+        if len(losses) == 1 and not objectives.constraints:
+            grad, absent = self.gradient(losses[0], keep=False)
+            return Rows([grad], objectives.weights, [], absent)
 
         # The last backward pass frees the graph.
         every = [*losses, *objectives.constraints]

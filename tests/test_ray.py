@@ -419,6 +419,23 @@ print("same:", cs.core.params.same(resumed.params, serial.params))
 """
 
 
+def moved(x: Tensor, generator: torch.Generator) -> Tensor:
+    return x + torch.rand((), generator=generator)
+
+
+@needed
+def test_workers_augment_what_buffers_kept_of_other_sources(ray):
+    """A worker is sent the sources of a visit, and the augmentations of all."""
+    sources = [part.map(augment=moved) for part in cs.data.iid(cs.data.digits(), 2)]
+    schedule = cs.settings.federated_continual([cs.data.split_classes(own, 2) for own in sources])
+    method = cs.methods.er(size=40) + cs.methods.fedavg()
+    serial, workers = (
+        cs.run(schedule, method, MODEL, TRAINING, engine=engine)
+        for engine in ("serial", cs.engines.ray(workers=2))
+    )
+    assert same(serial.params, workers.params)
+
+
 @needed
 def test_a_ray_that_a_run_starts_ends_with_it_and_sigterm_still_interrupts(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)

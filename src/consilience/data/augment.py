@@ -121,12 +121,11 @@ class Crop:
         wide = F.pad(x, [self.padding] * 4)
         places = (uniform(seeds, 2) * (2 * self.padding + 1)).long().to(x.device)
 
-        # One gather for all: sample b at the rows and columns of its own window.
-        rows = (places[:, :1] + torch.arange(height, device=x.device))[:, None, :, None]
-        columns = (places[:, 1:] + torch.arange(width, device=x.device))[:, None, None, :]
-        sample = torch.arange(count, device=x.device).view(-1, 1, 1, 1)
-        channel = torch.arange(channels, device=x.device).view(1, -1, 1, 1)
-        return wide[sample, channel, rows, columns]
+        # One gather for all samples, each at the rows and columns of its own window.
+        rows = places[:, :1] + torch.arange(height, device=x.device)
+        columns = places[:, 1:] + torch.arange(width, device=x.device)
+        index = (rows[:, :, None] * wide.shape[-1] + columns[:, None]).view(count, 1, -1)
+        return wide.flatten(2).gather(2, index.expand(-1, channels, -1)).view(x.shape)
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,7 @@ EXCEPTIONS = {
     "stream": "a data source of the catalogue",
     "folder": "a data source of the catalogue",
     "table": "a data source of the catalogue",
+    "text": "a data source of the catalogue",
     "core50": "a data source of the catalogue: the variants of the benchmark",
     "clear": "a data source of the catalogue: the variants of the benchmark",
 }

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from consilience.data import augment as augment
     from consilience.data import features as features
     from consilience.data import samplers as samplers
+    from consilience.data._tokens import Vocabulary as Vocabulary
 else:
     # These are not in `__all__`, because the command line offers what is there as data or as a split.
     __getattr__, __dir__ = lazy.attach(__name__)
@@ -49,6 +50,7 @@ __all__ = [
     "streams",
     "table",
     "tasks",
+    "text",
     "wine",
 ]
 
@@ -275,6 +277,76 @@ def table(
     roles = Roles(targets, group, left_out, categories, missing, standardise)
     options = Options(called, test, classes, "class", space, validation, seed, loss, metric)
     return from_table(rows, roles, kind, options)
+
+
+def text(
+    texts: Any,
+    y: Any = None,
+    tokenizer: Any = "words",
+    targets: Literal["text", "next", "tags"] = "text",
+    test: Any = 0.2,
+    max_length: int | None = None,
+    block: int = 128,
+    stride: int | None = None,
+    mask: bool = True,
+    vocabulary: int | None = None,
+    column: str = "text",
+    classes: Sequence[str] | None = None,
+    name: str = "text",
+    kind: Kind = "class",
+    space: str | None = None,
+    validation: float = 0.1,
+    seed: int = 0,
+    loss: Any = None,
+    metric: Any = None,
+) -> Source:
+    """Make a source from texts: token ids as `input_ids` and `attention_mask` [N, T], padded by the batch.
+
+    The module is called with both by name. An empty text is one token of padding that counts.
+
+    Args:
+        texts: a list of texts; for tags, of lists of words; for the next token, also one text. Or a .csv,
+            .tsv, .jsonl or .parquet file with the texts in `column` and the labels in the column `y`; for the
+            next token, also a .txt file.
+        y: a label for each text, by name or number (or values, or 0 and 1 for each of several labels); or a
+            list of tags for each text, one per word.
+        tokenizer: "words" or "chars": a vocabulary of the training texts. A `data.Vocabulary`, which the
+            sources of one schedule must share; a tokenizer of tokenizers or of transformers; or any function
+            text -> ids, whose attribute `pad_id` is the id of padding. Without one for padding, the token for
+            the end of a text is used, or 0.
+        targets: "text": y [N]; "tags": y [N, T], the first token of each word has its tag; "next": y [N, T],
+            the next token at every place. Places without a target are -100.
+        test: (texts, y), such a file, or the fraction of the texts to test on, a stratified draw; for the
+            next token, texts, or the fraction. One text is cut: its end is the test.
+        max_length: tokens of a text at most; None: what the tokenizer says, or no limit.
+        block: tokens of a window, for the next token.
+        stride: tokens from one window to the next; None: `block`. Below it, windows overlap: what an earlier
+            window had as targets is only context.
+        mask: whether inputs have an attention mask; without, a module is called with the ids alone.
+        vocabulary: how many ids the model takes, from 0 on: others are refused, and "words" and "chars" keep
+            their most frequent tokens.
+        column: the column of the texts in a file.
+        classes, name, kind, space, validation, seed, loss, metric: as in `arrays`. Labels and tags by name
+            are classes in the order of their names, if `classes` does not say another.
+
+    Raises:
+        ConsilienceError: something that is no text (named by number), words and tags of unequal number, ids
+            that the model does not have, a tokenizer that fails, and as in `arrays`.
+
+    >>> source = text(["a cat", "a dog sat", "", "a cat"], ["c", "d", "d", "c"], test=0.25, validation=0)
+    >>> x, y = source.train.whole()
+    >>> x.trim().parts["attention_mask"].sum(1).tolist(), source.labels
+    ([3, 1, 2], (('text', 'c'), ('text', 'd')))
+    >>> windows = text("abcdefgh" * 9, tokenizer="chars", targets="next", block=4).train
+    >>> [part.tolist() for part in (windows.x.parts["input_ids"][0], windows.y[0])]
+    [[2, 3, 4, 5], [3, 4, 5, 6]]
+    """
+    from consilience.data._sources import Options
+    from consilience.data._tokens import Tokening, from_text
+
+    tokening = Tokening(tokenizer, targets, max_length, block, stride, mask, vocabulary)
+    options = Options(name, test, classes, kind, space, validation, seed, loss, metric)
+    return from_text(texts, y, column, tokening, options)
 
 
 def stream(

@@ -7,6 +7,7 @@ from numbers import Integral
 
 from consilience.core.errors import ConsilienceError
 from consilience.core.source import Source
+from consilience.core.takes import WORDS
 
 
 def whole_number(low: int = 1, **values: object) -> None:
@@ -36,6 +37,12 @@ def fraction(name: str, value: object, zero: bool = False) -> float:
 
 
 def source_of_classes(source: Source, what: str) -> None:
-    """Refuse a source of values; `what` is the function that needs classes."""
+    """Refuse a source without one class per sample; `what` is the function that needs them."""
     if source.kind != "class":
-        raise ConsilienceError(f"{what} needs a source of classes, got {source.name!r}, which has values.")
+        raise ConsilienceError(
+            f"{what} needs a source of classes, got {source.name!r}, which has {WORDS[source.kind]}."
+        )
+    if source.places:
+        raise ConsilienceError(
+            f"{what} needs one class per sample, got {source.name!r}, which has a target for each place."
+        )

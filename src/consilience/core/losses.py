@@ -74,6 +74,9 @@ class Loss(ABC):
 
     def __call__(self, out: Tensor, y: Tensor, complete: bool = False) -> Losses:
         """Return the losses of samples. `complete` says that no target is missing."""
+        # Values are kept in float32, and some losses of torch take one type only.
+        if y.is_floating_point() and y.dtype != out.dtype:
+            y = y.to(out.dtype)
         # Without missing targets there is nothing to mask and to count: this is the case of most steps.
         if complete and self.weight(y) is None:
             each = self.elements(out, y)
@@ -226,7 +229,7 @@ class BCE(Loss):
         if self.weights is not None:
             factors = torch.tensor(self.weights, dtype=out.dtype, device=out.device)
             factors = factors.view(-1, *[1] * (out.dim() - 2))
-        return F.binary_cross_entropy_with_logits(out, y.to(out.dtype), reduction="none", pos_weight=factors)
+        return F.binary_cross_entropy_with_logits(out, y, reduction="none", pos_weight=factors)
 
     def answer(self, out: Tensor) -> Tensor:
         return out.sigmoid()

@@ -163,6 +163,7 @@ def joined_targets(targets: Sequence[Tensor]) -> Tensor:
     """
     if targets[0].dim() < 2 or len({y.shape[-1] for y in targets}) == 1:
         return torch.cat(list(targets))
+
     longest = max(y.shape[-1] for y in targets)
     fill = float("nan") if targets[0].is_floating_point() else NONE
     # Places are the last dimension: values and labels have their outputs before them.
@@ -499,7 +500,9 @@ class LabelFrame:
         result = torch.zeros_like(out)
         for target in [known] if known is not None else self.targets.values():
             own = list(self.within(target, task) or target.columns or range(len(self.labels)))
-            result[:, own] = target.loss.answer(out[:, own])
+            # Models with heads have -inf where there is no head yet: no column of the task is answered.
+            unanswered = torch.isneginf(out[:, own]).all(1, keepdim=True)
+            result[:, own] = target.loss.answer(torch.where(unanswered, 0, out[:, own]))
         return result
 
     def columns(self, labels: Sequence[Label]) -> Tensor:

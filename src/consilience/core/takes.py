@@ -9,7 +9,7 @@ from consilience.core.losses import KINDS
 if TYPE_CHECKING:
     from consilience.core.schedule import ScheduleFacts
 
-WORDS = {"class": "classes", "value": "values", "labels": "several labels"}
+WORDS = {"class": "classes", "value": "values", "labels": "labels"}
 """What targets of each kind are called in errors."""
 
 

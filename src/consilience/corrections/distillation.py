@@ -14,6 +14,7 @@ from consilience.core.contexts import Context, Learned, Memory, Row, StepView
 from consilience.core.correction import NO_TRAINING, Correction
 from consilience.core.errors import ConsilienceError
 from consilience.core.message import Statistics
+from consilience.core.model import Model
 from consilience.core.source import Source
 from consilience.corrections.anatomy import anatomy, spread
 from consilience.corrections.baselines import by_source
@@ -130,6 +131,15 @@ class LwF(Correction):
         return Statistics({}, {"task": learned.task, "classes": list(source.classes), "kind": source.kind})
 
 
+def has_features(model: Model) -> bool:
+    """Whether a model knows what its features are."""
+    try:
+        getattr(model, "width", None)
+    except ConsilienceError:
+        return False
+    return True
+
+
 @dataclass(frozen=True)
 class LessForgetting(Correction):
     """Less-forgetting learning: on this source's own inputs, keep the features; keep old rows of the head.
@@ -156,6 +166,8 @@ class LessForgetting(Correction):
         # Progressive networks have no parameters before their first task: their layers come with the tasks.
         if facts.model is None or not facts.model.init(torch.Generator().manual_seed(0))[0]:
             return None
+        if not has_features(facts.model):
+            return "the model has no linear head whose inputs are features to keep; use lwf"
         parts = anatomy(facts.model)
         if not (parts.layers or parts.others):
             return "the features are frozen, so that nothing can forget them; use lwf"

@@ -12,6 +12,7 @@ from torch.utils.data import ConcatDataset, Dataset
 
 from consilience.core.checks import source_of_classes, whole_number
 from consilience.core.errors import ConsilienceError
+from consilience.core.losses import NONE
 from consilience.core.params import key
 from consilience.core.source import Examples, Source, Stream, Tensors, joined_targets
 from consilience.core.tree import concat
@@ -98,7 +99,8 @@ def blurry(sources: Sequence[Source], share: float, to: str, seed: int) -> list[
     if to not in ("all", "neighbours"):
         raise ConsilienceError(f'`to` must be "all" or "neighbours", got {to!r}.')
     first = sources[0]
-    if any((source.labels, source.kind) != (first.labels, first.kind) for source in sources):
+    alike = (first.labels, first.kind, first.places)
+    if any((source.labels, source.kind, source.places) != alike for source in sources):
         raise ConsilienceError(
             "sources that exchange examples must have the same labels, got different ones."
         )
@@ -111,11 +113,18 @@ def blurry(sources: Sequence[Source], share: float, to: str, seed: int) -> list[
     for source, train, validation in zip(sources, *mixed, strict=True):
         present = []
         if source.kind == "class":
-            present = torch.cat([train.targets(), validation.targets()]).unique().tolist()
+            present = _present(train, validation)
         # Its own classes stay first and in their order.
         classes = (*source.classes, *(label for label in present if label not in source.classes))
         blurred.append(replace(source, train=train, validation=validation, classes=classes))
     return blurred
+
+
+def _present(*parts: Examples) -> list[int]:
+    """Return the classes that occur in some of these examples."""
+    found = torch.cat([part.targets().flatten() for part in parts]).unique()
+    classes: list[int] = found[found != NONE].tolist()
+    return classes
 
 
 def _mixed(sources: Sequence[Source], part: str, share: float, to: str, seed: int) -> list[Examples]:
@@ -135,7 +144,8 @@ def _mixed(sources: Sequence[Source], part: str, share: float, to: str, seed: in
 
         # With one neighbour only, half as many leave, so that sources of equal size stay equal.
         quota = round(share * len(own) * (1 if to == "all" else len(receivers) / 2))
-        by_class = source.kind == "class" and len(own) > 0
+        # Samples with several targets have no class of their own to be drawn by.
+        by_class = source.kind == "class" and not source.places and len(own) > 0
         leaving, kept = draw(own.targets(), quota, key(seed, source.name, "blurry", part), by_class, spare=1)
         stayed.append(own.select(kept))
 
@@ -183,7 +193,7 @@ def batches(
         own, held = source.train.select(train_index), source.validation.select(validation_index)
         classes = source.classes
         if source.kind == "class":
-            present = torch.cat([own.targets(), held.targets()]).unique().tolist()
+            present = _present(own, held)
             classes = tuple(label for label in source.classes if label in present)
         parts.append(replace(source, name=name, task=name, train=own, validation=held, classes=classes))
     return parts

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from consilience.core.checks import positive, source_of_classes, whole_number
 from consilience.core.errors import ConsilienceError
+from consilience.core.losses import NONE
 from consilience.core.params import key
 from consilience.core.source import Source
+from consilience.core.tree import one_tensor
 from consilience.data._shares import apportion
 
 Deal = Callable[[Tensor, str], Sequence[Tensor]]
@@ -77,9 +79,19 @@ def _ordered_classes(source: Source, order: Sequence[int | str] | None, seed: in
     return classes
 
 
+def _inputs_alone(source: Source, what: str) -> None:
+    """Refuse inputs of several parts, and targets at places that would have to move with the inputs."""
+    one_tensor(source.train.select(torch.arange(1)).whole()[0], what)
+    if source.places:
+        raise ConsilienceError(
+            f"{what} changes the inputs alone, got {source.name!r}, whose targets have places in them."
+        )
+
+
 def permute(source: Source, n: int, seed: int) -> list[Source]:
     """See `consilience.data.permute`."""
     whole_number(n=n)
+    _inputs_alone(source, "permute")
     size = math.prod(_input_shape(source))
     parts = []
     for i in range(n):
@@ -96,6 +108,7 @@ def _permuted(order: Tensor) -> Callable[[Tensor], Tensor]:
 
 def rotate(source: Source, angles: int | Sequence[float], side: int | None) -> list[Source]:
     """See `consilience.data.rotate`."""
+    _inputs_alone(source, "rotate")
     degrees = _degrees(angles)
     shape = _input_shape(source)
     if side is None and len(shape) != 3:
@@ -259,9 +272,20 @@ def _dirichlet_deal(source: Source, clients: int, alpha: float, seed: int, attem
             cuts = (share.cumsum(0)[:-1] * len(index)).round().long().clamp(max=len(index))
             for own, piece in zip(dealt, index.tensor_split(cuts), strict=True):
                 own.append(piece)
+        _deal_others(dealt, targets, generator)
         return [torch.cat(own).sort().values for own in dealt]
 
     return deal
+
+
+def _deal_others(dealt: list[list[Tensor]], targets: Tensor, generator: torch.Generator) -> None:
+    """Add the examples without a class to what clients were dealt, evenly."""
+    index = (targets == NONE).nonzero().flatten()
+    # Nothing is drawn for data that has all its targets.
+    if len(index):
+        index = index[torch.randperm(len(index), generator=generator)]
+        for own, piece in zip(dealt, index.tensor_split(len(dealt)), strict=True):
+            own.append(piece)
 
 
 def iid(source: Source, clients: int, dealing: Dealing) -> list[Source]:
@@ -372,6 +396,7 @@ def label_sets(
             index = index[torch.randperm(len(index), generator=generator)]
             for i, piece in zip(holders, index.tensor_split(max(len(holders), 1)), strict=False):
                 dealt[i].append(piece)
+        _deal_others(dealt, targets, key(dealing.seed, source.name, "label sets", part, NONE))
         return [torch.cat(own).sort().values for own in dealt]
 
     parts = _partition(source, deal, dealing.local_test)

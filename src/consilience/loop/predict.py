@@ -257,6 +257,11 @@ class Experts:
     def answer(self, i: int, rows: Tensor | None) -> Tensor:
         """Return what expert i answers to these rows (None: all), in the columns of the frame [rows, C]."""
         choice, model, predictor = self.choices[i], self.predictor.model, self.predictor
+        if choice.where is not None and len(predictor.schedule.frame.targets) > 1:
+            raise ConsilienceError(
+                f"experts must have the labels of this agent where tasks differ in their targets, and "
+                f"{choice.key[1]!r} of {choice.key[0]!r} has others."
+            )
         device, classes = predictor.device, predictor.classes
         entries = {name: tensor.to(device) for name, tensor in choice.entries.items()}
         buffers = {name: tensor.to(device) for name, tensor in choice.buffers.items()}
@@ -280,7 +285,7 @@ class Experts:
         return aligned.index_add_(1, choice.where.to(aligned.device), own)
 
     def mixture(self, weights: Tensor) -> Tensor:
-        """Return sum_i weights[:, i] answer_i [B, C]."""
+        """Return sum_i weights[:, i] answer_i [B, C], each kind of column over the experts that have it."""
         count, dtype = len(self.choices), self.predictor.training.dtype
         result: Tensor | None = None
         for i in range(count):
@@ -300,5 +305,30 @@ class Experts:
                 result += share * part
             else:
                 result.index_add_(0, index, share * part)
+
         assert result is not None
-        return result
+        answered = self._answered(weights)
+        return (
+            result if answered is None else result / answered.view(*answered.shape, *[1] * (result.dim() - 2))
+        )
+
+    def _answered(self, weights: Tensor) -> Tensor | None:
+        """Return the weight of the experts that answer each column [B, C]; None where all answer all.
+
+        A value is no smaller because other experts have other values.
+        """
+        frame = self.predictor.schedule.frame
+        if len(frame.targets) == 1:
+            return None
+        knows = weights.new_zeros(len(self.choices), self.predictor.classes)
+        for i, choice in enumerate(self.choices):
+            knows[i, list(choice.columns or range(self.predictor.classes))] = 1
+
+        # Classes compete, so whoever knows some of them answers for all.
+        classes = [t.columns or () for t in frame.targets.values() if t.kind == "class"]
+        columns = sorted({column for own in classes for column in own})
+        knows[:, columns] = knows[:, columns].amax(1, keepdim=True) if columns else 0
+
+        answered = weights @ knows
+        # No expert answers: the value stays 0.
+        return torch.where(answered > 0, answered, 1)

@@ -245,8 +245,8 @@ def framed(model: Model, sources: Sequence[Source], scenario: str | None) -> Fra
 
     scenario = scenario or ("task" if model.uses_task else "class")
     found, frame = reframe(sources, scenario)
-    if any(source.kind == "value" for source in sources):
-        raise Refusal("mixtures are judged by classes, got sources whose targets are values.")
+    if any(source.kind != "class" or source.places for source in sources):
+        raise Refusal("mixtures are judged by one class per sample, got sources with other targets.")
     labels = sources[0].labels
     alike = all(source.labels == labels for source in sources)
     if scenario != "domain" and alike and model.outputs >= len(labels):

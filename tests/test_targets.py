@@ -344,7 +344,7 @@ def made(name: str, kind: str, y: Tensor, names: Sequence[str]) -> Source:
 
 
 def mixed() -> list[Source]:
-    """Classes, two values of which some are missing, and two labels, as a table of three columns would have."""
+    """Classes, two values of which some are missing, and two labels, as one table would have."""
     return [
         made("digit", "class", integers(3, 40), list("xyz")),
         made("sugar", "value", some(normal(40, 2, seed=2)), ["low", "high"]),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import lzma
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -514,3 +516,30 @@ def test_tags_of_real_text():
     result = cs.run(cs.settings.multitask(parts), cs.methods.finetune(), net, training)
     # The most frequent tag of each word is right for 0.81, with all five genres to count in.
     assert result.score > 0.7
+
+
+def test_texts_on_the_command_line(tmp_path):
+    labels = "\n".join(
+        f"{'good' if i % 2 else 'bad'} film {i % 7},{'pos' if i % 2 else 'neg'}" for i in range(60)
+    )
+    (tmp_path / "reviews.csv").write_text(f"text,label\n{labels}\n")
+    (tmp_path / "readers.py").write_text(
+        "from torch import nn\n\n\n"
+        "class Bag(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.embed, self.head = nn.Embedding(50, 8), nn.Linear(8, 2)\n\n"
+        "    def forward(self, input_ids, attention_mask):\n"
+        "        return self.head((self.embed(input_ids) * attention_mask[..., None]).sum(1))\n"
+    )
+    data_options = "--data text --data.texts reviews.csv --data.y label --data.vocabulary 50 --split none"
+    training = "--setting continual --method finetune --model readers.Bag --training.lr 0.5"
+    done = subprocess.run(
+        [sys.executable, "-m", "consilience.cli", "run", *data_options.split(), *training.split()],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "100.0" in done.stdout

@@ -121,9 +121,10 @@ def model_of(order: Order, schedule: Schedule) -> Model | None:
                 f"{part.name} must follow a model, as in random_features+{part.name}, but comes first."
             )
         takes = inspect.signature(part.call).parameters
-        sizes = {
-            key: size for key, size in data_sizes(schedule).items() if key in takes and key in part.hidden
-        }
+        wanted = [key for key in FROM_DATA if key in takes and key in part.hidden]
+        # Inputs of several parts have no such sizes; a model of the user may not ask for any.
+        found = data_sizes(schedule) if wanted else {}
+        sizes = {key: found[key] for key in wanted}
         before = {part.upstream: model} if part.upstream else {}
         make = partial(part.call, **order.options(part), **sizes, **before)
         model = make()

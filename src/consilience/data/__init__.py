@@ -221,6 +221,7 @@ def table(
     seed: int = 0,
     loss: Any = None,
     metric: Any = None,
+    augment: Any = None,
 ) -> Any:
     """Make a source from a table of named columns: x [N, d], numbers standardised and categories one-hot.
 
@@ -249,7 +250,7 @@ def table(
         name: the name of the source, and of its groups `<name>/<group>`; None: the file's.
         kind: "class", "value" or "labels". None: text is "class", several columns of 0 and 1 are "labels",
             and other numbers are "value", where they cannot be meant as classes.
-        space, validation, seed, loss, metric: as in `arrays`.
+        space, validation, seed, loss, metric, augment: as in `arrays`.
 
     Returns:
         A source, or with `group` a list of them.
@@ -275,7 +276,7 @@ def table(
     targets = (target,) if isinstance(target, str) else tuple(target)
     left_out = (ignore,) if isinstance(ignore, str) else tuple(ignore)
     roles = Roles(targets, group, left_out, categories, missing, standardise)
-    options = Options(called, test, classes, "class", space, validation, seed, loss, metric)
+    options = Options(called, test, classes, "class", space, validation, seed, loss, metric, augment)
     return from_table(rows, roles, kind, options)
 
 
@@ -299,6 +300,7 @@ def text(
     seed: int = 0,
     loss: Any = None,
     metric: Any = None,
+    augment: Any = None,
 ) -> Source:
     """Make a source from texts: token ids as `input_ids` and `attention_mask` [N, T], padded by the batch.
 
@@ -326,8 +328,8 @@ def text(
         vocabulary: how many ids the model takes, from 0 on: others are refused, and "words" and "chars" keep
             their most frequent tokens.
         column: the column of the texts in a file.
-        classes, name, kind, space, validation, seed, loss, metric: as in `arrays`. Labels and tags by name
-            are classes in the order of their names, if `classes` does not say another.
+        classes, name, kind, space, validation, seed, loss, metric, augment: as in `arrays`. Labels and tags
+            by name are classes in the order of their names, if `classes` does not say another.
 
     Raises:
         ConsilienceError: something that is no text (named by number), words and tags of unequal number, ids
@@ -345,7 +347,7 @@ def text(
     from consilience.data._tokens import Tokening, from_text
 
     tokening = Tokening(tokenizer, targets, max_length, block, stride, mask, vocabulary)
-    options = Options(name, test, classes, kind, space, validation, seed, loss, metric)
+    options = Options(name, test, classes, kind, space, validation, seed, loss, metric, augment)
     return from_text(texts, y, column, tokening, options)
 
 

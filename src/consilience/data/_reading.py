@@ -325,7 +325,14 @@ def _texts(cells: Sequence[str]) -> Column:
 
 def _from_texts(cells: Sequence[str]) -> Column:
     """Return a part of a column: numbers if all cells are numbers or missing, and some number is there."""
-    numbers = [number_of(cell) for cell in cells]
+    numbers: Sequence[float | None]
+    try:
+        # Most columns of numbers have nothing else; this is five times as fast.
+        numbers = [math.nan if not cell else float(cell) for cell in cells]
+    except ValueError:
+        numbers = [None]
+    if None in numbers or "_" in "".join(cells):
+        numbers = [number_of(cell) for cell in cells]
     if None in numbers:
         return _texts(cells)
     found = np.array(numbers, dtype=np.float64)

@@ -531,7 +531,7 @@ def _parts(given: Given, held: Given | None, y: Any, options: Options) -> tuple[
         some.select(numbers[:count]),
         test,
         options.validation,
-        replace(options, kind=kind, classes=None, loss=None, metric=None),
+        replace(options, kind=kind, classes=None, loss=None, metric=None, augment=None),
     )
     train, validation, tests = (
         part.whole()[0][:, 0] if len(part) else numbers[:0]

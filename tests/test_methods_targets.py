@@ -1,4 +1,4 @@
-"""Every method of the catalogue on every form of inputs and targets: it runs, or refuses by name before work."""
+"""Every method of the catalogue on every form of inputs and targets: it runs, or refuses by name at once."""
 
 from __future__ import annotations
 

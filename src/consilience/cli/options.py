@@ -34,8 +34,12 @@ SWITCHES = ("resume", "judge_clients", "help")
 
 FROM_DATA = ("inputs", "outputs", "channels", "size")
 """Arguments of models that the data decides."""
-FROM_COMMAND = {"setting": ("sources", "streams", "experts", "base"), "model": FROM_DATA}
-"""Parameters that are no options, because the command fills them."""
+FROM_COMMAND = {
+    "data": ("augment",),
+    "setting": ("sources", "streams", "experts", "base"),
+    "model": FROM_DATA,
+}
+"""Parameters that are no options, because the command fills them, or because they are functions."""
 
 PRECISION = "training.precision"
 DTYPES = {"float32": "fp32", "float64": "fp64", "bfloat16": "bf16", "float16": "fp16"}

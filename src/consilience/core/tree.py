@@ -229,33 +229,40 @@ def named(name: str, x: Input) -> dict[str, Tensor]:
     """Return inputs as named tensors [B, ...], all of which can be indexed; `unnamed` reverses it.
 
     >>> list(named("x", Tree({"ids": torch.zeros(1, 2)}, {"ids": 0}, torch.ones(1))))
-    ['x/ids=0', 'x/=']
+    ['x/0=0/ids', 'x/=']
     """
     if isinstance(x, Tensor):
         return {name: x}
     found = {}
-    for part, tensor in x.parts.items():
-        # The fill is in the name, because every tensor of an item has one row per sample.
+    for number, (part, tensor) in enumerate(x.parts.items()):
+        # The place is in the name, because files sort tensors, and the fill, because every tensor of an
+        # item has one row per sample.
         fill = f"={x.ragged[part]:g}" if part in x.ragged else ""
-        found[f"{name}/{part}{fill}"] = tensor
+        found[f"{name}/{number}{fill}/{part}"] = tensor
     return found if x.lengths is None else {**found, f"{name}/=": x.lengths}
 
 
 def unnamed(name: str, tensors: Mapping[str, Tensor]) -> Input:
-    """Return the inputs that `named` made tensors of."""
+    """Return the inputs that `named` made tensors of, whatever the order of the tensors.
+
+    >>> x = Tree({"b": torch.zeros(1), "a": torch.ones(1)})
+    >>> list(unnamed("x", dict(reversed(named("x", x).items()))).parts)
+    ['b', 'a']
+    """
     if name in tensors:
         return tensors[name]
-    parts: dict[str, Tensor] = {}
+    found: dict[int, tuple[str, Tensor]] = {}
     ragged: dict[str, float] = {}
     lengths = tensors.get(f"{name}/=")
     for key, tensor in tensors.items():
         if not key.startswith(f"{name}/") or key == f"{name}/=":
             continue
-        part, marked, fill = key.removeprefix(f"{name}/").rpartition("=")
+        place, _, part = key.removeprefix(f"{name}/").partition("/")
+        number, marked, fill = place.partition("=")
         if marked:
             ragged[part] = float(fill)
-        parts[part if marked else fill] = tensor
-    return Tree(parts, ragged, lengths)
+        found[int(number)] = (part, tensor)
+    return Tree(dict(found[number] for number in sorted(found)), ragged, lengths)
 
 
 # From what users have.

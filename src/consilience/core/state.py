@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from consilience.core.errors import ConsilienceError
@@ -106,7 +107,8 @@ def encode_state(state: State) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Of what is frozen only the hash is kept. An entry of the base that is the present one is kept once.
     """
     params, buffers, base = map(state.frozen.without, (state.params, state.buffers, state.base))
-    present = [name for name, tensor in base.items() if params.get(name) is tensor]
+    # By value: whether they are one object depends on where the state came from, and its bits must not.
+    present = sorted(name for name, tensor in base.items() if _equal(params.get(name), tensor))
     base = {name: tensor for name, tensor in base.items() if name not in present}
 
     # All tensors become items of one dictionary, so that `encode` names each tensor once.
@@ -130,6 +132,14 @@ def encode_state(state: State) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "forgotten": list(state.forgotten),
         **{name: getattr(state, name) for name in _FACTS},
     }
+
+
+def _equal(tensor: Tensor | None, other: Tensor) -> bool:
+    """Whether a tensor has the type, shape and bits of another."""
+    if tensor is other or tensor is None:
+        return tensor is other
+    alike = tensor.dtype == other.dtype and tensor.device == other.device
+    return alike and torch.equal(tensor, other)
 
 
 def decode_state(

@@ -718,3 +718,30 @@ def test_a_balanced_sampler_counts_classes_and_refuses_other_targets():
     training = cs.Training(epochs=1, sampler=cs.data.samplers.Balanced())
     with pytest.raises(cs.Refusal, match="Balanced needs one target per sample, and here .*; use Shuffle"):
         run(cs.settings.continual([next_tokens("a", 9)]), m.finetune(), language_model(), training)
+
+
+def test_a_run_resumes_with_the_losses_that_it_began_with(tmp_path):
+    def cubed(out, y):
+        return (out - y).abs() ** 3
+
+    class Stop(Exception): ...
+
+    def stop(line):
+        if line["event"] == "checkpoint" and line["steps"] > 0:
+            raise Stop
+
+    tasks = mixed()
+    run = lambda loss, **more: cs.run(  # noqa: E731
+        cs.settings.multitask(tasks, "task"),
+        cs.methods.finetune(),
+        training=cs.Training(epochs=2, loss={"value": loss, "class": "focal"}),
+        out=tmp_path / "run",
+        **more,
+    )
+    with pytest.raises(Stop):
+        run(cubed, checkpoint_steps=1, progress=stop)
+    # Of a function the name counts: its address is another in every process.
+    for other in ("l1", lambda out, y: (out - y).abs()):
+        with pytest.raises(cs.ConsilienceError, match="a run resumes with the configuration it began with"):
+            run(other, resume=True)
+    assert run(cubed, resume=True).matrices.shape[-1] == len(tasks)

@@ -6,7 +6,7 @@ import os
 import platform
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
@@ -316,9 +316,22 @@ def describe(setup: Setup, method: str, options: RunOptions) -> dict[str, Any]:
 
 
 def identity(value: object) -> str:
-    """Return a text that is the same in every process: the name of a function, the repr of other values."""
+    """Return a text that is the same in every process: functions by name, also inside of other values.
+
+    >>> identity({"loss": [len]})
+    "{'loss': [builtins.len]}"
+    """
     if isinstance(value, FunctionType | BuiltinFunctionType):
         return f"{value.__module__}.{value.__qualname__}"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{name!r}: {identity(entry)}' for name, entry in value.items())}}}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(identity, value))}]"
+
+    # The repr of a dataclass has the addresses of functions in its fields.
+    if is_dataclass(value) and not isinstance(value, type):
+        held = ", ".join(f"{f.name}={identity(getattr(value, f.name))}" for f in fields(value) if f.repr)
+        return f"{type(value).__qualname__}({held})"
     return repr(value)
 
 
@@ -352,6 +365,7 @@ def fingerprint(setup: Setup, options: RunOptions) -> dict[str, Any]:
     return {
         "setting": schedule.setting,
         "scenario": schedule.scenario,
+        "targets": {task or "all": identity(target) for task, target in schedule.frame.targets.items()},
         "data": content_hash(data),
         "schedule": content_hash({"\n".join(plan): nothing}),
         "method": parts,

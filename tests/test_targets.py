@@ -316,6 +316,69 @@ def test_der_on_tokens_is_the_mean_square_of_tokens():
     near(found, dict(net.named_parameters()))
 
 
+def test_feddf_on_tokens_is_the_mean_divergence_of_tokens():
+    """One step from the average of two models, on unlabelled sentences of unequal length."""
+    sources = [padded_tags(name, seed) for seed, name in enumerate("ab")]
+    shared = padded_tags("c", 7).train.whole()[0]
+    training = replace(FP64, epochs=1)
+    schedule = cs.settings.merging(sources, scenario="domain")
+    method = m.feddf(shared, steps=1, lr=0.5, batch_size=99, optimiser="sgd")
+    found = run(schedule, method, tagger(), training).params
+
+    average = run(schedule, m.average(), tagger(), training).params
+    teachers = []
+    for source in sources:
+        alone = run(cs.settings.continual([source], "domain"), m.finetune(), tagger(), training).params
+        teachers.append(functional(alone, shared))
+    p = (sum(teachers) / 2).softmax(1).movedim(1, -1)
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in average.items()}
+    log = functional(leaves, shared).log_softmax(1).movedim(1, -1)
+    there = shared.parts["mask"] == 1
+    loss = -(p * log).sum(-1)[there].mean()
+    grads = torch.autograd.grad(loss, list(leaves.values()))
+    near(found, {n: average[n] - 0.5 * g for n, g in zip(leaves, grads, strict=True)}, 1e-10)
+
+
+def test_regmean_reads_no_padding():
+    """The second moments of a layer on tokens are those of the tokens that are there."""
+    source = padded_tags("a", 3)
+    result = run(cs.settings.merging([source, padded_tags("b", 4)], scenario="domain"), m.regmean(), tagger())
+    state = result.agent.state
+    items = {name: message.items["InputMoments"] for (_, name), message in state.bank.items()}
+    counted = items["a"].tensors["second/head.weight"][0]
+    alone = run(cs.settings.continual([source], "domain"), m.finetune(), tagger()).params
+    x = source.train.whole()[0]
+    h = F.embedding(x.parts["ids"], alone["embed.weight"]).tanh()[x.parts["mask"] == 1]
+    assert torch.allclose(counted, h.T @ h)
+
+
+class Tags(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(9, 5), nn.Linear(5, 3)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return self.head(self.embed(ids).tanh()).transpose(1, 2)
+
+
+def tagger() -> nn.Module:
+    torch.manual_seed(0)
+    return Tags()
+
+
+def functional(params: Any, x: Tree) -> Tensor:
+    return torch.func.functional_call(Tags().double(), dict(params), (), dict(x.parts))
+
+
+def padded_tags(name: str, seed: int) -> Source:
+    lengths = integers(6, 20, seed=seed) + 1
+    there = torch.arange(6) < lengths[:, None]
+    x = Tree({"ids": integers(9, 20, 6, seed=seed), "mask": there.long()}, {"ids": 0.0, "mask": 0.0}, lengths)
+    y = integers(3, 20, 6, seed=seed + 1).masked_fill(~there, -100)
+    part = Tensors(x, y)
+    return Source(name, part, part, part, tuple(("tag", str(i)) for i in range(3)), (0, 1, 2))
+
+
 # Tasks of different kinds in one schedule.
 
 

@@ -49,6 +49,7 @@ from consilience.core.params import pack, unpack
 from consilience.core.schedule import Expert, Schedule
 from consilience.core.source import Source, Tensors
 from consilience.core.state import State, decode_state, encode_state
+from consilience.core.takes import Takes
 from consilience.core.training import Training
 from consilience.loop.agent import Agent
 from consilience.loop.result import Result
@@ -237,7 +238,8 @@ def check_spelt(correction: Correction) -> None:
     kind = type(correction)
     # All verbs are optional, so Python takes a misspelt one for a helper method and nothing is ever called.
     fields = {f.name for f in dataclasses.fields(correction)}  # type: ignore[arg-type]
-    known = {name for name in vars(Correction) if not name.startswith("_")} | {"route", "rejects"}
+    known = {name for owner in (Correction, Takes) for name in vars(owner) if not name.startswith("_")}
+    known |= {"route", "rejects"}
     for name in vars(kind):
         if not name.startswith("_") and name not in known | fields:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.85)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -17,7 +17,7 @@ from consilience.core.params import Layout, Params, content_hash
 from consilience.core.schedule import ScheduleFacts
 from consilience.core.source import Examples, Source
 from consilience.core.state import State
-from consilience.core.tree import Input, Tree, named
+from consilience.core.tree import Input, Tree, as_input, named
 from consilience.core.weight_space import WeightSpace, with_weights
 
 CHUNK = 1024
@@ -25,11 +25,13 @@ CHUNK = 1024
 
 
 def inputs(unlabelled: Any) -> Input:
-    """Return the inputs [N, ...] of a source, of examples, of a tensor or of an array."""
+    """Return the inputs [N, ...] of a source, of examples, of a tensor or array, or of several by name."""
     if isinstance(unlabelled, Source):
         unlabelled = unlabelled.train
     if isinstance(unlabelled, Examples):
         return unlabelled.whole()[0]
+    if isinstance(unlabelled, Tree | Mapping | tuple):
+        return as_input(unlabelled, "`unlabelled`")
     try:
         return torch.as_tensor(unlabelled)
     except (TypeError, ValueError, RuntimeError) as e:
@@ -38,24 +40,33 @@ def inputs(unlabelled: Any) -> Input:
         ) from e
 
 
+def _over_places(each: Tensor, inputs: Input) -> Tensor:
+    """Return the mean of values [B] or [B, *places]; padding of ragged inputs does not count."""
+    there = None if isinstance(inputs, Tensor) else inputs.there()
+    if there is None or each.shape != there.shape:
+        return each.mean()
+    return each[there].mean()
+
+
 def _is_finite(inputs: object) -> bool:
     """Whether these are inputs [N, ...], at least one, without NaN and infinity."""
     if not isinstance(inputs, Tensor | Tree) or not len(inputs):
         return False
-    parts = [inputs] if isinstance(inputs, Tensor) else inputs.parts.values()
-    return all(part.dim() > 1 and bool(part.isfinite().all()) for part in parts)
+    if isinstance(inputs, Tensor):
+        return inputs.dim() > 1 and bool(inputs.isfinite().all())
+    return all(bool(part.isfinite().all()) for part in inputs.parts.values())
 
 
 @dataclass(frozen=True)
 class Distillation(WeightSpace):
     """theta <- the average (`WeightSpace`), then steps on T^2 KL(softmax(z / T) || softmax(f(theta, u) / T)).
 
-    z is the mean over the received models of their logits on unlabelled inputs u; `of` "probabilities"
-    averages softmax(z_k / T) in its place. All received models count equally, in eval mode, without the views
-    of corrections. Batches are shuffled passes over u, seeded by the exchange; buffers are the averages. No
-    step is taken if the average already gives the mean output up to rounding error (Adam would magnify it),
-    or if no sender trained since it last received (a server that broadcasts). Lin et al. 2020 (FedDF: Adam,
-    lr .001, up to 10,000 steps).
+    z is the mean over the received models of their logits on unlabelled inputs u, and the KL is a mean over
+    places where there are several; `of` "probabilities" averages softmax(z_k / T) in its place. All received
+    models count equally, in eval mode, without the views of corrections. Batches are shuffled passes over u,
+    seeded by the exchange; buffers are the averages. No step is taken if the average already gives the mean
+    output up to rounding error (Adam would magnify it), or if no sender trained since it last received (a
+    server that broadcasts). Lin et al. 2020 (FedDF: Adam, lr .001, up to 10,000 steps).
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("class",)
@@ -192,11 +203,13 @@ class Distillation(WeightSpace):
                 batch, order = order[: self.batch_size].to(unlabelled.device), order[self.batch_size :]
                 leaf = theta.detach().requires_grad_()
                 params = {**state.params, **layout.split(leaf)}
-                out = model(params, state.buffers, unlabelled[batch], None, False)[0]
+                inputs = unlabelled[batch]
+                out = model(params, state.buffers, inputs, None, False)[0]
 
                 # The cross-entropy is KL plus the entropy of the targets, which has no gradient.
                 log = (out / self.temperature).log_softmax(1)
-                loss = -(self.temperature**2) * (target[batch] * log).sum(1).mean()
+                each = (target[batch] * log).sum(1)
+                loss = -(self.temperature**2) * _over_places(each, inputs)
                 grad = torch.autograd.grad(loss, leaf)[0]
                 direction, held = optimiser.update(grad, held, theta)
                 theta = theta - self.rate * direction

@@ -126,6 +126,12 @@ class Tree:
         """How many places the ragged parts have, with padding; None without ragged parts."""
         return next((self.parts[name].shape[1] for name in self.ragged), None)
 
+    def there(self) -> Tensor | None:
+        """Return which places of the ragged parts are no padding [B, T]; None without ragged parts."""
+        if self.lengths is None or self.places is None:
+            return None
+        return torch.arange(self.places, device=self.device) < self.lengths[:, None]
+
     def arguments(self) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
         """Return what a module is called with: parts of a tuple by place, the others by name."""
         by_place = tuple(part for name, part in self.parts.items() if name.isdigit())

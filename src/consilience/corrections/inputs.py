@@ -58,7 +58,8 @@ class InputMoments(Correction):
 
     The sums are in float64 and come with the count of samples. A convolution's inputs are its patches, for
     each of its g groups; a linear layer has g = 1; layers with d > `largest` are left out. Sums add over
-    sources, batches and agents; they can leak rare samples: they are not private. Jin et al. 2023 (RegMean).
+    sources, batches and agents; they can leak rare samples: they are not private. Padding of ragged inputs is
+    left out where a layer has an input for every place. Jin et al. 2023 (RegMean).
     """
 
     largest: int = 2048
@@ -80,10 +81,15 @@ class InputMoments(Correction):
 
     def summarise(self, learned: Learned, ctx: Context) -> Statistics:
         total: dict[str, Tensor] = {}
+        there: Tensor | None = None
 
         def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
             def add(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-                moment = gram(layer, inputs[0].detach())
+                seen = inputs[0].detach()
+                # Padding is no data, but layers that act on every token see it.
+                if there is not None and seen.dim() == 3 and seen.shape[:2] == there.shape:
+                    seen = seen[there]
+                moment = gram(layer, seen)
                 total[name] = total[name] + moment if name in total else moment
 
             return add
@@ -97,6 +103,7 @@ class InputMoments(Correction):
         # The module belongs to the model: hooks must go even where a forward pass fails.
         try:
             for x, _ in learned.source.train.chunks(1024):
+                there = None if isinstance(x, Tensor) else x.there()
                 with torch.no_grad():
                     learned.model(learned.params, learned.buffers, x, learned.task, False)
         finally:

@@ -207,10 +207,10 @@ class ModuleModel(Model):
         self.at_places = psi.dim() > 2 and psi.shape[-1] == self.width
         if not self.at_places:
             return psi.flatten(1)
-        if isinstance(x, Tensor) or x.lengths is None or psi.dim() > 3:
+        there = None if isinstance(x, Tensor) else x.there()
+        if there is None or there.shape != psi.shape[:-1]:
             return psi.flatten(1, -2).mean(1)
         # Padding has no part in the mean of a sequence.
-        there = torch.arange(psi.shape[1], device=psi.device) < x.lengths[:, None]
         return (psi * there[..., None]).sum(1) / there.sum(1, keepdim=True).clamp_min(1)
 
     def bind(self, params: Params, buffers: Params, train: bool) -> tuple[Forward, Params]:

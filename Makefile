@@ -45,6 +45,7 @@ lock:
 bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/core.py
 	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/mapping.py
+	if $(BIN)/python -c "import transformers" 2> /dev/null; then $(BIN)/python benchmarks/frozen.py; else echo "frozen.py wants transformers: left out"; fi
 	if $(BIN)/python -c "import timm" 2> /dev/null; then $(BIN)/python benchmarks/features.py; else echo "features.py wants consilience[vision]: left out"; fi
 
 engines: $(VENV)/.ready

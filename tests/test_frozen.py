@@ -187,6 +187,39 @@ def test_a_given_module_is_one_for_all_seeds_and_a_functions_is_one_per_seed():
     assert not torch.equal(c["words.0.weight"], d["words.0.weight"])
 
 
+def test_a_given_module_lends_its_frozen_entries_and_nothing_else():
+    """A model of 7 GB needs no second copy; what is trained is the model's own, and so are places."""
+    net = module()
+    model = cs.models.wrap(net)
+    own = model.init(torch.Generator())[0]
+    assert own["words.0.weight"].data_ptr() == net.words[0].weight.data_ptr()
+    assert own["head.weight"].data_ptr() != net.head.weight.data_ptr()
+    with torch.no_grad():
+        net.head.weight.zero_()
+        net.words[1].running_mean.add_(1)
+    net.double()
+    again, buffers = model.init(torch.Generator())
+    assert again["words.0.weight"].dtype == torch.float32 and again["head.weight"].any()
+    assert not buffers["words.1.running_mean"].any()
+
+    # A pattern freezes entries that their owner may still train: they are copied.
+    net = module()
+    pattern = cs.models.wrap(net.requires_grad_(True), frozen=("words.*",))
+    assert pattern.init(torch.Generator())[0]["words.0.weight"].data_ptr() != net.words[0].weight.data_ptr()
+
+
+def test_frozen_entries_that_their_owner_changes_are_refused():
+    net = module()
+    model = cs.models.wrap(net)
+    with torch.no_grad():
+        net.words[0].weight.add_(1)
+    others = (cs.models.multi_head(model, 4), cs.models.frozen(model, "head.bias"))
+    for changed in (model, *others):
+        with pytest.raises(cs.ConsilienceError, match=r"and '.*words\.0\.weight' was changed there"):
+            changed.init(torch.Generator())
+    cs.models.wrap(net).init(torch.Generator())
+
+
 def test_what_must_be_cast_is_cast_once():
     half, full = torch.ones(3, dtype=torch.bfloat16), torch.ones(3)
     cpu = torch.device("cpu")
@@ -356,6 +389,23 @@ def test_another_base_is_found_on_resume(tmp_path):
     run(base, out=tmp_path)
     with pytest.raises(cs.ConsilienceError, match="a state must be read with the frozen entries"):
         run(other, out=tmp_path, resume=True)
+
+
+def test_the_folder_of_a_run_is_read_with_the_frozen_entries_of_its_base(tmp_path):
+    from consilience.cli.choose import checkpoint_of
+    from consilience.loop.session import saved_agents
+
+    run = cs.run(cs.settings.continual(data(2)), cs.methods.finetune(), module(), TRAINING, out=tmp_path)
+    base = {**module().state_dict(), "places": torch.arange(8)}
+    found = checkpoint_of(str(tmp_path), base)
+    assert all(torch.equal(found[name], p) for name, p in run.params.items())
+    for wrong in (None, {n: t for n, t in base.items() if n != "words.0.weight"}):
+        with pytest.raises(
+            cs.ConsilienceError, match="has only what was trained.*got no 'words.0.weight' there"
+        ):
+            checkpoint_of(str(tmp_path), wrong)
+    with pytest.raises(cs.ConsilienceError, match="a state must be read with the frozen entries"):
+        saved_agents(tmp_path, {**base, "words.1.bias": torch.ones(8)}.__getitem__)
 
 
 def test_weights_over_other_frozen_entries_are_refused():

@@ -182,7 +182,7 @@ def checkpoint_of(word: str, base: Any = None) -> Any:
         return path
 
     # A run of several agents would need a choice among them.
-    agents = saved_agents(path)
+    agents = saved_agents(path, None if base is None else opened(base).whole)
     if len(agents) != 1:
         got = ", ".join(agents) or "none"
         raise ConsilienceError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from consilience.core.errors import ConsilienceError, Interrupted
 from consilience.core.params import write_json
-from consilience.core.state import State
+from consilience.core.state import Frozen, State
 from consilience.loop.agents import Setup
 from consilience.loop.checks import RunOptions, describe, fingerprint, versions
 from consilience.loop.engine import Engine
@@ -233,9 +233,26 @@ def of_repeat(tensors: Mapping[str, Tensor], repeat: int) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
-def saved_agents(out: str | Path) -> dict[str, State]:
-    """Return the states of agents (first seed) in a run's folder; none without a checkpoint."""
+def saved_agents(out: str | Path, read: Callable[[str], Tensor] | None = None) -> dict[str, State]:
+    """Return the states of agents (first seed) in a run's folder; none without a checkpoint.
+
+    A folder has no frozen entries: `read` returns those of the base by name (KeyError: it has none). Raises
+    ConsilienceError where they are not those of the run.
+    """
     found = Log(Path(out)).last()
     if found is None or "0" not in found.facts["trials"]:
         return {}
-    return agent_states(of_repeat(found.tensors, 0), found.facts["trials"]["0"])
+    facts = found.facts["trials"]["0"]
+
+    frozen: dict[str, Tensor] = {}
+    for name in facts["frozen"]:
+        try:
+            if read is None:
+                raise KeyError(name)
+            frozen[name] = read(name)
+        except KeyError as error:
+            raise ConsilienceError(
+                f"{out} has only what was trained, and its frozen entries must come from the base, got no "
+                f"{name!r} there; save `Result.params` of the run as a file, and give that."
+            ) from error
+    return agent_states(of_repeat(found.tensors, 0), facts, frozen=Frozen(frozen))

@@ -606,11 +606,12 @@ def wrap(
 ) -> ModuleModel:
     """Return a model of any torch module x -> outputs [B, C].
 
-    A module is taken with its weights; a function that makes one makes new weights for each seed. Entries
-    with `requires_grad=False` are frozen: they are not trained, sent or saved.
+    A module is copied with its weights; a function that makes one makes new weights for each seed. Entries
+    with `requires_grad=False` are frozen: they are neither trained, sent nor saved, and stay in the memory of
+    the module that is given, where nobody may change them.
 
     Args:
-        module: the module, which is copied, or a function of no arguments that makes one.
+        module: the module, or a function of no arguments that makes one.
         outputs: the number of output columns (of features, if headless); None: the head's, or, for a headless
             module, the number that `backbone` counts.
         head: the name of the last linear layer, whose inputs are the features; None: the last nn.Linear in

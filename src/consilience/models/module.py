@@ -33,8 +33,9 @@ class ModuleModel(Model):
     their number may be left to `models.backbone` to count.
 
     Entries with `requires_grad=False` are frozen, and so are those that match the patterns `frozen`. A part
-    whose entries are all frozen runs in eval mode, also in training. Frozen entries of a given module are the
-    same tensors at every `init`. Buffers follow updates in place, as batch norm makes them; a new tensor in
+    whose entries are all frozen runs in eval mode, also in training. A given module is copied, but for the
+    entries with `requires_grad=False`: these stay in its memory, at every `init`, and must not change there.
+    Buffers follow updates in place, as batch norm makes them; a new tensor in
     the place of a buffer is lost. Buffers that torch does not save, and those of a frozen part, are derived:
     every visit begins with them as the module made them.
 
@@ -75,7 +76,7 @@ class ModuleModel(Model):
         name: str | None = None,
     ) -> None:
         self.factory = None if isinstance(module, nn.Module) else module
-        self.module = copy.deepcopy(module) if isinstance(module, nn.Module) else self._make(0)
+        self.module = _over_frozen(module) if isinstance(module, nn.Module) else self._make(0)
         if not isinstance(self.module, nn.Module):
             raise ConsilienceError(
                 "a model must be a torch module or a function that makes one, "
@@ -92,7 +93,9 @@ class ModuleModel(Model):
             whole_number(outputs=self.outputs)
 
         self._list_entries()
-        self._frozen = frozenset(name for name, p in self.module.named_parameters() if not p.requires_grad)
+        given = {name: p for name, p in self.module.named_parameters() if not p.requires_grad}
+        self._frozen = frozenset(given)
+        self._versions = {name: _version(p) for name, p in given.items()}
         self.at_places = False
         """Whether the last features were means over places."""
         self._freeze(frozen)
@@ -162,6 +165,9 @@ class ModuleModel(Model):
         module = self.module
         if self.factory is not None:
             module = self._make(int(torch.randint(2**62, (), generator=generator)))
+
+        else:
+            self._check_unchanged()
 
         # What never changes is not copied: all who begin from one module hold the same tensors.
         params = {
@@ -294,6 +300,15 @@ class ModuleModel(Model):
             torch.default_generator.manual_seed(seed)
             return self.factory()
 
+    def _check_unchanged(self) -> None:
+        """Refuse frozen entries that were changed in the module that was given."""
+        for name, p in self.module.named_parameters():
+            if _version(p) != self._versions.get(name, _version(p)):
+                raise ConsilienceError(
+                    "frozen entries are in the memory of the module that was given, "
+                    f"and {name!r} was changed there; make a new model of the module."
+                )
+
     def _list_entries(self) -> None:
         """List the names of the module's parameters and buffers."""
         self.entries = tuple(name for name, _ in self.module.named_parameters())
@@ -338,6 +353,18 @@ class ModuleModel(Model):
         for _, part in self._frozen_parts() if train else ():
             part.eval()
         self._mode = train
+
+
+def _over_frozen(module: nn.Module) -> nn.Module:
+    """Return a copy of a module whose entries with `requires_grad=False` are in the memory of its own."""
+    # A parameter of ours, because `to` of the given module puts other memory into its parameters.
+    plain = [p for p in module.parameters() if not p.requires_grad and type(p) is nn.Parameter]
+    return copy.deepcopy(module, {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in plain})
+
+
+def _version(tensor: Tensor) -> int:
+    """Return a number that torch raises with every change in place; -1 where it does not count."""
+    return -1 if tensor.is_inference() else tensor._version
 
 
 def same_tensors(module: nn.Module) -> nn.Module:

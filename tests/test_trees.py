@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import consilience as cs
 from consilience.core.source import joined_targets, trimmed
-from consilience.core.tree import Tree, as_input, concat, named, signature, unnamed
+from consilience.core.tree import Tree, as_input, concat, named, signature, types, unnamed
 from consilience.data.features import input_hashes
 
 m = cs.methods
@@ -126,7 +126,21 @@ def test_parts_keep_their_places_and_names_when_they_are_stored():
     # Names of users are free.
     odd = as_input({"a=b": [[1], [2, 3]], "c/d": torch.zeros(2), "=": torch.ones(2)})
     back = unnamed("x", dict(sorted(named("x", odd).items())))
-    assert list(back.parts) == ["a=b", "c/d", "="] and list(back.ragged) == ["a=b"]
+    assert list(back.parts) == ["=", "a=b", "c/d"] and list(back.ragged) == ["a=b"]
+
+
+def test_parts_by_name_have_one_order_whatever_order_they_came_in():
+    one, other = (
+        as_input({"ids": [[1, 2], [3]], "mask": [[1, 1], [1]]}),
+        as_input({"mask": [[1], [1, 1]], "ids": [[4], [5, 6]]}),
+    )
+    assert signature(one) == signature(other) and types(one) == types(other)
+    assert concat([one, other]).parts["ids"].tolist() == [[1, 2], [3, 0], [4, 0], [5, 6]]
+
+    # A test in another order is of the same form.
+    x, y = {"b": np.ones((20, 2)), "a": np.zeros((20, 3), "int64")}, np.arange(20) % 2
+    source = cs.data.arrays(x, y, test=(dict(reversed(x.items())), y))
+    assert signature(source.train.whole()[0]) == signature(source.test.whole()[0])
 
 
 def test_targets_at_places_are_cut_and_joined_with_their_inputs():
@@ -354,11 +368,11 @@ def test_inputs_that_a_module_does_not_take_are_named():
         (
             extra,
             bag(),
-            "got input_ids, attention_mask, kind: Bag.forward() got an unexpected keyword argument",
+            "got attention_mask, input_ids, kind: Bag.forward() got an unexpected keyword argument",
         ),
         (extra, bag(), "leave that part out, or name the parts as `forward` does"),
         (source.map(x=lambda x: Tree({"input_ids": x.parts["input_ids"]})), bag(), "missing 1 required"),
-        (source, None, "no default model takes inputs of several parts (input_ids, attention_mask)"),
+        (source, None, "no default model takes inputs of several parts (attention_mask, input_ids)"),
         (
             cs.data.arrays(np.ones((20, 64), "uint8"), np.arange(20) % 10),
             net(),

@@ -403,3 +403,42 @@ def test_inputs_that_differ_are_not_joined():
     assert signature(x) != signature(y)
     with pytest.raises(cs.ConsilienceError, match="inputs to join must be alike"):
         concat([x, y])
+
+
+# What a step costs: ragged inputs have a new shape in almost every step, so that counting must be quick.
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 2)), (5, 6)),
+        (nn.Sequential(nn.Conv2d(4, 8, 3, groups=2), nn.GroupNorm(2, 8)), (2, 4, 9, 9)),
+        (nn.Conv2d(8, 2, 3, stride=2), (2, 8, 9, 9)),
+        (nn.Conv1d(6, 4, 3, dilation=2), (2, 6, 9)),
+        (nn.ConvTranspose2d(3, 5, 3), (2, 3, 6, 6)),
+        (nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), (3, 5, 8)),
+        (nn.LSTM(6, 4, batch_first=True), (2, 5, 6)),
+    ],
+)
+def test_flops_are_those_of_torch(layer, shape):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from consilience.loop.flops import Flops
+
+    x = torch.rand(*shape)
+
+    def step() -> None:
+        out = layer(x)
+        (out[0] if isinstance(out, tuple) else out).sum().backward()
+
+    def answer() -> None:
+        with torch.inference_mode():
+            layer(x)
+
+    for work in (step, answer):
+        with FlopCounterMode(display=False) as theirs:
+            work()
+        with Flops() as ours:
+            work()
+        # Torch has no formula of fused recurrent layers.
+        assert ours.total == theirs.get_total_flops() and (ours.total or isinstance(layer, nn.LSTM))

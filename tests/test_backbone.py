@@ -327,7 +327,7 @@ def test_a_module_without_a_linear_layer_gives_its_outputs():
     for ask in (lambda: models.wrap(module), lambda: uncounted.outputs, lambda: uncounted.width):
         with pytest.raises(
             ConsilienceError,
-            match="`outputs` must be given for a module without a linear head, got none.",
+            match="`outputs` must be given for a module without a linear head, got none; use models.wrap",
         ):
             ask()
     with pytest.raises(ConsilienceError, match="`outputs` must be a whole number >= 1, got 0"):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import consilience as cs
 from consilience.core.source import joined_targets, trimmed
-from consilience.core.tree import Tree, as_input, concat, named, signature, unnamed
+from consilience.core.tree import Tree, as_input, concat, named, signature, types, unnamed
 from consilience.data.features import input_hashes
 
 m = cs.methods
@@ -126,7 +126,21 @@ def test_parts_keep_their_places_and_names_when_they_are_stored():
     # Names of users are free.
     odd = as_input({"a=b": [[1], [2, 3]], "c/d": torch.zeros(2), "=": torch.ones(2)})
     back = unnamed("x", dict(sorted(named("x", odd).items())))
-    assert list(back.parts) == ["a=b", "c/d", "="] and list(back.ragged) == ["a=b"]
+    assert list(back.parts) == ["=", "a=b", "c/d"] and list(back.ragged) == ["a=b"]
+
+
+def test_parts_by_name_have_one_order_whatever_order_they_came_in():
+    one, other = (
+        as_input({"ids": [[1, 2], [3]], "mask": [[1, 1], [1]]}),
+        as_input({"mask": [[1], [1, 1]], "ids": [[4], [5, 6]]}),
+    )
+    assert signature(one) == signature(other) and types(one) == types(other)
+    assert concat([one, other]).parts["ids"].tolist() == [[1, 2], [3, 0], [4, 0], [5, 6]]
+
+    # A test in another order is of the same form.
+    x, y = {"b": np.ones((20, 2)), "a": np.zeros((20, 3), "int64")}, np.arange(20) % 2
+    source = cs.data.arrays(x, y, test=(dict(reversed(x.items())), y))
+    assert signature(source.train.whole()[0]) == signature(source.test.whole()[0])
 
 
 def test_targets_at_places_are_cut_and_joined_with_their_inputs():
@@ -354,11 +368,11 @@ def test_inputs_that_a_module_does_not_take_are_named():
         (
             extra,
             bag(),
-            "got input_ids, attention_mask, kind: Bag.forward() got an unexpected keyword argument",
+            "got attention_mask, input_ids, kind: Bag.forward() got an unexpected keyword argument",
         ),
         (extra, bag(), "leave that part out, or name the parts as `forward` does"),
         (source.map(x=lambda x: Tree({"input_ids": x.parts["input_ids"]})), bag(), "missing 1 required"),
-        (source, None, "no default model takes inputs of several parts (input_ids, attention_mask)"),
+        (source, None, "no default model takes inputs of several parts (attention_mask, input_ids)"),
         (
             cs.data.arrays(np.ones((20, 64), "uint8"), np.arange(20) % 10),
             net(),
@@ -389,3 +403,42 @@ def test_inputs_that_differ_are_not_joined():
     assert signature(x) != signature(y)
     with pytest.raises(cs.ConsilienceError, match="inputs to join must be alike"):
         concat([x, y])
+
+
+# What a step costs: ragged inputs have a new shape in almost every step, so that counting must be quick.
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 2)), (5, 6)),
+        (nn.Sequential(nn.Conv2d(4, 8, 3, groups=2), nn.GroupNorm(2, 8)), (2, 4, 9, 9)),
+        (nn.Conv2d(8, 2, 3, stride=2), (2, 8, 9, 9)),
+        (nn.Conv1d(6, 4, 3, dilation=2), (2, 6, 9)),
+        (nn.ConvTranspose2d(3, 5, 3), (2, 3, 6, 6)),
+        (nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), (3, 5, 8)),
+        (nn.LSTM(6, 4, batch_first=True), (2, 5, 6)),
+    ],
+)
+def test_flops_are_those_of_torch(layer, shape):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from consilience.loop.flops import Flops
+
+    x = torch.rand(*shape)
+
+    def step() -> None:
+        out = layer(x)
+        (out[0] if isinstance(out, tuple) else out).sum().backward()
+
+    def answer() -> None:
+        with torch.inference_mode():
+            layer(x)
+
+    for work in (step, answer):
+        with FlopCounterMode(display=False) as theirs:
+            work()
+        with Flops() as ours:
+            work()
+        # Torch has no formula of fused recurrent layers.
+        assert ours.total == theirs.get_total_flops() and (ours.total or isinstance(layer, nn.LSTM))

@@ -301,7 +301,8 @@ def as_input(value: Any, what: str = "`x`") -> Input:
 
     parts: dict[str, Tensor] = {}
     padded: dict[str, Tensor] = {}
-    for name, part in value.items():
+    # In one order, so that the dictionaries of two sources are alike whatever theirs was.
+    for name, part in sorted(value.items(), key=lambda item: _place(str(item[0]))):
         if isinstance(part, Mapping):
             raise ConsilienceError(
                 f"parts of {what} must be tensors, got a mapping for {name!r}; name its parts."
@@ -385,6 +386,11 @@ def ready(value: Any) -> Input:
     if isinstance(x, Tensor):
         return converted(x)
     return replace(x, parts={name: converted(part) for name, part in x.parts.items()})
+
+
+def _place(name: str) -> tuple[int, str]:
+    """Return what parts are sorted by: names, then numbers by their value."""
+    return len(name) if name.isdigit() else 0, name
 
 
 def _ragged(value: Any) -> list[Any] | None:

@@ -92,9 +92,11 @@ class Judge:
 
     def result(self) -> dict[str, Any]:
         """Return what the trial found, without costs."""
-        names = ("rows", "further", "curve", "learning", "client_drift", "local", "personal")
+        names = ("rows", "further", "client_drift", "personal")
         stages, mapper = self.stages[1:], self.mapped or None
-        return {name: getattr(self, name) for name in names} | {"stages": stages, "mapper": mapper}
+        found = {name: getattr(self, name) for name in names} | {"stages": stages, "mapper": mapper}
+        # Undefined scores are None, as they are in files: a resumed run has its first ones from there.
+        return found | {name: plain(getattr(self, name)) for name in ("curve", "learning", "local")}
 
     # The evaluated agent.
 

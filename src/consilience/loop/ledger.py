@@ -52,11 +52,11 @@ class Ledger:
         if kind in self.measured:
             return work()
         # Imported here, since it takes a tenth of a second.
-        from torch.utils.flop_counter import FlopCounterMode
+        from consilience.loop.flops import Flops
 
-        with FlopCounterMode(display=False) as counter:
+        with Flops() as counter:
             result = work()
-        self.measured[kind] = counter.get_total_flops() // 2
+        self.measured[kind] = counter.total // 2
         return result
 
     def charge(self, agent: str, kind: Hashable) -> None:

@@ -111,7 +111,10 @@ class ModuleModel(Model):
     def outputs(self) -> int:  # type: ignore[override]
         """The number C of output columns."""
         if self.given_outputs is None:
-            raise ConsilienceError("`outputs` must be given for a module without a linear head, got none.")
+            raise ConsilienceError(
+                "`outputs` must be given for a module without a linear head, got none; "
+                "use models.wrap(module, outputs=...)."
+            )
         return self.given_outputs
 
     @property

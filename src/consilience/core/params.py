@@ -37,7 +37,7 @@ def key(*parts: object) -> torch.Generator:
 
 
 def changes(tensor: Tensor) -> int:
-    """Return a number that torch raises with every change in place; -1 where inference mode made the tensor."""
+    """Return a number that torch raises with every change in place; -1 for a tensor of inference mode."""
     return -1 if tensor.is_inference() else tensor._version
 
 

@@ -36,13 +36,17 @@ def key(*parts: object) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
+def changes(tensor: Tensor) -> int:
+    """Return a number that torch raises with every change in place; -1 for tensors of inference mode."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
 _DIGESTS = WeakTensorKeyDictionary()
 
 
 def _digest(tensor: Tensor) -> bytes:
     """Return a hash of a tensor's bytes, computed once for as long as the tensor does not change."""
-    # torch counts in-place changes, but not in inference mode.
-    version = -1 if tensor.is_inference() else tensor._version
+    version = changes(tensor)
     found = _DIGESTS.get(tensor)
     if found is not None and found[0] == version >= 0:
         return found[1]  # type: ignore[no-any-return]

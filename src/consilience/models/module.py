@@ -17,7 +17,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from consilience.core.checks import whole_number
 from consilience.core.errors import ConsilienceError
 from consilience.core.model import Forward, Model
-from consilience.core.params import Params, alias, content_hash, matches, same
+from consilience.core.params import Params, alias, changes, content_hash, matches, same
 from consilience.core.tree import Input, Tree, as_input
 
 Factory = Callable[[], nn.Module]
@@ -35,9 +35,9 @@ class ModuleModel(Model):
     Entries with `requires_grad=False` are frozen, and so are those that match the patterns `frozen`. A part
     whose entries are all frozen runs in eval mode, also in training. A given module is copied, but for the
     entries with `requires_grad=False`: these stay in its memory, at every `init`, and must not change there.
-    Buffers follow updates in place, as batch norm makes them; a new tensor in
-    the place of a buffer is lost. Buffers that torch does not save, and those of a frozen part, are derived:
-    every visit begins with them as the module made them.
+    Buffers follow updates in place, as batch norm makes them; a new tensor in the place of a buffer is lost.
+    Buffers that torch does not save, and those of a frozen part, are derived: every visit begins with them as
+    the module made them.
 
     >>> model = ModuleModel(lambda: nn.Linear(4, 3))
     >>> params, buffers = model.init(torch.Generator().manual_seed(0))
@@ -95,7 +95,7 @@ class ModuleModel(Model):
         self._list_entries()
         given = {name: p for name, p in self.module.named_parameters() if not p.requires_grad}
         self._frozen = frozenset(given)
-        self._versions = {name: _version(p) for name, p in given.items()}
+        self._versions = {name: changes(p) for name, p in given.items()}
         self.at_places = False
         """Whether the last features were means over places."""
         self._freeze(frozen)
@@ -303,7 +303,7 @@ class ModuleModel(Model):
     def _check_unchanged(self) -> None:
         """Refuse frozen entries that were changed in the module that was given."""
         for name, p in self.module.named_parameters():
-            if _version(p) != self._versions.get(name, _version(p)):
+            if changes(p) != self._versions.get(name, changes(p)):
                 raise ConsilienceError(
                     "frozen entries are in the memory of the module that was given, "
                     f"and {name!r} was changed there; make a new model of the module."
@@ -360,11 +360,6 @@ def _over_frozen(module: nn.Module) -> nn.Module:
     # A parameter of ours, because `to` of the given module puts other memory into its parameters.
     plain = [p for p in module.parameters() if not p.requires_grad and type(p) is nn.Parameter]
     return copy.deepcopy(module, {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in plain})
-
-
-def _version(tensor: Tensor) -> int:
-    """Return a number that torch raises with every change in place; -1 where it does not count."""
-    return -1 if tensor.is_inference() else tensor._version
 
 
 def same_tensors(module: nn.Module) -> nn.Module:

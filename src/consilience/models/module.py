@@ -35,9 +35,9 @@ class ModuleModel(Model):
     Entries with `requires_grad=False` are frozen, and so are those that match the patterns `frozen`. A part
     whose entries are all frozen runs in eval mode, also in training. A given module is copied, but for the
     entries with `requires_grad=False`: these stay in its memory, at every `init`, and must not change there.
-    Buffers follow updates in place, as batch norm makes them; a new tensor in
-    the place of a buffer is lost. Buffers that torch does not save, and those of a frozen part, are derived:
-    every visit begins with them as the module made them.
+    Buffers follow updates in place, as batch norm makes them; a new tensor in the place of a buffer is lost.
+    Buffers that torch does not save, and those of a frozen part, are derived: every visit begins with them as
+    the module made them.
 
     >>> model = ModuleModel(lambda: nn.Linear(4, 3))
     >>> params, buffers = model.init(torch.Generator().manual_seed(0))

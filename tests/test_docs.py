@@ -67,6 +67,39 @@ def test_the_code_of_the_docs_runs(name, tmp_path, monkeypatch):
         exec(compile(code, name, "exec"), here)
 
 
+def test_the_blocks_for_transformers_run(tmp_path, monkeypatch):
+    """Those that need transformers and peft are marked `py`; a small model of random weights stands in."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("peft")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    monkeypatch.chdir(tmp_path)
+    kinds = {"vocab_size": 2000, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.BertConfig(**kinds, intermediate_size=8)
+    transformers.BertForSequenceClassification(config).save_pretrained("model")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "good", "bad", "film", "meal"]
+    tokenizer = Tokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]"
+    )
+    fast.save_pretrained("model")
+
+    texts, moods = ["a good film", "a bad meal"] * 20, ["good", "bad"] * 20
+    data = {name: (texts, moods) for name in ("films", "food")}
+    here: dict[str, Any] = {
+        "cs": cs,
+        "folder": "model",
+        "data": data,
+    }
+    for code in re.findall(r"```py\n(.*?)```", (ROOT / "docs" / "data.md").read_text(), re.S):
+        exec(compile(code, "data.md", "exec"), here)
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+    # Five rounds of two clients are 20 messages: a tenth of the base each is more than adapters and head.
+    base = sum(value.nbytes for value in here["model"].state_dict().values())
+    assert here["result"].costs["bytes"] < 20 * base / 10
+
+
 def test_the_worked_examples_are_the_files():
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "your-own-method.md").read_text(), re.S)
     files = [path.read_text() for path in sorted((ROOT / "examples").glob("*.py"))]

@@ -714,10 +714,10 @@ def test_progress_and_refusals(tmp_path, counting):
 
 def test_hashes_tell_type_shape_and_bytes():
     x = images(3)
-    assert features.image_hashes(x) == [features.image_hashes(x[i : i + 1])[0] for i in range(3)]
+    assert features.input_hashes(x) == [features.input_hashes(x[i : i + 1])[0] for i in range(3)]
     variants = [x, x.double(), x.view(3, 3, 4, 16), x + 1e-6, x.transpose(2, 3)]
-    assert len({h for v in variants for h in features.image_hashes(v)}) == 15
-    assert features.image_hashes(x.to(memory_format=torch.channels_last)) == features.image_hashes(x)
+    assert len({h for v in variants for h in features.input_hashes(v)}) == 15
+    assert features.input_hashes(x.to(memory_format=torch.channels_last)) == features.input_hashes(x)
 
 
 # unreadable images

@@ -637,7 +637,7 @@ BAD = {
         dict(sources=[data.arrays(np.eye(64, dtype="float32"), np.arange(64) % 2, validation=0.0)]),
         "validation examples",
     ),
-    "values": (dict(sources=[data.diabetes()]), "targets are values"),
+    "values": (dict(sources=[data.diabetes()]), "one class per sample"),
     "other inputs": (dict(sources=[data.wine()]), "must fit the model's input"),
     "scenario": (dict(scenario="tasks"), "task, domain or class"),
 }

@@ -17,6 +17,7 @@ from consilience.core.names import PAST
 from consilience.core.optimiser import SGD, Adagrad, Adam, Dynamic, Torch, Yogi
 from consilience.core.params import same
 from consilience.core.schedule import Evaluate, Exchange, Train, build
+from consilience.core.source import Target
 from consilience.core.state import decode_state, encode_state
 from consilience.corrections.client_drift import GHBM, FedCM, FedDyn, LocalSteps, Scaffold
 from consilience.corrections.outputs import WSM
@@ -628,7 +629,8 @@ def bent(s, z, y):
     z = z.clone().requires_grad_()
     _, private, _ = WSM().begin(Some(model=Some(outputs=z.shape[1]), params={}, sources=(s,)))
     part = Some(y=y, drawn_by="")
-    see = Some(outputs=[z], parts=[part], theta=z.detach())
+    targets = [Target("class", cs.losses.cross_entropy())]
+    see = Some(outputs=[z], parts=[part], theta=z.detach(), targets=targets)
     losses = WSM().losses({0: F.cross_entropy(z, y, reduction="none")}, see, Context(private=private))[0]
     return losses, torch.autograd.grad(losses.mean(), z)[0], private["log_p"]
 

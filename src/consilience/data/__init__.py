@@ -134,7 +134,8 @@ def arrays(
             batch. uint8 images [N, H, W] or [N, C, H, W] are divided by 255; other integers stay whole
             numbers (token ids). A map-style dataset with `y=None` is a `stream`.
         y: class numbers [N, *places], where -100 is no target; values [N] or [N, k, *places], or labels [N,
-            L, *places] of 0 and 1, where NaN is no target. Places are tokens or pixels.
+            L, *places] of 0 and 1, where NaN is no target. Places are tokens or pixels; nothing is shifted,
+            so that the target of a token is for the output at that token.
         test: (x, y) to test on, or the fraction of the examples to test on, a stratified draw.
         classes: the names of targets 0, 1, ... (of the outputs, for values); the source has all of them.
             None: those found, named by number. Declare them for clients that may lack some.

@@ -613,7 +613,8 @@ def wrap(
     Args:
         module: the module, or a function of no arguments that makes one.
         outputs: the number of output columns (of features, if headless); None: the head's, or, for a headless
-            module, the number that `backbone` counts.
+            module, the number that `backbone` counts. Give it for a module that does not end in an nn.Linear,
+            such as a segmentation net.
         head: the name of the last linear layer, whose inputs are the features; None: the last nn.Linear in
             module order.
         frozen: shell patterns of further entries that never change.

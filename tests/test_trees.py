@@ -341,10 +341,10 @@ class Out(nn.Module):
     [
         ("tuple", "a module must return a tensor [B, C, *places], or have it in `logits`, got a tuple"),
         ("dict", "or have it in `logits`, got a dict of out; wrap it in a module that returns the outputs"),
-        ("[B, 1, C]", "a model must return outputs [B, 10], got ('B', 1, 10)"),
-        ("[B]", "a model must return outputs [B, 10], got ('B',)"),
-        ("3 columns", "a model must return outputs [B, 10], got ('B', 3)"),
-        ("[C, B]", "a model must return outputs [B, 10], got (10, 2)"),
+        ("[B, 1, C]", "a model must return outputs [B, 10], got [B, 1, 10]; say how many with models.wrap"),
+        ("[B]", "a model must return outputs [B, 10], got [B]"),
+        ("3 columns", "a model must return outputs [B, 10], got [B, 3]"),
+        ("[C, B]", "a model must return outputs [B, 10], got [10, 2]"),
     ],
 )
 def test_outputs_of_another_form_are_refused(form, rule):
@@ -381,9 +381,9 @@ def test_inputs_that_a_module_does_not_take_are_named():
         (
             texts("a", 0, tags=True),
             bag(),
-            "outputs [B, 2, *places] with 1 dimensions of places, got ('B', 2)",
+            "outputs [B, 2, *places], got [B, 2]; targets have 1 dimensions of places",
         ),
-        (source, bag(tags=True), "a model must return outputs [B, 2], got ('B', 2,"),
+        (source, bag(tags=True), "a model must return outputs [B, 2], got [B, 2,"),
     ]
     for given_source, model, rule in cases:
         with pytest.raises(cs.ConsilienceError) as e:
@@ -442,3 +442,39 @@ def test_flops_are_those_of_torch(layer, shape):
             work()
         # Torch has no formula of fused recurrent layers.
         assert ours.total == theirs.get_total_flops() and (ours.total or isinstance(layer, nn.LSTM))
+
+
+def test_modules_that_cannot_be_a_model_are_refused_with_what_helps():
+    digits = cs.data.digits()
+    for module, rule in (
+        (nn.DataParallel(nn.Linear(64, 10)), "must be a plain module, got DataParallel; give its `.module`"),
+        (nn.Sequential(nn.LazyLinear(10)), "got lazy ones; call it once on a batch before"),
+        (nn.utils.weight_norm(nn.Linear(64, 10)), "is torch.nn.utils.parametrizations.weight_norm now"),
+    ):
+        with pytest.raises(cs.ConsilienceError) as e:
+            cs.run(cs.settings.continual([digits]), m.finetune(), model=module)
+        assert rule in str(e.value) and len(str(e.value).splitlines()) == 1
+
+
+def test_classes_after_places_are_found_also_where_there_are_as_many_of_both():
+    class Last(nn.Module):
+        def __init__(self, first: bool) -> None:
+            super().__init__()
+            self.embed, self.head, self.first = nn.Embedding(9, 4), nn.Linear(4, 5), first
+
+        def forward(self, x: Tensor) -> Tensor:
+            out = self.head(self.embed(x))
+            return out.transpose(1, 2) if self.first else out
+
+    for places in (4, 5):
+        ids = torch.randint(0, 5, (40, places), generator=torch.Generator().manual_seed(0))
+        source = cs.data.arrays(ids, ids, classes=list("abcde"))
+        run = lambda model: cs.run(  # noqa: E731
+            cs.settings.continual([source]),  # noqa: B023
+            m.finetune(),
+            model=model,
+            training=cs.Training(epochs=1),
+        )
+        assert run(Last(True)).score >= 0
+        with pytest.raises(cs.ConsilienceError, match="move the classes to dimension 1"):
+            run(Last(False))

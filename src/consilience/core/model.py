@@ -163,18 +163,39 @@ class Model(ABC):
                 f"samples must fit the model's input, got {shape}: {line}{_hint(sample, line)}."
             ) from error
         self.check_outputs(out, len(sample), places)
+        if places == 1 and out.shape[1] == out.shape[2]:
+            self._check_order(params, buffers, ready)
 
     def check_outputs(self, out: object, samples: int, places: int) -> None:
         """Refuse outputs that are not a tensor [B, C, *places]."""
         wanted = f"outputs [B, {self.outputs}{', *places' * bool(places)}]"
+        remedy = "say how many with models.wrap(module, outputs=...)"
         if not isinstance(out, Tensor):
             raise ConsilienceError(f"a model must return {wanted}, got {type(out).__name__}.")
         # More outputs than said would have columns that nothing names.
         if out.dim() != 2 + places or len(out) != samples or out.shape[1] != self.outputs:
-            got = tuple(["B", *out.shape[1:]] if len(out) == samples else out.shape)
+            got = ["B", *out.shape[1:]] if len(out) == samples else list(out.shape)
+            if places and out.dim() == 2 + places and out.shape[-1] == self.outputs:
+                remedy = "move the classes to dimension 1, as in out.transpose(1, 2)"
+            elif places and out.dim() == 2:
+                remedy = f'targets have {places} dimensions of places; several labels are kind="labels"'
             raise ConsilienceError(
-                f"a model must return {wanted}"
-                f"{f' with {places} dimensions of places' if places else ''}, got {got}."
+                f"a model must return {wanted}, got [{', '.join(map(str, got))}]; {remedy}."
+            )
+
+    def _check_order(self, params: Params, buffers: Params, x: Input) -> None:
+        """Refuse outputs [B, T, C] with as many places as classes: only another length shows them."""
+        # Not all modules take another length, and then nothing can be said.
+        try:
+            with torch.no_grad():
+                shorter = x[:, :-1] if isinstance(x, Tensor) else x.map(lambda part: part[:, :-1])
+                out, _ = self(params, buffers, shorter, None, False)
+        except (RuntimeError, ValueError, IndexError, TypeError):
+            return
+        if out.dim() == 3 and out.shape[1] != self.outputs:
+            raise ConsilienceError(
+                f"a model must return outputs [B, {self.outputs}, *places], got the places first; "
+                "move the classes to dimension 1, as in out.transpose(1, 2)."
             )
 
 
@@ -182,6 +203,8 @@ def _hint(sample: Input, line: str) -> str:
     """Return what may help where a model does not take its inputs."""
     if isinstance(sample, Tree) and "unexpected keyword argument" in line:
         return "; leave that part out, or name the parts as `forward` does"
+    if "index out of range" in line and not sample.is_floating_point():
+        return "; whole numbers such as token ids must be below the number of rows of the embedding"
     # Layers of weights say that two types differ, embeddings that they need whole numbers.
     if "dtype" in line or "same type" in line or "scalar type" in line or "type Long" in line:
         kind = "fractions" if sample.is_floating_point() else "whole numbers"

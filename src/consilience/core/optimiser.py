@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -274,7 +275,12 @@ class Torch(Optimiser):
             or not issubclass(kind, torch.optim.Optimizer)
             or kind is torch.optim.Optimizer
         ):
-            raise ConsilienceError(f"an optimiser must be a class of torch.optim, got {self.name!r}.")
+            classes = [name for name in dir(torch.optim) if name[:1].isupper()]
+            near = difflib.get_close_matches(str(self.name), classes, n=3, cutoff=0.5)
+            nearest = f"; nearest: {', '.join(near)}" if near else ""
+            raise ConsilienceError(
+                f"an optimiser must be a class of torch.optim by its name, got {self.name!r}{nearest}."
+            )
         if inspect.signature(kind.step).parameters["closure"].default is inspect.Parameter.empty:
             raise ConsilienceError(
                 f"an optimiser must step by a gradient alone, got {self.name!r}, which needs a closure."

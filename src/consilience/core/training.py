@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from consilience.core.errors import ConsilienceError
+from consilience.core.errors import ConsilienceError, kind_of
 from consilience.core.stopping import Stopping
 
 # The command line reads this signature to list its options, so nothing here imports torch at module level.
@@ -172,9 +172,13 @@ class Training:
         # A class has `update` too, but only an object of it can be used.
         named = isinstance(self.optimiser, str)
         if not named and not (hasattr(self.optimiser, "update") and not isinstance(self.optimiser, type)):
+            of_torch = type(self.optimiser).__module__.startswith("torch.optim") or isinstance(
+                self.optimiser, type
+            )
+            remedy = '; write its name, as in optimiser="RAdam", and its arguments in `arguments`'
             raise ConsilienceError(
                 "`optimiser` must be sgd, adam, adamw, the name of a class of torch.optim or an Optimiser, "
-                f"got {self.optimiser!r}."
+                f"got {kind_of(self.optimiser)}{remedy if of_torch else ''}."
             )
         if self.decay and not self.weight_decay:
             raise ConsilienceError(

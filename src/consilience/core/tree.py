@@ -355,6 +355,11 @@ def as_tensor(value: Any, what: str) -> Tensor:
             f"{what} must be an array with rows of equal length, got: {str(error).splitlines()[0]}"
         ) from error
     if array.dtype.kind not in "biuf":
+        if array.dtype.kind in "US":
+            raise ConsilienceError(
+                f"{what} must be numbers, got text; give what a tokenizer makes of it, or read it with "
+                "data.text or data.table."
+            )
         kind = f"dtype {array.dtype}" if isinstance(value, np.ndarray | list | tuple) else kind_of(value)
         raise ConsilienceError(f"{what} must be real numbers, got {kind}.")
 

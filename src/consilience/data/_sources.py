@@ -145,7 +145,8 @@ def _class_numbers(value: Any, what: str) -> Tensor:
     # 1.0 may be a class read from a table or a value; rounding would hide the mistake.
     if found.is_floating_point():
         raise ConsilienceError(
-            f'{what} must be class numbers of an integer type (or `kind="value"`), got dtype {found.dtype}.'
+            f'{what} must be class numbers of an integer type (or `kind="value"`), got dtype '
+            f"{found.dtype}{_zeros_and_ones(found)}."
         )
     if found.dim() == 2 and found.shape[1] == 1:
         raise ConsilienceError(
@@ -153,6 +154,13 @@ def _class_numbers(value: Any, what: str) -> Tensor:
             "drop its last dimension."
         )
     return found.long()
+
+
+def _zeros_and_ones(y: Tensor) -> str:
+    """Return what to do with fractions [N, K] that are all 0 or 1; "" for others."""
+    if y.dim() != 2 or not bool(((y == 0) | (y == 1)).all()):
+        return ""
+    return '; of one-hot rows give y.argmax(1), of several labels at once kind="labels"'
 
 
 def _is_text(value: Any) -> bool:
@@ -432,7 +440,8 @@ def check_dataset(dataset: Any) -> None:
     """Refuse what is no map-style dataset with examples."""
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise ConsilienceError(
-            f"a dataset must be map-style, with len(dataset) and dataset[i], got {type(dataset).__name__}."
+            f"a dataset must be map-style, with len(dataset) and dataset[i], got {type(dataset).__name__}"
+            f"{'; give its `dataset`' if hasattr(dataset, 'dataset') else '; put its samples into a list'}."
         )
     if isinstance(dataset, Mapping):
         splits = ", ".join(map(str, dataset))

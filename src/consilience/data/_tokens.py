@@ -362,6 +362,11 @@ def from_text(texts: Any, y: Any, column: str, tokening: Tokening, options: Opti
     """See `consilience.data.text`."""
     tokening = tokening.checked()
     options.checked_kind()
+    if hasattr(texts, "columns") or hasattr(texts, "column_names"):
+        raise ConsilienceError(
+            f"`texts` must be a list of texts or a file, got a {type(texts).__name__}; "
+            'give its columns, such as rows["text"] and rows["label"].'
+        )
     if tokening.targets != "text" and options.kind != "class":
         raise ConsilienceError(f"targets={tokening.targets!r} are classes, got kind={options.kind!r}.")
     fraction("validation", options.validation, zero=True)

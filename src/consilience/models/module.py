@@ -76,6 +76,8 @@ class ModuleModel(Model):
         name: str | None = None,
     ) -> None:
         self.factory = None if isinstance(module, nn.Module) else module
+        if isinstance(module, nn.Module):
+            _check_plain(module)
         self.module = _over_frozen(module) if isinstance(module, nn.Module) else self._make(0)
         if not isinstance(self.module, nn.Module):
             raise ConsilienceError(
@@ -362,7 +364,15 @@ def _over_frozen(module: nn.Module) -> nn.Module:
     """Return a copy of a module whose entries with `requires_grad=False` are in the memory of its own."""
     # A parameter of ours, because `to` of the given module puts other memory into its parameters.
     plain = [p for p in module.parameters() if not p.requires_grad and type(p) is nn.Parameter]
-    return copy.deepcopy(module, {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in plain})
+    frozen = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in plain}
+    try:
+        return copy.deepcopy(module, frozen)
+    except RuntimeError as error:
+        # torch copies only tensors that are no results, as the weights of the old weight_norm are.
+        raise ConsilienceError(
+            f"`model` must be a module that can be copied, got: {str(error).splitlines()[0]}; the old "
+            "weight_norm is torch.nn.utils.parametrizations.weight_norm now."
+        ) from error
 
 
 def same_tensors(module: nn.Module) -> nn.Module:
@@ -370,6 +380,18 @@ def same_tensors(module: nn.Module) -> nn.Module:
     # deepcopy takes what stands in its memory for the copy, at every place and for every alias.
     held = {id(tensor): tensor for tensor in [*module.parameters(), *module.buffers()]}
     return copy.deepcopy(module, held)
+
+
+def _check_plain(module: nn.Module) -> None:
+    """Refuse modules whose entries are not those of their parts, or not there yet."""
+    if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise ConsilienceError(
+            f"`model` must be a plain module, got {type(module).__name__}; give its `.module`."
+        )
+    if any(isinstance(p, nn.parameter.UninitializedParameter) for p in module.parameters()):
+        raise ConsilienceError(
+            "`model` must have all its parameters, got lazy ones; call it once on a batch before."
+        )
 
 
 def called_with(x: Input) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:

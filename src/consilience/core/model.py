@@ -134,11 +134,10 @@ class Model(ABC):
         """Whether its training forward draws random numbers (dropout). They are then keyed at every step."""
         return False
 
-    def check(self, frame: LabelFrame, sample: Input, aware: bool, places: int = 0) -> None:
+    def check(self, frame: LabelFrame, sample: Input, aware: bool, places: tuple[int, ...] = ()) -> None:
         """Refuse inputs that do not fit, or outputs of another form, before any training.
 
-        `aware` says whether the model will be given tasks, and `places` how many dimensions of places the
-        targets have.
+        `aware` says whether the model will be given tasks, and `places` are those of the targets.
         """
         if self.outputs < len(frame.labels):
             raise ConsilienceError(
@@ -154,28 +153,29 @@ class Model(ABC):
             with torch.no_grad():
                 out, _ = self(params, buffers, ready, None, False)
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
-            # Our own errors say more than their first line.
-            if isinstance(error, ConsilienceError):
-                raise
-            shape = ", ".join(sample.parts) if isinstance(sample, Tree) else tuple(sample.shape[1:])
-            line = str(error).splitlines()[0]
-            raise ConsilienceError(
-                f"samples must fit the model's input, got {shape}: {line}{_hint(sample, line)}."
-            ) from error
+            raise misfit(sample, error) from error
         self.check_outputs(out, len(sample), places)
 
-    def check_outputs(self, out: object, samples: int, places: int) -> None:
-        """Refuse outputs that are not a tensor [B, C, *places]."""
+    def check_outputs(self, out: object, samples: int, places: tuple[int, ...]) -> None:
+        """Refuse outputs that are not a tensor [B, C, *places], with the places of the targets."""
         wanted = f"outputs [B, {self.outputs}{', *places' * bool(places)}]"
         if not isinstance(out, Tensor):
             raise ConsilienceError(f"a model must return {wanted}, got {type(out).__name__}.")
         # More outputs than said would have columns that nothing names.
-        if out.dim() != 2 + places or len(out) != samples or out.shape[1] != self.outputs:
-            got = tuple(["B", *out.shape[1:]] if len(out) == samples else out.shape)
-            raise ConsilienceError(
-                f"a model must return {wanted}"
-                f"{f' with {places} dimensions of places' if places else ''}, got {got}."
-            )
+        if tuple(out.shape) != (samples, self.outputs, *places):
+            got = tuple(["B", *out.shape[1:]] if out.dim() and len(out) == samples else out.shape)
+            where = f" at the places {places} of the targets" if places else ""
+            raise ConsilienceError(f"a model must return {wanted}{where}, got {got}.")
+
+
+def misfit(sample: Input, error: Exception) -> ConsilienceError:
+    """Return the error for samples that a model does not take."""
+    # Our own errors say more than their first line.
+    if isinstance(error, ConsilienceError):
+        return error
+    shape = ", ".join(sample.parts) if isinstance(sample, Tree) else tuple(sample.shape[1:])
+    line = (str(error) or type(error).__name__).splitlines()[0]
+    return ConsilienceError(f"samples must fit the model's input, got {shape}: {line}{_hint(sample, line)}.")
 
 
 def _hint(sample: Input, line: str) -> str:

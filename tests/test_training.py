@@ -1033,7 +1033,10 @@ REFUSED = {
         {"optimiser": "adam", "arguments": {"amsgrad": True}},
         "by names such as 'SGD', 'Adam'",
     ),
-    "no class": ({"optimiser": "Adan"}, "an optimiser must be a class of torch.optim, got 'Adan'"),
+    "no class": (
+        {"optimiser": "Adan"},
+        "an optimiser must be a class of torch.optim by its name, got 'Adan'; nearest: Adam",
+    ),
     "closure": ({"optimiser": "LBFGS"}, "which needs a closure"),
     "decay without": ({"decay": {"*": 0.0}}, "`decay` has no effect without `weight_decay`"),
     "decay negative": (

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from consilience.core.errors import ConsilienceError
-from consilience.core.params import Params, content_hash
+from consilience.core.params import Params, computing, content_hash
 from consilience.core.source import LabelFrame, Source
 from consilience.core.tree import Input, Tree
 
@@ -134,11 +134,10 @@ class Model(ABC):
         """Whether its training forward draws random numbers (dropout). They are then keyed at every step."""
         return False
 
-    def check(self, frame: LabelFrame, sample: Input, aware: bool, places: int = 0) -> None:
+    def check(self, frame: LabelFrame, sample: Input, aware: bool, places: tuple[int, ...] = ()) -> None:
         """Refuse inputs that do not fit, or outputs of another form, before any training.
 
-        `aware` says whether the model will be given tasks, and `places` how many dimensions of places the
-        targets have.
+        `aware` says whether the model will be given tasks, and `places` are those of the targets.
         """
         if self.outputs < len(frame.labels):
             raise ConsilienceError(
@@ -146,41 +145,34 @@ class Model(ABC):
                 f"got {self.outputs} outputs (data sets share classes only where they share their `space`)."
             )
         params, buffers = self.init(torch.Generator().manual_seed(0))
-        dtype = next(
-            (tensor.dtype for tensor in params.values() if tensor.is_floating_point()), torch.float32
-        )
+        # Frozen entries may have a shorter type than those that compute.
+        dtype = computing(params).dtype
         ready = sample.to(sample.device, dtype) if sample.is_floating_point() else sample
         try:
             with torch.no_grad():
                 out, _ = self(params, buffers, ready, None, False)
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
-            # Our own errors say more than their first line.
-            if isinstance(error, ConsilienceError):
-                raise
-            shape = ", ".join(sample.parts) if isinstance(sample, Tree) else tuple(sample.shape[1:])
-            line = str(error).splitlines()[0]
-            raise ConsilienceError(
-                f"samples must fit the model's input, got {shape}: {line}{_hint(sample, line)}."
-            ) from error
+            raise misfit(sample, error) from error
         self.check_outputs(out, len(sample), places)
-        if places == 1 and out.shape[1] == out.shape[2]:
+        if len(places) == 1 and out.shape[1] == out.shape[2]:
             self._check_order(params, buffers, ready)
 
-    def check_outputs(self, out: object, samples: int, places: int) -> None:
-        """Refuse outputs that are not a tensor [B, C, *places]."""
+    def check_outputs(self, out: object, samples: int, places: tuple[int, ...]) -> None:
+        """Refuse outputs that are not a tensor [B, C, *places], with the places of the targets."""
         wanted = f"outputs [B, {self.outputs}{', *places' * bool(places)}]"
         remedy = "say how many with models.wrap(module, outputs=...)"
         if not isinstance(out, Tensor):
             raise ConsilienceError(f"a model must return {wanted}, got {type(out).__name__}.")
         # More outputs than said would have columns that nothing names.
-        if out.dim() != 2 + places or len(out) != samples or out.shape[1] != self.outputs:
-            got = ["B", *out.shape[1:]] if len(out) == samples else list(out.shape)
-            if places and out.dim() == 2 + places and out.shape[-1] == self.outputs:
+        if tuple(out.shape) != (samples, self.outputs, *places):
+            got = ["B", *out.shape[1:]] if out.dim() and len(out) == samples else list(out.shape)
+            where = f" at the places {places} of the targets" if places else ""
+            if places and out.dim() == 2 + len(places) and out.shape[-1] == self.outputs:
                 remedy = "move the classes to dimension 1, as in out.transpose(1, 2)"
             elif places and out.dim() == 2:
-                remedy = f'targets have {places} dimensions of places; several labels are kind="labels"'
+                remedy = 'for several labels of a sample use kind="labels"'
             raise ConsilienceError(
-                f"a model must return {wanted}, got [{', '.join(map(str, got))}]; {remedy}."
+                f"a model must return {wanted}{where}, got [{', '.join(map(str, got))}]; {remedy}."
             )
 
     def _check_order(self, params: Params, buffers: Params, x: Input) -> None:
@@ -197,6 +189,16 @@ class Model(ABC):
                 f"a model must return outputs [B, {self.outputs}, *places], got the places first; "
                 "move the classes to dimension 1, as in out.transpose(1, 2)."
             )
+
+
+def misfit(sample: Input, error: Exception) -> ConsilienceError:
+    """Return the error for samples that a model does not take."""
+    # Our own errors say more than their first line.
+    if isinstance(error, ConsilienceError):
+        return error
+    shape = ", ".join(sample.parts) if isinstance(sample, Tree) else tuple(sample.shape[1:])
+    line = (str(error) or type(error).__name__).splitlines()[0]
+    return ConsilienceError(f"samples must fit the model's input, got {shape}: {line}{_hint(sample, line)}.")
 
 
 def _hint(sample: Input, line: str) -> str:

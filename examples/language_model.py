@@ -59,7 +59,7 @@ def sources() -> list[cs.Source]:
 def main() -> None:
     """Run one model in four settings."""
     texts = sources()
-    training = cs.Training(epochs=3, batch_size=16, lr=0.01, optimiser="adam")
+    training = cs.Training(epochs=4, batch_size=16, lr=0.02, optimiser="adam")
     runs = [
         (cs.settings.continual(texts, "domain"), cs.methods.er(size=60)),
         (cs.settings.federated(texts, rounds=4, scenario="domain"), cs.methods.fedavg()),

@@ -416,6 +416,8 @@ def test_feddf_refusals():
     assert Distillation(unlabelled=U) == Distillation(unlabelled=U.clone()) != Distillation(unlabelled=U + 1)
     with pytest.raises(ConsilienceError, match="`unlabelled` must be finite inputs"):
         cs.methods.feddf(U / 0)
+    with pytest.raises(ConsilienceError, match="`unlabelled` must be finite inputs"):
+        cs.methods.feddf(20)
     with pytest.raises(ConsilienceError, match=r"`steps` must be a whole number >= 0, got -1"):
         cs.methods.feddf(U, steps=-1)
     with pytest.raises(Refusal, match=r"`unlabelled` must fit the model's input, got inputs \(7,\)"):

@@ -21,7 +21,7 @@ from consilience import metrics
 from consilience.core.losses import BCE, CrossEntropy, Focal, Huber, Poisson
 from consilience.core.metrics import global_forgetting, lost, mean, summary, worst
 from consilience.core.source import LabelFrame, Target
-from consilience.metrics.choice import metrics_of
+from consilience.metrics.choice import as_metric, metrics_of
 
 NAN = float("nan")
 TRAINING = cs.Training(epochs=1)
@@ -788,3 +788,9 @@ def test_help_lists_all_metrics(capsys):
     assert main(["run", "--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
     assert all(name in text for name in NAMES)
+
+
+def test_a_function_of_the_catalogue_is_the_metric_that_it_makes():
+    assert as_metric(metrics.f1) == as_metric("f1") and as_metric(metrics.top_k) == metrics.top_k()
+    with pytest.raises(cs.ConsilienceError, match="`metric` must be"):
+        as_metric(metrics.AUROC)

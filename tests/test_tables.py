@@ -20,6 +20,8 @@ from consilience.core.source import Source
 from consilience.data import _reading
 from consilience.data._tables import moments
 
+NAN = float("nan")
+
 PEOPLE = """age,city,smokes,sick
 30,Rome,yes,ill
 40,Oslo,no,well
@@ -501,10 +503,27 @@ def test_datasets():
             {"target": "age", "kind": "labels"},
         ),
         ("`classes` must be a list of different names", PEOPLE, {"target": "city", "classes": ["a", "a"]}),
+        ("`target` must be the name of a column, or several, got none.", PEOPLE, {"target": []}),
+        ("`target` must be the name of a column, or several, got 3.", PEOPLE, {"target": 3}),
+        ("`ignore` must be the name of a column, or several, got [0].", PEOPLE, {"ignore": [0]}),
+        ("`group` must be the name of a column, or several, got (1,).", PEOPLE, {"group": 1}),
+        ("`categories` must be the name of a column, or several, got 2.", PEOPLE, {"categories": 2}),
+        ("`missing` must be 'refuse', 'mean', 'drop' or a number, got nan.", PEOPLE, {"missing": NAN}),
+        (
+            "values of a column must be below 1e150, got larger ones in 'a'.",
+            "a,y\n" + "".join(f"{i}e290,{'nm'[i % 2]}\n" for i in range(12)),
+            {},
+        ),
     ],
 )
 def test_files_that_are_refused(tmp_path, rule, text, options):
     refused(rule, written(tmp_path, text), **({"target": "y" if "y\n" in text[:20] else "sick"} | options))
+
+
+def test_a_category_that_is_declared_twice_is_one():
+    rows = {"a": ["u", "v"] * 5, "y": ["n", "m"] * 5}
+    source = data.table(rows, "y", categories={"a": ["v", "u", "v"]}, validation=0)
+    assert whole(source)[0].shape[1] == 2
 
 
 def test_an_index_may_be_left_out(tmp_path):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import consilience as cs
-from consilience.core.losses import BCE, L1, MSE, CrossEntropy, Focal, Huber, Loss, Poisson
+from consilience.core.losses import BCE, L1, MSE, CrossEntropy, Focal, Huber, Loss, Poisson, loss_of
 from consilience.core.params import key
 from consilience.core.schedule import reframe
 from consilience.core.source import Source, Target, Tensors
@@ -808,3 +808,9 @@ def test_a_run_resumes_with_the_losses_that_it_began_with(tmp_path):
         with pytest.raises(cs.ConsilienceError, match="a run resumes with the configuration it began with"):
             run(other, resume=True)
     assert run(cubed, resume=True).matrices.shape[-1] == len(tasks)
+
+
+def test_a_function_of_the_catalogue_is_the_loss_that_it_makes():
+    assert loss_of(cs.losses.huber, "value") == Huber() and loss_of(cs.losses.focal, "class") == Focal()
+    with pytest.raises(cs.ConsilienceError, match="got MSE"):
+        loss_of(cs.losses.mse, "class")

@@ -392,6 +392,7 @@ def test_texts_of_a_file(tmp_path):
         ("the tokenizer must take texts, got ZeroDivisionError", (TEXTS, LABELS, lambda text: 1 / 0), {}),
         ("a tokenizer must give token ids (whole numbers), got 'A CAT SAT'", (TEXTS, LABELS, str.upper), {}),
         ("token ids must be 0 or more, got -64 in text 0", (["a b"] * 9, [0] * 9, ids), {}),
+        ("token ids must be below 2147483648, got 1000", (TEXTS, LABELS, lambda _: [10**20]), {}),
         (
             "token ids must be below 20, the size of the model's vocabulary, got 20 in text 0",
             (["cat"] * 9, [0] * 9, ids),
@@ -419,6 +420,27 @@ def test_texts_of_a_file(tmp_path):
 )
 def test_texts_that_are_refused(rule, args, options):
     refused(rule, *args, **options)
+
+
+def test_texts_of_one_schedule_share_their_vocabulary():
+    texts, labels = ["cat dog", "dog"] * 9, ["a", "b"] * 9
+    one = data.text(texts, labels, name="one", space="s")
+    other = data.text(["yak", "zebra yak"] * 9, labels, name="other", space="s")
+    for schedule in (cs.settings.continual, cs.settings.federated, cs.settings.multitask):
+        with pytest.raises(
+            ConsilienceError, match="must share their vocabulary, got other tokens in 'one' a"
+        ):
+            schedule([one, other])
+
+    # The same tokens in the same order are one vocabulary, and parts of a source keep it.
+    alike = data.text(texts, labels, name="alike", space="s")
+    cs.settings.continual([one, alike], "domain")
+    cs.settings.federated(data.iid(one, 2))
+    both = Vocabulary.of([*texts, "yak zebra"])
+    named = [data.text(texts, labels, both, name=name, space="s") for name in "ab"]
+    cs.settings.continual(named, "domain")
+    ids = [source.map(x=lambda x: x, name=source.name) for source in (one, other)]
+    cs.settings.continual(ids, "domain")
 
 
 def test_a_token_that_the_model_does_not_have_is_named():

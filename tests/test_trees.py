@@ -143,6 +143,50 @@ def test_parts_by_name_have_one_order_whatever_order_they_came_in():
     assert signature(source.train.whole()[0]) == signature(source.test.whole()[0])
 
 
+def test_test_sequences_of_equal_length_by_chance_are_ragged_too():
+    rows, y = [[1, 2, 3], [1], [2, 2]] * 8, [0, 1, 1] * 8
+    for x, held in (
+        ({"ids": rows}, {"ids": [[1, 2]] * 3}),
+        ({"ids": [[1, 2]] * 24}, {"ids": rows[:3]}),
+        (rows, [[1, 2]] * 3),
+    ):
+        source = cs.data.arrays(x, y, test=(held, y[:3]))
+        parts = [part.whole()[0] for part in (source.train, source.test)]
+        assert [set(part.ragged) for part in parts] == [{"ids"} if isinstance(x, dict) else {"0"}] * 2
+    with pytest.raises(cs.ConsilienceError, match="must have the shape of training examples"):
+        cs.data.arrays({"ids": rows}, y, test=({"id": [[1, 2]] * 3}, y[:3]))
+
+
+def test_targets_beyond_the_end_of_a_sequence_are_refused():
+    x = {"ids": [[1, 2, 3], [1], [2, 2]] * 4}
+    rule = "must be {} beyond the end of a sequence, got a target at place {} of sample {}, which has {}"
+    for y, kind, says in (
+        ([[0, 1, 1], [1, 0], [1, 1]] * 4, "class", (-100, 1, 1, 1)),
+        ([[0, 1], [1], [1, 1, 0]] * 4, "class", (-100, 2, 2, 2)),
+        (torch.zeros(12, 3, dtype=torch.long), "class", (-100, 1, 1, 1)),
+        (torch.zeros(12, 2, 3), "value", ("NaN", 1, 1, 1)),
+    ):
+        with pytest.raises(cs.ConsilienceError, match=rule.format(*says)):
+            cs.data.arrays(x, y, kind=kind)
+    # One label for each of as many labels as places is no target at a place.
+    cs.data.arrays(x, torch.zeros(12, 3), kind="labels")
+
+
+def test_predictions_name_inputs_that_the_model_does_not_take():
+    result = cs.run(cs.settings.continual([texts("a", 0)]), m.finetune(), bag())
+    ids = {"input_ids": [[1, 2]], "attention_mask": [[1, 1]]}
+    assert result.predict(ids).shape == (1, 2)
+    for x, rule in (
+        ({"input_ids": [[1, 2]]}, "got input_ids: .* missing 1 required"),
+        ({**ids, "kind": [[0, 0]]}, "unexpected keyword argument 'kind'; leave that part out"),
+        ({**ids, "input_ids": [[1, 99]]}, "index out of range"),
+        (torch.ones(1, 2), r"got \(2,\): .* missing 1 required"),
+    ):
+        with pytest.raises(cs.ConsilienceError, match=rule) as error:
+            result.predict(x)
+        assert "\n" not in str(error.value)
+
+
 def test_targets_at_places_are_cut_and_joined_with_their_inputs():
     x = as_input({"ids": [[1, 2, 3], [4]]})
     y = torch.tensor([[5, 6, 7], [8, -100, -100]])
@@ -384,6 +428,12 @@ def test_inputs_that_a_module_does_not_take_are_named():
             "outputs [B, 2, *places], got [B, 2]; targets have 1 dimensions of places",
         ),
         (source, bag(tags=True), "a model must return outputs [B, 2], got [B, 2,"),
+        # A net of half the resolution.
+        (
+            cs.data.arrays(torch.rand(20, 1, 4, 4), torch.zeros(20, 4, 4, dtype=torch.long), classes=["a"]),
+            cs.models.wrap(lambda: nn.Conv2d(1, 1, 2, stride=2), outputs=1),
+            "outputs [B, 1, *places], got [B, 1, 2, 2]; targets have the places [4, 4].",
+        ),
     ]
     for given_source, model, rule in cases:
         with pytest.raises(cs.ConsilienceError) as e:

@@ -50,10 +50,10 @@ def _over_places(each: Tensor, inputs: Input) -> Tensor:
 
 def _is_finite(inputs: object) -> bool:
     """Whether these are inputs [N, ...], at least one, without NaN and infinity."""
-    if not isinstance(inputs, Tensor | Tree) or not len(inputs):
-        return False
     if isinstance(inputs, Tensor):
-        return inputs.dim() > 1 and bool(inputs.isfinite().all())
+        return inputs.dim() > 1 and len(inputs) > 0 and bool(inputs.isfinite().all())
+    if not isinstance(inputs, Tree) or not len(inputs):
+        return False
     return all(bool(part.isfinite().all()) for part in inputs.parts.values())
 
 

@@ -142,7 +142,8 @@ class CrossEntropy(Loss):
     """-log softmax(o)_y, of classes.
 
     `weights` are factors by class name (others: 1); the mean divides by their sum, as torch does. With
-    `smoothing` s it is (1 - s) (-log p_y) + s mean_c (-log p_c), over the classes that the task has.
+    `smoothing` s it is (1 - s) (-log p_y) + s mean_c (-log p_c), over the classes that the task has. With
+    both, a weight is that of all the loss of its targets, where torch weighs each class of the second mean.
 
     >>> CrossEntropy()(torch.zeros(1, 4), torch.tensor([2])).values.exp()
     tensor([4.])
@@ -354,6 +355,9 @@ LOSSES: dict[str, type[Loss]] = {
     "huber": Huber,
     "poisson": Poisson,
 }
+CATALOGUE = "consilience.losses"
+"""Where the functions that make these losses are."""
+
 DEFAULTS: dict[str, Loss] = {"class": CrossEntropy(), "value": MSE(), "labels": BCE()}
 """The loss of each kind of targets where none is chosen."""
 
@@ -368,7 +372,9 @@ def loss_of(loss: object, kind: str) -> Loss:
     """
     if loss is None:
         return DEFAULTS[kind]
-    # A name from a configuration, or a function of the user's.
+    # A name from a configuration, a function of the catalogue (which makes a loss), or one of the user's.
+    if getattr(loss, "__module__", "") == CATALOGUE and getattr(loss, "__name__", "") in LOSSES:
+        loss = str(loss.__name__)  # type: ignore[attr-defined]
     if isinstance(loss, str):
         if loss not in LOSSES:
             raise unknown("loss", loss, LOSSES)

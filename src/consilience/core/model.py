@@ -134,11 +134,10 @@ class Model(ABC):
         """Whether its training forward draws random numbers (dropout). They are then keyed at every step."""
         return False
 
-    def check(self, frame: LabelFrame, sample: Input, aware: bool, places: int = 0) -> None:
+    def check(self, frame: LabelFrame, sample: Input, aware: bool, places: tuple[int, ...] = ()) -> None:
         """Refuse inputs that do not fit, or outputs of another form, before any training.
 
-        `aware` says whether the model will be given tasks, and `places` how many dimensions of places the
-        targets have.
+        `aware` says whether the model will be given tasks, and `places` are those of the targets.
         """
         if self.outputs < len(frame.labels):
             raise ConsilienceError(
@@ -154,31 +153,26 @@ class Model(ABC):
             with torch.no_grad():
                 out, _ = self(params, buffers, ready, None, False)
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
-            # Our own errors say more than their first line.
-            if isinstance(error, ConsilienceError):
-                raise
-            shape = ", ".join(sample.parts) if isinstance(sample, Tree) else tuple(sample.shape[1:])
-            line = str(error).splitlines()[0]
-            raise ConsilienceError(
-                f"samples must fit the model's input, got {shape}: {line}{_hint(sample, line)}."
-            ) from error
+            raise misfit(sample, error) from error
         self.check_outputs(out, len(sample), places)
-        if places == 1 and out.shape[1] == out.shape[2]:
+        if len(places) == 1 and out.shape[1] == out.shape[2]:
             self._check_order(params, buffers, ready)
 
-    def check_outputs(self, out: object, samples: int, places: int) -> None:
-        """Refuse outputs that are not a tensor [B, C, *places]."""
+    def check_outputs(self, out: object, samples: int, places: tuple[int, ...]) -> None:
+        """Refuse outputs that are not a tensor [B, C, *places], with the places of the targets."""
         wanted = f"outputs [B, {self.outputs}{', *places' * bool(places)}]"
         remedy = "say how many with models.wrap(module, outputs=...)"
         if not isinstance(out, Tensor):
             raise ConsilienceError(f"a model must return {wanted}, got {type(out).__name__}.")
         # More outputs than said would have columns that nothing names.
-        if out.dim() != 2 + places or len(out) != samples or out.shape[1] != self.outputs:
-            got = ["B", *out.shape[1:]] if len(out) == samples else list(out.shape)
-            if places and out.dim() == 2 + places and out.shape[-1] == self.outputs:
+        if tuple(out.shape) != (samples, self.outputs, *places):
+            got = ["B", *out.shape[1:]] if out.dim() and len(out) == samples else list(out.shape)
+            if places and out.dim() == 2 + len(places) and out.shape[1] == self.outputs:
+                remedy = f"targets have the places [{', '.join(map(str, places))}]"
+            elif places and out.dim() == 2 + len(places) and out.shape[-1] == self.outputs:
                 remedy = "move the classes to dimension 1, as in out.transpose(1, 2)"
             elif places and out.dim() == 2:
-                remedy = f'targets have {places} dimensions of places; several labels are kind="labels"'
+                remedy = f'targets have {len(places)} dimensions of places; several labels are kind="labels"'
             raise ConsilienceError(
                 f"a model must return {wanted}, got [{', '.join(map(str, got))}]; {remedy}."
             )
@@ -197,6 +191,16 @@ class Model(ABC):
                 f"a model must return outputs [B, {self.outputs}, *places], got the places first; "
                 "move the classes to dimension 1, as in out.transpose(1, 2)."
             )
+
+
+def misfit(sample: Input, error: Exception) -> ConsilienceError:
+    """Return the error for samples that a model does not take."""
+    # Our own errors say more than their first line.
+    if isinstance(error, ConsilienceError):
+        return error
+    shape = ", ".join(sample.parts) if isinstance(sample, Tree) else tuple(sample.shape[1:])
+    line = (str(error) or type(error).__name__).splitlines()[0]
+    return ConsilienceError(f"samples must fit the model's input, got {shape}: {line}{_hint(sample, line)}.")
 
 
 def _hint(sample: Input, line: str) -> str:

@@ -110,12 +110,26 @@ class Schedule:
         if not names:
             raise ConsilienceError("a schedule must have sources, got none.")
         checked_name(self.evaluated, "agent")
+        self._check_vocabularies()
         # The class is frozen, so that a schedule can be run twice.
         object.__setattr__(self, "judged", self.judged or self.sources)
         own = {source.name: source.augment for source in self.sources if source.augment is not None}
         others = {name: views for name, views in self.augments.items() if name not in names}
         object.__setattr__(self, "augments", others | own)
         object.__setattr__(self, "_by_name", {source.name: source for source in self.sources})
+
+    def _check_vocabularies(self) -> None:
+        """Refuse texts of several vocabularies: an id would mean another token in each of them."""
+        first: dict[str, str] = {}
+        for source in (*self.sources, *self.judged):
+            if source.vocabulary:
+                first.setdefault(source.vocabulary, source.name)
+        if len(first) > 1:
+            one, other, *_ = first.values()
+            raise ConsilienceError(
+                f"texts of one schedule must share their vocabulary, got other tokens in {one!r} and "
+                f"{other!r}; make one with data.Vocabulary.of(texts), and give it to all as `tokenizer`."
+            )
 
     @property
     def labelled(self) -> bool:

@@ -15,7 +15,7 @@ from consilience.core.augment import Origins, States, Views, as_views, isolated,
 from consilience.core.errors import ConsilienceError
 from consilience.core.losses import DEFAULTS, NONE, Loss, Losses
 from consilience.core.names import checked_name
-from consilience.core.tree import Input, as_input, concat, named, pad, unnamed
+from consilience.core.tree import Input, Tree, as_input, concat, named, pad, unnamed
 
 GATHERED = 1 << 20
 """Bytes of examples that are gathered at once."""
@@ -138,9 +138,13 @@ def trimmed(x: Input, y: Tensor) -> tuple[Input, Tensor]:
         return x, y
     # Targets have places of their own, such as a tag for each token, or one class for all.
     short = x.trim()
+    return short, y[..., : short.places] if at_places(x, y) else y
+
+
+def at_places(x: Tree, y: Tensor) -> bool:
+    """Whether there is a target at every place of ragged inputs."""
     # Labels [B, L] are no places, even where there are as many labels as places.
-    at_places = y.dim() > (2 if y.is_floating_point() else 1) and y.shape[-1] == x.places
-    return short, y[..., : short.places] if at_places else y
+    return y.dim() > (2 if y.is_floating_point() else 1) and y.shape[-1] == x.places
 
 
 def joined_rows(tables: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -347,6 +351,8 @@ class Source:
     """The key of its Target in `LabelFrame.targets`; schedules set it."""
     feature_space: str = ""
     """The hash of the backbone whose features the inputs are (`data.embed`); "" for inputs of any model."""
+    vocabulary: str = ""
+    """The hash of the vocabulary whose ids the inputs are (`data.text`); "" where nothing says."""
     augment: Any = None
     """A random function of training samples, see `consilience.data.augment`; None: they stay as they are.
 
@@ -380,9 +386,9 @@ class Source:
         mapped: dict[str, Any] = {
             part: getattr(self, part).map(x, y) for part in ("train", "validation", "test")
         }
-        # Changed inputs are no longer the features of that backbone.
+        # Changed inputs are no longer the features of that backbone, or ids of those tokens.
         if x is not None:
-            mapped["feature_space"] = ""
+            mapped |= {"feature_space": "", "vocabulary": ""}
         return replace(self, **{**mapped, **changes})
 
     def select(self, index: Tensor) -> Source:

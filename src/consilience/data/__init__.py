@@ -271,11 +271,10 @@ def table(
     from pathlib import Path
 
     from consilience.data._sources import Options
-    from consilience.data._tables import Roles, from_table
+    from consilience.data._tables import Roles, from_table, names_of
 
     called = name or (Path(rows).stem if isinstance(rows, str | Path) else "table")
-    targets = (target,) if isinstance(target, str) else tuple(target)
-    left_out = (ignore,) if isinstance(ignore, str) else tuple(ignore)
+    targets, left_out = names_of("target", target), names_of("ignore", ignore)
     roles = Roles(targets, group, left_out, categories, missing, standardise)
     options = Options(called, test, classes, "class", space, validation, seed, loss, metric, augment)
     return from_table(rows, roles, kind, options)

@@ -21,7 +21,7 @@ from consilience.core.checks import fraction, whole_number
 from consilience.core.errors import ConsilienceError, kind_of, unknown
 from consilience.core.losses import KINDS, NONE, loss_of
 from consilience.core.params import key
-from consilience.core.source import Examples, Kind, Label, Source, Stream, Tensors
+from consilience.core.source import Examples, Kind, Label, Source, Stream, Tensors, at_places
 from consilience.core.tree import (
     Input,
     Tree,
@@ -191,7 +191,27 @@ def _pair(x: Any, y: Any, kind: Kind, prefix: str) -> Tensors:
         )
     if kind == "class" and is_one_hot(pair.y) and pair.y.shape[1] not in sizes(pair.x):
         raise one_hot(f"`{prefix}y`", pair.y)
+    _check_padding(pair, prefix)
     return pair
+
+
+def _check_padding(pair: Tensors, prefix: str) -> None:
+    """Refuse targets at places that a sequence does not have: they would be trained on."""
+    x, y = pair.x, pair.y
+    if isinstance(x, Tensor) or x.lengths is None or not at_places(x, y):
+        return
+    there = (~y.isnan()).any(1) if y.is_floating_point() else y != NONE
+    # Other dimensions of places come before that of the sequence.
+    while there.dim() > 2:
+        there = there.any(1)
+    wrong = there & (torch.arange(y.shape[-1]) >= x.lengths[:, None])
+    if bool(wrong.any()):
+        sample, place = wrong.nonzero()[0].tolist()
+        none = "NaN" if y.is_floating_point() else NONE
+        raise ConsilienceError(
+            f"`{prefix}y` must be {none} beyond the end of a sequence, got a target at place {place} of "
+            f"sample {sample}, which has {int(x.lengths[sample])} places."
+        )
 
 
 def one_hot(what: str, y: Tensor) -> ConsilienceError:
@@ -363,6 +383,7 @@ def from_arrays(x: Any, y: Any, options: Options) -> Source:
     if len(test) != 2:
         raise ConsilienceError(f"`test` must be (x, y) or a fraction, got {len(test)} parts.")
     held = _pair(test[0], test[1], options.kind, "test ")
+    train, held = _alike(train, held), _alike(held, train)
     if signature(held.x) != signature(train.x):
         raise ConsilienceError(
             "test examples must have the shape of training examples, "
@@ -373,6 +394,19 @@ def from_arrays(x: Any, y: Any, options: Options) -> Source:
             f"test inputs must be of the type of training inputs, got {held.x.dtype} and {train.x.dtype}."
         )
     return source_of(train, held, validation, options)
+
+
+def _alike(pair: Tensors, other: Tensors) -> Tensors:
+    """Return examples whose parts are ragged where those of others are: equal lengths may be chance."""
+    x, like = pair.x, other.x
+    if isinstance(like, Tensor) or not like.ragged or (isinstance(x, Tree) and x.ragged):
+        return pair
+    # One list of sequences is a tensor where they are equally long, and a tree where they are not.
+    parts = {"0": x} if isinstance(x, Tensor) else x.parts
+    lengths = {parts[name].shape[1] for name in like.ragged if name in parts and parts[name].dim() > 1}
+    if parts.keys() != like.parts.keys() or len(lengths) != 1:
+        return pair
+    return replace(pair, x=Tree(parts, like.ragged, torch.full((len(x),), lengths.pop())))
 
 
 def from_tasks(

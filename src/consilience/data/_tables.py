@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -30,6 +31,14 @@ NO_DEVIATION = 1e-12
 # What columns mean.
 
 
+def names_of(argument: str, given: Any) -> tuple[str, ...]:
+    """Return the names of columns, from one name or several."""
+    names = (given,) if isinstance(given, str) else given
+    if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+        raise ConsilienceError(f"`{argument}` must be the name of a column, or several, got {given!r}.")
+    return tuple(names)
+
+
 @dataclass(frozen=True)
 class Roles:
     """What the columns of a table are for; see `consilience.data.table`."""
@@ -44,8 +53,8 @@ class Roles:
     def checked(self) -> Roles:
         """Refuse options that are none."""
         # A word in the place of a number would be taken for a policy.
-        wrong = isinstance(self.missing, bool) or not isinstance(self.missing, str | int | float)
-        if wrong or (isinstance(self.missing, str) and self.missing not in ("refuse", "mean", "drop")):
+        number = isinstance(self.missing, int | float) and not isinstance(self.missing, bool)
+        if self.missing not in ("refuse", "mean", "drop") and not (number and math.isfinite(self.missing)):
             raise ConsilienceError(
                 f"`missing` must be 'refuse', 'mean', 'drop' or a number, got {self.missing!r}."
             )
@@ -60,11 +69,13 @@ class Roles:
         """The columns that are categories, each with those that were declared."""
         if isinstance(self.categories, Mapping):
             return dict(self.categories)
-        return dict.fromkeys([self.categories] if isinstance(self.categories, str) else self.categories or ())
+        return dict.fromkeys(names_of("categories", self.categories or ()))
 
     def inputs(self, table: Table) -> list[str]:
         """Return the names of the input columns, after a check of all names."""
-        groups = [] if self.group is None else [self.group]
+        groups = [] if self.group is None else names_of("group", (self.group,))
+        if not self.targets:
+            raise ConsilienceError("`target` must be the name of a column, or several, got none.")
         # A name that is none of the columns would leave a column in, or a target out.
         named = {"target": self.targets, "group": groups, "ignore": self.ignore, "categories": self.declared}
         for argument, names in named.items():
@@ -140,7 +151,7 @@ def inputs_of(table: Table, roles: Roles) -> Inputs:
             continue
         declared = roles.declared.get(name)
         if declared is not None:
-            found[name] = tuple(as_name(cell_of(value)) for value in declared)
+            found[name] = tuple(dict.fromkeys(as_name(cell_of(value)) for value in declared))
             continue
 
         own = ordered({value for value in values.tolist() if value is not None})
@@ -441,6 +452,11 @@ def standardised(sources: Sequence[Source], encoding: Inputs, roles: Roles) -> l
     trains = [source.train.whole() for source in sources]
     inputs = [x for x, _ in trains if isinstance(x, Tensor)]
     mean, deviation = moments(inputs)
+    # Squares of huge values overflow, and all of the column would become 0.
+    huge = deviation.nan_to_num(0, posinf=torch.inf).isinf()
+    if bool(huge.any()):
+        name = encoding.columns[int(huge.nonzero()[0])]
+        raise ConsilienceError(f"values of a column must be below 1e150, got larger ones in {name!r}.")
     if bool(mean.isnan().any()) and roles.missing == "mean":
         name = encoding.columns[int(mean.isnan().nonzero()[0])]
         raise ConsilienceError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
 from collections import Counter
@@ -19,6 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from consilience.core.checks import fraction, whole_number
 from consilience.core.errors import ConsilienceError, kind_of, unknown
 from consilience.core.losses import NONE
+from consilience.core.message import text_hash
 from consilience.core.source import Source, Tensors
 from consilience.core.tree import Tree
 from consilience.data._reading import as_name, read
@@ -171,6 +173,16 @@ class Tokenizer:
     def fill(self) -> int:
         """The id of padding."""
         return int(getattr(self.given, "pad_id", 0))
+
+    @property
+    def hash(self) -> str:
+        """The hash of a vocabulary of ours; "" of other tokenizers, which are chosen for all texts alike."""
+        given = self.given
+        return (
+            text_hash(json.dumps([given.unit, given.lower, *given.tokens]))
+            if isinstance(given, Vocabulary)
+            else ""
+        )
 
     @property
     def names(self) -> Sequence[str] | None:
@@ -345,12 +357,15 @@ def pieces_of(tokenizer: Tokenizer, texts: Sequence[Any], tokening: Tokening) ->
         ) from error
 
     size = tokening.vocabulary
+    # What is beyond can be no row of an embedding, nor a number of a tensor.
+    most = size or 1 << 31
     for i, own in enumerate(found):
-        wrong = next((id_ for id_ in own.ids if id_ < 0 or (size is not None and id_ >= size)), None)
+        wrong = next((id_ for id_ in own.ids if not 0 <= id_ < most), None)
         if wrong is not None:
             names = tokenizer.names
             token = f" ({names[wrong]!r})" if names is not None and 0 <= wrong < len(names) else ""
-            rule = "be 0 or more" if size is None else f"be below {size}, the size of the model's vocabulary"
+            rule = "be 0 or more" if wrong < 0 else f"be below {most}"
+            rule += ", the size of the model's vocabulary" if size is not None else ""
             raise ConsilienceError(f"token ids must {rule}, got {wrong}{token} in text {i}.")
     return found
 
@@ -394,7 +409,8 @@ def from_text(texts: Any, y: Any, column: str, tokening: Tokening, options: Opti
     )
     if not len(train) or not len(test):
         raise ConsilienceError("some text must have two tokens or more, to train and to test on, got none.")
-    return source_of(train, test, validation, replace(options, classes=known))
+    made = source_of(train, test, validation, replace(options, classes=known))
+    return made.map(vocabulary=tokenizer.hash)
 
 
 def _tokens(names: Sequence[str] | None, count: int | None) -> Sequence[str] | None:

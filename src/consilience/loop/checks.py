@@ -21,10 +21,11 @@ from consilience.core.metrics import Metric
 from consilience.core.model import Model
 from consilience.core.params import Params, content_hash, key
 from consilience.core.schedule import Schedule, with_targets
+from consilience.core.source import trimmed
 from consilience.core.stopping import Stopping
 from consilience.core.takes import Takes
 from consilience.core.training import Training
-from consilience.core.tree import Tree, named, signature, types
+from consilience.core.tree import named, signature, types
 from consilience.loop.agents import Setup
 from consilience.loop.engine import Engine
 from consilience.loop.folder import Progress
@@ -260,11 +261,11 @@ def _check_inputs(schedule: Schedule, method: Method, model: Model) -> None:
     shapes: set[object] = set()
     for source in schedule.sources:
         # Two examples of each shape are enough to try the model.
-        x = source.train.select(torch.arange(min(2, len(source.train)))).whole()[0]
+        x, y = trimmed(*source.train.select(torch.arange(min(2, len(source.train)))).whole())
         kind = (signature(x), types(x), source.places)
         if kind not in shapes:
             shapes.add(kind)
-            model.check(schedule.frame, x.trim() if isinstance(x, Tree) else x, aware, source.places)
+            model.check(schedule.frame, x, aware, tuple(y.shape[y.dim() - source.places :]))
 
     # The hash of a backbone costs time, so it is asked for only where features were kept.
     own = model.feature_space if any(source.feature_space for source in schedule.sources) else ""

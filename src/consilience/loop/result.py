@@ -11,6 +11,7 @@ from torch import Tensor
 
 from consilience.core.errors import ConsilienceError, unknown
 from consilience.core.metrics import global_forgetting, mean, summary, worst
+from consilience.core.model import misfit
 from consilience.core.params import Params
 from consilience.core.tree import ready
 from consilience.loop.agent import Agent
@@ -299,7 +300,11 @@ class Result:
 
         They are probabilities of classes or labels, or values. `x` are inputs as `data.arrays` takes them.
         """
-        return self._agent().predict(ready(x), task)
+        agent, samples = self._agent(), ready(x)
+        try:
+            return agent.predict(samples, task)
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            raise misfit(samples, error) from error
 
     def _agent(self) -> Agent:
         if self.agent is None:

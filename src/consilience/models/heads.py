@@ -65,7 +65,7 @@ class Heads(Model):
     def task_of(self, entry: str) -> str | None:
         return entry[len(HEADS) :].rpartition(".")[0] if entry.startswith(HEADS) else None
 
-    def check(self, frame: LabelFrame, sample: Input, aware: bool, places: int = 0) -> None:
+    def check(self, frame: LabelFrame, sample: Input, aware: bool, places: tuple[int, ...] = ()) -> None:
         # Two heads would give two logits for one class, and no rule says which counts.
         columns = [column for classes in frame.tasks.values() for column in classes]
         if not aware and len(set(columns)) < len(columns):

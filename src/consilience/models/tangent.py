@@ -110,7 +110,7 @@ class Tangent(Model):
     def uses_task(self) -> bool:
         return self.model.uses_task
 
-    def check(self, frame: LabelFrame, sample: Input, aware: bool, places: int = 0) -> None:
+    def check(self, frame: LabelFrame, sample: Input, aware: bool, places: tuple[int, ...] = ()) -> None:
         self.model.check(frame, sample, aware, places)
 
     def _is_trained(self, entry: str, tensor: Tensor) -> bool:

@@ -582,7 +582,7 @@ def test_things_that_are_no_table(tmp_path):
 def test_a_table_on_the_command_line(tmp_path):
     lines = [f"{i % 7},{'ab'[i % 2]},{'north' if i % 3 else 'south'},{'yn'[i % 2]}" for i in range(60)]
     path = written(tmp_path, "\n".join(["v,c,site,y", *lines]))
-    options = f"--data.rows {path} --data.target y --data.group site --split none"
+    options = f"--data.rows {path} --data.target y --data.group site"
     training = "--setting federated --setting.rounds 2 --method fedavg --training.lr 0.5"
     command = ["run", "--data", "table", *options.split(), *training.split()]
     done = subprocess.run(

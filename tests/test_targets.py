@@ -814,3 +814,23 @@ def test_a_function_of_the_catalogue_is_the_loss_that_it_makes():
     assert loss_of(cs.losses.huber, "value") == Huber() and loss_of(cs.losses.focal, "class") == Focal()
     with pytest.raises(cs.ConsilienceError, match="got MSE"):
         loss_of(cs.losses.mse, "class")
+
+
+@pytest.mark.parametrize(
+    ("loss", "rule"),
+    [
+        (
+            "huber",
+            "the loss of targets of kind 'class' must be cross_entropy, focal or a function, got Huber",
+        ),
+        (cs.losses.bce(), "the loss of targets of kind 'class' must be"),
+        (
+            {"value": "huber"},
+            "must be one of the tasks or kinds of the schedule, got 'value'; nearest: class",
+        ),
+    ],
+)
+def test_a_loss_that_fits_no_task_is_refused(loss, rule):
+    schedule = cs.settings.continual(cs.data.split_classes(cs.data.digits(), 2))
+    with pytest.raises(cs.ConsilienceError, match=rule):
+        cs.run(schedule, m.finetune(), training=cs.Training(epochs=1, loss=loss))

@@ -425,14 +425,14 @@ def test_inputs_that_a_module_does_not_take_are_named():
         (
             texts("a", 0, tags=True),
             bag(),
-            "outputs [B, 2, *places] at the places (8,) of the targets, got [B, 2]; for several labels",
+            "outputs [B, 2, *places], got [B, 2]; targets have 1 dimensions of places; several labels are",
         ),
         (source, bag(tags=True), "a model must return outputs [B, 2], got [B, 2,"),
         # A net of half the resolution.
         (
             cs.data.arrays(torch.rand(20, 1, 4, 4), torch.zeros(20, 4, 4, dtype=torch.long), classes=["a"]),
             cs.models.wrap(lambda: nn.Conv2d(1, 1, 2, stride=2), outputs=1),
-            "outputs [B, 1, *places] at the places (4, 4) of the targets, got [B, 1, 2, 2]",
+            "outputs [B, 1, *places], got [B, 1, 2, 2]; targets have the places [4, 4].",
         ),
     ]
     for given_source, model, rule in cases:

@@ -515,7 +515,9 @@ def fitting_options(choices: Sequence[str], chosen: Mapping[str, Any]) -> dict[s
     # A comparison has plain training next to the method that fits.
     if "methods" in choices:
         fitting["methods"] = ",".join(dict.fromkeys(["finetune", fitting.pop("method")]))
-    return layered(fitting, FITTING_DATA.get(data, {}))
+    # Groups are several sources already, which a split would cut again.
+    grouped = any(chosen.get(key, "null") not in (None, *NONE) for key in ("data.group", "data.table.group"))
+    return layered(fitting, FITTING_DATA.get(data, {}), {"split": "none"} if grouped else {})
 
 
 def common_parts() -> list[Part]:

@@ -166,13 +166,14 @@ class Model(ABC):
         # More outputs than said would have columns that nothing names.
         if tuple(out.shape) != (samples, self.outputs, *places):
             got = ["B", *out.shape[1:]] if out.dim() and len(out) == samples else list(out.shape)
-            where = f" at the places {places} of the targets" if places else ""
-            if places and out.dim() == 2 + len(places) and out.shape[-1] == self.outputs:
+            if places and out.dim() == 2 + len(places) and out.shape[1] == self.outputs:
+                remedy = f"targets have the places [{', '.join(map(str, places))}]"
+            elif places and out.dim() == 2 + len(places) and out.shape[-1] == self.outputs:
                 remedy = "move the classes to dimension 1, as in out.transpose(1, 2)"
             elif places and out.dim() == 2:
-                remedy = 'for several labels of a sample use kind="labels"'
+                remedy = f'targets have {len(places)} dimensions of places; several labels are kind="labels"'
             raise ConsilienceError(
-                f"a model must return {wanted}{where}, got [{', '.join(map(str, got))}]; {remedy}."
+                f"a model must return {wanted}, got [{', '.join(map(str, got))}]; {remedy}."
             )
 
     def _check_order(self, params: Params, buffers: Params, x: Input) -> None:

@@ -547,7 +547,7 @@ def with_targets(
                 f"{target.kind} with {target.loss} for {task!r}; give each its own `task`."
             )
         found[task] = replace(other, complete=other.complete and target.complete)
-    chosen.check_used()
+    chosen.check_used(sources)
 
     # Where all tasks are alike, examples of several may be in one batch.
     whole = {target.columns if target.kind != "class" else None: target for target in found.values()}
@@ -577,6 +577,8 @@ class _Chosen:
         self.by_name: Mapping[str, Any] = loss if isinstance(loss, Mapping) else {}
         self.default = None if isinstance(loss, Mapping) else loss
         self.used: set[str] = set()
+        self.unfit: list[str] = []
+        """The kinds of sources that the one for all tasks does not fit."""
 
     def target(self, source: Source, frame: LabelFrame) -> Target:
         """Return what the targets of a source are."""
@@ -585,7 +587,9 @@ class _Chosen:
             if name in self.by_name:
                 self.used.add(name)
                 chosen = self.by_name[name] if chosen is None else chosen
-        if chosen is None and fits(self.default, source.kind):
+        if not fits(self.default, source.kind):
+            self.unfit.append(source.kind)
+        elif chosen is None:
             chosen = self.default
 
         columns = source.classes
@@ -593,11 +597,14 @@ class _Chosen:
         loss = loss_of(chosen, source.kind).fitted(names, len(source.labels), columns)
         return Target(source.kind, loss, columns, _complete(source))
 
-    def check_used(self) -> None:
-        """Refuse losses by a name that no task and no kind has."""
+    def check_used(self, sources: Sequence[Source]) -> None:
+        """Refuse losses that no task has: by a name of none, or of another kind than all of them."""
+        if self.unfit and len(self.unfit) == len(sources):
+            loss_of(self.default, self.unfit[0])
+        there = dict.fromkeys(place for s in sources for place in (s.task, s.kind) if place)
         for name in self.by_name:
             if name not in self.used:
-                raise unknown("loss", name, [*self.used, *KINDS], "the tasks or kinds of the schedule")
+                raise unknown("loss", name, there, "the tasks or kinds of the schedule")
 
 
 def _complete(source: Source) -> bool:

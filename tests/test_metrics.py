@@ -497,7 +497,7 @@ def test_a_repeat_without_a_value_leaves_the_others():
     assert result.score == pytest.approx(R[-1].mean()) and result.score_std == 0.0
     assert np.array_equal(result.matrix[-1], R[-1])
     assert result.worst() == pytest.approx(0.6) and result.spread == pytest.approx(R[-1].std())
-    mapped = made(mapper=np.array([[0.5, NAN], [0.5, 0.75]]))
+    mapped = made(matrices=np.stack([R, R]), mapper=np.array([[0.5, 0.5, NAN], [0.5, 0.5, 0.75]]))
     assert mapped.mapper_accuracy == 0.75
 
 

@@ -6,6 +6,7 @@ import ast
 import inspect
 import json
 import re
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -154,7 +155,25 @@ def training_of(order: Order) -> Training:
     from consilience.core.training import Training
 
     (part,) = order.of("training")
-    return Training(**order.options(part))
+    options = order.options(part)
+    if "loss" in options:
+        options["loss"] = loss_of(options["loss"])
+    return Training(**options)
+
+
+def loss_of(value: Any) -> Any:
+    """Build the loss of `focal(gamma=1)`, of a dotted path to a function, or of each task or kind.
+
+    >>> loss_of({"class": "focal(gamma=1)"})
+    {'class': Focal(weights=None, smoothing=0.0, gamma=1)}
+    """
+    if isinstance(value, Mapping):
+        return {name: loss_of(own) for name, own in value.items()}
+    if not isinstance(value, str):
+        return value
+    call = call_of("loss", value)
+    # A function of the user is the loss itself, unless it is called.
+    return call.func if "." in value and "(" not in value else call()
 
 
 def aggregator_of(text: str) -> Aggregator:

@@ -27,6 +27,7 @@ ROOMS = {
     "policy": "memory",
     "mapper": "mappers",
     "metric": "metrics",
+    "loss": "losses",
 }
 """The room of each kind of choice."""
 

@@ -610,6 +610,7 @@ def test_switches_take_what_help_shows():
 
 def test_a_loss_is_a_name_with_arguments_or_a_dotted_path(tmp_path, monkeypatch):
     from consilience.cli.build import loss_of
+    from consilience.core.errors import ConsilienceError
     from consilience.core.losses import Focal, Huber
 
     monkeypatch.chdir(tmp_path)
@@ -617,5 +618,5 @@ def test_a_loss_is_a_name_with_arguments_or_a_dotted_path(tmp_path, monkeypatch)
     assert loss_of("focal(gamma=1)") == Focal(gamma=1)
     assert loss_of({"ink": "huber", "class": None}) == {"ink": Huber(), "class": None}
     assert loss_of("a_loss_of_mine.cubed").__name__ == "cubed"
-    with pytest.raises(cs.ConsilienceError, match="`loss` must be one of the catalogue's, got 'focl'"):
+    with pytest.raises(ConsilienceError, match="`loss` must be one of the catalogue's, got 'focl'"):
         loss_of("focl")

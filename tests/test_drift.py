@@ -584,7 +584,7 @@ def test_local_momentum_is_refused_where_nobody_learns_twice():
             lambda: Torch("LBFGS"),
             "an optimiser must step by a gradient alone, got 'LBFGS', which needs a closure.",
         ),
-        (lambda: Torch("Nothing"), "an optimiser must be a class of torch.optim, got 'Nothing'."),
+        (lambda: Torch("Nothing"), "an optimiser must be a class of torch.optim by its name, got 'Nothing'."),
         (
             lambda: Torch("Adam", (("beta", 1),)),
             "torch.optim.Adam must take a vector and its arguments {'beta': 1}, got: ",

@@ -41,8 +41,9 @@ def as_metric(value: object) -> Metric:
         return getattr(metrics, value)()  # type: ignore[no-any-return]
     # A class is callable too, but what it makes is no score.
     if not isinstance(value, type):
-        # A function of the catalogue makes a metric, with the arguments that it has by default.
-        if value in [getattr(metrics, name) for name in metrics.__all__ if name != "own"]:
+        # A function of the catalogue makes a metric, with the arguments that it has by default. By identity,
+        # because to compare an object of torchmetrics makes another metric.
+        if any(value is getattr(metrics, name) for name in metrics.__all__ if name != "own"):
             return value()  # type: ignore[no-any-return,operator]
         if all(hasattr(value, verb) for verb in ("update", "compute", "reset")):
             return TorchMetric(value)

@@ -127,6 +127,11 @@ def test_arrays_types():
     assert values.labels == (("data", "value"),)
     assert len(data.arrays(images, np.zeros((10, 2)), kind="value").labels) == 2
 
+    # What a loop over a dataset collects: scalars of torch and of numpy in a list.
+    for scalar in (torch.tensor, np.array, np.int64):
+        part = data.arrays(images, [scalar(int(label)) for label in y], test=(images, y), validation=0).train
+        assert part.targets().tolist() == y.tolist()
+
 
 X, Y = np.zeros((10, 3), dtype=np.float32), np.arange(10) % 2
 NAN = X.copy()

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import consilience as cs
+from consilience.core.batch import Batch
+from consilience.core.correction import Correction
 from consilience.core.losses import BCE, L1, MSE, CrossEntropy, Focal, Huber, Loss, Poisson, loss_of
 from consilience.core.params import key
 from consilience.core.schedule import reframe
@@ -440,6 +442,30 @@ def test_every_task_of_a_mixed_schedule_is_trained_as_if_alone(scenario):
         wanted = {f"nets.{number}.{name}": p for name, p in alone.items()}
         near(nets(together, number), wanted)
         near(nets(stream, number), wanted)
+
+
+@pytest.mark.parametrize(("target", "task"), [("digit", None), ("", "digit"), ("", None), ("digits", None)])
+def test_a_batch_of_a_correction_says_which_targets_it_has(target, task):
+    """Tasks differ, and no task is taken for another that happens to come first."""
+    x, y = mixed()[0].train.whole()
+
+    class Again(Correction):
+        def sample(self, ctx, sources, generator):
+            return [Batch(x[:4].double(), y[:4], task, target=target)]
+
+    method = cs.Method("again", (Again(),))
+    schedule = cs.settings.continual(mixed())
+    if (target, task) in (("", None), ("digits", None)):
+        with pytest.raises(
+            cs.ConsilienceError, match=f"`target` which of .* digit, .* got '{target}' from 'Again'"
+        ):
+            run(schedule, method, apart())
+        return
+
+    # The net of the classes goes on learning; the others' losses do not see the batch.
+    found = run(schedule, method, apart()).params
+    without = run(schedule, m.finetune(), apart()).params
+    assert any(not torch.equal(p, without[name]) for name, p in nets(found, "0").items())
 
 
 def test_losses_are_chosen_by_task_and_by_kind():

@@ -219,6 +219,26 @@ def test_tags_by_hand():
     }
 
 
+@pytest.mark.parametrize(
+    ("targets", "y"),
+    [
+        ("tags", [[0, None]] * 9),
+        ("tags", [[0, -100]] * 9),
+        ("tags", [torch.tensor([0, -100])] * 9),
+        ("tags", torch.tensor([[0, -100]] * 9)),
+        ("tags", [["a", None]] * 9),
+        ("text", [0, None] * 9),
+        ("text", [torch.tensor(0), torch.tensor(-100)] * 9),
+        ("text", ["a", None] * 9),
+    ],
+)
+def test_targets_of_texts_may_be_missing_in_every_form(targets, y):
+    texts = [["a", "b"]] * 9 if targets == "tags" else ["a", "b"] * 9
+    source = data.text(texts, y, targets=targets, test=0.3, validation=0)
+    every = torch.cat([part.targets().flatten() for part in (source.train, source.test)])
+    assert (every == 0).sum() == (every == -100).sum() == 9 and len(source.labels) == 1
+
+
 def test_a_word_without_a_token_is_counted():
     def letters(word: str) -> list[int]:
         return ids(word) if word.isalpha() else []
@@ -414,6 +434,8 @@ def test_texts_of_a_file(tmp_path):
             ([["a"], ["b"]], [["O"], ["B"]]),
             {"targets": "tags", "classes": ["O"]},
         ),
+        ("class numbers of an integer type", ([["a", "b"]] * 9, [[0, 0.7]] * 9), {"targets": "tags"}),
+        ("class numbers of an integer type", (["a", "b"] * 9, [0, 0.7] * 9), {}),
         ("some text must have two tokens or more", (["a"] * 9, None, ids), {"targets": "next"}),
         ("`validation` must be a fraction in [0, 1), got 1.", (TEXTS, LABELS), {"validation": 1}),
     ],

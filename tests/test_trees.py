@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import UserDict
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import consilience as cs
-from consilience.core.source import joined_targets, trimmed
+from consilience.core.source import Tensors, joined_targets, trimmed
 from consilience.core.tree import Tree, as_input, concat, named, signature, types, unnamed
 from consilience.data.features import input_hashes
 
@@ -116,6 +117,33 @@ def test_ragged_parts_keep_every_number_through_all_operations(rows, chosen):
     assert all(torch.equal(part, x.parts[name]) for name, part in back.parts.items())
     pieces = x.split(2)
     assert sum(map(len, pieces)) == len(x) and torch.equal(concat(pieces).parts["ids"], x.parts["ids"])
+
+
+@pytest.mark.parametrize(
+    ("rows", "wanted"),
+    [
+        ([[1, 2, 3], [0.5]], [[1.0, 2.0, 3.0], [0.5, 0.0, 0.0]]),
+        ([[0.5], [1, 2]], [[0.5, 0.0], [1.0, 2.0]]),
+        ([[True, False], [3]], [[1, 0], [3, 0]]),
+        ([torch.tensor([1, 2], dtype=torch.uint8), torch.tensor([300])], [[1, 2], [300, 0]]),
+        ([[], [1, 2]], [[0, 0], [1, 2]]),  # an empty list says nothing about the type
+    ],
+)
+def test_sequences_of_several_types_get_one_that_holds_them_all(rows, wanted):
+    found = as_input(rows).parts["0"]
+    assert found.tolist() == wanted
+    assert found.is_floating_point() == isinstance(wanted[0][0], float)
+
+
+def test_sequences_that_differ_in_more_than_their_length_are_refused():
+    rows = [[], [[1, 2]], [[1, 2, 3], [4, 5, 6]]]
+    with pytest.raises(
+        cs.ConsilienceError, match=r"differ in their length alone, got .*\(2,\) .* sample 2, \(3,\)"
+    ):
+        as_input(rows)
+    y = [[0, 1, 1], [0.5]] * 10
+    with pytest.raises(cs.ConsilienceError, match="class numbers of an integer type"):
+        cs.data.arrays([[1, 2, 3], [4]] * 10, y, name="tags")
 
 
 def test_parts_keep_their_places_and_names_when_they_are_stored():
@@ -518,13 +546,15 @@ def test_classes_after_places_are_found_also_where_there_are_as_many_of_both():
 
     for places in (4, 5):
         ids = torch.randint(0, 5, (40, places), generator=torch.Generator().manual_seed(0))
-        source = cs.data.arrays(ids, ids, classes=list("abcde"))
-        run = lambda model: cs.run(  # noqa: E731
-            cs.settings.continual([source]),  # noqa: B023
-            m.finetune(),
-            model=model,
-            training=cs.Training(epochs=1),
-        )
-        assert run(Last(True)).score >= 0
-        with pytest.raises(cs.ConsilienceError, match="move the classes to dimension 1"):
-            run(Last(False))
+        lengths = torch.full((40,), places)
+        for x in (ids, Tree({"x": ids}), Tree({"x": ids}, {"x": 0}, lengths)):
+            source = replace(cs.data.arrays(ids, ids, classes=list("abcde")), train=Tensors(x, ids))
+            run = lambda model: cs.run(  # noqa: E731
+                cs.settings.continual([source]),  # noqa: B023
+                m.finetune(),
+                model=model,
+                training=cs.Training(epochs=1),
+            )
+            with pytest.raises(cs.ConsilienceError, match="move the classes to dimension 1"):
+                run(Last(False))
+            assert run(Last(True)).score >= 0

@@ -17,7 +17,7 @@ from consilience.core.params import Layout, Params, content_hash
 from consilience.core.schedule import ScheduleFacts
 from consilience.core.source import Examples, Source
 from consilience.core.state import State
-from consilience.core.tree import Input, Tree, as_input, named
+from consilience.core.tree import Input, Tree, as_input, cast_to, named, tensors_of
 from consilience.core.weight_space import WeightSpace, with_weights
 
 CHUNK = 1024
@@ -50,11 +50,9 @@ def _over_places(each: Tensor, inputs: Input) -> Tensor:
 
 def _is_finite(inputs: object) -> bool:
     """Whether these are inputs [N, ...], at least one, without NaN and infinity."""
-    if isinstance(inputs, Tensor):
-        return inputs.dim() > 1 and len(inputs) > 0 and bool(inputs.isfinite().all())
-    if not isinstance(inputs, Tree) or not len(inputs):
+    if not isinstance(inputs, Tensor | Tree) or (isinstance(inputs, Tensor) and inputs.dim() < 2):
         return False
-    return all(bool(part.isfinite().all()) for part in inputs.parts.values())
+    return len(inputs) > 0 and all(bool(part.isfinite().all()) for part in tensors_of(inputs).values())
 
 
 @dataclass(frozen=True)
@@ -124,8 +122,7 @@ class Distillation(WeightSpace):
             assert self.unlabelled is not None
             params, buffers = facts.model.init(torch.Generator().manual_seed(0))
             try:
-                one = self.unlabelled[:1]
-                one = one.to(one.device, torch.float32) if one.is_floating_point() else one
+                one = cast_to(self.unlabelled[:1], self.unlabelled.device, torch.float32)
                 facts.model(params, buffers, one, None, False)
             except (RuntimeError, ValueError, IndexError, TypeError):
                 return (
@@ -149,10 +146,8 @@ class Distillation(WeightSpace):
             return new
 
         layout = Layout.of(taught)
-        unlabelled = self.unlabelled
-        assert unlabelled is not None
-        dtype = layout.dtype if unlabelled.is_floating_point() else None
-        unlabelled = unlabelled.to(layout.device, dtype)
+        assert self.unlabelled is not None
+        unlabelled = cast_to(self.unlabelled, layout.device, layout.dtype)
         target = self._targets(model, state, received, unlabelled)
 
         # Adam's first steps have length lr even for a gradient of rounding errors: without a difference none

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from consilience.core.errors import ConsilienceError, kind_of
-from consilience.core.tree import Input, Tree
+from consilience.core.tree import Input, Tree, tensors_of
 
 # Random numbers by sample. A generator for each sample would cost more than most augmentations.
 
@@ -379,11 +379,6 @@ def for_part(views: Views | None, part: str) -> Views:
     if isinstance(views, Chain):
         return replace(views, steps=[for_part(step, part) for step in views.steps])
     raise ConsilienceError(f"`augment` must have a function for the part {part!r}, got None.")
-
-
-def tensors_of(x: Input) -> Mapping[str, Tensor]:
-    """Return the tensors of inputs by the name of their part; "" for inputs that are one tensor."""
-    return {"": x} if isinstance(x, Tensor) else x.parts
 
 
 def sample_of(x: Input, i: int) -> Input:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from consilience.core.augment import Origins
-from consilience.core.losses import NONE
+from consilience.core.losses import present
 from consilience.core.tree import Input
 
 
@@ -52,8 +52,9 @@ class Batch:
 
     def there(self, like: Tensor) -> Tensor:
         """Return 1 for places that have a target, else 0, as values [B, *places]."""
-        values = self.y.is_floating_point()
-        found = ~torch.isnan(self.y).all(1) if values else self.y != NONE
+        found = present(self.y)
+        # A place of values or labels has a target where any of its outputs has one.
+        found = found.any(1) if self.y.is_floating_point() else found
         # One target for a whole sample says nothing about its places.
         if found.dim() < like.dim():
             return torch.ones_like(like)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from consilience.core.batch import Batch
-from consilience.core.losses import DEFAULTS, NONE
+from consilience.core.losses import DEFAULTS, present
 from consilience.core.message import Item, Module
 from consilience.core.model import Model
 from consilience.core.params import Layout, Params
@@ -207,7 +207,7 @@ class Learned:
         values, classes = self.source.kind == "value", len(self.source.labels)
         # In float64, so that sums of many agents do not depend on how the data was cut.
         for x, y in self.source.train.chunks(1024):
-            there = ~torch.isnan(y).any(1) if values else y != NONE
+            there = present(y).all(1) if values else present(y)
             if not self.target.complete and not bool(there.all()):
                 x, y = x[there], y[there]
             with torch.no_grad():

@@ -23,6 +23,15 @@ NONE = -100
 """The target of a sample, or a place, that has no class; values and labels have NaN."""
 
 
+def present(y: Tensor) -> Tensor:
+    """Return which targets are there, in the shape of y.
+
+    >>> present(torch.tensor([2, -100])).tolist(), present(torch.tensor([[0.5], [torch.nan]])).tolist()
+    ([True, False], [[True], [False]])
+    """
+    return ~torch.isnan(y) if y.is_floating_point() else y != NONE
+
+
 class Losses(NamedTuple):
     """The loss of each sample [B], and how much each counts [B]; None: all alike."""
 
@@ -82,7 +91,7 @@ class Loss(ABC):
             each = self.elements(out, y)
             return Losses(each if y.dim() == 1 else each.flatten(1).mean(1))
 
-        there = ~torch.isnan(y) if y.is_floating_point() else y != NONE
+        there = present(y)
         filled = torch.where(there, y, 0)
         each, weight = self.elements(out, filled), self.weight(filled)
         share = there.to(each.dtype) if weight is None else there * weight
@@ -287,8 +296,7 @@ class Huber(Loss):
             raise ConsilienceError(f"`delta` must be positive and finite, got {self.delta}.")
 
     def elements(self, out: Tensor, y: Tensor) -> Tensor:
-        # Unlike a difference, this needs both of one type: targets stay as they were given.
-        return F.huber_loss(out, y.to(out.dtype), reduction="none", delta=self.delta)
+        return F.huber_loss(out, y, reduction="none", delta=self.delta)
 
 
 @dataclass(frozen=True)

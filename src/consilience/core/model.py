@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from consilience.core.errors import ConsilienceError
 from consilience.core.params import Params, computing, content_hash
 from consilience.core.source import LabelFrame, Source
-from consilience.core.tree import Input, Tree
+from consilience.core.tree import Input, Tree, cast_to
 
 Forward = Callable[[Input, str | None], Tensor]
 """(x, task) -> outputs."""
@@ -147,7 +148,7 @@ class Model(ABC):
         params, buffers = self.init(torch.Generator().manual_seed(0))
         # Frozen entries may have a shorter type than those that compute.
         dtype = computing(params).dtype
-        ready = sample.to(sample.device, dtype) if sample.is_floating_point() else sample
+        ready = cast_to(sample, sample.device, dtype)
         try:
             with torch.no_grad():
                 out, _ = self(params, buffers, ready, None, False)
@@ -181,8 +182,7 @@ class Model(ABC):
         # Not all modules take another length, and then nothing can be said.
         try:
             with torch.no_grad():
-                shorter = x[:, :-1] if isinstance(x, Tensor) else x.map(lambda part: part[:, :-1])
-                out, _ = self(params, buffers, shorter, None, False)
+                out, _ = self(params, buffers, _shorter(x), None, False)
         except (RuntimeError, ValueError, IndexError, TypeError):
             return
         if out.dim() == 3 and out.shape[1] != self.outputs:
@@ -190,6 +190,15 @@ class Model(ABC):
                 f"a model must return outputs [B, {self.outputs}, *places], got the places first; "
                 "move the classes to dimension 1, as in out.transpose(1, 2)."
             )
+
+
+def _shorter(x: Input) -> Input:
+    """Return inputs [B, T, ...] with one place less."""
+    if isinstance(x, Tensor):
+        return x[:, :-1]
+    if x.lengths is None:
+        return x.map(lambda part: part[:, :-1])
+    return replace(x, lengths=x.lengths - 1).trim()
 
 
 def misfit(sample: Input, error: Exception) -> ConsilienceError:

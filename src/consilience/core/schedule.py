@@ -13,7 +13,7 @@ from torch import Tensor
 
 from consilience.core.augment import Views
 from consilience.core.errors import ConsilienceError, unknown
-from consilience.core.losses import KINDS, NONE, fits, loss_of
+from consilience.core.losses import KINDS, NONE, fits, loss_of, present
 from consilience.core.names import checked_name
 from consilience.core.source import Examples, Label, LabelFrame, Source, Target, Tensors
 from consilience.core.tree import Input, Tree, signature
@@ -609,15 +609,14 @@ class _Chosen:
 
 def _complete(source: Source) -> bool:
     """Whether no training target of a source is missing. Raises ConsilienceError where all are."""
-    y = source.train.targets()
-    missing = torch.isnan(y) if y.is_floating_point() else y == NONE
-    if bool(missing.all()):
+    there = present(source.train.targets())
+    if not bool(there.any()):
         raise ConsilienceError(
             f"a source must have training targets, and all of {source.name!r} are missing."
         )
     # An augmentation may take targets away, such as pixels outside of an image that was turned.
     changed = source.augment is not None and source.augment.joint
-    return not changed and not bool(missing.any())
+    return not changed and bool(there.all())
 
 
 def _same_outputs(group: Sequence[tuple[int, Source]]) -> list[tuple[int, Source]]:

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from consilience.core.augment import Origins, States, Views, as_views, isolated, sample_seeds, seed_all
 from consilience.core.errors import ConsilienceError
-from consilience.core.losses import DEFAULTS, NONE, Loss, Losses
+from consilience.core.losses import DEFAULTS, NONE, Loss, Losses, present
 from consilience.core.names import checked_name
-from consilience.core.tree import Input, Tree, as_input, concat, named, pad, unnamed
+from consilience.core.tree import Input, Tree, as_input, cast_to, concat, named, pad, unnamed
 
 GATHERED = 1 << 20
 """Bytes of examples that are gathered at once."""
@@ -72,10 +72,7 @@ class Examples(ABC):
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Examples:
         """Return the examples on a device, with floating-point inputs in `dtype`."""
-        # Integer inputs, such as tokens, keep their type.
-        return self.map(
-            x=lambda x: x.to(device, dtype if x.is_floating_point() else x.dtype), y=lambda y: y.to(device)
-        )
+        return self.map(x=lambda x: cast_to(x, device, dtype), y=lambda y: y.to(device))
 
     def whole(self) -> tuple[Input, Tensor]:
         """Return all inputs and all targets."""
@@ -232,7 +229,7 @@ class Stream(Examples):
             y = through(y, self.y_through[len(y_before) :])
             if self.place is not None:
                 device, dtype = self.place
-                x, y = x.to(device, dtype if x.is_floating_point() else x.dtype), y.to(device)
+                x, y = cast_to(x, device, dtype), y.to(device)
             yield x, y
 
     def select(self, index: Tensor) -> Stream:
@@ -449,7 +446,7 @@ class Target:
 
     def count(self, y: Tensor, weights: Tensor | None = None) -> Tensor:
         """Return what the mean over a batch divides by: the sum over its targets of how much each counts."""
-        there = ~torch.isnan(y) if y.is_floating_point() else y != NONE
+        there = present(y)
         factors = self.loss.weight(torch.where(there, y, 0))
         counts = there.double() if factors is None else there * factors.double()
         each = counts if y.dim() == 1 else counts.flatten(1).sum(1)
@@ -522,10 +519,10 @@ class LabelFrame:
         return torch.tensor([where[label] for label in labels], dtype=torch.long)
 
 
-def masked(out: Tensor, columns: Sequence[int] | None) -> Tensor:
-    """Return outputs [B, C, *places] with -inf outside some columns; None or none: as they are."""
+def masked(out: Tensor, columns: Sequence[int] | None, fill: float = -torch.inf) -> Tensor:
+    """Return outputs [B, C, *places] with `fill` outside some columns; None or none: as they are."""
     if not columns:
         return out
     keep = torch.zeros(out.shape[1], dtype=torch.bool, device=out.device)
     keep[list(columns)] = True
-    return out.masked_fill(~keep.view(-1, *[1] * (out.dim() - 2)), -torch.inf)
+    return out.masked_fill(~keep.view(-1, *[1] * (out.dim() - 2)), fill)

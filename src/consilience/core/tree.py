@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from functools import reduce
+from typing import Any, TypeAlias, TypeVar, cast
 
 import numpy as np
 import torch
@@ -158,6 +159,24 @@ register_pytree_node(Tree, _taken_apart, _put_together, serialized_type_name="co
 Input: TypeAlias = Tensor | Tree
 """The inputs of a batch [B, ...]."""
 
+Numbers = TypeVar("Numbers", bound=Tensor | Tree)
+
+
+def cast_to(x: Numbers, device: torch.device | str, dtype: torch.dtype) -> Numbers:
+    """Return inputs, or any tensor, on a device, fractions in `dtype`.
+
+    Whole numbers, such as tokens, keep their type.
+
+    >>> [cast_to(x, "cpu", torch.float64).dtype for x in (torch.zeros(1), torch.zeros(1, dtype=torch.int32))]
+    [torch.float64, torch.int32]
+    """
+    return cast(Numbers, x.to(device, dtype if x.is_floating_point() else None))
+
+
+def tensors_of(x: Input) -> Mapping[str, Tensor]:
+    """Return the tensors of inputs by the name of their part; "" for inputs that are one tensor."""
+    return {"": x} if isinstance(x, Tensor) else x.parts
+
 
 def one_tensor(x: Input, whose: str) -> Tensor:
     """Return inputs that must be one tensor. Raises ConsilienceError for a tree, naming `whose` they are."""
@@ -177,6 +196,17 @@ def pad(values: Tensor, length: int, fill: float) -> Tensor:
     if missing <= 0:
         return values
     return torch.cat([values, values.new_full((len(values), missing, *values.shape[2:]), fill)], 1)
+
+
+def pad_all(rows: Sequence[Tensor]) -> Tensor:
+    """Return sequences [T_i, ...] as one tensor [B, T, ...], padded with 0, in a type that holds them all.
+
+    >>> pad_all([torch.tensor([1, 2]), torch.tensor([0.5])]).tolist()
+    [[1.0, 2.0], [0.5, 0.0]]
+    """
+    # The library takes the type of the first sequence, and would cut off the fractions of others.
+    dtype = reduce(torch.promote_types, {row.dtype for row in rows})
+    return torch.nn.utils.rnn.pad_sequence([row.to(dtype) for row in rows], batch_first=True)
 
 
 def concat(inputs: Sequence[Input]) -> Input:
@@ -225,7 +255,7 @@ def signature(x: Input) -> tuple[Any, ...]:
 
 def types(x: Input) -> tuple[torch.dtype, ...]:
     """Return the types of all parts."""
-    return (x.dtype,) if isinstance(x, Tensor) else tuple(part.dtype for part in x.parts.values())
+    return tuple(part.dtype for part in tensors_of(x).values())
 
 
 # Trees among the tensors of an item: their parts are tensors of their own, whose names begin alike.
@@ -403,8 +433,10 @@ def _ragged(value: Any) -> list[Any] | None:
     # numpy keeps rows of unequal length as objects.
     if isinstance(value, np.ndarray) and value.dtype == object:
         value = list(value)
+    # Tensors without a dimension have `__len__`, and refuse to be asked.
     if not isinstance(value, list) or not all(
-        hasattr(row, "__len__") and not isinstance(row, str) for row in value
+        hasattr(row, "__len__") and not isinstance(row, str) and getattr(row, "shape", None) != ()
+        for row in value
     ):
         return None
     return value if len({len(row) for row in value}) > 1 else None
@@ -417,8 +449,12 @@ def _lengths(rows: Sequence[Any]) -> Tensor:
 def _stacked(rows: Sequence[Any], what: str) -> Tensor:
     """Return sequences [T_i, ...] as one tensor [B, T, ...], padded with 0."""
     tensors = [as_tensor(row, f"sample {i} of {what}") for i, row in enumerate(rows)]
-    # An empty sequence has no type of its own: numpy calls it float64.
     filled = next((tensor for tensor in tensors if len(tensor)), tensors[0])
-    return torch.nn.utils.rnn.pad_sequence(
-        [tensor if len(tensor) else filled[:0] for tensor in tensors], batch_first=True
-    )
+    for i, tensor in enumerate(tensors):
+        if len(tensor) and tensor.shape[1:] != filled.shape[1:]:
+            raise ConsilienceError(
+                f"sequences of {what} must differ in their length alone, got elements of shapes "
+                f"{tuple(filled.shape[1:])} and, in sample {i}, {tuple(tensor.shape[1:])}."
+            )
+    # An empty sequence has no type of its own: numpy calls it float64.
+    return pad_all([tensor if len(tensor) else filled[:0] for tensor in tensors])

@@ -17,7 +17,7 @@ from consilience.core.model import Model
 from consilience.core.names import owned_by
 from consilience.core.params import Layout, Params
 from consilience.core.source import Source
-from consilience.core.tree import one_tensor
+from consilience.core.tree import cast_to, one_tensor
 from consilience.corrections.anatomy import anatomy, not_alone, spread, without_tasks
 from consilience.corrections.quadratic import non_negative
 
@@ -218,7 +218,7 @@ def unwidened(model: Model, inputs: Tensor) -> str | None:
             wide[chain.biases[layer]] = torch.cat([bias, bias[:1]])
 
     # The model runs arbitrary code, so only a trial shows whether its layers follow one another.
-    inputs = inputs.to(dtype) if inputs.is_floating_point() else inputs
+    inputs = cast_to(inputs, inputs.device, dtype)
     with torch.no_grad():
         plain = model(params, buffers, inputs, None, False)[0]
         try:

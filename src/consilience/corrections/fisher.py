@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from consilience.core.contexts import Learned
 from consilience.core.errors import ConsilienceError
-from consilience.core.losses import NONE, Poisson
+from consilience.core.losses import NONE, Poisson, present
 from consilience.core.params import Params
 from consilience.core.source import Examples, Target
 from consilience.core.tree import Input
@@ -156,11 +156,6 @@ class Likelihood:
             variance = mean
         at = [torch.where(present(y), mean + unit[j], torch.nan) for j in range(y.shape[1])]
         return [Weighted(targets, variance[:, j]) for j, targets in enumerate(at)]
-
-
-def present(y: Tensor) -> Tensor:
-    """Return which targets are there."""
-    return ~torch.isnan(y) if y.is_floating_point() else y != NONE
 
 
 def total(each: Tensor) -> Tensor:

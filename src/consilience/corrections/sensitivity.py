@@ -17,6 +17,7 @@ from consilience.core.message import Item, Private
 from consilience.core.model import Model
 from consilience.core.params import Layout, Params, same
 from consilience.core.source import LabelFrame, Source
+from consilience.core.tree import cast_to
 from consilience.corrections.anatomy import anatomy, spread
 from consilience.corrections.fisher import fisher
 
@@ -157,10 +158,7 @@ class TaLoS(Correction):
 
     def _scores(self, start: Beginning, layout: Layout, params: Params) -> Tensor:
         """Return the scores [n] of the entries in the layout, summed over the sources' training examples."""
-        buffers = {
-            name: b.to(layout.device, layout.dtype if b.is_floating_point() else b.dtype)
-            for name, b in start.buffers.items()
-        }
+        buffers = {name: cast_to(b, layout.device, layout.dtype) for name, b in start.buffers.items()}
         total = torch.zeros_like(layout.flatten(start.params))
         for source in start.sources:
             near = replace(source, train=source.train.to(layout.device, layout.dtype))

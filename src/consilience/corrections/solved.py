@@ -13,10 +13,11 @@ from torch import Tensor
 from consilience.core.contexts import Beginning, Begun
 from consilience.core.correction import NO_TRAINING, Correction
 from consilience.core.errors import ConsilienceError, Refusal
-from consilience.core.losses import NONE
+from consilience.core.losses import present
 from consilience.core.params import computing
 from consilience.core.schedule import ScheduleFacts
 from consilience.core.source import Source
+from consilience.core.tree import cast_to
 
 ABSENT = -1e9
 """The logit of a class that has no prototype."""
@@ -175,11 +176,11 @@ def features_and_targets(
     psi, targets = [], []
     for source in sources:
         for x, y in source.train.chunks(1024):
-            there = ~torch.isnan(y).any(1) if source.kind == "value" else y != NONE
+            there = present(y).all(1) if source.kind == "value" else present(y)
             if not bool(there.all()):
                 x, y = x[there], y[there]
             with torch.no_grad():
-                x = x.to(like.device, like.dtype if x.is_floating_point() else x.dtype)
+                x = cast_to(x, like.device, like.dtype)
                 psi.append(start.model.features(start.params, start.buffers, x, source.task).double())
             if source.kind != "value":
                 y = F.one_hot(y, len(source.labels))[:, list(classes)]

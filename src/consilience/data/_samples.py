@@ -11,8 +11,8 @@ from torch import Tensor
 
 from consilience.core.augment import isolated
 from consilience.core.errors import ConsilienceError
-from consilience.core.losses import NONE
-from consilience.core.tree import Input, Tree, as_tensor, pad, part_of, unit
+from consilience.core.losses import present
+from consilience.core.tree import Input, Tree, as_tensor, pad_all, part_of, unit
 
 LABELS = ("labels", "label", "label_ids")
 """The keys of the target in an item that is a mapping, as libraries for text name it."""
@@ -126,8 +126,7 @@ def same_target(stored: Tensor, read: Tensor) -> bool:
     if stored.dim() != read.dim() or stored.shape[:-1] != read.shape[:-1]:
         return False
     if stored.dim() and stored.shape[-1] > read.shape[-1]:
-        rest = stored[..., read.shape[-1] :]
-        if not bool((rest.isnan() if rest.is_floating_point() else rest == NONE).all()):
+        if bool(present(stored[..., read.shape[-1] :]).any()):
             return False
         stored = stored[..., : read.shape[-1]]
     return stored.shape == read.shape and torch.allclose(stored.double(), read.double(), equal_nan=True)
@@ -252,24 +251,12 @@ def _called(name: str) -> str:
     return part_of("`x`", name) if name else "`x`"
 
 
-def pad_all(rows: Sequence[Tensor], fill: float = 0) -> Tensor:
-    """Return sequences [T_i, ...] as one tensor [B, T, ...].
-
-    >>> pad_all([torch.tensor([1, 2]), torch.tensor([3])], 9).tolist()
-    [[1, 2], [3, 9]]
-    """
-    longest = max(map(len, rows))
-    return torch.cat([pad(row[None], longest, fill) for row in rows])
-
-
 def cut(y: Tensor, places: int | None) -> Tensor:
     """Return targets without padded places that the inputs of a batch do not have."""
     # Values and labels have their outputs before their places.
     if places is None or y.dim() < (3 if y.is_floating_point() else 2) or y.shape[-1] <= places:
         return y
-    rest = y[..., places:]
-    empty = rest.isnan() if rest.is_floating_point() else rest == NONE
-    return y[..., :places] if bool(empty.all()) else y
+    return y if bool(present(y[..., places:]).any()) else y[..., :places]
 
 
 def found_ragged(samples: Sequence[dict[str, Tensor]]) -> frozenset[str]:

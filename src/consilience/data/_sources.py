@@ -19,7 +19,7 @@ from torch import Tensor
 
 from consilience.core.checks import fraction, whole_number
 from consilience.core.errors import ConsilienceError, kind_of, unknown
-from consilience.core.losses import KINDS, NONE, loss_of
+from consilience.core.losses import KINDS, NONE, loss_of, present
 from consilience.core.params import key
 from consilience.core.source import Examples, Kind, Label, Source, Stream, Tensors, at_places
 from consilience.core.tree import (
@@ -30,6 +30,7 @@ from consilience.core.tree import (
     one_tensor,
     part_of,
     signature,
+    tensors_of,
     types,
     unit,
 )
@@ -200,7 +201,7 @@ def _check_padding(pair: Tensors, prefix: str) -> None:
     x, y = pair.x, pair.y
     if isinstance(x, Tensor) or x.lengths is None or not at_places(x, y):
         return
-    there = (~y.isnan()).any(1) if y.is_floating_point() else y != NONE
+    there = present(y).any(1) if y.is_floating_point() else present(y)
     # Other dimensions of places come before that of the sequence.
     while there.dim() > 2:
         there = there.any(1)
@@ -231,8 +232,7 @@ def is_one_hot(y: Tensor) -> bool:
 
 def sizes(x: Input) -> set[int]:
     """Return the sizes of all dimensions of samples."""
-    parts = [x] if isinstance(x, Tensor) else list(x.parts.values())
-    return {size for part in parts for size in part.shape[1:]}
+    return {size for part in tensors_of(x).values() for size in part.shape[1:]}
 
 
 class Labels(NamedTuple):
@@ -250,11 +250,11 @@ def _labels(train: Tensor, test: Tensor, options: Options) -> Labels:
     if options.kind != "class":
         return _output_labels(train, test, options)
 
-    present = torch.cat([train.flatten(), test.flatten()]).unique()
-    present = present[present != NONE]
-    if not len(present):
+    used = torch.cat([train.flatten(), test.flatten()]).unique()
+    used = used[present(used)]
+    if not len(used):
         raise ConsilienceError(f"some target must be there, got -100 for all examples of {options.name!r}.")
-    low, high = int(present[0]), int(present[-1])
+    low, high = int(used[0]), int(used[-1])
     space = options.label_space
     if low < 0:
         raise ConsilienceError(f"class numbers must be 0 or more (-100: no target), got {low}.")
@@ -262,7 +262,7 @@ def _labels(train: Tensor, test: Tensor, options: Options) -> Labels:
         # A label is made for every number up to the highest: ids of users as classes would take all memory.
         if high >= 1_000_000:
             raise ConsilienceError(f"class numbers must count up from 0, got {high}.")
-        return Labels(tuple((space, str(i)) for i in range(high + 1)), tuple(present.tolist()))
+        return Labels(tuple((space, str(i)) for i in range(high + 1)), tuple(used.tolist()))
 
     if high >= len(classes):
         raise ConsilienceError(

@@ -6,7 +6,7 @@ import json
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -508,30 +508,38 @@ def _numbered(
     """Return the targets of all texts as numbers, and the names of the classes."""
     if tokening.targets == "next":
         return None, None
-    every = [*given.y, *(held.y if held else ())]
+    every = [
+        own
+        for part in (given, held)
+        if part
+        for own in (part.y.tolist() if hasattr(part.y, "tolist") else part.y)
+    ]
     if tokening.targets == "text":
-        # Numbers are checked as those of arrays are.
-        if options.kind != "class" or not any(isinstance(label, str) for label in every):
-            each = [
-                part.y.tolist() if hasattr(part.y, "tolist") else list(part.y)
-                for part in (given, held)
-                if part
-            ]
-            return checked_targets([y for part in each for y in part], options.kind, "`y`"), options.classes
-        return numbered([_label(label) for label in every], options.classes, lambda row: f"text {row}")
+        if options.kind != "class":
+            return checked_targets(every, options.kind, "`y`"), options.classes
+        return _class_targets(every, options, lambda row: f"text {row}")
 
     words = [*given.texts, *(held.texts if held else ())]
     for i, (own, tags) in enumerate(zip(words, every, strict=True)):
         if isinstance(tags, str) or len(own) != len(tags):
             got = repr(tags) if isinstance(tags, str) else f"{len(tags)} tags"
             raise ConsilienceError(f"every word must have a tag, got {len(own)} words and {got} in text {i}.")
-    flat = [tag for tags in every for tag in tags]
     # Which text a tag is of, for an error.
     owners = [i for i, tags in enumerate(every) for _ in tags]
-    if any(isinstance(tag, str) for tag in flat):
-        y, known = numbered([_label(tag) for tag in flat], options.classes, lambda row: f"text {owners[row]}")
-        return [own.tolist() for own in y.split([len(tags) for tags in every])], known
-    return [[int(tag) for tag in tags] for tags in every], options.classes
+    flat = [tag for tags in every for tag in tags]
+    y, known = _class_targets(flat, options, lambda row: f"text {owners[row]}")
+    return [own.tolist() for own in y.split([len(tags) for tags in every])], known
+
+
+def _class_targets(
+    labels: Sequence[Any], options: Options, where: Callable[[int], str]
+) -> tuple[Tensor, Sequence[Any] | None]:
+    """Return names, or numbers, as class numbers [N], and the names of the classes; None is no target."""
+    if any(isinstance(label, str) for label in labels):
+        return numbered([_label(label) for label in labels], options.classes, where)
+    # Numbers are checked as those of arrays are.
+    numbers = [NONE if label is None else label for label in labels]
+    return checked_targets(numbers, "class", "`y`"), options.classes
 
 
 def _label(label: Any) -> str | None:

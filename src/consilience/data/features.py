@@ -20,7 +20,7 @@ from consilience.core.errors import ConsilienceError, kind_of
 from consilience.core.model import Forward, Model
 from consilience.core.params import content_hash
 from consilience.core.source import Examples, Source, Tensors
-from consilience.core.tree import Input, Tree, concat
+from consilience.core.tree import Input, Tree, cast_to, concat
 
 ROWS = 1 << 13
 """Images in one file at most."""
@@ -125,8 +125,7 @@ class Backbone:
             buffers = {name: value.to(self.device) for name, value in self.buffers.items()}
             self.bound = self.trunk.bind(params, buffers, False)[0]
 
-        ready = x.to(self.device, torch.float32 if x.is_floating_point() else None)
-        psi: Tensor = self.bound(ready, None)
+        psi: Tensor = self.bound(cast_to(x, self.device, torch.float32), None)
         if psi.ndim != 2 or psi.shape[1] != self.width:
             raise ConsilienceError(
                 f"a backbone must give features [B, {self.width}], got shape {tuple(psi.shape)}."

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from consilience.core.batch import Batch
 from consilience.core.source import Tensors
-from consilience.core.tree import Input, Tree
+from consilience.core.tree import Input, Tree, tensors_of
 from consilience.engines._memory import WINDOW
 from consilience.engines._merge import Slot, Slots, Unbatchable, rebuilt
 from consilience.engines._pure import Clock
@@ -128,7 +128,7 @@ class Feed:
                     for batch in batches
                 ]
             )
-        xs = [parts_of(batch.x) for batch in batches]
+        xs = [tensors_of(batch.x) for batch in batches]
         inputs = like_parts(first.x, {name: put([x[name] for x in xs]) for name in xs[0]})
         extra = {name: put([batch.extra[name] for batch in batches]) for name in first.extra}
         fields = {
@@ -188,7 +188,7 @@ class Feed:
         some_ended, y = len(live) < rows, blank.y
         inputs = {
             name: stack.cache.inputs[name].view((rows, steps, width, *x.shape[1:]), x, some_ended)
-            for name, x in parts_of(blank.x).items()
+            for name, x in tensors_of(blank.x).items()
         }
         targets = (y.new_zeros if some_ended else y.new_empty)(rows, steps, width, *y.shape[1:])
         counts = torch.full((rows, steps), width, device=device)
@@ -200,7 +200,7 @@ class Feed:
             assert isinstance(examples, Tensors)
             span = slice(line.done, line.done + steps)
             index = line.index[span].reshape(-1).to(device)
-            for name, x in parts_of(examples.x).items():
+            for name, x in tensors_of(examples.x).items():
                 torch.index_select(x, 0, index, out=inputs[name][row].view(-1, *x.shape[1:]))
             torch.index_select(examples.y, 0, index, out=targets[row].view(-1, *y.shape[1:]))
             if self.padded:
@@ -344,11 +344,6 @@ class Line:
 def in_memory(part: Part) -> bool:
     """Whether the examples of a part are tensors, which can be gathered for many steps at once."""
     return type(part.examples) is Tensors
-
-
-def parts_of(x: Input) -> dict[str, Tensor]:
-    """Return the tensors of inputs by the name of their part; "" for inputs that are one tensor."""
-    return {"": x} if isinstance(x, Tensor) else dict(x.parts)
 
 
 def like_parts(x: Input, parts: Mapping[str, Any]) -> Any:

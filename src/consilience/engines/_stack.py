@@ -14,11 +14,11 @@ from consilience.core.batch import Batch
 from consilience.core.contexts import Context
 from consilience.core.model import Model
 from consilience.core.params import Params
-from consilience.core.source import Examples, Tensors
 from consilience.engines._memory import Buffer
 from consilience.engines._merge import Slot, Slots, fill, merge, shape_of
 from consilience.engines._program import Program
 from consilience.engines._pure import AgentStep, Clock, Constants, StateKey
+from consilience.loop.agent import input_shape
 from consilience.loop.job import Job
 from consilience.loop.ledger import Ledger
 
@@ -261,8 +261,3 @@ def alike(job: Job) -> object:
         tuple(job.carry.buffers),
         job.training,
     )
-
-
-def input_shape(examples: Examples) -> tuple[object, ...] | None:
-    """Return the shape of one input; None where the examples are not in memory."""
-    return tuple(examples.whole()[0].shape[1:]) if isinstance(examples, Tensors) else None

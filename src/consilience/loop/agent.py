@@ -179,7 +179,7 @@ class Agent:
         """Return the parameters after every `begin`, the entries that it froze, and the keys of its costs."""
         frozen: set[str] = set()
         begun: list[tuple[object, ...]] = []
-        sizes = [(len(source.train), len(source.classes), shape_of(source.train)) for source in given]
+        sizes = [(len(source.train), len(source.classes), input_shape(source.train)) for source in given]
         for correction, ctx in corrections:
             if not overrides(correction, "begin"):
                 continue
@@ -292,7 +292,7 @@ class Agent:
 
             for source in job.sources:
                 learned = self._learned(job, source, params, buffers, correction)
-                sizes = (len(source.train), len(source.classes), job.layout.size, shape_of(source.train))
+                sizes = (len(source.train), len(source.classes), job.layout.size, input_shape(source.train))
                 summarise = partial(correction.summarise, learned, ctx)
                 item = self.ledger.charge_work(self.name, ("summarise", name, *sizes), summarise)
                 if isinstance(item, Private):
@@ -583,9 +583,9 @@ def sharable(correction: Correction, item: Item) -> Shared:
     return item
 
 
-def shape_of(examples: Examples) -> tuple[object, ...]:
-    """Return the shape of one input, or () for examples that are not in memory."""
-    return tuple(examples.x.shape[1:]) if isinstance(examples, Tensors) else ()
+def input_shape(examples: Examples) -> tuple[object, ...] | None:
+    """Return the shape of one input; None where the examples are not in memory."""
+    return tuple(examples.x.shape[1:]) if isinstance(examples, Tensors) else None
 
 
 def without_weights(message: Message) -> Message | None:

@@ -21,6 +21,7 @@ from consilience.core.schedule import Exchange, Expert, Phase, Schedule, Schedul
 from consilience.core.state import Frozen, State
 from consilience.core.stopping import Stopping
 from consilience.core.training import Training
+from consilience.core.tree import cast_to
 from consilience.loop.agent import Agent
 from consilience.loop.ledger import Ledger
 
@@ -112,7 +113,7 @@ def initial_state(setup: Setup, seed: int) -> State:
     def cast(tensor: Tensor, frozen: bool) -> Tensor:
         if frozen:
             return placed(tensor, device, dtype)
-        return tensor.detach().to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+        return cast_to(tensor.detach(), device, dtype)
 
     params = {name: cast(p, model.frozen(name)) for name, p in params.items()}
     buffers = {name: cast(b, model.derived(name)) for name, b in buffers.items()}

@@ -23,7 +23,7 @@ from consilience.core.sampler import Shuffle
 from consilience.core.source import Examples, Source
 from consilience.core.stopping import Stopping, Trend
 from consilience.core.training import Training
-from consilience.core.tree import Input
+from consilience.core.tree import Input, cast_to
 from consilience.loop.ledger import Ledger
 from consilience.loop.step import Carry, Step
 
@@ -308,7 +308,7 @@ class Job:
     def answer(self, x: Input, task: str | None) -> Tensor:
         """Return class probabilities (or values) [B, C] with the parameters of this step, in eval mode."""
         frame = self.step.frame
-        x = x.to(self.layout.device, self.layout.dtype if x.is_floating_point() else None)
+        x = cast_to(x, self.layout.device, self.layout.dtype)
         return frame.answer(self.step.now(x, task), task)
 
     def save(self) -> tuple[dict[str, Tensor], dict[str, int]]:

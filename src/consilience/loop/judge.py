@@ -17,7 +17,7 @@ from consilience.core.message import Message, Weights
 from consilience.core.metrics import Running, client_drift, mean
 from consilience.core.params import Layout, content_hash
 from consilience.core.schedule import Evaluate, Train
-from consilience.core.source import Examples, Source
+from consilience.core.source import Examples, Source, masked
 from consilience.core.state import State
 from consilience.loop.agent import Agent
 from consilience.loop.agents import Agents, Setup
@@ -88,7 +88,7 @@ class Judge:
     def resume(self, facts: Mapping[str, Any]) -> None:
         """Continue from what `kept` gave."""
         for name in KEPT:
-            setattr(self, name, facts.get(name, getattr(self, name)))
+            setattr(self, name, facts[name])
 
     def result(self) -> dict[str, Any]:
         """Return what the trial found, without costs."""
@@ -219,13 +219,10 @@ class Judge:
         """Return the part of an answer [B, C, *places] that a source's targets are compared with."""
         frame = self.setup.schedule.frame
         target = frame.targets[source.target]
-        if target.kind != "class" or len(frame.targets) == 1 or not target.columns:
+        if target.kind != "class" or len(frame.targets) == 1:
             return target.own(answer, y)
-
         # A value next to the probabilities of classes is no class.
-        others = torch.ones(answer.shape[1], dtype=torch.bool, device=answer.device)
-        others[list(target.columns)] = False
-        return answer.masked_fill(others.view(-1, *[1] * (answer.dim() - 2)), 0)
+        return masked(answer, target.columns, fill=0)
 
     @torch.no_grad()
     def score_job(self, job: Job, examples: Examples, source: Source) -> Score:

@@ -21,7 +21,7 @@ from consilience.core.params import Params
 from consilience.core.schedule import Schedule
 from consilience.core.state import State
 from consilience.core.training import Training
-from consilience.core.tree import Input
+from consilience.core.tree import Input, cast_to
 from consilience.core.viewed import superposition
 
 Key = tuple[str, str]
@@ -98,7 +98,7 @@ class Predictor:
 
     def cast(self, x: Input) -> Input:
         """Move inputs to the device, in the precision of the training."""
-        return x.to(self.device, self.training.dtype if x.is_floating_point() else x.dtype)
+        return cast_to(x, self.device, self.training.dtype)
 
     def choices(self) -> list[Choice]:
         """Return the experts: modules of the bank, or the tasks between which a mapper chooses."""

@@ -154,7 +154,7 @@ class Session:
 
         # Repeats may stop at stages of their own, all of one schedule.
         stages: list[str] = max((found["stages"] for found in done), key=len)
-        stopped = tuple(found["stopped"] for found in done if found.get("stopped"))
+        stopped = tuple(found["stopped"] for found in done if found["stopped"])
 
         # The first metric of each source is the one of its column in the matrices.
         chosen = [setup.metrics[source.name] for source in setup.schedule.judged]

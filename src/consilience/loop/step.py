@@ -15,7 +15,7 @@ from consilience.core.aggregator import Aggregator, Cone, Linear
 from consilience.core.batch import Batch
 from consilience.core.contexts import Context, StepView
 from consilience.core.correction import Correction, knows_gradient, overrides
-from consilience.core.errors import Refusal
+from consilience.core.errors import ConsilienceError, Refusal
 from consilience.core.model import Forward, Model
 from consilience.core.optimiser import Optimiser, OptimiserState
 from consilience.core.params import Layout, Params
@@ -106,14 +106,6 @@ def cut(part: Batch, count: int) -> list[Batch]:
         )
         for span in spans
     ]
-
-
-def joinable(x: Input) -> object:
-    """Describe what inputs must have in common to go through the model together."""
-    # Ragged trees are apart: padding to the longest of all parts would change what each is padded to.
-    if isinstance(x, Tensor):
-        return x.shape[1:]
-    return tuple((name, *part.shape[1:]) for name, part in x.parts.items())
 
 
 def clip_factor(norm: Tensor, most: float) -> Tensor:
@@ -336,9 +328,18 @@ class Step:
         return nullcontext()
 
     def target(self, part: Batch) -> Target:
-        """Return what the targets of a part are."""
+        """Return what the targets of a part are. Raises ConsilienceError where the part does not say it."""
         targets = self.frame.targets
-        return targets[part.target] if part.target in targets else next(iter(targets.values()))
+        if len(targets) == 1:
+            return next(iter(targets.values()))
+        # What a model is given as task says it too, in a batch that a correction made of one.
+        for key in (part.target, part.task):
+            if key is not None and key in targets:
+                return targets[key]
+        raise ConsilienceError(
+            f"a batch must say by `target` which of the tasks {', '.join(targets)} its targets are of, "
+            f"because they differ, got {part.target!r} from {part.drawn_by!r}."
+        )
 
     def masked(self, out: Tensor, part: Batch) -> Tensor:
         """Return outputs [B, C, *places] with -inf where the classes of a part do not compete."""
@@ -389,8 +390,9 @@ class Step:
         groups: dict[tuple[str | None, int, object], list[int]] = {}
         for i, part in enumerate(parts):
             alone = i if part.drawn_by in self.alone else -1
-            # Inputs of other shapes, such as images of another size, cannot be joined.
-            groups.setdefault((part.task if by_task else None, alone, joinable(part.x)), []).append(i)
+            # Inputs of other shapes, such as images of another size, cannot be joined. Ragged ones of another
+            # length are apart too: padding to the longest of all parts would change what each is padded to.
+            groups.setdefault((part.task if by_task else None, alone, part.x.shape[1:]), []).append(i)
 
         outputs: list[Tensor] = [parts[0].y] * len(parts)
         for (task, _, _), members in groups.items():

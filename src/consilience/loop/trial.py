@@ -323,7 +323,7 @@ class Trial:
         for name in ("phase", "finished", "failed", "result"):
             setattr(self, name, facts[name])
         self.judge.resume(facts["judge"])
-        self.trend = Trend(*facts.get("trend", ()))
+        self.trend = Trend(*facts["trend"])
 
         # The loop of a trial that has ended does not start again, but its agent is asked for.
         if self.result is not None and facts["agents"]:
@@ -339,7 +339,7 @@ class Trial:
         device, frozen = self.setup.training.device, self.agents.initial.frozen
         for name, state in agent_states(tensors, facts, device, frozen).items():
             self.agents[name].state = state
-        if facts.get("best") is not None:
+        if facts["best"] is not None:
             own = {key: t.to(self.setup.training.device) for key, t in by_owner(tensors)[BEST].items()}
             self.best = decode_state(own, facts["best"], frozen)
         if facts["job"] is None:

@@ -20,7 +20,7 @@ from consilience.core.message import Item, Module, Statistics
 from consilience.core.model import Model
 from consilience.core.params import computing
 from consilience.core.schedule import ScheduleFacts
-from consilience.core.tree import Input, one_tensor
+from consilience.core.tree import Input, cast_to, one_tensor
 from consilience.mappers import _em
 from consilience.mappers._screen import Screen
 
@@ -95,8 +95,7 @@ class Anchored(Mapper):
             return Begun(start.params)
         x = start.sources[0].train.select(torch.arange(1)).whole()[0]
         like = computing(start.params)
-        # Integer inputs, such as tokens, keep their type.
-        x = x.to(like.device, like.dtype) if x.is_floating_point() else x.to(like.device)
+        x = cast_to(x, like.device, like.dtype)
         # Every trainable entry is moved, and the features of one example must not follow.
         moved = {
             name: p if start.model.frozen(name) or not p.is_floating_point() else p + 1
@@ -189,8 +188,7 @@ class Anchored(Mapper):
         psi = self.place(like, lambda x: routing.features()).cpu()
 
         def place(x: Input) -> Tensor:
-            x = x.to(like.device, like.dtype if like.is_floating_point() else x.dtype)
-            return self.place(x, routing.features).cpu()
+            return self.place(cast_to(x, like.device, like.dtype), routing.features).cpu()
 
         # Prepared in one order, whatever arrived first, anchors score alike to the last bit.
         order = sorted(memory, key=lambda key: (key[1], key[0]))

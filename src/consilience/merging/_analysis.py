@@ -16,6 +16,7 @@ from consilience.core.errors import ConsilienceError
 from consilience.core.model import Model
 from consilience.core.params import Params
 from consilience.core.source import Source
+from consilience.core.tree import cast_to
 from consilience.merging._figures import draw
 
 COEFFICIENTS = (-1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0)
@@ -348,13 +349,9 @@ def chunks(model: Model, params: Params, buffers: Params, source: Source) -> Ite
     like = next(value for value in params.values() if value.is_floating_point())
     columns = torch.tensor(source.classes, device=like.device)
 
-    def cast(value: Tensor) -> Tensor:
-        return value.to(like.device, like.dtype if value.is_floating_point() else value.dtype)
-
-    ready = {name: cast(value) for name, value in buffers.items()}
+    ready = {name: cast_to(value, like.device, like.dtype) for name, value in buffers.items()}
     for x, y in source.test.chunks(CHUNK):
-        inputs = x.to(like.device, like.dtype if x.is_floating_point() else None)
-        outputs = model(params, ready, inputs, source.task, False)[0]
+        outputs = model(params, ready, cast_to(x, like.device, like.dtype), source.task, False)[0]
         yield Answer(columns[outputs[:, columns].argmax(1)].cpu(), y.cpu())
 
 

@@ -17,7 +17,7 @@ from consilience.core.model import Model
 from consilience.core.params import Layout, Params, finite
 from consilience.core.schedule import reframe
 from consilience.core.source import Examples, LabelFrame, Source
-from consilience.core.tree import Input, signature
+from consilience.core.tree import Input, cast_to, signature
 from consilience.merging._diagnose import named
 from consilience.merging._files import opened
 from consilience.merging._stream import merge
@@ -473,7 +473,7 @@ class Bench:
         """Return the answers on some examples, over the given columns (None: all)."""
         chances, targets, width = [], [], 2
         for x, y in examples.chunks(CHUNK):
-            outputs = forward(x.to(x.device, self.dtype) if x.is_floating_point() else x, task)
+            outputs = forward(cast_to(x, x.device, self.dtype), task)
             # A model may have more columns than it ever chooses from: those are -inf in all rows.
             within = outputs[:, list(columns)] if columns else outputs
             width = max(width, int(torch.isfinite(within).any(0).sum()))

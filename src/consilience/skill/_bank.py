@@ -24,7 +24,7 @@ from consilience.core.names import checked_name, pair
 from consilience.core.params import save, unpack
 from consilience.core.schedule import Schedule
 from consilience.core.source import LabelFrame, Source, Tensors
-from consilience.core.tree import Input
+from consilience.core.tree import Input, cast_to
 from consilience.mappers.mixture import Anchored
 from consilience.version import __version__
 
@@ -381,8 +381,8 @@ def familiarity(agent: Agent, x: Input) -> Tensor:
     mapper = agent.method.mapper
     if not isinstance(mapper, Anchored):
         raise ConsilienceError(f"`familiarity` needs a mapper with anchors, got {type(mapper).__name__}.")
-    # The agent computes in the precision it was trained in; class indices and token ids stay integers.
-    x = x.to(agent.device, agent.training.dtype if x.is_floating_point() else x.dtype)
+    # The agent computes in the precision it was trained in.
+    x = cast_to(x, agent.device, agent.training.dtype)
     params, buffers = (
         {name: tensor.to(agent.device) for name, tensor in held.items()}
         for held in (agent.state.params, agent.state.buffers)

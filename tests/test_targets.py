@@ -19,7 +19,7 @@ from consilience.core.correction import Correction
 from consilience.core.losses import BCE, L1, MSE, CrossEntropy, Focal, Huber, Loss, Poisson, loss_of
 from consilience.core.params import key
 from consilience.core.schedule import reframe
-from consilience.core.source import Source, Target, Tensors
+from consilience.core.source import Source, Target, Tensors, masked
 from consilience.core.tree import Tree
 from consilience.corrections.distillation import soft_labels, soft_targets
 
@@ -180,6 +180,32 @@ def test_a_sample_without_a_target_is_as_if_it_were_not_there(kind, places):
 
     for found, wanted in zip(gradients(x, y), gradients(x[there], y[there]), strict=True):
         assert torch.allclose(found, wanted, atol=1e-15)
+
+
+@pytest.mark.parametrize(
+    "loss", [CrossEntropy(), CrossEntropy(smoothing=0.2), Focal(), fitted(CrossEntropy({"c": 3.0}))]
+)
+@pytest.mark.parametrize("shape", SHAPES, ids=["samples", "tokens", "pixels"])
+def test_columns_of_other_tasks_change_neither_loss_nor_gradient(loss, shape):
+    """With columns a and c masked out, losses are those of b and d alone, with missing targets too."""
+    out, y = normal(9, 4, *shape[1:]).requires_grad_(), some(integers(2, *shape, seed=1))
+    shown = masked(out, (1, 3))
+    found = Target("class", loss, complete=False).mean(shown, torch.where(y == 0, 1, y.where(y != 1, 3)))
+    small = replace(loss, weights=None) if loss.weights is None else replace(loss, weights=(1.0, 1.0))
+    wanted = Target("class", small, complete=False).mean(out[:, [1, 3]], y)
+
+    assert torch.allclose(found, wanted, rtol=1e-12)
+    gradient, alone = torch.autograd.grad(found, out)[0], torch.autograd.grad(wanted, out)[0]
+    assert torch.allclose(gradient, alone, atol=1e-15)
+
+
+def test_a_sample_without_targets_under_weights_in_float64_counts_for_nothing():
+    """The smallest float64 is no float32: a count of 0 must not divide 0 by 0."""
+    loss, out = fitted(CrossEntropy({"c": 3.0})), normal(2, 4, 5).requires_grad_()
+    y = integers(4, 2, 5, seed=1)
+    y[0] = -100
+    wanted = F.cross_entropy(out[1:], y[1:], torch.tensor([1.0, 1, 3, 1], dtype=torch.float64))
+    assert torch.allclose(Target("class", loss, complete=False).mean(out, y), wanted, rtol=1e-12)
 
 
 # Distillation is a mean over places.
@@ -499,6 +525,23 @@ def test_every_column_is_answered_by_its_kind():
     labelled = run(cs.settings.continual(sources, "task"), m.finetune(), apart())
     p = labelled.predict(x, task="sugar")
     assert p[:, :3].abs().sum() == 0 and p[:, 5:].abs().sum() == 0 and bool(p[:, 3:5].any())
+
+
+def test_a_large_value_is_no_class():
+    """Accuracy compares the columns of classes alone, however large the value next to them is."""
+    sources = mixed()
+    torch.manual_seed(0)
+    net = Apart().double()
+    with torch.no_grad():
+        net.nets[1][2].bias.fill_(50.0)
+    net.nets[1].requires_grad_(False)
+    result = cs.run(
+        cs.settings.continual(sources), cs.methods.finetune(), cs.models.wrap(net, outputs=7), FP64
+    )
+    x, y = sources[0].test.whole()
+    p = result.predict(x)
+    assert bool((p.argmax(1) >= 3).all())
+    assert result.matrix[-1, 0] == float((p[:, :3].argmax(1) == y).double().mean()) > 0
 
 
 def test_heads_that_are_not_there_yet_answer_nothing():

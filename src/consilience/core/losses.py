@@ -92,10 +92,15 @@ class Loss(ABC):
             return Losses(each if y.dim() == 1 else each.flatten(1).mean(1))
 
         there = present(y)
-        filled = torch.where(there, y, 0)
+        # A missing class is filled with one that is not masked out: the gradient of an infinite loss is not
+        # a number, and zero times that is not one either.
+        fill: Tensor | int = 0
+        if not y.is_floating_point() and len(out):
+            fill = out[0].reshape(out.shape[1], -1)[:, 0].argmax()
+        filled = torch.where(there, y, fill)
         each, weight = self.elements(out, filled), self.weight(filled)
-        share = there.to(each.dtype) if weight is None else there * weight
-        # Zero times infinity is no number: a class that is masked out may be the filled one.
+        share = there.to(each.dtype) if weight is None else there * weight.to(each.dtype)
+        # The loss of one that is missing may still be infinite: a mask may differ between samples.
         each = torch.where(there, each, 0)
         if y.dim() == 1:
             return Losses(each, share)
@@ -103,8 +108,7 @@ class Loss(ABC):
         # The mean of a sample and its count give the mean over all places of a batch, as torch computes it.
         counts = share.flatten(1).sum(1)
         values = (each * share).flatten(1).sum(1) / counts.clamp_min(torch.finfo(each.dtype).tiny)
-        # A sample of values counts once for each place, however many outputs it has.
-        return Losses(values, counts / y.shape[1] if y.is_floating_point() else counts)
+        return Losses(values, counts)
 
 
 def _check_weights(weights: Mapping[str, float] | tuple[float, ...] | None) -> None:

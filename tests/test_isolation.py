@@ -262,7 +262,7 @@ def test_hat_is_its_restatement():
                     1 - torch.minimum(two[:, None].expand(10, 12), one[None].expand(10, 12)),
                     1 - two,
                 )
-                f["5.weight"] = f["5.weight"] * (1 - two)[None]
+            # Serrà et al. mask no gradient of a task's own outputs, whose rows `rows` gives.
             return f
 
         def extra(p, epoch, b, n, s=s, past=past):
@@ -431,7 +431,82 @@ def test_masks_travel_one_bit_a_weight(monkeypatch):
         assert torch.equal(unpack(pack(mask), shape), mask)
 
 
+def test_a_new_task_trains_its_own_rows_of_a_shared_head_on_units_that_others_took():
+    """Serrà et al. have a head per task; a shared one must give a task as much: its rows, on all units."""
+    for model, sources in ((mlp(), SOURCES), (conv(), IMAGES)):
+        head = anatomy(model).head.weight
+        before = go(cs.methods.hat(0.0, 20.0), model, sources[:1], epochs=1).params
+        after = go(cs.methods.hat(0.0, 20.0), model, sources[:2], epochs=1).params
+        last = anatomy(model).layers[-1]
+        taken = before[f"hat/{sources[0].name}/{last}"] > 0
+        taken = taken.repeat_interleave(before[head].shape[1] // len(taken))
+        moved = (after[head] - before[head]).abs()
+        assert taken.any() and (moved[2:4][:, taken] > 0).any(1).all(), "its own rows, on taken units"
+        assert not moved[[0, 1, 4, 5]].any(), "rows of other tasks stay, used or not"
+
+
+@pytest.mark.parametrize("name", ["packnet", "hat"])
+def test_a_later_source_of_a_task_goes_on_with_the_tasks_rows(name):
+    """With a head per task that head trains again; the task's rows of a shared one must too."""
+    parts = [replace(source(0), name=f"part/{i}", task="same") for i in range(2)]
+    other = replace(source(1), task="other")
+    before = go(METHODS[name](), sources=[parts[0], other]).params["5.weight"]
+    after = go(METHODS[name](), sources=[parts[0], other, parts[1]]).params["5.weight"]
+    assert (after[:2] != before[:2]).any() and torch.equal(after[2:4], before[2:4])
+
+
 # learning
+
+
+@pytest.mark.parametrize("scenario", ["task", "domain"])
+@pytest.mark.parametrize("name", ["packnet", "hat"])
+def test_tasks_with_classes_in_common_have_heads_of_their_own_by_default(name, scenario):
+    """Permuted digits: with one head (now refused) later tasks scored .2 to .35, below fine-tuning."""
+    parts = cs.data.permute(cs.data.digits(), 3)
+    method = METHODS[name]()
+    if scenario == "domain":
+        method += cs.methods.infer(cs.mappers.nearest_mean(on="inputs"))
+    schedule, fit = cs.settings.continual(parts, scenario), cs.Training(epochs=4, lr=0.1)
+    r = cs.run(schedule, method, training=fit)
+    learned = r.matrix[1:].diagonal()
+    assert (learned > 0.8).all() and r.forgetting == 0, r.matrix
+    with pytest.raises(cs.Refusal, match="classes in common and one head.*use models.multi_head"):
+        cs.run(schedule, method, cs.models.mlp(64), fit)
+
+
+@pytest.mark.parametrize("name", ["packnet", "hat"])
+def test_tasks_of_values_have_heads_of_their_own_by_default(name):
+    """All tasks of values answer with the same outputs, so that one head would stay with the first."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(80, 4, generator=g)
+    parts = [
+        cs.data.arrays(x + i, x @ torch.randn(4, 1, generator=g), kind="value", name=f"v{i}")
+        for i in range(2)
+    ]
+    # One label space: the outputs of both tasks are the same columns.
+    parts = [part.map(labels=parts[0].labels) for part in parts]
+    schedule, fit = cs.settings.continual(parts, "task"), cs.Training(epochs=20, lr=0.05)
+    r = cs.run(schedule, METHODS[name](), training=fit)
+    assert (r.matrix[1:].diagonal() > 0.7).all() and r.forgetting == 0, r.matrix
+    assert {"heads.v0.weight", "heads.v1.weight"} <= r.params.keys()
+    assert "classes in common" in refusal(schedule, METHODS[name](), cs.models.mlp(4, (8,), 2))
+
+
+def refusal(schedule, method, model):
+    try:
+        cs.run(schedule, method, model, training(epochs=1))
+    except cs.Refusal as error:
+        return str(error)
+    return ""
+
+
+def test_a_frozen_head_in_common_is_no_rows_to_divide():
+    """Tasks then differ in what they feed to it."""
+    parts = [source(i, classes=(0, 1)) for i in range(2)]
+    model = cs.models.mlp(D, (12,), C)
+    assert "classes in common" in refusal(cs.settings.continual(parts, "task"), cs.methods.hat(), model)
+    model = cs.models.frozen(model, ["3.*"])
+    assert not refusal(cs.settings.continual(parts, "task"), cs.methods.hat(), model)
 
 
 @pytest.mark.parametrize(
@@ -446,7 +521,9 @@ def test_learns_digits_in_five_tasks(name, low, model):
         model
     ]
     fit = cs.Training(epochs=8, lr=0.05, momentum=0.9, weight_decay=1e-4)
-    r = cs.run(cs.settings.continual(parts, "task"), METHODS[name](), made, fit)
+    # In eight epochs the default sparsity silences all units of the last task for some seeds.
+    method = cs.methods.hat(0.02) if name == "hat" else METHODS[name]()
+    r = cs.run(cs.settings.continual(parts, "task"), method, made, fit)
     assert r.score > low, r.matrix
     if name in ("packnet", "hat", "supsup"):
         after = r.matrix[1:]
@@ -542,11 +619,12 @@ def test_refuses_where_others_move_what_it_keeps(name):
 
 def test_packnet_refuses_without_capacity():
     few = [source(i, classes=(0, 1)) for i in range(9)]
+    small = cs.models.multi_head(cs.models.mlp(D, (12,), 2), 2)
     with pytest.raises(cs.Refusal, match="no free weight left for task 2 of 3; use a smaller `keep`"):
         go(cs.methods.packnet(1.0))
     with pytest.raises(cs.Refusal, match="no free weight left for task 8 of 9"):
-        go(cs.methods.packnet(), cs.models.mlp(D, (12,), 2), few)
-    go(cs.methods.packnet(0.3), cs.models.mlp(D, (12,), 2), few, epochs=1)
+        go(cs.methods.packnet(), small, few)
+    go(cs.methods.packnet(0.3), small, few, epochs=1)
 
 
 @pytest.mark.parametrize("name", ["hat", "xdg"])
@@ -559,7 +637,7 @@ def test_hat_warns_when_units_run_out():
     with pytest.warns(UserWarning, match="has no unit left"):
         go(
             cs.methods.hat(sparsity=0.0),
-            cs.models.mlp(D, (1,), C),
+            cs.models.multi_head(cs.models.mlp(D, (1,), C), C),
             [source(i, classes=(0, 1)) for i in range(12)],
             epochs=1,
         )

@@ -264,11 +264,7 @@ def default_model(schedule: Schedule, method: Method) -> Model:
         model = part.default_model(shape, outputs)
         if model is not None:
             return model
-
-    # Two poolings leave something of square images of side 8 or more.
-    if len(shape) == 3 and shape[1] == shape[2] and shape[1] >= 8:
-        return models.conv(outputs, channels=shape[0], size=shape[1])
-    return models.mlp(x[0].numel(), (128,), outputs)
+    return models.fitting(shape, outputs)
 
 
 def result_of(session: Session) -> Result:

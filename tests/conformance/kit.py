@@ -226,14 +226,16 @@ ROWS: dict[str, Callable[[], cs.Method]] = dict(
 
 
 def model_of(row: str, setting: str) -> Model:
-    """Methods with anchors want heads on a frozen backbone, some a kind of model of their own; all others
-    run on a perceptron."""
+    """Methods with anchors want heads on a frozen backbone, some a kind of model of their own, and those that
+    divide a head want one per task where tasks share classes; all others run on a perceptron."""
     from consilience.mappers.mixture import Anchored
 
     outputs = 2 if "domain" in setting else CLASSES
     for c in ROWS[row]().corrections:
         if c.name in OWN_MODEL:
             return OWN_MODEL[c.name](outputs)
+        if c.name in ("HAT", "PackNet") and "domain" in setting:
+            return cs.models.multi_head(plain(outputs), outputs)
     mapper = ROWS[row]().mapper
     return heads(outputs) if isinstance(mapper, Anchored) and mapper.on == "features" else plain(outputs)
 

@@ -130,6 +130,27 @@ def not_alone(facts: ScheduleFacts) -> str | None:
     return None
 
 
+def rows_in_common(facts: ScheduleFacts) -> str | None:
+    """Return why tasks cannot have rows of their own in the model's head, or None."""
+    model: Model | None = facts.model
+    head = anatomy(model).head if model is not None and facts.overlap else None
+    # A frozen head has nothing to divide: tasks differ in what they feed to it.
+    if model is None or head is None or model.frozen(head.weight):
+        return None
+    return (
+        "its tasks have classes in common and one head, whose rows would stay with the first task and never "
+        "train for later ones; use models.multi_head (the default, where no model is given)"
+    )
+
+
+def with_heads(inputs: tuple[int, ...], outputs: int) -> Model:
+    """Return the usual net for inputs [B, *inputs], with one head per task."""
+    # Rooms of parts do not import one another when they are loaded.
+    from consilience.models import fitting, multi_head
+
+    return multi_head(fitting(inputs, outputs), outputs)
+
+
 def rows_with_units(model: Model) -> str | None:
     """Return why units cannot be gated by the rows of their layers, or None.
 
@@ -167,10 +188,9 @@ def own_entries(
 ) -> dict[str, Tensor]:
     """Return factors by entry that isolate the heads.
 
-    In a shared head: 1 for the rows of these sources that no earlier task took, 0 for the others. 0 for the
+    In a shared head: 1 for the rows of these sources that no other task took, 0 for the others. 0 for the
     heads of other tasks. Entries that are not named may train.
     """
-    # A class that two tasks share stays with the first one.
     factors: dict[str, Tensor] = {}
     head, keys = anatomy(model).head, {model.head_key(source) for source in sources}
     free = sorted({label for source in sources for label in source.classes} - taken)

@@ -23,8 +23,10 @@ from consilience.corrections.anatomy import (
     anatomy,
     not_alone,
     own_entries,
+    rows_in_common,
     rows_with_units,
     spread,
+    with_heads,
     without_tasks,
 )
 from consilience.corrections.quadratic import non_negative
@@ -95,7 +97,7 @@ class Division:
     tasks: Mapping[str, int]
     """The last such order of each task."""
     classes: frozenset[int]
-    """The outputs that are taken."""
+    """The outputs that other tasks took."""
     current: frozenset[str]
     """The tasks of this visit; none in predict."""
 
@@ -109,9 +111,9 @@ class PackNet(Correction):
     that many (at least 1); its other free weights are 0 for this task. Task t uses the weights taken up to
     t, so its outputs stay bit-identical. Layers are the trainable shared weights of two or more dimensions,
     without the head. Biases and norms are frozen after the first task. In a shared head each task trains the
-    rows of its own classes that no earlier task took (use `models.multi_head` if tasks have classes in
-    common). Masks are private. It refuses a schedule in which a layer has no free weight left for a task.
-    Mallya & Lazebnik 2018.
+    rows of its own classes; tasks with classes in common need `models.multi_head`, which is the default.
+    Masks are private. It refuses a schedule in which a layer has no free weight left for a task. Mallya &
+    Lazebnik 2018.
     """
 
     keep: float = 0.5
@@ -131,8 +133,11 @@ class PackNet(Correction):
         """Return how many of a layer's free weights a task keeps."""
         return min(free, max(1, round(self.keep * free)))
 
+    def default_model(self, inputs: tuple[int, ...], outputs: int) -> Model:
+        return with_heads(inputs, outputs)
+
     def refuse(self, facts: ScheduleFacts) -> str | None:
-        why = without_tasks(facts) or not_alone(facts)
+        why = without_tasks(facts) or not_alone(facts) or rows_in_common(facts)
         if why is None and facts.revisited:
             why = (
                 "what a source trained is frozen, and here one comes again; use hat, or give each source once"
@@ -158,6 +163,7 @@ class PackNet(Correction):
 
     def recall(self, memory: Memory, sources: tuple[Source, ...]) -> Division:
         """Return the division so far, from the first task to the last."""
+        current = frozenset(str(source.task) for source in sources)
         taken_by: dict[str, Tensor] = {}
         tasks: dict[str, int] = {}
         classes: set[int] = set()
@@ -167,8 +173,10 @@ class PackNet(Correction):
                 free = torch.full(own.shape, -1, device=own.device)
                 taken_by[name] = torch.where(own, order, taken_by.get(name, free))
             tasks[item.meta["task"]] = order
-            classes |= set(item.meta["classes"])
-        return Division(taken_by, tasks, frozenset(classes), frozenset(str(s.task) for s in sources))
+            # A later source of a task goes on with the task's own rows.
+            if item.meta["task"] not in current:
+                classes |= set(item.meta["classes"])
+        return Division(taken_by, tasks, frozenset(classes), current)
 
     def begin(self, start: Beginning) -> Begun:
         """Set free weights to 0, but in the first visit. Private: 1 for entries that may train, by name."""
@@ -255,7 +263,7 @@ class Attention:
     past: Mapping[str, Tensor]
     """The largest mask over the other sources, by layer."""
     classes: frozenset[int]
-    """The outputs that these took."""
+    """The outputs that other tasks took."""
     current: frozenset[str]
     """The tasks of this visit; none in predict."""
 
@@ -290,9 +298,9 @@ class HAT(Correction):
     they are sigmoid(s_max e), and old outputs drift.
 
     Units are gated by the rows of their layers, which is exact with ReLU and max pooling, without norms. The
-    head is not gated: in a shared one each task trains the rows of its own classes that no other took (or
-    use `models.multi_head`). Masks are private. In short training a large `sparsity` silences all units of a
-    layer. Serrà et al. 2018 (who use .75 with 200 epochs).
+    head is not gated: in a shared one each task trains the rows of its own classes, on all units; tasks with
+    classes in common need `models.multi_head`, which is the default. Masks are private. In short training a
+    large `sparsity` silences all units of a layer. Serrà et al. 2018 (who use .75 with 200 epochs).
     """
 
     sparsity: float = 0.1
@@ -307,8 +315,11 @@ class HAT(Correction):
         if not 1 <= self.s_max < float("inf"):
             raise ConsilienceError(f"`s_max` must be at least 1 and finite, got {self.s_max}.")
 
+    def default_model(self, inputs: tuple[int, ...], outputs: int) -> Model:
+        return with_heads(inputs, outputs)
+
     def refuse(self, facts: ScheduleFacts) -> str | None:
-        why = without_tasks(facts) or not_alone(facts)
+        why = without_tasks(facts) or not_alone(facts) or rows_in_common(facts)
         return why or (rows_with_units(facts.model) if facts.model is not None else None)
 
     def scale(self, clock: tuple[int, int], horizon: tuple[int, int]) -> float:
@@ -324,6 +335,7 @@ class HAT(Correction):
     def recall(self, memory: Memory, sources: tuple[Source, ...]) -> Attention:
         """Return the masks of all tasks, and the largest over other sources than these."""
         here = {source.name for source in sources}
+        current = frozenset(str(source.task) for source in sources)
         masks: dict[str, dict[str, Tensor]] = {}
         past: dict[str, Tensor] = {}
         classes: set[int] = set()
@@ -334,9 +346,10 @@ class HAT(Correction):
                 of_task[layer] = torch.maximum(of_task[layer], mask) if layer in of_task else mask
                 if source not in here:
                     past[layer] = torch.maximum(past[layer], mask) if layer in past else mask
-            if source not in here:
+            # A later source of a task goes on with the task's own rows.
+            if item.meta["task"] not in current:
                 classes |= set(item.meta["classes"])
-        return Attention(masks, past, frozenset(classes), frozenset(str(s.task) for s in sources))
+        return Attention(masks, past, frozenset(classes), current)
 
     def begin(self, start: Beginning) -> Begun:
         """Add embeddings `hat/<task>/<layer>` ~ N(0, 1) of a new task. Private: gradient factors by entry."""
@@ -369,11 +382,7 @@ class HAT(Correction):
                 free[layer] = 1 - taken.to(params[layer])
                 if layer in parts.biases:
                     free[parts.biases[layer]] = (1 - past[layer]).to(params[layer])
-
-        # The rows of the head are not gated, so a weight is taken as its input is.
-        if parts.head and past:
-            name = parts.head.weight
-            free[name] = free[name] * (1 - self._inputs(model, name, attention)).to(params[name])
+        # No other task reads the task's own rows of a head, so these train on taken units too.
         return free
 
     @staticmethod

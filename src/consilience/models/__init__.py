@@ -6,6 +6,7 @@ Nothing here imports torch before it is called, so that the command line answers
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import prod
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from consilience import lazy
@@ -129,6 +130,18 @@ def conv(outputs: int = 10, channels: int = 1, size: int = 28, width: int = 32) 
     whole_number(4, size=size)
     name = f"conv({outputs}, {channels}, {size}, {width})"
     return ModuleModel(lambda: nets.conv(outputs, channels, size, width), outputs, name=name)
+
+
+def fitting(inputs: tuple[int, ...], outputs: int) -> ModuleModel:
+    """Return the usual net for inputs [B, *inputs]: `conv` for square images of side >= 8, else `mlp`.
+
+    >>> fitting((1, 28, 28), 10), fitting((4,), 3)
+    (conv(10, 1, 28, 32), mlp(4, [128], 3))
+    """
+    # Two poolings leave something of images of that side.
+    if len(inputs) == 3 and inputs[1] == inputs[2] and inputs[1] >= 8:
+        return conv(outputs, channels=inputs[0], size=inputs[1])
+    return mlp(prod(inputs), (128,), outputs)
 
 
 def resnet(

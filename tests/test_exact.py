@@ -1741,6 +1741,45 @@ def test_mas_l2sp_and_online_ewc_restated():
     assert OnlineEWC().recall({}, ()) is None
 
 
+@pytest.mark.parametrize("kind", ["class", "value", "labels"])
+def test_mas_counts_the_outputs_that_a_source_is_trained_by(kind):
+    """With a task label those of its own classes; never the net's outputs beyond the values or labels."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(12, 4, generator=g)
+    y = {
+        "class": torch.arange(12) % 2,
+        "value": torch.randn(12, 2, generator=g),
+        "labels": (torch.randn(12, 2, generator=g) > 0).float(),
+    }[kind]
+    # Classes of two tasks have columns of their own; values and labels of one space have the same ones.
+    sources = [
+        cs.data.arrays(
+            x + i,
+            y,
+            test=(x, y),
+            validation=0,
+            kind=kind,
+            name=name,
+            space=name if kind == "class" else "one",
+        )
+        for i, name in enumerate(("first", "second"))
+    ]
+    net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Tanh(), torch.nn.Linear(3, 6))
+    schedule = cs.settings.continual(sources, "task")
+    r = cs.run(schedule, cs.methods.mas(), net, cs.Training(epochs=0, precision="fp64"))
+
+    omega = {n: torch.zeros_like(p) for n, p in r.params.items()}
+    for sample in x.double():
+        leaves = {n: p.clone().requires_grad_() for n, p in r.params.items()}
+        out = torch.func.functional_call(net, leaves, (sample[None],))[:, :2]
+        grads = torch.autograd.grad(out.square().sum(), list(leaves.values()))
+        for n, grad in zip(leaves, grads, strict=True):
+            omega[n] += grad.abs() / len(x)
+    item = r.agent.state.bank["agent", "first"].items["MAS"]
+    near(item.group("precision"), {n: 2 * o for n, o in omega.items()}, 1e-12)
+    assert not item.tensors["precision/2.weight"][2:].any(), "nothing protects what is not trained yet"
+
+
 @pytest.mark.parametrize("name", ["mas", "online_ewc"])
 def test_running_precisions_have_one_centre(name):
     """Over three sources: what was kept of each, summed (with gamma, decayed), around where the learn

@@ -230,6 +230,9 @@ def model_of(form: str, row: str) -> Any:
     model = cs.models.wrap(network, outputs=11 if form == "mixed" else 6)
     if row == "skill" and form not in CONVOLVED:
         return cs.models.multi_head(cs.models.frozen(model, ("*",)), model.outputs)
+    # All tasks of values, or of labels, answer with the same outputs, which these two would have to divide.
+    if row in ("hat", "packnet") and form in OF_VALUES | OF_LABELS and form not in CONVOLVED | {"mixed"}:
+        return cs.models.multi_head(model, model.outputs)
     if row == "pnn" and form not in TREES | EMBEDDED | CONVOLVED:
         return cs.models.progressive(8, (8,), model.outputs)
     return model

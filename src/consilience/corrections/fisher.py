@@ -203,13 +203,15 @@ def fisher(
 def sensitivity(learned: Learned, samples: int | None = None, chunk: int = 512) -> Params:
     """Return (1/N) sum over samples of |d ||f(x)||^2 / d theta|, by entry.
 
-    The absolute value is taken per sample, never of a batch's mean. The norm is over the outputs of the task,
-    and over all places with a target; N counts the samples that have one. Aljundi et al. 2018.
+    The absolute value is taken per sample, never of a batch's mean. The norm is over the outputs that the
+    source is trained by (with a task label those of the task's classes), and over all places with a target; N
+    counts the samples that have one. Aljundi et al. 2018.
     """
-    target = learned.target
+    target, columns = learned.target, learned.columns
 
     def score(out: Tensor, y: Tensor) -> Tensor:
-        own = out if target.columns is None else out[:, list(target.columns)]
+        # Outputs that nothing trained would be protected at their random values.
+        own = target.own(out, y) if columns is None else out[:, list(columns)]
         # Outputs of classes that a head does not have are -inf.
         squares = torch.where(torch.isfinite(own), own, 0).square()
         if y.dim() == 1 and target.complete:

@@ -4,23 +4,27 @@ identities that they must satisfy."""
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import consilience as cs
+from consilience.consolidators.dynamic import Drift, Dynamic
 from consilience.consolidators.normalised import Normalised
 from consilience.core.contexts import Begun, Context
 from consilience.core.correction import Correction
-from consilience.core.names import PAST
-from consilience.core.optimiser import SGD, Adagrad, Adam, Dynamic, Torch, Yogi
+from consilience.core.names import PAST, SUM
+from consilience.core.optimiser import SGD, Adagrad, Adam, Torch, Yogi
 from consilience.core.params import same
 from consilience.core.schedule import Evaluate, Exchange, Train, build
-from consilience.core.source import Target
+from consilience.core.source import Source, Target, Tensors
 from consilience.core.state import decode_state, encode_state
 from consilience.corrections.client_drift import GHBM, FedCM, FedDyn, LocalSteps, Scaffold
 from consilience.corrections.outputs import WSM
+from consilience.data.samplers import InOrder, Sampler
+from consilience.loop.agents import Agents
 from restate import (
     BATCH,
     EPOCHS,
@@ -29,6 +33,7 @@ from restate import (
     B,
     C,
     E,
+    batches,
     entries,
     final,
     fit,
@@ -37,6 +42,7 @@ from restate import (
     plain,
     sgd,
     source,
+    stopped,
     training,
 )
 
@@ -200,12 +206,13 @@ def test_feddyn_restated(alpha):
     def end(theta, ends):
         for i, (_, p) in ends.items():
             h[i] = {n: h.get(i, zeros())[n] - alpha * (p[n] - theta[n]) for n in theta}
-        average = mean(ends)
-        server["h"] = {n: server["h"][n] - alpha * 2 / 3 * (average[n] - theta[n]) for n in theta}
+        # Weights are shares of the received clients; among all they are less.
+        average, part = mean(ends), sum(len(s[i].train) for i in ends) / sum(len(c.train) for c in s)
+        server["h"] = {n: server["h"][n] - alpha * part * (average[n] - theta[n]) for n in theta}
         return {n: average[n] - server["h"][n] / alpha for n in theta}
 
     expected = simulate(s, 4, 2, push, end, pull=alpha)
-    near(final(federated(s, 4, 2), cs.methods.feddyn(alpha, 2 / 3), **SGD0), expected, 1e-10)
+    near(final(federated(s, 4, 2), cs.methods.feddyn(alpha), **SGD0), expected, 1e-10)
 
 
 def test_feddyn_without_alpha_is_fedavg_and_its_h_stays():
@@ -300,6 +307,217 @@ def _learned(steps, inner):
     some = Some()
     some.steps = steps
     return some
+
+
+# steps that are taken: stragglers, and samplers that plan epochs of other lengths
+
+
+@pytest.mark.parametrize("engine", ["serial", "batched"])
+@pytest.mark.parametrize("method", [cs.methods.fednova(), cs.methods.scaffold()], ids=lambda m: m.name)
+def test_a_straggler_counts_the_steps_that_it_takes(method, engine):
+    """Fractions that end inside an epoch: 1 step of 4, and 4 of 6."""
+    s, work = [source(f"c{i}", 16 + 8 * i, seed=10 + i) for i in range(3)], {"c0": 0.3, "c1": 0.6}
+    taken = {0: 1, 1: 4, 2: 8}
+    who = {f"c{i}": ("server",) for i in range(3)}
+    one = [
+        Exchange(who),
+        Train({n: (n,) for n in who}, work),
+        Exchange({"server": tuple(who)}),
+        Evaluate("r"),
+    ]
+    schedule = build("custom", s, "domain", lambda seed: iter(one + one + one), "server")
+
+    theta, c = entries(plain()), {i: zeros() for i in range(3)}
+    for r in range(3):
+        ends, shift = {}, {n: sum(own[n] for own in c.values()) / 3 for n in theta}
+        for i in range(3):
+            net = plain(params=theta)
+            for _, _, x, y in islice(batches(s[i], r), taken[i]):
+                grads = torch.autograd.grad(F.cross_entropy(net(x), y), list(net.parameters()))
+                for (n, p), grad in zip(net.named_parameters(), grads, strict=True):
+                    extra = shift[n] - c[i][n] if method.name == "scaffold" and r else 0.0
+                    p.data -= LR * (grad + extra)
+            ends[i] = (len(s[i].train) / 72, entries(net))
+        for i, (_, end) in ends.items():
+            c[i] = {n: c[i][n] - shift[n] + (theta[n] - end[n]) / (taken[i] * LR) for n in theta}
+        theta = nova(theta, ends, taken) if method.name == "fednova" else mean(ends)
+
+    run = cs.run(schedule, method, mlp(), training(**SGD0), engine=engine)
+    near(run.agent.state.params, theta, 1e-11)
+
+
+@dataclass(frozen=True)
+class Growing(Sampler):
+    """One batch in the first epoch, two in the second, and so on."""
+
+    def plan(self, targets, batch_size, epoch, generator):
+        return list(torch.arange(len(targets)).split(batch_size))[: epoch + 1]
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.4])
+@pytest.mark.parametrize("engine", ["serial", "batched"])
+def test_epochs_of_other_lengths_are_counted(engine, fraction, tmp_path):
+    """1 + 2 + 3 steps, or round(.4 x 6) = 2 of them. Twins have c_i = c, which is their mean gradient."""
+    steps = {1.0: 6, 0.4: 2}[fraction]
+    twins, who = [replace(A, name=f"t{i}") for i in range(2)], {"t0": ("server",), "t1": ("server",)}
+    phases = [Exchange(who), Train({n: (n,) for n in who}, dict.fromkeys(who, fraction))]
+    phases = [*phases, Exchange({"server": tuple(who)})] * 2 + [Evaluate("end")]
+    schedule = build("custom", twins, "domain", lambda seed: iter(phases), "server")
+
+    def go(**out):
+        more = training(**SGD0, epochs=3, sampler=Growing())
+        run = cs.run(schedule, cs.methods.scaffold(), mlp(), more, engine=engine, **out)
+        return run.agent.state.memory["Scaffold"][SUM].group("c")
+
+    net, (x, y) = plain(), A.train.whole()
+    for _ in range(2):
+        start = entries(net)
+        for i in [i for epoch in range(3) for i in range(epoch + 1)][:steps]:
+            loss = F.cross_entropy(net(x[8 * i : 8 * i + 8]), y[8 * i : 8 * i + 8])
+            gradients = torch.autograd.grad(loss, list(net.parameters()))
+            for p, gradient in zip(net.parameters(), gradients, strict=True):
+                p.data -= LR * gradient
+    near(go(), {n: 2 * (start[n] - p) / (steps * LR) for n, p in entries(net).items()}, 1e-11)
+
+    if engine == "serial" and fraction == 1:
+        stopped(go, tmp_path, 16)
+        assert same(go(out=tmp_path, resume=True), go())
+
+
+# clients that are not received, and least squares in float64, whose optimum is known
+
+SIZES = (12, 30, 18, 40)
+
+
+def squares():
+    """Clients with f_i = mean of (x theta - y)^2."""
+    g, made = torch.Generator().manual_seed(5), []
+    for i, n in enumerate(SIZES):
+        x = torch.randn(n, 3, generator=g, dtype=torch.float64)
+        y = x @ torch.randn(3, 1, generator=g, dtype=torch.float64)
+        t = Tensors(x, y + 0.1 * torch.randn(n, 1, generator=g, dtype=torch.float64))
+        made.append(Source(f"c{i}", t, t, t, (("space", "0"),), (0,), None, "value"))
+    return made
+
+
+def optimum(weights):
+    """theta with sum_i w_i grad f_i = 0."""
+    parts = [(w / len(s.train), *s.train.whole()) for w, s in zip(weights, squares(), strict=True)]
+    second = sum(w * x.T @ x for w, x, _ in parts)
+    return torch.linalg.solve(second, sum(w * x.T @ y for w, x, y in parts)).ravel()
+
+
+def least_squares(schedule, method, engine="serial", **more):
+    torch.manual_seed(0)
+    given = {"epochs": 3, "batch_size": 100, "lr": 0.2, "sampler": InOrder(), **SGD0, **more}
+    net = torch.nn.Linear(3, 1, bias=False)
+    return cs.run(schedule, method, net, training(**given), engine=engine).params["weight"].ravel()
+
+
+@pytest.fixture
+def agents(monkeypatch):
+    """The agents of the last run, by name."""
+    kept, make = {}, Agents.__missing__
+
+    def made(all_agents, name):
+        kept[name] = make(all_agents, name)
+        return kept[name]
+
+    monkeypatch.setattr(Agents, "__missing__", made)
+    return kept
+
+
+FLAWS = {
+    "dropouts": {"dropouts": 0.4},
+    "partial": {"participation": 0.75},
+    "stragglers": {"stragglers": 0.5},
+    "all": {"participation": 0.75, "dropouts": 0.3, "stragglers": 0.4},
+}
+
+
+@pytest.mark.parametrize("engine", ["serial", "batched"])
+@pytest.mark.parametrize("flaw", FLAWS)
+def test_the_server_holds_the_sum_of_what_clients_hold(flaw, engine, agents):
+    """SCAFFOLD: sum_i c_i. FedDyn: u = sum_i w_i h_i / alpha, weighed as the mean is."""
+    for method in (cs.methods.scaffold(4), cs.methods.feddyn(0.5)):
+        for by_size in (True, False) if method.name == "feddyn" else (True,):
+            schedule = cs.settings.federated(squares(), 6, by_size=by_size, evaluate_every=6, **FLAWS[flaw])
+            least_squares(schedule, method, engine)
+            name, kind = ("Scaffold", "c") if method.name == "scaffold" else ("FedDyn", "h")
+            # Whoever dropped out of the last round puts its items back when it receives again.
+            states = [agents[f"client-{i}"].state for i in range(4)]
+            kept = [{**state.memory, **state.unsent}[name] for state in states]
+            held = {i: items.get(f"c{i}") for i, items in enumerate(kept)}
+            own = {i: item.group(kind)["weight"].ravel() for i, item in held.items() if item}
+            server = agents["server"].state
+            if kind == "c":
+                total, expected = server.memory["Scaffold"][SUM].group("c")["weight"], sum(own.values())
+            else:
+                w = [n / 100 for n in SIZES] if by_size else [0.25] * 4
+                total, expected = server.outer["drift"], sum(w[i] * h for i, h in own.items()) / 0.5
+            assert len(own) == 4 and float((total.ravel() - expected).abs().max()) < 1e-12
+            assert float(expected.abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize("engine", ["serial", "batched"])
+@pytest.mark.parametrize("method", [cs.methods.scaffold(4), cs.methods.feddyn(1.0)], ids=lambda m: m.name)
+def test_the_optimum_is_found_whatever_fails(method, engine):
+    """SCAFFOLD ends at the optimum of the unweighted mean of losses, FedDyn at that which it averages by."""
+    unweighted = optimum([1] * 4)
+    weighted = unweighted if method.name == "scaffold" else optimum(SIZES)
+    assert float((unweighted - optimum(SIZES)).norm()) > 0.15
+    schedule = cs.settings.federated(squares(), 60, evaluate_every=60, **FLAWS["all"])
+    assert float((least_squares(schedule, method, engine) - weighted).norm()) < 1e-3
+    if method.name == "feddyn" and engine == "serial":
+        equal = cs.settings.federated(squares(), 60, by_size=False, evaluate_every=60, **FLAWS["all"])
+        assert float((least_squares(equal, method, engine) - unweighted).norm()) < 1e-3
+
+
+def three_rounds(second, senders, totals=None):
+    """All train in rounds 1 and 3, `second` in round 2, from whom the server receives `senders`."""
+    names = [f"c{i}" for i in range(4)]
+    phases = []
+    for there, received in ((names, names), (second, senders), (names, names)):
+        phases += [Exchange(dict.fromkeys(there, ("server",))), Train({n: (n,) for n in there})]
+        phases += [Exchange({"server": tuple(received)}, True, totals or {})]
+    return build("custom", squares(), "domain", lambda seed: iter([*phases, Evaluate("end")]), "server")
+
+
+@pytest.mark.parametrize("engine", ["serial", "batched"])
+@pytest.mark.parametrize("name", ["scaffold", "feddyn", "fednova", "local_ghbm", "fedhbm", "ghbm", "fedcm"])
+def test_a_client_that_is_not_received_has_not_taken_part(name, engine):
+    """To the bit. Batches are full and in order, so that the number of a visit changes nothing."""
+    method, some, every = getattr(cs.methods, name)(), ["c0", "c2", "c3"], ["c0", "c1", "c2", "c3"]
+    dropped, absent = three_rounds(every, some, {"server": 100}), three_rounds(some, some, {"server": 100})
+    found = least_squares(dropped, method, engine)
+    assert torch.equal(found, least_squares(absent, method, engine))
+    assert not torch.equal(found, least_squares(three_rounds(every, every), method, engine))
+
+
+def test_what_is_put_back_survives_a_checkpoint(tmp_path):
+    schedule = cs.settings.federated(squares(), 4, dropouts=0.5)
+    for name in ("scaffold", "feddyn"):
+
+        def go(name=name, **out):
+            torch.manual_seed(0)
+            net, more = torch.nn.Linear(3, 1, bias=False), training(**SGD0, sampler=InOrder())
+            return cs.run(schedule, getattr(cs.methods, name)(), net, more, **out).params
+
+        stopped(go, tmp_path / name, 53)
+        assert same(go(out=tmp_path / name, resume=True), go())
+
+
+def test_feddyn_is_refused_where_nobody_knows_who_may_send():
+    every, some = ["c0", "c1", "c2", "c3"], ["c0", "c2", "c3"]
+    with pytest.raises(cs.Refusal, match=r"the schedule must say what they weigh \(Exchange.totals\)"):
+        least_squares(three_rounds(every, some), cs.methods.feddyn())
+    with pytest.raises(cs.Refusal, match="they must send to one server"):
+        edges = cs.settings.hierarchical(squares(), 2, 4, dropouts=0.5)
+        least_squares(edges, cs.methods.feddyn())
+    least_squares(cs.settings.hierarchical(squares(), 2, 2), cs.methods.feddyn())
+    robust = replace(cs.methods.feddyn(), exchange_aggregator=cs.aggregators.median())
+    with pytest.raises(cs.Refusal, match="Median leaves out some of what is received"):
+        least_squares(cs.settings.federated(squares(), 2), robust)
 
 
 # momentum
@@ -577,7 +795,8 @@ def test_local_momentum_is_refused_where_nobody_learns_twice():
         (lambda: FedCM(0.0), "`alpha` must be in (0, 1], got 0.0."),
         (lambda: FedDyn(-0.1), "`alpha` of FedDyn must be >= 0 and finite, got -0.1."),
         (lambda: Scaffold(0), "`clients` must be a whole number >= 1 or None, got 0."),
-        (lambda: Dynamic(0.0), "`participation` must be in (0, 1], got 0.0."),
+        (lambda: Dynamic(None, SGD(0.9)), "`outer` of Dynamic must be None and `lr` 1, because its step"),
+        (lambda: Drift(0.0), "`share` of Drift must be in (0, 1], got 0.0."),
         (lambda: Yogi(1.0), "`beta1` must be in [0, 1), got 1.0."),
         (lambda: Adagrad(0.0), "`tau` must be positive and finite, got 0.0."),
         (

@@ -52,6 +52,8 @@ MEANING = {
         for field in ("aggregator", "outer")
     },
     **dict.fromkeys(("Distillation.aggregator", "Distillation.outer"), "an object"),
+    **dict.fromkeys(("Dynamic.aggregator", "dynamic_space.aggregator"), "an object"),
+    "Dynamic.outer": "any is refused, in test_drift",
     **dict.fromkeys(("fisher_space.outer", "regression_space.outer"), "an object"),
     **{
         f"{n}.{field}": "any is refused, in test_statmerge"

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from consilience.consolidators.arrivals import RunningArithmetic as RunningArithmetic
     from consilience.consolidators.bank import Experts as Experts
     from consilience.consolidators.distillation import Distillation as Distillation
+    from consilience.consolidators.dynamic import Dynamic as Dynamic
     from consilience.consolidators.merging import FisherSpace as FisherSpace
     from consilience.consolidators.merging import RegMean as RegMean
     from consilience.consolidators.normalised import Normalised as Normalised
@@ -49,6 +50,17 @@ def normalised_space(aggregator: Any = None, outer: Any = None, lr: float = 1.0)
     from consilience.consolidators.normalised import Normalised
 
     return Normalised(aggregator, outer, lr)
+
+
+def dynamic_space(aggregator: Any = None) -> Dynamic:
+    """Take the mean of received parameters minus the sum of what clients moved by so far (FedDyn).
+
+    Args:
+        aggregator: of parameters (None: the weighted mean).
+    """
+    from consilience.consolidators.dynamic import Dynamic
+
+    return Dynamic(aggregator)
 
 
 def fisher_space(outer: Any = None, lr: float = 1.0, prior: float = 0.0) -> FisherSpace:

@@ -49,6 +49,14 @@ class Consolidator(Takes, ABC):
         agent's own parameters under `names.WHOLE`, or nothing. Entries that match `personal` stay.
         """
 
+    def among(self, total: float | None) -> Consolidator:
+        """Return it for an exchange in which all agents that may send weigh `total` together.
+
+        The weights are numbers of examples or 1 each, as `by_size` says; None: those that send are all.
+        FedDyn's server counts those that do not. Default: itself.
+        """
+        return self
+
     def forget(self, model: Model, state: State) -> State:
         """Return the state as if the messages that were taken out of its bank had never come.
 

@@ -93,6 +93,13 @@ class Correction(Takes, ABC):
     needs_revisits: ClassVar[bool] = False
     """Whether it acts only where an agent trains on a source again. Refused elsewhere."""
 
+    needs_delivery: ClassVar[bool] = False
+    """Whether its own items belong to parameters that others combine, as SCAFFOLD's control variates do.
+
+    A visit whose parameters nobody received (a client that dropped out) then has not taken place: when the
+    agent receives again, its items are put back to what they were before the visit.
+    """
+
     needs_boundaries: ClassVar[bool] = False
     """Whether it must know where a source ends. A stream that does not say so is refused."""
 

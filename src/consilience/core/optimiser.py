@@ -209,33 +209,6 @@ class Yogi(Optimiser):
 
 
 @dataclass(frozen=True)
-class Dynamic(Optimiser):
-    """FedDyn's server: u += participation x g, direction g + u.
-
-    g = theta - mean of the received theta_i, and `participation` is the fraction of the m clients that sends
-    at once. u is the paper's h / alpha, where h = h - alpha / m sum_i (theta_i - theta) over the received
-    ones, and the new theta is mean - h / alpha; alpha cancels. Acar et al. 2021.
-
-    >>> direction, state = Dynamic(0.5).update(torch.ones(1), {"drift": torch.zeros(1)}, torch.zeros(1))
-    >>> direction.tolist(), state["drift"].tolist()
-    ([1.5], [0.5])
-    """
-
-    participation: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.participation <= 1:
-            raise ConsilienceError(f"`participation` must be in (0, 1], got {self.participation}.")
-
-    def init(self, theta: Tensor) -> OptimiserState:
-        return {"drift": torch.zeros_like(theta)}
-
-    def update(self, grad: Tensor, state: OptimiserState, theta: Tensor) -> tuple[Tensor, OptimiserState]:
-        u = state["drift"] + self.participation * grad
-        return grad + u, {"drift": u}
-
-
-@dataclass(frozen=True)
 class Averaging(Optimiser):
     """The running mean as an outer optimiser: theta + (aggregate - theta) / t at the t-th exchange."""
 

@@ -44,6 +44,10 @@ class Exchange:
     """The senders of each receiver."""
     by_size: bool = True
     """Whether messages are weighted by their number of examples, else equally."""
+    totals: Mapping[str, float] = field(default_factory=dict)
+    """What all agents that may send to a receiver weigh together, also those that do not send now.
+
+    Numbers of examples with `by_size`, else the number of agents. Missing: those that send are all."""
 
 
 @dataclass(frozen=True)
@@ -201,6 +205,9 @@ class ScheduleFacts:
     """Whether agents know tasks in training: by labels, or with a mapper (the method fills this in)."""
     overlap: bool = False
     """Whether tasks share output columns."""
+    totals: bool = True
+    """Whether all agents that may send to a receiver of trained parameters are known: the same always send,
+    or there is one such receiver, the evaluated agent, and exchanges have `totals`."""
     model: Any = None
     """The model of the run (the loop fills this in)."""
 
@@ -274,6 +281,8 @@ class Counts:
     """The largest number of times that one agent had received trained parameters when training went on."""
     received: dict[str, int] = field(default_factory=dict)
     """How often each agent received newly trained parameters."""
+    totals: bool = True
+    """Whether all agents that may send to each receiver of trained parameters are known."""
     events: int = 0
     """The number of visits; the parameters after a visit are named by it."""
 
@@ -296,6 +305,8 @@ class _SymbolicRun:
         self.newest: dict[str, int] = {}
         self.learned_at: dict[str, list[int]] = {source.name: [] for source in schedule.judged}
         self.judged_by = _judged_by(schedule)
+        # The agents whose newly trained parameters each agent received first.
+        self.groups: dict[str, frozenset[str]] = {}
         self.counts = Counts()
 
         for name, expert in schedule.experts.items():
@@ -383,7 +394,10 @@ class _SymbolicRun:
         # All look at the messages before anyone receives, because a receiver may be a sender too.
         for name, group in phase.who.items():
             base = self.agent(name).base
-            news = [sent[sender] for sender in group if sent[sender].trained]
+            trained = [sender for sender in group if sent[sender].trained]
+            news = [sent[sender] for sender in trained]
+            if trained and self.groups.setdefault(name, frozenset(trained)) != frozenset(trained):
+                counts.totals &= name == self.schedule.evaluated and name in phase.totals
             counts.most_received = max(counts.most_received, len(news))
             counts.received[name] = counts.received.get(name, 0) + bool(news)
             counts.receives_others |= any(sender != name and sent[sender].knowledge for sender in group)
@@ -429,6 +443,7 @@ class _SymbolicRun:
             most_received=counts.most_received,
             revisited=frozenset(counts.revisited),
             rounds=counts.rounds,
+            totals=counts.totals,
             most_sources=max(map(len, trained_on), default=0),
             classes=max(map(len, classes), default=0),
             boundaries=schedule.boundaries,

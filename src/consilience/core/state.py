@@ -83,6 +83,8 @@ class State:
     """Whether it trained since the last exchange."""
     forgotten: tuple[str, ...] = ()
     """Senders that were removed from the bank. Their messages are no longer accepted."""
+    unsent: Mapping[str, Mapping[str, Item]] = field(default_factory=dict)
+    """Of corrections that need delivery: their items in `memory` before visits that nobody received yet."""
     frozen: Frozen = field(default_factory=Frozen)
     """What all agents hold together: the same tensors as in `params`, `buffers` and `base`."""
 
@@ -118,6 +120,8 @@ def encode_state(state: State) -> tuple[dict[str, Tensor], dict[str, Any]]:
         items |= {_bank_key(*message.key, name): item for name, item in message.items.items()}
     for correction, kept in state.memory.items():
         items |= {_memory_key(correction, source): item for source, item in kept.items()}
+    for correction, kept in state.unsent.items():
+        items |= {_unsent_key(correction, source): item for source, item in kept.items()}
 
     tensors, facts = encode(items)
     return tensors, {
@@ -128,6 +132,7 @@ def encode_state(state: State) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "bank": [message.facts() | {"names": list(message.items)} for message in state.bank.values()],
         "received": dict(state.received),
         "memory": {correction: list(kept) for correction, kept in state.memory.items()},
+        "unsent": {correction: list(kept) for correction, kept in state.unsent.items()},
         "visits": dict(state.visits),
         "forgotten": list(state.forgotten),
         **{name: getattr(state, name) for name in _FACTS},
@@ -168,6 +173,10 @@ def decode_state(
         correction: {source: items[_memory_key(correction, source)] for source in kept}
         for correction, kept in facts["memory"].items()
     }
+    unsent = {
+        correction: {source: items[_unsent_key(correction, source)] for source in kept}
+        for correction, kept in facts.get("unsent", {}).items()
+    }
     plain: dict[str, Any] = {name: dict(items[name].tensors) for name in _TENSORS}
     if facts["present"] is not None:
         plain["base"] |= frozen.params | {name: plain["params"][name] for name in facts["present"]}
@@ -183,6 +192,7 @@ def decode_state(
         received={key: (int(version), str(digest)) for key, (version, digest) in facts["received"].items()},
         visits=facts["visits"],
         forgotten=tuple(facts.get("forgotten", ())),
+        unsent=unsent,
     )
 
 
@@ -193,3 +203,7 @@ def _bank_key(sender: str, source: str, item: str) -> str:
 
 def _memory_key(correction: str, source: str) -> str:
     return f"memory|{pair(correction, source)}"
+
+
+def _unsent_key(correction: str, source: str) -> str:
+    return f"unsent|{pair(correction, source)}"

@@ -73,15 +73,19 @@ class Scaffold(Correction):
     After K steps c_i+ = c_i - c + (theta_start - theta_end) / (K lr), the paper's option II. c_i stays with
     the client, by source, and c_i+ - c_i is sent with its parameters. The receiver adds these differences up
     and sends the sum: c = sum c_i / `clients`, or, with `clients=None`, divided by the number of clients
-    received from so far (only with a number do the other clients count as c_i = 0). Every entry takes part,
-    personal ones too. SCAFFOLD assumes plain SGD: with momentum m, (theta_start - theta_end) / (K lr) is up
-    to 1 / (1 - m) times the mean gradient, and so it warns. Karimireddy et al. 2020, arXiv:1910.06378.
+    received from so far (only with a number do the other clients count as c_i = 0). Clients weigh the same
+    in c, as in the paper, also where parameters are averaged by size: it ends at c = 0, the optimum of the
+    unweighted mean of the clients' losses. c_i stays as it was if nobody receives what a visit trained. Every
+    entry takes part, personal ones too. SCAFFOLD assumes plain SGD: with momentum m, (theta_start -
+    theta_end) / (K lr) is up to 1 / (1 - m) times the mean gradient, and so it warns. Karimireddy et al.
+    2020, arXiv:1910.06378.
     """
 
     clients: int | None = None
 
     flat: ClassVar[tuple[str, ...]] = ("own", "mean")
     needs_history: ClassVar[bool] = True
+    needs_delivery: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.clients is not None and (not isinstance(self.clients, int) or self.clients < 1):
@@ -188,14 +192,15 @@ class Scaffold(Correction):
 class FedDyn(Correction):
     """The clients of FedDyn: the loss gains -<h, theta> + (alpha / 2) ||theta - theta_start||^2.
 
-    After training h <- h - alpha (theta - theta_start). h is private, by source, and begins at 0, so that the
-    first visit is FedProx. The server's part is the outer optimiser `consilience.core.optimiser.Dynamic`;
-    `methods.feddyn` has both. Acar et al. 2021, arXiv:2111.04263.
+    After training h <- h - alpha (theta - theta_start), unless nobody receives theta. h is private, by
+    source, and begins at 0, so that the first visit is FedProx. The server's part is the consolidator
+    `consilience.consolidators.Dynamic`; `methods.feddyn` has both. Acar et al. 2021, arXiv:2111.04263.
     """
 
     alpha: float = 0.1
 
     shared_items: ClassVar[bool] = False
+    needs_delivery: ClassVar[bool] = True
     flat: ClassVar[tuple[str, ...]] = ("h",)
     neutral: ClassVar[dict[str, float]] = {"alpha": 0.0}
 
@@ -451,6 +456,7 @@ class _Local(_Momentum):
     beta: float = 0.9
 
     flat: ClassVar[tuple[str, ...]] = ("anchor",)
+    needs_delivery: ClassVar[bool] = True
     neutral: ClassVar[dict[str, float]] = {"beta": 0.0}
 
     def __post_init__(self) -> None:

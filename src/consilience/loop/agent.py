@@ -263,10 +263,14 @@ class Agent:
         buffers = {name: buffer.clone() for name, buffer in state.frozen.without(job.carry.buffers).items()}
         buffers |= state.frozen.buffers
         memory, shared = self._summarised(job, params, buffers)
+
+        # Several visits may come before anybody receives: what was there before the first is kept.
+        delivered = [correction.name for correction, _ in job.corrections if correction.needs_delivery]
         self.state = state.change(
             params=params,
             buffers=buffers,
             memory=memory,
+            unsent=state.unsent or {name: state.memory.get(name, {}) for name in delivered},
             visits={**state.visits, **{name: state.visits.get(name, 0) + 1 for name in names}},
             version=state.version + 1,
             trained=True,
@@ -385,7 +389,12 @@ class Agent:
 
     def send(self, receipts: Mapping[str, int]) -> list[Message]:
         """Return the messages that a receiver with these receipts lacks; the bank's are relayed unchanged."""
-        return [m for m in self._messages() if m.version > receipts.get(pair(m.sender, m.source), -1)]
+        messages = self._messages()
+        # What was trained is now with somebody else, so that it counts.
+        if self.state.unsent:
+            self.state = self.state.change(unsent={})
+            self._outbox = (self.state, messages)
+        return [m for m in messages if m.version > receipts.get(pair(m.sender, m.source), -1)]
 
     def _messages(self) -> list[Message]:
         """Return all messages of this state; made once, since many agents may ask."""
@@ -407,19 +416,21 @@ class Agent:
         kept = [(c, self.state.memory.get(c.name, {}).get(WHOLE)) for c in self.method.active]
         return {c.name: sharable(c, item) for c, item in kept if isinstance(item, Shared)}
 
-    def receive(self, messages: Sequence[Message], by_size: bool = True) -> None:
+    def receive(self, messages: Sequence[Message], by_size: bool = True, total: float | None = None) -> None:
         """Join the messages into the bank, and consolidate those that are new here.
 
-        `by_size` weights them by their numbers of examples. Raises ConsilienceError if one does not fit.
+        `by_size` weights them by their numbers of examples; `total` is what all agents that may send weigh,
+        as `Exchange.totals` has it. Raises ConsilienceError if one does not fit.
         """
         fresh, before = self._fresh(messages), self.state
         bank = join(before.bank, [kept for kept in map(without_weights, fresh) if kept is not None])
         self._check_base(fresh)
-        after = self._consolidated(bank, fresh, by_size)
+        after = self._consolidated(bank, fresh, by_size, total)
         self._warn_of_factors(fresh, after, by_size)
 
-        # Corrections may keep what the exchange changed, for the visits that follow.
-        memory = {name: dict(kept) for name, kept in after.memory.items()}
+        # Corrections may keep what the exchange changed, for the visits that follow. What nobody received of
+        # earlier visits is lost with the parameters of these visits.
+        memory = {name: dict(kept) for name, kept in {**after.memory, **before.unsent}.items()}
         for correction in self.method.active:
             if overrides(correction, "after_receive"):
                 old = memory.get(correction.name, {})
@@ -429,6 +440,7 @@ class Agent:
             base=after.params,
             memory=memory,
             received={**before.received, **receipts},
+            unsent={},
             version=before.version + 1,
             trained=False,
         )
@@ -472,15 +484,15 @@ class Agent:
                     "started from others; exchange before training."
                 )
 
-    def _consolidated(self, bank: Bank, fresh: list[Message], by_size: bool) -> State:
+    def _consolidated(self, bank: Bank, fresh: list[Message], by_size: bool, total: float | None) -> State:
         """Return the state after the consolidator received the messages."""
-        state = self.state.change(bank=bank)
+        state, consolidator = self.state.change(bank=bank), self.consolidator.among(total)
         generator = key(self.seed, self.name, state.version, RECEIVE_KEY)
         numbers = sum(t.numel() for m in fresh for item in m.items.values() for t in item.tensors.values())
         return self.ledger.charge_work(
             self.name,
             (RECEIVE, len(fresh), numbers),
-            lambda: self.consolidator.receive(self.model, state, fresh, by_size, generator),
+            lambda: consolidator.receive(self.model, state, fresh, by_size, generator),
         )
 
     def _warn_of_factors(self, fresh: Sequence[Message], after: State, by_size: bool) -> None:

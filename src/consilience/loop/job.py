@@ -83,11 +83,21 @@ class Job:
     """What `save` gave at the best of them."""
     begun: tuple[tuple[object, ...], ...] = ()
     """The costs of `Correction.begin`. They are charged at the end, since a resumed job begins again."""
+    lengths: dict[int, int] = field(default_factory=dict)
+    """The steps of each epoch that was planned so far."""
 
     @property
     def steps(self) -> int:
         """Steps done in all epochs."""
-        return self.epoch * self.step.horizon[1] + self.index
+        return self._steps_before(self.epoch) + self.index
+
+    def _steps_before(self, epoch: int) -> int:
+        """Return the steps of all epochs before this one."""
+        for earlier in range(epoch):
+            # A sampler may plan more steps in one epoch than in another; a resumed job plans them again.
+            if earlier not in self.lengths:
+                self.lengths[earlier] = len(self._plans(earlier)[0])
+        return sum(self.lengths[earlier] for earlier in range(epoch))
 
     @property
     def carry(self) -> Carry:
@@ -189,8 +199,6 @@ class Job:
         """Yield the batches and the clock (epoch, step) of every step left. The caller raises `index`."""
         while self.epoch < self.training.epochs:
             plans = self.left(self.epoch, self.index)
-            if not plans[0] and self.index < self.step.horizon[1]:  # the straggler's fraction is done
-                return
 
             # The examples of all parts are read side by side, one batch of each per step.
             streams = self._views(plans)
@@ -201,6 +209,10 @@ class Job:
                 ]
                 clock = (self.epoch, self.index)
                 yield own + self._sampled(clock), clock
+
+            # The fraction of a straggler may end inside an epoch, which then is not done.
+            if self.index < self.step.horizon[1]:
+                return
             self.epoch, self.index = self.epoch + 1, 0
 
     def _views(self, plans: list[list[Tensor]]) -> list[Iterator[tuple[Input, Tensor]]]:
@@ -249,6 +261,14 @@ class Job:
         return replace(batch, x=x, y=y, origins=None)
 
     def plan(self, epoch: int) -> list[list[Tensor]]:
+        """Return the index batches of an epoch, per part, and set the horizon of its steps."""
+        plans = self._plans(epoch)
+        # A sampler may plan more or fewer steps than the number of examples says.
+        self.lengths[epoch] = len(plans[0])
+        self.step.horizon = (self.training.epochs, len(plans[0]))
+        return plans
+
+    def _plans(self, epoch: int) -> list[list[Tensor]]:
         """Return the index batches of an epoch, per part; a shorter part starts over in a new order."""
         plans = [self._pass(part, epoch, 0) for part in range(len(self.parts))]
         longest = max(map(len, plans))
@@ -258,9 +278,6 @@ class Job:
                 plan += self._pass(part, epoch, turn)
                 turn += 1
             del plan[longest:]
-
-        # A sampler may plan more or fewer steps than the number of examples says.
-        self.step.horizon = (self.training.epochs, longest)
         return plans
 
     def _pass(self, part: int, epoch: int, turn: int) -> list[Tensor]:
@@ -285,9 +302,8 @@ class Job:
             return plans
 
         # A straggler stops early in the visit; it does not do less of every epoch.
-        per_epoch = self.step.horizon[1]
-        allowed = max(1, round(self.fraction * self.training.epochs * per_epoch))
-        limit = max(0, allowed - (epoch * per_epoch + index))
+        allowed = max(1, round(self.fraction * self._steps_before(self.training.epochs)))
+        limit = max(0, allowed - self._steps_before(epoch) - index)
         return [plan[:limit] for plan in plans]
 
     def cost(self, parts: Sequence[Batch]) -> tuple[object, ...]:

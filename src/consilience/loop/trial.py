@@ -242,7 +242,7 @@ class Trial:
                 continue
 
             before = agent.state
-            agent.receive(messages, phase.by_size)
+            agent.receive(messages, phase.by_size, phase.totals.get(name))
             if self.setup.judge_clients:
                 self.judge.measure_drift(agent, before, messages)
         for name in sent:

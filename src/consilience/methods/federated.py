@@ -44,15 +44,13 @@ def fedavg(outer: str = "sgd", outer_lr: float = 1.0, outer_momentum: float = 0.
     return _outer("fedavg", optimiser, outer_lr)
 
 
-def _outer(name: str, optimiser: Any, lr: float, *corrections: Any) -> Method:
+def _outer(name: str, optimiser: Any, lr: float) -> Method:
     """Average the received parameters and take an outer step."""
     from consilience.aggregators import mean
     from consilience.core.method import Method
     from consilience.core.weight_space import WeightSpace
 
-    return Method(
-        name, corrections, exchange_aggregator=mean(), consolidator=WeightSpace(None, optimiser, lr)
-    )
+    return Method(name, (), exchange_aggregator=mean(), consolidator=WeightSpace(None, optimiser, lr))
 
 
 def fedavgm(momentum: float = 0.9, lr: float = 1.0) -> Method:
@@ -132,6 +130,9 @@ def fedprox(mu: float = 0.1) -> Method:
 def scaffold(clients: int | None = None) -> Method:
     """SCAFFOLD: control variates replace each client's own drift by the mean drift of all. For plain SGD.
 
+    Clients weigh the same in the control variates, as in the paper, even where parameters are averaged by
+    size: it ends at the optimum of the unweighted mean of the clients' losses.
+
     Paper: Karimireddy et al. 2020.
 
     Args:
@@ -143,21 +144,26 @@ def scaffold(clients: int | None = None) -> Method:
     return Method("scaffold", (Scaffold(clients),))
 
 
-def feddyn(alpha: float = 0.1, participation: float = 1.0) -> Method:
+def feddyn(alpha: float = 0.1) -> Method:
     """FedDyn: a linear and a proximal term make every client's optimum that of the whole federation.
+
+    The schedule says which part of the clients takes part in a round. Clients weigh as in the average: by
+    their examples, or equally with `by_size=False`, as in the paper.
 
     Paper: Acar et al. 2021.
 
     Args:
         alpha: of both terms; 0 is fedavg.
-        participation: the fraction of all clients that take part in a round.
     """
-    from consilience.core.optimiser import SGD, Dynamic
+    from consilience.aggregators import mean
+    from consilience.consolidators.dynamic import Dynamic
+    from consilience.core.method import Method
+    from consilience.core.weight_space import WeightSpace
     from consilience.corrections.client_drift import FedDyn
 
     # Without the term there is nothing for the server to undo, so alpha = 0 is FedAvg bit for bit.
-    server = Dynamic(participation)
-    return _outer("feddyn", server if alpha else SGD(), 1.0, FedDyn(alpha))
+    server = Dynamic() if alpha else WeightSpace()
+    return Method("feddyn", (FedDyn(alpha),), exchange_aggregator=mean(), consolidator=server)
 
 
 def fednova(lr: float = 1.0) -> Method:

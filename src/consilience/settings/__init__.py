@@ -350,7 +350,8 @@ def _federation(
         drawn_rounds = participation.rounds(seed, planned, sizes)
         for count, (at, drawn) in enumerate(zip(planned, drawn_rounds, strict=True), 1):
             sources = {i: streams[i][at.position].name for i in drawn.clients}
-            yield from federation.phases(drawn, clients, sources, least)
+            may = {i: sizes[i][at.position] for i in at.able}
+            yield from federation.phases(drawn, clients, sources, may, least)
 
             # Personal training comes once, before the last evaluation.
             last = count == len(planned)

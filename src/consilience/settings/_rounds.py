@@ -295,8 +295,23 @@ class Federation:
     def __post_init__(self) -> None:
         whole_number(rounds=self.rounds, evaluate_every=self.evaluate_every, edge_rounds=self.edge_rounds)
 
+    def totals(self, sizes: Mapping[int, int]) -> dict[str, float]:
+        """Return what all clients (or edges) of each hub weigh, for clients of these numbers of examples."""
+        found: dict[str, float] = {}
+        for client, size in sizes.items():
+            hub = self.edge_of.get(client, "server")
+            found[hub] = found.get(hub, 0) + (size if self.by_size else 1)
+        if self.edge_of:
+            found["server"] = sum(found.values()) if self.by_size else len(found)
+        return found
+
     def phases(
-        self, drawn: Round, clients: Sequence[str], sources: Mapping[int, str], least: int | None
+        self,
+        drawn: Round,
+        clients: Sequence[str],
+        sources: Mapping[int, str],
+        sizes: Mapping[int, int],
+        least: int | None,
     ) -> Iterator[Phase]:
         """Yield the phases of one round: parameters go down to its clients, these train, and send up again.
 
@@ -304,6 +319,7 @@ class Federation:
             drawn: the round.
             clients: the names of all clients.
             sources: the name of the source that each client trains on.
+            sizes: the examples of all clients that may take part.
             least: clients that must finish, or the run stops.
         """
         if not drawn.clients:
@@ -321,6 +337,7 @@ class Federation:
         # A hub whose clients all dropped out receives nothing, and the server receives nothing from it: old
         # parameters would pull the average back.
         senders = {hub: own for hub, own in senders.items() if own}
+        totals = self.totals(sizes)
         for _ in range(self.edge_rounds):
             yield Exchange({client: (hub,) for client, hub in hub_of.items()})
             yield Train(
@@ -329,9 +346,9 @@ class Federation:
                 least,
             )
             if senders:
-                yield Exchange(senders, self.by_size)
+                yield Exchange(senders, self.by_size, totals)
         if edges and senders:
-            yield Exchange({"server": tuple(senders)}, self.by_size)
+            yield Exchange({"server": tuple(senders)}, self.by_size, totals)
 
 
 def edges_of(edges: Any, clients: int) -> dict[int, str]:

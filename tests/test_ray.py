@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -510,3 +511,74 @@ def test_what_cannot_be_pickled_is_named(ray, clients):
 def test_bad_arguments_are_refused(arguments, text):
     with pytest.raises(ConsilienceError, match=text):
         cs.engines.ray(**arguments)
+
+
+OPEN = """
+import json, os, sys, threading, time
+import consilience as cs
+
+def listening():
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for line in open(f"/proc/net/{table}").read().splitlines()[1:]:
+            place, state = line.split()[1], line.split()[3]
+            # 127.0.0.1 in bytes of this machine's order, alone or in an address of version 6.
+            if state == "0A" and not place.partition(":")[0].endswith("0100007F"):
+                found.add(place)
+    return found
+
+def descendants(pid):
+    children = {}
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            parent = open(f"/proc/{entry}/stat").read().rpartition(")")[2].split()[1]
+        except OSError:
+            continue
+        children.setdefault(int(parent), []).append(int(entry))
+    found = list(children.get(pid, []))
+    for child in found:
+        found += children.get(child, [])
+    return found
+
+before, engine = listening(), cs.engines.ray(workers=1)
+class Events:
+    def note(self, text): pass
+engine.open(Events())
+print(json.dumps({"open": sorted(listening() - before), "processes": descendants(os.getpid())}), flush=True)
+time.sleep(60)
+"""
+
+
+@needed
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_ray_of_one_machine_is_closed_to_others_and_dies_with_its_driver():
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_ADDRESS": ""}
+    driver = subprocess.Popen([sys.executable, "-c", OPEN], stdout=subprocess.PIPE, text=True, env=env)
+    assert driver.stdout is not None
+    found = json.loads(driver.stdout.readline())
+    driver.kill()
+    driver.wait()
+    assert found["open"] == [] and len(found["processes"]) > 2
+
+    def alive() -> list[int]:
+        return [pid for pid in found["processes"] if Path(f"/proc/{pid}/cmdline").exists()]
+
+    deadline = time.monotonic() + 90  # two agents of Ray look for their parent now and then
+    while alive() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert alive() == []
+
+
+def test_an_old_ray_and_an_address_without_one_are_refused(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(__version__="2.51.2"))
+    with pytest.raises(ConsilienceError, match=r"needs Ray 2.52 or newer, got 2.51.2"):
+        cs.engines.ray().open(SimpleNamespace())  # type: ignore[arg-type]
+
+    # A port that was just free.
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        port = place.getsockname()[1]
+    newer = SimpleNamespace(__version__="2.52.0", is_initialized=lambda: False)
+    monkeypatch.setitem(sys.modules, "ray", newer)
+    with pytest.raises(ConsilienceError, match=rf"Ray that answers, got '127.0.0.1:{port}'"):
+        cs.engines.ray(address=f"127.0.0.1:{port}").open(SimpleNamespace())  # type: ignore[arg-type]

@@ -9,8 +9,10 @@ import difflib
 import importlib
 import inspect
 import os
+import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from contextvars import ContextVar
 from typing import Any
 
 from consilience.cli.defaults import FITTING
@@ -46,6 +48,25 @@ HIDDEN = {
 """Functions of a catalogue that need objects as arguments, not text."""
 
 
+NAMES_CODE = (*ROOMS, "aggregators", "then")
+"""Options, by the last word of their name, whose values may be dotted paths."""
+
+TYPED: ContextVar[frozenset[str] | None] = ContextVar("TYPED", default=frozenset())
+"""The dotted paths that the user typed, which may be imported; None: all, also those in files (`--trust`)."""
+
+
+def typed_paths(given: Mapping[str, str | None]) -> frozenset[str] | None:
+    """Return the dotted paths among the options of a command line; None where it has `--trust`.
+
+    >>> sorted(typed_paths({"method": "ewc+mine.Penalty", "out": "runs/os.system", "metric": "own.f1(0.5)"}))
+    ['mine.Penalty', 'own.f1']
+    """
+    if given.get("trust") == "true":
+        return None
+    texts = [text or "" for key, text in given.items() if key.rpartition(".")[2] in NAMES_CODE]
+    return frozenset(path for text in texts for path in re.findall(r"[^\W\d]\w*(?:\.[^\W\d]\w*)+", text))
+
+
 def catalogue(choice: str) -> dict[str, Callable[..., Any]]:
     """List the functions that a choice can name.
 
@@ -73,13 +94,22 @@ def first_argument(call: Callable[..., Any]) -> str:
 
 
 def resolve(choice: str, name: str) -> Callable[..., Any]:
-    """Find a function of the catalogue by its name, or one of the user by its dotted path."""
+    """Find a function of the catalogue by its name, or one of the user by its dotted path.
+
+    Raises ConsilienceError for a path that the user did not type: a file would choose the code that runs.
+    """
     known = catalogue(choice)
     if name in known:
         return known[name]
     module_name, _, attribute = name.rpartition(".")
     if not module_name:
         raise unknown(choice, name, known)
+    typed = TYPED.get()
+    if typed is not None and name not in typed:
+        raise ConsilienceError(
+            f"`{choice}: {name}` in a file names code, which would run as you; "
+            "add --trust if you know who wrote the file."
+        )
 
     # The console script does not search the working directory, where modules of users are.
     if os.getcwd() not in sys.path:

@@ -19,6 +19,7 @@ from consilience.cli.options import COMMANDS
 from consilience.cli.report import report
 from consilience.cli.run import run
 from consilience.core.errors import ConsilienceError, Interrupted, unknown
+from consilience.core.names import clean
 
 CALLS: dict[str, Callable[[Sequence[str]], int]] = {
     "run": run,
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command: 0 for success, 2 for bad input (one line on stderr), 130 for Ctrl-C."""
     if argv is None:
         # A warning of the library is for the user; where it was raised is not.
-        warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+        warnings.formatwarning = lambda message, *_: f"warning: {clean(message)}\n"
     try:
         return dispatch(list(sys.argv[1:] if argv is None else argv))
     except (Interrupted, KeyboardInterrupt) as error:
@@ -72,7 +73,8 @@ def dispatch(argv: list[str]) -> int:
 
 def fail(text: str, code: int) -> int:
     """Print an error as one line on stderr, and return the exit code."""
-    print(" ".join(text.split()), file=sys.stderr)
+    # Names in it may come from files, with control characters for the terminal.
+    print(clean(text), file=sys.stderr)
     return code
 
 

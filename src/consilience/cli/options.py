@@ -20,7 +20,7 @@ from pathlib import Path
 from types import BuiltinFunctionType, FunctionType
 from typing import Any, Literal, NamedTuple, TypeVar
 
-from consilience.cli.catalogue import catalogue, first_argument, nearest, resolve
+from consilience.cli.catalogue import TYPED, catalogue, first_argument, nearest, resolve, typed_paths
 from consilience.cli.defaults import FITTING, FITTING_DATA, SPLIT_ARGUMENTS
 from consilience.core.errors import ConsilienceError, unknown
 
@@ -30,7 +30,10 @@ CHAINED = ("split", "method", "methods", "model")
 NAMED = ("aggregator", "policy", "mapper")
 """Arguments of methods that take a name of a catalogue or a dotted path, and have arguments themselves."""
 NONE = ("none", "auto", "null")
-SWITCHES = ("resume", "judge_clients", "help")
+SWITCHES = ("resume", "judge_clients", "trust", "help")
+
+HERE = ("out", "resume", "config", "trust")
+"""Options of one call of the command, which config.yaml does not hold."""
 
 FROM_DATA = ("inputs", "outputs", "channels", "size")
 """Arguments of models that the data decides."""
@@ -80,6 +83,7 @@ class RunOptions:
         out: a new folder for config.yaml, result.json, log.jsonl and checkpoints; none keeps nothing.
         resume: continue from the last checkpoint in --out, with the configuration that is stored there.
         config: a YAML file with options; options on the command line override it.
+        trust: import code that --config or the resumed folder names by dotted paths.
         repeats: number of seeds, for a mean and a standard deviation.
         seed: the first seed.
         metric: one or several of accuracy, auroc, balanced_accuracy, f1, iou, loss, mae, mse, perplexity, r2
@@ -97,6 +101,7 @@ class RunOptions:
     out: str | None = None
     resume: bool = False
     config: str | None = None
+    trust: bool = False
     repeats: int = 1
     seed: int = 0
     metric: str | None = None
@@ -231,7 +236,10 @@ def named_parts(parts: Iterable[Part], values: Mapping[str, Any]) -> list[Part]:
 
 
 def read(argv: Sequence[str], switches: Sequence[str] = SWITCHES) -> tuple[dict[str, str | None], list[str]]:
-    """Read options by key (None: the value is missing), and words that are no options."""
+    """Read options by key (None: the value is missing), and words that are no options.
+
+    Code that these options name may be imported from here on (`TYPED`).
+    """
     # jsonargparse would need all options beforehand, but which ones exist depends on the choices.
     found: dict[str, str | None] = {}
     words: list[str] = []
@@ -252,21 +260,28 @@ def read(argv: Sequence[str], switches: Sequence[str] = SWITCHES) -> tuple[dict[
             found[key] = rest.pop(0)
         else:
             found[key] = None
+    TYPED.set(typed_paths(found))
     return found, words
 
 
 def load_yaml(path: Path) -> dict[Any, Any]:
-    """Read the mapping in a YAML file."""
+    """Read the mapping in a YAML file, which may come from elsewhere: its size and depth are bounded."""
     import yaml
 
+    from consilience.cli.bounded import MOST_BYTES, read_bounded
+
+    # A pipe or a device would be waited for, or never end.
+    if path.exists() and not path.is_file():
+        raise ConsilienceError(f"`config` must be a file, got {path}.")
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            found = read_bounded(file.read(MOST_BYTES + 1).decode())
     except OSError as error:
         names = os.listdir(path.parent) if path.parent.is_dir() else []
         near = difflib.get_close_matches(path.name, names, n=1)
         hint = f"; nearest: {path.parent / near[0]}" if near else ""
         raise ConsilienceError(f"`config`: cannot read {path}: {error.strerror}{hint}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or error
@@ -334,7 +349,15 @@ def flat_argument(key: str, value: Any) -> dict[str, Any]:
 
 def as_text(value: Any) -> str:
     """Write a value of YAML as it is written on the command line."""
-    return value if isinstance(value, str) else json.dumps(value, default=str)
+    if not isinstance(value, str):
+        return json.dumps(value, default=str)
+    # Text may be YAML itself, which is read again with the type of its option.
+    if "&" in value and "*" in value:
+        from consilience.cli.bounded import has_alias
+
+        if has_alias(value):
+            raise ConsilienceError(f"a configuration must have no aliases of YAML, got {value[:80]!r}.")
+    return value
 
 
 def nested(parts: Sequence[Part], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -352,7 +375,7 @@ def nested(parts: Sequence[Part], values: Mapping[str, Any]) -> dict[str, Any]:
         if part.choice == "training":
             config["training"] = own
         elif part.choice == "":
-            config |= {key: value for key, value in own.items() if key not in ("out", "resume", "config")}
+            config |= {key: value for key, value in own.items() if key not in HERE}
         elif part.choice not in NAMED:
             old = config.get(part.choice)
             config[part.choice] = {**(old if isinstance(old, dict) else {}), part.name: own}
@@ -495,12 +518,18 @@ def choices_of(command: str) -> tuple[str, ...]:
 
 def stored_options(given: Mapping[str, str | None]) -> dict[str, str | None]:
     """Read the options that a file has: the one of --config, or that of the run that is resumed."""
+    path = None
     if given.get("config"):
-        return read_yaml(Path(str(given["config"])))
-    if given.get("resume") and given.get("out"):
+        path = Path(str(given["config"]))
+    elif given.get("resume") and given.get("out"):
         path = Path(str(given["out"])) / "config.yaml"
-        return read_yaml(path) if path.exists() else {}
-    return {}
+    if path is None or (not given.get("config") and not path.exists()):
+        return {}
+
+    found = read_yaml(path)
+    if "trust" in found:
+        raise ConsilienceError(f"`trust` cannot be in a file, got it in {path}; give --trust yourself.")
+    return found
 
 
 def fitting_options(choices: Sequence[str], chosen: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from consilience.cli.build import method_of, metrics_of, model_of, schedule_of, training_of
 from consilience.cli.options import Order, understand
 from consilience.core.errors import ConsilienceError
+from consilience.core.names import clean
 
 if TYPE_CHECKING:
     from consilience.api import Result
@@ -86,7 +87,7 @@ def progress_lines(stages: int, repeats: int, label: str) -> Iterator[Callable[[
         if line["event"] == "stage" and line["stage"]:
             count = f"{before + line['stage']}/{total}"
             seconds = f"{line['seconds']:.1f} s"
-            print(f"{label}  {count}  {line['name']}  {scores_of(line)}  {seconds}", flush=True)
+            print(f"{label}  {count}  {clean(line['name'])}  {scores_of(line)}  {seconds}", flush=True)
         elif line["event"] == "resume":
             done = before + max(0, line["stage"] - 1)
             print(f"{label}  resumed after {done}/{total}, step {line['steps']}", flush=True)
@@ -108,7 +109,8 @@ def progress_bar(stages: int, repeats: int, label: str) -> Iterator[Callable[[Ma
     from rich import progress
 
     columns = (
-        progress.TextColumn("{task.description}"),
+        # Names may have brackets, which would be markup.
+        progress.TextColumn("{task.description}", markup=False),
         progress.BarColumn(),
         progress.MofNCompleteColumn(),
         progress.TimeElapsedColumn(),
@@ -119,7 +121,7 @@ def progress_bar(stages: int, repeats: int, label: str) -> Iterator[Callable[[Ma
 
         def draw(line: Mapping[str, Any]) -> None:
             if line["event"] == "stage":
-                text = f"{label}, {line['name']}: {scores_of(line)}"
+                text = f"{label}, {clean(line['name'])}: {scores_of(line)}"
                 bar.update(task, completed=line["repeat"] * stages + line["stage"], description=text)
 
         yield draw

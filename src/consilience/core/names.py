@@ -79,6 +79,15 @@ def owned_by(entry: str, prefix: str, owner: str, parts: int = 1) -> bool:
     return len(rest) == parts and start == f"{prefix}/{owner}"
 
 
+def clean(text: object) -> str:
+    r"""Write a name on one line, without control characters.
+
+    >>> clean("two\nlines \x1b[31m")
+    'two lines [31m'
+    """
+    return "".join(letter for letter in " ".join(str(text).split()) if letter.isprintable())
+
+
 # The percent sign goes first when escaping and last when reading, or an escape would be escaped again.
 def escaped(name: str, mark: str) -> str:
     """Return a name without a mark that has a meaning where the name is put; `unescaped` reads it back.

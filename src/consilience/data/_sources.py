@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import lzma
+import math
 import os
 import warnings
 import zipfile
@@ -918,11 +919,12 @@ def _archive(path: Path, images: str) -> Archive:
     parts = ("train", "test")
     wanted = {f"{part}_{field}" for part in parts for field in (images, "labels", "jpeg", "offsets")}
     try:
+        _check_archive(path)
         # A pickle in the file could run code.
         with np.load(path, allow_pickle=False) as file:
             held = set(file.files)
             arrays = {name: file[name] for name in sorted((wanted | {"class_names"}) & held)}
-    except (OSError, ValueError, EOFError, KeyError, AttributeError, NotImplementedError, *BROKEN) as error:
+    except (OSError, ValueError, EOFError, KeyError, AttributeError, RuntimeError, *BROKEN) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConsilienceError(f"cannot read {path} as .npz: {reason}") from error
 
@@ -936,6 +938,32 @@ def _archive(path: Path, images: str) -> Archive:
             f"got no {missing[0]} in {path}, but {', '.join(sorted(held))}."
         )
     return Archive(path, arrays, images, coded)
+
+
+ROOM, RATIO = 1 << 30, 200
+"""Bytes that any archive may unpack to, and how many times its own size larger ones may."""
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse an archive whose arrays would take memory that its size does not justify, before it is read."""
+    total = 0
+    with zipfile.ZipFile(path) as archive:
+        for member in (member for member in archive.infolist() if member.filename.endswith(".npy")):
+            with archive.open(member) as file:
+                version = np.lib.format.read_magic(file)
+                read = np.lib.format.read_array_header_1_0
+                if version != (1, 0):
+                    read = np.lib.format.read_array_header_2_0
+                shape, _, dtype = read(file)
+                held = member.file_size - file.tell()
+            # The array is made from its header, before a byte of it is read.
+            claimed = math.prod(shape) * dtype.itemsize
+            if claimed != held and not dtype.hasobject:
+                raise ValueError(f"{member.filename} claims {claimed:,} bytes and has {held:,}")
+            total += member.file_size
+
+    if total > max(ROOM, RATIO * path.stat().st_size):
+        raise ValueError(f"it would unpack to {total:,} bytes, more than {RATIO} times its size")
 
 
 def _channels(x: np.ndarray, path: Path) -> Tensor:

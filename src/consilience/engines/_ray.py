@@ -8,6 +8,7 @@ import logging
 import os
 import pickle
 import signal
+import socket
 import warnings
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -29,6 +30,10 @@ from consilience.loop.engine import Engine, EngineEvents, Paused, Visit
 
 SMALL = 4096
 """Bytes up to which tensors that several agents need are sent to each of them."""
+TOKENS = (2, 52)
+"""The first version of Ray that can ask for a token."""
+CONNECTING = 10.0
+"""Seconds in which a cluster's address must answer."""
 PATIENCE = 0.1
 """Seconds after which the driver looks whether it was interrupted."""
 
@@ -354,13 +359,9 @@ class Ray(Engine):
 
     def open(self, events: EngineEvents) -> Session:
         """Use the Ray that runs in this process, or start one."""
-        try:
-            ray: Any = importlib.import_module("ray")
-        except ImportError as error:
-            raise ConsilienceError("the engine 'ray' needs Ray: pip install 'consilience[ray]'.") from error
-
-        threads, ours = torch.get_num_threads(), not ray.is_initialized()
         address = self.address or os.environ.get("RAY_ADDRESS") or "local"
+        ray = imported(address)
+        threads, ours = torch.get_num_threads(), not ray.is_initialized()
         if ours:
             self._start(ray, address)
         local = ours and address == "local"
@@ -391,7 +392,7 @@ class Ray(Engine):
 
     def _start(self, ray: Any, address: str) -> None:
         """Start a Ray here, or connect to the one at an address."""
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        reachable(address)
         size = {}
         if address == "local":
             affinity = getattr(os, "sched_getaffinity", None)
@@ -430,6 +431,41 @@ class Ray(Engine):
         if session is not None and session.ours:
             with signals_kept():
                 session.ray.shutdown()
+
+
+def imported(address: str) -> Any:
+    """Import Ray with what a run asks of it: no statistics sent, a token, and one machine kept to itself."""
+    defaults = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token"}
+    if address == "local":
+        # Ray's switch of Windows and macOS, which it reads when it is imported: ports on the loopback only.
+        defaults["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+    try:
+        ray = importlib.import_module("ray")
+    except ImportError as error:
+        raise ConsilienceError("the engine 'ray' needs Ray: pip install 'consilience[ray]'.") from error
+    found = tuple(int(part) for part in ray.__version__.split(".")[:2])
+    if found < TOKENS:
+        raise ConsilienceError(
+            f"the engine 'ray' needs Ray {TOKENS[0]}.{TOKENS[1]} or newer, got {ray.__version__}: whoever "
+            "reaches an older one can run code on it, because it asks for no token."
+        )
+    return ray
+
+
+def reachable(address: str) -> None:
+    """Refuse an address of the form host:port where nothing answers; Ray would wait for minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECTING).close()
+    except (OSError, OverflowError) as error:
+        raise ConsilienceError(
+            f"`address` must be that of a Ray that answers, got {address!r}: {error}."
+        ) from error
 
 
 def kept(old: State, new: State) -> State:

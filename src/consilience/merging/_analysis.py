@@ -372,7 +372,8 @@ def matrix_table(
     corner: str, rows: Sequence[str], names: Sequence[str], values: Sequence[Sequence[float]]
 ) -> str:
     """Write a matrix with the names of its rows and columns."""
-    from consilience.report._text import Column, clean, grid, number, short
+    from consilience.core.names import clean
+    from consilience.report._text import Column, grid, number, short
 
     columns = [Column(clean(corner), [clean(row) for row in rows], False)]
     for j, name in enumerate(names):

@@ -97,7 +97,8 @@ class Choice:
 
     def table(self) -> str:
         """Write the candidates, best first, and the advice."""
-        from consilience.report._text import Column, clean, grid, human, number, short
+        from consilience.core.names import clean
+        from consilience.report._text import Column, grid, human, number, short
 
         shown = sorted(
             self.candidates,

@@ -62,7 +62,8 @@ class Diagnosis:
 
     def table(self, most: int | None = 60) -> str:
         """Write the cosine matrix, then a line per entry; more than `most` lines are cut in the middle."""
-        from consilience.report._text import Column, clean, grid, human, number, short
+        from consilience.core.names import clean
+        from consilience.report._text import Column, grid, human, number, short
 
         names = [clean(name) for name in self.experts]
         cosines = [Column("cosine", names, False)]

@@ -104,7 +104,8 @@ class Exploration:
 
     def table(self, most: int | None = 20) -> str:
         """Write the best mixtures in one line each; `*` marks the Pareto front over sources."""
-        from consilience.report._text import Column, clean, grid, number, short
+        from consilience.core.names import clean
+        from consilience.report._text import Column, grid, number, short
 
         # By identity, since two mixtures with equal scores are equal.
         front = {id(mixture) for mixture in self.pareto()}

@@ -133,6 +133,8 @@ class Files(Entries):
     """
 
     def __init__(self, path: str | Path) -> None:
+        from safetensors import SafetensorError, safe_open
+
         self.path = Path(path)
         self.name = str(path)
         self.files, self.index = _files(self.path)
@@ -150,6 +152,11 @@ class Files(Entries):
             handles.append(handle)
             length, facts = self._read_header(file, handle)
             self._add(file, handle, 8 + length, facts)
+            # The format's own reader has the last word on a header: what others refuse is not merged.
+            try:
+                safe_open(file, framework="pt")
+            except SafetensorError as error:
+                raise ConsilienceError(f"{file} is no valid file of safetensors: {error}.") from error
 
         for n, file_name in (self.index or {}).items():
             if self.where.get(n) != self.path / file_name:
@@ -176,7 +183,7 @@ class Files(Entries):
                 n: Header(str(fact["dtype"]), _numbers(fact["shape"]), *_pair(fact["data_offsets"]))
                 for n, fact in head.items()
             }
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             if pickled:
                 raise pickle_refused(file) from error
             raise ConsilienceError(f"{file} has no JSON header of safetensors.") from error
@@ -186,6 +193,9 @@ class Files(Entries):
         """Check the tensors of a file, whose data begin at byte `data`, and note their places."""
         size = os.fstat(handle).st_size
         for n, fact in facts.items():
+            # It would be printed, into a terminal that obeys control characters.
+            if not n.isprintable():
+                raise ConsilienceError(f"names of tensors must be printable, got {n!r} in {file}.")
             if fact.dtype not in DTYPES:
                 raise ConsilienceError(
                     f"the dtype of {n!r} in {file} must be one of {', '.join(DTYPES)}, got {fact.dtype}."
@@ -255,9 +265,10 @@ class Adapter(Entries):
             raise ConsilienceError(
                 f"an adapter must be LoRA, got {'DoRA' if kind == 'LORA' else kind} at {folder}."
             )
-        if not (folder / "adapter_model.safetensors").is_file() and (folder / "adapter_model.bin").is_file():
+        weights = folder / "adapter_model.safetensors"
+        if not inside(weights) and (folder / "adapter_model.bin").is_file():
             raise pickle_refused(folder / "adapter_model.bin")
-        own = Files(folder / "adapter_model.safetensors")
+        own = Files(weights)
 
         # Adapters are small: their tensors stay in memory, and only products are computed piece by piece.
         self._pairs: dict[str, tuple[Tensor, Tensor]] = {}
@@ -347,7 +358,7 @@ def opened(what: Any, base: Entries | None = None, name: str | None = None) -> E
     if isinstance(what, Mapping):
         return Memory(what, name or "a state dict")
     if isinstance(what, str | Path):
-        if (Path(what) / ADAPTER).is_file():
+        if inside(Path(what) / ADAPTER):
             if base is None:
                 raise ConsilienceError(f"the adapter {what} needs its base, got none; give `base`.")
             return Adapter(what, base)
@@ -370,7 +381,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object."""
     try:
         found = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConsilienceError(f"{path} must be JSON: {error}.") from error
     if not isinstance(found, dict):
         raise ConsilienceError(f"{path} must hold a JSON object, got a {type(found).__name__}.")
@@ -390,6 +401,22 @@ def pickle_refused(path: Path) -> ConsilienceError:
     )
 
 
+def inside(path: Path) -> bool:
+    """Whether a path is a file that lies in its folder; raise ConsilienceError for a link out of it.
+
+    A folder of the Hugging Face cache, snapshots/REVISION, links to the files in blobs next to snapshots.
+    """
+    if not path.is_file():
+        return False
+    folder, real = path.parent.resolve(), path.resolve()
+    blobs = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else folder
+    if not real.is_relative_to(folder) and real.parent != blobs:
+        raise ConsilienceError(
+            f"{path} links to a file outside its folder, {real}; put a copy in its place if it belongs there."
+        )
+    return True
+
+
 def _files(path: Path) -> tuple[list[Path], dict[str, str] | None]:
     """Find the files of weights at a path, and the index's map if there is one."""
     if path.suffix in PICKLES:
@@ -399,17 +426,19 @@ def _files(path: Path) -> tuple[list[Path], dict[str, str] | None]:
     if not path.is_dir():
         raise ConsilienceError(f"a model must be a file or a folder of safetensors, got nothing at {path}.")
 
-    if (path / INDEX).is_file():
+    if inside(path / INDEX):
         index = _index(path / INDEX)
         names = sorted(set(index.values()))
-        if absent := [name for name in names if not (path / name).is_file()]:
+        if outside := [name for name in names if Path(name).name != name]:
+            raise ConsilienceError(f"the index of {path} must name files in the folder, got {outside[0]!r}.")
+        if absent := [name for name in names if not inside(path / name)]:
             raise ConsilienceError(f"{path} lacks {', '.join(absent)}, which its index names.")
         return [path / name for name in names], index
-    if (path / "model.safetensors").is_file():
+    if inside(path / "model.safetensors"):
         return [path / "model.safetensors"], None
 
     # Without an index several files might be shards of one model, or several models.
-    found = sorted(path.glob("*.safetensors"))
+    found = sorted(file for file in path.glob("*.safetensors") if inside(file))
     if len(found) == 1:
         return found, None
     pickled = sorted(file for file in path.iterdir() if file.suffix in PICKLES)
@@ -425,7 +454,7 @@ def _index(path: Path) -> dict[str, str]:
     """Read the file name of each tensor."""
     try:
         return {n: str(file) for n, file in json.loads(path.read_bytes())["weight_map"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConsilienceError(f"the index {path} must be JSON with a `weight_map`.") from error
 
 
@@ -449,10 +478,22 @@ def _pair(values: Any) -> tuple[int, int]:
 
 
 def _by_pattern(patterns: Mapping[str, Any] | None, layer: str, default: Any) -> Any:
-    """Return the value whose pattern matches the end of a layer's name, as peft does."""
+    """Return the value whose pattern matches the end of a layer's name, as peft does.
+
+    Raises ConsilienceError for a pattern that may take for ever on a long name.
+    """
     # The first pattern that fits counts, in the order of the file.
     for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", layer):
+        # Time is exponential only where a repeated group repeats, and a power of the number of repeats.
+        if re.search(r"\)[*+{]|\\\d|\(\?", pattern) or len(re.findall(r"[*+{]", pattern)) > 2:
+            raise ConsilienceError(
+                f"a pattern of an adapter must have at most two repeats and no repeated group, got {pattern}."
+            )
+        try:
+            fits = re.match(rf"(.*\.)?({pattern})$", layer)
+        except re.error as error:
+            raise ConsilienceError(f"{pattern!r} is no pattern of an adapter: {error}.") from error
+        if fits:
             return value
     return default
 

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -15,12 +16,15 @@ from torch import Tensor
 
 from consilience.core.errors import ConsilienceError
 from consilience.core.params import save, write_json
-from consilience.merging._files import ADAPTER, DTYPES, INDEX, PICKLES, PIECE, Files, finite, read_json, stem
+from consilience.merging._files import ADAPTER, DTYPES, INDEX, PIECE, Files, finite, inside, read_json, stem
 from consilience.merging._plan import Plan
 
 CODES = {dtype: code for code, dtype in DTYPES.items()}
-# Other forms of the base's weights, which the merged model's would contradict.
-WEIGHTS = (*PICKLES, ".safetensors", ".h5", ".msgpack", ".onnx", ".gguf")
+COMPANIONS = (".json", ".jsonl", ".txt", ".model", ".jinja", ".tiktoken", ".bpe", ".vocab", ".md")
+"""Files next to weights that a merged folder gets too: configuration and tokenizer, and no code."""
+LEGAL = ("license", "notice")
+OWN = (ADAPTER, "merge.json", "trainer_state.json")
+"""Files of that kind that are about the base's own weights, as indices are."""
 
 
 def fitted(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
@@ -175,9 +179,9 @@ class Shards:
         like = self.plan.like
         if isinstance(like, Files) and like.path.is_dir():
             for path in sorted(like.path.iterdir()):
-                if path.is_file() and path.suffix not in WEIGHTS and path.name not in (INDEX, ADAPTER):
+                if _is_companion(path):
                     shutil.copyfile(path, self.temporary / path.name)
-            self._retype()
+            self._correct_config()
 
         files = _unique([stem(expert.name) for expert in self.plan.experts])
         for file, expert in zip(files, self.plan.experts, strict=True):
@@ -195,10 +199,20 @@ class Shards:
         else:
             os.rename(self.temporary, self.out)
 
-    def _retype(self) -> None:
-        """Correct the dtype in config.json if the weights have another one now."""
+    def _correct_config(self) -> None:
+        """Correct config.json: the dtype, if the weights have another one now, and without a local path."""
         path = self.temporary / "config.json"
         config = read_json(path) if path.is_file() else {}
+        # The folder that a model was trained in concerns nobody else.
+        if Path(str(config.get("_name_or_path", ""))).is_absolute():
+            config["_name_or_path"] = Path(config["_name_or_path"]).name
+            write_json(path, config)
+        if "auto_map" in config:
+            warnings.warn(
+                "the base has code of its own (`auto_map` in config.json), which is not copied; "
+                "copy it from the base if you trust it.",
+                stacklevel=2,
+            )
         fields = [key for key in ("torch_dtype", "dtype") if isinstance(config.get(key), str)]
 
         # Weights of several dtypes have no single name: the field then stays as it is.
@@ -224,6 +238,12 @@ class Shards:
         for parent in self.new_parents:
             with suppress(OSError):
                 parent.rmdir()
+
+
+def _is_companion(path: Path) -> bool:
+    """Whether a file next to a base's weights belongs next to the merged ones, too."""
+    about = path.name in OWN or path.name.endswith(".index.json") or path.name.startswith(".")
+    return not about and (path.suffix in COMPANIONS or path.stem.lower() in LEGAL) and inside(path)
 
 
 def _unique(names: Sequence[str]) -> list[str]:

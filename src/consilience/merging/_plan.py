@@ -14,7 +14,7 @@ import torch
 from consilience.core.errors import ConsilienceError
 from consilience.core.params import matches
 from consilience.merging._allowed import ALLOWED
-from consilience.merging._files import Adapter, Array, Entries, Files, read_json
+from consilience.merging._files import Adapter, Array, Entries, Files, inside, read_json
 
 # Fields that have to agree, or the same parameters mean something else.
 CONFIGURATION_FIELDS = {
@@ -279,7 +279,7 @@ def _configurations(base: Entries | None, experts: Sequence[Entries]) -> list[st
     for file, fields in CONFIGURATION_FIELDS.items():
         facts: dict[str, Any] = {}
         for name, folder in folders.items():
-            if (folder / file).is_file():
+            if inside(folder / file):
                 try:
                     facts[name] = read_json(folder / file)
                 except ConsilienceError as error:

@@ -16,7 +16,7 @@ from torch import Tensor
 from consilience.core.aggregator import Affine, Aggregator, Blockwise, Linear, canonical
 from consilience.core.errors import ConsilienceError, kind_of, unknown
 from consilience.core.params import key, matches
-from consilience.merging._files import Entries, finite, opened
+from consilience.merging._files import Entries, finite, opened, stem
 from consilience.merging._out import Shards, Tensors
 from consilience.merging._plan import MergeSettings, Plan, Reader, Span, plan
 
@@ -679,10 +679,11 @@ def _recipe(
     return {
         "consilience": __version__,
         "aggregator": repr(prepared.aggregator),
-        "base": made.base.name if made.base is not None else None,
-        "experts": [model.name for model in made.experts],
+        # Names without their folders: where they lay concerns nobody who gets the result.
+        "base": stem(made.base.name) if made.base is not None else None,
+        "experts": [stem(model.name) for model in made.experts],
         "weights": prepared.weights.tolist(),
-        "importances": [model.name for model in prepared.importances],
+        "importances": [stem(model.name) for model in prepared.importances],
         "dtype": str(made.wide),
         "out_dtypes": sorted({str(dtypes[n]) for n in made.names}),
         "per": settings.per,

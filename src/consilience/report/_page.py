@@ -9,13 +9,13 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from consilience.core.metrics import lost, mean
+from consilience.core.names import clean
 from consilience.report._style import SCRIPT, STYLE
 from consilience.report._svg import Axis, Point, bars_chart, esc, heat_map, lines_chart, scatter
 from consilience.report._text import (
     TRAITS,
     Column,
     by_metric,
-    clean,
     columns,
     duration,
     human,

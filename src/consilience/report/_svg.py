@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from html import escape
 from typing import NamedTuple
 
-from consilience.report._text import clean, short
+from consilience.core.names import clean
+from consilience.report._text import short
 
 LEVELS = 16
 """Shades of a heat map."""

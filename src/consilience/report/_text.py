@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from consilience.core.errors import ConsilienceError
+from consilience.core.names import clean
 
 if TYPE_CHECKING:
     from consilience.loop.result import Result
@@ -16,15 +17,6 @@ PERCENT = ("accuracy", "auroc", "balanced_accuracy", "f1", "iou", "top_k")
 """Metrics that are written in percent, whatever their arguments."""
 TRAITS = ("setting", "data", "model", "metric", "repeats")
 """Fields that describe a result, next to its method."""
-
-
-def clean(text: object) -> str:
-    r"""Write a name on one line, without control characters.
-
-    >>> clean("two\nlines \x1b[31m")
-    'two lines [31m'
-    """
-    return "".join(letter for letter in " ".join(str(text).split()) if letter.isprintable())
 
 
 def number(value: float | None, percent: bool = False, digits: int | None = None) -> str:
@@ -332,7 +324,17 @@ def tsv(found: Sequence[Column]) -> str:
     """Write columns as tab-separated lines, for a spreadsheet."""
     # Names are cleaned of tabs and newlines before, so that no cell needs quotes.
     names = [column.name for column in found]
-    return "\n".join("\t".join(row) for row in [names, *rows_of(found)])
+    return "\n".join("\t".join(map(cell, row)) for row in [names, *rows_of(found)])
+
+
+def cell(text: str) -> str:
+    """Write a cell for a spreadsheet, which would compute a name that begins as a formula does.
+
+    >>> cell("=1+1"), cell("-25.0")
+    ("'=1+1", '-25.0')
+    """
+    is_number = text.lstrip("+-")[:1].isdigit() or text in ("-", "")
+    return text if is_number or text[0] not in "=+-@" else f"'{text}"
 
 
 def example(method: str = "ewc") -> Result:

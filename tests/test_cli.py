@@ -223,7 +223,7 @@ def test_a_policy_is_a_name_or_a_dotted_path_with_arguments(tmp_path, monkeypatc
     # A file says the same, nested or by options; another policy on the command line drops the arguments.
     for text in (yaml.safe_dump(order.config), "method.policy: my_policies.Recent\nmethod.policy.every: 3"):
         (tmp_path / "config.yaml").write_text(text)
-        assert policies("--config", "config.yaml")[1] == made
+        assert policies("--config", "config.yaml", "--trust")[1] == made
         assert policies("--config", "config.yaml", "--method.policy", "ring")[1] == [memory.ring()]
     both = [
         "--method",
@@ -244,9 +244,9 @@ def test_policies_of_a_comparison_are_those_of_its_runs(tmp_path, monkeypatch):
     assert result(tmp_path / "cmp" / "er")["config"]["method"]["er"]["policy"] == {
         "my_policies.Recent": {"every": 2}
     }
-    assert main(["run", "--config", "cmp/er/config.yaml", "--out", "alone"]) == 0
+    assert main(["run", "--config", "cmp/er/config.yaml", "--trust", "--out", "alone"]) == 0
     assert same(tmp_path / "cmp" / "er", tmp_path / "alone")
-    assert main(["compare", "--resume", "--out", "cmp"]) == 0
+    assert main(["compare", "--resume", "--trust", "--out", "cmp"]) == 0
 
 
 def test_scenario_and_dtype_have_one_spelling_over_all_commands(tmp_path, capsys):
@@ -485,7 +485,7 @@ def test_a_dotted_path_uses_ones_own_function(tmp_path, monkeypatch, capsys):
     assert found["method"] == "ewc"
     assert found["data"] == "few"
     assert found["config"]["method"] == {"my_own_parts.half": {"strength": 4.0, "deep": 2}}
-    assert main(["run", "--config", "out/config.yaml", "--out", "again"]) == 0
+    assert main(["run", "--config", "out/config.yaml", "--trust", "--out", "again"]) == 0
     assert same(tmp_path / "out", tmp_path / "again")
     order = understand("run", ["--method", "my_own_parts.half+er", "--method.half.strength", "5"])
     assert order.config["method"]["my_own_parts.half"]["strength"] == 5.0
@@ -617,6 +617,7 @@ def test_a_loss_is_a_name_with_arguments_or_a_dotted_path(tmp_path, monkeypatch)
     Path("a_loss_of_mine.py").write_text("def cubed(out, y):\n    return (out - y).abs() ** 3\n")
     assert loss_of("focal(gamma=1)") == Focal(gamma=1)
     assert loss_of({"ink": "huber", "class": None}) == {"ink": Huber(), "class": None}
+    read(["--training.loss", "a_loss_of_mine.cubed"])  # typed, and so it may be imported
     assert loss_of("a_loss_of_mine.cubed").__name__ == "cubed"
     with pytest.raises(ConsilienceError, match="`loss` must be one of the catalogue's, got 'focl'"):
         loss_of("focl")

@@ -343,9 +343,9 @@ def archive(path: Path, shape: tuple[int, ...] = (4, 2, 2), data: bytes | None =
 
 def test_an_archive_gets_no_more_memory_than_it_holds(tmp_path):
     assert len(cs.data.npz(archive(tmp_path / "good.npz")).train) == 4
-    for shape in ((2**40, 2, 2), (4, 2, 3), (4, 2, 1)):
+    for shape in ((2**40, 2, 2), (400, 2, 3)):
         path = archive(tmp_path / f"{shape[0]}{shape[2]}.npz", shape)
-        with pytest.raises(ConsilienceError, match="train_images.npy claims .* bytes and has 16"):
+        with pytest.raises(ConsilienceError, match="train_images.npy claims .* bytes of 144"):
             cs.data.npz(path)
 
 

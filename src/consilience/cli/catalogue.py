@@ -105,7 +105,8 @@ def resolve(choice: str, name: str) -> Callable[..., Any]:
     if not module_name:
         raise unknown(choice, name, known)
     typed = TYPED.get()
-    if typed is not None and name not in typed:
+    # A path that begins with a dot is refused below: nothing is imported for it.
+    if typed is not None and name not in typed and module_name.strip("."):
         raise ConsilienceError(
             f"`{choice}: {name}` in a file names code, which would run as you; "
             "add --trust if you know who wrote the file."

@@ -72,7 +72,10 @@ class Row:
 
 @dataclass(eq=False)
 class StepView:
-    """What the verbs read of one step. Engines that stack agents give `clock` and `horizon` as tensors."""
+    """What the verbs read of one step.
+
+    Engines that stack agents give `clock` and `horizon` as tensors in float64.
+    """
 
     theta: Tensor
     """The trainable parameters [n]; for `penalty` a leaf, so that it can be differentiated."""

@@ -85,7 +85,8 @@ class Feed:
         rows = [job or filler for job in stack.rows]
         parts = self._padded_parts([drawn[job] for job in rows], slots)
         device = stack.layout.device
-        moments = torch.tensor([job.moment for job in rows], device=device).T
+        # In double precision, as the quotients of Python's whole numbers are in the serial engine.
+        moments = torch.tensor([job.moment for job in rows], dtype=torch.float64, device=device).T
         rates = torch.tensor([job.rate for job in rows], dtype=torch.float64, device=device)
 
         sizes = {job: tuple([len(part.y) for part in parts]) for job, parts in drawn.items()}
@@ -192,7 +193,7 @@ class Feed:
         }
         targets = (y.new_zeros if some_ended else y.new_empty)(rows, steps, width, *y.shape[1:])
         counts = torch.full((rows, steps), width, device=device)
-        moments = torch.ones(rows, 4, steps, dtype=torch.long, device=device)
+        moments = torch.ones(rows, 4, steps, dtype=torch.float64, device=device)
         rates = torch.ones(rows, steps, dtype=torch.float64, device=device)
 
         for row, job in live:
@@ -206,7 +207,7 @@ class Feed:
             if self.padded:
                 counts[row] = torch.tensor(line.sizes[span], device=device)
             if stack.inside:
-                moments[row] = torch.tensor(line.moments[span], device=device).T
+                moments[row] = torch.tensor(line.moments[span], dtype=torch.float64, device=device).T
             if stack.training.varies:
                 rates[row] = torch.tensor(line.rates[span], dtype=torch.float64, device=device)
 

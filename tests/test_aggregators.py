@@ -10,6 +10,7 @@ import itertools
 import math
 import subprocess
 import sys
+from fractions import Fraction
 
 import pytest
 import torch
@@ -17,11 +18,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import consilience as cs
 from consilience import aggregators
 from consilience.aggregators._breadcrumbs import Breadcrumbs
 from consilience.aggregators._ties import Ties
 from consilience.core.aggregator import Aggregator, Blockwise, Linear
+from consilience.core.checks import exact_share
 from consilience.core.errors import ConsilienceError, Refusal
+from consilience.core.metrics import worst
+from consilience.corrections.sensitivity import TaLoS
 
 HAS_TORCHJD = importlib.util.find_spec("torchjd") is not None
 needs_torchjd = pytest.mark.skipif(not HAS_TORCHJD, reason="torchjd is not installed")
@@ -329,10 +334,28 @@ def test_ties_of_one_task_is_its_trim_with_the_exact_count(
     if levels:  # many tied magnitudes, of both signs
         row = (row.abs() * levels).floor().clamp(0, levels - 1).add(1) * torch.where(row < 0, -1, 1)
     row = row.to(dtype)
-    k = math.ceil(density * n)
+    k = math.ceil(Fraction(str(density)) * n)
     found = aggregators.ties(density)(row[None], [1.0])
     assert torch.equal(found, trimmed(row, k))
     assert int((found != 0).sum()) == k or (row == 0).any()
+
+
+def test_shares_are_the_numbers_that_were_written() -> None:
+    """.07 x 100 is more than 7 in floats; 1 / 3 is less than a third, and 3 / 3 of it are whole."""
+    row = normal(100)
+    for percent in range(1, 101):
+        assert int((aggregators.ties(percent / 100)(row[None], [1.0]) != 0).sum()) == percent
+    assert int((aggregators.ties(0.0701)(row[None], [1.0]) != 0).sum()) == 8
+    assert exact_share(0.07, 10**15) == 7 * 10**13
+    assert exact_share(1 / 3, 3) == 1
+    assert exact_share(2 / 3, 10**9) == Fraction(2 * 10**9, 3)
+    assert exact_share(math.pi, 1) == Fraction("3.141592653589793")
+
+    # Whatever else rounds a share up or down: sparse masks, warm-up, the worst, clients per round.
+    assert TaLoS(density=0.07).kept(100) == 7
+    rates = [cs.Training(epochs=100, lr=1.0, warmup=0.07).rate((i, 0), (100, 1)) for i in range(8)]
+    assert rates == [(i + 1) / 7 for i in range(7)] + [1.0]
+    assert worst(torch.arange(100.0).numpy(), 0.07) == 3.0
 
 
 def test_ties_reads_past_its_blocks() -> None:
@@ -363,7 +386,7 @@ def test_ties_of_opposites_is_zero(seed: int, density: float) -> None:
 @given(seed=st.integers(0, 1000), density=st.floats(0.01, 1.0))
 def test_ties_is_the_paper_with_weights(seed: int, density: float) -> None:
     rows, w = normal(4, 23, seed=seed, dtype=torch.float64), torch.rand(4, generator=gen(seed)).double()
-    t = torch.stack([trimmed(r, math.ceil(density * 23)) for r in rows])
+    t = torch.stack([trimmed(r, math.ceil(Fraction(str(density)) * 23)) for r in rows])
     sign = (w[:, None] * t).sum(0).sign()
     agree = (t.sign() == sign) & (t != 0)
     share = (w[:, None] * agree).sum(0)

@@ -111,7 +111,7 @@ class Later(Correction):
 
 @pytest.mark.parametrize("name", ["ghbm", "fedhbm", "a clock"])
 def test_quotients_of_steps_are_made_in_double_precision(name):
-    """Steps per epoch are 3 and 5 here: a third in float32 is off by 1e-8, which the steps of a visit add up."""
+    """Steps per epoch are 3 and 5 here: a third in float32 is off by 1e-8, and so is what it scales."""
     method = {"ghbm": cs.methods.ghbm(), "fedhbm": cs.methods.fedhbm(), "a clock": cs.Method("c", (Later(),))}
     t = cs.Training(epochs=3, batch_size=8, lr=0.05, precision="fp64")
     a, _ = go("serial", method[name], CLIENTS[:2], training=t, rounds=3)

@@ -10,6 +10,7 @@ import itertools
 import math
 import sys
 import types
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -351,8 +352,8 @@ def test_fisher_of_one_weight_a_row_is_the_mean() -> None:
 
 def crumbs(row: Tensor, density: float, gamma: float) -> Tensor:
     order = sorted(range(len(row)), key=lambda i: (-abs(float(row[i])), i))
-    top = math.floor(gamma * len(row))
-    kept = set(order[top : top + math.ceil(density * len(row))])
+    top = math.floor(Fraction(str(gamma)) * len(row))
+    kept = set(order[top : top + math.ceil(Fraction(str(density)) * len(row))])
     return torch.stack([row[i] if i in kept else row[i] * 0 for i in range(len(row))])
 
 
@@ -380,6 +381,15 @@ def test_breadcrumbs_add_up(seed: int, m: int) -> None:
     rows, w = normal(m, 50, seed=seed), torch.rand(m, generator=gen(seed)).double() - 0.3
     want = (w[:, None] * torch.stack([crumbs(r, 0.3, 0.1) for r in rows])).sum(0)
     assert torch.allclose(aggregators.breadcrumbs(0.3, 0.1)(rows, w), want, atol=1e-12)
+
+
+def test_breadcrumbs_of_decimal_shares_are_exact() -> None:
+    """In floats .29 x 100 is less than 29, .07 x 100 is more than 7, and 1 - .9 is less than .1."""
+    row = normal(100)
+    ranked = row.abs().argsort(descending=True)
+    found = aggregators.breadcrumbs(0.07, 0.29)(row[None], [1.0])
+    assert sorted(found.nonzero()[:, 0].tolist()) == sorted(ranked[29:36].tolist())
+    assert int((aggregators.breadcrumbs(0.9, 0.1)(row[None], [1.0]) != 0).sum()) == 90
 
 
 def test_breadcrumbs_over_many_blocks() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from consilience.aggregators._select import Selection
 from consilience.core.aggregator import Blockwise, ScanState, weighted, widened
+from consilience.core.checks import exact_share
 from consilience.core.errors import ConsilienceError
 
 
@@ -57,12 +58,12 @@ class Breadcrumbs(Blockwise):
     def __post_init__(self) -> None:
         if not 0 < self.density <= 1:
             raise ConsilienceError(f"`density` must be in (0, 1], got {self.density}.")
-        if not 0 <= self.gamma <= 1 - self.density:
+        if not 0 <= self.gamma <= 1 or exact_share(self.gamma, 1) + exact_share(self.density, 1) > 1:
             raise ConsilienceError(f"`gamma` must be in [0, 1 - density], got {self.gamma}.")
 
     def init(self, rows: int, size: int, generator: torch.Generator | None) -> Between:
-        top = math.floor(self.gamma * size)
-        kept = min(size, top + math.ceil(self.density * size))
+        top = math.floor(exact_share(self.gamma, size))
+        kept = min(size, top + math.ceil(exact_share(self.density, size)))
         ranks = (kept, top) if top else (kept,)
         return Between.of(Selection.begin(rows, size, rank, self.block) for rank in ranks)
 

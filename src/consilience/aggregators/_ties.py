@@ -13,6 +13,7 @@ from torch import Tensor
 
 from consilience.aggregators._select import Selection
 from consilience.core.aggregator import Blockwise, widened
+from consilience.core.checks import exact_share
 from consilience.core.errors import ConsilienceError
 
 
@@ -43,7 +44,7 @@ class Ties(Blockwise):
 
     def kept(self, size: int) -> int:
         """Count the entries that a row of `size` keeps: ceil(density * size)."""
-        return min(size, math.ceil(self.density * size))
+        return math.ceil(exact_share(self.density, size))
 
     def init(self, rows: int, size: int, generator: torch.Generator | None) -> Selection:
         return Selection.begin(rows, size, self.kept(size), self.block)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from consilience.core.checks import exact_share
 from consilience.core.source import Target
 
 Sums = dict[str, Tensor]
@@ -225,6 +226,5 @@ def worst(scores: np.ndarray, fraction: float, higher: bool = True) -> float:
     kept = np.sort(scores[np.isfinite(scores)])
     if not len(kept):
         return float("nan")
-    # A little less, because 0.1 x 30 is more than 3 in floating point.
-    count = max(1, math.ceil(fraction * len(kept) - 1e-9))
+    count = max(1, math.ceil(exact_share(fraction, len(kept))))
     return float((kept[:count] if higher else kept[-count:]).mean())

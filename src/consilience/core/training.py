@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from consilience.core.checks import exact_share
 from consilience.core.errors import ConsilienceError, kind_of
 from consilience.core.stopping import Stopping
 
@@ -281,7 +282,7 @@ class Training:
             done, total = place.round, place.rounds
 
         # Step i has (i + 1) / warmup: the first step moves, and the last of the warm-up has the full rate.
-        warmup = self.warmup if self.warmup >= 1 else math.ceil(self.warmup * total)
+        warmup = self.warmup if self.warmup >= 1 else math.ceil(exact_share(self.warmup, total))
         if done < warmup:
             return self.lr * (done + 1) / warmup
         return self.lr * self._factor((done - warmup) / max(1, total - warmup))

@@ -224,7 +224,8 @@ class PackNet(Correction):
     def trace(self, step: StepView, ctx: Context, grad: Tensor, delta: Tensor) -> dict[str, Tensor]:
         # The last step before retraining.
         epochs, steps = step.horizon
-        if step.clock != (epochs - int(epochs * self.retrain) - 1, steps - 1):
+        # A little more, because .29 x 100 is less than 29 in floating point.
+        if step.clock != (epochs - int(epochs * self.retrain + 1e-9) - 1, steps - 1):
             return ctx.trace
         return self._prune(step.theta + delta, step.layout, ctx)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from consilience.core.checks import exact_share
 from consilience.core.contexts import Beginning, Begun, Context, Learned, Memory, StepView
 from consilience.core.correction import NO_TRAINING, Correction
 from consilience.core.errors import ConsilienceError
@@ -86,7 +87,7 @@ class TaLoS(Correction):
         [5624, 3163, 1779, 1000]
         """
         fraction = self.density if round is None else self.density ** ((round + 1) / self.rounds)
-        return min(size, math.ceil(fraction * size))
+        return math.ceil(exact_share(fraction, size))
 
     def refuse(self, facts: ScheduleFacts) -> str | None:
         if not facts.trains:

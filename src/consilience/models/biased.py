@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from consilience.core.checks import exact_share
 from consilience.core.errors import ConsilienceError
 from consilience.models.adapted import Inserted, layers_of, output_dim
 from consilience.models.heads import HEADS, as_type
@@ -46,8 +47,7 @@ class Biased(Inserted):
             raise ConsilienceError(f"`last` must be in [0, 1], got {last}.")
         self.last = last
         layers = layers_of(self.trunk.module, self.trunk.description, "biases")
-        # 0.07 * 100 is 7.000000000000001 in floats, and means 7 layers.
-        count = ceil(last * len(layers) - 1e-9)
+        count = ceil(exact_share(last, len(layers)))
         self._insert(self.trunk, layers[len(layers) - count :], _add_bias)
 
     def __repr__(self) -> str:

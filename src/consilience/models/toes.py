@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from consilience.core.checks import whole_number
+from consilience.core.checks import exact_share, whole_number
 from consilience.core.errors import ConsilienceError
 from consilience.core.model import Forward
 from consilience.core.params import Params, key
@@ -340,8 +340,7 @@ def _chosen_by_lasso(train: Rows, classes: int, options: Options, source: str) -
 
 def _largest(sizes: Tensor, keep: float) -> Tensor:
     """Return the indices of the largest fraction `keep`, rounded up, in rising order."""
-    # The small number is for products like 0.07 * 100, which floats make larger than 7.
-    return sizes.topk(ceil(keep * len(sizes) - 1e-9)).indices.sort().values
+    return sizes.topk(ceil(exact_share(keep, len(sizes)))).indices.sort().values
 
 
 def head_rows(

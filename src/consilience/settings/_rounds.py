@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from consilience.core.checks import whole_number
+from consilience.core.checks import exact_share, whole_number
 from consilience.core.errors import ConsilienceError
 from consilience.core.params import key
 from consilience.core.schedule import Exchange, Phase, Train
@@ -133,7 +133,7 @@ class Participation:
         """Return how many of `able` clients a round asks for."""
         if self.fraction is not None:
             # Not `round`, which rounds halves to even: 0.5 of 5 clients would be 2.
-            return max(1, math.floor(self.fraction * able + 0.5))
+            return max(1, math.floor(exact_share(self.fraction, able) + 0.5))
         return min(self.clients_per_round or able, able)
 
     def present(self, number: int, seed: int, able: Sequence[int]) -> list[int]:

@@ -1633,6 +1633,45 @@ def test_the_dual_program_is_exact():
             )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("short", [1e-8, 1e-13, 1e-22, 1e-30])
+def test_the_length_of_a_constraint_changes_nothing(short, dtype):
+    """Without a margin the cone is one of directions: a task with a tiny gradient binds like any other."""
+    from consilience.aggregators._cone import AGEM, GEM
+
+    for seed in range(10):
+        g = torch.Generator().manual_seed(seed)
+        rows, v = torch.randn(3, 8, generator=g).double(), torch.randn(8, generator=g).double()
+        lengths = torch.tensor([1.0, short, short], dtype=torch.float64)[:, None]
+        near = {"atol": 1e-5 if dtype == torch.float32 else 1e-9, "rtol": 0.0}
+        wanted = GEM(0.0).project(v, rows)
+        moved = GEM(0.0).project(v.to(dtype), (rows * lengths).to(dtype)).double()
+        assert torch.allclose(moved, wanted, **near)
+        # A tiny gradient of the step, next to constraints of common lengths.
+        tiny = GEM(0.0).project((v * short).to(dtype), rows.to(dtype)).double()
+        assert torch.allclose(tiny / short, wanted, **near)
+
+        wanted = v - min(0.0, float(v @ rows[0])) / float(rows[0] @ rows[0]) * rows[0]
+        moved = AGEM().project(v.to(dtype), (rows[:1] * short).to(dtype)).double()
+        assert torch.allclose(moved, wanted, **near)
+    zero = torch.zeros(1, 8, dtype=dtype)
+    assert torch.equal(GEM(0.5).project(v.to(dtype), zero), v.to(dtype))
+    assert torch.equal(AGEM().project(v.to(dtype), zero), v.to(dtype))
+
+
+def test_the_margin_of_gem_is_in_lengths_of_the_constraints():
+    """With a margin the dual is shifted: v = g + G^T (l + margin), l >= 0 by scipy."""
+    from scipy.optimize import nnls
+
+    from consilience.aggregators._cone import GEM
+
+    rows = torch.tensor([[1.0, 0.5, 0.0], [0.0, 2e-3, 1e-3]], dtype=torch.float64)
+    v = torch.tensor([-1.0, 0.3, -2.0], dtype=torch.float64)
+    dual, _ = nnls(rows.T.numpy(), -(v + 0.5 * rows.sum(0)).numpy())
+    wanted = v + rows.T @ (torch.from_numpy(dual) + 0.5)
+    assert torch.allclose(GEM(0.5).project(v, rows), wanted, atol=1e-12)
+
+
 def test_gem_with_one_past_task_is_agem():
     from consilience.aggregators._cone import AGEM, GEM
     from consilience.corrections.projection import EpisodicConstraints

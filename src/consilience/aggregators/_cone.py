@@ -14,7 +14,7 @@ from consilience.core.errors import ConsilienceError
 def nonnegative(gram: Tensor, linear: Tensor) -> Tensor:
     """Solve argmin_{x >= 0} x^T K x / 2 + b^T x [k] exactly, in float64.
 
-    By the active set of Lawson and Hanson (1974).
+    By the active set of Lawson and Hanson (1974). The diagonal of K is 1, or 0 where all of its row is.
 
     >>> nonnegative(torch.eye(2), torch.tensor([-1.0, 1.0])).tolist()
     [1.0, 0.0]
@@ -22,8 +22,8 @@ def nonnegative(gram: Tensor, linear: Tensor) -> Tensor:
     gram, linear = gram.double(), linear.double()
     size = len(linear)
     x, free = torch.zeros_like(linear), torch.zeros(size, dtype=torch.bool)
-    # Relative to the scale of K, so that gradients of any length are solved alike.
-    tolerance = 1e-12 * float(gram.diagonal().abs().max().clamp_min(1e-300)) if size else 0.0
+    # Relative to what it is compared with, so that gradients of any length are solved alike.
+    tolerance = 1e-12 * float(linear.abs().max()) if size else 0.0
 
     for _ in range(3 * size + 1):
         slope = -(gram @ x + linear)
@@ -52,6 +52,19 @@ def nonnegative(gram: Tensor, linear: Tensor) -> Tensor:
     return x
 
 
+def unit_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return rows [k, n] divided by their lengths, and the lengths [k]; rows of zeros stay as they are.
+
+    >>> unit_rows(torch.tensor([[3e-30, 4e-30], [0.0, 0.0]]))[0].tolist()
+    [[0.6000000238418579, 0.800000011920929], [0.0, 0.0]]
+    """
+    # By the largest number first: squares of numbers below 1e-19 are 0 in float32.
+    largest = rows.abs().amax(1, keepdim=True)
+    scaled = rows / torch.where(largest > 0, largest, 1)
+    norms = scaled.norm(dim=1, keepdim=True)
+    return scaled / torch.where(norms > 0, norms, 1), (largest * norms)[:, 0]
+
+
 @dataclass(frozen=True)
 class GEM(Cone):
     """Gradient episodic memory: argmin_v ||v - g||^2 with G v >= margin-shifted 0, by its dual program.
@@ -71,13 +84,15 @@ class GEM(Cone):
             raise ConsilienceError(f"`margin` must be finite and not negative, got {self.margin}.")
 
     def project(self, direction: Tensor, constraints: Tensor) -> Tensor:
-        against = constraints @ direction
+        # Rows of length 1: a short constraint binds like a long one, and squares do not underflow.
+        units, lengths = unit_rows(constraints)
+        against = units @ direction
         if bool((against >= 0).all()):
             return direction
-        gram = (constraints @ constraints.T).double().cpu()
-        shift = torch.full((len(constraints),), self.margin, dtype=torch.float64)
+        gram = (units @ units.T).double().cpu()
+        shift = self.margin * lengths.double().cpu()
         free = nonnegative(gram, against.double().cpu() + gram @ shift)
-        return direction + constraints.T @ (free + shift).to(direction)
+        return direction + units.T @ (free + shift).to(direction)
 
 
 @dataclass(frozen=True)
@@ -91,8 +106,8 @@ class AGEM(Cone):
     """
 
     def project(self, direction: Tensor, constraints: Tensor) -> Tensor:
-        reference = constraints.mean(0) if len(constraints) > 1 else constraints[0]
+        mean = constraints.mean(0, keepdim=True) if len(constraints) > 1 else constraints
+        unit = unit_rows(mean)[0][0]
         # Clamping in the place of a branch: no value is read back from the device.
-        opposed = torch.dot(direction, reference).clamp(max=0)
-        square = torch.dot(reference, reference).clamp_min(torch.finfo(reference.dtype).tiny)
-        return direction - (opposed / square) * reference
+        opposed = torch.dot(direction, unit).clamp(max=0)
+        return direction - opposed * unit

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ from torch import nn
 from torch.fx.passes.shape_prop import ShapeProp
 
 import consilience as cs
+from consilience.core.batch import Batch
 from consilience.core.correction import Correction
 from consilience.core.errors import Interrupted
 from consilience.core.optimiser import SGD
@@ -507,3 +509,34 @@ def test_named_tuples_stay_named():
     merged = merge([Pair(torch.zeros(2), 3), Pair(torch.ones(2), 3)], slots)
     filled = fill(merged, [torch.full((2,), 7.0)])
     assert isinstance(filled, Pair) and filled.first.tolist() == [7.0, 7.0] and filled.second == 3
+
+
+class Sometimes(Correction):
+    """Four more examples of the source; in every second step of a visit for the head of the first task."""
+
+    def __init__(self):
+        self.steps = Counter()
+
+    def sample(self, ctx, sources, generator):
+        self.steps[sources[0].name] += 1
+        task = sources[0].task if self.steps[sources[0].name] % 2 else "t0"
+        return [Batch(sources[0].train.x[:4].double(), sources[0].train.y[:4], task, source=task)]
+
+
+@pytest.mark.parametrize("optimiser", ["adam", "momentum"])
+def test_a_head_that_some_steps_leave_out_counts_its_own_steps(optimiser):
+    """Stacked agents share one count of Adam's steps, but for entries that a step left out."""
+    more = {"momentum": 0.9} if optimiser == "momentum" else {"optimiser": optimiser}
+    t = cs.Training(epochs=2, batch_size=8, lr=0.02, precision="fp64", **more)
+    streams = [
+        [replace(client(10 * k + i, 24), name=f"t{k}/c{i}", task=f"t{k}") for k in range(2)] for i in (0, 1)
+    ]
+    schedule = cs.settings.federated_continual(streams, rounds=1, scenario="task")
+    found, notes = [], []
+    for engine in ("serial", "batched"):
+        method, model = cs.Method("some", (Sometimes(),)), cs.models.multi_head(mlp(), C)
+        found.append(cs.run(schedule, method, model, t, engine=engine, progress=notes.append))
+    said = [line["note"] for line in notes if line["event"] == "engine"]
+    assert said == [f"batched: 2 agents a step, {size} numbers each" for size in (83, 110)]
+    assert gap(*found) < 1e-13
+    assert found[0].costs["macs"] == found[1].costs["macs"]

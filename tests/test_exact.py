@@ -1519,7 +1519,15 @@ def test_gather_changes_what_is_trained_on():
     near(ran(toy(gather=gather)).agent.state.params, entries(net))
 
 
-def test_an_unsampled_head_does_not_move_under_momentum():
+def of_torch(kind, parameters):
+    more = {"SGD": {"momentum": 0.9, "weight_decay": 0.05}, "Adam": {}, "AdamW": {"weight_decay": 0.05}}
+    return getattr(torch.optim, kind)(parameters, lr=LR, **more.get(kind, {}))
+
+
+@pytest.mark.parametrize("late", [0, 1])
+@pytest.mark.parametrize("kind", ["SGD", "Adam", "AdamW", "NAdam", "Rprop"])
+def test_an_unsampled_head_does_not_move_and_counts_its_own_steps(kind, late):
+    """A head that is drawn in every second step has half of the steps, as in torch.optim."""
     from consilience.core.batch import Batch
 
     s = [source("a", 24, (0, 1), 1), source("b", 24, (2, 3), 2)]
@@ -1528,11 +1536,13 @@ def test_an_unsampled_head_does_not_move_under_momentum():
 
     def sample(self, ctx, sources, generator):
         calls.append(sources[0].name)
-        if sources[0].name == "b" and len(calls) % 2:
+        if sources[0].name == "b" and len(calls) % 2 == late:
             return [Batch(s[0].train.x[:4], s[0].train.y[:4], "a", source="a")]
         return []
 
-    r = ran(toy(sample=sample), s, model=model, scenario="task", weight_decay=0.05)
+    named = kind if kind in ("NAdam", "Rprop") else kind.lower()
+    more = {"weight_decay": 0.05 * (kind in ("SGD", "AdamW")), "momentum": 0.9 * (kind == "SGD")}
+    r = ran(toy(sample=sample), s, model=model, scenario="task", optimiser=named, **more)
 
     trunk, heads, calls2 = nn.Linear(D, 5).double(), {}, 0
     init = double(mlp())[0]
@@ -1542,13 +1552,11 @@ def test_an_unsampled_head_does_not_move_under_momentum():
         heads[one.name] = nn.Linear(5, 2).double()
         heads[one.name].load_state_dict({k: p[f"heads.{one.name}.{k}"] for k in ("weight", "bias")})
         used = [*trunk.parameters(), *(p for h in heads.values() for p in h.parameters())]
-        optimiser = torch.optim.SGD(
-            used, lr=LR, momentum=0.9, weight_decay=0.05
-        )  # leaves out what has no gradient
+        optimiser = of_torch(kind, used)  # leaves out what has no gradient
         for *_, x, y in batches(one):
             calls2 += 1
             value = F.cross_entropy(heads[one.name](trunk(x).relu()), y - one.classes[0])
-            if one.name == "b" and calls2 % 2:
+            if one.name == "b" and calls2 % 2 == late:
                 value = (
                     value + F.cross_entropy(heads["a"](trunk(s[0].train.x[:4]).relu()), s[0].train.y[:4])
                 ) / 2

@@ -109,7 +109,8 @@ class SGD(Optimiser):
 class Adam(Optimiser):
     """Adam (Kingma & Ba 2015).
 
-    With `decoupled`, weight decay is that of AdamW. `corrected=False` leaves out the bias correction.
+    With `decoupled`, weight decay is that of AdamW. `corrected=False` leaves out the bias correction. In
+    training it is that of each entry's own steps: those in which an objective reached it, as in torch.optim.
     """
 
     beta1: float = 0.9

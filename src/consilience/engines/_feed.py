@@ -19,6 +19,9 @@ from consilience.engines._pure import Clock
 from consilience.engines._stack import Stack, StepCost
 from consilience.loop.job import Job, Part
 
+Drawn = tuple[tuple[int, str | None], ...]
+"""The batches of a step: the size and the task of each."""
+
 
 class Feed:
     """Give a stack the batches of every step.
@@ -32,8 +35,8 @@ class Feed:
         batch = stack.training.batch_size
         self.widths = [min(batch, max(column)) for column in zip(*sizes, strict=True)]
         self.padded = any(size % width for row in sizes for size, width in zip(row, self.widths, strict=True))
-        self.macs: dict[tuple[int, ...], int] = {}
-        """The cost of a step by the sizes of its batches."""
+        self.costs: dict[Drawn, StepCost] = {}
+        """What a step costs by what its batches are."""
 
         inputs = (part.examples.whole()[0] for job in stack.jobs for part in job.parts if in_memory(part))
         if any(isinstance(x, Tree) and x.ragged for x in inputs):
@@ -89,13 +92,15 @@ class Feed:
         moments = torch.tensor([job.moment for job in rows], dtype=torch.float64, device=device).T
         rates = torch.tensor([job.rate for job in rows], dtype=torch.float64, device=device)
 
-        sizes = {job: tuple([len(part.y) for part in parts]) for job, parts in drawn.items()}
-        for job, size in sizes.items():
-            if size not in self.macs:
-                self._measure(job, drawn[job], size)
+        kinds = {job: tuple([(len(part.y), part.task) for part in parts]) for job, parts in drawn.items()}
+        for job, kind in kinds.items():
+            if kind not in self.costs:
+                self._measure(job, drawn[job], kind)
+            # Another task's batch reaches another head.
+            stack.step.absent = self.costs[kind].absent
         stack.advance(slots, parts, self._clock(moments, rates, slots))
-        for job, size in sizes.items():
-            self._charge(job, size)
+        for job, kind in kinds.items():
+            self._charge(job, kind)
             job.index += 1
 
     def _padded_parts(self, drawn: Sequence[list[Batch]], slots: Slots) -> list[Batch]:
@@ -166,7 +171,7 @@ class Feed:
                 # An interrupted window keeps the steps that were taken, so that each job can go on alone.
                 for job, line in live.items():
                     for size, times in Counter(line.sizes[line.done : line.done + taken]).items():
-                        self._charge(job, (size,), times)
+                        self._charge(job, ((size, blank.task),), times)
                     line.done += taken
                     job.epoch, job.index = line.clock()
 
@@ -212,9 +217,10 @@ class Feed:
                 rates[row] = torch.tensor(line.rates[span], dtype=torch.float64, device=device)
 
             for step, size in enumerate(line.sizes[span], line.done):
-                if (size,) not in self.macs:
+                kind = ((size, blank.task),)
+                if kind not in self.costs:
                     alone = next(examples.batches([line.index[step, :size]]))
-                    self._measure(job, [replace(blank, x=alone[0], y=alone[1])], (size,))
+                    self._measure(job, [replace(blank, x=alone[0], y=alone[1])], kind)
 
         weights = None
         if self.padded:
@@ -258,14 +264,14 @@ class Feed:
 
         return Clock(now, (horizon(epochs), horizon(steps)), rate)
 
-    def _measure(self, job: Job, parts: list[Batch], sizes: tuple[int, ...]) -> None:
-        """Measure the cost of a step with batches of these sizes.
+    def _measure(self, job: Job, parts: list[Batch], kind: Drawn) -> None:
+        """Measure the cost of a step with such batches.
 
         For this, one job takes the step alone, and its state is restored. The step also shows which entries
         the gradient does not reach.
         """
         stack, cost = self.stack, job.cost(parts)
-        key = (stack.kind, stack.shape, sizes, cost)
+        key = (stack.kind, stack.shape, kind, cost)
         costs = stack.cache.costs
         # Measured on one job alone, as the serial engine does: a stack would count its padding too.
         if key not in costs:
@@ -275,12 +281,13 @@ class Feed:
             ledger.add(job.agent, "macs", -macs)
             job.load(*kept)
             costs[key] = StepCost(macs, job.step.absent, stack.step.model)
-        self.macs[sizes], stack.step.absent = costs[key].macs, costs[key].absent
+        self.costs[kind] = costs[key]
+        stack.step.absent = costs[key].absent
 
-    def _charge(self, job: Job, sizes: tuple[int, ...], times: int = 1) -> None:
-        """Charge steps with batches of these sizes to a job's agent."""
+    def _charge(self, job: Job, kind: Drawn, times: int = 1) -> None:
+        """Charge steps with such batches to a job's agent."""
         ledger = self.stack.ledgers[job]
-        ledger.add(job.agent, "macs", self.macs[sizes] * times)
+        ledger.add(job.agent, "macs", self.costs[kind].macs * times)
         ledger.steps += times
 
 

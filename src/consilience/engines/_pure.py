@@ -17,7 +17,7 @@ from consilience.core.source import PLAIN
 from consilience.core.tree import Input
 from consilience.core.viewed import Viewed
 from consilience.engines._merge import Slot, Unbatchable, fill
-from consilience.loop.step import Carry, Step, clip_factor
+from consilience.loop.step import Carry, Step, clip_factor, own_count
 
 
 class StateKey(NamedTuple):
@@ -298,8 +298,11 @@ class AgentStep:
     ) -> Tensor:
         """Compute the optimiser's direction for one entry, and put its new state into `new`."""
         step, absent = self.step, name in self.step.absent
+        counts = {key: count for key, count in inputs.optimiser.items() if "/" not in key}
+        own = {key: own_count(key, name) for key in counts if own_count(key, name) in inputs.optimiser}
         vectors = {key: inputs.state[StateKey("optimiser", key, name)] for key in self.vectors}
-        old, leaf = {**inputs.optimiser, **vectors}, inputs.leaves[name]
+        old = {**counts, **vectors, **{key: inputs.optimiser[place] for key, place in own.items()}}
+        leaf = inputs.leaves[name]
         decay = None if self.decays is None else self.decays[name] * leaf
         if decay is not None and not step.training.decoupled:
             grad = grad + decay
@@ -307,10 +310,8 @@ class AgentStep:
         if decay is not None and step.training.decoupled:
             direction = direction + decay
         for key, tensor in moved.items():
-            if key in self.vectors:
-                new[StateKey("optimiser", key, name)] = old[key] if absent else tensor
-            else:
-                new[StateKey("optimiser", key)] = tensor
+            place = StateKey("optimiser", key, name) if key in vectors else None
+            new[place or StateKey("optimiser", own.get(key, key))] = old[key] if absent else tensor
 
         # No gradient means no update, not even that of a momentum or a weight decay.
         if absent:

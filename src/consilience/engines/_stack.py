@@ -21,6 +21,7 @@ from consilience.engines._pure import AgentStep, Clock, Constants, StateKey
 from consilience.loop.agent import input_shape
 from consilience.loop.job import Job
 from consilience.loop.ledger import Ledger
+from consilience.loop.step import own_count
 
 INSIDE = ("view", "losses", "rows", "penalty", "mask", "trace")
 """The verbs that run inside a program; `sample` draws outside of it."""
@@ -147,6 +148,7 @@ class Stack:
 
     def advance(self, slots: Slots, parts: list[Batch], clock: Clock) -> None:
         """Take one step with all rows; `slots` holds the tensors of `parts` and `clock`."""
+        self._count_apart()
         args = [*self.state.values(), *self.slots.tensors, *slots.tensors]
         # A short key of what differs between steps of one stack: the full key costs more than a small step.
         key = (
@@ -162,6 +164,17 @@ class Stack:
         for name, tensor in zip(self.state, program(args, compiled, self.note), strict=True):
             self.state[name] = tensor
 
+    def _count_apart(self) -> None:
+        """Give entries that a step leaves out counts of their own, as `Step` does."""
+        counts = [key for key in self.jobs[0].carry.optimiser if key not in self.vectors and "/" not in key]
+        for name in self.step.absent:
+            for key in counts:
+                place = StateKey("optimiser", own_count(key, name))
+                if place not in self.state:
+                    self.state[place] = self.state[StateKey("optimiser", key)].clone()
+                    # They read another state.
+                    self.programs.clear()
+
     def _program(self, args: list[Tensor], slots: Slots, parts: list[Batch], clock: Clock) -> Program:
         """Find the program for these arguments among those of the engine, or trace it."""
         dims = [*[0] * len(self.state), *self.slots.dims, *slots.dims]
@@ -173,6 +186,7 @@ class Stack:
             tuple(dims),
             tuple((tuple(tensor.shape), tensor.dtype) for tensor in args),
             tuple(self.step.absent),
+            tuple(self.state),
         )
         if key in self.cache.programs:
             return self.cache.programs[key]
@@ -205,12 +219,12 @@ class Stack:
             for name, buffer in job.moving_buffers():
                 buffer.copy_(self.state[StateKey("buffer", name)][row])
 
-            for key in carry.optimiser:
-                if key in self.vectors:
-                    entries = [self.state[StateKey("optimiser", key, name)] for name in self.layout.names]
-                    carry.optimiser[key] = torch.cat([entry[row].reshape(-1) for entry in entries])
-                else:
-                    carry.optimiser[key] = self.state[StateKey("optimiser", key)][row].clone()
+            for key in self.vectors:
+                entries = [self.state[StateKey("optimiser", key, name)] for name in self.layout.names]
+                carry.optimiser[key] = torch.cat([entry[row].reshape(-1) for entry in entries])
+            for place, count in self.state.items():
+                if place.kind == "optimiser" and not place.entry:
+                    carry.optimiser[place.name] = count[row].clone()
 
             for correction, ctx in job.step.by_verb["trace"]:
                 keys = {entry: StateKey("trace", correction.name, entry) for entry in ctx.trace}

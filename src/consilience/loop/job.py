@@ -373,8 +373,12 @@ class Job:
         self.carry.theta.copy_(tensors["theta"])
         for name, buffer in self.moving_buffers():
             buffer.copy_(tensors[f"buffers/{name}"])
-        for name in self.carry.optimiser:
-            self.carry.optimiser[name] = tensors[f"optimiser/{name}"].to(device)
+        # By what was kept: entries that were left out of a step have counts of their own.
+        self.carry.optimiser = {
+            name.removeprefix("optimiser/"): tensor.to(device)
+            for name, tensor in tensors.items()
+            if name.startswith("optimiser/")
+        }
         for name in self.carry.scaling:
             self.carry.scaling[name] = tensors[f"scaling/{name}"].to(device)
         for correction, ctx in self.corrections:

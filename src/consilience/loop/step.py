@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -106,6 +106,11 @@ def cut(part: Batch, count: int) -> list[Batch]:
         )
         for span in spans
     ]
+
+
+def own_count(key: str, name: str) -> str:
+    """Return where an optimiser's state has an entry's own value of what is no vector, such as a count."""
+    return f"{key}/{name}"
 
 
 def clip_factor(norm: Tensor, most: float) -> Tensor:
@@ -274,14 +279,14 @@ class Step:
         if self.decays is not None and not training.decoupled:
             trained = trained + self.decays * carry.theta
 
-        direction, state = optimiser.update(trained, carry.optimiser, carry.theta)
+        direction, state = self._updated(optimiser, trained)
         if self.decays is not None and training.decoupled:
             # The direction of some optimisers contains the learning rate, and then the decay must too.
             direction = direction + self.decays * carry.theta * (rate / lr)
 
         # Absent and masked entries stay as they are, whatever momentum and decay say.
-        if self.absent:
-            direction = self._hold(direction, state, carry.optimiser)
+        for name in self.absent:
+            direction[self.layout.span(name)] = 0
         if factor is not None:
             direction = direction.masked_fill(factor == 0, 0)
         if self.factors is not None:
@@ -640,15 +645,37 @@ class Step:
             factor = mask if factor is None else factor * mask
         return factor
 
-    def _hold(self, direction: Tensor, state: OptimiserState, old: Mapping[str, Tensor]) -> Tensor:
-        """Keep absent entries, and the optimiser's state of them: momentum must not move them."""
-        held = direction.clone()
-        for name in self.absent:
-            span = self.layout.span(name)
-            held[span] = 0
+    def _updated(self, optimiser: Optimiser, grad: Tensor) -> tuple[Tensor, OptimiserState]:
+        """Return the optimiser's direction [n] for a gradient [n], and its new state.
 
-            # State of other shapes, such as a step count, belongs to no entry.
-            for key, value in state.items():
-                if value.shape == held.shape and key in old:
-                    value[span] = old[key][span]
-        return held
+        An entry counts its own steps, as in torch.optim: Adam's bias correction is that of its first step
+        when the entry is first reached. Entries that were absent once have counts of their own.
+        """
+        old, theta = self.carry.optimiser, self.carry.theta
+        common = {key: value for key, value in old.items() if "/" not in key}
+        direction, state = optimiser.update(grad, common, theta)
+        if not self.absent and len(common) == len(old):
+            return direction, state
+
+        counts = [key for key, value in common.items() if value.shape != theta.shape]
+        vectors = [key for key in state if key in common and key not in counts]
+        own = {key: value for key, value in old.items() if "/" in key}
+        for name in self.absent:
+            for key in counts:
+                own.setdefault(own_count(key, name), old[key])
+
+        # A copy, because the direction may be the gradient itself, which traces read.
+        direction, absent = direction.clone(), set(self.absent)
+        for name in self.layout.names:
+            span = self.layout.span(name)
+            if name in absent:
+                for key in vectors:
+                    state[key][span] = old[key][span]
+            elif counts and own_count(counts[0], name) in own:
+                alone = {key: old[key][span] for key in vectors}
+                alone |= {key: own[own_count(key, name)] for key in counts}
+                direction[span], moved = optimiser.update(grad[span], alone, theta[span])
+                for key in vectors:
+                    state[key][span] = moved[key]
+                own |= {own_count(key, name): moved[key] for key in counts}
+        return direction, {**state, **own}

@@ -21,6 +21,7 @@ from consilience.core.params import content_hash, key, same
 from consilience.core.source import Tensors
 from consilience.core.state import State, decode_state, encode_state
 from consilience.corrections.fedweit import FedWeIt
+from consilience.data.features import Backbone
 from consilience.data.samplers import Balanced
 from consilience.loop.agent import Agent
 from consilience.loop.ledger import Ledger
@@ -409,6 +410,25 @@ def test_feddf_without_steps_is_fedavg_and_common_ground_is_adopted():
     agent = hearer(cs.consolidators.ensemble_distillation(U), base)
     agent.receive([told(moved(i), f"edge-{i}", 10, content_hash(base), learned=False) for i in range(2)])
     near(agent.state.params, {n: (moved(0)[n] + moved(1)[n]) / 2 for n in base})
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp64"])
+def test_a_module_in_double_precision_takes_unlabelled_inputs(precision):
+    """Inputs were tried in float32, and a module of float64 was said not to fit their shape."""
+    schedule = cs.settings.federated([A, B], 1, scenario="domain")
+    found = [
+        final(schedule, cs.methods.feddf(U, steps=3), model=net, precision=precision)
+        for net in (nn.Linear(D, C).double(), nn.Linear(D, C))
+    ]
+    wanted = torch.float64 if precision == "fp64" else torch.float32
+    assert all(ends["weight"].dtype == wanted for ends in found)
+
+
+def test_a_backbone_in_double_precision_gives_features():
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(D, 4), nn.Tanh()).double(), torch.randn(5, D)
+    trunk = cs.models.frozen(cs.models.wrap(net, 4, headless=True))
+    assert torch.equal(Backbone.of(trunk, torch.device("cpu"))(x), net(x.double()).detach())
 
 
 def test_feddf_refusals():

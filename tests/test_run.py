@@ -45,6 +45,8 @@ def parts(digits: cs.Source) -> list[cs.Source]:
         cs.methods.ewc(20.0),
         cs.methods.lwf(),
         cs.methods.si(5.0),
+        cs.methods.online_ewc(20.0, gamma=0.5),
+        cs.methods.mas(1.0),
         cs.methods.fedprox(0.1),
         cs.methods.ewc(5.0) + cs.methods.lwf(),
     ],

@@ -13,7 +13,7 @@ from consilience.core.errors import ConsilienceError, kind_of
 from consilience.core.message import Message, Shared
 from consilience.core.model import Model
 from consilience.core.optimiser import SGD, Adam
-from consilience.core.params import Layout, Params, content_hash
+from consilience.core.params import Layout, Params, computing, content_hash
 from consilience.core.schedule import ScheduleFacts
 from consilience.core.source import Examples, Source
 from consilience.core.state import State
@@ -121,12 +121,14 @@ class Distillation(WeightSpace):
             # Whether the inputs fit shows only in a forward pass: models do not declare their input's shape.
             assert self.unlabelled is not None
             params, buffers = facts.model.init(torch.Generator().manual_seed(0))
+            like = computing(params)
             try:
-                one = cast_to(self.unlabelled[:1], self.unlabelled.device, torch.float32)
+                one = cast_to(self.unlabelled[:1], like.device, like.dtype)
                 facts.model(params, buffers, one, None, False)
-            except (RuntimeError, ValueError, IndexError, TypeError):
+            except (RuntimeError, ValueError, IndexError, TypeError) as error:
                 return (
-                    f"`unlabelled` must fit the model's input, got inputs {tuple(self.unlabelled.shape[1:])}"
+                    f"`unlabelled` must fit the model's input, got inputs {tuple(self.unlabelled.shape[1:])} "
+                    f"({str(error).partition(chr(10))[0][:120]})"
                 )
         return super().refuse(facts)
 

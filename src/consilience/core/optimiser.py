@@ -182,8 +182,9 @@ class Adagrad(Optimiser):
 class Yogi(Optimiser):
     """Yogi: v -= (1 - beta2) g^2 sign(v - g^2), m = beta1 m + (1 - beta1) g, direction m / (sqrt(v) + tau).
 
-    There is no bias correction. v moves by a part of g^2, where Adam's moves by a part of g^2 - v, so that it
-    forgets slowly. Zaheer et al. 2018; Reddi et al. 2021 (FedYogi).
+    There is no bias correction, and m and v begin at 0 (FedYogi's v at tau^2 or more). v moves by a part of
+    g^2, where Adam's moves by a part of g^2 - v, so that it forgets slowly. Zaheer et al. 2018; Reddi et al.
+    2021 (FedYogi).
 
     >>> yogi = Yogi(beta1=0.0, beta2=0.75, tau=1.0)
     >>> yogi.update(torch.tensor([2.0]), yogi.init(torch.zeros(1)), torch.zeros(1))[0].tolist()

@@ -211,9 +211,10 @@ class Proximal(Correction):
 class OnlineEWC(Running, EWC):
     """Online EWC: one running precision that decays, F <- gamma F + F_k, around the latest parameters.
 
-    (strength / 2) sum_k gamma^(age of k) F_k (theta - theta_0)^2, theta_0 where this visit begins. Ages count
-    this agent's visits, so gamma = 1 keeps all precisions and moves only their centre. Schwarz et al. 2018;
-    Chaudhry et al. 2018 (EWC++).
+    (strength / 2) sum_k gamma^(age of k) F_k (theta - theta_0)^2, theta_0 where this visit begins. Each visit
+    comes one after the latest that its agent has received, or made: ages count visits in a stream, and rounds
+    in a federation. gamma = 1 keeps all precisions and moves only their centre. Schwarz et al. 2018; Chaudhry
+    et al. 2018 (EWC++).
     """
 
     # Repeated, because `Running` comes before `EWC` in the order of bases and would give 1.
@@ -228,7 +229,9 @@ class OnlineEWC(Running, EWC):
             raise ConsilienceError(f"`gamma` must be in [0, 1], got {self.gamma}.")
 
     def summarise(self, learned: Learned, ctx: Context) -> Statistics:
-        return self.precision(fisher(learned, self.labels, self.samples), order=learned.order)
+        # Not this agent's count of visits alone: clients would all be at their first, whatever the round.
+        order = learned.order if ctx.recalled is None else max(learned.order, 1 + ctx.recalled.meta["latest"])
+        return self.precision(fisher(learned, self.labels, self.samples), order=order)
 
     def recall(self, memory: Memory, sources: tuple[Source, ...]) -> Statistics | None:
         """Return the sum of the decayed precisions of all other sources."""
@@ -249,7 +252,7 @@ class OnlineEWC(Running, EWC):
                 precision[name] = (
                     precision[name] + decayed.to(precision[name].device) if name in precision else decayed
                 )
-        return self.precision(precision)
+        return self.precision(precision, latest=max(item.meta["order"] for item in memory.values()))
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from consilience.core.errors import ConsilienceError, kind_of
 from consilience.core.model import Forward, Model
-from consilience.core.params import content_hash
+from consilience.core.params import computing, content_hash
 from consilience.core.source import Examples, Source, Tensors
 from consilience.core.tree import Input, Tree, cast_to, concat
 
@@ -125,7 +125,7 @@ class Backbone:
             buffers = {name: value.to(self.device) for name, value in self.buffers.items()}
             self.bound = self.trunk.bind(params, buffers, False)[0]
 
-        psi: Tensor = self.bound(cast_to(x, self.device, torch.float32), None)
+        psi: Tensor = self.bound(cast_to(x, self.device, computing(self.params).dtype), None)
         if psi.ndim != 2 or psi.shape[1] != self.width:
             raise ConsilienceError(
                 f"a backbone must give features [B, {self.width}], got shape {tuple(psi.shape)}."

@@ -70,6 +70,8 @@ def fedavgm(momentum: float = 0.9, lr: float = 1.0) -> Method:
 def fedadam(lr: float = 0.1, beta1: float = 0.9, beta2: float = 0.99, tau: float = 1e-3) -> Method:
     """FedAdam: the server takes Adam's step, without bias correction, along the average of the changes.
 
+    Both means begin at 0; in the paper that of squares begins at tau^2 or more.
+
     Paper: Reddi et al. 2021.
 
     Args:
@@ -99,6 +101,8 @@ def fedadagrad(lr: float = 0.1, tau: float = 1e-3) -> Method:
 
 def fedyogi(lr: float = 0.1, beta1: float = 0.9, beta2: float = 0.99, tau: float = 1e-3) -> Method:
     """FedYogi: as fedadam, with a mean of squares that moves by the size of the change and its sign.
+
+    Both means begin at 0; in the paper that of squares begins at tau^2 or more.
 
     Paper: Reddi et al. 2021.
 

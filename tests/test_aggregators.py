@@ -23,9 +23,9 @@ from consilience import aggregators
 from consilience.aggregators._breadcrumbs import Breadcrumbs
 from consilience.aggregators._ties import Ties
 from consilience.core.aggregator import Aggregator, Blockwise, Linear
-from consilience.core.checks import exact_share
 from consilience.core.errors import ConsilienceError, Refusal
 from consilience.core.metrics import worst
+from consilience.core.shares import exact_share
 from consilience.corrections.sensitivity import TaLoS
 
 HAS_TORCHJD = importlib.util.find_spec("torchjd") is not None

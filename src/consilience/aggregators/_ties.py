@@ -13,8 +13,8 @@ from torch import Tensor
 
 from consilience.aggregators._select import Selection
 from consilience.core.aggregator import Blockwise, widened
-from consilience.core.checks import exact_share
 from consilience.core.errors import ConsilienceError
+from consilience.core.shares import exact_share
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from consilience.core.checks import exact_share
+from consilience.core.shares import exact_share
 from consilience.core.source import Target
 
 Sums = dict[str, Tensor]

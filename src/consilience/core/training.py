@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from consilience.core.checks import exact_share
 from consilience.core.errors import ConsilienceError, kind_of
+from consilience.core.shares import exact_share
 from consilience.core.stopping import Stopping
 
 # The command line reads this signature to list its options, so nothing here imports torch at module level.

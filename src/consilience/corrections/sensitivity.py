@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from consilience.core.checks import exact_share
 from consilience.core.contexts import Beginning, Begun, Context, Learned, Memory, StepView
 from consilience.core.correction import NO_TRAINING, Correction
 from consilience.core.errors import ConsilienceError
 from consilience.core.message import Item, Private
 from consilience.core.model import Model
 from consilience.core.params import Layout, Params, same
+from consilience.core.shares import exact_share
 from consilience.core.source import LabelFrame, Source
 from consilience.core.tree import cast_to
 from consilience.corrections.anatomy import anatomy, spread

@@ -8,8 +8,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from consilience.core.checks import exact_share
 from consilience.core.errors import ConsilienceError
+from consilience.core.shares import exact_share
 from consilience.models.adapted import Inserted, layers_of, output_dim
 from consilience.models.heads import HEADS, as_type
 from consilience.models.module import ModuleModel

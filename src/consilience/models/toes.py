@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from consilience.core.checks import exact_share, whole_number
+from consilience.core.checks import whole_number
 from consilience.core.errors import ConsilienceError
 from consilience.core.model import Forward
 from consilience.core.params import Params, key
+from consilience.core.shares import exact_share
 from consilience.core.source import Examples, Source
 from consilience.core.tree import Input
 from consilience.models.adapted import feature_axis, layers_of

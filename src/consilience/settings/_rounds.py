@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from consilience.core.checks import exact_share, whole_number
+from consilience.core.checks import whole_number
 from consilience.core.errors import ConsilienceError
 from consilience.core.params import key
 from consilience.core.schedule import Exchange, Phase, Train
+from consilience.core.shares import exact_share
 
 Neighbours = list[tuple[int, ...]]
 """The neighbours of each agent."""

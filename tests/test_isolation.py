@@ -619,7 +619,7 @@ def test_refuses_where_others_move_what_it_keeps(name):
 
 def test_packnet_refuses_without_capacity():
     few = [source(i, classes=(0, 1)) for i in range(9)]
-    small = cs.models.multi_head(cs.models.mlp(D, (12,), 2), 2)
+    small = cs.models.multi_head(cs.models.mlp(D, (12,), C), C)
     with pytest.raises(cs.Refusal, match="no free weight left for task 2 of 3; use a smaller `keep`"):
         go(cs.methods.packnet(1.0))
     with pytest.raises(cs.Refusal, match="no free weight left for task 8 of 9"):

@@ -532,7 +532,7 @@ def test_an_interrupt_saves_and_says_how_to_go_on(tmp_path, parts):
     ("change", "text"),
     [
         ({"model": cs.models.mlp(10, (8,), 10)}, "samples must fit the model's input, got (64,)"),
-        ({"model": cs.models.mlp(64, (8,), 3)}, "an output for each of the 4 classes, got 3"),
+        ({"model": cs.models.mlp(64, (8,), 3)}, "an output for each of the 10 classes, got 3"),
         ({"repeats": 0}, "`repeats` must be an integer >= 1, got 0"),
         ({"engine": "seriel"}, "`engine` must be one of serial, batched, ray, auto, got 'seriel'"),
         ({"checkpoint_steps": 0}, "`checkpoint_steps` must be >= 1 or None, got 0"),

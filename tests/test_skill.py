@@ -400,9 +400,8 @@ def test_banks_of_two_runs_join(parts, model):
         ("ben", parts[2].name),
     ]
     agent = cs.skill.newcomer(both, method, model, like=parts[0].test.whole()[0])
-    assert agent.frame.labels == tuple(("digits", str(i)) for i in range(6)) and list(agent.frame.tasks) == [
-        s.name for s in parts[:3]
-    ]
+    assert agent.frame.labels == parts[0].labels
+    assert list(agent.frame.tasks) == [s.name for s in parts[:3]]
     assert cs.skill.bank_hash(agent) == cs.skill.bank_hash(both)
     right = [agent.predict(x).argmax(1) == y for x, y in (s.test.whole() for s in parts[:3])]
     assert float(torch.cat(right).double().mean()) > 0.85
@@ -791,8 +790,9 @@ def test_a_model_without_anything_to_learn_is_refused(parts):
 
 def test_targets_of_another_frame_are_no_columns_of_a_head(parts):
     """Head2Toe of a source as it was split, not as the schedule framed it."""
-    (framed,) = cs.settings.skill(parts[1:2]).sources
-    model = cs.models.multi_head(cs.models.frozen(cs.models.mlp(64, (12,), 10)), 10)
+    theirs = parts[0].map(labels=tuple(("theirs", name) for _, name in parts[0].labels))
+    _, framed = cs.settings.skill([theirs, parts[1]], scenario="task").sources
+    model = cs.models.multi_head(cs.models.frozen(cs.models.mlp(64, (12,), 10)), 20)
     params, buffers = model.grow(*model.init(torch.Generator().manual_seed(0)), framed, torch.Generator())
     cs.models.head2toe(model, params, buffers, framed, keep=0.5, epochs=1)
     with pytest.raises(cs.ConsilienceError, match="targets must be output columns"):
@@ -921,7 +921,9 @@ def test_a_bank_of_another_backbone_is_refused(shared, parts, tmp_path):
     same.state = same.state.change(params={**same.state.params, name: hair}, frozen=others)
     with pytest.raises(cs.ConsilienceError, match="a module must belong to this agent's backbone"):
         cs.skill.give(same, cs.skill.load_bank(path))
-    few = cs.skill.newcomer(cs.settings.skill([parts[:2]]), METHOD, shared.model, TRAINING)
+    # Labels of another space, as of digits that somebody else collected.
+    theirs = [part.map(labels=tuple(("theirs", name) for _, name in part.labels)) for part in parts[:2]]
+    few = cs.skill.newcomer(cs.settings.skill([theirs]), METHOD, shared.model, TRAINING)
     with pytest.raises(cs.ConsilienceError, match="classes must be declared"):
         cs.skill.give(few, cs.skill.load_bank(path))
     assert not few.state.bank

@@ -559,7 +559,8 @@ TRAIN = cs.Training(epochs=5, batch_size=32, lr=0.2)
 @pytest.mark.parametrize("other", ["halves", "wine"])
 def test_trunks_are_merged_and_heads_kept(other):
     sources = two_spaces(other)
-    classes = sum(len(s.classes) for s in sources)
+    # Each half declares the ten labels of its own space.
+    classes = sum(len(s.labels) for s in sources)
     schedule = cs.settings.merging(sources, scenario="task")
     assert len(schedule.frame.labels) == classes
 
@@ -595,7 +596,7 @@ def test_a_mapper_routes_to_the_heads_of_a_merged_trunk(mapper, scenario):
     sources = two_spaces("halves")
     schedule = cs.settings.merging(sources, scenario=scenario)
     method = cs.methods.average() + cs.methods.infer(mapper)
-    result = cs.run(schedule, method, model=headed(10), training=TRAIN)
+    result = cs.run(schedule, method, model=headed(20), training=TRAIN)
     assert result.matrix[-1].min() > 0.65 and result.mapper[0, 0] > 0.8
     assert [k[1] for k, *_ in result.agent.choices()] == [s.name for s in sources]
     if scenario == "domain":
@@ -605,21 +606,21 @@ def test_a_mapper_routes_to_the_heads_of_a_merged_trunk(mapper, scenario):
 
 @pytest.mark.parametrize("setting", [cs.settings.merging, cs.settings.exmodel])
 def test_given_experts_of_other_label_spaces_find_their_columns(setting):
-    """Each was trained alone, where its classes were columns 0 to 4."""
+    """Each was trained alone, where the columns are those of its own ten labels."""
     sources, experts = two_spaces("halves"), []
-    base, _ = headed(5).init(key(7))
+    base, _ = headed(10).init(key(7))
     for s in sources:
         trained = cs.run(
-            cs.settings.continual([s], "task", base), cs.methods.finetune(), model=headed(5), training=TRAIN
+            cs.settings.continual([s], "task", base), cs.methods.finetune(), model=headed(10), training=TRAIN
         )
         experts.append(cs.Expert(s.name, trained.params, s, trained.agent.state.buffers))
-        assert next(iter(trained.agent.state.buffers.values())).tolist() == [0, 1, 2, 3, 4]
+        assert next(iter(trained.agent.state.buffers.values())).tolist() == list(s.classes)
     result = cs.run(
-        setting(experts, base=base, scenario="task"), cs.methods.running_average(), model=headed(10)
+        setting(experts, base=base, scenario="task"), cs.methods.running_average(), model=headed(20)
     )
     assert result.matrix[-1].min() > 0.8
     columns = sorted(b.tolist() for n, b in result.agent.state.buffers.items() if n.endswith("columns"))
-    assert columns == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
+    assert columns == [[0, 1, 2, 3, 4], [15, 16, 17, 18, 19]]
     wrong = replace(experts[1], source=replace(sources[1], classes=sources[1].classes[:3]))
     with pytest.raises(
         cs.ConsilienceError, match="the head of an expert must have the 3 classes of its source, got 5"
@@ -627,5 +628,5 @@ def test_given_experts_of_other_label_spaces_find_their_columns(setting):
         cs.run(
             setting([experts[0], wrong], base=base, scenario="task"),
             cs.methods.running_average(),
-            model=headed(10),
+            model=headed(20),
         )

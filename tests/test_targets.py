@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,10 +17,10 @@ from torch import Tensor, nn
 import consilience as cs
 from consilience.core.batch import Batch
 from consilience.core.correction import Correction
-from consilience.core.losses import BCE, L1, MSE, CrossEntropy, Focal, Huber, Loss, Poisson, loss_of
+from consilience.core.losses import BCE, DEFAULTS, L1, MSE, CrossEntropy, Focal, Huber, Loss, Poisson, loss_of
 from consilience.core.params import key
 from consilience.core.schedule import reframe
-from consilience.core.source import Source, Target, Tensors, masked
+from consilience.core.source import LabelFrame, Source, Target, Tensors, masked
 from consilience.core.tree import Tree
 from consilience.corrections.distillation import soft_labels, soft_targets
 
@@ -903,3 +904,135 @@ def test_a_loss_that_fits_no_task_is_refused(loss, rule):
     schedule = cs.settings.continual(cs.data.split_classes(cs.data.digits(), 2))
     with pytest.raises(cs.ConsilienceError, match=rule):
         cs.run(schedule, m.finetune(), training=cs.Training(epochs=1, loss=loss))
+
+
+# What output columns mean.
+
+
+def blobs(classes, each=12, seed=0, shift=0):
+    """Gaussian blobs [N, 4] in the plane of numbers `classes`, with the class number as target."""
+    rng = np.random.default_rng(seed)
+    y = np.repeat(classes, each)
+    return (rng.normal(size=(len(y), 4)) + 3 * np.eye(4)[y % 4] + shift).astype("f4"), y
+
+
+def trained_net(outputs, x, y):
+    """A linear net of the user's own, trained in plain torch on targets as they are."""
+    torch.manual_seed(0)
+    net = torch.nn.Linear(x.shape[1], outputs)
+    optimiser = torch.optim.SGD(net.parameters(), 0.1)
+    for _ in range(30):
+        optimiser.zero_grad()
+        torch.nn.functional.cross_entropy(net(torch.as_tensor(x)), torch.as_tensor(y)).backward()
+        optimiser.step()
+    return net
+
+
+@pytest.mark.parametrize("scenario", ["class", "task", "domain"])
+def test_labels_that_do_not_occur_keep_their_columns(scenario):
+    # Numbered from 1, so that no example has class 0.
+    x, y = blobs([1, 2, 3])
+    source = cs.data.arrays(x, y, test=(x, y), name="one-based")
+    schedule = cs.settings.federated(cs.data.iid(source, 2), rounds=2, scenario=scenario)
+    net = torch.nn.Linear(4, 4)
+    result = cs.run(schedule, cs.methods.fedavg(), net, cs.Training(epochs=5, lr=0.1))
+    assert result.labels == tuple(("one-based", str(i)) for i in range(4))
+    assert torch.equal(schedule.source("one-based/client-0").train.targets().unique(), torch.arange(1, 4))
+
+    net.load_state_dict(result.params)
+    out = net(torch.as_tensor(x))
+    # A task label leaves the classes of the task alone.
+    out[:, 0] -= torch.inf if scenario == "task" else 0
+    exported = (out.argmax(1) == torch.as_tensor(y)).double().mean().item()
+    assert result.accuracy == pytest.approx(exported) and exported > 0.9
+    assert result.predict(x, names=True) == [str(i) for i in result.predict(x).argmax(1).tolist()]
+
+
+@pytest.mark.parametrize("names", [None, ["none", "a", "b", "c", "d"]])
+def test_a_net_on_some_of_its_classes_is_read_as_it_was_trained(names):
+    x, y = blobs([0, 1, 2, 3])
+    source = cs.data.arrays(x, y, test=(x, y), classes=names)
+    net = trained_net(len(source.labels), x, y)
+    late = cs.data.split_classes(source, 2, order=None)[1:]
+    before = cs.run(cs.settings.continual(late), cs.methods.finetune(), net, cs.Training(lr=1e-9)).matrix[0]
+    held = torch.isin(torch.as_tensor(y), torch.tensor(late[0].classes))
+    right = (net(torch.as_tensor(x)).argmax(1) == torch.as_tensor(y))[held].double().mean().item()
+    assert before[0] == pytest.approx(right) and right > 0.9
+
+
+def test_declared_labels_of_tables_and_of_validation_alone_are_kept():
+    rows = {"a": [i % 2 for i in range(40)], "b": list(range(40)), "y": list("yx" * 20)}
+    table = cs.data.table(rows, "y", classes=["z", "y", "w", "x"])
+    assert [name for _, name in cs.settings.continual([table]).frame.labels] == ["z", "y", "w", "x"]
+
+    # A class that only validation data have is one of the source's, in its place.
+    x, y = blobs([0, 2, 3])
+    source = cs.data.arrays(x, y, test=(x, y))
+    without = replace(source, train=source.train.select((source.train.targets() != 2).nonzero()[:, 0]))
+    for scenario in ("class", "domain"):
+        (framed,), frame = reframe([without], scenario)
+        assert len(frame.labels) == 4 and framed.train.targets().unique().tolist() == [0, 3]
+        assert torch.equal(framed.validation.targets(), source.validation.targets())
+
+
+def test_columns_follow_names_where_sources_order_them_differently():
+    x, y = blobs([0, 1, 2])
+    names = ["a", "b", "c", "d"]
+    one = cs.data.arrays(x, y, classes=names, space="s", name="one")
+    # The same examples with other numbers: class i of `one` is 3 - i here.
+    other = cs.data.arrays(x, 3 - y, classes=names[::-1], space="s", name="other")
+    framed, frame = reframe([one, other], "class")
+    assert [name for _, name in frame.labels] == names
+    assert torch.equal(framed[1].train.targets(), 3 - other.train.targets())
+
+
+def test_equal_names_in_several_spaces_are_warned_about():
+    def site(i, **more):
+        x, y = blobs([0, 1], seed=i)
+        return cs.data.arrays(x, y, name=f"site{i}", **more)
+
+    for more, name in (({"classes": ["ill", "well"]}, "ill"), ({}, "0")):
+        with pytest.warns(
+            UserWarning, match=f"{name}' is in 3 spaces .'site0', .* there are 6 classes; .*one `space`"
+        ):
+            cs.settings.federated([site(i, **more) for i in range(3)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cs.settings.federated([site(i, space="diagnosis") for i in range(3)])
+        # With task labels they never compete, and other names are other classes.
+        cs.settings.continual([site(i) for i in range(3)], "task")
+        cs.settings.continual([site(i, classes=[f"a{i}", f"b{i}"]) for i in range(3)])
+
+
+def test_too_few_outputs_for_declared_labels_name_those_that_do_not_occur():
+    x, y = blobs([1, 2, 3])
+    source = cs.data.arrays(x, y, name="mine")
+    with pytest.raises(
+        cs.ConsilienceError, match="the 4 classes, got 3 outputs; '0' of 'mine' occurs in no source"
+    ):
+        cs.run(cs.settings.continual([source]), cs.methods.finetune(), torch.nn.Linear(4, 3))
+
+
+def test_predictions_by_name_say_labels_places_and_spaces():
+    frame = LabelFrame((("s", "cat"), ("s", "dog"), ("t", "cat")))
+    p = torch.tensor([[0.2, 0.5, 0.3], [0.1, 0.2, 0.7], [0.0, 0.0, 0.0]])
+    assert frame.names(p) == ["dog", "t: cat", None]
+    # Places come after classes, and lists of lists have the form of the targets.
+    assert frame.names(torch.stack([p, p], 2)) == [["dog"] * 2, ["t: cat"] * 2, [None] * 2]
+    several = replace(frame, targets={"": Target("labels", DEFAULTS["labels"])})
+    assert several.names(p) == [["dog"], ["t: cat"], []]
+    values = replace(frame, targets={"": Target("value", DEFAULTS["value"])})
+    with pytest.raises(cs.ConsilienceError, match="by name need classes or labels, got value"):
+        values.names(p)
+    mixed = replace(frame, targets={"a": values.targets[""], "b": Target("class", DEFAULTS["class"], (0, 1))})
+    assert mixed.names(p, "b")[:2] == ["dog", "dog"]
+    with pytest.raises(cs.ConsilienceError, match="give a `task`"):
+        mixed.names(p)
+
+
+def test_the_labels_of_a_result_are_kept_in_its_folder(tmp_path):
+    x, y = blobs([0, 1])
+    source = cs.data.arrays(x, y, classes=["no", "yes", "maybe"], name="mine")
+    out = tmp_path / "run"
+    result = cs.run(cs.settings.continual([source]), cs.methods.finetune(), training=cs.Training(1), out=out)
+    assert result.labels == cs.Result.load(out).labels == (("mine", "no"), ("mine", "yes"), ("mine", "maybe"))

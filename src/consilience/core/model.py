@@ -141,9 +141,18 @@ class Model(ABC):
         `aware` says whether the model will be given tasks, and `places` are those of the targets.
         """
         if self.outputs < len(frame.labels):
+            unused = frame.unused()
+            hint = " (data sets share classes only where they share their `space`)"
+            if unused:
+                space, name = unused[0]
+                others = f" ({len(unused)} classes do not)" * (len(unused) > 1)
+                hint = (
+                    f"; {name!r} of {space!r} occurs in no source{others}: number classes from 0, declare "
+                    "only those that there are, or give the model their outputs"
+                )
             raise ConsilienceError(
                 f"the model must have an output for each of the {len(frame.labels)} classes, "
-                f"got {self.outputs} outputs (data sets share classes only where they share their `space`)."
+                f"got {self.outputs} outputs{hint}."
             )
         params, buffers = self.init(torch.Generator().manual_seed(0))
         # Frozen entries may have a shorter type than those that compute.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -495,7 +496,8 @@ def build(
 
     The scenario says how. "class": targets are the classes of all sources together, without task labels.
     "task": the same, with the task label given in training and evaluation. "domain": targets are 0..k-1 in
-    every source, without task labels. `more` are further fields of `Schedule`.
+    every source, or as they are where all have the same classes, without task labels.
+    `more` are further fields of `Schedule`.
     """
     framed, frame = reframe([*sources, *judged], scenario)
     count = len(sources)
@@ -651,7 +653,7 @@ def _same_outputs(group: Sequence[tuple[int, Source]]) -> list[tuple[int, Source
 def _labels(sources: Sequence[Source], scenario: str) -> tuple[Label, ...]:
     """Return the labels of the columns of sources of one kind."""
     if sources[0].kind == "class":
-        return _domain_labels(sources) if scenario == "domain" else _class_labels(sources)
+        return _domain_labels(sources) if scenario == "domain" else _class_labels(sources, scenario)
     if scenario != "domain":
         return tuple(dict.fromkeys(label for source in sources for label in source.labels))
     # By position: the widest source names the columns of all.
@@ -662,7 +664,8 @@ def _labels(sources: Sequence[Source], scenario: str) -> tuple[Label, ...]:
 def _table(source: Source, labels: Sequence[Label], scenario: str, first: int) -> Tensor:
     """Return the column [targets] of each target of a source; `first` is that of the first label."""
     table = torch.full((len(source.labels),), -1, dtype=torch.long)
-    if scenario == "domain":
+    # By position, unless the columns are the source's own labels.
+    if scenario == "domain" and source.labels != labels:
         table[list(source.classes)] = torch.arange(len(source.classes))
     else:
         # A test may contain classes that this source does not train, but others do.
@@ -672,18 +675,40 @@ def _table(source: Source, labels: Sequence[Label], scenario: str, first: int) -
 
 
 def _domain_labels(sources: Sequence[Source]) -> tuple[Label, ...]:
-    """Return the names of targets 0..k-1: the classes where all sources have the same ones, else numbers."""
+    """Return all labels where sources have the same ones and the same classes, else numbers 0..k-1."""
     first = sources[0]
     if all(source.labels == first.labels and source.classes == first.classes for source in sources):
-        return tuple(first.labels[target] for target in first.classes)
+        return first.labels
     return tuple(("domain", str(number)) for number in range(max(len(source.classes) for source in sources)))
 
 
-def _class_labels(sources: Sequence[Source]) -> tuple[Label, ...]:
-    """Return the labels that some source has, in the order in which sources name them."""
-    named = dict.fromkeys(label for source in sources for label in source.labels)
-    used = {source.labels[target] for source in sources for target in source.classes}
-    return tuple(label for label in named if label in used)
+def _class_labels(sources: Sequence[Source], scenario: str) -> tuple[Label, ...]:
+    """Return all labels that sources declare, in the order in which they name them.
+
+    Labels that do not occur are kept: without their columns, a net of the user's own would be misread.
+    """
+    labels = tuple(dict.fromkeys(label for source in sources for label in source.labels))
+    # With task labels, equal names of different tasks never compete.
+    if scenario == "class":
+        _warn_of_equal_names(labels)
+    return labels
+
+
+def _warn_of_equal_names(labels: Sequence[Label]) -> None:
+    """Warn where several label spaces have a class of one name: these are different classes."""
+    spaces: dict[str, list[str]] = {}
+    for space, name in labels:
+        spaces.setdefault(name, []).append(space)
+    equal = {name: own for name, own in spaces.items() if len(own) > 1}
+    if equal:
+        name, own = next(iter(equal.items()))
+        shown = ", ".join(map(repr, own[:3])) + ", .." * (len(own) > 3)
+        warnings.warn(
+            f"classes of one name in different label spaces are different classes, and {name!r} is in "
+            f"{len(own)} spaces ({shown}), so that there are {len(labels)} classes; where they mean the "
+            "same, give their sources one `space`, else names of their own",
+            stacklevel=2,
+        )
 
 
 _Mapped = dict[tuple[int, tuple[int, ...]], Examples]

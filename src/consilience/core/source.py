@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, cast
@@ -508,6 +509,39 @@ class LabelFrame:
             result[:, own] = target.loss.answer(torch.where(unanswered, 0, out[:, own]))
         return result
 
+    def unused(self) -> list[Label]:
+        """Return the labels that no task has."""
+        used = {column for columns in self.tasks.values() for column in columns}
+        return [label for column, label in enumerate(self.labels) if column not in used]
+
+    def names(self, answer: Tensor, task: str | None = None) -> list[Any]:
+        """Return what answers [B, C, *places] say by name: the likeliest class, or all labels from 0.5 on.
+
+        None stands for an answer of zeros (unknown). A name that several label spaces have comes with its
+        space. Raises ConsilienceError for values, and for several kinds of targets without a task.
+        """
+        known = self.targets.get(task) if task is not None else None
+        chosen = list(self.targets.values()) if known is None else [known]
+        kinds = {target.kind for target in chosen}
+        if len(kinds) > 1 or "value" in kinds:
+            raise ConsilienceError(
+                f"predictions by name need classes or labels, got {', '.join(sorted(kinds))}; "
+                f"{'give a `task`' if len(kinds) > 1 else 'values are numbers'}."
+            )
+        twice = Counter(name for _, name in self.labels)
+        words = [f"{space}: {name}" if twice[name] > 1 else name for space, name in self.labels]
+
+        # Classes come last, after the places, so that lists of lists have the form of the targets.
+        rows = answer.movedim(1, -1)
+        if kinds == {"class"}:
+            among = self.within(chosen[0], task)
+            best = masked(answer, among).argmax(1)
+            found: list[Any] = _named(torch.where((rows != 0).any(-1), best, NONE).tolist(), words)
+            return found
+        columns = chosen[0].columns or range(len(words))
+        held: list[Any] = _holding(rows.tolist(), [(column, words[column]) for column in columns])
+        return held
+
     def columns(self, labels: Sequence[Label]) -> Tensor:
         """Return the columns [k] of those labels in this frame."""
         where = {label: column for column, label in enumerate(self.labels)}
@@ -517,6 +551,20 @@ class LabelFrame:
                 f"classes must be declared in the schedule's sources, got {missing[0]} that none has."
             )
         return torch.tensor([where[label] for label in labels], dtype=torch.long)
+
+
+def _named(numbers: Any, words: Sequence[str]) -> Any:
+    """Return lists of class numbers as lists of words; None for no class."""
+    if isinstance(numbers, list):
+        return [_named(number, words) for number in numbers]
+    return None if numbers == NONE else words[numbers]
+
+
+def _holding(chances: Any, named: Sequence[tuple[int, str]]) -> Any:
+    """Return for each list of probabilities the names of those that are 0.5 or more."""
+    if isinstance(chances[0], list):
+        return [_holding(own, named) for own in chances]
+    return [word for column, word in named if chances[column] >= 0.5]
 
 
 def masked(out: Tensor, columns: Sequence[int] | None, fill: float = -torch.inf) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from typing import Any, Literal, Self, overload
 
 import numpy as np
 from torch import Tensor
@@ -13,6 +13,7 @@ from consilience.core.errors import ConsilienceError, unknown
 from consilience.core.metrics import global_forgetting, mean, summary, worst
 from consilience.core.model import misfit
 from consilience.core.params import Params
+from consilience.core.source import Label
 from consilience.core.tree import ready
 from consilience.loop.agent import Agent
 
@@ -75,6 +76,8 @@ class Result:
     reach are NaN; its scores, forgetting and transfer are those at the stage that is returned."""
     config: Mapping[str, Any] = field(default_factory=dict, repr=False)
     versions: Mapping[str, Any] = field(default_factory=dict)
+    labels: tuple[Label, ...] = ()
+    """What each output column means: (label space, class name)."""
     agent: Agent | None = field(default=None, repr=False)
     """The evaluated agent of the first repeat; None for a result that was read from a folder."""
 
@@ -295,16 +298,25 @@ class Result:
         """The final parameters of the evaluated agent (first repeat)."""
         return dict(self._agent().state.params)
 
-    def predict(self, x: Any, task: str | None = None) -> Tensor:
+    @overload
+    def predict(self, x: Any, task: str | None = None, *, names: Literal[False] = False) -> Tensor: ...
+
+    @overload
+    def predict(self, x: Any, task: str | None = None, *, names: Literal[True]) -> list[Any]: ...
+
+    def predict(self, x: Any, task: str | None = None, *, names: bool = False) -> Tensor | list[Any]:
         """Return predictions [B, classes, *places] of the evaluated agent (first repeat).
 
-        They are probabilities of classes or labels, or values. `x` are inputs as `data.arrays` takes them.
+        They are probabilities of classes or labels, or values, in the order of `labels`. With `names`: the
+        name of the likeliest class of each sample (None: unknown), or of all labels from 0.5 on. `x` are
+        inputs as `data.arrays` takes them.
         """
         agent, samples = self._agent(), ready(x)
         try:
-            return agent.predict(samples, task)
+            answer = agent.predict(samples, task)
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             raise misfit(samples, error) from error
+        return agent.frame.names(answer, task) if names else answer
 
     def _agent(self) -> Agent:
         if self.agent is None:
@@ -327,6 +339,7 @@ class Result:
             "metric": self.metric,
             "higher": self.direction,
             "sources": list(self.sources),
+            "labels": [list(label) for label in self.labels],
             "stages": list(self.stages),
             "learned_at": list(self.learned_at),
             "matrices": self.matrices.tolist(),
@@ -377,6 +390,7 @@ class Result:
                 personal=content.get("personal"),
                 stopped=tuple(content.get("stopped", ())),
                 sources=tuple(content["sources"]),
+                labels=tuple((space, name) for space, name in content.get("labels", ())),
                 stages=tuple(content["stages"]),
                 learned_at=tuple(content["learned_at"]),
                 matrices=np.array(content["matrices"], dtype=float),

@@ -185,6 +185,7 @@ class Session:
             personal=mean_personal(done),
             config=self.config,
             versions=versions(self.engine),
+            labels=setup.schedule.frame.labels,
             agent=first.agent,
         )
         if self.log.out is not None:

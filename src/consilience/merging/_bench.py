@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
@@ -227,10 +227,9 @@ class Framed(NamedTuple):
 
 
 def framed(model: Model, sources: Sequence[Source], scenario: str | None) -> Framed:
-    """Put sources into one frame that fits the model.
+    """Put sources into one frame that fits the model, as a schedule of this scenario does.
 
-    Sources with the same labels, for all of which the model has outputs, keep their columns. Others are put
-    together as a schedule of this scenario does. None: "task" for a model with heads of tasks, else "class".
+    None: "task" for a model with heads of tasks, else "class".
     """
     if (
         isinstance(sources, Source)
@@ -247,13 +246,6 @@ def framed(model: Model, sources: Sequence[Source], scenario: str | None) -> Fra
     found, frame = reframe(sources, scenario)
     if any(source.kind != "class" or source.places for source in sources):
         raise Refusal("mixtures are judged by one class per sample, got sources with other targets.")
-    labels = sources[0].labels
-    alike = all(source.labels == labels for source in sources)
-    if scenario != "domain" and alike and model.outputs >= len(labels):
-        # Columns that no source has stay, since the experts may have been trained on their classes.
-        found = tuple(replace(source, task=source.task or source.name) for source in sources)
-        frame = LabelFrame(labels, columns_by_task(found))
-
     # Without labels, too, mixtures are compared on both parts.
     for part in ("validation", "test"):
         empty = [source.name for source in found if not len(getattr(source, part))]
@@ -261,15 +253,6 @@ def framed(model: Model, sources: Sequence[Source], scenario: str | None) -> Fra
             raise ConsilienceError(f"sources must have {part} examples, got none in {', '.join(empty)}.")
     refuse_unfit(model, Framed(found, frame, scenario == "task"), sources, scenario)
     return Framed(found, frame, scenario == "task")
-
-
-def columns_by_task(sources: Sequence[Source]) -> dict[str, tuple[int, ...]]:
-    """Return the columns of each task, those of all its sources."""
-    tasks: dict[str, tuple[int, ...]] = {}
-    for source in sources:
-        task = str(source.task)
-        tasks[task] = tuple(dict.fromkeys((*tasks.get(task, ()), *source.classes)))
-    return tasks
 
 
 def refuse_unfit(model: Model, data: Framed, sources: Sequence[Source], scenario: str) -> None:

@@ -56,8 +56,9 @@ def continual(sources: Sequence[Source], scenario: Scenario = "class", base: Any
     Args:
         sources: in the order of training.
         scenario: "task": the task label is given in training and at evaluation; "class": targets are the
-            classes of all sources together, without label; "domain": targets are 0..k-1 in every source,
-            without label.
+            classes of all sources together, without label; "domain": targets are 0..k-1 in every source
+            (as they are where all have the same classes), without label. Every label that a source declares
+            has a column, also one that does not occur; `Result.labels` lists them.
         base: parameters to begin with, such as those of another run; None draws them.
     """
     from consilience.core.schedule import Evaluate, Exchange, Train, build

@@ -849,3 +849,116 @@ def test_rates_that_mean_nothing_are_refused(rates: dict[str, float], text: str)
             cs.methods.finetune(),
             training=cs.Training(rates=rates),
         )
+
+
+# A result is whole.
+
+
+class Tied(torch.nn.Module):
+    """Batch norm, an encoder whose weight is the decoder's, and a buffer that is not saved."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = torch.nn.BatchNorm1d(64)
+        self.first = torch.nn.Linear(64, 64)
+        self.second = torch.nn.Linear(64, 64)
+        self.second.weight = self.first.weight
+        self.head = torch.nn.Linear(64, 10)
+        self.register_buffer("factor", torch.tensor(2.0), persistent=False)
+
+    def forward(self, x):
+        return self.head(self.second(self.first(self.norm(x)).relu()).relu()) * self.factor
+
+
+def normed():
+    return torch.nn.Sequential(
+        torch.nn.Linear(64, 16), torch.nn.BatchNorm1d(16), torch.nn.ReLU(), torch.nn.Linear(16, 10)
+    )
+
+
+def weight_normed():
+    norm = torch.nn.utils.parametrizations.weight_norm
+    return torch.nn.Sequential(norm(torch.nn.Linear(64, 16)), torch.nn.ReLU(), torch.nn.Linear(16, 10))
+
+
+@pytest.mark.parametrize("make", [normed, Tied, weight_normed])
+def test_a_state_dict_of_a_result_is_whole(digits, make):
+    clients = cs.data.iid(digits.map(x=lambda x: 5 * x + 3), 2)
+    training = cs.Training(epochs=2, lr=0.1, batch_size=64)
+    first = cs.run(cs.settings.federated(clients, 2), cs.methods.fedavg(), make(), training)
+    x, y = clients[0].test.whole()
+    net = make()
+    for state in (first.params, first.state_dict()):
+        assert list(state) == list(net.state_dict())
+        net.load_state_dict(state)
+        out = net.eval()(x)
+        torch.testing.assert_close(out.softmax(1), first.predict(x))
+    assert first.accuracy == pytest.approx((out.argmax(1) == y).double().mean().item())
+
+    # A further run begins where the first ended, and an expert answers as the agent did.
+    again = cs.run(
+        cs.settings.federated(clients, 1, base=first.params), cs.methods.fedavg(), make(), training
+    )
+    assert again.matrix[0].tolist() == first.matrix[-1].tolist()
+    expert = cs.Expert("e", net.state_dict(), clients[0])
+    given = cs.run(cs.settings.merging(experts=[expert]), cs.methods.average(), make())
+    torch.testing.assert_close(given.predict(x), first.predict(x))
+
+
+def test_two_weights_where_a_model_has_one_are_refused(digits):
+    state = Tied().state_dict()
+    state["second.weight"] = state["second.weight"] + 1
+    schedule = cs.settings.continual([digits], base=state)
+    with pytest.raises(
+        cs.ConsilienceError, match="'first.weight' and 'second.weight' are one entry of the model"
+    ):
+        cs.run(schedule, cs.methods.finetune(), Tied())
+    # A file that keeps a tied weight once may have either name.
+    state = Tied().state_dict()
+    del state["first.weight"]
+    result = cs.run(cs.settings.continual([digits], base=state), cs.methods.finetune(), Tied(), TRAINING)
+    assert result.score > 0.8
+
+
+def test_models_of_clients_are_in_the_result(digits):
+    clients = cs.data.dirichlet(digits, 3, 0.3, local_test=True)
+    for schedule, more in (
+        (cs.settings.federated(clients, 2, personalise=True), {}),
+        (cs.settings.federated(clients, 2), {"judge_clients": True}),
+    ):
+        result = cs.run(schedule, cs.methods.fedavg(), normed(), TRAINING, **more)
+        for i, client in enumerate(clients):
+            name, (x, y) = f"client-{i}", client.test.whole()
+            net = normed()
+            net.load_state_dict(result.state_dict(name))
+            torch.testing.assert_close(net.eval()(x).softmax(1), result.predict(x, agent=name))
+            right = (net(x).argmax(1) == y).double().mean().item()
+            assert result.personal[name] == pytest.approx(right)
+    with pytest.raises(
+        cs.ConsilienceError, match="`agent` must be one of .*, got 'client-9'; nearest: client-"
+    ):
+        result.predict(x, agent="client-9")
+
+
+@pytest.mark.parametrize(("patterns", "own"), [("head", "3."), ("1.*", "1.")])
+def test_the_headline_of_a_personal_method_is_its_clients_own(digits, patterns, own):
+    clients = cs.data.dirichlet(digits, 3, 0.3, local_test=True)
+    schedule, method, start = cs.settings.federated(clients, 2), cs.methods.personal(patterns), normed()
+    result = cs.run(schedule, method, start, TRAINING, repeats=2)
+    server, net = result.state_dict(), normed()
+    for i, client in enumerate(clients):
+        # The server's parameters and buffers under the client's.
+        state, (x, y) = result.state_dict(f"client-{i}"), client.test.whole()
+        changed = {name for name, tensor in state.items() if not torch.equal(tensor, server[name])}
+        assert changed and all(name.startswith(own) for name in changed)
+        net.load_state_dict(state)
+        right = (net.eval()(x).argmax(1) == y).double().mean().item()
+        assert result.matrices[0, -1, i] == pytest.approx(right)
+
+    # What else is judged changes no score. After personal training, each client answers with all its own.
+    judged = cs.run(schedule, method, start, TRAINING, judge_clients=True)
+    assert judged.matrices[0].tolist() == result.matrices[0].tolist()
+    schedule = cs.settings.federated(clients, 2, personalise=True)
+    result = cs.run(schedule, method, start, TRAINING)
+    scores = [result.personal[f"client-{i}"] for i in range(3)]
+    assert result.matrix[-1].tolist() == scores and result.score == pytest.approx(np.mean(scores))

@@ -1036,3 +1036,150 @@ def test_the_labels_of_a_result_are_kept_in_its_folder(tmp_path):
     out = tmp_path / "run"
     result = cs.run(cs.settings.continual([source]), cs.methods.finetune(), training=cs.Training(1), out=out)
     assert result.labels == cs.Result.load(out).labels == (("mine", "no"), ("mine", "yes"), ("mine", "maybe"))
+
+
+# Experts that were trained alone.
+
+
+def pair_of_spaces():
+    """Two sources of two classes each, in label spaces of their own, and a net that was trained on each."""
+    sources, nets = [], []
+    for i, name in enumerate("ab"):
+        x, y = blobs([0, 1], seed=i, shift=i)
+        sources.append(cs.data.arrays(x, y, test=(x, y), name=name, classes=[f"{name}0", f"{name}1"]))
+        nets.append(trained_net(4, x, y))
+    return sources, nets
+
+
+@pytest.mark.parametrize("scenario", ["class", "task", "domain"])
+def test_experts_of_other_spaces_get_the_columns_of_the_schedule(scenario):
+    sources, nets = pair_of_spaces()
+    experts = [cs.Expert(s.name, n.state_dict(), s) for s, n in zip(sources, nets, strict=True)]
+    result = cs.run(cs.settings.exmodel(experts, scenario=scenario), m.average_ensemble(), nn.Linear(4, 4))
+
+    # In the frame of both, the first two rows of the second net are columns 2 and 3; the others make room.
+    x = torch.as_tensor(blobs([0, 1], seed=7)[0])
+    order = [[0, 1, 2, 3], [2, 3, 0, 1]] if scenario != "domain" else [[0, 1, 2, 3], [0, 1, 2, 3]]
+    with torch.no_grad():
+        outs = [n(x)[:, o] for n, o in zip(nets, order, strict=True)]
+    width, keeps = (2, [[0, 1], [0, 1]]) if scenario == "domain" else (4, [[0, 1], [2, 3]])
+    hide = [torch.tensor([c not in own for c in range(width)]) for own in keeps]
+    wanted = [out[:, :width].masked_fill(h, -torch.inf).softmax(1) for out, h in zip(outs, hide, strict=True)]
+    torch.testing.assert_close(result.predict(x), torch.stack(wanted).mean(0))
+
+
+def test_an_expert_of_a_run_says_what_its_columns_mean(tmp_path):
+    sources, _ = pair_of_spaces()
+    both = cs.run(cs.settings.multitask(sources), m.finetune(), nn.Linear(4, 4), cs.Training(20, lr=0.1))
+    assert (
+        cs.Expert("e", both.params, sources[1]).labels
+        == both.labels
+        == tuple((name, f"{name}{i}") for name in "ab" for i in (0, 1))
+    )
+    # A file of torch keeps it; a plain dictionary needs `labels`.
+    torch.save(both.params, tmp_path / "e.pt")
+    saved = torch.load(tmp_path / "e.pt", weights_only=True)
+    plain = cs.Expert("e", dict(both.params), sources[1], labels=both.labels)
+    x = sources[1].test.whole()[0]
+    wanted = both.predict(x)[:, 2:] / both.predict(x)[:, 2:].sum(1, keepdim=True)
+    for expert in (cs.Expert("e", both.params, sources[1]), cs.Expert("e", saved, sources[1]), plain):
+        # Judged on one source alone, whose classes are columns 0 and 1 there.
+        again = cs.run(cs.settings.merging(experts=[expert]), m.average(), nn.Linear(4, 4))
+        torch.testing.assert_close(again.predict(x), wanted)
+
+
+def test_a_base_keeps_its_columns_by_name():
+    sources, _ = pair_of_spaces()
+    first = cs.run(cs.settings.multitask(sources), m.finetune(), nn.Linear(4, 4), cs.Training(20, lr=0.1))
+    turned = cs.settings.multitask(sources[::-1])
+    schedule = replace(turned, base=first.params)
+    begun = cs.run(schedule, m.finetune(), nn.Linear(4, 4), cs.Training(1, lr=0.1)).matrix[0]
+    assert begun.tolist() == first.matrix[-1][::-1].tolist()
+
+
+class Scaled(nn.Module):
+    """A module that does something with single columns after its last linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.register_buffer("scale", torch.tensor([1.0, 2.0, 3.0, 4.0]))
+
+    def forward(self, x):
+        return self.layer(x) * self.scale
+
+
+class Twice(nn.Module):
+    """A module whose head is one of its first layers too."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.last = nn.Linear(4, 4)
+        self.last.weight = self.first.weight
+
+    def forward(self, x):
+        return self.last(self.first(x).relu())
+
+
+@pytest.mark.parametrize(
+    ("model", "text"),
+    [
+        (cs.models.wrap(Scaled()), "its outputs are not those of the linear head"),
+        (cs.models.wrap(nn.Linear(4, 4), frozen=["bias"]), "because 'bias' is frozen"),
+        (cs.models.wrap(Twice()), "because 'first.weight' is tied"),
+        (cs.models.wrap(nn.Bilinear(4, 4, 4), outputs=4), "only in a model with a linear head"),
+    ],
+)
+def test_columns_that_cannot_be_moved_are_refused_by_name(model, text, monkeypatch):
+    sources, _ = pair_of_spaces()
+    monkeypatch.setattr(nn.Bilinear, "forward", lambda self, x: F.bilinear(x, x, self.weight, self.bias))
+    state = model.state_dict(*model.init(drawn(0)))
+    experts = [cs.Expert(s.name, state, s) for s in sources]
+    with pytest.raises(cs.ConsilienceError, match=f"expert 'b' has its classes in other columns.*{text}"):
+        cs.run(cs.settings.exmodel(experts), m.average_ensemble(), model)
+
+
+def test_a_base_in_other_columns_than_its_experts_is_refused():
+    sources, nets = pair_of_spaces()
+    experts = [cs.Expert(s.name, n.state_dict(), s) for s, n in zip(sources, nets, strict=True)]
+    schedule = cs.settings.merging(experts=experts, base=nets[0].state_dict())
+    with pytest.raises(
+        cs.ConsilienceError, match="experts must have the columns of their `base`, and 'b' has"
+    ):
+        cs.run(schedule, m.task_arithmetic(), nn.Linear(4, 4))
+    unknown = cs.Expert("e", nets[0].state_dict(), sources[0], labels=(("x", "0"), ("x", "1")))
+    with pytest.raises(cs.ConsilienceError, match="the expert 'e' must have classes of the schedule"):
+        cs.run(cs.settings.exmodel([unknown]), m.average_ensemble(), nn.Linear(4, 4))
+
+
+def test_choose_reads_experts_by_what_their_columns_mean():
+    sources, _ = pair_of_spaces()
+    start = cs.run(cs.settings.multitask(sources), m.finetune(), nn.Linear(4, 4), cs.Training(5, lr=0.1))
+    schedule = cs.settings.multitask(sources[::-1])
+    turned = cs.run(schedule, m.finetune(), nn.Linear(4, 4), cs.Training(20, lr=0.1))
+    experts = {"turned": turned.params, "same": start.params}
+    found = cs.merging.choose(nn.Linear(4, 4), start.params, experts, sources, budget=2)
+    assert found["turned"].test == pytest.approx(dict(zip(turned.sources, turned.matrix[-1], strict=True)))
+    assert found["same"].test == pytest.approx(dict(zip(start.sources, start.matrix[-1], strict=True)))
+
+
+@pytest.mark.parametrize("scenario", ["class", "task"])
+def test_experts_trained_alone_on_parts_of_the_classes_are_read_right(scenario):
+    x, y = blobs([0, 1, 2, 3], each=30)
+    parts = cs.data.split_classes(cs.data.arrays(x, y, test=(x, y)), 2)
+    training = cs.Training(20, lr=0.1)
+
+    def alone(model):
+        return [cs.run(cs.settings.continual([s], scenario), m.finetune(), model, training) for s in parts]
+
+    for model in (cs.models.linear(4, 4), cs.models.multi_head(cs.models.mlp(4, (8,), 4), 4)):
+        runs = alone(model)
+        for held in ([r.params for r in runs], [dict(r.agent.state.params) for r in runs]):
+            experts = [cs.Expert(s.name, state, s) for s, state in zip(parts, held, strict=True)]
+            schedule = cs.settings.exmodel(experts, scenario=scenario)
+            given = cs.run(schedule, m.oracle_ensemble(), model)
+            for i, (s, r) in enumerate(zip(parts, runs, strict=True)):
+                assert given.matrix[-1, i] == pytest.approx(r.matrix[-1, 0]) and r.score > 0.9
+                p = given.predict(s.test.whole()[0], s.task)
+                torch.testing.assert_close(p, r.predict(s.test.whole()[0], s.task))

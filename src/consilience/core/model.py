@@ -6,15 +6,16 @@ What whoever receives parameters must run is a Model; what only the learner does
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from consilience.core.errors import ConsilienceError
 from consilience.core.params import Params, computing, content_hash
-from consilience.core.source import LabelFrame, Source
+from consilience.core.source import LabelFrame, Source, trimmed
 from consilience.core.tree import Input, Tree, cast_to
 
 Forward = Callable[[Input, str | None], Tensor]
@@ -100,6 +101,31 @@ class Model(ABC):
     def reads(self, entry: str) -> bool:
         """Whether this model runs an entry of a received module."""
         return True
+
+    # State dicts, as users have them.
+
+    def state_dict(self, params: Params, buffers: Params) -> Params:
+        """Return entries and buffers under all names that a state dict of the model has for them."""
+        return {**params, **buffers}
+
+    def entries_of(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a state dict with each tied entry once, under the name that the model has for it."""
+        return dict(state)
+
+    def moved(
+        self, params: Params, buffers: Params, columns: Sequence[int | None], width: int
+    ) -> tuple[Params, Params]:
+        """Return entries and buffers with output i at `columns[i]`; the same objects where nothing moves.
+
+        None stands for an output that those who ask have no column for: it goes behind their `width` columns.
+        Raises ConsilienceError where outputs cannot be moved.
+        """
+        if stay(columns, width):
+            return params, buffers
+        raise ConsilienceError(
+            f"outputs can be put into other columns only in a model with a linear head, got {self!r:.80}; "
+            "train in the columns of the schedule's `frame`."
+        )
 
     # What experts must have in common.
 
@@ -199,6 +225,50 @@ class Model(ABC):
                 f"a model must return outputs [B, {self.outputs}, *places], got the places first; "
                 "move the classes to dimension 1, as in out.transpose(1, 2)."
             )
+
+
+def in_columns(
+    model: Model,
+    entries: tuple[Params, Params],
+    columns: Sequence[int | None],
+    width: int,
+    source: Source,
+    whose: str,
+) -> tuple[Params, Params]:
+    """Return parameters and buffers with their outputs at other columns, as `Model.moved` puts them.
+
+    Raises ConsilienceError where the outputs for an example of the source do not move with the head.
+    """
+    if all(column is None for column in columns):
+        raise ConsilienceError(
+            f"{whose} must have classes of the schedule, got outputs for none of them; say what they mean "
+            "with `labels=` (`Result.labels`), or give sources of its classes."
+        )
+    try:
+        moved = model.moved(*entries, columns, width)
+    except ConsilienceError as error:
+        raise ConsilienceError(f"{whose} has its classes in other columns: {error}") from error
+    if moved[0] is entries[0]:
+        return moved
+
+    # What a module does after its head may mix columns, and nothing says so but an example.
+    x = trimmed(*source.train.select(torch.arange(min(2, len(source.train)))).whole())[0]
+    x = cast_to(x, next(iter(entries[0].values())).device, computing(entries[0]).dtype)
+    with torch.no_grad():
+        before, after = (model(*held, x, None, False)[0] for held in (entries, moved))
+    known = [(i, column) for i, column in enumerate(columns) if column is not None]
+    first, then = ([pair[side] for pair in known] for side in (0, 1))
+    if not torch.allclose(before[:, first], after[:, then], rtol=1e-4, atol=1e-5):
+        raise ConsilienceError(
+            f"{whose} has its classes in other columns, and its outputs are not those of the linear head; "
+            "name the `head` in models.wrap, or train in the columns of the schedule's `frame`."
+        )
+    return moved
+
+
+def stay(columns: Sequence[int | None], width: int) -> bool:
+    """Whether outputs i at `columns[i]` stay where they are; None is behind `width`."""
+    return all(column == i or (column is None and i >= width) for i, column in enumerate(columns))
 
 
 def _shorter(x: Input) -> Input:

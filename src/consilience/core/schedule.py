@@ -63,6 +63,11 @@ class Evaluate:
 Phase = Train | Exchange | Evaluate
 
 
+def labels_of(state: Any) -> tuple[Label, ...]:
+    """Return what a state dict of `Result.params` says of its output columns; () for any other."""
+    return tuple(getattr(state, "labels", ()))
+
+
 @dataclass(frozen=True, eq=False)
 class Expert:
     """A trained model that is given to a run, with its source (for its classes and test data)."""
@@ -71,9 +76,21 @@ class Expert:
     params: Mapping[str, Any]
     source: Source
     buffers: Mapping[str, Any] = field(default_factory=dict)
+    labels: tuple[Label, ...] = ()
+    """What each of its output columns means. Default: what `Result.params` says, or the source's labels."""
 
     def __post_init__(self) -> None:
         checked_name(self.name, "expert")
+        # The class is frozen, so that experts can be shared.
+        object.__setattr__(self, "labels", self.labels or labels_of(self.params) or self.source.labels)
+
+    def columns(self, framed: Source, frame: LabelFrame) -> list[int | None]:
+        """Return the column of each of its labels in a schedule's frame, where its source is `framed`."""
+        where = {label: column for column, label in enumerate(frame.labels)}
+        # Columns by position, as in scenario "domain", follow from the classes of the source.
+        own = [self.source.labels[target] for target in self.source.classes]
+        where |= dict(zip(own, framed.classes, strict=True))
+        return [where.get(label) for label in self.labels]
 
 
 @dataclass(frozen=True, eq=False)

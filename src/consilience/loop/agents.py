@@ -15,9 +15,10 @@ from consilience.core.errors import ConsilienceError
 from consilience.core.message import Message, join
 from consilience.core.method import Method
 from consilience.core.metrics import Metric
-from consilience.core.model import Model
+from consilience.core.model import Model, in_columns
 from consilience.core.params import FULL, Params, alias, content_hash, key, placed
-from consilience.core.schedule import Exchange, Expert, Phase, Schedule, ScheduleFacts, Train
+from consilience.core.schedule import Exchange, Expert, Phase, Schedule, ScheduleFacts, Train, labels_of
+from consilience.core.source import Source
 from consilience.core.state import Frozen, State
 from consilience.core.stopping import Stopping
 from consilience.core.training import Training
@@ -106,6 +107,12 @@ def initial_state(setup: Setup, seed: int) -> State:
     params, buffers = model.init(key(seed, "init"))
     if schedule.base is not None:
         params, buffers = from_base(model, schedule.base, params, buffers)
+        where = {label: column for column, label in enumerate(schedule.frame.labels)}
+        columns = [where.get(label) for label in labels_of(schedule.base)]
+        # Classes of the base that are not in the schedule may lie anywhere: their outputs are trained again.
+        if any(column is not None for column in columns):
+            sample = schedule.sources[0]
+            params, buffers = in_columns(model, (params, buffers), columns, 0, sample, "`base`")
 
     # Cast once, so that all that agents send and compare is of one type.
     dtype, device = setup.training.dtype, torch.device(setup.training.device)
@@ -134,6 +141,7 @@ def from_base(
 
     It may leave out buffers, and frozen entries that no seed changes.
     """
+    base = model.entries_of(base)
     lacking = sorted(params.keys() - base.keys())
     if lacking:
         # Frozen entries that are drawn by a seed are not those that the base was trained with.
@@ -180,21 +188,20 @@ def _held(own: Tensor, given: Tensor) -> Tensor:
 
 def give(agent: Agent, expert: Expert) -> None:
     """Make an agent the owner of a trained expert, as if it had trained on the expert's source."""
-    params, buffers = expert_entries(agent, expert)
     source = agent.schedule.source(expert.source.name)
+    entries = expert_entries(agent, expert, source)
+    params, buffers = _in_frame(agent, expert, entries, source)
 
-    # Its head was trained among other classes: its columns are put where this schedule has them.
+    # A head must answer with the classes of its source, and does in their order where nothing says otherwise.
     grown = agent.model.grow(agent.state.params, agent.state.buffers, source, key(0, "given"))[1]
-    for name, columns in grown.items():
-        theirs = buffers.get(name)
-        if not name.endswith(".columns") or theirs is None or set(columns.tolist()) == set(theirs.tolist()):
-            continue
-        if columns.shape != theirs.shape:
+    buffers = {**{name: b for name, b in grown.items() if name not in agent.state.buffers}, **buffers}
+    for name in grown.keys() - agent.state.buffers.keys():
+        own, theirs = grown[name].tolist(), buffers[name].tolist()
+        if name.endswith(".columns") and set(own) != set(theirs):
             raise ConsilienceError(
-                f"the head of an expert must have the {len(columns)} classes of its source, "
-                f"got {len(theirs)} in {expert.name!r}."
+                f"the head of an expert must have the {len(own)} classes of its source, "
+                f"got {len(theirs)} in {expert.name!r}{' that are others' * (len(own) == len(theirs))}."
             )
-        buffers[name] = columns
 
     agent.state = agent.state.change(
         params=params, buffers=buffers, version=1, size=1, trained=True, visits={source.name: 1}
@@ -204,9 +211,26 @@ def give(agent: Agent, expert: Expert) -> None:
     agent.state = agent.state.change(bank=join({}, messages))
 
 
-def expert_entries(agent: Agent, expert: Expert) -> tuple[Params, Params]:
+def _in_frame(
+    agent: Agent, expert: Expert, entries: tuple[Params, Params], source: Source
+) -> tuple[Params, Params]:
+    """Return an expert's entries with its outputs in the columns of the schedule's frame."""
+    base, frame = agent.schedule.base, agent.frame
+    columns, whose = expert.columns(source, frame), f"the expert {expert.name!r}"
+    moved = in_columns(agent.model, entries, columns, len(frame.labels), source, whose)
+    # Task vectors would be the differences of rows of different classes.
+    if moved[0] is not entries[0] and base is not None and not labels_of(base):
+        raise ConsilienceError(
+            f"experts must have the columns of their `base`, and {expert.name!r} has other labels than the "
+            "schedule; give the base as `Result.params`, which says what its columns mean, or leave it out."
+        )
+    return moved
+
+
+def expert_entries(agent: Agent, expert: Expert, source: Source) -> tuple[Params, Params]:
     """Return an expert's parameters and buffers, in the agent's types, with entries of its own task."""
-    state, theirs = agent.state, {**expert.params, **expert.buffers}  # a state_dict holds both
+    state = agent.state
+    theirs = agent.model.entries_of({**expert.params, **expert.buffers})  # a state_dict holds both
     params: Params = {}
     buffers: Params = {}
     for name, own in {**state.params, **state.buffers}.items():
@@ -235,12 +259,14 @@ def expert_entries(agent: Agent, expert: Expert) -> tuple[Params, Params]:
         held[name] = own if name in state.frozen else entry
 
     # Heads of its task are the expert's own: the model has none before it grows them.
+    grown = agent.model.grow(state.params, state.buffers, source, key(0, "given"))
     for name in theirs.keys() - params.keys() - buffers.keys():
         if agent.model.task_of(name) is None:
             raise ConsilienceError(
                 f"an expert must have no entries but the model's, and {expert.name!r} has {name!r}."
             )
-        (params if name in expert.params else buffers)[name] = torch.as_tensor(theirs[name]).detach()
+        held = buffers if name in grown[1] or name in expert.buffers else params
+        held[name] = torch.as_tensor(theirs[name]).detach()
     return params, buffers
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from consilience.core.message import Message, Weights
 from consilience.core.metrics import Running, client_drift, mean
-from consilience.core.params import Layout, content_hash
+from consilience.core.params import Layout, Params, content_hash, matches
 from consilience.core.schedule import Evaluate, Train
 from consilience.core.source import Examples, Source, masked
 from consilience.core.state import State
@@ -78,6 +78,8 @@ class Judge:
     client_drift: list[dict[str, Any]] = field(default_factory=list)
     local: list[dict[str, Any]] = field(default_factory=list)
     personal: dict[str, float | None] = field(default_factory=dict)
+    clients: tuple[str, ...] = ()
+    """The agents that the present Evaluate phase judges by their own parameters."""
     before: dict[str, list[float]] = field(default_factory=dict)
     """The scores of the agents of a Train phase before it, until it has ended."""
 
@@ -101,8 +103,11 @@ class Judge:
     # The evaluated agent.
 
     def evaluate(self, stage: str) -> None:
-        """Score the evaluated agent on every source's test data: one more row of the matrix."""
-        scores = self.scores(self.agents[self.setup.schedule.evaluated])
+        """Score the evaluated agent on every source's test data: one more row of the matrix.
+
+        With personal entries, the agent that trained on a source answers for it: no server has its head.
+        """
+        scores = self.scores(None)
         row = [score.first for score in scores]
         self.rows.append(row)
         further = {name: [score.values.get(name, math.nan) for score in scores] for name in self.names}
@@ -142,8 +147,11 @@ class Judge:
 
     def validation(self) -> float:
         """Return the mean score of the evaluated agent on the validation data of all sources."""
-        agent = self.agents[self.setup.schedule.evaluated]
-        scores = [self.score(agent, source.validation, source) for source in self.setup.schedule.sources]
+        agent, owners = self.agents[self.setup.schedule.evaluated], self.owners()
+        scores = [
+            self.score(owners.get(source.name, agent), source.validation, source)
+            for source in self.setup.schedule.sources
+        ]
         return float(mean([score.first for score in scores]))
 
     def _mapper_accuracy(self, scores: Sequence[Score]) -> float:
@@ -174,17 +182,46 @@ class Judge:
         """Return the name of the metric by which a source is scored in the matrix."""
         return self.setup.metrics[source][0].name
 
-    def scores(self, agent: Agent) -> list[Score]:
-        """Return the scores of an agent on everything that is judged."""
+    def own_models(self, clients: Collection[str]) -> dict[str, Agent]:
+        """Return the agents that have models of their own, by name: those that no server sends all of it.
+
+        With personal entries, a client answers with these over the server's parameters, but for `clients`,
+        which have trained since they received.
+        """
+        server, personal = self.agents[self.setup.schedule.evaluated], self.setup.method.personal
+        found: dict[str, Agent] = {}
+        for name, agent in self.agents.items():
+            # An agent that trains itself is no server, but a peer.
+            if personal and name not in clients and agent is not server and not server.state.visits:
+                found[name] = replace(agent, state=over(server.state, agent.state, personal))
+            elif agent.state.base:
+                found[name] = agent
+        return found
+
+    def owners(self) -> dict[str, Agent]:
+        """Return, for a method with personal entries, the only agent that trained on each source."""
+        if not self.setup.method.personal or not self.setup.facts.receives_others:
+            return {}
+        found: dict[str, list[Agent]] = {}
+        for agent in self.own_models(self.clients).values():
+            for source in agent.state.visits:
+                found.setdefault(source, []).append(agent)
+        return {source: agents[0] for source, agents in found.items() if len(agents) == 1}
+
+    def scores(self, agent: Agent | None) -> list[Score]:
+        """Return the scores of an agent on everything that is judged; None: as `evaluate` says."""
+        owners = self.owners() if agent is None else {}
+        agent = agent or self.agents[self.setup.schedule.evaluated]
         # Parts of a stream have the same test data: they are judged once.
         found: dict[tuple[object, ...], Score] = {}
         scores = []
         for source in self.setup.schedule.judged:
             task = source.task if self._labelled or self.setup.method.mapper is not None else None
             names = [metric.name for metric in self.setup.metrics[source.name]]
-            at = (id(source.test), task, source.target, *names)
+            answering = owners.get(source.name, agent)
+            at = (answering.name, id(source.test), task, source.target, *names)
             if at not in found:
-                found[at] = self.score(agent, source.test, source)
+                found[at] = self.score(answering, source.test, source)
             scores.append(found[at])
         return scores
 
@@ -273,6 +310,7 @@ class Judge:
 
     def judge_clients(self, phase: Evaluate) -> None:
         """Score the clients of an Evaluate phase on their own test data."""
+        self.clients = tuple(phase.clients)
         for name, sources in phase.clients.items():
             self.personal[name] = self.own_and_others(self.row(self.agents[name]), sources)[0]
 
@@ -337,6 +375,18 @@ class Judge:
         found = client_drift(layout.flatten(before.base), layout.flatten(agent.state.params), rows)
         place = {"stage": len(self.rows), "agent": agent.name, "clients": len(clients)}
         self.client_drift.append({**place, **plain(found)})
+
+
+def over(server: State, client: State, personal: Sequence[str]) -> State:
+    """Return a client's state with the server's parameters and buffers under its personal entries."""
+
+    def combined(common: Params, own: Params) -> Params:
+        # Heads of its task may be the client's alone.
+        kept = {name: t for name, t in own.items() if name not in common or matches(name, personal)}
+        return {**common, **kept}
+
+    params = combined(server.params, client.params)
+    return client.change(params=params, buffers=combined(server.buffers, client.buffers), base=params)
 
 
 def values_of(measured: Sequence[Running]) -> dict[str, float]:

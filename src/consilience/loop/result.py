@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Self, overload
@@ -32,7 +33,8 @@ class Result:
     """What a run found, over its repeats.
 
     R = `matrices[r]` [stages + 1, sources] has the metric on each source's test data before training (row 0)
-    and after each stage, for repeat r. T is the last stage, and l_j the only stage that trains on source j.
+    and after each stage, for repeat r. With personal entries, each source's own client is measured. T is the
+    last stage, and l_j the only stage that trains on source j.
     """
 
     setting: str
@@ -80,6 +82,9 @@ class Result:
     """What each output column means: (label space, class name)."""
     agent: Agent | None = field(default=None, repr=False)
     """The evaluated agent of the first repeat; None for a result that was read from a folder."""
+    agents: Mapping[str, Agent] = field(default_factory=dict, repr=False)
+    """Agents of the first repeat with models of their own, by name: clients with `judge_clients`,
+    `personalise` or personal entries, and agents that no server sends its parameters to."""
 
     # Scores
 
@@ -295,35 +300,60 @@ class Result:
 
     @property
     def params(self) -> Params:
-        """The final parameters of the evaluated agent (first repeat)."""
-        return dict(self._agent().state.params)
+        """The state dict of the evaluated agent (first repeat), as `state_dict` returns it."""
+        return self.state_dict()
+
+    def state_dict(self, agent: str | None = None) -> Params:
+        """Return parameters and buffers as the torch module has them, for `module.load_state_dict`.
+
+        Tied entries have all their names. `agent` names one of `agents`; None: the evaluated one. The
+        attribute `labels` of what is returned says what the output columns mean, for `cs.Expert` and `base=`.
+        """
+        chosen = self._agent(agent)
+        state = chosen.state
+        found = OrderedDict(chosen.model.state_dict(state.params, state.buffers))
+        # As torch keeps `_metadata`: torch.save and torch.load keep it too.
+        vars(found)["labels"] = chosen.frame.labels
+        return found
 
     @overload
-    def predict(self, x: Any, task: str | None = None, *, names: Literal[False] = False) -> Tensor: ...
+    def predict(
+        self, x: Any, task: str | None = None, *, names: Literal[False] = False, agent: str | None = None
+    ) -> Tensor: ...
 
     @overload
-    def predict(self, x: Any, task: str | None = None, *, names: Literal[True]) -> list[Any]: ...
+    def predict(
+        self, x: Any, task: str | None = None, *, names: Literal[True], agent: str | None = None
+    ) -> list[Any]: ...
 
-    def predict(self, x: Any, task: str | None = None, *, names: bool = False) -> Tensor | list[Any]:
+    def predict(
+        self, x: Any, task: str | None = None, *, names: bool = False, agent: str | None = None
+    ) -> Tensor | list[Any]:
         """Return predictions [B, classes, *places] of the evaluated agent (first repeat).
 
         They are probabilities of classes or labels, or values, in the order of `labels`. With `names`: the
-        name of the likeliest class of each sample (None: unknown), or of all labels from 0.5 on. `x` are
-        inputs as `data.arrays` takes them.
+        name of the likeliest class of each sample (None: unknown), or of all labels from 0.5 on. `agent`
+        names one of `agents`, such as a client. `x` are inputs as `data.arrays` takes them.
         """
-        agent, samples = self._agent(), ready(x)
+        chosen, samples = self._agent(agent), ready(x)
         try:
-            answer = agent.predict(samples, task)
+            answer = chosen.predict(samples, task)
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             raise misfit(samples, error) from error
-        return agent.frame.names(answer, task) if names else answer
+        return chosen.frame.names(answer, task) if names else answer
 
-    def _agent(self) -> Agent:
+    def _agent(self, name: str | None = None) -> Agent:
+        """Return an agent by its name; None: the evaluated one."""
         if self.agent is None:
             raise ConsilienceError(
                 "a result that was read from a folder has no parameters; resume its run (`resume=True`)."
             )
-        return self.agent
+        if name is None:
+            return self.agent
+        every = {self.agent.name: self.agent, **self.agents}
+        if name not in every:
+            raise unknown("agent", name, every, "the agents whose models were kept")
+        return every[name]
 
     # JSON
 

@@ -187,6 +187,7 @@ class Session:
             versions=versions(self.engine),
             labels=setup.schedule.frame.labels,
             agent=first.agent,
+            agents=first.own_models(),
         )
         if self.log.out is not None:
             write_json(self.log.out / "result.json", plain(result.to_json()))

@@ -18,7 +18,7 @@ from torch import Tensor
 from consilience.core.errors import ConsilienceError
 from consilience.core.message import Message
 from consilience.core.names import WHOLE, pair, unpair
-from consilience.core.schedule import Exchange, Phase, Train
+from consilience.core.schedule import Evaluate, Exchange, Phase, Train
 from consilience.core.state import Frozen, State, decode_state, encode_state
 from consilience.core.stopping import Trend
 from consilience.core.training import Place
@@ -274,12 +274,16 @@ class Trial:
                 self.agents[name].release()
 
     def free_agents(self) -> None:
-        """Free the agents of a trial that has ended, but for the evaluated agent of the first repeat."""
-        # `Result.agent` is that agent.
-        kept = self.agent if self.repeat == 0 else None
+        """Free the agents of a trial that has ended, but for those of the first repeat that a result has."""
+        kept = {self.agent.name: self.agent, **self.own_models()} if self.repeat == 0 else {}
         self.agents.clear()
-        if kept is not None:
-            self.agents[kept.name] = kept
+        self.agents.update(kept)
+
+    def own_models(self) -> dict[str, Agent]:
+        """Return the agents that have models of their own, once the trial has ended, by name."""
+        *_, last = self.setup.schedule.plan(self.seed)
+        clients = last.clients if isinstance(last, Evaluate) and not self.stopped else {}
+        return self.judge.own_models(clients)
 
     # Checkpoints
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from consilience.core.aggregator import Aggregator
 from consilience.core.errors import ConsilienceError, Refusal, kind_of
-from consilience.core.model import Model
+from consilience.core.model import Model, in_columns, stay
 from consilience.core.params import Layout, Params, finite
-from consilience.core.schedule import reframe
+from consilience.core.schedule import labels_of, reframe
 from consilience.core.source import Examples, LabelFrame, Source
 from consilience.core.tree import Input, cast_to, signature
 from consilience.merging._diagnose import named
@@ -108,6 +108,22 @@ def entries(what: Any, base: Any = None) -> Params:
     """Read all entries of a checkpoint: of a state dict, a module or a path; of an adapter with its base."""
     found = opened(what, None if base is None else opened(base))
     return {name: found.whole(name) for name in found.shapes}
+
+
+def in_frame(model: Model, checkpoint: Any, frame: LabelFrame, source: Source, whose: str) -> Any:
+    """Return a checkpoint with its outputs in the columns of a frame, if it says what they mean."""
+    where = {label: column for column, label in enumerate(frame.labels)}
+    columns = [where.get(label) for label in labels_of(checkpoint)]
+    if not columns or stay(columns, len(frame.labels)):
+        return checkpoint
+
+    # Which columns a head has is a buffer that the model makes with the head.
+    buffers = model.init(torch.Generator().manual_seed(0))[1]
+    state = model.entries_of(checkpoint)
+    held = {n: t for n, t in state.items() if n in buffers or not t.is_floating_point()}
+    params = {name: tensor for name, tensor in state.items() if name not in held}
+    params, held = in_columns(model, (params, held), columns, len(frame.labels), source, whose)
+    return {**params, **held}
 
 
 def checkpoints_of(model: Model, base: Any, experts: Mapping[str, Any], hint: str = "") -> Checkpoints:
@@ -333,6 +349,13 @@ class Bench:
 
         one_head = (scenario or "class") == "class" and not self.model.uses_task
         hint = label_spaces_hint(sources) if one_head else ""
+        own = self.sources[0]
+        given = {
+            name: in_frame(self.model, expert, self.frame, own, f"the expert {name!r}")
+            for name, expert in given.items()
+        }
+        if set(labels_of(base)) & set(self.frame.labels):
+            base = in_frame(self.model, base, self.frame, own, "`base`")
         self.checkpoints = checkpoints_of(self.model, base, given, hint)
         self.base, self.experts = self.checkpoints.base, self.checkpoints.experts
         self.mixed, self.dtype = self.checkpoints.mixed, self.checkpoints.dtype

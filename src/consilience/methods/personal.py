@@ -33,8 +33,8 @@ def personal(patterns: str | Sequence[str] = "head") -> Method:
     """Entries that stay with their client: each keeps its own, and all else is averaged.
 
     With the head it is FedPer; with the norms, such as `personal("*norm*")`, FedBN. The server keeps its
-    initial ones; a client is judged by its own where it is the evaluated agent. A head in closed form is
-    made by the server, so it cannot be personal.
+    initial ones, so the score on a client's source is that of its own model: its entries over the server's
+    (`Result.agents` has them). A head in closed form is made by the server, so it cannot be personal.
 
     Paper: Arivazhagan et al. 2019 (FedPer); Li et al. 2021 (FedBN).
 

@@ -124,6 +124,23 @@ class Heads(Model):
         largest = weight.abs().amax(1, keepdim=True)
         return weight / torch.where(largest > 0, largest, torch.ones_like(largest))
 
+    def moved(
+        self, params: Params, buffers: Params, columns: Sequence[int | None], width: int
+    ) -> tuple[Params, Params]:
+        changed = dict(buffers)
+        for name, own in buffers.items():
+            if not (name.startswith(HEADS) and name.endswith(".columns")):
+                continue
+            places = [columns[column] if column < len(columns) else None for column in own.tolist()]
+            if None in places:
+                raise ConsilienceError(
+                    f"a head must answer with columns that have a label in the schedule, got column "
+                    f"{own.tolist()[places.index(None)]} of {len(columns)} labels in {name!r}; say what they "
+                    "mean with `labels=` (`Result.labels`), and give sources that declare them."
+                )
+            changed[name] = torch.tensor(places, dtype=own.dtype, device=own.device)
+        return params, changed
+
     # For subclasses.
 
     def _has_head(self, params: Params, buffers: Params, source: Source) -> bool:

@@ -16,7 +16,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from consilience.core.checks import whole_number
 from consilience.core.errors import ConsilienceError
-from consilience.core.model import Forward, Model
+from consilience.core.model import Forward, Model, stay
 from consilience.core.params import Params, alias, changes, content_hash, matches, same
 from consilience.core.tree import Input, Tree, as_input
 
@@ -227,12 +227,7 @@ class ModuleModel(Model):
     def bind(self, params: Params, buffers: Params, train: bool) -> tuple[Forward, Params]:
         self._set_mode(train)
         statistics = {name: tensor.detach().clone() for name, tensor in _pick(buffers, self._buffers).items()}
-        given = {**_pick(params, self.entries), **statistics}
-
-        # Copy the structure alone: deepcopy takes each given tensor for the copy of the module's, at every
-        # place and for every alias.
-        originals = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
-        module = copy.deepcopy(self.module, {id(tensor): given[name] for name, tensor in originals.items()})
+        module = self._over({**_pick(params, self.entries), **statistics})
 
         def forward(x: Input, task: str | None) -> Tensor:
             # Most inputs are one tensor, and most modules return one: both cost nothing here.
@@ -240,6 +235,56 @@ class ModuleModel(Model):
             return out if isinstance(out, Tensor) else tensor_of(out)
 
         return forward, statistics
+
+    def _over(self, given: Params) -> nn.Module:
+        """Return a copy of the module's structure over these parameters and buffers."""
+        # deepcopy takes each given tensor for the copy of the module's, at every place and for every alias.
+        originals = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+        return copy.deepcopy(self.module, {id(tensor): given[name] for name, tensor in originals.items()})
+
+    # State dicts.
+
+    def state_dict(self, params: Params, buffers: Params) -> Params:
+        # Only the module knows which buffers it saves, and what else.
+        own = self._over({**_pick(params, self.entries), **_pick(buffers, self._buffers)}).state_dict()
+        # Entries that a method added stay, so that a module without the method refuses to load them.
+        added = {name: p for name, p in {**params, **buffers}.items() if name not in self._known}
+        own.update(added)
+        return own
+
+    def entries_of(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        found = dict(state)
+        for twin, name in self._twins.items():
+            if twin not in found:
+                continue
+            other = found.pop(twin)
+            held = found.setdefault(name, other)
+            if held is not other and not torch.equal(torch.as_tensor(held), torch.as_tensor(other)):
+                raise ConsilienceError(
+                    f"{name!r} and {twin!r} are one entry of the model, got two different ones in a state "
+                    "dict; tie them there too, or untie them in the model."
+                )
+        return found
+
+    def moved(
+        self, params: Params, buffers: Params, columns: Sequence[int | None], width: int
+    ) -> tuple[Params, Params]:
+        if stay(columns, width):
+            return params, buffers
+        if self.head_layer is None:
+            return super().moved(params, buffers, columns, width)
+
+        # A tied weight is no head's alone, and a frozen one is common ground.
+        names = [name for name in self.head(params, None) if name is not None]
+        fixed = [name for name in names if name in self._frozen or name in self._twins.values()]
+        if fixed:
+            raise ConsilienceError(
+                f"outputs cannot be put into other columns, because {fixed[0]!r} is "
+                f"{'frozen' if fixed[0] in self._frozen else 'tied'}; train in the schedule's columns."
+            )
+        order = _permutation(columns, width, self.outputs).to(params[names[0]].device)
+        rows = {name: torch.empty_like(params[name]).index_copy(0, order, params[name]) for name in names}
+        return {**params, **rows}, buffers
 
     # The head, and what is frozen.
 
@@ -318,6 +363,14 @@ class ModuleModel(Model):
         """List the names of the module's parameters and buffers."""
         self.entries = tuple(name for name, _ in self.module.named_parameters())
         self._buffers = tuple(name for name, _ in self.module.named_buffers())
+        # Further names of tied entries, and the entry of each: a state dict has all of them.
+        first = {id(p): name for name, p in (*self.module.named_parameters(), *self.module.named_buffers())}
+        every = [
+            *self.module.named_parameters(remove_duplicate=False),
+            *self.module.named_buffers(remove_duplicate=False),
+        ]
+        self._twins = {name: first[id(p)] for name, p in every if first[id(p)] != name}
+        self._known = frozenset((*self.entries, *self._buffers))
 
     def _freeze(self, patterns: Sequence[str]) -> None:
         """Freeze the entries that match, and find the buffers that are then derived."""
@@ -418,6 +471,25 @@ def tensor_of(out: Any) -> Tensor:
             "wrap it in a module that returns the outputs."
         )
     return logits.movedim(-1, 1) if logits.dim() == 3 else logits
+
+
+def _permutation(columns: Sequence[int | None], width: int, outputs: int) -> Tensor:
+    """Return the place [outputs] of each output: its column; behind `width` for None; else what is left."""
+    places: list[int | None] = [*columns[:outputs], *[None] * (outputs - len(columns))]
+    free = [place for place in range(outputs) if place not in set(places)]
+    behind = [place for place in free if place >= width]
+    for i, column in enumerate(columns[:outputs]):
+        if column is None:
+            if not behind:
+                raise ConsilienceError(
+                    f"outputs without a column of their own need room behind the {width} columns, got a "
+                    f"model of {outputs} outputs; give it more, or sources that declare all its labels."
+                )
+            places[i] = behind.pop(0)
+
+    # Outputs without labels were never trained as any class.
+    left = iter([place for place in free if place not in set(places)])
+    return torch.tensor([next(left) if place is None else place for place in places])
 
 
 def no_such_entry(pattern: str, model: str) -> ConsilienceError:

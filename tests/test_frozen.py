@@ -148,7 +148,7 @@ def test_a_model_without_anything_to_train_is_refused():
     with pytest.raises(cs.Refusal, match="nothing of the model can be trained: all 5 entries are frozen"):
         cs.run(cs.settings.continual(data(2)), cs.methods.finetune(), net, TRAINING)
     run = cs.run(cs.settings.continual(tasks(), "task"), cs.methods.finetune(), heads(), TRAINING)
-    assert sum(n.startswith("heads.") for n in run.params) == 2 * len(tasks())
+    assert sum(n.startswith("heads.") for n in run.agent.state.params) == 2 * len(tasks())
 
 
 # Held once.
@@ -269,8 +269,9 @@ def test_heads_and_adapters_on_a_short_backbone_are_trained_in_the_runs_precisio
     trunk = cs.models.wrap(Ids().requires_grad_(False), outputs=16, headless=True)
     model = getattr(cs.models, kind)(trunk, 4)
     run = cs.run(cs.settings.continual(tasks(), "task"), cs.methods.finetune(), model, TRAINING)
-    assert {p.dtype for n, p in run.params.items() if n.startswith("trunk.")} == {torch.bfloat16}
-    assert {p.dtype for n, p in run.params.items() if not n.startswith("trunk.")} == {torch.float32}
+    held = run.agent.state.params
+    assert {p.dtype for n, p in held.items() if n.startswith("trunk.")} == {torch.bfloat16}
+    assert {p.dtype for n, p in held.items() if not n.startswith("trunk.")} == {torch.float32}
     start = model.grow(*model.init(torch.Generator()), tasks()[0], torch.Generator().manual_seed(0))[0]
     assert any(not torch.equal(p, run.params[n]) for n, p in start.items() if n.startswith("heads."))
 

@@ -573,7 +573,7 @@ def test_trunks_are_merged_and_heads_kept(other):
     # heads are named by tasks and are drawn by sources: one that is alone among its labels begins as it does
     # here
     for a in alone:
-        head = {n: p for n, p in a.params.items() if "heads." in n}
+        head = {n: p for n, p in a.agent.state.params.items() if "heads." in n}
         assert len(head) == 2 and all(torch.equal(result.params[n], p) for n, p in head.items())
     for n in ("trunk.1.weight", "trunk.1.bias"):
         assert torch.allclose(result.params[n], (alone[0].params[n] + alone[1].params[n]) / 2, atol=1e-6)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from consilience import data
+from consilience import data, settings
 from consilience.core.errors import ConsilienceError
 from consilience.core.source import Source, Stream, Tensors
 from consilience.data.samplers import Balanced, InOrder, Sampler, Shuffle
@@ -757,3 +757,47 @@ def test_samplers_load_when_first_used():
     assert out.stdout.strip() == "True inf True"
     with pytest.raises(AttributeError, match="has no attribute 'sampler'"):
         _ = data.sampler
+
+
+# Splits of the same inputs
+
+
+def same_inputs(kind: str, n: int = 40):
+    """The inputs of two tasks, in memory, of one tensor or of ragged parts."""
+    g = torch.Generator().manual_seed(0)
+    if kind == "images":
+        return torch.rand(n, 3, 8, 8, generator=g)
+    return [torch.randint(0, 50, (3 + i % 4,), generator=g) for i in range(n)]
+
+
+@pytest.mark.parametrize("kind", ["images", "ids"])
+def test_sources_of_the_same_inputs_have_one_split_or_are_refused(kind):
+    """Each `arrays` is split by its name and classes, so that one task would train on tests of another."""
+    x, y = same_inputs(kind), torch.arange(40) % 4
+    targets = {"four": y, "two": y % 2}
+    apart = [data.arrays(x, own, test=0.25, name=name) for name, own in targets.items()]
+    with pytest.raises(
+        ConsilienceError, match="'four' trains on some of 'two'; split once: make all tasks by"
+    ):
+        settings.continual(apart, "task")
+    # In another order, and with the same classes, it is the same fault.
+    back = x.flip(0) if kind == "images" else x[::-1]
+    turned = [apart[0], data.arrays(back, y.flip(0), test=0.25, name="turned")]
+    with pytest.raises(ConsilienceError, match="must have the same test examples"):
+        settings.multitask(turned, "task")
+
+    settings.continual(data.tasks(x, targets, test=0.25), "task")
+    held = (x[:10], y[:10])
+    settings.continual([data.arrays(x[10:], y[10:], test=held, name=n) for n in targets], "task")
+
+
+def test_other_inputs_may_have_any_split():
+    source = data.digits()
+    settings.continual(data.permute(source, 3), "domain")
+    settings.continual([source.map(name=name) for name in ("a", "b")], "domain")
+    settings.federated(data.iid(source, 4), rounds=1)
+    # One input of forty differs: these may be two sites with some examples in common.
+    x, y = same_inputs("images"), torch.arange(40) % 4
+    other = x.clone()
+    other[3] += 1
+    settings.continual([data.arrays(x, y, name="a"), data.arrays(other, y, name="b")])

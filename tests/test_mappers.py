@@ -148,9 +148,9 @@ def test_slopes_are_finite_differences(name):
     agent, alpha = learned(name).agent, torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64)
     slopes = finite_difference(agent, SPREAD, alpha)
     with torch.no_grad():
-        each = Superposition().slopes(routing(agent), alpha)
-        rows = Superposition().slopes(routing(agent), alpha.expand(50, 3))
-        mean = Superposition(together=True).slopes(routing(agent), alpha)
+        each = Superposition(together=False).slopes(routing(agent), alpha)
+        rows = Superposition(together=False).slopes(routing(agent), alpha.expand(50, 3))
+        mean = Superposition().slopes(routing(agent), alpha)
     near = (each - slopes).abs() <= 1e-5 * slopes.abs().clamp_min(1)
     assert near.double().mean() > 0.98, "all but samples whose step crosses a kink"
     assert torch.allclose(each, rows, atol=1e-10)
@@ -172,9 +172,9 @@ def test_routes_are_the_paper_in_ten_lines():
     start = torch.full((3,), 1 / 3, dtype=torch.float64)
     one = torch.stack([gradient(start, x[None]) for x in SPREAD]).argmin(1)
     with torch.no_grad():
-        assert torch.equal(Superposition().route(r, {}).argmax(1), one)
-        assert torch.equal(Superposition(halving=True).route(r, {}).argmax(1), one), "half of three is one"
-        together = Superposition(together=True).route(r, {})
+        assert torch.equal(Superposition(False, False).route(r, {}).argmax(1), one)
+        assert torch.equal(Superposition(True, False).route(r, {}).argmax(1), one), "half of three is one"
+        together = Superposition(False, True).route(r, {})
     assert torch.equal(
         together.argmax(1), gradient(start, SPREAD).argmin().expand(50)
     ) and together.shape == (50, 3)
@@ -195,11 +195,11 @@ def test_routes_are_the_paper_in_ten_lines():
             alpha = torch.where(g <= middle, 0.0, alpha)
             alpha = alpha / alpha.sum()
         chosen.append(int(alpha.argmax()))
-    weights = Superposition(halving=True).route(r, {})
+    weights = Superposition(together=False).route(r, {})
     assert weights.argmax(1).tolist() == chosen and torch.equal(
         weights.sum(1), torch.ones(50, dtype=torch.float64)
     )
-    assert weights.argmax(1).tolist() != Superposition().route(r, {}).argmax(1).tolist()
+    assert weights.argmax(1).tolist() != Superposition(False, False).route(r, {}).argmax(1).tolist()
 
 
 @pytest.mark.parametrize("scenario", ["class", "domain"])
@@ -216,7 +216,8 @@ def test_superposition_on_a_conv_net_and_by_batches(scenario):
         for s in SOURCES
     ]
     model = cs.models.resnet(20, C, 1, width=2)
-    agent = go("supsup", cs.mappers.superposition(), model, images, scenario, epochs=1, batch_size=20).agent
+    alone = cs.mappers.superposition(together=False)
+    agent = go("supsup", alone, model, images, scenario, epochs=1, batch_size=20).agent
     x = images[1].test.x[:8] + 0.01 * torch.randn(8, 1, 6, 6, generator=key(4), dtype=torch.float64)
     weights, _ = agent.route(x)
     assert torch.equal(weights, torch.cat([agent.route(part)[0] for part in x.split(3)]))
@@ -515,8 +516,8 @@ def digits():
 
 SERVED = {
     "min_entropy": (cs.mappers.min_entropy(), 0.38),
-    "superposition": (cs.mappers.superposition(), 0.34),
-    "superposition, halving, a task a batch": (cs.mappers.superposition(True, True), 0.6),
+    "superposition": (cs.mappers.superposition(), 0.6),
+    "superposition, one gradient a sample": (cs.mappers.superposition(False, False), 0.34),
     "expert_gate": (cs.mappers.expert_gate(epochs=3), 0.75),
     "nearest_mean": (cs.mappers.nearest_mean("inputs"), 0.8),
     "gaussian_mixture": (cs.mappers.gaussian_mixture(5, on="inputs"), 0.8),

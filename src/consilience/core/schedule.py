@@ -14,6 +14,7 @@ from torch import Tensor
 
 from consilience.core.augment import Views
 from consilience.core.errors import ConsilienceError, unknown
+from consilience.core.leaks import check_splits
 from consilience.core.losses import KINDS, NONE, fits, loss_of, present
 from consilience.core.names import checked_name
 from consilience.core.source import Examples, Label, LabelFrame, Source, Target, Tensors
@@ -517,6 +518,7 @@ def build(
     `more` are further fields of `Schedule`.
     """
     framed, frame = reframe([*sources, *judged], scenario)
+    check_splits(framed)
     count = len(sources)
     tasks = {str(source.task) for source in framed[:count]}
     # Tasks that are only judged have no columns, because nobody trains on them.

@@ -147,14 +147,15 @@ def expert_gate(
     return ExpertGate(code, epochs, lr, temperature, soft, on, reject)
 
 
-def superposition(halving: bool = False, together: bool = False) -> Superposition:
+def superposition(halving: bool = True, together: bool = True) -> Superposition:
     """Choose the expert whose weight in the superposition of all tasks' parameters most lowers the entropy.
 
     Parameters differ by task through masks, keys or gates. Wortsman et al. 2020.
 
     Args:
         halving: halve the experts until one is left, instead of deciding by one gradient.
-        together: a batch is of one task, as the paper assumes, instead of each sample on its own.
+        together: a batch is of one task, as the paper assumes, so `predict` inputs of one task at a time. If
+            not, each sample is on its own, and most are misrouted (five tasks of digits: .45, not .79).
     """
     from consilience.mappers.superposed import Superposition
 

@@ -29,13 +29,14 @@ class Superposition(Mapper):
     `view`); parameters that all tasks see alike stay as they are. It is over all output columns that some
     expert was trained for. With `halving` the half of the experts (rounded down) with the lowest slopes goes
     on with equal alpha until one is left, log2 K gradients; else one gradient decides. With `together` all
-    samples of a batch are assumed to be of one task, as in the paper, and H is their mean; else each sample
-    is on its own. The paper's other objective G needs outputs that are trained to be of no class, and
+    samples of a batch are taken to be of one task, as in the paper, and H is their mean; else each sample is
+    on its own, and most are misrouted. Test data is judged source by source; give `predict` inputs of one
+    task at a time. The paper's other objective G needs outputs that are trained to be of no class, and
     training on a task's own columns has none. Wortsman et al. 2020.
     """
 
-    halving: bool = False
-    together: bool = False
+    halving: bool = True
+    together: bool = True
 
     kinds: ClassVar[tuple[str, ...]] = ("class",)
     takes_places: ClassVar[bool] = False

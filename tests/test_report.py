@@ -176,6 +176,20 @@ def test_write_has_all_charts_for_every_result(tmp_path):
     assert again.read_bytes() == path.read_bytes()
 
 
+def test_every_client_counts_the_same_in_the_score_and_the_report_says_so(tmp_path):
+    """Tests of 2 and 18 examples, one of them all wrong: .5, where a mean by examples would be .1 or .9."""
+    x, y = np.eye(2, dtype="float32")[[0, 1] * 9], np.array([0, 1] * 9)
+    clients = [
+        cs.data.arrays(x, y, test=(x[:n], y[:n] if right else 1 - y[:n]), name=name, space="one")
+        for name, n, right in (("small", 2, True), ("large", 18, False))
+    ]
+    fit = cs.Training(epochs=5, lr=0.5)
+    r = cs.run(cs.settings.federated(clients, rounds=3), cs.methods.fedavg(), cs.models.linear(2, 2), fit)
+    assert r.matrix[-1].tolist() == [1.0, 0.0] and r.score == 0.5
+    told = " ".join(r.report(tmp_path / "r.html").read_text().split())
+    assert "in their mean every source or client counts the same, however many examples it has" in told
+
+
 def test_write_escapes_every_name(tmp_path):
     evil = '<script>alert("1")</script>\'"&</textarea></style>'
     r = replace(

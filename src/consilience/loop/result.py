@@ -109,6 +109,8 @@ class Result:
     def scores(self) -> list[float]:
         """The final mean over sources, per repeat. Sources where the metric is undefined are left out.
 
+        Every source counts the same, also where sources are clients with tests of different sizes.
+
         Raises ConsilienceError where sources have different metrics.
         """
         self._check_one_metric()

@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 # The page asks the network for nothing, and the browser enforces it.
 POLICY = "default-src 'none';style-src 'unsafe-inline';script-src 'unsafe-inline';img-src data:"
 FOOTER = (
-    "Scores are on each source&#8217;s test data. ± is one standard deviation over repeats; "
+    "Scores are on each source&#8217;s test data, and in their mean every source or client counts the same, "
+    "however many examples it has. ± is one standard deviation over repeats; "
     "curves and costs along a run are of the first repeat. "
     "MACs count forward and backward; bytes are as sent."
 )

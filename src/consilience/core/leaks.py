@@ -38,8 +38,8 @@ def check_splits(sources: Sequence[Source]) -> None:
             for other in others:
                 if _leaks(first, other):
                     raise ConsilienceError(
-                        f"sources of the same inputs must have the same test examples, and {first.name!r} "
-                        f"trains on some of {other.name!r}; split once: make all tasks by "
+                        f"sources of the same inputs must have the same test examples, and of {first.name!r} "
+                        f"and {other.name!r} one trains on tests of the other; split once: make all tasks by "
                         "data.tasks(x, {task: targets}), or give every source the same `test`."
                     )
 
@@ -57,12 +57,20 @@ def _fingerprint(source: Source) -> int:
 
 
 def _leaks(one: Source, other: Source) -> bool:
-    """Whether two sources have the same inputs, all of them, but other ones as test."""
+    """Whether two sources have the same inputs, all of them, and one trains on tests of the other."""
     # A few places tell most tests apart, or say that there is nothing to look for.
     if one.test is other.test or _equal(_codes(one.test, PLACES), _codes(other.test, PLACES)):
         return False
-    every = [torch.cat([_codes(getattr(source, part)) for part in PARTS]) for source in (one, other)]
-    return _equal(*every)
+    codes = [{part: _codes(getattr(source, part)) for part in PARTS} for source in (one, other)]
+    if not _equal(*(torch.cat([own[part] for part in PARTS]) for own in codes)):
+        return False
+
+    # Examples that a source has more than once may be in its own training too, which is its own affair.
+    for own, others in (codes, codes[::-1]):
+        apart = own["test"][~torch.isin(own["test"], own["train"])]
+        if bool(torch.isin(apart, others["train"]).any()):
+            return True
+    return False
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:

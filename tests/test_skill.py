@@ -629,7 +629,7 @@ def test_what_no_agent_can_be_made_of(shared, model, parts):
     ],
 )
 def test_what_could_not_be_routed_to_is_not_given(shared, parts, model, mapper):
-    """Modules without the receiver's anchor, and anchors without scores; of such a bank nothing stays."""
+    """Modules without the receiver's anchor, and anchors without scores; what else is in the bank stays."""
     kind = {"mapper": "nearest_mean", **mapper}
     method = cs.methods.skill(**kind, head="ridge")
     other = cs.methods.skill("gaussian_mixture" if kind["mapper"] != "gaussian_mixture" else "expert_gate", 2)
@@ -643,8 +643,8 @@ def test_what_could_not_be_routed_to_is_not_given(shared, parts, model, mapper):
         (other, said),
         (
             cs.methods.skill(**kind, reject=0.05),
-            "with `reject` above 0 every anchor must be made with it, got one without validation scores, "
-            "of 'digits/0-1'",
+            "with `reject` above 0 every anchor must be made with it, got one without validation scores "
+            "in 'digits/0-1'",
         ),
     ):
         new = cs.skill.newcomer(schedule, hearer, model, TRAINING)
@@ -656,7 +656,7 @@ def test_what_could_not_be_routed_to_is_not_given(shared, parts, model, mapper):
     new = cs.skill.newcomer(schedule, method, model, TRAINING)
     with pytest.raises(cs.ConsilienceError, match=f"got model in '{parts[1].name}'"):
         cs.skill.give(new, {**agent.state.bank, bare.key: bare})
-    assert not new.state.bank
+    assert [source for _, source in new.state.bank] == [parts[0].name]
     for hears in (method, cs.methods.skill("oracle"), cs.methods.skill("min_entropy")):
         cs.skill.give(new := cs.skill.newcomer(schedule, hears, model, TRAINING), agent.state.bank)
         assert len(new.state.bank) == 2 and new.predict(parts[0].test.whole()[0], parts[0].name).any()

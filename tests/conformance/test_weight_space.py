@@ -123,25 +123,32 @@ def test_common_ground_is_adopted(name: str | None) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_strangers_are_refused(name: str) -> None:
-    agent, before = hearer(kit.make(name)), testing.bits(hearer().state)
-    with pytest.raises(
-        cs.ConsilienceError, match=r"start from the same parameters: 'stranger' sent origin feed"
-    ):
-        agent.receive([told(near(1), "friend"), told(near(2), "stranger", origin="feed" * 8)])
+    """Alone a stranger changes nothing; the friends of the same exchange are taken as without it."""
+    agent, alone, before = hearer(kit.make(name)), hearer(kit.make(name)), testing.bits(hearer().state)
+    stranger = told(near(2), "stranger", origin="feed" * 8)
+    friends = [told(near(i), f"friend-{i}") for i in range(ROWS)]
+    with pytest.raises(cs.ConsilienceError, match="the same parameters: 'stranger' sent origin 'feed"):
+        agent.receive([stranger])
     assert testing.bits(agent.state) == before
+    with pytest.raises(cs.ConsilienceError, match="messages were refused, and the others were received"):
+        agent.receive([stranger, *friends])
+    alone.receive(friends)
+    assert testing.bits(agent.state) == testing.bits(alone.state)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_deltas_need_the_same_base(name: str) -> None:
     agent = hearer(kit.make(name))
-    messages = [told(near(i), f"sender-{i}", base="cafe" * 8 if i == 2 else ORIGIN) for i in range(ROWS)]
+    messages = [told(near(i), f"sender-{i}", base="cafe" * 8 if i == 2 else ORIGIN) for i in range(ROWS + 1)]
     if name in DELTA:
         with pytest.raises(
             cs.ConsilienceError,
             match="receiver's own parameters, and the message of 'sender-2' started from others",
         ):
             agent.receive(messages)
-        assert away(agent, BASE) == 0
+        others = hearer(kit.make(name))
+        others.receive([m for m in messages if m.sender != "sender-2"])
+        assert away(agent, others.state.params) == 0
     else:
         agent.receive(messages)
         assert away(agent, BASE) > 1e-3
@@ -163,11 +170,13 @@ def test_what_is_not_finite_is_refused_or_left_out_by_the_senders_name(name: str
         with pytest.raises(cs.ConsilienceError, match=r"got NaN or infinity in '1.weight' of 'ill'"):
             ill_alone.receive([told(ill, "ill")])
         return
+    messages, well = [told(near(i), f"sender-{i}") for i in range(ROWS)], hearer(kit.make(name))
     with pytest.raises(
         cs.ConsilienceError, match=r"must be finite, got NaN or infinity in '1.weight' of 'ill'"
     ):
-        agent.receive([told(near(i), f"sender-{i}") for i in range(ROWS)] + [told(ill, "ill")])
-    assert away(agent, BASE) == 0
+        agent.receive([*messages, told(ill, "ill")])
+    well.receive(messages)
+    assert away(agent, well.state.params) == 0 and ("ill|" not in agent.state.received)
 
 
 def test_other_shapes_are_refused_by_the_senders_name() -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from consilience.core.consolidator import Consolidator
-from consilience.core.errors import ConsilienceError
+from consilience.core.errors import ConsilienceError, kind_of
 from consilience.core.message import Message, Module, Shared
 from consilience.core.model import Model
 from consilience.core.schedule import ScheduleFacts
@@ -16,32 +16,27 @@ from consilience.core.source import Source
 from consilience.core.state import State
 
 
-def refuse_strangers(model: Model, state: State, messages: Sequence[Message]) -> None:
-    """Refuse modules of another frozen backbone, and those that this model would run in another form."""
-    for message in messages:
-        item, whose = message.items.get("model"), f"{message.source!r} of {message.sender!r}"
-        if not isinstance(item, Module):
-            continue
-
-        here = state.frozen.hash
-        if item.meta["backbone"] and item.meta["backbone"] != here:
-            raise ConsilienceError(
-                f"a module must belong to this agent's backbone {here[:8]}, got "
-                f"{item.meta['backbone'][:8]} in {whose}."
-            )
-
-        form = item.meta.get("form", "")
-        if form != model.form:
-            raise ConsilienceError(
-                f"a module must be run as it was trained, here with {model.form or 'rows as they are'}, got "
-                f"{form or 'rows as they are'} in {whose}."
-            )
-        # Entries that this model would ignore could change what the sender's model computes.
-        strange = [n for n in item.group("entries") if not model.reads(n)]
-        if strange:
-            raise ConsilienceError(
-                f"a module must have entries that this model runs, got {strange[0]!r} in {whose}."
-            )
+def check_meta(module: Module, whose: str) -> None:
+    """Refuse a module whose facts are not those of `Experts.export`."""
+    meta = module.meta
+    labels, classes, task = meta.get("labels"), meta.get("classes"), meta.get("task")
+    named = isinstance(labels, Sequence) and all(
+        isinstance(label, Sequence) and len(label) == 2 and all(isinstance(part, str) for part in label)
+        for label in labels
+    )
+    if not named or not labels:
+        raise ConsilienceError(f"a module must say its labels, got {kind_of(labels)} in {whose}.")
+    # Each class is the place of a label.
+    counted = isinstance(classes, Sequence) and all(
+        isinstance(c, int) and 0 <= c < len(labels) for c in classes
+    )
+    if not isinstance(classes, Sequence) or not counted or len(set(classes)) < len(classes):
+        raise ConsilienceError(
+            f"the classes of a module must be places among its {len(labels)} labels, got {kind_of(classes)} "
+            f"in {whose}."
+        )
+    if not isinstance(task, str | None) or not isinstance(meta.get("backbone"), str):
+        raise ConsilienceError(f"a module must say its task and backbone, got {kind_of(task)} in {whose}.")
 
 
 @dataclass(frozen=True)
@@ -80,10 +75,35 @@ class Experts(Consolidator):
             result[source.name] = Module({**entries, **buffers}, meta)
         return result
 
+    def check_message(self, model: Model, state: State, message: Message) -> None:
+        """Refuse what is no module, is of another frozen backbone, or would be run in another form."""
+        item, whose = message.items.get("model"), message.whose
+        if item is None:
+            return
+        if not isinstance(item, Module):
+            raise ConsilienceError(f"experts must come as modules, got {type(item).__name__} in {whose}.")
+        check_meta(item, whose)
+        backbone, here = item.meta["backbone"], state.frozen.hash
+        if backbone and backbone != here:
+            raise ConsilienceError(
+                f"a module must belong to this agent's backbone {here[:8]}, got {backbone[:8]} in {whose}."
+            )
+        form = item.meta.get("form", "")
+        if form != model.form:
+            raise ConsilienceError(
+                f"a module must be run as it was trained, here with {model.form or 'rows as they are'}, got "
+                f"{form or 'rows as they are'} in {whose}."
+            )
+        # Entries that this model would ignore could change what the sender's model computes.
+        strange = [n for n in item.group("entries") if not model.reads(n)]
+        if strange:
+            raise ConsilienceError(
+                f"a module must have entries that this model runs, got {strange[0]!r} in {whose}."
+            )
+
     def receive(
         self, model: Model, state: State, fresh: Sequence[Message], by_size: bool, generator: torch.Generator
     ) -> State:
-        refuse_strangers(model, state, fresh)
         return state
 
     def forget(self, model: Model, state: State) -> State:

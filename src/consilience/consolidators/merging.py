@@ -111,10 +111,13 @@ class FisherSpace(_ByStatistics):
     ) -> Params:
         from consilience.aggregators._fisher import Fisher
 
-        if not names or (len(rows) == 1 and not self.prior):
+        if not names:
             return {}
+        # Also of a single row, so that a sender without statistics is found alone.
         keys = ("Information", "EWC", "OnlineEWC", "MAS")
         summaries = self._summaries(rows, fresh, state, keys, "fisher_merging")
+        if len(rows) == 1 and not self.prior:
+            return {}
         here = [n for n in names if all(f"precision/{n}" in s.item.tensors for own in summaries for s in own)]
 
         # In float64: Fisher information spans many orders of magnitude.
@@ -168,9 +171,12 @@ class RegMean(_ByStatistics):
     def _merge_by_statistics(
         self, names: list[str], rows: list[Received], state: State, fresh: Sequence[Message]
     ) -> Params:
-        if not names or len(rows) == 1:
+        if not names:
             return {}
+        # Also of a single row, so that a sender without statistics is found alone.
         summaries = self._summaries(rows, fresh, state, ("InputMoments",), "regmean")
+        if len(rows) == 1:
+            return {}
         total = sum(row.weight for row in rows)
         made: Params = {}
         for n in names:

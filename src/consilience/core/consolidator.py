@@ -49,6 +49,13 @@ class Consolidator(Takes, ABC):
         agent's own parameters under `names.WHOLE`, or nothing. Entries that match `personal` stay.
         """
 
+    def check_message(self, model: Model, state: State, message: Message) -> None:
+        """Refuse, by ConsilienceError, a message that it could not consolidate, whatever comes with it.
+
+        Called once for each message before `receive`. Used by `WeightSpace` and `Experts`.
+        """
+        return None
+
     def among(self, total: float | None) -> Consolidator:
         """Return it for an exchange in which all agents that may send weigh `total` together.
 

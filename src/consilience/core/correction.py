@@ -9,7 +9,7 @@ them:
 | before a visit | `recall`, `gather`, `begin`, `prepare_step`, `trace_init` |
 | in each step | `sample`, `view`, `losses`, `rows`, `mask`, `penalty_gradient` or `penalty`, `trace` |
 | after a visit | `summarise`, `trim` |
-| after an exchange | `after_receive` |
+| in an exchange | `refuse_message`, `after_receive` |
 | in prediction | `recall`, `view`; of a mapper also `route` |
 
 A visit is the training of one agent in one `Train` phase: on one source, or on several whose batches meet in
@@ -289,7 +289,27 @@ class Correction(Takes, ABC):
         """
         return memory
 
-    # After an exchange.
+    # In an exchange.
+
+    def refuse_message(self, message: Message, params: Params) -> str | None:
+        """Return why a message has an item of this correction that cannot be used here, or None.
+
+        Called once for each message that arrives, before it is taken, with the agent's `params`. The text
+        continues " in SOURCE of SENDER.". All numbers are finite. Default: entries `GROUP/NAME` of
+        `Statistics` must have the shape of the agent's entry NAME. Overridden by mappers with anchors and
+        by moments of inputs.
+        """
+        item = message.items.get(self.name)
+        if not isinstance(item, Statistics):
+            return None
+        for name, tensor in item.tensors.items():
+            own = params.get(name.partition("/")[2])
+            if own is not None and own.shape != tensor.shape:
+                return (
+                    "statistics must have the shapes of the receiver's entries, here "
+                    f"{tuple(own.shape)}, got {tuple(tensor.shape)} for {name!r} of {self.name}"
+                )
+        return None
 
     def after_receive(
         self, before: State, after: State, memory: Mapping[str, Any], fresh: Sequence[Message]

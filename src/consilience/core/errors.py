@@ -3,7 +3,19 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+UNREADABLE = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What code may raise on content that it was not written for; ConsilienceError is a ValueError."""
 
 
 class ConsilienceError(ValueError):
@@ -16,6 +28,25 @@ class Refusal(ConsilienceError):
 
 class Interrupted(Exception):
     """The run was stopped by the user after its state was saved. The message says how to go on."""
+
+
+@contextmanager
+def reading(what: str, remedy: str) -> Iterator[None]:
+    """Read content from elsewhere: whatever it raises becomes a ConsilienceError about `what` it must be.
+
+    >>> with reading("a page must be numbers", "write it again"):  # doctest: +ELLIPSIS
+    ...     sum({"a": 1})
+    Traceback (most recent call last):
+    consilience.core.errors.ConsilienceError: a page must be numbers, got a TypeError (...); write it again.
+    """
+    try:
+        yield
+    except ConsilienceError:
+        raise
+    except UNREADABLE as error:
+        first = str(error).partition("\n")[0]
+        got = f"a {type(error).__name__} ({first:.200})"
+        raise ConsilienceError(f"{what}, got {got}; {remedy}.") from error
 
 
 def kind_of(value: object) -> str:

@@ -6,16 +6,21 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from consilience.core.errors import ConsilienceError
-from consilience.core.params import content_hash, pack, unpack
+from consilience.core.errors import ConsilienceError, kind_of, reading
+from consilience.core.names import WHOLE, checked_name
+from consilience.core.params import Params, content_hash, fits_float32, pack, unpack
 from consilience.core.source import Label
 
 _NOTHING = torch.zeros(0)
+
+LARGEST = 2**63 - 1
+"""The largest version and size: one more is no integer of a tensor."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,11 +102,26 @@ def encode(items: Mapping[str, Item]) -> tuple[dict[str, Tensor], dict[str, Any]
 
 
 def decode(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> dict[str, Item]:
-    """Return the named items that `encode` flattened."""
+    """Return the named items that `encode` flattened.
+
+    Raises ConsilienceError for facts of another form, and for tensors that are in no item.
+    """
+    if not isinstance(facts, Mapping):
+        raise ConsilienceError(f"items must be facts by name, got {kind_of(facts)}.")
     flat = Item(tensors)
     items: dict[str, Item] = {}
     for number, (name, fact) in enumerate(facts.items()):
-        items[name] = KINDS[fact["kind"]](flat.group(str(number)), fact["meta"])
+        kind = fact.get("kind") if isinstance(fact, Mapping) else None
+        if not isinstance(kind, str) or kind not in KINDS or not isinstance(fact.get("meta"), Mapping):
+            raise ConsilienceError(
+                f"an item must have a kind ({', '.join(KINDS)}) and a meta, got {kind_of(fact)} for {name!r}."
+            )
+        items[name] = KINDS[kind](flat.group(str(number)), fact["meta"])
+
+    # A tensor that no item has is in no hash either.
+    left = len(tensors) - sum(len(item.tensors) for item in items.values())
+    if left:
+        raise ConsilienceError(f"tensors must belong to an item, got {left} that belong to none.")
     return items
 
 
@@ -109,7 +129,7 @@ def decode(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> dict[str,
 class Message:
     """What `sender` sends about one source, or about itself.
 
-    Raises TypeError for an item that is not Shared.
+    Raises TypeError for an item that is not Shared, and ConsilienceError for facts that no agent sends.
     """
 
     sender: str
@@ -131,6 +151,7 @@ class Message:
     """The hash of the items, computed by the sender."""
 
     def __post_init__(self) -> None:
+        self._check_facts()
         for name, item in self.items.items():
             # The exact type: a subclass might carry more than the family allows.
             if type(item) not in (Weights, Statistics, Module, Samples):
@@ -144,10 +165,43 @@ class Message:
             digest = content_hash(tensors) + content_hash({json.dumps(facts): _NOTHING})[:8]
             object.__setattr__(self, "digest", digest)
 
+    def _check_facts(self) -> None:
+        """Refuse facts of other types, and names that are keys of ours."""
+        for name in ("sender", "source", "origin", "base", "digest"):
+            if not isinstance(getattr(self, name), str):
+                raise ConsilienceError(f"`{name}` must be a text, got {kind_of(getattr(self, name))}.")
+        for name in ("version", "size"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= LARGEST:
+                raise ConsilienceError(
+                    f"`{name}` must be a whole number from 0 to 2**63 - 1, got {kind_of(value)}."
+                )
+        if not isinstance(self.trained, bool):
+            raise ConsilienceError(f"`trained` must be true or false, got {kind_of(self.trained)}.")
+
+        # What an agent keeps under a key of ours, such as a running sum, is never sent.
+        checked_name(self.sender, "sender")
+        if self.source != WHOLE:
+            checked_name(self.source, "source")
+
     @property
     def key(self) -> tuple[str, str]:
         """(sender, source)."""
         return self.sender, self.source
+
+    @property
+    def whose(self) -> str:
+        """What it is about and who sent it, for errors."""
+        about = f"{self.source!r:.80}" if self.source != WHOLE else "the model"
+        return f"{about} of {self.sender!r:.80}"
+
+    @cached_property
+    def kept_bytes(self) -> int:
+        """How much memory it takes in a bank, which keeps no weights, in bytes."""
+        kept = [item for item in self.items.values() if not isinstance(item, Weights)]
+        text = json.dumps([self.facts(), *(dict(item.meta) for item in kept)]) if kept else ""
+        sizes = [len(name) + tensor.nbytes for item in kept for name, tensor in item.tensors.items()]
+        return len(text) + sum(sizes)
 
     def facts(self) -> dict[str, Any]:
         """Return all fields but the items, for JSON."""
@@ -172,16 +226,12 @@ class Message:
         sender is.
         """
         tensors, meta = unpack(data)
-        try:
+        with reading("a message must carry its facts", "send it again"):
             hashed, _, text = meta["message"].partition(" ")
             facts = json.loads(text)
             digest = facts.pop("digest")
             items: Any = decode(tensors, facts.pop("items"))
             message = Message(items=items, digest="" if check else digest, **facts)
-        except (KeyError, ValueError, TypeError) as error:
-            raise ConsilienceError(
-                f"a message must carry its facts, got safetensors without them or with others: {error}."
-            ) from error
 
         # Facts first: with wrong facts the content may have other names, and a misleading hash.
         if check and hashed != text_hash(text):
@@ -199,6 +249,21 @@ class Message:
 def text_hash(text: str) -> str:
     """Return the hash that is stored before facts, so that damage is found."""
     return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def check_numbers(item: Item, buffers: Params, whose: str) -> None:
+    """Refuse NaN, infinity and numbers that no float32 holds, but in buffers that this agent has too."""
+    for name, tensor in item.tensors.items():
+        if fits_float32(tensor):
+            continue
+        # Some models keep constants such as a mask of -inf.
+        own = buffers.get(name.removeprefix("buffers/"))
+        if own is None or not torch.equal(own.cpu(), tensor.cpu()):
+            entry = name.removeprefix("params/").removeprefix("buffers/")
+            raise ConsilienceError(
+                f"parameters and statistics must be finite, got NaN or infinity in {entry!r} of {whose}, or "
+                "numbers above 3.4e38."
+            )
 
 
 Bank = dict[tuple[str, str], Message]

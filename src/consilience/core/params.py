@@ -196,6 +196,22 @@ def finite(tensors: Mapping[str, Tensor], whose: str) -> None:
             raise ConsilienceError(f"parameters must be finite, got NaN or infinity in {name!r} of {whose}.")
 
 
+def fits_float32(tensor: Tensor) -> bool:
+    """Whether all numbers are finite, also as float32; tensors without floating-point numbers are.
+
+    >>> fits_float32(torch.tensor([1e39], dtype=torch.float64)), fits_float32(torch.tensor([-3e38]))
+    (False, True)
+    """
+    if not (tensor.is_floating_point() or tensor.is_complex()) or not tensor.numel():
+        return True
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    # Short types, such as float8, have no minimum.
+    low, high = (tensor if tensor.dtype in FULL else tensor.float()).aminmax()
+    # NaN is in both, and is not below anything.
+    return bool(torch.maximum(high, -low) <= torch.finfo(torch.float32).max)
+
+
 @cache
 def keep_memory() -> None:
     """Let the C library keep memory that is freed.
@@ -262,11 +278,12 @@ def unpack(data: bytes, what: str = "message") -> tuple[Params, dict[str, str]]:
         # The library returns no metadata from bytes: it is in the header, a JSON text after its length.
         size = int.from_bytes(data[:8], "little")
         header = json.loads(data[8 : 8 + size])
-    except (SafetensorError, ValueError) as error:
+    # Besides its own error, the library has others for types that torch lacks and for shapes.
+    except (SafetensorError, ValueError, LookupError, TypeError, RuntimeError) as error:
         raise ConsilienceError(
             f"{what} must be complete safetensors data, got {len(data)} bytes that do not parse: {error}."
         ) from error
-    return tensors, header.get("__metadata__", {})
+    return tensors, header.get("__metadata__") or {}
 
 
 def load(path: str | Path) -> tuple[Params, dict[str, str]]:

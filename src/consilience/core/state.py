@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from consilience.core.errors import ConsilienceError
-from consilience.core.message import Bank, Item, Message, Module, Private, decode, encode
+from consilience.core.errors import ConsilienceError, reading
+from consilience.core.message import LARGEST, Bank, Item, Message, Module, Private, decode, encode
 from consilience.core.names import pair
-from consilience.core.params import Params, content_hash
+from consilience.core.params import Params, content_hash, finite
 
 _TENSORS = ("params", "buffers", "base", "outer")
 _FACTS = ("origin", "version", "size", "trained")
@@ -83,6 +83,8 @@ class State:
     """Whether it trained since the last exchange."""
     forgotten: tuple[str, ...] = ()
     """Senders that were removed from the bank. Their messages are no longer accepted."""
+    undone: tuple[str, ...] = ()
+    """Single messages that were removed, by `undone_key`. Their content is not accepted again."""
     unsent: Mapping[str, Mapping[str, Item]] = field(default_factory=dict)
     """Of corrections that need delivery: their items in `memory` before visits that nobody received yet."""
     frozen: Frozen = field(default_factory=Frozen)
@@ -135,6 +137,7 @@ def encode_state(state: State) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "unsent": {correction: list(kept) for correction, kept in state.unsent.items()},
         "visits": dict(state.visits),
         "forgotten": list(state.forgotten),
+        "undone": list(state.undone),
         **{name: getattr(state, name) for name in _FACTS},
     }
 
@@ -148,13 +151,57 @@ def _equal(tensor: Tensor | None, other: Tensor) -> bool:
 
 
 def decode_state(
-    tensors: Mapping[str, Tensor], facts: Mapping[str, Any], frozen: Frozen | None = None
+    tensors: Mapping[str, Tensor],
+    facts: Mapping[str, Any],
+    frozen: Frozen | None = None,
+    like: State | None = None,
 ) -> State:
     """Return the state that `encode_state` flattened, over what is frozen.
 
-    Raises ConsilienceError where the state was kept over other frozen entries.
+    Raises ConsilienceError where the state was kept over other frozen entries, or cannot be read; with
+    `like`, also where it is not one of that state's model, or its messages are not as they were received.
     """
-    frozen = frozen or Frozen()
+    with reading("a state must be as it was kept", "start again, or from another checkpoint"):
+        state = _decoded(tensors, facts, frozen or Frozen())
+        if like is not None:
+            _check_like(state, like)
+        return state
+
+
+def _check_like(state: State, like: State) -> None:
+    """Refuse a state of another run than `like`, one that is damaged, and one that is not finite."""
+    if state.origin != like.origin:
+        raise ConsilienceError(f"a state must be of the run {like.origin[:8]}, got {state.origin[:8]!r}.")
+    for kind in ("params", "buffers", "base"):
+        held, known = getattr(state, kind), getattr(like, kind)
+        # An agent that was released has what it does not send.
+        missing = known.keys() - held.keys() if state.base else set()
+        other = [
+            name
+            for name in known.keys() & held.keys()
+            if held[name].shape != known[name].shape or held[name].dtype != known[name].dtype
+        ]
+        if missing or other:
+            name = min([*missing, *other])
+            raise ConsilienceError(
+                f"a state must have the entries of its model, got none or another {name!r} in its {kind}; "
+                "start again, or from another checkpoint."
+            )
+    finite(state.params, "a state that was kept")
+    finite(state.base, "a state that was kept")
+    for message in state.bank.values():
+        if replace(message, digest="").digest != message.digest:
+            raise ConsilienceError(f"a message must be as it was received, got another {message.whose}.")
+
+
+def _decoded(tensors: Mapping[str, Tensor], facts: Mapping[str, Any], frozen: Frozen) -> State:
+    counts = [facts["version"], facts["size"], *facts["visits"].values()]
+    whole = all(type(count) is int and 0 <= count <= LARGEST for count in counts)
+    if not whole or type(facts["trained"]) is not bool or not isinstance(facts["origin"], str):
+        raise ConsilienceError(
+            "a state must have whole numbers as version, size and visits, got others; start again, or from "
+            "another checkpoint."
+        )
     if facts["frozen"] != frozen.hash:
         raise ConsilienceError(
             f"a state must be read with the frozen entries that it was kept with ({facts['frozen'][:8]}), "
@@ -192,8 +239,14 @@ def decode_state(
         received={key: (int(version), str(digest)) for key, (version, digest) in facts["received"].items()},
         visits=facts["visits"],
         forgotten=tuple(facts.get("forgotten", ())),
+        undone=tuple(facts.get("undone", ())),
         unsent=unsent,
     )
+
+
+def undone_key(sender: str, source: str, digest: str) -> str:
+    """Return what `State.undone` holds of a message: whose it is, and the hash of its content."""
+    return f"{pair(sender, source)}|{digest}"
 
 
 # Escaped pairs: names of users may contain bars, and two items must never share a key.

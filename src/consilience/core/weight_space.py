@@ -14,7 +14,7 @@ from torch import Tensor
 from consilience.core.aggregator import Affine, Aggregator, Linear, canonical, canonical_rows
 from consilience.core.consolidator import Consolidator
 from consilience.core.errors import ConsilienceError, Refusal
-from consilience.core.message import Message, Shared, Weights
+from consilience.core.message import Message, Shared, Weights, check_numbers
 from consilience.core.model import Model
 from consilience.core.names import WHOLE
 from consilience.core.optimiser import SGD, Optimiser
@@ -104,6 +104,21 @@ class WeightSpace(Consolidator):
         buffers = {name: b for name, b in state.buffers.items() if kept(name)}
         return state.change(params=params, buffers=buffers, base={})
 
+    def check_message(self, model: Model, state: State, message: Message) -> None:
+        item = message.items.get("model")
+        if item is not None and not isinstance(item, Weights):
+            raise ConsilienceError(
+                f"a model must come as Weights where models are combined, got {type(item).__name__}."
+            )
+        # Robust aggregators go on without weights that are not finite.
+        robust = self.aggregator is not None and self.aggregator.robust and message.trained
+        if item is not None and not robust:
+            check_numbers(item, state.buffers, repr(message.sender))
+        if item is not None:
+            row = Received(message.sender, item.group("params"), item.group("buffers"), 1.0)
+            _check_fits(model, row, item.meta.get("backbone", ""), state)
+            _check_types(row, state)
+
     def receive(
         self, model: Model, state: State, fresh: Sequence[Message], by_size: bool, generator: torch.Generator
     ) -> State:
@@ -116,6 +131,7 @@ class WeightSpace(Consolidator):
         for m, weight in zip(messages, message_weights(messages, by_size), strict=True):
             item = m.items["model"]
             row = Received(m.sender, item.group("params"), item.group("buffers"), weight)
+            finite(row.params, repr(row.sender))
             _check_fits(model, row, item.meta.get("backbone", ""), state)
             rows.append(row)
 
@@ -295,8 +311,7 @@ def without_broken(messages: list[Message]) -> list[Message]:
 
 
 def _check_fits(model: Model, row: Received, backbone: str, state: State) -> None:
-    """Refuse parameters that are not finite, or of another model than the receiver's."""
-    finite(row.params, repr(row.sender))
+    """Refuse parameters of another model than the receiver's."""
     if backbone != state.frozen.hash:
         raise ConsilienceError(
             f"received parameters must belong to the receiver's frozen entries {_short(state.frozen.hash)}, "
@@ -316,6 +331,19 @@ def _check_fits(model: Model, row: Received, backbone: str, state: State) -> Non
             f"received parameters must have the receiver's names, got {next(iter(row.params))!r} of "
             f"{row.sender!r}, here {next(iter(state.params))!r}."
         )
+
+
+def _check_types(row: Received, state: State) -> None:
+    """Refuse entries of another type, and buffers of another shape, than the receiver's."""
+    for held, own in ((row.params, state.params), (row.buffers, state.buffers)):
+        for name, tensor in held.items():
+            here = own.get(name, tensor)
+            if tensor.dtype != here.dtype or tensor.shape != here.shape:
+                raise ConsilienceError(
+                    f"received entries must be of the receiver's kind, got {tensor.dtype} "
+                    f"{tuple(tensor.shape)} for {name!r} of {row.sender!r}, here {here.dtype} "
+                    f"{tuple(here.shape)}."
+                )
 
 
 def _short(backbone: str) -> str:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from consilience.core.contexts import Context, Learned, Memory
 from consilience.core.correction import Correction
 from consilience.core.errors import ConsilienceError
-from consilience.core.message import Statistics
+from consilience.core.message import Message, Statistics
 from consilience.core.model import Model
+from consilience.core.params import Params
 from consilience.core.source import Source
 from consilience.corrections.fisher import check_labels, check_samples, fisher, refuse_all
 from consilience.corrections.gradients import module_of, unviewed
@@ -111,6 +112,14 @@ class InputMoments(Correction):
                 handle.remove()
         count = torch.tensor(float(len(learned.source.train)), dtype=torch.float64)
         return Statistics({"count": count} | {f"second/{name}": moment for name, moment in total.items()})
+
+    def refuse_message(self, message: Message, params: Params) -> str | None:
+        """Return why the moments of a layer, [groups, d, d], cannot be used, or None."""
+        item = message.items.get(self.name)
+        for name, moment in item.tensors.items() if item is not None else ():
+            if name != "count" and (moment.dim() != 3 or moment.shape[1] != moment.shape[2]):
+                return f"moments of inputs must be [groups, d, d], got {tuple(moment.shape)} for {name!r}"
+        return None
 
 
 def layers(model: Model) -> list[tuple[str, nn.Module]]:

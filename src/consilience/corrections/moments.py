@@ -10,7 +10,8 @@ from torch import Tensor
 
 from consilience.core.contexts import Context, Learned
 from consilience.core.correction import Correction
-from consilience.core.message import Statistics
+from consilience.core.message import Message, Statistics
+from consilience.core.params import Params
 from consilience.core.tree import Input
 
 
@@ -34,3 +35,19 @@ class Moments(Correction):
             return torch.cat([features, features.new_ones(len(features), 1)], 1)
 
         return Statistics(learned.sums(psi))
+
+    def refuse_message(self, message: Message, params: Params) -> str | None:
+        """Return why sums do not belong to each other, or None."""
+        item = message.items.get(self.name)
+        if item is None:
+            return None
+        missing = [name for name in ("second", "first", "count") if name not in item.tensors]
+        if missing:
+            return f"sums must have `second`, `first` and `count`, got no `{missing[0]}`"
+        first, second = item.tensors["first"], item.tensors["second"]
+        if first.dim() != 2 or second.shape != (len(first), len(first)):
+            return (
+                "sums must be of [d + 1, d + 1] and [d + 1, C], got "
+                f"{tuple(second.shape)} and {tuple(first.shape)}"
+            )
+        return None

@@ -6,7 +6,7 @@ All that an agent knows is its `State`, which is immutable: each of these method
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from consilience.core.augment import views_of
 from consilience.core.contexts import Beginning, Context, Learned, Memory
 from consilience.core.correction import Correction, overrides
-from consilience.core.errors import ConsilienceError, Refusal, unknown
+from consilience.core.errors import UNREADABLE, Refusal, unknown
 from consilience.core.message import Bank, Item, Message, Private, Shared, Weights, join
 from consilience.core.method import Method
 from consilience.core.model import Model
@@ -25,11 +25,21 @@ from consilience.core.params import Layout, Params, content_hash, finite, key, m
 from consilience.core.scaling import LossScale
 from consilience.core.schedule import Schedule
 from consilience.core.source import Examples, Source, Tensors
-from consilience.core.state import State
+from consilience.core.state import State, undone_key
 from consilience.core.training import Place, Training
 from consilience.core.tree import Input
 from consilience.core.viewed import Viewed
 from consilience.core.weight_space import product_error
+from consilience.loop.admission import (
+    FULL,
+    RECEIPT_BYTES,
+    ROOM,
+    Refused,
+    check_content,
+    check_facts,
+    reason_of,
+    refusal_of,
+)
 from consilience.loop.job import Job, Part
 from consilience.loop.ledger import RECEIVE, Ledger
 from consilience.loop.predict import Choice, Predictor, memory_of
@@ -65,6 +75,8 @@ class Agent:
     """Where its costs are counted."""
     revisited: frozenset[str] = frozenset()
     """Sources that some agent trains on again: their traces are kept for the next visit."""
+    room: int | None = None
+    """The most bytes to keep of one sender; None: 4 GiB, or 16 models per source where that is more."""
     _common: tuple[Params, str] | None = field(default=None, init=False)
     """The last parameters that `common_hash` was asked about, and their hash."""
     _outbox: tuple[State, list[Message]] | None = field(default=None, init=False)
@@ -420,23 +432,49 @@ class Agent:
         """Join the messages into the bank, and consolidate those that are new here.
 
         `by_size` weights them by their numbers of examples; `total` is what all agents that may send weigh,
-        as `Exchange.totals` has it. Raises ConsilienceError if one does not fit.
+        as `Exchange.totals` has it. Each message is taken whole or refused whole, and one that is refused
+        changes nothing. Raises ConsilienceError, after the others were taken, with the sender of each that
+        was refused and the reason.
         """
-        fresh, before = self._fresh(messages), self.state
+        fresh, refused = self._fresh(messages)
+        taken = None
+        if fresh or not refused:
+            try:
+                taken = self._received(fresh, by_size, total)
+            except (Refusal, torch.OutOfMemoryError):
+                raise
+            except UNREADABLE:
+                # What fails without any message is no fault of theirs.
+                self._received([], by_size, total)
+                fresh, spoilt = self._sifted([], fresh, by_size, total)
+                refused += spoilt
+                taken = self._received(fresh, by_size, total) if fresh else None
+        if taken is not None:
+            self._warn_of_factors(fresh, taken, by_size)
+            self.state = taken
+        if refused:
+            raise refusal_of(refused, len(messages))
+
+    def _received(self, fresh: list[Message], by_size: bool, total: float | None) -> State:
+        """Return the state after these messages."""
+        before = self.state
         bank = join(before.bank, [kept for kept in map(without_weights, fresh) if kept is not None])
-        self._check_base(fresh)
         after = self._consolidated(bank, fresh, by_size, total)
-        self._warn_of_factors(fresh, after, by_size)
+        # Sums of what is finite may overflow, and so may what is solved from them.
+        old = [before.params, *(item.tensors for m in fresh for item in m.items.values())]
+        same = {id(tensor) for tensors in old for tensor in tensors.values()}
+        made = {name: p for name, p in after.params.items() if id(p) not in same}
+        finite(made, f"{self.name!r} after it received")
 
         # Corrections may keep what the exchange changed, for the visits that follow. What nobody received of
         # earlier visits is lost with the parameters of these visits.
         memory = {name: dict(kept) for name, kept in {**after.memory, **before.unsent}.items()}
         for correction in self.method.active:
             if overrides(correction, "after_receive"):
-                old = memory.get(correction.name, {})
-                memory[correction.name] = dict(correction.after_receive(before, after, old, fresh))
+                earlier = memory.get(correction.name, {})
+                memory[correction.name] = dict(correction.after_receive(before, after, earlier, fresh))
         receipts = {pair(m.sender, m.source): (m.version, m.digest) for m in fresh}
-        self.state = after.change(
+        return after.change(
             base=after.params,
             memory=memory,
             received={**before.received, **receipts},
@@ -445,44 +483,79 @@ class Agent:
             trained=False,
         )
 
-    def _fresh(self, messages: Sequence[Message]) -> list[Message]:
-        """Return the messages of newer versions than the receipts say, sorted by (sender, source)."""
+    def _sifted(
+        self, kept: list[Message], messages: list[Message], by_size: bool, total: float | None
+    ) -> tuple[list[Message], list[Refused]]:
+        """Add those messages to `kept` that can be received with it; return it, and what is refused."""
+        try:
+            self._received([*kept, *messages], by_size, total)
+        except UNREADABLE as error:
+            if len(messages) == 1:
+                return kept, [Refused(messages[0], reason_of(error))]
+            # Halves, so that a few bad messages among many cost a few tries.
+            middle = len(messages) // 2
+            kept, first = self._sifted(kept, messages[:middle], by_size, total)
+            kept, second = self._sifted(kept, messages[middle:], by_size, total)
+            return kept, first + second
+        return [*kept, *messages], []
+
+    def _fresh(self, messages: Sequence[Message]) -> tuple[list[Message], list[Refused]]:
+        """Return the messages of newer versions than the receipts say, sorted by key, and those refused."""
         state, receipts = self.state, self.receipts()
+        refused: list[Refused] = []
         fresh: dict[tuple[str, str], Message] = {}
 
+        wanted = [
+            m
+            for m in messages
+            if m.sender not in state.forgotten and undone_key(*m.key, m.digest) not in state.undone
+        ]
+        sent: dict[tuple[tuple[str, str], int], set[str]] = {}
+        for m in wanted:
+            sent.setdefault((m.key, m.version), set()).add(m.digest)
+
         # Sorted, so that the result does not depend on the order in which messages arrive.
-        wanted = [m for m in messages if m.sender not in state.forgotten]
         for m in sorted(wanted, key=lambda m: (m.key, m.version)):
-            if m.origin != state.origin:
-                raise ConsilienceError(
-                    f"agents that exchange must start from the same parameters: {m.sender!r} sent origin "
-                    f"{m.origin[:8]}, and {self.name!r} has {state.origin[:8]}."
-                )
-
-            # Two contents under one version mean a broken sender, which averaging would hide.
-            at, twin = pair(m.sender, m.source), fresh.get(m.key)
+            at = pair(m.sender, m.source)
             version, digest = state.received.get(at, (-1, ""))
-            other_than_received = m.version == version and m.digest != digest
-            if other_than_received or (twin and twin.version == m.version and twin.digest != m.digest):
-                raise ConsilienceError(
-                    f"a version must have one content, got another for {m.source!r} of {m.sender!r}, "
-                    f"version {m.version}."
-                )
-            if m.version > receipts.get(at, -1):
-                fresh[m.key] = m
-        return list(fresh.values())
+            one = m.digest == digest if m.version == version else len(sent[m.key, m.version]) == 1
+            try:
+                new = m.version > receipts.get(at, -1)
+                if new:
+                    self.consolidator.check_message(self.model, state, m)
+                check_facts(self, m, one)
+                if new:
+                    check_content(self, m)
+                    fresh[m.key] = m
+            except UNREADABLE as error:
+                refused.append(Refused(m, reason_of(error)))
 
-    def _check_base(self, fresh: Sequence[Message]) -> None:
-        """Refuse weights that started from other parameters, if the consolidator makes deltas of them."""
-        if not self.consolidator.needs_base:
-            return
+        full = self._beyond_room(fresh.values())
+        return [m for m in fresh.values() if m not in full], [*refused, *(Refused(m, FULL) for m in full)]
+
+    def _beyond_room(self, fresh: Iterable[Message]) -> list[Message]:
+        """Return the messages for which there is no room any more among those of their sender."""
+        used: dict[str, int] = {}
+        for m in self.state.bank.values():
+            used[m.sender] = used.get(m.sender, 0) + m.kept_bytes
+        for at in self.state.received:
+            sender, _ = unpair(at)
+            used[sender] = used.get(sender, 0) + len(at) + RECEIPT_BYTES
+
+        # A model of each source, with statistics about it, is what an honest sender may need.
+        own = sum(t.nbytes for held in (self.state.params, self.state.buffers) for t in held.values())
+        room = max(ROOM, 16 * own * len(self.schedule.sources)) if self.room is None else self.room
+        full = []
         for m in fresh:
-            is_weights = isinstance(m.items.get("model"), Weights)
-            if m.trained and is_weights and m.base != self.common_hash(self.state.base):
-                raise ConsilienceError(
-                    f"deltas must start from the receiver's own parameters, and the message of {m.sender!r} "
-                    "started from others; exchange before training."
-                )
+            old = self.state.bank.get(m.key)
+            more = m.kept_bytes - (old.kept_bytes if old is not None else 0)
+            if pair(m.sender, m.source) not in self.state.received:
+                more += len(pair(m.sender, m.source)) + RECEIPT_BYTES
+            if m.sender != self.name and used.get(m.sender, 0) + more > room:
+                full.append(m)
+            else:
+                used[m.sender] = used.get(m.sender, 0) + more
+        return full
 
     def _consolidated(self, bank: Bank, fresh: list[Message], by_size: bool, total: float | None) -> State:
         """Return the state after the consolidator received the messages."""
@@ -517,16 +590,21 @@ class Agent:
             self.state = self.consolidator.release(self.state, self.method.personal)
         self._common, self._outbox, self._predictor = None, None, None
 
-    def forget(self, sender: str) -> None:
-        """Take out all that a sender sent, as if it had never been received; later messages are ignored too.
+    def forget(self, sender: str, source: str | None = None) -> None:
+        """Take out all that a sender sent, or what it sent about one source, as if it had never come.
 
-        Solved statistics and experts are then exactly what they would be without that sender. Other agents
+        Of a forgotten sender all later messages are ignored. Of a source only the content that is taken out
+        is: another version is received, also an older one, so that a bad or forged message is undone.
+
+        Solved statistics and experts are then exactly what they would be without those messages. Other agents
         forget for themselves. Raises Refusal if the messages entered weights, or training after them.
         """
         state = self.state
-        senders = {m.sender for m in state.bank.values()} | {unpair(at)[0] for at in state.received}
-        if sender not in senders:
-            raise unknown("sender", sender, senders)
+        known = {*state.bank, *map(unpair, state.received)}
+        if sender not in {name for name, _ in known}:
+            raise unknown("sender", sender, {name for name, _ in known})
+        if source is not None and (sender, source) not in known:
+            raise unknown("source", source, {about for name, about in known if name == sender})
 
         # Weights depend on what was recalled while they were trained, and nothing can undo that.
         entered = [
@@ -540,10 +618,19 @@ class Agent:
                 "train again without that sender."
             )
 
-        bank = {at: m for at, m in state.bank.items() if m.sender != sender}
+        gone = {at for at in known if at[0] == sender and source in (None, at[1])}
+        bank = {at: m for at, m in state.bank.items() if at not in gone}
         new = self.consolidator.forget(self.model, state.change(bank=bank))
+        # Without its receipt the source's next version is new here, whatever its number.
+        received = {at: receipt for at, receipt in state.received.items() if unpair(at) not in gone}
+        undone = [undone_key(*at, state.received[pair(*at)][1]) for at in gone if pair(*at) in state.received]
+        undone += [undone_key(*at, state.bank[at].digest) for at in gone if at in state.bank]
         self.state = new.change(
-            base=new.params, version=state.version + 1, forgotten=(*state.forgotten, sender)
+            base=new.params,
+            version=state.version + 1,
+            received=state.received if source is None else received,
+            forgotten=(*state.forgotten, sender) if source is None else state.forgotten,
+            undone=state.undone if source is None else tuple(sorted({*state.undone, *undone})),
         )
 
     # Predict, as loop/predict.py does it for the present state.

@@ -6,6 +6,9 @@ import time
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
+from weakref import WeakSet
+
+from consilience.core.message import Message
 
 T = TypeVar("T")
 
@@ -28,6 +31,8 @@ class Ledger:
     steps: int = 0
     warned: set[str] = field(default_factory=set)
     """Corrections that warned already: once per run is enough."""
+    admitted: WeakSet[Message] = field(default_factory=WeakSet, repr=False)
+    """Messages whose content was checked already: once per run is enough."""
     _since: float = field(default_factory=time.perf_counter)
 
     def add(self, agent: str, what: str, amount: float) -> None:

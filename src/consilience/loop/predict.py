@@ -187,6 +187,27 @@ class Predictor:
         batch = Experts(self, self.cast(x), choices)
         return self._weights(batch, None), batch.keys
 
+    @torch.no_grad()
+    def alone(self, x: Input, at: Key) -> list[Tensor]:
+        """Return the answer of the expert `at`, if it is a module, and its weights, if it has an anchor."""
+        choices = [choice for choice in self.choices() if choice.key == at and at in self.state.experts]
+        batch, mapper = Experts(self, self.cast(x), choices), self.method.mapper
+        made = [batch.answer(0, None)] if choices else []
+        memory = {} if mapper is None else memory_of(self.agent, self.state, mapper)
+        if mapper is not None and at in memory:
+            made.append(mapper.route(self._routing(batch, [at]), {at: memory[at]}))
+        return made
+
+    def _routing(self, batch: Experts, keys: list[Key]) -> Routing:
+        """Return what the mapper may read of a batch, to choose between these experts."""
+        return Routing(
+            batch.x,
+            batch.features,
+            batch.probabilities,
+            keys,
+            lambda: self.superposed(batch.params, batch.buffers),
+        )
+
     def _asked(self, task: str | None) -> list[Choice]:
         """Return the experts of a task, or all. Raises ConsilienceError for a task that does not exist."""
         choices, tasks = self.choices(), self.schedule.frame.tasks
@@ -212,13 +233,7 @@ class Predictor:
             shape = (len(batch.x), count)
             return torch.full(shape, 1 / count, device=self.device, dtype=self.training.dtype)
 
-        routing = Routing(
-            batch.x,
-            batch.features,
-            batch.probabilities,
-            batch.keys,
-            lambda: self.superposed(batch.params, batch.buffers),
-        )
+        routing = self._routing(batch, batch.keys)
         return mapper.route(routing, memory_of(self.agent, self.state, mapper)).to(self.training.dtype)
 
 

@@ -341,11 +341,12 @@ class Trial:
         self.ledger.resume(facts["ledger"])
 
         device, frozen = self.setup.training.device, self.agents.initial.frozen
-        for name, state in agent_states(tensors, facts, device, frozen).items():
+        initial = self.agents.initial
+        for name, state in agent_states(tensors, facts, device, frozen, initial).items():
             self.agents[name].state = state
         if facts["best"] is not None:
             own = {key: t.to(self.setup.training.device) for key, t in by_owner(tensors)[BEST].items()}
-            self.best = decode_state(own, facts["best"], frozen)
+            self.best = decode_state(own, facts["best"], frozen, initial)
         if facts["job"] is None:
             return None
         return by_owner(tensors)[JOB], facts["job"]
@@ -376,12 +377,16 @@ def agent_states(
     facts: Mapping[str, Any],
     device: str = "cpu",
     frozen: Frozen | None = None,
+    like: State | None = None,
 ) -> dict[str, State]:
-    """Return the states of the agents that `Trial.kept` kept, on a device, over what is frozen there."""
+    """Return the states of the agents that `Trial.kept` kept, on a device, over what is frozen there.
+
+    With `like`, a state of the same run, each must be one of its model.
+    """
     owned, states = by_owner(tensors), {}
     for name, held in facts["agents"].items():
         own = {key: tensor.to(device) for key, tensor in owned.get(name, {}).items()}
-        states[name] = decode_state(own, held, frozen)
+        states[name] = decode_state(own, held, frozen, like)
     return states
 
 

@@ -14,7 +14,7 @@ from consilience.core.contexts import Context, Learned
 from consilience.core.errors import ConsilienceError
 from consilience.core.message import Item, Module
 from consilience.core.params import Params
-from consilience.mappers.mixture import Anchored, Anchors, sketch
+from consilience.mappers.mixture import Anchored, Anchors, misshapen, sketch
 
 
 def logits(net: Params, target: Tensor) -> Tensor:
@@ -84,6 +84,17 @@ class ExpertGate(Anchored):
         for name in ("lr", "temperature"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ConsilienceError(f"`{name}` must be positive and finite, got {getattr(self, name)}.")
+
+    def misfit(self, anchor: Item) -> str | None:
+        form = {"mean": "d", "deviation": "d", "encoder.weight": "hd", "encoder.bias": "h"}
+        form |= {"decoder.weight": "dh", "decoder.bias": "d"} | ({"validation": "V"} if self.rejects else {})
+        reason = misshapen(anchor, form, {})
+        if reason is None and not bool((anchor.tensors["deviation"] > 0).all()):
+            reason = "deviations of an anchor must be positive, got others"
+        return reason
+
+    def width(self, anchor: Item) -> int:
+        return len(anchor.tensors["mean"])
 
     def summarise(self, learned: Learned, ctx: Context) -> Module:
         psi = self.places(learned)

@@ -18,7 +18,16 @@ from consilience.core.errors import ConsilienceError
 from consilience.core.message import Item, Module, Samples, Statistics
 from consilience.core.tree import Input, one_tensor
 from consilience.mappers._screen import Screen
-from consilience.mappers.mixture import Anchored, Anchors, Screened, grouped, means, sums
+from consilience.mappers.mixture import (
+    Anchored,
+    Anchors,
+    Screened,
+    grouped,
+    impossible,
+    means,
+    misshapen,
+    sums,
+)
 
 RESIDUALS = 64
 """How many validation examples' features an anchor keeps."""
@@ -219,6 +228,45 @@ class Mahalanobis(Anchored):
                 "`images` or `rank` must be 0, since S is made of one of them, "
                 f"got {self.images} and {self.rank}."
             )
+
+    def misfit(self, anchor: Item) -> str | None:
+        sizes: dict[str, int] = {}
+        form = {"first": "dC", "count": "C"} | ({"validation": "Vd"} if self.rejects else {})
+        if (reason := misshapen(anchor, form, sizes)) is not None:
+            return reason
+        if (reason := impossible(anchor.tensors["count"], means(anchor))) is not None:
+            return reason
+        if "y" in anchor.tensors:
+            return self._bad_images(anchor, sizes)
+
+        # Of sums or of factors, whatever this agent makes itself.
+        if "factor" in anchor.tensors:
+            if (reason := misshapen(anchor, {"factor": "rd", "rest": "d"}, sizes)) is not None:
+                return reason
+            positive = torch.cat([anchor.tensors[name].double() for name in ("count", "rest")])
+            return impossible(positive, anchor.tensors["factor"])
+        second = anchor.tensors.get("second")
+        if second is None or second.dim() != 1 or len(second) != sizes["d"] * (sizes["d"] + 1) // 2:
+            got = "none" if second is None else tuple(second.shape)
+            return f"`second` of an anchor must be the triangle of [{sizes['d']}, {sizes['d']}], got {got}"
+        within, noise = spread([anchor])
+        if float(within.trace()) < -noise:
+            return f"the variance of an anchor must be positive, got {float(within.trace()):g}"
+        return None
+
+    @staticmethod
+    def _bad_images(anchor: Item, sizes: dict[str, int]) -> str | None:
+        """Return why the images of an anchor cannot be placed, or None."""
+        images = anchor.tensors.get("bytes", anchor.tensors.get("x"))
+        y = anchor.tensors["y"]
+        if images is None or images.dim() < 2 or y.dim() != 1 or len(images) != len(y) or not len(y):
+            return "an anchor of images must have one class per image, got others"
+        if y.is_floating_point() or not 0 <= int(y.min()) <= int(y.max()) < sizes["C"]:
+            return f"images of an anchor must be of its {sizes['C']} classes, got others"
+        return None
+
+    def width(self, anchor: Item) -> int:
+        return len(anchor.tensors["first"])
 
     def summarise(self, learned: Learned, ctx: Context) -> Statistics | Module | Samples:
         found = sums(learned, self.psi(learned), second=not self.images)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
@@ -16,9 +16,9 @@ from torch import Tensor
 from consilience.core.contexts import Beginning, Begun, Context, Learned, Memory, Routing
 from consilience.core.correction import Mapper
 from consilience.core.errors import ConsilienceError, Refusal
-from consilience.core.message import Item, Module, Statistics
+from consilience.core.message import Item, Message, Module, Statistics
 from consilience.core.model import Model
-from consilience.core.params import computing
+from consilience.core.params import Params, computing, fits_float32
 from consilience.core.schedule import ScheduleFacts
 from consilience.core.tree import Input, cast_to, one_tensor
 from consilience.mappers import _em
@@ -111,6 +111,30 @@ class Anchored(Mapper):
             )
         return Begun(start.params)
 
+    def refuse_message(self, message: Message, params: Params) -> str | None:
+        """Return why an anchor could not be routed by, or why a module has none."""
+        anchor = message.items.get(self.name)
+        if anchor is None:
+            if not isinstance(message.items.get("model"), Module):
+                return None
+            return (
+                f"a module must have the anchor that this agent's mapper reads, that of `{self.name}`, "
+                f"got {', '.join(message.items)}"
+            )
+        if self.rejects and "validation" not in anchor.tensors:
+            return (
+                "with `reject` above 0 every anchor must be made with it, got one without validation scores"
+            )
+        return self.misfit(anchor)
+
+    def misfit(self, anchor: Item) -> str | None:
+        """Return why an anchor is not one that `summarise` makes, or None."""
+        return None
+
+    def width(self, anchor: Item) -> int:
+        """Return the number of dimensions d of the space that an anchor lies in."""
+        raise NotImplementedError
+
     def place(self, x: Input, features: Callable[[Input], Tensor]) -> Tensor:
         """Return where inputs x [B, ...] lie [B, d], in float64 or float32."""
         with torch.no_grad():
@@ -192,6 +216,13 @@ class Anchored(Mapper):
 
         # Prepared in one order, whatever arrived first, anchors score alike to the last bit.
         order = sorted(memory, key=lambda key: (key[1], key[0]))
+        for sender, source in order:
+            # An anchor of width 1 would fit any place by broadcasting.
+            if (width := self.width(memory[sender, source])) != psi.shape[1]:
+                raise ConsilienceError(
+                    f"an anchor must lie where inputs do, in {psi.shape[1]} dimensions, got {width} for "
+                    f"{source!r} of {sender!r}."
+                )
         settled = {key: _settled(self, memory[key], place) for key in order}
         wanted = set(routing.experts)
         own = [key for key in order if key in wanted]
@@ -325,6 +356,36 @@ def separation(known: Tensor, unknown: Tensor) -> float:
     return float((below + upto).double().sum()) / (2 * len(known) * len(other))
 
 
+def misshapen(anchor: Item, form: Mapping[str, str], sizes: dict[str, int]) -> str | None:
+    """Return why the tensors of an anchor do not have these shapes, or None; sizes by letter are filled in.
+
+    >>> sizes = {}
+    >>> misshapen(Statistics({"first": torch.ones(3, 2)}), {"first": "dC"}, sizes), sizes
+    (None, {'d': 3, 'C': 2})
+    """
+    for name, letters in form.items():
+        tensor = anchor.tensors.get(name)
+        if tensor is None:
+            return f"an anchor must have `{name}`, got {', '.join(anchor.tensors) or 'no tensors'}"
+        shape = tuple(tensor.shape)
+        alike = len(shape) == len(letters) and all(
+            sizes.setdefault(letter, size) == size for letter, size in zip(letters, shape, strict=True)
+        )
+        if not alike or not tensor.numel() or tensor.is_complex():
+            return f"`{name}` of an anchor must be [{', '.join(letters)}], got {shape}"
+    return None
+
+
+def impossible(positive: Tensor, centres: Tensor) -> str | None:
+    """Return why an anchor's counts or variances, or its means [.., d], cannot be those of data, or None."""
+    if not bool((positive >= 0).all()) or not bool((positive > 0).any()):
+        return f"counts and variances of an anchor must be positive, got {float(positive.min()):g}"
+    # Distances are screened in float32, where squares beyond 3.4e38 are infinite.
+    if not fits_float32(centres.double().square().sum(-1)):
+        return f"means of an anchor must have finite squares, got {float(centres.abs().max()):g}"
+    return None
+
+
 def sums(learned: Learned, psi: Callable[[Input], Tensor], second: bool = True) -> dict[str, Tensor]:
     """Return `Learned.sums` of the source's own classes only: an anchor says nothing about others."""
     found, own = learned.sums(psi, second), list(learned.source.classes)
@@ -377,6 +438,13 @@ class NearestMean(Anchored):
 
     on: Literal["features", "inputs"] = "features"
     reject: float = 0.0
+
+    def misfit(self, anchor: Item) -> str | None:
+        form = {"first": "dC", "count": "C"} | ({"validation": "V"} if self.rejects else {})
+        return misshapen(anchor, form, {}) or impossible(anchor.tensors["count"], means(anchor))
+
+    def width(self, anchor: Item) -> int:
+        return len(anchor.tensors["first"])
 
     def summarise(self, learned: Learned, ctx: Context) -> Statistics | Module:
         item = Statistics(sums(learned, self.psi(learned), second=False))
@@ -472,6 +540,21 @@ class GaussianMixture(Anchored):
                 raise ConsilienceError(f"`{name}` must be {' or '.join(words)}, got {getattr(self, name)!r}.")
         if not 0 < self.floor < float("inf"):
             raise ConsilienceError(f"`floor` must be positive and finite, got {self.floor}.")
+
+    def misfit(self, anchor: Item) -> str | None:
+        form = {"mean": "kd", "variance": "kd", "weight": "k", "count": "n"}
+        form |= {"validation": "V"} if self.rejects else {}
+        if (reason := misshapen(anchor, form, {"n": 1})) is not None:
+            return reason
+        parts = [anchor.tensors[name].flatten().double() for name in ("weight", "count")]
+        # A variance of 0 would give every density of one place.
+        least = float(anchor.tensors["variance"].min())
+        if not least > 0:
+            return f"variances of an anchor must be positive, got {least:g}"
+        return impossible(torch.cat(parts), anchor.tensors["mean"])
+
+    def width(self, anchor: Item) -> int:
+        return anchor.tensors["mean"].shape[1]
 
     def summarise(self, learned: Learned, ctx: Context) -> Module:
         # Places stay on the device of the data, unlike those of `places`: the mixture is fitted there.

@@ -105,7 +105,8 @@ class Heads(Model):
                 buffers[f"{HEADS}{name}.columns"],
             )
             for name in asked
-            if f"{HEADS}{name}.weight" in params
+            # A received head without weights is an error, and not a task without a head.
+            if f"{HEADS}{name}.weight" in params or f"{HEADS}{name}.columns" in buffers
         ]
         if len(found) > 1:
             columns = torch.cat([head.columns for head in found])

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from consilience.core.errors import ConsilienceError
+from consilience.core.errors import UNREADABLE, ConsilienceError
 from consilience.report._text import markdown, table
 
 if TYPE_CHECKING:
@@ -49,7 +49,8 @@ def load(folder: str | Path) -> Result:
     """
     import json
 
-    from consilience.loop.result import Result
+    from consilience.loop.result import Result, renamed
+    from consilience.report._form import RESULT, misfit
 
     path = Path(folder) / "result.json"
     try:
@@ -65,8 +66,10 @@ def load(folder: str | Path) -> Result:
 
     # A file edited by hand may have the right keys and wrong values.
     try:
+        if (reason := misfit(renamed(found), RESULT)) is not None:
+            raise ConsilienceError(f"{reason}; run again to write it.")
         result = Result.from_json(found)
-    except (ConsilienceError, TypeError, ValueError) as error:
+    except UNREADABLE as error:
         raise ConsilienceError(f"{str(error).rstrip('.')}, at {path}.") from error
     check_shapes(result, path)
     return result
@@ -82,4 +85,18 @@ def check_shapes(result: Result, path: Path) -> None:
         raise ConsilienceError(
             f"the matrices of a result must be repeats x {rows} x {columns} (stages + 1, sources), "
             f"got {got} at {path}."
+        )
+
+    # A reader indexes by stages, sources and repeats.
+    further = [*result.metrics.values(), *([] if result.mapper is None else [result.mapper])]
+    shapes = [shape] * len(result.metrics) + [(shape[0], rows - 1)]
+    stages = [*(s for s in result.learned_at if s is not None), *(s["returned"] for s in result.stopped)]
+    if any(found.shape != wanted for found, wanted in zip(further, shapes, strict=False)) or (
+        len(result.stopped) not in (0, shape[0])
+        or len(result.measured_by) not in (0, columns)
+        or not all(0 <= stage < rows for stage in stages)
+    ):
+        raise ConsilienceError(
+            f"the parts of a result must be of its {shape[0]} repeats, {rows - 1} stages and {columns} "
+            f"sources, got others at {path}."
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,12 +16,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from consilience.consolidators.bank import refuse_strangers
 from consilience.core.contexts import Routing
-from consilience.core.errors import ConsilienceError, kind_of
+from consilience.core.errors import UNREADABLE, ConsilienceError, kind_of, reading
 from consilience.core.message import Bank, Item, Message, Module, decode, encode, join, text_hash
 from consilience.core.names import checked_name, pair
-from consilience.core.params import save, unpack
+from consilience.core.params import Params, save, unpack
 from consilience.core.schedule import Schedule
 from consilience.core.source import LabelFrame, Source, Tensors
 from consilience.core.tree import Input, cast_to
@@ -117,21 +116,29 @@ def load_bank(path: str | Path) -> Bank:
     tensors, metadata = unpack(data, str(path))
     facts = read_facts(metadata.get("bank", ""), path)
 
+    with reading(f"{path} must be a bank as `save_bank` writes it", "write it again"):
+        return join({}, read_messages(tensors, facts, path))
+
+
+def read_messages(tensors: Params, facts: Mapping[str, Any], path: str | Path) -> list[Message]:
+    """Return the messages of a bank's tensors and facts, whose content is hashed again."""
     items: dict[str, Any] = decode(tensors, facts["items"])
     messages = []
     for fields in facts["messages"]:
         sender, source = fields["sender"], fields["source"]
         # Without a digest a message computes it from its items.
-        own = {name: items[item_key(sender, source, name)] for name in fields.pop("names")}
+        own = {name: items.pop(item_key(sender, source, name)) for name in fields.pop("names")}
         digest = fields.pop("digest")
         message = Message(items=own, **fields)
         if message.digest != digest:
             raise ConsilienceError(
                 "a message must have the content that its sender hashed, got another for "
-                f"{source!r} of {sender!r} in {path}."
+                f"{message.whose} in {path}."
             )
         messages.append(message)
-    return join({}, messages)
+    if items:
+        raise ConsilienceError(f"items of a bank must be in a message, got {len(items)} in none in {path}.")
+    return messages
 
 
 def item_key(sender: str, source: str, name: str) -> str:
@@ -146,7 +153,7 @@ def read_facts(entry: str, path: str | Path) -> dict[str, Any]:
     try:
         facts: dict[str, Any] = json.loads(text)
         format_ = int(facts["format"])
-    except (ValueError, KeyError, TypeError) as error:
+    except UNREADABLE as error:
         raise ConsilienceError(
             f"a bank must be a file of `save_bank`, got safetensors without its metadata in {path}."
         ) from error
@@ -170,10 +177,10 @@ def give(agent: Agent, bank: Mapping[tuple[str, str], Message]) -> None:
 
     Messages that it has already are skipped; newer versions replace older ones.
 
-    Raises ConsilienceError for a module of another backbone, messages from other initial parameters, classes
-    that the agent's schedule does not declare, other content under a version that it has, or a module without
-    the anchor (with `reject` above 0: and its validation scores) that the agent's mapper reads. Then no
-    message of the bank is received.
+    Raises ConsilienceError, after the other messages were received, for a module of another backbone,
+    messages from other initial parameters, classes that the agent's schedule does not declare, other content
+    under a version that it has, numbers that are not finite, or a module without the anchor (with `reject`
+    above 0: and its validation scores) that the agent's mapper reads.
 
     >>> import consilience as cs
     >>> digits = cs.data.split_classes(cs.data.digits(), 5)
@@ -184,37 +191,7 @@ def give(agent: Agent, bank: Mapping[tuple[str, str], Message]) -> None:
     >>> bank_hash(student) == bank_hash(teacher)
     True
     """
-    # All checks come before the first message is received.
-    messages = list(messages_of(bank).values())
-    refuse_strangers(agent.model, agent.state, messages)
-    refuse_unroutable(agent, messages)
-
-    # Columns refuses labels that the frame does not have.
-    for message in messages:
-        module = message.items.get("model")
-        if isinstance(module, Module) and module.labels != agent.frame.labels:
-            agent.frame.columns(module.labels)
-    agent.receive(messages, by_size=False)
-
-
-def refuse_unroutable(agent: Agent, messages: Sequence[Message]) -> None:
-    """Refuse modules without an anchor of the agent's mapper, and anchors without the scores it compares."""
-    # Other mappers, such as the oracle, need no anchors.
-    mapper = agent.method.mapper
-    if not isinstance(mapper, Anchored):
-        return
-    for message in messages:
-        anchor = message.items.get(mapper.name)
-        if anchor is None and isinstance(message.items.get("model"), Module):
-            raise ConsilienceError(
-                f"a module must have the anchor that this agent's mapper reads, that of `{mapper.name}`, "
-                f"got {', '.join(message.items)} in {message.source!r} of {message.sender!r}."
-            )
-        if anchor is not None and mapper.rejects and "validation" not in anchor.tensors:
-            raise ConsilienceError(
-                "with `reject` above 0 every anchor must be made with it, got one without validation scores, "
-                f"of {message.source!r} of {message.sender!r}."
-            )
+    agent.receive(list(messages_of(bank).values()), by_size=False)
 
 
 def offer(agent: Agent, module: Module, name: str | None = None) -> Bank:

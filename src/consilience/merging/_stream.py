@@ -406,9 +406,10 @@ def merge(  # type: ignore[misc]
     """Merge experts into one model: base + A(expert_1 - base, .., expert_m - base), block by block.
 
     A linear aggregator gives coefficients c, and the result is sum c_i expert_i + (1 - sum c) base: one
-    unchanged expert, or the base, is taken as it is. Integer and boolean entries are the base's. Files and
-    state dicts go through the same code: the same bits. Besides the result, memory holds a few blocks of
-    every model (aggregators that read all rows at once: `memory`).
+    unchanged expert, or the base, is taken as it is. Integer and boolean entries are the base's. Running
+    means and variances (batch norm) are averaged by any aggregator: extrapolated, variances would become
+    negative. Files and state dicts go through the same code: the same bits. Besides the result, memory holds
+    a few blocks of every model (aggregators that read all rows at once: `memory`).
 
     Args:
         base: what the experts started from: a path of safetensors (file, folder, shards with their index), a
@@ -487,7 +488,10 @@ def _merge_all(
 ) -> set[str]:
     """Merge all groups of entries; return the entries that were left out, since they are not finite."""
     made, seed = prepared.plan, settings.seed
-    groups = [list(made.names)] if settings.per == "model" else [[n] for n in made.names]
+    averaged = _averaged(prepared)
+    held = [n for n in made.names if is_statistic(n)] if averaged is not prepared else []
+    others = [n for n in made.names if n not in set(held)]
+    groups = [others, held] if settings.per == "model" else [[n] for n in made.names]
     skipped: set[str] = set()
     while True:
         send = _Counter(progress, made)
@@ -499,13 +503,44 @@ def _merge_all(
                 # By the entry's name, so that a tensor's draws do not depend on the others.
                 one_vector = settings.per == "model"
                 generator = torch.Generator().manual_seed(seed) if one_vector else key(seed, names[0])
-                Merge(prepared, names, generator, send, threads).run(write)
+                how = averaged if names[0] in held else prepared
+                Merge(how, names, generator, send, threads).run(write)
             return skipped
         except NotFinite as error:
             # Begin again without these entries: all others may depend on them, as parts of one vector.
             if "non_finite" not in settings.allow or not error.entries - skipped:
                 raise
             skipped |= error.entries
+
+
+def is_statistic(name: str) -> bool:
+    """Whether an entry is a running mean or variance of inputs, by torch's names.
+
+    >>> is_statistic("1.running_var"), is_statistic("running_mean"), is_statistic("1.weight")
+    (True, True, False)
+    """
+    return name.rpartition(".")[2] in ("running_mean", "running_var")
+
+
+def _averaged(prepared: Prepared) -> Prepared:
+    """Return how running statistics are merged: as an average of experts and base, of shares >= 0.
+
+    It is the merge itself, if that is such an average.
+    """
+    from consilience.aggregators._mean import Mean
+
+    given, scales = prepared.weights.clamp(min=0), prepared.scales.values()
+    total = float(given.sum())
+    within = bool((prepared.weights >= 0).all()) and total <= 1 + 1e-9 and all(0 <= s <= 1 for s in scales)
+    if type(prepared.aggregator) is Mean and within:
+        return prepared
+
+    # Without a base shares add up to 1; with one, the base has what is left.
+    if prepared.plan.base is None and not total:
+        given, total = torch.ones_like(given), float(len(given))
+    shares = given / (total if prepared.plan.base is None else max(1.0, total))
+    factors = {n: min(max(scale, 0.0), 1.0) for n, scale in prepared.scales.items()}
+    return Prepared(prepared.plan, Mean(), shares, [], factors)
 
 
 def _copy_unmerged(made: Plan, skipped: set[str], write: Write) -> None:

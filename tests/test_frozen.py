@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import warnings
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,6 @@ from consilience.core.errors import Interrupted
 from consilience.core.message import Message, Weights
 from consilience.core.params import Layout, content_hash, placed
 from consilience.core.state import Frozen, decode_state, encode_state
-from consilience.core.weight_space import product_error
 from consilience.loop.checks import RunOptions
 from consilience.loop.run import begin, drive
 
@@ -548,31 +546,6 @@ def test_ray_puts_what_is_frozen_into_the_store_once(monkeypatch):
 # LoRA.
 
 
-def factors(name: str, a: list[float], b: list[float]) -> Message:
-    tensors = {
-        "params/q.lora_A.default.weight": torch.tensor([a]),
-        "params/q.lora_B.default.weight": torch.tensor([b]).T,
-    }
-    return Message(name, "", 1, 1, "", "", {"model": Weights(tensors)})
-
-
-def test_the_error_of_a_mean_of_factors_by_hand():
-    """The mean of e1 e1' and e2 e2' is I / 2, the product of means 1/4 everywhere: 1/2 over 1/sqrt 2."""
-    sent = [factors("one", [1.0, 0.0], [1.0, 0.0]), factors("two", [0.0, 1.0], [0.0, 1.0])]
-    mean = {
-        "q.lora_A.default.weight": torch.full((1, 2), 0.5),
-        "q.lora_B.default.weight": torch.full((2, 1), 0.5),
-    }
-    assert product_error(sent, mean, True) == pytest.approx(0.5**0.5)
-    assert product_error(sent[:1], mean, True) == 0.0
-    same_a = [factors("one", [1.0, 2.0], [1.0, 0.0]), factors("two", [1.0, 2.0], [0.0, 1.0])]
-    mean = {
-        "q.lora_A.default.weight": torch.tensor([[1.0, 2.0]]),
-        "q.lora_B.default.weight": torch.full((2, 1), 0.5),
-    }
-    assert product_error(same_a, mean, True) == pytest.approx(0.0, abs=1e-7)
-
-
 class LoRA(nn.Module):
     """A layer with factors under the names that peft gives them; with `embedding`, those of an embedding."""
 
@@ -591,32 +564,42 @@ class LoRA(nn.Module):
 
 
 @pytest.mark.parametrize("embedding", [False, True])
-def test_factors_that_are_averaged_one_by_one_are_warned_of_once(embedding):
+@pytest.mark.parametrize("setting", ["given", "merging", "federated", "gossip", "hierarchical", "one by one"])
+def test_factors_are_not_combined_one_by_one(setting, embedding):
+    """(B1 + B2)(A1 + A2) / 4 is not (B1 A1 + B2 A2) / 2."""
     x = torch.randn(60, 8, generator=torch.Generator().manual_seed(0))
     source = cs.data.arrays(x, (x[:, 0] > 0).long() + (x[:, 1] > 0).long(), name="d")
-    base = LoRA(0, embedding).state_dict()
-    given = [
-        cs.Expert(
-            n,
-            {**LoRA(i + 1, embedding).state_dict(), **{k: base[k] for k in base if "layer" in k}},
-            source.map(name=n),
-        )
-        for i, n in enumerate(("one", "two"))
-    ]
-    with pytest.warns(UserWarning, match="lora_A and lora_B one by one, and their products are") as caught:
-        run = cs.run(cs.settings.merging(experts=given, base=base), cs.methods.average(), LoRA(0, embedding))
-    a, b = (f"{name}.default" for name in LoRA(0, embedding).names)
-    mean = sum(e.params[b] @ e.params[a] for e in given) / 2
-    error = float((run.params[b] @ run.params[a] - mean).norm() / mean.norm())
-    (text,) = [str(w.message) for w in caught if "lora_A" in str(w.message)]
-    assert f"are {error:.1%} away" in text
+    base, clients = LoRA(0, embedding).state_dict(), cs.data.iid(source, 2)
+    given = [cs.Expert(name, base, source.map(name=name)) for name in ("one", "two")]
+    method = cs.methods.running_average() if setting == "one by one" else cs.methods.average()
+    schedule = {
+        "given": lambda: cs.settings.merging(experts=given, base=base),
+        "merging": lambda: cs.settings.merging(clients),
+        "federated": lambda: cs.settings.federated(clients, rounds=2),
+        "gossip": lambda: cs.settings.gossip(clients, rounds=2),
+        "hierarchical": lambda: cs.settings.hierarchical(clients, 2, rounds=2),
+        "one by one": lambda: cs.settings.exmodel(clients),
+    }[setting]()
+    with pytest.raises(cs.Refusal, match="lora_.*one by one, and the model uses their product.*freeze every"):
+        cs.run(schedule, method, LoRA(0, embedding), TRAINING)
 
-    # In rounds it is said once, and never where all have one A.
-    clients = cs.data.iid(source, 3)
-    for frozen, times in ((False, 1), (True, 0)):
-        net = LoRA(0, embedding)
-        getattr(net, net.names[0]).requires_grad_(not frozen)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            cs.run(cs.settings.federated(clients, rounds=3), cs.methods.fedavg(), net, TRAINING)
-        assert sum("lora_A" in str(w.message) for w in caught) == times
+
+def test_one_common_factor_makes_averages_exact():
+    """A frozen A is that of all, so the mean of B is exact; so is an A that is personal, or one client."""
+    x = torch.randn(60, 8, generator=torch.Generator().manual_seed(0))
+    source = cs.data.arrays(x, (x[:, 0] > 0).long() + (x[:, 1] > 0).long(), name="d")
+    clients, net = cs.data.iid(source, 2), LoRA(0)
+    net.lora_A.requires_grad_(False)
+    a, b = net.lora_A["default"].detach().clone(), "lora_B.default"
+    run = cs.run(cs.settings.federated(clients, rounds=1), cs.methods.fedavg(), net, TRAINING)
+    own = []
+    for client in clients:
+        alone = cs.settings.federated([client], rounds=1)
+        own.append(cs.run(alone, cs.methods.fedavg(), net, TRAINING).params[b])
+    mean = sum(len(c.train) * p @ a for c, p in zip(clients, own, strict=True))
+    mean = mean / sum(len(c.train) for c in clients)
+    assert torch.allclose(run.params[b] @ a, mean, atol=1e-6)
+    assert not torch.allclose(own[0], own[1], atol=1e-3)
+
+    cs.run(cs.settings.federated(clients, rounds=1), cs.methods.personal("lora_A.*"), LoRA(0), TRAINING)
+    cs.run(cs.settings.federated(clients[:1], rounds=1), cs.methods.fedavg(), LoRA(0), TRAINING)

@@ -12,12 +12,18 @@ import torch
 from torch import Tensor
 
 import consilience as cs
-from consilience import aggregators
+from consilience import aggregators, testing
 from consilience.aggregators._krum import squares
+from consilience.consolidators.normalised import Normalised
 from consilience.core.aggregator import Aggregator
 from consilience.core.errors import ConsilienceError
-from consilience.core.message import Message, Weights
+from consilience.core.message import Message, Shared, Statistics, Weights
+from consilience.core.params import Params, content_hash
+from consilience.core.state import State
+from consilience.core.weight_space import WeightSpace
+from consilience.data.samplers import Shuffle
 from consilience.loop.agent import Agent
+from consilience.loop.ledger import Ledger
 
 ROBUST: dict[str, Aggregator] = {
     "median": aggregators.median(),
@@ -292,3 +298,176 @@ def test_where_all_lie_the_first_is_named(liars) -> None:
     schedule = cs.settings.federated(cs.data.iid(cs.data.digits(), 3), 1)
     with pytest.raises(ConsilienceError, match="got NaN or infinity in '1.bias' of 'client-0'"):
         score(schedule, aggregators.median())
+
+
+# what senders claim, and all that they send: buffers, entries of one task, sizes, steps
+
+SENDERS = 11
+STATISTICS = {"mean": (3,), "var": (3,), "small": (2, 2)}
+"""Buffers by shape; those called small are a thousandth of the others."""
+
+
+def receiver(consolidator: WeightSpace) -> tuple[Agent, Params]:
+    model = testing.plain_model()
+    base = model.init(torch.Generator().manual_seed(0))[0]
+    method = cs.Method("receiver", consolidator=consolidator)
+    state = State(base, {}, base, content_hash(base))
+    setting = testing.SETTINGS["merging"]()
+    return Agent("me", model, method, setting, testing.TRAINING, 0, state, Ledger()), base
+
+
+def sent(i: int, base: Params, scale: float = 0.1, steps: float | None = None, /, **facts: object) -> Message:
+    """Parameters near the base with buffers near 1, or `scale` away; trained, with a size of 10 + i."""
+    g = torch.Generator().manual_seed(i)
+    tensors = {f"params/{n}": p + scale * torch.randn(p.shape, generator=g) for n, p in base.items()}
+    for n, shape in STATISTICS.items():
+        value = 1 + scale * torch.randn(shape, generator=g)
+        tensors[f"buffers/{n}"] = value / 1000 if n == "small" else value
+    items: dict[str, Shared] = {"model": Weights(tensors)}
+    if steps is not None:
+        items["LocalSteps"] = Statistics({"steps": torch.tensor(steps, dtype=torch.float64)})
+    origin = content_hash(base)
+    message = Message(f"sender-{i:02}", "", 1, 10 + i, origin, origin, items)
+    return replace(message, digest="", **facts)  # type: ignore[arg-type]
+
+
+def received(consolidator: WeightSpace, messages: list[Message], by_size: bool = True) -> State:
+    agent, _ = receiver(consolidator)
+    agent.receive(messages, by_size)
+    return agent.state
+
+
+@every
+def test_robust_aggregators_cover_buffers(name: str) -> None:
+    """Each floating-point buffer by itself, as the aggregator combines rows; bad ones change little."""
+    a, (_, base) = ROBUST[name], receiver(WeightSpace())
+    bad = 1 if name == "bulyan" else 2
+    honest = [sent(i, base) for i in range(bad, SENDERS)]
+    for scale in (1e3, 1e30):
+        ill = received(WeightSpace(a), [*(sent(i, base, scale) for i in range(bad)), *honest])
+        for n in STATISTICS:
+            good = torch.stack([m.items["model"].tensors[f"buffers/{n}"] for m in honest])
+            wrong = [sent(i, base, scale).items["model"].tensors[f"buffers/{n}"] for i in range(bad)]
+            assert torch.allclose(
+                ill.buffers[n].flatten(), a(torch.stack([*wrong, *good]).flatten(1)), rtol=1e-6, atol=0
+            )
+            assert ((ill.buffers[n] - good.mean(0)).abs() <= (good.max() - good.min())).all()
+        assert max(float((ill.params[n] - p).abs().max()) for n, p in base.items()) < 1
+    # A bad sender may hide in one buffer whose numbers are small: its parameters and other buffers are good.
+    sly = sent(0, base)
+    tensors = dict(sly.items["model"].tensors)
+    tensors["buffers/small"] = torch.full((2, 2), 0.5)
+    sly = replace(sly, items={"model": Weights(tensors)}, digest="")
+    found = received(WeightSpace(a), [sly, *(sent(i, base) for i in range(1, SENDERS))]).buffers["small"]
+    assert float((found - 0.001).abs().max()) < 5e-4
+
+
+@every
+def test_robust_aggregators_cover_entries_of_one_task(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    a, (agent, base) = ROBUST[name], receiver(WeightSpace())
+    own = next(iter(base))
+    monkeypatch.setattr(type(agent.model), "task_of", lambda model, n: "t" if n == own else None)
+    common = content_hash({n: p for n, p in base.items() if n != own})
+    messages = [sent(i, base, 1e3 if i < 1 else 0.1, base=common) for i in range(SENDERS)]
+    found = received(WeightSpace(a), messages).params[own]
+    good = torch.stack([m.items["model"].tensors[f"params/{own}"] for m in messages[1:]])
+    assert ((found - good.mean(0)).abs() <= (good.max() - good.min())).all()
+
+    # Fewer senders of it than the aggregator needs to tolerate bad ones.
+    few = messages[-2:]
+    for m in messages[:-2]:
+        rest = {n: t for n, t in m.items["model"].tensors.items() if n != f"params/{own}"}
+        few.append(replace(m, items={"model": Weights(rest)}, digest=""))
+    if a.fewest_rows > 2:
+        with pytest.raises(ConsilienceError, match=f"rows, got 2 of '{own}'; use aggregators.median()"):
+            received(WeightSpace(a), few)
+    else:
+        assert float((received(WeightSpace(a), few).params[own] - base[own]).abs().max()) < 1
+
+
+CLAIMS = {
+    "a size": {"size": 10**12},
+    "nothing learned": {"trained": False},
+    "no examples": {"trained": False, "size": 0},
+    "another base": {"trained": False, "base": "another"},
+}
+
+
+@every
+@pytest.mark.parametrize("by_size", [True, False])
+def test_a_claim_changes_no_bit(name: str, by_size: bool) -> None:
+    a, (_, base) = ROBUST[name], receiver(WeightSpace())
+    honest = [sent(i, base) for i in range(1, SENDERS)]
+    plain = received(WeightSpace(a), [sent(0, base, 50.0), *honest], by_size)
+    for claim in CLAIMS.values():
+        liar = sent(0, base, 50.0, **claim)
+        found = received(WeightSpace(a), [liar, *honest], by_size)
+        assert all(torch.equal(found.params[n], p) for n, p in plain.params.items())
+        assert all(torch.equal(found.buffers[n], b) for n, b in plain.buffers.items())
+        assert found.size <= SENDERS * 16, "the median of the claimed sizes"
+
+    # What is not finite is left out, also of a sender that says that it trained on nothing.
+    broken = sent(0, base, float("nan"), trained=False)
+    with pytest.warns(UserWarning, match="parameters of 'sender-00' have NaN or infinity"):
+        found = received(WeightSpace(a), [broken, *honest], by_size)
+    assert all(torch.equal(found.params[n], p) for n, p in received(WeightSpace(a), honest).params.items())
+
+
+def test_averages_still_go_by_size() -> None:
+    _, base = receiver(WeightSpace())
+    messages = [sent(i, base) for i in range(3)]
+    found, name = received(WeightSpace(), messages), next(iter(base))
+    for kind, got in (("params", found.params[name]), ("buffers", found.buffers["var"])):
+        at = f"{kind}/{name if kind == 'params' else 'var'}"
+        mean = sum(m.size * m.items["model"].tensors[at] for m in messages) / 33
+        assert torch.allclose(got, mean, atol=1e-6)
+    assert found.size == 33
+
+
+@pytest.mark.parametrize("steps", [1e-12, 1.0, 1e12])
+def test_a_claim_of_steps_changes_little(steps: float) -> None:
+    """FedNova under a median: all but the liar took 4 steps, so that their changes count as they are."""
+    _, base = receiver(WeightSpace())
+    honest = [sent(i, base, 0.1, 4.0) for i in range(1, SENDERS)]
+    space = Normalised(aggregators.median())
+    found = received(space, [sent(0, base, 0.1, steps), *honest])
+    for n, p in base.items():
+        good = torch.stack([m.items["model"].tensors[f"params/{n}"] for m in honest])
+        middle = good.sort(0).values[3:7]
+        assert ((found.params[n] - p).abs() < 1).all()
+        assert ((found.params[n] >= middle[0] - 1e-6) & (found.params[n] <= middle[-1] + 1e-6)).all()
+    text = "(number of steps, got|got NaN or infinity in 'steps').*'sender-00'"
+    for wrong in (-1.0, 0.0, float("nan"), float("inf")):
+        with pytest.raises(ConsilienceError, match=text):
+            received(space, [sent(0, base, 0.1, wrong), *honest])
+
+
+@pytest.mark.parametrize("size", [-1, 0, 1.5, float("nan"), True, "12", 1 << 70])
+def test_sizes_are_positive_whole_numbers(size: object) -> None:
+    _, base = receiver(WeightSpace())
+    with pytest.raises(ConsilienceError, match="`size`.* must be"):
+        sent(0, base, size=size)
+    lie = sent(0, base)
+    object.__setattr__(lie, "size", size)
+    with pytest.raises(ConsilienceError, match="`size`.* must be"):
+        Message.from_bytes(lie.to_bytes())
+    # Who did not train, such as a server before the first round, may stand for no examples.
+    if size != 0:
+        with pytest.raises(ConsilienceError, match="`size`.* must be"):
+            sent(0, base, size=size, trained=False)
+
+
+def test_one_client_in_other_units_does_not_ruin_batch_norm() -> None:
+    parts = cs.data.iid(cs.data.digits(), 8)
+    bad = parts[0].map(x=lambda t: t * 1000).map(test=parts[0].test)
+    more = cs.Training(epochs=2, lr=0.1, sampler=Shuffle(drop_last=True))
+
+    def accuracy(aggregator: Aggregator, group: list[cs.Source]) -> float:
+        torch.manual_seed(0)
+        layers = torch.nn.Linear(64, 32), torch.nn.BatchNorm1d(32), torch.nn.ReLU(), torch.nn.Linear(32, 10)
+        schedule = cs.settings.federated(group, rounds=4, evaluate_every=4)
+        return cs.run(schedule, cs.methods.aggregate(aggregator), torch.nn.Sequential(*layers), more).accuracy
+
+    for a in (aggregators.median(), aggregators.krum(1), aggregators.trimmed_mean(0.2)):
+        assert accuracy(a, [bad, *parts[1:]]) > 0.85
+    assert accuracy(aggregators.mean(), [bad, *parts[1:]]) < 0.6

@@ -42,6 +42,9 @@ class _OneByOne(WeightSpace):
         """Whether it needs the parameters that the experts started from."""
         return True
 
+    def combines(self, facts: ScheduleFacts) -> bool:
+        return facts.exchanges
+
     def refuse(self, facts: ScheduleFacts) -> str | None:
         if self.from_base and not facts.receives_others:
             return (

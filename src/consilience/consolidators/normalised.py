@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -22,7 +24,8 @@ class Normalised(WeightSpace):
     Then comes the outer step. tau_i is the number of steps that agent i took, sent by the correction
     `LocalSteps`; p_i its share of the examples. So the coefficients of the average are p_i tau_eff / tau_i.
     Any aggregator works: each theta_i is first moved to base + (tau_eff / tau_i) (theta_i - base), and stays
-    as it is if all tau are equal. Raises ConsilienceError for trained parameters without a number of steps.
+    as it is if all tau are equal. With a robust one tau_eff is the median of tau, which one sender's claim
+    does not move. Raises ConsilienceError for trained parameters without a positive number of steps.
     Wang et al. 2020, arXiv:2007.07481.
     """
 
@@ -50,14 +53,17 @@ class Normalised(WeightSpace):
             if "LocalSteps" in m.items
         }
         for message in trained:
-            if not steps.get(message.sender):
+            if not 0 < steps.get(message.sender, 0) < math.inf:
+                got = steps.get(message.sender) or "none"
                 raise ConsilienceError(
-                    f"received parameters need their number of steps, got none from {message.sender!r}; all "
+                    f"received parameters need their number of steps, got {got} from {message.sender!r}; all "
                     "senders must use fednova."
                 )
 
         sizes = {m.sender: float(max(m.size, 1)) if by_size else 1.0 for m in trained}
         effective = sum(sizes[s] * steps[s] for s in sizes) / sum(sizes.values()) if sizes else 0.0
+        if trained and self.aggregator is not None and self.aggregator.robust:
+            effective = statistics.median(steps.values())
         # Exactly their common number, so that factors are 1 and parameters stay as they are.
         if len(set(steps.values())) == 1:
             effective = next(iter(steps.values()))

@@ -178,6 +178,11 @@ class Message:
                 )
         if not isinstance(self.trained, bool):
             raise ConsilienceError(f"`trained` must be true or false, got {kind_of(self.trained)}.")
+        # Sizes weigh averages, and nobody trains on nothing.
+        if self.trained and not self.size:
+            raise ConsilienceError(
+                f"`size` must be at least 1 where a sender trained, got 0 of {self.whose}."
+            )
 
         # What an agent keeps under a key of ours, such as a running sum, is never sent.
         checked_name(self.sender, "sender")

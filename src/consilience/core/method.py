@@ -16,7 +16,7 @@ from consilience.core.consolidator import Consolidator
 from consilience.core.correction import Correction, Mapper, overrides
 from consilience.core.errors import ConsilienceError, Refusal, kind_of
 from consilience.core.params import matches
-from consilience.core.weight_space import WeightSpace
+from consilience.core.weight_space import WeightSpace, factor_pair
 
 if TYPE_CHECKING:
     from consilience.core.schedule import ScheduleFacts
@@ -104,7 +104,22 @@ class Method:
         personal = placed._personal_entries(facts)
         if reason := receiver.unfit(facts) or receiver.refuse(facts):
             raise Refusal(f"{self.name}: {reason}.")
+        self._check_factors(receiver, facts, personal)
         return replace(placed, consolidator=receiver, exchange_aggregator=None, personal=personal)
+
+    def _check_factors(self, receiver: Consolidator, facts: ScheduleFacts, personal: tuple[str, ...]) -> None:
+        """Refuse to combine both factors of a product, such as those of LoRA."""
+        if facts.model is None or not (isinstance(receiver, WeightSpace) and receiver.combines(facts)):
+            return
+        params, _ = facts.model.init(torch.Generator().manual_seed(0))
+        pair = factor_pair(n for n in params if not facts.model.frozen(n) and not matches(n, personal))
+        # The product of two means is not the mean of the products; with one factor in common it is.
+        if pair is not None:
+            raise Refusal(
+                f"{self.name}: it would combine {pair[0]!r} and {pair[1]!r} one by one, and the model uses "
+                "their product, whose mean is another; freeze every lora_A (requires_grad=False), or keep "
+                "it personal, or merge adapters with cs.merge."
+            )
 
     def _placed(self, facts: ScheduleFacts) -> Method:
         """Return this method with `aggregator` moved to where the schedule has something to aggregate."""

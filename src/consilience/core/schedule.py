@@ -210,6 +210,8 @@ class ScheduleFacts:
     """Whether some inputs have several parts."""
     most_received: int = 0
     """The largest number of newly trained agents whose messages one agent receives at once."""
+    most_combined: int = 0
+    """The largest number of different parameters that one agent receives at once."""
     revisited: frozenset[str] = frozenset()
     """Sources that some agent trains on more than once."""
     rounds: int = 0
@@ -294,6 +296,8 @@ class Counts:
     """Whether agents received only parameters that were trained from their own base."""
     most_received: int = 0
     """The largest number of newly trained agents whose messages one agent received at once."""
+    most_combined: int = 0
+    """The largest number of different parameters that one agent received at once."""
     revisited: set[str] = field(default_factory=set)
     """Sources that some agent trained on more than once."""
     rounds: int = 0
@@ -418,6 +422,7 @@ class _SymbolicRun:
             if trained and self.groups.setdefault(name, frozenset(trained)) != frozenset(trained):
                 counts.totals &= name == self.schedule.evaluated and name in phase.totals
             counts.most_received = max(counts.most_received, len(news))
+            counts.most_combined = max(counts.most_combined, len({sent[sender].params for sender in group}))
             counts.received[name] = counts.received.get(name, 0) + bool(news)
             counts.receives_others |= any(sender != name and sent[sender].knowledge for sender in group)
             counts.common_base &= all(message.base == base for message in news)
@@ -460,6 +465,7 @@ class _SymbolicRun:
             inputs=frozenset(signature(x) for x in samples),
             trees=any(isinstance(x, Tree) for x in samples),
             most_received=counts.most_received,
+            most_combined=counts.most_combined,
             revisited=frozenset(counts.revisited),
             rounds=counts.rounds,
             totals=counts.totals,

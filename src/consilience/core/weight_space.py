@@ -43,6 +43,10 @@ class WeightSpace(Consolidator):
     among those. Entries of one task have no common base and are averaged; floating-point buffers are
     averaged, others keep the receiver's value.
 
+    A robust aggregator also combines entries of one task and each floating-point buffer, and it takes no
+    sender's word: all weigh the same whatever size they claim, also those that say that they trained on
+    nothing. What is sent on then stands for sizes up to the median of the claimed ones.
+
     The outer SGD(1) without momentum takes the aggregate as it is. If no sender trained since it last
     received (a server that broadcasts), the parameters are averaged without an outer step; one message is
     adopted to the bit.
@@ -64,6 +68,10 @@ class WeightSpace(Consolidator):
     def needs_base(self) -> bool:  # type: ignore[override]
         """Whether the aggregator needs a base; averages, whose coefficients sum to 1, need none."""
         return self.aggregator is not None and self.aggregator.needs_base
+
+    def combines(self, facts: ScheduleFacts) -> bool:
+        """Whether it makes parameters of several models into those of one."""
+        return facts.most_combined > 1
 
     def forget(self, model: Model, state: State) -> State:
         raise Refusal("averaged weights of one sender cannot be removed; train again without that sender.")
@@ -111,7 +119,7 @@ class WeightSpace(Consolidator):
                 f"a model must come as Weights where models are combined, got {type(item).__name__}."
             )
         # Robust aggregators go on without weights that are not finite.
-        robust = self.aggregator is not None and self.aggregator.robust and message.trained
+        robust = self.aggregator is not None and self.aggregator.robust
         if item is not None and not robust:
             check_numbers(item, state.buffers, repr(message.sender))
         if item is not None:
@@ -123,20 +131,24 @@ class WeightSpace(Consolidator):
         self, model: Model, state: State, fresh: Sequence[Message], by_size: bool, generator: torch.Generator
     ) -> State:
         messages = with_weights(fresh)
-        if self.aggregator is not None and self.aggregator.robust:
+        # If no sender trained, there is no change to step along: average the rows.
+        trained = any(m.trained for m in messages)
+        robust = self.aggregator is not None and self.aggregator.robust
+        guard = self.aggregator if trained and robust else None
+        if guard is not None:
             messages = without_broken(messages)
         if not messages:
             return state
+
+        weights = [1.0] * len(messages) if guard is not None else message_weights(messages, by_size)
         rows = []
-        for m, weight in zip(messages, message_weights(messages, by_size), strict=True):
+        for m, weight in zip(messages, weights, strict=True):
             item = m.items["model"]
             row = Received(m.sender, item.group("params"), item.group("buffers"), weight)
             finite(row.params, repr(row.sender))
             _check_fits(model, row, item.meta.get("backbone", ""), state)
             rows.append(row)
 
-        # If no sender trained, there is no change to step along: average the rows.
-        trained = any(m.trained for m in messages)
         merged: Params = {}
         for names, among in _by_carriers(rows):
             merged |= self._merge_entries(model, state, names, among, fresh if trained else None, generator)
@@ -144,8 +156,8 @@ class WeightSpace(Consolidator):
         if trained:
             params, outer = self._step(model, params, state, merged)
 
-        buffers = _average_buffers(rows, state.buffers)
-        size = int(sum(m.size for m in messages))
+        buffers = _merge_buffers(guard, rows, state.buffers)
+        size = sum(m.size for m in messages) if guard is None else capped([m.size for m in messages])
         return state.change(params=params, buffers=buffers, outer=outer, size=size)
 
     def _merge_entries(
@@ -162,18 +174,21 @@ class WeightSpace(Consolidator):
         frozen = [name for name in names if model.frozen(name) or not first[name].is_floating_point()]
         merged = {name: state.params.get(name, first[name]) for name in frozen}
 
-        # A task's own entries have no base, and so no deltas to aggregate: average them.
+        # A task's own entries have no base, and so no deltas to aggregate: average them. Robust aggregators
+        # give the same from any origin.
         of_one_task = [name for name in names if name not in frozen and model.task_of(name) is not None]
         common = [name for name in names if name not in frozen and name not in of_one_task]
         if trained is not None:
             merged |= self._merge_by_statistics(common, rows, state, trained)
         left = [name for name in common if name not in merged]
         aggregator = self.aggregator if trained is not None else None
+        guard = aggregator if aggregator is not None and aggregator.robust and len(rows) > 1 else None
 
-        for group, how in ((left, aggregator), (of_one_task, None)):
+        for group, how in ((left, aggregator), (of_one_task, guard)):
             if group and len(rows) == 1 and how is None:
                 merged |= {name: first[name] for name in group}
             elif group:
+                _check_enough(how, rows, group[0])
                 merged |= self._combine(how, group, rows, state.base, generator)
         return merged
 
@@ -238,49 +253,18 @@ class WeightSpace(Consolidator):
         return {**target, **layout.split(theta - self.lr * direction)}, held
 
 
-def product_error(messages: Sequence[Message], merged: Params, by_size: bool) -> float:
-    """Return how far merged LoRA factors are from the mean of their senders' products, as a fraction of it.
+def factor_pair(names: Iterable[str]) -> tuple[str, str] | None:
+    """Return two entries whose product is what a model uses (LoRA), by peft's names; None without any.
 
-    It is |B A - sum_i w_i B_i A_i| / |sum_i w_i B_i A_i| in Frobenius norms over all pairs that two or more
-    messages carry, B A of the merged parameters; 0 without any. Entries are paired by peft's names, `lora_A`
-    and `lora_B`. A mean of factors is no mean of products unless all have one A, or one B.
-
-    >>> rows = torch.eye(2).split(1)
-    >>> factors = [{"params/lora_A": row, "params/lora_B": row.T} for row in rows]
-    >>> sent = [Message(str(i), "", 1, 1, "", "", {"model": Weights(f)}) for i, f in enumerate(factors)]
-    >>> mean = {"lora_A": torch.full((1, 2), 0.5), "lora_B": torch.full((2, 1), 0.5)}
-    >>> round(product_error(sent, mean, True), 4)
-    0.7071
+    >>> factor_pair(["q.weight", "q.lora_A.default.weight", "q.lora_B.default.weight"])
+    ('q.lora_A.default.weight', 'q.lora_B.default.weight')
     """
-    weighted = with_weights(messages)
-    total, apart = 0.0, 0.0
-    rows = [item.items["model"].group("params") for item in weighted]
-    for name in sorted({name for row in rows for name in row if _FACTOR.search(name)}):
-        other = _FACTOR.sub(r"\1lora_\2B\3", name)
-        pairs = [
-            (weight, row[other], row[name])
-            for weight, row in zip(message_weights(weighted, by_size), rows, strict=True)
-            if name in row and other in row
-        ]
-        if len(pairs) < 2 or name not in merged or other not in merged:
-            continue
-
-        share = sum(weight for weight, _, _ in pairs)
-        mean = [(weight / share, b, a) for weight, b, a in pairs]
-        total += _square(mean)
-        apart += _square([*mean, (-1.0, merged[other], merged[name])])
-    return (max(apart, 0.0) / total) ** 0.5 if total else 0.0
+    known = set(names)
+    pairs = ((name, _FACTOR.sub(r"\1lora_\2B\3", name)) for name in sorted(known) if _FACTOR.search(name))
+    return next((pair for pair in pairs if pair[1] in known), None)
 
 
 _FACTOR = re.compile(r"(^|\.)lora_(embedding_)?A(\.|$)")
-
-
-def _square(terms: Sequence[tuple[float, Tensor, Tensor]]) -> float:
-    """Return |sum_i c_i B_i A_i|^2 of terms (c, B, A), without any of the products."""
-    # Convolutions are matrices over the channels and places that they read.
-    left = torch.cat([c * b.double().flatten(1) for c, b, _ in terms], 1)
-    right = torch.cat([a.double().flatten(1) for _, _, a in terms])
-    return float(((left.T @ left) * (right @ right.T)).sum())
 
 
 def with_weights(messages: Iterable[Message]) -> list[Message]:
@@ -295,12 +279,23 @@ def message_weights(messages: Sequence[Message], by_size: bool) -> list[float]:
     return sizes if any(sizes) else [1.0] * len(sizes)
 
 
+def capped(sizes: Sequence[int]) -> int:
+    """Add up claimed sizes, none of which counts for more than the (lower) median.
+
+    >>> capped([10, 20, 30, 10**12])
+    70
+    """
+    most = sorted(sizes)[(len(sizes) - 1) // 2]
+    return sum(min(size, most) for size in sizes)
+
+
 def without_broken(messages: list[Message]) -> list[Message]:
     """Leave out messages that are not finite, with a warning; keep all if none is finite, to be refused."""
+    # Also of senders that claim to have trained on nothing.
     broken = {
         m.sender
         for m in messages
-        if m.trained and not all(bool(torch.isfinite(t).all()) for t in m.items["model"].tensors.values())
+        if not all(bool(torch.isfinite(t).all()) for t in m.items["model"].tensors.values())
     }
     # If all are broken, leaving them out would silently keep the old parameters.
     if not broken or all(m.sender in broken for m in messages):
@@ -360,19 +355,39 @@ def _by_carriers(rows: Sequence[Received]) -> Iterator[tuple[list[str], list[Rec
         yield names, [rows[i] for i in carriers]
 
 
-def _average_buffers(rows: Sequence[Received], own: Params) -> Params:
-    """Average floating-point buffers among those who have them; others keep the receiver's value."""
+def _check_enough(aggregator: Aggregator | None, rows: Sequence[Received], name: str) -> None:
+    """Refuse fewer rows of an entry than a robust aggregator needs to tolerate bad ones."""
+    # A refusal, because no message is at fault.
+    if aggregator is not None and aggregator.robust and len(rows) < aggregator.fewest_rows:
+        raise Refusal(
+            f"{type(aggregator).__name__} needs at least {aggregator.fewest_rows} rows, got {len(rows)} "
+            f"of {name!r}; use aggregators.median(), which takes any number."
+        )
+
+
+def _merge_buffers(guard: Aggregator | None, rows: Sequence[Received], own: Params) -> Params:
+    """Average floating-point buffers among those who have them; others keep the receiver's value.
+
+    A robust aggregator `guard` combines each of them instead: one sender would spoil an average.
+    """
     buffers = dict(own)
     for name in sorted({name for row in rows for name in row.buffers}):
-        having = [(row.buffers[name], row.weight) for row in rows if name in row.buffers]
+        carriers = [row for row in rows if name in row.buffers]
+        having = [(row.buffers[name], row.weight) for row in carriers]
+        first = having[0][0]
         if len(having) == 1:
-            buffers[name] = having[0][0]
+            buffers[name] = first
+        elif guard is not None and first.is_floating_point() and first.numel():
+            # Each by itself: distances over all would be those of the buffer of the largest numbers.
+            _check_enough(guard, carriers, name)
+            flat = [buffer.reshape(-1) for buffer, _ in having]
+            buffers[name] = guard(flat, names=[row.sender for row in carriers]).reshape(first.shape)
         # Counters are integers, whose average means nothing.
-        elif having[0][0].is_floating_point():
+        elif first.is_floating_point():
             total = sum(weight for _, weight in having)
             buffers[name] = torch.stack([b * (weight / total) for b, weight in having]).sum(0)
         else:
-            buffers.setdefault(name, having[0][0])
+            buffers.setdefault(name, first)
     return buffers
 
 

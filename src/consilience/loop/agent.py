@@ -29,7 +29,6 @@ from consilience.core.state import State, undone_key
 from consilience.core.training import Place, Training
 from consilience.core.tree import Input
 from consilience.core.viewed import Viewed
-from consilience.core.weight_space import product_error
 from consilience.loop.admission import (
     FULL,
     RECEIPT_BYTES,
@@ -50,9 +49,6 @@ ONCE = "(later visits do not repeat this warning)"
 
 # The purpose of the random numbers of `receive`. Another word would draw others than version 0.1.
 RECEIVE_KEY = "absorb"
-
-FACTORS = "<factors>"
-"""The key of the warning about factors among those that were given."""
 
 Corrections = list[tuple[Correction, Context]]
 
@@ -450,7 +446,6 @@ class Agent:
                 refused += spoilt
                 taken = self._received(fresh, by_size, total) if fresh else None
         if taken is not None:
-            self._warn_of_factors(fresh, taken, by_size)
             self.state = taken
         if refused:
             raise refusal_of(refused, len(messages))
@@ -567,21 +562,6 @@ class Agent:
             (RECEIVE, len(fresh), numbers),
             lambda: consolidator.receive(self.model, state, fresh, by_size, generator),
         )
-
-    def _warn_of_factors(self, fresh: Sequence[Message], after: State, by_size: bool) -> None:
-        """Warn, once per run, where the factors of products (LoRA) were combined one by one."""
-        if FACTORS in self.ledger.warned or not any(m.trained for m in fresh):
-            return
-        error = product_error(fresh, after.params, by_size)
-        # One A for all senders, as a frozen one, leaves rounding errors only.
-        if error > 1e-4:
-            self.ledger.warned.add(FACTORS)
-            warnings.warn(
-                f"{self.name!r} combined lora_A and lora_B one by one, and their products are {error:.1%} "
-                "away from the mean of the senders' products; freeze lora_A (requires_grad=False), and "
-                f"averages are exact {ONCE}",
-                stacklevel=2,
-            )
 
     def release(self) -> None:
         """Free parameters that will be received again: a simulation keeps only active agents in memory."""

@@ -190,7 +190,8 @@ def federated(
             stays as it is.
         min_clients: if a client fails, the round goes on without it as long as so many clients finish; with
             fewer, the run stops and can be resumed. None: all must finish.
-        by_size: weigh clients by their numbers of examples; otherwise equally.
+        by_size: weigh clients by their numbers of examples; otherwise equally, as robust aggregators always
+            do.
         evaluate_every: rounds between evaluations; the last round has one too.
         personalise: after the last round every client receives from the server and trains once more, without
             sending. The last evaluation judges each client's own parameters on its own source

@@ -4,12 +4,16 @@ and resumed."""
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from functools import partial
 
 import pytest
+import yaml
+from torch import nn
 
 import consilience as cs
-from consilience.core.errors import Interrupted
+from consilience import report
+from consilience.core.errors import ConsilienceError, Interrupted
 from restate import mlp, source, training
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*capped")
@@ -144,3 +148,44 @@ def test_refusals_come_before_any_work():
     with pytest.raises(cs.Refusal) as e, warnings.catch_warnings():
         cs.sweep(CLIENTS, bad, mlp(), training(), progress=never)
     assert "in 'masks' of a sweep" in e.value.__notes__
+
+
+def test_names_reach_tables_folders_and_reports(tmp_path):
+    """Two strengths of one method were two rows called "ewc"."""
+    methods = {"weak": cs.methods.ewc(1), "strong": cs.methods.ewc(100)}
+    results = cs.sweep(STREAM, methods, mlp(), training(), out=tmp_path)
+    for name, result in results.items():
+        found = cs.Result.load(tmp_path / name)
+        assert result.method == found.method == name
+        assert result.config["name"] == name and result.config["method"] == "ewc"
+        assert name in report.table([found])
+
+
+def test_models_and_trainings_are_combined_as_runs_alone():
+    models = {"catalogue": mlp(), "module": nn.Sequential(nn.Flatten(), nn.Linear(6, 4))}
+    trainings = {f"lr {lr}": replace(training(), lr=lr) for lr in (0.1, 0.01)}
+    results = cs.sweep(STREAM, {"plain": cs.methods.finetune()}, models, trainings, engine="serial")
+    assert list(results) == [f"plain, {model}, {name}" for model in models for name in trainings]
+    for model, given in models.items():
+        for name, chosen in trainings.items():
+            close(results[f"plain, {model}, {name}"], cs.run(STREAM, cs.methods.finetune(), given, chosen))
+    with pytest.raises(ConsilienceError, match="`training` of a sweep must name at least one"):
+        cs.sweep(STREAM, [cs.methods.finetune()], training={})
+
+
+@pytest.mark.parametrize("field", ["method", "model", "training", "data"])
+def test_the_configuration_of_a_run_from_python_has_every_hyperparameter(field, tmp_path):
+    """Two runs that differ in one hyperparameter wrote the same file."""
+    base = {"method": cs.methods.er(20), "model": nn.Linear(6, 4), "training": training(), "data": STREAM}
+    other = {
+        "method": cs.methods.er(20, policy=cs.memory.ring()),
+        "model": nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4)),
+        "training": replace(training(), weight_decay=0.1),
+        "data": cs.settings.continual([SOURCES[0], replace(SOURCES[1], test=SOURCES[2].train), SOURCES[2]]),
+    }
+    texts = []
+    for i, given in enumerate((base, {**base, field: other[field]})):
+        cs.run(given["data"], given["method"], given["model"], given["training"], out=tmp_path / str(i))
+        texts.append((tmp_path / str(i) / "config.yaml").read_text())
+    assert texts[0] != texts[1] and all("0x" not in text for text in texts)
+    assert yaml.safe_load(texts[0])["parts"]["corrections"][0]["ER"]["size"] == 20

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,6 +25,9 @@ from consilience.loop.folder import Progress
 from consilience.loop.run import begin, drive
 from consilience.loop.session import Session
 from consilience.metrics.choice import Choice
+
+Given = Model | torch.nn.Module | Callable[[], torch.nn.Module] | None
+"""A model as users give it; None takes one that fits the data."""
 
 
 class Result(loop_result.Result):
@@ -67,7 +71,7 @@ class Result(loop_result.Result):
 def run(
     schedule: Schedule,
     method: Method | Sequence[Method],
-    model: Model | torch.nn.Module | Callable[[], torch.nn.Module] | None = None,
+    model: Given = None,
     training: Training | None = None,
     *,
     repeats: int = 1,
@@ -151,8 +155,8 @@ def run(
 def sweep(
     schedule: Schedule,
     methods: Mapping[str, Method] | Sequence[Method],
-    model: Model | torch.nn.Module | Callable[[], torch.nn.Module] | None = None,
-    training: Training | None = None,
+    model: Given | Mapping[str, Given] = None,
+    training: Training | Mapping[str, Training] | None = None,
     *,
     repeats: int = 1,
     seed: int = 0,
@@ -165,19 +169,21 @@ def sweep(
     stopping: Stopping | Mapping[str, Any] | int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Result]:
-    """Run several methods, or one with several strengths, on one schedule side by side.
+    """Run several methods, models or trainings on one schedule side by side: all combinations of them.
 
-    It returns what `run` would for each, by name. The "batched" engine stacks visits that are alike across
-    methods and seeds: ten strengths cost much less than ten runs. All methods are checked before any work.
+    It returns what `run` would for each, by name, and tables have these names. The "batched" engine stacks
+    visits that are alike across methods and seeds: ten strengths cost much less than ten runs. All are
+    checked before any work.
 
     Args:
-        schedule, model, training, repeats, seed, engine: as in `run`.
+        schedule, repeats, seed, engine: as in `run`.
         metric, checkpoint_seconds, judge_clients, stopping, progress: as in `run`.
         methods: by name, or a sequence, whose members are then called by their names.
+        model, training: as in `run`, or several by name; runs are then called "method, model, training".
         out: a folder with a run's folder for each name; None writes nothing.
         resume: continue the runs in `out` from their last checkpoints, and begin those that have none.
 
-    Raises ConsilienceError as `run` does, naming the method; for two methods of one name.
+    Raises ConsilienceError as `run` does, naming the run; for two methods of one name.
 
     >>> import consilience as cs
     >>> sources = cs.data.split_classes(cs.data.digits(), 5)
@@ -186,11 +192,14 @@ def sweep(
     >>> results = cs.sweep(schedule, methods, training=training, repeats=2)
     >>> list(results), results["strength 1"].matrices.shape
     (['strength 1', 'strength 10'], (2, 6, 5))
+    >>> rates = {f"lr {lr:g}": cs.Training(epochs=1, lr=lr) for lr in (0.1, 0.01)}
+    >>> [result.method for result in cs.sweep(schedule, [cs.methods.finetune()], training=rates).values()]
+    ['finetune, lr 0.1', 'finetune, lr 0.01']
     """
     runner = engine_of(engine)
     made: dict[str, Model] = {}
     sessions: dict[str, Session] = {}
-    for name, method in by_name(methods).items():
+    for name, method, given, trained in variants(methods, model, training):
         at = Path(out) / name if out is not None else None
         options = RunOptions(
             repeats=repeats,
@@ -202,18 +211,52 @@ def sweep(
             judge_clients=judge_clients,
             stopping=Stopping.of(stopping),
             progress=progress,
+            name=name,
         )
 
         # Visits are stacked only if they have the very same model.
-        chosen = model_for(schedule, method, model)
-        chosen = made.setdefault(repr(chosen), chosen) if model is None else chosen
+        chosen = model_for(schedule, method, given)
+        chosen = made.setdefault(repr(chosen), chosen) if given is None else chosen
         try:
-            sessions[name] = begin(schedule, method, chosen, training, runner, options)
+            sessions[name] = begin(schedule, method, chosen, trained, runner, options)
         except ConsilienceError as e:
             e.add_note(f"in {name!r} of a sweep")
             raise
     drive(list(sessions.values()), runner)
     return {name: result_of(session) for name, session in sessions.items()}
+
+
+class Variant(NamedTuple):
+    """One run of a sweep."""
+
+    name: str
+    method: Method
+    model: Given
+    training: Training | None
+
+
+def variants(methods: Any, model: Any, training: Any) -> list[Variant]:
+    """Return all combinations of methods, models and trainings; those given alone are in no name."""
+    choices: list[Mapping[str, Any]] = [by_name(methods)]
+    for argument, value in (("model", model), ("training", training)):
+        if isinstance(value, Mapping) and not value:
+            raise ConsilienceError(f"`{argument}` of a sweep must name at least one, got an empty mapping.")
+        choices.append(value if isinstance(value, Mapping) else {"": value})
+
+    # A model that several runs share is wrapped once, so that their visits can be stacked.
+    choices[1] = {
+        name: models.wrap(given) if is_module(given) else given for name, given in choices[1].items()
+    }
+    found = []
+    for combined in product(*(choice.items() for choice in choices)):
+        name = ", ".join(name for name, _ in combined if name)
+        found.append(Variant(name, *(value for _, value in combined)))
+    return found
+
+
+def is_module(model: object) -> bool:
+    """Whether a model must be wrapped: a torch module, or a function that makes one."""
+    return isinstance(model, torch.nn.Module) or (callable(model) and not isinstance(model, Model))
 
 
 def by_name(methods: Mapping[str, Method] | Sequence[Method]) -> Mapping[str, Method]:
@@ -244,8 +287,8 @@ def model_for(schedule: Schedule, method: Method | Sequence[Method], model: obje
         return default_model(schedule, Method.of(method))  # type: ignore[arg-type]
     if isinstance(model, Model):
         return model
-    if isinstance(model, torch.nn.Module) or callable(model):
-        return models.wrap(model)
+    if is_module(model):
+        return models.wrap(model)  # type: ignore[arg-type]
     raise ConsilienceError(
         f"`model` must be one of consilience.models, or a torch module, got {kind_of(model)}."
     )

@@ -6,7 +6,7 @@ import os
 import platform
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
@@ -52,6 +52,7 @@ class RunOptions:
         judge_clients: whether to score all agents that train by their own parameters, around each visit.
         progress: called with every line of the log.
         config: the content of config.yaml; None describes the arguments.
+        name: what the run is called in tables; None takes the method's name.
     """
 
     repeats: int = 1
@@ -66,6 +67,7 @@ class RunOptions:
     stopping: Stopping | None = None
     progress: Progress | None = None
     config: Mapping[str, Any] | None = None
+    name: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.out, str | Path | None):
@@ -293,26 +295,6 @@ def versions(engine: Engine | None = None) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "machine": platform.machine(),
         "cpus": os.cpu_count() or 0,
-    }
-
-
-def describe(setup: Setup, method: str, options: RunOptions) -> dict[str, Any]:
-    """Return the arguments of a run, as config.yaml has them."""
-    # Objects such as samplers have no form in YAML but their repr.
-    simple = int | float | str | bool | None
-    training = {
-        name: value if isinstance(value, simple) else repr(value)
-        for name, value in asdict(setup.training).items()
-    }
-    return {
-        "setting": setup.schedule.setting,
-        "scenario": setup.schedule.scenario,
-        "sources": [source.name for source in setup.schedule.sources],
-        "method": method,
-        "model": repr(setup.model),
-        "training": training,
-        "seed": options.seed,
-        "repeats": options.repeats,
     }
 
 

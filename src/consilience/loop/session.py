@@ -16,7 +16,8 @@ from consilience.core.errors import ConsilienceError, Interrupted
 from consilience.core.params import write_json
 from consilience.core.state import Frozen, State
 from consilience.loop.agents import Setup
-from consilience.loop.checks import RunOptions, describe, fingerprint, versions
+from consilience.loop.checks import RunOptions, fingerprint, versions
+from consilience.loop.describe import describe
 from consilience.loop.engine import Engine
 from consilience.loop.folder import Log, plain
 from consilience.loop.job import Job
@@ -164,7 +165,7 @@ class Session:
         result = Result(
             setting=setup.schedule.setting,
             data="+".join(dict.fromkeys(source.name.split("/")[0] for source in setup.schedule.sources)),
-            method=self.method,
+            method=self.options.name or self.method,
             model=str(getattr(model, "name", type(model).__name__)),
             metric=" + ".join(dict.fromkeys(firsts)),
             seed=first.seed,

@@ -96,6 +96,9 @@ NAMES = re.compile(
 MEMBERS = re.compile("tell|rest|still|learns|recalls|ends|owner")
 """Retired as attributes, methods and fields; allowed as local names."""
 
+THEIRS = re.compile(r"study\.tell")
+"""Methods of other libraries, by their receiver."""
+
 PAIRS = re.compile(
     r"(me|start|beginning|ledger)\.known|me\.span|ledger\.(work|sent)|(state|message|m)\.learned"
     r"|(job|phase|ask|turn)\.work|schedule\.(walk|facts)|engine\.learn|(result|metrics)\.drift"
@@ -479,7 +482,8 @@ def retired_at(node: ast.AST) -> Iterator[tuple[int, str]]:
         case ast.Attribute(attr=name):
             receiver = last_name(node.value)
             pair = f"{receiver}.{name}"
-            if NAMES.fullmatch(name) or MEMBERS.fullmatch(name) or PAIRS.fullmatch(pair.lower()):
+            retired = NAMES.fullmatch(name) or MEMBERS.fullmatch(name) or PAIRS.fullmatch(pair.lower())
+            if retired and not THEIRS.fullmatch(pair):
                 yield node.lineno, pair.lstrip(".")
 
         case ast.Call():

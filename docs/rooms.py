@@ -26,7 +26,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("settings", "methods", "engines"),
     ("report",),
     ("api",),
-    ("merging", "skill"),
+    ("merging", "skill", "tuning"),
     ("testing", "demo"),
     ("cli",),
 )
@@ -54,6 +54,7 @@ WHAT = {
     "api": "run, sweep",
     "merging": "checkpoints",
     "skill": "banks of modules",
+    "tuning": "hyperparameters",
     "testing": "checks for methods",
     "demo": "all settings, once",
     "cli": "the command line",

@@ -1,9 +1,9 @@
 """Consilience: learning from heterogeneous sources, with one loop for tasks, time, places and trained models.
 
-`run` and `sweep` run methods in settings; `merge` merges checkpoints. Catalogues are `methods`, `settings`,
-`data`, `models`, `losses`, `metrics`, `aggregators`, `consolidators`, `mappers`, `memory` and `engines`. For
-a method of one's own: `Correction`, `Aggregator`, `Consolidator`, `Mapper`, `Policy`, and what their verbs
-see and return; `testing.check` checks it.
+`run` and `sweep` run methods in settings, `search` finds hyperparameters, `merge` merges checkpoints.
+Catalogues are `methods`, `settings`, `data`, `models`, `losses`, `metrics`, `aggregators`, `consolidators`,
+`mappers`, `memory` and `engines`. For a method of one's own: `Correction`, `Aggregator`, `Consolidator`,
+`Mapper`, `Policy`, and what their verbs see and return; `testing.check` checks it.
 
 >>> import consilience as cs
 >>> cs.__version__
@@ -83,6 +83,7 @@ if TYPE_CHECKING:
     from consilience.core.training import Training as Training
     from consilience.core.tree import Tree as Tree
     from consilience.merging import merge as merge
+    from consilience.tuning import search as search
 else:
     __getattr__, __dir__ = lazy.attach(__name__)
     __all__ = __dir__()

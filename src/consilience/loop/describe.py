@@ -25,21 +25,27 @@ LONGEST = 200
 
 def describe(setup: Setup, method: str, options: RunOptions) -> dict[str, Any]:
     """Return the arguments of a run, with every hyperparameter of method, model, data and training."""
-    about = setup.facts
-    return {
-        "setting": setup.schedule.setting,
-        "scenario": setup.schedule.scenario,
+    schedule, about = setup.schedule, setup.facts
+    data = {
+        "setting": schedule.setting,
+        "scenario": schedule.scenario,
         "stages": about.stages,
         "rounds": about.rounds,
-        "sources": data_of(setup.schedule),
-        "labels": [f"{space}: {name}" for space, name in setup.schedule.frame.labels[:LONGEST]],
+        "sources": data_of(schedule),
+        "labels": [f"{space}: {name}" for space, name in schedule.frame.labels[:LONGEST]],
+    }
+
+    # The method as it acts here: aggregators are in their places.
+    parts = {
+        entry.name: written(value)
+        for entry in fields(setup.method)
+        if (value := getattr(setup.method, entry.name)) and entry.name != "name"
+    }
+    return {
+        **data,
         **({"name": options.name} if options.name else {}),
         "method": method,
-        "parts": {
-            entry.name: written(value)
-            for entry in fields(setup.method)
-            if (value := getattr(setup.method, entry.name)) and entry.name != "name"
-        },
+        "parts": parts,
         "model": repr(setup.model),
         **layers_of(setup.model),
         "training": {name: written(value) for name, value in vars(setup.training).items()},
@@ -101,7 +107,7 @@ def written(value: Any) -> Any:
     if isinstance(value, list | tuple | set | frozenset):
         return [written(entry) for entry in value]
 
-    # A tensor is told from others by its content, which may be large.
+    # Its content may be large: a hash tells it from others.
     if isinstance(value, Tensor):
         return f"tensor {list(value.shape)} {content_hash({'': value})[:12]}"
     if is_dataclass(value) and not isinstance(value, type):

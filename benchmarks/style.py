@@ -73,6 +73,7 @@ EXCEPTIONS = {
     "hierarchical": "a setting of the catalogue, as `federated`",
     "gossip": "a setting of the catalogue, as `federated`",
     "generative_replay": "a method of the catalogue: hyperparameters of the method and of its generator",
+    "skill": "a method of the catalogue: options of its mapper and of its head",
     "head2toe": "a model of the catalogue: hyperparameters of the paper",
     "arrays": "a data source of the catalogue",
     "stream": "a data source of the catalogue",

@@ -15,6 +15,7 @@ import torch
 import consilience as cs
 from consilience.core.contexts import Learned, Routing
 from consilience.core.message import Message, Module, Samples, Statistics, join
+from consilience.core.outliers import Clip, far_out, outliers
 from consilience.core.params import Layout, key, same
 from consilience.core.source import Source, Tensors
 from consilience.mappers import _em, _screen, covariance, mixture
@@ -778,3 +779,103 @@ def test_it_is_in_the_catalogue():
     with pytest.raises(cs.ConsilienceError, match="`fit` must be torch or sklearn, got 'jax'"):
         cs.mappers.gaussian_mixture(fit="jax")
     assert mixture.sketch(torch.tensor([2.0, 1.0])).tolist() == [1.0, 2.0]
+
+
+# One outlier.
+
+
+def with_sentinel(s: Source, value: float) -> Source:
+    """The source with one number of its first training example replaced."""
+    x = s.train.whole()[0].clone()
+    x.view(len(x), -1)[0, 0] = value
+    return replace(s, train=Tensors(x, s.train.targets()))
+
+
+@pytest.fixture(scope="module")
+def digits() -> list[Source]:
+    return cs.data.split_classes(cs.data.digits(), 5)
+
+
+def by_task(data: list[Source], method: cs.Method) -> np.ndarray:
+    model = cs.models.multi_head(cs.models.random_features(64, 128), 10)
+    return cs.run(cs.settings.skill([data[:2], data[2:]]), method, model).matrix[-1]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {"mapper": "gaussian_mixture", "components": 5},
+        {"mapper": "mahalanobis"},
+        {"mapper": "mahalanobis", "images": 5},
+        {"mapper": "nearest_mean"},
+    ],
+    ids=["mixture", "sums", "images", "means"],
+)
+def test_one_sentinel_costs_nobody_anything_with_clip(digits, kind):
+    """Without it a sentinel spoils at least its own task, with a warning that names the example."""
+    data = [with_sentinel(digits[0], 1e3), *digits[1:]]
+    clean = by_task(digits, cs.methods.skill(**kind, head="ridge"))
+    with pytest.warns(UserWarning, match=r"training example 0 of 'digits/0-1' has numbers up to 1e\+03"):
+        clipped, plain = (by_task(data, cs.methods.skill(**kind, head="ridge", clip=c)) for c in (3.0, 0.0))
+    assert (clipped > clean - 0.05).all() and (plain < clean - 0.04).any()
+
+
+@pytest.mark.parametrize("kind", [NearestMean, GaussianMixture, Mahalanobis, ExpertGate])
+def test_anchors_of_features_that_overflow_are_refused_by_their_example(kind):
+    """1e30 is finite, and so is its square in float64, but not the squares of those who read the anchor."""
+    far = with_sentinel(source(0), 1e30)
+    with pytest.raises(cs.ConsilienceError, match="squares, got 1e.30 for training example 0 of 'task0'"):
+        summary(kind(on="inputs"), far)
+    clipped = summary(kind(on="inputs", clip=3.0), far)
+    assert all(tensor.abs().max() < 1e6 for tensor in clipped.tensors.values())
+
+
+def test_clip_moves_far_examples_alone():
+    """Restated: within `clip` median distances to the median nothing changes, to the bit."""
+    psi = torch.randn(200, 6, generator=gen(3)) * torch.tensor([1.0, 5, 1, 1, 0.1, 1])
+    psi[7] *= 1e6
+    clipped = Clip.of(psi, 3.0)(psi)
+    # Of an even number torch's median is the lower one.
+    centre = np.sort(psi.numpy().astype(float), 0)[99]
+    length = np.linalg.norm(psi.numpy() - centre, axis=1)
+    limit = 3 * np.sort(length)[99]
+    far = length > limit
+    assert far[7] and torch.equal(clipped[~torch.from_numpy(far)], psi[~torch.from_numpy(far)])
+    wanted = centre + (psi.numpy() - centre) * (limit / length)[:, None]
+    np.testing.assert_allclose(clipped.numpy()[far], wanted[far], rtol=1e-5)
+    assert torch.equal(Clip.of(torch.ones(4, 2), 3.0)(torch.ones(4, 2)), torch.ones(4, 2))
+    for wrong in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(cs.ConsilienceError, match="`clip` must be 0"):
+            NearestMean(clip=wrong)
+    with pytest.raises(
+        cs.ConsilienceError, match="`clip` limits the features of anchors and of solved heads"
+    ):
+        cs.methods.skill("oracle", clip=3.0)
+
+
+@pytest.mark.parametrize("options", [{}, {"rank": 3}])
+def test_one_anchor_cannot_make_the_covariance_its_own(options):
+    """What another agent sent without a clip: its variance counts as thrice the median at most."""
+    items = [summary(Mahalanobis(on="inputs", clip=3.0, **options), source(i)) for i in range(5)]
+    plain, _ = covariance.spread(items)
+    same_bits, _ = covariance.spread(items, 3.0)
+    assert torch.allclose(plain, same_bits)
+    wild = [*items, summary(Mahalanobis(on="inputs", **options), source(5, noise=1e4))]
+    limited, unlimited = covariance.spread(wild, 3.0)[0], covariance.spread(wild)[0]
+    assert float(limited.trace()) < 2 * float(plain.trace()) < 1e-3 * float(unlimited.trace())
+
+
+def test_who_is_far_out():
+    """By the largest number of each example; sparse inputs, constants and integers are nobody's outliers."""
+    x = torch.rand(50, 4, 4, generator=gen())
+    assert not len(far_out(x)) and not len(far_out(torch.zeros(9, 3))) and not len(far_out(x.mul(255).byte()))
+    sparse = torch.zeros(50, 16)
+    sparse[:5, 3] = 1.0
+    assert not len(far_out(sparse))
+    for value in (-999.0, 1e9, float("nan"), float("inf")):
+        other = x.clone()
+        other[31, 2, 1] = value
+        assert far_out(other).tolist() == [31]
+    data = source(0)
+    data.train.x[5, 1] = 1e7
+    assert "training example 5 of 'task0' has numbers up to 1e+07" in str(outliers(data))

@@ -160,3 +160,63 @@ def test_sources_of_one_head_are_solved_together_and_visits_are_refused():
     lacking = replace(a, classes=(0, 1, 2))
     _, _, w, bias = learned("prototype", lacking)
     assert float(bias[2]) == -1e9 and bool((w[2] == 0).all()), "a class without examples never wins"
+
+
+def spoilt(s: Source, value: float) -> Source:
+    x = s.train.x.clone()
+    x[3, 0] = value
+    return replace(s, train=Tensors(x, s.train.y))
+
+
+@pytest.mark.filterwarnings("ignore:training example")
+@pytest.mark.parametrize("kind", ["ridge", "prototype", "logistic"])
+def test_one_outlier_moves_a_clipped_head_little(kind):
+    """Whatever its size, it counts as one at three median distances: nearer the clean head than without."""
+    s, heads = source(1), {}
+    cases = {"clean": (None, 0.0), "clip": (1e6, 3.0), "larger": (1e9, 3.0), "plain": (1e6, 0.0)}
+    for name, (value, clip) in cases.items():
+        data = s if value is None else spoilt(s, value)
+        model = cs.models.multi_head(cs.models.random_features(8, 16), C)
+        method = cs.Method("closed", (SolvedHead(kind, clip=clip),), fixed={"epochs": 0})
+        schedule, training = cs.settings.continual([data], "task"), cs.Training(precision="fp64")
+        heads[name] = cs.run(schedule, method, model, training).score
+    assert heads["clip"] >= heads["clean"] - 0.05 and heads["clip"] == heads["larger"]
+    assert heads["plain"] < heads["clip"] - 0.3
+
+
+def test_sums_are_clipped_at_each_client():
+    """Fed3R: one sentinel at one of five clients; and the sums restated."""
+    parts = cs.data.iid(cs.data.digits(), 5)
+    x = parts[0].train.x.clone()
+    x[0, 0] = 1e4
+    data = [replace(parts[0], train=Tensors(x, parts[0].train.y)), *parts[1:]]
+    model = cs.models.linear(64, 10)
+
+    def score(data, clip):
+        return cs.run(cs.settings.federated(data, 1), cs.methods.fed3r(0.01, clip=clip), model).score
+
+    with pytest.warns(UserWarning, match="training example 0 of"):
+        clipped, plain = score(data, 3.0), score(data, 0.0)
+    assert clipped > score(parts, 0.0) - 0.01 and plain <= clipped
+    result = cs.run(cs.settings.federated(data, 1), cs.methods.fed3r(clip=3.0), model)
+    item = next(m for m in result.agent.state.bank.values() if m.source == parts[0].name).items["Moments"]
+    psi = x.double().numpy()
+    centre = np.sort(psi, 0)[(len(psi) - 1) // 2]
+    length = np.linalg.norm(psi - centre, axis=1)
+    limit = 3 * np.sort(length)[(len(psi) - 1) // 2]
+    psi = np.where((length > limit)[:, None], centre + (psi - centre) * (limit / length)[:, None], psi)
+    psi = np.concatenate([psi, np.ones((len(psi), 1))], 1)
+    np.testing.assert_allclose(item.tensors["second"].numpy(), psi.T @ psi, rtol=1e-9, atol=1e-9)
+
+
+def test_features_that_overflow_are_refused_by_their_example():
+    for method in (cs.methods.fed3r(), cs.Method("closed", (SolvedHead(),), fixed={"epochs": 0})):
+        data = [spoilt(source(1), 1e25)]
+        schedule = cs.settings.federated(data, 1) if method.name == "fed3r" else cs.settings.continual(data)
+        with (
+            pytest.warns(UserWarning, match="training example 3 of 's/1'"),
+            pytest.raises(
+                cs.ConsilienceError, match="finite squares, got .* for training example 3 of 's/1'"
+            ),
+        ):
+            cs.run(schedule, method, cs.models.linear(8, C))

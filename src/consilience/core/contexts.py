@@ -15,6 +15,7 @@ from consilience.core.batch import Batch
 from consilience.core.losses import DEFAULTS, present
 from consilience.core.message import Item, Module
 from consilience.core.model import Model
+from consilience.core.outliers import check_features
 from consilience.core.params import Layout, Params
 from consilience.core.source import LabelFrame, Source, Target
 from consilience.core.tree import Input
@@ -209,12 +210,15 @@ class Learned:
         total: dict[str, Tensor] = {}
         values, classes = self.source.kind == "value", len(self.source.labels)
         # In float64, so that sums of many agents do not depend on how the data was cut.
+        seen = 0
         for x, y in self.source.train.chunks(1024):
             there = present(y).all(1) if values else present(y)
+            rows, seen = torch.arange(seen, seen + len(y)), seen + len(y)
             if not self.target.complete and not bool(there.all()):
-                x, y = x[there], y[there]
+                x, y, rows = x[there], y[there], rows[there.cpu()]
             with torch.no_grad():
                 features = psi(x).double()
+            check_features(features, rows, self.source.name)
             targets = (y.double() if values else F.one_hot(y, classes).double()).to(features.device)
             part = {"second": features.T @ features} if second else {}
             part["first"] = features.T @ targets

@@ -11,6 +11,7 @@ from torch import Tensor
 from consilience.core.contexts import Context, Learned
 from consilience.core.correction import Correction
 from consilience.core.message import Message, Statistics
+from consilience.core.outliers import Clip, checked_clip
 from consilience.core.params import Params
 from consilience.core.tree import Input
 
@@ -21,16 +22,32 @@ class Moments(Correction):
 
     psi are the features and a one. The sums add over sources, batches and clients; subtracting a client's
     sums removes it exactly. They can leak rare samples: they are not private. Samples without a target
-    are left out.
+    are left out. With `clip` features farther from the median of their source than `clip` times the median
+    distance are moved to that distance.
     """
+
+    clip: float = 0.0
 
     kinds: ClassVar[tuple[str, ...]] = ("class", "value")
     takes_places: ClassVar[bool] = False
     takes_mixed: ClassVar[bool] = False
 
+    def __post_init__(self) -> None:
+        checked_clip(self.clip)
+
     def summarise(self, learned: Learned, ctx: Context) -> Statistics:
+        def features_of(x: Input) -> Tensor:
+            return learned.model.features(learned.params, learned.buffers, x, learned.task).double()
+
+        clip = None
+        if self.clip:
+            with torch.no_grad():
+                every = [features_of(x) for x, _ in learned.source.train.chunks(1024)]
+            clip = Clip.of(torch.cat(every), self.clip)
+
         def psi(x: Input) -> Tensor:
-            features = learned.model.features(learned.params, learned.buffers, x, learned.task).double()
+            features = features_of(x)
+            features = features if clip is None else clip(features)
             # The one makes the bias a row of the ridge solution.
             return torch.cat([features, features.new_ones(len(features), 1)], 1)
 

@@ -14,6 +14,7 @@ from consilience.core.contexts import Beginning, Begun
 from consilience.core.correction import NO_TRAINING, Correction
 from consilience.core.errors import ConsilienceError, Refusal
 from consilience.core.losses import present
+from consilience.core.outliers import Clip, check_features, checked_clip
 from consilience.core.params import computing
 from consilience.core.schedule import ScheduleFacts
 from consilience.core.source import Source
@@ -39,7 +40,9 @@ class SolvedHead(Correction):
       / (N d); convex, by L-BFGS in float64. Steps from it on are linear probing, then fine-tuning (Kumar et
       al. 2022).
 
-    `ridge` None is 0.1 for "ridge" and 0.01 for "logistic".
+    `ridge` None is 0.1 for "ridge" and 0.01 for "logistic". With `clip` features farther from the median of
+    their source than `clip` times the median distance are moved to that distance, so that a few outliers
+    change the head little.
 
     >>> SolvedHead("logistic").strength
     0.01
@@ -51,8 +54,10 @@ class SolvedHead(Correction):
 
     kind: Literal["ridge", "prototype", "logistic"] = "ridge"
     ridge: float | None = None
+    clip: float = 0.0
 
     def __post_init__(self) -> None:
+        checked_clip(self.clip)
         if self.kind not in ("ridge", "prototype", "logistic"):
             raise ConsilienceError(f"`kind` must be ridge, prototype or logistic, got {self.kind!r}.")
         if not 0 < self.strength < float("inf"):
@@ -110,7 +115,7 @@ class SolvedHead(Correction):
         self, start: Beginning, sources: Sequence[Source], classes: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
         """Return W [d, classes] and b [classes] from all data of these sources, in float64."""
-        psi, targets = features_and_targets(start, sources, classes)
+        psi, targets = features_and_targets(start, sources, classes, self.clip)
         if self.kind == "prototype":
             return prototypes(psi, targets)
 
@@ -166,25 +171,32 @@ class SolvedHead(Correction):
 
 
 def features_and_targets(
-    start: Beginning, sources: Sequence[Source], classes: Sequence[int]
+    start: Beginning, sources: Sequence[Source], classes: Sequence[int], clip: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """Return psi [N, d] and the targets [N, classes] (one-hot) of all data of the sources, in float64.
 
-    Samples without a target are left out.
+    Samples without a target are left out; `clip` is that of `SolvedHead`.
     """
     like: Any = computing(start.params)
     psi, targets = [], []
     for source in sources:
+        own, rows, seen = [], [], 0
         for x, y in source.train.chunks(1024):
             there = present(y).all(1) if source.kind == "value" else present(y)
+            rows.append(torch.arange(seen, seen + len(y))[there.cpu()])
+            seen += len(y)
             if not bool(there.all()):
                 x, y = x[there], y[there]
             with torch.no_grad():
                 x = cast_to(x, like.device, like.dtype)
-                psi.append(start.model.features(start.params, start.buffers, x, source.task).double())
+                own.append(start.model.features(start.params, start.buffers, x, source.task).double())
             if source.kind != "value":
                 y = F.one_hot(y, len(source.labels))[:, list(classes)]
             targets.append(y.double())
+
+        features = torch.cat(own)
+        psi.append(Clip.of(features, clip)(features) if clip else features)
+        check_features(psi[-1], torch.cat(rows), source.name)
     return torch.cat(psi), torch.cat(targets).to(psi[0].device)
 
 

@@ -19,6 +19,7 @@ from consilience.core.errors import ConsilienceError, Refusal, kind_of
 from consilience.core.method import Method
 from consilience.core.metrics import Metric
 from consilience.core.model import Model
+from consilience.core.outliers import outliers
 from consilience.core.params import Params, content_hash, key
 from consilience.core.schedule import Schedule, with_targets
 from consilience.core.source import trimmed
@@ -130,6 +131,9 @@ def check_all(
         raise Refusal(f"the sampler cannot be used here: {unfit}.")
 
     _check_inputs(schedule, method, model)
+    for source in schedule.sources if facts.trains else ():
+        if (warning := outliers(source)) is not None:
+            warnings.warn(warning, stacklevel=2)
     check_augments(schedule)
     metrics = choice.metrics_of(options.metric, [*schedule.judged, *schedule.sources], schedule.frame)
     for name in sorted(

@@ -62,17 +62,21 @@ def min_entropy(unknown: float = 1.0) -> MinEntropy:
     return MinEntropy(unknown)
 
 
-def nearest_mean(on: Literal["features", "inputs"] = "features", reject: float = 0.0) -> NearestMean:
+def nearest_mean(
+    on: Literal["features", "inputs"] = "features", reject: float = 0.0, clip: float = 0.0
+) -> NearestMean:
     """Choose the expert whose nearest class mean is nearest.
 
     Args:
         on: distances are between features of a frozen backbone, or between inputs, for any model.
         reject: fraction of a task's validation examples to reject (sets the threshold). Inputs that score
             below their task's threshold are called unknown. 0: every input belongs to a task.
+        clip: largest distance of an example from its source's median, in median distances, so that outliers
+            change little; 0: no limit.
     """
     from consilience.mappers.mixture import NearestMean
 
-    return NearestMean(on, reject)
+    return NearestMean(on, reject, clip)
 
 
 def gaussian_mixture(
@@ -81,6 +85,7 @@ def gaussian_mixture(
     on: Literal["features", "inputs"] = "features",
     fit: Literal["torch", "sklearn"] = "torch",
     reject: float = 0.0,
+    clip: float = 0.0,
 ) -> GaussianMixture:
     """Choose the expert of the likeliest component among the mixtures of all sources.
 
@@ -92,10 +97,12 @@ def gaussian_mixture(
             (scikit-learn's).
         reject: fraction of a task's validation examples to reject (sets the threshold). Inputs that score
             below their task's threshold are called unknown. 0: every input belongs to a task.
+        clip: largest distance of an example from its source's median, in median distances, so that outliers
+            change little; 0: no limit.
     """
     from consilience.mappers.mixture import GaussianMixture
 
-    return GaussianMixture(components, prior, on=on, fit=fit, reject=reject)
+    return GaussianMixture(components, prior, on=on, fit=fit, reject=reject, clip=clip)
 
 
 def mahalanobis(
@@ -104,6 +111,7 @@ def mahalanobis(
     images: int = 0,
     rank: int = 0,
     reject: float = 0.0,
+    clip: float = 0.0,
 ) -> Mahalanobis:
     """Choose the expert of the nearest class mean by one covariance of all sources: LDA on what they share.
 
@@ -115,10 +123,12 @@ def mahalanobis(
             of it.
         reject: fraction of a task's validation examples to reject (sets the threshold). Inputs that score
             below their task's threshold are called unknown. 0: every input belongs to a task.
+        clip: largest distance of an example from its source's median, in median distances, and largest
+            variance of a source in median ones, so that outliers change little; 0: no limit.
     """
     from consilience.mappers.covariance import Mahalanobis
 
-    return Mahalanobis(ridge, on, images, rank, reject)
+    return Mahalanobis(ridge, on, images, rank, reject, clip)
 
 
 def expert_gate(
@@ -129,6 +139,7 @@ def expert_gate(
     soft: bool = False,
     on: Literal["features", "inputs"] = "inputs",
     reject: float = 0.0,
+    clip: float = 0.0,
 ) -> ExpertGate:
     """Choose the expert whose autoencoder reconstructs the input best. Aljundi et al. 2017.
 
@@ -141,10 +152,12 @@ def expert_gate(
         on: what is reconstructed: inputs, or features of a frozen backbone.
         reject: fraction of a task's validation examples to reject (sets the threshold). Inputs that score
             below their task's threshold are called unknown. 0: every input belongs to a task.
+        clip: largest distance of an example from its source's median, in median distances, so that outliers
+            change little; 0: no limit.
     """
     from consilience.mappers.autoencoder import ExpertGate
 
-    return ExpertGate(code, epochs, lr, temperature, soft, on, reject)
+    return ExpertGate(code, epochs, lr, temperature, soft, on, reject, clip)
 
 
 def superposition(halving: bool = True, together: bool = True) -> Superposition:

@@ -74,6 +74,7 @@ class ExpertGate(Anchored):
     soft: bool = False
     on: Literal["features", "inputs"] = "inputs"
     reject: float = 0.0
+    clip: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -16,6 +16,7 @@ from torch import Tensor
 from consilience.core.contexts import Context, Learned
 from consilience.core.errors import ConsilienceError
 from consilience.core.message import Item, Module, Samples, Statistics
+from consilience.core.outliers import Clip
 from consilience.core.tree import Input, one_tensor
 from consilience.mappers._screen import Screen
 from consilience.mappers.mixture import (
@@ -68,13 +69,18 @@ def factors(scatter: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return factor, rest.where(rest > 1e-12 * scatter.diagonal(), 0.0)
 
 
-def spread(bank: Sequence[Item]) -> tuple[Tensor, float]:
+def spread(bank: Sequence[Item], clip: float = 0.0) -> tuple[Tensor, float]:
     """Return the covariance S [d, d] within the classes of all anchors, and its noise.
+
+    With `clip` an anchor's scatter counts only so far as its variance, the trace per example, is at most
+    `clip` times the median one, so that one anchor cannot make S its own.
 
     The noise is the largest eigenvalue that may come of rounding alone. S = 1/N sum of scatters about the
     class means: of sums, second - sum_c n_c mu_c mu_c^T; of factors, U^T U + diag(rest); of shared examples,
     that of their features. N counts the examples that those are of.
     """
+    if clip:
+        bank = _limited(bank, clip)
     width = len(bank[0].tensors["first"])
     total = torch.zeros(width, width, dtype=torch.float64)
     count, noise = 0.0, 0.0
@@ -84,6 +90,42 @@ def spread(bank: Sequence[Item]) -> tuple[Tensor, float]:
             total, count, noise = add(items, Scatter(total, count, noise))
     count = max(count, 1.0)
     return (total + total.T) / (2 * count), noise / count
+
+
+def _limited(bank: Sequence[Item], clip: float) -> list[Item]:
+    """Return the anchors with no scatter of more than `clip` times the median variance."""
+    variances = torch.tensor([_variance(item) for item in bank], dtype=torch.float64)
+    limit = clip * float(variances.median())
+    shares = (limit / variances.clamp_min(limit or 1.0)).tolist()
+    return [item if share == 1 else _shrunk(item, share) for item, share in zip(bank, shares, strict=True)]
+
+
+def _variance(item: Item) -> float:
+    """Return the trace of an anchor's scatter, per example."""
+    tensors, count = item.tensors, max(float(item.tensors["count"].sum()), 1.0)
+    if "residual" in tensors:
+        return float(tensors["residual"].square().sum()) / len(tensors["residual"])
+    if "factor" in tensors:
+        return float(tensors["factor"].double().square().sum() + tensors["rest"].double().sum()) / count
+    return float(_scatter_of_sums(item).trace()) / count
+
+
+def _scatter_of_sums(item: Item) -> Tensor:
+    counts = item.tensors["count"]
+    centres = means(item) * counts[counts > 0].sqrt()[:, None]
+    return symmetric(item.tensors["second"], centres.shape[1]) - centres.T @ centres
+
+
+def _shrunk(item: Item, share: float) -> Item:
+    """Return an anchor whose scatter is this share of what it was; its means are the same."""
+    tensors = dict(item.tensors)
+    if "residual" in tensors:
+        tensors["residual"] = tensors["residual"] * share**0.5
+    elif "factor" in tensors:
+        tensors |= {"factor": tensors["factor"] * share**0.5, "rest": tensors["rest"] * share}
+    else:
+        tensors["second"] = tensors["second"] - triangle(_scatter_of_sums(item)) * (1 - share)
+    return replace(item, tensors=tensors)
 
 
 def _add_sums(items: Sequence[Item], scatter: Scatter) -> Scatter:
@@ -126,12 +168,12 @@ def _add_residuals(items: Sequence[Item], scatter: Scatter) -> Scatter:
     return Scatter(total, count + len(residual), noise + rounding)
 
 
-def whitening(bank: Sequence[Item], ridge: float) -> Tensor:
+def whitening(bank: Sequence[Item], ridge: float, clip: float = 0.0) -> Tensor:
     """Return W [d, r] with W W^T = (S + ridge tr(S)/d I)^-1, S the covariance within classes.
 
-    With `ridge` = 0 it is the pseudo-inverse.
+    With `ridge` = 0 it is the pseudo-inverse. `clip` is that of `spread`.
     """
-    covariance, noise = spread(bank)
+    covariance, noise = spread(bank, clip)
     width, eye = len(covariance), torch.eye(len(covariance), dtype=torch.float64)
     lift = ridge * float(covariance.trace()) / width
     if lift > 0:
@@ -151,10 +193,10 @@ def whitening(bank: Sequence[Item], ridge: float) -> Tensor:
 class Distances(Screened):
     """-min_c ||(x - mu_c) W||^2 over the classes of each expert."""
 
-    def __init__(self, items: Sequence[Item], bank: Sequence[Item], ridge: float) -> None:
+    def __init__(self, items: Sequence[Item], bank: Sequence[Item], ridge: float, clip: float = 0.0) -> None:
         points = [means(item) for item in items]
         self.group, every = grouped(points), torch.cat(points)
-        self.centre, self.white = every.mean(0).float(), whitening(bank, ridge)
+        self.centre, self.white = every.mean(0).float(), whitening(bank, ridge, clip)
         # About their centre the points are small, and so is the rounding of distances.
         self.points = (every - self.centre) @ self.white
         self.screen = Screen.of(self.points @ self.white.T, -0.5 * self.points.square().sum(1), self.group)
@@ -215,6 +257,7 @@ class Mahalanobis(Anchored):
     images: int = 0
     rank: int = 0
     reject: float = 0.0
+    clip: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -269,7 +312,7 @@ class Mahalanobis(Anchored):
         return len(anchor.tensors["first"])
 
     def summarise(self, learned: Learned, ctx: Context) -> Statistics | Module | Samples:
-        found = sums(learned, self.psi(learned), second=not self.images)
+        found = sums(learned, self.limited(learned), second=not self.images)
         count = found["count"]
         tensors = {"first": found["first"], "count": count}
         if self.images:
@@ -300,6 +343,11 @@ class Mahalanobis(Anchored):
         source = learned.source
         y = source.train.targets().cpu()
         order = torch.randperm(len(y), generator=learned.generator)
+        if self.clip:
+            # Images are sent as they are, so that those beyond the limit are not drawn.
+            psi = self.psi(learned)
+            there = torch.cat([psi(part) for part, _ in source.train.chunks(1024)])
+            order = order[~Clip.of(there, self.clip).beyond(there)[order]]
         own = [order[y[order] == c][: self.images] for c in source.classes]
         few = sum(len(index) < self.images for index in own)
         if few:
@@ -333,4 +381,4 @@ class Mahalanobis(Anchored):
         return replace(item, tensors={**tensors, "residual": psi - mu[y]})
 
     def ready(self, items: tuple[Item, ...], every: tuple[Item, ...]) -> Anchors:
-        return Distances(items, every, self.ridge)
+        return Distances(items, every, self.ridge, self.clip)

@@ -18,6 +18,7 @@ from consilience.core.correction import Mapper
 from consilience.core.errors import ConsilienceError, Refusal
 from consilience.core.message import Item, Message, Module, Statistics
 from consilience.core.model import Model
+from consilience.core.outliers import Clip, check_features, checked_clip
 from consilience.core.params import Params, computing, fits_float32
 from consilience.core.schedule import ScheduleFacts
 from consilience.core.tree import Input, cast_to, one_tensor
@@ -50,12 +51,17 @@ class Anchored(Mapper):
     on: Literal["features", "inputs"]
     reject: float
     """Fraction of a task's validation examples to reject (sets the threshold); 0: every input has a task."""
+    clip: float
+    """The largest distance of an example from the median of its source, in median distances; 0: no limit.
+
+    Farther ones are moved to it when anchors are made, so that a few outliers change little."""
 
     def __post_init__(self) -> None:
         if self.on not in ("features", "inputs"):
             raise ConsilienceError(f"`on` must be features or inputs, got {self.on!r}.")
         if not 0 <= self.reject < 1:
             raise ConsilienceError(f"`reject` must be in [0, 1), got {self.reject}.")
+        checked_clip(self.clip)
 
     @property
     def rejects(self) -> bool:
@@ -145,10 +151,20 @@ class Anchored(Mapper):
         """Return the function from x [B, ...] to its place in the space [B, d], in float64 on the CPU."""
         return lambda x: self.place(x, features_of(learned)).double().cpu()
 
-    def places(self, learned: Learned) -> Tensor:
-        """Return where the training data of a source lie [N, d]."""
+    def limited(self, learned: Learned) -> Callable[[Input], Tensor]:
+        """Return `psi`, clipped by where all training data lie if there is a `clip`."""
         psi = self.psi(learned)
-        return torch.cat([psi(x) for x, _ in learned.source.train.chunks(1024)])
+        if not self.clip:
+            return psi
+        clip = Clip.of(torch.cat([psi(x) for x, _ in learned.source.train.chunks(1024)]), self.clip)
+        return lambda x: clip(psi(x))
+
+    def places(self, learned: Learned) -> Tensor:
+        """Return where the training data of a source lie [N, d], clipped if there is a `clip`."""
+        psi = self.limited(learned)
+        found = torch.cat([psi(x) for x, _ in learned.source.train.chunks(1024)])
+        check_features(found, range(len(found)), learned.source.name)
+        return found
 
     def held(self, learned: Learned) -> Tensor:
         """Return where the validation data of a source lie [V, d]; `reject` is calibrated on them."""
@@ -438,6 +454,7 @@ class NearestMean(Anchored):
 
     on: Literal["features", "inputs"] = "features"
     reject: float = 0.0
+    clip: float = 0.0
 
     def misfit(self, anchor: Item) -> str | None:
         form = {"first": "dC", "count": "C"} | ({"validation": "V"} if self.rejects else {})
@@ -447,7 +464,7 @@ class NearestMean(Anchored):
         return len(anchor.tensors["first"])
 
     def summarise(self, learned: Learned, ctx: Context) -> Statistics | Module:
-        item = Statistics(sums(learned, self.psi(learned), second=False))
+        item = Statistics(sums(learned, self.limited(learned), second=False))
         if not self.rejects:
             return item
         own = Points([means(item)], [None]).scores(self.held(learned))[:, 0]
@@ -529,6 +546,7 @@ class GaussianMixture(Anchored):
     reject: float = 0.0
     least: int = 20
     """Examples per component: a mixture of fewer examples has fewer components."""
+    clip: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -560,6 +578,9 @@ class GaussianMixture(Anchored):
         # Places stay on the device of the data, unlike those of `places`: the mixture is fitted there.
         features = features_of(learned)
         psi = torch.cat([self.place(x, features) for x, _ in learned.source.train.chunks(1024)])
+        if self.clip:
+            psi = Clip.of(psi, self.clip)(psi)
+        check_features(psi, range(len(psi)), learned.source.name)
         spread = float(psi.var(0, unbiased=False).mean()) or 1.0
         make = _em.fit if self.fit == "torch" else by_sklearn
         components = min(self.components, max(1, len(psi) // self.least))

@@ -258,7 +258,11 @@ def wsm() -> Method:
 
 
 def fed3r(
-    strength: float = 0.01, average: bool = False, normalise: bool = False, temperature: float = 1.0
+    strength: float = 0.01,
+    average: bool = False,
+    normalise: bool = False,
+    temperature: float = 1.0,
+    clip: float = 0.0,
 ) -> Method:
     """Solve a ridge head in closed form from all agents' sums of features: exact for any split and order.
 
@@ -275,6 +279,8 @@ def fed3r(
         average: whether the objective is the mean loss (lambda then counts as lambda x samples).
         normalise: divide each class's column by its norm; it changes the argmax.
         temperature: divides the head, which leaves the argmax; .1 suits a softmax that is trained on.
+        clip: largest distance of an example's features from their source's median, in median distances, so
+            that outliers change little; 0: no limit, and the head is exact for any split.
     """
     from consilience.consolidators.statistics import ClosedForm
     from consilience.core.method import Method
@@ -283,7 +289,7 @@ def fed3r(
     # No gradient step: the head is solved for where the sums meet.
     return Method(
         "fed3r",
-        (Moments(),),
+        (Moments(clip),),
         consolidator=ClosedForm(strength, average, normalise, temperature),
         fixed={"epochs": 0},
     )

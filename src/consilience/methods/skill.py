@@ -22,6 +22,7 @@ def skill(
     reject: float = 0.0,
     head: Literal["trained", "lp_ft", "logistic", "ridge", "prototype"] = "trained",
     reuse: Literal["name", "features"] | None = None,
+    clip: float = 0.0,
 ) -> Method:
     """SKILL: heads (and biases) on a frozen backbone, shared in a bank and routed to by one anchor per task.
 
@@ -43,6 +44,8 @@ def skill(
         head: "trained" by steps; "lp_ft": logistic regression on the features, then trained with the rest
             (linear probing, then fine-tuning); "logistic", "ridge", "prototype": solved for and not trained.
         reuse: start a new head from the rows of similar earlier classes, by their "name" or by "features".
+        clip: largest distance of an example's features from their task's median, in median distances, for
+            anchors and solved heads, so that outliers change little; 0: no limit.
     """
     from consilience import mappers
     from consilience.consolidators.bank import Experts
@@ -53,11 +56,11 @@ def skill(
 
     # Functions, so that only the chosen mapper checks its hyperparameters.
     made: dict[str, Callable[[], Mapper]] = {
-        "gaussian_mixture": lambda: mappers.gaussian_mixture(components, prior, reject=reject),
-        "mahalanobis": lambda: mappers.mahalanobis(images=images, rank=rank, reject=reject),
-        "nearest_mean": lambda: mappers.nearest_mean(reject=reject),
+        "gaussian_mixture": lambda: mappers.gaussian_mixture(components, prior, reject=reject, clip=clip),
+        "mahalanobis": lambda: mappers.mahalanobis(images=images, rank=rank, reject=reject, clip=clip),
+        "nearest_mean": lambda: mappers.nearest_mean(reject=reject, clip=clip),
         "min_entropy": mappers.min_entropy,
-        "expert_gate": lambda: mappers.expert_gate(on="features", reject=reject),
+        "expert_gate": lambda: mappers.expert_gate(on="features", reject=reject, clip=clip),
         "oracle": mappers.oracle,
     }
     if mapper not in made:
@@ -72,6 +75,11 @@ def skill(
         raise ConsilienceError(
             f"`reject` needs a mapper with anchors; with {mapper!r} it must be 0, got `reject = {reject!r}`."
         )
+    if clip and mapper in ("min_entropy", "oracle") and head == "trained":
+        raise ConsilienceError(
+            "`clip` limits the features of anchors and of solved heads, and here are neither; it must be 0, "
+            f"got `clip = {clip!r}`."
+        )
     heads = ("trained", "lp_ft", "logistic", "ridge", "prototype")
     if head not in heads:
         raise unknown("head", head, heads)
@@ -83,7 +91,7 @@ def skill(
             f"got `head = {head!r}` and `reuse = {reuse!r}`."
         )
     # A head that is solved for needs no step; with "lp_ft" the solution is where training starts.
-    solved = SolvedHead("logistic" if head == "lp_ft" else head) if head != "trained" else None
+    solved = SolvedHead("logistic" if head == "lp_ft" else head, clip=clip) if head != "trained" else None
     parts = (HeadReuse(reuse),) if reuse else (solved,) if solved else ()
     fixed = {} if head in ("trained", "lp_ft") else {"epochs": 0}
     return Method("skill", parts, consolidator=Experts(), mapper=made[mapper](), fixed=fixed)

@@ -584,6 +584,27 @@ def digits_clients(n=20):
     return cs.data.dirichlet(cs.data.digits(), n, 0.1, seed=1)
 
 
+def test_recipes_from_fed3r_keep_its_lead_at_their_learning_rate():
+    """Those of its docstring, word for word; at the default rate one round destroys the head."""
+    from consilience.data.samplers import Balanced
+
+    digits = cs.data.digits()
+    clients = cs.data.dirichlet(digits, 10, alpha=0.1)
+    first = cs.run(cs.settings.federated(clients, rounds=1), cs.methods.fed3r(temperature=0.1))
+    schedule = cs.settings.federated(clients, rounds=2, clients_per_round=3, base=first.params)
+    warm = cs.run(schedule, cs.methods.fedavg(), training=cs.Training(lr=0.001))
+    assert first.score > 0.95 and warm.matrix[1:].mean(1).min() > 0.85
+    assert cs.run(schedule, cs.methods.fedavg()).matrix[1].mean() < 0.6
+
+    every = torch.arange(0, len(digits.train), 6)
+    kept = cs.data.arrays(*digits.train.select(every).whole(), test=digits.test.whole(), name="kept")
+    schedule = cs.settings.continual([kept], base=first.params)
+    tuned = cs.run(
+        schedule, cs.methods.finetune(), training=cs.Training(lr=0.001, epochs=5, sampler=Balanced())
+    )
+    assert tuned.score > 0.93
+
+
 def test_fedavg_from_fed3r_is_better_after_a_round_than_from_random():
     clients = digits_clients()
     model, training = cs.models.mlp(64, (64,), 10), cs.Training(epochs=2, batch_size=16, lr=0.05)

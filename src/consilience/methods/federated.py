@@ -267,10 +267,11 @@ def fed3r(
     """Solve a ridge head in closed form from all agents' sums of features: exact for any split and order.
 
     On `models.fourier_features(model)` it is Fed3R with random features. Another run may start from it: after
-    `first = run(schedule, fed3r(temperature=0.1))`, `run(federated(clients, base=first.params), fedavg())`
-    goes on.
-    SCROLL's second part is `run(continual([kept], base=first.params), finetune(),
-    training=Training(sampler=Balanced()))` on the examples that may be kept.
+    `first = run(schedule, fed3r(temperature=0.1))`, `run(federated(clients, base=first.params), fedavg(),
+    training=Training(lr=0.001))` goes on. SCROLL's second part is `run(continual([kept], base=first.params),
+    finetune(), training=Training(lr=0.001, sampler=Balanced()))` on the examples that may be kept. The
+    learning rate must be one to two orders below that of a cold start: the default destroys the head in a
+    round (digits: .30 to .50 instead of .94).
 
     Paper: Fanì et al. 2024; Wang et al. 2022 (SCROLL).
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Callable
@@ -13,11 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import consilience as cs
-from consilience.core.contexts import Learned
+from consilience.core.contexts import Context, Learned
+from consilience.core.correction import Correction
 from consilience.core.params import Layout, key
 from consilience.core.schedule import reframe
 from consilience.core.source import Source, Tensors
 from consilience.core.tree import Tree
+from consilience.core.viewed import Viewed
+from consilience.corrections import fisher as fishers
 from consilience.corrections import gradients
 from consilience.corrections.fisher import fisher, sensitivity
 from consilience.corrections.gss import directions
@@ -111,6 +115,85 @@ class Parts(nn.Module):
         return self.head(torch.cat([a, b], 1).tanh())
 
 
+class Normed(nn.Module):
+    """A layer under the old weight_norm or the parametrised one, and a norm without a rule of its own."""
+
+    def __init__(self, norm: Callable[[nn.Module], nn.Module]) -> None:
+        super().__init__()
+        self.first, self.norm, self.head = (
+            norm(nn.Linear(D, 6)),
+            nn.InstanceNorm1d(3, affine=True),
+            nn.Linear(6, C),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.first(x).view(-1, 3, 2)).flatten(1).tanh())
+
+
+class Positions(nn.Module):
+    """A transformer as transformers has them: positions for all samples at once, and a mask that is asked."""
+
+    def __init__(self, positions: str = "row") -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(12, 8, padding_idx=0), nn.Embedding(T, 8)
+        self.q, self.k, self.v, self.out = (nn.Linear(8, 8) for _ in range(4))
+        self.norm, self.head, self.positions = nn.LayerNorm(8), nn.Linear(8, C), positions
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = torch.arange(x.shape[1])
+        h = self.words(x) + self.places(places[None] if self.positions == "row" else places)
+        q, k, v = (layer(h).view(*x.shape, 2, 4).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        mask = None if bool((x > 0).all()) else (x > 0)[:, None, None, :]
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+        return self.head(self.norm(h + self.out(mixed))[:, 0])
+
+
+class TimeFirst(nn.Module):
+    """A layer over [T, B, d]: its first dimension is not that of the samples, though it may be as long."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(D, 5), nn.Linear(5, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.first(x.transpose(0, 1)).tanh().mean(0))
+
+
+class Odd(nn.Module):
+    """Layers as users have them: a hook that changes the output, an input by name, an output nobody uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.aside, self.head = nn.Linear(D, 5), nn.Linear(5, 2), nn.Linear(5, C)
+        self.first.register_forward_hook(double_it)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(input=x).tanh()
+        self.aside(h)
+        return self.head(h)
+
+
+def double_it(_: nn.Module, args: object, out: Tensor) -> Tensor:
+    return 2 * out.square()
+
+
+def padded(n: int) -> Tensor:
+    """Tokens [n, T], padded with 0 to the right, some not at all."""
+    return tokens(n, T) * (torch.arange(T) < 2 + torch.arange(n)[:, None] % 5)
+
+
+def wave() -> nn.Module:
+    """Convolutions over time with stride, dilation and padding, and a group norm without a bias in front."""
+    return nn.Sequential(
+        nn.Conv1d(D, 4, 3, stride=2, padding=2, dilation=2, bias=False),
+        nn.GroupNorm(2, 4),
+        nn.Tanh(),
+        nn.Conv1d(4, 4, 2),
+        nn.Flatten(),
+        nn.Linear(16, C),
+    )
+
+
 def perceptron() -> nn.Module:
     return nn.Sequential(nn.Linear(D, 5), nn.Tanh(), nn.Linear(5, C))
 
@@ -145,6 +228,18 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], object, Tensor, str]] = {
     "convolution": (convolution, normal(N, 1, 4, 4), classes(N), "class"),
     "tied": (Tied, normal(N, D), classes(N), "class"),
     "bias twice": (BiasTwice, normal(N, D), classes(N), "class"),
+    "encoder": (Positions, padded(N), classes(N), "class"),
+    "encoder of as many positions as samples": (lambda: Positions("line"), padded(T), classes(T), "class"),
+    "time first": (TimeFirst, normal(N, N, D), classes(N), "class"),
+    "convolution over time": (wave, normal(N, D, 9), classes(N), "class"),
+    "old weight norm": (lambda: Normed(nn.utils.weight_norm), normal(N, D), classes(N), "class"),
+    "weight norm": (
+        lambda: Normed(nn.utils.parametrizations.weight_norm),
+        normal(N, D),
+        classes(N),
+        "class",
+    ),
+    "hooks and names": (Odd, normal(N, D), classes(N), "class"),
     "tree": (Parts, parted(), classes(N), "class"),
     "missing": (perceptron, normal(N, D), some_missing(classes(N)), "class"),
     "tokens": (Tagger, tokens(N, T), classes(N, T), "class"),
@@ -234,8 +329,9 @@ def test_the_fisher_and_importances_are_those_of_one_sample_after_another(name):
     near(quietly(lambda: fisher(learned(net, source), "data", chunk=3)), wanted)
 
     def square(out: Tensor, y: Tensor) -> Tensor:
-        at = there(y) if source.kind == "class" else there(y).any(0)
-        return torch.where(at, out, 0).square().sum()
+        # Outputs beyond the source's own are nobody's answers.
+        own, at = (out, there(y)) if source.kind == "class" else (out[: len(y)], there(y).any(0))
+        return torch.where(at, own, 0).square().sum()
 
     wanted = one_by_one(net, source, square, torch.abs)
     near(quietly(lambda: sensitivity(learned(net, source), chunk=4)), wanted)
@@ -249,10 +345,10 @@ def test_directions_are_the_unit_gradients_of_the_losses_of_single_samples(name)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = directions(here, x, y)
-    for i in range(N):
+    for i in range(len(y)):
         out = net(**x[i : i + 1].parts) if isinstance(x, Tree) else net(x[i : i + 1])
         loss = here.target.mean(out, y[i : i + 1])
-        grads = torch.autograd.grad(loss, list(net.parameters()))
+        grads = torch.autograd.grad(loss, list(net.parameters()), allow_unused=True, materialize_grads=True)
         names = [name for name, _ in net.named_parameters()]
         by_name = dict(zip(names, grads, strict=True))
         joined = torch.cat([by_name[name].flatten() for name in here.layout.names])
@@ -329,6 +425,67 @@ def test_samples_without_a_target_are_as_if_left_out():
     for labels in ("data", "all", "batches"):
         near(fisher(learned(net, source), labels), fisher(learned(net, kept), labels))
     near(sensitivity(learned(net, source)), sensitivity(learned(net, kept)))
+
+
+@pytest.mark.parametrize(
+    "name", ["encoder", "convolution over time", "hooks and names", "linear and layer norm on tokens"]
+)
+def test_layers_with_rules_take_one_pass_for_all_samples(name, monkeypatch):
+    """A transformer whose mask is asked does not go sample by sample; large batches are cut."""
+    net, source = made(name)
+    wanted = fisher(learned(net, source), "data")
+    monkeypatch.setattr(fishers, "_by_vmap", None)
+    with monkeypatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        near(fisher(learned(net, source), "data"), wanted)
+        patch.setattr(fishers, "NUMBERS", 300)
+        near(fisher(learned(net, source), "data"), wanted)
+
+
+@pytest.mark.parametrize(
+    "name", ["tied", "bias twice", "time first", "old weight norm", "weight norm", "attention"]
+)
+def test_layers_whose_rules_do_not_hold_go_sample_by_sample(name, monkeypatch):
+    net, source = made(name)
+    here, called = learned(net, source), []
+    by_vmap = fishers._by_vmap
+    monkeypatch.setattr(fishers, "_by_vmap", lambda *args: called.append(1) or by_vmap(*args))
+    quietly(lambda: fisher(here, "data"))
+    assert called
+
+
+def test_the_fisher_is_that_of_entries_and_not_of_the_weights_that_a_view_makes_of_them():
+    """Superposition multiplies weights by a key of the task: gradients of entries have that factor."""
+    net, source = made("linear")
+    here = learned(net, source)
+    half = {name: 0.5 for name in here.layout.names}
+    seen = Viewed.of(here.model, [(Halved(), Context())])
+    found = fisher(replace(here, model=seen), "data")
+    with torch.no_grad():
+        for p in net.parameters():
+            p.mul_(0.5)
+    plain = one_by_one(net, source, lambda out, y: log_likelihood(out, y, source.kind), torch.square)
+    near(found, {name: half[name] ** 2 * w for name, w in plain.items()})
+
+
+class Halved(Correction):
+    def view(self, params, task, ctx):
+        return {name: p / 2 for name, p in params.items()}
+
+
+def test_the_old_weight_norm_runs_and_leaves_no_graph_behind():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.utils.weight_norm(nn.Linear(D, 5)), nn.Tanh(), nn.Linear(5, C))
+    model, x = cs.models.wrap(net), normal(4, D).float()
+    params, buffers = model.init(key(0))
+    assert torch.equal(model(params, buffers, x, None, True)[0], net(x))
+    assert torch.equal(model.bind(params, buffers, True)[0](x, None), net(x))
+    copy.deepcopy(model)
+    for name in ("ewc", "gss"):
+        run_two(lambda: net, getattr(cs.methods, name)(), lambda seed: normal(24, D, seed=seed).float())
+    head = cs.models.wrap(nn.Sequential(nn.Linear(D, 5), nn.utils.weight_norm(nn.Linear(5, C))))
+    with pytest.raises(cs.ConsilienceError, match="the head must be a parameter, got '1'"):
+        head.head({}, None)
 
 
 def test_a_pass_per_sample_is_announced_once_per_model():

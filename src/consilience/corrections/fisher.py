@@ -42,11 +42,28 @@ class Wanted(NamedTuple):
     """A function f of each number with f(a b) = f(a) f(b)."""
 
 
-class Captured(NamedTuple):
+class Layer(NamedTuple):
+    """A layer with a rule for its gradients per sample."""
+
+    name: str
+    module: nn.Module
+    shared: bool = False
+    """Whether it is used once for all samples, such as an embedding of positions."""
+
+
+class Use(NamedTuple):
     """The inputs and outputs of a layer in one forward pass."""
 
+    layer: Layer
     inputs: Tensor
     outputs: Tensor
+
+
+class Uses(NamedTuple):
+    """The outputs of a model and of its layers in one forward pass."""
+
+    outputs: Tensor
+    layers: list[Use]
 
 
 def check_labels(labels: str) -> None:
@@ -175,8 +192,8 @@ def fisher(
     With `of="logit"` the squares are (d logit_y / d theta)^2. For values the model's distribution is a
     Gaussian of unit variance around its outputs. The likelihood of a sample with targets at places is the
     product over them, so that T places give about T times the Fisher of one; N counts the samples that have a
-    target. Models made of linear layers, convolutions and group norms get the sum layer by layer from one
-    backward pass per batch, all others by vmap or one sample after another.
+    target. Models made of linear layers, convolutions, embeddings, layer and group norms get the sum layer by
+    layer from one backward pass per batch, all others by vmap or one sample after another.
     """
     examples, likelihood = _drawn(learned, samples), Likelihood.of(learned)
     if labels == "batches":
@@ -242,16 +259,19 @@ def _mean_over_samples(learned: Learned, examples: Examples, wanted: Wanted, chu
     """Average what is wanted over samples, by entry, layer by layer where the model allows it."""
     # An entry that no sample reaches keeps 0.
     found = {name: torch.zeros_like(p) for name, p in learned.trainable.items()}
-    layers, count = _layers(learned), 0
+    layers, count, fit = _layers(learned), 0, chunk
     for x, y in examples.chunks(chunk):
-        # The first samples show how the model uses its entries.
-        if layers is not None and not count and _is_reused(learned, layers, x):
-            layers = None
-        sums = _by_layers(learned, layers, x, y, wanted) if layers is not None else None
-        if sums is None:
-            sums = _by_vmap(learned, x, y, wanted)
-        for name, s in sums.items():
-            found[name] += s
+        # The first samples show how the model uses its layers, and how much of them fits in memory.
+        if layers is not None and not count:
+            layers, fit = _proven(learned, layers, x)
+        size = len(x) if layers is None else fit
+        for xs, ys in zip(x.split(size), y.split(size), strict=True):
+            uses = _forward(learned, layers, xs) if layers is not None else None
+            sums = (
+                _by_vmap(learned, xs, ys, wanted) if uses is None else _by_layers(learned, uses, ys, wanted)
+            )
+            for name, s in sums.items():
+                found[name] += s
         count += _counted(y)
     return {name: t / max(1, count) for name, t in found.items()}
 
@@ -298,43 +318,92 @@ def _by_vmap(learned: Learned, x: Input, y: Tensor, wanted: Wanted) -> Params:
     return found
 
 
-def _layers(learned: Learned) -> dict[str, nn.Module] | None:
-    """Return the trained layers by name if gradients per sample are known for all of them, else None.
+def _layers(learned: Learned) -> list[Layer] | None:
+    """Return the trained layers if gradients per sample are known for all of them, else None.
 
     Of a model with heads on a trunk they are the layers of the trunk, if only its entries are trained.
     """
     prefix, module = module_of(learned.model)
     if not isinstance(module, nn.Module):
         return None
-    kinds = (nn.Linear, nn.Conv2d, nn.GroupNorm)
     names = set(learned.layout.names)
-    layers = {
-        f"{prefix}{name}": layer
-        for name, layer in module.named_modules()
-        if type(layer) in kinds
-        and any(f"{prefix}{name}.{leaf}" in names for leaf, _ in layer.named_parameters())
-    }
-    if any(_is_unusual(layer) for layer in layers.values()):
+    layers = [
+        Layer(f"{prefix}{name}", part)
+        for name, part in module.named_modules()
+        if type(part) in RULES
+        and any(f"{prefix}{name}.{leaf}" in names for leaf, _ in part.named_parameters())
+    ]
+    if any(_is_unusual(layer.module) for layer in layers):
         return None
 
     # Layers that share a parameter would each give only a part of its gradient.
     places = [id(p) for m in module.modules() for p in m.parameters(recurse=False)]
     tied = len(set(places)) < len(places)
-    reached = {f"{name}.{leaf}" for name, layer in layers.items() for leaf, _ in layer.named_parameters()}
+    reached = {f"{layer.name}.{leaf}" for layer in layers for leaf, _ in layer.module.named_parameters()}
     return layers if not tied and names <= reached else None
 
 
-def _is_reused(learned: Learned, layers: dict[str, nn.Module], x: Input) -> bool:
-    """Whether a trained entry is used elsewhere than in its layer, as in `F.linear(x, layer.weight.T)`.
+def _is_unusual(layer: nn.Module) -> bool:
+    """Whether the rules do not cover it, such as a convolution that `F.unfold` does not."""
+    # The old weight_norm computes the weight from other parameters.
+    if any(leaf not in ("weight", "bias") for leaf, _ in layer.named_parameters()):
+        return True
+    if isinstance(layer, nn.Embedding):
+        return layer.max_norm is not None or layer.scale_grad_by_freq
+    return isinstance(layer, nn.Conv1d | nn.Conv2d) and (
+        layer.groups > 1 or isinstance(layer.padding, str) or layer.padding_mode != "zeros"
+    )
 
-    The gradients of layers would then be a part of the entry's own.
+
+def _proven(learned: Learned, layers: list[Layer], x: Input) -> tuple[list[Layer] | None, int]:
+    """Return the layers, marked where samples share their input, and how many samples to take at once.
+
+    None where the rules do not hold. Each entry must have one use: `F.linear(x, layer.weight.T)` beside the
+    layer would be missed. And on a few samples the rules must give the gradient of a weighted sum of scores,
+    as autograd does: they do not where a correction changes the weights, or where the first dimension of a
+    layer's inputs counts other things than samples.
     """
+    few = x[:3]
     leaves = {name: p.detach().requires_grad_() for name, p in learned.trainable.items()}
     with torch.enable_grad():
-        out = learned.model({**learned.params, **leaves}, learned.buffers, x[:1], learned.task, False)[0]
+        out = learned.model({**learned.params, **leaves}, learned.buffers, few, learned.task, False)[0]
+    if not out.requires_grad or any(count > 1 for count in _uses(out, leaves).values()):
+        return None, 0
 
+    def score(out: Tensor) -> Tensor:
+        # Outputs of classes that a head does not have are -inf.
+        known = torch.where(torch.isfinite(out), out, 0).flatten(1)
+        return known @ torch.linspace(1, 2, known.shape[1], dtype=known.dtype, device=known.device)
+
+    # Embeddings of positions are looked up once for all samples.
+    once = _shared(learned, layers, few)
+    layers = [layer._replace(shared=layer.name in once) for layer in layers]
+    uses = _forward(learned, layers, few)
+    if uses is None:
+        return None, 0
+    weight = torch.arange(1.0, len(out) + 1, dtype=out.dtype, device=out.device)
+    with differentiable_in_eval(learned.model, learned.layout.device):
+        wanted = torch.autograd.grad(score(out) @ weight, [*leaves.values()], allow_unused=True)
+        found = _by_rules(learned, uses, score(uses.outputs).sum(), weight, lambda t: t)
+
+    # Rounding is smaller by far, and what the rules miss is larger.
+    right = {
+        n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(leaves.items(), wanted, strict=True)
+    }
+    largest = {name: float(g.detach().abs().max()) for name, g in right.items()}
+    noise = 100 * torch.finfo(out.dtype).eps * max(largest.values())
+    for name, grad in right.items():
+        apart = (found[name] - grad).abs().max() if name in found else grad.abs().max()
+        if float(apart) > 1e-3 * largest[name] + noise:
+            return None, 0
+    held = sum(use.inputs[0].numel() + use.outputs[0].numel() for use in uses.layers)
+    return layers, max(1, 4 * NUMBERS // held)
+
+
+def _uses(out: Tensor, leaves: Params) -> dict[str, int]:
+    """Return how often each entry is used in the graph of the outputs."""
     # The graph has one node that accumulates the gradient of each entry, with an edge from each of its uses.
-    uses: dict[int, int] = {}
+    names, uses = {id(leaf): name for name, leaf in leaves.items()}, dict.fromkeys(leaves, 0)
     seen, left = set(), [out.grad_fn]
     while left:
         node = left.pop()
@@ -342,64 +411,89 @@ def _is_reused(learned: Learned, layers: dict[str, nn.Module], x: Input) -> bool
             continue
         seen.add(node)
         for below, _ in node.next_functions:
-            leaf = getattr(below, "variable", None)
-            if leaf is not None:
-                uses[id(leaf)] = uses.get(id(leaf), 0) + 1
+            name = names.get(id(getattr(below, "variable", None)))
+            if name is not None:
+                uses[name] += 1
             left.append(below)
-    return any(uses.get(id(leaf), 0) > 1 for leaf in leaves.values())
+    return uses
 
 
-def _is_unusual(layer: nn.Module) -> bool:
-    """Whether it is a convolution that `F.unfold` does not cover: grouped, or not padded by zeros."""
-    return isinstance(layer, nn.Conv2d) and (
-        layer.groups > 1 or isinstance(layer.padding, str) or layer.padding_mode != "zeros"
-    )
+def _shared(learned: Learned, layers: list[Layer], x: Input) -> set[str]:
+    """Return the embeddings that are looked up once for all samples."""
+    found: set[str] = set()
 
+    def hook(name: str) -> Callable[..., None]:
+        def look(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+            ids = _input_of(args, kwargs)
+            if len(ids) != len(x) and (ids.dim() == 1 or len(ids) == 1):
+                found.add(name)
 
-def _by_layers(
-    learned: Learned, layers: dict[str, nn.Module], x: Input, y: Tensor, wanted: Wanted
-) -> Params | None:
-    """Sum what is wanted over samples from the inputs of the layers and the gradients of their outputs.
+        return look
 
-    f(a b) = f(a) f(b), so that a linear layer needs f(delta)^T f(input) only; the gradient of a convolution
-    is delta times its patches. None where a layer is not used once per sample.
-    """
-    out, captured = _forward(learned, layers, x)
-    dims = {nn.Linear: 2, nn.Conv2d: 4, nn.GroupNorm: 4}
-    for name, uses in captured.items():
-        if (
-            len(uses) != 1
-            or uses[0].inputs.dim() != dims[type(layers[name])]
-            or len(uses[0].inputs) != len(x)
-        ):
-            return None
-    once = {name: uses[0] for name, uses in captured.items()}
-
-    found: Params = {}
-    every = wanted.targets(out.detach(), y)
-    for i, (targets, weight) in enumerate(every):
-        deltas = torch.autograd.grad(
-            wanted.score(out, targets).sum(),
-            [use.outputs for use in once.values()],
-            retain_graph=i < len(every) - 1,
-        )
-        for (name, use), delta in zip(once.items(), deltas, strict=True):
-            for leaf, s in _layer(layers[name], use.inputs, delta, weight, wanted.transform).items():
-                entry = f"{name}.{leaf}"
-                if entry in learned.layout.names:
-                    found[entry] = found[entry] + s if entry in found else s
+    own = [layer for layer in layers if isinstance(layer.module, nn.Embedding)]
+    if not own:
+        return found
+    handles = [layer.module.register_forward_pre_hook(hook(layer.name), with_kwargs=True) for layer in own]
+    try:
+        with torch.no_grad():
+            learned.model(learned.params, learned.buffers, x, learned.task, False)
+    finally:
+        for handle in handles:
+            handle.remove()
     return found
 
 
-def _forward(
-    learned: Learned, layers: dict[str, nn.Module], x: Input
-) -> tuple[Tensor, dict[str, list[Captured]]]:
-    """Return the outputs of the model, and what each use of a layer captured, with a graph between them."""
-    captured: dict[str, list[Captured]] = {name: [] for name in layers}
+def _by_layers(learned: Learned, uses: Uses, y: Tensor, wanted: Wanted) -> Params:
+    """Sum what is wanted over samples from the inputs of the layers and the gradients of their outputs."""
+    found: Params = {}
+    every = wanted.targets(uses.outputs.detach(), y)
+    for i, (targets, weight) in enumerate(every):
+        total = wanted.score(uses.outputs, targets).sum()
+        more = _by_rules(learned, uses, total, weight, wanted.transform, keep=i < len(every) - 1)
+        for name, s in more.items():
+            found[name] = found[name] + s if name in found else s
+    return found
 
-    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-        def keep(_: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> Tensor:
-            captured[name].append(Captured(inputs[0].detach().clone(), out))
+
+def _by_rules(
+    learned: Learned,
+    uses: Uses,
+    total: Tensor,
+    weight: Tensor,
+    f: Callable[[Tensor], Tensor],
+    keep: bool = False,
+) -> Params:
+    """Sum weight x f(d total / d theta) over samples, by entry, for a sum of scores of single samples."""
+    outputs = [use.outputs for use in uses.layers]
+    deltas = torch.autograd.grad(total, outputs, retain_graph=keep, allow_unused=True)
+    found: Params = {}
+    for use, delta in zip(uses.layers, deltas, strict=True):
+        # What a layer gives may be unused, such as an auxiliary output.
+        if delta is None:
+            continue
+        rule = RULES[type(use.layer.module)]
+        for leaf, s in rule(use.layer.module, use.inputs, delta, weight, f).items():
+            if f"{use.layer.name}.{leaf}" in learned.layout.names:
+                found[f"{use.layer.name}.{leaf}"] = s
+    return found
+
+
+def _forward(learned: Learned, layers: list[Layer], x: Input) -> Uses | None:
+    """Return the outputs of the model and what each layer captured, with a graph between them.
+
+    None where a layer is not used once per sample.
+    """
+    captured: list[Use] = []
+
+    def expand(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> Any:
+        # One look-up per sample in the place of one for all.
+        ids = _input_of(args, kwargs)
+        ids = ids[None] if ids.dim() == 1 else ids
+        return (ids.expand(len(x), *ids.shape[1:]),), {}
+
+    def hook(layer: Layer) -> Callable[..., Tensor]:
+        def keep(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], out: Tensor) -> Tensor:
+            captured.append(Use(layer, _input_of(args, kwargs).detach().clone(), out))
             # The next layer may work in place.
             return out.clone()
 
@@ -407,44 +501,121 @@ def _forward(
 
     # A graph must reach back to the first layer; biases and the first entry are the cheapest leaves for it.
     first = next(iter(learned.layout.names))
-    all_biased = all(layer.bias is not None for layer in layers.values())
+    all_biased = all(getattr(layer.module, "bias", None) is not None for layer in layers)
     params = {}
     for name, p in learned.params.items():
-        is_leaf = name == first or name.endswith("bias") if all_biased else p.is_floating_point()
-        params[name] = p.detach().requires_grad_(is_leaf)
-    handles = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
+        is_leaf = name == first or name.endswith("bias") or not all_biased
+        params[name] = p.detach().requires_grad_(is_leaf and p.is_floating_point())
+
+    # Before the hooks of the user, which may change what a layer gives.
+    handles = [
+        layer.module.register_forward_hook(hook(layer), with_kwargs=True, prepend=True) for layer in layers
+    ]
+    handles += [
+        layer.module.register_forward_pre_hook(expand, with_kwargs=True) for layer in layers if layer.shared
+    ]
     try:
         with torch.enable_grad():
             out, _ = learned.model(params, learned.buffers, x, learned.task, False)
     finally:
         for handle in handles:
             handle.remove()
-    return out, captured
+
+    once = {use.layer.name for use in captured if len(use.inputs) == len(x) and use.outputs.requires_grad}
+    if len(captured) != len(layers) or len(once) != len(layers):
+        return None
+    return Uses(out, captured)
 
 
-def _layer(
-    layer: nn.Module, x: Tensor, delta: Tensor, weight: Tensor, f: Callable[[Tensor], Tensor]
+def _input_of(args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> Tensor:
+    """Return the input of a layer, which it was given by place or by name."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+# The rules: the sums of a layer's entries, from its inputs x and the gradients of its outputs, [B, ...]. As
+# f(a b) = f(a) f(b), a linear layer without places needs f(delta)^T f(x) only.
+
+
+def _of_linear(
+    layer: nn.Linear, x: Tensor, delta: Tensor, weight: Tensor, f: Callable[[Tensor], Tensor]
 ) -> Params:
-    """Return the sums of one layer's entries, from its inputs x and the gradients of its outputs, [B, ..]."""
-    if isinstance(layer, nn.Linear):
+    if x.dim() == 2:
         weighted = f(delta) * weight[:, None]
-        return {"weight": weighted.T @ f(x)} | ({"bias": weighted.sum(0)} if layer.bias is not None else {})
+        return {"weight": weighted.T @ f(x), "bias": weighted.sum(0)}
+    x, delta = x.flatten(1, -2), delta.flatten(1, -2)
+    return {"weight": _of_places(x.mT, delta.mT, weight, f), "bias": weight @ f(delta.sum(1))}
 
-    flat = delta.flatten(2)
-    if isinstance(layer, nn.GroupNorm):
-        unit = F.group_norm(x, layer.num_groups, eps=layer.eps).flatten(2)
-        own = {"weight": (flat * unit).sum(2), "bias": flat.sum(2)}
-        return {leaf: weight @ f(own[leaf]) for leaf, _ in layer.named_parameters()}
 
-    # A convolution: gradients by sample [slice, out, in x kernel] in slices that fit in memory.
-    assert isinstance(layer, nn.Conv2d)
-    shape, area = layer.weight.shape, layer.weight[0, 0].numel()
-    size = max(1, NUMBERS // max(1, layer.weight.numel() + x[0].numel() * area))
+def _of_convolution(
+    layer: nn.Conv1d | nn.Conv2d, x: Tensor, delta: Tensor, weight: Tensor, f: Callable[[Tensor], Tensor]
+) -> Params:
+    # One dimension is two with a kernel of height 1. A padding that is a word was excluded by `_is_unusual`.
+    sizes: list[Any] = [layer.kernel_size, layer.dilation, layer.padding, layer.stride]
+    if isinstance(layer, nn.Conv1d):
+        x, delta = x.unsqueeze(2), delta.unsqueeze(2)
+        sizes = [(neutral, *size) for neutral, size in zip((1, 1, 0, 1), sizes, strict=True)]
+
+    # The gradient is delta times the patches, of many numbers, in slices that fit in memory.
+    flat, shape = delta.flatten(2), layer.weight.shape
+    size = max(1, NUMBERS // max(1, layer.weight.numel() + x[0].numel() * layer.weight[0, 0].numel()))
     total = torch.zeros(shape.numel(), dtype=delta.dtype, device=delta.device)
     for xs, ds, ws in zip(x.split(size), flat.split(size), weight.split(size), strict=True):
-        # A padding that is a word was excluded by `_is_unusual`.
-        padding: Any = layer.padding
-        patches = F.unfold(xs, layer.kernel_size, layer.dilation, padding, layer.stride)
+        patches = F.unfold(xs, *sizes)
         total += ws @ f(torch.bmm(ds, patches.transpose(1, 2))).flatten(1)
-    bias = {"bias": weight @ f(flat.sum(2))} if layer.bias is not None else {}
-    return {"weight": total.view(shape)} | bias
+    return {"weight": total.view(shape), "bias": weight @ f(flat.sum(2))}
+
+
+def _of_places(x: Tensor, delta: Tensor, weight: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return the sum [o, i] of weight x f(sum over places), from x [B, i, P] and delta [B, o, P]."""
+    rows, columns = delta.shape[1], x.shape[1]
+    size = max(1, NUMBERS // max(1, rows * columns))
+    total = torch.zeros(rows * columns, dtype=delta.dtype, device=delta.device)
+    for xs, ds, ws in zip(x.split(size), delta.split(size), weight.split(size), strict=True):
+        total += ws @ f(torch.bmm(ds, xs.mT)).flatten(1)
+    return total.view(rows, columns)
+
+
+def _of_group_norm(
+    layer: nn.GroupNorm, x: Tensor, delta: Tensor, weight: Tensor, f: Callable[[Tensor], Tensor]
+) -> Params:
+    unit = F.group_norm(x, layer.num_groups, eps=layer.eps)
+    shape = (len(x), x.shape[1], -1)
+    own = {"weight": (delta * unit).reshape(shape).sum(2), "bias": delta.reshape(shape).sum(2)}
+    return {leaf: weight @ f(each) for leaf, each in own.items()}
+
+
+def _of_layer_norm(
+    layer: nn.LayerNorm, x: Tensor, delta: Tensor, weight: Tensor, f: Callable[[Tensor], Tensor]
+) -> Params:
+    unit = F.layer_norm(x, layer.normalized_shape, eps=layer.eps)
+    own = {"weight": delta * unit, "bias": delta}
+    shape = (len(x), -1, *layer.normalized_shape)
+    return {
+        leaf: torch.tensordot(weight, f(each.reshape(shape).sum(1)), dims=1) for leaf, each in own.items()
+    }
+
+
+def _of_embedding(
+    layer: nn.Embedding, x: Tensor, delta: Tensor, weight: Tensor, f: Callable[[Tensor], Tensor]
+) -> Params:
+    # The gradient of a sample in a row is the sum over the places with its token; few rows have any.
+    count, width = layer.weight.shape
+    sample = torch.arange(len(x), device=x.device).view(-1, *[1] * (x.dim() - 1))
+    keys, place = (sample * count + x).flatten().unique(return_inverse=True)
+    rows = delta.new_zeros(len(keys), width).index_add_(0, place, delta.reshape(-1, width))
+    token = keys % count
+    weighted = f(rows) * weight[keys // count, None]
+    if layer.padding_idx is not None:
+        weighted = weighted.masked_fill((token == layer.padding_idx)[:, None], 0)
+    return {"weight": torch.zeros_like(layer.weight, dtype=delta.dtype).index_add_(0, token, weighted)}
+
+
+RULES: dict[type, Any] = {
+    nn.Linear: _of_linear,
+    nn.Conv1d: _of_convolution,
+    nn.Conv2d: _of_convolution,
+    nn.GroupNorm: _of_group_norm,
+    nn.LayerNorm: _of_layer_norm,
+    nn.Embedding: _of_embedding,
+}
+"""The layers whose gradients per sample are known: (layer, x, delta, weight, f) -> the sums by entry."""

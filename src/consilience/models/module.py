@@ -85,6 +85,9 @@ class ModuleModel(Model):
                 f"got {type(self.module).__name__}."
             )
         self.description = name or type(self.module).__name__
+        made = module if isinstance(module, nn.Module) else self.module
+        self._computed = [(place, name) for place, part in made.named_modules() for name in _results(part)]
+        self._detach()
 
         self.headless = headless
         self.head_layer = None if headless else _find_head(self.module, head)
@@ -197,6 +200,7 @@ class ModuleModel(Model):
         args, kwargs = called_with(x)
         state = {**weights, **statistics}
         out = tensor_of(functional_call(self.module, state, args, kwargs, tie_weights=True))
+        self._detach()
         return out, {**buffers, **statistics} if train and statistics else buffers
 
     def features(self, params: Params, buffers: Params, x: Input, task: str | None = None) -> Tensor:
@@ -241,6 +245,13 @@ class ModuleModel(Model):
         # deepcopy takes each given tensor for the copy of the module's, at every place and for every alias.
         originals = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
         return copy.deepcopy(self.module, {id(tensor): given[name] for name, tensor in originals.items()})
+
+    def _detach(self) -> None:
+        """Detach what a forward pass computed as attributes: a graph can neither be copied nor kept."""
+        for place, name in self._computed:
+            part = self.module.get_submodule(place)
+            # Made new, because inside of vmap it is a tensor of vmap.
+            setattr(part, name, torch.zeros(()))
 
     # State dicts.
 
@@ -294,6 +305,11 @@ class ModuleModel(Model):
         layer = self._head()
         # By identity, because a tied weight is an entry under another name.
         names = {id(tensor): name for name, tensor in self.module.named_parameters()}
+        if id(layer.weight) not in names:
+            raise ConsilienceError(
+                f"the weight of the head must be a parameter, got {self.head_layer!r}, where it is computed "
+                "from others (weight_norm); use a plain nn.Linear as head."
+            )
         return names[id(layer.weight)], names[id(layer.bias)] if layer.bias is not None else None
 
     def frozen(self, entry: str) -> bool:
@@ -417,15 +433,21 @@ def _over_frozen(module: nn.Module) -> nn.Module:
     """Return a copy of a module whose entries with `requires_grad=False` are in the memory of its own."""
     # A parameter of ours, because `to` of the given module puts other memory into its parameters.
     plain = [p for p in module.parameters() if not p.requires_grad and type(p) is nn.Parameter]
-    frozen = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in plain}
+    held: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in plain}
+    # torch copies no tensors that are results, as the weights of the old weight_norm are.
+    for part in module.modules():
+        held |= {id(tensor): tensor.detach() for tensor in _results(part).values()}
     try:
-        return copy.deepcopy(module, frozen)
+        return copy.deepcopy(module, held)
     except RuntimeError as error:
-        # torch copies only tensors that are no results, as the weights of the old weight_norm are.
         raise ConsilienceError(
-            f"`model` must be a module that can be copied, got: {str(error).splitlines()[0]}; the old "
-            "weight_norm is torch.nn.utils.parametrizations.weight_norm now."
+            f"`model` must be a module that can be copied, got: {str(error).splitlines()[0]}"
         ) from error
+
+
+def _results(part: nn.Module) -> dict[str, Tensor]:
+    """Return the attributes that a forward pass computes from parameters, such as the old weight_norm's."""
+    return {name: value for name, value in vars(part).items() if isinstance(value, Tensor) and value.grad_fn}
 
 
 def same_tensors(module: nn.Module) -> nn.Module:

@@ -505,12 +505,12 @@ def test_a_fault_of_the_model_is_its_own_error():
     class Broken(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.head = nn.Linear(D, C)
+            self.head, self.scale = nn.Linear(D, C), nn.Parameter(torch.ones(()))
 
         def forward(self, x: Tensor) -> Tensor:
             if len(x) == 1:
                 raise ValueError("one is too few")
-            return self.head(x.flatten(1).tanh())
+            return self.scale * self.head(x.flatten(1).tanh())
 
     net = Broken().double()
     _, source = made("linear")

@@ -358,7 +358,7 @@ def _is_unusual(layer: nn.Module) -> bool:
 def _proven(learned: Learned, layers: list[Layer], x: Input) -> tuple[list[Layer] | None, int]:
     """Return the layers, marked where samples share their input, and how many samples to take at once.
 
-    None where the rules do not hold. Each entry must have one use: `F.linear(x, layer.weight.T)` beside the
+    None where the rules do not hold. Each entry must have one use: `F.linear(x, layer.weight.T)` next to the
     layer would be missed. And on a few samples the rules must give the gradient of a weighted sum of scores,
     as autograd does: they do not where a correction changes the weights, or where the first dimension of a
     layer's inputs counts other things than samples.

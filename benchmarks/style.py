@@ -65,6 +65,7 @@ ARGUMENTS = 8
 EXCEPTIONS = {
     "run": "the entry point: users type its options as keywords",
     "sweep": "as `run`, for many methods and settings",
+    "search": "as `run`, over a space of hyperparameters",
     "merge": "the entry point for checkpoints, and the options of `consilience merge`",
     "choose": "the entry point that picks experts, and the options of `consilience choose`",
     "explore": "the entry point that searches mixtures",

@@ -166,7 +166,7 @@ def test_batch_norm_with_equal_full_batches_and_not_with_others():
     odd = [client(i, n, (1, 8, 8)) for i, n in enumerate((16, 12))]
     a, _ = go("serial", cs.methods.fedavg(), odd, model)
     b, notes = go("batched", cs.methods.fedavg(), odd, model)
-    assert gap(a, b) == 0 and any("batch norm mixes the samples of a batch" in n for n in notes)
+    assert gap(a, b) == 0 and any("outputs depend on the other samples of a batch" in n for n in notes)
 
 
 def test_what_cannot_be_stacked_says_why():

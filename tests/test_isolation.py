@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 import consilience as cs
 from consilience.core.contexts import Beginning, Context
+from consilience.core.errors import ConsilienceError
 from consilience.core.message import Message, Module
 from consilience.core.params import Layout, key, same
 from consilience.core.source import Source, Tensors
@@ -615,6 +616,33 @@ def test_refuses_where_others_move_what_it_keeps(name):
         )
     with pytest.raises(cs.Refusal, match="a step has several"):
         cs.run(cs.settings.multitask(SOURCES, "task"), METHODS[name](), mlp())
+
+
+class Moving(torch.nn.Module):
+    """A norm of a user's own, with statistics that move."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(1))
+
+    def forward(self, x):
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * x.mean()
+        return x - self.mean
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "norm",
+    [lambda: torch.nn.InstanceNorm2d(4, track_running_stats=True), lambda: torch.nn.BatchNorm2d(4), Moving],
+)
+def test_refuses_running_statistics_of_any_kind(name, norm):
+    def net():
+        nn = torch.nn
+        return nn.Sequential(nn.Conv2d(1, 4, 3), norm(), nn.ReLU(), nn.Flatten(), nn.Linear(144, C))
+
+    with pytest.raises(ConsilienceError, match="running statistics .* move with every task"):
+        go(METHODS[name](), cs.models.wrap(net), IMAGES)
 
 
 def test_packnet_refuses_without_capacity():

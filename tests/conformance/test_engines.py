@@ -17,7 +17,7 @@ WHY = (
     "an aggregator combines the objectives of a step",
     "something that a step reads differs between agents",
     "the parts of a step differ between agents",
-    "batch norm mixes the samples",
+    "outputs depend on the other samples",
     "a step depends on the numbers in its tensors",
 )
 """Why a method is run one after another."""

@@ -5,6 +5,7 @@ What whoever receives parameters must run is a Model; what only the learner does
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -13,13 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from consilience.core.augment import States, isolated
 from consilience.core.errors import ConsilienceError
-from consilience.core.params import Params, computing, content_hash
+from consilience.core.params import Params, computing, content_hash, same
 from consilience.core.source import LabelFrame, Source, trimmed
-from consilience.core.tree import Input, Tree, cast_to
+from consilience.core.traits import Traits, traits_of
+from consilience.core.tree import Input, Tree, cast_to, named
 
 Forward = Callable[[Input, str | None], Tensor]
 """(x, task) -> outputs."""
+
+MISFITS = (RuntimeError, ValueError, IndexError, TypeError)
+"""What torch raises where inputs do not fit a module."""
 
 
 class Model(ABC):
@@ -34,6 +40,9 @@ class Model(ABC):
 
     outputs: int
     """The number C of output columns."""
+
+    traits = Traits()
+    """What `probe` has found in training mode."""
 
     @abstractmethod
     def init(self, generator: torch.Generator) -> tuple[Params, Params]:
@@ -154,17 +163,23 @@ class Model(ABC):
     @property
     def has_batch_norm(self) -> bool:
         """Whether outputs of a sample in training depend on the others of its batch."""
-        return False
+        return self.traits.mixes
+
+    @property
+    def moves_buffers(self) -> bool:
+        """Whether training changes buffers, such as running statistics."""
+        return self.traits.moves
 
     @property
     def draws(self) -> bool:
         """Whether its training forward draws random numbers (dropout). They are then keyed at every step."""
-        return False
+        return self.traits.draws
 
     def check(self, frame: LabelFrame, sample: Input, aware: bool, places: tuple[int, ...] = ()) -> None:
-        """Refuse inputs that do not fit, or outputs of another form, before any training.
+        """Refuse inputs that do not fit, or outputs of another form, before training; and `probe` the rest.
 
-        `aware` says whether the model will be given tasks, and `places` are those of the targets.
+        `sample` has one example or two, `aware` says whether the model will be given tasks, and `places` are
+        those of the targets.
         """
         if self.outputs < len(frame.labels):
             unused = frame.unused()
@@ -181,17 +196,68 @@ class Model(ABC):
                 f"got {self.outputs} outputs{hint}."
             )
         params, buffers = self.init(torch.Generator().manual_seed(0))
+        for name, tensor in params.items():
+            if tensor.is_complex() and not self.frozen(name):
+                raise ConsilienceError(
+                    f"parameters must be real numbers, got {tensor.dtype} in {name!r}; keep "
+                    "torch.view_as_real of it, and make it complex in `forward`."
+                )
+
         # Frozen entries may have a shorter type than those that compute.
         dtype = computing(params).dtype
         ready = cast_to(sample, sample.device, dtype)
+        given = ready.clone()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), isolated():
+                before = States.now()
                 out, _ = self(params, buffers, ready, None, False)
-        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+                drew = not before.unchanged()
+        except MISFITS as error:
             raise misfit(sample, error) from error
+        if drew:
+            warnings.warn(
+                "the model draws random numbers in eval mode too, so that its predictions differ from call "
+                "to call; give functions such as F.dropout `training=self.training`",
+                stacklevel=2,
+            )
         self.check_outputs(out, len(sample), places)
         if len(places) == 1 and out.shape[1] == out.shape[2]:
             self._check_order(params, buffers, ready)
+
+        try:
+            self.probe(params, buffers, ready)
+        except MISFITS as error:
+            raise misfit(sample, error, " in training mode") from error
+        if not same(named("x", given), named("x", ready)):
+            raise ConsilienceError(
+                f"a model must leave its inputs as they are, and {type(self).__name__} changes them; "
+                "let it change a copy."
+            )
+
+    def probe(self, params: Params, buffers: Params, x: Input) -> None:
+        """Find the `traits`, which structure does not show: functions may drop units, or use a batch's mean.
+
+        `x` has one sample or two. It raises what the model raises, and a model finds its traits once.
+        """
+        found = traits_of(lambda batch: self(params, buffers, batch, None, True), buffers, x)
+        if not found.repeats and self.traits.repeats:
+            warnings.warn(
+                "the model's outputs in training differ between two calls with equal inputs, buffers and "
+                "random states, so that equal seeds give other numbers, and a resumed run ends elsewhere; "
+                "draw from the global random state of torch, and keep state in registered buffers",
+                stacklevel=2,
+            )
+        self.traits |= found
+
+        # What uses the mean of a batch may do so in eval mode too.
+        if found.mixes and found.repeats:
+            seen = traits_of(lambda batch: self(params, buffers, batch, None, False), buffers, x)
+            if seen.mixes and seen.repeats:
+                warnings.warn(
+                    "the model's predictions depend on the other samples of their batch; use running "
+                    "statistics in eval mode",
+                    stacklevel=2,
+                )
 
     def check_outputs(self, out: object, samples: int, places: tuple[int, ...]) -> None:
         """Refuse outputs that are not a tensor [B, C, *places], with the places of the targets."""
@@ -218,7 +284,7 @@ class Model(ABC):
         try:
             with torch.no_grad():
                 out, _ = self(params, buffers, _shorter(x), None, False)
-        except (RuntimeError, ValueError, IndexError, TypeError):
+        except MISFITS:
             return
         if out.dim() == 3 and out.shape[1] != self.outputs:
             raise ConsilienceError(
@@ -280,14 +346,16 @@ def _shorter(x: Input) -> Input:
     return replace(x, lengths=x.lengths - 1).trim()
 
 
-def misfit(sample: Input, error: Exception) -> ConsilienceError:
-    """Return the error for samples that a model does not take."""
+def misfit(sample: Input, error: Exception, when: str = "") -> ConsilienceError:
+    """Return the error for samples that a model does not take; `when` says in which mode."""
     # Our own errors say more than their first line.
     if isinstance(error, ConsilienceError):
         return error
     shape = ", ".join(sample.parts) if isinstance(sample, Tree) else tuple(sample.shape[1:])
     line = (str(error) or type(error).__name__).splitlines()[0]
-    return ConsilienceError(f"samples must fit the model's input, got {shape}: {line}{_hint(sample, line)}.")
+    return ConsilienceError(
+        f"samples must fit the model's input{when}, got {shape}: {line}{_hint(sample, line)}."
+    )
 
 
 def _hint(sample: Input, line: str) -> str:

@@ -86,6 +86,10 @@ class Viewed(Model):
         return self.model.has_batch_norm
 
     @property
+    def moves_buffers(self) -> bool:
+        return self.model.moves_buffers
+
+    @property
     def draws(self) -> bool:
         return self.model.draws
 

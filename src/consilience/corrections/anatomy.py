@@ -114,8 +114,8 @@ def without_tasks(facts: ScheduleFacts) -> str | None:
     if facts.model is not None:
         if not anatomy(facts.model).layers:
             return "the model has no trainable layer that tasks share; use one such as mlp or conv"
-        if facts.model.has_batch_norm:
-            return "statistics of batch norm move with every task; use a model with group norm or none"
+        if facts.model.moves_buffers:
+            return "running statistics (batch norm) move with every task; use a model with group norm or none"
     return None
 
 

@@ -43,7 +43,8 @@ class Feed:
             raise Unbatchable("batches of ragged inputs are padded to lengths that differ")
         if self.padded and stack.step.model.has_batch_norm:
             raise Unbatchable(
-                "batch norm mixes the samples of a batch, and batches of unequal size would be filled up"
+                "outputs depend on the other samples of a batch (batch norm), and batches of unequal size "
+                "would be filled up"
             )
 
     def run(self) -> dict[int, Exception]:

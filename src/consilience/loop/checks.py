@@ -14,19 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from consilience.core.augment import isolated
 from consilience.core.correction import overrides
 from consilience.core.errors import ConsilienceError, Refusal, kind_of
 from consilience.core.method import Method
 from consilience.core.metrics import Metric
-from consilience.core.model import Model
+from consilience.core.model import MISFITS, Model
 from consilience.core.outliers import outliers
-from consilience.core.params import Params, content_hash, key
-from consilience.core.schedule import Schedule, with_targets
+from consilience.core.params import Params, computing, content_hash, key
+from consilience.core.schedule import Schedule, Train, with_targets
 from consilience.core.source import trimmed
 from consilience.core.stopping import Stopping
 from consilience.core.takes import Takes
 from consilience.core.training import Training
-from consilience.core.tree import named, signature, types
+from consilience.core.tree import cast_to, named, signature, types
 from consilience.loop.agents import Setup
 from consilience.loop.engine import Engine
 from consilience.loop.folder import Progress
@@ -109,7 +110,8 @@ def check_all(
         schedule = with_loss(schedule, training.loss)
     # Parts of a method may refuse a model, so it is among the facts.
     facts = replace(schedule.survey(options.seed), model=model)
-    method = method.resolve(facts)
+    given, moved = method, model.moves_buffers
+    method = given.resolve(facts)
 
     # A method may set fields of the training itself, such as `epochs=1`.
     training = replace(training, **method.fixed)
@@ -131,6 +133,11 @@ def check_all(
         raise Refusal(f"the sampler cannot be used here: {unfit}.")
 
     _check_inputs(schedule, method, model)
+    # Parts of a method may refuse what the model is now known to do.
+    if model.moves_buffers and not moved:
+        given.resolve(facts)
+    if facts.trains and facts.parts == 1:
+        _check_single_samples(schedule, model, training, options.seed)
     for source in schedule.sources if facts.trains else ():
         if (warning := outliers(source)) is not None:
             warnings.warn(warning, stacklevel=2)
@@ -282,6 +289,30 @@ def _check_inputs(schedule: Schedule, method: Method, model: Model) -> None:
                 f"model's is {own[:8]}; the two differ in weights, image size, mean, std or structure. "
                 f"The model is {model!r:.200}."
             )
+
+
+def _check_single_samples(schedule: Schedule, model: Model, training: Training, seed: int) -> None:
+    """Refuse batches of one sample where a model cannot be trained on one, as with batch norm."""
+    short = [source for source in schedule.sources if len(source.train) == 1 or training.samples == 1]
+    if not short or not model.has_batch_norm:
+        return
+    # A client that fails may be left out.
+    if any(isinstance(phase, Train) and phase.least is not None for phase in schedule.plan(seed)):
+        return
+
+    params, buffers = model.init(key("single"))
+    x = short[0].train.select(torch.arange(1)).whole()[0]
+    try:
+        with torch.no_grad(), isolated():
+            model(params, buffers, cast_to(x, x.device, computing(params).dtype), None, True)
+    except MISFITS as error:
+        cause = (
+            "`batch_size` is 1" if training.samples == 1 else f"{short[0].name!r} has one training example"
+        )
+        raise ConsilienceError(
+            f"batch norm needs two samples per step, and {cause} ({str(error).splitlines()[0]}); use larger "
+            "batches, or a model with group norm."
+        ) from error
 
 
 def names_of(metrics: Sequence[Metric]) -> str:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from consilience.core.augment import Views, sample_seeds, views_of
+from consilience.core.augment import Views, isolated, sample_seeds, seed_all, views_of
 from consilience.core.batch import Batch
 from consilience.core.buffer import ranks
 from consilience.core.contexts import Context
@@ -293,6 +293,10 @@ class Job:
             raise ConsilienceError(
                 f"a sampler must plan at least one batch, got none from {type(sampler).__name__}."
             )
+
+        # One sample has no variance, and batch norm refuses it.
+        if len(plan) > 1 and len(plan[-1]) == 1 and self.step.model.has_batch_norm:
+            plan = [*plan[:-2], torch.cat(plan[-2:])]
         return plan
 
     def left(self, epoch: int, index: int) -> list[list[Tensor]]:
@@ -312,13 +316,11 @@ class Job:
 
     @contextmanager
     def _random_forward(self, clock: tuple[int, int]) -> Iterator[None]:
-        """Key torch's global random state by the step, for models that draw in their forward (dropout)."""
+        """Key the global random states by the step, for models that draw in their forward (dropout)."""
         device = self.layout.device
-
-        # Forked, so that a run leaves the user's random state as it found it.
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with isolated(device):
             generator = key(self.seed, self.sources[0].name, self.visits[0], *clock, "forward")
-            torch.manual_seed(generator.initial_seed())
+            seed_all(generator.initial_seed(), device)
             yield
 
     def answer(self, x: Input, task: str | None) -> Tensor:

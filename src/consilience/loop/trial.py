@@ -95,6 +95,7 @@ class Trial:
 
         # Row 0 of every matrix is before any training.
         if not self.judge.rows:
+            self._note_joined()
             self.judge.evaluate("start")
             self.save(self)
 
@@ -126,6 +127,22 @@ class Trial:
         stopped = self._end()
         self.result = self.judge.result() | {"costs": self.ledger.costs(), "stopped": stopped}
         self.save(self)
+
+    def _note_joined(self) -> None:
+        """Say in the log which sources have a last batch that `Job.plan` joins to the one before it."""
+        setup = self.setup
+        if not setup.facts.trains or not setup.model.has_batch_norm:
+            return
+        # A sampler may also leave that batch out.
+        if getattr(setup.training.sampler, "drop_last", False):
+            return
+        size = setup.training.samples
+        joined = [s.name for s in setup.schedule.sources if len(s.train) > size and len(s.train) % size == 1]
+        if joined:
+            note = (
+                "the last batch of an epoch has one sample, and is joined to the one before it (batch norm)"
+            )
+            self.write({"event": "batches", "note": note, "sources": joined})
 
     # Early stopping
 

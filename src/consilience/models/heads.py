@@ -243,8 +243,15 @@ class MultiHead(Heads):
         return self.trunk.has_batch_norm
 
     @property
+    def moves_buffers(self) -> bool:
+        return self.trunk.moves_buffers
+
+    @property
     def draws(self) -> bool:
         return self.trunk.draws
+
+    def probe(self, params: Params, buffers: Params, x: Input) -> None:
+        self.trunk.probe(trunk_entries(params), trunk_entries(buffers), x)
 
     def __repr__(self) -> str:
         return f"multi_head({self.trunk!r}, {self.outputs}{', norm=inf' if self.norm else ''})"

@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
 from consilience.core.checks import whole_number
 from consilience.core.errors import ConsilienceError
 from consilience.core.model import Forward, Model, stay
 from consilience.core.params import Params, alias, changes, content_hash, matches, same
-from consilience.core.tree import Input, Tree, as_input
+from consilience.core.traits import Traits
+from consilience.core.tree import Input, Tree, as_input, tensors_of
 
 Factory = Callable[[], nn.Module]
 
@@ -35,9 +36,8 @@ class ModuleModel(Model):
     Entries with `requires_grad=False` are frozen, and so are those that match the patterns `frozen`. A part
     whose entries are all frozen runs in eval mode, also in training. A given module is copied, but for the
     entries with `requires_grad=False`: these stay in its memory, at every `init`, and must not change there.
-    Buffers follow updates in place, as batch norm makes them; a new tensor in the place of a buffer is lost.
-    Buffers that torch does not save, and those of a frozen part, are derived: every visit begins with them as
-    the module made them.
+    Inputs stay as they are, also where the module changes its own in place. Buffers that torch does not save,
+    and those of a frozen part, are derived: every visit begins with them as the module made them.
 
     >>> model = ModuleModel(lambda: nn.Linear(4, 3))
     >>> params, buffers = model.init(torch.Generator().manual_seed(0))
@@ -76,17 +76,15 @@ class ModuleModel(Model):
         name: str | None = None,
     ) -> None:
         self.factory = None if isinstance(module, nn.Module) else module
-        if isinstance(module, nn.Module):
-            _check_plain(module)
-        self.module = _over_frozen(module) if isinstance(module, nn.Module) else self._make(0)
-        if not isinstance(self.module, nn.Module):
+        first = module if isinstance(module, nn.Module) else self._make(0)
+        if not isinstance(first, nn.Module):
             raise ConsilienceError(
-                "a model must be a torch module or a function that makes one, "
-                f"got {type(self.module).__name__}."
+                f"a model must be a torch module or a function that makes one, got {type(first).__name__}."
             )
+        _check_plain(first)
+        self.module = first if self.factory else _over_frozen(first)
         self.description = name or type(self.module).__name__
-        made = module if isinstance(module, nn.Module) else self.module
-        self._computed = [(place, name) for place, part in made.named_modules() for name in _results(part)]
+        self._computed = [(place, name) for place, part in first.named_modules() for name in _results(part)]
         self._detach()
 
         self.headless = headless
@@ -103,6 +101,10 @@ class ModuleModel(Model):
         self._versions = {name: changes(p) for name, p in given.items()}
         self.at_places = False
         """Whether the last features were means over places."""
+        # What calls have shown, by training mode: whether the module changes its inputs; until then they are
+        # copied. And the buffers to which it assigns other tensors.
+        self._spoils: dict[bool, bool] = {}
+        self._assigned: set[str] = set()
         self._freeze(frozen)
 
     # What it is.
@@ -149,16 +151,26 @@ class ModuleModel(Model):
             hashed["identity"] = torch.tensor([*digest], dtype=torch.uint8)
         return content_hash(hashed)
 
+    # What a structure shows is known before a probe.
+
     @property
     def has_batch_norm(self) -> bool:
-        self._set_mode(True)
-        return any(isinstance(part, _BatchNorm) and part.training for part in self.module.modules())
+        return self.traits.mixes or any(isinstance(norm, _BatchNorm) for norm in self._norms())
+
+    @property
+    def moves_buffers(self) -> bool:
+        return self.traits.moves or any(norm.track_running_stats for norm in self._norms())
 
     @property
     def draws(self) -> bool:
         self._set_mode(True)
         dropouts = [part for part in self.module.modules() if isinstance(part, _DropoutNd)]
-        return any(part.training and part.p > 0 for part in dropouts)
+        return self.traits.draws or any(part.training and part.p > 0 for part in dropouts)
+
+    def _norms(self) -> list[_NormBase]:
+        """Return the norms with statistics that are in training mode in training."""
+        self._set_mode(True)
+        return [part for part in self.module.modules() if isinstance(part, _NormBase) and part.training]
 
     def __repr__(self) -> str:
         if not self._frozen:
@@ -192,16 +204,28 @@ class ModuleModel(Model):
         self, params: Params, buffers: Params, x: Input, task: str | None, train: bool
     ) -> tuple[Tensor, Params]:
         self._set_mode(train)
-        weights = _pick(params, self.entries)
         statistics = _pick(buffers, self._buffers)
         # The module updates its buffers in place, and the caller's must stay as they are.
         if train:
             statistics = {name: tensor.clone() for name, tensor in statistics.items()}
+        kept = self._spoils.get(train, True)
+        x = x.clone() if kept else x
         args, kwargs = called_with(x)
-        state = {**weights, **statistics}
+        state = {**_pick(params, self.entries), **statistics}
         out = tensor_of(functional_call(self.module, state, args, kwargs, tie_weights=True))
         self._detach()
-        return out, {**buffers, **statistics} if train and statistics else buffers
+
+        # Transforms of torch.func hide whether a tensor was changed. They are called with gradients.
+        if train not in self._spoils and not torch.is_grad_enabled():
+            self._spoils[train] = any(changes(part) for part in tensors_of(x).values())
+        if not train or not statistics:
+            return out, buffers
+
+        # torch puts what the module assigned to its buffers into the dictionary that it was given.
+        new = {name: state[name] for name in statistics}
+        self._assigned |= {name for name, tensor in new.items() if tensor is not statistics[name]}
+        moved = {name: tensor.detach() for name, tensor in new.items() if name not in self._derived}
+        return out, {**buffers, **moved}
 
     def features(self, params: Params, buffers: Params, x: Input, task: str | None = None) -> Tensor:
         if self.headless:
@@ -232,13 +256,28 @@ class ModuleModel(Model):
         self._set_mode(train)
         statistics = {name: tensor.detach().clone() for name, tensor in _pick(buffers, self._buffers).items()}
         module = self._over({**_pick(params, self.entries), **statistics})
+        spoils = self._spoils.get(train, True)
 
         def forward(x: Input, task: str | None) -> Tensor:
+            x = x.clone() if spoils else x
             # Most inputs are one tensor, and most modules return one: both cost nothing here.
             out = module(x) if isinstance(x, Tensor) else module(*(called := x.arguments())[0], **called[1])
             return out if isinstance(out, Tensor) else tensor_of(out)
 
-        return forward, statistics
+        if not train or not self._assigned:
+            return forward, statistics
+
+        def assigning(x: Input, task: str | None) -> Tensor:
+            out = forward(x, task)
+            # The statistics that were returned are the ones that others read.
+            for name in self._assigned:
+                owner, _, own = name.rpartition(".")
+                part, held = module.get_submodule(owner), statistics[name]
+                held.copy_(getattr(part, own).detach())
+                setattr(part, own, held)
+            return out
+
+        return assigning, statistics
 
     def _over(self, given: Params) -> nn.Module:
         """Return a copy of the module's structure over these parameters and buffers."""
@@ -395,6 +434,8 @@ class ModuleModel(Model):
                 raise no_such_entry(pattern, self.description)
         self._frozen |= {entry for entry in self.entries if matches(entry, patterns)}
         self._mode: bool | None = None
+        # Frozen parts run in eval mode, so that others may draw and mix than before.
+        self.traits = Traits()
 
         # Buffers that torch does not save are no state of a module. The norms of a frozen part run in eval
         # mode, and leave their statistics as they are.
@@ -463,7 +504,15 @@ def _check_plain(module: nn.Module) -> None:
         raise ConsilienceError(
             f"`model` must be a plain module, got {type(module).__name__}; give its `.module`."
         )
-    if any(isinstance(p, nn.parameter.UninitializedParameter) for p in module.parameters()):
+    # Neither a call with other parameters nor a copy of the structure works on compiled TorchScript.
+    scripted = [part for part in module.modules() if isinstance(part, torch.jit.ScriptModule)]
+    if scripted:
+        raise ConsilienceError(
+            f"`model` must be a plain module, got {type(scripted[0]).__name__}; give the module that was "
+            "scripted or traced."
+        )
+    lazy = (*module.parameters(), *module.buffers())
+    if any(nn.parameter.is_lazy(tensor) for tensor in lazy):
         raise ConsilienceError(
             "`model` must have all its parameters, got lazy ones; call it once on a batch before."
         )

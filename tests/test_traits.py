@@ -111,7 +111,12 @@ def test_a_part_of_several_stays_as_it_is_and_engines_agree():
 
     x = torch.randn(41, D)
     sources = [
-        cs.data.arrays({"left": x[i::2], "right": x[i::2].flip(0)}, torch.arange(41)[i::2] % C, name=f"s{i}")
+        cs.data.arrays(
+            {"left": x[i::2], "right": x[i::2].flip(0)},
+            torch.arange(41)[i::2] % C,
+            name=f"s{i}",
+            space="toy",
+        )
         for i in range(2)
     ]
     ends = []
@@ -527,3 +532,133 @@ def test_modules_that_no_run_can_take_are_refused_with_what_to_do(case, given):
         warnings.simplefilter("ignore")
         with pytest.raises(ConsilienceError, match=words):
             go(make() if given else make)
+
+
+# Heads that nobody named.
+
+
+class ClassifierFirst(Net):
+    """Defined in another order than it is called."""
+
+    def __init__(self, hidden=C):
+        super().__init__()
+        self.b, self.a = nn.Linear(hidden, C), nn.Linear(D, hidden)
+        self.add_module("a", self._modules.pop("a"))
+
+
+class Tied(nn.Module):
+    """A transformer whose last linear layer is one inside, and whose scores come from an embedding."""
+
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(4, 2, 8, 0.0, batch_first=True)
+        self.embed, self.body = (
+            nn.Embedding(9, 4),
+            nn.TransformerEncoder(layer, 1, enable_nested_tensor=False),
+        )
+
+    def forward(self, x):
+        return F.linear(self.body(self.embed(x)).mean(1), self.embed.weight)[:, :C]
+
+
+class HeadFirst(Tied):
+    """A classifier that is defined before its transformer."""
+
+    def __init__(self):
+        super().__init__()
+        body = self._modules.pop("body")
+        self.head, self.body = nn.Linear(4, C), body
+
+    def forward(self, x):
+        return self.head(self.body(self.embed(x)).mean(1)).log_softmax(1)
+
+
+TOKENS = cs.data.arrays(torch.arange(120).reshape(40, 3) % 9, torch.arange(40) % C)
+
+
+@pytest.mark.parametrize(
+    ("kind", "source", "head"), [(ClassifierFirst, TWO[0], "b"), (HeadFirst, TOKENS, "head")]
+)
+def test_the_head_is_the_last_layer_that_is_called(kind, source, head):
+    x, schedule = source.train.whole()[0][:5], cs.settings.continual([source])
+    net, seen = made(kind).eval(), []
+    net.get_submodule(head).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    net(x)
+
+    def wrapped():
+        return cs.models.wrap(made(kind))
+
+    tried, asked = wrapped(), wrapped()
+    result = cs.run(schedule, cs.methods.icarl(12), tried, cs.Training(1))
+    named = cs.run(schedule, cs.methods.icarl(12), cs.models.wrap(made(kind), head=head), cs.Training(1))
+    assert same(result.params, named.params) and np.array_equal(result.matrix, named.matrix)
+    for model in (tried, asked):
+        assert torch.allclose(model.features(*model.init(key(0)), x), seen[0])
+        assert model.head_layer == head and model.outputs == C and model.width == seen[0].shape[1]
+
+    # A body without a layer inside of it is another module.
+    for heads in (cs.models.multi_head(wrapped(), C), cs.models.beneficial_biases(wrapped(), C)):
+        with pytest.raises(ConsilienceError, match=rf"the module ends in '{head}'; .*head='{head}'\)"):
+            cs.run(schedule, cs.methods.finetune(), heads, cs.Training(1))
+    cs.run(schedule, cs.methods.finetune(), cs.models.multi_head(tried, C), cs.Training(1))
+
+
+def test_more_classes_than_a_layer_inside_has_outputs():
+    class Narrow(ClassifierFirst):
+        def __init__(self):
+            super().__init__(2)
+
+    assert go(made(Narrow)).agent.model.outputs == C
+
+
+def test_a_linear_layer_inside_is_no_head():
+    schedule, model = cs.settings.continual([TOKENS]), cs.models.wrap(made(Tied), outputs=C)
+    with pytest.raises(ConsilienceError, match="the module ends in 'body.layers.0.norm2'; name the layer"):
+        cs.run(schedule, cs.methods.finetune(), cs.models.multi_head(model, C), cs.Training(1))
+    trunk = cs.models.frozen(cs.models.multi_head(model, C))
+    with pytest.raises(ConsilienceError, match="the module ends in 'body.layers.0.norm2'; name the layer"):
+        cs.data.embed([TOKENS], trunk)
+
+    # It trains, and has no features.
+    cs.run(schedule, cs.methods.finetune(), model, cs.Training(1))
+    with pytest.raises(ConsilienceError, match="features need a linear head or a headless module"):
+        model.features(*model.init(key(0)), TOKENS.train.whole()[0])
+
+
+def test_token_ids_are_no_features():
+    heads = cs.models.multi_head(cs.models.linear(3, C), C)
+    with pytest.raises(
+        ConsilienceError, match="must return fractions, got torch.int64; token ids need an emb"
+    ):
+        cs.run(cs.settings.continual([TOKENS], "task"), cs.methods.finetune(), heads, cs.Training(1))
+
+
+# What predictions are asked of.
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (1, 8, 8), (3, 8, 8)])
+def test_predict_converts_bytes_as_training_did_and_takes_batches_only(shape):
+    x = (torch.rand(40, *shape, generator=torch.Generator().manual_seed(0)) * 255).byte()
+    result = go(None, None, [cs.data.arrays(x, torch.arange(40) % C)])
+    want = result.predict(x[:4].float() / 255)
+    for given in (x[:4], x[:4].numpy(), (x[:4].double() / 255).numpy()):
+        assert torch.allclose(result.predict(given), want, atol=1e-6)
+    for one in (x[0], x[0].float() / 255):
+        with pytest.raises(ConsilienceError, match=r"must be a batch of samples .* use x\[None\]"):
+            result.predict(one)
+    assert torch.allclose(result.predict(x[0][None]), want[:1], atol=1e-6)
+    with pytest.raises(ConsilienceError, match="the inputs are whole numbers: give pixels in"):
+        result.predict(x[:4].long())
+
+
+def test_predict_names_another_width_and_bytes_that_are_no_pixels():
+    ids = torch.arange(120).reshape(40, 3) % 9
+    make = lambda: nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(12, C))  # noqa: E731
+    result = go(made(make), None, [cs.data.arrays(ids.byte(), torch.arange(40) % C)])
+    assert torch.equal(result.predict(ids[:5].byte()), result.predict(ids[:5]))
+    with pytest.raises(ConsilienceError, match=r"samples must fit the model's input, got \(2,\)"):
+        result.predict(ids[:5, :2])
+    with pytest.raises(ConsilienceError, match="the inputs are fractions: give"):
+        result.predict(ids[:5].float())
+    with pytest.raises(ConsilienceError, match=r"got one sample \[3\]; use x\[None\]"):
+        result.predict(ids[0])

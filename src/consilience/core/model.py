@@ -171,6 +171,11 @@ class Model(ABC):
         return self.traits.moves
 
     @property
+    def tried(self) -> tuple[object, ...]:
+        """What parts of a method may ask about and `check` may change: all that only a trial shows."""
+        return (self.moves_buffers,)
+
+    @property
     def draws(self) -> bool:
         """Whether its training forward draws random numbers (dropout). They are then keyed at every step."""
         return self.traits.draws
@@ -181,20 +186,6 @@ class Model(ABC):
         `sample` has one example or two, `aware` says whether the model will be given tasks, and `places` are
         those of the targets.
         """
-        if self.outputs < len(frame.labels):
-            unused = frame.unused()
-            hint = " (data sets share classes only where they share their `space`)"
-            if unused:
-                space, name = unused[0]
-                others = f" ({len(unused)} classes do not)" * (len(unused) > 1)
-                hint = (
-                    f"; {name!r} of {space!r} occurs in no source{others}: number classes from 0, declare "
-                    "only those that there are, or give the model their outputs"
-                )
-            raise ConsilienceError(
-                f"the model must have an output for each of the {len(frame.labels)} classes, "
-                f"got {self.outputs} outputs{hint}."
-            )
         params, buffers = self.init(torch.Generator().manual_seed(0))
         for name, tensor in params.items():
             if tensor.is_complex() and not self.frozen(name):
@@ -221,6 +212,20 @@ class Model(ABC):
                 stacklevel=2,
             )
         self.check_outputs(out, len(sample), places)
+        if self.outputs < len(frame.labels):
+            unused = frame.unused()
+            hint = " (data sets share classes only where they share their `space`)"
+            if unused:
+                space, name = unused[0]
+                others = f" ({len(unused)} classes do not)" * (len(unused) > 1)
+                hint = (
+                    f"; {name!r} of {space!r} occurs in no source{others}: number classes from 0, declare "
+                    "only those that there are, or give the model their outputs"
+                )
+            raise ConsilienceError(
+                f"the model must have an output for each of the {len(frame.labels)} classes, "
+                f"got {self.outputs} outputs{hint}."
+            )
         if len(places) == 1 and out.shape[1] == out.shape[2]:
             self._check_order(params, buffers, ready)
 
@@ -249,8 +254,8 @@ class Model(ABC):
             )
         self.traits |= found
 
-        # What uses the mean of a batch may do so in eval mode too.
-        if found.mixes and found.repeats:
+        # What uses the mean of a batch may do so in eval mode too, if it keeps none.
+        if found.mixes and found.repeats and not found.moves:
             seen = traits_of(lambda batch: self(params, buffers, batch, None, False), buffers, x)
             if seen.mixes and seen.repeats:
                 warnings.warn(
@@ -265,6 +270,12 @@ class Model(ABC):
         remedy = "say how many with models.wrap(module, outputs=...)"
         if not isinstance(out, Tensor):
             raise ConsilienceError(f"a model must return {wanted}, got {type(out).__name__}.")
+        # Heads cast features to their own type, and would read token ids as such.
+        if not out.is_floating_point():
+            raise ConsilienceError(
+                f"a model must return fractions, got {out.dtype}; token ids need an embedding before a head, "
+                "and classes their scores."
+            )
         # More outputs than said would have columns that nothing names.
         if tuple(out.shape) != (samples, self.outputs, *places):
             got = ["B", *out.shape[1:]] if out.dim() and len(out) == samples else list(out.shape)
@@ -365,7 +376,8 @@ def _hint(sample: Input, line: str) -> str:
     if "index out of range" in line and not sample.is_floating_point():
         return "; whole numbers such as token ids must be below the number of rows of the embedding"
     # Layers of weights say that two types differ, embeddings that they need whole numbers.
-    if "dtype" in line or "same type" in line or "scalar type" in line or "type Long" in line:
+    words = ("dtype", "same type", "scalar type", "type Long", "Input type")
+    if any(word in line for word in words):
         kind = "fractions" if sample.is_floating_point() else "whole numbers"
         return f"; the inputs are {kind}: give pixels in [0, 1] as fractions, and tokens as whole numbers"
     return ""

@@ -123,6 +123,10 @@ class Backbone:
         if self.bound is None:
             params = {name: value.to(self.device) for name, value in self.params.items()}
             buffers = {name: value.to(self.device) for name, value in self.buffers.items()}
+            # It refuses a trunk whose head was guessed, and is a layer inside.
+            find_head = getattr(self.trunk, "find_head", None)
+            if find_head is not None:
+                find_head(params, buffers, cast_to(x, self.device, torch.float32))
             self.bound = self.trunk.bind(params, buffers, False)[0]
 
         psi: Tensor = self.bound(cast_to(x, self.device, computing(self.params).dtype), None)

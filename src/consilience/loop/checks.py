@@ -109,8 +109,7 @@ def check_all(
     if training.loss is not None:
         schedule = with_loss(schedule, training.loss)
     # Parts of a method may refuse a model, so it is among the facts.
-    facts = replace(schedule.survey(options.seed), model=model)
-    given, moved = method, model.moves_buffers
+    facts, given = replace(schedule.survey(options.seed), model=model), method
     method = given.resolve(facts)
 
     # A method may set fields of the training itself, such as `epochs=1`.
@@ -132,10 +131,11 @@ def check_all(
     if isinstance(training.sampler, Takes) and (unfit := training.sampler.unfit(facts)):
         raise Refusal(f"the sampler cannot be used here: {unfit}.")
 
+    known = model.tried
     _check_inputs(schedule, method, model)
-    # Parts of a method may refuse what the model is now known to do.
-    if model.moves_buffers and not moved:
-        given.resolve(facts)
+    # They may refuse it also for what only a trial shows.
+    if model.tried != known:
+        method = given.resolve(facts)
     if facts.trains and facts.parts == 1:
         _check_single_samples(schedule, model, training, options.seed)
     for source in schedule.sources if facts.trains else ():

@@ -16,7 +16,7 @@ from consilience.core.model import misfit
 from consilience.core.params import Params
 from consilience.core.source import Label
 from consilience.core.tree import ready
-from consilience.loop.agent import Agent
+from consilience.loop.agent import Agent, input_shape
 
 # Fields of a result that JSON holds as they are.
 PLAIN = ("setting", "data", "method", "model", "metric", "seed", "costs", "curve", "config", "versions")
@@ -338,6 +338,12 @@ class Result:
         names one of `agents`, such as a client. `x` are inputs as `data.arrays` takes them.
         """
         chosen, samples = self._agent(agent), ready(x)
+        # A module may take one sample for a batch of its rows.
+        shapes = {input_shape(source.train) for source in chosen.schedule.sources}
+        if tuple(samples.shape) in shapes and tuple(samples.shape[1:]) not in shapes:
+            raise ConsilienceError(
+                f"`x` must be a batch of samples [B, ...], got one sample {list(samples.shape)}; use x[None]."
+            )
         try:
             answer = chosen.predict(samples, task)
         except (RuntimeError, ValueError, IndexError, TypeError) as error:

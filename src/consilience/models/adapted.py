@@ -64,6 +64,7 @@ class Inserted(MultiHead):
         )
         self.widths = tuple(feature_axis(body.module.get_submodule(layer)).width for layer in layers)
         self.trunk = ModuleModel(prepared, body.outputs, frozen=("*",), headless=True, name=body.description)
+        self.trunk.expect_head(body.guessed_head)
 
     @abstractmethod
     def _initial(self, layer: str, width: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -103,6 +104,9 @@ class Inserted(MultiHead):
             return self._no_outputs(self._features(params, buffers, x, None)), buffers
         psis = [self._features(params, buffers, x, head.task) for head in heads]
         return self._outputs(psis, heads), buffers
+
+    def probe(self, params: Params, buffers: Params, x: Input) -> None:
+        self.trunk.probe(self._trunk_params(params, None), trunk_entries(buffers), x)
 
     def features(self, params: Params, buffers: Params, x: Input, task: str | None = None) -> Tensor:
         return self._features(params, buffers, x, None if task is None else escape(task)).flatten(1)

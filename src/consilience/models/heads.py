@@ -250,6 +250,14 @@ class MultiHead(Heads):
     def draws(self) -> bool:
         return self.trunk.draws
 
+    def check(self, frame: LabelFrame, sample: Input, aware: bool, places: tuple[int, ...] = ()) -> None:
+        with self.trunk.watched():
+            super().check(frame, sample, aware, places)
+
+    def check_outputs(self, out: object, samples: int, places: tuple[int, ...]) -> None:
+        self.trunk.check_head()
+        super().check_outputs(out, samples, places)
+
     def probe(self, params: Params, buffers: Params, x: Input) -> None:
         self.trunk.probe(trunk_entries(params), trunk_entries(buffers), x)
 

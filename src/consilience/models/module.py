@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from consilience.core.checks import whole_number
 from consilience.core.errors import ConsilienceError
 from consilience.core.model import Forward, Model, stay
 from consilience.core.params import Params, alias, changes, content_hash, matches, same
+from consilience.core.source import LabelFrame
 from consilience.core.traits import Traits
 from consilience.core.tree import Input, Tree, as_input, tensors_of
 
@@ -63,6 +65,9 @@ class ModuleModel(Model):
     head_layer: str | None
     """The name of the head's layer; None without a head."""
 
+    guessed_head: str | None
+    """The place of a head that nobody named, also where it was taken off; None for a named one."""
+
     given_outputs: int | None
     """C; None where nothing says it. Then `outputs` raises."""
 
@@ -89,8 +94,9 @@ class ModuleModel(Model):
 
         self.headless = headless
         self.head_layer = None if headless else _find_head(self.module, head)
-        counted = outputs is None and self.head_layer is not None
-        self.given_outputs = self._head().out_features if counted else outputs
+        self.expect_head(self.head_layer if head is None else None)
+        self._counts = outputs is None and self.head_layer is not None
+        self.given_outputs = self._head().out_features if self._counts else outputs
         # A headless module may leave the number to `backbone`; for others `self.outputs` raises without it.
         if self.given_outputs is not None or not headless:
             whole_number(outputs=self.outputs)
@@ -105,6 +111,7 @@ class ModuleModel(Model):
         # copied. And the buffers to which it assigns other tensors.
         self._spoils: dict[bool, bool] = {}
         self._assigned: set[str] = set()
+        self._called: list[str] = []
         self._freeze(frozen)
 
     # What it is.
@@ -160,6 +167,10 @@ class ModuleModel(Model):
     @property
     def moves_buffers(self) -> bool:
         return self.traits.moves or any(norm.track_running_stats for norm in self._norms())
+
+    @property
+    def tried(self) -> tuple[object, ...]:
+        return (self.moves_buffers, self.head_layer, self.given_outputs)
 
     @property
     def draws(self) -> bool:
@@ -228,6 +239,7 @@ class ModuleModel(Model):
         return out, {**buffers, **moved}
 
     def features(self, params: Params, buffers: Params, x: Input, task: str | None = None) -> Tensor:
+        self.find_head(params, buffers, x)
         if self.headless:
             return self._pooled(self(params, buffers, x, task, False)[0], x)
 
@@ -336,6 +348,62 @@ class ModuleModel(Model):
         rows = {name: torch.empty_like(params[name]).index_copy(0, order, params[name]) for name in names}
         return {**params, **rows}, buffers
 
+    # The trial before a run.
+
+    def check(self, frame: LabelFrame, sample: Input, aware: bool, places: tuple[int, ...] = ()) -> None:
+        with self.watched():
+            super().check(frame, sample, aware, places)
+
+    def check_outputs(self, out: object, samples: int, places: tuple[int, ...]) -> None:
+        self.check_head()
+        super().check_outputs(out, samples, places)
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Note the order in which parts with entries are called, for `check_head`."""
+        self._called, handles = [], []
+        for place, part in self.module.named_modules() if self.guessed_head is not None else ():
+            if part._parameters or isinstance(part, _Taken):
+                note = lambda *_, place=place: self._called.append(place)  # noqa: E731
+                handles.append(part.register_forward_pre_hook(note))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def check_head(self) -> None:
+        """Put the linear layer that the module calls last in the place of a head that was guessed.
+
+        A module that ends in something else has no head: no layer inside is one. Raises ConsilienceError
+        where the guessed head was taken off already.
+        """
+        guess, last = self.guessed_head, self._called[-1] if self._called else None
+        if guess is not None and last not in (guess, None):
+            layer = self.module.get_submodule(last)
+            named = last if isinstance(layer, nn.Linear) else None
+            if self.headless:
+                remedy = f"models.wrap(module, head={'...' if named is None else repr(named)})"
+                raise ConsilienceError(
+                    f"the head was taken to be {guess!r}, the last nn.Linear, but the module ends in "
+                    f"{last!r}; name the layer of the features: {remedy}."
+                )
+            self.head_layer = named
+            if self._counts and isinstance(layer, nn.Linear):
+                self.given_outputs = layer.out_features
+        self._head_is_known = True
+
+    def expect_head(self, guess: str | None) -> None:
+        """Take the place where a head was taken off, if it was guessed; None for a named one."""
+        self.guessed_head, self._head_is_known = guess, guess is None
+
+    def find_head(self, params: Params, buffers: Params, x: Input) -> None:
+        """Do what `check_head` does for a model that no run has tried; it costs one forward pass, once."""
+        if not self._head_is_known:
+            with self.watched(), torch.no_grad():
+                self(params, buffers, x[:1], None, False)
+            self.check_head()
+
     # The head, and what is frozen.
 
     def head(self, params: Params, task: str | None) -> tuple[str, str | None]:
@@ -377,6 +445,8 @@ class ModuleModel(Model):
         body.module = _without_head(same_tensors(self.module), name)
         body.factory = (lambda: _without_head(factory(), name)) if factory else None
         body.headless, body.head_layer, body.given_outputs = True, None, width
+        # A module that is its own head stands in a sequence now.
+        body.expect_head(None if self.guessed_head is None else name or "0")
 
         # A tied entry may have had its name from the head.
         body._list_entries()

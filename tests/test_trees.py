@@ -494,8 +494,7 @@ def test_inputs_that_differ_are_not_joined():
         (nn.Conv2d(8, 2, 3, stride=2), (2, 8, 9, 9)),
         (nn.Conv1d(6, 4, 3, dilation=2), (2, 6, 9)),
         (nn.ConvTranspose2d(3, 5, 3), (2, 3, 6, 6)),
-        (nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), (3, 5, 8)),
-        (nn.LSTM(6, 4, batch_first=True), (2, 5, 6)),
+        (nn.GRU(6, 4, batch_first=True), (2, 5, 6)),
     ],
 )
 def test_flops_are_those_of_torch(layer, shape):
@@ -518,8 +517,113 @@ def test_flops_are_those_of_torch(layer, shape):
             work()
         with Flops() as ours:
             work()
-        # Torch has no formula of fused recurrent layers.
-        assert ours.total == theirs.get_total_flops() and (ours.total or isinstance(layer, nn.LSTM))
+        assert ours.total == theirs.get_total_flops() > 0
+
+
+class Attention(nn.Module):
+    """Heads of width 3 over five places of width 6."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q = nn.Linear(6, 18)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (2, 3)).transpose(1, 2) for t in self.q(x).chunk(3, -1))
+        return nn.functional.scaled_dot_product_attention(q, k, v)
+
+
+def lstm(width: int) -> int:
+    return 4 * 4 * (width + 4)
+
+
+@pytest.mark.parametrize(
+    ("layer", "forward", "step"),
+    [
+        # Every vector meets the matrices of the input and of the state, in the backward pass twice.
+        (nn.LSTM(6, 4, batch_first=True), 10 * lstm(6), 30 * lstm(6)),
+        (
+            nn.LSTM(6, 4, 2, bidirectional=True, batch_first=True),
+            20 * (lstm(6) + lstm(8)),
+            60 * (lstm(6) + lstm(8)),
+        ),
+        # Two products forwards; backwards four, and that of the scores again. The input has no gradient.
+        (Attention(), 10 * (6 * 18 + 2 * 5 * 6), 10 * (2 * 6 * 18 + 7 * 5 * 6)),
+        # In eval mode this is one operation; four projections, two products, two layers.
+        (
+            nn.TransformerEncoderLayer(6, 2, 12, dropout=0, batch_first=True),
+            10 * (4 * 36 + 2 * 5 * 6 + 2 * 72),
+            10 * (3 * (4 * 36 + 2 * 72) - 3 * 36 + 7 * 5 * 6),
+        ),
+    ],
+)
+def test_flops_of_layers_that_are_one_operation_are_those_of_their_products(layer, forward, step):
+    from consilience.loop.flops import Flops
+
+    x = torch.rand(2, 5, 6)
+    with Flops() as counted:
+        out = layer.train()(x)
+        (out[0] if isinstance(out, tuple) else out).sum().backward()
+    assert counted.total == 2 * step
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode(), Flops() as counted:
+            layer.eval()(x)
+        assert counted.total == 2 * forward
+    assert cs.models.macs(layer, (5, 6)) == forward // 2, "of one sample"
+
+
+def test_flops_of_padded_sequences_count_their_own_lengths():
+    from consilience.loop.flops import Flops
+
+    layer = nn.TransformerEncoderLayer(6, 2, 12, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 1).eval()
+    padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    with torch.no_grad(), Flops() as counted:
+        encoder(torch.rand(2, 5, 6), src_key_padding_mask=padding)
+    assert counted.total == 2 * sum(t * (4 * 36 + 2 * 72) + 2 * t * t * 6 for t in (5, 3))
+
+
+class Query(nn.Module):
+    """A parameter that passes through a layer before it meets the input."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.query, self.layer = nn.Parameter(torch.rand(2, 4)), layer
+        self.key, self.fc = nn.Linear(6, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(torch.relu(self.key(x)) * self.layer(self.query).sum(0))
+
+
+def two_layers(parametrization=None) -> nn.Module:
+    first = nn.Linear(6, 4)
+    if parametrization is not None:
+        getattr(nn.utils.parametrizations, parametrization)(first)
+    return nn.Sequential(first, nn.ReLU(), nn.Linear(4, 3))
+
+
+@pytest.mark.parametrize(
+    ("net", "more"),
+    [
+        (Query(nn.LayerNorm(4)), 0),
+        # Two queries through a layer, whose input and weight have gradients.
+        (Query(nn.Linear(4, 4)), 3 * 2 * 16),
+        (two_layers("weight_norm"), 0),
+        (two_layers("spectral_norm"), 0),
+        (two_layers("orthogonal"), None),
+    ],
+    ids=["layer norm", "linear", "weight_norm", "spectral_norm", "orthogonal"],
+)
+def test_parameters_that_pass_through_a_module_are_trained_and_counted(net, more):
+    x, y = torch.rand(12, 6), torch.arange(12) % 3
+    source = cs.data.arrays(x, y, (x, y), classes=list("abc"), validation=0)
+    training = cs.Training(epochs=1, lr=0.1)
+    result = cs.run(cs.settings.continual([source]), m.finetune(), model=net, training=training)
+
+    # Three products for each layer, without the gradient of the input. Orthogonal weights are products.
+    plain = 12 * (2 * 6 * 4 + 3 * 4 * 3)
+    assert result.costs["macs"] == plain + more if more is not None else result.costs["macs"] > plain
+    before = dict(net.named_parameters())
+    assert all(not torch.equal(result.params[name], p) for name, p in before.items())
 
 
 class Kept(nn.Linear):

@@ -61,7 +61,7 @@ class Feed:
     def _run_drawn(self) -> dict[int, Exception]:
         """Let every job draw the parts of each step."""
         stack = self.stack
-        streams = {job: job.draw() for job in stack.jobs}
+        streams = {job: job.draw(stack.ledgers[job]) for job in stack.jobs}
         position = {job: index for index, job in enumerate(stack.jobs)}
         failed: dict[int, Exception] = {}
         while True:
@@ -277,9 +277,7 @@ class Feed:
         # Measured on one job alone, as the serial engine does: a stack would count its padding too.
         if key not in costs:
             kept, ledger = job.save(), stack.ledgers[job]
-            ledger.charge_work(job.agent, cost, lambda: job.step(parts, (job.epoch, job.index), None))
-            macs = ledger.measured[cost]
-            ledger.add(job.agent, "macs", -macs)
+            _, macs = ledger.measure(cost, lambda: job.step(parts, (job.epoch, job.index), None))
             job.load(*kept)
             costs[key] = StepCost(macs, job.step.absent, stack.step.model)
         self.costs[kind] = costs[key]

@@ -320,9 +320,9 @@ class Ray(Engine):
         """Give an agent the state of its answer, or report what stopped it."""
         try:
             answer = self._answer(session, agent, ref)
-            for kind, times in answer.times.items():
-                macs = agent.ledger.measured.setdefault(kind, answer.measured[kind])
-                agent.ledger.add(agent.name, "macs", times * macs)
+            for what, amount in answer.costs.items():
+                agent.ledger.add(agent.name, what, amount)
+            agent.ledger.measured.update(answer.measured)
             agent.ledger.steps += answer.steps
             session.show(answer, agent)
 

@@ -29,7 +29,7 @@ from consilience.core.schedule import Schedule
 from consilience.core.state import Frozen, State, decode_state, encode_state
 from consilience.core.training import Place
 from consilience.loop.agent import Agent
-from consilience.loop.ledger import Ledger
+from consilience.loop.ledger import Cost, Ledger
 
 T = TypeVar("T")
 
@@ -77,10 +77,10 @@ class Answer:
 
     state: Encoded | None
     error: bytes | None
-    times: Mapping[Hashable, int]
-    """How often each kind of work was done."""
-    measured: Mapping[Hashable, int]
-    """MACs of each kind of work."""
+    costs: Mapping[str, float]
+    """What its page of the ledger got."""
+    measured: Mapping[Hashable, Cost]
+    """The kinds of work that were measured."""
     steps: int
     warned: tuple[tuple[str, type[Warning], str, int], ...]
     records: tuple[logging.LogRecord, ...]
@@ -199,20 +199,6 @@ def adopt(settings: Mapping[str, Any]) -> None:
 # In a worker
 
 
-class Tally(Ledger):
-    """A ledger that counts how often each kind of work was done."""
-
-    def __init__(self, measured: Mapping[Hashable, int]) -> None:
-        super().__init__(measured=dict(measured))
-        self.times: dict[Hashable, int] = {}
-
-    def charge_work(self, agent: str, kind: Hashable, work: Callable[[], T]) -> T:
-        """Do some work, and count it."""
-        result = super().charge_work(agent, kind, work)
-        self.times[kind] = self.times.get(kind, 0) + 1
-        return result
-
-
 class Records(QueueHandler):
     """Keeps log records, prepared for pickling."""
 
@@ -290,33 +276,33 @@ def configured(data: bytes, frozen: Frozen) -> dict[str, Any]:
     return loaded(config, frozen)  # type: ignore[no-any-return]
 
 
-def train(task: Task, measured: Mapping[Hashable, int], *sources: bytes) -> Answer:
+def train(task: Task, measured: Mapping[Hashable, Cost], *sources: bytes) -> Answer:
     """Run one visit: what a worker does."""
     # What the last task needed and this one does not is of an earlier round, and would never be freed.
     wanted = {ref.hex() for ref in (task.config, task.frozen, *task.shared) if ref is not None}
     for key in _held.keys() - wanted:
         del _held[key]
 
-    tally = Tally(measured)
+    ledger = Ledger(measured=dict(measured))
     state: Encoded | None = None
     error: bytes | None = None
     with recorded() as (warned, records):
         try:
-            state = visit(task, tally, sources)
+            state = visit(task, ledger, sources)
         except Exception as why:
             error = portable(why)
     return Answer(
         state,
         error,
-        tally.times,
-        {kind: tally.measured[kind] for kind in tally.times},
-        tally.steps,
+        ledger.by_agent.get(task.agent, {}),
+        {kind: cost for kind, cost in ledger.measured.items() if measured.get(kind) != cost},
+        ledger.steps,
         tuple((str(each.message), each.category, each.filename, each.lineno) for each in warned),
         tuple(records),
     )
 
 
-def visit(task: Task, tally: Tally, sources: Sequence[bytes]) -> Encoded:
+def visit(task: Task, ledger: Ledger, sources: Sequence[bytes]) -> Encoded:
     """Rebuild the agent of a task, train it on its sources, and encode its new state."""
     frozen = Frozen() if task.frozen is None else fetch(task.frozen, lambda parts: thawed(parts, task.device))
     config = fetch(task.config, lambda data: configured(data, frozen))
@@ -336,7 +322,7 @@ def visit(task: Task, tally: Tally, sources: Sequence[bytes]) -> Encoded:
         training=config["training"],
         seed=task.seed,
         state=decode_state(places, json.loads(task.facts), frozen),
-        ledger=tally,
+        ledger=ledger,
         revisited=config["revisited"],
     )
 
@@ -344,7 +330,7 @@ def visit(task: Task, tally: Tally, sources: Sequence[bytes]) -> Encoded:
     job = agent.prepare(task.sources, task.fraction, task.place)
     if task.paused is not None:
         job.load(aligned(task.paused[0], device), task.paused[1])
-    for _ in job.run(tally):
+    for _ in job.run(ledger):
         pass
     agent.finish(job)
     return encoded(agent.state, tensors)

@@ -40,7 +40,7 @@ from consilience.loop.admission import (
     refusal_of,
 )
 from consilience.loop.job import Job, Part
-from consilience.loop.ledger import RECEIVE, Ledger
+from consilience.loop.ledger import RECEIVE, Ledger, outline
 from consilience.loop.predict import Choice, Predictor, memory_of
 from consilience.loop.step import Carry, Step, acts
 
@@ -148,7 +148,7 @@ class Agent:
             step=step,
             seed=self.seed,
             training=self.training,
-            kind=("step", *[c.name for c, ctx in corrections if acts(c, ctx)], layout.size),
+            kind=self._kind(corrections, layout),
             augments=self.schedule.augments,
             fraction=fraction,
             begun=begun,
@@ -183,11 +183,10 @@ class Agent:
 
     def _begun(
         self, corrections: Corrections, given: tuple[Source, ...], params: Params, buffers: Params
-    ) -> tuple[Params, set[str], tuple[tuple[object, ...], ...]]:
-        """Return the parameters after every `begin`, the entries that it froze, and the keys of its costs."""
+    ) -> tuple[Params, set[str], int]:
+        """Return the parameters after every `begin`, the entries that it froze, and its MACs."""
         frozen: set[str] = set()
-        begun: list[tuple[object, ...]] = []
-        sizes = [(len(source.train), len(source.classes), input_shape(source.train)) for source in given]
+        begun = 0
         for correction, ctx in corrections:
             if not overrides(correction, "begin"):
                 continue
@@ -205,13 +204,13 @@ class Agent:
                 frame=self.frame,
             )
 
-            # The cost of `begin` depends on sizes only, so equal ones are measured once.
-            kind = ("begin", correction.name, ctx.recalled is None, len(params), *sizes)
-            begin = partial(correction.begin, beginning)
-            params, ctx.private, held = self.ledger.measure(kind, begin)
+            kind = ("begin", correction.name, outline(params, ctx.recalled, given, self.state.experts))
+            (params, ctx.private, held), macs = self.ledger.measure(
+                kind, partial(correction.begin, beginning)
+            )
             frozen |= set(held)
-            begun.append(kind)
-        return params, frozen, tuple(begun)
+            begun += macs
+        return params, frozen, begun
 
     def _lay_out(
         self, corrections: Corrections, layout: Layout, start: Tensor, first: str, place: Place
@@ -255,10 +254,20 @@ class Agent:
             if kept is not None and all(t.shape == kept.tensors[name].shape for name, t in ctx.trace.items()):
                 ctx.trace = {name: tensor.to(self.device) for name, tensor in kept.tensors.items()}
 
+    def _kind(self, corrections: Corrections, layout: Layout) -> tuple[object, ...] | None:
+        """Return what the steps of a visit have in common that decides their costs; None: they differ."""
+        acting = [(correction, ctx) for correction, ctx in corrections if acts(correction, ctx)]
+        # A view that leaves out units has other shapes after each decision.
+        if any(correction.changes_shapes for correction, _ in acting):
+            return None
+
+        # What a step costs depends on what it reads: buffers fill, and earlier tasks add up.
+        read = outline(layout, [(ctx.recalled, ctx.private, ctx.flat) for _, ctx in corrections])
+        return ("step", *[correction.name for correction, _ in acting], read)
+
     def finish(self, job: Job) -> None:
         """Keep what a job learned: parameters, summaries of corrections, and messages for the bank."""
-        for kind in job.begun:
-            self.ledger.charge(self.name, kind)
+        self.ledger.add(self.name, "macs", job.begun)
 
         # Diverged parameters must not reach the agents that would receive them.
         end = {name: p.clone() for name, p in job.layout.split(job.carry.theta).items()}
@@ -304,9 +313,9 @@ class Agent:
 
             for source in job.sources:
                 learned = self._learned(job, source, params, buffers, correction)
-                sizes = (len(source.train), len(source.classes), job.layout.size, input_shape(source.train))
+                kind = job.kind and ("summarise", name, outline(source), *job.kind)
                 summarise = partial(correction.summarise, learned, ctx)
-                item = self.ledger.charge_work(self.name, ("summarise", name, *sizes), summarise)
+                item = self.ledger.charge_work(self.name, kind, summarise)
                 if isinstance(item, Private):
                     memory.setdefault(name, {})[source.name] = item
                 elif item is not None:
@@ -316,7 +325,10 @@ class Agent:
             if overrides(correction, "trim") and name in memory:
                 first = job.sources[0].name
                 generator = key(self.seed, first, self.state.visits.get(first, 0) + 1, name, "trim")
-                memory[name] = dict(correction.trim(memory[name], replace(learned, generator=generator)))
+                trim = partial(correction.trim, memory[name], replace(learned, generator=generator))
+                kept = sum(t.numel() for item in memory[name].values() for t in item.tensors.values())
+                kind = job.kind and ("trim", name, len(memory[name]), kept, *job.kind)
+                memory[name] = dict(self.ledger.charge_work(self.name, kind, trim))
         return memory, shared
 
     def _learned(
@@ -467,7 +479,9 @@ class Agent:
         for correction in self.method.active:
             if overrides(correction, "after_receive"):
                 earlier = memory.get(correction.name, {})
-                memory[correction.name] = dict(correction.after_receive(before, after, earlier, fresh))
+                update = partial(correction.after_receive, before, after, earlier, fresh)
+                kind = (RECEIVE, correction.name, outline(earlier), len(fresh))
+                memory[correction.name] = dict(self.ledger.charge_work(self.name, kind, update))
         receipts = {pair(m.sender, m.source): (m.version, m.digest) for m in fresh}
         return after.change(
             base=after.params,
@@ -559,7 +573,7 @@ class Agent:
         numbers = sum(t.numel() for m in fresh for item in m.items.values() for t in item.tensors.values())
         return self.ledger.charge_work(
             self.name,
-            (RECEIVE, len(fresh), numbers),
+            (RECEIVE, len(fresh), sum(m.trained for m in fresh), numbers, len(bank), outline(state.outer)),
             lambda: consolidator.receive(self.model, state, fresh, by_size, generator),
         )
 

@@ -68,8 +68,9 @@ class Job:
     step: Step
     seed: int
     training: Training
-    kind: tuple[object, ...]
-    """With the shapes of a step's parts, the key under which the ledger keeps the cost of a step."""
+    kind: tuple[object, ...] | None
+    """With the shapes of a step's parts, the key under which the ledger keeps the cost of a step; None: the
+    costs of steps differ."""
     augments: Mapping[str, Views] = field(default_factory=dict)
     """The augmentations of all sources, for samples that corrections kept of them."""
     fraction: float = 1.0
@@ -81,8 +82,8 @@ class Job:
     """The validation scores so far, at numbers of steps."""
     best: tuple[dict[str, Tensor], dict[str, int]] | None = None
     """What `save` gave at the best of them."""
-    begun: tuple[tuple[object, ...], ...] = ()
-    """The costs of `Correction.begin`. They are charged at the end, since a resumed job begins again."""
+    begun: int = 0
+    """The MACs of `Correction.begin`. They are charged at the end, since a resumed job begins again."""
     lengths: dict[int, int] = field(default_factory=dict)
     """The steps of each epoch that was planned so far."""
 
@@ -131,7 +132,7 @@ class Job:
 
         first, visit, draws = self.sources[0].name, self.visits[0], self.step.model.draws
         rule: Stopping | None = self.training.stopping
-        for parts, clock in () if self.stopped else self.draw():
+        for parts, clock in () if self.stopped else self.draw(ledger):
             # Keyed by the step, an aggregator draws the same numbers on every engine.
             generator = key(self.seed, first, visit, *clock, "aggregate") if self.step.aggregator else None
             with self._random_forward(clock) if draws else nullcontext():
@@ -163,7 +164,7 @@ class Job:
         """Measure the validation loss, and keep the state of the visit if it is the best so far."""
         # It costs a forward pass, which the ledger counts as training.
         sizes = tuple(len(part.source.validation) for part in self.parts)
-        kind = ("validate", *self.kind, *sizes)
+        kind = self.kind and ("validate", *self.kind, *sizes)
         loss = ledger.charge_work(self.agent, kind, self.validation_loss)
         self.trend = self.trend.after(-loss, self.steps, rule.least)
         if rule.best and self.trend.at == self.steps:
@@ -195,8 +196,11 @@ class Job:
             losses.append(total / count if count else math.nan)
         return sum(losses) / len(losses)
 
-    def draw(self) -> Iterator[tuple[list[Batch], tuple[int, int]]]:
-        """Yield the batches and the clock (epoch, step) of every step left. The caller raises `index`."""
+    def draw(self, ledger: Ledger) -> Iterator[tuple[list[Batch], tuple[int, int]]]:
+        """Yield the batches and the clock (epoch, step) of every step left. The caller raises `index`.
+
+        What corrections compute to draw is charged to the ledger.
+        """
         while self.epoch < self.training.epochs:
             plans = self.left(self.epoch, self.index)
 
@@ -208,7 +212,7 @@ class Job:
                     for (x, y), part in zip(batches, self.parts, strict=True)
                 ]
                 clock = (self.epoch, self.index)
-                yield own + self._sampled(clock), clock
+                yield own + self._sampled(clock, ledger), clock
 
             # The fraction of a straggler may end inside an epoch, which then is not done.
             if self.index < self.step.horizon[1]:
@@ -234,12 +238,14 @@ class Job:
             streams.append(part.examples.views(plans[number], part.augment, own))
         return streams
 
-    def _sampled(self, clock: tuple[int, int]) -> list[Batch]:
+    def _sampled(self, clock: tuple[int, int], ledger: Ledger) -> list[Batch]:
         """Return the batches that corrections add to a step, such as rehearsal."""
         added: list[Batch] = []
         for correction, ctx in self.step.by_verb["sample"]:
             generator = key(self.seed, self.sources[0].name, self.visits[0], *clock, correction.name)
-            batches = correction.sample(ctx, self.sources, generator)
+            sample = partial(correction.sample, ctx, self.sources, generator)
+            kind = self.kind and ("sample", correction.name, *self.kind)
+            batches = ledger.charge_work(self.agent, kind, sample)
             if self.augments:
                 purposes = [(*clock, correction.name, number) for number in range(len(batches))]
                 batches = [self._view(*pair) for pair in zip(batches, purposes, strict=True)]
@@ -310,9 +316,9 @@ class Job:
         limit = max(0, allowed - self._steps_before(epoch) - index)
         return [plan[:limit] for plan in plans]
 
-    def cost(self, parts: Sequence[Batch]) -> tuple[object, ...]:
-        """Return the key under which the ledger keeps the cost of a step with these parts."""
-        return (*self.kind, *[(tuple(part.x.shape), part.task) for part in parts])
+    def cost(self, parts: Sequence[Batch]) -> tuple[object, ...] | None:
+        """Return the key under which the ledger keeps the cost of a step with these parts, if it has one."""
+        return self.kind and (*self.kind, *[(tuple(part.x.shape), part.task) for part in parts])
 
     @contextmanager
     def _random_forward(self, clock: tuple[int, int]) -> Iterator[None]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -752,11 +751,8 @@ def _pick(tensors: Params, names: Sequence[str]) -> Params:
 
 def count_macs(model: Model | nn.Module, sample: Any, task: str | None) -> int:
     """See `consilience.models.macs`."""
-    # On import torch compiles functions in a way that it deprecates itself.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        from torch.nn.attention import SDPBackend, sdpa_kernel
-        from torch.utils.flop_counter import FlopCounterMode
+    # Imported here, since it takes a tenth of a second.
+    from consilience.loop.flops import Flops
 
     # A copy, so that neither its mode nor its statistics change.
     model = copy.deepcopy(model)
@@ -768,16 +764,11 @@ def count_macs(model: Model | nn.Module, sample: Any, task: str | None) -> int:
     if isinstance(model, Model):
         start = model.init(torch.Generator().manual_seed(0))
 
-    # The fast path of attention is one operator, which the counter does not know.
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            if isinstance(model, Model):
-                model(*start, x, task, False)
-            else:
-                args, kwargs = called_with(x)
-                model.eval()(*args, **kwargs)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
-    return int(counter.get_total_flops()) // 2
+    counter = Flops()
+    with torch.no_grad(), counter:
+        if isinstance(model, Model):
+            model(*start, x, task, False)
+        else:
+            args, kwargs = called_with(x)
+            model.eval()(*args, **kwargs)
+    return counter.total // 2

@@ -592,6 +592,20 @@ def bert() -> nn.Module:
     return Net()
 
 
+def test_a_model_of_transformers_agrees_in_one_pass(monkeypatch):
+    """With a padding mask that it asks about, and positions that it looks up once for all samples."""
+    torch.manual_seed(1)
+    net, (_, source) = bert().double().eval(), made("encoder")
+    source = replace(
+        source, train=Tensors(padded(N), torch.arange(N) % 2), labels=source.labels[:2], classes=(0, 1)
+    )
+    here = replace(learned(net, source), model=cs.models.wrap(net, outputs=2))
+    monkeypatch.setattr(fishers, "_by_vmap", None)
+    wanted = one_by_one(net, source, lambda out, y: log_likelihood(out, y, "class"), torch.square)
+    near(fisher(here, "data"), wanted, 1e-10)
+    near(sensitivity(here), one_by_one(net, source, lambda out, y: out.square().sum(), torch.abs), 1e-10)
+
+
 @pytest.mark.parametrize("make", [Encoder, bert], ids=["asks", "bert"])
 @pytest.mark.parametrize("name", ["ewc", "mas", "online_ewc", "fisher_merging", "talos", "gss", "si"])
 def test_methods_run_on_models_that_ask_for_numbers(make, name):

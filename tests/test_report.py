@@ -6,9 +6,11 @@ import json
 import re
 import shutil
 import subprocess
+import xml.etree.ElementTree
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -325,3 +327,63 @@ def test_opens_in_a_browser(tmp_path):
     data = shot.read_bytes()
     assert data[:8] == b"\x89PNG\r\n\x1a\n"
     assert len(data) > 20_000
+
+
+def ran(R: list[list[float]], learned_at: tuple[int | None, ...], **more: Any) -> cs.Result:
+    """A result with this matrix, and nothing else of interest."""
+    matrices = np.array([R])
+    given = {
+        "setting": "continual",
+        "data": "toy",
+        "method": "ewc",
+        "model": "mlp",
+        "metric": "accuracy",
+        "seed": 0,
+        "sources": tuple(f"s{j}" for j in range(matrices.shape[2])),
+        "stages": tuple(f"t{i}" for i in range(1, matrices.shape[1])),
+        "costs": {"macs": 2000, "bytes": 0, "steps": 3, "seconds": 0.5, "by_agent": {}},
+    }
+    return cs.Result(matrices=matrices, learned_at=learned_at, **{**given, **more})
+
+
+def test_accuracy_over_seen_sources_stability_and_plasticity_by_hand():
+    R = [[0.1, 0.1, 0.2], [0.9, 0.1, 0.2], [0.7, 0.8, 0.2], [0.5, 0.6, 0.7]]
+    result = ran(R, (1, 2, 3))
+    assert result.seen == pytest.approx([0.9, (0.7 + 0.8) / 2, (0.5 + 0.6 + 0.7) / 3])
+    assert result.average_incremental == pytest.approx((0.9 + 0.75 + 0.6) / 3)
+    assert result.plasticity == pytest.approx((0.9 + 0.8 + 0.7) / 3)
+    assert result.stability == pytest.approx((0.5 + 0.6) / 2)
+
+    # Learned at several stages there is no "when learned"; the source is seen from the first stage.
+    several = ran(R, (None, 2, 3))
+    assert several.plasticity is None and several.stability is None
+    assert several.seen == pytest.approx(result.seen)
+    # One that nobody trains on is never seen.
+    assert ran(R, (1, 2, 0)).seen == pytest.approx([0.9, 0.75, 0.55])
+
+
+def test_a_result_is_five_lines_a_frame_and_a_figure(tmp_path):
+    result = ran([[0.0, 0.0], [0.5, 0.25], [0.25, 1.0]], (1, 2), labels=(("d", "a"), ("d", "b")))
+    lines = repr(result).splitlines()
+    assert (
+        len(lines) == 5
+        and "ewc in continual on toy" in lines[0]
+        and "2 stages, 2 sources, 1 repeat" in lines[0]
+    )
+    assert "score 0.625" in lines[1] and "forgetting 0.250" in lines[2] and "a, b" in lines[3]
+    assert "0.625" not in result._repr_html_() and "62.5" in result._repr_html_()
+    for kind in ("seen", "sources", "costs", "balance"):
+        path = result.plot(kind).save(tmp_path / f"{kind}.svg")
+        root = xml.etree.ElementTree.parse(path).getroot()
+        assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    with pytest.raises(ConsilienceError, match="`kind`"):
+        result.plot("pie")
+    with pytest.raises(ConsilienceError, match="learned at one stage"):
+        ran([[0.0], [1.0], [1.0]], (None,)).plot("balance")
+    with pytest.raises(ConsilienceError, match="same stages"):
+        report.plot([result, ran([[0.0], [1.0]], (1,))])
+
+    pandas = pytest.importorskip("pandas")
+    frame = result.to_pandas()
+    assert isinstance(frame, pandas.DataFrame) and len(frame) == 3 * 2
+    assert frame[(frame.stage == 2) & (frame.source == "s0")].score.item() == 0.25

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from html import escape
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -25,6 +26,9 @@ from consilience.loop.folder import Progress
 from consilience.loop.run import begin, drive
 from consilience.loop.session import Session
 from consilience.metrics.choice import Choice
+
+if TYPE_CHECKING:
+    from consilience.report._figure import Figure
 
 Given = Model | torch.nn.Module | Callable[[], torch.nn.Module] | None
 """A model as users give it; None takes one that fits the data."""
@@ -60,6 +64,15 @@ class Result(loop_result.Result):
         from consilience.report import table
 
         return table([self])
+
+    def plot(self, kind: str = "seen") -> Figure:
+        """Draw one chart (`report.plot`): "seen", "sources", "costs" or "balance"; `save(path)` writes it."""
+        from consilience.report import plot
+
+        return plot([self], kind)
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{escape(self.table())}</pre>"
 
     def report(self, path: str | Path) -> Path:
         """Write the result as one HTML file that opens offline."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Self, overload
 
@@ -24,11 +24,12 @@ PLAIN = ("setting", "data", "method", "model", "metric", "seed", "costs", "curve
 FIGURES = (
     *("score", "score_std", "forgetting", "backward_transfer", "forward_transfer", "normalised"),
     *("worst", "spread", "global_forgetting", "local_forgetting", "mapper_accuracy"),
+    *("average_incremental", "stability", "plasticity"),
 )
 """Numbers that follow from a result's fields; result.json has them too."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Result:
     """What a run found, over its repeats.
 
@@ -150,6 +151,48 @@ class Result:
             raise ConsilienceError(f"`fraction` must be in (0, 1], got {fraction}.")
         higher = self._known_direction()
         return float(mean([worst(matrix[-1], fraction, higher) for matrix in self.final]))
+
+    @property
+    def seen(self) -> list[float]:
+        """The mean over the sources seen so far, after each stage i: mean_{j: l_j <= i} R[i, j].
+
+        A source that several stages train on counts from the first stage.
+        """
+        self._check_one_metric()
+        at = [1 if stage is None else stage for stage in self.learned_at]
+        rows = enumerate(self.matrix[1:], 1)
+        # NaN before the first source was trained on.
+        return [
+            float(mean(np.array([row[j] for j, stage in enumerate(at) if 0 < stage <= i] or [np.nan])))
+            for i, row in rows
+        ]
+
+    @property
+    def average_incremental(self) -> float:
+        """The mean of `seen` over stages: average incremental accuracy. Rebuffi et al. 2017."""
+        return float(mean(np.array(self.seen)))
+
+    @property
+    def plasticity(self) -> float | None:
+        """mean_j R[l_j, j]: how well each source is learned by the end of its own stage."""
+        return self._mean_of(lambda R, at: [R[stage, j] for j, stage in enumerate(at) if stage])
+
+    @property
+    def stability(self) -> float | None:
+        """mean_j R[T, j] over sources with l_j < T: how well earlier sources are known in the end."""
+        return self._mean_of(lambda R, at: [R[-1, j] for j, stage in enumerate(at) if 0 < stage < len(R) - 1])
+
+    def _mean_of(self, values: Callable[[np.ndarray, list[int]], list[float]]) -> float | None:
+        """Return the mean over repeats of scores at stages; None where a source is learned at several."""
+        self._check_one_metric()
+        if any(stage is None for stage in self.learned_at):
+            return None
+        found = []
+        for R in self.final:
+            at = [stage if stage and stage < len(R) else 0 for stage in self.learned_at]
+            found.append(float(mean(np.array(values(R, at) or [np.nan]))))
+        score = float(mean(np.array(found)))
+        return score if np.isfinite(score) else None
 
     # Several metrics
 
@@ -362,6 +405,51 @@ class Result:
         if name not in every:
             raise unknown("agent", name, every, "the agents whose models were kept")
         return every[name]
+
+    # As text
+
+    def __repr__(self) -> str:
+        """Write what ran, how well, at what cost: five lines."""
+
+        def said(name: str) -> str:
+            value = self.figure(name)
+            return f"{name.replace('_', ' ')} {'-' if value is None else format(value, '.3f')}"
+
+        spread = f" +- {self.score_std:.3f}" if self.repeats > 1 and not self.measured_by else ""
+        counts = [(len(self.stages), "stage"), (len(self.sources), "source"), (self.repeats, "repeat")]
+        sizes = ", ".join(f"{count} {what}{'s' * (count != 1)}" for count, what in counts)
+        names = [name for _, name in self.labels[:6]]
+        more = f", ... ({len(self.labels)})" if len(self.labels) > len(names) else ""
+        return "\n".join(
+            [
+                f"{self.method} in {self.setting} on {self.data}, model {self.model}: {sizes}",
+                f"  {self.metric}: {said('score')}{spread}, {said('average_incremental')}",
+                "  " + ", ".join(map(said, ("forgetting", "backward_transfer", "stability", "plasticity"))),
+                f"  outputs: {', '.join(names) or '-'}{more}",
+                f"  cost: {self.costs['macs']:.3g} MACs, {self.costs['bytes']:.3g} bytes, "
+                f"{self.costs['steps']} steps, {self.costs['seconds']:.1f} s",
+            ]
+        )
+
+    def to_pandas(self) -> Any:
+        """Return all scores as a DataFrame: seed, stage (0: before training), name, source, metric, score.
+
+        Needs pandas.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise ConsilienceError("`to_pandas` needs pandas: pip install pandas.") from error
+        names = ("start", *self.stages)
+        rows = [
+            (self.seed + r, i, names[i], source, shown.metric, float(shown.matrices[r, i, j]))
+            for shown in self.by_metric()
+            for r in range(self.repeats)
+            for i in range(len(names))
+            for j, source in enumerate(self.sources)
+        ]
+        columns = ["seed", "stage", "name", "source", "metric", "score"]
+        return pandas.DataFrame(rows, columns=columns)
 
     # JSON
 

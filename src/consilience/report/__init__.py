@@ -2,7 +2,7 @@
 
 >>> from consilience import report
 >>> sorted(report.__all__)
-['load', 'markdown', 'table', 'write']
+['load', 'markdown', 'plot', 'table', 'write']
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from consilience.report._text import markdown, table
 
 if TYPE_CHECKING:
     from consilience.loop.result import Result
+    from consilience.report._figure import Figure
 
-__all__ = ["load", "markdown", "table", "write"]
+__all__ = ["load", "markdown", "plot", "table", "write"]
 
 
 def write(results: Sequence[Result], path: str | Path, title: str | None = None) -> Path:
@@ -38,6 +39,23 @@ def write(results: Sequence[Result], path: str | Path, title: str | None = None)
     path = Path(path)
     write_bytes(path, page(results, title).encode("utf-8", "replace"))
     return path
+
+
+def plot(results: Sequence[Result], kind: str = "seen") -> Figure:
+    """Draw one chart of results that have one metric: SVG, shown in notebooks, with `save(path)`.
+
+    Kinds: "seen", the mean over the sources seen so far after each stage; "sources", each source over stages
+    (one result); "costs", the score against MACs; "balance", stability against plasticity.
+
+    Raises ConsilienceError for another kind, for several metrics, and for what a result does not have.
+
+    >>> from consilience.report._text import example
+    >>> plot([example()]).svg[:4]
+    '<svg'
+    """
+    from consilience.report._figure import plot as draw
+
+    return draw(results, kind)
 
 
 def load(folder: str | Path) -> Result:

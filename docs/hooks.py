@@ -46,8 +46,8 @@ EXAMPLES: dict[str, tuple[str, Callable[[Any], Any]]] = {
 BY_MODULE = ("core", "loop")
 """Rooms without a public door of their own: their pages go through their modules."""
 
-DOORLESS = ("api", "cli", "demo", "lazy", "version")
-"""Rooms without a page: api is what `consilience` itself offers, the others are commands and helpers."""
+DOORLESS = ("api", "cli", "demo", "lazy", "tuning", "version")
+"""Rooms without a page: `consilience` itself offers api and tuning, the others are commands and helpers."""
 
 
 # What MkDocs calls.

@@ -737,7 +737,7 @@ def test_any_examples_can_be_scored():
     setup = check_all(
         schedule,
         cs.methods.finetune(),
-        cs.models.mlp(64, (8,), 4),
+        cs.models.mlp(64, (8,), 10),
         TRAINING,
         RunOptions(metric=["loss", "f1"]),
     )
@@ -756,7 +756,9 @@ def test_any_examples_can_be_scored():
     with torch.no_grad():
         job.carry.theta.zero_()
     flat = trial.judge.score_job(job, source.validation, source).first
-    assert flat == pytest.approx(math.log(4)) and trial.judge.score(agent, source.validation, source) == score
+    assert (
+        flat == pytest.approx(math.log(10)) and trial.judge.score(agent, source.validation, source) == score
+    )
 
 
 # on the command line

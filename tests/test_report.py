@@ -273,7 +273,7 @@ def test_load_reads_null_as_nan(tmp_path):
         (None, "has no result.json"),
         ("{", "complete JSON"),
         ("[1]", "JSON object, got a list"),
-        ("{}", "missing or wrong: '"),
+        ("{}", "must have `setting`, got none"),
         (b"\xff\xfe\x00", "complete JSON"),
         ({"matrices": [[1.0], [2.0, 3.0]]}, "at "),
         ({"stages": ["one"]}, "repeats x 2 x 3"),

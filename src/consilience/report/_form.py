@@ -38,7 +38,7 @@ RESULT: dict[str, Any] = {
         "steps?": float,
         "by_agent?": Any_(Any_(float)),
     },
-    "curve": [NUMBERS],
+    "curve": [{"score": Or(float), "macs": float, "bytes": float, "seconds?": float, "metrics?": NUMBERS}],
     "learning_curve?": [{**RECORD, "steps": float, "score": Or(float)}],
     "client_drift?": [RECORD],
     "local?": [RECORD],

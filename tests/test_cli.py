@@ -324,6 +324,8 @@ BAD = {
     "report of no run": (["report", "/no/such/run"], "/no/such/run"),
     "option of report": (["report", "--ou", "x"], "nearest: --out"),
     "option of methods": (["methods", "--x"], "'--x'"),
+    "family of methods": (["methods", "--family", "rehersal"], "nearest: rehearsal"),
+    "setting of methods": (["methods", "--setting", "continuous"], "nearest: continual"),
     "method of compare": (["compare", "--methods", "finetune,ewcc"], "nearest: ewc"),
     "option of compare": (
         ["compare", "--methods", "finetune,ewc", "--methods.ewc.strenght", "1"],
@@ -587,6 +589,11 @@ def test_compare_runs_each_and_report_reads_them(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     capsys.readouterr()
     assert main(["report", "cmp", "alone", "-o", "all.html"]) == 0
+    before = Path("all.html").read_text()
+    assert main(["report", "alone", "-o", "all.html"]) == 2  # another report is not lost
+    assert Path("all.html").read_text() == before
+    assert main(["report", "alone", "-o", "all.html", "--overwrite"]) == 0
+    assert Path("all.html").read_text() != before
     assert "ewc+er" in capsys.readouterr().out
     assert (tmp_path / "all.html").exists()
     assert report.load(out / "ewc").method == "ewc"
@@ -621,3 +628,30 @@ def test_a_loss_is_a_name_with_arguments_or_a_dotted_path(tmp_path, monkeypatch)
     assert loss_of("a_loss_of_mine.cubed").__name__ == "cubed"
     with pytest.raises(ConsilienceError, match="`loss` must be one of the catalogue's, got 'focl'"):
         loss_of("focl")
+
+
+def test_methods_by_family_and_setting(capsys):
+    assert main(["methods", "--family", "rehearsal", "--setting", "continual"]) == 0
+    names = {line.partition(":")[0] for line in capsys.readouterr().out.splitlines() if line[0] != " "}
+    assert {"er", "der", "icarl"} <= names and "ewc" not in names
+    assert main(["methods", "--setting", "multitask", "--family", "rehearsal"]) == 0
+    assert "er:" not in capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (
+            lambda cs: cs.Training(optimizer="adam"),
+            "`Training` has no argument `optimizer`; nearest: optimiser",
+        ),
+        (lambda cs: cs.run(None, None, repeat=3), "`run` has no argument `repeat`; nearest: repeats"),
+        (lambda cs: cs.methods.erpp, "no attribute 'erpp'; nearest: derpp"),
+        (lambda cs: cs.settings.continuous, "nearest: continual"),
+    ],
+)
+def test_misspelt_names_and_arguments_get_the_nearest(call, says):
+    import consilience as cs
+
+    with pytest.raises((ValueError, AttributeError), match=says):
+        call(cs)

@@ -387,3 +387,11 @@ def test_a_result_is_five_lines_a_frame_and_a_figure(tmp_path):
     frame = result.to_pandas()
     assert isinstance(frame, pandas.DataFrame) and len(frame) == 3 * 2
     assert frame[(frame.stage == 2) & (frame.source == "s0")].score.item() == 0.25
+
+
+def test_hasattr_is_false_for_what_a_result_does_not_have():
+    """It raised a ConsilienceError, so that tools which look at attributes failed."""
+    read = ran([[0.0], [1.0]], (1,), metric="mse", higher={"mse": False})
+    assert not hasattr(read, "params") and not hasattr(read, "accuracy") and hasattr(read, "score")
+    with pytest.raises(ConsilienceError, match="read from a folder"):
+        _ = read.params

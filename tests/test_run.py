@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -962,3 +963,13 @@ def test_the_headline_of_a_personal_method_is_its_clients_own(digits, patterns, 
     result = cs.run(schedule, method, start, TRAINING)
     scores = [result.personal[f"client-{i}"] for i in range(3)]
     assert result.matrix[-1].tolist() == scores and result.score == pytest.approx(np.mean(scores))
+
+
+def test_predictions_of_a_run_with_task_labels_ask_for_the_task(parts):
+    result = cs.run(cs.settings.continual(parts[:2], "task"), cs.methods.finetune(), training=TRAINING)
+    x = parts[0].test.whole()[0][:3]
+    with pytest.warns(UserWarning, match=f"give `task`, one of {parts[0].name}, {parts[1].name}"):
+        result.predict(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result.predict(x, task=parts[0].name)

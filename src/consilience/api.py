@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from consilience import engines, models
-from consilience.core.errors import ConsilienceError, kind_of
+from consilience.core.errors import ConsilienceError, kind_of, suggests
 from consilience.core.method import Method
 from consilience.core.model import Model
 from consilience.core.schedule import Schedule
@@ -81,6 +81,7 @@ class Result(loop_result.Result):
         return write([self], path)
 
 
+@suggests
 def run(
     schedule: Schedule,
     method: Method | Sequence[Method],
@@ -165,6 +166,7 @@ def run(
     return result_of(session)
 
 
+@suggests
 def sweep(
     schedule: Schedule,
     methods: Mapping[str, Method] | Sequence[Method],

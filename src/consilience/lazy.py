@@ -27,9 +27,7 @@ def attach(package: str) -> tuple[Callable[[str], object], Callable[[], list[str
     def getattr_(name: str) -> object:
         origin = "" if name.startswith("__") else declared(package).get(name, "")
         if not origin:
-            near = difflib.get_close_matches(name, listed(package), n=3)
-            hint = f"; nearest: {', '.join(near)}" if near else ""
-            raise AttributeError(f"module {package!r} has no attribute {name!r}{hint}")
+            raise absent(package, name)
 
         # A name of the package itself is a submodule.
         if origin == package:
@@ -37,6 +35,22 @@ def attach(package: str) -> tuple[Callable[[str], object], Callable[[], list[str
         return getattr(importlib.import_module(origin), name)
 
     return getattr_, lambda: listed(package)
+
+
+def suggest(package: str) -> Callable[[str], object]:
+    """Return a `__getattr__` for a catalogue whose names are all there: it names the nearest ones."""
+
+    def getattr_(name: str) -> object:
+        raise absent(package, name)
+
+    return getattr_
+
+
+def absent(package: str, name: str) -> AttributeError:
+    """Return the error for a name that a package does not have, with the nearest ones."""
+    near = difflib.get_close_matches(name, listed(package), n=3)
+    hint = f"; nearest: {', '.join(near)}" if near else ""
+    return AttributeError(f"module {package!r} has no attribute {name!r}{hint}")
 
 
 @functools.cache

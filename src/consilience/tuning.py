@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 
 from consilience.api import Given, Result, run
-from consilience.core.errors import ConsilienceError, kind_of, unknown
+from consilience.core.errors import ConsilienceError, kind_of, suggests, unknown
 from consilience.core.method import Method
 from consilience.core.names import clean
 from consilience.core.params import key
@@ -73,6 +73,7 @@ class Search:
         return "\n".join([f"{'candidate':{width}}  validation {self.metric}", *lines])
 
 
+@suggests
 def search(
     schedule: Schedule,
     make: Callable[..., Made],

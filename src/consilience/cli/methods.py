@@ -5,17 +5,31 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from consilience.cli.build import method_of
 from consilience.cli.catalogue import catalogue
-from consilience.cli.options import Order, Part, check_options, given_options, named_parts, order_of
-from consilience.core.errors import Refusal
+from consilience.cli.options import Order, Part, named_parts, own_options
+from consilience.core.errors import ConsilienceError, Refusal, unknown
 
 if TYPE_CHECKING:
     from consilience.core.method import Method
     from consilience.core.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class MethodsOptions:
+    """Options of the list.
+
+    Args:
+        setting: list only methods that run in this setting.
+        family: list only methods of this family, such as rehearsal or federated.
+    """
+
+    setting: str | None = None
+    family: str | None = None
+
 
 EXAMPLES = {"aggregator": "mean", "mapper": "min_entropy"}
 """Arguments for methods that need one."""
@@ -23,18 +37,32 @@ EXAMPLES = {"aggregator": "mean", "mapper": "min_entropy"}
 
 def methods(argv: Sequence[str]) -> int:
     """Print every method: what it does, where it runs, its paper."""
-    given, helping = given_options("methods", argv)
-    check_options("methods", given, ["help"], helping)
-    if order_of("methods", [], {}, {}, {}, helping) is None:
+    options, words = own_options("methods", argv, MethodsOptions)
+    if options is None:
         return 0
+    if words:
+        raise ConsilienceError(f"`consilience methods` takes options only, got {words[0]!r}.")
 
     # A method decides by a schedule, so the smallest one of each setting is enough to ask it.
     schedules = tiny()
+    families = {name: call.__module__.rpartition(".")[2] for name, call in catalogue("method").items()}
+    for kind, wanted, known in (
+        ("setting", options.setting, schedules),
+        ("family", options.family, families.values()),
+    ):
+        if wanted is not None and wanted not in known:
+            raise unknown(kind, wanted, set(known))
+
     for name, call in catalogue("method").items():
+        if options.family not in (None, families[name]):
+            continue
+        runs = settings_of(example(name, call), schedules)
+        if options.setting and not runs.startswith("all") and options.setting not in re.split(r"[, ]+", runs):
+            continue
         first, _, rest = (inspect.getdoc(call) or "").partition("\n")
         paper = re.search(r"^Paper: (.*?)(?=\n\n|\Z)", rest, re.M | re.S)
         print(f"{name}: {first}")
-        print(f"    settings: {settings_of(example(name, call), schedules)}")
+        print(f"    settings: {runs}; family: {families[name]}")
         print(f"    paper: {' '.join(paper[1].split()) if paper else '-'}")
     return 0
 

@@ -30,7 +30,7 @@ CHAINED = ("split", "method", "methods", "model")
 NAMED = ("aggregator", "policy", "mapper")
 """Arguments of methods that take a name of a catalogue or a dotted path, and have arguments themselves."""
 NONE = ("none", "auto", "null")
-SWITCHES = ("resume", "judge_clients", "trust", "help")
+SWITCHES = ("resume", "judge_clients", "trust", "overwrite", "help")
 
 HERE = ("out", "resume", "config", "trust")
 """Options of one call of the command, which config.yaml does not hold."""

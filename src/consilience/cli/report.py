@@ -15,10 +15,12 @@ class ReportOptions:
     """Options of the report.
 
     Args:
-        out: the HTML file to write.
+        out: the HTML file to write; it must be new.
+        overwrite: replace a file that is there.
     """
 
     out: str = "report.html"
+    overwrite: bool = False
 
 
 def report(argv: Sequence[str]) -> int:
@@ -29,6 +31,11 @@ def report(argv: Sequence[str]) -> int:
     if not words:
         raise ConsilienceError(
             "`consilience report` needs folders of runs: consilience report DIR... [-o FILE]."
+        )
+
+    if Path(options.out).exists() and not options.overwrite:
+        raise ConsilienceError(
+            f"`--out` must be new, and {options.out} exists; add --overwrite to replace it."
         )
 
     from consilience import report as room

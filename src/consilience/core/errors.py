@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 UNREADABLE = (
     ArithmeticError,
@@ -26,8 +29,38 @@ class Refusal(ConsilienceError):
     """A method would have no effect or be wrong in this setting. The message says what to use instead."""
 
 
+class Absent(ConsilienceError, AttributeError):
+    """A property that this object does not have, for a reason that the message gives; `hasattr` is False."""
+
+
 class Interrupted(Exception):
     """The run was stopped by the user after its state was saved. The message says how to go on."""
+
+
+F = TypeVar("F", bound=Callable[..., object])
+
+
+def suggests(call: F) -> F:
+    """Make a function name the nearest argument where it is called with one that it does not have.
+
+    >>> @suggests
+    ... def train(optimiser="sgd"): ...
+    >>> train(optimizer="adam")
+    Traceback (most recent call last):
+    consilience.core.errors.ConsilienceError: `train` has no argument `optimizer`; nearest: optimiser.
+    """
+    known = [name for name in inspect.signature(call).parameters if name != "self"]
+
+    @functools.wraps(call)
+    def checked(*args: object, **given: object) -> object:
+        for name in given:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or known
+                owner = call.__qualname__.removesuffix(".__init__")
+                raise ConsilienceError(f"`{owner}` has no argument `{name}`; nearest: {', '.join(near)}.")
+        return call(*args, **given)
+
+    return checked  # type: ignore[return-value]
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from consilience.core.errors import ConsilienceError, kind_of
+from consilience.core.errors import ConsilienceError, kind_of, suggests
 from consilience.core.shares import exact_share
 from consilience.core.stopping import Stopping
 
@@ -425,3 +425,7 @@ def spread(name: str, patterns: Mapping[str, float] | None, layout: Layout) -> t
         for entry in names:
             found[layout.span(entry)] = factor
     return found
+
+
+# A misspelt argument gets the nearest name: `optimizer` is spelled with an s here.
+Training.__init__ = suggests(Training.__init__)  # type: ignore[method-assign]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from consilience import lazy
 from consilience.core.errors import ConsilienceError
 
 if TYPE_CHECKING:
@@ -81,3 +82,7 @@ def ray(
     from consilience.engines._ray import Ray
 
     return Ray(workers, address, cpus, gpus, retries)
+
+
+if not TYPE_CHECKING:
+    __getattr__ = lazy.suggest(__name__)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,7 +11,7 @@ from typing import Any, Literal, Self, overload
 import numpy as np
 from torch import Tensor
 
-from consilience.core.errors import ConsilienceError, unknown
+from consilience.core.errors import Absent, ConsilienceError, unknown
 from consilience.core.metrics import global_forgetting, mean, summary, worst
 from consilience.core.model import misfit
 from consilience.core.params import Params
@@ -133,7 +134,7 @@ class Result:
     def accuracy(self) -> float:
         """The score. Raises ConsilienceError if no metric is accuracy."""
         if "accuracy" not in (self.metric, *self.metrics):
-            raise ConsilienceError(
+            raise Absent(
                 f"`accuracy` needs classification by accuracy, got metric {self.metric!r}; use `score`."
             )
         return self.of_metric("accuracy").score
@@ -240,7 +241,7 @@ class Result:
     def _check_one_metric(self) -> None:
         """Refuse means over sources that have different metrics."""
         if self.measured_by:
-            raise ConsilienceError(
+            raise Absent(
                 f"the sources have different metrics ({', '.join(self.metrics)}), whose mean says nothing; "
                 f"use `result.of_metric({self.measured_by[0]!r})`."
             )
@@ -255,7 +256,7 @@ class Result:
         self._check_one_metric()
         higher = self.direction
         if higher is None:
-            raise ConsilienceError(
+            raise Absent(
                 f"forgetting and transfer need a metric with a direction, and {self.metric!r} has none; "
                 "use `metric=cs.metrics.own(f, higher=True)`, or False where less is better."
             )
@@ -387,6 +388,12 @@ class Result:
             raise ConsilienceError(
                 f"`x` must be a batch of samples [B, ...], got one sample {list(samples.shape)}; use x[None]."
             )
+        if task is None and chosen.schedule.labelled and chosen.method.mapper is None:
+            warnings.warn(
+                "this run has task labels (scenario='task'), and these predictions are over all tasks; "
+                f"give `task`, one of {', '.join(sorted(map(str, chosen.frame.tasks)))}.",
+                stacklevel=2,
+            )
         try:
             answer = chosen.predict(samples, task)
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
@@ -396,7 +403,7 @@ class Result:
     def _agent(self, name: str | None = None) -> Agent:
         """Return an agent by its name; None: the evaluated one."""
         if self.agent is None:
-            raise ConsilienceError(
+            raise Absent(
                 "a result that was read from a folder has no parameters; resume its run (`resume=True`)."
             )
         if name is None:

@@ -7,6 +7,9 @@ Signatures import no torch, so that the command line answers at once.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from consilience import lazy
 from consilience.methods.continual import cumulative, finetune, from_scratch, joint
 from consilience.methods.distillation import feddf
 from consilience.methods.exmodel import average_ensemble, entropy_ensemble, oracle_ensemble, parameter_average
@@ -120,3 +123,6 @@ __all__ = [
     "wsm",
     "xdg",
 ]
+
+if not TYPE_CHECKING:
+    __getattr__ = lazy.suggest(__name__)

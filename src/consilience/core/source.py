@@ -20,6 +20,8 @@ from consilience.core.tree import Input, Tree, as_input, cast_to, concat, named,
 
 GATHERED = 1 << 20
 """Bytes of examples that are gathered at once."""
+SAMPLED = 256
+"""How many of the examples that are not in memory identify them, at least."""
 
 Label = tuple[str, str]
 """(label space, class name): two data sets share a class only where their label space says so."""
@@ -71,6 +73,11 @@ class Examples(ABC):
         """Return how many places each example has [N]; None where inputs are not ragged."""
         return None
 
+    def content(self) -> dict[str, Tensor]:
+        """Return tensors that identify the examples: all targets, and an even sample of inputs."""
+        some = torch.arange(0, len(self), max(1, len(self) // SAMPLED))
+        return {"y": self.targets()} | (named("x", self.select(some).whole()[0]) if len(some) else {})
+
     def to(self, device: torch.device, dtype: torch.dtype) -> Examples:
         """Return the examples on a device, with floating-point inputs in `dtype`."""
         return self.map(x=lambda x: cast_to(x, device, dtype), y=lambda y: y.to(device))
@@ -118,6 +125,9 @@ class Tensors(Examples):
 
     def targets(self) -> Tensor:
         return self.y
+
+    def content(self) -> dict[str, Tensor]:
+        return {"y": self.y} | named("x", self.x)
 
     def lengths(self) -> Tensor | None:
         return None if isinstance(self.x, Tensor) else self.x.lengths
@@ -246,6 +256,12 @@ class Stream(Examples):
 
     def targets(self) -> Tensor:
         return self.y
+
+    def content(self) -> dict[str, Tensor]:
+        # To read all would cost an epoch. Files whose sizes are the same are taken to be the same.
+        sizes: Tensor | None = getattr(self.dataset, "sizes", lambda: None)()
+        known = {} if sizes is None else {"sizes": sizes[self.index]}
+        return super().content() | {"index": self.index} | known
 
     def lengths(self) -> Tensor | None:
         # Only some datasets know, such as those that `data.stream` wraps.

@@ -245,6 +245,11 @@ class Pairs:
             self.known = torch.tensor([len(self.parts(i)[name]) for i in range(len(self))])
         return self.known
 
+    def sizes(self) -> Tensor | None:
+        """Return the sizes of the files [N] that the examples are read from; None where there are none."""
+        sizes: Tensor | None = getattr(self.dataset, "sizes", lambda: None)()
+        return sizes
+
 
 def _called(name: str) -> str:
     """Return what a part is called in errors."""

@@ -696,6 +696,10 @@ class Images:
             )
         return image
 
+    def sizes(self) -> Tensor:
+        """Return the sizes of the files in bytes [N]."""
+        return torch.tensor([path.stat().st_size for path in self.paths])
+
     def _read(self, i: int) -> Tensor:
         """Read one image as bytes [C, H, W]."""
         return picture(self.paths[i], str(self.paths[i]), self.mode, self.size)

@@ -396,7 +396,9 @@ def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> 
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except Exception as error:
+    except BaseException as error:
         with suppress(OSError):
             temporary.unlink()
+        if not isinstance(error, Exception):
+            raise
         raise ConsilienceError(f"`cache` must be a folder that can be written: {error} at {path}.") from error

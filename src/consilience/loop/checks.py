@@ -6,13 +6,11 @@ import os
 import platform
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from consilience.core.augment import isolated
 from consilience.core.correction import overrides
@@ -21,16 +19,16 @@ from consilience.core.method import Method
 from consilience.core.metrics import Metric
 from consilience.core.model import MISFITS, Model
 from consilience.core.outliers import outliers
-from consilience.core.params import Params, computing, content_hash, key
+from consilience.core.params import Params, computing, key
 from consilience.core.schedule import Schedule, Train, with_targets
 from consilience.core.source import trimmed
 from consilience.core.stopping import Stopping
 from consilience.core.takes import Takes
 from consilience.core.training import Training
-from consilience.core.tree import cast_to, named, signature, types
+from consilience.core.tree import cast_to, signature, types
 from consilience.loop.agents import Setup
 from consilience.loop.engine import Engine
-from consilience.loop.folder import Progress
+from consilience.loop.folder import Log, Progress
 from consilience.loop.probe import check_augments
 from consilience.loop.step import HALF
 from consilience.metrics import choice
@@ -85,10 +83,10 @@ class RunOptions:
             if steps is not None and steps < 1:
                 raise ConsilienceError(f"`{name}` must be >= 1 or None, got {steps}.")
 
-    def check_checkpoint(self) -> None:
-        """Refuse to resume a folder without a checkpoint."""
-        if self.resume and (self.out is None or not (Path(self.out) / "checkpoint" / "index.json").exists()):
-            raise ConsilienceError(f"`resume` needs a folder with a checkpoint, and {self.out} has none.")
+    def check_resume(self) -> None:
+        """Refuse to resume where no run has begun."""
+        if self.resume and (self.out is None or not Log(Path(self.out)).begun):
+            raise ConsilienceError(f"`resume` needs the folder of a run, and {self.out} has none.")
 
 
 def check_arguments(schedule: object, training: object = None) -> None:
@@ -330,69 +328,4 @@ def versions(engine: Engine | None = None) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "machine": platform.machine(),
         "cpus": os.cpu_count() or 0,
-    }
-
-
-def identity(value: object) -> str:
-    """Return a text that is the same in every process: functions by name, also inside of other values.
-
-    >>> identity({"loss": [len]})
-    "{'loss': [builtins.len]}"
-    """
-    if isinstance(value, FunctionType | BuiltinFunctionType):
-        return f"{value.__module__}.{value.__qualname__}"
-    if isinstance(value, Mapping):
-        return f"{{{', '.join(f'{name!r}: {identity(entry)}' for name, entry in value.items())}}}"
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(map(identity, value))}]"
-
-    # The repr of a dataclass has the addresses of functions in its fields.
-    if is_dataclass(value) and not isinstance(value, type):
-        held = ", ".join(f"{f.name}={identity(getattr(value, f.name))}" for f in fields(value) if f.repr)
-        return f"{type(value).__qualname__}({held})"
-    return repr(value)
-
-
-def fingerprint(setup: Setup, options: RunOptions) -> dict[str, Any]:
-    """Return what must be the same for a run to be resumed."""
-    schedule, method, model = setup.schedule, setup.method, setup.model
-    nothing = torch.zeros(0)
-
-    # A sample of each source's inputs, and all targets. This is quick, and detects other data.
-    data: dict[str, Tensor] = {}
-    for source in schedule.sources:
-        some = torch.arange(0, len(source.train), max(1, len(source.train) // 64))
-        data |= named(f"{source.name}/x", source.train.select(some).whole()[0])
-        data[f"{source.name}/y"] = source.train.targets()
-    augments = {name: repr(views) for name, views in schedule.augments.items()}
-    plan = [repr(phase) for phase in schedule.plan(options.seed)][:1000]
-
-    # The repr, if the model has one, tells what it will grow.
-    params, buffers = model.init(key(options.seed, "init"))
-    shape = {} if type(model).__repr__ is object.__repr__ else {repr(model): nothing}
-
-    # Two functions may have one name, and the values of a schedule of learning rates are all that matters.
-    training: dict[str, Any] = {name: identity(value) for name, value in vars(setup.training).items()}
-    curve = setup.training.lr_schedule
-    if callable(curve):
-        training["lr_curve"] = [float(curve(i / 8)) for i in range(8)]
-
-    # All parts of a method are dataclasses, so their reprs have all hyperparameters.
-    parts = {f: repr(getattr(method, f)) for f in method.__dataclass_fields__}
-    metrics = {source.name: names_of(setup.metrics[source.name]) for source in schedule.judged}
-    return {
-        "setting": schedule.setting,
-        "scenario": schedule.scenario,
-        "targets": {task or "all": identity(target) for task, target in schedule.frame.targets.items()},
-        "data": content_hash(data),
-        "schedule": content_hash({"\n".join(plan): nothing}),
-        "method": parts,
-        "model": content_hash({**params, **buffers, **shape}),
-        "training": training,
-        "seed": options.seed,
-        "repeats": options.repeats,
-        "metric": metrics if len({*metrics.values()}) > 1 else next(iter(metrics.values())),
-        "stopping": None if options.stopping is None else repr(options.stopping),
-        "threads": torch.get_num_threads(),
-        **({"augment": augments} if augments else {}),
     }

@@ -14,7 +14,7 @@ from torch import Tensor
 from consilience.core.errors import Absent, ConsilienceError, unknown
 from consilience.core.metrics import global_forgetting, mean, summary, worst
 from consilience.core.model import misfit
-from consilience.core.params import Params
+from consilience.core.params import SEAL, Params, is_sealed
 from consilience.core.source import Label
 from consilience.core.tree import ready
 from consilience.loop.agent import Agent, input_shape
@@ -508,6 +508,11 @@ class Result:
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Self:
         """Return a result from the content of result.json, also one that version 0.1 wrote."""
+        # Versions before 0.2 wrote no hash.
+        if SEAL in content and not is_sealed(content):
+            raise ConsilienceError(
+                "result.json is damaged or edited: its hash is another; run again to write it."
+            )
         content = renamed(content)
 
         # Fields that 0.1 did not write have their defaults.

@@ -8,11 +8,11 @@ from consilience.core.method import Method
 from consilience.core.model import Model
 from consilience.core.params import keep_memory
 from consilience.core.schedule import Schedule
+from consilience.core.signals import interruptible
 from consilience.core.training import Training
 from consilience.loop.agent import Agent
 from consilience.loop.checks import RunOptions, check_all, check_arguments
 from consilience.loop.engine import Engine, EngineEvents
-from consilience.loop.folder import interruptible
 from consilience.loop.job import Job
 from consilience.loop.session import Session
 from consilience.loop.trial import TrainRequest, Trial
@@ -26,7 +26,7 @@ def begin(
     engine: Engine,
     options: RunOptions,
 ) -> Session:
-    """Check all arguments of a run, and open its folder: a session for `drive`.
+    """Check all arguments of a run, and open its folder: a session for `drive`, until `Session.close`.
 
     Raises ConsilienceError, or Refusal for a method that could not act in this schedule.
     """

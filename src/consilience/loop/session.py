@@ -13,13 +13,13 @@ import numpy as np
 from torch import Tensor
 
 from consilience.core.errors import ConsilienceError, Interrupted
-from consilience.core.params import write_json
 from consilience.core.state import Frozen, State
 from consilience.loop.agents import Setup
-from consilience.loop.checks import RunOptions, fingerprint, versions
+from consilience.loop.checks import RunOptions, versions
 from consilience.loop.describe import describe
 from consilience.loop.engine import Engine
-from consilience.loop.folder import Log, plain
+from consilience.loop.fingerprint import fingerprint
+from consilience.loop.folder import Checkpoint, Log
 from consilience.loop.job import Job
 from consilience.loop.result import Result
 from consilience.loop.trial import Trial, agent_states
@@ -52,15 +52,26 @@ class Session:
 
     def open(self) -> None:
         """Open the folder: start it, or continue from its checkpoint."""
-        # Loaded before anything is written: a refused resume leaves the folder as it was.
-        self.fingerprint = fingerprint(self.setup, self.options)
         resume = self.options.resume
-        if resume:
-            self._load()
-        self.log.open(self.config, resume)
-        if resume:
-            self._rewind()
-        self.log.write({"event": "begin", "versions": versions(self.engine)})
+        self.log.lock(resume)
+        try:
+            # Loaded before anything is written: a refused resume leaves the folder as it was.
+            self.fingerprint = fingerprint(self.setup, self.options)
+            found = self.log.last(complete=True) if resume else None
+            if found is None:
+                self.log.start(self.config)
+            else:
+                self._load(found)
+                self.log.rewind(found)
+                self._log_place()
+            self.log.write({"event": "begin", "versions": versions(self.engine)})
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Let other processes use the folder."""
+        self.log.release()
 
     def tick(self, trial: Trial, job: Job | None) -> None:
         """Save if due, and stop if asked: after every step, and (without a job) after phases."""
@@ -106,12 +117,8 @@ class Session:
             line |= {"epoch": epoch, "step": step, "of": per_epoch}
         self.log.write(line)
 
-    def _load(self) -> None:
-        """Read the folder's checkpoint, if there is one."""
-        found = self.log.last()
-        if found is None:
-            return
-
+    def _load(self, found: Checkpoint) -> None:
+        """Give the trials what the folder's checkpoint holds of them."""
         # JSON makes lists of tuples, on both sides.
         self._check_fingerprint(found.facts["fingerprint"], json.loads(json.dumps(self.fingerprint)))
         for trial in self.trials:
@@ -132,11 +139,9 @@ class Session:
                     f"and is {now} now; use the first, or another folder."
                 )
 
-    def _rewind(self) -> None:
-        """Drop the log's lines of what will be done again, and log where the run continues."""
+    def _log_place(self) -> None:
+        """Log where the run continues."""
         begun = [trial for trial in self.trials if trial.begun]
-        self.log.rewind({trial.repeat: len(trial.judge.rows) for trial in begun})
-
         # The first that has not ended says where the run continues.
         now = next((trial for trial in begun if trial.result is None), (begun or self.trials)[-1])
         place = {"repeat": now.repeat, "stage": len(now.judge.rows), "steps": now.ledger.steps}
@@ -191,8 +196,8 @@ class Session:
             agents=first.own_models(),
         )
         if self.log.out is not None:
-            write_json(self.log.out / "result.json", plain(result.to_json()))
-            self.log.write({"event": "end", "score": result.figure("score"), "ran": self.ran})
+            line = {"event": "end", "score": result.figure("score"), "ran": self.ran}
+            self.log.end(result.to_json(), line)
         return result
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from consilience.core.errors import ConsilienceError
-from consilience.core.params import save, write_json
+from consilience.core.params import save, sync_folder, write_json
 from consilience.merging._files import ADAPTER, DTYPES, INDEX, PIECE, Files, finite, inside, read_json, stem
 from consilience.merging._plan import Plan
 
@@ -193,11 +193,13 @@ class Shards:
         """Move the finished files to their place, unless something was created there in the meantime."""
         if self.out.exists():
             raise ConsilienceError(f"`out` must be new, but {self.out} was created during the merge.")
+        sync_folder(self.temporary)
         if self.single:
             os.rename(self.temporary / "model.safetensors", self.out)
             self.temporary.rmdir()
         else:
             os.rename(self.temporary, self.out)
+        sync_folder(self.out.parent)
 
     def _correct_config(self) -> None:
         """Correct config.json: the dtype, if the weights have another one now, and without a local path."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from consilience.core.aggregator import Affine, Aggregator, Blockwise, Linear, canonical
 from consilience.core.errors import ConsilienceError, kind_of, unknown
 from consilience.core.params import key, matches
+from consilience.core.signals import ended_by_signals
 from consilience.merging._files import Entries, finite, opened, stem
 from consilience.merging._out import Shards, Tensors
 from consilience.merging._plan import MergeSettings, Plan, Reader, Span, plan
@@ -466,20 +467,21 @@ def merge(  # type: ignore[misc]
         n: out_dtype if out_dtype is not None and stored.is_floating_point else stored
         for n, stored in made.like.dtypes.items()
     }
-    sink = Tensors(made, dtypes) if out is None else Shards(made, dtypes, Path(out), shard)
-
     before = torch.get_num_threads()
-    try:
-        # Blocks are too small to divide among torch's threads: ours take complete blocks.
-        torch.set_num_threads(1)
-        skipped = _merge_all(prepared, settings, sink.write, progress, threads or before)
-        _copy_unmerged(made, skipped, sink.write)
-        sink.close(_recipe(prepared, settings, dtypes))
-    except BaseException:
-        sink.undo()
-        raise
-    finally:
-        torch.set_num_threads(before)
+    # A file as large as the model must not be left behind where the process is ended.
+    with ended_by_signals():
+        sink = Tensors(made, dtypes) if out is None else Shards(made, dtypes, Path(out), shard)
+        try:
+            # Blocks are too small to divide among torch's threads: ours take complete blocks.
+            torch.set_num_threads(1)
+            skipped = _merge_all(prepared, settings, sink.write, progress, threads or before)
+            _copy_unmerged(made, skipped, sink.write)
+            sink.close(_recipe(prepared, settings, dtypes))
+        except BaseException:
+            sink.undo()
+            raise
+        finally:
+            torch.set_num_threads(before)
     return sink.made if isinstance(sink, Tensors) else Path(out)  # type: ignore[arg-type]
 
 

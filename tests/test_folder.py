@@ -514,6 +514,13 @@ def test_a_comparison_keeps_what_is_finished(tmp_path, capsys):
         killed(patch, "er")
         main(argv)
     before = (tmp_path / "finetune" / "result.json").stat().st_mtime_ns
+
+    # What remains to be run would be another method without a word.
+    config = (tmp_path / "config.yaml").read_text()
+    (tmp_path / "config.yaml").write_text(config.replace("epochs: 1", "epochs: 3"))
+    assert main(["compare", "--out", str(tmp_path), "--resume"]) == 2
+    assert "config.yaml is damaged or edited" in capsys.readouterr().err
+    (tmp_path / "config.yaml").write_text(config)
     assert main([*argv, "--resume"]) == 0
     assert "finetune  was finished" in capsys.readouterr().out
     assert (tmp_path / "finetune" / "result.json").stat().st_mtime_ns == before
@@ -562,3 +569,26 @@ def test_a_file_that_is_ended_while_it_is_written_leaves_no_part(tmp_path, monke
     with pytest.raises(KeyboardInterrupt):
         write_json(tmp_path / "a.json", {"a": 1})
     assert not list(tmp_path.iterdir())
+
+
+def test_a_sweep_killed_at_its_second_method_goes_on(tmp_path):
+    methods = {"a": cs.methods.er(size=8), "b": cs.methods.er(size=4)}
+    training, model = cs.Training(epochs=1, batch_size=16), cs.models.mlp(64, (4,), 10)
+    sweep = partial(cs.sweep, SCHEDULE, methods, model, training, engine="serial")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
+        killed(patch, "b")
+        sweep(out=tmp_path)
+    with pytest.raises(cs.ConsilienceError, match=f"{tmp_path / 'a'} has a run"):
+        sweep(out=tmp_path)
+    again, whole = sweep(out=tmp_path, resume=True), sweep()
+    assert {name: facts(again[name]) for name in methods} == {name: facts(whole[name]) for name in methods}
+
+
+def test_the_last_two_checkpoints_are_kept(half):
+    states = {path.name for path in (half / "checkpoint").glob("state-*")}
+    indices = [
+        json.loads((half / "checkpoint" / name).read_text()) for name in ("previous.json", "index.json")
+    ]
+    assert states == {index["file"] for index in indices} and len(states) == 2
+    assert indices[0]["facts"]["trials"]["0"]["ledger"]["steps"] < 5
+    assert indices[1]["facts"]["trials"]["0"]["ledger"]["steps"] >= 5

@@ -571,7 +571,7 @@ def test_bad_arguments_are_refused_before_any_work(parts, change, text):
 def test_divergence_is_named(parts):
     with pytest.raises(
         cs.ConsilienceError,
-        match="must be finite, got NaN or infinity in .* of 'agent' after 'digits/0-1'",
+        match="training diverged: the training loss is NaN or infinite in 'agent' on 'digits/0-1', by step",
     ):
         cs.run(cs.settings.continual(parts[:2]), cs.methods.finetune(), training=cs.Training(lr=1e38))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -65,7 +66,9 @@ def compare(argv: Sequence[str]) -> int:
 
         from consilience.core.params import write_bytes
 
-        write_bytes(folder / "config.yaml", yaml.safe_dump(order.config, sort_keys=False).encode())
+        # With a hash of itself: methods that have not begun have no other record of the configuration.
+        text = yaml.safe_dump(order.config, sort_keys=False).encode()
+        write_bytes(folder / "config.yaml", text + hash_line(text))
 
     # A method can also refuse once its run begins; the others still run.
     results: dict[str, Result] = {}
@@ -88,6 +91,12 @@ def check_folder(order: Order, folder: Path | None) -> None:
         if folder is None or not (folder / "config.yaml").exists():
             where = f", but {folder} has no config.yaml" if folder else ""
             raise ConsilienceError(f"`--resume` needs a comparison in `--out`{where}.")
+        *lines, last = (folder / "config.yaml").read_bytes().splitlines(keepends=True) or [b""]
+        if last != hash_line(b"".join(lines)):
+            raise ConsilienceError(
+                f"{folder / 'config.yaml'} is damaged or edited: its content is not what its last line says; "
+                "start again in another folder."
+            )
         if read_yaml(folder / "config.yaml") != flat(order.config):
             raise ConsilienceError(OTHER_CONFIGURATION.format(folder))
         return
@@ -97,6 +106,11 @@ def check_folder(order: Order, folder: Path | None) -> None:
         raise ConsilienceError(
             f"`out` must be a new folder, but {folder} has a run; use --resume to continue it."
         )
+
+
+def hash_line(text: bytes) -> bytes:
+    """Return the last line of config.yaml: a comment with the hash of the lines above."""
+    return f"# sha256 of the lines above: {hashlib.sha256(text).hexdigest()}\n".encode()
 
 
 def accepted_methods(order: Order, schedule: Schedule) -> Methods:

@@ -33,6 +33,10 @@ class Absent(ConsilienceError, AttributeError):
     """A property that this object does not have, for a reason that the message gives; `hasattr` is False."""
 
 
+class Diverged(ConsilienceError):
+    """Training left the finite numbers. The message says where, and what to try."""
+
+
 class Interrupted(Exception):
     """The run was stopped by the user after its state was saved. The message says how to go on."""
 

@@ -39,6 +39,7 @@ from consilience.loop.admission import (
     reason_of,
     refusal_of,
 )
+from consilience.loop.divergence import check_statistics, check_visit
 from consilience.loop.job import Job, Part
 from consilience.loop.ledger import RECEIVE, Ledger, outline
 from consilience.loop.predict import Choice, Predictor, memory_of
@@ -270,10 +271,8 @@ class Agent:
         self.ledger.add(self.name, "macs", job.begun)
 
         # Diverged parameters must not reach the agents that would receive them.
+        check_visit(job)
         end = {name: p.clone() for name, p in job.layout.split(job.carry.theta).items()}
-        finite(
-            end, f"{self.name!r} after {job.name!r} (a lower lr or strength helps where training diverges)"
-        )
 
         state, names = self.state, [source.name for source in job.sources]
         params = {**job.fixed, **end}
@@ -316,6 +315,7 @@ class Agent:
                 kind = job.kind and ("summarise", name, outline(source), *job.kind)
                 summarise = partial(correction.summarise, learned, ctx)
                 item = self.ledger.charge_work(self.name, kind, summarise)
+                check_statistics(job, name, item)
                 if isinstance(item, Private):
                     memory.setdefault(name, {})[source.name] = item
                 elif item is not None:

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import consilience
 from consilience.core.params import content_hash, key
 from consilience.core.schedule import Schedule
 from consilience.core.source import Source
@@ -222,7 +221,7 @@ def _constant(value: object) -> str:
 def _is_library(module: str | None) -> bool:
     """Whether a module belongs to Python, to an installed package or to this one, whose version counts."""
     top = (module or "").partition(".")[0]
-    if top in (consilience.__name__, "builtins") or top in sys.stdlib_module_names:
+    if top in (__name__.partition(".")[0], "builtins") or top in sys.stdlib_module_names:
         return True
     file = getattr(sys.modules.get(module or ""), "__file__", None)
     places = {sysconfig.get_paths()[name] for name in ("purelib", "platlib", "stdlib")}

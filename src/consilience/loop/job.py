@@ -24,6 +24,7 @@ from consilience.core.source import Examples, Source
 from consilience.core.stopping import Stopping, Trend
 from consilience.core.training import Training
 from consilience.core.tree import Input, cast_to
+from consilience.loop.divergence import check_step, warn_of_growth
 from consilience.loop.ledger import Ledger
 from consilience.loop.step import Carry, Step
 
@@ -82,6 +83,10 @@ class Job:
     """The validation scores so far, at numbers of steps."""
     best: tuple[dict[str, Tensor], dict[str, int]] | None = None
     """What `save` gave at the best of them."""
+    first: float | None = field(default=None, init=False)
+    """The first training loss that `check_step` saw."""
+    peak: float | None = field(default=None, init=False)
+    """The highest of those."""
     begun: int = 0
     """The MACs of `Correction.begin`. They are charged at the end, since a resumed job begins again."""
     lengths: dict[int, int] = field(default_factory=dict)
@@ -139,14 +144,21 @@ class Job:
                 ledger.charge_work(self.agent, self.cost(parts), partial(self.step, parts, clock, generator))
             ledger.steps += 1
             self.index += 1
+            check_step(self)
             if rule is not None and self._is_due(rule):
                 self._check(rule, ledger)
             yield
             if rule is not None and self.stopped:
                 break
 
+        warn_of_growth(self, ledger.warned)
         if rule is not None:
             self._end(rule, ledger)
+
+    @property
+    def counts_loss(self) -> bool:
+        """Whether an infinite loss is a fault: with a loss scale, it makes the step be left out."""
+        return self.step.scaling is None
 
     # Early stopping
 

@@ -17,6 +17,7 @@ from consilience.core.state import Frozen, State
 from consilience.loop.agents import Setup
 from consilience.loop.checks import RunOptions, versions
 from consilience.loop.describe import describe
+from consilience.loop.divergence import check_visit
 from consilience.loop.engine import Engine
 from consilience.loop.fingerprint import fingerprint
 from consilience.loop.folder import Checkpoint, Log
@@ -87,6 +88,9 @@ class Session:
         if not (self.stop or due or late):
             return
 
+        # The last good state is not overwritten by one that nobody can use.
+        if job is not None:
+            check_visit(job)
         self.save(trial)
         if self.stop:
             resume = f"continue with `resume=True` (--resume --out {self.log.out})"

@@ -57,6 +57,15 @@ class Objectives(NamedTuple):
     """The part over whose samples each loss is a mean; None: those of all sources."""
     parts_of_constraints: list[int | None]
 
+    @property
+    def total(self) -> Tensor:
+        """The weighted sum of the losses, without a gradient."""
+        total = self.losses[0].detach()
+        total = total if self.weights[0] == 1 else total * self.weights[0]
+        for loss, weight in zip(self.losses[1:], self.weights[1:], strict=True):
+            total = total + loss.detach() * weight
+        return total
+
     def shared(self, shares: Sequence[float], parts: Sequence[Batch]) -> Objectives:
         """Return the objectives of a micro-batch, scaled by the share of their parts in the whole batch."""
         own = [share for share, part in zip(shares, parts, strict=True) if not part.drawn_by]
@@ -157,6 +166,8 @@ class Step:
     """Where the visit lies in the run."""
     absent: list[str] = field(default_factory=list, init=False)
     """The entries that no objective of the last step reaches."""
+    loss: Tensor | None = field(default=None, init=False)
+    """The weighted sum of the objectives of the last step; penalties are not in it."""
     bound: Forward | None = field(default=None, init=False)
     """The model over `leaves` in training mode."""
 
@@ -205,7 +216,8 @@ class Step:
         """Move `carry` and the traces on by one step."""
         if self.training.accumulate == 1:
             see = self._seen(parts, clock)
-            rows = self._rows(self.objectives(see))
+            objectives = self.objectives(see)
+            self.loss, rows = objectives.total, self._rows(objectives)
         else:
             see, rows = self._accumulated(parts, clock)
 
@@ -228,10 +240,14 @@ class Step:
     def _accumulated(self, parts: list[Batch], clock: tuple[int, int]) -> tuple[StepView, Rows]:
         """Return the gradients of a step's objectives as the sums of those of its micro-batches."""
         total: Rows | None = None
+        losses: list[Tensor] = []
         for piece, shares in self._pieces(parts):
             see = self._seen(piece, clock)
-            rows = self._rows(self.objectives(see).shared(shares, see.parts))
+            objectives = self.objectives(see).shared(shares, see.parts)
+            losses.append(objectives.total)
+            rows = self._rows(objectives)
             total = rows if total is None else total.plus(rows)
+        self.loss = torch.stack(losses).sum()
         assert total is not None
         return see, total
 

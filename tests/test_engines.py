@@ -159,7 +159,7 @@ def test_batch_norm_with_equal_full_batches_and_not_with_others():
     a, _ = go("serial", cs.methods.fedavg(), full, model)
     b, notes = go("batched", cs.methods.fedavg(), full, model)
     assert gap(a, b) < 1e-11 and notes == [
-        f"batched: 3 agents a step, {sum(p.numel() for p in b.params.values())} numbers each"
+        f"batched: 3 agents a step, {sum(p.numel() for p in b.agent.state.params.values())} numbers each"
     ]
     for n, t in a.agent.state.buffers.items():
         assert torch.allclose(t, b.agent.state.buffers[n], atol=1e-12)

@@ -501,7 +501,7 @@ def test_both_keep_what_finetuning_forgets():
 
     def score(method):
         return cs.run(
-            cs.settings.continual(sources, "class"), method, cs.models.mlp(64, (64,), 6), train
+            cs.settings.continual(sources, "class"), method, cs.models.mlp(64, (64,), 10), train
         ).score
 
     plain = score(cs.methods.finetune())

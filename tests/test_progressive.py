@@ -212,8 +212,8 @@ def test_training_is_its_restatement(name):
         order = [t.name for t in sources]
         fit(params, mine, s, lambda p, x, s=s, order=order: plain(p, x, order, s.name))
     r = go(method(), model, sources[:2])
-    near(r.params, params)
-    near(go(cs.methods.finetune(), model, sources[:2]).params, params)
+    near(r.agent.state.params, params)
+    near(go(cs.methods.finetune(), model, sources[:2]).agent.state.params, params)
 
 
 @pytest.mark.parametrize("name", ["columns", "conv"])
@@ -318,11 +318,11 @@ def test_a_task_that_comes_again_trains_its_head_alone(monkeypatch):
         Agent, "finish", lambda agent, job: finish(agent, job) or kept.append(agent.state.params)
     )
     r = cs.run(schedule, cs.methods.pnn(), columns(), training())
-    moved = {n for n in r.params if not torch.equal(kept[1][n], r.params[n])}
+    end = r.agent.state.params
+    moved = {n for n in end if not torch.equal(kept[1][n], end[n])}
     assert moved == {"heads.a.weight", "heads.a.bias"}
-    assert list(kept[0]) == [n for n in r.params if ".a." in n] and not same(
-        kept[0], {n: r.params[n] for n in kept[0]}
-    )
+    assert list(kept[0]) == [n for n in end if ".a." in n]
+    assert not same(kept[0], {n: end[n] for n in kept[0]})
     two = cs.run(cs.settings.continual([stream[0], again], "task"), cs.methods.pnn(), columns(), training())
     assert not torch.equal(two.params["columns.a.0.weight"], kept[0]["columns.a.0.weight"]), (
         "no column reads it yet"
@@ -368,7 +368,7 @@ def test_adapters_train_as_their_restatement():
         mine = [n for n in params if f".{s.name}." in n]
         fit(params, mine, s, lambda p, x, s=s: adapted_plain(p, x, s.name))
     r = go(cs.methods.finetune(), model, SOURCES[:2])
-    near(r.params, params)
+    near(r.agent.state.params, params)
     assert all(bool(r.params[n].any()) for n in r.params if n.endswith("up"))
     assert model.backbone({n: p.float() for n, p in r.params.items()}) == begun
 

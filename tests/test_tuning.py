@@ -54,8 +54,9 @@ def test_a_grid_finds_what_runs_find_on_validation_data():
 
 def test_test_data_are_never_read():
     x, y = SOURCES[0].test.whole()
-    hidden = [replace(part, test=Untouched(x, y)) for part in SOURCES]
-    assert len(cs.search(cs.settings.continual(hidden, "domain"), plain, LR, model=mlp()).candidates) == 3
+    hidden = tuple(replace(part, test=Untouched(x, y)) for part in SOURCES)
+    schedule = replace(STREAM, sources=hidden, judged=hidden)
+    assert len(cs.search(schedule, plain, LR, model=mlp()).candidates) == 3
 
 
 def test_less_is_better_for_a_loss_and_a_failed_candidate_is_last():

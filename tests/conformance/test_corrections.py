@@ -110,8 +110,8 @@ APART = {
 """Pairs that cannot be, and what the refusal says."""
 
 PROTECTED = {
-    "HAT": ("AverageConstraint", "EWC", "EpisodicConstraints", "LwF", "OnlineEWC"),
-    "PackNet": ("AverageConstraint", "EWC", "EpisodicConstraints", "LwF", "OnlineEWC"),
+    "HAT": ("AverageConstraint", "EWC", "EpisodicConstraints", "LwF", "MAS", "OnlineEWC"),
+    "PackNet": ("AverageConstraint", "EWC", "EpisodicConstraints", "LwF", "MAS", "OnlineEWC"),
     "SupSup": (
         *(
             "AverageConstraint",

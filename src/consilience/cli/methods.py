@@ -62,7 +62,8 @@ def methods(argv: Sequence[str]) -> int:
         first, _, rest = (inspect.getdoc(call) or "").partition("\n")
         paper = re.search(r"^Paper: (.*?)(?=\n\n|\Z)", rest, re.M | re.S)
         print(f"{name}: {first}")
-        print(f"    settings: {runs}; family: {families[name]}")
+        print(f"    settings: {runs}")
+        print(f"    family: {families[name]}")
         print(f"    paper: {' '.join(paper[1].split()) if paper else '-'}")
     return 0
 

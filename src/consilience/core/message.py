@@ -19,8 +19,8 @@ from consilience.core.source import Label
 
 _NOTHING = torch.zeros(0)
 
-LARGEST = 2**63 - 1
-"""The largest version and size: one more is no integer of a tensor."""
+LARGEST = 10**300
+"""The largest version and size: in gossip, sizes double every round, and weights are floats."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,7 +174,7 @@ class Message:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= LARGEST:
                 raise ConsilienceError(
-                    f"`{name}` must be a whole number from 0 to 2**63 - 1, got {kind_of(value)}."
+                    f"`{name}` must be a whole number from 0 to 1e300, got {kind_of(value)}."
                 )
         if not isinstance(self.trained, bool):
             raise ConsilienceError(f"`trained` must be true or false, got {kind_of(self.trained)}.")

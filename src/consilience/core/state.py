@@ -131,7 +131,10 @@ def encode_state(state: State) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "frozen": state.frozen.hash,
         # The base of an agent that was released is empty, also of frozen entries.
         "present": present if state.base else None,
-        "bank": [message.facts() | {"names": list(message.items)} for message in state.bank.values()],
+        "bank": [
+            message.facts() | {"names": list(message.items), "content": content_of(message)}
+            for message in state.bank.values()
+        ],
         "received": dict(state.received),
         "memory": {correction: list(kept) for correction, kept in state.memory.items()},
         "unsent": {correction: list(kept) for correction, kept in state.unsent.items()},
@@ -165,6 +168,11 @@ def decode_state(
         state = _decoded(tensors, facts, frozen or Frozen())
         if like is not None:
             _check_like(state, like)
+            for message, entry in zip(state.bank.values(), facts["bank"], strict=True):
+                if content_of(message) != entry["content"]:
+                    raise ConsilienceError(
+                        f"a message must be as it was received, got another {message.whose}."
+                    )
         return state
 
 
@@ -189,9 +197,11 @@ def _check_like(state: State, like: State) -> None:
             )
     finite(state.params, "a state that was kept")
     finite(state.base, "a state that was kept")
-    for message in state.bank.values():
-        if replace(message, digest="").digest != message.digest:
-            raise ConsilienceError(f"a message must be as it was received, got another {message.whose}.")
+
+
+def content_of(message: Message) -> str:
+    """Return the hash of what a bank keeps of a message; its digest is that of all that was received."""
+    return replace(message, digest="").digest
 
 
 def _decoded(tensors: Mapping[str, Tensor], facts: Mapping[str, Any], frozen: Frozen) -> State:
@@ -213,7 +223,7 @@ def _decoded(tensors: Mapping[str, Tensor], facts: Mapping[str, Any], frozen: Fr
         key = (entry["sender"], entry["source"])
         content = {name: items[_bank_key(*key, name)] for name in entry["names"]}
         bank[key] = Message(
-            items=content, **{name: value for name, value in entry.items() if name != "names"}
+            items=content, **{name: fact for name, fact in entry.items() if name not in ("names", "content")}
         )
 
     memory = {

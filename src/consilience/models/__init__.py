@@ -136,7 +136,7 @@ def fitting(inputs: tuple[int, ...], outputs: int) -> ModuleModel:
     """Return the usual net for inputs [B, *inputs]: `conv` for square images of side >= 8, else `mlp`.
 
     >>> fitting((1, 28, 28), 10), fitting((4,), 3)
-    (conv(10, 1, 28, 32), mlp(4, [128], 3))
+    (conv(10, 1, 28, 32), mlp(4, (128,), 3))
     """
     # Two poolings leave something of images of that side.
     if len(inputs) == 3 and inputs[1] == inputs[2] and inputs[1] >= 8:

@@ -592,3 +592,9 @@ def test_the_last_two_checkpoints_are_kept(half):
     assert states == {index["file"] for index in indices} and len(states) == 2
     assert indices[0]["facts"]["trials"]["0"]["ledger"]["steps"] < 5
     assert indices[1]["facts"]["trials"]["0"]["ledger"]["steps"] >= 5
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such modes")
+def test_checkpoints_are_readable_by_their_owner_alone(tmp_path):
+    go(tmp_path / "run")
+    assert (tmp_path / "run" / "checkpoint").stat().st_mode & 0o777 == 0o700

@@ -188,6 +188,9 @@ class Log:
         folder, data = self.index.parent, pack(tensors)
         name = f"state-{time.time_ns():x}.safetensors"
         write_bytes(folder / name, data)
+        # Buffers hold examples, which concern nobody but their owner; some disks have no owners.
+        with suppress(OSError):
+            folder.chmod(0o700)
 
         about = {"format": FORMAT, "consilience": __version__, "file": name}
         about |= {"tensors": hashlib.sha256(data).hexdigest(), "config": _digest(self.config)}

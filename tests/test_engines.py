@@ -267,7 +267,7 @@ def test_a_client_that_fails_is_left_out_or_stops_the_run(engine):
 
 def test_a_client_that_diverges_is_named():
     wild = replace(CLIENTS[2], train=Tensors(CLIENTS[2].train.x * 1e30, CLIENTS[2].train.y))
-    with pytest.raises(cs.ConsilienceError, match="'client-1' after 'c2'"):
+    with pytest.raises(cs.ConsilienceError, match="'client-1' on 'c2'"):
         go("batched", cs.methods.fedavg(), [CLIENTS[0], wild], precision="fp32")
 
 

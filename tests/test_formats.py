@@ -85,7 +85,7 @@ def test_checkpoints_of_0_1_are_refused_in_one_sentence(folder):
         resume(folder)
     assert str(e.value) == (
         f"the checkpoint in {folder} is of format 1, written by consilience 0.1.0, "
-        f"and consilience {cs.__version__} resumes format 3; resume it with consilience 0.1.0, "
+        f"and consilience {cs.__version__} resumes format 4; resume it with consilience 0.1.0, "
         "or start again in another folder."
     )
     (folder / "log.jsonl").unlink()
@@ -97,9 +97,9 @@ def test_checkpoints_of_a_later_version_are_refused(tmp_path):
     cs.run(cs.settings.continual([A, B]), cs.methods.finetune(), mlp(), training(), out=tmp_path)
     path = tmp_path / "checkpoint" / "index.json"
     index = json.loads(path.read_text())
-    assert index["format"] == 3 and index["consilience"] == cs.__version__
-    path.write_text(json.dumps(index | {"format": 4, "consilience": "0.9.0"}))
-    with pytest.raises(cs.ConsilienceError, match=r"is of format 4, written by consilience 0\.9\.0, and"):
+    assert index["format"] == 4 and index["consilience"] == cs.__version__
+    path.write_text(json.dumps(index | {"format": 5, "consilience": "0.9.0"}))
+    with pytest.raises(cs.ConsilienceError, match=r"is of format 5, written by consilience 0\.9\.0, and"):
         resume(tmp_path)
 
 

@@ -474,7 +474,7 @@ def test_the_optimum_is_found_whatever_fails(method, engine):
 
 
 def three_rounds(second, senders, totals=None):
-    """All train in rounds 1 and 3, `second` in round 2, from whom the server receives `senders`."""
+    """All train in rounds 1 and 3, `second` in round 2; the server receives from `senders`."""
     names = [f"c{i}" for i in range(4)]
     phases = []
     for there, received in ((names, names), (second, senders), (names, names)):

@@ -112,6 +112,8 @@ def test_other_commands_refuse_code_too(command, received, capsys):
 BAD_YAML = {
     "alias": ("a: &a [1]\nb: [*a, *a]", "an alias"),
     "laughs": ("\n".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 40)), "an alias"),
+    "twice in a text": ('stopping: "{patience: 3, patience: 5}"', "no key twice"),
+    "deep in a text": (f'stopping: "{"[" * 30 + "]" * 30}"', "few levels"),
     "inner": ('stopping: "{a: &a [1], b: [*a, *a]}"', "no aliases"),
     "twice": ("seed: 1\nseed: 2", "the key 'seed' twice"),
     "twice inside": ("training: {lr: 1.0, lr: 0.1}", "the key 'lr' twice"),
@@ -128,7 +130,7 @@ BAD_YAML = {
 def test_yaml_that_is_not_bounded_is_refused(text, says, tmp_path, capsys):
     (tmp_path / "c.yaml").write_text(text)
     for command in ("run", "merge"):
-        if says != "no aliases" or command == "run":
+        if not text.startswith("stopping") or command == "run":
             assert main([command, "--config", str(tmp_path / "c.yaml")]) == 2
             assert says in capsys.readouterr().err
 
@@ -208,11 +210,13 @@ def test_a_merged_folder_has_no_code_nothing_hidden_and_no_paths(tmp_path):
     for name in ("tokenizer.json", "vocab.txt", "LICENSE", "modeling_m.py", ".env", "run.sh", "lib.so"):
         (base / name).write_text("{}")
     (base / "training_args.bin").write_bytes(b"PK")
+    (base / "tokenizer_config.json").write_text('{"name_or_path": "/home/alice/secret/run7", "size": 3}')
     checkpoint(tmp_path / "home" / "expert", 1)
 
     with pytest.warns(UserWarning, match="code of its own"):
         out = cs.merge(base, [tmp_path / "home" / "expert"], out=tmp_path / "out")
     wanted = {"model.safetensors", "merge.json", "config.json", "tokenizer.json", "vocab.txt", "LICENSE"}
+    wanted.add("tokenizer_config.json")
     assert {path.name for path in out.iterdir()} == wanted
     text = "".join(path.read_text() for path in out.iterdir() if path.suffix == ".json")
     assert str(tmp_path) not in text and "alice" not in text and '"run7"' in text

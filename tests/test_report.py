@@ -188,8 +188,8 @@ def test_every_client_counts_the_same_in_the_score_and_the_report_says_so(tmp_pa
     fit = cs.Training(epochs=5, lr=0.5)
     r = cs.run(cs.settings.federated(clients, rounds=3), cs.methods.fedavg(), cs.models.linear(2, 2), fit)
     assert r.matrix[-1].tolist() == [1.0, 0.0] and r.score == 0.5
-    told = " ".join(r.report(tmp_path / "r.html").read_text().split())
-    assert "in their mean every source or client counts the same, however many examples it has" in told
+    text = " ".join(r.report(tmp_path / "r.html").read_text().split())
+    assert "in their mean every source or client counts the same, however many examples it has" in text
 
 
 def test_write_escapes_every_name(tmp_path):
@@ -378,6 +378,11 @@ def test_a_result_is_five_lines_a_frame_and_a_figure(tmp_path):
         assert root.tag == "{http://www.w3.org/2000/svg}svg"
     with pytest.raises(ConsilienceError, match="`kind`"):
         result.plot("pie")
+
+    # Two results of one name, of which one has a stage without a score.
+    other = replace(result, curve=[{"score": None, "macs": 1, "bytes": 0, "seconds": 0.1}])
+    for kind in ("seen", "costs", "balance"):
+        assert "ewc (2)" in report.plot([result, other], kind).svg
     with pytest.raises(ConsilienceError, match="learned at one stage"):
         ran([[0.0], [1.0], [1.0]], (None,)).plot("balance")
     with pytest.raises(ConsilienceError, match="same stages"):

@@ -161,6 +161,20 @@ def test_fisher_wants_precisions_and_no_aggregator():
         run(cs.settings.merging(SOURCES), cs.methods.fisher_merging() + cs.methods.ties())
 
 
+@pytest.mark.parametrize("names", [("a", "b", "silent"), ("silent", "t", "u"), ("a", "silent", "u")])
+def test_a_sender_without_statistics_costs_no_other_sender_anything(names):
+    """Weights of one message need the statistics of others, which come first where the bad one is sought."""
+    agent, alone = hearer(FisherSpace(), BASE), hearer(FisherSpace(), BASE)
+    honest = []
+    for name, theta, h in zip([n for n in names if n != "silent"], THETA, HESSIANS, strict=False):
+        honest += told(agent, name, theta, Information={f"precision/{n}": t for n, t in h.items()})
+    silent = told(agent, "silent", THETA[2])
+    with pytest.raises(cs.ConsilienceError, match=r"1 of 5 messages were refused.*got none from 'silent'"):
+        agent.receive([*honest, *silent])
+    alone.receive(honest)
+    near(agent.state.params, alone.state.params, 0)
+
+
 def test_fisher_merging_restated():
     """In a run: experts by the plain loop, F by one backward pass a sample, the weighted mean."""
     found = run(cs.settings.merging(SOURCES), cs.methods.fisher_merging(labels="data"), momentum=0.0).params

@@ -127,7 +127,7 @@ def test_optuna_proposes_by_what_it_was_told():
         ({"space": {"lrr": [0.1]}}, "`make` must take the names of `space`"),
         ({"space": {"lr": (0.1, 0.2)}, "sampler": "grid"}, "a grid must have lists"),
         ({"sampler": "bayes"}, "`sampler`"),
-        ({"budget": 0}, "`budget` must be >= 1"),
+        ({"budget": 0}, "`budget` must be a whole number >= 1"),
         ({"on": "test"}, "what is chosen on test data is not tested by them"),
         ({"metric": lambda p, y: 0.5}, "needs a metric with a direction"),
         ({"schedule": UNCHECKED}, "has none; give `validation=0.1`"),
@@ -136,6 +136,26 @@ def test_optuna_proposes_by_what_it_was_told():
 def test_what_would_mislead_is_refused(more, says):
     with pytest.raises(ConsilienceError, match=says):
         cs.search(**{"schedule": STREAM, "make": plain, "space": LR, "model": mlp(), **more})
+
+
+def test_values_that_are_nearly_equal_and_equal_ones_have_names_of_their_own(tmp_path):
+    """A sampler may come back to a value, and a folder must not be taken for that of another candidate."""
+    close = [0.1000001, 0.1000002, 0.1000001]
+    found = cs.search(STREAM, plain, {"lr": close}, model=mlp(), out=tmp_path)
+    assert [c.name for c in found.candidates] == ["lr=0.1000001", "lr=0.1000002", "lr=0.1000001 (2)"]
+    assert not any(c.error for c in found.candidates)
+
+
+def test_a_metric_without_a_direction_is_refused_before_any_candidate():
+    made = []
+
+    def make(lr: float) -> tuple[cs.Method, cs.Training]:
+        made.append(lr)
+        return plain(lr)
+
+    with pytest.raises(ConsilienceError, match="needs a metric with a direction"):
+        cs.search(STREAM, make, LR, model=mlp(), metric=lambda p, y: 0.5)
+    assert not made
 
 
 def test_all_failed_says_why():

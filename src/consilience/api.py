@@ -316,7 +316,7 @@ def model_for(schedule: Schedule, method: Method | Sequence[Method], model: obje
 
 def default_model(schedule: Schedule, method: Method) -> Model:
     """Make a model that fits the data: what a part asks for, else a conv net or a perceptron."""
-    inputs, _ = schedule.sources[0].train.select(torch.arange(1)).whole()
+    inputs, _ = schedule.sources[0].train.first()
     if isinstance(inputs, Tree):
         raise ConsilienceError(
             f"no default model takes inputs of several parts ({', '.join(inputs.parts)}); give a `model`."

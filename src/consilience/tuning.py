@@ -12,15 +12,20 @@ from typing import Any, Literal
 
 import torch
 
-from consilience.api import Given, Result, run
+from consilience import models
+from consilience.api import Given, Result, engine_of, is_module, run
+from consilience.core.checks import whole_number
 from consilience.core.errors import ConsilienceError, kind_of, suggests, unknown
 from consilience.core.method import Method
+from consilience.core.metrics import Metric
 from consilience.core.names import clean
 from consilience.core.params import key
 from consilience.core.schedule import Schedule
 from consilience.core.source import Source
 from consilience.core.training import Training
 from consilience.loop.engine import Engine
+from consilience.loop.folder import Log
+from consilience.metrics import choice
 from consilience.metrics.choice import Choice
 
 TRIES = 20
@@ -123,27 +128,32 @@ def search(
         raise ConsilienceError(
             f"`on` must be 'validation', got {on!r}: what is chosen on test data is not tested by them."
         )
-    if budget is not None and budget < 1:
-        raise ConsilienceError(f"`budget` must be >= 1 or None, got {budget}.")
+    if budget is not None:
+        whole_number(budget=budget)
     judged, found = on_validation(schedule), list[Candidate]()
+    chosen, runner = metric_of(judged, metric), engine_of(engine)
+    given = models.wrap(model) if is_module(model) else model  # type: ignore[arg-type]
 
     # A sampler that learns reads the scores of the candidates before it proposes the next.
     for values in proposals(space, budget, sampler, seed, found):
         name = ", ".join(f"{key}={shown(value)}" for key, value in values.items())
+        # A sampler may propose the same values again.
+        again = sum(candidate.values == values for candidate in found)
+        name += f" ({again + 1})" if again else ""
         at = Path(out) / name if out is not None else None
-        begun = resume and at is not None and (at / "checkpoint" / "index.json").exists()
+        begun = resume and at is not None and Log(at).begun
         try:
             made = make(**values)
             method, trained = made if isinstance(made, tuple) else (made, training)
             result = run(
                 judged,
                 method,
-                model,
+                given,
                 trained,
                 repeats=repeats,
                 seed=seed,
                 metric=metric,
-                engine=engine,
+                engine=runner,
                 out=at,
                 resume=begun,
             )
@@ -156,9 +166,22 @@ def search(
     done = [candidate.result for candidate in found if candidate.result is not None]
     if not done:
         raise ConsilienceError(f"all candidates failed, the first with: {found[0].error}")
-    if done[0].direction is None:
-        raise ConsilienceError(f"a search needs a metric with a direction, and {done[0].metric!r} has none.")
-    return Search(done[0].metric, done[0].direction, tuple(found))
+    return Search(chosen.name, bool(chosen.higher), tuple(found))
+
+
+def metric_of(schedule: Schedule, metric: Choice) -> Metric:
+    """Return the metric that ranks candidates.
+
+    Raises ConsilienceError where sources have different ones, and for one without a direction.
+    """
+    found = choice.metrics_of(metric, [*schedule.judged, *schedule.sources], schedule.frame)
+    first = {metrics[0].name: metrics[0] for metrics in found.values()}
+    if len(first) > 1 or None in [chosen.higher for chosen in first.values()]:
+        raise ConsilienceError(
+            "a search needs a metric with a direction, the same for all sources, got "
+            f"{', '.join(first)}; give a `metric`."
+        )
+    return next(iter(first.values()))
 
 
 # The space.
@@ -205,8 +228,7 @@ def drawn(values: Any, generator: torch.Generator) -> Any:
 
 def shown(value: Any) -> str:
     """Write a value in the name of a candidate, which may be the name of a folder."""
-    text = f"{value:.4g}" if isinstance(value, float) else str(getattr(value, "__name__", value))
-    return clean(text).replace("/", "|")
+    return clean(getattr(value, "__name__", value)).replace("/", "|")
 
 
 # What is tried.

@@ -183,7 +183,7 @@ def alone(name: str, **arguments: Any) -> cs.Method:
 
 
 @cache
-def learned(*names: str, setting: str = "", beside: str = "") -> Result:
+def learned(*names: str, setting: str = "", next_to: str = "") -> Result:
     """Three sources one after another, on the model for these corrections (and one next to them), with these
     in
     this order."""
@@ -191,7 +191,7 @@ def learned(*names: str, setting: str = "", beside: str = "") -> Result:
     return testing.quiet(
         testing.SETTINGS[setting or kit.stream_for(*names)](),
         method,
-        kit.model_for(*names, *filter(None, [beside])),
+        kit.model_for(*names, *filter(None, [next_to])),
     )
 
 
@@ -251,7 +251,7 @@ def pairs() -> list[tuple[str, str]]:
 @pytest.mark.parametrize("name", [n for n in ALL if n not in kit.WANT_VIEWS])
 def test_differs_from_plain_training(name: str) -> None:
     """Alone, each bends training, or only summarises."""
-    away = gap(learned(name), learned(setting=kit.stream_for(name), beside=name))
+    away = gap(learned(name), learned(setting=kit.stream_for(name), next_to=name))
     assert away == 0 if name in ONLY_SUMMARISE else away > 1e-6
 
 
@@ -268,7 +268,7 @@ def test_pairs_compose(a: str, b: str, monkeypatch: pytest.MonkeyPatch) -> None:
     orders = [composed(monkeypatch, *order) for order in ((a, b), (b, a))]
     for (both, kept), (first, second) in zip(orders, ((a, b), (b, a)), strict=True):
         for one, other in ((first, second), (second, first)):
-            away = gap(both, learned(one, setting=setting, beside=other))
+            away = gap(both, learned(one, setting=setting, next_to=other))
             if (other, one) in SATISFIED:
                 continue
             nothing = other in ONLY_SUMMARISE or adds_nothing(other, one)

@@ -43,7 +43,7 @@ def near(seed: int, scale: float = 0.1) -> dict[str, Tensor]:
     return {n: p + scale * torch.randn(p.shape, generator=key(seed, n)) for n, p in BASE.items()}
 
 
-def told(
+def arriving(
     params: Mapping[str, Tensor], sender: str, version: int = 1, learned: bool = True, **facts: str
 ) -> Message:
     items = {"model": Weights({f"params/{n}": p for n, p in params.items()})}
@@ -52,8 +52,8 @@ def told(
     )
 
 
-def hearer(aggregator: object = None) -> Agent:
-    method = cs.Method("hearer", consolidator=WeightSpace(aggregator))  # type: ignore[arg-type]
+def receiving(aggregator: object = None) -> Agent:
+    method = cs.Method("receiver", consolidator=WeightSpace(aggregator))  # type: ignore[arg-type]
     return Agent(
         "me",
         MODEL,
@@ -73,12 +73,12 @@ def away(agent: Agent, params: Mapping[str, Tensor]) -> float:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("by_size", [True, False])
 def test_equal_models_give_that_model(name: str, by_size: bool) -> None:
-    """As rows: m equal ones give their own transform, here of the delta; the hearer ends on it."""
-    agent, model = hearer(kit.make(name)), near(1)
-    agent.receive([told(model, f"sender-{i}") for i in range(ROWS)], by_size)
+    """As rows: m equal ones give their own transform, here of the delta; the receiver ends on it."""
+    agent, model = receiving(kit.make(name)), near(1)
+    agent.receive([arriving(model, f"sender-{i}") for i in range(ROWS)], by_size)
     if name in TRIMS:
-        alone = hearer(kit.make(name))
-        alone.receive([told(model, "sender-0")], by_size)
+        alone = receiving(kit.make(name))
+        alone.receive([arriving(model, "sender-0")], by_size)
         moved = {n: agent.state.params[n] - BASE[n] for n in BASE}
         assert any(m.abs().max() > 1e-3 for m in moved.values())
         assert name == "Dare" or away(agent, alone.state.params) < 1e-6
@@ -92,15 +92,15 @@ def test_equal_models_give_that_model(name: str, by_size: bool) -> None:
 
 @pytest.mark.parametrize("name", ["Mean", None])
 def test_one_model_is_taken_to_the_bit(name: str | None) -> None:
-    agent, model = hearer(kit.make(name) if name else None), near(2)
-    agent.receive([told(model, "sender")])
+    agent, model = receiving(kit.make(name) if name else None), near(2)
+    agent.receive([arriving(model, "sender")])
     assert away(agent, model) == 0
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_order_of_messages_does_not_matter(name: str) -> None:
-    agents = hearer(kit.make(name)), hearer(kit.make(name))
-    messages = [told(near(i), f"sender-{i}") for i in range(ROWS)]
+    agents = receiving(kit.make(name)), receiving(kit.make(name))
+    messages = [arriving(near(i), f"sender-{i}") for i in range(ROWS)]
     agents[0].receive(messages)
     agents[1].receive(messages[::-1])
     assert away(agents[0], agents[1].state.params) == 0
@@ -108,25 +108,29 @@ def test_order_of_messages_does_not_matter(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_hearing_the_base_stays_there(name: str) -> None:
-    agent = hearer(kit.make(name))
-    agent.receive([told(BASE, f"sender-{i}") for i in range(ROWS)])
+    agent = receiving(kit.make(name))
+    agent.receive([arriving(BASE, f"sender-{i}") for i in range(ROWS)])
     assert away(agent, BASE) < 1e-6
 
 
 @pytest.mark.parametrize("name", [*NAMES, None])
 def test_common_ground_is_adopted(name: str | None) -> None:
     """A server that has not learned since tells its clients: no aggregator, no outer step."""
-    agent, model = hearer(kit.make(name) if name else None), near(3)
-    agent.receive([told(model, "server", learned=False, base=content_hash(model))])
+    agent, model = receiving(kit.make(name) if name else None), near(3)
+    agent.receive([arriving(model, "server", learned=False, base=content_hash(model))])
     assert away(agent, model) == 0
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_strangers_are_refused(name: str) -> None:
     """Alone a stranger changes nothing; the friends of the same exchange are taken as without it."""
-    agent, alone, before = hearer(kit.make(name)), hearer(kit.make(name)), testing.bits(hearer().state)
-    stranger = told(near(2), "stranger", origin="feed" * 8)
-    friends = [told(near(i), f"friend-{i}") for i in range(ROWS)]
+    agent, alone, before = (
+        receiving(kit.make(name)),
+        receiving(kit.make(name)),
+        testing.bits(receiving().state),
+    )
+    stranger = arriving(near(2), "stranger", origin="feed" * 8)
+    friends = [arriving(near(i), f"friend-{i}") for i in range(ROWS)]
     with pytest.raises(cs.ConsilienceError, match="the same parameters: 'stranger' sent origin 'feed"):
         agent.receive([stranger])
     assert testing.bits(agent.state) == before
@@ -138,15 +142,17 @@ def test_strangers_are_refused(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_deltas_need_the_same_base(name: str) -> None:
-    agent = hearer(kit.make(name))
-    messages = [told(near(i), f"sender-{i}", base="cafe" * 8 if i == 2 else ORIGIN) for i in range(ROWS + 1)]
+    agent = receiving(kit.make(name))
+    messages = [
+        arriving(near(i), f"sender-{i}", base="cafe" * 8 if i == 2 else ORIGIN) for i in range(ROWS + 1)
+    ]
     if name in DELTA:
         with pytest.raises(
             cs.ConsilienceError,
             match="receiver's own parameters, and the message of 'sender-2' started from others",
         ):
             agent.receive(messages)
-        others = hearer(kit.make(name))
+        others = receiving(kit.make(name))
         others.receive([m for m in messages if m.sender != "sender-2"])
         assert away(agent, others.state.params) == 0
     else:
@@ -157,24 +163,24 @@ def test_deltas_need_the_same_base(name: str) -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_not_finite_is_refused_or_left_out_by_the_senders_name(name: str, bad: float) -> None:
-    agent, ill = hearer(kit.make(name)), near(2)
+    agent, ill = receiving(kit.make(name)), near(2)
     ill["1.weight"] = ill["1.weight"].clone()
     ill["1.weight"][3, 4] = bad
     if kit.make(name).robust:
-        other, messages = hearer(kit.make(name)), [told(near(i), f"sender-{i}") for i in range(ROWS)]
+        other, messages = receiving(kit.make(name)), [arriving(near(i), f"sender-{i}") for i in range(ROWS)]
         with pytest.warns(UserWarning, match="parameters of 'ill' have NaN or infinity"):
-            agent.receive([*messages, told(ill, "ill")])
+            agent.receive([*messages, arriving(ill, "ill")])
         other.receive(messages)
         assert away(agent, other.state.params) == 0 < away(agent, BASE)
-        ill_alone = hearer(kit.make(name))
+        ill_alone = receiving(kit.make(name))
         with pytest.raises(cs.ConsilienceError, match=r"got NaN or infinity in '1.weight' of 'ill'"):
-            ill_alone.receive([told(ill, "ill")])
+            ill_alone.receive([arriving(ill, "ill")])
         return
-    messages, well = [told(near(i), f"sender-{i}") for i in range(ROWS)], hearer(kit.make(name))
+    messages, well = [arriving(near(i), f"sender-{i}") for i in range(ROWS)], receiving(kit.make(name))
     with pytest.raises(
         cs.ConsilienceError, match=r"must be finite, got NaN or infinity in '1.weight' of 'ill'"
     ):
-        agent.receive([*messages, told(ill, "ill")])
+        agent.receive([*messages, arriving(ill, "ill")])
     well.receive(messages)
     assert away(agent, well.state.params) == 0 and ("ill|" not in agent.state.received)
 
@@ -182,28 +188,28 @@ def test_what_is_not_finite_is_refused_or_left_out_by_the_senders_name(name: str
 def test_other_shapes_are_refused_by_the_senders_name() -> None:
     wrong = near(1) | {"1.bias": torch.zeros(3)}
     with pytest.raises(cs.ConsilienceError, match=r"receiver's shapes, got \(3,\) for '1.bias' of 'wrong'"):
-        hearer().receive([told(wrong, "wrong")])
+        receiving().receive([arriving(wrong, "wrong")])
 
 
 def test_a_version_has_one_content() -> None:
-    one, other = told(near(1), "sender"), told(near(2), "sender")
-    agent = hearer()
+    one, other = arriving(near(1), "sender"), arriving(near(2), "sender")
+    agent = receiving()
     agent.receive([one])
     agent.receive([one])
     with pytest.raises(cs.ConsilienceError, match="one content, got another for '' of 'sender'"):
         agent.receive([other])
     for both in ([one, other], [other, one]):
         with pytest.raises(cs.ConsilienceError, match="one content, got another for '' of 'sender'"):
-            hearer().receive(both)
+            receiving().receive(both)
 
 
 def test_repeats_and_old_versions_change_nothing() -> None:
-    once, often = hearer(kit.make("Mean")), hearer(kit.make("Mean"))
-    messages = [told(near(i), f"sender-{i}", version=2) for i in range(ROWS)]
+    once, often = receiving(kit.make("Mean")), receiving(kit.make("Mean"))
+    messages = [arriving(near(i), f"sender-{i}", version=2) for i in range(ROWS)]
     once.receive(messages)
-    often.receive([*messages, *messages, told(near(9), "sender-0", version=1)])
+    often.receive([*messages, *messages, arriving(near(9), "sender-0", version=1)])
     assert away(once, often.state.params) == 0
-    often.receive([told(near(9), "sender-0", version=1), *messages])
+    often.receive([arriving(near(9), "sender-0", version=1), *messages])
     assert away(once, often.state.params) == 0
 
 
@@ -250,7 +256,7 @@ def test_join_is_a_join(a: list[Message], b: list[Message], c: list[Message]) ->
 @given(messages, st.randoms(use_true_random=False))
 def test_agents_banks_do_not_depend_on_the_road(sent: list[Message], r: object) -> None:
     """All at once, or one by one in another order with repeats: the same bank and receipts, through bytes."""
-    at_once, one_by_one = hearer(), hearer()
+    at_once, one_by_one = receiving(), receiving()
     at_once.receive(sent)
     mixed = sent * 2
     r.shuffle(mixed)  # type: ignore[attr-defined]

@@ -12,6 +12,10 @@ DEEPEST = 20
 """How deep mappings and lists may be nested."""
 
 
+class NotBounded(yaml.constructor.ConstructorError):
+    """YAML that is right, and is refused."""
+
+
 class Bounded(yaml.SafeLoader):
     """The safe loader of PyYAML, which refuses aliases, keys that come twice, and deep nesting."""
 
@@ -19,7 +23,7 @@ class Bounded(yaml.SafeLoader):
 
     def _refused(self, problem: str) -> yaml.YAMLError:
         event: Any = self.peek_event()  # type: ignore[no-untyped-call]
-        return yaml.constructor.ConstructorError(None, None, problem, event.start_mark)
+        return NotBounded(None, None, problem, event.start_mark)
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         """Refuse aliases, with which a short text becomes gigabytes, and recursion."""
@@ -38,9 +42,7 @@ class Bounded(yaml.SafeLoader):
         # Keys that are lists or mappings are refused by the loader.
         for key in (key for key, _ in node.value if isinstance(key.value, str)):
             if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value!r} twice", key.start_mark
-                )
+                raise NotBounded(None, None, f"the key {key.value!r} twice", key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -52,7 +54,7 @@ def read_bounded(text: str) -> Any:
     {'method': {'ewc': {'strength': 100}}}
     >>> read_bounded("a: &x [1]\\nb: *x")
     Traceback (most recent call last):
-    yaml.constructor.ConstructorError: an alias; write its value
+    consilience.cli.bounded.NotBounded: an alias; write its value
       in "<unicode string>", line 2, column 4:
         b: *x
            ^
@@ -63,13 +65,16 @@ def read_bounded(text: str) -> Any:
     return yaml.load(text, Loader=Bounded)
 
 
-def has_alias(text: str) -> bool:
-    """Whether a text is YAML with an alias.
+def unbounded(text: str) -> str:
+    """Return why a text is YAML that is not bounded; "" if it is, or is no YAML.
 
-    >>> has_alias("[&a [1], *a]"), has_alias("heads.*")
-    (True, False)
+    >>> unbounded("[&a [1], *a]"), unbounded("heads.*: {")
+    ('an alias; write its value', '')
     """
     try:
-        return any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader))
-    except yaml.YAMLError:
-        return False
+        read_bounded(text)
+    except NotBounded as error:
+        return str(error.problem)
+    except (yaml.YAMLError, ValueError):
+        return ""
+    return ""

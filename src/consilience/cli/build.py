@@ -138,11 +138,9 @@ def model_of(order: Order, schedule: Schedule) -> Model | None:
 
 def data_sizes(schedule: Schedule) -> dict[str, int]:
     """Return the arguments of models that the data decides."""
-    import torch
-
     from consilience.core.tree import one_tensor
 
-    x, _ = schedule.sources[0].train.select(torch.arange(1)).whole()
+    x, _ = schedule.sources[0].train.first()
     inputs = one_tensor(x, "a model whose sizes the data decides")
     # Vectors have one channel.
     channels = (*inputs.shape, 1)[1]

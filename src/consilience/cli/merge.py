@@ -157,8 +157,6 @@ def requested(argv: Sequence[str]) -> Request:
     helping = given.pop("help", None) is not None
     config = given.get("config")
     stored = read_stored(Path(config)) if config else Stored(None, [], None, [], {})
-    if "trust" in stored.options:
-        raise ConsilienceError(f"`trust` cannot be in a file, got it in {config}; give --trust yourself.")
 
     # Switches of the command line can turn off those of the file.
     on = {dashed(key): value for key, value in (*stored.options.items(), *given.items())}

@@ -57,12 +57,12 @@ def methods(argv: Sequence[str]) -> int:
         if options.family not in (None, families[name]):
             continue
         runs = settings_of(example(name, call), schedules)
-        if options.setting and not runs.startswith("all") and options.setting not in re.split(r"[, ]+", runs):
+        if options.setting not in (None, *runs):
             continue
         first, _, rest = (inspect.getdoc(call) or "").partition("\n")
         paper = re.search(r"^Paper: (.*?)(?=\n\n|\Z)", rest, re.M | re.S)
         print(f"{name}: {first}")
-        print(f"    settings: {runs}")
+        print(f"    settings: {in_words(runs, len(schedules))}")
         print(f"    family: {families[name]}")
         print(f"    paper: {' '.join(paper[1].split()) if paper else '-'}")
     return 0
@@ -86,11 +86,11 @@ def example(name: str, call: Callable[..., Any]) -> Method:
     return method_of(Order((part, *named), values), name)
 
 
-def settings_of(method: Method, schedules: Mapping[str, Schedule]) -> str:
-    """List the settings in which a method runs, and say where it needs task labels."""
+def settings_of(method: Method, schedules: Mapping[str, Schedule]) -> dict[str, str]:
+    """Return the settings in which a method runs, each with a note where it needs task labels."""
     from consilience.api import default_model
 
-    runs = []
+    runs: dict[str, str] = {}
     for setting, schedule in schedules.items():
         for scenario, note in (("class", ""), ("task", " (scenario task)")):
             facts = replace(schedule, scenario=scenario).survey()
@@ -98,14 +98,21 @@ def settings_of(method: Method, schedules: Mapping[str, Schedule]) -> str:
                 method.resolve(replace(facts, model=default_model(schedule, method)))
             except Refusal:
                 continue
-            runs.append(setting + note)
+            runs[setting] = note
             break
+    return runs
 
-    # One word says it where all settings are alike.
-    notes = {entry.partition(" ")[2] for entry in runs}
-    if len(runs) == len(schedules) and len(notes) == 1:
-        return f"all {notes.pop()}".strip()
-    return ", ".join(runs) or "none"
+
+def in_words(runs: Mapping[str, str], count: int) -> str:
+    """Write the settings, of so many, in which a method runs; one word says it where all are alike.
+
+    >>> in_words({"skill": "", "merging": " (scenario task)"}, 9), in_words({"skill": ""}, 1)
+    ('skill, merging (scenario task)', 'all')
+    """
+    notes = {*runs.values()}
+    if len(runs) == count and len(notes) == 1:
+        return f"all{notes.pop()}"
+    return ", ".join(setting + note for setting, note in runs.items()) or "none"
 
 
 def tiny() -> dict[str, Schedule]:

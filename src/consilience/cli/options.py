@@ -295,6 +295,8 @@ def load_yaml(path: Path) -> dict[Any, Any]:
         raise ConsilienceError(
             f"`config` must be a mapping of options, got a {type(found).__name__} in {path}."
         )
+    if "trust" in found:
+        raise ConsilienceError(f"`trust` cannot be in a file, got it in {path}; give --trust yourself.")
     return found
 
 
@@ -354,11 +356,14 @@ def as_text(value: Any) -> str:
     if not isinstance(value, str):
         return json.dumps(value, default=str)
     # Text may be YAML itself, which is read again with the type of its option.
-    if "&" in value and "*" in value:
-        from consilience.cli.bounded import has_alias
+    if any(sign in value for sign in "{[:&"):
+        from consilience.cli.bounded import unbounded
 
-        if has_alias(value):
-            raise ConsilienceError(f"a configuration must have no aliases of YAML, got {value[:80]!r}.")
+        if problem := unbounded(value):
+            raise ConsilienceError(
+                "text in a configuration must have no aliases, no key twice and few levels, "
+                f"got {problem} in {value[:80]!r}."
+            )
     return value
 
 
@@ -520,18 +525,12 @@ def choices_of(command: str) -> tuple[str, ...]:
 
 def stored_options(given: Mapping[str, str | None]) -> dict[str, str | None]:
     """Read the options that a file has: the one of --config, or that of the run that is resumed."""
-    path = None
     if given.get("config"):
-        path = Path(str(given["config"]))
-    elif given.get("resume") and given.get("out"):
+        return read_yaml(Path(str(given["config"])))
+    if given.get("resume") and given.get("out"):
         path = Path(str(given["out"])) / "config.yaml"
-    if path is None or (not given.get("config") and not path.exists()):
-        return {}
-
-    found = read_yaml(path)
-    if "trust" in found:
-        raise ConsilienceError(f"`trust` cannot be in a file, got it in {path}; give --trust yourself.")
-    return found
+        return read_yaml(path) if path.exists() else {}
+    return {}
 
 
 def fitting_options(choices: Sequence[str], chosen: Mapping[str, Any]) -> dict[str, Any]:

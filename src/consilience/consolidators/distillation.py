@@ -11,7 +11,7 @@ from torch import Tensor
 
 from consilience.core.errors import ConsilienceError, kind_of
 from consilience.core.message import Message, Shared
-from consilience.core.model import Model
+from consilience.core.model import MISFITS, Model
 from consilience.core.optimiser import SGD, Adam
 from consilience.core.params import Layout, Params, computing, content_hash
 from consilience.core.schedule import ScheduleFacts
@@ -125,7 +125,7 @@ class Distillation(WeightSpace):
             try:
                 one = cast_to(self.unlabelled[:1], like.device, like.dtype)
                 facts.model(params, buffers, one, None, False)
-            except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            except MISFITS as error:
                 return (
                     f"`unlabelled` must fit the model's input, got inputs {tuple(self.unlabelled.shape[1:])} "
                     f"({str(error).partition(chr(10))[0][:120]})"

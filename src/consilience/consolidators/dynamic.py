@@ -67,7 +67,7 @@ class Dynamic(WeightSpace):
             raise ConsilienceError(f"`total` of Dynamic must be positive and finite, got {self.total}.")
 
     def refuse(self, facts: ScheduleFacts) -> str | None:
-        if self.aggregator is not None and self.aggregator.robust:
+        if self.robust:
             return (
                 f"{type(self.aggregator).__name__} leaves out some of what is received, and FedDyn's server "
                 "adds up all of it; use feddyn's own mean"

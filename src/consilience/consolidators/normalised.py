@@ -14,7 +14,7 @@ from consilience.core.message import Message, Weights
 from consilience.core.model import Model
 from consilience.core.schedule import ScheduleFacts
 from consilience.core.state import State
-from consilience.core.weight_space import WeightSpace, with_weights
+from consilience.core.weight_space import WeightSpace, message_weights, with_weights
 
 
 @dataclass(frozen=True)
@@ -60,13 +60,17 @@ class Normalised(WeightSpace):
                     "senders must use fednova."
                 )
 
-        sizes = {m.sender: float(max(m.size, 1)) if by_size else 1.0 for m in trained}
-        effective = sum(sizes[s] * steps[s] for s in sizes) / sum(sizes.values()) if sizes else 0.0
-        if trained and self.aggregator is not None and self.aggregator.robust:
-            effective = statistics.median(steps.values())
-        # Exactly their common number, so that factors are 1 and parameters stay as they are.
+        if not trained:
+            return super().receive(model, state, fresh, by_size, generator)
         if len(set(steps.values())) == 1:
+            # Exactly their common number, so that factors are 1 and parameters stay as they are.
             effective = next(iter(steps.values()))
+        elif self.robust:
+            effective = statistics.median(steps.values())
+        else:
+            weights = message_weights(trained, by_size)
+            own = [weight * steps[m.sender] for weight, m in zip(weights, trained, strict=True)]
+            effective = sum(own) / sum(weights)
         scaled = [
             self._scaled(model, m, state, effective / steps[m.sender]) if m in trained else m for m in fresh
         ]

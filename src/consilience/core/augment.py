@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from consilience.core.errors import ConsilienceError, kind_of
+from consilience.core.params import all_finite
 from consilience.core.tree import Input, Tree, tensors_of
 
 # Random numbers by sample. A generator for each sample would cost more than most augmentations.
@@ -189,8 +190,7 @@ class Augment(Views):
             with isolated(x.device):
                 new, new_y = self._applied(x, y, seeds)
         for name, part in tensors_of(new).items():
-            # The sum costs less memory, but it can overflow where all terms are finite.
-            if part.is_floating_point() and not (torch.isfinite(part.sum()) or torch.isfinite(part).all()):
+            if not all_finite(part):
                 where = f" in {name!r}" if name else ""
                 raise ConsilienceError(
                     f"an augmentation must be finite, got NaN or infinity{where} of {self!r}."

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from consilience.core.batch import Batch
-from consilience.core.losses import DEFAULTS, present
+from consilience.core.losses import DEFAULTS
 from consilience.core.message import Item, Module
 from consilience.core.model import Model
 from consilience.core.outliers import check_features
@@ -210,12 +210,7 @@ class Learned:
         total: dict[str, Tensor] = {}
         values, classes = self.source.kind == "value", len(self.source.labels)
         # In float64, so that sums of many agents do not depend on how the data was cut.
-        seen = 0
-        for x, y in self.source.train.chunks(1024):
-            there = present(y).all(1) if values else present(y)
-            rows, seen = torch.arange(seen, seen + len(y)), seen + len(y)
-            if not self.target.complete and not bool(there.all()):
-                x, y, rows = x[there], y[there], rows[there.cpu()]
+        for x, y, rows in self.source.labelled(1024):
             with torch.no_grad():
                 features = psi(x).double()
             check_features(features, rows, self.source.name)

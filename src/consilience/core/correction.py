@@ -135,7 +135,8 @@ class Correction(Takes, ABC):
     def default_model(self, inputs: tuple[int, ...], outputs: int) -> Model | None:
         """Return the model for inputs [B, *inputs] and `outputs` classes where a user gives none; or None.
 
-        Used by corrections and mappers that need a kind of model: `Columns`, and anchors on features.
+        Used by corrections and mappers that need a kind of model: `Columns`, `HAT`, `PackNet`, and anchors on
+        features.
         """
         return None
 
@@ -297,7 +298,7 @@ class Correction(Takes, ABC):
         Called once for each message that arrives, before it is taken, with the agent's `params`. The text
         continues " in SOURCE of SENDER.". All numbers are finite. Default: entries `GROUP/NAME` of
         `Statistics` must have the shape of the agent's entry NAME. Overridden by mappers with anchors and
-        by moments of inputs.
+        by moments of inputs and of features.
         """
         item = message.items.get(self.name)
         if not isinstance(item, Statistics):

@@ -150,7 +150,7 @@ def mean(values: np.ndarray | Sequence[float], axis: int | None = None) -> np.nd
 def summary(
     matrix: np.ndarray, learned_at: Sequence[int | None], higher: bool = True
 ) -> Mapping[str, float | None]:
-    """Return score, forgetting, backward and forward transfer of R [stages + 1, sources].
+    """Return score, forgetting, transfer, stability and plasticity of R [stages + 1, sources].
 
     Source j is learned at stage l_j = learned_at[j] only; None: at several. T is the last stage. Where less
     is better (not `higher`), max is min, and differences have the other sign: a loss of skill is positive.
@@ -159,14 +159,17 @@ def summary(
     - backward_transfer = mean (R[T, j] - R[l_j, j]), over sources learned before the last stage;
     - forgetting = mean (max_{0 < i < T} R[i, j] - R[T, j]), over the same;
     - forward_transfer = mean (R[l_j - 1, j] - R[0, j]), over sources learned after the first stage;
-    - normalised = mean R[T, j] / R[l_j, j], over all sources that are learned; None where less is better.
+    - normalised = mean R[T, j] / R[l_j, j], over all sources that are learned; None where less is better;
+    - stability = mean R[T, j], over sources learned before the last stage;
+    - plasticity = mean R[l_j, j], over all sources that are learned.
 
     Each mean leaves out the sources where it is NaN. All but the score are None where a source is learned
     more than once, or where there is nothing to average.
 
     >>> r = np.array([[0.0, 0.2], [1.0, 0.3], [0.6, 0.9]])
     >>> {k: round(v, 3) for k, v in summary(r, [1, 2]).items()}
-    {'score': 0.75, 'forgetting': 0.4, 'backward_transfer': -0.4, 'forward_transfer': 0.1, 'normalised': 0.8}
+    {'score': 0.75, 'forgetting': 0.4, 'backward_transfer': -0.4, 'forward_transfer': 0.1, 'normalised': 0.8,
+    'stability': 0.6, 'plasticity': 0.95}
     """
     last = len(matrix) - 1
     found: dict[str, float | None] = {"score": float(mean(matrix[last]))}
@@ -185,6 +188,8 @@ def summary(
         "backward_transfer": [float(good[last, j] - good[learned[j], j]) for j in before_last],
         "forward_transfer": [float(good[learned[j] - 1, j] - good[0, j]) for j in after_first],
         "normalised": [float(matrix[last, j] / matrix[learned[j], j]) for j in scored] if higher else [],
+        "stability": [float(matrix[last, j]) for j in before_last],
+        "plasticity": [float(matrix[learned[j], j]) for j, stage in enumerate(learned) if stage and once],
     }
     for name, values in changes.items():
         kept = [value for value in values if value == value]

@@ -329,7 +329,7 @@ def in_columns(
         return moved
 
     # What a module does after its head may mix columns, and nothing says so but an example.
-    x = trimmed(*source.train.select(torch.arange(min(2, len(source.train)))).whole())[0]
+    x = trimmed(*source.train.first(2))[0]
     x = cast_to(x, next(iter(entries[0].values())).device, computing(entries[0]).dtype)
     with torch.no_grad():
         before, after = (model(*held, x, None, False)[0] for held in (entries, moved))

@@ -190,11 +190,22 @@ class Layout:
 def finite(tensors: Mapping[str, Tensor], whose: str) -> None:
     """Refuse NaN and infinity, with the name of the entry and of `whose` it is."""
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            continue
-        # The sum costs less memory. It can overflow where all terms are finite, so the terms decide.
-        if not (torch.isfinite(tensor.sum()) or torch.isfinite(tensor).all()):
+        if not all_finite(tensor):
             raise ConsilienceError(f"parameters must be finite, got NaN or infinity in {name!r} of {whose}.")
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no number is NaN or infinite; whole numbers never are.
+
+    >>> all_finite(torch.tensor([3e38, 3e38])), all_finite(torch.tensor([torch.nan]))
+    (True, False)
+    """
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return True
+    # Numbers of 8 bits can neither be added nor tested.
+    tensor = tensor.float() if tensor.dtype.itemsize < 2 else tensor
+    # The sum costs less memory. It can overflow where all terms are finite, so the terms decide.
+    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 
 def fits_float32(tensor: Tensor) -> bool:

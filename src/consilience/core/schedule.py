@@ -87,7 +87,7 @@ class Expert:
 
     def columns(self, framed: Source, frame: LabelFrame) -> list[int | None]:
         """Return the column of each of its labels in a schedule's frame, where its source is `framed`."""
-        where = {label: column for column, label in enumerate(frame.labels)}
+        where: dict[Label, int] = frame.column_of
         # Columns by position, as in scenario "domain", follow from the classes of the source.
         own = [self.source.labels[target] for target in self.source.classes]
         where |= dict(zip(own, framed.classes, strict=True))
@@ -489,7 +489,7 @@ def _samples(sources: Sequence[Source]) -> list[Input]:
         # Thousands of clients may share a data set, and to read a sample may take long.
         at = id(getattr(examples, "dataset", examples))
         if at not in found:
-            found[at] = examples.select(torch.arange(1)).whole()[0]
+            found[at] = examples.first()[0]
     return list(found.values())
 
 

@@ -82,6 +82,10 @@ class Examples(ABC):
         """Return the examples on a device, with floating-point inputs in `dtype`."""
         return self.map(x=lambda x: cast_to(x, device, dtype), y=lambda y: y.to(device))
 
+    def first(self, count: int = 1) -> tuple[Input, Tensor]:
+        """Return the inputs and targets of the first examples: `count` of them, or all if there are fewer."""
+        return self.select(torch.arange(min(count, len(self)))).whole()
+
     def whole(self) -> tuple[Input, Tensor]:
         """Return all inputs and all targets."""
         if len(self) == 0:
@@ -259,8 +263,8 @@ class Stream(Examples):
 
     def content(self) -> dict[str, Tensor]:
         # To read all would cost an epoch. Files whose sizes are the same are taken to be the same.
-        sizes: Tensor | None = getattr(self.dataset, "sizes", lambda: None)()
-        known = {} if sizes is None else {"sizes": sizes[self.index]}
+        sizes = file_sizes(self.dataset, self.index)
+        known = {} if sizes is None else {"sizes": sizes}
         return super().content() | {"index": self.index} | known
 
     def lengths(self) -> Tensor | None:
@@ -412,6 +416,17 @@ class Source:
             origins = origins._replace(number=origins.number[index.to(origins.number.device)])
         return replace(self, train=self.train.select(index), origins=origins)
 
+    def labelled(self, size: int) -> Iterator[tuple[Input, Tensor, Tensor]]:
+        """Yield inputs, targets and numbers of the training examples that have a target, in chunks."""
+        seen = 0
+        for x, y in self.train.chunks(size):
+            # A value counts only where all of its outputs are there.
+            there = present(y).all(1) if self.kind == "value" else present(y)
+            rows, seen = torch.arange(seen, seen + len(y)), seen + len(y)
+            if not bool(there.all()):
+                x, y, rows = x[there], y[there], rows[there.cpu()]
+            yield x, y, rows
+
     @property
     def places(self) -> int:
         """The number of dimensions of places, such as 1 for tokens and 2 for pixels; 0: one target each."""
@@ -558,15 +573,27 @@ class LabelFrame:
         held: list[Any] = _holding(rows.tolist(), [(column, words[column]) for column in columns])
         return held
 
+    @property
+    def column_of(self) -> dict[Label, int]:
+        """The column of each label."""
+        return {label: column for column, label in enumerate(self.labels)}
+
     def columns(self, labels: Sequence[Label]) -> Tensor:
         """Return the columns [k] of those labels in this frame."""
-        where = {label: column for column, label in enumerate(self.labels)}
+        where = self.column_of
         missing = [label for label in labels if label not in where]
         if missing:
             raise ConsilienceError(
                 f"classes must be declared in the schedule's sources, got {missing[0]} that none has."
             )
         return torch.tensor([where[label] for label in labels], dtype=torch.long)
+
+
+def file_sizes(dataset: Any, index: Tensor) -> Tensor | None:
+    """Return what a dataset says of the sizes of its files at these indices [n]; None where it has none."""
+    of = getattr(dataset, "file_sizes", None)
+    found: Tensor | None = of(index) if callable(of) else None
+    return found
 
 
 def _named(numbers: Any, words: Sequence[str]) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor
 from consilience.core.augment import States, isolated, seed_all
 from consilience.core.errors import ConsilienceError
 from consilience.core.params import Params, same
-from consilience.core.tree import Input
+from consilience.core.tree import Input, tensors_of
 
 Pass = Callable[[Input], tuple[Tensor, Params]]
 """Inputs -> (outputs, new buffers)."""
@@ -88,10 +88,8 @@ def _changed(part: Tensor) -> Tensor:
 
 
 def _equal(a: Input, b: Input) -> bool:
-    """Whether two inputs of one kind are equal."""
-    if isinstance(a, Tensor) or isinstance(b, Tensor):
-        return isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b)
-    return same(dict(a.parts), dict(b.parts))
+    """Whether two inputs are equal."""
+    return same(tensors_of(a), tensors_of(b))
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

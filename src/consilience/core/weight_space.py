@@ -69,6 +69,11 @@ class WeightSpace(Consolidator):
         """Whether the aggregator needs a base; averages, whose coefficients sum to 1, need none."""
         return self.aggregator is not None and self.aggregator.needs_base
 
+    @property
+    def robust(self) -> bool:
+        """Whether the aggregator bounds what one sender can do, and takes no sender's word."""
+        return self.aggregator is not None and self.aggregator.robust
+
     def combines(self, facts: ScheduleFacts) -> bool:
         """Whether it makes parameters of several models into those of one."""
         return facts.most_combined > 1
@@ -119,8 +124,7 @@ class WeightSpace(Consolidator):
                 f"a model must come as Weights where models are combined, got {type(item).__name__}."
             )
         # Robust aggregators go on without weights that are not finite.
-        robust = self.aggregator is not None and self.aggregator.robust
-        if item is not None and not robust:
+        if item is not None and not self.robust:
             check_numbers(item, state.buffers, repr(message.sender))
         if item is not None:
             row = Received(message.sender, item.group("params"), item.group("buffers"), 1.0)
@@ -133,8 +137,7 @@ class WeightSpace(Consolidator):
         messages = with_weights(fresh)
         # If no sender trained, there is no change to step along: average the rows.
         trained = any(m.trained for m in messages)
-        robust = self.aggregator is not None and self.aggregator.robust
-        guard = self.aggregator if trained and robust else None
+        guard = self.aggregator if trained and self.robust else None
         if guard is not None:
             messages = without_broken(messages)
         if not messages:

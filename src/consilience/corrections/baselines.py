@@ -76,7 +76,7 @@ def _pooled(group: Sequence[Source]) -> Source:
 def _alike(source: Source) -> object:
     """Return what sources must have in common to be one."""
     train = source.train
-    x = train.x if isinstance(train, Tensors) else train.select(torch.arange(1)).whole()[0]
+    x = train.x if isinstance(train, Tensors) else train.first()[0]
     return source.target, source.places, signature(x)
 
 

@@ -349,8 +349,7 @@ class DEN(Correction):
         growth: Growth = start.recalled
         chain, params, source = Chain.of(start.model), dict(start.params), start.sources[0]
         if not growth.stages:
-            few = torch.arange(min(2, len(source.train)))
-            inputs, _ = next(source.train.batches([few]))
+            inputs, _ = source.train.first(2)
             if why := unwidened(start.model, one_tensor(inputs, "DEN")):
                 raise Refusal(f"DEN widens the layers of a model, and this one cannot: {why}; use mlp.")
 

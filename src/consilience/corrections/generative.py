@@ -238,7 +238,7 @@ class GenerativeReplay(Correction):
         """
         scholar: Scholar | None = start.recalled
         for source in start.sources:
-            x, _ = source.train.select(torch.arange(1)).whole()
+            x, _ = source.train.first()
             if not x.is_floating_point():
                 raise ConsilienceError(
                     f"inputs to generate must be real numbers, got {x.dtype} in {source.name!r}; use er."

@@ -17,6 +17,7 @@ from consilience.core.message import Private
 from consilience.core.model import Model
 from consilience.core.names import owned_by
 from consilience.core.params import Layout, Params
+from consilience.core.shares import exact_share
 from consilience.core.source import Source
 from consilience.core.training import Training
 from consilience.corrections.anatomy import (
@@ -224,8 +225,7 @@ class PackNet(Correction):
     def trace(self, step: StepView, ctx: Context, grad: Tensor, delta: Tensor) -> dict[str, Tensor]:
         # The last step before retraining.
         epochs, steps = step.horizon
-        # A little more, because .29 x 100 is less than 29 in floating point.
-        if step.clock != (epochs - int(epochs * self.retrain + 1e-9) - 1, steps - 1):
+        if step.clock != (epochs - int(exact_share(self.retrain, epochs)) - 1, steps - 1):
             return ctx.trace
         return self._prune(step.theta + delta, step.layout, ctx)
 

@@ -10,6 +10,7 @@ import torch
 from consilience.core.contexts import Beginning, Begun
 from consilience.core.correction import Correction
 from consilience.core.errors import ConsilienceError, Refusal
+from consilience.core.shares import exact_share
 from consilience.core.source import Label, Source
 from consilience.corrections.similarity import Rows, rows_of, similarities
 
@@ -157,7 +158,7 @@ class HeadReuse(Correction):
         chosen = {}
         for c, answers in zip(source.classes, p.split([len(i) for i in index]), strict=True):
             votes = torch.bincount(answers[answers.sum(1) > 0].argmax(1), minlength=p.shape[1])
-            if len(answers) and int(votes.max()) >= threshold * len(answers) - 1e-9:
+            if len(answers) and int(votes.max()) >= exact_share(threshold, len(answers)):
                 first = int((votes == votes.max()).nonzero()[0])
                 chosen[source.labels[c]] = source.labels[first]
         return chosen

@@ -13,7 +13,6 @@ from torch import Tensor
 from consilience.core.contexts import Beginning, Begun
 from consilience.core.correction import NO_TRAINING, Correction
 from consilience.core.errors import ConsilienceError, Refusal
-from consilience.core.losses import present
 from consilience.core.outliers import Clip, check_features, checked_clip
 from consilience.core.params import computing
 from consilience.core.schedule import ScheduleFacts
@@ -180,13 +179,9 @@ def features_and_targets(
     like: Any = computing(start.params)
     psi, targets = [], []
     for source in sources:
-        own, rows, seen = [], [], 0
-        for x, y in source.train.chunks(1024):
-            there = present(y).all(1) if source.kind == "value" else present(y)
-            rows.append(torch.arange(seen, seen + len(y))[there.cpu()])
-            seen += len(y)
-            if not bool(there.all()):
-                x, y = x[there], y[there]
+        own, rows = [], []
+        for x, y, numbers in source.labelled(1024):
+            rows.append(numbers)
             with torch.no_grad():
                 x = cast_to(x, like.device, like.dtype)
                 own.append(start.model.features(start.params, start.buffers, x, source.task).double())

@@ -12,6 +12,7 @@ from torch import Tensor
 from consilience.core.augment import isolated
 from consilience.core.errors import ConsilienceError
 from consilience.core.losses import present
+from consilience.core.source import file_sizes
 from consilience.core.tree import Input, Tree, as_tensor, pad_all, part_of, unit
 
 LABELS = ("labels", "label", "label_ids")
@@ -245,10 +246,9 @@ class Pairs:
             self.known = torch.tensor([len(self.parts(i)[name]) for i in range(len(self))])
         return self.known
 
-    def sizes(self) -> Tensor | None:
-        """Return the sizes of the files [N] that the examples are read from; None where there are none."""
-        sizes: Tensor | None = getattr(self.dataset, "sizes", lambda: None)()
-        return sizes
+    def file_sizes(self, index: Tensor) -> Tensor | None:
+        """Return the sizes in bytes of the files of these examples; None where the dataset says none."""
+        return file_sizes(self.dataset, index)
 
 
 def _called(name: str) -> str:

@@ -696,9 +696,9 @@ class Images:
             )
         return image
 
-    def sizes(self) -> Tensor:
-        """Return the sizes of the files in bytes [N]."""
-        return torch.tensor([path.stat().st_size for path in self.paths])
+    def file_sizes(self, index: Tensor) -> Tensor:
+        """Return the sizes in bytes [n] of the files at these indices [n]."""
+        return torch.tensor([self.paths[i].stat().st_size for i in index.tolist()])
 
     def _read(self, i: int) -> Tensor:
         """Read one image as bytes [C, H, W]."""

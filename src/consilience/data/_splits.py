@@ -81,7 +81,7 @@ def _ordered_classes(source: Source, order: Sequence[int | str] | None, seed: in
 
 def _inputs_alone(source: Source, what: str) -> None:
     """Refuse inputs of several parts, and targets at places that would have to move with the inputs."""
-    one_tensor(source.train.select(torch.arange(1)).whole()[0], what)
+    one_tensor(source.train.first()[0], what)
     if source.places:
         raise ConsilienceError(
             f"{what} changes the inputs alone, got {source.name!r}, whose targets have places in them."

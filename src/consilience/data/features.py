@@ -18,7 +18,7 @@ from torch import Tensor
 
 from consilience.core.errors import ConsilienceError, kind_of
 from consilience.core.model import Forward, Model
-from consilience.core.params import computing, content_hash
+from consilience.core.params import all_finite, computing, content_hash
 from consilience.core.source import Examples, Source, Tensors
 from consilience.core.tree import Input, Tree, cast_to, concat
 
@@ -119,6 +119,7 @@ class Backbone:
 
     def __call__(self, x: Input) -> Tensor:
         """Compute the features [B, width] of a batch, and check them."""
+        x = cast_to(x, self.device, computing(self.params).dtype)
         # Where all features are kept already, the backbone is never bound.
         if self.bound is None:
             params = {name: value.to(self.device) for name, value in self.params.items()}
@@ -126,17 +127,16 @@ class Backbone:
             # It refuses a trunk whose head was guessed, and is a layer inside.
             find_head = getattr(self.trunk, "find_head", None)
             if find_head is not None:
-                find_head(params, buffers, cast_to(x, self.device, torch.float32))
+                find_head(params, buffers, x)
             self.bound = self.trunk.bind(params, buffers, False)[0]
 
-        psi: Tensor = self.bound(cast_to(x, self.device, computing(self.params).dtype), None)
+        psi: Tensor = self.bound(x, None)
         if psi.ndim != 2 or psi.shape[1] != self.width:
             raise ConsilienceError(
                 f"a backbone must give features [B, {self.width}], got shape {tuple(psi.shape)}."
             )
 
-        # The sum of finite numbers may overflow, so it only spares the second look.
-        if not (torch.isfinite(psi.sum()) or torch.isfinite(psi).all()):
+        if not all_finite(psi):
             raise ConsilienceError("features must be finite, got NaN or infinity.")
         return psi
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-
 from consilience.core.correction import Mapper
 from consilience.core.errors import ConsilienceError
 from consilience.core.message import Message, Module, Weights, check_numbers
@@ -136,7 +134,7 @@ def check_answer(agent: Agent, message: Message) -> None:
     source = next(
         (source for source in sources if source.task is not None and source.task == task), sources[0]
     )
-    x = source.train.select(torch.arange(1)).whole()[0]
+    x = source.train.first()[0]
     predictor = Predictor(
         agent.name,
         agent.model,

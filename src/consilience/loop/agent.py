@@ -454,8 +454,10 @@ class Agent:
             except UNREADABLE:
                 # What fails without any message is no fault of theirs.
                 self._received([], by_size, total)
-                fresh, spoilt = self._sifted([], fresh, by_size, total)
-                refused += spoilt
+                # Backwards, so that statistics about a sender's sources come before its weights, which may
+                # need them.
+                kept, spoilt = self._sifted([], fresh[::-1], by_size, total)
+                fresh, refused = kept[::-1], [*refused, *spoilt]
                 taken = self._received(fresh, by_size, total) if fresh else None
         if taken is not None:
             self.state = taken

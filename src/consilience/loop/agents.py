@@ -107,7 +107,7 @@ def initial_state(setup: Setup, seed: int) -> State:
     params, buffers = model.init(key(seed, "init"))
     if schedule.base is not None:
         params, buffers = from_base(model, schedule.base, params, buffers)
-        where = {label: column for column, label in enumerate(schedule.frame.labels)}
+        where = schedule.frame.column_of
         columns = [where.get(label) for label in labels_of(schedule.base)]
         # Classes of the base that are not in the schedule may lie anywhere: their outputs are trained again.
         if any(column is not None for column in columns):

@@ -272,7 +272,7 @@ def _check_inputs(schedule: Schedule, method: Method, model: Model) -> None:
     shapes: set[object] = set()
     for source in schedule.sources:
         # Two examples of each shape are enough to try the model.
-        x, y = trimmed(*source.train.select(torch.arange(min(2, len(source.train)))).whole())
+        x, y = trimmed(*source.train.first(2))
         kind = (signature(x), types(x), source.places)
         if kind not in shapes:
             shapes.add(kind)
@@ -299,7 +299,7 @@ def _check_single_samples(schedule: Schedule, model: Model, training: Training, 
         return
 
     params, buffers = model.init(key("single"))
-    x = short[0].train.select(torch.arange(1)).whole()[0]
+    x = short[0].train.first()[0]
     try:
         with torch.no_grad(), isolated():
             model(params, buffers, cast_to(x, x.device, computing(params).dtype), None, True)

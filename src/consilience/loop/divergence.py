@@ -12,6 +12,7 @@ from torch import Tensor
 
 from consilience.core.errors import Diverged
 from consilience.core.message import Statistics
+from consilience.core.params import all_finite
 
 if TYPE_CHECKING:
     from consilience.loop.job import Job
@@ -63,10 +64,7 @@ def check_statistics(job: Job, name: str, item: object) -> None:
 
 def _check(job: Job, tensors: Mapping[str, Tensor], what: str) -> None:
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            continue
-        # The sum can overflow where all terms are finite, so the terms decide.
-        if not (torch.isfinite(tensor.sum()) or torch.isfinite(tensor).all()):
+        if not all_finite(tensor):
             raise _diverged(job, f"{what}{name!r}")
 
 

@@ -89,8 +89,8 @@ class Job:
     """The highest of those."""
     begun: int = 0
     """The MACs of `Correction.begin`. They are charged at the end, since a resumed job begins again."""
-    lengths: dict[int, int] = field(default_factory=dict)
-    """The steps of each epoch that was planned so far."""
+    counts: list[int] = field(default_factory=lambda: [0])
+    """The steps before each epoch that was planned so far, and after the last of them."""
 
     @property
     def steps(self) -> int:
@@ -99,11 +99,10 @@ class Job:
 
     def _steps_before(self, epoch: int) -> int:
         """Return the steps of all epochs before this one."""
-        for earlier in range(epoch):
-            # A sampler may plan more steps in one epoch than in another; a resumed job plans them again.
-            if earlier not in self.lengths:
-                self.lengths[earlier] = len(self._plans(earlier)[0])
-        return sum(self.lengths[earlier] for earlier in range(epoch))
+        # A sampler may plan more steps in one epoch than in another; a resumed job plans them again.
+        while len(self.counts) <= epoch:
+            self.counts.append(self.counts[-1] + len(self._plans(len(self.counts) - 1)[0]))
+        return self.counts[epoch]
 
     @property
     def carry(self) -> Carry:
@@ -281,8 +280,9 @@ class Job:
     def plan(self, epoch: int) -> list[list[Tensor]]:
         """Return the index batches of an epoch, per part, and set the horizon of its steps."""
         plans = self._plans(epoch)
+        if len(self.counts) == epoch + 1:
+            self.counts.append(self.counts[-1] + len(plans[0]))
         # A sampler may plan more or fewer steps than the number of examples says.
-        self.lengths[epoch] = len(plans[0])
         self.step.horizon = (self.training.epochs, len(plans[0]))
         return plans
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Self, overload
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from consilience.core.errors import Absent, ConsilienceError, unknown
 from consilience.core.metrics import global_forgetting, mean, summary, worst
-from consilience.core.model import misfit
+from consilience.core.model import MISFITS, misfit
 from consilience.core.params import SEAL, Params, is_sealed
 from consilience.core.source import Label
 from consilience.core.tree import ready
@@ -78,13 +78,13 @@ class Result:
     """With `stopping`, for each repeat: the last `stage`, `why` it is the last, the stage whose parameters
     are `returned`, and their `score` on validation data (higher is better). Rows of R that a repeat did not
     reach are NaN; its scores, forgetting and transfer are those at the stage that is returned."""
-    config: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    config: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, Any] = field(default_factory=dict)
     labels: tuple[Label, ...] = ()
     """What each output column means: (label space, class name)."""
-    agent: Agent | None = field(default=None, repr=False)
+    agent: Agent | None = None
     """The evaluated agent of the first repeat; None for a result that was read from a folder."""
-    agents: Mapping[str, Agent] = field(default_factory=dict, repr=False)
+    agents: Mapping[str, Agent] = field(default_factory=dict)
     """Agents of the first repeat with models of their own, by name: clients with `judge_clients`,
     `personalise` or personal entries, and agents that no server sends its parameters to."""
 
@@ -176,24 +176,12 @@ class Result:
     @property
     def plasticity(self) -> float | None:
         """mean_j R[l_j, j]: how well each source is learned by the end of its own stage."""
-        return self._mean_of(lambda R, at: [R[stage, j] for j, stage in enumerate(at) if stage])
+        return self._mean("plasticity", directed=False)
 
     @property
     def stability(self) -> float | None:
         """mean_j R[T, j] over sources with l_j < T: how well earlier sources are known in the end."""
-        return self._mean_of(lambda R, at: [R[-1, j] for j, stage in enumerate(at) if 0 < stage < len(R) - 1])
-
-    def _mean_of(self, values: Callable[[np.ndarray, list[int]], list[float]]) -> float | None:
-        """Return the mean over repeats of scores at stages; None where a source is learned at several."""
-        self._check_one_metric()
-        if any(stage is None for stage in self.learned_at):
-            return None
-        found = []
-        for R in self.final:
-            at = [stage if stage and stage < len(R) else 0 for stage in self.learned_at]
-            found.append(float(mean(np.array(values(R, at) or [np.nan]))))
-        score = float(mean(np.array(found)))
-        return score if np.isfinite(score) else None
+        return self._mean("stability", directed=False)
 
     # Several metrics
 
@@ -277,9 +265,10 @@ class Result:
 
     # Forgetting and transfer: None where no source allows it.
 
-    def _mean(self, name: str) -> float | None:
-        """Return the mean over repeats of a field of `metrics.summary`."""
-        higher = self._known_direction()
+    def _mean(self, name: str, directed: bool = True) -> float | None:
+        """Return the mean over repeats of a field of `metrics.summary`, which may need a direction."""
+        self._check_one_metric()
+        higher = self._known_direction() if directed else True
         # A source that was to be learned after the last stage is learned at none.
         values = [
             summary(matrix, [at and (at if at < len(matrix) else 0) for at in self.learned_at], higher)[name]
@@ -396,7 +385,7 @@ class Result:
             )
         try:
             answer = chosen.predict(samples, task)
-        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        except MISFITS as error:
             raise misfit(samples, error) from error
         return chosen.frame.names(answer, task) if names else answer
 

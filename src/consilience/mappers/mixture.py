@@ -99,7 +99,7 @@ class Anchored(Mapper):
         """Refuse a feature space that training would move."""
         if self.on == "inputs":
             return Begun(start.params)
-        x = start.sources[0].train.select(torch.arange(1)).whole()[0]
+        x = start.sources[0].train.first()[0]
         like = computing(start.params)
         x = cast_to(x, like.device, like.dtype)
         # Every trainable entry is moved, and the features of one example must not follow.

@@ -17,7 +17,6 @@ from consilience.core.model import Model
 from consilience.core.params import Params
 from consilience.core.source import Source
 from consilience.core.tree import cast_to
-from consilience.merging._figures import draw
 
 COEFFICIENTS = (-1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0)
 CHUNK = 512
@@ -389,6 +388,7 @@ def write_heat_map(
     colours: tuple[float, float],
 ) -> Path:
     """Write a square matrix as a heat map; `colours` are the values of the lightest and the darkest."""
+    from consilience.report._figure import standing
     from consilience.report._svg import heat_map
     from consilience.report._text import number
 
@@ -401,4 +401,4 @@ def write_heat_map(
         number,
         lambda value: number(value, digits=2),
     )
-    return draw(path, [(title, svg)])
+    return standing([(title, svg)]).save(path)

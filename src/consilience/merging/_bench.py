@@ -112,7 +112,7 @@ def entries(what: Any, base: Any = None) -> Params:
 
 def in_frame(model: Model, checkpoint: Any, frame: LabelFrame, source: Source, whose: str) -> Any:
     """Return a checkpoint with its outputs in the columns of a frame, if it says what they mean."""
-    where = {label: column for column, label in enumerate(frame.labels)}
+    where = frame.column_of
     columns = [where.get(label) for label in labels_of(checkpoint)]
     if not columns or stay(columns, len(frame.labels)):
         return checkpoint
@@ -273,8 +273,7 @@ def framed(model: Model, sources: Sequence[Source], scenario: str | None) -> Fra
 
 def refuse_unfit(model: Model, data: Framed, sources: Sequence[Source], scenario: str) -> None:
     """Refuse a model that does not fit the inputs and the frame; check one example of each shape."""
-    one = torch.arange(1)
-    samples = (source.validation.select(one).whole()[0] for source in data.sources)
+    samples = (source.validation.first()[0] for source in data.sources)
     for sample in {signature(sample): sample for sample in samples}.values():
         try:
             model.check(data.frame, sample, data.labelled)

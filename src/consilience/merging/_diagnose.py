@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from consilience.core.errors import ConsilienceError, kind_of
-from consilience.merging._figures import draw
 from consilience.merging._files import Entries, opened, stem
 
 BLOCK = 1 << 15
@@ -108,6 +107,7 @@ class Diagnosis:
 
     def write(self, path: str | Path) -> Path:
         """Write a figure as SVG: the cosine matrix, then norms and sign conflicts along the entries."""
+        from consilience.report._figure import standing
         from consilience.report._svg import Axis, heat_map, lines_chart
         from consilience.report._text import number
 
@@ -147,7 +147,7 @@ class Diagnosis:
             ("Norm of the task vectors by entry", norms),
             ("Sign conflicts (%) by entry", conflicts),
         ]
-        return draw(path, charts)
+        return standing(charts).save(path)
 
 
 def diagnose(base: Any, experts: Any) -> Diagnosis:

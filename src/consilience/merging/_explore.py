@@ -17,7 +17,7 @@ from consilience.core.errors import ConsilienceError, kind_of, unknown
 from consilience.core.params import Params
 from consilience.core.source import Source
 from consilience.merging._bench import Bench
-from consilience.merging._figures import Mark, draw, scatter
+from consilience.merging._figures import Mark, scatter
 
 Objective = Literal["mean", "worst", "entropy", "agreement"]
 OBJECTIVES = ("mean", "worst", "entropy", "agreement")
@@ -149,9 +149,11 @@ class Exploration:
                 Mark(x, y, mixture.aggregator, mixture.name, id(mixture) in front, mixture is self.best)
             )
 
+        from consilience.report._figure import standing
+
         # The label is for readers who cannot see the figure.
         label = f"Scatter: {len(marks)} mixtures, {names[1]} against {names[0]}; best {self.best.name}."
-        return draw(path, [(f"{len(marks)} mixtures", scatter(names, marks, label))])
+        return standing([(f"{len(marks)} mixtures", scatter(names, marks, label))]).save(path)
 
 
 def explore(

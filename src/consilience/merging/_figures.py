@@ -2,47 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
-
-from consilience.core.errors import ConsilienceError
-
-
-def draw(path: str | Path, charts: Sequence[tuple[str, str]]) -> Path:
-    """Write charts, (title, SVG) each, below each other as one SVG file that needs no other file."""
-    from consilience.core.params import write_bytes
-    from consilience.report._style import STYLE
-    from consilience.report._svg import SIZE, esc
-
-    path = Path(path)
-    if path.suffix.lower() != ".svg":
-        raise ConsilienceError(f"a figure must be written to a .svg file, got {path}.")
-
-    body, width, top = [], 0.0, 12.0
-    for title, svg in charts:
-        # A chart becomes a group, since browsers scale an SVG in an SVG by rules of their own.
-        found = re.fullmatch(
-            r'<svg viewBox="0 0 (\S+) (\S+)" role="img" aria-label="([^"]*)"[^>]*>(.*)</svg>', svg, re.S
-        )
-        assert found is not None, "charts come from report._svg.canvas"
-        chart_width, chart_height, label, content = found.groups()
-        place = f"translate(0 {top + 24:.0f})"
-        body.append(f'<text x="12" y="{top + SIZE:.0f}" class="n">{esc(title)}</text>')
-        body.append(f'<g transform="{place}" role="img" aria-label="{label}">{content}</g>')
-        width, top = max(width, float(chart_width)), top + 40 + float(chart_height)
-
-    # The style is CDATA, which its end must not occur in.
-    style = STYLE.replace("]]>", "")
-    text = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {top:.0f}" '
-        f'width="{width * 1.2:.0f}">'
-        f"<style><![CDATA[{style}svg{{font-family:system-ui,sans-serif}}]]></style>"
-        f'<rect width="100%" height="100%" style="fill:var(--card)"/>{"".join(body)}</svg>\n'
-    )
-    write_bytes(path, text.encode("utf-8", "replace"))
-    return path
 
 
 class Mark(NamedTuple):

@@ -388,12 +388,6 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def finite(values: Tensor) -> bool:
-    """Whether all numbers are finite, also in a dtype of 8 bits."""
-    # torch.isfinite has no kernel for 8-bit floats.
-    return bool(torch.isfinite(values.float() if values.dtype.itemsize < 2 else values).all())
-
-
 def pickle_refused(path: Path) -> ConsilienceError:
     """Return the error for weights in a pickle, which can run code when it is read."""
     return ConsilienceError(

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from consilience.core.errors import ConsilienceError
-from consilience.core.params import save, sync_folder, write_json
-from consilience.merging._files import ADAPTER, DTYPES, INDEX, PIECE, Files, finite, inside, read_json, stem
+from consilience.core.params import all_finite, save, sync_folder, write_json
+from consilience.merging._files import ADAPTER, DTYPES, INDEX, PIECE, Files, inside, read_json, stem
 from consilience.merging._plan import Plan
 
 CODES = {dtype: code for code, dtype in DTYPES.items()}
@@ -35,7 +35,7 @@ def fitted(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
 
     # Only a narrower range can make finite values infinite.
     narrower = torch.finfo(dtype).max < torch.finfo(values.dtype).max
-    if narrower and not finite(made):
+    if narrower and not all_finite(made):
         raise ConsilienceError(
             f"merged parameters must fit in {dtype} (--out_dtype), got larger ones in {name!r}."
         )
@@ -202,27 +202,31 @@ class Shards:
         sync_folder(self.out.parent)
 
     def _correct_config(self) -> None:
-        """Correct config.json: the dtype, if the weights have another one now, and without a local path."""
-        path = self.temporary / "config.json"
-        config = read_json(path) if path.is_file() else {}
-        # The folder that a model was trained in concerns nobody else.
-        if Path(str(config.get("_name_or_path", ""))).is_absolute():
-            config["_name_or_path"] = Path(config["_name_or_path"]).name
-            write_json(path, config)
-        if "auto_map" in config:
+        """Correct the dtype in config.json, and take local paths out of the configuration."""
+        for name in ("config.json", "tokenizer_config.json"):
+            path = self.temporary / name
+            if path.is_file():
+                written = read_json(path)
+                facts = without_paths(written) | (self._dtype_now(written) if name == "config.json" else {})
+                if facts != written:
+                    write_json(path, facts)
+
+        config = self.temporary / "config.json"
+        if config.is_file() and "auto_map" in read_json(config):
             warnings.warn(
                 "the base has code of its own (`auto_map` in config.json), which is not copied; "
                 "copy it from the base if you trust it.",
                 stacklevel=2,
             )
-        fields = [key for key in ("torch_dtype", "dtype") if isinstance(config.get(key), str)]
 
+    def _dtype_now(self, config: Mapping[str, object]) -> dict[str, str]:
+        """Return the dtype of config.json, by its field, if the weights have another one now."""
+        fields = [key for key in ("torch_dtype", "dtype") if isinstance(config.get(key), str)]
         # Weights of several dtypes have no single name: the field then stays as it is.
         before = {dtype for dtype in self.plan.like.dtypes.values() if dtype.is_floating_point}
         now = {dtype for dtype in self._dtypes.values() if dtype.is_floating_point}
-        if fields and len(now) == 1 and now != before:
-            dtype_name = str(now.pop()).removeprefix("torch.")
-            write_json(path, {**config, **dict.fromkeys(fields, dtype_name)})
+        changed = len(now) == 1 and now != before
+        return dict.fromkeys(fields, str(now.pop()).removeprefix("torch.")) if changed else {}
 
     def _read_back(self, name: str, start: int, stop: int) -> Tensor:
         """Read elements that were written."""
@@ -240,6 +244,17 @@ class Shards:
         for parent in self.new_parents:
             with suppress(OSError):
                 parent.rmdir()
+
+
+def without_paths(facts: Mapping[str, object]) -> dict[str, object]:
+    """Return facts of a model with the last part of a local path in the place of the path.
+
+    >>> without_paths({"_name_or_path": "/home/ann/run7", "hidden_size": 3})
+    {'_name_or_path': 'run7', 'hidden_size': 3}
+    """
+    # The folder that a model was trained in concerns nobody else.
+    named = {name: Path(str(facts[name])) for name in ("_name_or_path", "name_or_path") if name in facts}
+    return {**facts, **{name: path.name for name, path in named.items() if path.is_absolute()}}
 
 
 def _is_companion(path: Path) -> bool:

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from consilience.core.aggregator import Affine, Aggregator, Blockwise, Linear, canonical
 from consilience.core.errors import ConsilienceError, kind_of, unknown
-from consilience.core.params import key, matches
+from consilience.core.params import all_finite, key, matches
 from consilience.core.signals import ended_by_signals
-from consilience.merging._files import Entries, finite, opened, stem
+from consilience.merging._files import Entries, opened, stem
 from consilience.merging._out import Shards, Tensors
 from consilience.merging._plan import MergeSettings, Plan, Reader, Span, plan
 
@@ -271,7 +271,7 @@ class Merge:
         for span in spans:
             owner = source if span.name in source.shapes else self.plan.like
             piece = owner.read(span.name, span.start, span.stop)
-            if not finite(piece):
+            if not all_finite(piece):
                 raise NotFinite(not_finite(self.plan))
             write(span.name, span.start, piece)
 
@@ -359,7 +359,8 @@ def not_finite(plan: Plan) -> dict[str, list[str]]:
     # Without a base `like` is an expert too: each model is read once.
     for model in {id(model): model for model in (plan.like, *plan.experts)}.values():
         for n in plan.names:
-            if n in model.shapes and not all(finite(piece) for _, piece in model.pieces(n, 0, plan.spans[n])):
+            pieces = model.pieces(n, 0, plan.spans[n]) if n in model.shapes else ()
+            if not all(all_finite(piece) for _, piece in pieces):
                 found.setdefault(n, []).append(model.name)
     return found
 
@@ -491,9 +492,9 @@ def _merge_all(
     """Merge all groups of entries; return the entries that were left out, since they are not finite."""
     made, seed = prepared.plan, settings.seed
     averaged = _averaged(prepared)
-    held = [n for n in made.names if is_statistic(n)] if averaged is not prepared else []
-    others = [n for n in made.names if n not in set(held)]
-    groups = [others, held] if settings.per == "model" else [[n] for n in made.names]
+    held = {n for n in made.names if is_statistic(n)} if averaged is not prepared else set()
+    apart = [[n for n in made.names if (n in held) == own] for own in (False, True)]
+    groups = apart if settings.per == "model" else [[n] for n in made.names]
     skipped: set[str] = set()
     while True:
         send = _Counter(progress, made)

@@ -616,7 +616,8 @@ def tensor_of(out: Any) -> Tensor:
 def _permutation(columns: Sequence[int | None], width: int, outputs: int) -> Tensor:
     """Return the place [outputs] of each output: its column; behind `width` for None; else what is left."""
     places: list[int | None] = [*columns[:outputs], *[None] * (outputs - len(columns))]
-    free = [place for place in range(outputs) if place not in set(places)]
+    taken = set(places)
+    free = [place for place in range(outputs) if place not in taken]
     behind = [place for place in free if place >= width]
     for i, column in enumerate(columns[:outputs]):
         if column is None:
@@ -628,7 +629,8 @@ def _permutation(columns: Sequence[int | None], width: int, outputs: int) -> Ten
             places[i] = behind.pop(0)
 
     # Outputs without labels were never trained as any class.
-    left = iter([place for place in free if place not in set(places)])
+    taken = set(places)
+    left = iter([place for place in free if place not in taken])
     return torch.tensor([next(left) if place is None else place for place in places])
 
 

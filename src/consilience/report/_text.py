@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -330,11 +331,14 @@ def tsv(found: Sequence[Column]) -> str:
 def cell(text: str) -> str:
     """Write a cell for a spreadsheet, which would compute a name that begins as a formula does.
 
-    >>> cell("=1+1"), cell("-25.0")
-    ("'=1+1", '-25.0')
+    >>> cell("=1+1"), cell("-2*3"), cell("-25.0")
+    ("'=1+1", "'-2*3", '-25.0')
     """
-    is_number = text.lstrip("+-")[:1].isdigit() or text in ("-", "")
-    return text if is_number or text[0] not in "=+-@" else f"'{text}"
+    is_safe = text[:1] not in tuple("=+-@") or _NUMBER.fullmatch(text)
+    return text if is_safe else f"'{text}"
+
+
+_NUMBER = re.compile(r"-?(\d[\d.]*(e[+-]?\d+)?)?( ± [\d.]+)?( ?%)?")
 
 
 def example(method: str = "ewc") -> Result:

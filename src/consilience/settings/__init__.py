@@ -351,11 +351,14 @@ def _federation(
             for position in positions
             for number in range(federation.rounds)
         ]
+        # Once per position: there may be thousands of clients, and as many rounds.
+        totals = [
+            federation.totals({i: sizes[i][position] for i in able[position]}) for position in positions
+        ]
         drawn_rounds = participation.rounds(seed, planned, sizes)
         for count, (at, drawn) in enumerate(zip(planned, drawn_rounds, strict=True), 1):
             sources = {i: streams[i][at.position].name for i in drawn.clients}
-            may = {i: sizes[i][at.position] for i in at.able}
-            yield from federation.phases(drawn, clients, sources, may, least)
+            yield from federation.phases(drawn, clients, sources, totals[at.position], least)
 
             # Personal training comes once, before the last evaluation.
             last = count == len(planned)

@@ -311,7 +311,7 @@ class Federation:
         drawn: Round,
         clients: Sequence[str],
         sources: Mapping[int, str],
-        sizes: Mapping[int, int],
+        totals: Mapping[str, float],
         least: int | None,
     ) -> Iterator[Phase]:
         """Yield the phases of one round: parameters go down to its clients, these train, and send up again.
@@ -320,7 +320,7 @@ class Federation:
             drawn: the round.
             clients: the names of all clients.
             sources: the name of the source that each client trains on.
-            sizes: the examples of all clients that may take part.
+            totals: what all clients that may take part weigh, as `totals` returns it.
             least: clients that must finish, or the run stops.
         """
         if not drawn.clients:
@@ -338,7 +338,6 @@ class Federation:
         # A hub whose clients all dropped out receives nothing, and the server receives nothing from it: old
         # parameters would pull the average back.
         senders = {hub: own for hub, own in senders.items() if own}
-        totals = self.totals(sizes)
         for _ in range(self.edge_rounds):
             yield Exchange({client: (hub,) for client, hub in hub_of.items()})
             yield Train(

@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 from xml.dom import minidom
 
 import numpy as np
@@ -24,6 +25,7 @@ from consilience.merging import _choose
 from consilience.merging._bench import Answers, Bench
 from consilience.merging._choose import choose
 from consilience.merging._explore import explore, greedy_soup
+from consilience.merging._stream import merge
 
 QUICK = dict(grid=(0.0, 0.4, 1.0), budget=6)
 
@@ -443,11 +445,15 @@ def test_all_ways_are_judged_on_the_test_parts(digits, chosen):
         "ensemble",
         "routing",
         "distilled",
+        "bound",
     }
     n = sum(t.numel() for t in base.values())
+    router = 2 * (32 + 1)  # two sources, 32 features
+    other = {"learned router": (2, 3 * n + router), "each on its own source": (1, 2 * n)}
     for c in chosen.candidates:
         many = c.kind in ("ensemble", "routing")
-        assert (c.passes, c.parameters) == ((2, 2 * n) if many else (1, n)), c.name
+        usual = (2, 2 * n) if many else (1, n)
+        assert (c.passes, c.parameters) == other.get(c.name, usual), c.name
         assert c.mean == pytest.approx(sum(c.test.values()) / 2)
     merged = chosen.params("task arithmetic")
     assert accuracy(model, merged, halves[0].test) == chosen["task arithmetic"].test[halves[0].name]
@@ -460,7 +466,7 @@ def test_all_ways_are_judged_on_the_test_parts(digits, chosen):
 def test_the_rule_is_the_one_that_is_said(digits, chosen):
     model, _, _, halves = digits
     single = max((c for c in chosen.candidates if c.kind in ("base", "expert")), key=lambda c: c.validation)
-    rest = [c for c in chosen.candidates if c.kind not in ("base", "expert")]
+    rest = [c for c in chosen.candidates if c.kind not in ("base", "expert", "bound")]
     assert chosen.single == single.name
     assert chosen[chosen.combination].validation == max(c.validation for c in rest)
     rows = []
@@ -475,8 +481,174 @@ def test_the_rule_is_the_one_that_is_said(digits, chosen):
     assert chosen.gain == pytest.approx(np.mean([d.mean() for d in rows]))
     assert chosen.error == pytest.approx(math.sqrt(sum(d.var(ddof=1) / len(d) for d in rows)) / 2)
     assert chosen.pays == (chosen.gain > chosen.error)
-    assert f"combining {'pays' if chosen.pays else 'does not pay'}" in chosen.table()
+    assert f"combining {'pays' if chosen.pays else 'does not pay'}" in chosen.verdict
+    assert chosen.use == (chosen.combination if chosen.pays else chosen.single)
+    assert chosen.table().count("\nuse ") == 1 and chosen.verdict in chosen.table()
     assert json.loads(json.dumps(chosen.to_json()))["use"] == chosen.use
+
+
+def test_each_on_its_own_source_and_a_learned_router_are_rows(digits):
+    """Sources that are far apart are told apart: the router is then as right as one that is told."""
+    model, base, experts, halves = digits
+    near, far = halves[0], halves[1].map(x=lambda x: 1 - x)
+    named = {near.name: experts["a"], far.name: trained(model, base, far, 3)}
+    found = choose(model, base, named, [near, far], aggregators={}, budget=0)
+    own, router = found["each on its own source"], found["learned router"]
+    assert own.test == {s.name: accuracy(model, named[s.name], s.test) for s in (near, far)}
+    assert dict(router.test) == dict(own.test)
+    assert (own.kind, router.kind) == ("bound", "routing") and own.detail.startswith(
+        f"{near.name}: {near.name}"
+    )
+
+    # Where the source of an input is not given, nobody can use it.
+    assert found.use != own.name != found.combination and found.cheaper != own.name
+    swapped = {near.name: named[far.name], far.name: named[near.name]}
+    wrong = choose(model, base, swapped, [near, far], aggregators={}, budget=0)
+    assert wrong["each on its own source"].test[near.name] == accuracy(model, named[far.name], near.test)
+
+    # The router reads no targets, and one source needs none.
+    blind = [replace(s, train=Tensors(s.train.x, 0 * s.train.y)) for s in (near, far)]
+    assert choose(model, base, named, blind, {}, budget=0)["learned router"] == router
+    alone = choose(model, base, named, [near], {}, budget=0)
+    assert not {"learned router", own.name} & {c.name for c in alone.candidates}
+
+
+def test_a_router_of_a_module_without_a_linear_head_reads_outputs():
+    class Scaled(nn.Module):
+        def __init__(self, value):
+            super().__init__()
+            self.w = nn.Parameter(torch.tensor([value]))
+
+        def forward(self, x):
+            return torch.cat([x * self.w, -x], 1)
+
+    low, high = (
+        data.arrays(torch.arange(float(a), a + 40)[:, None], [0, 1] * 20, name=n, space="one")
+        for a, n in ((-60, "low"), (60, "high"))
+    )
+    models_of = {"low": Scaled(2.0), "high": Scaled(0.5)}
+    found = choose(models.wrap(Scaled(1.0), outputs=2), Scaled(1.0), models_of, [low, high], {}, budget=0)
+    assert found["learned router"].detail == "logistic on the base's outputs"
+    assert found["learned router"].test == found["each on its own source"].test
+
+
+@pytest.mark.parametrize(
+    ("better", "confirmed"), [(True, True), (True, False), (False, True), (False, False)]
+)
+def test_there_is_one_verdict_whatever_the_two_parts_say(better, confirmed):
+    def judged(name, kind, validation, test):
+        mean = float(test.correct.mean())
+        candidate = _choose.Candidate(
+            name, kind, "", float(validation.correct.mean()), {"s": mean}, mean, 0.0, 0.0, 1, 10
+        )
+        return _choose.Judged(candidate, [validation], [test], 0.0)
+
+    good, bad = answers(*[1] * 20), answers(*[0] * 10, *[1] * 10)
+    every = {
+        "one": judged("one", "expert", bad, bad),
+        "both": judged("both", "merge", good if better else bad, good if confirmed else bad),
+    }
+    bench = SimpleNamespace(sources=[SimpleNamespace(validation=0, test=1)])
+    found = _choose.decide(bench, every, "one", "both")
+    assert found.pays == (better and confirmed)
+    assert found.use == ("both" if found.pays else "one")
+    assert found.verdict.startswith(f"use {found.use} (")
+    assert f"({100 * every[found.use].candidate.mean:.1f} %" in found.verdict
+    assert f"combining {'pays' if found.pays else 'does not pay'}:" in found.verdict
+    assert found.verdict.count(".\n") == 0 and found.verdict.endswith(".")
+    assert found.gain.mean == (0.5 if confirmed else 0.0)
+
+
+def test_an_expert_that_is_poor_on_its_own_source_raises_a_flag():
+    """An expert with its columns in another order, one that learned nothing, and two that are fine."""
+    model, halves = models.mlp(64, (32,)), data.split_classes(data.digits(), 2)
+    base = model.init(key(0))[0]
+    fine = {s.name: trained(model, base, s, 6) for s in halves}
+    assert choose(model, base, fine, halves, {}, budget=0).flags == ()
+    first, second = fine
+    head = [n for n in base if n.startswith("3.")]
+    moved = {**fine[second], **{n: fine[second][n].roll(3, 0) for n in head}}
+    found = choose(model, base, {first: fine[first], second: moved}, halves, {}, budget=0)
+    (flag,) = found.flags
+    assert flag.startswith(f"the expert {second} is poor on its own source {second}: 0.")
+    assert "with its classes in another order it would have 9" in flag and flag in found.table()
+    assert json.loads(json.dumps(found.to_json()))["flags"] == [flag]
+
+    untrained = choose(
+        model, base, {first: model.init(key(5))[0], second: fine[second]}, halves, {}, budget=0
+    )
+    (flag,) = untrained.flags
+    assert first in flag and "the most frequent class alone has" in flag
+    # Without labels nobody knows what is right.
+    assert choose(model, base, {"x": moved}, halves, {}, labels=False, budget=0).flags == ()
+    # One that is fair, but behind another on its own data.
+    some = {first: trained(model, base, halves[0], 1), "better": fine[first]}
+    (flag,) = choose(model, base, some, halves, {}, budget=0).flags
+    assert f"the expert {first} is poor" in flag and "; better has 9" in flag
+
+
+def test_progress_names_every_search_and_candidate(digits):
+    model, base, experts, halves = digits
+    lines = []
+    found = choose(model, base, experts, halves, {}, budget=0, progress=lines.append)
+    judged = [line for line in lines if line.startswith("judging ")]
+    total = len(found.candidates)
+    assert judged == [f"judging {i}/{total}: {c.name}" for i, c in enumerate(found.candidates, 1)]
+    assert lines[0] == "task arithmetic: searching one coefficient" and "learned router: fitting" in lines
+
+
+def test_modules_wrapped_models_and_files_of_torch_are_the_same_models(tmp_path):
+    torch.manual_seed(0)
+    nets = [nn.Sequential(nn.Linear(64, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 10)) for _ in range(3)]
+    halves = data.split_classes(data.digits(), 2)
+    for i, net in enumerate(nets):
+        net(halves[i % 2].train.x[:50])
+        net.eval()
+    torch.save(nets[0].state_dict(), tmp_path / "base.pth")
+    torch.save({"epoch": 3, "state_dict": nets[1].state_dict()}, tmp_path / "a.pt")
+    torch.save(nets[2].state_dict(), tmp_path / "b.ckpt", _use_new_zipfile_serialization=False)
+    paths = [tmp_path / "base.pth", str(tmp_path / "a.pt"), tmp_path / "b.ckpt"]
+    ways = [nets, [models.wrap(net) for net in nets], paths, [n.state_dict() for n in nets]]
+    results = [
+        choose(nets[0], way[0], dict(zip("ab", way[1:], strict=True)), halves, {}, budget=0).to_json()
+        for way in ways
+    ]
+    assert all(result == results[0] for result in results)
+
+    # A model that draws its weights is no checkpoint.
+    mlp = models.mlp(64, (8,))
+    with pytest.raises(ConsilienceError, match="draws them by a seed"):
+        choose(mlp, mlp, [mlp], halves)
+    base = mlp.init(key(0))[0]
+    torch.save({"weights": base, "step": 3}, tmp_path / "odd.pth")
+    with pytest.raises(ConsilienceError, match=r"odd.pth must be .* got 3 for 'step'|got a .* for 'weights'"):
+        choose(mlp, base, [tmp_path / "odd.pth"], halves)
+
+
+class Runs:
+    """A pickle that would run code."""
+
+    def __reduce__(self):
+        return (exec, ("import pathlib; pathlib.Path('ran').write_text('')",))
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin", ".ckpt"])
+def test_a_torch_file_that_would_run_code_is_refused_by_name(tmp_path, monkeypatch, suffix):
+    monkeypatch.chdir(tmp_path)
+    model = models.mlp(64, (8,))
+    base = model.init(key(0))[0]
+    evil, cut, text = (tmp_path / f"{n}{suffix}" for n in ("evil", "cut", "text"))
+    torch.save({"1.weight": Runs()}, evil)
+    torch.save(base, cut)
+    cut.write_bytes(cut.read_bytes()[:300])
+    text.write_bytes(b"not a pickle")
+    for path in (evil, cut, text):
+        with pytest.raises(ConsilienceError, match=f"{path.name} must be a state dict.*tensors by name"):
+            choose(model, base, [path], data.split_classes(data.digits(), 2))
+    assert not (tmp_path / "ran").exists()
+    # A merge reads files piece by piece, and safetensors only.
+    with pytest.raises(ConsilienceError, match="pickle"):
+        merge(base, [evil], aggregators.mean(), tmp_path / "out")
 
 
 def test_combining_pays_where_experts_complete_each_other_and_not_where_they_are_alike():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from consilience.cli.options import (
     take_choice,
 )
 from consilience.core.errors import ConsilienceError
+from consilience.core.names import clean
 
 if TYPE_CHECKING:
     from consilience.core.aggregator import Aggregator
@@ -82,23 +84,41 @@ def choose(argv: Sequence[str]) -> int:
     schedule = schedule_of(order)
     model = model_of(order, schedule) or default_model(schedule, average())
 
-    choice = judge(
-        model,
-        base,
-        by_name,
-        halved(schedule.sources, options.seed),
-        tried,
-        labels=options.labels,
-        distil=options.distil,
-        scenario=order.values["setting.scenario"],
-        budget=options.budget,
-        seed=options.seed,
-    )
+    with progress_line() as progress:
+        choice = judge(
+            model,
+            base,
+            by_name,
+            halved(schedule.sources, options.seed),
+            tried,
+            labels=options.labels,
+            distil=options.distil,
+            scenario=order.values["setting.scenario"],
+            budget=options.budget,
+            seed=options.seed,
+            progress=progress,
+        )
     print(choice.table())
     if options.out:
         write_json(Path(options.out), choice.to_json())
         print(f"wrote {options.out}")
     return 0
+
+
+@contextmanager
+def progress_line() -> Iterator[Callable[[str], object] | None]:
+    """Give a callback that shows what is being judged; None where stderr is no terminal."""
+    from rich.console import Console
+    from rich.text import Text
+
+    # stdout has the result, which may go to a file.
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield None
+        return
+    with console.status("reading data") as status:
+        # As text, since names may have brackets, which would be markup.
+        yield lambda text: status.update(Text(clean(text)))
 
 
 def understand_choose(argv: Sequence[str]) -> tuple[Order | None, list[str]]:
@@ -171,11 +191,14 @@ def sources_in(folder: Path) -> Callable[..., list[Source]]:
 
 
 def checkpoint_of(word: str, base: Any = None) -> Any:
-    """Find a checkpoint: a path (of an adapter, with its base), or the parameters of a run in its folder."""
+    """Find a checkpoint: a path (of an adapter, with its base), the tensors of a torch file or of a run."""
     from consilience.loop.session import saved_agents
-    from consilience.merging._files import opened
+    from consilience.merging._files import loaded, opened
 
     path = Path(word)
+    read = loaded(path)
+    if read is not path:
+        return read
     if not (path / "checkpoint" / "index.json").exists():
         # Opening it refuses what is no checkpoint before any work is done.
         opened(path, None if base is None else opened(base))

@@ -19,7 +19,7 @@ from consilience.core.schedule import labels_of, reframe
 from consilience.core.source import Examples, LabelFrame, Source
 from consilience.core.tree import Input, cast_to, signature
 from consilience.merging._diagnose import named
-from consilience.merging._files import opened
+from consilience.merging._files import loaded, opened
 from consilience.merging._stream import merge
 from consilience.models import wrap
 
@@ -338,7 +338,8 @@ class Bench:
         averages: bool = False,
     ) -> None:
         self.model = model_of(model)
-        given = named(experts)
+        given = {name: loaded(expert) for name, expert in named(experts).items()}
+        base = loaded(base)
         if base is None and not averages:
             raise ConsilienceError(
                 "`base` must be a state dict, a module or a path, which the experts were trained from, "

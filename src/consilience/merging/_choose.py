@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -20,25 +20,30 @@ from consilience.core.state import State
 from consilience.core.tree import concat
 from consilience.merging._bench import Answers, Bench, Part
 from consilience.merging._explore import Mixture, SearchOptions, search, soup
+from consilience.merging._router import fitted, sent
+
+if TYPE_CHECKING:
+    from consilience.report._text import Column
 
 RULE = (
-    "the best combination and the best single model by the validation parts are compared on the test parts: "
-    "combining pays where the mean over sources is higher by more than its standard error, paired over "
-    "examples"
+    "the best combination and the best single model by the validation parts are compared on these, and again "
+    "on the test parts: combining pays where on both the mean over sources is higher by more than its "
+    "standard error, paired over examples"
 )
 SILENT = (
     "no labels were read: scores are the agreement with the ensemble of experts, then confidence "
     "(1 - entropy over log C); they cannot tell whether answers are right, nor whether combining pays"
 )
-SINGLE, ONE = ("base", "expert"), ("base", "expert", "merge", "distilled")
-"""Kinds that combine nothing, and kinds that are one model."""
+UNSURE = f"combining: {SILENT}."
+SINGLE, ONE, BOUND = ("base", "expert"), ("base", "expert", "merge", "distilled"), "bound"
+"""Kinds that combine nothing, kinds that are one model, and what knows more than an input: no choice."""
 STRENGTHS = (0.25, 0.5, 0.75, 1.5, 2, 3, 4, 6, 8)
 """Scales of merges to try besides 1, as far as they are at most the number of experts."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A way to answer: its kind (base, expert, merge, ensemble, routing, distilled), scores, and cost.
+    """A way to answer: its kind (base, expert, merge, ensemble, routing, distilled, bound), scores, and cost.
 
     `validation` is the score that selects. `test` has the scores by source on the test parts, and `mean` is
     their mean: accuracy, or without labels agreement with the ensemble. `passes` are forward passes per
@@ -61,9 +66,10 @@ class Candidate:
 class Choice:
     """The result of `choose`: candidates, which to `use`, and whether combining `pays` (None without labels).
 
-    `gain` +- `error` is the advantage of `combination` over `single` on the test parts, the best of each by
-    validation. `cheaper` costs fewer passes or parameters than `use`, and is within one paired standard error
-    of it on the validation parts.
+    `verdict` says in one sentence what to use. `gain` +- `error` is the advantage of `combination` over
+    `single` on the test parts, the best of each by validation. `cheaper` costs fewer passes or parameters
+    than `use`, and is within one paired standard error of it on the validation parts. `flags` has a sentence
+    for each expert that is poor on its own source.
     """
 
     labels: bool
@@ -76,8 +82,15 @@ class Choice:
     gain: float | None
     error: float | None
     pays: bool | None
-    advice: str
+    verdict: str
+    notes: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ()
     make: Callable[[str], Params] = field(default=lambda _: {}, repr=False)
+
+    @property
+    def advice(self) -> str:
+        """The verdict, the flags, and what else there is to know, a line for each."""
+        return "\n".join([self.verdict, *(f"flag: {flag}" for flag in self.flags), *self.notes])
 
     def __getitem__(self, name: str) -> Candidate:
         for candidate in self.candidates:
@@ -97,13 +110,23 @@ class Choice:
 
     def table(self) -> str:
         """Write the candidates, best first, and the advice."""
-        from consilience.core.names import clean
-        from consilience.report._text import Column, grid, human, number, short
+        from consilience.report._text import grid
 
-        shown = sorted(
+        return f"{grid(self.columns())}\n\n{self.advice}"
+
+    def ranked(self) -> list[Candidate]:
+        """Return the candidates, best by validation first, the cheaper of equal ones."""
+        return sorted(
             self.candidates,
             key=lambda candidate: (-candidate.validation, candidate.passes, candidate.parameters),
         )
+
+    def columns(self) -> list[Column]:
+        """Return the table of candidates, best first, in columns."""
+        from consilience.core.names import clean
+        from consilience.report._text import Column, human, number, short
+
+        shown = self.ranked()
 
         def column(head: str, say: Callable[[Candidate], str], right: bool = True) -> Column:
             return Column(head, [say(candidate) for candidate in shown], right)
@@ -128,9 +151,9 @@ class Choice:
         columns += [
             column("passes", lambda candidate: str(candidate.passes)),
             column("parameters", lambda candidate: human(candidate.parameters)),
-            column("", lambda candidate: short(candidate.detail, 60), False),
+            column("note", lambda candidate: short(candidate.detail, 60), False),
         ]
-        return f"{grid(columns)}\n\n{self.advice}"
+        return columns
 
     def to_json(self) -> dict[str, Any]:
         """Return the same as plain values."""
@@ -145,7 +168,9 @@ class Choice:
             "error": self.error if self.error is not None and math.isfinite(self.error) else None,
             "pays": self.pays,
             "rule": RULE if self.labels else SILENT,
-            "advice": self.advice,
+            "verdict": self.verdict,
+            "flags": list(self.flags),
+            "notes": list(self.notes),
             "candidates": [
                 {**vars(candidate), "test": dict(candidate.test)} for candidate in self.candidates
             ],
@@ -164,19 +189,26 @@ def choose(
     scenario: str | None = None,
     budget: int = 40,
     seed: int = 0,
+    progress: Callable[[str], object] | None = None,
 ) -> Choice:
     """Judge base, experts, merges, ensemble, routing and distillation on held-out data, and say which to use.
 
     Candidates are selected on the validation parts and reported on the test parts. With
-    d_si = 1[combination right] - 1[single right] on example i of source s, combining pays if
-    mean_s mean_i d_si > sqrt(sum_s var_i(d_si) / n_s) / S (d summed first over sources that share their
-    examples). The same rule on the validation parts decides which to use. Without labels no target is read:
-    coefficients and one model are chosen by the agreement with the ensemble of experts, then by the entropy
-    of the answers, which alone would prefer what is confident and wrong.
+    d_si = 1[combination right] - 1[single right] on example i of source s, the best combination is better
+    than the best single model if mean_s mean_i d_si > sqrt(sum_s var_i(d_si) / n_s) / S (d summed first over
+    sources that share their examples). Combining pays, and the combination is to be used, if that holds on
+    the validation parts and again on the test parts. Without labels no target is read: coefficients and one
+    model are chosen by the agreement with the ensemble of experts, then by the entropy of the answers, which
+    alone would prefer what is confident and wrong.
+
+    With several sources there are two more rows. Each model on its own source (that of its name, else the one
+    it is best on) is a bound, where the source of an input is not given. A learned router is logistic
+    regression of the source on the base's features of training inputs: it needs no targets.
 
     Args:
         model: a Model or a torch module with the entries of the checkpoints.
-        base: what the experts were trained from: a state dict, a module or a path.
+        base: what the experts were trained from: a state dict, a module (also wrapped), or a path, of
+            safetensors or of a torch file with nothing but tensors (.pth, .pt, .bin, .ckpt).
         experts: the same, in a sequence or by name.
         sources: to choose on. No expert may have seen their validation and test parts, or one that memorised
             them is chosen.
@@ -190,6 +222,7 @@ def choose(
             None fits the model.
         budget: number of mixtures that an optimiser may try for each kind of merge, after a grid.
         seed: of all random draws.
+        progress: called with a line before each search and each candidate that is judged.
 
     Raises:
         ConsilienceError: as `explore`.
@@ -209,16 +242,18 @@ def choose(
     (True, True)
     """
     # The order is that of ties: of equal candidates the first is chosen.
+    say = progress or (lambda _: None)
     bench = Bench(model, base, experts, sources, scenario)
-    proposed = Proposals(bench)
+    proposed = Proposals(bench, say)
     proposed.add_single()
     proposed.add_merges(aggregators, SearchOptions(objective=objective_of(labels), budget=budget, seed=seed))
     if len(bench.experts) > 1:
-        proposed.add_combined(labels)
+        proposed.add_combined(labels, seed)
     if distil is not None and distil is not False:
+        say("distillation: training")
         made = distilled(bench, distil, seed)
         proposed.add_model("distillation", "distilled", made, "the ensemble taught to the average")
-    return judge(bench, proposed.found, labels)
+    return judge(bench, proposed, labels)
 
 
 def objective_of(labels: bool) -> str:
@@ -243,8 +278,8 @@ class Proposal:
 class Proposals:
     """The candidates of a bench by name, in the order in which they are added."""
 
-    def __init__(self, bench: Bench) -> None:
-        self.bench = bench
+    def __init__(self, bench: Bench, say: Callable[[str], object]) -> None:
+        self.bench, self.say = bench, say
         self.found: dict[str, Proposal] = {}
 
     def add(self, name: str, proposal: Proposal) -> None:
@@ -271,6 +306,7 @@ class Proposals:
     def add_merges(self, aggregators: Mapping[str, Aggregator] | None, options: SearchOptions) -> None:
         """Add the average, task arithmetic, the greedy soup, and merges by aggregators at the best scale."""
         names, count = list(self.bench.experts), len(self.bench.experts)
+        self.say("task arithmetic: searching one coefficient")
         best = self._best(options)
         self.add_mixture("average", [1 / count] * count)
         self.add_mixture("task arithmetic", best.coefficients, f"coefficient {best.coefficients[0]:.4g}")
@@ -279,6 +315,7 @@ class Proposals:
             return
 
         # More dimensions need more evaluations.
+        self.say("task arithmetic: searching a coefficient per expert")
         coefficients = self._best(options, each=True, budget=options.budget * min(count, 4)).coefficients
         shown = ", ".join(f"{value:.3g}" for value in coefficients)
         self.add_mixture("task arithmetic, each", coefficients, f"coefficients {shown}")
@@ -288,6 +325,7 @@ class Proposals:
 
         # Each aggregator is searched alone, so that its scale is the best one and not that of another.
         for name, aggregator in (usual(count) if aggregators is None else aggregators).items():
+            self.say(f"{name}: searching its scale")
             scales = (1.0, *scales_of(name, count))
             best = self._best(options, aggregators={name: aggregator}, plain=False, scales=scales)
             scale = best.coefficients[0]
@@ -296,8 +334,8 @@ class Proposals:
     def _best(self, options: SearchOptions, **changes: Any) -> Mixture:
         return search(self.bench, replace(options, **changes)).best
 
-    def add_combined(self, labels: bool) -> None:
-        """Add the ensemble, and routing to one expert by entropy and by task."""
+    def add_combined(self, labels: bool, seed: int) -> None:
+        """Add the ensemble, and routing to one expert by entropy, by task and by a learned router."""
         bench = self.bench
         every, count = tuple(bench.experts.values()), len(bench.experts)
         self.add("ensemble", Proposal("ensemble", "mean of probabilities", bench.ensemble, count, every))
@@ -306,14 +344,33 @@ class Proposals:
         )
         self.add("routing by entropy", by_entropy)
 
-        # With one source, routing by task is the best expert.
-        if bench.labelled and len(bench.sources) > 1:
-            picks = expert_by_source(bench, labels)
-            pairs = zip(bench.sources, picks, strict=True)
+        # With one source, there is nothing to route by: the best expert is the one for it.
+        if len(bench.sources) == 1:
+            return
+        picks = expert_by_source(bench, labels)
+        own = picks if bench.labelled else own_experts(bench, picks)
+        self._add_picked("routing by task" if bench.labelled else "each on its own source", own)
+        if all(len(source.train) for source in bench.sources):
+            self.say("learned router: fitting")
+            router = fitted(bench, seed)
             used = tuple(bench.experts[name] for name in dict.fromkeys(picks))
-            detail = ", ".join(f"{source.name}: {name}" for source, name in pairs)
-            by_task = Proposal("routing", detail, lambda part: answers_of(bench, picks, part), 1, used)
-            self.add("routing by task", by_task)
+            by_router = Proposal(
+                "routing",
+                f"logistic on the base's {router.what}",
+                lambda part: sent(bench, router, picks, part),
+                2,
+                (bench.base, *used, {"router.weight": router.weight, "router.bias": router.bias}),
+            )
+            self.add("learned router", by_router)
+
+    def _add_picked(self, name: str, picks: Sequence[str]) -> None:
+        """Add the answers of one expert per source: routing by task, or a bound where no task is given."""
+        bench = self.bench
+        pairs = zip(bench.sources, picks, strict=True)
+        used = tuple(bench.experts[name] for name in dict.fromkeys(picks))
+        detail = ", ".join(f"{source.name}: {name}" for source, name in pairs)
+        kind = "routing" if bench.labelled else BOUND
+        self.add(name, Proposal(kind, detail, lambda part: answers_of(bench, picks, part), 1, used))
 
 
 def usual(count: int) -> dict[str, Aggregator]:
@@ -354,6 +411,12 @@ def expert_by_source(bench: Bench, labels: bool) -> list[str]:
         return -float(answers.entropy.mean()), 0.0
 
     return [max(bench.experts, key=lambda name: merit(name, source)) for source in range(len(bench.sources))]
+
+
+def own_experts(bench: Bench, picks: Sequence[str]) -> list[str]:
+    """Return the expert of each source: by its name if all sources have one, else that which was picked."""
+    names = [source.name for source in bench.sources]
+    return names if all(name in bench.experts for name in names) else list(picks)
 
 
 def answers_of(bench: Bench, picks: Sequence[str], part: Part) -> list[Answers]:
@@ -462,9 +525,12 @@ def average(scores: Mapping[str, float]) -> float:
     return math.fsum(scores.values()) / len(scores)
 
 
-def judge(bench: Bench, proposed: Mapping[str, Proposal], labels: bool) -> Choice:
+def judge(bench: Bench, proposals: Proposals, labels: bool) -> Choice:
     """Judge the candidates, and choose."""
-    judged = {name: judge_one(bench, name, proposal, labels) for name, proposal in proposed.items()}
+    proposed, judged = proposals.found, {}
+    for i, (name, proposal) in enumerate(proposed.items(), 1):
+        proposals.say(f"judging {i}/{len(proposed)}: {name}")
+        judged[name] = judge_one(bench, name, proposal, labels)
 
     def best(names: Sequence[str]) -> str:
         """Return the best by score, without labels then by confidence; then the cheaper, then the first."""
@@ -485,29 +551,31 @@ def judge(bench: Bench, proposed: Mapping[str, Proposal], labels: bool) -> Choic
         [
             name
             for name, proposal in proposed.items()
-            if proposal.kind not in SINGLE and (labels or proposal.kind in ONE)
+            if proposal.kind not in (*SINGLE, BOUND) and (labels or proposal.kind in ONE)
         ]
     )
     if labels:
         decision = decide(bench, judged, single, combination)
     else:
         use = best([single, combination])
-        decision = Decision(use, None, None, None, advice_without_labels(judged[use].candidate))
+        decision = Decision(use, None, None, None, verdict_without_labels(judged[use].candidate), (UNSURE,))
 
     gain = decision.gain
     return Choice(
-        labels,
-        tuple(source.name for source in bench.sources),
-        tuple(each.candidate for each in judged.values()),
-        decision.use,
-        decision.cheaper,
-        single,
-        combination,
-        None if gain is None else gain.mean,
-        None if gain is None else gain.error,
-        decision.pays,
-        decision.advice,
-        checkpoint,
+        labels=labels,
+        sources=tuple(source.name for source in bench.sources),
+        candidates=tuple(each.candidate for each in judged.values()),
+        use=decision.use,
+        cheaper=decision.cheaper,
+        single=single,
+        combination=combination,
+        gain=None if gain is None else gain.mean,
+        error=None if gain is None else gain.error,
+        pays=decision.pays,
+        verdict=decision.verdict,
+        notes=decision.notes,
+        flags=tuple(flagged(bench, judged)) if labels else (),
+        make=checkpoint,
     )
 
 
@@ -540,41 +608,114 @@ class Decision(NamedTuple):
     cheaper: str | None
     gain: Gain | None
     pays: bool | None
-    advice: str
+    verdict: str
+    notes: tuple[str, ...]
 
 
 def decide(bench: Bench, judged: Mapping[str, Judged], single: str, combination: str) -> Decision:
-    """Decide by the rule: on the validation parts which to use, on the test parts whether combining pays."""
+    """Decide by the rule: the best combination is used if it is better on both parts."""
     # Sources are taken together by the identity of their examples, part by part.
     validation_keys, test_keys = (
         [id(getattr(source, part)) for source in bench.sources] for part in ("validation", "test")
     )
     better = paired(judged[combination].validation, judged[single].validation, validation_keys)
-    use = combination if better.mean > better.error else single
-    cheaper = cheaper_than(use, judged, validation_keys)
     gain = paired(judged[combination].test, judged[single].test, test_keys)
-    pays = gain.mean > gain.error
+    chosen, confirmed = better.mean > better.error, gain.mean > gain.error
+    pays = chosen and confirmed
+    use = combination if pays else single
 
-    chosen = judged[use].candidate
-    advice = (
-        f"use: {use} ({points(chosen.mean)} % on the test parts; {chosen.passes} forward "
-        f"pass{'es' * (chosen.passes > 1)} per example, {chosen.parameters:,} parameters).\n"
-    )
-    if cheaper is not None:
-        other = judged[cheaper].candidate
-        advice += (
-            f"cheaper: {cheaper} is within one standard error of it on the validation parts "
-            f"({points(other.mean)} % on the test parts; {other.passes} pass{'es' * (other.passes > 1)}, "
-            f"{other.parameters:,} parameters).\n"
+    # One sentence, and what it is about is what the table shows.
+    cost, difference = cost_of(judged[use].candidate), f"{signed(gain.mean)} +- {points(gain.error)} points"
+    if pays:
+        why = f"combining pays: it has {difference} over {single}, the best single model, on the test parts"
+    elif chosen:
+        why = (
+            f"combining does not pay: {combination}, better on the validation parts, has {difference} on the "
+            "test parts"
         )
-    # The two parts may disagree where the gain is near its error.
-    doubt = "" if (use == combination) == pays else "; the validation parts said otherwise"
-    advice += (
-        f"combining {'pays' if pays else 'does not pay'}: {combination} has {'+' * (gain.mean >= 0)}"
-        f"{points(gain.mean)} +- {points(gain.error)} points over {single}, the best single model{doubt}.\n"
-        f"rule: {RULE}."
-    )
-    return Decision(use, cheaper, gain, pays, advice)
+    else:
+        why = (
+            f"combining does not pay: {combination}, the best combination, has {difference} on the test parts"
+        )
+        # A gain that only the test parts show may be luck, or the validation parts may be too small.
+        why += " but no more than its error on the validation parts" * confirmed
+    verdict = f"use {use} ({cost}), because {why}."
+
+    notes = []
+    cheaper = cheaper_than(use, judged, validation_keys)
+    if cheaper is not None:
+        notes.append(
+            f"cheaper: {cheaper} is within one standard error of it on the validation parts "
+            f"({cost_of(judged[cheaper].candidate)})."
+        )
+    bound = [each.candidate for each in judged.values() if each.candidate.kind == BOUND]
+    if bound and bound[0].mean > judged[use].candidate.mean:
+        notes.append(
+            f"bound: with the source of each input given, {bound[0].name} has {points(bound[0].mean)} % on "
+            "the test parts."
+        )
+    return Decision(use, cheaper, gain, pays, verdict, (*notes, f"rule: {RULE}."))
+
+
+def cost_of(candidate: Candidate) -> str:
+    """Write the score on the test parts and the cost of a candidate."""
+    passes = f"{candidate.passes} forward pass{'es' * (candidate.passes > 1)} per example"
+    return f"{points(candidate.mean)} % on the test parts, {passes}, {candidate.parameters:,} parameters"
+
+
+def flagged(bench: Bench, judged: Mapping[str, Judged]) -> list[str]:
+    """Return a sentence for each expert that is poor on its own source, by the validation parts.
+
+    Its own source has its name, or is the one on which it is best. Poor is: not better than the most frequent
+    class by more than the standard error, worse than the base or than another expert by more than it, or
+    much better with its classes in another order.
+    """
+    names = [source.name for source in bench.sources]
+    found = []
+    for name in bench.experts:
+        alone = bench.alone(name, "validation")
+        scores = [float(answers.correct.mean()) for answers in alone]
+        at = names.index(name) if name in names else scores.index(max(scores))
+        own = alone[at]
+
+        # The first reason is the one to look at; others follow from it.
+        reason = poor(own)
+        rivals = {"the base": judged["base"].validation[at]}
+        rivals |= {other: bench.alone(other, "validation")[at] for other in bench.experts if other != name}
+        for rival, answers in rivals.items():
+            behind = paired([answers], [own])
+            if not reason and behind.mean > behind.error:
+                reason = f"{rival} has {points(float(answers.correct.mean()))} % there"
+        if reason:
+            found.append(
+                f"the expert {name} is poor on its own source {names[at]}: {points(scores[at])} %; {reason}."
+            )
+    return found
+
+
+def poor(own: Answers) -> str:
+    """Return why answers are poor whatever others answer, or ""."""
+    from scipy.optimize import linear_sum_assignment
+
+    right, seen = float(own.correct.mean()), own.y.unique()
+    counts = torch.zeros(int(own.y.max()) + 1, own.p.shape[1])
+    counts.index_put_((own.y, own.p.argmax(1)), torch.ones(len(own.y)), accumulate=True)
+
+    # Experts whose columns mean other classes are right as soon as the columns are permuted.
+    rows, columns = linear_sum_assignment(counts.numpy(), maximize=True)
+    permuted = float(counts[rows, columns].sum()) / len(own.y)
+    if permuted > right + max(0.3, 1 / len(seen)):
+        return (
+            f"with its classes in another order it would have {points(permuted)} %: check what its output "
+            "columns mean (`labels`), and whether it was trained on part of the classes"
+        )
+    frequent = float(counts.sum(1).max()) / len(own.y)
+    if len(seen) > 1 and right <= frequent + math.sqrt(frequent * (1 - frequent) / len(own.y)):
+        return (
+            f"the most frequent class alone has {points(frequent)} %: check that its inputs are prepared as "
+            "in its training, and that it belongs to this base"
+        )
+    return ""
 
 
 def cheaper_than(use: str, judged: Mapping[str, Judged], keys: Sequence[Hashable]) -> str | None:
@@ -590,23 +731,27 @@ def cheaper_than(use: str, judged: Mapping[str, Judged], keys: Sequence[Hashable
         )
         behind = paired(judged[use].validation, other.validation, keys)
         # An infinite error, from a single example, says nothing.
-        if less and behind.mean <= behind.error < math.inf:
+        if candidate.kind != BOUND and less and behind.mean <= behind.error < math.inf:
             near.append(candidate)
     if not near:
         return None
     return min(near, key=lambda other: (other.passes, other.parameters, -other.validation)).name
 
 
-def advice_without_labels(chosen: Candidate) -> str:
-    """Write the advice for a choice without labels."""
+def verdict_without_labels(chosen: Candidate) -> str:
+    """Write what to use, for a choice without labels."""
     return (
-        f"use: {chosen.name} (agreement {points(chosen.mean)} %, confidence {points(chosen.confidence)} % on "
-        "the test parts): of the candidates that are one model, it answers most as the ensemble of experts "
-        "does.\n"
-        f"combining: {SILENT}."
+        f"use {chosen.name} (agreement {points(chosen.mean)} %, confidence {points(chosen.confidence)} % on "
+        "the test parts), because of the candidates that are one model it answers most as the ensemble of "
+        "experts does."
     )
 
 
 def points(value: float) -> str:
     """Write a fraction as percent with one digit."""
     return f"{100 * value:.1f}"
+
+
+def signed(value: float) -> str:
+    """Write a difference in points with its sign."""
+    return f"{'+' * (value >= 0)}{points(value)}"

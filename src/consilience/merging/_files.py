@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import weakref
 from abc import ABC, abstractmethod
@@ -17,7 +18,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from consilience.core.errors import ConsilienceError, kind_of
+from consilience.core.errors import UNREADABLE, ConsilienceError, kind_of
+from consilience.core.model import Model
+from consilience.core.params import same
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -41,6 +44,10 @@ DTYPES: dict[str, torch.dtype] = {
 NATIVE = {"F32": "f", "F64": "d"}
 Array = npt.NDArray[Any]
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+TORCH = (".bin", ".pt", ".pth", ".ckpt")
+"""Files that torch.save writes; `loaded` reads their tensors, and nothing else of them."""
+NESTS = ("state_dict", "model_state_dict", "model")
+"""Where trainers put the state dict in what they save."""
 INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
 PIECE = 1 << 20
@@ -364,6 +371,42 @@ def opened(what: Any, base: Entries | None = None, name: str | None = None) -> E
             return Adapter(what, base)
         return Files(what)
     raise ConsilienceError(f"a model must be a path, a state dict or a module, got {kind_of(what)}.")
+
+
+def loaded(what: Any) -> Any:
+    """Return the state dict of a file of torch.save or of a wrapped module; anything else as it is.
+
+    Files are read with `weights_only`, which runs no code. Raises ConsilienceError, with the file, for one
+    that has anything but tensors by name.
+    """
+    if isinstance(what, Model):
+        (params, buffers), other = (what.init(torch.Generator().manual_seed(seed)) for seed in (0, 1))
+        if not same(params, other[0]):
+            raise ConsilienceError(
+                "a model must have weights to be a checkpoint, got one that draws them by a seed; give its "
+                "state dict, or wrap a trained module (models.wrap)."
+            )
+        return what.state_dict(params, buffers)
+
+    path = Path(what) if isinstance(what, str | Path) else None
+    if path is None or path.suffix not in TORCH or not path.is_file():
+        return what
+    rule = f"{path} must be a state dict of torch.save, with nothing but tensors by name"
+    remedy = "save model.state_dict(), or better safetensors (other objects in a pickle can run code)"
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, *UNREADABLE) as error:
+        raise ConsilienceError(f"{rule}, got {type(error).__name__}; {remedy}.") from error
+
+    for nest in NESTS:
+        if isinstance(found, Mapping) and isinstance(found.get(nest), Mapping):
+            found = found[nest]
+    if not isinstance(found, Mapping) or not found:
+        raise ConsilienceError(f"{rule}, got {kind_of(found)}; {remedy}.")
+    other_kind = next((n for n, t in found.items() if not isinstance(t, Tensor)), None)
+    if other_kind is not None:
+        raise ConsilienceError(f"{rule}, got {kind_of(found[other_kind])} for {other_kind!r}; {remedy}.")
+    return found
 
 
 def stem(path: str | Path) -> str:

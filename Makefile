@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 # Small models on few cores: one thread a process is fastest, and the tests run side by side.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-all docs lock bench engines lint clean
+.PHONY: demo test test-all docs lock results lint clean
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -42,14 +42,9 @@ $(VENV)/.docs: $(VENV)/.ready
 lock:
 	echo "$(TORCH)" | uv pip compile pyproject.toml -c - --extra dev --extra docs --generate-hashes --python-version 3.11 --quiet -o requirements-dev.lock
 
-bench: $(VENV)/.ready
-	$(BIN)/python benchmarks/core.py
-	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/mapping.py
-	if $(BIN)/python -c "import transformers" 2> /dev/null; then $(BIN)/python benchmarks/frozen.py; else echo "frozen.py wants transformers: left out"; fi
-	if $(BIN)/python -c "import timm" 2> /dev/null; then $(BIN)/python benchmarks/features.py; else echo "features.py wants consilience[vision]: left out"; fi
-
-engines: $(VENV)/.ready
-	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/engines.py
+# All tables of benchmarks/results, and how old each is; about an hour on two idle cores.
+results: $(VENV)/.ready
+	$(BIN)/python benchmarks/results.py
 
 clean:
 	rm -rf $(VENV) demo runs build dist site .pytest_cache .mypy_cache .ruff_cache

@@ -1,7 +1,7 @@
 """The overhead of continual training over a plain SGD loop on tensors in memory, as ratios of CPU time.
 
 MLP 784-256-256-10, batch 64, 60,000 samples in 5 domains, one epoch, one thread; all cases are timed in
-turns. `make bench` writes results/core.{json,md}. The loop has no evaluation. "with metrics" evaluates all
+turns. `make results` writes results/core.{json,md}. The loop has no evaluation. "with metrics" evaluates all
 five test sets (10,000 samples) before training and after each source: 60,000 forward passes, which the "loop
 that evaluates" makes too. Memory batches are of 64 (DER++ draws two of them) or, where the row says so, of
 32 (so that DER++ sees 64 remembered examples per step, as ER does). "by hand" is the same method in plain

@@ -7,7 +7,7 @@ what they add to the gradient; ER: a batch of 10 from the client's buffer next t
 Ours also serialises messages, hashes them, and counts costs. Times are those of a run, divided by its
 rounds: they include preparing it, but its programs were traced in the warm-up, since engine and model are
 used again. Scaling: CROWDS clients of 20 images (all from one bank, so that data take no memory), 100 rounds
-of 100, each in a process of its own, with its peak memory. `make engines` writes results/engines.{json,md}.
+of 100, each in a process of its own, with its peak memory. `make results` writes results/engines.{json,md}.
 On a GPU: --device cuda:0.
 """
 

@@ -5,7 +5,7 @@ random weights) with peft's LoRA of rank 8 on queries and values and a linear he
 Without peft the factors are made here. Clients of 64 samples of 32 tokens, batches of 8, one epoch. Memory is
 the peak of a fresh process over that of one that only loads the module; "plain loop" is one client in plain
 torch: the same training and evaluation on the module itself. Version 0.1 trained, sent and saved the frozen
-entries too. Needs transformers; `make bench` writes results/frozen.{json,md}.
+entries too. Needs transformers; `make results` writes results/frozen.{json,md}.
 """
 
 from __future__ import annotations

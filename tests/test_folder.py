@@ -2,6 +2,7 @@
 
 import builtins
 import contextlib
+import copy
 import json
 import os
 import random
@@ -33,11 +34,11 @@ PARTS = [
 SCHEDULE = cs.settings.continual(PARTS)
 
 
-def go(out: Path | None = None, *, schedule=SCHEDULE, method=None, training=None, **options):
+def go(out: Path | None = None, *, schedule=SCHEDULE, method=None, model=None, training=None, **options):
     return cs.run(
         schedule,
         method or cs.methods.er(size=8),
-        cs.models.mlp(64, (4,), 10),
+        model or cs.models.mlp(64, (4,), 10),
         training or cs.Training(epochs=1, batch_size=16),
         out=out,
         **({"checkpoint_steps": 2} if out else {}),
@@ -598,3 +599,66 @@ def test_the_last_two_checkpoints_are_kept(half):
 def test_checkpoints_are_readable_by_their_owner_alone(tmp_path):
     go(tmp_path / "run")
     assert (tmp_path / "run" / "checkpoint").stat().st_mode & 0o777 == 0o700
+
+
+# The log says how training goes.
+
+
+def visits(out: Path) -> list[dict]:
+    """The lines of visits, but their times."""
+    lines = [line for line in log(out) if line["event"] == "visit"]
+    assert all(0 < line.pop("seconds_per_step") < 60 for line in lines)
+    return lines
+
+
+def test_the_log_has_loss_gradient_norm_and_learning_rate_of_each_visit(tmp_path):
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(64, 4), torch.nn.Tanh(), torch.nn.Linear(4, 10))
+    mine = copy.deepcopy(net)
+    training = cs.Training(epochs=5, batch_size=48, lr=0.5, lr_schedule="linear", clip_norm=0.5)
+    go(tmp_path, model=net, method=cs.methods.finetune(), training=training)
+
+    # Full batches, so that order does not matter; the norms are those of steps 1, 2 and 4, before clipping.
+    for part, line in zip(PARTS, visits(tmp_path), strict=True):
+        losses, norms = [], []
+        for step in range(5):
+            loss = torch.nn.functional.cross_entropy(mine(part.train.x), part.train.y)
+            grads = torch.autograd.grad(loss, list(mine.parameters()))
+            norm = torch.cat([grad.flatten() for grad in grads]).norm()
+            with torch.no_grad():
+                for p, grad in zip(mine.parameters(), grads, strict=True):
+                    p -= 0.5 * (1 - step / 5) * grad * min(1.0, 0.5 / float(norm))
+            losses.append(loss.item())
+            norms.append(float(norm))
+        assert line["loss"] == pytest.approx(sum(losses) / 5, rel=1e-4)
+        assert line["grad_norm"] == pytest.approx((norms[0] + norms[1] + norms[3]) / 3, rel=1e-4)
+        assert line["lr"] == pytest.approx(0.1) and line["steps"] == 5 and line["sources"] == [part.name]
+    assert [line["trained"] for line in visits(tmp_path)] == [5, 10]
+
+
+@pytest.mark.parametrize("stopping", [None, 1])
+def test_the_log_of_a_resumed_run_is_that_of_a_whole_one(tmp_path, stopping):
+    part = replace(PARTS[0], validation=PARTS[0].test)
+    given = {
+        "schedule": cs.settings.continual([part, replace(PARTS[1], validation=PARTS[1].test)]),
+        "training": cs.Training(epochs=4, batch_size=16, lr=0.3, stopping=stopping),
+    }
+    go(tmp_path / "whole", **given)
+    cut(tmp_path / "cut", 3, **given)
+    go(tmp_path / "cut", resume=True, **given)
+    assert visits(tmp_path / "cut") == visits(tmp_path / "whole")
+    assert all(line["loss"] and line["grad_norm"] for line in visits(tmp_path / "cut"))
+
+
+def test_stacked_agents_log_what_serial_ones_do_but_loss_and_norm(tmp_path):
+    schedule = cs.settings.federated(PARTS, rounds=2)
+    given = {
+        "schedule": schedule,
+        "method": cs.methods.fedavg(),
+        "training": cs.Training(lr_schedule="cosine"),
+    }
+    for engine in ("serial", "batched"):
+        go(tmp_path / engine, engine=engine, **given)
+    alone, stacked = visits(tmp_path / "serial"), visits(tmp_path / "batched")
+    assert len(alone) == 4 and all(line["loss"] > 0 for line in alone)
+    assert stacked == [{**line, "loss": None, "grad_norm": None} for line in alone]

@@ -160,10 +160,18 @@ def test_every_agent_ends_with_the_bits_and_the_costs_of_the_serial_engine(
     (serial, facts), (tasks, theirs) = kept(tmp_path / "serial"), kept(tmp_path / "ray")
     assert same(serial, tasks) and any("client" in name for name in facts["trials"]["1"]["agents"])
     assert facts == theirs
-    assert any(
-        json.loads(line)["event"] == "engine"
-        for line in (tmp_path / "ray" / "log.jsonl").read_text().splitlines()
-    )
+    logs = {
+        engine: [json.loads(line) for line in (tmp_path / engine / "log.jsonl").read_text().splitlines()]
+        for engine in ("serial", "ray")
+    }
+    assert any(line["event"] == "engine" for line in logs["ray"])
+
+    # The log says the same of every visit, but how long it took.
+    visits = [
+        [{**line, "seconds_per_step": 0} for line in lines if line["event"] == "visit"]
+        for lines in logs.values()
+    ]
+    assert visits[0] == visits[1] and all(line["loss"] and line["grad_norm"] for line in visits[0])
     assert ray.is_initialized()  # who started it stops it
 
 

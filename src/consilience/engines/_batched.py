@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -119,11 +120,17 @@ class Batched(Engine):
         ledgers = [visits[index].agent.ledger for index in jobs]
         stack = Stack(list(jobs.values()), ledgers, self.cache, events.note)
         self._note(events, f"batched: {len(jobs)} agents a step, {stack.layout.size} numbers each")
+        since = time.perf_counter()
         try:
             failed = Feed(stack).run()
         except Exception:
             stack.give_back([row for row, _ in stack.live()])
             raise
+        finally:
+            # Each job has its share of the time.
+            seconds, steps = time.perf_counter() - since, sum(job.steps for job in jobs.values())
+            for job in jobs.values():
+                job.figures.seconds += seconds * job.steps / max(1, steps)
         positions = list(jobs)
         return {positions[index]: error for index, error in failed.items()}
 

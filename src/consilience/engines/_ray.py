@@ -324,6 +324,7 @@ class Ray(Engine):
                 agent.ledger.add(agent.name, what, amount)
             agent.ledger.measured.update(answer.measured)
             agent.ledger.steps += answer.steps
+            agent.ledger.visit = answer.visit
             session.show(answer, agent)
 
             if answer.state is None:

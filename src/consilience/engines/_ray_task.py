@@ -60,7 +60,7 @@ class Task:
     frozen: Any = None
     """Reference to what is frozen; None where nothing is."""
     device: str = "cpu"
-    paused: tuple[bytes, Mapping[str, int]] | None = None
+    paused: tuple[bytes, Mapping[str, float]] | None = None
 
 
 class Encoded(NamedTuple):
@@ -82,6 +82,8 @@ class Answer:
     measured: Mapping[Hashable, Cost]
     """The kinds of work that were measured."""
     steps: int
+    visit: dict[str, Any] | None
+    """What the log says of it."""
     warned: tuple[tuple[str, type[Warning], str, int], ...]
     records: tuple[logging.LogRecord, ...]
 
@@ -297,6 +299,7 @@ def train(task: Task, measured: Mapping[Hashable, Cost], *sources: bytes) -> Ans
         ledger.by_agent.get(task.agent, {}),
         {kind: cost for kind, cost in ledger.measured.items() if measured.get(kind) != cost},
         ledger.steps,
+        ledger.visit,
         tuple((str(each.message), each.category, each.filename, each.lineno) for each in warned),
         tuple(records),
     )

@@ -293,6 +293,8 @@ class Agent:
             size=sum(len(source.train) for source in job.sources),
         )
         self._bank(job, shared)
+        if job.steps:
+            self.ledger.visit = {"sources": names, **job.figures.log(job.steps, job.last_rate)}
 
     def _summarised(
         self, job: Job, params: Params, buffers: Params

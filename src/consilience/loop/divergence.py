@@ -17,17 +17,13 @@ from consilience.core.params import all_finite
 if TYPE_CHECKING:
     from consilience.loop.job import Job
 
-EVERY = 20
-"""Steps between two looks: each costs a few microseconds, and waits for the device."""
 GREW = 100.0
 """How many times a loss must have grown to be warned about; losses below 1 count as 1."""
 
 
 def check_step(job: Job) -> None:
     """Raise Diverged where the parameters or the loss are not finite; it looks at some of the steps."""
-    # A rate that is too high shows in the first steps: 1, 2, 4, 8, 16.
-    steps = job.steps
-    if steps % EVERY and steps & (steps - 1):
+    if not job.step.measures:
         return
     loss = None if job.step.loss is None or not job.counts_loss else float(job.step.loss)
     if loss is not None:

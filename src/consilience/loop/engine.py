@@ -28,7 +28,7 @@ class Visit(NamedTuple):
         return self.agent.prepare(self.sources, self.fraction, self.place)
 
 
-Paused = tuple[Mapping[str, Tensor], Mapping[str, int]]
+Paused = tuple[Mapping[str, Tensor], Mapping[str, float]]
 """What `Job.save` gave for an interrupted job."""
 
 

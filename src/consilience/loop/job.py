@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -25,6 +26,7 @@ from consilience.core.stopping import Stopping, Trend
 from consilience.core.training import Training
 from consilience.core.tree import Input, cast_to
 from consilience.loop.divergence import check_step, warn_of_growth
+from consilience.loop.figures import Figures, is_looked_at
 from consilience.loop.ledger import Ledger
 from consilience.loop.step import Carry, Step
 
@@ -87,6 +89,8 @@ class Job:
     """The first training loss that `check_step` saw."""
     peak: float | None = field(default=None, init=False)
     """The highest of those."""
+    figures: Figures = field(default_factory=Figures, init=False)
+    """What the log says of the steps."""
     begun: int = 0
     """The MACs of `Correction.begin`. They are charged at the end, since a resumed job begins again."""
     counts: list[int] = field(default_factory=lambda: [0])
@@ -124,6 +128,14 @@ class Job:
         return self.training.rate(clock, horizon, self.step.place)
 
     @property
+    def last_rate(self) -> float:
+        """The learning rate of the last step that was taken."""
+        epochs, per_epoch = self.step.horizon
+        # A visit that is whole stands at the start of an epoch that never comes.
+        clock = (self.epoch, self.index - 1) if self.index else (self.epoch - 1, per_epoch - 1)
+        return self.rate_at(clock, (epochs, per_epoch))
+
+    @property
     def name(self) -> str:
         """The names of the sources."""
         return "+".join(source.name for source in self.sources)
@@ -136,17 +148,24 @@ class Job:
 
         first, visit, draws = self.sources[0].name, self.visits[0], self.step.model.draws
         rule: Stopping | None = self.training.stopping
+        since = time.perf_counter()
         for parts, clock in () if self.stopped else self.draw(ledger):
             # Keyed by the step, an aggregator draws the same numbers on every engine.
             generator = key(self.seed, first, visit, *clock, "aggregate") if self.step.aggregator else None
+            self.step.measures = is_looked_at(self.steps + 1)
             with self._random_forward(clock) if draws else nullcontext():
                 ledger.charge_work(self.agent, self.cost(parts), partial(self.step, parts, clock, generator))
             ledger.steps += 1
             self.index += 1
+            self.figures.add(self.step)
             check_step(self)
             if rule is not None and self._is_due(rule):
                 self._check(rule, ledger)
+
+            # What is done between two steps, such as to save, takes no time of theirs.
+            self.figures.seconds += time.perf_counter() - since
             yield
+            since = time.perf_counter()
             if rule is not None and self.stopped:
                 break
 
@@ -347,9 +366,11 @@ class Job:
         x = cast_to(x, self.layout.device, self.layout.dtype)
         return frame.answer(self.step.now(x, task), task)
 
-    def save(self) -> tuple[dict[str, Tensor], dict[str, int]]:
+    def save(self) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Return the tensors and counts that a checkpoint keeps; `Agent.prepare` makes the rest again."""
-        tensors, counts = self._state(), {"epoch": self.epoch, "index": self.index}
+        tensors: dict[str, Tensor] = self._state()
+        counts: dict[str, float] = {"epoch": self.epoch, "index": self.index}
+        counts |= {f"figures/{name}": value for name, value in self.figures.kept().items()}
         if self.trend.best is not None:
             tensors["trend"] = torch.tensor(self.trend, dtype=torch.float64)
         else:
@@ -372,20 +393,21 @@ class Job:
         # Cloned, because the next step changes these tensors in place.
         return {name: tensor.clone() for name, tensor in tensors.items()}
 
-    def load(self, tensors: Mapping[str, Tensor], counts: Mapping[str, int]) -> None:
+    def load(self, tensors: Mapping[str, Tensor], counts: Mapping[str, float]) -> None:
         """Continue from what `save` gave."""
         self._restore(tensors, counts)
+        self.figures.resume({name.removeprefix("figures/"): value for name, value in counts.items()})
 
         # A visit may have been checked before it was saved, and even have ended.
-        self.trend = Trend(since=counts.get("since", 0))
+        self.trend = Trend(since=int(counts.get("since", 0)))
         if "trend" in tensors:
             best, at, since = tensors["trend"].tolist()
             self.trend = Trend(best, int(at), int(since))
         held = {name[5:]: tensor for name, tensor in tensors.items() if name.startswith("best/")}
         if held:
-            self.best = held, {name: counts[f"best/{name}"] for name in ("epoch", "index")}
+            self.best = held, {name: int(counts[f"best/{name}"]) for name in ("epoch", "index")}
 
-    def _restore(self, tensors: Mapping[str, Tensor], counts: Mapping[str, int]) -> None:
+    def _restore(self, tensors: Mapping[str, Tensor], counts: Mapping[str, float]) -> None:
         """Put tensors that `_state` gave, and the clock, in the place of the present ones."""
         device = self.layout.device
 
@@ -404,7 +426,7 @@ class Job:
         for correction, ctx in self.corrections:
             prefix = f"trace/{correction.name}"
             ctx.trace = {name: tensors[f"{prefix}/{name}"].to(device) for name in ctx.trace}
-        self.epoch, self.index = counts["epoch"], counts["index"]
+        self.epoch, self.index = int(counts["epoch"]), int(counts["index"])
 
     def moving_buffers(self) -> list[tuple[str, Tensor]]:
         """Return the buffers that steps may update: all but derived ones."""

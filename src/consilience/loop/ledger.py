@@ -54,6 +54,8 @@ class Ledger:
     """By kind of work."""
     seconds: float = 0.0
     steps: int = 0
+    visit: dict[str, Any] | None = None
+    """What the log says of the last visit that was finished, until the trial has written it."""
     warned: set[str] = field(default_factory=set)
     """Corrections that warned already: once per run is enough."""
     admitted: WeakSet[Message] = field(default_factory=WeakSet, repr=False)

@@ -168,6 +168,10 @@ class Step:
     """The entries that no objective of the last step reaches."""
     loss: Tensor | None = field(default=None, init=False)
     """The weighted sum of the objectives of the last step; penalties are not in it."""
+    measures: bool = field(default=False, init=False)
+    """Whether the next step is looked at: it measures `norm`, which reads the gradient once more."""
+    norm: Tensor | None = field(default=None, init=False)
+    """The L2 norm of the last step's gradient, with penalties and before clipping; None: not measured."""
     bound: Forward | None = field(default=None, init=False)
     """The model over `leaves` in training mode."""
 
@@ -224,6 +228,7 @@ class Step:
         self.absent = rows.absent
         if self.scaling is not None and not self._scaled(rows):
             # Nothing moves, but corrections that act at a given step must see that it is over.
+            self.norm = None
             self._trace(see, *[torch.zeros_like(self.carry.theta)] * 2)
             return
 
@@ -290,6 +295,7 @@ class Step:
         carry, training = self.carry, self.training
         rate = training.rate(see.clock, self.horizon, self.place) if self.varies else training.lr
         optimiser, lr = self.optimiser.at(rate)
+        self.norm = self._norm(trained, factor) if self.measures else None
         if self.clips:
             trained = self._clipped(trained, factor)
         if self.decays is not None and not training.decoupled:
@@ -325,14 +331,18 @@ class Step:
         if most is not None:
             return grad.clamp(-most, most)
         assert norm is not None
+        return grad * clip_factor(self._norm(grad, factor), norm)
 
-        # Only what can move counts: other entries would shorten the step of these.
+    def _norm(self, grad: Tensor, factor: Tensor | None) -> Tensor:
+        """Return the L2 norm of a gradient [n] over the entries that can move."""
+        # Other entries would shorten the step of these.
         counted = grad if factor is None else grad.masked_fill(factor == 0, 0)
         if self.absent:
             counted = counted.clone()
             for name in self.absent:
                 counted[self.layout.span(name)] = 0
-        return grad * clip_factor(counted.norm(), norm)
+        norm: Tensor = counted.norm()
+        return norm
 
     # Forward
 

@@ -62,6 +62,8 @@ class Trial:
     """Phases that are done."""
     finished: int = 0
     """Agents of the present Train phase that are done."""
+    trained: int = 0
+    """Steps of all visits that were finished."""
     failed: dict[str, str] = field(default_factory=dict)
     """Why agents failed: they send nothing until they train or receive again."""
     job: Job | None = None
@@ -230,6 +232,12 @@ class Trial:
 
         def done(agent: Agent) -> None:
             self.finished, self.job = self.finished + 1, None
+            # Of one that failed, the log says why.
+            found, self.ledger.visit = self.ledger.visit, None
+            if found is not None:
+                self.trained += found["steps"]
+                line = {"event": "visit", "repeat": self.repeat, "agent": agent.name, "trained": self.trained}
+                self.write({**line, **found})
 
         def fail(agent: Agent, why: Exception) -> None:
             # Without a minimum, a failure stops the run; it resumes when the cause is mended.
@@ -326,6 +334,7 @@ class Trial:
         facts = {
             "phase": self.phase,
             "finished": self.finished,
+            "trained": self.trained,
             "failed": self.failed,
             "result": self.result,
             "judge": self.judge.kept(),
@@ -341,7 +350,7 @@ class Trial:
     def resume(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Continue, when its loop starts, from what `kept` gave."""
         self._resumed, self.begun = (tensors, facts), True
-        for name in ("phase", "finished", "failed", "result"):
+        for name in ("phase", "finished", "trained", "failed", "result"):
             setattr(self, name, facts[name])
         self.judge.resume(facts["judge"])
         self.trend = Trend(*facts["trend"])

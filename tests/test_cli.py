@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -646,6 +648,25 @@ def test_methods_by_family_and_setting(capsys):
             "`Training` has no argument `optimizer`; nearest: optimiser",
         ),
         (lambda cs: cs.run(None, None, repeat=3), "`run` has no argument `repeat`; nearest: repeats"),
+        # What belongs to the training is said to belong there.
+        (
+            lambda cs: cs.run(None, None, optimizer="adam"),
+            r"`run` has no argument `optimizer`; nearest: training=Training\(optimiser=...\)",
+        ),
+        (lambda cs: cs.sweep(None, None, epoch=3), r"nearest: training=Training\(epochs=...\)"),
+        (lambda cs: cs.methods.ewc(strenght=3), "`ewc` has no argument `strenght`; nearest: strength"),
+        (lambda cs: cs.data.digits(images=True), "`digits` has no argument `images`; nearest: image"),
+        (lambda cs: cs.models.mlp(3, (2,), 2, hiden=3), "`mlp` has no argument `hiden`; nearest: hidden"),
+        (lambda cs: cs.settings.continual([], scenaro="task"), "nearest: scenario"),
+        (lambda cs: cs.aggregators.ties(densty=0.4), "nearest: density"),
+        (lambda cs: cs.losses.focal(gama=2), "nearest: gamma"),
+        (lambda cs: cs.metrics.f1(averge="micro"), "nearest: average"),
+        (lambda cs: cs.memory.ring(size=3), "`ring` has no argument `size`; it has none"),
+        (lambda cs: cs.engines.ray(worker=3), "nearest: workers"),
+        (lambda cs: cs.data.augment.crop(pad=3), "nearest: padding"),
+        (lambda cs: cs.merge([], [], agregator="ties"), "nearest: aggregator"),
+        (lambda cs: cs.merging.choose([], bas=3), "nearest: base"),
+        (lambda cs: cs.report.write([], "x", titel="x"), "nearest: title"),
         (lambda cs: cs.methods.erpp, "no attribute 'erpp'; nearest: derpp"),
         (lambda cs: cs.settings.continuous, "nearest: continual"),
     ],
@@ -655,3 +676,13 @@ def test_misspelt_names_and_arguments_get_the_nearest(call, says):
 
     with pytest.raises((ValueError, AttributeError), match=says):
         call(cs)
+
+
+def test_functions_that_suggest_arguments_are_still_themselves():
+    import consilience as cs
+
+    assert pickle.loads(pickle.dumps(cs.methods.ewc)) is cs.methods.ewc
+    assert list(inspect.signature(cs.methods.er).parameters)[:1] == ["size"]
+    # One that hands on any arguments takes them.
+    with pytest.raises(ValueError, match="torchjd"):
+        cs.aggregators.torchjd("UPGrad", no_such=0.1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
+from functools import partial
 from html import escape
 from itertools import product
 from pathlib import Path
@@ -82,7 +83,7 @@ class Result(loop_result.Result):
         return write([self], path)
 
 
-@suggests
+@partial(suggests, training=Training)
 def run(
     schedule: Schedule,
     method: Method | Sequence[Method],
@@ -169,7 +170,7 @@ def run(
         return result_of(session)
 
 
-@suggests
+@partial(suggests, training=Training)
 def sweep(
     schedule: Schedule,
     methods: Mapping[str, Method] | Sequence[Method],

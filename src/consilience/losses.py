@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from consilience import lazy
+from consilience.core.errors import suggest_arguments
 
 # The classes, for those who make a loss of their own, load when they are asked for.
 if TYPE_CHECKING:
@@ -116,3 +117,6 @@ def own(function: Callable[[Tensor, Tensor], Tensor], like: Loss) -> Own:
     from consilience.core.losses import Own
 
     return Own(function, like)
+
+
+suggest_arguments(__name__)

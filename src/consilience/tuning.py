@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from inspect import signature
 from itertools import islice, product
 from pathlib import Path
@@ -78,7 +79,7 @@ class Search:
         return "\n".join([f"{'candidate':{width}}  validation {self.metric}", *lines])
 
 
-@suggests
+@partial(suggests, training=Training)
 def search(
     schedule: Schedule,
     make: Callable[..., Made],

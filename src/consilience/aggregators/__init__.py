@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from consilience import lazy
+from consilience.core.errors import suggest_arguments
 
 if TYPE_CHECKING:
     from consilience.aggregators._arithmetic import Arithmetic as Arithmetic
@@ -201,3 +202,6 @@ def torchjd(name: str, **arguments: Any) -> TorchJD:
     from consilience.aggregators._torchjd import of_name
 
     return of_name(name, arguments)
+
+
+suggest_arguments(__name__)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 from consilience import lazy
+from consilience.core.errors import suggest_arguments
 
 if TYPE_CHECKING:
     from consilience.consolidators.arrivals import OPCM as OPCM
@@ -170,3 +171,6 @@ def experts() -> Experts:
     from consilience.consolidators.bank import Experts
 
     return Experts()
+
+
+suggest_arguments(__name__)

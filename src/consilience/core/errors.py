@@ -5,8 +5,10 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from types import FunctionType
 from typing import TypeVar
 
 UNREADABLE = (
@@ -44,8 +46,10 @@ class Interrupted(Exception):
 F = TypeVar("F", bound=Callable[..., object])
 
 
-def suggests(call: F) -> F:
+def suggests(call: F, **held: type) -> F:
     """Make a function name the nearest argument where it is called with one that it does not have.
+
+    `held` are classes by the argument that takes an object of them, whose arguments may be meant.
 
     >>> @suggests
     ... def train(optimiser="sgd"): ...
@@ -53,18 +57,39 @@ def suggests(call: F) -> F:
     Traceback (most recent call last):
     consilience.core.errors.ConsilienceError: `train` has no argument `optimizer`; nearest: optimiser.
     """
-    known = [name for name in inspect.signature(call).parameters if name != "self"]
+    # From the code object, because a signature costs time, and a catalogue has many functions.
+    code = call.__code__
+    known = [name for name in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount] if name != "self"]
 
     @functools.wraps(call)
     def checked(*args: object, **given: object) -> object:
         for name in given:
             if name not in known:
-                near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or known
+                near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+                for argument, kind in held.items():
+                    inner = difflib.get_close_matches(
+                        name, inspect.signature(kind).parameters, n=1, cutoff=0.8
+                    )
+                    near = [f"{argument}={kind.__name__}({inner[0]}=...)"] if inner else near
+                near = near or known
                 owner = call.__qualname__.removesuffix(".__init__")
-                raise ConsilienceError(f"`{owner}` has no argument `{name}`; nearest: {', '.join(near)}.")
+                hint = f"nearest: {', '.join(near)}" if near else "it has none"
+                raise ConsilienceError(f"`{owner}` has no argument `{name}`; {hint}.")
         return call(*args, **given)
 
     return checked  # type: ignore[return-value]
+
+
+def suggest_arguments(package: str) -> None:
+    """Let every function of a catalogue name the nearest argument, as `suggests` does."""
+    for name, call in list(vars(sys.modules[package]).items()):
+        own = isinstance(call, FunctionType) and call.__module__.startswith(package)
+        # Some take any arguments, which they hand on.
+        if own and not name.startswith("_") and not call.__code__.co_flags & inspect.CO_VARKEYWORDS:
+            checked = suggests(call)
+            # In the module that defines it too, so that it can be pickled by its name.
+            for module in (package, call.__module__):
+                setattr(sys.modules[module], name, checked)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from consilience import lazy
+from consilience.core.errors import suggest_arguments
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -990,3 +991,6 @@ def streams(sources: Sequence[Source], clients: int) -> list[list[Source]]:
     from consilience.data import _splits
 
     return _splits.streams(sources, clients)
+
+
+suggest_arguments(__name__)

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from consilience.core.augment import Augment, normal, uniform
-from consilience.core.errors import ConsilienceError
+from consilience.core.errors import ConsilienceError, suggest_arguments
 
 __all__ = ["batch", "crop", "flip", "joint", "noise", "normal", "uniform"]
 
@@ -143,3 +143,6 @@ def images(x: Tensor) -> Tensor:
     if x.dim() != 4:
         raise ConsilienceError(f"images to augment must be [B, C, H, W], got shape {tuple(x.shape)}.")
     return x
+
+
+suggest_arguments(__name__)

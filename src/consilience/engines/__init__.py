@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from consilience import lazy
-from consilience.core.errors import ConsilienceError
+from consilience.core.errors import ConsilienceError, suggest_arguments
 
 if TYPE_CHECKING:
     from consilience.engines._batched import Batched
@@ -86,3 +86,4 @@ def ray(
 
 if not TYPE_CHECKING:
     __getattr__ = lazy.suggest(__name__)
+    suggest_arguments(__name__)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from consilience import lazy
+from consilience.core.errors import suggest_arguments
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -189,3 +190,6 @@ def auroc(known: Tensor, unknown: Tensor) -> float:
     from consilience.mappers.mixture import separation
 
     return separation(known, unknown)
+
+
+suggest_arguments(__name__)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from consilience import lazy
+from consilience.core.errors import suggest_arguments
 
 if TYPE_CHECKING:
     from consilience.core.buffer import Reservoir as Reservoir
@@ -53,3 +54,6 @@ def growing() -> Growing:
     from consilience.memory.policies import Growing
 
     return Growing()
+
+
+suggest_arguments(__name__)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from consilience.core.checks import source_of_classes
-from consilience.core.errors import ConsilienceError
+from consilience.core.errors import ConsilienceError, suggests
 from consilience.core.model import Model
 from consilience.core.params import Params
 from consilience.core.source import Source
@@ -102,6 +102,7 @@ class Transfer:
         return write_heat_map(path, title, self.tasks, self.ratios, (min(seen), max(seen)))
 
 
+@suggests
 def disentanglement(
     model: Model,
     base: Mapping[str, Any],
@@ -176,6 +177,7 @@ def disentanglement(
     return Disentanglement((sources[0].name, sources[1].name), grid, errors)
 
 
+@suggests
 def transfer_matrix(
     model: Model,
     base: Mapping[str, Any],

@@ -12,7 +12,7 @@ import torch
 from consilience import aggregators as catalogue
 from consilience.consolidators.distillation import Distillation, inputs
 from consilience.core.aggregator import Aggregator
-from consilience.core.errors import ConsilienceError, Refusal, unknown
+from consilience.core.errors import ConsilienceError, Refusal, suggests, unknown
 from consilience.core.message import Message, Weights
 from consilience.core.params import Params, key
 from consilience.core.source import Source
@@ -177,6 +177,7 @@ class Choice:
         }
 
 
+@suggests
 def choose(
     model: Any,
     base: Any,

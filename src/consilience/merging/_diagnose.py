@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from consilience.core.errors import ConsilienceError, kind_of
+from consilience.core.errors import ConsilienceError, kind_of, suggests
 from consilience.merging._files import Entries, opened, stem
 
 BLOCK = 1 << 15
@@ -150,6 +150,7 @@ class Diagnosis:
         return standing(charts).save(path)
 
 
+@suggests
 def diagnose(base: Any, experts: Any) -> Diagnosis:
     """Compare the task vectors tau_i = theta_i - base of experts, before they are merged.
 

@@ -13,7 +13,7 @@ import torch
 
 from consilience.core.aggregator import Aggregator
 from consilience.core.checks import whole_number
-from consilience.core.errors import ConsilienceError, kind_of, unknown
+from consilience.core.errors import ConsilienceError, kind_of, suggests, unknown
 from consilience.core.params import Params
 from consilience.core.source import Source
 from consilience.merging._bench import Bench
@@ -156,6 +156,7 @@ class Exploration:
         return standing([(f"{len(marks)} mixtures", scatter(names, marks, label))]).save(path)
 
 
+@suggests
 def explore(
     model: Any,
     base: Any,
@@ -485,6 +486,7 @@ def differential_evolution(
 # Soups.
 
 
+@suggests
 def greedy_soup(
     model: Any, experts: Any, sources: Sequence[Source], *, base: Any = None, scenario: str | None = None
 ) -> Exploration:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from consilience.core.aggregator import Affine, Aggregator, Blockwise, Linear, canonical
-from consilience.core.errors import ConsilienceError, kind_of, unknown
+from consilience.core.errors import ConsilienceError, kind_of, suggests, unknown
 from consilience.core.params import all_finite, key, matches
 from consilience.core.signals import ended_by_signals
 from consilience.merging._files import Entries, opened, stem
@@ -385,7 +385,8 @@ def merge(
 ) -> Path: ...
 
 
-def merge(  # type: ignore[misc]
+@suggests  # type: ignore[misc]
+def merge(
     base: Any,
     experts: Sequence[Any] | Mapping[str, Any],
     aggregator: Aggregator | None = None,
@@ -732,6 +733,7 @@ def _recipe(
     }
 
 
+@suggests
 def fold_normalisation(
     params: Mapping[str, Tensor],
     layer: str,

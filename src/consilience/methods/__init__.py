@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from consilience import lazy
+from consilience.core.errors import suggest_arguments
 from consilience.methods.continual import cumulative, finetune, from_scratch, joint
 from consilience.methods.distillation import feddf
 from consilience.methods.exmodel import average_ensemble, entropy_ensemble, oracle_ensemble, parameter_average
@@ -126,3 +127,4 @@ __all__ = [
 
 if not TYPE_CHECKING:
     __getattr__ = lazy.suggest(__name__)
+    suggest_arguments(__name__)

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from consilience import lazy
+from consilience.core.errors import suggest_arguments
 
 if TYPE_CHECKING:
     from consilience.core.metrics import Metric as Metric
@@ -164,3 +165,6 @@ def own(function: Callable[..., Any], higher: bool, name: str = "") -> Own:
     if not isinstance(higher, bool):
         raise ConsilienceError(f"`higher` must be True or False, got {kind_of(higher)}.")
     return Own(function, higher, name)
+
+
+suggest_arguments(__name__)

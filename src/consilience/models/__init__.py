@@ -10,7 +10,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from consilience import lazy
-from consilience.core.errors import ConsilienceError
+from consilience.core.errors import ConsilienceError, suggest_arguments
 
 # These modules import torch when they are loaded.
 if TYPE_CHECKING:
@@ -643,3 +643,6 @@ def wrap(
     # One pattern is not a sequence of one-letter patterns.
     patterns = (frozen,) if isinstance(frozen, str) else tuple(frozen)
     return ModuleModel(module, outputs, head, patterns, headless)
+
+
+suggest_arguments(__name__)

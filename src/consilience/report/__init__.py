@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from consilience.core.errors import UNREADABLE, ConsilienceError
+from consilience.core.errors import UNREADABLE, ConsilienceError, suggest_arguments
 from consilience.report._text import markdown, table
 
 if TYPE_CHECKING:
@@ -118,3 +118,6 @@ def check_shapes(result: Result, path: Path) -> None:
             f"the parts of a result must be of its {shape[0]} repeats, {rows - 1} stages and {columns} "
             f"sources, got others at {path}."
         )
+
+
+suggest_arguments(__name__)

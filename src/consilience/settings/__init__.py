@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from consilience import lazy
+from consilience.core.errors import suggest_arguments
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -713,3 +714,4 @@ def _entries(base: Any) -> Any:
 
 if not TYPE_CHECKING:
     __getattr__ = lazy.suggest(__name__)
+    suggest_arguments(__name__)

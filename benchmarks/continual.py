@@ -88,12 +88,12 @@ DOMAINS = ("finetune", "joint", "ewc", "online_ewc", "si", "mas", "lwf", "er", "
 CLASSES = ("finetune", "joint", "ewc", "si", "lwf", "er", "derpp", "agem", "icarl", "gdumb", "fed3r")
 TASKS = ("finetune", "joint", "ewc", "si", "lwf", "er", "derpp", "packnet", "hat", "supsup", "pnn")
 STREAMS = {
-    "Split MNIST, class": Stream("mnist", "class", 2000, 12000, SGD),
-    "Split MNIST, task": Stream("mnist", "task", 1500, 12000, SGD),
-    "Split Fashion, class": Stream("fashion_mnist", "class", 2000, 12000, SGD),
-    "Split CIFAR-10, class": Stream("cifar10_jpeg", "class", 600, 10000, CONV, 16, True, CLASSES),
-    "Split CIFAR-10, task": Stream("cifar10_jpeg", "task", 600, 10000, CONV, 16, True, TASKS),
-    "Permuted MNIST, domain": Stream("permuted", "domain", 1500, 60000, ADAM, width=400, only=DOMAINS),
+    "Split MNIST, class": Stream("mnist", "class", 1500, 12000, SGD),
+    "Split MNIST, task": Stream("mnist", "task", 1000, 12000, SGD),
+    "Split Fashion, class": Stream("fashion_mnist", "class", 1500, 12000, SGD),
+    "Split CIFAR-10, class": Stream("cifar10_jpeg", "class", 400, 10000, CONV, 16, True, CLASSES),
+    "Split CIFAR-10, task": Stream("cifar10_jpeg", "task", 400, 10000, CONV, 16, True, TASKS),
+    "Permuted MNIST, domain": Stream("permuted", "domain", 1000, 60000, ADAM, width=400, only=DOMAINS),
 }
 
 METHODS: dict[str, dict[str, Any]] = {

@@ -1,24 +1,27 @@
 """Federated learning on real data: rounds to a target, final accuracy, robustness to the schedule, and a
 federated-continual stream.
 
-Data from CONSILIENCE_DATA. SIZES
+Data from CONSILIENCE_DATA. SIZES Mean and standard deviation over SEEDS seeds.
 
 Part "clients": CLIENTS clients, SAMPLED a round, Dirichlet over classes, MLP 784-200-10, ROUNDS rounds of
-one epoch, batch 10, sgd lr 0.05, judged on
-2,000 test images every other round. Targets: .85 (MNIST), .72 (Fashion). Strengths are chosen on MNIST,
-Dirichlet .1, by the accuracy on
-the *validation* images after TUNED rounds, one seed, at most three values a method; test images never
-choose. Fed3R is a ridge head over one round of all
-clients, on the 500 random hidden units of an MLP, and ("on features") on the 1280 features of a MobileNetV2
-pretrained on ImageNet, frozen, images
-enlarged to 96x96 (these rows need timm); "fed3r, then fedavg" begins from it, and "fedavg on features"
-trains a linear head from zero.
-Part "schedules": 2,000 MNIST images in ten pieces, five passes over every piece under each of eight
-schedules; the spread is max - min (federated_schedules.svg).
-Part "stream": 5 clients x 10 tasks (pairs of classes of MNIST and Fashion-MNIST, each client in its own
-order), task labels, one round of
-four epochs a task, Adam lr 0.001, MLP 784-100-20: the mean over a client's ten tasks by its own parameters,
-and over all tasks by the server.
+one epoch, batch 10, plain SGD, judged on 2,000 test images every other round. Targets: .85 (MNIST), .72
+(Fashion). Learning rates and strengths are chosen on MNIST, Dirichlet .1, by the accuracy on the
+*validation* images after TUNED rounds, one seed; test images never choose. STRENGTHS The learning rate of
+every method that takes steps is chosen first, in the same way from five, at the middle strength. Fed3R is a
+ridge head over one round of all clients, on the 500 random hidden units of an MLP, and ("on features") on
+the 1280 features of a MobileNetV2 pretrained on ImageNet, frozen, images enlarged to 96x96 (these rows need
+timm); "fed3r, then fedavg" begins from it, and its strength is the temperature of the head; "fedavg on
+features" trains a linear head from zero.
+
+Part "schedules": PIECES MNIST images in ten pieces, five passes over every piece under each of eight
+schedules; the spread is max - min of the means (federated_schedules.svg). Learning rate (.05) and strengths
+are set by hand here, and tuned for no method: BY_HAND.
+
+Part "stream": 5 clients x 10 tasks (pairs of classes of MNIST and Fashion-MNIST, STREAMED training images
+of each data set in all, each client in its own order), task labels, one round of four epochs a task, Adam
+lr 0.001 (set by hand for all), MLP 784-100-20: the mean over a client's ten tasks by its own parameters,
+and over all tasks by the server. Strengths are chosen by the validation images of the whole stream (another
+seed), server and client counting alike, in the same way.
 """
 
 from __future__ import annotations
@@ -35,37 +38,58 @@ from dataclasses import replace
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 import consilience as cs
-from common import RESULTS, save
+from common import PROTOCOL, RESULTS, Choice, save, spread, tune
 from consilience.core.params import write_bytes
 from consilience.core.source import Tensors
 
-CLIENTS, SAMPLED, ROUNDS, TUNED, SEEDS, IMAGES = 100, 10, 60, 20, 3, 6000
+CLIENTS, SAMPLED, ROUNDS, TUNED, SEEDS, IMAGES, STREAMED = 100, 10, 30, 15, 3, 6000, 1000
 TARGETS = {"mnist": 0.85, "fashion_mnist": 0.72}
-STREAMS = [(d, a) for d in TARGETS for a in (0.1, 0.5)]
-GRID: dict[str, list[dict[str, Any]]] = {
-    "fedavg": [{}],
-    "fedprox": [{"mu": m} for m in (0.01, 0.1, 1.0)],
-    "fedavgm": [{"momentum": m} for m in (0.5, 0.9)],
-    "scaffold": [{"clients": CLIENTS}],
-    "fedcm": [{"alpha": a} for a in (0.1, 0.3, 0.6)],
-    "ghbm, tau 1": [{"beta": b, "tau": 1} for b in (0.5, 0.9)],
-    "ghbm, tau 5": [{"beta": b, "tau": 5} for b in (0.5, 0.9)],
-    "ghbm, tau 10": [{"beta": b, "tau": 10} for b in (0.5, 0.9)],
-    "local_ghbm": [{"beta": b} for b in (0.5, 0.9)],
-    "fedhbm": [{"beta": b} for b in (0.5, 0.9)],
-    "wsm": [{}],
-    "fed3r": [{}],
-    "fed3r, then fedavg": [{}],
+STREAMS = [("mnist", 0.1), ("fashion_mnist", 0.1)]
+ALSO = [("mnist", 0.5), ("fashion_mnist", 0.5)]
+"""Further streams of --full."""
+PIECES = 1000
+RATES = (0.01, 0.03, 0.1, 0.3, 1.0)
+GIVEN: dict[str, dict[str, Any]] = {
+    "fedavg": {},
+    "fedprox": {},
+    "fedavgm": {},
+    "scaffold": {"clients": CLIENTS},
+    "fedcm": {},
+    "ghbm, tau 1": {"tau": 1},
+    "ghbm, tau 10": {"tau": 10},
+    "local_ghbm": {},
+    "fedhbm": {},
+    "wsm": {},
+    "fed3r": {},
+    "fed3r, then fedavg": {},
 }
+"""The methods, and what is set by hand."""
 FEATURES = ("fedavg on features", "fed3r on features", "fed3r, then fedavg on features")
-CYCLIC = ("fedavg", "fedavgm", "ghbm, tau 10", "local_ghbm", "fedhbm")
+BETAS = (0.5, 0.7, 0.9, 0.95, 0.99)
+STRENGTHS: dict[str, tuple[str, tuple[float, ...]]] = {
+    "fedprox": ("mu", (0.001, 0.01, 0.1, 1.0, 10.0)),
+    "fedavgm": ("momentum", (0.1, 0.3, 0.5, 0.7, 0.9)),
+    "fedcm": ("alpha", (0.03, 0.1, 0.3, 0.6, 0.9)),
+    "ghbm, tau 1": ("beta", BETAS),
+    "ghbm, tau 10": ("beta", BETAS),
+    "local_ghbm": ("beta", BETAS),
+    "fedhbm": ("beta", BETAS),
+    "fed3r": ("strength", (0.01, 0.1, 1.0, 10.0, 100.0)),
+    "fed3r, then fedavg": ("temperature", (0.01, 0.03, 0.1, 0.3, 1.0)),
+}
+"""What is tuned beside the learning rate, and its five values."""
+CYCLIC = ("fedavg", "ghbm, tau 10", "local_ghbm")
 """Also with clients that take turns, as GHBM's analysis assumes."""
+
+
+def plain(name: str) -> str:
+    return name.removesuffix(" on features")
 
 
 @lru_cache(maxsize=1)
@@ -111,57 +135,58 @@ def described(data: str, images: int) -> cs.Source:
 
 
 def method_of(name: str, arguments: dict[str, Any]) -> cs.Method:
-    if name == "fedavgm":
-        return cs.methods.fedavg(outer_momentum=arguments["momentum"])
     if name == "fed3r, then fedavg":
         return cs.methods.fedavg()
     return getattr(cs.methods, name.partition(",")[0])(**arguments)  # type: ignore[no-any-return]
 
 
-def clients(task: tuple[str, float, str, dict[str, Any], int, bool, str]) -> dict[str, Any]:
+class Run(NamedTuple):
+    """A run of the first part: on one data set, by a method with its arguments and learning rate."""
+
+    data: str
+    alpha: float
+    name: str
+    arguments: dict[str, Any]
+    lr: float
+    seed: int
+    tuning: bool = False
+    order: str = "uniform"
+
+
+def clients(run: Run) -> dict[str, Any]:
     """One run of the first part."""
-    data, alpha, name, arguments, seed, tuning, order = task
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    name, on_features = name.removesuffix(" on features"), name.endswith(" on features")
-    source = described(data, IMAGES) if on_features else whole(data, IMAGES)
-    if tuning:
+    name, on_features = plain(run.name), run.name.endswith(" on features")
+    source = described(run.data, IMAGES) if on_features else whole(run.data, IMAGES)
+    if run.tuning:
         source = replace(source, test=source.validation)
-    sources = cs.data.dirichlet(source, CLIENTS, alpha=alpha, seed=seed)
-    rounds = TUNED if tuning else ROUNDS
+    sources = cs.data.dirichlet(source, CLIENTS, alpha=run.alpha, seed=run.seed)
+    rounds = TUNED if run.tuning else ROUNDS
     start = time.process_time()
-    training = cs.Training(epochs=1, batch_size=10, lr=0.05)
-    model: Any = cs.models.mlp(784, (200,), 10)
-    base, sent = None, 0
-    if name.startswith("fed3r"):
-        model = cs.models.mlp(784, (500,), 10)
+    training = cs.Training(epochs=1, batch_size=10, lr=run.lr)
+    model: Any = cs.models.mlp(784, (500 if name.startswith("fed3r") else 200,), 10)
     if on_features:
         model = cs.models.linear(1280, 10)
+
+    base, sent = None, 0
     if name.startswith("fed3r"):
-        first = cs.run(
-            cs.settings.federated(sources, rounds=1),
-            cs.methods.fed3r(strength=1.0, temperature=0.1),
-            model,
-            training,
-            seed=seed,
-        )
+        solve = cs.methods.fed3r(**run.arguments)
+        first = cs.run(cs.settings.federated(sources, rounds=1), solve, model, training, seed=run.seed)
         if name == "fed3r":
-            return {
-                "score": first.score,
-                "rounds": 1,
-                "bytes": first.costs["bytes"],
-                "seconds": time.process_time() - start,
-            }
+            found = {"score": first.score, "rounds": 1, "bytes": first.costs["bytes"]}
+            return {**found, "seconds": time.process_time() - start}
         base, sent = first.params, first.costs["bytes"]
     schedule = cs.settings.federated(
-        sources, rounds, SAMPLED, order, evaluate_every=2 if not tuning else rounds, base=base
+        sources, rounds, SAMPLED, run.order, evaluate_every=rounds if run.tuning else 2, base=base
     )  # type: ignore[arg-type]
+    method = method_of(name, run.arguments)
     try:
-        r = cs.run(schedule, method_of(name, arguments), model, training, seed=seed, engine="batched")
+        r = cs.run(schedule, method, model, training, seed=run.seed, engine="batched")
     except cs.ConsilienceError as e:
         return {"score": 0.0, "rounds": None, "bytes": 0, "seconds": 0.0, "why": str(e)}
     curve = r.matrix.mean(1)
-    reached = [2 * i for i, v in enumerate(curve) if v >= TARGETS[data]]
+    reached = [2 * i for i, v in enumerate(curve) if v >= TARGETS[run.data]]
     return {
         "score": float(curve[-1]),
         "rounds": reached[0] if reached else None,
@@ -184,7 +209,7 @@ SCHEDULES = (
 ROBUST = {
     "finetune": {},
     "fedprox": {"mu": 0.1},
-    "ewc": {},
+    "ewc": {"strength": 10.0},
     "er": {"size": 500},
     "ghbm": {"beta": 0.5, "tau": 1},
     "fed3r": {"strength": 1.0},
@@ -196,7 +221,7 @@ def schedules(task: tuple[str, str, int]) -> dict[str, Any]:
     name, which, seed = task
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    source = whole("mnist", 2000)
+    source = whole("mnist", PIECES)
     pieces = cs.data.split_classes(source, 10)
     pieces = [replace(p, test=source.test) for p in pieces]
     if "mixed" in which:
@@ -227,27 +252,30 @@ def schedules(task: tuple[str, str, int]) -> dict[str, Any]:
     return {"score": float(r.matrix[-1].mean())}
 
 
-WEIT: dict[str, list[dict[str, Any]]] = {
-    "fedavg": [{}],
-    "fedprox": [{"mu": 0.1}],
-    "fedweit": [{"drift": d} for d in (0.0, 1.0, 100.0)],
-    "finetune": [{}],
+WEIT: dict[str, tuple[str, tuple[float, ...]] | None] = {
+    "fedavg": None,
+    "fedprox": ("mu", (0.001, 0.01, 0.1, 1.0, 10.0)),
+    "fedweit": ("drift", (0.0, 1.0, 10.0, 100.0, 1000.0)),
+    "finetune": None,
 }
 
 
-def stream(task: tuple[str, dict[str, Any], str, int]) -> dict[str, Any]:
+def stream(task: tuple[str, dict[str, Any], str, int, bool]) -> dict[str, Any]:
     """One run of the third part, judged by one agent."""
-    name, arguments, who, seed = task
+    name, arguments, who, seed, tuning = task
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    tasks = [t for d in TARGETS for t in cs.data.split_classes(cs.data.npz(d, flat=True, limit=5000), 5)]
+    tasks = [t for d in TARGETS for t in cs.data.split_classes(cs.data.npz(d, flat=True, limit=STREAMED), 5)]
     streams = []
     for k in range(5):
         own = []
         for i in torch.randperm(10, generator=torch.Generator().manual_seed(97 * seed + k)).tolist():
             t = tasks[i]
             part = torch.arange(k, len(t.train), 5)
-            own.append(replace(t, name=f"{t.name}/{k}", task=f"{t.name}/{k}", train=t.train.select(part)))
+            test = t.validation if tuning else t.test
+            own.append(
+                replace(t, name=f"{t.name}/{k}", task=f"{t.name}/{k}", train=t.train.select(part), test=test)
+            )
         streams.append(own)
     schedule = replace(cs.settings.federated_continual(streams, rounds=1, scenario="task"), evaluated=who)
     start = time.process_time()
@@ -266,47 +294,45 @@ def stream(task: tuple[str, dict[str, Any], str, int]) -> dict[str, Any]:
     }
 
 
-def mean(values: list[float]) -> str:
-    return (
-        f"{100 * np.mean(values):.1f} ± {100 * np.std(values, ddof=1):.1f}"
-        if len(values) > 1
-        else f"{100 * values[0]:.1f}"
-    )
-
-
 def main() -> None:
-    global ROUNDS, SEEDS, IMAGES
+    global ROUNDS, SEEDS, IMAGES, STREAMED, PIECES
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--full", action="store_true", help="all training images, 200 rounds, five seeds")
-    parser.add_argument("--parts", nargs="*", default=["clients", "schedules", "stream"])
+    parts = {"clients": first, "schedules": second, "stream": third}
+    parser.add_argument("--parts", nargs="*", default=list(parts), choices=list(parts))
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
     if arguments.full:
-        ROUNDS, SEEDS, IMAGES = 200, 5, 60000
-    began, facts, lines = time.time(), {"grid": GRID, "by part": {}}, []  # type: ignore[var-annotated]
+        ROUNDS, SEEDS, IMAGES, STREAMED, PIECES = 200, 5, 60000, 5000, 2000
+        STREAMS.extend(ALSO)
+    facts: dict[str, Any] = {"rates": RATES, "strengths": STRENGTHS, "set by hand": GIVEN, "by part": {}}
+    lines: list[str] = []
     with ProcessPoolExecutor(arguments.workers) as pool:
         for part in arguments.parts:
             start = time.time()
-            lines += {"clients": first, "schedules": second, "stream": third}[part](pool, facts)
+            lines += parts[part](pool, facts)
             facts["by part"][part] = round((time.time() - start) / 60, 1)
-            told = f"- seeds: {SEEDS}\n- minutes: {facts['by part']} ({arguments.workers} processes)\n\n"
-            sizes = (
-                f"{IMAGES} training images in all ({IMAGES // CLIENTS} a client, before the "
-                f"validation tenth)."
-            )
-            about = (
-                (__doc__ or "")
-                .replace("SIZES", sizes)
-                .replace("CLIENTS", str(CLIENTS))
-                .replace("SAMPLED", str(SAMPLED))
-            )
-            about = about.replace("ROUNDS", str(ROUNDS)).replace("TUNED", str(TUNED))
-            save(
-                "federated" + "_full" * arguments.full,
-                about,
-                {**facts, "minutes": (time.time() - began) / 60},
-                told + "\n".join(lines),
-            )
+    by_hand = "; ".join(f"{n} {k} {v:g}" for n, a in ROBUST.items() for k, v in a.items())
+    sizes = f"{IMAGES} training images in all ({IMAGES // CLIENTS} a client, before the validation tenth)."
+    about = __doc__ or ""
+    for name, value in (
+        ("SIZES", sizes),
+        ("CLIENTS", CLIENTS),
+        ("SAMPLED", SAMPLED),
+        ("ROUNDS", ROUNDS),
+        ("TUNED", TUNED),
+        ("SEEDS", SEEDS),
+        ("STREAMED", STREAMED),
+        ("PIECES", PIECES),
+        ("STRENGTHS", PROTOCOL),
+        ("BY_HAND", by_hand),
+    ):
+        about = about.replace(name, str(value))
+    told = f"- seeds: {SEEDS}\n- minutes by part: {facts['by part']} ({arguments.workers} processes)\n\n"
+    if arguments.parts == list(parts):
+        save("federated" + "_full" * arguments.full, about, facts, told + "\n".join(lines))
+    else:
+        print("\n".join(lines), "Parts alone are not written.", sep="\n")
 
 
 def importable(name: str) -> bool:
@@ -317,46 +343,87 @@ def importable(name: str) -> bool:
     return True
 
 
+def choose(pool: ProcessPoolExecutor, names: list[str]) -> tuple[dict[str, Choice], dict[str, Choice]]:
+    """The learning rates and strengths of the first part, on the validation images of one stream."""
+    strengths: dict[str, Choice] = {}
+
+    def scores(runs: list[tuple[str, float, float | None]]) -> list[float]:
+        work = []
+        for name, lr, value in runs:
+            given = arguments_of(name, value, strengths)
+            work.append(Run("mnist", 0.1, name, given, lr, 1000, tuning=True))
+        return [r["score"] for r in pool.map(clients, work)]
+
+    # What has no learning rate comes first, since the second part of its sequel begins from it.
+    solved = [n for n in names if plain(n) == "fed3r"]
+    strengths |= tune(
+        {n: STRENGTHS[plain(n)][1] for n in solved}, lambda t: scores([(n, 0.1, v) for n, v in t])
+    )
+    rates = tune(
+        {n: RATES for n in names if n not in solved},
+        lambda trials: scores([(n, lr, middle(n)) for n, lr in trials]),
+    )
+    strengths |= tune(
+        {n: STRENGTHS[plain(n)][1] for n in names if plain(n) in STRENGTHS and n not in solved},
+        lambda trials: scores([(n, rates[n].value, v) for n, v in trials]),
+    )
+    return rates, strengths
+
+
+def middle(name: str) -> float | None:
+    return STRENGTHS[plain(name)][1][2] if plain(name) in STRENGTHS else None
+
+
+def arguments_of(name: str, value: float | None, strengths: dict[str, Choice]) -> dict[str, Any]:
+    """Arguments of a method: what is set by hand, its strength, and that of the ridge head before it."""
+    given = dict(GIVEN[plain(name)])
+    if value is not None:
+        given[STRENGTHS[plain(name)][0]] = value
+    if plain(name) == "fed3r, then fedavg":
+        given["strength"] = strengths[name.replace(", then fedavg", "")].value
+    return given
+
+
 def first(pool: ProcessPoolExecutor, facts: dict[str, Any]) -> list[str]:
-    trials = [(n, a) for n, g in GRID.items() if len(g) > 1 for a in g]
-    tuned = list(pool.map(clients, [("mnist", 0.1, n, a, 1000, True, "uniform") for n, a in trials]))
-    chosen = {n: g[0] for n, g in GRID.items()}
-    for n in chosen:
-        own = [(r["score"], -i) for i, ((m, _), r) in enumerate(zip(trials, tuned, strict=True)) if m == n]
-        if own:
-            chosen[n] = trials[-max(own)[1]][1]
-    names = list(GRID)
+    names = list(GIVEN)
     if importable("timm"):
         names += FEATURES
-        chosen |= {n: {} for n in FEATURES}
         for data in TARGETS:
             described(data, IMAGES)
-    work = [
-        (d, a, n, chosen[n], s, False, "uniform") for d, a in STREAMS for n in names for s in range(SEEDS)
-    ]
-    work += [("mnist", 0.1, n, chosen[n], s, False, "cyclic") for n in CYCLIC for s in range(SEEDS)]
+    rates, strengths = choose(pool, names)
+    facts["chosen rates"] = {n: c._asdict() for n, c in rates.items()}
+    facts["chosen strengths"] = {n: c._asdict() for n, c in strengths.items()}
+
+    def runs(data: str, alpha: float, name: str, order: str = "uniform") -> list[Run]:
+        lr = rates[name].value if name in rates else 0.1
+        given = arguments_of(name, strengths[name].value if name in strengths else None, strengths)
+        return [Run(data, alpha, name, given, lr, seed, False, order) for seed in range(SEEDS)]
+
+    work = [r for data, alpha in STREAMS for n in names for r in runs(data, alpha, n)]
+    work += [r for n in CYCLIC for r in runs("mnist", 0.1, n, "cyclic")]
     done = list(pool.map(clients, work))
-    facts["clients"] = [{"run": list(w), **r} for w, r in zip(work, done, strict=True)]
+    facts["clients"] = [{"run": w._asdict(), **r} for w, r in zip(work, done, strict=True)]
     lines = [
-        "| stream | method | tuned | final accuracy % | rounds to target | MB | CPU s |",
-        "|---|---|---|---|---|---|---|",
+        "| stream | method | lr | strength | final accuracy % | rounds to target | MB | CPU s |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for i in range(0, len(work), SEEDS):
-        (d, a, n, chose, _, _, order), rs = work[i], done[i : i + SEEDS]
-        rounds = [r["rounds"] for r in rs]
-        reached = (
-            f"{np.mean(rounds):.0f}"
-            if all(r is not None for r in rounds)
-            else f"{sum(r is not None for r in rounds)} of {SEEDS} seeds reach it"
-        )
+        run, rs = work[i], done[i : i + SEEDS]
+        rounds = [r["rounds"] for r in rs if r["rounds"] is not None]
+        reached = f"{np.mean(rounds):.0f} ± {np.std(rounds, ddof=1):.0f}" if len(rounds) == SEEDS else ""
+        chosen = strengths.get(run.name)
+        strength = f"{STRENGTHS[plain(run.name)][0]} {chosen}" if chosen else ""
+        failed = sum("why" in r for r in rs)
         lines.append(
-            f"| {d}, Dirichlet {a}{', in turn' * (order == 'cyclic')} | {n} | "
-            f"{', '.join(f'{k} {v}' for k, v in chose.items())} "
-            f"| {mean([r['score'] for r in rs])} | {reached} | "
-            f"{np.mean([r['bytes'] for r in rs]) / 1e6:.0f} | "
-            f"{np.mean([r['seconds'] for r in rs]):.1f} |"
+            f"| {run.data}, Dirichlet {run.alpha}{', in turn' * (run.order == 'cyclic')} | {run.name} "
+            f"| {rates.get(run.name, '')} | {strength} "
+            f"| {spread([r['score'] for r in rs])}{f' ({failed} diverged)' * bool(failed)} "
+            f"| {reached or f'{len(rounds)} of {SEEDS} seeds reach it'} "
+            f"| {np.mean([r['bytes'] for r in rs]) / 1e6:.0f} | {np.mean([r['seconds'] for r in rs]):.1f} |"
         )
-    return [*lines, ""]
+    ladders = [f"- {n}: {k} {', '.join(f'{v:g}' for v in values)}" for n, (k, values) in STRENGTHS.items()]
+    ladders.insert(0, f"- all: lr {', '.join(f'{v:g}' for v in RATES)}")
+    return [*lines, "", "The five values of each:", "", *ladders, ""]
 
 
 def second(pool: ProcessPoolExecutor, facts: dict[str, Any]) -> list[str]:
@@ -373,7 +440,7 @@ def second(pool: ProcessPoolExecutor, facts: dict[str, Any]) -> list[str]:
                 cells.append("refuses")
             else:
                 means.append(float(np.mean([r["score"] for r in rs])))
-                cells.append(mean([r["score"] for r in rs]))
+                cells.append(spread([r["score"] for r in rs]))
         lines.append(f"| {n} | {' | '.join(cells)} | {100 * (max(means) - min(means)):.1f} |")
         drawn[n] = means
     write_bytes(RESULTS / "federated_schedules.svg", figure(drawn).encode())
@@ -415,32 +482,38 @@ def figure(means: dict[str, list[float]]) -> str:
 
 
 def third(pool: ProcessPoolExecutor, facts: dict[str, Any]) -> list[str]:
-    seeds = max(1, SEEDS - 1)
+    who = ("server", "client-3")
+
+    def given(name: str, value: float | None) -> dict[str, Any]:
+        ladder = WEIT[name]
+        return {} if ladder is None or value is None else {ladder[0]: value}
+
+    def scores(trials: list[tuple[str, float]]) -> list[float]:
+        found = list(pool.map(stream, [(n, given(n, v), w, 1000, True) for n, v in trials for w in who]))
+        return [(a["score"] + b["score"]) / 2 for a, b in zip(found[::2], found[1::2], strict=True)]
+
+    chosen = tune({n: ladder[1] for n, ladder in WEIT.items() if ladder}, scores)
     work = [
-        (n, a, w, s) for n, g in WEIT.items() for a in g for w in ("server", "client-3") for s in range(seeds)
+        (n, given(n, chosen[n].value if n in chosen else None), w, s, False)
+        for n in WEIT
+        for w in who
+        for s in range(SEEDS)
     ]
     done = list(pool.map(stream, work))
     facts["stream"] = [{"run": list(w), **r} for w, r in zip(work, done, strict=True)]
+    facts["stream strengths"] = {n: c._asdict() for n, c in chosen.items()}
     lines = [
-        f"| method | server, all tasks % | clients, own tasks % ({seeds} seeds) | MB | CPU s |",
-        "|---|---|---|---|---|",
+        "| method | strength | server, all tasks % | a client, own tasks % | MB | CPU s |",
+        "|---|---|---|---|---|---|",
     ]
-    for n, g in WEIT.items():
-        for a in g:
-            of = {
-                w: [
-                    r
-                    for (m, b, v, _), r in zip(work, done, strict=True)
-                    if (m, b) == (n, a) and v.startswith(w)
-                ]
-                for w in ("server", "client")
-            }
-            lines.append(
-                f"| {n} {', '.join(f'{k} {v}' for k, v in a.items())} | "
-                f"{mean([r['score'] for r in of['server']])} "
-                f"| {mean([r['score'] for r in of['client']])} | {of['server'][0]['bytes'] / 1e6:.0f} "
-                f"| {of['server'][0]['seconds']:.0f} |"
-            )
+    for n, ladder in WEIT.items():
+        of = {w: [r for v, r in zip(work, done, strict=True) if (v[0], v[2]) == (n, w)] for w in who}
+        strength = f"{ladder[0]} {chosen[n]}" if ladder else ""
+        lines.append(
+            f"| {n} | {strength} | {spread([r['score'] for r in of['server']])} "
+            f"| {spread([r['score'] for r in of['client-3']])} | {of['server'][0]['bytes'] / 1e6:.0f} "
+            f"| {np.mean([r['seconds'] for r in of['server']]):.0f} |"
+        )
     return [*lines, ""]
 
 

@@ -1,20 +1,22 @@
-"""Training for merging, end to end on real data: full, sparse, anchored, linearised and undertrained
-experts, merged by every aggregator.
+"""Training for merging, end to end on real data: full, sparse, anchored, linearised and undertrained experts,
+merged by every aggregator, over SEEDS seeds of everything.
 
-Data from CONSILIENCE_DATA: MNIST, Fashion-MNIST, USPS, notMNIST and CIFAR-10, gray, 28x28; MNIST-M (gray) is
-the base task. SIZES
-A net of three 3x3 convolutions (16, 32, 64 maps) with group norm, ReLU and pooling, and one linear head of
-60 outputs, of which each task has
-its ten, is pretrained on `pretrain` images of each, ten times as many of the base task, and its head held.
-Every expert trains the convolutions from there on another part
-of one data set (SGD, momentum .9, lr by regime chosen on validation images of the first two tasks). Merged
-at the coefficient 1 of the aggregator's own
-merge, and at the one of LAMBDAS by which base + lambda (merge - base) is best on *validation* images; test
-images never choose.
-Normalised: accuracy over that of the task's own expert, mean over tasks. Control: accuracy on the base task,
-whose own value is in the table.
-Transfer: accuracy of expert i on task j over the base's. Disentanglement: xi on a grid for the first two
-tasks. Figures: mergeability_*.svg.
+Data from CONSILIENCE_DATA: MNIST, Fashion-MNIST, USPS, notMNIST and CIFAR-10, gray, 28x28; MNIST-M (gray)
+is the base task. A net of three 3x3 convolutions (WIDE maps, then twice and four times as many) with group
+norm, ReLU and pooling, and one linear head of 60 outputs, of which each task has its ten, is pretrained on
+`pretrain` images of each, ten times as many of the base task, and its head held. Every expert trains the
+convolutions from there on another part of one data set (SGD, momentum .9). The learning rate is chosen for
+every regime in the same way, by the validation images of the first two tasks (first seed, a third of the
+work). STRENGTHS Densities, the strength of the anchor and epochs are set by hand, epochs equal for all
+regimes.
+
+Merged at the coefficient 1 of the aggregator's own merge, and at the one of LAMBDAS by which base + lambda
+(merge - base) is best on *validation* images, in each seed; test images never choose. In brackets stand the
+lambdas of the seeds, with a star at the ends of the list. Normalised: accuracy over that of the task's own
+expert, mean over tasks. Control: accuracy on the base task, whose own value is in the table. Transfer:
+accuracy of expert i on task j over the base's. Disentanglement: xi on a grid for the first two tasks.
+Figures (mergeability_*.svg) show means over seeds, or the first seed where they say so. Each value: mean
+and standard deviation over seeds.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import consilience as cs
-from common import RESULTS, save
+from common import PROTOCOL, RESULTS, Choice, save, spread, tune
 from consilience.core.model import Model
 from consilience.core.params import Params
 from consilience.core.schedule import Evaluate, Expert, Phase, Schedule, Train, build
@@ -56,14 +58,15 @@ NAMES = {
     "cifar10_jpeg": "cifar10",
     "mnist_m_jpeg": "mnist-m",
 }
+SEEDS = 3
 SIZES = {
-    "pretrain": 300,
-    "train": 2500,
-    "validation": 200,
-    "test": 500,
+    "pretrain": 200,
+    "train": 1000,
+    "validation": 100,
+    "test": 300,
     "pretraining": 6,
     "epochs": 3,
-    "wide": 16,
+    "wide": 8,
 }
 FULL = {
     "pretrain": 300,
@@ -75,7 +78,7 @@ FULL = {
     "wide": 32,
 }
 TINY = {"pretrain": 120, "train": 150, "validation": 50, "test": 60, "pretraining": 1, "epochs": 1, "wide": 4}
-LAMBDAS = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0)
+LAMBDAS = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
 WORK = (0.01, 0.03, 0.1, 0.3, 1.0)
 """Fractions of the steps of full experts."""
 REGIMES: dict[str, Callable[[], cs.Method]] = {
@@ -85,7 +88,7 @@ REGIMES: dict[str, Callable[[], cs.Method]] = {
     "anchored": lambda: cs.methods.fedprox(1.0),
     "linearised": cs.methods.finetune,
 }
-RATES = (0.01, 0.03, 0.1, 0.3)
+RATES = (0.002, 0.008, 0.03, 0.12, 0.5)
 AGGREGATORS: dict[str, Callable[[], cs.Method]] = {
     "average": cs.methods.average,
     "ties .2": lambda: cs.methods.ties(0.2),
@@ -139,21 +142,23 @@ def model_of(regime: str, wide: int, base: Params) -> tuple[Model, Params]:
     return tangent, tangent.at(base)
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=3)
 def sources(sizes: tuple[tuple[str, int], ...]) -> tuple[tuple[Source, ...], tuple[Source, ...]]:
     """(what the base learns, what experts learn): six data sets, gray and 28x28, with common validation and
     test images."""
     n, first, later = dict(sizes), [], []
     for i, (file, name) in enumerate(NAMES.items()):
         s = cs.data.npz(
-            file, limit=max(11 * n["pretrain"], n["pretrain"] + n["train"]) + 10 * n["validation"], seed=0
+            file,
+            limit=max(11 * n["pretrain"], n["pretrain"] + n["train"]) + 10 * n["validation"],
+            seed=n["seed"],
         )
 
         def gray(x: Tensor) -> Tensor:
             x = x.float().mean(1, keepdim=True)
             return x if x.shape[-1] == 28 else F.interpolate(x, size=28, mode="bilinear", antialias=True)
 
-        g = torch.Generator().manual_seed(i)
+        g = torch.Generator().manual_seed(i + 100 * n["seed"])
         x, y = s.train.whole()
         order = torch.randperm(len(y), generator=g)
         order, share = (
@@ -194,13 +199,13 @@ def accuracies(model: Model, params: Params, tasks: Iterable[Source], part: str 
     return found
 
 
-def pretrain(task: tuple[Any, int]) -> Params:
-    sizes, _ = task
+def pretrain(sizes: Any) -> Params:
     _quiet()
     n = dict(sizes)
     first, _ = sources(sizes)
     plan = cs.settings.multitask(first, "task")
-    return dict(cs.run(plan, cs.methods.finetune(), net(n["wide"]), training(0.03, n["pretraining"])).params)
+    how = training(0.03, n["pretraining"])
+    return dict(cs.run(plan, cs.methods.finetune(), net(n["wide"]), how, seed=n["seed"]).params)
 
 
 def expert(task: tuple[Any, str, int, float, float, Params]) -> dict[str, Any]:
@@ -212,9 +217,9 @@ def expert(task: tuple[Any, str, int, float, float, Params]) -> dict[str, Any]:
     model, start = model_of(regime, n["wide"], base)
     began = time.process_time()
     try:
-        params = cs.run(
-            alone(later, i, start, work), REGIMES[regime](), model, training(rate, n["epochs"])
-        ).params
+        how = training(rate, n["epochs"])
+        schedule = alone(later, i, start, work)
+        params = cs.run(schedule, REGIMES[regime](), model, how, seed=n["seed"]).params
     except cs.ConsilienceError as e:  # it diverged
         return {
             "params": dict(start),
@@ -240,13 +245,14 @@ def merged(task: tuple[Any, str, str, float, int, Params, list[Params]]) -> dict
         if aggregator in BY_DATA:
             schedule = cs.settings.merging(later[:many], base=start, scenario="task")
             method = cs.Method.of([REGIMES[regime](), BY_DATA[aggregator]()])
-            result = cs.run(schedule, method, model, training(rate, n["epochs"]))
+            result = cs.run(schedule, method, model, training(rate, n["epochs"]), seed=n["seed"])
         else:
             given = [Expert(s.name, p, s) for s, p in zip(later[:many], experts, strict=False)]
             result = cs.run(
                 cs.settings.merging(experts=given, base=start, scenario="task"),
                 AGGREGATORS[aggregator](),
                 model,
+                seed=n["seed"],
             )
     except cs.ConsilienceError as e:
         return {"refused": str(e)}
@@ -286,7 +292,7 @@ def figure(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--full", action="store_true", help="more images and epochs, a wider net")
     parser.add_argument(
         "--tiny", action="store_true", help="a try of every part, written to a temporary folder"
@@ -295,264 +301,259 @@ def main() -> None:
     chosen = parser.parse_args()
     into = Path(tempfile.mkdtemp()) if chosen.tiny else RESULTS
     n = FULL if chosen.full else TINY if chosen.tiny else SIZES
-    sizes, began = tuple(n.items()), time.time()
-    tasks = list(NAMES.values())[:5]
-    facts: dict[str, Any] = {"sizes": n, "lambdas": LAMBDAS}
-    lines: list[str] = []
+    began, found = time.time(), []
     with ProcessPoolExecutor(chosen.workers) as pool:
-        base = pool.submit(pretrain, (sizes, 0)).result()
-        print(f"base after {time.time() - began:.0f} s", flush=True)
-        chosen_rates = rates(pool, sizes, base, facts)
-        print(f"rates {chosen_rates} after {time.time() - began:.0f} s", flush=True)
-        work = [(sizes, r, i, chosen_rates[r], 1.0, base) for r in REGIMES for i in range(5)]
-        done = dict(zip([(r, i) for r in REGIMES for i in range(5)], pool.map(expert, work), strict=True))
-        experts = {r: [done[r, i]["params"] for i in range(5)] for r in REGIMES}
-        print(f"experts after {time.time() - began:.0f} s", flush=True)
-        lines += own(sizes, base, experts, done, chosen_rates, facts)
-        lines += aggregators(pool, sizes, base, experts, chosen_rates, facts)
-        print(f"aggregators after {time.time() - began:.0f} s", flush=True)
-        lines += counts(pool, into, sizes, base, experts, chosen_rates, facts)
-        lines += steps(pool, into, sizes, base, chosen_rates, facts)
-        print(f"counts and steps after {time.time() - began:.0f} s", flush=True)
-    lines += analyses(into, sizes, base, experts, facts)
-    facts["seconds"] = time.time() - began
-    told = (
-        f"Sizes: {', '.join(f'{k} {v}' for k, v in n.items())} (images a data set; epochs; maps). "
-        f"{facts['seconds']:.0f} s on {chosen.workers} workers.\n\n"
-    )
-    about = (__doc__ or "").replace("SIZES\n", f"\n{', '.join(tasks)}.\n")
+        rates: dict[str, Choice] = {}
+        for seed in range(SEEDS):
+            sizes = tuple({**n, "seed": seed}.items())
+            base = pool.submit(pretrain, sizes).result()
+            rates = rates or chosen_rates(pool, sizes, base)
+            found.append(one_seed(pool, into, sizes, base, {r: c.value for r, c in rates.items()}))
+            print(f"seed {seed} after {time.time() - began:.0f} s", flush=True)
+    lines = [
+        f"Sizes: {', '.join(f'{k} {v}' for k, v in n.items())} (images a data set; epochs; maps); "
+        f"{SEEDS} seeds; {chosen.workers} processes.",
+        "",
+        *own(found, rates),
+        *aggregators(found),
+        *counts(into, found),
+        *steps(into, found),
+        *analyses(found),
+    ]
+    facts = {"sizes": n, "lambdas": LAMBDAS, "rates": {r: c._asdict() for r, c in rates.items()}}
+    about = (__doc__ or "").replace("STRENGTHS", PROTOCOL)
+    for name, value in (
+        ("SEEDS", SEEDS),
+        ("WIDE", n["wide"]),
+        ("LAMBDAS", ", ".join(f"{v:g}" for v in LAMBDAS)),
+    ):
+        about = about.replace(name, str(value))
     if chosen.tiny:
-        print(told + "\n".join(lines), into, sep="\n")
+        print(about, "\n".join(lines), into, sep="\n")
     else:
-        save("mergeability", about, facts, told + "\n".join(lines))
+        save("mergeability" + "_full" * chosen.full, about, {**facts, "seeds": found}, "\n".join(lines))
 
 
-def rates(pool: ProcessPoolExecutor, sizes: Any, base: Params, facts: dict[str, Any]) -> dict[str, float]:
-    """The learning rate of every regime by the validation accuracy of its first two experts (a third of the
-    work)."""
-    trials = [(r, rate, i) for r in REGIMES for rate in RATES for i in range(2)]
-    found = list(pool.map(expert, [(sizes, r, i, rate, 1 / 3, base) for r, rate, i in trials]))
-    score = {(r, rate): 0.0 for r, rate, _ in trials}
-    for (r, rate, _), f in zip(trials, found, strict=True):
-        score[r, rate] += f["validation"] / 2
-    facts["rates"] = [{"regime": r, "lr": rate, "validation": v} for (r, rate), v in score.items()]
-    return {r: max(RATES, key=lambda rate: score[r, rate]) for r in REGIMES}
+def chosen_rates(pool: ProcessPoolExecutor, sizes: Any, base: Params) -> dict[str, Choice]:
+    """The learning rate of every regime by the validation accuracy of its first two experts."""
+
+    def scores(trials: list[tuple[str, float]]) -> list[float]:
+        work = [(sizes, r, i, rate, 1 / 3, base) for r, rate in trials for i in range(2)]
+        found = [f["validation"] for f in pool.map(expert, work)]
+        return [(a + b) / 2 for a, b in zip(found[::2], found[1::2], strict=True)]
+
+    return tune({r: RATES for r in REGIMES}, scores)
 
 
-def own(
-    sizes: Any,
-    base: Params,
-    experts: Mapping[str, list[Params]],
-    done: Mapping[Any, Any],
-    chosen: Mapping[str, float],
-    facts: dict[str, Any],
-) -> list[str]:
-    """What the experts can before they are merged."""
-    n, tasks = dict(sizes), list(NAMES.values())
+def one_seed(
+    pool: ProcessPoolExecutor, into: Path, sizes: Any, base: Params, rates: Mapping[str, float]
+) -> dict[str, Any]:
+    """Everything that is measured with one seed."""
+    n = dict(sizes)
     _, later = sources(sizes)
     model, _ = model_of("full", n["wide"], base)
     framed = alone(later, 0, base).sources
-    lines = [f"| experts | lr | {' | '.join(tasks[:5])} | mean | CPU s each |", "|---" * 9 + "|"]
-    first = accuracies(model, base, framed)
-    facts["base"] = first
-    lines.append(
-        f"| base (control: {percent(first[5])}) | - | {' | '.join(map(percent, first[:5]))} | "
-        f"{percent(mean(first[:5]))} | - |"
+    facts: dict[str, Any] = {"base": accuracies(model, base, framed)}
+
+    # Experts with all steps of all regimes, and undertrained full ones.
+    work = [(r, i, 1.0) for r in REGIMES for i in range(5)]
+    work += [("full", i, w) for w in WORK if w < 1 for i in range(5)]
+    done = dict(
+        zip(work, pool.map(expert, [(sizes, r, i, rates[r], w, base) for r, i, w in work]), strict=True)
     )
+    experts = {r: [done[r, i, 1.0]["params"] for i in range(5)] for r in REGIMES}
     facts["experts"] = {}
     for r, some in experts.items():
         m, _ = model_of(r, n["wide"], base)
-        found = [accuracies(m, p, [framed[i]])[0] for i, p in enumerate(some)]
-        seconds = mean(done[r, i]["seconds"] for i in range(5))
-        facts["experts"][r] = {"accuracy": found, "lr": chosen[r], "seconds": seconds}
-        lines.append(
-            f"| {r} | {chosen[r]} | {' | '.join(map(percent, found))} | {percent(mean(found))} | "
-            f"{seconds:.0f} |"
-        )
+        facts["experts"][r] = {
+            "accuracy": [accuracies(m, p, [framed[i]])[0] for i, p in enumerate(some)],
+            "lr": rates[r],
+            "seconds": mean(done[r, i, 1.0]["seconds"] for i in range(5)),
+        }
+
+    # Merges: all five experts by every aggregator, fewer of them, and undertrained ones.
+    fewer = [(r, a, k, 1.0) for r, a in PAIRS for k in (2, 3, 4)]
+    early = [("full", "average", 5, w) for w in WORK if w < 1]
+    merges = [(r, a, 5, 1.0) for r in REGIMES for a in AGGREGATORS] + fewer + early
+    merges += [(r, a, 5, 1.0) for r in TRAINED_AGAIN for a in BY_DATA]
+    given = [
+        (sizes, r, a, rates[r], k, base, [done[r, i, w]["params"] for i in range(5)]) for r, a, k, w in merges
+    ]
+    facts["merged"] = [
+        {"regime": r, "aggregator": a, "experts": k, "work": w, **f}
+        for (r, a, k, w), f in zip(merges, pool.map(merged, given), strict=True)
+    ]
+    facts["alone"] = [
+        mean(accuracies(model, done["full", i, w]["params"], [framed[i]])[0] for i in range(5)) for w in WORK
+    ]
+    facts["steps"] = [max(1, round(w * n["epochs"] * -(-len(later[0].train) // 32))) for w in WORK]
+
+    # Figures of the first seed alone.
+    facts["transfer"], facts["disentanglement"] = {}, {}
+    for r, some in experts.items():
+        m, start = model_of(r, n["wide"], base)
+        framed = alone(later, 0, start).sources[:5]
+        t = transfer_matrix(m, start, some, framed)
+        facts["transfer"][r] = {"base": t.base, "accuracies": t.accuracies, "others": t.others, "own": t.own}
+        few = [replace(s, test=s.test.select(torch.arange(min(100, len(s.test))))) for s in framed[:2]]
+        d = disentanglement(m, start, some[:2], few, GRID)
+        facts["disentanglement"][r] = {"coefficients": d.coefficients, "errors": d.errors, "mean": d.mean}
+        if n["seed"] == 0:
+            facts["transfer"][r]["table"] = t.table()
+            t.write(into / f"mergeability_transfer_{short(r)}.svg")
+            d.write(into / f"mergeability_disentanglement_{short(r)}.svg")
+    return facts
+
+
+PAIRS = [(r, "average") for r in REGIMES] + [(r, "ties .2") for r in ("full", "talos .5")]
+"""Whose merges of two, three and four experts are measured too."""
+
+
+def short(regime: str) -> str:
+    return regime.replace(" ", "").replace(".", "")
+
+
+def own(found: Sequence[dict[str, Any]], rates: Mapping[str, Choice]) -> list[str]:
+    """What the experts can before they are merged."""
+    tasks = list(NAMES.values())[:5]
+    lines = [f"| experts | lr | {' | '.join(tasks)} | mean | CPU s each |", "|---" * 9 + "|"]
+
+    def row(accuracy: Sequence[Sequence[float]]) -> str:
+        cells = [spread(values) for values in zip(*accuracy, strict=True)]
+        return " | ".join([*cells, spread([mean(a) for a in accuracy])])
+
+    control = spread([f["base"][5] for f in found])
+    lines.append(f"| base (control: {control}) | | {row([f['base'][:5] for f in found])} | |")
+    for r in REGIMES:
+        seconds = mean(f["experts"][r]["seconds"] for f in found)
+        accuracy = row([f["experts"][r]["accuracy"] for f in found])
+        lines.append(f"| {r} | {rates[r]} | {accuracy} | {seconds:.1f} |")
     return ["## Experts, each on its own task (accuracy %)", "", *lines, ""]
 
 
-def aggregators(
-    pool: ProcessPoolExecutor,
-    sizes: Any,
-    base: Params,
-    experts: Mapping[str, list[Params]],
-    chosen: Mapping[str, float],
-    facts: dict[str, Any],
-) -> list[str]:
+def merges_of(found: Sequence[dict[str, Any]], regime: str, aggregator: str, many: int, work: float) -> Any:
+    """One merge in every seed; None where it was not tried."""
+    wanted = (regime, aggregator, many, work)
+    same = [
+        m
+        for f in found
+        for m in f["merged"]
+        if (m["regime"], m["aggregator"], m["experts"], m["work"]) == wanted
+    ]
+    return same or None
+
+
+def normalised(
+    found: Sequence[dict[str, Any]], regime: str, values: Sequence[Sequence[float]]
+) -> list[float]:
+    """Accuracies over those of the experts, mean over tasks, by seed."""
+    return [
+        mean(v / max(best, 1e-9) for v, best in zip(values_, f["experts"][regime]["accuracy"], strict=False))
+        for f, values_ in zip(found, values, strict=True)
+    ]
+
+
+def aggregators(found: Sequence[dict[str, Any]]) -> list[str]:
     """Five experts of every regime by every aggregator."""
-    work = [(r, a) for r in REGIMES for a in AGGREGATORS] + [(r, a) for r in TRAINED_AGAIN for a in BY_DATA]
-    found = dict(
-        zip(
-            work,
-            pool.map(merged, [(sizes, r, a, chosen[r], 5, base, experts[r]) for r, a in work]),
-            strict=True,
-        )
-    )
-    facts["merged"] = [{"regime": r, "aggregator": a, **f} for (r, a), f in found.items()]
-    lines = ["## Five experts merged: accuracy % on the five tasks (normalised), and the control", ""]
-    lines += ["| aggregator | " + " | ".join(f"{r}: at 1 | tuned (lambda) | control" for r in REGIMES) + " |"]
-    lines += ["|---" * (3 * len(REGIMES) + 1) + "|"]
-    for a in (*AGGREGATORS, *BY_DATA):
-        cells = []
-        for r in REGIMES:
-            f, best = found.get((r, a), {"refused": "not tried"}), facts["experts"][r]["accuracy"]
-            if "refused" in f:
-                cells += [f["refused"] if f["refused"] == "not tried" else "refuses", "-", "-"]
+    lines = ["## Five experts merged: accuracy % on the five tasks, and the control", ""]
+    for r in REGIMES:
+        lines += [
+            f"**{r}**",
+            "",
+            "| aggregator | at 1 | normalised | tuned (lambdas) | normalised | control |",
+            "|---" * 6 + "|",
+        ]
+        for a in (*AGGREGATORS, *BY_DATA):
+            merges = merges_of(found, r, a, 5, 1.0)
+            if merges is None:
                 continue
-            said = [
-                f"{percent(mean(v[:5]))} "
-                f"({percent(mean(x / max(y, 1e-9) for x, y in zip(v[:5], best, strict=True)))})"
-                for v in (f["plain"], f["tuned"])
-            ]
-            cells += [said[0], f"{said[1]} ({f['lambda']:g})", percent(f["tuned"][5])]
-        lines.append(f"| {a} | {' | '.join(cells)} |")
+            if "refused" in merges[0]:
+                lines.append(f"| {a} | refuses: {merges[0]['refused']} | | | | |")
+                continue
+            one, tuned = ([m[how][:5] for m in merges] for how in ("plain", "tuned"))
+            lambdas = ", ".join(
+                f"{m['lambda']:g}{' *' * (m['lambda'] in (LAMBDAS[0], LAMBDAS[-1]))}" for m in merges
+            )
+            lines.append(
+                f"| {a} | {spread([mean(v) for v in one])} | {spread(normalised(found, r, one))} "
+                f"| {spread([mean(v) for v in tuned])} ({lambdas}) | {spread(normalised(found, r, tuned))} "
+                f"| {spread([m['tuned'][5] for m in merges])} |"
+            )
+        lines.append("")
     return [
         *lines,
-        "",
         "`average` tuned is task arithmetic with its coefficient searched (lambda / 5 for a sum).",
         "",
     ]
 
 
-def counts(
-    pool: ProcessPoolExecutor,
-    into: Path,
-    sizes: Any,
-    base: Params,
-    experts: Mapping[str, list[Params]],
-    chosen: Mapping[str, float],
-    facts: dict[str, Any],
-) -> list[str]:
+def counts(into: Path, found: Sequence[dict[str, Any]]) -> list[str]:
     """Accuracy against the number of experts."""
-    pairs = [(r, "average") for r in REGIMES] + [(r, "ties .2") for r in ("full", "talos .5")]
-    work = [(r, a, k) for r, a in pairs for k in (2, 3, 4, 5)]
-    found = dict(
-        zip(
-            work,
-            pool.map(merged, [(sizes, r, a, chosen[r], k, base, experts[r]) for r, a, k in work]),
-            strict=True,
-        )
-    )
-    facts["counts"] = [{"regime": r, "aggregator": a, "experts": k, **f} for (r, a, k), f in found.items()]
-
-    def normalised(r: str, a: str, k: int) -> float:
-        best = facts["experts"][r]["accuracy"]
-        return mean(x / max(y, 1e-9) for x, y in zip(found[r, a, k]["tuned"][:k], best, strict=False))
-
-    series = [(f"{r}, {a}", [normalised(r, a, k) for k in (2, 3, 4, 5)]) for r, a in pairs]
-    lines = [
-        "## Against the number of experts (normalised accuracy %, tuned)",
-        "",
-        "| experts, aggregator | 2 | 3 | 4 | 5 |",
-        "|---" * 5 + "|",
-    ]
-    lines += [f"| {name} | {' | '.join(map(percent, values))} |" for name, values in series]
-    shown = [
-        (f"{r}, tuned arithmetic", values)
-        for (r, a), (_, values) in zip(pairs, series, strict=True)
-        if a == "average"
-    ]
-    return [
-        *lines,
-        "",
-        figure(
-            into, "experts", "Normalised accuracy against the number of experts", ["2", "3", "4", "5"], shown
-        ),
-        "",
-    ]
+    many = (2, 3, 4, 5)
+    lines = ["## Against the number of experts (normalised accuracy %, tuned)", ""]
+    lines += [f"| experts, aggregator | {' | '.join(map(str, many))} |", "|---" * 5 + "|"]
+    shown = []
+    for r, a in PAIRS:
+        by_count = [
+            normalised(found, r, [m["tuned"][:k] for m in merges_of(found, r, a, k, 1.0)]) for k in many
+        ]
+        lines.append(f"| {r}, {a} | {' | '.join(map(spread, by_count))} |")
+        if a == "average":
+            shown.append((f"{r}, tuned arithmetic", [mean(v) for v in by_count]))
+    title = "Normalised accuracy against the number of experts"
+    return [*lines, "", figure(into, "experts", title, [str(k) for k in many], shown), ""]
 
 
-def steps(
-    pool: ProcessPoolExecutor,
-    into: Path,
-    sizes: Any,
-    base: Params,
-    chosen: Mapping[str, float],
-    facts: dict[str, Any],
-) -> list[str]:
+def steps(into: Path, found: Sequence[dict[str, Any]]) -> list[str]:
     """Accuracy against the fraction of steps that full experts train (undertraining)."""
-    n = dict(sizes)
-    todo = [(w, i) for w in WORK for i in range(5)]
-    found = dict(
-        zip(
-            todo,
-            pool.map(expert, [(sizes, "full", i, chosen["full"], w, base) for w, i in todo]),
-            strict=True,
-        )
-    )
-    params = {w: [found[w, i]["params"] for i in range(5)] for w in WORK}
-    one = list(
-        pool.map(merged, [(sizes, "full", "average", chosen["full"], 5, base, params[w]) for w in WORK])
-    )
-    _, later = sources(sizes)
-    model, _ = model_of("full", n["wide"], base)
-    framed = alone(later, 0, base).sources
-    many = [max(1, round(w * n["epochs"] * -(-len(later[0].train) // 32))) for w in WORK]
-    alone_ = [mean(accuracies(model, p, [framed[i]])[0] for i, p in enumerate(params[w])) for w in WORK]
-    series = [
-        ("experts, each on its own", alone_),
-        ("average", [mean(f["plain"][:5]) for f in one]),
-        ("task arithmetic, tuned", [mean(f["tuned"][:5]) for f in one]),
-        ("control, tuned", [f["tuned"][5] for f in one]),
-    ]
-    facts["steps"] = {
-        "steps": many,
-        **{name: values for name, values in series},
-        "lambda": [f["lambda"] for f in one],
+    merges = [merges_of(found, "full", "average", 5, w) for w in WORK]
+    series = {
+        "experts, each on its own": [[f["alone"][i] for f in found] for i in range(len(WORK))],
+        "average": [[mean(m["plain"][:5]) for m in some] for some in merges],
+        "task arithmetic, tuned": [[mean(m["tuned"][:5]) for m in some] for some in merges],
+        "control, tuned": [[m["tuned"][5] for m in some] for some in merges],
     }
-    lines = [
-        "## Against the steps of the experts (accuracy %)",
-        "",
-        f"| steps (MNIST) | {' | '.join(map(str, many))} |",
-        "|---" * (len(WORK) + 1) + "|",
-    ]
-    lines += [f"| {name} | {' | '.join(map(percent, values))} |" for name, values in series]
-    return [
-        *lines,
-        "",
-        figure(into, "steps", "Accuracy against the steps of the experts", [str(m) for m in many], series),
-        "",
-    ]
+    many = [str(v) for v in found[0]["steps"]]
+    lines = ["## Against the steps of the experts (accuracy %)", ""]
+    lines += [f"| steps (MNIST) | {' | '.join(many)} |", "|---" * (len(WORK) + 1) + "|"]
+    lines += [f"| {name} | {' | '.join(map(spread, values))} |" for name, values in series.items()]
+    shown = [(name, [mean(v) for v in values]) for name, values in series.items()]
+    return [*lines, "", figure(into, "steps", "Accuracy against the steps of the experts", many, shown), ""]
 
 
-def analyses(
-    into: Path, sizes: Any, base: Params, experts: Mapping[str, list[Params]], facts: dict[str, Any]
-) -> list[str]:
+def analyses(found: Sequence[dict[str, Any]]) -> list[str]:
     """Transfer matrices and disentanglement errors."""
-    n = dict(sizes)
-    _, later = sources(sizes)
-    lines = ["## Task x task: accuracy of the expert (row) on the task (column) over the base's", ""]
-    facts["transfer"], facts["disentanglement"] = {}, {}
-    charts = []
-    for r, some in experts.items():
-        model, start = model_of(r, n["wide"], base)
-        framed = alone(later, 0, start).sources[:5]
-        t = transfer_matrix(model, start, some, framed)
-        facts["transfer"][r] = {"base": t.base, "accuracies": t.accuracies, "others": t.others, "own": t.own}
-        name = f"transfer_{r.replace(' ', '').replace('.', '')}"
-        t.write(into / f"mergeability_{name}.svg")
+    lines = [
+        "## Task x task: accuracy of the expert (row) on the task (column) over the base's, first seed",
+        "",
+    ]
+    for r in REGIMES:
+        of = [f["transfer"][r] for f in found]
         lines += [
-            f"**{r}**: mean |ratio - 1| off the diagonal {t.others:.3f}, own accuracy "
-            f"{percent(t.own)} % ([figure](mergeability_{name}.svg))",
+            f"**{r}**: mean |ratio - 1| off the diagonal {number([t['others'] for t in of])}, own accuracy "
+            f"{spread([t['own'] for t in of])} % (all seeds; [figure](mergeability_transfer_{short(r)}.svg))",
             "",
             "```",
-            t.table(),
+            of[0]["table"],
             "```",
             "",
         ]
-        few = [replace(s, test=s.test.select(torch.arange(min(200, len(s.test))))) for s in framed[:2]]
-        d = disentanglement(model, start, some[:2], few, GRID)
-        d.write(into / f"mergeability_disentanglement_{r.replace(' ', '').replace('.', '')}.svg")
-        facts["disentanglement"][r] = {"coefficients": d.coefficients, "errors": d.errors, "mean": d.mean}
-        charts.append((r, d.mean))
     lines += [
         "## Disentanglement error of mnist and fashion, mean over the grid (0: none, 2: all)",
         "",
-        "| experts | mean xi |",
-        "|---|---|",
+        "| experts | mean xi | first seed |",
+        "|---|---|---|",
     ]
-    return [*lines, *[f"| {r} | {v:.3f} |" for r, v in charts], ""]
+    for r in REGIMES:
+        picture = f"[figure](mergeability_disentanglement_{short(r)}.svg)"
+        lines.append(f"| {r} | {number([f['disentanglement'][r]['mean'] for f in found])} | {picture} |")
+    return [*lines, ""]
+
+
+def number(values: Sequence[float]) -> str:
+    """Mean and standard deviation, not in %."""
+    middle = mean(values)
+    return f"{middle:.3f} ± {(sum((v - middle) ** 2 for v in values) / max(1, len(values) - 1)) ** 0.5:.3f}"
 
 
 if __name__ == "__main__":

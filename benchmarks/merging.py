@@ -2,9 +2,8 @@
 what it reads.
 
 `python benchmarks/merging.py [--full]`: eight checkpoints of 24.5 M float32 numbers (safetensors in memory:
-tmpfs, as a warm page cache) and their base, one thread, then
-two; every case in a process of its own, interleaved. `--full` adds the growth with parameters (up to 8 x 1
-B, in sparse files) and experts. Files
+tmpfs, as a warm page cache) and their base, one thread, then two; every case in a process of its own,
+interleaved. `--full` adds the growth with parameters (up to 8 x 1 B, in sparse files) and experts. Files
 are made in a temporary folder and deleted.
 """
 
@@ -172,7 +171,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--numbers", type=int, default=24_500_000)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--cases", nargs="*", default=list(OURS))
     parser.add_argument("--full", action="store_true")
     args = parser.parse_args()
@@ -204,6 +203,7 @@ def main() -> None:
                 table[f"{case}, {threads} thread{'s' * (threads > 1)}"] = {
                     "seconds": round(statistics.median(r[key] for r in runs), 3),
                     "over the floor": round(statistics.median(ratios), 2),
+                    "its range": f"{min(ratios):.2f} to {max(ratios):.2f}",
                     "least": round(min(r[key] for r in runs) / min(r[key] for r in found["floor"]), 2),
                     "limit": LIMITS.get(case, "") if threads == 1 else "",
                     "MiB over import": round(max(r["mib"] for r in runs), 1),

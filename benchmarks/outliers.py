@@ -1,8 +1,9 @@
 """One outlier: a sentinel in one pixel of one training example, with and without `clip=`.
 
-SKILL on digits in five tasks of two classes, two agents, ridge heads on 256 random features; accuracy of each
-task at the end. The first pixel of the first example of the first task has the given value; "refused" means
-that the run refuses it by the example's name. Three seeds: means, and the least of a task over seeds.
+SKILL on digits in five tasks of two classes, two agents, ridge heads on 256 random features; accuracy of
+each task at the end. The first pixel of the first example of the first task has the given value; "refused"
+means that the run refuses it by the example's name. Three seeds: mean and standard deviation in %, and the
+least of a task over seeds.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 
 import consilience as cs
-from common import save
+from common import save, spread
 from consilience.core.source import Source, Tensors
 
 VALUES, CLIPS, SEEDS = (None, 1e3, 1e6, 1e30), (0.0, 3.0), 3
@@ -38,7 +39,7 @@ def measured(mapper: Any, value: float | None, clip: float) -> dict[str, Any]:
         result = cs.run(cs.settings.skill([data[:2], data[2:]]), method, model, repeats=SEEDS)
     except cs.ConsilienceError as error:
         return {**row, "refused": str(error)}
-    return {**row, "mean": result.matrix[-1].tolist(), "least": float(np.min(result.matrices[:, -1]))}
+    return {**row, "scores": result.matrices[:, -1].tolist(), "least": float(np.min(result.matrices[:, -1]))}
 
 
 def main() -> None:
@@ -49,8 +50,9 @@ def main() -> None:
             rows += [measured(mapper, value, clip) for clip in CLIPS for value in VALUES]
     lines = ["| mapper | clip | value | accuracy by task | least |", "|---|---|---|---|---|"]
     for row in rows:
-        scores = " ".join(f"{score:.2f}" for score in row["mean"]) if "mean" in row else "refused"
-        least = f"{row['least']:.2f}" if "mean" in row else ""
+        by_task = zip(*row["scores"], strict=True) if "scores" in row else ()
+        scores = ", ".join(spread(list(task)) for task in by_task) or "refused"
+        least = f"{100 * row['least']:.1f}" if "scores" in row else ""
         shown = "none" if row["value"] is None else f"{row['value']:g}"
         lines.append(f"| {row['mapper']} | {row['clip']:g} | {shown} | {scores} | {least} |")
     save("outliers", __doc__, {"rows": rows}, "\n".join(lines))

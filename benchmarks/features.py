@@ -37,7 +37,7 @@ from common import save
 from consilience.core.params import key
 from consilience.core.params import load as load_tensors
 from consilience.core.source import Source, Tensors
-from consilience.data.features import image_hashes
+from consilience.data.features import input_hashes
 
 LIMIT, LOOP = 0.95, "bare timm loop"
 SIZE, BATCH = 96, 64
@@ -133,7 +133,7 @@ def second_use(model: Any, source: Source, rounds: int) -> dict[str, Any]:
             times["second"].append(time.perf_counter() - start)
             start = time.perf_counter()
             for part in x.split(BATCH):
-                image_hashes(part)
+                input_hashes(part)
             times["of that hashing"].append(time.perf_counter() - start)
             start = time.perf_counter()
             for f in files:

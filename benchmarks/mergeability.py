@@ -47,7 +47,7 @@ from consilience.core.params import Params
 from consilience.core.schedule import Evaluate, Expert, Phase, Schedule, Train, build
 from consilience.core.source import Source, Tensors
 from consilience.merging._analysis import disentanglement, transfer_matrix
-from consilience.merging._figures import draw
+from consilience.report._figure import standing
 from consilience.report._svg import Axis, lines_chart
 
 NAMES = {
@@ -287,7 +287,7 @@ def figure(
 ) -> str:
     """A line chart as a file; returns the line that shows it."""
     chart = lines_chart(title, stages, series, Axis(True, percent, lambda v, step: percent(v)))
-    draw(into / f"mergeability_{name}.svg", [(title, chart)])
+    standing([(title, chart)]).save(into / f"mergeability_{name}.svg")
     return f"![{title}](mergeability_{name}.svg)"
 
 

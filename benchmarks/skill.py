@@ -64,7 +64,7 @@ from common import PROTOCOL, RESULTS, Choice, machine, save, tune
 from consilience.core.message import Module
 from consilience.core.params import write_json
 from consilience.core.source import Source
-from consilience.merging._figures import draw
+from consilience.report._figure import standing
 from consilience.report._svg import Axis, lines_chart
 
 SIZE, TRAIN, TEST, BB_EPOCHS, EPOCHS = 96, 300, 150, 8, 20
@@ -444,7 +444,7 @@ def chart(
     into: Path, name: str, title: str, stages: Sequence[str], series: Mapping[str, Sequence[float]]
 ) -> str:
     svg = lines_chart(title, stages, list(series.items()), Axis(True, pc, lambda v, step: pc(v)))
-    draw(into / f"skill_{name}.svg", [(title, svg)])
+    standing([(title, svg)]).save(into / f"skill_{name}.svg")
     return f"![{title}](skill_{name}.svg)"
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import datetime
 import doctest
 import importlib.util
 import inspect
+import json
 import os
 import re
 import runpy
@@ -155,6 +157,71 @@ def test_the_commands_of_the_readme_are_accepted(tmp_path):
             check=False,
         )
         assert done.returncode == 0, done.stderr
+
+
+def test_the_readme_counts_the_cells_of_the_table():
+    pinned = json.loads((ROOT / "tests" / "pinned" / "methods.json").read_text())
+    cells = [cell for row in pinned.values() for cell in row.values()]
+    found = re.search(r"of (\d+) method-and-setting cells, (\d+) run", README)
+    assert found is not None
+    assert [int(n) for n in found.groups()] == [len(cells), cells.count("runs")]
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py")))
+def test_result_scripts_start_on_todays_code(name, monkeypatch):
+    """Each is imported whole: what it takes from the package is there, and `make results` knows it."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.setattr(os, "environ", dict(os.environ))  # some set their number of threads
+    module = importlib.import_module(name)
+    assert module.__doc__
+    if hasattr(module, "main") and name not in ("results", "style"):
+        commands = importlib.import_module("results").SCRIPTS
+        assert any(script.command.startswith(f"{name}.py") for script in commands)
+
+
+def test_old_results_are_listed_with_their_age(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    results = importlib.import_module("results")
+    (tmp_path / "results").mkdir()
+    facts = {"date": "2026-01-02 03:04 UTC", "commit": "0000000", "minutes": 1.25}
+    (tmp_path / "results" / "old.json").write_text(json.dumps(facts))
+    monkeypatch.setattr(results, "HERE", tmp_path)
+    head, row = results.ages().splitlines()
+    assert head.split()[:1] == ["result"] and row.split()[:5] == [
+        "old",
+        "2026-01-02",
+        "03:04",
+        "UTC",
+        "0000000",
+    ]
+    days = (
+        datetime.datetime.now(datetime.UTC) - datetime.datetime(2026, 1, 2, 3, 4, tzinfo=datetime.UTC)
+    ).days
+    assert row.split()[5:] == [str(days), "unknown", "1.2"]
+
+
+@pytest.mark.parametrize(
+    ("scores", "tried", "value", "edge"),
+    [
+        ({1: 0.5, 2: 0.9, 3: 0.4}, [1, 2, 3], 2, False),
+        ({0: 0.6, 1: 0.7, 2: 0.2, 3: 0.1}, [0, 1, 2, 3], 1, False),
+        ({1: 0.1, 2: 0.2, 3: 0.7, 4: 0.8}, [1, 2, 3, 4], 4, True),
+        ({1: 0.5, 2: 0.5, 3: 0.5}, [1, 2, 3], 2, False),
+    ],
+    ids=["middle", "neighbour", "edge", "equal"],
+)
+def test_strengths_are_chosen_from_as_many_values_for_every_method(scores, tried, value, edge, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    tune = importlib.import_module("common").tune
+    asked = []
+
+    def score(trials):
+        asked.extend(trials)
+        return [scores[int(v)] for _, v in trials]
+
+    choice = tune({"m": (0.0, 1.0, 2.0, 3.0, 4.0)}, score)["m"]
+    assert sorted(v for _, v in asked) == tried == [v for v, _ in choice.tried]
+    assert (choice.value, choice.edge) == (value, edge) and ("*" in str(choice)) == edge
 
 
 def test_links_of_the_docs_lead_somewhere():

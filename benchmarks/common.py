@@ -6,6 +6,7 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+import resource
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -57,8 +58,17 @@ def machine() -> dict[str, Any]:
 
 
 def save(name: str, about: str | None, facts: Mapping[str, Any], table: str) -> None:
-    """Write results/<name>.json and .md, and print the table. `minutes` are those since the script began."""
-    heading = {**machine(), "minutes": round((time.time() - BEGAN) / 60, 1)}
+    """Write results/<name>.json and .md, and print the table.
+
+    `minutes` are those since the script began, `cpu minutes` those of its processes: with other work on the
+    machine, the first are more than the second over the number of processes.
+    """
+    spent = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    heading = {
+        **machine(),
+        "minutes": round((time.time() - BEGAN) / 60, 1),
+        "cpu minutes": round(sum(used.ru_utime + used.ru_stime for used in spent) / 60, 1),
+    }
     write_json(RESULTS / f"{name}.json", {**heading, **facts})
     top = "\n".join(f"- {k}: {v}" for k, v in heading.items())
     write_bytes(RESULTS / f"{name}.md", f"# {name}\n\n{(about or '').strip()}\n\n{top}\n\n{table}\n".encode())

@@ -1,4 +1,4 @@
-"""Make all results anew, one script after another, and say how old each table is: `make results`.
+"""Update all results, one script after another, and say how old each table is: `make results`.
 
 `python benchmarks/results.py [NAME ...]` runs some of them, `--ages` only prints the table. A script whose
 extra, data or program is absent is left out by name; the result of before stays, with its age. What has
@@ -39,6 +39,7 @@ SCRIPTS = (
     Script("mapping.py", 2, data=False),
     Script("outliers.py", data=False),
     Script("heads.py", data=False),
+    Script("lengths.py"),
     Script("continual.py"),
     Script("federated.py"),
     Script("mergeability.py"),
@@ -68,7 +69,7 @@ def ages() -> str:
         date = datetime.datetime.strptime(facts["date"], "%Y-%m-%d %H:%M UTC").replace(tzinfo=datetime.UTC)
         commit = facts["commit"].split()[0]
         since = git("rev-list", "--count", f"{commit}..HEAD") or "unknown"
-        minutes = facts.get("minutes")
+        spent = [facts.get(k) for k in ("minutes", "cpu minutes")]
         rows.append(
             (
                 path.stem,
@@ -76,10 +77,10 @@ def ages() -> str:
                 facts["commit"],
                 str((now - date).days),
                 since,
-                f"{minutes:.1f}" if isinstance(minutes, int | float) else "",
+                *(f"{m:.1f}" if isinstance(m, int | float) else "" for m in spent),
             )
         )
-    head = ("result", "date", "commit", "days old", "commits since", "minutes")
+    head = ("result", "date", "commit", "days old", "commits since", "minutes", "CPU minutes")
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in [head, *rows]]
     return "\n".join(line.rstrip() for line in lines)

@@ -9,8 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import consilience as cs
+from consilience.cli.main import main
 
 PARTS = ("aggregators", "consolidators", "corrections", "mappers")
 """Rooms whose concrete classes are reachable by name."""
@@ -19,6 +22,7 @@ SCRIPT = """
 from dataclasses import dataclass
 import torch
 import consilience as cs
+from consilience.cli.main import main
 
 @dataclass(frozen=True)
 class Stay(cs.Correction):
@@ -106,3 +110,90 @@ def test_a_users_script_type_checks(tmp_path):
 
 def test_star_imports_work():
     assert python("from consilience import *; print(run.__name__, Correction.__name__)") == "run Correction\n"
+
+
+# Warnings point at the line of the user.
+
+X = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
+PARTS_OF_DATA = cs.data.split_classes(
+    cs.data.arrays(X, torch.arange(60) % 4, name="own", classes=["a", "b", "c", "d"]), 2
+)
+QUICK = cs.Training(epochs=1)
+
+
+def error_rate(predictions, targets):
+    return float((predictions.argmax(1) != targets).float().mean())
+
+
+def runs(tmp_path):
+    cs.run(cs.settings.continual(PARTS_OF_DATA), cs.methods.finetune(), training=QUICK, metric=error_rate)
+
+
+def sweeps(tmp_path):
+    schedule = cs.settings.continual(PARTS_OF_DATA)
+    cs.sweep(schedule, [cs.methods.finetune()], training=QUICK, metric=error_rate, engine="batched")
+
+
+def trains(tmp_path):
+    cs.run(cs.settings.continual(PARTS_OF_DATA, "task"), cs.methods.ewc(1e9), training=QUICK)
+
+
+def predicts(tmp_path):
+    schedule = cs.settings.continual(PARTS_OF_DATA, "task")
+    cs.run(schedule, cs.methods.finetune(), training=QUICK).predict(X)
+
+
+def schedules(tmp_path):
+    other = cs.data.arrays(X, torch.arange(60) % 2, name="other", classes=["a", "b"])
+    cs.settings.continual([*PARTS_OF_DATA, other])
+
+
+def reads_a_folder(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    for name in ("x", "y"):
+        (tmp_path / name).mkdir()
+        for i in range(5):
+            image.new("RGB", (4, 4)).save(tmp_path / name / f"{i}.png")
+    (tmp_path / "x" / "bad.png").write_bytes(b"no image")
+    cs.data.folder(tmp_path, unreadable="skip")
+
+
+def merges(tmp_path):
+    for name in ("base", "expert"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text('{"auto_map": {"AutoModel": "own.Model"}}')
+        save_file({"w": torch.ones(2)}, tmp_path / name / "model.safetensors")
+    cs.merge(tmp_path / "base", [tmp_path / "expert"], cs.aggregators.mean(), out=tmp_path / "merged")
+
+
+def compares(tmp_path):
+    argv = "compare --methods ewc --methods.ewc.strength 1e9 --training.epochs 1 --training.batch_size 512"
+    assert main([*argv.split(), "--setting.scenario", "task"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (runs, "has no direction"),
+        (sweeps, "has no direction"),
+        (trains, "EWC on"),
+        (predicts, "this run has task labels"),
+        (schedules, "classes of one name in different label spaces"),
+        (reads_a_folder, "cannot be read"),
+        (merges, "code of its own"),
+        pytest.param(compares, "EWC on", marks=pytest.mark.slow),
+    ],
+)
+def test_warnings_point_at_the_users_line(tmp_path, call, says):
+    with pytest.warns(UserWarning, match=says) as found:
+        call(tmp_path)
+    lines, first = inspect.getsourcelines(call)
+    for warning in found:
+        assert warning.filename == __file__
+        assert first < warning.lineno < first + len(lines)
+
+
+def test_every_warning_of_the_package_points_at_the_user():
+    package = Path(inspect.getfile(cs)).parent
+    direct = [path.name for path in package.rglob("*.py") if "warnings.warn(" in path.read_text()]
+    assert direct == ["warning.py"]

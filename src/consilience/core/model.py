@@ -5,7 +5,6 @@ What whoever receives parameters must run is a Model; what only the learner does
 
 from __future__ import annotations
 
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -20,6 +19,7 @@ from consilience.core.params import Params, computing, content_hash, same
 from consilience.core.source import LabelFrame, Source, trimmed
 from consilience.core.traits import Traits, traits_of
 from consilience.core.tree import Input, Tree, cast_to, named
+from consilience.core.warning import warn
 
 Forward = Callable[[Input, str | None], Tensor]
 """(x, task) -> outputs."""
@@ -206,10 +206,9 @@ class Model(ABC):
         except MISFITS as error:
             raise misfit(sample, error) from error
         if drew:
-            warnings.warn(
+            warn(
                 "the model draws random numbers in eval mode too, so that its predictions differ from call "
-                "to call; give functions such as F.dropout `training=self.training`",
-                stacklevel=2,
+                "to call; give functions such as F.dropout `training=self.training`"
             )
         self.check_outputs(out, len(sample), places)
         if self.outputs < len(frame.labels):
@@ -246,11 +245,10 @@ class Model(ABC):
         """
         found = traits_of(lambda batch: self(params, buffers, batch, None, True), buffers, x)
         if not found.repeats and self.traits.repeats:
-            warnings.warn(
+            warn(
                 "the model's outputs in training differ between two calls with equal inputs, buffers and "
                 "random states, so that equal seeds give other numbers, and a resumed run ends elsewhere; "
-                "draw from the global random state of torch, and keep state in registered buffers",
-                stacklevel=2,
+                "draw from the global random state of torch, and keep state in registered buffers"
             )
         self.traits |= found
 
@@ -258,10 +256,9 @@ class Model(ABC):
         if found.mixes and found.repeats and not found.moves:
             seen = traits_of(lambda batch: self(params, buffers, batch, None, False), buffers, x)
             if seen.mixes and seen.repeats:
-                warnings.warn(
+                warn(
                     "the model's predictions depend on the other samples of their batch; use running "
-                    "statistics in eval mode",
-                    stacklevel=2,
+                    "statistics in eval mode"
                 )
 
     def check_outputs(self, out: object, samples: int, places: tuple[int, ...]) -> None:

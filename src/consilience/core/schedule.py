@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,6 +18,7 @@ from consilience.core.losses import KINDS, NONE, fits, loss_of, present
 from consilience.core.names import checked_name
 from consilience.core.source import Examples, Label, LabelFrame, Source, Target, Tensors
 from consilience.core.tree import Input, Tree, signature
+from consilience.core.warning import warn
 
 
 @dataclass(frozen=True)
@@ -728,11 +728,10 @@ def _warn_of_equal_names(labels: Sequence[Label]) -> None:
     if equal:
         name, own = next(iter(equal.items()))
         shown = ", ".join(map(repr, own[:3])) + ", .." * (len(own) > 3)
-        warnings.warn(
+        warn(
             f"classes of one name in different label spaces are different classes, and {name!r} is in "
             f"{len(own)} spaces ({shown}), so that there are {len(labels)} classes; where they mean the "
-            "same, give their sources one `space`, else names of their own",
-            stacklevel=2,
+            "same, give their sources one `space`, else names of their own"
         )
 
 

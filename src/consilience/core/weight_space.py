@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -22,6 +21,7 @@ from consilience.core.params import Layout, Params, finite, matches
 from consilience.core.schedule import ScheduleFacts
 from consilience.core.source import Source
 from consilience.core.state import State
+from consilience.core.warning import warn
 
 
 class Received(NamedTuple):
@@ -304,7 +304,7 @@ def without_broken(messages: list[Message]) -> list[Message]:
     if not broken or all(m.sender in broken for m in messages):
         return messages
     names = ", ".join(map(repr, sorted(broken)))
-    warnings.warn(f"parameters of {names} have NaN or infinity; they are left out", stacklevel=2)
+    warn(f"parameters of {names} have NaN or infinity; they are left out")
     return [m for m in messages if m.sender not in broken]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from weakref import WeakSet
@@ -15,6 +14,7 @@ from consilience.core.model import Model
 from consilience.core.params import Params
 from consilience.core.tree import Input
 from consilience.core.viewed import Viewed
+from consilience.core.warning import warn
 
 Score = Callable[[Params, Input, Tensor], Tensor]
 """(parameters, inputs [1, ...], targets [1, ...]) -> a scalar."""
@@ -47,10 +47,9 @@ def per_sample(model: Model, score: Score, params: Params, x: Input, y: Tensor) 
             # A fault of the model itself is raised here again, without vmap around it.
             found, why = _one_by_one(score, params, x, y), str(error).partition("\n")[0]
         _ALONE.add(inner)
-        warnings.warn(
+        warn(
             f"gradients per sample take one pass for each sample of {getattr(inner, 'name', inner)}, "
-            f"because vmap cannot run its forward ({why[:120]}); `samples` bounds their number",
-            stacklevel=2,
+            f"because vmap cannot run its forward ({why[:120]}); `samples` bounds their number"
         )
         return found
 

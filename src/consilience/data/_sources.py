@@ -6,7 +6,6 @@ import io
 import lzma
 import math
 import os
-import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,6 +34,7 @@ from consilience.core.tree import (
     types,
     unit,
 )
+from consilience.core.warning import warn
 from consilience.data._samples import (
     Pairs,
     channels_first,
@@ -733,10 +733,7 @@ def _readable(files: list[Path], y: Tensor) -> tuple[list[Path], Tensor]:
     names = ", ".join(str(path) for path in list(bad.values())[:3])
     others = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
 
-    # Level 6 is the line that calls `data.folder`.
-    warnings.warn(
-        f"{len(bad)} of {len(files)} images cannot be read and are left out: {names}{others}", stacklevel=6
-    )
+    warn(f"{len(bad)} of {len(files)} images cannot be read and are left out: {names}{others}")
     keep = torch.tensor([i for i in range(len(files)) if i not in bad])
     return [files[i] for i in keep.tolist()], y[keep]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from consilience.core.losses import NONE
 from consilience.core.message import text_hash
 from consilience.core.source import Source, Tensors
 from consilience.core.tree import Tree
+from consilience.core.warning import warn
 from consilience.data._reading import as_name, read
 from consilience.data._sources import Options, source_of
 from consilience.data._sources import targets as checked_targets
@@ -600,10 +600,7 @@ def _examples(pieces: Sequence[Pieces], y: Any, fill: int, tokening: Tokening) -
         seen = {word for word in own.words if word is not None}
         lost += [i for word in range(max(seen, default=len(of_words) - 1)) if word not in seen]
     if lost:
-        warnings.warn(
-            f"{len(lost)} words have no token, and their tags are left out; the first is in text {lost[0]}",
-            stacklevel=4,
-        )
+        warn(f"{len(lost)} words have no token, and their tags are left out; the first is in text {lost[0]}")
     return Tensors(x, _padded(tags, NONE)), owners
 
 

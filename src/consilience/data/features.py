@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from consilience.core.model import Forward, Model
 from consilience.core.params import all_finite, computing, content_hash
 from consilience.core.source import Examples, Source, Tensors
 from consilience.core.tree import Input, Tree, cast_to, concat
+from consilience.core.warning import warn
 
 ROWS = 1 << 13
 """Images in one file at most."""
@@ -341,7 +341,7 @@ class Store:
                 raise ValueError("no digest of its features")
         except (SafetensorError, ValueError, OSError) as error:
             reason = str(error).splitlines()[0]
-            warnings.warn(f"{path} is not read ({reason}): no complete file of kept features", stacklevel=6)
+            warn(f"{path} is not read ({reason}): no complete file of kept features")
             return
 
         # An image may be in two files, if two processes computed it; the first one counts.

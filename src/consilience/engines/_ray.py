@@ -24,6 +24,7 @@ from consilience.core.params import pack
 from consilience.core.schedule import Schedule
 from consilience.core.source import Source
 from consilience.core.state import Frozen, State, decode_state, encode_state
+from consilience.core.warning import users_frame, warn
 from consilience.engines._ray_task import Answer, Task, aligned, dumped, raw, settings, train, versions
 from consilience.loop.agent import ONCE, Agent
 from consilience.loop.engine import Engine, EngineEvents, Paused, Visit
@@ -169,13 +170,15 @@ class Session:
 
     def show(self, answer: Answer, agent: Agent) -> None:
         """Show the warnings and the log records of a worker."""
-        for text, category, filename, line in answer.warned:
+        frame, _ = users_frame()
+        for text, category in answer.warned:
             # A correction warns once per run, but each worker is new to it.
             correction = text.partition(" on ")[0] if text.endswith(ONCE) else ""
             if correction in agent.ledger.warned:
                 continue
             agent.ledger.warned |= {correction} - {""}
-            warnings.warn_explicit(text, category, filename, line, registry=self.registry)
+            place = frame.f_code.co_filename, frame.f_lineno
+            warnings.warn_explicit(text, category, *place, registry=self.registry)
 
         for record in answer.records:
             logging.getLogger(record.name).handle(record)
@@ -374,10 +377,9 @@ class Ray(Engine):
             room = min(room, there.get("GPU", 0) / self.gpus)
         room = max(1, int(room))
         if threads > max(1, self.cpus) and room > 1:
-            warnings.warn(
+            warn(
                 f"each worker computes with {threads} threads, as this process does, on `cpus={self.cpus}`; "
-                "OMP_NUM_THREADS=1 (or torch.set_num_threads(1)) is faster where many agents train at once.",
-                stacklevel=2,
+                "OMP_NUM_THREADS=1 (or torch.set_num_threads(1)) is faster where many agents train at once."
             )
 
         # `max_calls` of 0 keeps a worker, with what it fetched and imported, for the next task.
@@ -421,10 +423,7 @@ class Ray(Engine):
             raise ConsilienceError(
                 f"one agent needs `cpus={self.cpus}` and `gpus={self.gpus}`, but {lacking}; ask for fewer."
             )
-        warnings.warn(
-            f"agents wait until Ray has {self.cpus} CPUs and {self.gpus} GPUs for one; now {lacking}.",
-            stacklevel=3,
-        )
+        warn(f"agents wait until Ray has {self.cpus} CPUs and {self.gpus} GPUs for one; now {lacking}.")
 
     def close(self) -> None:
         """Forget the run, and stop a Ray that was started here."""

@@ -84,7 +84,7 @@ class Answer:
     steps: int
     visit: dict[str, Any] | None
     """What the log says of it."""
-    warned: tuple[tuple[str, type[Warning], str, int], ...]
+    warned: tuple[tuple[str, type[Warning]], ...]
     records: tuple[logging.LogRecord, ...]
 
 
@@ -300,7 +300,7 @@ def train(task: Task, measured: Mapping[Hashable, Cost], *sources: bytes) -> Ans
         {kind: cost for kind, cost in ledger.measured.items() if measured.get(kind) != cost},
         ledger.steps,
         ledger.visit,
-        tuple((str(each.message), each.category, each.filename, each.lineno) for each in warned),
+        tuple((str(each.message), each.category) for each in warned),
         tuple(records),
     )
 

@@ -5,7 +5,6 @@ All that an agent knows is its `State`, which is immutable: each of these method
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -29,6 +28,7 @@ from consilience.core.state import State, undone_key
 from consilience.core.training import Place, Training
 from consilience.core.tree import Input
 from consilience.core.viewed import Viewed
+from consilience.core.warning import warn
 from consilience.loop.admission import (
     FULL,
     RECEIPT_BYTES,
@@ -227,7 +227,7 @@ class Agent:
             ctx.flat, warning = correction.prepare_step(ctx, training)
             if warning and correction.name not in self.ledger.warned:
                 self.ledger.warned.add(correction.name)
-                warnings.warn(f"{correction.name} on {first!r}: {warning} {ONCE}", stacklevel=3)
+                warn(f"{correction.name} on {first!r}: {warning} {ONCE}")
 
     def _part(self, source: Source) -> Part:
         """Return a source to train on with its examples on the device, and the task given to the model."""

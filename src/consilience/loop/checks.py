@@ -26,6 +26,7 @@ from consilience.core.stopping import Stopping
 from consilience.core.takes import Takes
 from consilience.core.training import Training
 from consilience.core.tree import cast_to, signature, types
+from consilience.core.warning import warn
 from consilience.loop.agents import Setup
 from consilience.loop.engine import Engine
 from consilience.loop.folder import Log, Progress
@@ -138,23 +139,19 @@ def check_all(
         _check_single_samples(schedule, model, training, options.seed)
     for source in schedule.sources if facts.trains else ():
         if (warning := outliers(source)) is not None:
-            warnings.warn(warning, stacklevel=2)
+            warn(warning)
     check_augments(schedule)
     metrics = choice.metrics_of(options.metric, [*schedule.judged, *schedule.sources], schedule.frame)
     for name in sorted(
         {metric.name for some in metrics.values() for metric in some if metric.higher is None}
     ):
-        warnings.warn(
+        warn(
             f"the metric {name!r} has no direction, so forgetting and transfer will not be given; use "
-            "`metric=cs.metrics.own(f, higher=True)`, or False where less is better",
-            stacklevel=2,
+            "`metric=cs.metrics.own(f, higher=True)`, or False where less is better"
         )
     views = [part.name for part in method.all_corrections if overrides(part, "view")]
     if training.compile and views:
-        warnings.warn(
-            f"`compile` has no effect with {views[0]}, which changes the parameters that the model sees",
-            stacklevel=2,
-        )
+        warn(f"`compile` has no effect with {views[0]}, which changes the parameters that the model sees")
     setup = Setup(schedule, method, model, training, metrics, facts, options.judge_clients, options.stopping)
     check_stopping(setup)
     return setup

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from consilience.core.model import Forward
 from consilience.core.tree import Input
+from consilience.core.warning import warn
 
 
 class Compiled:
@@ -43,9 +43,6 @@ class Compiled:
                 return self.fast(x, task)
         except Exception as error:
             line = (str(error).splitlines() or [""])[0]
-            warnings.warn(
-                f"the model is not compiled: {type(error).__name__}: {line}; its forward pass runs as it is",
-                stacklevel=2,
-            )
+            warn(f"the model is not compiled: {type(error).__name__}: {line}; its forward pass runs as it is")
             self.fast = None
             return self.forward(x, task)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from consilience.core.errors import Diverged
 from consilience.core.message import Statistics
 from consilience.core.params import all_finite
+from consilience.core.warning import warn
 
 if TYPE_CHECKING:
     from consilience.loop.job import Job
@@ -72,11 +72,10 @@ def warn_of_growth(job: Job, warned: set[str]) -> None:
     peak = max(job.peak, last)
     if peak > GREW * max(first, 1.0) and last > 0.9 * first:
         warned.add(KEY)
-        warnings.warn(
+        warn(
             f"{job.agent!r} diverged on {job.name!r}, though its numbers are finite: the training loss was "
             f"{first:.3g} at first, {peak:.3g} at most and {last:.3g} in the end; {remedies(job)} "
-            "(later visits do not repeat this warning)",
-            stacklevel=2,
+            "(later visits do not repeat this warning)"
         )
 
 

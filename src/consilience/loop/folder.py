@@ -7,7 +7,6 @@ import json
 import math
 import os
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ from consilience.core.params import (
     write_bytes,
     write_json,
 )
+from consilience.core.warning import warn
 from consilience.loop.lock import FolderLock
 from consilience.version import __version__
 
@@ -246,7 +246,7 @@ class Log:
                 continue
             if problems:
                 why = str(problems[0]).removesuffix(f"; {REMEDY}.")
-                warnings.warn(f"{why}; the checkpoint before it is used", stacklevel=2)
+                warn(f"{why}; the checkpoint before it is used")
             return found
 
         if problems:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -19,6 +18,7 @@ from consilience.core.params import Layout, Params, content_hash, matches
 from consilience.core.schedule import Evaluate, Train
 from consilience.core.source import Examples, Source, masked
 from consilience.core.state import State
+from consilience.core.warning import warn
 from consilience.loop.agent import Agent
 from consilience.loop.agents import Agents, Setup
 from consilience.loop.folder import plain
@@ -125,9 +125,7 @@ class Judge:
         ]
         if undefined and len(self.rows) == 1:
             names = ", ".join(undefined[:3]) + " .." * (len(undefined) > 3)
-            warnings.warn(
-                f"the metric is undefined on {names}; the mean over sources leaves them out", stacklevel=2
-            )
+            warn(f"the metric is undefined on {names}; the mean over sources leaves them out")
 
         # Scores by different metrics have no mean.
         score = math.nan if self.mixed else float(mean(row))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
-import warnings
 import weakref
 from contextlib import suppress
 from pathlib import Path
 
 from consilience.core.errors import ConsilienceError
 from consilience.core.params import cannot_write, make_folder
+from consilience.core.warning import warn
 
 
 class FolderLock:
@@ -84,7 +84,7 @@ def _lock(handle: int) -> bool:
         # Some network file systems have no locks, and a run is worth more than one.
         if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
             raise
-        warnings.warn("this file system has no locks; let one process at a time use the folder", stacklevel=2)
+        warn("this file system has no locks; let one process at a time use the folder")
     return True
 
 

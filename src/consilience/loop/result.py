@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,6 +16,7 @@ from consilience.core.model import MISFITS, misfit
 from consilience.core.params import SEAL, Params, is_sealed
 from consilience.core.source import Label
 from consilience.core.tree import ready
+from consilience.core.warning import warn
 from consilience.loop.agent import Agent, input_shape
 
 # Fields of a result that JSON holds as they are.
@@ -378,10 +378,9 @@ class Result:
                 f"`x` must be a batch of samples [B, ...], got one sample {list(samples.shape)}; use x[None]."
             )
         if task is None and chosen.schedule.labelled and chosen.method.mapper is None:
-            warnings.warn(
+            warn(
                 "this run has task labels (scenario='task'), and these predictions are over all tasks; "
-                f"give `task`, one of {', '.join(sorted(map(str, chosen.frame.tasks)))}.",
-                stacklevel=2,
+                f"give `task`, one of {', '.join(sorted(map(str, chosen.frame.tasks)))}."
             )
         try:
             answer = chosen.predict(samples, task)

@@ -7,7 +7,6 @@ Exchange: messages of senders reach receivers. Evaluate: loop/judge.py scores th
 from __future__ import annotations
 
 import json
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from consilience.core.schedule import Evaluate, Exchange, Phase, Train
 from consilience.core.state import Frozen, State, decode_state, encode_state
 from consilience.core.stopping import Trend
 from consilience.core.training import Place
+from consilience.core.warning import warn
 from consilience.loop.agent import Agent
 from consilience.loop.agents import Agents, Setup, Wire, release_plan
 from consilience.loop.engine import EngineEvents, Paused, Visit
@@ -246,7 +246,7 @@ class Trial:
                 raise why
             self.failed[agent.name] = f"{type(why).__name__}: {why}"
             self.write({"event": "failed", "agent": agent.name, "why": self.failed[agent.name]})
-            warnings.warn(f"{agent.name!r} failed and is left out: {why}", stacklevel=2)
+            warn(f"{agent.name!r} failed and is left out: {why}")
 
         def note(text: str) -> None:
             self.write({"event": "engine", "note": text})

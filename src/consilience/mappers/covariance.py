@@ -5,7 +5,6 @@ The covariance comes from sums, from low-rank factors, or from shared images.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
@@ -18,6 +17,7 @@ from consilience.core.errors import ConsilienceError
 from consilience.core.message import Item, Module, Samples, Statistics
 from consilience.core.outliers import Clip
 from consilience.core.tree import Input, one_tensor
+from consilience.core.warning import warn
 from consilience.mappers._screen import Screen
 from consilience.mappers.mixture import (
     Anchored,
@@ -351,10 +351,9 @@ class Mahalanobis(Anchored):
         own = [order[y[order] == c][: self.images] for c in source.classes]
         few = sum(len(index) < self.images for index in own)
         if few:
-            warnings.warn(
+            warn(
                 f"{few} classes of {source.name!r} have fewer than `images = {self.images}` examples; "
-                "they give all that they have",
-                stacklevel=2,
+                "they give all that they have"
             )
         x = one_tensor(source.train.select(torch.cat(own)).whole()[0], "an anchor of images")
         which = torch.arange(len(own)).repeat_interleave(torch.tensor([len(index) for index in own]))

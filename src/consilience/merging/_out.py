@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import tempfile
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from consilience.core.errors import ConsilienceError
 from consilience.core.params import all_finite, save, sync_folder, write_json
+from consilience.core.warning import warn
 from consilience.merging._files import ADAPTER, DTYPES, INDEX, PIECE, Files, inside, read_json, stem
 from consilience.merging._plan import Plan
 
@@ -213,10 +213,9 @@ class Shards:
 
         config = self.temporary / "config.json"
         if config.is_file() and "auto_map" in read_json(config):
-            warnings.warn(
+            warn(
                 "the base has code of its own (`auto_map` in config.json), which is not copied; "
-                "copy it from the base if you trust it.",
-                stacklevel=2,
+                "copy it from the base if you trust it."
             )
 
     def _dtype_now(self, config: Mapping[str, object]) -> dict[str, str]:

@@ -81,8 +81,18 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("optimiser", ["sgd", "momentum", "adam"])
+def crossed(names, optimisers, every):
+    """All pairs; those that `make test` runs have the first optimiser, or a name of `every`."""
+    return [
+        pytest.param(name, o, marks=[] if o == optimisers[0] or name in every else pytest.mark.slow)
+        for name in names
+        for o in optimisers
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "optimiser"), crossed(METHODS, ["sgd", "momentum", "adam"], ["ewc and fedprox"])
+)
 def test_equal_after_twenty_rounds_of_unequal_clients(name, optimiser):
     more = {"momentum": 0.9, "weight_decay": 0.01} if optimiser == "momentum" else {"optimiser": optimiser}
     t = cs.Training(epochs=2, batch_size=8, lr=0.02, precision="fp64", **more)
@@ -447,8 +457,14 @@ def arguments(program):
     return args
 
 
-@pytest.mark.parametrize("name", [*METHODS, "ghbm", "scaffold", "fedcm", "feddyn"])
-@pytest.mark.parametrize("optimiser", ["sgd", "momentum", "decay", "nesterov", "adam"])
+@pytest.mark.parametrize(
+    ("name", "optimiser"),
+    crossed(
+        [*METHODS, "ghbm", "scaffold", "fedcm", "feddyn"],
+        ["sgd", "momentum", "decay", "nesterov", "adam"],
+        ["fedprox", "scaffold"],
+    ),
+)
 def test_a_simplified_program_is_the_traced_one(name, optimiser):
     more = {
         "momentum": {"momentum": 0.9, "weight_decay": 0.01},

@@ -164,10 +164,20 @@ def tasks(train: int, test: int) -> tuple[Source, ...]:
         else torch.arange(len(found))
     )
     found = [found[i] for i in order]
+    found = [own_labels(s) for s in found]
     return tuple(
         replace(s, task=s.name, test=some(s.test, test, SEED + DRAW), train=some(s.train, train))
         for s in found
     )
+
+
+def own_labels(source: Source) -> Source:
+    """The source with its own classes as its only labels: an agent that learns it alone knows no others."""
+    number = torch.full((len(source.labels),), -1)
+    number[list(source.classes)] = torch.arange(len(source.classes))
+    parts = {p: getattr(source, p).map(y=number.__getitem__) for p in ("train", "validation", "test")}
+    labels = tuple(source.labels[c] for c in source.classes)
+    return replace(source, labels=labels, classes=tuple(range(len(labels))), **parts)
 
 
 @lru_cache(maxsize=1)

@@ -91,8 +91,8 @@ STREAMS = {
     "Split MNIST, class": Stream("mnist", "class", 1500, 12000, SGD),
     "Split MNIST, task": Stream("mnist", "task", 1000, 12000, SGD),
     "Split Fashion, class": Stream("fashion_mnist", "class", 1500, 12000, SGD),
-    "Split CIFAR-10, class": Stream("cifar10_jpeg", "class", 400, 10000, CONV, 16, True, CLASSES),
-    "Split CIFAR-10, task": Stream("cifar10_jpeg", "task", 400, 10000, CONV, 16, True, TASKS),
+    "Split CIFAR-10, class": Stream("cifar10_jpeg", "class", 300, 10000, CONV, 16, True, CLASSES),
+    "Split CIFAR-10, task": Stream("cifar10_jpeg", "task", 300, 10000, CONV, 16, True, TASKS),
     "Permuted MNIST, domain": Stream("permuted", "domain", 1000, 60000, ADAM, width=400, only=DOMAINS),
 }
 

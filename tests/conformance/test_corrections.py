@@ -44,6 +44,7 @@ NO_NEUTRAL = {
         ("Information", "InputMoments"), "it only summarises, and so is plain training always: checked below"
     ),
     "SolvedHead": "it says where a head begins; there is no strength to set to zero",
+    "StreamHead": "it says where a visit begins; there is no strength to set to zero",
     "LocalSteps": "it only summarises, and so is plain training always: checked below",
     "Moments": "it only summarises, and so is plain training always: checked below",
     "PackNet": "to keep all weights is to freeze them after the first task",
@@ -94,6 +95,15 @@ SATISFIED = {
     **dict.fromkeys(
         (("SolvedHead", "GDumb"), ("SolvedHead", "FromScratch")),
         "what begins anew begins after the head was written",
+    ),
+    **dict.fromkeys(
+        itertools.permutations(("StreamHead", "GDumb"), 2), "one says where the other begins, or undoes it"
+    ),
+    **dict.fromkeys(
+        itertools.permutations(("StreamHead", "FromScratch"), 2), "each begins anew, and the last one counts"
+    ),
+    **dict.fromkeys(
+        itertools.permutations(("StreamHead", "SolvedHead"), 2), "each writes the head, and the last counts"
     ),
     ("WSM", "ICaRL"): "that puts its own loss in the place of this one, which comes first",
     ("FedWeIt", "SupSup"): "of what it adds only the sign is left, where SupSup's constants come after it",
@@ -162,6 +172,13 @@ IN_ORDER = {
     **dict.fromkeys(
         (frozenset(("SolvedHead", n)) for n in ("FedWeIt", "FromScratch", "GDumb", "PackNet", "TaLoS")),
         "the head that it writes is what the other begins with, or the other way about",
+    ),
+    **dict.fromkeys(
+        (
+            frozenset(("StreamHead", n))
+            for n in ("FedWeIt", "FromScratch", "GDumb", "PackNet", "SolvedHead", "TaLoS")
+        ),
+        "where it begins is what the other begins with, or the other way about",
     ),
 }
 """Pairs of which the order matters, and why."""

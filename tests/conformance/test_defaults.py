@@ -38,6 +38,7 @@ EXCEPTIONS = {
     ): "FedAvgM is an outer SGD with momentum, which is all that differs from FedAvg",
     ("fedadam", "Adam.beta2"): "the optimiser has the default of torch.optim, FedAdam that of its paper",
     **{(method, "WeightSpace.lr"): SERVER for method in ("fedadagrad", "fedadam", "fedyogi")},
+    ("fed3r", "ClosedForm.temperature"): "None stands for 1, or .1 where training goes on from the head",
     (
         "feddf",
         "Distillation.lr",

@@ -43,6 +43,7 @@ MEANING = {
     ),
     **dict.fromkeys(("TorchJD.name", "TorchJDLinear.name"), "checked by name in test_aggregators"),
     **dict.fromkeys(("TorchJD.arguments", "TorchJDLinear.arguments"), "torchjd's own"),
+    **dict.fromkeys(("ClosedForm.then", "fed3r.then"), "an object, checked in test_fedmethods"),
     **dict.fromkeys(("Dare.then", "dare.then"), "an object, checked in test_merging_aggregators"),
     "torchjd.name": "checked by name in test_aggregators",
     "torchjd.arguments": "torchjd's own",

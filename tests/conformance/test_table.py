@@ -20,7 +20,7 @@ MUST_RUN = {
     "finetune": tuple(testing.SETTINGS),
     "joint": ("multitask", *CONTINUAL),
     "cumulative": ("multitask", *CONTINUAL, "federated_continual", "skill"),
-    **dict.fromkeys(("from_scratch", "gdumb"), CONTINUAL),
+    **dict.fromkeys(("from_scratch", "gdumb", "scroll"), CONTINUAL),
     **dict.fromkeys(("icarl", "less_forgetting"), (*CONTINUAL, "federated_continual")),
     **dict.fromkeys(("ewc", "si", "lwf"), (*CONTINUAL, "federated", "federated_continual", "skill")),
     "er": (*CONTINUAL, "federated_continual", "skill"),

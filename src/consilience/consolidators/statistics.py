@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from consilience.core.consolidator import Consolidator
-from consilience.core.errors import ConsilienceError
+from consilience.core.errors import ConsilienceError, Refusal, kind_of
 from consilience.core.message import Message, Shared, Statistics
 from consilience.core.model import Model
-from consilience.core.params import Params
+from consilience.core.params import matches
 from consilience.core.schedule import ScheduleFacts
 from consilience.core.source import Source
 from consilience.core.state import State
@@ -81,23 +81,41 @@ class ClosedForm(Consolidator):
     once. It reads the Statistics of `corrections.Moments` and writes the model's linear head, divided by
     `temperature`. The argmax stays the same; a sharper softmax suits training that continues from it. Fanì et
     al. 2024 (Fed3R); Wang et al. 2022 (SCROLL).
+
+    With `then` the parameters are combined by that consolidator, and where statistics arrive the head gains
+    the difference that they make: W(all) - W(those before), from zero at the first. What was trained since
+    stays on top of it. It needs `Moments(gathers=True)`, whose senders train only after their first visit.
     """
 
     strength: float = 0.01
     average: bool = False
     normalise: bool = False
     temperature: float = 1.0
+    then: Consolidator | None = None
 
     def __post_init__(self) -> None:
         for name in ("strength", "temperature"):
             value = getattr(self, name)
             if not 0 < value < float("inf"):
                 raise ConsilienceError(f"`{name}` must be positive and finite, got {value}.")
+        if not isinstance(self.then, Consolidator | None):
+            raise ConsilienceError(f"`then` must be a consolidator or None, got {kind_of(self.then)}.")
+
+    @property
+    def needs_base(self) -> bool:  # type: ignore[override]
+        """Whether `then` needs a base."""
+        return self.then is not None and self.then.needs_base
 
     def export(
         self, model: Model, state: State, sources: Sequence[Source], personal: Sequence[str]
     ) -> dict[str, Shared]:
-        return {}
+        if self.then is None:
+            return {}
+        if any(name is not None and matches(name, personal) for name in model.head(state.params, None)):
+            raise Refusal(
+                "the head is solved for all clients, and here each keeps its own; leave `personal` out."
+            )
+        return self.then.export(model, state, sources, personal)
 
     def refuse(self, facts: ScheduleFacts) -> str | None:
         if not facts.exchanges:
@@ -113,14 +131,55 @@ class ClosedForm(Consolidator):
                     "it solves one linear head that all sources share, and this model has none; use "
                     "models.mlp or models.linear"
                 )
-        return None
+        if self.then is None:
+            return None
+        # Heads that were solved from different sums do not average to one solved from all.
+        if not facts.star:
+            return "training goes on from one head, which a server solves for all; use settings.federated"
+        return self.then.unfit(facts) or self.then.refuse(facts)
+
+    def among(self, total: float | None) -> Consolidator:
+        return self if self.then is None else replace(self, then=self.then.among(total))
+
+    def release(self, state: State, personal: Sequence[str]) -> State:
+        return state if self.then is None else self.then.release(state, personal)
+
+    def check_message(self, model: Model, state: State, message: Message) -> None:
+        if self.then is not None:
+            self.then.check_message(model, state, message)
 
     def receive(
         self, model: Model, state: State, fresh: Sequence[Message], by_size: bool, generator: torch.Generator
     ) -> State:
-        total = add_up(m.items["Moments"] for m in state.bank.values() if "Moments" in m.items)
+        head = self._solved(state.bank.values())
+        if self.then is None:
+            return state if head is None else self._moved(model, state, None, head)
+
+        # Clients have sums in the bank, and a server has not: what it sends has its head already.
+        clients = {m.sender for m in state.bank.values() if "Moments" in m.items}
+        sent = [m for m in fresh if m.trained or m.sender not in clients]
+        after = self.then.receive(model, state, sent, by_size, generator) if sent else state
+        keys = {m.key for m in fresh if "Moments" in m.items}
+        if head is None or not keys or any(not m.trained for m in sent):
+            return after
+        before = self._solved(m for key, m in state.bank.items() if key not in keys)
+        return self._moved(model, after, before, head)
+
+    def forget(self, model: Model, state: State) -> State:
+        """Solve again from the remaining sums, as if the others had not been received; zero without any."""
+        if self.then is not None:
+            return self.then.forget(model, state)
+        # The bank no longer holds the forgotten sums; sums cannot be subtracted to the bit.
+        head = self._solved(state.bank.values())
+        return self._moved(
+            model, state, None, torch.zeros(1, 0, dtype=torch.float64) if head is None else head
+        )
+
+    def _solved(self, messages: Iterable[Message]) -> Tensor | None:
+        """Return the head [d + 1, C] of the sums of these messages, over `temperature`; None without any."""
+        total = add_up(m.items["Moments"] for m in messages if "Moments" in m.items)
         if total is None:
-            return state
+            return None
         # From the sums of the complete bank each time: the result does not depend on the order of messages.
         head = solve(
             total.tensors["second"],
@@ -130,33 +189,26 @@ class ClosedForm(Consolidator):
             self.average,
             self.normalise,
         )
-        return state.change(params=self._with_head(model, state.params, head / self.temperature))
-
-    def forget(self, model: Model, state: State) -> State:
-        """Solve again from the remaining sums, as if the others had not been received; zero without any."""
-        # The bank no longer holds the forgotten sums; sums cannot be subtracted to the bit.
-        if any("Moments" in m.items for m in state.bank.values()):
-            return self.receive(model, state, (), True, torch.Generator())
-        nothing = torch.zeros(1, 0, dtype=torch.float64)
-        return state.change(params=self._with_head(model, state.params, nothing))
+        return head / self.temperature
 
     @staticmethod
-    def _with_head(model: Model, params: Params, solved: Tensor) -> Params:
-        """Put the head W [d + 1, C] into the parameters; classes that it lacks are zero."""
-        weight, bias = model.head(params, None)
-        params = dict(params)
-        old = params[weight]
-        head = torch.zeros_like(old, dtype=torch.float64)
-        classes = solved.shape[1]
-        # Without any statistics the solution has neither classes nor features.
-        if classes:
-            head[:classes] = solved[:-1].T
-        params[weight] = head.to(old.dtype)
-        if bias is not None:
-            offset = torch.zeros(len(old), dtype=torch.float64)
-            offset[:classes] = solved[-1]
-            params[bias] = offset.to(old.dtype)
-        return params
+    def _moved(model: Model, state: State, before: Tensor | None, solved: Tensor) -> State:
+        """Move the state's head by solved - before [d + 1, C]; without `before` put the solved one there.
+
+        Classes that a solved head lacks are zero.
+        """
+        weight, bias = model.head(state.params, None)
+        params = dict(state.params)
+        for name in filter(None, (weight, bias)):
+            old = params[name]
+            new = torch.zeros_like(old, dtype=torch.float64) if before is None else old.double()
+            for sign, head in ((-1, before), (1, solved)):
+                # Without any statistics the solution has neither classes nor features.
+                if head is not None and head.shape[1]:
+                    rows = head[:-1].T if name == weight else head[-1]
+                    new[: head.shape[1]] += sign * rows.to(new)
+            params[name] = new.to(old.dtype)
+        return state.change(params=params)
 
 
 def add_up(items: Iterable[Shared]) -> Statistics | None:

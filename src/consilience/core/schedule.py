@@ -212,6 +212,8 @@ class ScheduleFacts:
     """The largest number of newly trained agents whose messages one agent receives at once."""
     most_combined: int = 0
     """The largest number of different parameters that one agent receives at once."""
+    star: bool = True
+    """Whether agents that train receive from one that never does, and only it combines what they trained."""
     revisited: frozenset[str] = frozenset()
     """Sources that some agent trains on more than once."""
     rounds: int = 0
@@ -298,6 +300,8 @@ class Counts:
     """The largest number of newly trained agents whose messages one agent received at once."""
     most_combined: int = 0
     """The largest number of different parameters that one agent received at once."""
+    star: bool = True
+    """Whether agents that train receive from one that never does, and only it combines what they trained."""
     revisited: set[str] = field(default_factory=set)
     """Sources that some agent trained on more than once."""
     rounds: int = 0
@@ -424,6 +428,8 @@ class _SymbolicRun:
             counts.most_received = max(counts.most_received, len(news))
             counts.most_combined = max(counts.most_combined, len({sent[sender].params for sender in group}))
             counts.received[name] = counts.received.get(name, 0) + bool(news)
+            combines = len(trained) == len(group) and not self.agent(name).own
+            counts.star &= combines or (not trained and len(group) == 1)
             counts.receives_others |= any(sender != name and sent[sender].knowledge for sender in group)
             counts.common_base &= all(message.base == base for message in news)
 
@@ -466,6 +472,7 @@ class _SymbolicRun:
             trees=any(isinstance(x, Tree) for x in samples),
             most_received=counts.most_received,
             most_combined=counts.most_combined,
+            star=counts.star,
             revisited=frozenset(counts.revisited),
             rounds=counts.rounds,
             totals=counts.totals,

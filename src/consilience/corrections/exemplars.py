@@ -173,10 +173,11 @@ class GDumb(Buffer):
     """GDumb: keep a class-balanced buffer, and train on it alone, from new parameters at every visit.
 
     An epoch goes over the buffer as often as it fits into the source, so a visit costs what plain training
-    costs. Prabhu, Torr & Dokania 2020.
+    costs. Without `scratch` another correction says where a visit begins. Prabhu, Torr & Dokania 2020.
     """
 
     size: int = 500
+    scratch: bool = True
 
     kinds: ClassVar[tuple[str, ...]] = ("class",)
     takes_places: ClassVar[bool] = False
@@ -240,7 +241,7 @@ class GDumb(Buffer):
         """Draw new parameters after an agent's first visit. Private: the keys of the new examples."""
         # The generator draws as that of `gather` did, so these are the keys by which it chose.
         keys = self.drawn(start.sources, start.generator)
-        if not start.recalled:
+        if not start.recalled or not self.scratch:
             return Begun(start.params, keys)
         fresh = reset(start.model, start.params, start.sources, start.recalled, start.generator)
         return Begun(fresh, keys)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
-from consilience.core.contexts import Context, Learned
+from consilience.core.contexts import Beginning, Begun, Context, Learned, Memory
 from consilience.core.correction import Correction
 from consilience.core.message import Message, Statistics
 from consilience.core.outliers import Clip, checked_clip
 from consilience.core.params import Params
+from consilience.core.source import Source
 from consilience.core.tree import Input
+
+if TYPE_CHECKING:
+    from consilience.core.schedule import ScheduleFacts
 
 
 @dataclass(frozen=True)
@@ -24,9 +28,13 @@ class Moments(Correction):
     sums removes it exactly. They can leak rare samples: they are not private. Samples without a target
     are left out. With `clip` features farther from the median of their source than `clip` times the median
     distance are moved to that distance.
+
+    With `gathers` the first visit to a source only sends its sums: nothing is trained. Later visits train,
+    and send none, as the features have moved.
     """
 
     clip: float = 0.0
+    gathers: bool = False
 
     kinds: ClassVar[tuple[str, ...]] = ("class", "value")
     takes_places: ClassVar[bool] = False
@@ -35,7 +43,27 @@ class Moments(Correction):
     def __post_init__(self) -> None:
         checked_clip(self.clip)
 
-    def summarise(self, learned: Learned, ctx: Context) -> Statistics:
+    def refuse(self, facts: ScheduleFacts) -> str | None:
+        if self.gathers and not facts.revisited:
+            return (
+                "no source is trained on again after its sums were sent, so that nothing would follow; use "
+                "several rounds, or fed3r alone"
+            )
+        return None
+
+    def recall(self, memory: Memory, sources: tuple[Source, ...]) -> bool | None:
+        """Return True where the sums of all these sources were sent, and are enough; else None."""
+        known = {source for _, source in memory}
+        return True if self.gathers and all(source.name in known for source in sources) else None
+
+    def begin(self, start: Beginning) -> Begun:
+        waits = self.gathers and not start.recalled
+        return Begun(start.params, frozen=tuple(start.params) if waits else ())
+
+    def summarise(self, learned: Learned, ctx: Context) -> Statistics | None:
+        if self.gathers and ctx.recalled:
+            return None
+
         def features_of(x: Input) -> Tensor:
             return learned.model.features(learned.params, learned.buffers, x, learned.task).double()
 

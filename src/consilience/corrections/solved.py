@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from consilience.core.contexts import Beginning, Begun
+from consilience.core.contexts import Beginning, Begun, Context, Learned, Memory
 from consilience.core.correction import NO_TRAINING, Correction
 from consilience.core.errors import ConsilienceError, Refusal
+from consilience.core.message import Private
+from consilience.core.model import Model
+from consilience.core.names import WHOLE, pair
 from consilience.core.outliers import Clip, check_features, checked_clip
 from consilience.core.params import computing
 from consilience.core.schedule import ScheduleFacts
 from consilience.core.source import Source
 from consilience.core.tree import cast_to
+from consilience.corrections.baselines import THROWN, others
 
 ABSENT = -1e9
 """The logit of a class that has no prototype."""
@@ -167,6 +171,102 @@ class SolvedHead(Correction):
 
         solver.step(loss)
         return directions.T @ w[:-1].detach(), w[-1].detach()
+
+
+@dataclass(frozen=True)
+class StreamHead(Correction):
+    """Begin each visit at the agent's first parameters, with a ridge head from all data so far.
+
+    W = (A + lambda I)^-1 b / temperature, with the sums A and b of `ClosedForm` over all sources that the
+    agent visited, this one included. All features are those of the first parameters, so that W depends
+    neither on the order of sources nor on how data was cut into them. Steps go on from it; those of a visit
+    are forgotten at the next. Wang et al. 2022 (SCROLL).
+    """
+
+    strength: float = 0.01
+    temperature: float = 0.1
+
+    kinds: ClassVar[tuple[str, ...]] = ("class", "value")
+    takes_places: ClassVar[bool] = False
+    takes_mixed: ClassVar[bool] = False
+    shared_items: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        for name in ("strength", "temperature"):
+            value = getattr(self, name)
+            if not 0 < value < float("inf"):
+                raise ConsilienceError(f"`{name}` must be positive and finite, got {value}.")
+
+    def refuse(self, facts: ScheduleFacts) -> str | None:
+        if not facts.trains:
+            return NO_TRAINING
+        if facts.receives_others:
+            return THROWN + "use fed3r, which sums over all agents"
+        model = facts.model
+        if model is not None and not has_shared_head(model):
+            return (
+                "it solves one linear head that all sources share, and this model has none; use models.mlp "
+                "or models.linear"
+            )
+        if model is not None and model.moves_buffers:
+            return (
+                "steps move the model's buffers, such as those of batch norm, so that sums of features would "
+                "not belong together; freeze the body (models.frozen), or use a model without them"
+            )
+        return None
+
+    def recall(self, memory: Memory, sources: tuple[Source, ...]) -> dict[str, Private] | None:
+        """Return the sums of all other sources, and the first parameters; None at the first visit."""
+        return others(memory, sources) or None
+
+    def begin(self, start: Beginning) -> Begun:
+        """Return the first parameters with the head solved. Private: this visit's sums of each source."""
+        past = dict(start.recalled or {})
+        first = past.pop(WHOLE, None)
+        params = {**start.params, **(first.group("first") if first is not None else {})}
+        begun = replace(start, params=params)
+
+        sums = {}
+        for source in start.sources:
+            psi, targets = features_and_targets(begun, [source], range(len(source.labels)))
+            # The one makes the bias a row of the solution.
+            psi = torch.cat([psi, psi.new_ones(len(psi), 1)], 1)
+            sums[source.name] = Private({"second": psi.T @ psi, "first": psi.T @ targets})
+
+        # By name, so that the sum does not depend on the order of the sources.
+        items = [item.tensors for _, item in sorted({**past, **sums}.items())]
+        a, b = (sum(item[name] for item in items) for name in ("second", "first"))
+        a.diagonal().add_(self.strength)
+        solved = torch.linalg.solve(a, b) / self.temperature
+
+        weight, bias = start.model.head(params, None)
+        for name, rows in ((weight, solved[:-1].T), (bias, solved[-1])):
+            if name is not None:
+                params[name] = torch.zeros_like(params[name])
+                params[name][: solved.shape[1]] = rows.to(params[name])
+        own = {pair(name, key): t for name, item in sums.items() for key, t in item.tensors.items()}
+        return Begun(params, own)
+
+    def summarise(self, learned: Learned, ctx: Context) -> Private:
+        name = learned.source.name
+        return Private({key: ctx.private[pair(name, key)] for key in ("second", "first")})
+
+    def trim(self, memory: Mapping[str, Any], learned: Learned) -> Mapping[str, Any]:
+        """Keep the parameters that the first visit began at; their head is solved again at each."""
+        if WHOLE in memory:
+            return memory
+        first = {f"first/{name}": p.clone() for name, p in learned.start.items()}
+        return {**memory, WHOLE: Private(first)}
+
+
+def has_shared_head(model: Model) -> bool:
+    """Whether a model has one head for all sources."""
+    # A model says so by naming it.
+    try:
+        model.head(model.init(torch.Generator().manual_seed(0))[0], None)
+    except ConsilienceError:
+        return False
+    return True
 
 
 def features_and_targets(

@@ -289,8 +289,9 @@ class Agent:
             unsent=state.unsent or {name: state.memory.get(name, {}) for name in delivered},
             visits={**state.visits, **{name: state.visits.get(name, 0) + 1 for name in names}},
             version=state.version + 1,
-            trained=True,
-            size=sum(len(source.train) for source in job.sources),
+            # Where a correction froze all entries, the parameters hold nothing of the source.
+            trained=bool(job.layout.size) or state.trained,
+            size=sum(len(source.train) for source in job.sources) if job.layout.size else 0,
         )
         self._bank(job, shared)
         if job.steps:

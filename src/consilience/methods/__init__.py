@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from consilience import lazy
 from consilience.core.errors import suggest_arguments
-from consilience.methods.continual import cumulative, finetune, from_scratch, joint
+from consilience.methods.continual import cumulative, finetune, from_scratch, joint, scroll
 from consilience.methods.distillation import feddf
 from consilience.methods.exmodel import average_ensemble, entropy_ensemble, oracle_ensemble, parameter_average
 from consilience.methods.federated import (
@@ -115,6 +115,7 @@ __all__ = [
     "regmean",
     "running_average",
     "scaffold",
+    "scroll",
     "si",
     "skill",
     "supsup",

@@ -261,36 +261,56 @@ def fed3r(
     strength: float = 0.01,
     average: bool = False,
     normalise: bool = False,
-    temperature: float = 1.0,
+    temperature: float | None = None,
     clip: float = 0.0,
+    then: Method | None = None,
+    lr: float | None = 0.001,
 ) -> Method:
     """Solve a ridge head in closed form from all agents' sums of features: exact for any split and order.
 
-    On `models.fourier_features(model)` it is Fed3R with random features. Another run may start from it: after
-    `first = run(schedule, fed3r(temperature=0.1))`, `run(federated(clients, base=first.params), fedavg(),
-    training=Training(lr=0.001))` goes on. SCROLL's second part is `run(continual([kept], base=first.params),
-    finetune(), training=Training(lr=0.001, sampler=Balanced()))` on the examples that may be kept. The
-    learning rate must be one to two orders below that of a cold start: the default destroys the head in a
-    round (digits: .30 to .50 instead of .94).
+    On `models.fourier_features(model)` it is Fed3R with random features. With `then`, such as
+    `fed3r(then=fedavg())`, it is Fed3R with fine-tuning: the first visit to a source only sends its sums, and
+    from the second on `then` trains from the solved head. The head of a client that comes later is exact
+    where features are frozen; else its sums are of the features at that time. To train after all sums have
+    arrived, run `first = run(schedule, fed3r(temperature=0.1))`, and then from `base=first.params`.
 
-    Paper: Fanì et al. 2024; Wang et al. 2022 (SCROLL).
+    The learning rate must be one to two orders below that of a cold start: 0.05 destroys the head in a round
+    (digits: .30 to .50 instead of .94).
+
+    Paper: Fanì et al. 2024.
 
     Args:
         strength: lambda of the ridge, entered once.
         average: whether the objective is the mean loss (lambda then counts as lambda x samples).
         normalise: divide each class's column by its norm; it changes the argmax.
-        temperature: divides the head, which leaves the argmax; .1 suits a softmax that is trained on.
+        temperature: divides the head, which leaves the argmax; None: 1, with `then` .1, which suits a
+            softmax that is trained on.
         clip: largest distance of an example's features from their source's median, in median distances, so
             that outliers change little; 0: no limit, and the head is exact for any split.
+        then: the method of the rounds that follow, such as `fedavg()`; None: nothing is trained.
+        lr: learning rate of `then`, in the place of `Training.lr`; None: that one.
     """
+    from dataclasses import replace
+
     from consilience.consolidators.statistics import ClosedForm
     from consilience.core.method import Method
     from consilience.corrections.moments import Moments
+    from consilience.methods.continual import fixed_rate
 
-    # No gradient step: the head is solved for where the sums meet.
-    return Method(
+    rate = fixed_rate(lr)
+    sharp = temperature if temperature is not None else 1.0 if then is None else 0.1
+    head = ClosedForm(strength, average, normalise, sharp)
+    if then is None:
+        # No gradient step: the head is solved for where the sums meet.
+        return Method("fed3r", (Moments(clip),), consolidator=head, fixed={"epochs": 0})
+
+    # What combines parameters acts inside the closed form, so that the head is solved after it.
+    then = Method.of(then)
+    combines = replace(then, exchange_aggregator=then.exchange_aggregator or then.aggregator).receiver()
+    first = Method(
         "fed3r",
-        (Moments(clip),),
-        consolidator=ClosedForm(strength, average, normalise, temperature),
-        fixed={"epochs": 0},
+        (Moments(clip, gathers=True),),
+        consolidator=replace(head, then=combines),
+        fixed=rate,
     )
+    return first + replace(then, consolidator=None, exchange_aggregator=None, aggregator=None)

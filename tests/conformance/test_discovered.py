@@ -22,7 +22,8 @@ CATALOGUE = {
     f"{room}.{n}": f
     for room in ROOMS
     for n, f in vars(getattr(cs, room)).items()
-    if inspect.isfunction(f) and not n.startswith("_")
+    # A room also imports helpers.
+    if inspect.isfunction(f) and f.__module__.startswith(f"consilience.{room}") and not n.startswith("_")
 }
 CATALOGUE |= {f"methods.{n}": getattr(cs.methods, n) for n in cs.methods.__all__}
 

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import runpy
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -222,6 +223,78 @@ def test_strengths_are_chosen_from_as_many_values_for_every_method(scores, tried
     choice = tune({"m": (0.0, 1.0, 2.0, 3.0, 4.0)}, score)["m"]
     assert sorted(v for _, v in asked) == tried == [v for v, _ in choice.tried]
     assert (choice.value, choice.edge) == (value, edge) and ("*" in str(choice)) == edge
+
+
+def result(name: str) -> dict[str, Any]:
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+
+
+def page(name: str) -> str:
+    """A page of the docs as one line."""
+    return " ".join((ROOT / "docs" / name).read_text().split())
+
+
+def test_figures_of_the_agents_page_are_those_of_the_results():
+    """docs/skill.md against skill.json, skill_seeds.json, heads.json and mapping.json."""
+    text, found = page("skill.md"), result("skill")
+    learners = {n.partition(" (")[0]: v for n, v in found["statistics"].items()}
+    fourier = next(v for n, v in learners.items() if "Fourier" in n)
+    rows = {
+        "heads with biases, routed by Mahalanobis": found["scores"]["LLL, BB, MAHA"],
+        "heads alone, routed by Mahalanobis": found["scores"]["LLL, MAHA"],
+        "one ridge head on random Fourier features": fourier,
+        "LDA over all classes": learners["LDA over all classes"],
+        "one ridge head": learners["one ridge head"],
+        "ER with 10 images per class": found["scores"]["ER (10 a class)"],
+        "ER with 1 image per class": found["scores"]["ER (1 a class)"],
+    }
+    for name, value in rows.items():
+        assert f"| {name} | {100 * value:.1f} |" in text, (name, value)
+    with_labels = found["with labels"]
+    assert f"heads with biases reach {with_labels['LLL, BB']} and heads alone {with_labels['LLL']}" in text
+    assert f"the task of {100 * found['mapper at the end']['MAHA']:.1f} % of images" in text
+
+    names, oracle = [task["name"] for task in found["tasks"]], found["oracle"]
+    for task, shown in (("mnist_m", "MNIST-M: "), ("cifar10 5-9", "CIFAR-10, classes 5 to 9: ")):
+        before, after = (100 * oracle[what][names.index(task)] for what in ("head", "BB"))
+        assert f"({shown}{before:.0f} to {after:.0f})" in text, (task, before, after)
+
+    means: dict[str, list[float]] = {}
+    for seed in result("skill_seeds")["seeds"].values():
+        for name, scores in seed["scores"].items():
+            means.setdefault(name, []).append(100 * sum(scores) / len(scores))
+    ours = statistics_of(means.pop("LLL, BB, MAHA"))
+    assert f"heads with biases have {ours[0]:.1f} ± {ours[1]:.1f}" in text
+    er = statistics_of(means["ER (10 a class)"])[0]
+    one_head = [n for n in means if "routed" not in n and n not in ("LLL, MAHA", "ER (10 a class)")]
+    best = max(statistics_of(means[n])[0] for n in one_head)
+    assert f"the best statistics learner by {ours[0] - best:.1f} and ER by {ours[0] - er:.1f}" in text
+
+    heads = {
+        name: {column: sum(r[column] for r in rows) / len(rows) for column in rows[0]}
+        for name, rows in result("heads")["rows"].items()
+    }
+    new, plain = "one class of each, over their norm", "one class of each, as they are"
+    quoted = [heads[n][new] for n in ("trained with norm='inf'", "trained", "ridge", "prototypes")]
+    quoted.append(heads["prototypes"][plain])
+    for value in quoted:
+        assert f"{value:.2f}".lstrip("0") in text, value
+    anchors = {n: row["bytes"] for n, row in result("mapping")["real"]["mappers"].items()}
+    twelfth = anchors["mahalanobis"] / anchors["mahalanobis, rank 64"]
+    assert "a twelfth of the bytes" in text and 11.5 < twelfth < 12.6
+
+
+def statistics_of(values: list[float]) -> tuple[float, float]:
+    """Mean and standard deviation."""
+    return statistics.mean(values), statistics.stdev(values)
+
+
+def test_figures_of_padding_are_those_of_the_results():
+    ratios = {n: sum(v) / len(v) for n, v in result("lengths")["ratios"].items()}
+    text = page("targets.md")
+    assert f"have {ratios['one batch']:.2f} times as many places as words" in text
+    assert f"shuffled batches of 32 have {ratios['shuffled']:.2f} times" in text
+    assert f"by length they have {ratios['by length']:.2f} times" in text
 
 
 def test_links_of_the_docs_lead_somewhere():

@@ -113,7 +113,9 @@ def test_arrays_types():
     assert source.labels == (("data", "0"), ("data", "1"))
     tokens = data.arrays(images.astype(np.int32), y)
     assert tokens.train.whole()[0].dtype == torch.int64
-    assert data.arrays(images / 2.0, y).train.whole()[0].dtype == torch.float32
+    assert data.arrays(images / np.float32(2), y).train.whole()[0].dtype == torch.float32
+    assert data.arrays(images / 2.0, y).train.whole()[0].dtype == torch.float64
+    assert data.arrays((images / 2.0).astype(np.float16), y).train.whole()[0].dtype == torch.float32
     assert data.arrays(images.astype(">f4"), y.astype(">i2"), space="s").labels[0] == ("s", "0")
     frozen = images.astype(np.float32)
     frozen.setflags(write=False)

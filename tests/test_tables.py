@@ -62,8 +62,7 @@ def test_columns_by_hand(tmp_path):
         [5 / deviation, 0, 0, 1, 1, 0],
         [15 / deviation, 1, 0, 0, 0, 1],
     ]
-    assert torch.allclose(x, torch.tensor(expected), atol=1e-6)
-    assert x.dtype == torch.float32
+    assert torch.allclose(x, torch.tensor(expected, dtype=torch.float64), atol=1e-12)
     assert y.tolist() == [0, 1, 1, 0]
     assert source.labels == (("people", "ill"), ("people", "well"))
     assert source.name == "people"
@@ -135,8 +134,9 @@ def test_classes_of_numbers_are_in_the_order_of_numbers():
 def test_values_of_targets_are_standardised_on_request():
     rows = {"x": [1.0, 2, 3], "y": [100.5, 200.5, 300.5]}
     source = data.table(rows, "y", test=rows, validation=0, standardise="all")
-    assert torch.allclose(whole(source)[1], torch.tensor([[-1.0], [0.0], [1.0]]))
-    assert torch.allclose(whole(source, "test")[1], torch.tensor([[-1.0], [0.0], [1.0]]))
+    expected = torch.tensor([[-1.0], [0.0], [1.0]], dtype=torch.float64)
+    assert torch.allclose(whole(source)[1], expected)
+    assert torch.allclose(whole(source, "test")[1], expected)
     plain = data.table(rows, "y", test=rows, validation=0)
     assert whole(plain)[1].flatten().tolist() == [100.5, 200.5, 300.5]
 
@@ -193,7 +193,7 @@ def test_missing_values_get_the_mean(tmp_path):
     x = whole(source)[0]
     assert x[:, 0].tolist() == [-1, 0, 1, 0]
     # Oslo is a third of the cities that are there.
-    assert torch.allclose(x[2, 1:], torch.tensor([1 / 3, 2 / 3]))
+    assert torch.allclose(x[2, 1:], torch.tensor([1 / 3, 2 / 3], dtype=x.dtype))
 
 
 def test_missing_values_get_a_number(tmp_path):
@@ -270,7 +270,7 @@ def test_groups_are_standardised_by_summed_statistics():
 
     pooled = torch.cat([whole(part)[0] for part in raw]).double()
     together = torch.cat([whole(part)[0] for part in parts])
-    assert torch.allclose(together[:, 0].mean(), torch.tensor(0.0), atol=1e-6)
+    assert abs(float(together[:, 0].mean())) < 1e-6
     assert abs(float(together[:, 0].double().std()) - 1) < 1e-6
     for mine, plain in zip(parts, raw, strict=True):
         expected = (whole(plain)[0][:, 0].double() - pooled[:, 0].mean()) / pooled[:, 0].std()
@@ -593,3 +593,15 @@ def test_a_table_on_the_command_line(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "1.0" in done.stdout
+
+
+def test_float64_columns_stay_so_for_a_run_in_float64():
+    rng = np.random.default_rng(0)
+    x = 1.0 + 1e-9 * rng.normal(size=40)
+    rows = {"x": x, "y": 3.0 + 1e-9 * rng.normal(size=40)}
+    plain = data.table(rows, "y", test=rows, validation=0, standardise="none")
+    assert whole(plain)[0][:, 0].numpy().tolist() == x.tolist()
+    assert whole(plain)[1][:, 0].numpy().tolist() == rows["y"].tolist()
+    # In float32 all of them are 1, and would be standardised to 0.
+    column = whole(data.table(rows, "y", test=rows, validation=0))[0][:, 0].numpy()
+    assert np.allclose(column, (x - x.mean()) / x.std(ddof=1), atol=1e-6, rtol=0) and column.std() > 0.9

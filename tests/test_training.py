@@ -8,6 +8,7 @@ import math
 import re
 from dataclasses import dataclass, replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from torch import nn
 
 import consilience as cs
 from consilience.core.correction import Correction
+from consilience.core.errors import ConsilienceError
 from consilience.core.optimiser import SGD, Adam, Torch
 from consilience.core.params import same
 from consilience.core.schedule import Evaluate, Exchange, Train
@@ -22,6 +24,8 @@ from consilience.core.source import Tensors
 from consilience.core.state import encode_state
 from consilience.core.training import Place
 from consilience.core.weight_space import WeightSpace
+from consilience.corrections.solved import SolvedHead
+from consilience.loop.checks import in_precision
 from restate import (
     A,
     B,
@@ -1172,3 +1176,86 @@ def test_options_of_training_survive_a_config_file(tmp_path):
     path.write_text(json.dumps(order.config))
     again = understand("run", ["--config", str(path)])
     assert training_of(again) == found and again.config["training"] == order.config["training"]
+
+
+# float64 data
+
+
+def regression(shift=0.0, dtype=np.float64, name="r", n=60):
+    """Inputs [n, 3] and values of a line with noise; `shift` times normal numbers is added to the inputs."""
+    rng = np.random.default_rng(0)
+    x, noise = rng.normal(size=(n, 3)), rng.normal(size=(n, 4))
+    y = x @ np.array([1.0, -2.0, 0.5]) + noise[:, 3]
+    x, y = (x + shift * noise[:, :3]).astype(dtype), y.astype(dtype)
+    return x, y, cs.data.arrays(x, y, test=(x, y), validation=0, kind="value", name=name)
+
+
+@pytest.mark.parametrize("shift", [0.0, 1e-9])
+def test_regression_in_float64_is_numpys_from_float64_data(shift):
+    """The ridge head, and one gradient step over all data; inputs moved by 1e-9 give another line."""
+    x, y, source = regression(shift)
+    closed = cs.Method("closed", (SolvedHead(),), fixed={"epochs": 0})
+    fp64 = cs.Training(epochs=1, batch_size=60, lr=0.1, precision="fp64")
+    model = cs.models.linear(3, 1)
+    schedule = cs.settings.continual([source])
+    found = cs.run(schedule, closed, model, fp64).params
+
+    centred = x - x.mean(0)
+    gram = centred.T @ centred
+    gram += 0.1 * np.trace(gram) / 3 * np.eye(3)
+    line = np.linalg.solve(gram, centred.T @ (y - y.mean()))
+    weight, bias = (
+        next(p for n, p in found.items() if n.endswith(end)).numpy() for end in ("weight", "bias")
+    )
+    assert np.abs(weight[0] - line).max() < 1e-12
+    assert abs(bias[0] - (y.mean() - x.mean(0) @ line)) < 1e-12
+    if shift:
+        assert np.abs(line - regression_line()).max() > 1e-11
+
+    # Plain training: theta - lr d/dtheta mean (x w + b - y)^2.
+    start = cs.run(schedule, cs.methods.finetune(), model, replace(fp64, epochs=0)).params
+    w, b = (next(p for n, p in start.items() if n.endswith(end)).numpy() for end in ("weight", "bias"))
+    gap = x @ w[0] + b[0] - y
+    stepped = cs.run(schedule, cs.methods.finetune(), model, fp64).params
+    got = next(p for n, p in stepped.items() if n.endswith("weight")).numpy()
+    assert np.abs(got[0] - (w[0] - 0.1 * 2 * (gap @ x) / len(x))).max() < 1e-12
+
+
+def regression_line():
+    """The ridge line of the data that are not moved."""
+    x, y, _ = regression()
+    centred = x - x.mean(0)
+    gram = centred.T @ centred
+    return np.linalg.solve(gram + 0.1 * np.trace(gram) / 3 * np.eye(3), centred.T @ (y - y.mean()))
+
+
+def test_a_run_in_float32_converts_float64_data_once():
+    """The same bits as from data that were float32 before; what sources share stays one object."""
+    runs = []
+    for dtype in (np.float32, np.float64):
+        _, _, source = regression(dtype=dtype)
+        result = cs.run(cs.settings.continual([source]), cs.methods.finetune(), cs.models.linear(3, 1))
+        runs.append(result)
+    assert same(runs[0].params, runs[1].params) and runs[0].score == runs[1].score
+    assert runs[1].agent.schedule.source("r").train.x.dtype == torch.float32
+
+    _, _, source = regression()
+    clients = [source.map(name=f"c{i}") for i in range(3)]
+    schedule = cs.settings.federated(clients, 2)
+    short = in_precision(schedule, torch.float32)
+    assert len({id(s.test) for s in schedule.sources}) == len({id(s.test) for s in short.sources}) == 1
+    assert short.judged is short.sources or short.judged[0].test is short.sources[0].test
+    # Examples on their way to a step are these, and no copies.
+    again = short.sources[0].train.to(torch.device("cpu"), torch.float32)
+    assert again.x is short.sources[0].train.x and again.y is short.sources[0].train.y
+    assert in_precision(short, torch.float32).sources[0].train is short.sources[0].train
+
+
+@pytest.mark.parametrize("what", ["x", "y"])
+def test_float64_data_beyond_float32_are_refused_by_name(what):
+    x, y, _ = regression()
+    (x if what == "x" else y)[7] = 1e300
+    source = cs.data.arrays(x, y, validation=0, kind="value", name="huge")
+    schedule = cs.settings.continual([source])
+    with pytest.raises(ConsilienceError, match="numbers of 'huge' must fit float32, got one beyond 3.4e38"):
+        cs.run(schedule, cs.methods.finetune(), cs.models.linear(3, 1))

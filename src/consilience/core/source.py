@@ -79,8 +79,8 @@ class Examples(ABC):
         return {"y": self.targets()} | (named("x", self.select(some).whole()[0]) if len(some) else {})
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Examples:
-        """Return the examples on a device, with floating-point inputs in `dtype`."""
-        return self.map(x=lambda x: cast_to(x, device, dtype), y=lambda y: y.to(device))
+        """Return the examples on a device, with fractions among inputs and targets in `dtype`."""
+        return self.map(x=lambda x: cast_to(x, device, dtype), y=lambda y: cast_to(y, device, dtype))
 
     def first(self, count: int = 1) -> tuple[Input, Tensor]:
         """Return the inputs and targets of the first examples: `count` of them, or all if there are fewer."""
@@ -202,7 +202,7 @@ class Stream(Examples):
     x_through: tuple[Through, ...] = ()
     y_through: tuple[Through, ...] = ()
     place: tuple[torch.device, torch.dtype] | None = None
-    """The device, and the type of inputs with fractions, that batches are moved to at the end."""
+    """The device, and the type of fractions, that batches are moved to at the end."""
 
     draws: ClassVar[bool] = True
 
@@ -210,7 +210,7 @@ class Stream(Examples):
         return len(self.index)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Stream:
-        return replace(self, y=self.y.to(device), place=(device, dtype))
+        return replace(self, y=cast_to(self.y, device, dtype), place=(device, dtype))
 
     def batches(self, plan: Sequence[Tensor]) -> Iterator[tuple[Input, Tensor]]:
         # A dataset that draws random numbers gives one fixed view of a sample here.
@@ -244,7 +244,7 @@ class Stream(Examples):
             y = through(y, self.y_through[len(y_before) :])
             if self.place is not None:
                 device, dtype = self.place
-                x, y = cast_to(x, device, dtype), y.to(device)
+                x, y = cast_to(x, device, dtype), cast_to(y, device, dtype)
             yield x, y
 
     def select(self, index: Tensor) -> Stream:

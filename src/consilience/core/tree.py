@@ -403,10 +403,13 @@ def as_tensor(value: Any, what: str) -> Tensor:
 def unit(x: Tensor, image: bool) -> Tensor:
     """Convert inputs to the types that models take.
 
-    Images in bytes are divided by 255, other fractions become float32, other whole numbers int64.
+    Images in bytes are divided by 255. float64 stays, for a run that computes in it; other fractions become
+    float32, other whole numbers int64.
     """
     if x.dtype == torch.uint8 and image:
         return x.to(torch.float32).div_(255)
+    if x.dtype == torch.float64:
+        return x
     return x.to(torch.float32) if x.is_floating_point() or x.dtype == torch.bool else x.long()
 
 

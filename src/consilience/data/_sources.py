@@ -118,7 +118,9 @@ def targets(value: Any, kind: Kind, what: str) -> Tensor:
     if kind == "class":
         return _class_numbers(value, what)
 
-    y = as_tensor(value, what).to(torch.float32)
+    y = as_tensor(value, what)
+    # A run in a shorter type converts values once, when it begins; labels are 0 or 1.
+    y = y if y.dtype == torch.float64 and kind == "value" else y.to(torch.float32)
     if bool(torch.isinf(y).any()):
         raise ConsilienceError(
             f"{what} must be finite, got infinity in example {int(torch.isinf(y).nonzero()[0, 0])}."
@@ -629,7 +631,7 @@ class Reading:
     @property
     def normalised(self) -> Normalised | None:
         """What images in [0, 1] go through; None if they stay as they are."""
-        mean, std = (torch.tensor(each, dtype=torch.float32).view(-1, 1, 1) for each in (self.mean, self.std))
+        mean, std = (torch.tensor(each, dtype=torch.float64).view(-1, 1, 1) for each in (self.mean, self.std))
         return None if bool((mean == 0).all() and (std == 1).all()) else Normalised(mean, std)
 
 

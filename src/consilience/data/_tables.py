@@ -338,7 +338,9 @@ def _targets(tables: Sequence[Table], roles: Roles, options: Options) -> tuple[l
         found = [torch.tensor(np.stack([t.columns[name] for name in roles.targets], 1)) for t in tables]
         for table, y in zip(tables, found, strict=True):
             _zero_or_one(table, y, roles, options)
-        return [y.to(torch.float32) for y in found], options.classes or roles.targets
+        # Labels are 0 or 1, for which float32 is enough.
+        found = found if options.kind == "value" else [y.to(torch.float32) for y in found]
+        return found, options.classes or roles.targets
 
     if len(roles.targets) > 1:
         raise ConsilienceError(f"classes must be one target column, got {', '.join(roles.targets)}.")
@@ -488,7 +490,7 @@ def _affine(mean: Tensor, deviation: Tensor, chosen: Tensor) -> tuple[Tensor, Te
 
 @dataclass(frozen=True, eq=False)
 class Scaled:
-    """(x - shift) * scale for each column [d], in float32; what is missing is filled first."""
+    """(x - shift) * scale for each column [d], in float64; what is missing is filled first."""
 
     fill: Tensor | None
     shift: Tensor
@@ -499,4 +501,4 @@ class Scaled:
         wide = x.double()
         if self.fill is not None:
             wide = torch.where(wide.isnan(), self.fill, wide)
-        return ((wide - self.shift) * self.scale).to(torch.float32)
+        return (wide - self.shift) * self.scale

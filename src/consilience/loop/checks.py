@@ -21,11 +21,11 @@ from consilience.core.model import MISFITS, Model
 from consilience.core.outliers import outliers
 from consilience.core.params import Params, computing, key
 from consilience.core.schedule import Schedule, Train, with_targets
-from consilience.core.source import trimmed
+from consilience.core.source import Examples, Source, Tensors, trimmed
 from consilience.core.stopping import Stopping
 from consilience.core.takes import Takes
 from consilience.core.training import Training
-from consilience.core.tree import cast_to, signature, types
+from consilience.core.tree import cast_to, signature, tensors_of, types
 from consilience.core.warning import warn
 from consilience.loop.agents import Setup
 from consilience.loop.engine import Engine
@@ -126,6 +126,7 @@ def check_all(
         )
 
     _check_precision(training)
+    schedule = in_precision(schedule, training.dtype)
     # A sampler of a user may be any object with a `plan`.
     if isinstance(training.sampler, Takes) and (unfit := training.sampler.unfit(facts)):
         raise Refusal(f"the sampler cannot be used here: {unfit}.")
@@ -210,6 +211,42 @@ def with_loss(schedule: Schedule, loss: Any) -> Schedule:
     sources, frame = with_targets(every, schedule.frame, loss)
     count = len(schedule.sources)
     return replace(schedule, sources=sources[:count], judged=sources[count:], frame=frame)
+
+
+def in_precision(schedule: Schedule, dtype: torch.dtype) -> Schedule:
+    """Return the schedule with float64 examples in memory in the type of the training, converted once.
+
+    Examples that several sources share, such as one common test set, stay shared.
+    """
+    if dtype == torch.float64:
+        return schedule
+    # With the old examples, so that no other object gets the number of one of them.
+    made: dict[int, tuple[Examples, Examples]] = {}
+
+    def converted(examples: Examples, name: str) -> Examples:
+        if not isinstance(examples, Tensors):
+            return examples
+        held = (*tensors_of(examples.x).values(), examples.y)
+        long = [tensor for tensor in held if tensor.dtype == torch.float64]
+        if not long:
+            return examples
+        if any(bool((tensor.abs() > torch.finfo(dtype).max).any()) for tensor in long):
+            raise ConsilienceError(
+                f"numbers of {name!r} must fit float32, got one beyond 3.4e38; scale them, or train with "
+                "precision='fp64'."
+            )
+        if id(examples) not in made:
+            made[id(examples)] = examples, examples.to(examples.y.device, dtype)
+        return made[id(examples)][1]
+
+    def each(source: Source) -> Source:
+        parts = (source.train, source.validation, source.test)
+        train, validation, test = (converted(part, source.name) for part in parts)
+        return replace(source, train=train, validation=validation, test=test)
+
+    sources = tuple(map(each, schedule.sources))
+    judged = sources if schedule.judged is schedule.sources else tuple(map(each, schedule.judged))
+    return replace(schedule, sources=sources, judged=judged)
 
 
 def _check_precision(training: Training) -> None:

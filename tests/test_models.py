@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import consilience as cs
 from consilience import models
 from consilience.core.errors import ConsilienceError
 from consilience.core.params import Layout, key, same
@@ -392,3 +393,39 @@ def test_a_recurrent_module_binds():
 def test_the_catalogue_imports_no_torch():
     code = "import sys, consilience.models; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# sources of one task with other classes
+
+
+def parts_of_a_task():
+    """Two tasks of digits; the first comes in two sources of two classes each."""
+    a, b, c = cs.data.split_classes(cs.data.digits(), 5)[:3]
+    return a.map(task="low"), b.map(task="low"), c.map(task="high")
+
+
+@pytest.mark.parametrize("method", ["finetune", "joint", "ewc", "pnn"])
+def test_a_head_has_the_classes_of_all_sources_of_its_task(method):
+    """As if its first source had declared them all; later ones used to end a run half way."""
+    a, b, c = parts_of_a_task()
+    net = (
+        models.progressive(64, (16, 12), 10)
+        if method == "pnn"
+        else models.multi_head(models.mlp(64, (16,)), 10)
+    )
+    declared = a.map(classes=(0, 1, 2, 3))
+    found, wanted = (
+        cs.run(cs.settings.continual([first, b, c], "task"), getattr(cs.methods, method)(), net)
+        for first in (a, declared)
+    )
+    (columns,) = (t for n, t in found.agent.state.buffers.items() if n == "heads.low.columns")
+    assert columns.tolist() == [0, 1, 2, 3] and len(found.params["heads.low.weight"]) == 4
+    assert same(found.params, wanted.params)
+    assert (found.matrix[-1] == wanted.matrix[-1]).all()
+
+
+def test_clients_of_one_task_with_other_classes_average_one_head():
+    a, b, _ = parts_of_a_task()
+    schedule = cs.settings.federated([a, b], 12, scenario="task")
+    result = cs.run(schedule, cs.methods.fedavg(), models.multi_head(models.mlp(64, (32,)), 10))
+    assert len(result.params["heads.low.weight"]) == 4 and result.score > 0.9

@@ -506,6 +506,11 @@ class LabelFrame:
         kinds = {target.kind for target in self.targets.values()}
         return kinds.pop() if len(kinds) == 1 else "mixed"
 
+    def widened(self, source: Source) -> Source:
+        """Return a source with all classes of its task, as later sources may have others than this one."""
+        columns = self.tasks.get(source.task, ()) if source.task is not None else ()
+        return source if set(columns) <= set(source.classes) else replace(source, classes=columns)
+
     def within(self, target: Target, task: str | None) -> tuple[int, ...] | None:
         """Return the columns that classes compete in: the task's own if it is known; None: all."""
         if target.kind != "class":

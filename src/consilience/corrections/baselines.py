@@ -12,7 +12,6 @@ from consilience.core.augment import Origins
 from consilience.core.contexts import Beginning, Begun, Context, Learned, Memory
 from consilience.core.correction import Correction
 from consilience.core.message import Item, Private
-from consilience.core.model import Model
 from consilience.core.params import Params
 from consilience.core.source import Source, Tensors
 from consilience.core.tree import named, signature, unnamed
@@ -110,19 +109,14 @@ def augmented(source: Source) -> dict[str, object]:
     return {} if source.augment is None else {"augmented": True}
 
 
-def reset(
-    model: Model,
-    params: Params,
-    sources: tuple[Source, ...],
-    past: Mapping[str, Private],
-    generator: torch.Generator,
-) -> Params:
+def reset(start: Beginning) -> Params:
     """Replace all trainable parameters by new ones, heads and columns of past tasks included.
 
     The new ones are the model's own draw (a given module begins as it was given), and they grow in the order
-    in which tasks came.
+    in which tasks came. `start.recalled` has the items of past sources.
     """
-    fresh, buffers = model.init(generator)
+    model, sources, past = start.model, start.sources, start.recalled
+    fresh, buffers = model.init(start.generator)
     # Heads draw from one generator, so they must grow in the order of a run that had all tasks.
     visits = sorted(past.items(), key=lambda visit: (visit[1].meta["order"], visit[0]))
     before = [
@@ -130,10 +124,11 @@ def reset(
         for name, item in visits
     ]
     for source in (*before, *sources):
-        fresh, buffers = model.grow(fresh, buffers, source, generator)
+        whole = source if start.frame is None else start.frame.widened(source)
+        fresh, buffers = model.grow(fresh, buffers, whole, start.generator)
     return {
         name: fresh[name].to(p) if name in fresh and not model.frozen(name) else p
-        for name, p in params.items()
+        for name, p in start.params.items()
     }
 
 
@@ -168,7 +163,7 @@ class Cumulative(Correction):
     def begin(self, start: Beginning) -> Begun:
         if not self.scratch or not start.recalled:
             return Begun(start.params)
-        return Begun(reset(start.model, start.params, start.sources, start.recalled, start.generator))
+        return Begun(reset(start))
 
     def summarise(self, learned: Learned, ctx: Context) -> Private:
         x, y = learned.source.train.whole()
@@ -197,7 +192,7 @@ class FromScratch(Correction):
     def begin(self, start: Beginning) -> Begun:
         if not start.recalled:
             return Begun(start.params)
-        return Begun(reset(start.model, start.params, start.sources, start.recalled, start.generator))
+        return Begun(reset(start))
 
     def summarise(self, learned: Learned, ctx: Context) -> Private:
         # No tensor is needed: that there is an item says that the source was trained.

@@ -243,7 +243,7 @@ class GDumb(Buffer):
         keys = self.drawn(start.sources, start.generator)
         if not start.recalled or not self.scratch:
             return Begun(start.params, keys)
-        fresh = reset(start.model, start.params, start.sources, start.recalled, start.generator)
+        fresh = reset(start)
         return Begun(fresh, keys)
 
     def keys(self, learned: Learned, ctx: Context) -> Tensor:

@@ -111,7 +111,8 @@ def check_heads(agent: Agent, message: Message) -> None:
     for source in agent.schedule.sources:
         if model.head_key(source) not in new - {None}:
             continue
-        grown = model.grow(state.params, state.buffers, source, key(agent.seed, source.name, "grow"))
+        whole = agent.frame.widened(source)
+        grown = model.grow(state.params, state.buffers, whole, key(agent.seed, source.name, "grow"))
         for name, tensor in {**grown[0], **grown[1]}.items():
             if name in sent and sent[name].shape != tensor.shape:
                 raise ConsilienceError(

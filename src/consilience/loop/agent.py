@@ -161,7 +161,8 @@ class Agent:
         for source in given:
             # Keyed by the source alone: every agent grows the same head.
             generator = key(self.seed, source.name, "grow")
-            params, buffers = self.model.grow(params, buffers, source, generator)
+            # A head never gets new classes, so that it is made for all sources of its task.
+            params, buffers = self.model.grow(params, buffers, self.frame.widened(source), generator)
         return params, buffers
 
     def _recalled(self, given: tuple[Source, ...]) -> tuple[Corrections, tuple[Source, ...]]:

@@ -20,7 +20,10 @@ import pytest
 import torch
 
 import consilience as cs
+from consilience.core.names import PAST
 from consilience.core.params import key, same
+from consilience.core.schedule import Evaluate
+from consilience.loop.engine import Engine
 
 TRAINING = cs.Training(epochs=5, batch_size=32, lr=0.05)
 
@@ -977,3 +980,91 @@ def test_predictions_of_a_run_with_task_labels_ask_for_the_task(parts):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         result.predict(x, task=parts[0].name)
+
+
+# Long runs: what a visit costs does not depend on how many there were before.
+
+
+class Counted(Engine):
+    """The serial engine; `at` has the number of Python calls so far, at the start of every Train phase.
+
+    They are counted in phases 6 to 15 and from 55 on only, because counting is slow.
+    """
+
+    def __init__(self) -> None:
+        self.calls, self.at = 0, []
+
+    def train(self, visits, events, paused=None):
+        counted = 6 <= len(self.at) < 16 or len(self.at) >= 55
+        sys.setprofile(self.note if counted else None)
+        self.at.append(self.calls)
+        cs.engines.serial().train(visits, events, paused)
+
+    def note(self, frame, event, arg):
+        self.calls += event == "call"
+
+
+def unjudged(schedule):
+    """The schedule with its last evaluation alone."""
+
+    def plan(seed):
+        phases = list(schedule.plan(seed))
+        return [phase for phase in phases[:-1] if not isinstance(phase, Evaluate)] + phases[-1:]
+
+    return replace(schedule, plan=plan)
+
+
+def small(count):
+    draw = torch.Generator().manual_seed(0)
+    rows = [(torch.randn(24, 4, generator=draw), torch.arange(24) % 2) for _ in range(count)]
+    return [cs.data.arrays(x, y, name=f"s{i}", validation=0.0) for i, (x, y) in enumerate(rows)]
+
+
+LONG = {
+    "finetune": lambda: (cs.settings.continual(small(66), "domain"), cs.methods.finetune()),
+    "er": lambda: (cs.settings.continual(small(66), "domain"), cs.methods.er(60, 8)),
+    "er_ace": lambda: (cs.settings.continual(small(66), "domain"), cs.methods.er_ace(60, 8)),
+    "fedavg": lambda: (cs.settings.federated(small(2), 66, scenario="domain"), cs.methods.fedavg()),
+    "clients": lambda: (
+        cs.settings.federated(small(132), 66, 2, order="cyclic", scenario="domain"),
+        cs.methods.fedavg(),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_the_sixtieth_visit_calls_as_many_functions_as_the_tenth(name):
+    schedule, method = LONG[name]()
+    engine = Counted()
+    try:
+        result = cs.run(
+            unjudged(schedule), method, cs.models.mlp(4, (4,), 2), cs.Training(epochs=1), engine=engine
+        )
+    finally:
+        sys.setprofile(None)
+
+    # Phases differ a little: some make room in a buffer, and some costs are measured anew.
+    phases = np.diff(engine.at)
+    assert len(phases) == 65
+    assert phases[55:].mean() <= 1.1 * phases[6:16].mean()
+    if name == "clients":
+        # Nor does a request grow: a client is not told of the weights of others.
+        page = result.costs["by_agent"]
+        assert page["client-130"]["received"] <= 1.02 * page["client-010"]["received"]
+
+
+def test_a_buffer_forgets_sources_of_which_it_has_no_example_but_not_their_counts():
+    sources = small(30)
+    method = cs.methods.er_ace(5, 4)
+    agent = cs.run(
+        cs.settings.continual(sources, "domain"), method, cs.models.mlp(4, (4,), 2), cs.Training(epochs=1)
+    ).agent
+    held = agent.state.memory["ERACE"]
+    assert sum(len(item.tensors["y"]) for name, item in held.items() if name != PAST) == 5
+    assert len(held) <= 1 + 5 + 1
+
+    # Of a source that comes again, its own examples are no earlier ones.
+    (ace,) = method.corrections
+    total = sum(len(source.train) for source in sources)
+    assert ace.recall(agent.memory(ace), ()).seen == total
+    assert ace.recall(agent.memory(ace), (sources[0],)).seen == total - len(sources[0].train)

@@ -21,6 +21,9 @@ from consilience.core.errors import ConsilienceError
 WHOLE = ""
 """The source of a message that is about its sender, not about one source."""
 
+OF_WEIGHTS = "|"
+"""How `pair(sender, WHOLE)` ends, and no other pair: bars in names are escaped."""
+
 SUM = "<sum>"
 """A running sum over all that was received, in the memory of a correction."""
 

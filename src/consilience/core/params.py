@@ -292,9 +292,9 @@ def write_json(path: Path, value: object) -> None:
     write_bytes(path, json_bytes(value))
 
 
-def json_bytes(value: object) -> bytes:
+def json_bytes(value: object, indent: int | None = 1) -> bytes:
     """Return JSON as it is written to files."""
-    return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
+    return (json.dumps(value, indent=indent, allow_nan=False) + "\n").encode()
 
 
 SEAL = "sha256"

@@ -218,11 +218,10 @@ def concat(inputs: Sequence[Input]) -> Input:
     torch.Size([3, 2])
     """
     first = inputs[0]
-    if any(signature(x) != signature(first) for x in inputs):
-        raise ConsilienceError(
-            f"inputs to join must be alike, got {signature(first)} and "
-            f"{next(signature(x) for x in inputs if signature(x) != signature(first))}."
-        )
+    kinds = dict.fromkeys([signature(x) for x in inputs])
+    if len(kinds) > 1:
+        one, other, *_ = kinds
+        raise ConsilienceError(f"inputs to join must be alike, got {one} and {other}.")
     if isinstance(first, Tensor):
         return torch.cat([x for x in inputs if isinstance(x, Tensor)])
 

@@ -17,6 +17,7 @@ from consilience.core.correction import Correction
 from consilience.core.errors import ConsilienceError, kind_of
 from consilience.core.losses import NONE
 from consilience.core.message import Private
+from consilience.core.names import PAST
 from consilience.core.schedule import ScheduleFacts
 from consilience.core.source import Source, joined_rows, trimmed
 from consilience.core.tree import concat, named, signature, unnamed
@@ -93,15 +94,24 @@ class Buffer(Correction):
         return Private(tensors, {**facts_of(learned), "seen": len(train)})
 
     def trim(self, memory: Mapping[str, Any], learned: Learned) -> Mapping[str, Any]:
-        """Keep the examples that the policy chooses among those of all sources together."""
+        """Keep the examples that the policy chooses among those of all sources together.
+
+        A source without any example left is dropped, unless it is the last one.
+        """
         items = list(memory.values())
         # Keys never change, so a stream's buffer does not depend on how it was cut into sources.
         keys, y = torch.cat([item.tensors["key"].cpu() for item in items]), classes_of(items)
-        kept = self.policy.keep(keys, y, self.size).split([len(item.tensors["key"]) for item in items])
-        return {
-            source: item if bool(own.all()) else select(item, own)
-            for (source, item), own in zip(memory.items(), kept, strict=True)
-        }
+        kept = self.policy.keep(keys, y, self.size)
+
+        # Most items keep all of their examples: of these no tensor is touched, however many there are.
+        stay: dict[str, Any] = {}
+        before, end = [0, *kept.cumsum(0).tolist()], 0
+        for source, item in memory.items():
+            start, end = end, end + len(item.tensors["key"])
+            left = before[end] - before[start]
+            if left or source == learned.source.name:
+                stay[source] = item if left == end - start else select(item, kept[start:end])
+        return stay
 
 
 def classes_of(items: Sequence[Private]) -> Tensor:
@@ -159,15 +169,17 @@ class ER(Buffer):
 
         groups = []
         for items in by_task.values():
-            tables = [kept(item.tensors, self.keeps) for item in items.values()]
+            # All of a group have the same tensors. A buffer may hold one example of each of many sources.
+            own = list(kept(next(iter(items.values())).tensors, self.keeps))
+            table = joined_rows([{name: item.tensors[name] for name in own} for item in items.values()])
             names: tuple[str, ...] = ()
             # Which source an example is from matters only where views of it are drawn.
-            if any(item.meta.get("augmented") for item in items.values()):
-                names = tuple(items)
-                for number, table in enumerate(tables):
-                    table["from"] = torch.full((len(table["y"]),), number, device=table["y"].device)
+            if any([item.meta.get("augmented") for item in items.values()]):
+                names, y = tuple(items), table["y"]
+                counts = torch.tensor([len(item.tensors["y"]) for item in items.values()], device=y.device)
+                table["from"] = torch.arange(len(names), device=y.device).repeat_interleave(counts)
             meta = next(iter(items.values())).meta
-            groups.append(Group("+".join(items), meta["task"], joined_rows(tables), meta["target"], names))
+            groups.append(Group("+".join(items), meta["task"], table, meta["target"], names))
         return groups or None
 
     def sample(self, ctx: Context, sources: tuple[Source, ...], generator: torch.Generator) -> list[Batch]:
@@ -202,10 +214,21 @@ class ERACE(ER):
 
     def recall(self, memory: Memory, sources: tuple[Source, ...]) -> Any:
         """Return what `ER` recalls, with the number of examples seen."""
-        groups = super().recall(memory, sources)
+        items = {at: item for at, item in memory.items() if at[1] != PAST}
+        groups = super().recall(items, sources)
         if not groups:
             return None
-        return Replayed(groups, sum(item.meta["seen"] for item in others(memory, sources).values()))
+
+        # Counts are kept apart, since a source without any example left has no item.
+        (counts,) = (item.meta for at, item in memory.items() if at[1] == PAST)
+        return Replayed(groups, sum(counts.values()) - sum(counts.get(s.name, 0) for s in sources))
+
+    def trim(self, memory: Mapping[str, Any], learned: Learned) -> Mapping[str, Any]:
+        """Keep the examples that the policy chooses, and how many were seen of each source."""
+        items = {source: item for source, item in memory.items() if source != PAST}
+        seen = {source: item.meta["seen"] for source, item in items.items()}
+        past = memory[PAST].meta if PAST in memory else {}
+        return {**super().trim(items, learned), PAST: Private({}, {**past, **seen})}
 
     def sample(self, ctx: Context, sources: tuple[Source, ...], generator: torch.Generator) -> list[Batch]:
         """Return one part, of the buffer and of the source itself.

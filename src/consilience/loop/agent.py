@@ -5,9 +5,10 @@ All that an agent knows is its `State`, which is immutable: each of these method
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from consilience.core.errors import UNREADABLE, Refusal, unknown
 from consilience.core.message import Bank, Item, Message, Private, Shared, Weights, join
 from consilience.core.method import Method
 from consilience.core.model import Model
-from consilience.core.names import WHOLE, joined, pair, trace_key, unpair
+from consilience.core.names import OF_WEIGHTS, WHOLE, joined, pair, trace_key, unpair
 from consilience.core.params import Layout, Params, content_hash, finite, key, matches
 from consilience.core.scaling import LossScale
 from consilience.core.schedule import Schedule
@@ -330,7 +331,8 @@ class Agent:
                 first = job.sources[0].name
                 generator = key(self.seed, first, self.state.visits.get(first, 0) + 1, name, "trim")
                 trim = partial(correction.trim, memory[name], replace(learned, generator=generator))
-                kept = sum(t.numel() for item in memory[name].values() for t in item.tensors.values())
+                tensors = chain.from_iterable([item.tensors.values() for item in memory[name].values()])
+                kept = sum(map(torch.numel, tensors))
                 kind = job.kind and ("trim", name, len(memory[name]), kept, *job.kind)
                 memory[name] = dict(self.ledger.charge_work(self.name, kind, trim))
         return memory, shared
@@ -402,14 +404,25 @@ class Agent:
         return Message(self.name, source, version, size, state.origin, base, items, state.trained)
 
     def receipts(self) -> dict[str, int]:
-        """Return the version held of each `pair(sender, source)`.
+        """Return the version held of each `pair(sender, source)`, without those of weights.
 
-        Weights that were received are left out once this agent has trained on: it no longer has them.
+        Only a sender itself sends its weights, so that they are named to it alone, by `weights_receipt`.
         """
-        received, trained = self.state.received, self.state.trained
-        return {
-            at: version for at, (version, _) in received.items() if not (trained and unpair(at)[1] == WHOLE)
-        }
+        received = self.state.received
+        return {at: version for at, (version, _) in received.items() if not at.endswith(OF_WEIGHTS)}
+
+    def weights_receipt(self, sender: str) -> dict[str, int]:
+        """Return the version held of a sender's weights, by `pair(sender, WHOLE)`; nothing without any."""
+        version = self._held_version(pair(sender, WHOLE))
+        return {pair(sender, WHOLE): version} if version >= 0 else {}
+
+    def _held_version(self, at: str) -> int:
+        """Return the version held of a `pair(sender, source)`; -1 without any.
+
+        Weights that were received are no longer there once this agent has trained on.
+        """
+        version, _ = self.state.received.get(at, (-1, ""))
+        return -1 if self.state.trained and at.endswith(OF_WEIGHTS) else version
 
     def send(self, receipts: Mapping[str, int]) -> list[Message]:
         """Return the messages that a receiver with these receipts lacks; the bank's are relayed unchanged."""
@@ -516,7 +529,7 @@ class Agent:
 
     def _fresh(self, messages: Sequence[Message]) -> tuple[list[Message], list[Refused]]:
         """Return the messages of newer versions than the receipts say, sorted by key, and those refused."""
-        state, receipts = self.state, self.receipts()
+        state = self.state
         refused: list[Refused] = []
         fresh: dict[tuple[str, str], Message] = {}
 
@@ -535,7 +548,7 @@ class Agent:
             version, digest = state.received.get(at, (-1, ""))
             one = m.digest == digest if m.version == version else len(sent[m.key, m.version]) == 1
             try:
-                new = m.version > receipts.get(at, -1)
+                new = m.version > self._held_version(at)
                 if new:
                     self.consolidator.check_message(self.model, state, m)
                 check_facts(self, m, one)
@@ -548,8 +561,18 @@ class Agent:
         full = self._beyond_room(fresh.values())
         return [m for m in fresh.values() if m not in full], [*refused, *(Refused(m, FULL) for m in full)]
 
-    def _beyond_room(self, fresh: Iterable[Message]) -> list[Message]:
+    def _beyond_room(self, fresh: Collection[Message]) -> list[Message]:
         """Return the messages for which there is no room any more among those of their sender."""
+        # A model of each source, with statistics about it, is what an honest sender may need.
+        own = sum(t.nbytes for held in (self.state.params, self.state.buffers) for t in held.values())
+        room = max(ROOM, 16 * own * len(self.schedule.sources)) if self.room is None else self.room
+
+        # A server has the receipts of thousands: while all together have room, each has.
+        names = [*self.state.received, *[pair(*m.key) for m in fresh]]
+        kept = sum([m.kept_bytes for m in (*self.state.bank.values(), *fresh)])
+        if kept + sum(map(len, names)) + RECEIPT_BYTES * len(names) <= room:
+            return []
+
         used: dict[str, int] = {}
         for m in self.state.bank.values():
             used[m.sender] = used.get(m.sender, 0) + m.kept_bytes
@@ -557,9 +580,6 @@ class Agent:
             sender, _ = unpair(at)
             used[sender] = used.get(sender, 0) + len(at) + RECEIPT_BYTES
 
-        # A model of each source, with statistics about it, is what an honest sender may need.
-        own = sum(t.nbytes for held in (self.state.params, self.state.buffers) for t in held.values())
-        room = max(ROOM, 16 * own * len(self.schedule.sources)) if self.room is None else self.room
         full = []
         for m in fresh:
             old = self.state.bank.get(m.key)

@@ -279,8 +279,9 @@ class Trial:
         for sender in senders:
             if sender in self.failed:
                 continue
-            request = len(json.dumps(receipts))
-            messages = self.agents[sender].send(receipts)
+            asked = receipts | self.agents[receiver].weights_receipt(sender)
+            request = len(json.dumps(asked))
+            messages = self.agents[sender].send(asked)
 
             # The request travels too, and counts; what an agent keeps for itself does not.
             if sender != receiver:

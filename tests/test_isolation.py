@@ -3,6 +3,7 @@ resuming, refusals."""
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -669,3 +670,27 @@ def test_hat_warns_when_units_run_out():
             [source(i, classes=(0, 1)) for i in range(12)],
             epochs=1,
         )
+
+
+@pytest.mark.parametrize(
+    "method", [cs.methods.packnet(0.5), cs.methods.hat(), cs.methods.icarl(20)], ids=lambda m: m.name
+)
+def test_a_state_dict_without_its_view_is_warned_about_by_name(method):
+    """Its module does not answer as the result does, and only then is that said."""
+    tasks = cs.data.split_classes(cs.data.digits(), 5)[:2]
+    scenario = "class" if method.name == "icarl" else "task"
+    result = cs.run(cs.settings.continual(tasks, scenario), method, training=cs.Training(epochs=1))
+    (name,) = (part.name for part in method.corrections)
+    with pytest.warns(UserWarning, match=f"^{name} answers with a view.*result.predict"):
+        state = result.state_dict()
+    agent, x = result.agent, tasks[0].test.whole()[0]
+    bare = agent.model(agent.state.params, agent.state.buffers, x, agent.schedule.sources[0].task, False)[0]
+    seen = agent.outputs(agent.state.params, agent.state.buffers, x, agent.schedule.sources[0].task)
+    assert set(agent.state.params) <= set(state) and not torch.allclose(bare, seen)
+
+    plain = cs.run(
+        cs.settings.continual(tasks, scenario), cs.methods.finetune(), training=cs.Training(epochs=1)
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plain.state_dict()

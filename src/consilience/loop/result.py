@@ -343,9 +343,18 @@ class Result:
 
         Tied entries have all their names. `agent` names one of `agents`; None: the evaluated one. The
         attribute `labels` of what is returned says what the output columns mean, for `cs.Expert` and `base=`.
+
+        Methods such as PackNet, HAT and iCaRL answer with a view of the parameters, by task or by what they
+        keep (`Correction.view`). A state dict has the parameters without it, and a warning names the method's
+        part.
         """
         chosen = self._agent(agent)
         state = chosen.state
+        if views := [correction.name for correction, _ in chosen.predictor.views]:
+            warn(
+                f"{views[0]} answers with a view of the parameters, which a state dict does not have, so "
+                "that a module that loads it answers otherwise; use `result.predict`."
+            )
         found = OrderedDict(chosen.model.state_dict(state.params, state.buffers))
         # As torch keeps `_metadata`: torch.save and torch.load keep it too.
         vars(found)["labels"] = chosen.frame.labels

@@ -243,6 +243,7 @@ def main() -> None:
                 "case": name,
                 "seconds": round(statistics.median(t), 3),
                 "ratio": round(statistics.median(ratios), 3),
+                "range": f"{min(ratios):.2f} to {max(ratios):.2f}",
                 "least": round(min(t) / min(base), 3),
                 "limit": LIMITS.get(name),
                 "over hand": over(t, times[f"{name} by hand"]) if f"{name} by hand" in times else None,
@@ -271,11 +272,11 @@ def main() -> None:
         "peak memory, (EWC - its state) over loop": round((peaks["ewc"] - state) / peaks["loop"], 3),
     }
     table = [
-        "| case | CPU s | ratio (median) | ratio of the least | limit | over by hand |",
+        "| case | CPU s | ratio (median, least to most) | ratio of the least | limit | over by hand |",
         "|---|---|---|---|---|---|",
     ]
     table += [
-        f"| {r['case']} | {r['seconds']} | {r['ratio']} | {r['least']} | {r['limit'] or ''} "
+        f"| {r['case']} | {r['seconds']} | {r['ratio']} ({r['range']}) | {r['least']} | {r['limit'] or ''} "
         f"| {r['over hand'] or ''} |"
         for r in rows
     ]

@@ -46,7 +46,7 @@ class Pairs(NamedTuple):
 def coarse() -> torch.dtype:
     """Return bfloat16 where the processor multiplies it with float32 sums, else float32.
 
-    With AMX or AVX-512 BF16 it is five times as fast. The answers of a screen are the same.
+    With AMX or AVX-512 BF16 it is several times as fast. The answers of a screen are the same.
     """
     has = (getattr(torch.cpu, f"_is_{kind}_supported", bool) for kind in ("amx_tile", "avx512_bf16"))
     return torch.bfloat16 if any(supported() for supported in has) else torch.float32

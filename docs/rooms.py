@@ -19,7 +19,7 @@ PICTURE = ROOT / "docs" / "rooms.svg"
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("version", "lazy"),
     ("core",),
-    ("metrics", "losses"),
+    ("metrics", "losses", "trackers"),
     ("loop",),
     ("memory", "models", "data", "aggregators"),
     ("corrections", "consolidators", "mappers"),
@@ -39,6 +39,7 @@ WHAT = {
     "core": "what a method is made of",
     "metrics": "what is measured",
     "losses": "what is minimised",
+    "trackers": "where numbers go",
     "loop": "what runs",
     "memory": "buffer policies",
     "models": "models, heads",

@@ -395,6 +395,20 @@ def test_code_of_ones_own_is_known_by_what_it_computes(monkeypatch):
     assert list(hashes(torch.nn.Sequential(Net(2, 2)))) == [f"{Net.__module__}.{Net.__qualname__}.forward"]
 
 
+def test_packages_of_another_environment_are_no_code_of_ones_own(monkeypatch):
+    # As with --system-site-packages, or pip install --user.
+    monkeypatch.setattr(fingerprint.sysconfig, "get_paths", lambda: dict.fromkeys(PLACES, "/elsewhere"))
+    fingerprint._is_library.cache_clear()
+    try:
+        assert fingerprint.code_of(torch.nn.functional.relu6) == {}
+        assert list(fingerprint.code_of(helper)) == [f"{__name__}.helper"]
+    finally:
+        fingerprint._is_library.cache_clear()
+
+
+PLACES = ("purelib", "platlib", "stdlib")
+
+
 @pytest.mark.slow  # two processes import torch
 def test_the_code_of_a_function_has_one_hash_in_every_process(tmp_path):
     """Sets of texts have another order in each process, and objects other addresses."""

@@ -2,8 +2,8 @@
 
 `run` and `sweep` run methods in settings, `search` finds hyperparameters, `merge` merges checkpoints.
 Catalogues are `methods`, `settings`, `data`, `models`, `losses`, `metrics`, `aggregators`, `consolidators`,
-`mappers`, `memory` and `engines`. For a method of one's own: `Correction`, `Aggregator`, `Consolidator`,
-`Mapper`, `Policy`, and what their verbs see and return; `testing.check` checks it.
+`mappers`, `memory`, `engines` and `trackers`. For a method of one's own: `Correction`, `Aggregator`,
+`Consolidator`, `Mapper`, `Policy`, and what their verbs see and return; `testing.check` checks it.
 
 >>> import consilience as cs
 >>> cs.__version__
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from consilience import settings as settings
     from consilience import skill as skill
     from consilience import testing as testing
+    from consilience import trackers as trackers
     from consilience.api import Result as Result
     from consilience.api import run as run
     from consilience.api import sweep as sweep

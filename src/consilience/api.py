@@ -28,6 +28,7 @@ from consilience.loop.folder import Log, Progress
 from consilience.loop.run import begin, drive
 from consilience.loop.session import Session
 from consilience.metrics.choice import Choice
+from consilience.trackers import of as trackers_of
 
 if TYPE_CHECKING:
     from consilience.report._figure import Figure
@@ -102,6 +103,7 @@ def run(
     judge_clients: bool = False,
     stopping: Stopping | Mapping[str, Any] | int | None = None,
     progress: Progress | None = None,
+    trackers: Sequence[Any] = (),
     config: Mapping[str, Any] | None = None,
 ) -> Result:
     """Run a schedule with a method; evaluate before training and after every stage.
@@ -137,6 +139,8 @@ def run(
             stages, such as rounds, and returns the parameters of the best one (`Result.stopped`): a
             `Stopping`, or the number of stages to wait. None: all stages are run.
         progress: called with every line of the log.
+        trackers: where the numbers of the log go while it runs: "csv", "tensorboard", "wandb", "mlflow", one
+            of `consilience.trackers`, an object with `log(scalars, step)`, or a function of the two.
         config: the content of config.yaml; None describes the arguments.
 
     Raises ConsilienceError (Refusal for a method that could not act) before any work is lost.
@@ -159,6 +163,7 @@ def run(
         judge_clients=judge_clients,
         stopping=Stopping.of(stopping),
         progress=progress,
+        trackers=trackers_of(trackers),
         config=config,
     )
     options.check_resume()
@@ -187,6 +192,7 @@ def sweep(
     judge_clients: bool = False,
     stopping: Stopping | Mapping[str, Any] | int | None = None,
     progress: Progress | None = None,
+    trackers: Sequence[Any] = (),
 ) -> dict[str, Result]:
     """Run several methods, models or trainings on one schedule side by side: all combinations of them.
 
@@ -196,7 +202,7 @@ def sweep(
 
     Args:
         schedule, repeats, seed, engine: as in `run`.
-        metric, checkpoint_seconds, judge_clients, stopping, progress: as in `run`.
+        metric, checkpoint_seconds, judge_clients, stopping, progress, trackers: as in `run`.
         methods: by name, or a sequence, whose members are then called by their names.
         model, training: as in `run`, or several by name; runs are then called "method, model, training".
         out: a folder with a run's folder for each name; None writes nothing.
@@ -215,7 +221,7 @@ def sweep(
     >>> [result.method for result in cs.sweep(schedule, [cs.methods.finetune()], training=rates).values()]
     ['finetune, lr 0.1', 'finetune, lr 0.01']
     """
-    runner = engine_of(engine)
+    runner, given_trackers = engine_of(engine), trackers_of(trackers)
     made: dict[str, Model] = {}
     sessions: dict[str, Session] = {}
     with ExitStack() as held:
@@ -231,6 +237,7 @@ def sweep(
                 judge_clients=judge_clients,
                 stopping=Stopping.of(stopping),
                 progress=progress,
+                trackers=given_trackers,
                 name=name,
             )
 

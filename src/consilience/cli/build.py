@@ -191,10 +191,8 @@ def metrics_of(text: str) -> list[Any]:
     >>> metrics_of("accuracy, f1(average=micro)")
     [Accuracy(), F1(average='micro', threshold=0.5)]
     """
-    # YAML may have a list, which comes here as JSON.
-    words = json.loads(text) if text.startswith("[") else listed(text)
     found = []
-    for word in words:
+    for word in listed(text):
         call = call_of("metric", str(word))
         # A function of the user is the metric itself, unless it is called.
         own = "." in str(word) and "(" not in str(word)
@@ -208,6 +206,9 @@ def listed(text: str) -> list[str]:
     >>> listed("ties(0.3, 1),dare")
     ['ties(0.3, 1)', 'dare']
     """
+    # YAML may have a list, which comes here as JSON.
+    if text.startswith("["):
+        return [str(word) for word in json.loads(text)]
     return [word.strip() for word in re.split(r",(?![^()]*\))", text)]
 
 

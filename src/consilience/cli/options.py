@@ -98,6 +98,7 @@ class RunOptions:
             measure the drift between clients that are aggregated together.
         stopping: stages without a better validation score after which the run ends, with the best one's
             parameters; or a mapping of patience, least and best. None runs all stages.
+        trackers: where the numbers of the log go while it runs: some of csv, tensorboard, wandb and mlflow.
     """
 
     out: str | None = None
@@ -112,6 +113,7 @@ class RunOptions:
     checkpoint_steps: int | None = None
     judge_clients: bool = False
     stopping: int | dict[str, Any] | None = None
+    trackers: str | None = None
 
 
 # Parts: the chosen functions, and their parameters as options.

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from consilience.cli.build import method_of, metrics_of, model_of, schedule_of, training_of
+from consilience.cli.build import listed, method_of, metrics_of, model_of, schedule_of, training_of
 from consilience.cli.options import Order, understand
 from consilience.core.errors import ConsilienceError
 from consilience.core.names import clean
@@ -67,6 +67,7 @@ def carry_out(
             checkpoint_steps=options.checkpoint_steps,
             judge_clients=options.judge_clients,
             stopping=options.stopping,
+            trackers=[] if options.trackers is None else listed(options.trackers),
         )
 
 

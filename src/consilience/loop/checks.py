@@ -52,6 +52,7 @@ class RunOptions:
         stopping: ends a run where the validation score no longer improves over its stages.
         judge_clients: whether to score all agents that train by their own parameters, around each visit.
         progress: called with every line of the log.
+        trackers: what is given the numbers of the log as scalars, as `trackers.of` returns them.
         config: the content of config.yaml; None describes the arguments.
         name: what the run is called in tables; None takes the method's name.
     """
@@ -67,6 +68,7 @@ class RunOptions:
     judge_clients: bool = False
     stopping: Stopping | None = None
     progress: Progress | None = None
+    trackers: Sequence[Any] = ()
     config: Mapping[str, Any] | None = None
     name: str | None = None
 

@@ -9,6 +9,7 @@ import sysconfig
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from functools import cache, partial
+from pathlib import Path
 from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -224,5 +225,9 @@ def _is_library(module: str | None) -> bool:
     if top in (__name__.partition(".")[0], "builtins") or top in sys.stdlib_module_names:
         return True
     file = getattr(sys.modules.get(module or ""), "__file__", None)
+    if file is None:
+        return False
+    # Packages may lie elsewhere than those of this environment: in the system's, or in the user's.
+    installed = {"site-packages", "dist-packages"} & {*Path(str(file)).parts}
     places = {sysconfig.get_paths()[name] for name in ("purelib", "platlib", "stdlib")}
-    return file is not None and any(str(file).startswith(place) for place in places)
+    return bool(installed) or any(str(file).startswith(place) for place in places)

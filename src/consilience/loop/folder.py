@@ -149,11 +149,11 @@ class Log:
         if self.progress is not None:
             self.progress(line)
 
-    def lines(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Yield the text and content of every line of the log. A line that was cut short is left out."""
+    def lines(self, start: int = 0) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield the text and content of every line from a byte on. A line that was cut short is left out."""
         # A process that was killed may have left half a line, and a fault of the disk anything.
         data = self.path.read_bytes() if self.path.exists() else b""
-        for text in data.decode(errors="replace").splitlines():
+        for text in data[start:].decode(errors="replace").splitlines():
             with suppress(ValueError):
                 line = json.loads(text)
                 if isinstance(line, dict) and "event" in line:

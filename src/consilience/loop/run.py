@@ -34,8 +34,7 @@ def begin(
     composed = Method.of(method)  # type: ignore[arg-type]
     setup = check_all(schedule, composed, model, training or Training(), options)
     session = Session(setup, composed.name, engine, options)
-    if options.out is not None:
-        session.open()
+    session.open()
     return session
 
 

@@ -24,6 +24,7 @@ from consilience.loop.folder import Checkpoint, Log
 from consilience.loop.job import Job
 from consilience.loop.result import Result
 from consilience.loop.trial import Trial, agent_states
+from consilience.trackers import Run, Tracking
 
 
 @dataclass(eq=False)
@@ -43,35 +44,62 @@ class Session:
 
     def __post_init__(self) -> None:
         options = self.options
-        self.log = Log(Path(options.out) if options.out is not None else None, options.progress)
         self.config: Mapping[str, Any] = options.config or describe(self.setup, self.method, options)
+        out, schedule = None if options.out is None else Path(options.out), self.setup.schedule
+        self.tracking = Tracking(
+            trackers=options.trackers,
+            run=Run(options.name or self.method, self.config, out),
+            sources=[source.name for source in schedule.judged],
+            evaluated=schedule.evaluated,
+            seeds=range(options.seed, options.seed + options.repeats),
+            shared=options.name or "",
+        )
+        self.log = Log(out, self._show)
         self.fingerprint: dict[str, Any] = {}
         self.trials = [
             Trial(self.setup, options.seed + repeat, repeat, self.log.write, self.tick, self.save)
             for repeat in range(options.repeats)
         ]
 
+    def _show(self, line: Mapping[str, Any]) -> None:
+        """Show a line of the log to whoever asked for it."""
+        self.tracking(line)
+        if self.options.progress is not None:
+            self.options.progress(line)
+
     def open(self) -> None:
-        """Open the folder: start it, or continue from its checkpoint."""
+        """Open the trackers and the folder, if there is one: start it, or continue from its checkpoint."""
+        if self.log.out is None:
+            self.tracking.open()
+            return
         resume = self.options.resume
         self.log.lock(resume)
         try:
             # Loaded before anything is written: a refused resume leaves the folder as it was.
             self.fingerprint = fingerprint(self.setup, self.options)
             found = self.log.last(complete=True) if resume else None
+            self._open_trackers(found)
             if found is None:
                 self.log.start(self.config)
             else:
                 self._load(found)
                 self.log.rewind(found)
                 self._log_place()
-            self.log.write({"event": "begin", "versions": versions(self.engine)})
+            line = {"event": "begin", "versions": versions(self.engine)}
+            self.log.write(line | ({"trackers": self.tracking.names} if self.tracking.names else {}))
         except BaseException:
             self.close()
             raise
 
+    def _open_trackers(self, found: Checkpoint | None) -> None:
+        """Open the trackers. They have got what the log says after the checkpoint, which is done again."""
+        begun = [line.get("trackers", ()) for _, line in self.log.lines() if line["event"] == "begin"]
+        start = 0 if found is None else found.written
+        self.tracking.open(begun[-1] if begun else (), [line for _, line in self.log.lines(start)])
+
     def close(self) -> None:
-        """Let other processes use the folder."""
+        """Close the trackers, and let other processes use the folder."""
+        self.tracking.close()
         self.log.release()
 
     def tick(self, trial: Trial, job: Job | None) -> None:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import random
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,12 +19,14 @@ from torch import Tensor
 
 import consilience as cs
 from consilience import report, testing
-from consilience.core.message import Message, Module, Weights, text_hash
+from consilience.core.message import Message, Module, Statistics, Weights, check_numbers, text_hash
 from consilience.core.names import SUM
 from consilience.core.params import SEAL, content_hash, pack, sealed, unpack
 from consilience.core.state import decode_state, encode_state
 from consilience.loop.agent import Agent
+from consilience.loop.folder import Log
 from consilience.loop.ledger import Ledger
+from consilience.loop.session import saved_agents
 
 MAPPERS = ("nearest_mean", "gaussian_mixture", "mahalanobis", "expert_gate")
 TRAINING = cs.Training(epochs=1, batch_size=64)
@@ -352,6 +359,20 @@ def test_statistics_of_other_shapes_are_refused():
     assert not fresh.state.bank
 
 
+@pytest.mark.parametrize("mapper", MAPPERS)
+def test_numbers_of_8_bits_are_refused(runs, model, mapper):
+    """They can neither be added nor joined, so that one anchor would end the routing of all tasks."""
+    message = next(iter(runs[mapper][2].values()))
+    name = next(name for name in message.items if name != "model")
+    entry = next(iter(message.items[name].tensors))
+    short = message.items[name].tensors[entry].to(torch.float8_e5m2)
+    agent = newcomer(runs[mapper], model)
+    with pytest.raises(cs.ConsilienceError, match=r"16 bits or more, got torch.float8_e5m2 for"):
+        agent.receive([with_item(message, name, **{entry: short})])
+    with pytest.raises(cs.ConsilienceError, match=f"16 bits or more.*{message.sender}"):
+        check_numbers(Statistics({"F": torch.ones(2).to(torch.float8_e4m3fn)}), {}, message.whose)
+
+
 def test_keys_of_ours_are_no_names_of_senders(server):
     """A control variate under the key of the receiver's own sum would take its place."""
     good = weights_of(server, "client-0")
@@ -394,7 +415,11 @@ def test_receipts_count_too(server):
 
 
 # Fuzzing: what arrives is a valid message, bank, checkpoint or result, or one ConsilienceError. The hashes of
-# the mutated content are right, so that they hide nothing.
+# the mutated content are right, so that they hide nothing. `CONSILIENCE_MUTANTS=100000` tries as many in all,
+# in some minutes.
+
+SCALE = int(os.environ.get("CONSILIENCE_MUTANTS", 2000)) / 2000
+"""By how much more are tried than the numbers below."""
 
 ODD: list[Any] = [None, -1, 0, 1.5, True, 2**70, 10**400, 1e308, float("nan"), "", "x" * 300, "a|b", "<sum>"]
 ODD += ["\ud800", [], {}, [[[]]], {"a": 1}, [None], "params", "digits/0-1", "NaN"]
@@ -447,8 +472,9 @@ def mutated_tensors(tensors: Mapping[str, Tensor], draw: random.Random) -> dict[
         lambda: tensor[:1] if tensor.dim() else tensor[None],
         lambda: tensor[:0] if tensor.dim() else tensor[None, None],
         lambda: tensor.T.contiguous() if tensor.dim() == 2 else torch.stack([tensor] * 2),
-        lambda: -tensor if tensor.is_floating_point() else tensor.to(torch.int64) + 1,
-        lambda: tensor * 0,
+        # Numbers of 8 bits have no negation.
+        lambda: (-tensor.float()).to(tensor.dtype) if tensor.is_floating_point() else tensor.long() + 1,
+        lambda: torch.zeros_like(tensor),
         lambda: tensor.to(
             draw.choice([torch.float16, torch.bfloat16, torch.int8, torch.float8_e5m2, torch.bool])
         ),
@@ -513,7 +539,7 @@ def test_mutated_messages(runs, model, parts, mapper):
     messages, taken = list(run[2].values()), 0
     cs.skill.give(agent, {m.key: m for m in messages[1:]})
     before = agent.state
-    for _ in range(200):
+    for _ in range(count := round(200 * SCALE)):
         agent.state = before
         data = mutated_message(messages[0], draw)
         try:
@@ -523,7 +549,7 @@ def test_mutated_messages(runs, model, parts, mapper):
         else:
             taken += 1
             usable(agent, x)
-    assert 5 < taken < 150
+    assert 0.02 * count < taken < 0.75 * count
 
 
 def test_mutated_banks(runs, model, parts, tmp_path):
@@ -532,7 +558,7 @@ def test_mutated_banks(runs, model, parts, tmp_path):
     agent, x, taken = newcomer(run, model), parts[0].test.whole()[0][:3], 0
     original = cs.skill.save_bank(dict(list(run[2].items())[:2]), path).read_bytes()
     before = agent.state
-    for _ in range(400):
+    for _ in range(count := round(400 * SCALE)):
         data = original
         if draw.random() < 0.2:
             data = mutated_bytes(data, draw)
@@ -557,7 +583,7 @@ def test_mutated_banks(runs, model, parts, tmp_path):
         except cs.ConsilienceError:
             assert len(agent.state.bank) < 2
         usable(agent, x)
-    assert 10 < taken < 300
+    assert 0.02 * count < taken < 0.75 * count
 
 
 def test_mutated_checkpoints(runs, model, parts):
@@ -567,7 +593,7 @@ def test_mutated_checkpoints(runs, model, parts):
     cs.skill.give(agent, run[2])
     agent.forget("agent-1")
     first, whole = agent.state, encode_state(agent.state)
-    for _ in range(400):
+    for _ in range(count := round(400 * SCALE)):
         tensors, facts = dict(whole[0]), json.loads(json.dumps(whole[1]))
         if draw.random() < 0.4:
             tensors = mutated_tensors(tensors, draw)
@@ -579,17 +605,17 @@ def test_mutated_checkpoints(runs, model, parts):
             continue
         taken += 1
         usable(agent, x)
-    assert 10 < taken < 300
+    assert 0.02 * count < taken < 0.75 * count
 
 
 def test_mutated_results(parts, tmp_path):
-    """400 result.json: each can be shown in a table and a page, or is refused with the name of its file."""
+    """320 result.json: each can be shown in a table and a page, or is refused with the name of its file."""
     draw, taken = random.Random(2), 0
     schedule = cs.settings.federated_continual([parts[:2], parts[2:]], 2)
     cs.run(schedule, cs.methods.fedavg(), cs.models.linear(64, 10), TRAINING, out=tmp_path, repeats=2)
     path = tmp_path / "result.json"
     original = path.read_bytes()
-    for _ in range(400):
+    for _ in range(count := round(320 * SCALE)):
         if draw.random() < 0.2:
             path.write_bytes(mutated_bytes(original, draw))
         else:
@@ -607,4 +633,72 @@ def test_mutated_results(parts, tmp_path):
         # A page takes longer than all else.
         if not taken % 8:
             report.write([result], tmp_path / "report.html")
-    assert 10 < taken < 300
+    assert 0.02 * count < taken < 0.75 * count
+
+
+def mutated_folder(folder: Path, draw: random.Random) -> None:
+    """Change the log or the index of a run's only checkpoint; mostly with hashes that are right."""
+    index_path, log_path = folder / "checkpoint" / "index.json", folder / "log.jsonl"
+    index: Any = json.loads(index_path.read_bytes())
+    how = draw.random()
+    if how < 0.2:
+        path = index_path if how < 0.1 else log_path
+        path.write_bytes(mutated_bytes(path.read_bytes(), draw))
+        return
+
+    if how < 0.35:
+        lines = log_path.read_text().splitlines()
+        place = draw.randrange(len(lines))
+        lines[place] = json.dumps(mutated_json(json.loads(lines[place]), draw))
+        data = ("\n".join(lines) + "\n").encode()
+        log_path.write_bytes(data)
+        index["log"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    elif how < 0.85:
+        index["facts"]["trials"] = mutated_json(index["facts"]["trials"], draw)
+    else:
+        index = mutated_json(index, draw)
+    if isinstance(index, dict):
+        index = sealed({name: value for name, value in index.items() if name != SEAL})
+    index_path.write_text(json.dumps(index))
+
+
+def test_mutated_run_folders(parts, tmp_path):
+    """80 folders of interrupted runs: each is checked, its models are read, and it is resumed, or refused."""
+    draw, taken, out = random.Random(3), 0, tmp_path / "run"
+    few = [
+        replace(s, train=s.train.select(torch.arange(40)), test=s.test.select(torch.arange(9)))
+        for s in parts[:2]
+    ]
+    run = partial(
+        cs.run,
+        cs.settings.federated(few, 2),
+        cs.methods.fedavg(),
+        cs.models.linear(64, 10),
+        TRAINING,
+        out=out,
+    )
+
+    def stop(line: Mapping[str, Any]) -> None:
+        if line["event"] == "stage" and line["stage"] == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(out=out, checkpoint_steps=1, progress=stop)
+    # The one before it would be used in place of a damaged one.
+    (out / "checkpoint" / "previous.json").unlink()
+    whole = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    for _ in range(count := round(80 * SCALE)):
+        shutil.rmtree(out)
+        for path, data in whole.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+        mutated_folder(out, draw)
+        Log(out).check()
+        try:
+            saved_agents(out)
+            result = run(out=out, resume=True)
+        except cs.ConsilienceError:
+            continue
+        taken += 1
+        assert result.agent.predict(few[0].test.whole()[0]).isfinite().all()
+    assert 0.02 * count < taken < 0.75 * count

@@ -257,8 +257,16 @@ def text_hash(text: str) -> str:
 
 
 def check_numbers(item: Item, buffers: Params, whose: str) -> None:
-    """Refuse NaN, infinity and numbers that no float32 holds, but in buffers that this agent has too."""
+    """Refuse NaN, infinity and numbers that no float32 holds, but in buffers that this agent has too.
+
+    Numbers of 8 bits are refused too: they can neither be added nor joined with others.
+    """
     for name, tensor in item.tensors.items():
+        if tensor.is_floating_point() and tensor.dtype.itemsize < 2:
+            raise ConsilienceError(
+                f"parameters and statistics must have numbers of 16 bits or more, got {tensor.dtype} for "
+                f"{name!r} of {whose}."
+            )
         if fits_float32(tensor):
             continue
         # Some models keep constants such as a mask of -inf.

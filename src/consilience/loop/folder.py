@@ -17,6 +17,7 @@ import numpy as np
 from torch import Tensor
 
 from consilience.core.errors import ConsilienceError
+from consilience.core.form import Any_, Or, misfit
 from consilience.core.params import (
     cannot_write,
     is_sealed,
@@ -38,6 +39,59 @@ Progress = Callable[[Mapping[str, Any]], None]
 """Called with every line of the log."""
 
 REMEDY = "start again in another folder"
+
+# The form of what a checkpoint keeps, so that one that somebody changed is refused before it is used.
+
+_NUMBERS, _ROWS, _RECORDS = Any_(Or(float)), [[Or(float)]], [Any_(None)]
+
+JUDGED: dict[str, Any] = {
+    "rows": _ROWS,
+    "further": Any_(_ROWS),
+    "stages": [str],
+    "client_drift": _RECORDS,
+    "curve": _RECORDS,
+    "learning": _RECORDS,
+    "local": _RECORDS,
+    "personal": _NUMBERS,
+}
+"""What was measured, also as a trial's result has it."""
+
+PAGE = dict.fromkeys(("macs", "sent", "received", "receiving"), float)
+COSTS: dict[str, Any] = {"seconds": float, "steps": int, "by_agent": Any_(PAGE)}
+"""What a ledger has."""
+
+FACTS: dict[str, Any] = {
+    **dict.fromkeys(("phase", "finished", "trained"), int),
+    "failed": Any_(str),
+    "result": Or(
+        {
+            **JUDGED,
+            "mapper": Or([Or(float)]),
+            "costs": {**COSTS, "macs": float, "bytes": float},
+            "stopped": Or({"stage": int, "why": str, "returned": int, "score": Or(float)}),
+        }
+    ),
+    "judge": {**JUDGED, "mapped": [Or(float)], "before": Any_([Or(float)])},
+    "trend": [Or(float)],
+    "best": Or(Any_(None)),
+    "ledger": {**COSTS, "measured?": Any_(list)},
+    "agents": Any_(Any_(None)),
+    "frozen": [str],
+    "job": Or(
+        {**dict.fromkeys(("epoch", "index"), int), "since?": int, "best/epoch?": int, "best/index?": int}
+    ),
+}
+"""What a trial keeps."""
+
+
+INDEX = {
+    "file": str,
+    "tensors": str,
+    "config": str,
+    "log": {"bytes": int, "sha256": str},
+    "facts": {"fingerprint": Any_(None), "trials": Any_(FACTS)},
+}
+"""The form of a checkpoint's index."""
 
 
 class Checkpoint(NamedTuple):
@@ -264,7 +318,10 @@ class Log:
             self._check_format(index)
             if not is_sealed(index):
                 raise Damaged(f"the checkpoint at {path} is damaged: its hash is another; {REMEDY}.")
-            state = path.parent / index["file"]
+            if (reason := misfit(index, INDEX, "the index")) is not None:
+                raise Damaged(f"the checkpoint at {path} cannot be read: {reason}; {REMEDY}.")
+            # A name with folders would read any file.
+            state = path.parent / Path(index["file"]).name
             held, facts, written = state.read_bytes(), index["facts"], index["log"]["bytes"]
         except ConsilienceError:
             raise

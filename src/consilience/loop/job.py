@@ -18,7 +18,7 @@ from consilience.core.batch import Batch
 from consilience.core.buffer import ranks
 from consilience.core.contexts import Context
 from consilience.core.correction import Correction
-from consilience.core.errors import ConsilienceError
+from consilience.core.errors import ConsilienceError, reading
 from consilience.core.params import Layout, Params, key
 from consilience.core.sampler import Shuffle
 from consilience.core.source import Examples, Source
@@ -395,17 +395,20 @@ class Job:
 
     def load(self, tensors: Mapping[str, Tensor], counts: Mapping[str, float]) -> None:
         """Continue from what `save` gave."""
-        self._restore(tensors, counts)
-        self.figures.resume({name.removeprefix("figures/"): value for name, value in counts.items()})
+        with reading("a checkpoint must hold this visit as it was", "start again in another folder"):
+            if not all(isinstance(count, int | float | None) for count in counts.values()):
+                raise TypeError("a count that is no number")
+            self._restore(tensors, counts)
+            self.figures.resume({name.removeprefix("figures/"): value for name, value in counts.items()})
 
-        # A visit may have been checked before it was saved, and even have ended.
-        self.trend = Trend(since=int(counts.get("since", 0)))
-        if "trend" in tensors:
-            best, at, since = tensors["trend"].tolist()
-            self.trend = Trend(best, int(at), int(since))
-        held = {name[5:]: tensor for name, tensor in tensors.items() if name.startswith("best/")}
-        if held:
-            self.best = held, {name: int(counts[f"best/{name}"]) for name in ("epoch", "index")}
+            # A visit may have been checked before it was saved, and even have ended.
+            self.trend = Trend(since=int(counts.get("since", 0)))
+            if "trend" in tensors:
+                best, at, since = tensors["trend"].tolist()
+                self.trend = Trend(best, int(at), int(since))
+            held = {name[5:]: tensor for name, tensor in tensors.items() if name.startswith("best/")}
+            if held:
+                self.best = held, {name: int(counts[f"best/{name}"]) for name in ("epoch", "index")}
 
     def _restore(self, tensors: Mapping[str, Tensor], counts: Mapping[str, float]) -> None:
         """Put tensors that `_state` gave, and the clock, in the place of the present ones."""

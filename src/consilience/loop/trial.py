@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from consilience.core.errors import ConsilienceError
+from consilience.core.errors import ConsilienceError, reading
 from consilience.core.message import Message
 from consilience.core.names import WHOLE, pair, unpair
 from consilience.core.schedule import Evaluate, Exchange, Phase, Train
@@ -44,6 +44,10 @@ JOB = "<job>"
 """The owner of the present job's tensors in a checkpoint, next to the names of agents."""
 BEST = "<best>"
 """The owner of the best state of the evaluated agent."""
+
+
+KEPT_RULE = "a checkpoint must hold what this run kept"
+KEPT_REMEDY = "start again in another folder"
 
 
 @dataclass(eq=False)
@@ -92,7 +96,8 @@ class Trial:
         """Run the main loop: yield what is to be trained, and go on when an engine has done it."""
         schedule = self.setup.schedule
         self.ledger.start_clock()
-        paused = self._restore()
+        with reading(KEPT_RULE, KEPT_REMEDY):
+            paused = self._restore()
         self.begun = True
 
         # Row 0 of every matrix is before any training.
@@ -350,15 +355,23 @@ class Trial:
 
     def resume(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Continue, when its loop starts, from what `kept` gave."""
-        self._resumed, self.begun = (tensors, facts), True
-        for name in ("phase", "finished", "trained", "failed", "result"):
-            setattr(self, name, facts[name])
-        self.judge.resume(facts["judge"])
-        self.trend = Trend(*facts["trend"])
+        with reading(KEPT_RULE, KEPT_REMEDY):
+            counts = [facts[name] for name in ("phase", "finished", "trained")]
+            rows, width = facts["judge"]["rows"], len(self.setup.schedule.judged)
+            if min(counts) < 0 or any(len(row) != width for row in rows):
+                raise ValueError("other counts or rows")
+            if len(facts["judge"]["stages"]) != len(rows):
+                raise ValueError("other stages than rows")
 
-        # The loop of a trial that has ended does not start again, but its agent is asked for.
-        if self.result is not None and facts["agents"]:
-            self._restore()
+            self._resumed, self.begun = (tensors, facts), True
+            for name in ("phase", "finished", "trained", "failed", "result"):
+                setattr(self, name, facts[name])
+            self.judge.resume(facts["judge"])
+            self.trend = Trend(*facts["trend"])
+
+            # The loop of a trial that has ended does not start again, but its agent is asked for.
+            if self.result is not None and facts["agents"]:
+                self._restore()
 
     def _restore(self) -> Paused | None:
         """Give the agents and the ledger their saved states; return the saved job, if one was under way."""

@@ -67,8 +67,9 @@ def load(folder: str | Path) -> Result:
     """
     import json
 
+    from consilience.core.form import misfit
     from consilience.loop.result import Result, renamed
-    from consilience.report._form import RESULT, misfit
+    from consilience.report._form import RESULT
 
     path = Path(folder) / "result.json"
     try:

@@ -506,7 +506,7 @@ def test_a_source_of_one_class_spoils_nothing(tmp_path):
     assert np.isnan(result.matrix[:, 0]).all() and np.isfinite(result.matrix[:, 1:]).all()
     by_hand = [result.matrix[1:-1, j].max() - result.matrix[-1, j] for j in (1, 2)]
     assert result.forgetting == pytest.approx(np.mean(by_hand))
-    for name in ("backward_transfer", "forward_transfer", "global_forgetting", "score"):
+    for name in ("backward_transfer", "global_forgetting", "score"):
         assert math.isfinite(getattr(result, name)), name
     assert all(math.isfinite(point["score"]) for point in result.curve)
     again = cs.Result.load(out)
@@ -826,3 +826,55 @@ def test_a_function_of_the_catalogue_is_the_metric_that_it_makes():
     assert as_metric(metrics.f1) == as_metric("f1") and as_metric(metrics.top_k) == metrics.top_k()
     with pytest.raises(cs.ConsilienceError, match="`metric` must be"):
         as_metric(metrics.AUROC)
+
+
+# Forward transfer needs outputs that were trained before.
+
+DIGITS = cs.data.digits()
+
+
+def transferred(sources, scenario, model=None):
+    method, training = cs.methods.finetune(), cs.Training(epochs=1, batch_size=256)
+    return cs.run(cs.settings.continual(sources, scenario), method, model, training)
+
+
+@pytest.mark.parametrize(
+    ("sources", "scenario", "heads"),
+    [
+        (cs.data.split_classes(DIGITS, 5)[:3], "class", False),
+        (cs.data.split_classes(DIGITS, 5)[:3], "task", False),
+        (cs.data.permute(DIGITS, 2), "task", True),
+    ],
+)
+def test_forward_transfer_is_absent_where_a_source_has_outputs_that_nobody_trained(
+    tmp_path, sources, scenario, heads
+):
+    model = cs.models.multi_head(cs.models.mlp(64, (8,), 10), 10) if heads else None
+    result = transferred(sources, scenario, model)
+    assert result.forward_transfer is None and result.figure("backward_transfer") is not None
+    assert "forward transfer" not in result.table()
+    assert "forward transfer" not in result.report(tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize("scenario", ["domain", "task"])
+def test_forward_transfer_is_that_of_sources_whose_outputs_are_known(scenario):
+    result = transferred(cs.data.permute(DIGITS, 3), scenario, cs.models.mlp(64, (8,), 10))
+    R = result.matrix
+    expected = ((R[1, 1] - R[0, 1]) + (R[2, 2] - R[0, 2])) / 2
+    assert result.forward_transfer == pytest.approx(expected) and "forward transfer" in result.table()
+    assert cs.Result.from_json(result.to_json()).forward_transfer == pytest.approx(expected)
+
+    # Of results that do not say it, all count, as before.
+    content = {name: value for name, value in result.to_json().items() if name not in ("foreseen", "sha256")}
+    assert cs.Result.from_json(content).forward_transfer == pytest.approx(expected)
+
+
+def test_forward_transfer_counts_the_sources_that_allow_it():
+    first, second = cs.data.split_classes(DIGITS, 5)[:2]
+    again = replace(first, name="again", train=first.train.select(torch.arange(60)))
+    # Classes of their own tests, so that no test image is trained on.
+    again = replace(again, test=first.test, validation=first.validation)
+    result = transferred([first, second, again], "class")
+    R = result.matrix
+    assert result.foreseen == (False, False, True)
+    assert result.forward_transfer == pytest.approx(R[2, 2] - R[0, 2])

@@ -80,6 +80,8 @@ class Result:
     reach are NaN; its scores, forgetting and transfer are those at the stage that is returned."""
     config: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, Any] = field(default_factory=dict)
+    foreseen: tuple[bool, ...] = ()
+    """Whether all outputs of a source were trained before stage l_j, as `forward_transfer` needs; (): all."""
     labels: tuple[Label, ...] = ()
     """What each output column means: (label space, class name)."""
     agent: Agent | None = None
@@ -313,8 +315,18 @@ class Result:
 
     @property
     def forward_transfer(self) -> float | None:
-        """mean_j (R[l_j - 1, j] - R[0, j]) over sources with l_j > 1."""
-        return self._mean("forward_transfer")
+        """mean_j (R[l_j - 1, j] - R[0, j]) over sources with l_j > 1 whose outputs were trained before l_j.
+
+        A class that no stage has trained yet, or a head of a task to come, scores 0 or chance by
+        construction, whatever was learned: None where that is so of all sources, as in class-incremental
+        learning. Lopez-Paz and Ranzato 2017.
+        """
+        if any(at is None for at in self.learned_at):
+            return None
+        # Those that are left out count as learned at no stage.
+        known = self.foreseen or (True,) * len(self.sources)
+        kept = [at if fits else 0 for at, fits in zip(self.learned_at, known, strict=True)]
+        return replace(self, learned_at=tuple(kept))._mean("forward_transfer")
 
     @property
     def normalised(self) -> float | None:
@@ -472,6 +484,7 @@ class Result:
             "labels": [list(label) for label in self.labels],
             "stages": list(self.stages),
             "learned_at": list(self.learned_at),
+            "foreseen": list(self.foreseen),
             "matrices": self.matrices.tolist(),
             "mapper": None if self.mapper is None else self.mapper.tolist(),
             "costs": dict(self.costs),
@@ -528,6 +541,7 @@ class Result:
                 labels=tuple((space, name) for space, name in content.get("labels", ())),
                 stages=tuple(content["stages"]),
                 learned_at=tuple(content["learned_at"]),
+                foreseen=tuple(content.get("foreseen", ())),
                 matrices=np.array(content["matrices"], dtype=float),
                 mapper=None if mapper is None else np.array(mapper, dtype=float),
                 metrics={name: np.array(found["matrices"], dtype=float) for name, found in further.items()},

@@ -13,6 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from consilience.core.errors import ConsilienceError, Interrupted
+from consilience.core.source import Source
 from consilience.core.state import Frozen, State
 from consilience.loop.agents import Setup
 from consilience.loop.checks import RunOptions, versions
@@ -223,6 +224,7 @@ class Session:
             personal=mean_personal(done),
             config=self.config,
             versions=versions(self.engine),
+            foreseen=foreseen(setup),
             labels=setup.schedule.frame.labels,
             agent=first.agent,
             agents=first.own_models(),
@@ -231,6 +233,26 @@ class Session:
             line = {"event": "end", "score": result.figure("score"), "ran": self.ran}
             self.log.end(result.to_json(), line)
         return result
+
+
+def foreseen(setup: Setup) -> tuple[bool, ...]:
+    """Return for each judged source whether all its outputs were trained before the stage that learns it."""
+    schedule, stages = setup.schedule, setup.facts.learned_at
+    # What a base was trained on is unknown.
+    if schedule.base is not None:
+        return ()
+    heads = schedule.labelled and setup.model.uses_task
+
+    def outputs(source: Source) -> set[object]:
+        # A head of each task has columns of its own.
+        return {(column, source.task if heads else None) for column in source.classes}
+
+    found = []
+    for source in schedule.judged:
+        at = min(stages[source.name], default=0)
+        before = [other for other in schedule.judged if any(0 < stage < at for stage in stages[other.name])]
+        found.append(outputs(source) <= set().union(*map(outputs, before)))
+    return tuple(found)
 
 
 def padded(rows: Sequence[Sequence[Any]]) -> np.ndarray:

@@ -338,8 +338,10 @@ def tiles(result: Result) -> str:
         (result.metric, score(result), "%" if percent else ""),
         ("forgetting", number(result.figure("forgetting"), percent), ""),
         ("backward transfer", number(result.figure("backward_transfer"), percent), ""),
-        ("forward transfer", number(result.figure("forward_transfer"), percent), ""),
     ]
+    forward = result.figure("forward_transfer")
+    if forward is not None:
+        shown.append(("forward transfer", number(forward, percent), ""))
     retained = result.figure("normalised")
     if retained is not None:
         shown.append(("retained per source", number(retained, True), "%"))

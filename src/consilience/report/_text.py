@@ -154,7 +154,9 @@ def columns(results: Sequence[Result]) -> Comparison:
     found.append(Column(title, scores, scores=True))
     for name in ("forgetting", "backward_transfer", "forward_transfer"):
         values = [result.figure(name) for result in results]
-        found.append(Column(name.replace("_", " "), numbers(values, percent)))
+        # Forward transfer means something in few settings.
+        if name != "forward_transfer" or any(value is not None for value in values):
+            found.append(Column(name.replace("_", " "), numbers(values, percent)))
 
     # Further columns only where a result has something to show.
     if any(result.local or result.personal for result in results):

@@ -48,7 +48,7 @@ from common import PROTOCOL, RESULTS, Choice, save, spread, tune
 from consilience.core.params import write_bytes
 from consilience.core.source import Tensors
 
-CLIENTS, SAMPLED, ROUNDS, TUNED, SEEDS, IMAGES, STREAMED = 100, 10, 30, 10, 3, 6000, 1000
+CLIENTS, SAMPLED, ROUNDS, TUNED, SEEDS, IMAGES, STREAMED = 100, 10, 20, 8, 3, 6000, 600
 TARGETS = {"mnist": 0.85, "fashion_mnist": 0.72}
 STREAMS = [("mnist", 0.1), ("fashion_mnist", 0.1)]
 ALSO = [("mnist", 0.5), ("fashion_mnist", 0.5)]

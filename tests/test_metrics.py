@@ -18,9 +18,11 @@ import torch
 
 import consilience as cs
 from consilience import metrics
+from consilience.core.errors import Interrupted
 from consilience.core.losses import BCE, CrossEntropy, Focal, Huber, Poisson
 from consilience.core.metrics import global_forgetting, lost, mean, summary, worst
 from consilience.core.source import LabelFrame, Target
+from consilience.loop.session import confusion_of
 from consilience.metrics.choice import as_metric, metrics_of
 
 NAN = float("nan")
@@ -878,3 +880,54 @@ def test_forward_transfer_counts_the_sources_that_allow_it():
     R = result.matrix
     assert result.foreseen == (False, False, True)
     assert result.forward_transfer == pytest.approx(R[2, 2] - R[0, 2])
+
+
+def test_answers_are_counted_by_class_and_resumed(tmp_path):
+    """The counts are those of a loop over the test data; a resumed run, and one read back, has the same."""
+    sources = cs.data.split_classes(cs.data.digits(), 2)
+    schedule, fit = cs.settings.continual(sources), cs.Training(epochs=2, lr=0.1)
+
+    def begun(stop=None):
+        def progress(line):
+            if line["event"] == stop and line.get("stage") == 1:
+                raise KeyboardInterrupt
+
+        return cs.run(
+            schedule,
+            cs.methods.er(50),
+            cs.models.mlp(64, (16,)),
+            fit,
+            repeats=2,
+            out=tmp_path / "run",
+            resume=stop is None and (tmp_path / "run").exists(),
+            progress=progress,
+        )
+
+    with pytest.raises((KeyboardInterrupt, Interrupted)):
+        begun("stage")
+    found = begun()
+    wanted = np.zeros((10, 11), int)
+    for seed in range(2):
+        alone = cs.run(schedule, cs.methods.er(50), cs.models.mlp(64, (16,)), fit, seed=seed)
+        for source in schedule.judged:
+            x, y = source.test.whole()
+            for true, answer in zip(y.tolist(), alone.predict(x).argmax(1).tolist(), strict=True):
+                wanted[true, answer] += 1
+    assert found.confusion.tolist() == wanted.tolist()
+    assert found.sizes == tuple((len(s.train), len(s.test)) for s in schedule.judged)
+    back = cs.Result.load(tmp_path / "run")
+    assert back.confusion.tolist() == wanted.tolist() and back.sizes == found.sizes
+
+
+def test_answers_are_not_counted_where_they_are_not_those_of_the_score():
+    """Values have no classes, a run that returns an earlier stage has other answers, one test counts once."""
+    fit = cs.Training(epochs=1)
+    assert (
+        cs.run(cs.settings.continual([cs.data.diabetes()]), cs.methods.finetune(), training=fit).confusion
+        is None
+    )
+    assert confusion_of([{"confusion": [[1, 0]]}], [{"stage": 4, "returned": 2}]) is None
+    clients = cs.data.iid(cs.data.digits(), 3)
+    once = cs.run(cs.settings.federated(clients, rounds=1), cs.methods.fedavg(), training=fit)
+    assert once.confusion.sum() == len(cs.data.digits().test)
+    assert np.trace(once.confusion[:, :-1]) / once.confusion.sum() == pytest.approx(once.score)

@@ -28,6 +28,9 @@ from consilience.loop.ledger import Ledger
 CHUNK = {"cpu": 512, "cuda": 4096}
 """How many test examples are evaluated at once, by the type of device: what is fastest there."""
 
+MOST_CLASSES = 100
+"""Up to how many classes the answers to each are counted."""
+
 KEPT = (
     "rows",
     "further",
@@ -39,6 +42,7 @@ KEPT = (
     "local",
     "personal",
     "before",
+    "confusion",
 )
 """The fields of a Judge that a checkpoint keeps."""
 
@@ -49,6 +53,8 @@ class Score(NamedTuple):
     values: Mapping[str, float]
     """The first is in the matrix."""
     mapped: float
+    counts: list[list[int]] | None = None
+    """Examples by class and answer [C, C + 1], the last for no class; None where targets are no classes."""
 
     @property
     def first(self) -> float:
@@ -82,6 +88,8 @@ class Judge:
     """The agents that the present Evaluate phase judges by their own parameters."""
     before: dict[str, list[float]] = field(default_factory=dict)
     """The scores of the agents of a Train phase before it, until it has ended."""
+    confusion: list[list[int]] | None = None
+    """Test examples by class and answer [C, C + 1], the last for no class, at the last evaluation."""
 
     def kept(self) -> dict[str, Any]:
         """Return what a checkpoint keeps."""
@@ -94,7 +102,7 @@ class Judge:
 
     def result(self) -> dict[str, Any]:
         """Return what the trial found, without costs."""
-        names = ("rows", "further", "client_drift", "personal")
+        names = ("rows", "further", "client_drift", "personal", "confusion")
         stages, mapper = self.stages[1:], self.mapped or None
         found = {name: getattr(self, name) for name in names} | {"stages": stages, "mapper": mapper}
         # Undefined scores are None, as they are in files: a resumed run has its first ones from there.
@@ -110,6 +118,10 @@ class Judge:
         scores = self.scores(None)
         row = [score.first for score in scores]
         self.rows.append(row)
+        # Sources with one test set have one score, which counts once.
+        counts = [score.counts for score in {id(score): score for score in scores}.values()]
+        found = [table for table in counts if table is not None]
+        self.confusion = np.sum(found, axis=0).tolist() if found else None
         further = {name: [score.values.get(name, math.nan) for score in scores] for name in self.names}
         for name, values in further.items():
             self.further.setdefault(name, []).append(values)
@@ -236,11 +248,14 @@ class Judge:
         is_trained = source.task in {other.task for other in schedule.sources}
         measured = [metric.running() for metric in self.setup.metrics[source.name]]
         right, count = 0.0, 0
+        counts = self._no_counts(agent.device)
         for x, y in examples.chunks(chunk(agent.device)):
             prediction = agent.predictor(x, source.task if self._labelled else None)
             answer = self._own_answer(prediction.probabilities, y, source)
             for metric in measured:
                 metric.update(answer, y)
+            if counts is not None:
+                counts += confusion_of(prediction.probabilities, y)
 
             # Routing is right or wrong only where some expert is of the true task.
             if prediction.weights is not None and is_trained:
@@ -248,7 +263,20 @@ class Judge:
                 own = [i for i, other in enumerate(tasks) if other == source.task]
                 right += float(sum(prediction.weights[:, i].sum() for i in own))
                 count += len(x)
-        return Score(values_of(measured), right / count if count else math.nan)
+        return Score(
+            values_of(measured),
+            right / count if count else math.nan,
+            None if counts is None else counts.tolist(),
+        )
+
+    def _no_counts(self, device: torch.device) -> Tensor | None:
+        """Return counts of zero by class and answer; None where targets are no classes, or of too many."""
+        schedule = self.setup.schedule
+        frame, classes = schedule.frame, len(schedule.frame.labels)
+        counted = frame.kind == "class" and len(frame.targets) == 1 and classes <= MOST_CLASSES
+        if not counted or any(source.places for source in schedule.judged):
+            return None
+        return torch.zeros(classes, classes + 1, dtype=torch.long, device=device)
 
     def _own_answer(self, answer: Tensor, y: Tensor, source: Source) -> Tensor:
         """Return the part of an answer [B, C, *places] that a source's targets are compared with."""
@@ -385,6 +413,25 @@ def over(server: State, client: State, personal: Sequence[str]) -> State:
 
     params = combined(server.params, client.params)
     return client.change(params=params, buffers=combined(server.buffers, client.buffers), base=params)
+
+
+def confusion_of(p: Tensor, y: Tensor) -> Tensor:
+    """Return how many examples of each class [C] have each answer [C + 1]; the last is no class.
+
+    Probabilities p [B, C] of zero, or that are not finite, are no answer; examples without target are left
+    out.
+
+    >>> p = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.7, 0.3], [0.0, 0.0]])
+    >>> confusion_of(p, torch.tensor([0, 0, 1, 1])).tolist()
+    [[1, 1, 0], [1, 0, 1]]
+    """
+    classes = p.shape[1]
+    y = y.to(p.device)
+    top, answer = p.max(1)
+    answer = answer.where(top > 0, classes)  # a comparison with NaN is false
+    kept = (y >= 0).long()
+    counts = torch.zeros(classes * (classes + 1), dtype=torch.long, device=p.device)
+    return counts.index_add_(0, y.clamp_min(0) * (classes + 1) + answer, kept).view(classes, classes + 1)
 
 
 def values_of(measured: Sequence[Running]) -> dict[str, float]:

@@ -84,6 +84,11 @@ class Result:
     """Whether all outputs of a source were trained before stage l_j, as `forward_transfer` needs; (): all."""
     labels: tuple[Label, ...] = ()
     """What each output column means: (label space, class name)."""
+    sizes: Sequence[tuple[int, int]] = ()
+    """The numbers of training and of test examples of each source."""
+    confusion: np.ndarray | None = None
+    """Test examples by class and answer [C, C + 1] at the last stage, summed over repeats, in the order of
+    `labels`; the last column is no class (unknown). None where targets are no classes, or more than 100."""
     agent: Agent | None = None
     """The evaluated agent of the first repeat; None for a result that was read from a folder."""
     agents: Mapping[str, Agent] = field(default_factory=dict)
@@ -482,6 +487,8 @@ class Result:
             "higher": self.direction,
             "sources": list(self.sources),
             "labels": [list(label) for label in self.labels],
+            "sizes": [list(size) for size in self.sizes],
+            "confusion": None if self.confusion is None else self.confusion.tolist(),
             "stages": list(self.stages),
             "learned_at": list(self.learned_at),
             "foreseen": list(self.foreseen),
@@ -529,6 +536,7 @@ class Result:
         try:
             # Results of 0.1 have one metric, of which more is better.
             mapper, further = content["mapper"], content.get("metrics", {})
+            confusion = content.get("confusion")
             higher = {name: found["higher"] for name, found in further.items()}
             return cls(
                 **{name: content[name] for name in PLAIN},
@@ -539,6 +547,8 @@ class Result:
                 stopped=tuple(content.get("stopped", ())),
                 sources=tuple(content["sources"]),
                 labels=tuple((space, name) for space, name in content.get("labels", ())),
+                sizes=tuple((train, test) for train, test in content.get("sizes", ())),
+                confusion=None if confusion is None else np.array(confusion, dtype=np.int64),
                 stages=tuple(content["stages"]),
                 learned_at=tuple(content["learned_at"]),
                 foreseen=tuple(content.get("foreseen", ())),

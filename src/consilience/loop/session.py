@@ -226,6 +226,8 @@ class Session:
             versions=versions(self.engine),
             foreseen=foreseen(setup),
             labels=setup.schedule.frame.labels,
+            sizes=tuple((len(source.train), len(source.test)) for source in setup.schedule.judged),
+            confusion=confusion_of(done, stopped),
             agent=first.agent,
             agents=first.own_models(),
         )
@@ -267,6 +269,18 @@ def padded(rows: Sequence[Sequence[Any]]) -> np.ndarray:
     return np.stack(
         [np.concatenate([each, np.full(more, np.nan)]) for each, more in zip(found, fill, strict=True)]
     )
+
+
+def confusion_of(
+    done: Sequence[Mapping[str, Any]], stopped: Sequence[Mapping[str, Any]]
+) -> np.ndarray | None:
+    """Return the counts by class and answer at the last stage, summed over trials."""
+    # A trial that returns an earlier stage has counts of another one.
+    if any(found["confusion"] is None for found in done) or any(
+        stop["returned"] != stop["stage"] for stop in stopped
+    ):
+        return None
+    return np.asarray(np.sum([found["confusion"] for found in done], axis=0), dtype=np.int64)
 
 
 def mean_costs(done: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -106,12 +106,15 @@ def check_shapes(result: Result, path: Path) -> None:
             f"got {got} at {path}."
         )
 
+    classes = len(result.labels)
     # A reader indexes by stages, sources and repeats.
     further = [*result.metrics.values(), *([] if result.mapper is None else [result.mapper])]
     shapes = [shape] * len(result.metrics) + [(shape[0], rows - 1)]
     stages = [*(s for s in result.learned_at if s is not None), *(s["returned"] for s in result.stopped)]
     if any(found.shape != wanted for found, wanted in zip(further, shapes, strict=False)) or (
         len(result.stopped) not in (0, shape[0])
+        or len(result.sizes) not in (0, columns)
+        or (result.confusion is not None and result.confusion.shape != (classes, classes + 1))
         or len(result.measured_by) not in (0, columns)
         or not all(0 <= stage < rows for stage in stages)
     ):

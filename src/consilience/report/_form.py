@@ -31,4 +31,6 @@ RESULT: dict[str, Any] = {
     "config": Any_(None),
     "metrics?": Any_({"higher": Or(bool), "matrices": list}),
     "measured_by?": [str],
+    "sizes?": [[int]],
+    "confusion?": Or([[int]]),
 }

@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 from dataclasses import replace
+from html import escape
 from types import SimpleNamespace
 from xml.dom import minidom
 
@@ -26,6 +27,7 @@ from consilience.merging._bench import Answers, Bench
 from consilience.merging._choose import choose
 from consilience.merging._explore import explore, greedy_soup
 from consilience.merging._stream import merge
+from test_report import checked
 
 QUICK = dict(grid=(0.0, 0.4, 1.0), budget=6)
 
@@ -890,6 +892,25 @@ def test_the_command_prints_and_writes_what_the_function_finds(files, digits, tm
     assert json.loads((tmp_path / "choice.json").read_text()) == json.loads(json.dumps(found.to_json()))
     assert main(["choose", *files, *SPLIT, "--labels", "false"]) == 0
     assert "no labels were read" in capsys.readouterr().out
+
+
+def test_a_choice_is_a_page_that_opens_offline(files, digits, chosen, tmp_path, capsys):
+    text, checker = checked(chosen.report(tmp_path / "choice.html"))
+    verdict = text[text.index("<h4>Verdict") :]
+    assert escape(chosen.verdict) in verdict[: verdict.index("</div>")]
+    (rows,) = [rows for _, rows in checker.tables]
+    assert [row[0] for row in rows[1:]] == [candidate.name for candidate in chosen.ranked()]
+    assert len(checker.svgs) == 3
+    evil = replace(chosen, verdict="<script>x</script>", flags=("<b>",), sources=("<i>",) * 2)
+    text, _ = checked(
+        replace(evil, candidates=tuple(replace(c, test={"<i>": 1.0}) for c in evil.candidates)).report(
+            tmp_path / "evil.html"
+        )
+    )
+    assert "<script>x" not in text and "<b>" not in text.replace("<b>data", "") and "&lt;b&gt;" in text
+    assert main(["choose", *files, *SPLIT, "-o", str(tmp_path / "again.html")]) == 0
+    checked(tmp_path / "again.html")
+    assert f"wrote {tmp_path / 'again.html'}" in capsys.readouterr().out
 
 
 def test_the_command_judges_on_halves_of_the_test_part_which_no_expert_has_seen(tmp_path, capsys):

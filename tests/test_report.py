@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import re
 import shutil
 import subprocess
 import xml.etree.ElementTree
 from dataclasses import replace
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
 
 import consilience as cs
 from consilience import ConsilienceError, Result, report
+from consilience.report._significance import differences
+from consilience.report._svg import Axis, lines_chart
+from consilience.report._text import cell
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 
@@ -64,8 +71,29 @@ class Checker(HTMLParser):
         self.links: list[str] = []
         self.svgs: list[dict[str, str | None]] = []
         self.scripts = 0
+        self.ids: list[str] = []
+        # For each figure the ways to save it; for each table its link and its rows.
+        self.figures: list[list[str]] = []
+        self.tables: list[tuple[str, list[list[str]]]] = []
+        self.saved = ""
 
     def handle_starttag(self, tag, attrs):
+        given = dict(attrs)
+        self.ids += [given["id"]] if "id" in given else []
+        if tag == "figure":
+            self.figures.append([])
+        if "data-save" in given:
+            self.figures[-1].append(given["data-save"])
+        if tag == "a" and given.get("class") == "save":
+            assert given["download"].endswith(".csv")
+            self.saved = given["href"]
+        if tag == "table":
+            self.tables.append((self.saved, []))
+            self.saved = ""
+        if tag == "tr":
+            self.tables[-1][1].append([])
+        if tag in ("th", "td"):
+            self.tables[-1][1][-1].append("")
         self.links += [v or "" for k, v in attrs if k in ("src", "href", "xlink:href", "action", "srcset")]
         self.scripts += tag == "script"
         if tag == "svg":
@@ -80,6 +108,10 @@ class Checker(HTMLParser):
         assert self.open, f"</{tag}> closes nothing"
         assert self.open.pop() == tag
 
+    def handle_data(self, data):
+        if self.open and "table" in self.open and {"th", "td"} & {*self.open}:
+            self.tables[-1][1][-1][-1] += data
+
 
 def checked(path: Path) -> tuple[str, Checker]:
     text = path.read_text(encoding="utf-8")
@@ -87,10 +119,21 @@ def checked(path: Path) -> tuple[str, Checker]:
     checker.feed(text)
     checker.close()
     assert checker.open == []
-    assert all(v.startswith(("#", "data:,")) for v in checker.links), checker.links
+    assert all(v.startswith(("#", "data:,", "data:text/csv")) for v in checker.links), checker.links
+    assert all(v[1:] in checker.ids for v in checker.links if v.startswith("#"))
     assert not re.search(r"(src|href|url|import)\s*[=(]?\s*[\"']?\s*(https?:)?//", text)
     assert checker.scripts == 1
     assert all(s["aria-label"] for s in checker.svgs)
+
+    # Every figure can be saved both ways, and every table as what it shows.
+    assert len(checker.figures) == len(checker.svgs)
+    assert all(ways == ["svg", "png"] for ways in checker.figures)
+    for link, rows in checker.tables:
+        kind, _, content = link.partition(",")
+        assert kind == "data:text/csv;charset=utf-8"
+        saved = list(csv.reader(io.StringIO(unquote(content))))
+        assert saved == [[cell(value) for value in row] for row in rows]
+        assert all(any(row[j] != "-" for row in rows[1:]) for j in range(len(rows[0])))
     return text, checker
 
 
@@ -167,8 +210,8 @@ def test_write_has_all_charts_for_every_result(tmp_path):
     path = report.write(results, tmp_path / "deep" / "report.html", title="Three & more")
     text, checker = checked(path)
     # continual: over stages, MACs, bytes; federated: MACs, bytes;
-    # each result: heat map, lines; and bars where forgetting is defined
-    assert len(checker.svgs) == 3 + 2 + 3 * 2 + 2
+    # each result: heat map, lines, final scores, and bars of forgetting, in rounds too
+    assert len(checker.svgs) == 3 + 2 + 3 * 4
     assert "Three &amp; more" in text
     assert text.count("<details class=result") == 3
     for part in ("strength: 1.5", "2.11.0", "prefers-color-scheme:dark", "tabular-nums", "@media print"):
@@ -319,7 +362,7 @@ def test_opens_in_a_browser(tmp_path):
         return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
 
     dom = chromium("--dump-dom")
-    assert dom.count("<svg") == 13
+    assert dom.count("<svg") == 17
     for name in ("ewc", "er &lt;b&gt;", "fedavg"):
         assert f"<h3>{name}</h3>" in dom
     shot = tmp_path / "shot.png"
@@ -400,3 +443,135 @@ def test_hasattr_is_false_for_what_a_result_does_not_have():
     assert not hasattr(read, "params") and not hasattr(read, "accuracy") and hasattr(read, "score")
     with pytest.raises(ConsilienceError, match="read from a folder"):
         _ = read.params
+
+
+def test_a_page_has_its_contents_and_no_empty_column_or_tile(tmp_path):
+    many = [
+        make("ewc"),
+        make("er"),
+        make("fedavg", setting="federated", learned=False, costs={"macs": 5, "bytes": 0, "seconds": 1.0}),
+    ]
+    text, checker = checked(report.write(many, tmp_path / "x.html"))
+    nav = text[text.index("<nav") : text.index("</nav>")]
+    assert re.findall(r'href="(#[^"]*)"', nav) == ["#g0", "#r0", "#r1", "#g1", "#r2"]
+    heads = [rows[0] for _, rows in checker.tables]
+    assert ["method", "MACs", "bytes", "time"] in heads and ["method", "MACs", "time"] in heads
+    assert "forward transfer" not in next(rows[0] for _, rows in checker.tables if rows[1][0] == "fedavg")
+    assert "<dd>-</dd>" not in text and "<dd>0 B</dd>" not in text
+
+
+def test_rounds_show_what_they_forget(tmp_path):
+    """Two sources at three rounds each: .9 after one stage and .4 at the end, and none lost of the other."""
+    R = [[0.1, 0.1], [0.9, 0.1], [0.8, 0.3], [0.4, 0.7]]
+    result = ran(R, (None, None), setting="federated_continual")
+    assert result.forgetting is None
+    text, checker = checked(report.write([result], tmp_path / "x.html"))
+    assert "s0: 50.0" in text and "Global forgetting" in text.replace("global", "Global")
+    (sources,) = [rows for _, rows in checker.tables if rows[0][0] == "source"]
+    assert [dict(zip(sources[0], row, strict=True))["forgetting"] for row in sources[1:]] == ["50.0", "-40.0"]
+
+
+def test_lines_that_coincide_are_told_apart_and_say_their_values():
+    axis = Axis(True, lambda v: f"{v:.2f}", lambda v, step: f"{v:.1f}")
+    series = [("one", [0.1, 0.5, 0.9]), ("two", [0.1, 0.5, 0.9]), ("three", [0.1, 0.2, 0.3])]
+    svg = lines_chart("label", ["start", "a", "b"], series, axis)
+    assert "one = two" in svg and ">three<" in svg
+    dashes = re.findall(r'class="l s\d strong" d="[^"]*"(?: stroke-dasharray="([^"]*)")?', svg)
+    assert len(dashes) == 3 == len({*dashes})
+    for name, values in series:
+        for stage, value in zip(("start", "a", "b"), values, strict=True):
+            assert f"<title>{name}, {stage}: {value:.2f}</title>" in svg
+
+
+def test_names_are_never_cut(tmp_path):
+    long = [f"the hospital of a town with a very long name, number {i}" for i in range(3)]
+    result = replace(make(), sources=tuple(long), stages=tuple(f"{name} is next" for name in long))
+    text, _ = checked(report.write([result, make("er")], tmp_path / "x.html"))
+    assert "\u2026" not in text
+    words = [" ".join(re.findall(r"<text[^>]*>([^<]*)</text>", svg)) for svg in text.split("<svg")[1:]]
+    assert any(all(name in " ".join(said.split()) for name in long) for said in words)
+
+
+def test_hover_reads_cells_too_small_for_text(tmp_path):
+    result = make(stages=60, sources=60)
+    text, _ = checked(report.write([result], tmp_path / "x.html"))
+    facts = json.loads(unescape(re.search(r'data-cells="([^"]*)"', text)[1]))
+    assert facts["rows"][:2] == ["start", "stage 0"] and facts["names"] == list(result.sources)
+    assert facts["values"][7][9] == f"{100 * result.matrix[7, 9]:.0f}"
+
+
+def test_no_curve_has_two_points(tmp_path):
+    """Runs of one stage, such as a merge, are a start and an end."""
+    results = [make("average", stages=1, learned=False), make("ties", stages=1, learned=False)]
+    text, checker = checked(report.write(results, tmp_path / "x.html"))
+    labels = [svg["aria-label"].partition(":")[0] for svg in checker.svgs]
+    assert "Line chart" not in labels and labels.count("Bar chart") == 2
+    assert 'class="ring"' in text and 'class="trail' not in text
+
+
+def test_significance_is_a_paired_t_test_with_holm_and_claims_nothing_for_one_seed(tmp_path):
+    from scipy.stats import ttest_rel
+
+    g = np.random.default_rng(0)
+
+    def method(name, mean, repeats=4):
+        return make(name, matrices=np.clip(mean + 0.05 * g.standard_normal((repeats, 4, 3)), 0, 1))
+
+    results = [method("a", 0.5), method("bb", 0.8), method("ccc", 0.77)]
+    found = differences(results)
+    p = {i: ttest_rel(results[1].scores, results[i].scores).pvalue for i in (0, 2)}
+    first, second = sorted(p, key=p.get)
+    assert found[first].p == pytest.approx(2 * p[first])
+    assert found[second].p == pytest.approx(max(2 * p[first], p[second]))
+    assert found[0].behind == pytest.approx(results[1].score - results[0].score) and found[0].seeds == 4
+    _, checker = checked(report.write(results, tmp_path / "x.html"))
+    (rows,) = [rows for _, rows in checker.tables if "p" in rows[0]]
+    assert [row[0] for row in rows[1:]] == ["a", "ccc"] and rows[1][-1] == "yes"
+    assert {row[rows[0].index("seeds")] for row in rows[1:]} == {"4"}
+
+    # One seed shows no spread, equal differences have none, and other seeds are no pairs.
+    alone = [method("a", 0.5, 1), method("bb", 0.8, 1)]
+    assert differences(alone) == {}
+    text, _ = checked(report.write(alone, tmp_path / "y.html"))
+    assert "With one seed per result nothing can be said about chance" in text
+    same = make("a", matrices=np.full((3, 4, 3), 0.25)), make("bb", matrices=np.full((3, 4, 3), 0.5))
+    assert np.isnan(differences(same)[0].p)
+    assert differences([results[0], replace(results[1], seed=7)]) == {}
+
+
+def test_the_upper_bound_bands_sizes_and_classes_are_shown(tmp_path):
+    counts = np.array([[8, 2, 0], [1, 6, 3]])
+    more = {
+        "labels": (("d", "cat"), ("d", "<dog>")),
+        "confusion": counts,
+        "sizes": ((70, 5), (40, 8), (3, 7)),
+    }
+    results = [make("joint"), make("er", **more)]
+    text, checker = checked(report.write(results, tmp_path / "x.html"))
+    assert f"upper bound (joint, at the end): {100 * results[0].score:.1f} %" in text
+    assert text.count('class="bs c') == 2
+    tables = {rows[0][0]: rows for _, rows in checker.tables}
+    assert tables["class"][1:] == [["cat", "10", "80.0", "<dog>"], ["<dog>", "10", "60.0", "no class"]]
+    # Of the bars of training examples, and of the table of sources.
+    assert "digits/0: 70" in text and tables["source"][1][1:3] == ["70", "5"]
+    assert "cat, no class: 0.0 %" in text and "&lt;dog&gt;, no class: 30.0 %" in text
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium here to save the figures with")
+def test_figures_are_saved_as_files_that_stand_alone(tmp_path):
+    """The page's script, asked by a click, gives an SVG that parses and a PNG of the size of its canvas."""
+    path = report.write([make()], tmp_path / "report.html")
+    probe = """<script>const got=[];HTMLAnchorElement.prototype.click=function(){
+    got.push(this.download,this.href);
+    if(got.length===4)document.body.innerHTML="<pre id=got>"+got.join("\\n").replaceAll("<","&lt;")+"</pre>"};
+    document.querySelectorAll("figure")[0].querySelectorAll("[data-save]").forEach(b=>b.dispatchEvent(
+    new MouseEvent("click",{bubbles:true})))</script></body>"""
+    path.write_text(path.read_text().replace("</body>", probe))
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    command = ["chromium", *flags, "--virtual-time-budget=5000", "--dump-dom", path.as_uri()]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    lines = re.search(r'<pre id="got">(.*?)</pre>', dom, re.S)[1].split("\n")
+    assert [lines[0].split(".")[1], lines[2].split(".")[1]] == ["svg", "png"]
+    root = xml.etree.ElementTree.fromstring(unquote(unescape(lines[1])).partition(",")[2])
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    assert lines[3].startswith("data:image/png;base64,iVBOR") and len(lines[3]) > 2000

@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from consilience.core.errors import Interrupted
+
 if TYPE_CHECKING:
     from consilience.api import Result
     from consilience.core.method import Method
@@ -90,6 +92,18 @@ def scenes() -> list[Scene]:
     ]
 
 
+def stopped(scenes_done: int, results: int, out: Path) -> str:
+    """Say what an interrupted demonstration leaves, and how to go on."""
+    # Scenes last seconds, so that they are run again, and not resumed.
+    again = f"`consilience demo --out {out}` begins again (it takes a minute)"
+    if not results:
+        return f"interrupted in the first scene, nothing was written; {again}."
+    kept = f"{results} result{'s' * (results > 1)} of {scenes_done} finished scene{'s' * (scenes_done > 1)}"
+    return (
+        f"interrupted; {kept} are in {out}: `consilience report {out}` makes a report of them, and {again}."
+    )
+
+
 def demo(out: str | Path = "demo", say: Callable[[str], object] = print) -> list[Result]:
     """Run all scenes, print one table per scene, and write `out`/report.html in place of an older one."""
     from consilience import report
@@ -99,7 +113,10 @@ def demo(out: str | Path = "demo", say: Callable[[str], object] = print) -> list
     results: list[Result] = []
     for number, scene in enumerate(scenes(), 1):
         say(f"\n{scene.title}")
-        found = [run(scene.schedule, method, training=scene.training) for method in scene.methods]
+        try:
+            found = [run(scene.schedule, method, training=scene.training) for method in scene.methods]
+        except (KeyboardInterrupt, Interrupted) as error:
+            raise Interrupted(stopped(number - 1, len(results), Path(out))) from error
         for method, result in zip(scene.methods, found, strict=True):
             # A name such as "skill, nearest mean" is awkward to type as a folder.
             folder = f"{number}-{scene.schedule.setting}/{method.name.replace(',', '').replace(' ', '_')}"

@@ -39,7 +39,7 @@ class ChooseOptions:
         budget: mixtures that an optimiser may try for each kind of merge, after a grid.
         seed: of all random draws; it also deals test examples into those that choose ("validation") and those
             that report ("test").
-        out: a JSON file for the results.
+        out: a file for the results: .html for a page that opens offline, else JSON.
     """
 
     aggregators: str | None = None
@@ -100,7 +100,10 @@ def choose(argv: Sequence[str]) -> int:
         )
     print(choice.table())
     if options.out:
-        write_json(Path(options.out), choice.to_json())
+        if options.out.endswith(".html"):
+            choice.report(options.out)
+        else:
+            write_json(Path(options.out), choice.to_json())
         print(f"wrote {options.out}")
     return 0
 

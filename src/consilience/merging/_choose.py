@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -110,9 +111,12 @@ class Choice:
 
     def table(self) -> str:
         """Write the candidates, best first, and the advice."""
-        from consilience.report._text import grid
+        from consilience.report._text import grid, short
 
-        return f"{grid(self.columns())}\n\n{self.advice}"
+        # A terminal has no room for long notes.
+        columns = self.columns()
+        columns[-1] = replace(columns[-1], cells=[short(note, 60) for note in columns[-1].cells])
+        return f"{grid(columns)}\n\n{self.advice}"
 
     def ranked(self) -> list[Candidate]:
         """Return the candidates, best by validation first, the cheaper of equal ones."""
@@ -151,9 +155,18 @@ class Choice:
         columns += [
             column("passes", lambda candidate: str(candidate.passes)),
             column("parameters", lambda candidate: human(candidate.parameters)),
-            column("note", lambda candidate: short(candidate.detail, 60), False),
+            column("note", lambda candidate: clean(candidate.detail), False),
         ]
         return columns
+
+    def report(self, path: str | Path, title: str | None = None) -> Path:
+        """Write one HTML file that opens offline: the verdict, the table, and charts."""
+        from consilience.core.params import write_bytes
+        from consilience.merging._choice_page import page
+
+        path = Path(path)
+        write_bytes(path, page(self, title).encode("utf-8", "replace"))
+        return path
 
     def to_json(self) -> dict[str, Any]:
         """Return the same as plain values."""

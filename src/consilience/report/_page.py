@@ -4,15 +4,29 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
 from consilience.core.metrics import lost, mean
 from consilience.core.names import clean
-from consilience.report._style import SCRIPT, STYLE
-from consilience.report._svg import Axis, Point, bars_chart, esc, heat_map, lines_chart, scatter
+from consilience.report._pieces import chips, copy, document, figure, sheet
+from consilience.report._significance import best_of, differences
+from consilience.report._sources import alike, class_charts, source_charts, source_sheet
+from consilience.report._svg import (
+    Axis,
+    LineOptions,
+    Point,
+    bars_chart,
+    change_chart,
+    esc,
+    heat_map,
+    lines_chart,
+    scatter,
+)
 from consilience.report._text import (
+    COST_COLUMNS,
     TRAITS,
     Column,
     by_metric,
@@ -26,22 +40,22 @@ from consilience.report._text import (
     score,
     titled,
     trait,
-    tsv,
 )
 
 if TYPE_CHECKING:
     from consilience.loop.result import Result
 
-# The page asks the network for nothing, and the browser enforces it.
-POLICY = "default-src 'none';style-src 'unsafe-inline';script-src 'unsafe-inline';img-src data:"
 FOOTER = (
     "Scores are on each source&#8217;s test data, and in their mean every source or client counts the same, "
     "however many examples it has. ± is one standard deviation over repeats; "
     "curves and costs along a run are of the first repeat. "
-    "MACs count forward and backward; bytes are as sent."
+    "MACs count forward and backward; bytes are as sent. "
+    "Figures are saved as SVG or PNG, tables as CSV; values appear under the pointer."
 )
 COSTS = {"macs": ("MACs", "MACs"), "bytes": ("bytes", "bytes sent")}
 """Costs that scores are drawn against: their unit, and what they are called."""
+BOUND = "joint"
+"""The method that has all data at every stage: an upper bound for those that have not."""
 
 Place = tuple[str, tuple[str, ...]]
 
@@ -50,33 +64,48 @@ def page(results: Sequence[Result], title: str | None = None) -> str:
     """Write the HTML text of a report."""
     # Each metric of a run is shown as a result of its own.
     runs, results = len(results), by_metric(results)
-    tables = f"{copy('Markdown', markdown(results))}{copy('Tab-separated', tsv(columns(results).columns))}"
+    tables = copy("Markdown", markdown(results))
     labels = names(results)
     if not title:
         only = f"{clean(results[0].method)}, {clean(results[0].setting)}"
         title = only if runs == 1 else "Comparison of methods"
 
     # One section per setting and its sources, then every result in detail; of many only the first is open.
-    places = list(dict.fromkeys(place(result) for result in results))
-    body = [group(at, places, results, labels) for at in places]
+    places = sorted(
+        dict.fromkeys(place(result) for result in results),
+        key=lambda at: [result.setting for result in results].index(at[0]),
+    )
+    body = [contents(places, results, labels), *(group(at, places, results, labels) for at in places)]
     body.append(f'<h2 id="results">{"Each result" if len(results) > 1 else "In detail"}</h2>')
     for i, result in enumerate(results):
         opened = len(results) <= 4 or i == 0
         body.append(detail(result, labels[i], i, opened, colour_range(results, result)))
-    body.append(f"<h2>Tables to copy</h2><div class=grid>{tables}</div>")
+    body.append(f'<h2 id="copy">Table to copy</h2><div class=grid>{tables}</div>')
 
     settings = {result.setting for result in results}
     data = dict.fromkeys(result.data for result in results)
     lead = [counted(runs, "result"), counted(len(settings), "setting"), *map(clean, data)]
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-        f'<link rel="icon" href="data:,"><title>{esc(title)}</title><style>{STYLE}</style></head><body>'
-        f"<header><p class=brand>Consilience</p><h1>{esc(title)}</h1>"
-        f"<p class=lead>{' <i>/</i> '.join(map(esc, lead))}</p></header>"
-        f"<main>{''.join(body)}</main><footer>{FOOTER}</footer><script>{SCRIPT}</script></body></html>\n"
-    )
+    return document(title, lead, "".join(body), FOOTER)
+
+
+def contents(places: Sequence[Place], results: Sequence[Result], labels: Sequence[str]) -> str:
+    """Write the list of contents: every section, with the results that it compares."""
+    items = []
+    for number_of, at in enumerate(places):
+        links = " ".join(
+            f'<a href="#r{i}">{esc(labels[i])}</a>' for i, result in enumerate(results) if place(result) == at
+        )
+        heading = esc(heading_of(at, places))
+        items.append(f'<li><a href="#g{number_of}">{heading}</a><span>{links}</span></li>')
+    return f'<nav aria-label="Contents"><h2>Contents</h2><ol>{"".join(items)}</ol></nav>'
+
+
+def heading_of(at: Place, places: Sequence[Place]) -> str:
+    """Name a section: by its setting, and by its sources where a setting has several."""
+    setting, sources = at
+    if sum(other[0] == setting for other in places) < 2:
+        return clean(setting)
+    return f"{clean(setting)}: {clean(sources[0])} to {clean(sources[-1])}"
 
 
 # Names and units.
@@ -170,74 +199,79 @@ def finite_or_nan(value: object) -> float:
     return float(value) if isinstance(value, int | float) else math.nan
 
 
-# Pieces of HTML.
-
-
-def figure(title: str, svg: str, note: str = "", wide: bool = False) -> str:
-    """Write a chart with its title."""
-    small = f"<small>{esc(note)}</small>" if note else ""
-    caption = f"<figcaption>{esc(title)}{small}</figcaption>"
-    return f'<figure class="card{" wide" if wide else ""}">{caption}<div class=scroll>{svg}</div></figure>'
-
-
-def copy(title: str, text: str) -> str:
-    """Write a text with a button that copies it."""
-    return (
-        f'<div class="card copy"><h4>{esc(title)}<button type="button">Copy</button></h4>'
-        f'<textarea readonly rows="8" spellcheck="false" wrap="off" aria-label="{esc(title)}">\n'
-        f"{escape(text)}</textarea></div>"
-    )
-
-
-def chips(facts: Iterable[tuple[str, str]]) -> str:
-    """Write names and values in a row."""
-    shown = "".join(f"<span><b>{esc(name)}</b> {esc(value)}</span>" for name, value in facts)
-    return f"<p class=chips>{shown}</p>"
-
-
 # The section of one setting.
 
 
 def group(at: Place, places: Sequence[Place], results: Sequence[Result], labels: Sequence[str]) -> str:
-    """Write the table and the charts of the results in one place."""
-    setting, sources = at
-    heading = clean(setting)
-    if sum(other[0] == setting for other in places) > 1:
-        heading = f"{heading}: {clean(sources[0])} to {clean(sources[-1])}"
-
+    """Write the tables and the charts of the results in one place."""
+    heading = heading_of(at, places)
     own = [i for i, result in enumerate(results) if place(result) == at]
     compared = [results[i] for i in own]
     named = [labels[i] for i in own]
     agreed, found = columns(compared)
     agreed.pop("setting", None)
-    charts = [*stage_charts(heading, compared, named), *cost_charts(heading, compared, named)]
-    shown = f"<div class=grid>{chr(10).join(charts)}</div>" if charts else ""
+
+    # Scores and costs in tables of their own: side by side they are wider than a screen.
+    costs = [column for column in found if column.name in COST_COLUMNS]
+    idle = [column for column in costs if set(column.cells) <= {"0", "0 B"}]
+    scores = [column for column in found if column not in costs]
+    special = {(i, "method"): method_cell(named[i], own[i]) for i in range(len(own))}
+    cells = {
+        (i, column.name): score_cell(result, compared, esc(column.cells[i]))
+        for i, result in enumerate(compared)
+        for column in scores
+        if column.scores
+    }
+    tables = [sheet(f"Scores, {heading}", scores, {**special, **cells}, wide=True)]
+    charts = [
+        *stage_charts(heading, compared, named),
+        *cost_charts(heading, compared, named),
+        *([significance(compared, named)] if len(compared) > 1 else []),
+    ]
+    spent = [column for column in costs if column not in idle]
+    if spent:
+        charts.append(sheet(f"Costs, {heading}", [found[0], *spent], special))
+    shown = "".join(filter(None, [*tables, *charts]))
     return (
-        f"<section><h2>{esc(heading)}</h2>{chips(agreed.items())}"
-        f"<div class=card>{results_table(compared, found, own)}</div>{shown}</section>"
+        f'<section id="g{list(places).index(at)}"><h2>{esc(heading)}</h2>{chips(agreed.items())}'
+        f"<div class=grid>{shown}</div></section>"
     )
 
 
-def results_table(results: Sequence[Result], found: Sequence[Column], ids: Sequence[int]) -> str:
-    """Write a table of results; `ids` are the numbers of their details."""
-    head = "".join(
-        f'<th scope="col"{" class=r" if column.right else ""}>{esc(column.name)}</th>' for column in found
+def method_cell(name: str, i: int) -> str:
+    """Write the name of a result as a link to its details."""
+    return f'<th scope="row"><a href="#r{i}">{esc(name)}</a></th>'
+
+
+def significance(results: Sequence[Result], labels: Sequence[str]) -> str:
+    """Write how far each result is behind the best, and whether seeds explain it; "" without a best."""
+    best = best_of(results)
+    if best is None:
+        return ""
+    top = esc(labels[best])
+    if all(result.repeats < 2 for result in results):
+        # One seed shows no spread.
+        text = f"Highest is {top}. With one seed per result nothing can be said about chance; use repeats=3."
+        return f'<div class="card"><h4>Is the difference more than chance?</h4><p>{text}</p></div>'
+
+    found, percent = differences(results), in_percent(results[best].metric)
+    rows = [(labels[i], difference) for i, difference in found.items()]
+    if not rows:
+        return ""
+    cells = [
+        [name for name, _ in rows],
+        [f"{number(each.behind, percent)} ± {number(each.half, percent)}" for _, each in rows],
+        ["-" if math.isnan(each.p) else "< 0.001" if each.p < 0.001 else f"{each.p:.3f}" for _, each in rows],
+        [str(each.seeds) for _, each in rows],
+        ["yes" if each.p < 0.05 else "no" for _, each in rows],
+    ]
+    heads = ("method", "behind the best, 95 %", "p", "seeds", "significant")
+    shown = [Column(head, column, i > 0) for i, (head, column) in enumerate(zip(heads, cells, strict=True))]
+    note = (
+        f"Against {labels[best]}: paired t-test over seeds, p by Holm for "
+        f"{counted(len(rows), 'comparison')}; significant below 0.05"
     )
-    rows = []
-    for i, result in enumerate(results):
-        cells = []
-        for column in found:
-            text = esc(column.cells[i])
-            if column.name == "method":
-                cells.append(f'<th scope="row"><a href="#r{ids[i]}">{text}</a></th>')
-            elif column.scores:
-                cells.append(score_cell(result, results, text))
-            else:
-                shown = text if text != "-" else "<i>-</i>"
-                cells.append(f"<td{' class=r' if column.right else ''}>{shown}</td>")
-        rows.append(f"<tr>{''.join(cells)}</tr>")
-    table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
-    return f"<div class=scroll>{table}</div>"
+    return sheet("Is the difference more than chance?", shown, note=note)
 
 
 def score_cell(result: Result, results: Sequence[Result], text: str) -> str:
@@ -261,16 +295,41 @@ def stage_charts(setting: str, results: Sequence[Result], labels: Sequence[str])
         # One line says nothing about others, and more than eight cannot be distinguished.
         if not 2 <= len(own) <= 8:
             continue
-        series = [(labels[i], mean(results[i].matrix, 1).tolist()) for i in own]
-        shown = f"{counted(len(series), 'result')} over {counted(len(stages), 'stage')}"
+        shown = f"{counted(len(own), 'result')} over {counted(len(stages), 'stage')}"
         label = f"Line chart: mean {metric} of {shown} in {setting}."
+        axis, title = axis_of(metric), f"{metric}{unit_of(metric)} over stages"
+        series = [(labels[i], mean(results[i].matrix, 1).tolist()) for i in own]
+        if len(stages) == 1:
+            before, after = ([values[at] for _, values in series] for at in (0, 1))
+            label = f"Change chart: mean {metric} of {shown} in {setting}."
+            svg = change_chart(label, [name for name, _ in series], before, after, axis)
+            charts.append(figure(f"{metric}{unit_of(metric)} from start to end", svg, "Mean over sources"))
+            continue
 
         # Colours are as in the charts of costs, where all results of the metric are.
         same = [i for i, result in enumerate(results) if result.metric == metric]
-        colours = [same.index(i) for i in own]
-        svg = lines_chart(label, ["start", *stages], series, axis_of(metric), colours=colours)
-        charts.append(figure(f"{metric}{unit_of(metric)} over stages", svg, "Mean over sources and repeats"))
+        spreads = [spread_of(results[i]) for i in own]
+        options = LineOptions([same.index(i) for i in own], spreads, upper_bound(results, metric))
+        svg = lines_chart(label, ["start", *stages], series, axis, options=options)
+        band = "; bands: one standard deviation" if any(max(spread) > 0 for spread in spreads) else ""
+        charts.append(figure(title, svg, f"Mean over sources and repeats{band}"))
     return charts
+
+
+def spread_of(result: Result) -> list[float]:
+    """Return the standard deviation over repeats of the mean over sources, before and after each stage."""
+    means = mean(result.matrices, 2)
+    if result.repeats < 2:
+        return [0.0] * len(means[0])
+    return [float(value) for value in means.std(0, ddof=1)]
+
+
+def upper_bound(results: Sequence[Result], metric: str) -> tuple[str, float] | None:
+    """Return the final score of the method that has all data at every stage, if it is among the results."""
+    for result in results:
+        if result.metric == metric and BOUND in (result.method, result.config.get("method")):
+            return f"upper bound ({BOUND}, at the end)", result.score
+    return None
 
 
 def stages_of(results: Sequence[Result]) -> dict[Place, list[int]]:
@@ -294,6 +353,7 @@ def cost_charts(setting: str, results: Sequence[Result], labels: Sequence[str]) 
             scored = [point for point in points if math.isfinite(point.score)]
             if not any(point.cost > 0 for point in scored):
                 continue
+
             direction = own[0][1].direction
             top = (min if direction is False else max)(scored, key=lambda point: point.score)
             called_top = "highest" if direction is None else "best"
@@ -301,7 +361,8 @@ def cost_charts(setting: str, results: Sequence[Result], labels: Sequence[str]) 
             label = f"Scatter: {metric} against {called} in {setting}; {best}."
             svg = scatter(label, called, points, axis, human)
             title = f"{metric}{unit_of(metric)} against {unit}"
-            charts.append(figure(title, svg, "Marks: results; thin lines: along the run"))
+            along = "; thin lines: along the run" if any(len(point.curve) > 2 for point in points) else ""
+            charts.append(figure(title, svg, f"Marks: results{along}"))
     return charts
 
 
@@ -320,34 +381,42 @@ def detail(result: Result, name: str, i: int, opened: bool, colours: tuple[float
     unit = "<i> %</i>" if in_percent(result.metric) else ""
     charts, wide = charts_of(result, name, colours)
 
-    # A heat map that is not wide stands left of all other charts.
-    if not wide:
-        charts = [charts[0], f"<div class=stack>{''.join(charts[1:])}</div>"]
+    # Charts of unequal height stand in two stacks, next to each other; one that is wide above them.
+    above = charts[:1] if wide else []
+    charts = [*above, *stacked(charts[len(above) :])]
     return (
         f'<details class=result id="r{i}"{" open" if opened else ""}><summary><h3>{esc(name)}</h3>'
         f"<span>{esc(result.setting)}, {esc(result.data)}</span><strong>{esc(score(result))}{unit}</strong>"
         f"</summary>{facts}<dl class=tiles>{tiles(result)}</dl>"
-        f'<div class=grid>{"".join(charts)}</div><div class="grid texts">{texts(result)}</div></details>'
+        f'<div class=grid>{"".join(charts)}</div><div class="grid">{texts(result, name)}</div></details>'
     )
 
 
+def stacked(charts: Sequence[str]) -> list[str]:
+    """Put charts into two stacks of about the same height, in their order."""
+    stacks: tuple[list[str], list[str]] = ([], [])
+    heights = [0.0, 0.0]
+    for chart in charts:
+        box = re.search(r'viewBox="0 0 (\S+) (\S+)"', chart)
+        # A table has no view box, but rows.
+        tall = 480 * float(box[2]) / float(box[1]) if box else min(440.0, 36.0 * chart.count("<tr>"))
+        lower = heights.index(min(heights))
+        stacks[lower].append(chart)
+        heights[lower] += tall + 70
+    return [f"<div class=stack>{''.join(stack)}</div>" for stack in stacks if stack]
+
+
 def tiles(result: Result) -> str:
-    """Write the figures of a result, each in a tile."""
+    """Write the figures of a result, each in a tile; those that it does not have are left out."""
     percent = in_percent(result.metric)
-    shown = [
-        (result.metric, score(result), "%" if percent else ""),
-        ("forgetting", number(result.figure("forgetting"), percent), ""),
-        ("backward transfer", number(result.figure("backward_transfer"), percent), ""),
-    ]
-    forward = result.figure("forward_transfer")
-    if forward is not None:
-        shown.append(("forward transfer", number(forward, percent), ""))
-    retained = result.figure("normalised")
-    if retained is not None:
-        shown.append(("retained per source", number(retained, True), "%"))
-    if result.mapper is not None:
-        shown.append(("mapper", number(result.mapper_accuracy, True), "%"))
+    shown = [(result.metric, score(result), "%" if percent else "")]
+    said = ["forgetting", "global_forgetting", "backward_transfer", "forward_transfer"]
+    if result.figure("forgetting") is not None:
+        said.remove("global_forgetting")
+    shown += [(name.replace("_", " "), number(result.figure(name), percent), "") for name in said]
     shown += [
+        ("retained per source", number(result.figure("normalised"), True), "%"),
+        ("mapper", number(result.mapper_accuracy, True), "%"),
         ("MACs", human(result.costs.get("macs")), ""),
         ("sent", human(result.costs.get("bytes"), "B"), ""),
         ("time", duration(result.costs.get("seconds")), ""),
@@ -357,20 +426,22 @@ def tiles(result: Result) -> str:
     return "".join(
         f"<div><dt>{esc(name)}</dt><dd>{esc(text)}{f'<i> {unit}</i>' if unit else ''}</dd></div>"
         for name, text, unit in shown
+        if text not in ("-", "0", "0 B")
     )
 
 
-def texts(result: Result) -> str:
-    """Write the configuration, the versions and the matrix of a result."""
-    cards = []
+def texts(result: Result, name: str) -> str:
+    """Write the sources, the matrix, the configuration and the versions of a result."""
+    unit = unit_of(result.metric)
+    cards = [source_sheet(result, name)]
+    cards.append(sheet(f"{result.metric}{unit} after each stage, {name}", matrix_columns(result), wide=True))
     if result.config:
         text = escape(configuration(result.config))
-        cards.append(f"<div class=card><h4>Configuration</h4><pre>{text}</pre></div>")
+        cards.append(f'<div class="card wide"><h4>Configuration</h4><pre>{text}</pre></div>')
     if result.versions:
         lines = result.versions.items()
         facts = "".join(f"<div><dt>{esc(name)}</dt><dd>{esc(value)}</dd></div>" for name, value in lines)
         cards.append(f"<div class=card><h4>Versions</h4><dl class=facts>{facts}</dl></div>")
-    cards.append(copy("Matrix, tab-separated", tsv(matrix_columns(result))))
     return "".join(cards)
 
 
@@ -394,7 +465,9 @@ def charts_of(result: Result, name: str, colours: tuple[float, float]) -> tuple[
         figure(title, heat, "Rows: after each stage; columns: sources", wide),
         stages_chart(result, name, extent),
         forgetting_chart(result, name),
+        *source_charts(result, name, axis),
         learning_chart(result, name),
+        *class_charts(result, name),
     ]
     return [chart for chart in charts if chart], wide
 
@@ -409,6 +482,16 @@ def stages_chart(result: Result, name: str, extent: str) -> str:
     std = means.std(0, ddof=1).tolist() if result.repeats > 1 else [0.0] * len(stages)
     series = [(clean(source), result.matrix[:, j].tolist()) for j, source in enumerate(result.sources)]
 
+    if len(stages) == 2:
+        # Lines of two points would say that all came between them.
+        label = f"Change chart: {result.metric} of {name} on {counted(len(result.sources), 'source')}."
+        before, after = result.matrix[0].tolist(), result.matrix[1].tolist()
+        shown = [source for source, _ in series]
+        if len(shown) > 24:
+            shown, before, after = ["mean"], average[:1], average[1:]
+        svg = change_chart(label, shown, before, after, axis)
+        return figure(f"{result.metric}{unit_of(result.metric)} from start to end", svg)
+
     course = f"from {axis.say(average[0])} to {axis.say(average[-1])} over {extent}"
     label = f"Line chart: mean {result.metric} of {name} goes {course}."
     svg = lines_chart(label, stages, series, axis, average, std)
@@ -420,10 +503,10 @@ def stages_chart(result: Result, name: str, extent: str) -> str:
 def forgetting_chart(result: Result, name: str) -> str:
     """Draw the forgetting of each source; "" where it is not defined."""
     lost = forgotten(result)
-    if not lost:
+    if not lost or alike(result):
         return ""
     percent = in_percent(result.metric)
-    shown, note = lost, "Best score before the end, minus the last"
+    shown, note = lost, "Best score after any earlier stage, minus the last"
     if len(lost) > 20:
         # The 20 largest changes, in the order of the sources.
         sizes = [0.0 if math.isnan(value) else abs(value) for _, value in lost]
@@ -431,22 +514,23 @@ def forgetting_chart(result: Result, name: str) -> str:
         shown = [lost[j] for j in sorted(largest)]
         note = f"The {len(shown)} sources that change most, of {len(lost)}"
 
-    label = f"Bar chart: forgetting of {name} by source; mean {number(result.figure('forgetting'), percent)}."
+    average = number(float(mean([value for _, value in lost])), percent)
+    label = f"Bar chart: forgetting of {name} by source; mean {average}."
     sources, values = [source for source, _ in shown], [value for _, value in shown]
     svg = bars_chart(label, sources, values, lambda value: number(value, percent))
     return figure(f"forgetting{unit_of(result.metric)} of each source", svg, note)
 
 
 def forgotten(result: Result) -> list[tuple[str, float]]:
-    """Return the forgetting of each source learned before the last stage, mean over repeats; [] if undefined.
+    """Return the forgetting of each source, mean over repeats; [] if undefined.
 
-    max_{0 < i < T} R[i, j] - R[T, j], with R [stages + 1, sources] and T the last stage. NaN is left out.
+    max_{0 < i < T} R[i, j] - R[T, j], with R [stages + 1, sources] and T the last stage: over the sources
+    that were learned before it, or, where some are learned at several stages, over all. NaN is left out.
     """
     last = len(result.stages)
-    if any(at is None for at in result.learned_at) or result.figure("forgetting") is None:
-        return []
-    past = [j for j, at in enumerate(result.learned_at) if at is not None and 0 < at < last]
-    if not past:
+    past = [j for j, at in enumerate(result.learned_at) if at is None or 0 < at < last]
+    several = any(at is None for at in result.learned_at)
+    if not past or result.figure("global_forgetting" if several else "forgetting") is None:
         return []
     good = -result.matrices if result.direction is False else result.matrices
     values = [float(mean([lost(matrix[:, j]) for matrix in good])) for j in past]
@@ -456,7 +540,7 @@ def forgotten(result: Result) -> list[tuple[str, float]]:
 def learning_chart(result: Result, name: str) -> str:
     """Draw scores within the tasks; "" where none were measured."""
     moments = result.learning_curve
-    if not moments:
+    if len(moments) < 3:
         return ""
     # Each source has a line of its own, with gaps while others are trained on.
     series = [

@@ -69,8 +69,17 @@ text-transform:uppercase}
 h1{margin:0;font-size:clamp(24px,4vw,34px);line-height:1.2;letter-spacing:-.02em;overflow-wrap:anywhere}
 h2{margin:44px 0 10px;font-size:20px;letter-spacing:-.01em;overflow-wrap:anywhere}
 h3{margin:0;font-size:17px;overflow-wrap:anywhere}
+nav{margin-top:24px}nav h2{font-size:13px;margin:0 0 6px;color:var(--soft);font-weight:600}nav ol{margin:0;
+padding-left:20px}nav li{margin:2px 0}nav li>a:first-letter{text-transform:uppercase}nav span a{
+margin-left:12px;font-size:13px;color:var(--soft);overflow-wrap:anywhere}
+h4,figcaption{display:flex;justify-content:space-between;gap:12px;align-items:flex-start}
+.save{flex:none;display:flex;gap:4px}.save button,a.save{font-size:11.5px;font-weight:500;padding:1px 8px;
+border:1px solid var(--rule);border-radius:6px;color:var(--soft)}
+.sheet .scroll{max-height:420px;overflow:auto}.sheet thead th{position:sticky;top:0;background:var(--card);
+padding-top:4px;z-index:1}.sheet thead th:first-child{z-index:2}.sheet th,.sheet td{padding:7px 12px}
 h4,figcaption{margin:0 0 12px;font-size:14px;font-weight:600;line-height:1.4}
-section h2:first-letter,figcaption:first-letter,dt:first-letter{text-transform:uppercase}
+section h2:first-letter,figcaption>span:first-letter,h4>span:first-letter,dt:first-letter{
+text-transform:uppercase}
 .lead{margin:8px 0 0;color:var(--soft)}
 i{font-style:normal;font-weight:400;color:var(--soft)}
 .lead i{opacity:.5;margin:0 4px}
@@ -92,9 +101,10 @@ table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums;whit
 th,td{padding:9px 14px;text-align:left;border-bottom:1px solid var(--rule);font-weight:400}
 thead th{font-size:12.5px;color:var(--soft);padding-top:0}thead th:first-letter{text-transform:uppercase}
 tbody tr:last-child>*{border-bottom:0}tbody tr:hover>*{background:var(--faint)}
-th:first-child{position:sticky;left:0;background:var(--card);padding-left:4px;max-width:min(46vw,360px);
-overflow:hidden;
-text-overflow:ellipsis}
+th:first-child{position:sticky;left:0;background:var(--card);padding-left:4px;min-width:9em;
+max-width:min(46vw,360px);
+white-space:normal;overflow-wrap:break-word}
+td:not(.r){white-space:normal;overflow-wrap:break-word;max-width:420px}
 tbody th{font-weight:600}.r{text-align:right}
 .score{position:relative}
 .score[style]:before,.score[style]:after{content:"";position:absolute;left:14px;bottom:3px;height:3px;
@@ -102,6 +112,9 @@ border-radius:2px;
 width:calc(100% - 28px);background:var(--rule)}
 .score[style]:after{background:linear-gradient(90deg,var(--s0) var(--v),transparent 0)}
 .best{font-weight:700}
+.verdict{margin-top:28px}.verdict p{margin:6px 0;overflow-wrap:anywhere}.verdict h4+p{font-size:17px;
+font-weight:600}
+.flag{color:var(--lost);font-weight:600}
 .result{margin:0 0 16px;padding:0 clamp(12px,2vw,24px);border:1px solid var(--rule);border-radius:14px}
 .result[open]{padding-bottom:clamp(12px,2vw,24px)}
 summary{display:flex;flex-wrap:wrap;gap:2px 14px;align-items:baseline;padding:14px 0;cursor:pointer;
@@ -139,6 +152,11 @@ svg .m{fill:var(--soft)}svg .n{font-weight:600}svg .v{font-size:11px}
 svg path{fill:none}.g{stroke:var(--rule)}.a{stroke:var(--soft);stroke-opacity:.6}
 .l{stroke-width:1.4;stroke-linejoin:round;stroke-linecap:round}.l:hover{stroke-width:3}
 .sx{stroke:var(--soft);stroke-opacity:.38;stroke-width:1}.sx:hover{stroke-opacity:1}
+svg .h{fill:transparent;stroke:none}circle.h:hover{fill:var(--ink);fill-opacity:.18}
+svg .pt{fill:currentColor;stroke-width:1.4}
+svg .bs{stroke:none;fill-opacity:.14}svg .bound{stroke:var(--ink);stroke-width:1.6;stroke-linecap:round}
+svg .end{font-weight:600}svg .ink{fill:var(--ink)}svg .at{fill:var(--s0)}
+svg .ring{fill:var(--card);stroke:var(--s0);stroke-width:2}svg .whisker{stroke:var(--ink);stroke-width:1.6}
 svg .strong{stroke-width:2.2}svg .mean{stroke:var(--ink);stroke-width:3}svg .dot{fill:var(--ink)}
 svg .band{fill:var(--ink);
 fill-opacity:.13}
@@ -152,7 +170,7 @@ grid-template-columns:1fr 1fr}.tiles div{
 padding:10px 12px}}
 @media print{body{background:none;font-size:12px}.card,.result,.tiles,figure{break-inside:avoid}.result{
 break-inside:auto}pre{
-max-height:none}.copy{display:none}
+max-height:none}.copy,.save,nav{display:none!important}.sheet .scroll{max-height:none}
 *{-webkit-print-color-adjust:exact;print-color-adjust:exact}.scroll{overflow:visible}svg{
 min-width:0!important}}
 """
@@ -169,7 +187,8 @@ STYLE = (
     f"{LAYOUT.replace(chr(10), '')}{SHADES}{COLOURS}"
 )
 
-# A link of the table opens the details that it leads to; a page that is printed shows all of them.
+# A link of the table opens the details that it leads to; a page that is printed shows all of them. A chart is
+# saved with the page's style in it, as SVG or drawn on a canvas; cells of large maps look their value up.
 SCRIPT = """
 document.addEventListener("click",e=>{const b=e.target.closest(".copy button");if(!b)return;
 const t=b.closest(".copy").querySelector("textarea");t.select();
@@ -177,6 +196,27 @@ const done=()=>{b.textContent="Copied";setTimeout(()=>{b.textContent="Copy"},150
 if(navigator.clipboard)navigator.clipboard.writeText(t.value).then(done,()=>{
 document.execCommand("copy");done()});
 else{document.execCommand("copy");done()}});
+const save=(name,url)=>{const a=document.createElement("a");a.download=name;a.href=url;
+document.body.append(a);a.click();a.remove()};
+const alone=f=>{const c=f.querySelector("svg").cloneNode(true),b=c.viewBox.baseVal;
+c.setAttribute("width",b.width*1.5);c.setAttribute("height",b.height*1.5);c.removeAttribute("style");
+c.querySelectorAll("[data-cells]").forEach(r=>r.remove());
+const s=document.createElementNS(c.namespaceURI,"style");
+s.textContent=document.querySelector("style").textContent+"svg{font-family:system-ui,sans-serif}";
+const r=document.createElementNS(c.namespaceURI,"rect");r.setAttribute("width","100%");
+r.setAttribute("height","100%");r.setAttribute("style","fill:var(--card)");c.prepend(s,r);
+return["data:image/svg+xml;charset=utf-8,"+encodeURIComponent(new XMLSerializer().serializeToString(c)),
+b.width*3,b.height*3]};
+document.addEventListener("click",e=>{const b=e.target.closest("[data-save]");if(!b)return;
+const f=b.closest("figure"),name=f.dataset.name+"."+b.dataset.save,[url,w,h]=alone(f);
+if(b.dataset.save==="svg")return save(name,url);
+const i=new Image();i.onload=()=>{const c=document.createElement("canvas");c.width=w;c.height=h;
+c.getContext("2d").drawImage(i,0,0,w,h);save(name,c.toDataURL("image/png"))};i.src=url});
+document.addEventListener("mousemove",e=>{const r=e.target;if(!r.dataset||!r.dataset.cells)return;
+const d=r.d||(r.d=JSON.parse(r.dataset.cells)),q=r.getBoundingClientRect(),
+i=Math.min(d.rows.length-1,Math.floor((e.clientY-q.top)/q.height*d.rows.length)),
+j=Math.min(d.names.length-1,Math.floor((e.clientX-q.left)/q.width*d.names.length));
+if(i>=0&&j>=0)r.firstChild.textContent=d.rows[i]+", "+d.names[j]+": "+d.values[i][j]});
 const unfold=()=>{const d=location.hash&&document.getElementById(location.hash.slice(1));
 if(d&&d.tagName==="DETAILS"){d.open=true;d.scrollIntoView()}};
 addEventListener("hashchange",unfold);unfold();

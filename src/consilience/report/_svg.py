@@ -5,15 +5,16 @@ Colours are CSS classes, so that a chart fits both colour schemes.
 
 from __future__ import annotations
 
+import json
 import math
 import re
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from typing import NamedTuple
 
 from consilience.core.names import clean
-from consilience.report._text import short
 
 LEVELS = 16
 """Shades of a heat map."""
@@ -30,6 +31,12 @@ MARKS = (
     '<path class="p c{}" d="M0 -7L6.5 0L0 7L-6.5 0Z"/>',
     '<path class="p c{}" d="M0 6.5L6.2 -5L-6.2 -5Z"/>',
 )
+
+
+# Dashes, so that of two lines that lie on each other both are seen.
+DASHES = ("", "8 4", "2 3.5", "11 3 2 3", "5 2.5")
+LABEL = 30
+"""Names with more characters than this are numbered in a chart, with a key below it."""
 
 
 def esc(text: object) -> str:
@@ -80,7 +87,28 @@ def box(x: float, y: float, w: float, h: float, kind: str = "") -> str:
     return f'<rect{named} x="{xy(x)}" y="{xy(y)}" width="{xy(w)}" height="{xy(h)}" rx="2"/>'
 
 
-def path(points: Sequence[tuple[float, float]], kind: str, title: str = "") -> str:
+def keyed(names: Sequence[str], most: int = LABEL) -> tuple[list[str], str]:
+    """Return names as they fit a chart, and a key to those that do not: numbers, so that none is cut.
+
+    >>> keyed(["a", "b"]), keyed(["a long one", "b"], 5)
+    ((['a', 'b'], ''), (['1', '2'], '1: a long one; 2: b'))
+    """
+    found = [clean(name) for name in names]
+    if all(len(name) <= most for name in found):
+        return found, ""
+    numbers = [str(i) for i in range(1, len(found) + 1)]
+    # A long key says less than the table, which has all names.
+    key = "; ".join(f"{number}: {name}" for number, name in zip(numbers, found, strict=True))
+    return numbers, key if len(key) <= 1500 else ""
+
+
+def paragraph(text: str, top: float, kind: str = "m", left: float = 12) -> tuple[list[str], float]:
+    """Draw a text in as many lines as it needs; also return their height."""
+    lines = textwrap.wrap(text, int((WIDTH - left - 8) / (0.62 * SIZE)))
+    return [word(left, top + 16 * i, line, kind) for i, line in enumerate(lines)], 16.0 * len(lines)
+
+
+def path(points: Sequence[tuple[float, float]], kind: str, title: str = "", dash: str = "") -> str:
     """Draw a line through points, with gaps where one is not finite."""
     # M lifts the pen, L draws; after a gap the line begins again.
     drawn, pen = "", "M"
@@ -90,7 +118,13 @@ def path(points: Sequence[tuple[float, float]], kind: str, title: str = "") -> s
         else:
             pen = "M"
     tooltip = f"<title>{esc(title)}</title>" if title else ""
-    return f'<path class="{kind}" d="{drawn}">{tooltip}</path>' if drawn else ""
+    dashed = f' stroke-dasharray="{dash}"' if dash else ""
+    return f'<path class="{kind}" d="{drawn}"{dashed}>{tooltip}</path>' if drawn else ""
+
+
+def hover(x: float, y: float, title: str) -> str:
+    """Make an invisible disc that says a value where the pointer is."""
+    return f'<circle class="h" cx="{xy(x)}" cy="{xy(y)}" r="6"><title>{esc(title)}</title></circle>'
 
 
 # Axes.
@@ -191,20 +225,34 @@ class Plot:
 
 def legend(entries: Sequence[tuple[str, str]], top: float) -> tuple[list[str], float]:
     """Draw marks with their names, in as many lines as they need; also return the height of these lines."""
-    body = []
+    body: list[str] = []
     across, down = 12.0, top
     for mark, name in entries:
-        text = short(name, 34)
-        if across > 12 and across + 26 + width(text) > WIDTH - 4:
+        # A name that is longer than a line is continued on the next ones.
+        lines = textwrap.wrap(clean(name), 56) or [""]
+        if across > 12 and across + 26 + width(max(lines, key=len)) > WIDTH - 4:
             across, down = 12.0, down + 20
         at = f"translate({xy(across + 9)} {xy(down - 4)})"
-        shown = f'<g transform="{at}">{mark}<title>{esc(name)}</title></g>'
-        body.append(shown + word(across + 24, down, text))
-        across += 42 + width(text)
+        body.append(f'<g transform="{at}">{mark}<title>{esc(name)}</title></g>')
+        body += [word(across + 24, down + 15 * i, line) for i, line in enumerate(lines)]
+        if len(lines) > 1:
+            across, down = 12.0, down + 15 * (len(lines) - 1) + 20
+        else:
+            across += 42 + width(lines[0])
     return body, down - top + 20 if entries else 0
 
 
 # Lines.
+
+
+@dataclass(frozen=True)
+class LineOptions:
+    """How lines are drawn: the number of each one's colour; its standard deviation [stages] as a band; and a
+    level that none can be expected to pass, with its name."""
+
+    colours: Sequence[int] = ()
+    spreads: Sequence[Sequence[float]] = ()
+    bound: tuple[str, float] | None = None
 
 
 def lines_chart(
@@ -214,9 +262,12 @@ def lines_chart(
     axis: Axis,
     mean: Sequence[float] = (),
     std: Sequence[float] = (),
-    colours: Sequence[int] = (),
+    options: LineOptions = LineOptions(),
 ) -> str:
-    """Draw a thin line per series, and a bold one for their mean with a band of one standard deviation.
+    """Draw a line per series, and a bold one for their mean with a band of one standard deviation.
+
+    Lines have dashes of their own, so that those that coincide are seen both, and their names at the right
+    end where these fit; those that are equal have one name together.
 
     Args:
         label: what the chart shows, for readers who cannot see it.
@@ -225,48 +276,163 @@ def lines_chart(
         axis: how values are written.
         mean: the bold line [stages]; () draws none.
         std: the standard deviation of the mean over repeats [stages].
-        colours: the number of each line's colour; () counts from 0.
+        options: colours, bands and a bound; the default has colours from 0.
     """
+    few, bound = len(series) <= 8, options.bound
+    colours = options.colours or range(len(series))
     edges = [edge for m, s in zip(mean, std, strict=True) for edge in (m - s, m + s)]
-    values = [value for _, own in series for value in own]
+    edges += [
+        edge
+        for (_, own), spread in zip(series, options.spreads, strict=False)
+        for m, s in zip(own, spread, strict=True)
+        for edge in (m - s, m + s)
+    ]
+    values = [value for _, own in series for value in own] + ([bound[1]] if bound else [])
     plot = Plot((0, max(1, len(stages) - 1)), bounds([*values, *mean, *edges], axis.percent))
-    plot.grid_y(axis.tick)
-    mark_stages(plot, stages)
-    plot.axis()
 
     # More than eight lines are grey: nobody can distinguish nine colours.
-    colours = colours or range(len(series))
-    few = len(series) <= 8
-    for colour, (name, own) in zip(colours, series, strict=True):
+    ends = [End(name, own, f"c{colour % 8}") for colour, (name, own) in zip(colours, series, strict=True)]
+    ends = merged_ends([*(ends if few else []), *([End("mean", mean, "ink")] if mean else [])])
+    direct = bool(ends) and max(width(end.name) for end in ends) <= 150
+    if direct:
+        plot.right = WIDTH - 22 - max(width(end.name) for end in ends)
+    plot.grid_y(axis.tick)
+    key = mark_stages(plot, stages)
+    plot.axis()
+
+    for (_, own), colour, spread in zip(series, colours, options.spreads, strict=False):
+        plot.body.append(band(plot, own, spread, f"bs c{colour % 8}"))
+    if bound:
+        level = plot.at_y(bound[1])
+        title = f"{bound[0]}: {axis.say(bound[1])}"
+        plot.body.append(path([(plot.left, level), (plot.right, level)], "bound", title, "1.5 4"))
+        plot.body.append(word(plot.left + 4, level - 5, title, "m"))
+    for number, (colour, (name, own)) in enumerate(zip(colours, series, strict=True)):
         kind = f"l s{colour % 8}" if few else "l sx"
-        last = next((value for value in reversed(own) if math.isfinite(value)), math.nan)
-        points = [(plot.at_x(i), plot.at_y(value)) for i, value in enumerate(own)]
-        title = f"{name}: {axis.say(last)} at the end"
-        plot.body.append(path(points, kind if mean else f"{kind} strong", title))
+        draw_line(plot, (name, own), kind if mean else f"{kind} strong", number if few else 0, stages, axis)
     draw_mean(plot, stages, mean, std, axis.say)
+    if direct:
+        draw_ends(plot, ends)
 
-    stroke = '<path class="{}" d="M-8 0L8 0"/>'
-    entries = [(stroke.format("l mean"), "mean")] if mean else []
+    # Names at the ends of lines need no legend.
+    entries = [] if direct and few else line_legend(series, colours, bool(mean), few)
+    lines, high = paragraph(key, plot.height + 36) if key else ([], 0.0)
+    body, tall = legend(entries, plot.height + 46 + high)
+    total = plot.height + 32 + high + (tall or 4)
+    return canvas(WIDTH, total, label, [*plot.body, *lines, *body])
+
+
+class End(NamedTuple):
+    """The name at the end of a line, the line's values, and the class of its colour."""
+
+    name: str
+    values: Sequence[float]
+    kind: str
+
+
+def merged_ends(ends: Sequence[End]) -> list[End]:
+    """Give lines that have equal values one name together."""
+    found: dict[tuple[str, ...], End] = {}
+    for end in ends:
+        at = tuple(f"{value:.6g}" for value in end.values)
+        known = found.get(at)
+        found[at] = end if known is None else End(f"{known.name} = {end.name}", known.values, "ink")
+    return list(found.values())
+
+
+def draw_ends(plot: Plot, ends: Sequence[End]) -> None:
+    """Write names at the right ends of lines, apart from each other."""
+    placed = []
+    for end in ends:
+        last = next((value for value in reversed(end.values) if math.isfinite(value)), math.nan)
+        if math.isfinite(last):
+            placed.append((plot.at_y(last), end))
+    placed.sort(key=lambda each: each[0])
+
+    # From the top down, each at least a line below the one before; then back up from the bottom.
+    downs = [at for at, _ in placed]
+    for i in range(1, len(downs)):
+        downs[i] = max(downs[i], downs[i - 1] + 14)
+    if downs and downs[-1] > plot.height + 4:
+        downs[-1] = plot.height + 4
+        for i in reversed(range(len(downs) - 1)):
+            downs[i] = min(downs[i], downs[i + 1] - 14)
+    for down, (at, end) in zip(downs, placed, strict=True):
+        if abs(down - at) > 5:
+            plot.body.append(line(plot.right + 2, at, plot.right + 10, down, "a"))
+        plot.body.append(word(plot.right + 12, down + 4, end.name, f"end {end.kind}"))
+
+
+def draw_line(
+    plot: Plot,
+    series: tuple[str, Sequence[float]],
+    kind: str,
+    number: int,
+    stages: Sequence[str],
+    axis: Axis,
+) -> None:
+    """Draw one line with its dashes; of few points, each has a dot; each says its value to the pointer."""
+    name, own = series
+    last = next((value for value in reversed(own) if math.isfinite(value)), math.nan)
+    points = [(plot.at_x(i), plot.at_y(value)) for i, value in enumerate(own)]
+    plot.body.append(path(points, kind, f"{name}: {axis.say(last)} at the end", DASHES[number % len(DASHES)]))
+    finite = [(i, value) for i, value in enumerate(own) if math.isfinite(value)]
+    if len(stages) > 60:
+        return
+    for i, value in finite:
+        x, y = points[i]
+        # A point between gaps is no line, so that it needs a mark.
+        alone = all(not 0 <= j < len(own) or not math.isfinite(own[j]) for j in (i - 1, i + 1))
+        if alone:
+            plot.body.append(f'<circle class="pt {kind}" cx="{xy(x)}" cy="{xy(y)}" r="2.6"/>')
+        plot.body.append(hover(x, y, f"{name}, {clean(stages[i])}: {axis.say(value)}"))
+
+
+def line_legend(
+    series: Sequence[tuple[str, Sequence[float]]], colours: Sequence[int], has_mean: bool, few: bool
+) -> list[tuple[str, str]]:
+    """Return the entries of a legend of lines."""
+    stroke = '<path class="{}" d="M-9 0L9 0"{}/>'
+    entries = [(stroke.format("l mean", ""), "mean")] if has_mean else []
     if not few:
-        entries.append((stroke.format("l sx"), f"each of the {len(series)} sources"))
-    elif len(series) > 1 or not mean:
-        named = zip(colours, series, strict=True)
-        entries += [(stroke.format(f"l s{colour % 8}"), name) for colour, (name, _) in named]
-    body, tall = legend(entries, plot.height + 46)
-    return canvas(WIDTH, plot.height + 32 + tall, label, [*plot.body, *body])
+        return [*entries, (stroke.format("l sx", ""), f"each of the {len(series)} lines")]
+    if len(series) > 1 or not has_mean:
+        for number, (colour, (name, _)) in enumerate(zip(colours, series, strict=True)):
+            dash = DASHES[number % len(DASHES)]
+            dashed = f' stroke-dasharray="{dash}"' if dash else ""
+            entries.append((stroke.format(f"l s{colour % 8} strong", dashed), name))
+    return entries
 
 
-def mark_stages(plot: Plot, stages: Sequence[str]) -> None:
-    """Mark stages on the horizontal axis: by name where there is room, else by number; of many only some."""
-    names = [short(stage, 14) for stage in stages]
+def mark_stages(plot: Plot, stages: Sequence[str]) -> str:
+    """Mark stages on the horizontal axis: by name where all fit, else by number; return the key."""
+    names, key = [clean(stage) for stage in stages], ""
     room = (plot.right - plot.left) / max(1, len(stages) - 1)
-    if max(map(width, names)) + 8 > room:
+    if max(map(width, names)) + 10 > room:
+        # Names that end with their number, such as rounds, need no key.
+        counted = {name.removesuffix(f" {i}") for i, name in enumerate(names) if i}
+        if len(counted) == 1 < len(names) - 1 and not counted & {*names}:
+            key = f"0: {names[0]}; then {counted.pop()} by number"
+        elif len(names) <= 16:
+            key = "; ".join(f"{i}: {name}" for i, name in enumerate(names))
         names = [str(i) for i in range(len(stages))]
 
     steps = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, len(stages))
     every = next(step for step in steps if step * room > width(names[-1]) + 10)
     for i in range(0, len(stages), every):
         plot.mark_x(plot.at_x(i), names[i])
+    return key
+
+
+def band(plot: Plot, mean: Sequence[float], std: Sequence[float], kind: str) -> str:
+    """Draw a band of one standard deviation about a line; "" where there is none."""
+    finite = [i for i, m in enumerate(mean) if math.isfinite(m) and math.isfinite(std[i])]
+    if not any(std[i] > 0 for i in finite):
+        return ""
+    low, high = plot.y
+    edge = [(plot.at_x(i), plot.at_y(min(mean[i] + std[i], high))) for i in finite]
+    edge += [(plot.at_x(i), plot.at_y(max(mean[i] - std[i], low))) for i in reversed(finite)]
+    return path(edge, kind, "one standard deviation over repeats")
 
 
 def draw_mean(
@@ -277,12 +443,7 @@ def draw_mean(
     say: Callable[[float], str],
 ) -> None:
     """Draw a mean as a bold line with dots, over a band of one standard deviation."""
-    finite = [i for i, m in enumerate(mean) if math.isfinite(m) and math.isfinite(std[i])]
-    if any(std[i] > 0 for i in finite):
-        low, high = plot.y
-        edge = [(plot.at_x(i), plot.at_y(min(mean[i] + std[i], high))) for i in finite]
-        edge += [(plot.at_x(i), plot.at_y(max(mean[i] - std[i], low))) for i in reversed(finite)]
-        plot.body.append(path(edge, "band", "one standard deviation over repeats"))
+    plot.body.append(band(plot, mean, std, "band"))
 
     # Dots have titles; on a long line they would cover it.
     for i, m in enumerate(mean):
@@ -299,12 +460,23 @@ def draw_mean(
 # Bars.
 
 
-def bars_chart(label: str, names: Sequence[str], values: Sequence[float], say: Callable[[float], str]) -> str:
-    """Draw a horizontal bar per name, from zero."""
-    left = 14 + max(width(short(name, 18)) for name in names)
+def bars_chart(
+    label: str,
+    names: Sequence[str],
+    values: Sequence[float],
+    say: Callable[[float], str],
+    std: Sequence[float] = (),
+    kinds: tuple[str, str] = ("lost", "won"),
+) -> str:
+    """Draw a horizontal bar per name, from zero, and a whisker of one standard deviation where `std` has one.
+
+    `kinds` are the classes of bars of values from 0 on, and below.
+    """
+    shown, key = keyed(names)
+    left = 14 + max(map(width, shown))
     finite = [value for value in values if math.isfinite(value)]
     low, high = min([0.0, *finite]), max([0.0, *finite])
-    start, end = left + (46 if low < 0 else 4), WIDTH - 50
+    start, end = left + (46 if low < 0 else 4), WIDTH - 12 - max(width(say(value)) for value in values)
     scale = (end - start) / (high - low or 1)
     zero = start - low * scale
     tall = 24 if len(names) <= 12 else 19
@@ -312,19 +484,56 @@ def bars_chart(label: str, names: Sequence[str], values: Sequence[float], say: C
     body = []
     for i, (name, value) in enumerate(zip(names, values, strict=True)):
         down = 6 + i * tall
-        named = word(left - 8, down + tall / 2 + 4, short(name, 18), "", "end")
+        named = word(left - 8, down + tall / 2 + 4, shown[i], "", "end")
         body.append(f"<g><title>{esc(name)}: {esc(say(value))}</title>{named}")
         if math.isfinite(value):
             begin, length = (zero, value * scale) if value >= 0 else (zero + value * scale, -value * scale)
-            kind = "bar lost" if value >= 0 else "bar won"
+            kind = f"bar {kinds[value < 0]}"
             body.append(box(begin, down + 4, max(length, 0.5), tall - 8, kind))
+            if std and std[i] > 0:
+                reach = std[i] * scale
+                first, last = max(left, begin + length - reach), min(end, begin + length + reach)
+                body.append(line(first, down + tall / 2, last, down + tall / 2, "whisker"))
 
         # The value stands outside its bar, on the side where the bar ends.
         tip, anchor = (zero + value * scale - 6, "end") if value < 0 else (zero + value * scale + 6, "start")
         at = tip if math.isfinite(value) else zero + 6
         body.append(word(at, down + tall / 2 + 4, say(value), "n", anchor) + "</g>")
     height = 12 + len(names) * tall
-    return canvas(WIDTH, height, label, [line(zero, 4, zero, height - 4, "a"), *body])
+    lines, high_key = paragraph(key, height + 14)
+    body = [line(zero, 4, zero, height - 4, "a"), *body, *lines]
+    return canvas(WIDTH, height + high_key + (6 if key else 0), label, body)
+
+
+def change_chart(
+    label: str, names: Sequence[str], before: Sequence[float], after: Sequence[float], axis: Axis
+) -> str:
+    """Draw a line per name from a ring (the start) to a dot (the end), for runs of one stage."""
+    shown, key = keyed(names)
+    left = 14 + max(map(width, shown))
+    tall = 26 if len(names) <= 12 else 19
+    plot = Plot(bounds([*before, *after], axis.percent), (0, 1), left=left + 6, right=WIDTH - 62)
+    height = 12 + len(names) * tall
+    for value in (at := ticks(*plot.x, 4)):
+        x, step = plot.at_x(value), at[1] - at[0] if len(at) > 1 else 1.0
+        plot.body += [line(x, 6, x, height, "g"), word(x, height + 16, axis.tick(value, step), "m", "middle")]
+
+    for i, (name, first, last) in enumerate(zip(names, before, after, strict=True)):
+        down = 8 + (i + 0.5) * tall
+        title = f"{clean(name)}: from {axis.say(first)} to {axis.say(last)}"
+        x, y = plot.at_x(first), plot.at_x(last)
+        marks = path([(x, down), (y, down)], "l s0 strong")
+        marks += f'<circle class="ring" cx="{xy(x)}" cy="{xy(down)}" r="4.5"/>' if math.isfinite(x) else ""
+        marks += f'<circle class="p c0" cx="{xy(y)}" cy="{xy(down)}" r="5.5"/>' if math.isfinite(y) else ""
+        named = word(left - 4, down + 4, shown[i], "", "end")
+        right = max(value for value in (x, y, left) if math.isfinite(value))
+        said = word(right + 10, down + 4, axis.say(last), "n")
+        plot.body.append(f"<g><title>{esc(title)}</title>{named}{marks}{said}</g>")
+
+    lines, high = paragraph(key, height + 36)
+    ring = '<circle class="ring" r="4.5"/>', "start"
+    body, tall_legend = legend([ring, ('<circle class="p c0" r="5.5"/>', "end")], height + 42 + high)
+    return canvas(WIDTH, height + 28 + high + tall_legend, label, [*plot.body, *lines, *body])
 
 
 # Scatter.
@@ -360,7 +569,10 @@ def scatter(label: str, unit: str, points: Sequence[Point], axis: Axis, cost: Ca
     plot.body.append(word(middle, plot.height + 37, title, "m", "middle"))
 
     # All trails lie below all marks.
+    # Two points are the start and the end, which say nothing of the way.
     for i, point in shown:
+        if len(point.curve) < 3:
+            continue
         trail = [(plot.at_x(spent), plot.at_y(score)) for spent, score in point.curve]
         plot.body.append(path(trail, f"trail s{i % 8}", f"{point.name}, along the first run"))
     for i, point in shown:
@@ -462,7 +674,8 @@ def heat_map(
         marked: the row to outline in each column, or None; () outlines none.
     """
     cells = cells_of(rows, names)
-    body = [*axis_names(cells, rows), *shades(cells, rows, names, values, colours, say, brief)]
+    shown, key = keyed(rows)
+    body = [*axis_names(cells, shown), *shades(cells, rows, names, values, colours, say, brief)]
 
     # An outline in a smaller cell would hide its colour.
     outlines = min(cells.width, cells.height) >= 4
@@ -486,23 +699,26 @@ def heat_map(
             box(right + 22, down - 1, 14, 11, "learn") + word(right + 42, down + 9, "trained here", "m")
         )
 
+    keys = [f"{what} {text}" for what, text in (("rows", key), ("columns", keyed(names)[1])) if text]
+    lines, high = paragraph(". ".join(keys), down + 44)
     last = width(cells.columns[-1]) * 0.72 - cells.width / 2 if cells.turned else 0.0
     total = max(float(WIDTH), cells.left + len(names) * cells.width + max(12.0, last, 0.0))
-    return canvas(total, down + 30, label, body, total * 0.8 if cells.wide else 0), cells.wide
+    svg = canvas(total, down + 30 + high, label, [*body, *lines], total * 0.8 if cells.wide else 0)
+    return svg, cells.wide
 
 
 def cells_of(rows: Sequence[str], names: Sequence[str]) -> Cells:
     """Choose the size of the cells of a heat map, by their number."""
     readable = len(names) <= 24 and len(rows) <= 42
     wide = len(names) > 10 or len(rows) > 42
-    left = 14 + max(width(short(row, 18)) for row in rows)
+    left = 14 + max(map(width, keyed(rows)[0]))
     if not readable:
         across = max(1.5, min(24.0, (2 * WIDTH - left) / len(names)))
         down = max(1.5, min(18.0, 560 / len(rows)))
     else:
         across, down = (37.0, 24.0) if wide else (min(64.0, (WIDTH - 12 - left) / len(names)), 28.0)
 
-    columns = [short(name, 16) for name in names]
+    columns, _ = keyed(names)
     longest = max(map(width, columns))
     turned = longest + 6 > across
     # A text that is turned by 46 degrees is 0.72 of its length high.
@@ -524,7 +740,7 @@ def axis_names(cells: Cells, rows: Sequence[str]) -> list[str]:
 
     for row in range(0, len(rows), max(1, math.ceil(15 / cells.height))):
         down = cells.top + (row + 0.5) * cells.height + 4
-        body.append(word(cells.left - 8, down, short(rows[row], 18), anchor="end"))
+        body.append(word(cells.left - 8, down, rows[row], anchor="end"))
     return body
 
 
@@ -558,6 +774,17 @@ def shades(
 
     for shade, outlines in sorted(by_shade.items()):
         body.append(f'<path class="{shade}" d="{"".join(outlines)}"/>')
+
+    # A title for each of many thousand cells would be larger than all else: the page's script looks it up.
+    if not cells.readable:
+        texts = [[brief(value) if math.isfinite(value) else "nan" for value in row] for row in values]
+        facts = json.dumps({"rows": [*map(clean, rows)], "names": [*map(clean, names)], "values": texts})
+        x, y = cells.corner(0, 0)
+        area = f'x="{xy(x)}" y="{xy(y)}" width="{len(names) * cells.width:.2f}"'
+        body.append(
+            f'<rect class="h" {area} height="{len(rows) * cells.height:.2f}" data-cells="{esc(facts)}">'
+            "<title></title></rect>"
+        )
     return body
 
 

@@ -18,6 +18,8 @@ PERCENT = ("accuracy", "auroc", "balanced_accuracy", "f1", "iou", "top_k")
 """Metrics that are written in percent, whatever their arguments."""
 TRAITS = ("setting", "data", "model", "metric", "repeats")
 """Fields that describe a result, next to its method."""
+COST_COLUMNS = ("MACs", "bytes", "time")
+"""Columns of a comparison that are costs."""
 
 
 def number(value: float | None, percent: bool = False, digits: int | None = None) -> str:
@@ -158,7 +160,10 @@ def columns(results: Sequence[Result]) -> Comparison:
         if name != "forward_transfer" or any(value is not None for value in values):
             found.append(Column(name.replace("_", " "), numbers(values, percent)))
 
-    # Further columns only where a result has something to show.
+    # What is learned at several stages, as in rounds, is forgotten too: after whichever stage it was best.
+    if any(result.figure("forgetting") is None or result.local for result in results):
+        values = [result.figure("global_forgetting") for result in results]
+        found.append(Column("global forgetting", numbers(values, percent)))
     if any(result.local or result.personal for result in results):
         found += client_columns(results, percent)
     if any(result.mapper is not None for result in results):
@@ -166,7 +171,7 @@ def columns(results: Sequence[Result]) -> Comparison:
     found.append(Column("MACs", [human(result.costs.get("macs")) for result in results]))
     found.append(Column("bytes", [human(result.costs.get("bytes"), "B") for result in results]))
     found.append(Column("time", [duration(result.costs.get("seconds")) for result in results]))
-    return Comparison(agreed, found)
+    return Comparison(agreed, [column for column in found if column.scores or set(column.cells) != {"-"}])
 
 
 def numbers(values: Sequence[float | None], percent: Sequence[bool]) -> list[str]:
@@ -185,7 +190,6 @@ def client_columns(results: Sequence[Result], percent: Sequence[bool]) -> list[C
         "worst tenth": [result.figure("worst") for result in results],
         "spread": [result.spread for result in results],
         "local forgetting": [result.figure("local_forgetting") for result in results],
-        "global forgetting": [result.figure("global_forgetting") for result in results],
         "personal": personal,
     }
     return [Column(name, numbers(values, percent)) for name, values in shown.items()]
@@ -321,13 +325,6 @@ def safe(text: str) -> str:
     for plain, escaped in (("\\", "\\\\"), ("|", "\\|"), ("&", "&amp;"), ("<", "&lt;")):
         text = text.replace(plain, escaped)
     return text
-
-
-def tsv(found: Sequence[Column]) -> str:
-    """Write columns as tab-separated lines, for a spreadsheet."""
-    # Names are cleaned of tabs and newlines before, so that no cell needs quotes.
-    names = [column.name for column in found]
-    return "\n".join("\t".join(map(cell, row)) for row in [names, *rows_of(found)])
 
 
 def cell(text: str) -> str:

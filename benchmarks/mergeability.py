@@ -247,7 +247,8 @@ def merged(task: tuple[Any, str, str, float, int, Params, list[Params]]) -> dict
             method = cs.Method.of([REGIMES[regime](), BY_DATA[aggregator]()])
             result = cs.run(schedule, method, model, training(rate, n["epochs"]), seed=n["seed"])
         else:
-            given = [Expert(s.name, p, s) for s, p in zip(later[:many], experts, strict=False)]
+            labels = alone(later, 0, start).frame.labels  # their columns in the net
+            given = [Expert(s.name, p, s, labels=labels) for s, p in zip(later[:many], experts, strict=False)]
             result = cs.run(
                 cs.settings.merging(experts=given, base=start, scenario="task"),
                 AGGREGATORS[aggregator](),

@@ -414,33 +414,33 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, capsys):
     import consilience.cli.run as command
 
     out, whole = tmp_path / "out", tmp_path / "whole"
-    real = command.progress_lines
+    real = command.watched
 
     class Stop:
         def __init__(self, *a):
             self.inner = real(*a)
 
         def __enter__(self):
-            write = self.inner.__enter__()
+            ((label, write),) = self.inner.__enter__().items()
 
             def then(line):
                 write(line)
                 if line["event"] == "stage" and line["stage"] == 2:
                     os.kill(os.getpid(), signal.SIGINT)
 
-            return then
+            return {label: then}
 
         def __exit__(self, *a):
             return self.inner.__exit__(*a)
 
     assert main(["run", *QUICK, "--out", str(whole)]) == 0
     capsys.readouterr()
-    monkeypatch.setattr(command, "progress_lines", Stop)
+    monkeypatch.setattr(command, "watched", Stop)
     assert main(["run", *QUICK, "--out", str(out)]) == 130
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     assert f"--resume --out {out}" in err
-    monkeypatch.setattr(command, "progress_lines", real)
+    monkeypatch.setattr(command, "watched", real)
     assert main(["run", "--resume", "--out", str(out)]) == 0
     assert same(out, whole)
 

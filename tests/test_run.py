@@ -3,6 +3,7 @@ costs."""
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
@@ -10,7 +11,9 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+import types
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -1068,3 +1071,93 @@ def test_a_buffer_forgets_sources_of_which_it_has_no_example_but_not_their_count
     total = sum(len(source.train) for source in sources)
     assert ace.recall(agent.memory(ace), ()).seen == total
     assert ace.recall(agent.memory(ace), (sources[0],)).seen == total - len(sources[0].train)
+
+
+# progress
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def quickly(**more):
+    sources = cs.data.split_classes(cs.data.digits(), 2)
+    training = cs.Training(epochs=1, batch_size=256)
+    return cs.run(cs.settings.continual(sources), cs.methods.finetune(), training=training, **more)
+
+
+def test_progress_is_a_bar_lines_or_nothing(monkeypatch, capsys):
+    quickly()
+    quickly(progress=False)
+    assert capsys.readouterr().out == ""
+    quickly(progress=True, repeats=2)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[:2] for line in lines] == [["finetune", f"{i}/4"] for i in range(1, 5)]
+
+    # In a terminal a bar comes by itself; `False` is quiet there too.
+    terminal, threads = Terminal(), threading.active_count()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    quickly()
+    assert "finetune, digits/5-6-7-8-9: 0." in terminal.getvalue() and "2/2" in terminal.getvalue()
+    # The thread that draws ends at its next turn.
+    for _ in range(100):
+        if threading.active_count() == threads:
+            break
+        time.sleep(0.05)
+    assert threading.active_count() == threads
+    before = terminal.getvalue()
+    quickly(progress=False)
+    assert terminal.getvalue() == before
+    with pytest.raises(cs.ConsilienceError, match="`progress` must be True, False or a function"):
+        quickly(progress=3)
+
+
+def test_a_sweep_has_a_bar_for_each_run_and_leaves_one_of_the_users_alone(monkeypatch):
+    from rich.progress import Progress
+
+    def both():
+        sources = cs.data.split_classes(cs.data.digits(), 2)
+        methods = {"one": cs.methods.finetune(), "two": cs.methods.ewc()}
+        schedule, training = cs.settings.continual(sources), cs.Training(epochs=1, batch_size=256)
+        return cs.sweep(schedule, methods, training=training)
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    both()
+    assert "one, digits" in terminal.getvalue() and "two, digits" in terminal.getvalue()
+
+    # A terminal shows one live display at a time.
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    with Progress():
+        assert list(both()) == ["one", "two"]
+
+
+def test_a_notebook_gets_a_bar(monkeypatch):
+    from consilience import progress
+
+    class Shell:
+        kernel = None
+
+    monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(get_ipython=Shell))
+    assert progress.draws()
+    monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(get_ipython=lambda: None))
+    assert not progress.draws()
+
+
+# spreads
+
+
+def test_every_number_of_a_result_has_its_deviation_over_seeds():
+    sources = cs.data.split_classes(cs.data.digits(), 5)
+    schedule, training = cs.settings.continual(sources, "domain"), cs.Training(epochs=1)
+    whole = cs.run(schedule, cs.methods.finetune(), training=training, repeats=3)
+    alone = [cs.run(schedule, cs.methods.finetune(), training=training, seed=s) for s in range(3)]
+    assert whole.deviation("score") == pytest.approx(whole.score_std)
+    for name in ("forgetting", "backward_transfer", "stability", "plasticity", "average_incremental"):
+        each = [result.figure(name) for result in alone]
+        assert whole.deviation(name) == pytest.approx(np.std(each, ddof=1)) and np.std(each) > 0
+        assert f"{name.replace('_', ' ')} {np.mean(each):.3f} +- {np.std(each, ddof=1):.3f}" in repr(whole)
+        assert alone[0].deviation(name) is None
+    assert "+-" not in repr(alone[0])
+    assert whole.deviation("local_forgetting") is None

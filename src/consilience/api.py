@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from functools import partial
 from html import escape
 from itertools import product
@@ -28,6 +29,7 @@ from consilience.loop.folder import Log, Progress
 from consilience.loop.run import begin, drive
 from consilience.loop.session import Session
 from consilience.metrics.choice import Choice
+from consilience.progress import watched
 from consilience.trackers import of as trackers_of
 
 if TYPE_CHECKING:
@@ -102,7 +104,7 @@ def run(
     curve_steps: int | None = None,
     judge_clients: bool = False,
     stopping: Stopping | Mapping[str, Any] | int | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     trackers: Sequence[Any] = (),
     config: Mapping[str, Any] | None = None,
 ) -> Result:
@@ -138,7 +140,8 @@ def run(
         stopping: ends the run where the metric on the sources' validation data no longer improves over its
             stages, such as rounds, and returns the parameters of the best one (`Result.stopped`): a
             `Stopping`, or the number of stages to wait. None: all stages are run.
-        progress: called with every line of the log.
+        progress: True draws a bar in a terminal or a notebook and prints lines elsewhere; None draws a bar
+            where it can; False is quiet. A function is called with every line of the log instead.
         trackers: where the numbers of the log go while it runs: "csv", "tensorboard", "wandb", "mlflow", one
             of `consilience.trackers`, an object with `log(scalars, step)`, or a function of the two.
         config: the content of config.yaml; None describes the arguments.
@@ -162,7 +165,6 @@ def run(
         curve_steps=curve_steps,
         judge_clients=judge_clients,
         stopping=Stopping.of(stopping),
-        progress=progress,
         trackers=trackers_of(trackers),
         config=config,
     )
@@ -170,9 +172,12 @@ def run(
 
     # A method may refuse the model, so that is chosen before the checks.
     chosen = model_for(schedule, method, model)
-    with closing(begin(schedule, method, chosen, training, engine_of(engine), options)) as session:
-        drive([session], session.engine)
-        return result_of(session)
+    label = Method.of(method).name  # type: ignore[arg-type]
+    with watched(progress, lambda: schedule.survey(seed).stages, repeats, [label]) as lines:
+        options = replace(options, progress=lines[label])
+        with closing(begin(schedule, method, chosen, training, engine_of(engine), options)) as session:
+            drive([session], session.engine)
+            return result_of(session)
 
 
 @partial(suggests, training=Training)
@@ -191,7 +196,7 @@ def sweep(
     checkpoint_seconds: float = 60.0,
     judge_clients: bool = False,
     stopping: Stopping | Mapping[str, Any] | int | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     trackers: Sequence[Any] = (),
 ) -> dict[str, Result]:
     """Run several methods, models or trainings on one schedule side by side: all combinations of them.
@@ -224,8 +229,11 @@ def sweep(
     runner, given_trackers = engine_of(engine), trackers_of(trackers)
     made: dict[str, Model] = {}
     sessions: dict[str, Session] = {}
+    runs = variants(methods, model, training)
     with ExitStack() as held:
-        for name, method, given, trained in variants(methods, model, training):
+        names = [name for name, *_ in runs]
+        lines = held.enter_context(watched(progress, lambda: schedule.survey(seed).stages, repeats, names))
+        for name, method, given, trained in runs:
             at = Path(out) / name if out is not None else None
             options = RunOptions(
                 repeats=repeats,
@@ -236,7 +244,7 @@ def sweep(
                 checkpoint_seconds=checkpoint_seconds,
                 judge_clients=judge_clients,
                 stopping=Stopping.of(stopping),
-                progress=progress,
+                progress=lines[name],
                 trackers=given_trackers,
                 name=name,
             )

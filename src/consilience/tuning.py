@@ -157,6 +157,8 @@ def search(
                 engine=runner,
                 out=at,
                 resume=begun,
+                # The caller is told of whole candidates.
+                progress=False,
             )
             found.append(Candidate(name, values, result.score, result))
         except ConsilienceError as error:

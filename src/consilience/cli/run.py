@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import math
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from consilience.cli.build import listed, method_of, metrics_of, model_of, schedule_of, training_of
 from consilience.cli.options import Order, understand
 from consilience.core.errors import ConsilienceError
-from consilience.core.names import clean
+from consilience.progress import watched
 
 if TYPE_CHECKING:
     from consilience.api import Result
@@ -49,7 +46,7 @@ def carry_out(
 
     options = order.run
     stages = schedule.survey(options.seed).stages
-    with progress_lines(stages, options.repeats, method.name) as progress:
+    with watched(True, lambda: stages, options.repeats, [method.name]) as progress:
         return cs.run(
             schedule,
             method,
@@ -57,7 +54,7 @@ def carry_out(
             training_of(order),
             out=out,
             resume=resume,
-            progress=progress,
+            progress=progress[method.name],
             config=config,
             repeats=options.repeats,
             seed=options.seed,
@@ -69,60 +66,3 @@ def carry_out(
             stopping=options.stopping,
             trackers=[] if options.trackers is None else listed(options.trackers),
         )
-
-
-@contextmanager
-def progress_lines(stages: int, repeats: int, label: str) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """Give a callback that shows the log of a run: a bar in a terminal, plain lines elsewhere."""
-    # A bar redraws its line, which would fill a file or a pipe with control characters.
-    if sys.stdout.isatty():
-        with progress_bar(stages, repeats, label) as draw:
-            yield draw
-        return
-
-    total = stages * repeats
-
-    def write(line: Mapping[str, Any]) -> None:
-        before = line.get("repeat", 0) * stages
-        # Stage 0 is the evaluation before training.
-        if line["event"] == "stage" and line["stage"]:
-            count = f"{before + line['stage']}/{total}"
-            seconds = f"{line['seconds']:.1f} s"
-            print(f"{label}  {count}  {clean(line['name'])}  {scores_of(line)}  {seconds}", flush=True)
-        elif line["event"] == "resume":
-            done = before + max(0, line["stage"] - 1)
-            print(f"{label}  resumed after {done}/{total}, step {line['steps']}", flush=True)
-
-    yield write
-
-
-def scores_of(line: Mapping[str, Any]) -> str:
-    """Write the scores of a stage: one number, or each further metric by its name."""
-    further = [f"{name} {score:.3f}" for name, score in line.get("metrics", {}).items()]
-    # Sources with different metrics have no mean.
-    first = [] if further and math.isnan(line["score"]) else [f"{line['score']:.3f}"]
-    return ", ".join([*first, *further])
-
-
-@contextmanager
-def progress_bar(stages: int, repeats: int, label: str) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """Give a callback that draws the log of a run as a bar."""
-    from rich import progress
-
-    columns = (
-        # Names may have brackets, which would be markup.
-        progress.TextColumn("{task.description}", markup=False),
-        progress.BarColumn(),
-        progress.MofNCompleteColumn(),
-        progress.TimeElapsedColumn(),
-        progress.TimeRemainingColumn(),
-    )
-    with progress.Progress(*columns) as bar:
-        task = bar.add_task(label, total=stages * repeats)
-
-        def draw(line: Mapping[str, Any]) -> None:
-            if line["event"] == "stage":
-                text = f"{label}, {clean(line['name'])}: {scores_of(line)}"
-                bar.update(task, completed=line["repeat"] * stages + line["stage"], description=text)
-
-        yield draw

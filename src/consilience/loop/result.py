@@ -233,6 +233,27 @@ class Result:
         except ConsilienceError:
             return None
 
+    def deviation(self, name: str) -> float | None:
+        """Return the standard deviation over repeats (ddof 1) of a number that `figure` gives.
+
+        None with fewer than two repeats in which it is defined, and for what is of the first repeat alone.
+        """
+        each = [self._alone(number).figure(name) for number in range(self.repeats)]
+        found = [value for value in each if value is not None and np.isfinite(value)]
+        return float(np.std(found, ddof=1)) if len(found) > 1 else None
+
+    def _alone(self, number: int) -> Self:
+        """Return the scores of one repeat as a result."""
+        own = slice(number, number + 1)
+        return replace(
+            self,
+            matrices=self.matrices[own],
+            metrics={name: matrices[own] for name, matrices in self.metrics.items()},
+            mapper=None if self.mapper is None else self.mapper[own],
+            stopped=self.stopped[own],
+            local=(),
+        )
+
     def _check_one_metric(self) -> None:
         """Refuse means over sources that have different metrics."""
         if self.measured_by:
@@ -433,10 +454,10 @@ class Result:
         """Write what ran, how well, at what cost: five lines."""
 
         def said(name: str) -> str:
-            value = self.figure(name)
-            return f"{name.replace('_', ' ')} {'-' if value is None else format(value, '.3f')}"
+            value, spread = self.figure(name), self.deviation(name)
+            shown = "-" if value is None else format(value, ".3f")
+            return f"{name.replace('_', ' ')} {shown}" + ("" if spread is None else f" +- {spread:.3f}")
 
-        spread = f" +- {self.score_std:.3f}" if self.repeats > 1 and not self.measured_by else ""
         counts = [(len(self.stages), "stage"), (len(self.sources), "source"), (self.repeats, "repeat")]
         sizes = ", ".join(f"{count} {what}{'s' * (count != 1)}" for count, what in counts)
         names = [name for _, name in self.labels[:6]]
@@ -444,7 +465,7 @@ class Result:
         return "\n".join(
             [
                 f"{self.method} in {self.setting} on {self.data}, model {self.model}: {sizes}",
-                f"  {self.metric}: {said('score')}{spread}, {said('average_incremental')}",
+                f"  {self.metric}: {said('score')}, {said('average_incremental')}",
                 "  " + ", ".join(map(said, ("forgetting", "backward_transfer", "stability", "plasticity"))),
                 f"  outputs: {', '.join(names) or '-'}{more}",
                 f"  cost: {self.costs['macs']:.3g} MACs, {self.costs['bytes']:.3g} bytes, "

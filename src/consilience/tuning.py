@@ -157,7 +157,7 @@ def search(
                 engine=runner,
                 out=at,
                 resume=begun,
-                # The caller is told of whole candidates.
+                # The caller sees whole candidates.
                 progress=False,
             )
             found.append(Candidate(name, values, result.score, result))

@@ -106,6 +106,13 @@ def score(result: Result) -> str:
     return f"{text} ± {number(result.score_std, percent)}" if result.repeats > 1 else text
 
 
+def figured(result: Result, name: str) -> str:
+    """Write a number of a result that has the unit of its scores, with its deviation over repeats."""
+    percent, spread = in_percent(result.metric), result.deviation(name)
+    text = number(result.figure(name), percent)
+    return text if spread is None else f"{text} ± {number(spread, percent)}"
+
+
 def trait(result: Result, name: str) -> str:
     """Write one field that describes a result."""
     return clean(getattr(result, name))
@@ -155,15 +162,16 @@ def columns(results: Sequence[Result]) -> Comparison:
     scores = [score(result) + unit for result, unit in zip(results, units, strict=True)]
     found.append(Column(title, scores, scores=True))
     for name in ("forgetting", "backward_transfer", "forward_transfer"):
-        values = [result.figure(name) for result in results]
+        cells = [figured(result, name) for result in results]
         # Forward transfer means something in few settings.
-        if name != "forward_transfer" or any(value is not None for value in values):
-            found.append(Column(name.replace("_", " "), numbers(values, percent)))
+        if name != "forward_transfer" or set(cells) != {"-"}:
+            found.append(Column(name.replace("_", " "), cells))
 
     # What is learned at several stages, as in rounds, is forgotten too: after whichever stage it was best.
     if any(result.figure("forgetting") is None or result.local for result in results):
-        values = [result.figure("global_forgetting") for result in results]
-        found.append(Column("global forgetting", numbers(values, percent)))
+        found.append(
+            Column("global forgetting", [figured(result, "global_forgetting") for result in results])
+        )
     if any(result.local or result.personal for result in results):
         found += client_columns(results, percent)
     if any(result.mapper is not None for result in results):
@@ -281,7 +289,7 @@ def table(results: Sequence[Result]) -> str:
     setting continual, data digits, model MLP, metric accuracy, 2 repeats
     method  accuracy %  forgetting  backward transfer  forward transfer    MACs    bytes   time
     ------  ----------  ----------  -----------------  ----------------  ------  -------  -----
-    ewc     75.0 ± 7.1        40.0              -40.0              10.0  1.20 M  3.40 kB  2.5 s
+    ewc     75.0 ± 7.1  40.0 ± 0.0        -40.0 ± 0.0        10.0 ± 0.0  1.20 M  3.40 kB  2.5 s
     <BLANKLINE>
     accuracy % after each stage (rows), on each source (columns)
     stage    digits/0  digits/1
@@ -307,7 +315,7 @@ def markdown(results: Sequence[Result]) -> str:
     """Write results as a Markdown table, one row for each of their metrics.
 
     >>> print(markdown([example()]).splitlines()[-1])
-    | ewc | 75.0 ± 7.1 | 40.0 | -40.0 | 10.0 | 1.20 M | 3.40 kB | 2.5 s |
+    | ewc | 75.0 ± 7.1 | 40.0 ± 0.0 | -40.0 ± 0.0 | 10.0 ± 0.0 | 1.20 M | 3.40 kB | 2.5 s |
     """
     agreed, found = columns(by_metric(results))
     rows = [

@@ -364,6 +364,28 @@ def test_folder_with_splits(pictures):
     refused("class folders must be those of train, got 'c'", data.folder, path)
 
 
+def test_classes_of_a_folder_without_images_keep_their_columns(pictures):
+    """Those that a split lacks, and those of which no image can be read."""
+    for name in "abc":
+        path = pictures("set/train", name, 10).parent
+    pictures("set/val", "b", 2)
+    pictures("set/test", "a", 2)
+    pictures("set/test", "c", 3)
+    labels = tuple(("set", name) for name in "abc")
+    source = data.folder(path)
+    assert source.labels == labels and source.classes == (0, 1, 2)
+    assert source.test.targets().tolist() == [0, 0, 2, 2, 2]
+    assert source.validation.targets().tolist() == [1, 1]
+
+    for file in (path / "train" / "b").iterdir():
+        file.write_bytes(b"not an image")
+    with pytest.warns(UserWarning, match="10 of"):
+        source = data.folder(path, unreadable="skip")
+    assert source.labels == labels
+    assert set(source.train.targets().tolist()) == {0, 2}
+    assert source.validation.targets().tolist() == [1, 1]
+
+
 def test_folder_refuses(pictures, tmp_path, monkeypatch):
     refused("must have a subfolder for each class", data.folder, tmp_path)
     path = pictures("x", "a", 5)

@@ -33,6 +33,7 @@ class Script(NamedTuple):
 SCRIPTS = (
     Script("core.py", data=False),
     Script("engines.py", 2, data=False),
+    Script("long.py", data=False),
     Script("merging.py", data=False),
     Script("frozen.py", 1, ("transformers",), data=False),
     Script("features.py", 1, ("timm",)),

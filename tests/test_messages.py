@@ -702,3 +702,18 @@ def test_mutated_run_folders(parts, tmp_path):
         taken += 1
         assert result.agent.predict(few[0].test.whole()[0]).isfinite().all()
     assert 0.02 * count < taken < 0.75 * count
+
+
+@pytest.mark.parametrize("more", [1, 2**40, 2**70, -(10**6)])
+def test_a_log_that_an_index_says_is_longer_is_refused(parts, tmp_path, more):
+    """With all hashes right; a resumed run would fill it up with zeros."""
+    arguments = (cs.settings.federated(parts[:2], 1), cs.methods.fedavg(), cs.models.linear(64, 10), TRAINING)
+    cs.run(*arguments, out=tmp_path)
+    path, log = tmp_path / "checkpoint" / "index.json", tmp_path / "log.jsonl"
+    (tmp_path / "checkpoint" / "previous.json").unlink()
+    index, size = json.loads(path.read_bytes()), log.stat().st_size
+    index["log"]["bytes"] = size + more
+    path.write_text(json.dumps(sealed({name: value for name, value in index.items() if name != SEAL})))
+    with pytest.raises(cs.ConsilienceError, match="log.jsonl is damaged or missing"):
+        cs.run(*arguments, out=tmp_path, resume=True)
+    assert log.stat().st_size == size

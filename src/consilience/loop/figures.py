@@ -83,7 +83,11 @@ class Figures:
         """Continue from what `kept` gave."""
         self.losses, self.norms = [], []
         for name in KEPT:
-            setattr(self, name, kept[name])
+            # JSON has no infinity, so that a sum that is not finite is kept as None.
+            value = math.nan if kept[name] is None and name in ("loss", "norm") else kept[name]
+            if not isinstance(value, int if name in ("steps", "looks") else int | float):
+                raise TypeError(f"{name!r} is no number")
+            setattr(self, name, value)
 
 
 KEPT = ("steps", "loss", "looks", "norm", "seconds")

@@ -523,13 +523,27 @@ def test_learns_digits_in_five_tasks(name, low, model):
         model
     ]
     fit = cs.Training(epochs=8, lr=0.05, momentum=0.9, weight_decay=1e-4)
-    # In eight epochs the default sparsity silences all units of the last task for some seeds.
+    # In eight epochs the default silences all channels of the small net for the last task of some seeds.
     method = cs.methods.hat(0.02) if name == "hat" else METHODS[name]()
     r = cs.run(cs.settings.continual(parts, "task"), method, made, fit)
     assert r.score > low, r.matrix
     if name in ("packnet", "hat", "supsup"):
         after = r.matrix[1:]
         assert all((after[j:, j] == after[j, j]).all() for j in range(5)), "nothing is forgotten"
+
+
+@pytest.mark.parametrize(("sparsity", "silent"), [(100.0, True), (0.0, False)])
+def test_a_task_whose_units_all_fell_silent_is_warned_about(sparsity, silent):
+    """Its answers are the same for every input; without sparsity they are not."""
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        r = go(cs.methods.hat(sparsity), sources=SOURCES[:2])
+    texts = [str(w.message) for w in found if "silenced all units" in str(w.message)]
+    assert bool(texts) == silent
+    answers = r.agent.predict(SOURCES[0].test.whole()[0], "s/0")
+    assert bool((answers == answers[0]).all()) == silent
+    if silent:
+        assert "for task 's/0'" in texts[0] and "use a smaller `sparsity`" in texts[0]
 
 
 def test_a_mapper_takes_the_place_of_the_label():

@@ -20,6 +20,7 @@ from consilience.core.params import Layout, Params
 from consilience.core.shares import exact_share
 from consilience.core.source import Source
 from consilience.core.training import Training
+from consilience.core.warning import warn
 from consilience.corrections.anatomy import (
     anatomy,
     not_alone,
@@ -301,7 +302,8 @@ class HAT(Correction):
     Units are gated by the rows of their layers, which is exact with ReLU and max pooling, without norms. The
     head is not gated: in a shared one each task trains the rows of its own classes, on all units; tasks with
     classes in common need `models.multi_head`, which is the default. Masks are private. In short training a
-    large `sparsity` silences all units of a layer. Serrà et al. 2018 (who use .75 with 200 epochs).
+    large `sparsity` may silence all units of a layer with few, such as 8 channels, which is warned about.
+    Serrà et al. 2018 (who use .75 with 200 epochs).
     """
 
     sparsity: float = 0.1
@@ -462,6 +464,13 @@ class HAT(Correction):
             layer: (e > 0).to(e.dtype) if self.hard else torch.sigmoid(self.s_max * e)
             for layer, e in embeddings.items()
         }
+        # Then the task's outputs are constant, and its accuracy is that of a guess.
+        silent = [layer for layer, e in embeddings.items() if not bool((e > 0).any())]
+        if silent:
+            warn(
+                f"HAT silenced all units of layer {silent[0]!r} for task {learned.task!r}, whose outputs no "
+                "longer depend on the input; use a smaller `sparsity`, more epochs, or a wider model"
+            )
         meta = {"task": learned.task, "classes": list(learned.source.classes)}
         return Private({f"mask/{layer}": mask for layer, mask in masks.items()}, meta)
 

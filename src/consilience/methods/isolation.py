@@ -30,7 +30,9 @@ def hat(sparsity: float = 0.1, s_max: float = 400.0, hard: bool = True) -> Metho
     Paper: Serrà et al. 2018.
 
     Args:
-        sparsity: of the regulariser that leaves units to later tasks.
+        sparsity: of the regulariser that leaves units to later tasks. Layers of a hundred units take .01 to
+            .75 alike; with few units or epochs a smaller one, such as .02, as all units of a task may fall
+            silent, which is warned about.
         s_max: the steepest sigmoid, at the last batch of an epoch.
         hard: masks of earlier and predicted tasks are 0 or 1, so that their outputs do not change; soft ones
             drift.

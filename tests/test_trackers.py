@@ -256,3 +256,28 @@ def test_wandb_is_offline_and_has_the_rows(offline, tmp_path):
             step = said.pop("steps", None)
             found += [(step, n, v) for n, v in said.items() if "seconds" not in n and n[0] != "_"]
     assert sorted(found) == sorted(expected) and os.environ["WANDB_ERROR_REPORTING"] == "false"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"event": "stage"},
+        {"event": "stage", "score": 1.0, "scores": [0.5], "steps": 3, "macs": 1, "bytes": 1, "seconds": 1},
+        {"event": "visit", "agent": []},
+        {"event": "validation", "score": "x", "repeat": 0},
+        {},
+        [],
+    ],
+)
+def test_a_damaged_line_of_a_log_leaves_no_row_out(line):
+    from consilience.trackers import Run, Tracking
+
+    whole = {"event": "validation", "score": 0.25, "repeat": 0}
+    got: list[object] = []
+    log = [lambda scalars, step: got.append(scalars)]
+    tracking = Tracking(log, Run("r", {}, None), ["a", "b"], "agent", (0,))
+    tracking.open(tracking.names, [line, whole])
+    # The row that was sent before is left out once, whatever the damaged line says.
+    tracking(whole)
+    tracking(whole)
+    assert got == [{"validation/score": 0.25}]

@@ -251,7 +251,7 @@ class Tracking:
 
     def open(self, before: Iterable[str] = (), dropped: Iterable[Mapping[str, Any]] = ()) -> None:
         """Open all trackers; those of `before` have got the lines that will be written again."""
-        again = Counter(_key(*said) for line in dropped if (said := self.scalars(line)) is not None)
+        again = Counter(_key(*said) for line in dropped if (said := self._read(line)) is not None)
         for name, tracker in zip(self.names, self.trackers, strict=True):
             self._sent[name] = Counter(again) if name in before else Counter()
             try:
@@ -284,6 +284,14 @@ class Tracking:
                 # A run is worth more than its curves.
                 del self._logs[name]
                 warn(f"the tracker {name!r} failed and gets nothing more: {type(error).__name__}: {error}")
+
+    def _read(self, line: Mapping[str, Any]) -> tuple[dict[str, float], int] | None:
+        """Return the scalars of a line that was read from a file; None for one that is damaged."""
+        # No row can have come from it, so there is none to leave out.
+        try:
+            return self.scalars(line)
+        except (AttributeError, LookupError, TypeError, ValueError):
+            return None
 
     def scalars(self, line: Mapping[str, Any]) -> tuple[dict[str, float], int] | None:
         """Return the scalars of a line of the log and their step; None where it has none."""

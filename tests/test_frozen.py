@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import consilience as cs
 from consilience.core.errors import Interrupted
 from consilience.core.message import Message, Weights
-from consilience.core.params import Layout, content_hash, placed
+from consilience.core.params import Layout, content_hash, placed, same
 from consilience.core.state import Frozen, decode_state, encode_state
 from consilience.loop.checks import RunOptions
 from consilience.loop.run import begin, drive
@@ -204,6 +204,30 @@ def test_a_given_module_lends_its_frozen_entries_and_nothing_else():
     net = module()
     pattern = cs.models.wrap(net.requires_grad_(True), frozen=("words.*",))
     assert pattern.init(torch.Generator())[0]["words.0.weight"].data_ptr() != net.words[0].weight.data_ptr()
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy])
+def test_a_copy_of_a_model_is_as_good_as_the_model(copied):
+    """Copies count the changes of their tensors anew, as in `models.macs`, which runs on one."""
+    net = module()
+    model = cs.models.wrap(net)
+    # What a state dict was loaded into has changed before, and its copy has not.
+    net.load_state_dict(net.state_dict())
+    model = cs.models.wrap(net)
+    assert net.words[0].weight._version > 0
+    for whole in (model, cs.models.multi_head(model, 4), cs.models.frozen(model, "head.bias")):
+        again = copied(whole).init(torch.Generator().manual_seed(0))[0]
+        assert same(again, whole.init(torch.Generator().manual_seed(0))[0])
+    assert cs.models.macs(model, torch.zeros(1, 8, dtype=torch.long)) > 0
+
+    # A copy of one that was changed would hide the change.
+    twin = copied(model)
+    with torch.no_grad():
+        twin.module.words[0].weight.add_(1)
+    with pytest.raises(cs.ConsilienceError, match="was changed there"):
+        twin.init(torch.Generator())
+    with pytest.raises(cs.ConsilienceError, match="was changed there"):
+        copied(twin).init(torch.Generator())
 
 
 def test_frozen_entries_that_their_owner_changes_are_refused():

@@ -474,6 +474,18 @@ class ModuleModel(Model):
             torch.default_generator.manual_seed(seed)
             return self.factory()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the fields of a copy, with by how much frozen entries have changed since they were given."""
+        given = dict(self.module.named_parameters())
+        since = {name: changes(given[name]) - before for name, before in self._versions.items()}
+        return {**self.__dict__, "_versions": since}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Become a copy, whose tensors count their changes anew; what was changed stays so."""
+        self.__dict__.update(state)
+        given = dict(self.module.named_parameters())
+        self._versions = {name: changes(given[name]) - since for name, since in self._versions.items()}
+
     def _check_unchanged(self) -> None:
         """Refuse frozen entries that were changed in the module that was given."""
         for name, p in self.module.named_parameters():

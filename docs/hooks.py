@@ -46,7 +46,7 @@ EXAMPLES: dict[str, tuple[str, Callable[[Any], Any]]] = {
 BY_MODULE = ("core", "loop")
 """Rooms without a public door of their own: their pages go through their modules."""
 
-DOORLESS = ("api", "cli", "demo", "lazy", "tuning", "version")
+DOORLESS = ("api", "cli", "demo", "lazy", "progress", "tuning", "version")
 """Rooms without a page: `consilience` itself offers api and tuning, the others are commands and helpers."""
 
 

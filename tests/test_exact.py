@@ -780,7 +780,7 @@ def test_the_buffer_is_a_reservoir():
         memory, seen = {}, 0
         for i, n in enumerate(s):
             memory[n], seen = drawn(er, s[n], 3 * run + i), seen + sizes[n]
-            memory = dict(er.trim(memory, torch.Generator()))
+            memory = dict(er.trim(memory, SimpleNamespace(source=s[n], generator=torch.Generator())))
             assert sum(len(m.tensors["y"]) for m in memory.values()) == min(20, seen)
         for n, m in memory.items():
             counts[n][m.tensors["x"][:, 0]] += 1

@@ -201,7 +201,7 @@ OTHERS = PLACES | OF_VALUES | OF_LABELS
 """The forms without one class per sample."""
 
 REFUSED: dict[str, set[str]] = {
-    **dict.fromkeys(("entropy_ensemble", "er_ace", "gdumb", "icarl", "skill", "wsm"), OTHERS),
+    **dict.fromkeys(("entropy_ensemble", "er_ace", "gdumb", "icarl", "scroll", "skill", "wsm"), OTHERS),
     "feddf(unlabelled)": OTHERS - {"tokens", "pixels"},
     "fed3r": PLACES | OF_LABELS,
     "generative_replay": PLACES | OF_LABELS | TREES,

@@ -158,6 +158,7 @@ SILENT = {
     ),
     "fedweit": "wants task labels, here in continual alone; what it sends is checked in test_fedmethods.py",
     "pcgrad": "runs in multitask alone, where nobody hears another agent",
+    "scroll": "runs where nobody hears another agent",
     **dict.fromkeys(
         (
             "den",

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from consilience.corrections.reuse import HeadReuse as HeadReuse
     from consilience.corrections.sensitivity import TaLoS as TaLoS
     from consilience.corrections.solved import SolvedHead as SolvedHead
+    from consilience.corrections.solved import StreamHead as StreamHead
     from consilience.corrections.superposition import PSP as PSP
     from consilience.corrections.superposition import SupSup as SupSup
     from consilience.corrections.superposition import XdG as XdG

@@ -265,7 +265,7 @@ def table(
     >>> source = table(rows, "ill", test=rows, validation=0)
     >>> source.train.whole()[0][:2]
     tensor([[-1.2649,  1.0000,  0.0000],
-            [-0.6325,  0.0000,  1.0000]])
+            [-0.6325,  0.0000,  1.0000]], dtype=torch.float64)
     >>> source.labels
     (('table', 'n'), ('table', 'y'))
     """

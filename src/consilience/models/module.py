@@ -481,7 +481,7 @@ class ModuleModel(Model):
         return {**self.__dict__, "_versions": since}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Become a copy, whose tensors count their changes anew; what was changed stays so."""
+        """Become a copy, whose tensors count their changes from 0; what was changed stays so."""
         self.__dict__.update(state)
         given = dict(self.module.named_parameters())
         self._versions = {name: changes(given[name]) - since for name, since in self._versions.items()}

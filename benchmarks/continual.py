@@ -305,9 +305,9 @@ def written(
     about = about.replace("SEEDS", str(SEEDS)).replace("STRENGTHS", PROTOCOL)
     ladders = [f"- {m}: {n} {', '.join(f'{v:g}' for v in values)}" for m, (n, values) in STRENGTHS.items()]
     by_hand = [f"- {m}: {', '.join(f'{k} {v:g}' for k, v in a.items())}" for m, a in METHODS.items() if a]
-    told = f"- seeds: {SEEDS}\n- minutes by stream: {minutes} ({chosen.workers} processes)"
+    lead = f"- seeds: {SEEDS}\n- minutes by stream: {minutes} ({chosen.workers} processes)"
     text = [
-        told,
+        lead,
         "",
         *table,
         "",

@@ -81,7 +81,7 @@ STRENGTHS: dict[str, tuple[str, tuple[float, ...]]] = {
     "fed3r": ("strength", (0.01, 0.1, 1.0, 10.0, 100.0)),
     "fed3r, then fedavg": ("temperature", (0.01, 0.03, 0.1, 0.3, 1.0)),
 }
-"""What is tuned beside the learning rate, and its five values."""
+"""What is tuned next to the learning rate, and its five values."""
 CYCLIC = ("fedavg", "ghbm, tau 10")
 """Also with clients that take turns, as GHBM's analysis assumes."""
 
@@ -326,9 +326,9 @@ def main() -> None:
         ("BY_HAND", by_hand),
     ):
         about = about.replace(name, str(value))
-    told = f"- seeds: {SEEDS}\n- minutes by part: {facts['by part']} ({arguments.workers} processes)\n\n"
+    lead = f"- seeds: {SEEDS}\n- minutes by part: {facts['by part']} ({arguments.workers} processes)\n\n"
     if arguments.parts == list(parts):
-        save("federated" + "_full" * arguments.full, about, facts, told + "\n".join(lines))
+        save("federated" + "_full" * arguments.full, about, facts, lead + "\n".join(lines))
     else:
         print("\n".join(lines), "Parts alone are not written.", sep="\n")
 

@@ -11,7 +11,7 @@ LLL: a linear head a task (Adam, lr .001, EPOCHS epochs on kept features), an an
 biases on all layers (the head begins as the logistic one, `head="lp_ft"`; Adam, lr .001 falling linearly,
 that of biases as many times as large as the validation parts of MNIST-M and Balinese choose from five
 values, BB_EPOCHS epochs on images, which are fewer because they pass through the backbone), every agent in
-a process of its own that tells a bank file: with biases, or without where that has more of its own
+a process of its own that writes a bank file: with biases, or without where that has more of its own
 validation images right. "+ H2T" is Head2Toe on these biases, the top 1 % with a 3 x 3 grid
 (`models.head2toe`), where that has at least as many right. MAHA shares sums; MAHA16 shares 16 factors of
 the scatter (`mahalanobis(rank=16)`); GMMC at most 25 Gaussians a task, one for 20 images, with the floor of
@@ -28,7 +28,7 @@ paper's, or one; in the paper 10 are 2.5 % of all training images, here SHARE %.
 No test image chooses anything in this run. But while heads and biases were worked out, results on two other
 draws of test images were read (the second showed that biases harm CIFAR-10; that agents choose by their
 validation images came after it), and the default floor of mixtures, .1, was chosen by all 15 tasks: that is
-why it is chosen anew here. The draw used here was made afterwards (Omniglot's test images are too few for
+why it is chosen again here. The draw used here was made afterwards (Omniglot's test images are too few for
 that: all are in each). Timm is needed (`consilience[vision]`): CONSILIENCE_DATA=.. python
 benchmarks/skill.py [--full] [--quick] [--parts FOLDER].
 """

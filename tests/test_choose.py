@@ -490,7 +490,7 @@ def test_the_rule_is_the_one_that_is_said(digits, chosen):
 
 
 def test_each_on_its_own_source_and_a_learned_router_are_rows(digits):
-    """Sources that are far apart are told apart: the router is then as right as one that is told."""
+    """Sources that are far apart are easy to separate: the router is then as right as one by task."""
     model, base, experts, halves = digits
     near, far = halves[0], halves[1].map(x=lambda x: 1 - x)
     named = {near.name: experts["a"], far.name: trained(model, base, far, 3)}

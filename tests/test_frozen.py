@@ -208,7 +208,7 @@ def test_a_given_module_lends_its_frozen_entries_and_nothing_else():
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy])
 def test_a_copy_of_a_model_is_as_good_as_the_model(copied):
-    """Copies count the changes of their tensors anew, as in `models.macs`, which runs on one."""
+    """Copies count the changes of their tensors from 0, as in `models.macs`, which runs on one."""
     net = module()
     model = cs.models.wrap(net)
     # What a state dict was loaded into has changed before, and its copy has not.

@@ -1046,12 +1046,12 @@ def test_the_sixtieth_visit_calls_as_many_functions_as_the_tenth(name):
     finally:
         sys.setprofile(None)
 
-    # Phases differ a little: some make room in a buffer, and some costs are measured anew.
+    # Phases differ a little: some make room in a buffer, and some costs are measured again.
     phases = np.diff(engine.at)
     assert len(phases) == 65
     assert phases[55:].mean() <= 1.1 * phases[6:16].mean()
     if name == "clients":
-        # Nor does a request grow: a client is not told of the weights of others.
+        # Nor does a request grow: a client asks for no weights of others.
         page = result.costs["by_agent"]
         assert page["client-130"]["received"] <= 1.02 * page["client-010"]["received"]
 

@@ -38,13 +38,13 @@ def rand(seed, *shape):
     return torch.randn(*shape, generator=key("rand", seed), dtype=torch.float64)
 
 
-def hearer(consolidator, base, buffers=None, model=None):
-    method = cs.Method("hearer", consolidator=consolidator)
+def receiving(consolidator, base, buffers=None, model=None):
+    method = cs.Method("receiving", consolidator=consolidator)
     state = State(base, buffers or {}, base, "origin")
     return Agent("me", model or mlp(), method, cs.settings.merging(SOURCES), training(), 0, state, Ledger())
 
 
-def told(agent, sender, params, size=10, buffers=None, **statistics):
+def arriving(agent, sender, params, size=10, buffers=None, **statistics):
     tensors = {f"params/{n}": p for n, p in params.items()} | {
         f"buffers/{n}": b for n, b in (buffers or {}).items()
     }
@@ -85,10 +85,10 @@ HESSIANS = [{"w": rand(30 + i, 4, 3).square(), "b": rand(40 + i, 4).square()} fo
 
 
 def fished(hessians, by_size=False, sizes=(10, 10, 10), prior=0.0, key="Information", theta=THETA):
-    agent = hearer(FisherSpace(prior=prior), BASE)
+    agent = receiving(FisherSpace(prior=prior), BASE)
     messages = []
     for i, (t, h, size) in enumerate(zip(theta, hessians, sizes, strict=True)):
-        messages += told(agent, f"s{i}", t, size, **{key: {f"precision/{n}": x for n, x in h.items()}})
+        messages += arriving(agent, f"s{i}", t, size, **{key: {f"precision/{n}": x for n, x in h.items()}})
     agent.receive(messages, by_size)
     return agent.state.params
 
@@ -123,10 +123,10 @@ def test_fisher_limits():
 
 
 def test_fisher_averages_what_has_no_precision_and_adds_sources():
-    agent = hearer(FisherSpace(), BASE)
+    agent = receiving(FisherSpace(), BASE)
     messages = []
     for i in range(2):
-        messages += told(agent, f"s{i}", THETA[i], Information={"precision/w": HESSIANS[i]["w"]})
+        messages += arriving(agent, f"s{i}", THETA[i], Information={"precision/w": HESSIANS[i]["w"]})
     more = Message(
         "s0",
         "more",
@@ -146,8 +146,8 @@ def test_fisher_averages_what_has_no_precision_and_adds_sources():
 
 
 def test_fisher_wants_precisions_and_no_aggregator():
-    agent = hearer(FisherSpace(), BASE)
-    messages = told(agent, "told", THETA[0], Information={"precision/w": HESSIANS[0]["w"]}) + told(
+    agent = receiving(FisherSpace(), BASE)
+    messages = arriving(agent, "precise", THETA[0], Information={"precision/w": HESSIANS[0]["w"]}) + arriving(
         agent, "silent", THETA[1]
     )
     with pytest.raises(
@@ -164,11 +164,11 @@ def test_fisher_wants_precisions_and_no_aggregator():
 @pytest.mark.parametrize("names", [("a", "b", "silent"), ("silent", "t", "u"), ("a", "silent", "u")])
 def test_a_sender_without_statistics_costs_no_other_sender_anything(names):
     """Weights of one message need the statistics of others, which come first where the bad one is sought."""
-    agent, alone = hearer(FisherSpace(), BASE), hearer(FisherSpace(), BASE)
+    agent, alone = receiving(FisherSpace(), BASE), receiving(FisherSpace(), BASE)
     honest = []
     for name, theta, h in zip([n for n in names if n != "silent"], THETA, HESSIANS, strict=False):
-        honest += told(agent, name, theta, Information={f"precision/{n}": t for n, t in h.items()})
-    silent = told(agent, "silent", THETA[2])
+        honest += arriving(agent, name, theta, Information={f"precision/{n}": t for n, t in h.items()})
+    silent = arriving(agent, "silent", THETA[2])
     with pytest.raises(cs.ConsilienceError, match=r"1 of 5 messages were refused.*got none from 'silent'"):
         agent.receive([*honest, *silent])
     alone.receive(honest)
@@ -243,11 +243,11 @@ def test_gram_gives_the_energy_of_any_output(layer):
 
 def regressed(xs, ws, alpha=1.0, ridge=0.0, by_size=False):
     """Weights [out, d] of experts merged on inputs [n, d]."""
-    agent = hearer(RegMean(alpha=alpha, ridge=ridge), {"w": torch.zeros_like(ws[0])})
+    agent = receiving(RegMean(alpha=alpha, ridge=ridge), {"w": torch.zeros_like(ws[0])})
     messages = []
     for i, (x, w) in enumerate(zip(xs, ws, strict=True)):
         moments = {"count": torch.tensor(float(len(x)), dtype=torch.float64), "second/w": (x.T @ x)[None]}
-        messages += told(agent, f"s{i}", {"w": w}, len(x), InputMoments=moments)
+        messages += arriving(agent, f"s{i}", {"w": w}, len(x), InputMoments=moments)
     agent.receive(messages, by_size)
     return agent.state.params["w"]
 
@@ -380,11 +380,11 @@ def test_regmean_on_convolutions_is_the_least_of_all_merges():
 def arrive(
     consolidator, models, base=BASE, order=None, by_size=True, sizes=None, at_once=False, buffers=None
 ):
-    agent = hearer(consolidator, base, {"m": torch.zeros(3)} if buffers else None)
+    agent = receiving(consolidator, base, {"m": torch.zeros(3)} if buffers else None)
     sizes = sizes or [10] * len(models)
     messages = {}
     for i in order or range(len(models)):
-        messages[i] = told(agent, f"s{i}", models[i], sizes[i], {"m": buffers[i]} if buffers else None)
+        messages[i] = arriving(agent, f"s{i}", models[i], sizes[i], {"m": buffers[i]} if buffers else None)
         if not at_once:
             agent.receive(messages[i], by_size)
     if at_once:

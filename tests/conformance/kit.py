@@ -180,7 +180,7 @@ def model_for(*names: str) -> Model:
 THROW_AWAY = {
     "FromScratch": "it begins anew, whatever was heard",
     "GDumb": "it begins anew, whatever was heard",
-    "StreamHead": "it begins anew, whatever was heard",
+    "StreamHead": "it begins again, whatever was received",
     "SolvedHead": "it writes the head anew at each visit, whatever was heard",
 }
 """Corrections that refuse where others are received and trained with again, and why."""

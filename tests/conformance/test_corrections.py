@@ -100,7 +100,7 @@ SATISFIED = {
         itertools.permutations(("StreamHead", "GDumb"), 2), "one says where the other begins, or undoes it"
     ),
     **dict.fromkeys(
-        itertools.permutations(("StreamHead", "FromScratch"), 2), "each begins anew, and the last one counts"
+        itertools.permutations(("StreamHead", "FromScratch"), 2), "each begins again, and the last one counts"
     ),
     **dict.fromkeys(
         itertools.permutations(("StreamHead", "SolvedHead"), 2), "each writes the head, and the last counts"

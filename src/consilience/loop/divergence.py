@@ -30,7 +30,7 @@ def check_step(job: Job) -> None:
         job.first = loss if job.first is None else job.first
         job.peak = loss if job.peak is None else max(job.peak, loss)
 
-    # A sum may overflow where all terms are finite, which `check_visit` tells apart.
+    # A sum may overflow where all terms are finite, which `check_visit` sees.
     if not (math.isfinite(job.carry.theta.sum()) and math.isfinite(loss or 0.0)):
         check_visit(job)
 

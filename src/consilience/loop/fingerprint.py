@@ -30,7 +30,7 @@ def fingerprint(setup: Setup, options: RunOptions) -> dict[str, Any]:
     nothing = torch.zeros(0)
     augments = {name: repr(views) for name, views in schedule.augments.items()}
 
-    # The repr, if the model has one, tells what it will grow.
+    # The repr, if the model has one, says what it will grow.
     params, buffers = model.init(key(options.seed, "init"))
     shape = {} if type(model).__repr__ is object.__repr__ else {repr(model): nothing}
 

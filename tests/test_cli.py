@@ -411,7 +411,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, capsys):
     import os
     import signal
 
-    import consilience.cli.run as command
+    import consilience.api as command
 
     out, whole = tmp_path / "out", tmp_path / "whole"
     real = command.watched

@@ -26,12 +26,11 @@ def watched(
     """
     if not (given is None or isinstance(given, bool) or callable(given)):
         raise ConsilienceError(f"`progress` must be True, False or a function of a line, got {given!r}.")
-    drawn = given is not False and draws()
-    if callable(given) or not (given or drawn):
-        yield dict.fromkeys(labels, None if isinstance(given, bool) or given is None else given)
+    if callable(given) or given is False:
+        yield dict.fromkeys(labels, given or None)
         return
-    if not drawn:
-        yield {label: lines_of(label, stages(), repeats) for label in labels}
+    if not draws():
+        yield {label: lines_of(label, stages(), repeats) if given else None for label in labels}
         return
 
     with ExitStack() as held:

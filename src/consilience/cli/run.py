@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from consilience.cli.build import listed, method_of, metrics_of, model_of, schedule_of, training_of
 from consilience.cli.options import Order, understand
 from consilience.core.errors import ConsilienceError
-from consilience.progress import watched
 
 if TYPE_CHECKING:
     from consilience.api import Result
@@ -45,24 +44,22 @@ def carry_out(
     import consilience as cs
 
     options = order.run
-    stages = schedule.survey(options.seed).stages
-    with watched(True, lambda: stages, options.repeats, [method.name]) as progress:
-        return cs.run(
-            schedule,
-            method,
-            model_of(order, schedule),
-            training_of(order),
-            out=out,
-            resume=resume,
-            progress=progress[method.name],
-            config=config,
-            repeats=options.repeats,
-            seed=options.seed,
-            metric=None if options.metric is None else metrics_of(options.metric),
-            engine=options.engine,
-            checkpoint_seconds=options.checkpoint_seconds,
-            checkpoint_steps=options.checkpoint_steps,
-            judge_clients=options.judge_clients,
-            stopping=options.stopping,
-            trackers=[] if options.trackers is None else listed(options.trackers),
-        )
+    return cs.run(
+        schedule,
+        method,
+        model_of(order, schedule),
+        training_of(order),
+        out=out,
+        resume=resume,
+        progress=True,
+        config=config,
+        repeats=options.repeats,
+        seed=options.seed,
+        metric=None if options.metric is None else metrics_of(options.metric),
+        engine=options.engine,
+        checkpoint_seconds=options.checkpoint_seconds,
+        checkpoint_steps=options.checkpoint_steps,
+        judge_clients=options.judge_clients,
+        stopping=options.stopping,
+        trackers=[] if options.trackers is None else listed(options.trackers),
+    )

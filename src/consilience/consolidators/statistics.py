@@ -8,11 +8,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from consilience.core.checks import positive
 from consilience.core.consolidator import Consolidator
 from consilience.core.errors import ConsilienceError, Refusal, kind_of
 from consilience.core.message import Message, Shared, Statistics
-from consilience.core.model import Model
+from consilience.core.model import Model, without_shared_head
 from consilience.core.params import matches
+from consilience.core.ridge import solve
 from consilience.core.schedule import ScheduleFacts
 from consilience.core.source import Source
 from consilience.core.state import State
@@ -46,33 +48,6 @@ def update(
     return (inverse + inverse.T) / 2, moment + sign * (psi.T @ hot)
 
 
-def solve(
-    a: Tensor,
-    b: Tensor,
-    strength: float,
-    samples: float = 1.0,
-    average: bool = False,
-    normalise: bool = False,
-) -> Tensor:
-    """Solve W = (A + lambda I)^-1 b [d + 1, C] in float64, from A = sum psi psi^T and b = sum psi e_y^T.
-
-    psi has a ones column as bias. With `average` the objective is the mean loss, whose closed form needs
-    lambda x samples. With `normalise` each column (with its bias) is divided by its norm without the bias
-    (zero counts as 1e-6), as Fed3R does.
-
-    >>> solve(torch.eye(2).double(), torch.ones(2, 1).double(), 1.0).flatten().round(decimals=6).tolist()
-    [0.5, 0.5]
-    """
-    # Positive definite by the ridge, so that Cholesky is safe and twice as fast as LU.
-    ridge = strength * (samples if average else 1.0)
-    eye = torch.eye(len(a), dtype=a.dtype, device=a.device)
-    head = torch.cholesky_solve(b, torch.linalg.cholesky(a + ridge * eye))
-    if normalise:
-        norm = head[:-1].norm(dim=0)
-        head = head / torch.where(norm == 0, torch.full_like(norm, 1e-6), norm)
-    return head
-
-
 @dataclass(frozen=True)
 class ClosedForm(Consolidator):
     """The head W = (A + lambda I)^-1 b that minimises sum ||W^T psi(x) - e_y||^2 + lambda ||W||^2.
@@ -94,10 +69,7 @@ class ClosedForm(Consolidator):
     then: Consolidator | None = None
 
     def __post_init__(self) -> None:
-        for name in ("strength", "temperature"):
-            value = getattr(self, name)
-            if not 0 < value < float("inf"):
-                raise ConsilienceError(f"`{name}` must be positive and finite, got {value}.")
+        positive(strength=self.strength, temperature=self.temperature)
         if not isinstance(self.then, Consolidator | None):
             raise ConsilienceError(f"`then` must be a consolidator or None, got {kind_of(self.then)}.")
 
@@ -122,15 +94,8 @@ class ClosedForm(Consolidator):
             return "statistics are solved when they are received, and no agent receives any here"
         if not facts.trains:
             return "it needs sums over data, and here only trained models are given"
-        if facts.model is not None:
-            # A model says whether it has a shared head by refusing to name one.
-            try:
-                facts.model.head(facts.model.init(torch.Generator().manual_seed(0))[0], None)
-            except ConsilienceError:
-                return (
-                    "it solves one linear head that all sources share, and this model has none; use "
-                    "models.mlp or models.linear"
-                )
+        if facts.model is not None and (why := without_shared_head(facts.model)):
+            return why
         if self.then is None:
             return None
         # Heads that were solved from different sums do not average to one solved from all.

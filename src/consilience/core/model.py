@@ -301,6 +301,19 @@ class Model(ABC):
             )
 
 
+def without_shared_head(model: Model) -> str | None:
+    """Return why a head for all sources cannot be solved for a model, and what to use; None if it can."""
+    # A model says whether it has one by refusing to name it.
+    try:
+        model.head(model.init(torch.Generator().manual_seed(0))[0], None)
+    except ConsilienceError:
+        return (
+            "it solves one linear head that all sources share, and this model has none; use models.mlp or "
+            "models.linear"
+        )
+    return None
+
+
 def in_columns(
     model: Model,
     entries: tuple[Params, Params],

@@ -10,14 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from consilience.core.checks import positive
 from consilience.core.contexts import Beginning, Begun, Context, Learned, Memory
 from consilience.core.correction import NO_TRAINING, Correction
 from consilience.core.errors import ConsilienceError, Refusal
 from consilience.core.message import Private
-from consilience.core.model import Model
+from consilience.core.model import without_shared_head
 from consilience.core.names import WHOLE, pair
 from consilience.core.outliers import Clip, check_features, checked_clip
 from consilience.core.params import computing
+from consilience.core.ridge import solve
 from consilience.core.schedule import ScheduleFacts
 from consilience.core.source import Source
 from consilience.core.tree import cast_to
@@ -192,10 +194,7 @@ class StreamHead(Correction):
     shared_items: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        for name in ("strength", "temperature"):
-            value = getattr(self, name)
-            if not 0 < value < float("inf"):
-                raise ConsilienceError(f"`{name}` must be positive and finite, got {value}.")
+        positive(strength=self.strength, temperature=self.temperature)
 
     def refuse(self, facts: ScheduleFacts) -> str | None:
         if not facts.trains:
@@ -203,11 +202,8 @@ class StreamHead(Correction):
         if facts.receives_others:
             return THROWN + "use fed3r, which sums over all agents"
         model = facts.model
-        if model is not None and not has_shared_head(model):
-            return (
-                "it solves one linear head that all sources share, and this model has none; use models.mlp "
-                "or models.linear"
-            )
+        if model is not None and (why := without_shared_head(model)):
+            return why
         if model is not None and model.moves_buffers:
             return (
                 "steps move the model's buffers, such as those of batch norm, so that sums of features would "
@@ -236,8 +232,7 @@ class StreamHead(Correction):
         # By name, so that the sum does not depend on the order of the sources.
         items = [item.tensors for _, item in sorted({**past, **sums}.items())]
         a, b = (sum(item[name] for item in items) for name in ("second", "first"))
-        a.diagonal().add_(self.strength)
-        solved = torch.linalg.solve(a, b) / self.temperature
+        solved = solve(a, b, self.strength) / self.temperature
 
         weight, bias = start.model.head(params, None)
         for name, rows in ((weight, solved[:-1].T), (bias, solved[-1])):
@@ -257,16 +252,6 @@ class StreamHead(Correction):
             return memory
         first = {f"first/{name}": p.clone() for name, p in learned.start.items()}
         return {**memory, WHOLE: Private(first)}
-
-
-def has_shared_head(model: Model) -> bool:
-    """Whether a model has one head for all sources."""
-    # A model says so by naming it.
-    try:
-        model.head(model.init(torch.Generator().manual_seed(0))[0], None)
-    except ConsilienceError:
-        return False
-    return True
 
 
 def features_and_targets(

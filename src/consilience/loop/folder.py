@@ -53,6 +53,7 @@ JUDGED: dict[str, Any] = {
     "learning": _RECORDS,
     "local": _RECORDS,
     "personal": _NUMBERS,
+    "confusion": Or([[int]]),
 }
 """What was measured, also as a trial's result has it."""
 
@@ -82,7 +83,6 @@ FACTS: dict[str, Any] = {
     ),
 }
 """What a trial keeps."""
-
 
 INDEX = {
     "file": str,

@@ -27,6 +27,7 @@ from consilience.core.training import Training
 from consilience.core.tree import Input, cast_to
 from consilience.loop.divergence import check_step, warn_of_growth
 from consilience.loop.figures import Figures, is_looked_at
+from consilience.loop.folder import REMEDY
 from consilience.loop.ledger import Ledger
 from consilience.loop.step import Carry, Step
 
@@ -395,7 +396,7 @@ class Job:
 
     def load(self, tensors: Mapping[str, Tensor], counts: Mapping[str, float]) -> None:
         """Continue from what `save` gave."""
-        with reading("a checkpoint must hold this visit as it was", "start again in another folder"):
+        with reading("a checkpoint must hold this visit as it was", REMEDY):
             if not all(isinstance(count, int | float | None) for count in counts.values()):
                 raise TypeError("a count that is no number")
             self._restore(tensors, counts)

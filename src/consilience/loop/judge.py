@@ -53,8 +53,6 @@ class Score(NamedTuple):
     values: Mapping[str, float]
     """The first is in the matrix."""
     mapped: float
-    counts: list[list[int]] | None = None
-    """Examples by class and answer [C, C + 1], the last for no class; None where targets are no classes."""
 
     @property
     def first(self) -> float:
@@ -115,13 +113,11 @@ class Judge:
 
         With personal entries, the agent that trained on a source answers for it: no server has its head.
         """
-        scores = self.scores(None)
+        counts = self._no_counts()
+        scores = self.scores(None, counts)
         row = [score.first for score in scores]
         self.rows.append(row)
-        # Sources with one test set have one score, which counts once.
-        counts = [score.counts for score in {id(score): score for score in scores}.values()]
-        found = [table for table in counts if table is not None]
-        self.confusion = np.sum(found, axis=0).tolist() if found else None
+        self.confusion = None if counts is None else counts.tolist()
         further = {name: [score.values.get(name, math.nan) for score in scores] for name in self.names}
         for name, values in further.items():
             self.further.setdefault(name, []).append(values)
@@ -218,8 +214,11 @@ class Judge:
                 found.setdefault(source, []).append(agent)
         return {source: agents[0] for source, agents in found.items() if len(agents) == 1}
 
-    def scores(self, agent: Agent | None) -> list[Score]:
-        """Return the scores of an agent on everything that is judged; None: as `evaluate` says."""
+    def scores(self, agent: Agent | None, counts: Tensor | None = None) -> list[Score]:
+        """Return the scores of an agent on everything that is judged; None: as `evaluate` says.
+
+        To `counts` [C, C + 1] the answers are added, by class and answer.
+        """
         owners = self.owners() if agent is None else {}
         agent = agent or self.agents[self.setup.schedule.evaluated]
         # Parts of a stream have the same test data: they are judged once.
@@ -231,7 +230,7 @@ class Judge:
             answering = owners.get(source.name, agent)
             at = (answering.name, id(source.test), task, source.target, *names)
             if at not in found:
-                found[at] = self.score(answering, source.test, source)
+                found[at] = self.score(answering, source.test, source, counts)
             scores.append(found[at])
         return scores
 
@@ -242,20 +241,19 @@ class Judge:
         return self.setup.schedule.labelled or (mapper is not None and mapper.needs_label)
 
     @torch.no_grad()
-    def score(self, agent: Agent, examples: Examples, source: Source) -> Score:
+    def score(self, agent: Agent, examples: Examples, source: Source, counts: Tensor | None = None) -> Score:
         """Return the scores of an agent on examples of a source, such as its test data, chunk by chunk."""
         schedule = self.setup.schedule
         is_trained = source.task in {other.task for other in schedule.sources}
         measured = [metric.running() for metric in self.setup.metrics[source.name]]
         right, count = 0.0, 0
-        counts = self._no_counts(agent.device)
         for x, y in examples.chunks(chunk(agent.device)):
             prediction = agent.predictor(x, source.task if self._labelled else None)
             answer = self._own_answer(prediction.probabilities, y, source)
             for metric in measured:
                 metric.update(answer, y)
             if counts is not None:
-                counts += confusion_of(prediction.probabilities, y)
+                counts += confusion_of(prediction.probabilities, y).to(counts.device)
 
             # Routing is right or wrong only where some expert is of the true task.
             if prediction.weights is not None and is_trained:
@@ -263,20 +261,16 @@ class Judge:
                 own = [i for i, other in enumerate(tasks) if other == source.task]
                 right += float(sum(prediction.weights[:, i].sum() for i in own))
                 count += len(x)
-        return Score(
-            values_of(measured),
-            right / count if count else math.nan,
-            None if counts is None else counts.tolist(),
-        )
+        return Score(values_of(measured), right / count if count else math.nan)
 
-    def _no_counts(self, device: torch.device) -> Tensor | None:
+    def _no_counts(self) -> Tensor | None:
         """Return counts of zero by class and answer; None where targets are no classes, or of too many."""
         schedule = self.setup.schedule
         frame, classes = schedule.frame, len(schedule.frame.labels)
         counted = frame.kind == "class" and len(frame.targets) == 1 and classes <= MOST_CLASSES
         if not counted or any(source.places for source in schedule.judged):
             return None
-        return torch.zeros(classes, classes + 1, dtype=torch.long, device=device)
+        return torch.zeros(classes, classes + 1, dtype=torch.long, device=self.setup.training.device)
 
     def _own_answer(self, answer: Tensor, y: Tensor, source: Source) -> Tensor:
         """Return the part of an answer [B, C, *places] that a source's targets are compared with."""

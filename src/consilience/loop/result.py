@@ -133,9 +133,8 @@ class Result:
     @property
     def score_std(self) -> float:
         """The standard deviation of `scores` (ddof 1); 0 for one repeat."""
-        # A repeat without any defined score says nothing about the spread.
-        scores = [score for score in self.scores if np.isfinite(score)]
-        return float(np.std(scores, ddof=1)) if len(scores) > 1 else 0.0
+        self._check_one_metric()
+        return self.deviation("score") or 0.0
 
     @property
     def accuracy(self) -> float:

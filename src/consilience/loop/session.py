@@ -94,6 +94,8 @@ class Session:
 
     def _open_trackers(self, found: Checkpoint | None) -> None:
         """Open the trackers. They have got what the log says after the checkpoint, which is done again."""
+        if not self.tracking.trackers:
+            return
         begun = [line.get("trackers", ()) for _, line in self.log.lines() if line["event"] == "begin"]
         start = 0 if found is None else found.written
         self.tracking.open(begun[-1] if begun else (), [line for _, line in self.log.lines(start)])

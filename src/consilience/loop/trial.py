@@ -25,6 +25,7 @@ from consilience.core.warning import warn
 from consilience.loop.agent import Agent
 from consilience.loop.agents import Agents, Setup, Wire, release_plan
 from consilience.loop.engine import EngineEvents, Paused, Visit
+from consilience.loop.folder import REMEDY
 from consilience.loop.job import Job
 from consilience.loop.judge import Judge
 from consilience.loop.ledger import Ledger
@@ -46,8 +47,8 @@ BEST = "<best>"
 """The owner of the best state of the evaluated agent."""
 
 
-KEPT_RULE = "a checkpoint must hold what this run kept"
-KEPT_REMEDY = "start again in another folder"
+KEPT = "a checkpoint must hold what this run kept"
+"""What is wrong with one that `reading` refuses."""
 
 
 @dataclass(eq=False)
@@ -96,7 +97,7 @@ class Trial:
         """Run the main loop: yield what is to be trained, and go on when an engine has done it."""
         schedule = self.setup.schedule
         self.ledger.start_clock()
-        with reading(KEPT_RULE, KEPT_REMEDY):
+        with reading(KEPT, REMEDY):
             paused = self._restore()
         self.begun = True
 
@@ -355,7 +356,7 @@ class Trial:
 
     def resume(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Continue, when its loop starts, from what `kept` gave."""
-        with reading(KEPT_RULE, KEPT_REMEDY):
+        with reading(KEPT, REMEDY):
             counts = [facts[name] for name in ("phase", "finished", "trained")]
             rows, width = facts["judge"]["rows"], len(self.setup.schedule.judged)
             if min(counts) < 0 or any(len(row) != width for row in rows):

@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
-from consilience.core.metrics import lost, mean
+from consilience.core.metrics import mean
 from consilience.core.names import clean
 from consilience.report._pieces import chips, copy, document, figure, sheet
 from consilience.report._significance import best_of, differences
-from consilience.report._sources import alike, class_charts, source_charts, source_sheet
+from consilience.report._sources import alike, class_charts, forgotten, source_charts, source_sheet
 from consilience.report._svg import (
     Axis,
     LineOptions,
@@ -479,7 +479,7 @@ def stages_chart(result: Result, name: str, extent: str) -> str:
     # A source where the metric is undefined leaves a gap of its own, and none in the mean.
     means = mean(result.matrices, 2)
     average = mean(means, 0).tolist()
-    std = means.std(0, ddof=1).tolist() if result.repeats > 1 else [0.0] * len(stages)
+    std = spread_of(result)
     series = [(clean(source), result.matrix[:, j].tolist()) for j, source in enumerate(result.sources)]
 
     if len(stages) == 2:
@@ -502,7 +502,7 @@ def stages_chart(result: Result, name: str, extent: str) -> str:
 
 def forgetting_chart(result: Result, name: str) -> str:
     """Draw the forgetting of each source; "" where it is not defined."""
-    lost = forgotten(result)
+    lost = [(result.sources[j], value) for j, value in forgotten(result).items()]
     if not lost or alike(result):
         return ""
     percent = in_percent(result.metric)
@@ -519,22 +519,6 @@ def forgetting_chart(result: Result, name: str) -> str:
     sources, values = [source for source, _ in shown], [value for _, value in shown]
     svg = bars_chart(label, sources, values, lambda value: number(value, percent))
     return figure(f"forgetting{unit_of(result.metric)} of each source", svg, note)
-
-
-def forgotten(result: Result) -> list[tuple[str, float]]:
-    """Return the forgetting of each source, mean over repeats; [] if undefined.
-
-    max_{0 < i < T} R[i, j] - R[T, j], with R [stages + 1, sources] and T the last stage: over the sources
-    that were learned before it, or, where some are learned at several stages, over all. NaN is left out.
-    """
-    last = len(result.stages)
-    past = [j for j, at in enumerate(result.learned_at) if at is None or 0 < at < last]
-    several = any(at is None for at in result.learned_at)
-    if not past or result.figure("global_forgetting" if several else "forgetting") is None:
-        return []
-    good = -result.matrices if result.direction is False else result.matrices
-    values = [float(mean([lost(matrix[:, j]) for matrix in good])) for j in past]
-    return [(result.sources[j], v) for j, v in zip(past, values, strict=True) if math.isfinite(v)]
 
 
 def learning_chart(result: Result, name: str) -> str:

@@ -29,12 +29,27 @@ def final_scores(result: Result) -> tuple[list[float], list[float]]:
     return mean(rows, 0).tolist(), np.nan_to_num(std).tolist()
 
 
+def forgotten(result: Result) -> dict[int, float]:
+    """Return the forgetting of sources by their place, mean over repeats; {} if undefined.
+
+    max_{0 < i < T} R[i, j] - R[T, j], with R [stages + 1, sources] and T the last stage: over the sources
+    that were learned before it, or, where some are learned at several stages, over all. NaN is left out.
+    """
+    last = len(result.stages)
+    past = [j for j, at in enumerate(result.learned_at) if at is None or 0 < at < last]
+    several = any(at is None for at in result.learned_at)
+    if not past or result.figure("global_forgetting" if several else "forgetting") is None:
+        return {}
+    good = -result.matrices if result.direction is False else result.matrices
+    values = [float(mean([lost(matrix[:, j]) for matrix in good])) for j in past]
+    return {j: value for j, value in zip(past, values, strict=True) if math.isfinite(value)}
+
+
 def source_sheet(result: Result, name: str) -> str:
     """Write a table of all sources: their sizes, when they were learned, scores, and what was forgotten."""
     percent, matrix = in_percent(result.metric), result.matrix
     final, std = final_scores(result)
-    good = -matrix if result.direction is False else matrix
-    forgotten = [float(lost(good[:, j])) if len(matrix) > 2 else None for j in range(len(result.sources))]
+    values = forgotten(result)
     scores = [number(value, percent) for value in final]
     if result.repeats > 1:
         scores = [f"{text} ± {number(value, percent)}" for text, value in zip(scores, std, strict=True)]
@@ -52,7 +67,7 @@ def source_sheet(result: Result, name: str) -> str:
         Column("trained at", [clean(stage) for stage in stages], False),
         Column("before", [number(float(value), percent) for value in matrix[0]]),
         Column("final", scores),
-        Column("forgetting", [number(value, percent) for value in forgotten]),
+        Column("forgetting", [number(values.get(j), percent) for j in range(len(result.sources))]),
     ]
     kept = [column for column in found if set(column.cells) != {"-"}]
     return sheet(f"Sources, {name}", kept, wide=True)

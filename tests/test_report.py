@@ -471,7 +471,27 @@ def test_rounds_show_what_they_forget(tmp_path):
     assert [dict(zip(sources[0], row, strict=True))["forgetting"] for row in sources[1:]] == ["50.0", "-40.0"]
 
 
-def test_lines_that_coincide_are_told_apart_and_say_their_values():
+def test_the_table_of_sources_forgets_as_the_bars_and_the_result_do(tmp_path):
+    """Each seed forgets from its own best stage: from the mean over seeds less would be lost. What is learned
+    last has no forgetting."""
+    R = np.array(
+        [
+            [[0.1, 0.1, 0.1], [0.9, 0.1, 0.1], [0.5, 0.8, 0.1], [0.4, 0.6, 0.9]],
+            [[0.1, 0.1, 0.1], [0.5, 0.1, 0.1], [0.7, 0.9, 0.1], [0.4, 0.3, 0.8]],
+        ]
+    )
+    result = replace(make(stages=3, sources=3, repeats=2), matrices=R, metrics={}, learned_at=(1, 2, 3))
+    wanted = [(0.9 - 0.4 + 0.7 - 0.4) / 2, (0.8 - 0.6 + 0.9 - 0.3) / 2]
+    assert result.forgetting == pytest.approx(np.mean(wanted))
+    text, checker = checked(report.write([result], tmp_path / "x.html"))
+    (rows,) = [rows for _, rows in checker.tables if rows[0][0] == "source"]
+    found = [dict(zip(rows[0], row, strict=True))["forgetting"] for row in rows[1:]]
+    assert found == [*(f"{100 * value:.1f}" for value in wanted), "-"]
+    for source, value in zip(result.sources[:2], wanted, strict=True):
+        assert f"<title>{source}: {100 * value:.1f}" in text
+
+
+def test_lines_that_coincide_are_distinguished_and_say_their_values():
     axis = Axis(True, lambda v: f"{v:.2f}", lambda v, step: f"{v:.1f}")
     series = [("one", [0.1, 0.5, 0.9]), ("two", [0.1, 0.5, 0.9]), ("three", [0.1, 0.2, 0.3])]
     svg = lines_chart("label", ["start", "a", "b"], series, axis)

@@ -42,7 +42,7 @@ $(VENV)/.docs: $(VENV)/.ready
 lock:
 	echo "$(TORCH)" | uv pip compile pyproject.toml -c - --extra dev --extra docs --generate-hashes --python-version 3.11 --quiet -o requirements-dev.lock
 
-# All tables of benchmarks/results, and how old each is; about an hour on two idle cores.
+# All tables of benchmarks/results, and how old each is.
 results: $(VENV)/.ready
 	$(BIN)/python benchmarks/results.py
 

@@ -1435,9 +1435,9 @@ def test_a_penalty_can_be_a_linear_term_and_a_trace_follows_the_path():
     r = ran(
         toy(
             penalty=lambda self, step, ctx: step.theta @ push,
-            trace_init=lambda self, theta: {
-                "moved": torch.zeros_like(theta),
-                "pushed": torch.zeros_like(theta),
+            trace_init=lambda self, ctx: {
+                "moved": torch.zeros_like(ctx.theta),
+                "pushed": torch.zeros_like(ctx.theta),
             },
             trace=trace,
             summarise=summarise,
@@ -1749,7 +1749,7 @@ def test_er_ace_restated():
     parts = [Batch(out, y), Batch(*memory, drawn_by="ERACE")]
     targets = [Target("class", CrossEntropy())] * 2
     see = StepView(
-        out, out, None, parts, [], [out, memory[0]], None, (0, 0), (1, 1), targets, None, None, None
+        out, out, None, parts, [], [out, memory[0]], None, (0, 0), (1, 1), targets, None, None, None, {}, None
     )
     bent = correction.losses({0: F.cross_entropy(out, y, reduction="none"), 1: torch.ones(4)}, see, None)
     assert torch.allclose(bent[0], F.cross_entropy(out[:, :2], y, reduction="none"))

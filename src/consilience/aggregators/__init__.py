@@ -17,10 +17,12 @@ from consilience.core.errors import suggest_arguments
 if TYPE_CHECKING:
     from consilience.aggregators._arithmetic import Arithmetic as Arithmetic
     from consilience.aggregators._breadcrumbs import Breadcrumbs as Breadcrumbs
+    from consilience.aggregators._cagrad import CAGrad as CAGrad
     from consilience.aggregators._cone import AGEM as AGEM
     from consilience.aggregators._cone import GEM as GEM
     from consilience.aggregators._consensus import Consensus as Consensus
     from consilience.aggregators._dare import Dare as Dare
+    from consilience.aggregators._fair import FairGrad as FairGrad
     from consilience.aggregators._fisher import Fisher as Fisher
     from consilience.aggregators._geometric import GeometricMedian as GeometricMedian
     from consilience.aggregators._krum import Bulyan as Bulyan
@@ -28,7 +30,9 @@ if TYPE_CHECKING:
     from consilience.aggregators._krum import MultiKrum as MultiKrum
     from consilience.aggregators._mean import Mean as Mean
     from consilience.aggregators._mgda import MGDA as MGDA
+    from consilience.aggregators._mgda import SDMGrad as SDMGrad
     from consilience.aggregators._pcgrad import PCGrad as PCGrad
+    from consilience.aggregators._random import RandomWeights as RandomWeights
     from consilience.aggregators._robust import Median as Median
     from consilience.aggregators._robust import TrimmedMean as TrimmedMean
     from consilience.aggregators._slerp import Slerp as Slerp
@@ -36,31 +40,41 @@ if TYPE_CHECKING:
     from consilience.aggregators._ties import Ties as Ties
     from consilience.aggregators._torchjd import TorchJD as TorchJD
     from consilience.aggregators._torchjd import TorchJDLinear as TorchJDLinear
+    from consilience.aggregators._vaccine import GradVac as GradVac
     from consilience.core.aggregator import Aggregator
 else:
     __getattr__, __dir__ = lazy.attach(__name__)
 
 __all__ = [
     "agem",
+    "aligned_mtl",
     "arithmetic",
     "breadcrumbs",
     "bulyan",
+    "cagrad",
     "consensus",
     "dare",
+    "fairgrad",
     "fisher",
     "gem",
     "geometric_median",
+    "gradvac",
+    "imtl_g",
     "krum",
     "mean",
     "median",
     "mgda",
     "model_stock",
     "multi_krum",
+    "nash_mtl",
     "pcgrad",
+    "rlw",
+    "sdmgrad",
     "slerp",
     "ties",
     "torchjd",
     "trimmed_mean",
+    "upgrad",
 ]
 
 
@@ -111,6 +125,61 @@ def mgda() -> MGDA:
     from consilience.aggregators._mgda import MGDA
 
     return MGDA()
+
+
+def cagrad(c: float = 0.5) -> CAGrad:
+    """Within `c` of the mean's length around it, help most the row that gains least (CAGrad)."""
+    from consilience.aggregators._cagrad import CAGrad
+
+    return CAGrad(c)
+
+
+def gradvac(beta: float = 0.01) -> GradVac:
+    """Turn each gradient towards those it agrees with less than on average so far (GradVac)."""
+    from consilience.aggregators._vaccine import GradVac
+
+    return GradVac(beta)
+
+
+def fairgrad(alpha: float = 1.0) -> FairGrad:
+    """Share gains fairly: from the mean (0) by the Nash bargain (1) to max-min fairness (FairGrad)."""
+    from consilience.aggregators._fair import FairGrad
+
+    return FairGrad(alpha)
+
+
+def nash_mtl() -> FairGrad:
+    """Let all rows gain the same share, by the Nash bargain (Nash-MTL)."""
+    return fairgrad(1.0)
+
+
+def sdmgrad(towards_mean: float = 0.3) -> SDMGrad:
+    """Find the shortest vector in the convex hull of the rows, each moved towards the mean (SDMGrad)."""
+    from consilience.aggregators._mgda import SDMGrad
+
+    return SDMGrad(towards_mean)
+
+
+def rlw() -> RandomWeights:
+    """Weigh rows at random in each step, by the softmax of normal numbers (RLW)."""
+    from consilience.aggregators._random import RandomWeights
+
+    return RandomWeights()
+
+
+def imtl_g() -> TorchJD:
+    """Take the combination whose projections on all rows are equally long (IMTL-G), by torchjd."""
+    return torchjd("IMTLG")
+
+
+def aligned_mtl() -> TorchJD:
+    """Bring the matrix of rows to condition 1, then average (Aligned-MTL), by torchjd."""
+    return torchjd("AlignedMTL")
+
+
+def upgrad() -> TorchJD:
+    """Project each row on the directions that no row opposes, then average (UPGrad), by torchjd."""
+    return torchjd("UPGrad")
 
 
 def dare(density: float = 0.1, then: Aggregator | None = None) -> Dare:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from consilience.core.aggregator import Linear
+from consilience.core.errors import ConsilienceError
 
 
 @dataclass(frozen=True)
@@ -26,18 +27,62 @@ class MGDA(Linear):
     takes_negative_weights: ClassVar[bool] = False
 
     def weigh(self, gram: Tensor, weights: Tensor, generator: torch.Generator | None) -> Tensor:
-        wide = gram.detach().double().cpu()
-        square = wide.diagonal()
-        if (square <= 0).any():
-            share = (square <= 0).double()
-        else:
-            # With x = t a, min |x g|^2 + s (sum x - 1)^2 has the same a for every s > 0, and its only
-            # constraint is x >= 0. Rows are scaled to length 1, to solve short and long ones equally well.
-            norm = square.sqrt()
-            scale = norm.min() / norm
-            system = wide / norm.outer(norm) + scale.outer(scale)
-            share = scale * _nonnegative(system, scale, 8 * torch.finfo(gram.dtype).eps)
-        return (weights.double().sum() * (share / share.sum()).to(weights.device)).to(weights.dtype)
+        share = shortest(gram)
+        return (weights.double().sum() * share.to(weights.device)).to(weights.dtype)
+
+
+@dataclass(frozen=True)
+class SDMGrad(Linear):
+    """SDMGrad: (sum_i w_i) (sum_i a_i g_i + lambda g) / (1 + lambda), g the mean by weights.
+
+    a = argmin |sum_i a_i g_i + lambda g|^2 over a >= 0, sum a = 1: between MGDA (lambda = 0) and the mean
+    (lambda = infinity). Rows [m, n], weights [m] >= 0 -> [n]. Solved to rounding in each step, where the
+    paper takes steps of a by gradients of three batches. Raises ConsilienceError for a negative lambda. Xiao,
+    Ban & Ji 2023, arXiv:2305.18409.
+
+    >>> SDMGrad(0.0)(torch.tensor([[2.0, 0.0], [0.0, 1.0]])).tolist()
+    [0.4000000059604645, 0.800000011920929]
+    """
+
+    towards_mean: float = 0.3
+    """The paper's lambda."""
+
+    takes_negative_weights: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.towards_mean < float("inf"):
+            raise ConsilienceError(f"`towards_mean` must be >= 0 and finite, got {self.towards_mean}.")
+
+    def weigh(self, gram: Tensor, weights: Tensor, generator: torch.Generator | None) -> Tensor:
+        total = weights.double().cpu().sum()
+        if total == 0:
+            return torch.zeros_like(weights)
+        mean = weights.double().cpu() / total
+        # Since a sums to 1, the vector is that of MGDA over the rows g_i + lambda g.
+        turned = torch.eye(len(mean), dtype=torch.float64) + self.towards_mean * mean
+        rows = turned @ gram.detach().double().cpu() @ turned.T
+        share = shortest(rows.to(gram.dtype).cpu()) + self.towards_mean * mean
+        return (total * share / (1 + self.towards_mean)).to(weights)
+
+
+def shortest(gram: Tensor) -> Tensor:
+    """Return argmin_a a'Ka over a >= 0, sum a = 1 [m], in float64, for the Gramian K [m, m] of some rows.
+
+    >>> shortest(torch.eye(2)).tolist()
+    [0.5, 0.5]
+    """
+    wide = gram.detach().double().cpu()
+    square = wide.diagonal()
+    if (square <= 0).any():
+        share = (square <= 0).double()
+    else:
+        # With x = t a, min |x g|^2 + s (sum x - 1)^2 has the same a for every s > 0, and its only
+        # constraint is x >= 0. Rows are scaled to length 1, to solve short and long ones equally well.
+        norm = square.sqrt()
+        scale = norm.min() / norm
+        system = wide / norm.outer(norm) + scale.outer(scale)
+        share = scale * _nonnegative(system, scale, 8 * torch.finfo(gram.dtype).eps)
+    return share / share.sum()
 
 
 def _nonnegative(system: Tensor, target: Tensor, tolerance: float) -> Tensor:

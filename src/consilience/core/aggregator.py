@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, final
 
@@ -128,8 +128,13 @@ class Linear(Aggregator):
 
     def coefficients(self, rows: Tensor, weights: Tensor, generator: torch.Generator | None) -> Tensor:
         """Compute coefficients [m] for rows [m, n]."""
+        gram = self.gram(rows)
+        return self.weigh(gram, weights.to(gram.dtype), generator).to(rows.dtype)
+
+    def gram(self, rows: Tensor) -> Tensor:
+        """Return the inner products [m, m] of rows [m, n]; empty without `needs_gram`."""
         if not self.needs_gram:
-            return self.weigh(rows.new_zeros(0, 0), weights, generator)
+            return rows.new_zeros(0, 0)
         # Products of narrow dtypes overflow early, and their sums lose most digits.
         wide = widened(rows)
         gram = wide @ wide.T
@@ -137,7 +142,7 @@ class Linear(Aggregator):
             raise ConsilienceError(
                 f"rows of {type(self).__name__} must have finite inner products, got an overflow."
             )
-        return self.weigh(gram, weights.to(wide.dtype), generator).to(rows.dtype)
+        return gram
 
     def combine(
         self, rows: Sequence[Tensor] | Tensor, weights: Tensor, generator: torch.Generator | None
@@ -156,6 +161,57 @@ class ScanState:
 
     done: bool = True
     columns: int | None = None
+
+
+class Stateful(Linear):
+    """A linear aggregator that remembers something of its rows, such as how two of them agreed so far.
+
+    Its state is a matrix or vector per quantity over the rows, which are known again by their names. Without
+    a state it is a pure function, as other aggregators are, which starts anew at each call.
+    """
+
+    @abstractmethod
+    def init(self, rows: int) -> dict[str, Tensor]:
+        """Return the state before the first call: float64, [rows] or [rows, rows] each."""
+
+    @abstractmethod
+    def move(
+        self, gram: Tensor, weights: Tensor, state: dict[str, Tensor], generator: torch.Generator | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute coefficients [m] from the Gramian [m, m], weights [m] and the state, and its next one."""
+
+    def weigh(self, gram: Tensor, weights: Tensor, generator: torch.Generator | None) -> Tensor:
+        return self.move(gram, weights, self.init(len(weights)), generator)[0]
+
+    @final
+    def advance(
+        self,
+        rows: Tensor,
+        weights: Sequence[float],
+        names: Sequence[str],
+        state: Mapping[str, Tensor],
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Combine rows [m, n] in the order of their names, and return the result [n] with the next state.
+
+        Raises ConsilienceError for rows that are not those of the state, and as a call does.
+        """
+        if len(set(names)) < len(names):
+            raise ConsilienceError(
+                f"{type(self).__name__} must know its rows by their names, got {', '.join(sorted(names))}."
+            )
+        order = sorted(range(len(names)), key=names.__getitem__)
+        held = dict(state) or self.init(len(names))
+        if any(len(tensor) != len(names) for tensor in held.values()):
+            raise ConsilienceError(
+                f"{type(self).__name__} remembers {len(next(iter(held.values())))} rows, and cannot go on "
+                f"with the {len(names)} of {', '.join(sorted(names))}; use an aggregator without a state."
+            )
+        ordered = self._checked_rows(rows[order], [names[i] for i in order])
+        checked = self._checked_weights([weights[i] for i in order], ordered)
+        gram = self.gram(ordered)
+        coefficients, moved = self.move(gram, checked.to(gram.dtype), held, generator)
+        return weighted(ordered, coefficients.to(ordered.dtype)), moved
 
 
 class Blockwise(Aggregator):

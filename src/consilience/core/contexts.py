@@ -49,10 +49,18 @@ class Context:
     """Where each trainable entry lies in theta; None in prediction, and before `prepare_step`."""
     start: Tensor | None = None
     """theta [n] at the start of the visit; None in prediction, and before `prepare_step`."""
+    parts: tuple[str, ...] = ()
+    """For `trace_init`: the names of the sources that each step has a part of, in their order."""
     clock: tuple[int, int] = (0, 0)
     """(epoch, step in the epoch), for `view`, which has no `StepView`."""
     horizon: tuple[int, int] = (0, 0)
     """(epochs, steps per epoch) of the visit."""
+
+    @property
+    def theta(self) -> Tensor:
+        """theta [n] at the start of the visit, where there is one: in training, after `prepare_step`."""
+        assert self.start is not None
+        return self.start
 
 
 @dataclass(frozen=True)
@@ -104,6 +112,13 @@ class StepView:
     """features(part): features [B, d] of that part in eval mode. A forward pass."""
     features_before: Callable[[Input, str | None], Tensor]
     """features_before(x, task): as `features`, of the model at the start of the visit, without gradient."""
+    entries: Params
+    """The trainable entries by name, which `losses` and `rows` may differentiate: what `begin` added."""
+    losses: Callable[[], Tensor]
+    """losses(): the mean loss of each part [parts], without gradient, before corrections change it."""
+    norms: Tensor | None = None
+    """For `trace`: the L2 norm over shared entries of the gradient of each part [parts], with the factors of
+    `losses` and without weights; None unless a correction has `needs_norms`, or an aggregator the rows."""
 
 
 @dataclass(frozen=True, eq=False)

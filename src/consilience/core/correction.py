@@ -103,6 +103,9 @@ class Correction(Takes, ABC):
     needs_boundaries: ClassVar[bool] = False
     """Whether it must know where a source ends. A stream that does not say so is refused."""
 
+    needs_norms: ClassVar[bool] = False
+    """Whether its `trace` reads `StepView.norms`: each objective then has a backward pass of its own."""
+
     needs_last_step: ClassVar[bool] = False
     """Whether it acts at set steps of a visit, such as one that prunes, so that no visit may end early."""
 
@@ -192,8 +195,8 @@ class Correction(Takes, ABC):
         """
         return ctx.flat, None
 
-    def trace_init(self, theta: Tensor) -> dict[str, Tensor]:
-        """Return the trace before the first step, such as `{"path": torch.zeros_like(theta)}`.
+    def trace_init(self, ctx: Context) -> dict[str, Tensor]:
+        """Return the trace before the first step, such as `{"path": torch.zeros_like(ctx.theta)}`.
 
         Called once per visit, for corrections that override `trace`. A trace continues over the visits to a
         source: at a later visit the kept one takes its place, if the shapes are still the same. Used by SI,

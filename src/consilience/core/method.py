@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from consilience.core.aggregator import Aggregator, Cone
+from consilience.core.aggregator import Aggregator, Cone, Stateful
 from consilience.core.consolidator import Consolidator
 from consilience.core.correction import Correction, Mapper, overrides
 from consilience.core.errors import ConsilienceError, Refusal, kind_of
@@ -164,6 +164,11 @@ class Method:
             exchange is not None and not exchange.needs_base and one_at_a_time,
             "it averages received models, and one is received at a time",
             "use parameter_average, or finetune for the last model",
+        )
+        yield Rule(
+            isinstance(exchange, Stateful),
+            f"{type(exchange).__name__} remembers earlier calls by the names of its rows, which models lack",
+            "use pcgrad, which it is without a memory",
         )
         # Rehearsal and further rows are objectives of their own, also where a step has one source.
         rehearses = any(overrides(part, "sample") or overrides(part, "rows") for part in placed.active)

@@ -34,6 +34,10 @@ RECEIVED = "<received>"
 """What the last exchange brought, in the memory of a correction."""
 
 
+AGGREGATOR = "<aggregator>"
+"""The aggregator of a step, among those that keep traces."""
+
+
 def trace_key(correction: str) -> str:
     """Return the key of a correction's traces in `State.memory`, next to its summaries."""
     return f"<trace of {correction}>"

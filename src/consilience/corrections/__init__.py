@@ -8,6 +8,14 @@ from consilience import lazy
 
 # Classes load when they are first used, because they import torch.
 if TYPE_CHECKING:
+    from consilience.corrections.balancing import DWA as DWA
+    from consilience.corrections.balancing import FAMO as FAMO
+    from consilience.corrections.balancing import Balancing as Balancing
+    from consilience.corrections.balancing import GradNorm as GradNorm
+    from consilience.corrections.balancing import ScaleInvariant as ScaleInvariant
+    from consilience.corrections.balancing import TaskWeights as TaskWeights
+    from consilience.corrections.balancing import Uncertainty as Uncertainty
+    from consilience.corrections.balancing import WorstTask as WorstTask
     from consilience.corrections.baselines import Cumulative as Cumulative
     from consilience.corrections.baselines import FromScratch as FromScratch
     from consilience.corrections.client_drift import GHBM as GHBM

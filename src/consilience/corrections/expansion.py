@@ -575,15 +575,15 @@ class DEN(Correction):
         size = values.abs()
         return torch.where(size < self.eps, values.square() / (2 * self.eps) + self.eps / 2, size)
 
-    def trace_init(self, theta: Tensor) -> dict[str, Tensor]:
+    def trace_init(self, ctx: Context) -> dict[str, Tensor]:
         """Return the trace at the start, before any phase has decided anything.
 
         `train` [n] is 1 for entries that train, `keep` [n] for those that are not pruned. A row of `mark`
         [n] has 1 where its unit is reached or alive, 2 where it is split. `loss` [2] is the sum of losses
         and their count.
         """
-        ones, zeros = torch.ones_like(theta), torch.zeros_like(theta)
-        return {"train": ones, "keep": ones.clone(), "mark": zeros, "loss": theta.new_zeros(2)}
+        ones, zeros = torch.ones_like(ctx.theta), torch.zeros_like(ctx.theta)
+        return {"train": ones, "keep": ones.clone(), "mark": zeros, "loss": ctx.theta.new_zeros(2)}
 
     def trace(self, step: StepView, ctx: Context, grad: Tensor, delta: Tensor) -> dict[str, Tensor]:
         now, then = self.phase(step.clock, step.horizon), self.phase(step.clock, step.horizon, 1)

@@ -219,9 +219,9 @@ class PackNet(Correction):
     def mask(self, step: StepView, ctx: Context) -> Tensor:
         return spread(step.layout, group(ctx.private, "free")) * ctx.trace["keep"]
 
-    def trace_init(self, theta: Tensor) -> dict[str, Tensor]:
+    def trace_init(self, ctx: Context) -> dict[str, Tensor]:
         """Return `keep` [n]: 0 for weights that were pruned in this visit; `pruned`: 1 once they were."""
-        return {"keep": torch.ones_like(theta), "pruned": theta.new_zeros(())}
+        return {"keep": torch.ones_like(ctx.theta), "pruned": ctx.theta.new_zeros(())}
 
     def trace(self, step: StepView, ctx: Context, grad: Tensor, delta: Tensor) -> dict[str, Tensor]:
         # The last step before retraining.

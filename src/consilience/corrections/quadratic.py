@@ -159,8 +159,8 @@ class SI(Running):
         if not 0 < self.xi < float("inf"):
             raise ConsilienceError(f"`xi` must be positive and finite, got {self.xi}.")
 
-    def trace_init(self, theta: Tensor) -> dict[str, Tensor]:
-        return {"path": torch.zeros_like(theta), "start": theta.clone()}
+    def trace_init(self, ctx: Context) -> dict[str, Tensor]:
+        return {"path": torch.zeros_like(ctx.theta), "start": ctx.theta.clone()}
 
     def trace(self, step: StepView, ctx: Context, grad: Tensor, delta: Tensor) -> dict[str, Tensor]:
         return {**ctx.trace, "path": torch.addcmul(ctx.trace["path"], grad, delta, value=-1)}

@@ -240,6 +240,8 @@ class AgentStep:
             objectives, weights, constraints, *_ = pure.objectives(see)
             if constraints or (len(objectives) > 1 and pure.aggregator is not None):
                 raise Unbatchable("an aggregator combines the objectives of a step")
+            if pure.reads_norms:
+                raise Unbatchable("a correction reads the gradient of each objective")
             weighted = zip(objectives[1:], weights[1:], strict=True)
             # From the left, as the serial step adds them: another order would round otherwise.
             value = sum((loss * weight for loss, weight in weighted), start=objectives[0] * weights[0])

@@ -20,7 +20,7 @@ from consilience.core.errors import UNREADABLE, Refusal, unknown
 from consilience.core.message import Bank, Item, Message, Private, Shared, Weights, join
 from consilience.core.method import Method
 from consilience.core.model import Model
-from consilience.core.names import OF_WEIGHTS, WHOLE, joined, pair, trace_key, unpair
+from consilience.core.names import AGGREGATOR, OF_WEIGHTS, WHOLE, joined, pair, trace_key, unpair
 from consilience.core.params import Layout, Params, content_hash, finite, key, matches
 from consilience.core.scaling import LossScale
 from consilience.core.schedule import Schedule
@@ -113,6 +113,8 @@ class Agent:
         theta = layout.flatten(trainable)
         start = theta.clone()
         self._lay_out(corrections, layout, start, given[0].name, place or Place())
+        for _, ctx in corrections:
+            ctx.parts = tuple(source.name for source in sources)
 
         # Steps update buffers in place, so those of the state are copied, but for derived ones.
         own_buffers = {
@@ -122,6 +124,7 @@ class Agent:
         carry = Carry(theta, own_buffers, self.training.inner().init(theta))
         if self.training.precision == "fp16":
             carry.scaling = LossScale().init(self.device)
+        carry.aggregator = self._remembered(given)
         parts = tuple(self._part(source) for source in sources)
         step = Step(
             model=self.model,
@@ -257,6 +260,11 @@ class Agent:
             if kept is not None and all(t.shape == kept.tensors[name].shape for name, t in ctx.trace.items()):
                 ctx.trace = {name: tensor.to(self.device) for name, tensor in kept.tensors.items()}
 
+    def _remembered(self, given: Sequence[Source]) -> dict[str, Tensor]:
+        """Return what the step's aggregator remembers of an earlier visit to these sources; {} if nothing."""
+        kept = self.state.memory.get(trace_key(AGGREGATOR), {}).get(joined(source.name for source in given))
+        return {name: tensor.to(self.device) for name, tensor in kept.tensors.items()} if kept else {}
+
     def _kind(self, corrections: Corrections, layout: Layout) -> tuple[object, ...] | None:
         """Return what the steps of a visit have in common that decides their costs; None: they differ."""
         acting = [(correction, ctx) for correction, ctx in corrections if acts(correction, ctx)]
@@ -305,13 +313,17 @@ class Agent:
         """Return the private memory after this visit, and the items to share, by source."""
         memory = {name: dict(kept) for name, kept in self.state.memory.items()}
         shared: dict[str, dict[str, Shared]] = {source.name: {} for source in job.sources}
+
+        # Traces of sources that do not come again would only take memory.
+        if all(source.name in self.revisited for source in job.sources):
+            visit = joined(source.name for source in job.sources)
+            traces = {correction.name: ctx.trace for correction, ctx in job.corrections}
+            for name, trace in {**traces, AGGREGATOR: job.carry.aggregator}.items():
+                if trace:
+                    memory.setdefault(trace_key(name), {})[visit] = Private(trace)
+
         for correction, ctx in job.corrections:
             name = correction.name
-
-            # Traces of sources that do not come again would only take memory.
-            if ctx.trace and all(source.name in self.revisited for source in job.sources):
-                visit = joined(source.name for source in job.sources)
-                memory.setdefault(trace_key(name), {})[visit] = Private(ctx.trace)
             if not overrides(correction, "summarise"):
                 continue
 

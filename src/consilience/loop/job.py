@@ -388,6 +388,7 @@ class Job:
         tensors |= {f"buffers/{name}": buffer for name, buffer in self.moving_buffers()}
         tensors |= {f"optimiser/{name}": tensor for name, tensor in self.carry.optimiser.items()}
         tensors |= {f"scaling/{name}": tensor for name, tensor in self.carry.scaling.items()}
+        tensors |= {f"aggregator/{name}": tensor for name, tensor in self.carry.aggregator.items()}
         for correction, ctx in self.corrections:
             tensors |= {f"trace/{correction.name}/{name}": tensor for name, tensor in ctx.trace.items()}
 
@@ -419,12 +420,13 @@ class Job:
         self.carry.theta.copy_(tensors["theta"])
         for name, buffer in self.moving_buffers():
             buffer.copy_(tensors[f"buffers/{name}"])
+
+        def kept(prefix: str) -> dict[str, Tensor]:
+            held = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+            return {name.removeprefix(prefix): tensor.to(device) for name, tensor in held.items()}
+
         # By what was kept: entries that were left out of a step have counts of their own.
-        self.carry.optimiser = {
-            name.removeprefix("optimiser/"): tensor.to(device)
-            for name, tensor in tensors.items()
-            if name.startswith("optimiser/")
-        }
+        self.carry.optimiser, self.carry.aggregator = kept("optimiser/"), kept("aggregator/")
         for name in self.carry.scaling:
             self.carry.scaling[name] = tensors[f"scaling/{name}"].to(device)
         for correction, ctx in self.corrections:

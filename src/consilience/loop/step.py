@@ -11,12 +11,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from consilience.core.aggregator import Aggregator, Cone, Linear
+from consilience.core.aggregator import Aggregator, Cone, Linear, Stateful
 from consilience.core.batch import Batch
 from consilience.core.contexts import Context, StepView
 from consilience.core.correction import Correction, knows_gradient, overrides
 from consilience.core.errors import ConsilienceError, Refusal
 from consilience.core.model import Forward, Model
+from consilience.core.names import joined
 from consilience.core.optimiser import Optimiser, OptimiserState
 from consilience.core.params import Layout, Params
 from consilience.core.scaling import LossScale, ScaleState
@@ -45,6 +46,8 @@ class Carry:
     optimiser: OptimiserState
     scaling: ScaleState = field(default_factory=dict)
     """The loss scale of "fp16"; {} for other precisions."""
+    aggregator: dict[str, Tensor] = field(default_factory=dict)
+    """What the aggregator of a step remembers, by the names of its rows; {} for most."""
 
 
 class Objectives(NamedTuple):
@@ -56,6 +59,10 @@ class Objectives(NamedTuple):
     parts: list[int | None]
     """The part over whose samples each loss is a mean; None: those of all sources."""
     parts_of_constraints: list[int | None]
+    names: list[str]
+    """What each loss is of: the source of its part, or the correction that made it."""
+    own: list[int]
+    """The parts whose losses the first of them are."""
 
     @property
     def total(self) -> Tensor:
@@ -90,6 +97,10 @@ class Rows(NamedTuple):
     constraints: list[Tensor]
     absent: list[str]
     """The entries that no objective reaches."""
+    names: Sequence[str] = ()
+    """What each objective is of, so that an aggregator knows it again in the next step."""
+    own: Sequence[int] = ()
+    """The parts whose own losses the first objectives are; none where objectives are summed."""
 
     def plus(self, other: Rows) -> Rows:
         """Add the gradients of another micro-batch, in place."""
@@ -192,7 +203,7 @@ class Step:
         self.alone = {c.name for c, _ in self.corrections if c.adds_constraints}
         self.closed_form = {c.name for c, _ in self.by_verb["penalty"] if knows_gradient(c)}
         for correction, ctx in self.by_verb["trace"]:
-            ctx.trace = correction.trace_init(self.carry.theta)
+            ctx.trace = correction.trace_init(ctx)
 
         # Aggregators see only entries that all objectives may reach: a head of one task has no conflict.
         layout = self.layout
@@ -206,6 +217,7 @@ class Step:
         # Asked for in every step, so that they are known beforehand.
         self.varies = training.varies
         self.clips = training.clip_norm is not None or training.clip_value is not None
+        self.reads_norms = any(correction.needs_norms for correction, _ in self.by_verb["trace"])
 
         # Copied, because steps update buffers in place; derived ones are the same after every step.
         self.start_buffers = {
@@ -221,9 +233,9 @@ class Step:
         if self.training.accumulate == 1:
             see = self._seen(parts, clock)
             objectives = self.objectives(see)
-            self.loss, rows = objectives.total, self._rows(objectives)
+            self.loss, rows = objectives.total, self._rows(objectives, generator)
         else:
-            see, rows = self._accumulated(parts, clock)
+            see, rows = self._accumulated(parts, clock, generator)
 
         self.absent = rows.absent
         if self.scaling is not None and not self._scaled(rows):
@@ -232,6 +244,8 @@ class Step:
             self._trace(see, *[torch.zeros_like(self.carry.theta)] * 2)
             return
 
+        if self.reads_norms:
+            see.norms = self._norms(rows, len(see.parts))
         factor = self._mask(see) if self.by_verb["mask"] else None
         grad = self._aggregate(rows, factor, generator)
         trained = self._penalised(grad, see) if self.by_verb["penalty"] else grad
@@ -242,19 +256,29 @@ class Step:
         raw, outputs = self.outputs(parts, clock)
         return self.look(parts, self.carry.theta, clock, raw, outputs)
 
-    def _accumulated(self, parts: list[Batch], clock: tuple[int, int]) -> tuple[StepView, Rows]:
+    def _accumulated(
+        self, parts: list[Batch], clock: tuple[int, int], generator: torch.Generator | None
+    ) -> tuple[StepView, Rows]:
         """Return the gradients of a step's objectives as the sums of those of its micro-batches."""
+        drawn = None if generator is None else generator.get_state()
         total: Rows | None = None
         losses: list[Tensor] = []
+        plain: list[Tensor] = []
         for piece, shares in self._pieces(parts):
             see = self._seen(piece, clock)
+            if self.by_verb["trace"]:
+                plain.append(see.losses() * see.theta.new_tensor(shares))
             objectives = self.objectives(see).shared(shares, see.parts)
             losses.append(objectives.total)
-            rows = self._rows(objectives)
+            # Random weights are those of the step, not of a micro-batch.
+            if generator is not None and drawn is not None:
+                generator.set_state(drawn)
+            rows = self._rows(objectives, generator)
             total = rows if total is None else total.plus(rows)
         self.loss = torch.stack(losses).sum()
         assert total is not None
-        return see, total
+        # Of the whole batch, as all that traces read is, but for outputs.
+        return replace(see, losses=lambda: torch.stack(plain).sum(0)), total
 
     def _pieces(self, parts: list[Batch]) -> list[tuple[list[Batch], list[float]]]:
         """Cut the parts of a step into micro-batches of at most `batch_size` samples.
@@ -503,6 +527,8 @@ class Step:
             answer=answer,
             features=lambda i: self.features(parts[i].x, parts[i].task),
             features_before=lambda x, task: self.features(x, task, True),
+            entries=self.leaves,
+            losses=lambda: self.plain_losses(parts, outputs),
         )
 
     # Objectives and their gradients
@@ -511,13 +537,15 @@ class Step:
         """Return the loss of each part that has a weight, and the rows of corrections."""
         # Parts without a weight share 1. A part of weight 0 is forwarded for a correction only.
         share = 1 / max(1, sum(part.weight is None for part in see.parts))
-        found = Objectives([], [], [], [], [])
+        found = Objectives([], [], [], [], [], [], [])
         for i, (loss, part) in enumerate(zip(self.part_losses(see), see.parts, strict=True)):
             weight = share if part.weight is None else part.weight
             if weight:
                 found.losses.append(loss)
                 found.weights.append(weight)
                 found.parts.append(i)
+                found.names.append(joined([part.drawn_by, part.source]) if part.drawn_by else part.source)
+                found.own.append(i)
 
         for correction, ctx in self.by_verb["rows"]:
             for row in correction.rows(see, ctx):
@@ -528,7 +556,13 @@ class Step:
                     found.losses.append(row.loss)
                     found.weights.append(row.weight)
                     found.parts.append(row.part)
+                    found.names.append(correction.name)
         return found
+
+    def plain_losses(self, parts: list[Batch], outputs: list[Tensor]) -> Tensor:
+        """Return the mean loss of each part [parts], without gradient and before corrections change it."""
+        pairs = zip(parts, outputs, strict=True)
+        return torch.stack([self.target(part).mean(out.detach(), part.y, part.w) for part, out in pairs])
 
     def part_losses(self, see: StepView) -> list[Tensor]:
         """Return the mean loss of each part."""
@@ -559,13 +593,13 @@ class Step:
         ]
         return torch.cat(flat), absent
 
-    def _rows(self, objectives: Objectives) -> Rows:
+    def _rows(self, objectives: Objectives, generator: torch.Generator | None) -> Rows:
         """Return the gradients of objectives and constraints; a weighted sum needs only its own gradient."""
         losses, weights = objectives.losses, objectives.weights
         if self._sums(objectives):
             if isinstance(self.aggregator, Linear) and len(losses) > 1:
                 given = torch.tensor(weights, dtype=torch.float64)
-                weights = self.aggregator.weigh(torch.zeros(0, 0), given, None).tolist()
+                weights = self.aggregator.weigh(torch.zeros(0, 0), given, generator).tolist()
 
             total = losses[0] if weights[0] == 1 else losses[0] * weights[0]
             for loss, weight in zip(losses[1:], weights[1:], strict=True):
@@ -574,7 +608,8 @@ class Step:
 
         if len(losses) == 1 and not objectives.constraints:
             grad, absent = self.gradient(losses[0], keep=False)
-            return Rows([grad], objectives.weights, [], absent)
+            own = objectives.own if len(objectives.losses) == 1 else []
+            return Rows([grad], objectives.weights, [], absent, objectives.names, own)
 
         # The last backward pass frees the graph.
         every = [*losses, *objectives.constraints]
@@ -584,13 +619,14 @@ class Step:
 
         # An entry moves if any objective reaches it.
         absent = [name for name in pairs[0][1] if all(name in missing for _, missing in pairs[:count])]
-        return Rows(grads[:count], objectives.weights, grads[count:], absent)
+        return Rows(grads[:count], weights, grads[count:], absent, objectives.names, objectives.own)
 
     def _sums(self, objectives: Objectives) -> bool:
         """Whether the objectives are summed by weights; other aggregators need the gradient of each."""
         aggregator = self.aggregator
         linear = isinstance(aggregator, Linear) and not aggregator.needs_gram
-        return aggregator is None or linear or len(objectives.losses) == 1
+        summable = not self.reads_norms and (aggregator is None or linear)
+        return len(objectives.losses) == 1 or summable
 
     def _aggregate(self, rows: Rows, factor: Tensor | None, generator: torch.Generator | None) -> Tensor:
         """Return the aggregated gradient [n]."""
@@ -598,22 +634,39 @@ class Step:
             (grad,) = rows.objectives
             grad = grad if factor is None else grad * factor
         else:
-            assert self.aggregator is not None
-            grad = self._combined(self.aggregator, rows, factor, generator)
+            grad = self._combined(rows, factor, generator)
         return self._projected(grad, rows.constraints, factor) if rows.constraints else grad
 
-    def _combined(
-        self, aggregator: Aggregator, rows: Rows, factor: Tensor | None, generator: torch.Generator | None
-    ) -> Tensor:
+    def _norms(self, rows: Rows, parts: int) -> Tensor:
+        """Return the norm over shared entries of the gradient of each part's own loss, 0 without one."""
+        norms = rows.objectives[0].new_zeros(parts)
+        for part, grad in zip(rows.own, rows.objectives, strict=False):
+            norms[part] = (grad if self.all_shared else grad[self.shared]).norm()
+        return norms
+
+    def _combined(self, rows: Rows, factor: Tensor | None, generator: torch.Generator | None) -> Tensor:
         """Return the gradients of all objectives combined by the aggregator."""
         grads = torch.stack(rows.objectives)
         grads = grads if factor is None else grads * factor
-        if self.all_shared:
-            return aggregator(grads, rows.weights, generator)
+        if self.all_shared and self.aggregator is not None:
+            return self._aggregated(self.aggregator, grads, rows, generator)
 
         # Entries of single tasks are summed by weight: there is nothing to aggregate.
         grad = torch.tensor(rows.weights, dtype=grads.dtype, device=grads.device) @ grads
-        grad[self.shared] = aggregator(grads[:, self.shared], rows.weights, generator)
+        if self.aggregator is not None:
+            shared = grads[:, self.shared]
+            grad[self.shared] = self._aggregated(self.aggregator, shared, rows, generator)
+        return grad
+
+    def _aggregated(
+        self, aggregator: Aggregator, grads: Tensor, rows: Rows, generator: torch.Generator | None
+    ) -> Tensor:
+        """Return what the aggregator makes of rows [m, n], and move its state on if it keeps one."""
+        if not isinstance(aggregator, Stateful):
+            return aggregator(grads, rows.weights, generator)
+        grad, self.carry.aggregator = aggregator.advance(
+            grads, rows.weights, rows.names, self.carry.aggregator, generator
+        )
         return grad
 
     def _projected(self, grad: Tensor, constraints: list[Tensor], factor: Tensor | None) -> Tensor:

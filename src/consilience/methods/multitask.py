@@ -1,11 +1,16 @@
-"""Methods known from multi-task learning."""
+"""Methods known from multi-task learning: gradients that are reconciled, and losses that are balanced."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    from consilience.core.correction import Correction
     from consilience.core.method import Method
+
+
+# Aggregators of the gradients of a step.
 
 
 def pcgrad() -> Method:
@@ -13,7 +18,193 @@ def pcgrad() -> Method:
 
     Paper: Yu et al. 2020.
     """
-    from consilience.aggregators import pcgrad as aggregator
+    return _reconciled("pcgrad")
+
+
+def mgda() -> Method:
+    """Step along the shortest vector in the convex hull of the objectives' gradients.
+
+    Paper: Sener & Koltun 2018.
+    """
+    return _reconciled("mgda")
+
+
+def cagrad(c: float = 0.5) -> Method:
+    """Within `c` of the mean gradient's length around it, help most the objective that gains least.
+
+    Paper: Liu et al. 2021.
+
+    Args:
+        c: how far from the mean, in [0, 1); 0 is the mean.
+    """
+    return _reconciled("cagrad", c=c)
+
+
+def gradvac(beta: float = 0.01) -> Method:
+    """Turn each objective's gradient towards those that it agrees with less than it used to.
+
+    Paper: Wang et al. 2021.
+
+    Args:
+        beta: how quickly the average of earlier cosines follows the present ones.
+    """
+    return _reconciled("gradvac", beta=beta)
+
+
+def imtl_g() -> Method:
+    """Step so that the projections on all objectives' gradients are equally long. Needs torchjd.
+
+    Paper: Liu et al. 2021.
+    """
+    return _reconciled("imtl_g")
+
+
+def nash_mtl() -> Method:
+    """Step by the Nash bargain of the objectives: all gain the same share.
+
+    Paper: Navon et al. 2022.
+    """
+    return _reconciled("nash_mtl")
+
+
+def fairgrad(alpha: float = 1.0) -> Method:
+    """Step by an alpha-fair bargain of the objectives.
+
+    Paper: Ban & Ji 2024.
+
+    Args:
+        alpha: from the mean (0) by the Nash bargain (1) to the objective that gains least (infinity).
+    """
+    return _reconciled("fairgrad", alpha=alpha)
+
+
+def aligned_mtl() -> Method:
+    """Bring the matrix of gradients to condition 1, then average. Needs torchjd.
+
+    Paper: Senushkin et al. 2023.
+    """
+    return _reconciled("aligned_mtl")
+
+
+def upgrad() -> Method:
+    """Project each gradient on the directions that no other opposes, then average. Needs torchjd.
+
+    Paper: Quinton & Rey 2024.
+    """
+    return _reconciled("upgrad")
+
+
+def sdmgrad(towards_mean: float = 0.3) -> Method:
+    """Step along the shortest vector in the hull of the gradients, each moved towards their mean.
+
+    Paper: Xiao, Ban & Ji 2023.
+
+    Args:
+        towards_mean: the paper's lambda; 0 is MGDA.
+    """
+    return _reconciled("sdmgrad", towards_mean=towards_mean)
+
+
+def rlw() -> Method:
+    """Weigh the objectives at random in each step.
+
+    Paper: Lin et al. 2022.
+    """
+    return _reconciled("rlw")
+
+
+def _reconciled(name: str, **arguments: Any) -> Method:
+    from consilience import aggregators
     from consilience.core.method import Method
 
-    return Method("pcgrad", step_aggregator=aggregator())
+    return Method(name, step_aggregator=getattr(aggregators, name)(**arguments))
+
+
+# Weights of the losses of a step.
+
+
+def task_weights(weights: Mapping[str, float] | Literal["size"] = "size") -> Method:
+    """Weigh the loss of each task by fixed numbers, or by its amount of data.
+
+    Args:
+        weights: numbers by the name of the source, 1 for those that it leaves out, scaled to a mean of 1; or
+            "size", so that each training example counts alike.
+    """
+    from consilience.corrections.balancing import TaskWeights
+
+    given = weights if isinstance(weights, str) else tuple(sorted(weights.items()))
+    return _balanced("task_weights", TaskWeights(given))
+
+
+def uncertainty(form: Literal["by kind", "regression", "classification"] = "by kind") -> Method:
+    """Learn the noise of each task next to the model, and weigh its loss by 1 / noise^2.
+
+    Paper: Kendall, Gal & Cipolla 2018.
+
+    Args:
+        form: of the likelihood; "by kind" takes that of regression for values only.
+    """
+    from consilience.corrections.balancing import Uncertainty
+
+    return _balanced("uncertainty", Uncertainty(form))
+
+
+def dwa(temperature: float = 2.0) -> Method:
+    """Weigh each task by how slowly its loss fell over the last two epochs.
+
+    Paper: Liu, Johns & Davison 2019.
+
+    Args:
+        temperature: of the softmax; large ones give equal weights.
+    """
+    from consilience.corrections.balancing import DWA
+
+    return _balanced("dwa", DWA(temperature))
+
+
+def gradnorm(alpha: float = 1.5, lr: float = 0.025) -> Method:
+    """Learn weights that bring the tasks' gradient norms together, larger for tasks that train slowly.
+
+    Paper: Chen et al. 2018.
+
+    Args:
+        alpha: how much slow tasks are favoured; 0 makes all norms equal.
+        lr: of the weights.
+    """
+    from consilience.corrections.balancing import GradNorm
+
+    return _balanced("gradnorm", GradNorm(alpha, lr))
+
+
+def famo(lr: float = 0.025, decay: float = 0.01) -> Method:
+    """Learn weights with which all losses fall at the same rate, at the cost of one backward pass.
+
+    Paper: Liu, Feng, Stone & Liu 2023.
+
+    Args:
+        lr: of the weights.
+        decay: draws the weights back to equal ones.
+    """
+    from consilience.corrections.balancing import FAMO
+
+    return _balanced("famo", FAMO(lr, decay))
+
+
+def worst_task() -> Method:
+    """Train in each step the task with the largest loss (min-max)."""
+    from consilience.corrections.balancing import WorstTask
+
+    return _balanced("worst_task", WorstTask())
+
+
+def scale_invariant() -> Method:
+    """Add the logarithms of the losses, so that their units do not matter."""
+    from consilience.corrections.balancing import ScaleInvariant
+
+    return _balanced("scale_invariant", ScaleInvariant())
+
+
+def _balanced(name: str, correction: Correction) -> Method:
+    from consilience.core.method import Method
+
+    return Method(name, (correction,))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -378,3 +379,18 @@ def test_a_state_is_refused_in_an_exchange() -> None:
     schedule = cs.settings.federated(data(), rounds=2)
     with pytest.raises(cs.Refusal, match="GradVac remembers earlier calls.* use pcgrad"):
         cs.run(schedule, cs.methods.aggregate(cs.aggregators.gradvac()), net())
+
+
+@pytest.mark.parametrize(
+    ("weights", "says"),
+    [
+        ({"a": 0.0}, r"`weights` must be positive and finite, got \{'a': 0.0\}"),
+        ({"a": float("nan")}, "`weights` must be positive and finite"),
+        ({"a": float("inf")}, "`weights` must be positive and finite"),
+        ("sizes", "`weights` must be \"size\" or numbers by the name of a source, got 'sizes'"),
+        ({"d": 2.0}, "`weights` must be of a, b, c, got 'd'"),
+    ],
+)
+def test_weights_that_mean_nothing_are_refused(weights: Any, says: str) -> None:
+    with pytest.raises(cs.ConsilienceError, match=says):
+        ran(cs.methods.task_weights(weights))

@@ -82,6 +82,7 @@ BASES = {
     "Running": "its subclasses say what the precision is",
     "Quadratic": "its subclasses say what the precision is",
     "Anchored": "its subclasses say what an anchor is",
+    "Balancing": "its subclasses say what the weights are",
     "Buffer": "its subclasses say what the buffer is for",
 }
 """Classes that only others extend, and what they lack; all verbs being optional, Python does not call them
@@ -190,6 +191,13 @@ WANT_OTHERS = {"FedHBM": "its momentum is what others made of its own result"}
 where all
 learn one source after
 another; tests/test_drift.py checks them."""
+
+WANT_TOGETHER = {
+    n: "it weighs the tasks of a step, which has one where they come in turn"
+    for n in ("DWA", "FAMO", "GradNorm", "ScaleInvariant", "TaskWeights", "Uncertainty", "WorstTask")
+}
+"""Corrections that refuse where a step has one task, and why: no pairs of theirs run here, but in
+tests/test_balancing.py."""
 
 OWN_MODEL: dict[str, Callable[[int], Model]] = {
     "Columns": lambda outputs: cs.models.progressive(INPUTS, (16, 12), outputs),

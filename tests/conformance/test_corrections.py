@@ -29,7 +29,7 @@ from consilience.loop.result import Result
 ALL = {
     n: c
     for n, c in {**kit.CORRECTIONS, **kit.MAPPERS}.items()
-    if n not in {**kit.OWN_MODEL, **kit.WANT_OTHERS}
+    if n not in {**kit.OWN_MODEL, **kit.WANT_OTHERS, **kit.WANT_TOGETHER}
 }
 
 NO_NEUTRAL = {
@@ -436,7 +436,7 @@ def marked() -> list[Source]:
 @pytest.mark.parametrize("name", [n for n in ALL if not ALL[n].shared_items])
 @pytest.mark.parametrize("setting", ["federated_continual", "skill"])
 def test_private_items_never_enter_bytes(name: str, setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if name in {**kit.WANT_TASKS, **kit.THROW_AWAY}:
+    if name in {**kit.WANT_TASKS, **kit.THROW_AWAY, **kit.WANT_TOGETHER}:
         with pytest.raises(cs.Refusal):  # masks that are private mean nothing where others are received
             testing.quiet(testing.SETTINGS[setting](), alone(name), testing.plain_model())
         return

@@ -72,6 +72,7 @@ MEANING = {
     "GSS.policy": "its own",
     "HeadReuse.encoder": "a folder or a name, loaded when it is used; in test_synergy",
     "infer.mapper": "an object",
+    **dict.fromkeys(("TaskWeights.given", "task_weights.weights"), "by name, in test_balancing"),
     **dict.fromkeys(("auroc.known", "auroc.unknown"), "values, in test_routing"),
 }
 """Hyperparameters for which there is no bad number or word, and why."""

@@ -42,6 +42,8 @@ def test_verbs_are_pure(name: str) -> None:
     method, model = method_with(name)
     if name in kit.WANT_TASKS:
         everywhere: tuple[str, ...] = ("continual (task)",)
+    elif name in kit.WANT_TOGETHER:
+        everywhere = ("multitask",)
     elif name in kit.WANT_OTHERS:
         everywhere = ("federated", "federated_continual")
     else:

@@ -47,7 +47,7 @@ def bargain(gram: Tensor, weights: Tensor, power: float) -> Tensor | None:
                 break
             size /= 2
         else:
-            # No step is short enough to see the function fall: it is as low as it can be told.
+            # No step is short enough to see the function fall: it is as low as it can be seen to be.
             return a if (a * slope).abs().max() <= 1e-6 * (a * push).min() else None
         a = there
     return None

@@ -167,7 +167,7 @@ class Stateful(Linear):
     """A linear aggregator that remembers something of its rows, such as how two of them agreed so far.
 
     Its state is a matrix or vector per quantity over the rows, which are known again by their names. Without
-    a state it is a pure function, as other aggregators are, which starts anew at each call.
+    a state it is a pure function, as other aggregators are, which starts afresh at each call.
     """
 
     @abstractmethod

@@ -68,7 +68,12 @@ class TaskWeights(Balancing):
     given: tuple[tuple[str, float], ...] | Literal["size"] = "size"
 
     def __post_init__(self) -> None:
-        if self.given != "size" and not all(0 < weight < float("inf") for _, weight in self.given):
+        if isinstance(self.given, str):
+            if self.given != "size":
+                raise ConsilienceError(
+                    f'`weights` must be "size" or numbers by the name of a source, got {self.given!r}.'
+                )
+        elif not all(0 < weight < float("inf") for _, weight in self.given):
             raise ConsilienceError(f"`weights` must be positive and finite, got {dict(self.given)}.")
 
     def begin(self, start: Beginning) -> Begun:

@@ -126,6 +126,8 @@ def _reconciled(name: str, **arguments: Any) -> Method:
 def task_weights(weights: Mapping[str, float] | Literal["size"] = "size") -> Method:
     """Weigh the loss of each task by fixed numbers, or by its amount of data.
 
+    Paper: the common baseline (in Kendall, Gal & Cipolla 2018, who search for such weights).
+
     Args:
         weights: numbers by the name of the source, 1 for those that it leaves out, scaled to a mean of 1; or
             "size", so that each training example counts alike.
@@ -191,14 +193,20 @@ def famo(lr: float = 0.025, decay: float = 0.01) -> Method:
 
 
 def worst_task() -> Method:
-    """Train in each step the task with the largest loss (min-max)."""
+    """Train in each step the task with the largest loss (min-max).
+
+    Paper: Mehta et al. 2012, minimax multi-task learning.
+    """
     from consilience.corrections.balancing import WorstTask
 
     return _balanced("worst_task", WorstTask())
 
 
 def scale_invariant() -> Method:
-    """Add the logarithms of the losses, so that their units do not matter."""
+    """Add the logarithms of the losses, so that their units do not matter.
+
+    Paper: Navon et al. 2022, who compare with it as SI.
+    """
     from consilience.corrections.balancing import ScaleInvariant
 
     return _balanced("scale_invariant", ScaleInvariant())

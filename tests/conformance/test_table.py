@@ -16,9 +16,27 @@ ROWS = pytest.mark.parametrize("row", list(kit.ROWS))
 AGAIN = "run `python tests/conformance/kit.py --pin` and review the difference"
 CONTINUAL = ("continual (class)", "continual (task)", "continual (domain)")
 
+TOGETHER = (
+    *(
+        "aligned_mtl",
+        "cagrad",
+        "fairgrad",
+        "gradvac",
+        "imtl_g",
+        "mgda",
+        "nash_mtl",
+        "rlw",
+        "sdmgrad",
+        "upgrad",
+    ),
+    *("dwa", "famo", "gradnorm", "scale_invariant", "task_weights", "uncertainty", "worst_task"),
+)
+"""Methods that reconcile the gradients, or balance the losses, of the tasks of a step."""
+
 MUST_RUN = {
     "finetune": tuple(testing.SETTINGS),
     "joint": ("multitask", *CONTINUAL),
+    **dict.fromkeys(TOGETHER, ("multitask",)),
     "cumulative": ("multitask", *CONTINUAL, "federated_continual", "skill"),
     **dict.fromkeys(("from_scratch", "gdumb", "scroll"), CONTINUAL),
     **dict.fromkeys(("icarl", "less_forgetting"), (*CONTINUAL, "federated_continual")),

@@ -3,6 +3,7 @@ keep, against restatements."""
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 
 import pytest
@@ -640,6 +641,19 @@ def test_training_after_fed3r_keeps_its_lead_at_the_default_rate(alpha):
 
     destroyed = cs.run(schedule, cs.methods.fed3r(then=cs.methods.fedavg(), lr=None)).matrix[2].mean()
     assert destroyed < 0.8
+
+
+@pytest.mark.parametrize("then", ["fedadam", "fedyogi", "fedadagrad"])
+def test_an_adaptive_server_that_would_destroy_the_solved_head_is_warned_of(then):
+    schedule = cs.settings.federated(cs.data.dirichlet(cs.data.digits(), 10, alpha=0.5), 5)
+    server = getattr(cs.methods, then)
+    with pytest.warns(UserWarning, match=rf"{then} moves entries by up to 0.1 .* `{then}\(lr=0.003\)`"):
+        quick = cs.methods.fed3r(then=server())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        slow = cs.methods.fed3r(then=server(lr=0.003))
+    quick, slow = (cs.run(schedule, m, training=cs.Training(epochs=1)).score for m in (quick, slow))
+    assert slow > 0.93 > 0.8 > quick
 
 
 @pytest.mark.parametrize("then", ["scaffold", "fedprox", "feddyn", "fednova", "ewc", "wsm"])

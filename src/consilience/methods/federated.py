@@ -10,6 +10,9 @@ if TYPE_CHECKING:
 
 OUTER = ("sgd", "adam", "adagrad", "yogi", "averaging")
 
+GENTLE = 0.003
+"""The largest learning rate of an adaptive server that a solved head bears."""
+
 
 def fedavg(outer: str = "sgd", outer_lr: float = 1.0, outer_momentum: float = 0.0) -> Method:
     """Average the clients' parameters by their number of examples, then take an outer step.
@@ -275,7 +278,8 @@ def fed3r(
     arrived, run `first = run(schedule, fed3r(temperature=0.1))`, and then from `base=first.params`.
 
     The learning rate must be one to two orders below that of a cold start: 0.05 destroys the head in a round
-    (digits: .30 to .50 instead of .94).
+    (digits: .30 to .50 instead of .94). So does the server's of an adaptive `then`, which moves each entry by
+    up to it in a round: warns of more than .003 (`fedadam()`, at .1, falls from .96 to .30 in four rounds).
 
     Paper: Fanì et al. 2024.
 
@@ -294,6 +298,9 @@ def fed3r(
 
     from consilience.consolidators.statistics import ClosedForm
     from consilience.core.method import Method
+    from consilience.core.optimiser import Adagrad, Adam, Yogi
+    from consilience.core.warning import warn
+    from consilience.core.weight_space import WeightSpace
     from consilience.corrections.moments import Moments
     from consilience.methods.continual import fixed_rate
 
@@ -307,6 +314,12 @@ def fed3r(
     # What combines parameters acts inside the closed form, so that the head is solved after it.
     then = Method.of(then)
     combines = replace(then, exchange_aggregator=then.exchange_aggregator or then.aggregator).receiver()
+    adaptive = isinstance(combines, WeightSpace) and isinstance(combines.outer, (Adam, Adagrad, Yogi))
+    if adaptive and combines.lr > GENTLE:
+        warn(
+            f"{then.name} moves entries by up to {combines.lr:g} in a round, which destroys a solved head; "
+            f"give its server at most {GENTLE:g}, such as `{then.name}(lr={GENTLE:g})`."
+        )
     first = Method(
         "fed3r",
         (Moments(clip, gathers=True),),

@@ -23,7 +23,7 @@ from consilience import aggregators
 from consilience.aggregators._breadcrumbs import Breadcrumbs
 from consilience.aggregators._ties import Ties
 from consilience.core.aggregator import Aggregator, Blockwise, Linear
-from consilience.core.errors import ConsilienceError, Refusal
+from consilience.core.errors import ConsilienceError
 from consilience.core.metrics import worst
 from consilience.core.shares import exact_share
 from consilience.corrections.sensitivity import TaLoS
@@ -433,8 +433,6 @@ def test_robust_ones_ignore_outliers() -> None:
 def test_torchjd_refusals() -> None:
     with pytest.raises(ConsilienceError, match="nearest: UPGrad"):
         aggregators.torchjd("UpGrad")
-    with pytest.raises(Refusal, match="'GradVac' keeps a state"):
-        aggregators.torchjd("GradVac")
     with pytest.raises(ConsilienceError, match="arguments of torchjd's Krum"):
         aggregators.torchjd("Krum")
     with pytest.raises(ConsilienceError, match=r"torchjd's Krum refuses rows of shape \(2, 3\)"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -297,6 +298,46 @@ def test_nash_and_fair_are_torchjds() -> None:
             assert (mine / mine.norm() - other / other.norm()).abs().max() < 1e-7
 
 
+NASH = {"max_norm": 0.0, "update_weights_every": 2}
+STATEFUL = [("GradVac", {"beta": 0.5}), ("ExcessMTL", {"n_warmup_steps": 2}), ("NashMTL", NASH)]
+"""Those of torchjd that keep a state. NashMTL also needs cvxpy and ecos."""
+
+
+def stateful(name: str, arguments: dict[str, Any]) -> Any:
+    pytest.importorskip("torchjd")
+    if name == "NashMTL":
+        pytest.importorskip("cvxpy"), pytest.importorskip("ecos")
+    return cs.aggregators.torchjd(name, **arguments)
+
+
+@pytest.mark.parametrize(("name", "arguments"), STATEFUL)
+def test_the_state_of_torchjds_is_carried_from_step_to_step(name: str, arguments: dict[str, Any]) -> None:
+    # Two rows, which GradVac takes in the one order that there is.
+    mine, count = stateful(name, arguments), 2
+    kind, tasks = mine.kind(), {"n_tasks": 2} if name == "NashMTL" else {}
+    theirs = kind(**arguments, **tasks)
+    unit = kind(**arguments, **tasks)(torch.ones(count, 1).double())
+
+    state: dict[str, Tensor] = {}
+    away = 0.0
+    for seed in range(6):
+        rows = torch.randn(count, 12, generator=torch.Generator().manual_seed(seed)).double() + 0.2
+        made, state = mine.advance(rows, [0.5] * count, ["x", "y"], state)
+        assert (made - theirs(rows) / unit).abs().max() < 1e-9
+        assert all(len(tensor) == count for tensor in state.values())
+        away = max(away, float((made - mine(rows)).abs().max()))
+    assert away > 1e-3, "without its state it answers alike"
+
+
+@pytest.mark.parametrize(("name", "arguments"), STATEFUL)
+def test_the_state_of_torchjds_is_resumed(tmp_path: Path, name: str, arguments: dict[str, Any]) -> None:
+    method = cs.Method("theirs", step_aggregator=stateful(name, arguments))
+
+    resumes(method, tmp_path)
+    sums = cs.Method("sums", step_aggregator=cs.aggregators.mean())
+    assert (flat_of(ran(method)) - flat_of(ran(sums))).abs().max() > 1e-4
+
+
 def test_rows_that_cancel_are_given_up_by_a_bargain() -> None:
     """Where 0 is a positive combination of the rows there is no bargain, and nothing is gained."""
     rows = torch.tensor([[1.0, 0.0], [-0.5, 1.0], [-0.5, -1.0]]).double()
@@ -344,10 +385,14 @@ def test_random_weights_are_drawn_anew_in_each_step() -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_resumed_to_the_same_bits(name: str, tmp_path) -> None:
+    resumes(METHODS[name](), tmp_path)
+
+
+def resumes(method: cs.Method, tmp_path: Path) -> None:
     def go(out, **more):
         training = cs.Training(epochs=3, lr=0.1, batch_size=8)
         schedule = cs.settings.multitask(data(), scenario="task", rounds=2)
-        return cs.run(schedule, METHODS[name](), net(), training, out=out, **more)
+        return cs.run(schedule, method, net(), training, out=out, **more)
 
     # In the second round, within an epoch.
     whole = go(tmp_path / "whole")
@@ -377,7 +422,7 @@ def test_weights_by_the_losses_of_a_step_need_its_whole_batch(name: str) -> None
 
 def test_a_state_is_refused_in_an_exchange() -> None:
     schedule = cs.settings.federated(data(), rounds=2)
-    with pytest.raises(cs.Refusal, match="GradVac remembers earlier calls.* use pcgrad"):
+    with pytest.raises(cs.Refusal, match="GradVac remembers earlier calls.* use one without a memory"):
         cs.run(schedule, cs.methods.aggregate(cs.aggregators.gradvac()), net())
 
 

@@ -123,6 +123,7 @@ UNLABELLED = torch.rand(24, INPUTS, generator=torch.Generator().manual_seed(2))
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "TorchJD": {"name": "IMTLG"},
     "TorchJDLinear": {"name": "IMTLG"},
+    "TorchJDStateful": {"name": "ExcessMTL"},
     "Distillation": {"unlabelled": UNLABELLED},
     **{n: {"byzantine": 0} for n in ("Bulyan", "Krum", "MultiKrum")},
     "TaLoS": {"density": 0.5, "reached": True},

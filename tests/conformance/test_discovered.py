@@ -42,8 +42,12 @@ MEANING = {
         ("DEN.drift", "DEN.threshold", "den.drift", "den.threshold"),
         "infinite is never; other bad ones in test_expansion",
     ),
-    **dict.fromkeys(("TorchJD.name", "TorchJDLinear.name"), "checked by name in test_aggregators"),
-    **dict.fromkeys(("TorchJD.arguments", "TorchJDLinear.arguments"), "torchjd's own"),
+    **dict.fromkeys(
+        ("TorchJD.name", "TorchJDLinear.name", "TorchJDStateful.name"), "checked by name in test_aggregators"
+    ),
+    **dict.fromkeys(
+        ("TorchJD.arguments", "TorchJDLinear.arguments", "TorchJDStateful.arguments"), "torchjd's own"
+    ),
     **dict.fromkeys(("ClosedForm.then", "fed3r.then"), "an object, checked in test_fedmethods"),
     **dict.fromkeys(("Dare.then", "dare.then"), "an object, checked in test_merging_aggregators"),
     "torchjd.name": "checked by name in test_aggregators",

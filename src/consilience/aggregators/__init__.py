@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from consilience.aggregators._ties import Ties as Ties
     from consilience.aggregators._torchjd import TorchJD as TorchJD
     from consilience.aggregators._torchjd import TorchJDLinear as TorchJDLinear
+    from consilience.aggregators._torchjd import TorchJDStateful as TorchJDStateful
     from consilience.aggregators._vaccine import GradVac as GradVac
     from consilience.core.aggregator import Aggregator
 else:
@@ -267,7 +268,7 @@ def geometric_median(smoothing: float = 1e-6, iterations: int = 1000) -> Geometr
 
 
 def torchjd(name: str, **arguments: Any) -> TorchJD:
-    """Use one of torchjd's aggregators by class name, such as "UPGrad" or "CAGrad", with its arguments."""
+    """Use one of torchjd's aggregators by class name, such as "UPGrad" or "ExcessMTL", with its arguments."""
     from consilience.aggregators._torchjd import of_name
 
     return of_name(name, arguments)

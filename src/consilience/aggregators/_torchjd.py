@@ -8,11 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from consilience.core.aggregator import Aggregator, Linear, stacked, widened
-from consilience.core.errors import ConsilienceError, Refusal, unknown
+from consilience.core.aggregator import Aggregator, Linear, Stateful, stacked, widened
+from consilience.core.errors import ConsilienceError, unknown
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,8 @@ class TorchJD(Aggregator):
     Rows [m, n], weights [m] >= 0 -> [n]. If A takes a `pref_vector` that is not given, it gets w_i / sum w;
     otherwise only the sum of the weights is used. Lists of numbers among the arguments become vectors. The
     random state is forked and seeded from the generator (0 if none is given). Raises ConsilienceError for
-    unknown names and arguments, for missing packages, and for matrices that A refuses; Refusal for
-    aggregators that keep a state. Quinton and Rey 2024, arXiv:2406.16232.
+    unknown names and arguments, for missing packages, and for matrices that A refuses. Those that keep a
+    state are of `TorchJDStateful`. Quinton and Rey 2024, arXiv:2406.16232.
 
     >>> TorchJD("IMTLG")(torch.tensor([[1.0, 0.0], [0.0, 1.0]])).tolist()
     [0.5, 0.5]
@@ -100,7 +101,6 @@ class TorchJD(Aggregator):
         """Return torchjd's class, or raise an error that says what to do."""
         try:
             import torchjd.aggregation as there
-            from torchjd import Stateful
         except ImportError as error:
             raise ConsilienceError(
                 f"{self.name!r} needs torchjd ({error}): pip install 'consilience[torchjd]'."
@@ -116,20 +116,17 @@ class TorchJD(Aggregator):
             and kind.__module__ != there.Aggregator.__module__
         }
         if self.name not in concrete:
-            stateless = [name for name, kind in concrete.items() if not issubclass(kind, Stateful)]
-            raise unknown("torchjd", self.name, stateless)
-        if issubclass(concrete[self.name], Stateful):
-            raise Refusal(
-                f"torchjd's {self.name!r} keeps a state between calls, but aggregators are pure; use another."
-            )
+            raise unknown("torchjd", self.name, list(concrete))
         return concrete[self.name]
 
     def _build(self, kind: Any, preference: dict[str, Any], like: Tensor | None = None) -> Any:
-        like = torch.zeros(0) if like is None else like
+        like = torch.zeros(1, 0) if like is None else like
         given = {
             name: like.new_tensor(value) if isinstance(value, (list, tuple)) else value
             for name, value in self.arguments
         }
+        if "n_tasks" in inspect.signature(kind).parameters:
+            given = {"n_tasks": len(like), **given}
         try:
             return kind(**given, **preference)
         except ImportError as error:
@@ -164,12 +161,87 @@ class TorchJDLinear(TorchJD, Linear):
         return made * (total / unit)
 
 
+@dataclass(frozen=True)
+class TorchJDStateful(TorchJD, Stateful):
+    """One of torchjd's aggregators that keep a state: ExcessMTL, GradVac, NashMTL and those to come.
+
+    It is `TorchJD` with the buffers and counts of theirs as its state, which is kept in checkpoints; that of
+    ExcessMTL is as large as all rows. `n_tasks` is known from the rows. NashMTL cuts its result to the length
+    `max_norm`, 1 if it is not given, so that its step does not grow with g's length; 0 does not cut. Rows
+    [m, n], weights [m] >= 0 -> [n]. Raises what `TorchJD` raises.
+
+    >>> TorchJDStateful("GradVac")(torch.tensor([[1.0, 0.0], [-1.0, 1.0]])).tolist()
+    [0.25, 0.75]
+    """
+
+    def init(self, rows: int) -> dict[str, Tensor]:
+        # Theirs makes it at the first call, when it knows how long rows are.
+        return {}
+
+    def move(
+        self, rows: Tensor, weights: Tensor, state: dict[str, Tensor], generator: torch.Generator | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        matrix, held = widened(rows.detach()), dict(state)
+
+        def stateful(aggregator: Any) -> Any:
+            def run(given: Tensor) -> Tensor:
+                if state:
+                    # A first call gives the state its form, of which the values are then replaced.
+                    with torch.random.fork_rng([given.device] if given.is_cuda else []):
+                        aggregator(given)
+                    remember(aggregator, state)
+                result: Tensor = aggregator(given)
+                held.clear()
+                held.update(remembered(aggregator, len(given)))
+                return result
+
+            return run
+
+        total = weights.to(matrix.dtype).sum()
+        made = self._runner(weights, generator, stateful)(matrix)
+        unit = self._checked_unit(self._runner(weights, generator)(torch.ones_like(matrix[:, :1]))[0])
+        return (made * (total / unit)).to(rows.dtype), held
+
+
+def remembered(aggregator: Any, rows: int) -> dict[str, Tensor]:
+    """Return the buffers, arrays and numbers of torchjd's aggregator [rows, ...]; each row has the number."""
+    found = {}
+    for path, module in aggregator.named_modules():
+        values = {**vars(module), **module._buffers}
+        for name, value in values.items():
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                found[f"{path}.{name}"] = torch.full((rows,), float(value), dtype=torch.float64)
+            elif isinstance(value, (Tensor, np.ndarray)) and value.ndim and len(value) == rows:
+                found[f"{path}.{name}"] = torch.as_tensor(value).clone()
+    return found
+
+
+def remember(aggregator: Any, state: dict[str, Tensor]) -> None:
+    """Write what `remembered` returned into torchjd's aggregator that was called once."""
+    for path, module in aggregator.named_modules():
+        values = {**vars(module), **module._buffers}
+        for name, value in values.items():
+            held = state.get(f"{path}.{name}")
+            if held is None:
+                if name in module._buffers:
+                    setattr(module, name, None)
+            elif isinstance(value, (int, float)):
+                setattr(module, name, type(value)(held[0]))
+            elif isinstance(value, np.ndarray):
+                setattr(module, name, held.cpu().numpy().astype(value.dtype))
+            else:
+                setattr(module, name, held if value is None else held.to(value))
+
+
 def of_name(name: str, arguments: dict[str, Any]) -> TorchJD:
-    """Build torchjd's aggregator of that name, as `TorchJDLinear` if possible."""
+    """Build torchjd's aggregator of that name, as `TorchJDStateful` or `TorchJDLinear` if it is one."""
     made = TorchJD(name, tuple(sorted(arguments.items())))
     # Imported after `made`, whose error says how to install torchjd.
+    from torchjd import Stateful as Remembers
     from torchjd.aggregation import GramianWeightedAggregator
 
+    if issubclass(made.kind(), Remembers):
+        return TorchJDStateful(made.name, made.arguments)
     if issubclass(made.kind(), GramianWeightedAggregator):
         return TorchJDLinear(made.name, made.arguments)
     return made

@@ -8,12 +8,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from consilience.core.aggregator import Stateful
+from consilience.core.aggregator import StatefulLinear
 from consilience.core.errors import ConsilienceError
 
 
 @dataclass(frozen=True)
-class GradVac(Stateful):
+class GradVac(StatefulLinear):
     """GradVac: sum_i w_i g_i', where g_i' is g_i turned towards the rows it agrees with less than it used to.
 
     g_i' starts at g_i; for the others j in a random order, with c = cos(g_i', g_j) and the average s_ij of
@@ -37,7 +37,7 @@ class GradVac(Stateful):
     def init(self, rows: int) -> dict[str, Tensor]:
         return {"cosines": torch.zeros(rows, rows, dtype=torch.float64)}
 
-    def move(
+    def move_weights(
         self, gram: Tensor, weights: Tensor, state: dict[str, Tensor], generator: torch.Generator | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         wide, seen = gram.detach().double().cpu(), state["cosines"].cpu().clone()

@@ -163,25 +163,27 @@ class ScanState:
     columns: int | None = None
 
 
-class Stateful(Linear):
-    """A linear aggregator that remembers something of its rows, such as how two of them agreed so far.
+class Stateful(Aggregator):
+    """An aggregator that remembers something of its rows, such as how two of them agreed so far.
 
-    Its state is a matrix or vector per quantity over the rows, which are known again by their names. Without
-    a state it is a pure function, as other aggregators are, which starts afresh at each call.
+    Its state is a tensor per quantity, with a first axis over the rows, which are known again by their names.
+    Without a state it is a pure function, as other aggregators are, which starts afresh at each call.
     """
 
     @abstractmethod
     def init(self, rows: int) -> dict[str, Tensor]:
-        """Return the state before the first call: float64, [rows] or [rows, rows] each."""
+        """Return the state before the first call: [rows, ...] each."""
 
     @abstractmethod
     def move(
-        self, gram: Tensor, weights: Tensor, state: dict[str, Tensor], generator: torch.Generator | None
+        self, rows: Tensor, weights: Tensor, state: dict[str, Tensor], generator: torch.Generator | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Compute coefficients [m] from the Gramian [m, m], weights [m] and the state, and its next one."""
+        """Combine rows [m, n] by weights [m] and the state, and return the result [n] and the next state."""
 
-    def weigh(self, gram: Tensor, weights: Tensor, generator: torch.Generator | None) -> Tensor:
-        return self.move(gram, weights, self.init(len(weights)), generator)[0]
+    def combine(
+        self, rows: Sequence[Tensor] | Tensor, weights: Tensor, generator: torch.Generator | None
+    ) -> Tensor:
+        return self.move(stacked(rows), weights, self.init(len(rows)), generator)[0]
 
     @final
     def advance(
@@ -208,10 +210,29 @@ class Stateful(Linear):
                 f"with the {len(names)} of {', '.join(sorted(names))}; use an aggregator without a state."
             )
         ordered = self._checked_rows(rows[order], [names[i] for i in order])
-        checked = self._checked_weights([weights[i] for i in order], ordered)
-        gram = self.gram(ordered)
-        coefficients, moved = self.move(gram, checked.to(gram.dtype), held, generator)
-        return weighted(ordered, coefficients.to(ordered.dtype)), moved
+        return self.move(
+            ordered, self._checked_weights([weights[i] for i in order], ordered), held, generator
+        )
+
+
+class StatefulLinear(Stateful, Linear):
+    """A stateful aggregator whose coefficients need the Gramian of its rows alone."""
+
+    @abstractmethod
+    def move_weights(
+        self, gram: Tensor, weights: Tensor, state: dict[str, Tensor], generator: torch.Generator | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute coefficients [m] from the Gramian [m, m], weights [m] and the state, and its next one."""
+
+    def weigh(self, gram: Tensor, weights: Tensor, generator: torch.Generator | None) -> Tensor:
+        return self.move_weights(gram, weights, self.init(len(weights)), generator)[0]
+
+    def move(
+        self, rows: Tensor, weights: Tensor, state: dict[str, Tensor], generator: torch.Generator | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        gram = self.gram(rows)
+        coefficients, moved = self.move_weights(gram, weights.to(gram.dtype), state, generator)
+        return weighted(rows, coefficients.to(rows.dtype)), moved
 
 
 class Blockwise(Aggregator):

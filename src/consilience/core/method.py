@@ -168,7 +168,7 @@ class Method:
         yield Rule(
             isinstance(exchange, Stateful),
             f"{type(exchange).__name__} remembers earlier calls by the names of its rows, which models lack",
-            "use pcgrad, which it is without a memory",
+            "use one without a memory, such as pcgrad",
         )
         # Rehearsal and further rows are objectives of their own, also where a step has one source.
         rehearses = any(overrides(part, "sample") or overrides(part, "rows") for part in placed.active)

@@ -314,10 +314,10 @@ def fed3r(
     # What combines parameters acts inside the closed form, so that the head is solved after it.
     then = Method.of(then)
     combines = replace(then, exchange_aggregator=then.exchange_aggregator or then.aggregator).receiver()
-    adaptive = isinstance(combines, WeightSpace) and isinstance(combines.outer, (Adam, Adagrad, Yogi))
-    if adaptive and combines.lr > GENTLE:
+    server = combines if isinstance(combines, WeightSpace) else WeightSpace()
+    if isinstance(server.outer, Adam | Adagrad | Yogi) and server.lr > GENTLE:
         warn(
-            f"{then.name} moves entries by up to {combines.lr:g} in a round, which destroys a solved head; "
+            f"{then.name} moves entries by up to {server.lr:g} in a round, which destroys a solved head; "
             f"give its server at most {GENTLE:g}, such as `{then.name}(lr={GENTLE:g})`."
         )
     first = Method(

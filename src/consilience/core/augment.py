@@ -354,6 +354,25 @@ def views_of(augments: Mapping[str, Views], source: str, origins: Origins | None
     return Mixed(each, origins.number)
 
 
+def same_views(one: Views | None, other: Views | None) -> bool:
+    """Whether two augmentations make equal inputs of equal ones; those that change targets too do not.
+
+    >>> same_views(as_views([torch.relu]), as_views([torch.relu]))
+    True
+    """
+    if one is None or other is None:
+        return one is other
+    if one.joint or other.joint or type(one) is not type(other):
+        return False
+    if isinstance(one, Augment) and isinstance(other, Augment):
+        return (one.function, one.batch, one.part) == (other.function, other.batch, other.part)
+    if isinstance(one, Chain) and isinstance(other, Chain):
+        pairs = zip(one.steps, other.steps, strict=False)
+        alike = one.alike == other.alike and len(one.steps) == len(other.steps)
+        return alike and all(same_views(*pair) for pair in pairs)
+    return one is other
+
+
 def as_views(value: Any) -> Views | None:
     """Return the augmentation that a user gives: a function, several in a list, or by part; None: none.
 

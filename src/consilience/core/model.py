@@ -24,6 +24,9 @@ from consilience.core.warning import warn
 Forward = Callable[[Input, str | None], Tensor]
 """(x, task) -> outputs."""
 
+ForwardEach = Callable[[Input, tuple[str | None, ...]], list[Tensor]]
+"""(x, tasks) -> the outputs for each task."""
+
 MISFITS = (RuntimeError, ValueError, IndexError, TypeError)
 """What torch raises where inputs do not fit a module."""
 
@@ -71,6 +74,23 @@ class Model(ABC):
     @abstractmethod
     def bind(self, params: Params, buffers: Params, train: bool) -> tuple[Forward, Params]:
         """Return a fast (x, task) -> outputs over these tensors, and the buffers that it updates in place."""
+
+    # Several tasks on the same inputs. A model that computes something alike for all of them does it once.
+
+    def each(
+        self, params: Params, buffers: Params, x: Input, tasks: Sequence[str | None], train: bool
+    ) -> tuple[list[Tensor], Params]:
+        """Return the outputs [B, C, *places] for each task, and the new buffers."""
+        found = []
+        for task in tasks:
+            out, buffers = self(params, buffers, x, task, train)
+            found.append(out)
+        return found, buffers
+
+    def bind_each(self, params: Params, buffers: Params, train: bool) -> tuple[ForwardEach, Params]:
+        """Return what `bind` does, for several tasks at once."""
+        forward, held = self.bind(params, buffers, train)
+        return lambda x, tasks: [forward(x, task) for task in tasks], held
 
     # The head and what grows.
 

@@ -16,6 +16,7 @@ from consilience.core.augment import Origins, States, Views, as_views, isolated,
 from consilience.core.errors import ConsilienceError
 from consilience.core.losses import DEFAULTS, NONE, Loss, Losses, present
 from consilience.core.names import checked_name
+from consilience.core.params import same
 from consilience.core.tree import Input, Tree, as_input, cast_to, concat, named, pad, unnamed
 
 GATHERED = 1 << 20
@@ -142,6 +143,13 @@ class Tensors(Examples):
     def chunks(self, size: int) -> Iterator[tuple[Input, Tensor]]:
         pairs = zip(self.x.split(size), self.y.split(size), strict=True)
         yield from pairs if isinstance(self.x, Tensor) else (trimmed(x, y) for x, y in pairs)
+
+
+def same_inputs(one: Examples, other: Examples) -> bool:
+    """Whether two sets of examples have equal inputs, in one order. Only those in memory are compared."""
+    if not (isinstance(one, Tensors) and isinstance(other, Tensors)):
+        return False
+    return one.x is other.x or same(named("x", one.x), named("x", other.x))
 
 
 def trimmed(x: Input, y: Tensor) -> tuple[Input, Tensor]:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from consilience.core.batch import Batch
+from consilience.core.batch import Batch, first_alike
 from consilience.core.source import Tensors
 from consilience.core.tree import Input, Tree, tensors_of
 from consilience.engines._memory import WINDOW
@@ -19,8 +19,8 @@ from consilience.engines._pure import Clock
 from consilience.engines._stack import Stack, StepCost
 from consilience.loop.job import Job, Part
 
-Drawn = tuple[tuple[int, str | None], ...]
-"""The batches of a step: the size and the task of each."""
+Drawn = tuple[tuple[int, str | None, int], ...]
+"""The batches of a step: the size and the task of each, and the first of them with the same inputs."""
 
 
 class Feed:
@@ -93,7 +93,7 @@ class Feed:
         moments = torch.tensor([job.moment for job in rows], dtype=torch.float64, device=device).T
         rates = torch.tensor([job.rate for job in rows], dtype=torch.float64, device=device)
 
-        kinds = {job: tuple([(len(part.y), part.task) for part in parts]) for job, parts in drawn.items()}
+        kinds = {job: drawn_as(parts) for job, parts in drawn.items()}
         for job, kind in kinds.items():
             if kind not in self.costs:
                 self._measure(job, drawn[job], kind)
@@ -106,7 +106,8 @@ class Feed:
 
     def _padded_parts(self, drawn: Sequence[list[Batch]], slots: Slots) -> list[Batch]:
         """Stack the parts of all jobs; parts of the sources are padded to their widths."""
-        stacked = []
+        stacked: list[Batch] = []
+        firsts = [first_alike(parts) for parts in drawn]
         for index, batches in enumerate(zip(*drawn, strict=True)):
             first = batches[0]
             if any(part_kind(batch) != part_kind(first) for batch in batches):
@@ -115,11 +116,20 @@ class Feed:
             width = self.widths[index] if fit else len(first.y)
             if not fit and any(len(batch.y) != width for batch in batches):
                 raise Unbatchable("parts that a correction draws differ in size between agents")
-            stacked.append(self._padded_part(batches, width, fit, slots))
+            # Inputs that two parts share in every job are one argument of the program.
+            first_of = {own[index] for own in firsts}
+            alike = stacked[min(first_of)].x if len(first_of) == 1 and min(first_of) < index else None
+            stacked.append(self._padded_part(batches, (width, fit), alike, slots))
         return stacked
 
-    def _padded_part(self, batches: Sequence[Batch], width: int, fit: bool, slots: Slots) -> Batch:
-        """Stack one part of all jobs; if `fit`, padding is marked with weight 0."""
+    def _padded_part(
+        self, batches: Sequence[Batch], fitted: tuple[int, bool], alike: Any, slots: Slots
+    ) -> Batch:
+        """Stack one part of all jobs, whose inputs are `alike` those of another part, if that is not None.
+
+        `fitted` is its width, and whether padding is marked with weight 0.
+        """
+        width, fit = fitted
         first, dtype = batches[0], self.stack.layout.dtype
 
         def put(tensors: list[Tensor]) -> Slot:
@@ -136,7 +146,7 @@ class Feed:
                 ]
             )
         xs = [tensors_of(batch.x) for batch in batches]
-        inputs = like_parts(first.x, {name: put([x[name] for x in xs]) for name in xs[0]})
+        inputs = alike or like_parts(first.x, {name: put([x[name] for x in xs]) for name in xs[0]})
         extra = {name: put([batch.extra[name] for batch in batches]) for name in first.extra}
         fields = {
             "x": inputs,
@@ -172,7 +182,7 @@ class Feed:
                 # An interrupted window keeps the steps that were taken, so that each job can go on alone.
                 for job, line in live.items():
                     for size, times in Counter(line.sizes[line.done : line.done + taken]).items():
-                        self._charge(job, ((size, blank.task),), times)
+                        self._charge(job, ((size, blank.task, 0),), times)
                     line.done += taken
                     job.epoch, job.index = line.clock()
 
@@ -218,7 +228,7 @@ class Feed:
                 rates[row] = torch.tensor(line.rates[span], dtype=torch.float64, device=device)
 
             for step, size in enumerate(line.sizes[span], line.done):
-                kind = ((size, blank.task),)
+                kind = ((size, blank.task, 0),)
                 if kind not in self.costs:
                     alone = next(examples.batches([line.index[step, :size]]))
                     self._measure(job, [replace(blank, x=alone[0], y=alone[1])], kind)
@@ -346,6 +356,12 @@ class Line:
             return self.moments[self.done][:2]
         epoch, index, _, per_epoch = self.moments[-1]
         return (epoch + 1, 0) if index + 1 == per_epoch else (epoch, index + 1)
+
+
+def drawn_as(parts: Sequence[Batch]) -> Drawn:
+    """Return what the batches of a step are."""
+    firsts = first_alike(parts)
+    return tuple((len(part.y), part.task, first) for part, first in zip(parts, firsts, strict=True))
 
 
 def in_memory(part: Part) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from consilience.core.batch import Batch, first_alike
 from consilience.core.message import Item
 from consilience.core.model import Model
 from consilience.core.source import Examples, Source
@@ -130,6 +131,14 @@ def fill(value: Any, tensors: Sequence[Tensor]) -> Any:
         names = [entry.name for entry in dataclasses.fields(value)]
         return rebuilt(value, {name: fill(getattr(value, name), tensors) for name in names})
     return value
+
+
+def fill_parts(parts: Sequence[Batch], tensors: Sequence[Any]) -> list[Batch]:
+    """Replace the slots of the batches of a step; inputs that several of them share stay one object."""
+    filled: list[Batch] = fill(list(parts), tensors)
+    for i, first in enumerate(first_alike(parts)):
+        filled[i] = rebuilt(filled[i], {"x": filled[first].x})
+    return filled
 
 
 def like(value: list[Any] | tuple[Any, ...], entries: list[Any]) -> Any:

@@ -16,7 +16,7 @@ from consilience.core.params import Params
 from consilience.core.source import PLAIN
 from consilience.core.tree import Input
 from consilience.core.viewed import Viewed
-from consilience.engines._merge import Slot, Unbatchable, fill
+from consilience.engines._merge import Slot, Unbatchable, fill, fill_parts
 from consilience.loop.step import Carry, Step, clip_factor, own_count
 
 
@@ -103,8 +103,12 @@ class PureStep(Step):
         self.start, self.start_buffers = start, buffers
 
     # The model is never bound to parameters, since these are arguments of the program.
-    def forward(self, x: Input, task: str | None) -> Tensor:
-        return self.seen(x, task)
+    def forward_each(self, x: Input, tasks: tuple[str | None, ...]) -> list[Tensor]:
+        if self.by_verb["view"]:
+            return super().forward_each(x, tasks)
+        params, buffers = {**self.fixed, **self.leaves}, self.carry.buffers
+        found, self.carry.buffers = self.model.each(params, buffers, x, tasks, True)
+        return found
 
     def part_losses(self, see: StepView) -> list[Tensor]:
         plain = all(target.loss == PLAIN and target.complete for target in see.targets)
@@ -211,7 +215,7 @@ class AgentStep:
                 **{key.name: tensor for key, tensor in state.items() if key.kind == "buffer"},
             },
             {key.name: tensor for key, tensor in state.items() if key.kind == "optimiser" and not key.entry},
-            fill(self.parts, rest),
+            fill_parts(self.parts, rest),
             clock,
             pure,
         )

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from consilience.core.batch import Batch
+from consilience.core.batch import Batch, first_alike
 from consilience.core.contexts import Context
 from consilience.core.model import Model
 from consilience.core.params import Params
 from consilience.engines._memory import Buffer
-from consilience.engines._merge import Slot, Slots, fill, merge, shape_of
+from consilience.engines._merge import Slot, Slots, fill, fill_parts, merge, shape_of
 from consilience.engines._program import Program
 from consilience.engines._pure import AgentStep, Clock, Constants, StateKey
 from consilience.loop.agent import input_shape
@@ -154,6 +154,7 @@ class Stack:
         key = (
             len(self.rows),
             *[(part.task, part.weight, part.drawn_by, part.w is None, *part.extra) for part in parts],
+            *first_alike(parts),
             *[tensor.shape for tensor in slots.tensors],
             clock.horizon,
         )
@@ -199,7 +200,7 @@ class Stack:
             tuple(self.state),
             self.vectors,
             self.constants,
-            fill(parts, moved),
+            fill_parts(parts, moved),
             fill(clock, moved),
             None if factors is None else self.layout.split(factors),
             None if decays is None else self.layout.split(decays),
@@ -259,7 +260,9 @@ def context_of(job: Job, name: str) -> Context:
 
 def alike(job: Job) -> object:
     """Describe a job by what jobs must have in common to be stacked."""
-    parts = tuple((part.task, part.source.target, input_shape(part.examples)) for part in job.parts)
+    parts = tuple(
+        (part.task, part.source.target, part.like, input_shape(part.examples)) for part in job.parts
+    )
     corrections = tuple((correction.name, type(correction)) for correction, _ in job.corrections)
     verbs = tuple(
         (verb, tuple(correction.name for correction, _ in pairs)) for verb, pairs in job.step.by_verb.items()

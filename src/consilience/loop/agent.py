@@ -13,7 +13,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from consilience.core.augment import views_of
+from consilience.core.augment import same_views, views_of
 from consilience.core.contexts import Beginning, Context, Learned, Memory
 from consilience.core.correction import Correction, overrides
 from consilience.core.errors import UNREADABLE, Refusal, unknown
@@ -24,10 +24,10 @@ from consilience.core.names import AGGREGATOR, OF_WEIGHTS, WHOLE, joined, pair, 
 from consilience.core.params import Layout, Params, content_hash, finite, key, matches
 from consilience.core.scaling import LossScale
 from consilience.core.schedule import Schedule
-from consilience.core.source import Examples, Source, Tensors
+from consilience.core.source import Examples, Source, Tensors, same_inputs
 from consilience.core.state import State, undone_key
 from consilience.core.training import Place, Training
-from consilience.core.tree import Input
+from consilience.core.tree import Input, cast_to
 from consilience.core.viewed import Viewed
 from consilience.core.warning import warn
 from consilience.loop.admission import (
@@ -125,7 +125,7 @@ class Agent:
         if self.training.precision == "fp16":
             carry.scaling = LossScale().init(self.device)
         carry.aggregator = self._remembered(given)
-        parts = tuple(self._part(source) for source in sources)
+        parts = self._parts(sources)
         step = Step(
             model=self.model,
             frame=self.frame,
@@ -234,11 +234,31 @@ class Agent:
                 self.ledger.warned.add(correction.name)
                 warn(f"{correction.name} on {first!r}: {warning} {ONCE}")
 
-    def _part(self, source: Source) -> Part:
-        """Return a source to train on with its examples on the device, and the task given to the model."""
-        examples = source.train.to(self.device, self.training.dtype)
-        views = views_of(self.schedule.augments, source.name, source.origins)
-        return Part(source, examples, source.task if self.aware else None, views)
+    def _parts(self, sources: Sequence[Source]) -> tuple[Part, ...]:
+        """Return the sources to train on with their examples on the device, and the task given to the model.
+
+        Inputs that several tasks share are there once, and the tasks draw the same of them.
+        """
+        parts: list[Part] = []
+        for source in sources:
+            views = views_of(self.schedule.augments, source.name, source.origins)
+            like = next(
+                (
+                    i
+                    for i, part in enumerate(parts)
+                    if part.like is None
+                    and same_views(views, part.augment)
+                    and same_inputs(source.train, part.source.train)
+                ),
+                None,
+            )
+            if like is None:
+                examples = source.train.to(self.device, self.training.dtype)
+            else:
+                y = cast_to(source.train.targets(), self.device, self.training.dtype)
+                examples = Tensors(parts[like].examples.whole()[0], y)
+            parts.append(Part(source, examples, source.task if self.aware else None, views, like))
+        return tuple(parts)
 
     def _horizon(self, parts: Sequence[Part]) -> tuple[int, int]:
         """Return (epochs, steps per epoch) of a visit."""

@@ -8,13 +8,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from consilience.core.augment import Views, isolated, sample_seeds, seed_all, views_of
-from consilience.core.batch import Batch
+from consilience.core.batch import Batch, first_alike
 from consilience.core.buffer import ranks
 from consilience.core.contexts import Context
 from consilience.core.correction import Correction
@@ -45,6 +45,8 @@ class Part(NamedTuple):
     """The task label that the model is given."""
     augment: Views | None = None
     """What training samples go through."""
+    like: int | None = None
+    """The number of the first part that has the same inputs; None: no part before it has."""
 
     @property
     def random(self) -> bool:
@@ -214,7 +216,7 @@ class Job:
         """Return the mean over sources of the loss on their validation data, in eval mode."""
         # The loss of training, so that what is stopped by is what is trained by.
         step, losses = self.step, []
-        for source, _, task, _ in self.parts:
+        for source, _, task, *_ in self.parts:
             total = count = 0.0
             for x, y in source.validation.to(self.layout.device, self.layout.dtype).chunks(CHUNK):
                 part = Batch(x, y, task, target=source.target)
@@ -238,10 +240,11 @@ class Job:
             # The examples of all parts are read side by side, one batch of each per step.
             streams = self._views(plans)
             for batches in zip(*streams, strict=True):
-                own = [
-                    Batch(x, y, part.task, source=part.source.name, target=part.source.target)
-                    for (x, y), part in zip(batches, self.parts, strict=True)
-                ]
+                own: list[Batch] = []
+                for (x, y), (source, _, task, _, like) in zip(batches, self.parts, strict=True):
+                    # The very same inputs, by which a step knows that they are forwarded once.
+                    x = own[like].x if x is None and like is not None else x
+                    own.append(Batch(x, y, task, source=source.name, target=source.target))
                 clock = (self.epoch, self.index)
                 yield own + self._sampled(clock, ledger), clock
 
@@ -250,24 +253,37 @@ class Job:
                 return
             self.epoch, self.index = self.epoch + 1, 0
 
-    def _views(self, plans: list[list[Tensor]]) -> list[Iterator[tuple[Input, Tensor]]]:
-        """Return the batches of all parts, which these plans list from step `index` on."""
-        if not any(part.random for part in self.parts):
-            return [part.examples.batches(plan) for part, plan in zip(self.parts, plans, strict=True)]
+    def _views(self, plans: list[list[Tensor]]) -> list[Iterator[tuple[Any, Tensor]]]:
+        """Return the batches of all parts, which these plans list from step `index` on.
 
+        Of parts that draw the same examples of the same inputs, the first has the inputs, others have None.
+        """
+        streams: list[Iterator[tuple[Any, Tensor]]] = []
         # Numbers depend on the sample and how often it came in this epoch, not on steps or batches.
-        streams = []
-        for number, (part, whole) in enumerate(zip(self.parts, self.plan(self.epoch), strict=True)):
-            if not part.random:
-                streams.append(part.examples.batches(plans[number]))
-                continue
-            index, visit = torch.cat(whole), self.visits[number]
-            generator = key(self.seed, part.source.name, visit, self.epoch, "augment")
-            seeds = sample_seeds(generator, index, ranks(torch.arange(len(index)), index))
-            each = seeds.split([len(batch) for batch in whole])
-            own = each[self.index : self.index + len(plans[number])]
-            streams.append(part.examples.views(plans[number], part.augment, own))
+        plan = self.plan(self.epoch) if any(part.random for part in self.parts) else plans
+        for number, (part, own) in enumerate(zip(self.parts, plans, strict=True)):
+            if part.like is not None and same_plan(own, plans[part.like]):
+                streams.append(without_inputs(part.examples, own))
+            elif part.random:
+                streams.append(part.examples.views(own, part.augment, self._seeds(number, plan[number], own)))
+            else:
+                streams.append(part.examples.batches(own))
         return streams
+
+    def _seeds(self, number: int, whole: list[Tensor], plan: list[Tensor]) -> list[Tensor]:
+        """Return the seeds of the samples of a part's batches, of which a whole epoch has more."""
+        index = torch.cat(whole)
+        generator = key(self.seed, *self._drawn_by(number), self.epoch, "augment")
+        seeds = sample_seeds(generator, index, ranks(torch.arange(len(index)), index))
+        each = seeds.split([len(batch) for batch in whole])
+        return list(each[self.index : self.index + len(plan)])
+
+    def _drawn_by(self, number: int) -> tuple[str, int]:
+        """Return the source and the visit by which the examples of a part are drawn."""
+        # Tasks of the same inputs see the same examples in each step.
+        first = self.parts[number].like
+        first = number if first is None else first
+        return self.parts[first].source.name, self.visits[first]
 
     def _sampled(self, clock: tuple[int, int], ledger: Ledger) -> list[Batch]:
         """Return the batches that corrections add to a step, such as rehearsal."""
@@ -320,9 +336,9 @@ class Job:
 
     def _pass(self, part: int, epoch: int, turn: int) -> list[Tensor]:
         """Return the index batches of one pass over one part."""
-        source, examples = self.parts[part][:2]
+        examples = self.parts[part].examples
         sampler = self.training.sampler or Shuffle()
-        generator = key(self.seed, source.name, self.visits[part], epoch, turn, "shuffle")
+        generator = key(self.seed, *self._drawn_by(part), epoch, turn, "shuffle")
         # Only for those that ask: samplers of users take four arguments.
         more = {"lengths": examples.lengths()} if getattr(sampler, "needs_lengths", False) else {}
         size = self.training.samples
@@ -350,7 +366,9 @@ class Job:
 
     def cost(self, parts: Sequence[Batch]) -> tuple[object, ...] | None:
         """Return the key under which the ledger keeps the cost of a step with these parts, if it has one."""
-        return self.kind and (*self.kind, *[(tuple(part.x.shape), part.task) for part in parts])
+        firsts = zip(parts, first_alike(parts), strict=True)
+        shapes = [(tuple(part.x.shape), part.task, first) for part, first in firsts]
+        return self.kind and (*self.kind, *shapes)
 
     @contextmanager
     def _random_forward(self, clock: tuple[int, int]) -> Iterator[None]:
@@ -438,3 +456,17 @@ class Job:
         """Return the buffers that steps may update: all but derived ones."""
         held = self.carry.buffers.items()
         return [(name, buffer) for name, buffer in held if not self.step.model.derived(name)]
+
+
+def same_plan(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
+    """Whether two parts draw the same examples in all steps; a sampler may go by their targets."""
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def without_inputs(examples: Examples, plan: Sequence[Tensor]) -> Iterator[tuple[None, Tensor]]:
+    """Yield the targets of the batches of `plan`, with None for the inputs."""
+    y = examples.targets()
+    if examples.lengths() is None:
+        return ((None, y.index_select(0, index.to(y.device))) for index in plan)
+    # Targets at the places of ragged inputs are cut as these are.
+    return ((None, own) for _, own in examples.batches(plan))

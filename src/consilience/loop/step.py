@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from consilience.core.aggregator import Aggregator, Cone, Linear, Stateful
-from consilience.core.batch import Batch
+from consilience.core.batch import Batch, first_alike
 from consilience.core.contexts import Context, StepView
 from consilience.core.correction import Correction, knows_gradient, overrides
 from consilience.core.errors import ConsilienceError, Refusal
-from consilience.core.model import Forward, Model
+from consilience.core.model import Forward, ForwardEach, Model
 from consilience.core.names import joined
 from consilience.core.optimiser import Optimiser, OptimiserState
 from consilience.core.params import Layout, Params
@@ -32,6 +32,9 @@ HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 Pairs = Sequence[tuple[Correction, Context]]
 """Corrections with their contexts in this visit."""
+
+_Forwarded = tuple[int, int, str | None]
+"""The inputs that are forwarded, by identity; the part that they stand alone for, or -1; and the task."""
 
 
 @dataclass(eq=False)
@@ -183,7 +186,7 @@ class Step:
     """Whether the next step is looked at: it measures `norm`, which reads the gradient once more."""
     norm: Tensor | None = field(default=None, init=False)
     """The L2 norm of the last step's gradient, with penalties and before clipping; None: not measured."""
-    bound: Forward | None = field(default=None, init=False)
+    bound: ForwardEach | None = field(default=None, init=False)
     """The model over `leaves` in training mode."""
 
     def __post_init__(self) -> None:
@@ -287,7 +290,11 @@ class Step:
         """
         own = max((len(part.y) for part in parts if not part.drawn_by), default=1)
         count = -(-own // self.training.batch_size)
-        pieces = list(zip(*[cut(part, count) for part in parts], strict=True))
+        each = [cut(part, count) for part in parts]
+        # Pieces of the same inputs are the same too, so that they are forwarded once.
+        for i, first in enumerate(first_alike(parts)):
+            each[i] = [replace(piece, x=of.x) for piece, of in zip(each[i], each[first], strict=True)]
+        pieces = list(zip(*each, strict=True))
 
         # Means over pieces add up to the mean over the batch by how many targets each piece has.
         sizes = [[float(self.target(p).count(p.y, p.w)) for p in piece] for piece in pieces]
@@ -414,15 +421,19 @@ class Step:
 
     def forward(self, x: Input, task: str | None) -> Tensor:
         """Return the outputs [B, C, *places] in training mode."""
+        return self.forward_each(x, (task,))[0]
+
+    def forward_each(self, x: Input, tasks: tuple[str | None, ...]) -> list[Tensor]:
+        """Return the outputs [B, C, *places] in training mode for each task."""
         if self.by_verb["view"]:
-            return self.seen(x, task)
+            return [self.seen(x, task) for task in tasks]
 
         # Bound once: a functional call in every step costs a quarter more.
         if self.bound is None:
             params = {**self.fixed, **self.leaves}
-            bound, self.carry.buffers = self.model.bind(params, self.carry.buffers, True)
+            bound, self.carry.buffers = self.model.bind_each(params, self.carry.buffers, True)
             self.bound = Compiled(bound) if self.training.compile else bound
-        return self.bound(x, task)
+        return self.bound(x, tasks)
 
     def seen(self, x: Input, task: str | None) -> Tensor:
         """Return the outputs [B, C] in training mode, through the views of corrections."""
@@ -435,29 +446,46 @@ class Step:
     def forward_all(self, parts: list[Batch]) -> list[Tensor]:
         """Return the outputs of every part; parts that the model treats alike go through it together.
 
-        Those of a constraint go alone: its gradient is another backward pass, through its own samples only.
+        Parts of the very same inputs go through all that their tasks share once. Those of a constraint go
+        alone: its gradient is another backward pass, through its own samples only.
         """
         if len(parts) == 1:
             return [self.forward(parts[0].x, parts[0].task)]
 
-        # One forward pass of many samples is faster than one per part.
-        by_task = self.model.uses_task or bool(self.by_verb["view"])
-        groups: dict[tuple[str | None, int, object], list[int]] = {}
+        views = bool(self.by_verb["view"])
+        by_task = self.model.uses_task or views
+        keys = []
         for i, part in enumerate(parts):
             alone = i if part.drawn_by in self.alone else -1
-            # Inputs of other shapes, such as images of another size, cannot be joined. Ragged ones of another
-            # length are apart too: padding to the longest of all parts would change what each is padded to.
-            groups.setdefault((part.task if by_task else None, alone, part.x.shape[1:]), []).append(i)
+            keys.append((id(part.x), alone, part.task if by_task else None))
+        found = self._forward_shared(parts, keys) if by_task and not views else {}
 
-        outputs: list[Tensor] = [parts[0].y] * len(parts)
+        # One forward pass of many samples is faster than one per part.
+        groups: dict[tuple[str | None, int, object], dict[_Forwarded, Input]] = {}
+        for part, at in zip(parts, keys, strict=True):
+            if at not in found:
+                _, alone, task = at
+                # Inputs of other shapes, such as images of another size, cannot be joined. Ragged ones of
+                # another length are apart too: padding to the longest of all parts would change what each is
+                # padded to.
+                groups.setdefault((task, alone, part.x.shape[1:]), {})[at] = part.x
+
         for (task, _, _), members in groups.items():
-            if len(members) == 1:
-                outputs[members[0]] = self.forward(parts[members[0]].x, task)
-                continue
-            out = self.forward(concat([parts[i].x for i in members]), task)
-            for i, own in zip(members, out.split([len(parts[i].x) for i in members]), strict=True):
-                outputs[i] = own
-        return outputs
+            xs = list(members.values())
+            out = self.forward(xs[0] if len(xs) == 1 else concat(xs), task)
+            own = [out] if len(xs) == 1 else out.split([len(x) for x in xs])
+            found |= zip(members, own, strict=True)
+        return [found[at] for at in keys]
+
+    def _forward_shared(self, parts: list[Batch], keys: Sequence[_Forwarded]) -> dict[_Forwarded, Tensor]:
+        """Return the outputs of parts whose inputs are those of other tasks too."""
+        found: dict[_Forwarded, Tensor] = {}
+        for part, (x, alone, _) in zip(parts, keys, strict=True):
+            same = dict.fromkeys(at for at in keys if at[:2] == (x, alone))
+            if len(same) > 1 and not same.keys() <= found.keys():
+                outs = self.forward_each(part.x, tuple(task for _, _, task in same))
+                found |= zip(same, outs, strict=True)
+        return found
 
     def outputs(self, parts: list[Batch], clock: tuple[int, int]) -> tuple[list[Tensor], list[Tensor]]:
         """Return the outputs of all parts, before and after task masks."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from consilience.core.checks import whole_number
 from consilience.core.errors import ConsilienceError, Refusal
-from consilience.core.model import Forward, Model
+from consilience.core.model import Forward, ForwardEach, Model
 from consilience.core.params import Params, computing, matches
 from consilience.core.source import LabelFrame, Source
 from consilience.core.tree import Input
@@ -275,6 +275,13 @@ class MultiHead(Heads):
         out = self._common_outputs(psi, self.heads(params, buffers, task))
         return out, {**buffers, **_prefixed(updated)} if train else buffers
 
+    def each(
+        self, params: Params, buffers: Params, x: Input, tasks: Sequence[str | None], train: bool
+    ) -> tuple[list[Tensor], Params]:
+        psi, updated = self.trunk(trunk_entries(params), trunk_entries(buffers), x, None, train)
+        found = [self._common_outputs(psi, self.heads(params, buffers, task)) for task in tasks]
+        return found, {**buffers, **_prefixed(updated)} if train else buffers
+
     def features(self, params: Params, buffers: Params, x: Input, task: str | None = None) -> Tensor:
         return self.trunk.features(trunk_entries(params), trunk_entries(buffers), x)
 
@@ -285,16 +292,22 @@ class MultiHead(Heads):
         return self._common_outputs(psi, self.heads(params, buffers, task))
 
     def bind(self, params: Params, buffers: Params, train: bool) -> tuple[Forward, Params]:
+        each, held = self.bind_each(params, buffers, train)
+        return lambda x, task: each(x, (task,))[0], held
+
+    def bind_each(self, params: Params, buffers: Params, train: bool) -> tuple[ForwardEach, Params]:
         trunk, updated = self.trunk.bind(trunk_entries(params), trunk_entries(buffers), train)
         columns = {name: tensor.clone() for name, tensor in buffers.items() if name.startswith(HEADS)}
         held = {**columns, **_prefixed(updated)}
         # To find heads reads the values of columns, which is too slow for every step.
         found: dict[str | None, list[Head]] = {}
 
-        def forward(x: Input, task: str | None) -> Tensor:
-            if task not in found:
-                found[task] = self.heads(params, held, task)
-            return self._common_outputs(trunk(x, None), found[task])
+        def forward(x: Input, tasks: tuple[str | None, ...]) -> list[Tensor]:
+            for task in tasks:
+                if task not in found:
+                    found[task] = self.heads(params, held, task)
+            psi = trunk(x, None)
+            return [self._common_outputs(psi, found[task]) for task in tasks]
 
         return forward, held
 

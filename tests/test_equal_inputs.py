@@ -281,3 +281,15 @@ def test_batches_say_which_have_the_same_inputs() -> None:
 
     x, y = torch.zeros(2, 3), torch.zeros(2)
     assert first_alike([Batch(x, y), Batch(x.clone(), y), Batch(x, y)]) == [0, 1, 0]
+
+
+@pytest.mark.parametrize("kind", ["adapters", "biases"])
+def test_tasks_with_entries_inside_the_backbone_are_forwarded_apart(kind: str) -> None:
+    """The entries of a task inside the backbone train, also where its inputs are those of others."""
+    body = cs.models.wrap(nn.Sequential(*trunk(), nn.Linear(6, 7)))
+    model = {"adapters": cs.models.adapters, "biases": cs.models.beneficial_biases}[kind](body, 7)
+    own = {n: p for n, p in run(tasks(), model).params.items() if n.startswith(kind)}
+    assert len({n.split(".")[1] for n in own}) == 3
+    assert sum(float(p.abs().sum()) for n, p in own.items() if not n.endswith("down")) > 1e-3
+    once = {n: p for n, p in run(tasks(), model, epochs=1).params.items() if n in own}
+    assert all(not torch.equal(p, once[n]) for n, p in own.items())

@@ -37,6 +37,25 @@ class Batch:
     """The name of the correction that drew it; set by the loop."""
     origins: Origins | None = None
     """The source of each sample, where there are several with an augmentation; the loop takes it away."""
+    index: Tensor | None = None
+    """The index of each sample among the training examples of its part [B], where a correction has
+    `needs_index`; None of batches that a correction drew."""
+
+    def kept(self, table: Tensor, values: Tensor) -> Tensor:
+        """Return a table [N, ...] of one entry per example, with `values` [B, ...] at these samples.
+
+        Padding is left out; of a sample that is there twice, one value is kept.
+
+        >>> part = Batch(torch.zeros(2, 1), torch.zeros(2), index=torch.tensor([2, 0]))
+        >>> part.kept(torch.zeros(3), torch.tensor([5.0, 7.0]))
+        tensor([7., 0., 5.])
+        """
+        assert self.index is not None, "only parts of the sources have an index, where `needs_index` asks"
+        if self.w is None:
+            return table.index_copy(0, self.index, values)
+        # Padding goes to one entry more, as its index is that of some other sample.
+        spare = torch.cat([table, table[:1]])
+        return spare.index_copy(0, torch.where(self.w > 0, self.index, len(table)), values)[:-1]
 
     def mean(self, values: Tensor) -> Tensor:
         """Return the mean of values [B] or [B, *places] over the samples that count: sum w v / sum w.

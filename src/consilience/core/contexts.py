@@ -51,6 +51,8 @@ class Context:
     """theta [n] at the start of the visit; None in prediction, and before `prepare_step`."""
     parts: tuple[str, ...] = ()
     """For `trace_init`: the names of the sources that each step has a part of, in their order."""
+    sizes: tuple[int, ...] = ()
+    """For `trace_init`: the number of training examples of each of these parts."""
     clock: tuple[int, int] = (0, 0)
     """(epoch, step in the epoch), for `view`, which has no `StepView`."""
     horizon: tuple[int, int] = (0, 0)

@@ -106,6 +106,13 @@ class Correction(Takes, ABC):
     needs_norms: ClassVar[bool] = False
     """Whether its `trace` reads `StepView.norms`: each objective then has a backward pass of its own."""
 
+    needs_index: ClassVar[bool] = False
+    """Whether it reads `Batch.index`, which says which training examples a batch has.
+
+    A trace with one entry per example then keeps something of each, as `Context.sizes` says how many there
+    are.
+    """
+
     needs_last_step: ClassVar[bool] = False
     """Whether it acts at set steps of a visit, such as one that prunes, so that no visit may end early."""
 

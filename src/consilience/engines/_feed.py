@@ -155,6 +155,8 @@ class Feed:
             "extra": extra,
             "source": first.source if all(batch.source == first.source for batch in batches) else "",
         }
+        if first.index is not None:
+            fields["index"] = put([batch.index for batch in batches if batch.index is not None])
         part: Batch = rebuilt(first, fields)
         return part
 
@@ -209,6 +211,9 @@ class Feed:
         }
         targets = (y.new_zeros if some_ended else y.new_empty)(rows, steps, width, *y.shape[1:])
         counts = torch.full((rows, steps), width, device=device)
+        indices = None
+        if stack.step.reads_index:
+            indices = torch.zeros(rows, steps, width, dtype=torch.long, device=device)
         moments = torch.ones(rows, 4, steps, dtype=torch.float64, device=device)
         rates = torch.ones(rows, steps, dtype=torch.float64, device=device)
 
@@ -220,6 +225,8 @@ class Feed:
             for name, x in tensors_of(examples.x).items():
                 torch.index_select(x, 0, index, out=inputs[name][row].view(-1, *x.shape[1:]))
             torch.index_select(examples.y, 0, index, out=targets[row].view(-1, *y.shape[1:]))
+            if indices is not None:
+                indices[row] = index.view(steps, width)
             if self.padded:
                 counts[row] = torch.tensor(line.sizes[span], device=device)
             if stack.inside:
@@ -230,13 +237,15 @@ class Feed:
             for step, size in enumerate(line.sizes[span], line.done):
                 kind = ((size, blank.task, 0),)
                 if kind not in self.costs:
-                    alone = next(examples.batches([line.index[step, :size]]))
-                    self._measure(job, [replace(blank, x=alone[0], y=alone[1])], kind)
+                    which = line.index[step, :size]
+                    alone = next(examples.batches([which]))
+                    batch = replace(blank, x=alone[0], y=alone[1], index=which.to(device))
+                    self._measure(job, [batch], kind)
 
         weights = None
         if self.padded:
             weights = (torch.arange(width, device=device) < counts[..., None]).to(stack.layout.dtype)
-        return Window(inputs, targets, weights, moments, rates)
+        return Window(inputs, targets, indices, weights, moments, rates)
 
     def _batches(self, window: Window, blank: Batch) -> Iterator[tuple[Slots, Batch, Clock]]:
         """Yield the batch and the clock of each step of a window, with the tensors in their slots."""
@@ -249,6 +258,8 @@ class Feed:
                 "y": slots.put(window.targets[:, step], 0),
                 "w": weights,
             }
+            if window.indices is not None:
+                fields["index"] = slots.put(window.indices[:, step], 0)
             batch: Batch = rebuilt(blank, fields)
             yield slots, batch, self._clock(window.moments[:, :, step].T, window.rates[:, step], slots)
 
@@ -307,6 +318,8 @@ class Window(NamedTuple):
     """[K, S, B, ..]"""
     targets: Tensor
     """[K, S, B, ..]"""
+    indices: Tensor | None
+    """[K, S, B], of the examples; None where no correction reads them."""
     weights: Tensor | None
     """[K, S, B], 0 for padding; None where no batch is padded."""
     moments: Tensor

@@ -16,7 +16,7 @@ from consilience.core.params import Params
 from consilience.core.source import PLAIN
 from consilience.core.tree import Input
 from consilience.core.viewed import Viewed
-from consilience.engines._merge import Slot, Unbatchable, fill, fill_parts
+from consilience.engines._merge import Ragged, Slot, Unbatchable, fill, fill_parts
 from consilience.loop.step import Carry, Step, clip_factor, own_count
 
 
@@ -201,6 +201,8 @@ class AgentStep:
             ctx = Context(
                 **fill(fields, rest), trace=trace, model=step.model, layout=step.layout, start=start
             )
+            # A program serves sources of any name and size.
+            ctx.parts, ctx.sizes = Ragged(), Ragged()  # type: ignore[assignment]
             contexts[name] = (fill(correction, rest), ctx)
 
         # Without verbs that read the start, an empty vector stands in its place.

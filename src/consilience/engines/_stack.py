@@ -15,7 +15,7 @@ from consilience.core.contexts import Context
 from consilience.core.model import Model
 from consilience.core.params import Params
 from consilience.engines._memory import Buffer
-from consilience.engines._merge import Slot, Slots, fill, fill_parts, merge, shape_of
+from consilience.engines._merge import Slot, Slots, Unbatchable, fill, fill_parts, merge, shape_of
 from consilience.engines._program import Program
 from consilience.engines._pure import AgentStep, Clock, Constants, StateKey
 from consilience.loop.agent import input_shape
@@ -97,7 +97,10 @@ class Stack:
         for correction, ctx in self.step.by_verb["trace"]:
             contexts = [context_of(job, correction.name) for job in self.jobs]
             for entry in ctx.trace:
-                traces = torch.stack([each.trace[entry] for each in contexts])
+                each = [own.trace[entry] for own in contexts]
+                if any(trace.shape != each[0].shape for trace in each):
+                    raise Unbatchable(f"the trace of {correction.name} differs in shape between agents")
+                traces = torch.stack(each)
                 state[StateKey("trace", correction.name, entry)] = traces
         return state
 

@@ -115,6 +115,7 @@ class Agent:
         self._lay_out(corrections, layout, start, given[0].name, place or Place())
         for _, ctx in corrections:
             ctx.parts = tuple(source.name for source in sources)
+            ctx.sizes = tuple(len(source.train) for source in sources)
 
         # Steps update buffers in place, so those of the state are copied, but for derived ones.
         own_buffers = {

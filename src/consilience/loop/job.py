@@ -239,12 +239,15 @@ class Job:
 
             # The examples of all parts are read side by side, one batch of each per step.
             streams = self._views(plans)
-            for batches in zip(*streams, strict=True):
+            for step, batches in enumerate(zip(*streams, strict=True)):
                 own: list[Batch] = []
                 for (x, y), (source, _, task, _, like) in zip(batches, self.parts, strict=True):
                     # The very same inputs, by which a step knows that they are forwarded once.
                     x = own[like].x if x is None and like is not None else x
                     own.append(Batch(x, y, task, source=source.name, target=source.target))
+                if self.step.reads_index:
+                    index = [plan[step].to(self.layout.device) for plan in plans]
+                    own = [replace(part, index=which) for part, which in zip(own, index, strict=True)]
                 clock = (self.epoch, self.index)
                 yield own + self._sampled(clock, ledger), clock
 

@@ -126,6 +126,7 @@ def cut(part: Batch, count: int) -> list[Batch]:
             y=part.y[span],
             w=None if part.w is None else part.w[span],
             extra={name: tensor[span] for name, tensor in part.extra.items()},
+            index=None if part.index is None else part.index[span],
         )
         for span in spans
     ]
@@ -220,6 +221,7 @@ class Step:
         # Asked for in every step, so that they are known beforehand.
         self.varies = training.varies
         self.clips = training.clip_norm is not None or training.clip_value is not None
+        self.reads_index = any(c.needs_index for pairs in self.by_verb.values() for c, _ in pairs)
         self.reads_norms = any(correction.needs_norms for correction, _ in self.by_verb["trace"])
 
         # Copied, because steps update buffers in place; derived ones are the same after every step.
@@ -266,11 +268,13 @@ class Step:
         drawn = None if generator is None else generator.get_state()
         total: Rows | None = None
         losses: list[Tensor] = []
-        plain: list[Tensor] = []
+        seen: list[StepView] = []
         for piece, shares in self._pieces(parts):
             see = self._seen(piece, clock)
             if self.by_verb["trace"]:
-                plain.append(see.losses() * see.theta.new_tensor(shares))
+                # Only outputs stay: they are small, and the graph behind them is not.
+                raw, outputs = ([out.detach() for out in some] for some in (see.raw, see.outputs))
+                seen.append(replace(see, raw=raw, outputs=outputs))
             objectives = self.objectives(see).shared(shares, see.parts)
             losses.append(objectives.total)
             # Random weights are those of the step, not of a micro-batch.
@@ -280,8 +284,18 @@ class Step:
             total = rows if total is None else total.plus(rows)
         self.loss = torch.stack(losses).sum()
         assert total is not None
-        # Of the whole batch, as all that traces read is, but for outputs.
-        return replace(see, losses=lambda: torch.stack(plain).sum(0)), total
+        return self._whole(parts, seen, clock) if seen else see, total
+
+    def _whole(self, parts: list[Batch], seen: list[StepView], clock: tuple[int, int]) -> StepView:
+        """Return what the verbs see of a step whose micro-batches were `seen`."""
+
+        def joined(pieces: list[list[Tensor]]) -> list[Tensor]:
+            # A piece of a part with too few samples repeats its first one.
+            each = zip(parts, zip(*pieces, strict=True), strict=True)
+            return [torch.cat(outs[: len(part.y)]) for part, outs in each]
+
+        raw, outputs = joined([see.raw for see in seen]), joined([see.outputs for see in seen])
+        return self.look(parts, self.carry.theta, clock, raw, outputs)
 
     def _pieces(self, parts: list[Batch]) -> list[tuple[list[Batch], list[float]]]:
         """Cut the parts of a step into micro-batches of at most `batch_size` samples.

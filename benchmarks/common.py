@@ -4,6 +4,8 @@ JSON and Markdown."""
 from __future__ import annotations
 
 import datetime
+import hashlib
+import json
 import os
 import platform
 import resource
@@ -73,6 +75,26 @@ def save(name: str, about: str | None, facts: Mapping[str, Any], table: str) -> 
     top = "\n".join(f"- {k}: {v}" for k, v in heading.items())
     write_bytes(RESULTS / f"{name}.md", f"# {name}\n\n{(about or '').strip()}\n\n{top}\n\n{table}\n".encode())
     print(table)
+
+
+def kept(folder: Path | None, key: Sequence[Any], work: Callable[[], Any]) -> Any:
+    """Do some work once: its answer (JSON) lies in the folder under its key. Without a folder, just do it.
+
+    So a stopped script goes on where it was; `folder_for` gives each commit of the code a folder.
+    """
+    if folder is None:
+        return work()
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
+    path = folder / f"{digest}.json"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"key": key, "answer": work()})
+    return json.loads(path.read_text())["answer"]
+
+
+def folder_for(keep: Path | None) -> Path | None:
+    """The folder of today's code in that of a script's `--keep`."""
+    return keep and keep.absolute() / machine()["commit"].replace(" ", "-")
 
 
 def spread(scores: Sequence[float]) -> str:

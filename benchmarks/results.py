@@ -41,6 +41,7 @@ SCRIPTS = (
     Script("outliers.py", data=False),
     Script("heads.py", data=False),
     Script("lengths.py"),
+    Script("matrix.py", 1, ("torchjd",)),
     Script("continual.py"),
     Script("federated.py"),
     Script("mergeability.py"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -11,7 +12,10 @@ import torch.nn.functional as F
 
 import consilience as cs
 from consilience.core.contexts import Context, StepView
-from restate import A, B, batches, entries, final, mlp, near, plain, sgd, stopped, training
+from consilience.core.params import key
+from consilience.data.samplers import Curriculum, SelfPaced
+from consilience.loop.fingerprint import identity
+from restate import A, B, E, batches, entries, final, mlp, near, plain, sgd, source, stopped, training
 
 # The index of each example
 
@@ -135,10 +139,10 @@ def test_a_straggler_has_seen_what_its_steps_saw():
     run = cs.run(schedule, TIRED + cs.methods.fedavg(), mlp(), training(epochs=5), judge_clients=True)
     fractions = next(phase.fractions for phase in schedule.plan(0) if hasattr(phase, "fractions"))
     # Of 5 epochs of 4 steps and of 3.
-    for agent, source, total in (("client-0", A, 20), ("client-1", B, 15)):
+    for agent, own, total in (("client-0", A, 20), ("client-1", B, 15)):
         steps = max(1, round(fractions[agent] * total))
         assert 0 < steps < total
-        assert torch.equal(kept(run.agents[agent], source.name)["seen/0"], tired(source, steps, epochs=5)[1])
+        assert torch.equal(kept(run.agents[agent], own.name)["seen/0"], tired(own, steps, epochs=5)[1])
 
 
 @pytest.mark.parametrize("sources", [[A, replace(A, name="c")], [A, B]], ids=["equal", "unequal"])
@@ -177,3 +181,389 @@ class Same(cs.Correction):
 
     def sample(self, ctx, sources, generator):
         return []
+
+
+# Curricula
+
+
+def loop(s, share, difficulty=None, rescore=None, anti=False, known=None, epochs=6):
+    """The plain loop: parameters, and how many examples each epoch chose from."""
+    net = plain()
+    (x, y), n, step, counts = s.train.whole(), len(s.train), sgd(net), []
+    for epoch in range(epochs):
+        if known is None or (rescore and epoch % rescore == 0):
+            with torch.no_grad():
+                known = difficulty(net(x), y)
+        g = key(0, s.name, 0, epoch, 0, "shuffle")
+        count = max(1, int(share(epoch) * n))
+        order = torch.randperm(n, generator=g)
+        if count < n:
+            ranked = order[known[order].argsort(stable=True, descending=anti)][:count]
+            order = ranked[torch.randperm(count, generator=g)]
+        counts.append(count)
+        for i in order.split(8):
+            step.zero_grad()
+            F.cross_entropy(net(x[i]), y[i]).backward()
+            step.step()
+    return net, counts
+
+
+def cross_entropies(out, y):
+    return F.cross_entropy(out, y, reduction="none")
+
+
+def doubts(out, y):
+    return 1 - out.softmax(1).max(1).values
+
+
+def visits(schedule, sampler, method=None, epochs=6, **more):
+    """A run, and the lines of its visits."""
+    lines = []
+    given = training(epochs=epochs, sampler=sampler, **more)
+    run = cs.run(schedule, method or cs.methods.finetune(), mlp(), given, progress=lines.append)
+    return run, [line for line in lines if line["event"] == "visit"]
+
+
+def document(strategy, start):
+    """The share of the document's CurriculumSampler, `_get_fraction`, over 6 epochs."""
+
+    def share(epoch):
+        t = epoch / 5
+        return {
+            "linear": start + (1.0 - start) * t,
+            "sqrt": start + (1.0 - start) * math.sqrt(t),
+            # In the last epoch, which sees all here, the document's has 1 - (1 - start) e^-3.
+            "exponential": 1.0 - (1.0 - start) * math.exp(-3.0 * t) if t < 1 else 1.0,
+            "step": start + (1.0 - start) * min(int(t * 5), 4) / 4,
+            "competence": min(1.0, math.sqrt(t * (1 - start**2) + start**2)),
+        }[strategy]
+
+    return share
+
+
+@pytest.mark.parametrize("pacing", ["linear", "sqrt", "exponential", "step", "competence"])
+@pytest.mark.parametrize("rescore", [None, 2])
+def test_a_curriculum_is_the_hand_written_loop(pacing, rescore):
+    sampler = Curriculum(pacing=pacing, start=0.3, rescore=rescore)
+    run, lines = visits(cs.settings.continual([A]), sampler)
+    net, counts = loop(A, document(pacing, 0.3), cross_entropies, rescore)
+    near(run.params, entries(net))
+    # The log says how many examples each epoch chose from, and the share of the last.
+    assert lines[0]["examples"] == {"a": counts} and lines[0]["pace"] == {"a": 1.0}
+    assert counts[0] == 9 and counts[-1] == 30 and counts == sorted(counts)
+
+
+def test_difficulties_and_the_hardest_first():
+    share, x = document("linear", 0.5), A.train.x
+    hard = torch.randn(30, generator=torch.Generator().manual_seed(4)).double()
+    teacher = torch.nn.Linear(6, 4).double()
+    with torch.no_grad():
+        p = teacher(x).softmax(1)
+        unsure = -(p * p.log()).sum(1)
+    drawn = torch.rand(30, generator=key(0, "a", "difficulty"), dtype=torch.float64)
+    given = {
+        "confidence": (Curriculum("confidence", start=0.5), {"difficulty": doubts}),
+        "anti": (Curriculum(start=0.5, anti=True), {"difficulty": cross_entropies, "anti": True}),
+        "numbers": (Curriculum(hard.tolist(), start=0.5), {"known": hard}),
+        "by source": (Curriculum({"a": hard.numpy()}, start=0.5), {"known": hard}),
+        "function": (Curriculum(lambda x: x[:, 2], start=0.5), {"known": x[:, 2]}),
+        "module": (Curriculum(teacher, start=0.5), {"known": unsure}),
+        "probabilities": (Curriculum(lambda x: teacher(x).softmax(1), start=0.5), {"known": unsure}),
+        "random": (Curriculum("random", start=0.5), {"known": drawn}),
+    }
+    found = {}
+    for name, (sampler, expected) in given.items():
+        run, _ = visits(cs.settings.continual([A]), sampler)
+        near(run.params, entries(loop(A, share, **expected)[0]))
+        found[name] = tuple(torch.cat([p.flatten() for p in run.params.values()]).tolist())
+    # Each of these orders is another one.
+    others = ("confidence", "anti", "numbers", "function", "module", "random")
+    assert len({found[name] for name in others}) == len(others)
+    assert teacher.training
+
+
+class Words(torch.nn.Module):
+    """The mean of the vectors of the words."""
+
+    def __init__(self):
+        super().__init__()
+        self.words = torch.nn.EmbeddingBag(9, 4)
+
+    def forward(self, input_ids, attention_mask):
+        return self.words(input_ids)
+
+
+def test_length_is_that_of_sequences():
+    s = cs.data.text(["a b c d e f", "a", "a b", "a b c"] * 6, [0, 1, 2, 3] * 6, name="t", validation=0)
+    taken = []
+
+    @dataclass(frozen=True)
+    class Look(cs.Correction):
+        def rows(self, step, ctx):
+            taken.append(step.parts[0].x.lengths)
+            return []
+
+    sampler = Curriculum("length", start=0.5, over=2)
+    training = cs.Training(epochs=2, batch_size=100, sampler=sampler)
+    model = cs.models.wrap(Words(), outputs=4)
+    cs.run(cs.settings.continual([s]), cs.Method("look", (Look(),)), model, training)
+    lengths = s.train.lengths().sort().values
+    # One step is tried before, to count its cost.
+    assert taken[-2].sort().values.equal(lengths[: len(lengths) // 2])
+    assert taken[-1].sort().values.equal(lengths)
+    with pytest.raises(cs.Refusal, match="inputs of 'a' have no lengths, so difficulty='length'"):
+        visits(cs.settings.continual([A]), sampler)
+
+
+def test_ties_are_broken_by_chance_and_examples_without_a_target_come_last():
+    state = {"difficulty": torch.tensor([1.0] * 8 + [torch.nan, 0.0]), "count": torch.tensor(5)}
+    seen = [
+        torch.cat(Curriculum(anti=anti).plan(torch.zeros(10), 2, 0, torch.Generator().manual_seed(i), state))
+        for i in range(40)
+        for anti in (False, True)
+    ]
+    # Each of the equal ones comes at some time; the easiest always, or never.
+    assert {*torch.cat(seen).tolist()} == {0, 1, 2, 3, 4, 5, 6, 7, 9}
+    assert all(len(plan.unique()) == 5 and (9 in plan) == (i % 2 == 0) for i, plan in enumerate(seen))
+
+
+def test_baby_steps_wait_for_convergence():
+    # Five buckets of six examples; the next one where an epoch lowered the mean loss by less than a tenth.
+    sampler = Curriculum(pacing="baby-step", rescore=20, least=0.1, over=12)
+    run, lines = visits(cs.settings.continual([A]), sampler, epochs=12)
+    net, (x, y), known, stage, before, counts = plain(), A.train.whole(), None, 0, None, []
+    step = sgd(net)
+    for epoch in range(12):
+        with torch.no_grad():
+            losses = cross_entropies(net(x), y)
+        known = losses if known is None else known
+        if stage < 5:
+            stage += before is None or before - losses[known.argsort()[: 6 * stage]].mean() < 0.1 * before
+            # At the latest after its share of the curriculum.
+            stage = max(int(stage), 5 if epoch == 11 else 1 + int(epoch / 11 * 5))
+            before = losses[known.argsort()[: 6 * stage]].mean()
+        g = key(0, "a", 0, epoch, 0, "shuffle")
+        order = torch.randperm(30, generator=g)
+        if stage < 5:
+            order = order[known[order].argsort(stable=True)][: 6 * stage]
+            order = order[torch.randperm(len(order), generator=g)]
+        counts.append(len(order))
+        for i in order.split(8):
+            step.zero_grad()
+            F.cross_entropy(net(x[i]), y[i]).backward()
+            step.step()
+    near(run.params, entries(net))
+    assert lines[0]["examples"]["a"] == counts
+    # It went on before its time, and not in every epoch.
+    late = [6 * min(5, 1 + int(epoch / 11 * 5)) for epoch in range(12)]
+    assert counts != late and counts[0] == 6 and counts[-1] == 30 and len(counts) > len(set(counts)) > 3
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_self_paced_learning_takes_losses_below_a_threshold(soft, accumulate):
+    more = {"batch_size": 8 // accumulate, "accumulate": accumulate}
+    run, lines = visits(cs.settings.continual([A]), SelfPaced(threshold=1.45, growth=1.4, soft=soft), **more)
+    net, (x, y), threshold, counts = plain(), A.train.whole(), 1.45, []
+    step = sgd(net)
+    for epoch in range(6):
+        with torch.no_grad():
+            losses = cross_entropies(net(x), y)
+        # In closed form, v minimises sum v l - threshold v, one example at a time.
+        v = torch.stack([losses * 0, losses - threshold]).argmin(0).double()
+        weights = (1 - losses / threshold).clamp(min=0) if soft else v
+        chosen = v.nonzero().flatten()
+        order = chosen[torch.randperm(len(chosen), generator=key(0, "a", 0, epoch, 0, "shuffle"))]
+        counts.append(len(chosen))
+        for i in order.split(8):
+            step.zero_grad()
+            each = cross_entropies(net(x[i]), y[i])
+            ((each * weights[i]).sum() / weights[i].sum()).backward()
+            step.step()
+        threshold *= 1.4
+    near(run.params, entries(net), 1e-10)
+    assert lines[0]["examples"] == {"a": counts} and counts[0] < counts[-1] == 30
+
+
+def test_self_paced_learning_begins_with_a_share_and_has_one_batch_at_least():
+    _, lines = visits(cs.settings.continual([A]), SelfPaced(start=0.3, growth=1.0), epochs=2)
+    assert lines[0]["examples"]["a"][0] == 9
+    state = {"loss": torch.tensor([3.0, 1.0, 2.0]), "threshold": torch.tensor(0.5)}
+    plan = SelfPaced(soft=True).plan(torch.zeros(3), 2, 0, torch.Generator(), state)
+    assert sorted(torch.cat(plan).tolist()) == [1, 2]
+    assert SelfPaced(soft=True).weights(state).tolist() == [1, 1, 1]
+
+
+SAMPLERS = {
+    "linear": Curriculum(start=0.3, rescore=2),
+    "anti": Curriculum(start=0.3, anti=True),
+    "baby-step": Curriculum(pacing="baby-step", least=0.2, rescore=3),
+    "hard": SelfPaced(start=0.4, rescore=2),
+    "soft": SelfPaced(start=0.4, soft=True),
+}
+
+
+def compared(lines):
+    """The visits, without their times; a loss is a sum, which is rounded where a run stopped."""
+    visits = [line for line in lines if line["event"] == "visit"]
+    return [line | {"seconds_per_step": 0, "loss": round(line["loss"], 9)} for line in visits]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
+@pytest.mark.parametrize("setting", ["continual", "multitask", "federated", "joint"])
+def test_a_resumed_curriculum_is_the_whole_one_in_every_setting(sampler, setting, tmp_path):
+    schedule = {
+        "continual": lambda: cs.settings.continual([A, B]),
+        "joint": lambda: cs.settings.continual([A, B]),
+        "multitask": lambda: cs.settings.multitask([A, B]),
+        "federated": lambda: cs.settings.federated([A, B], rounds=3, clients_per_round=2, stragglers=0.5),
+    }[setting]()
+    methods = {"joint": cs.methods.joint, "federated": cs.methods.fedavg}
+    given = training(epochs=3 if setting == "federated" else 4, sampler=sampler)
+    lines = []
+
+    def run(**more):
+        method = methods.get(setting, cs.methods.finetune)()
+        return cs.run(schedule, method, mlp(), given, **{"progress": lines.append, **more})
+
+    whole = run()
+    said = compared(lines)
+    stopped(run, tmp_path, whole.costs["steps"] // 2)
+    lines.clear()
+    again = run(out=tmp_path, resume=True)
+    assert all(torch.equal(p, again.params[name]) for name, p in whole.params.items())
+    rest = compared(lines)
+    assert rest and said[-len(rest) :] == rest
+    assert whole.costs["macs"] == again.costs["macs"]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
+def test_stacked_agents_have_curricula_of_their_own(sampler):
+    sources = [A, replace(E, name="e"), B]
+    schedule = cs.settings.federated(sources, rounds=2, clients_per_round=3, stragglers=0.4)
+    given, found, notes = training(epochs=4, sampler=sampler), {}, []
+    for engine in ("serial", "batched"):
+        lines = []
+        run = cs.run(schedule, cs.methods.fedavg(), mlp(), given, engine=engine, progress=lines.append)
+        notes = [line["note"] for line in lines if "note" in line]
+        found[engine] = run, [line["examples"] for line in lines if line["event"] == "visit"]
+    assert "batched: 3 agents a step, 59 numbers each" in notes
+    (serial, counts), (stacked, others) = found["serial"], found["batched"]
+    near(stacked.params, serial.params, 1e-10)
+    assert counts == others and serial.costs["macs"] == stacked.costs["macs"]
+
+
+def test_a_client_goes_on_where_its_last_visit_ended():
+    schedule = cs.settings.federated([A], rounds=4, clients_per_round=1)
+    run, lines = visits(schedule, Curriculum(start=0.3, rescore=3), cs.methods.fedavg(), epochs=2)
+    # One client is one learner whose optimiser restarts: eight epochs in four visits.
+    net, (x, y), counts, known = plain(), A.train.whole(), [], None
+    for at in range(8):
+        if at % 3 == 0:
+            with torch.no_grad():
+                known = cross_entropies(net(x), y)
+        if at % 2 == 0:
+            step = sgd(net)
+        count = max(1, int((0.3 + 0.7 * (at / 7)) * 30))
+        g = key(0, "a", at // 2, at % 2, 0, "shuffle")
+        order = torch.randperm(30, generator=g)
+        if count < 30:
+            order = order[known[order].argsort()][:count][torch.randperm(count, generator=g)]
+        counts.append(count)
+        for i in order.split(8):
+            step.zero_grad()
+            F.cross_entropy(net(x[i]), y[i]).backward()
+            step.step()
+    near(run.params, entries(net))
+    assert [line["examples"]["a"] for line in lines] == [counts[i : i + 2] for i in (0, 2, 4, 6)]
+
+
+def test_every_source_of_a_continual_learner_has_a_curriculum():
+    _, lines = visits(cs.settings.continual([A, B]), Curriculum(start=0.5), cs.methods.er(8), epochs=3)
+    assert [line["examples"] for line in lines] == [{"a": [15, 22, 30]}, {"b": [10, 15, 21]}]
+    _, (line,) = visits(cs.settings.multitask([A, B]), Curriculum(start=0.5), epochs=3)
+    assert line["examples"] == {"a": [15, 22, 30], "b": [10, 15, 21]} and line["steps"] == 2 + 3 + 4
+
+
+def test_trackers_get_the_share_of_the_examples():
+    found = {}
+    given = training(epochs=3, sampler=Curriculum(start=0.5, over=5))
+    trackers = [lambda scalars, step: found.update(scalars)]
+    with pytest.warns(UserWarning, match="never sees all"):
+        cs.run(cs.settings.multitask([A, B]), cs.methods.finetune(), mlp(), given, trackers=trackers)
+    assert found["train/pace/a"] == 22 / 30 and found["train/pace/b"] == 15 / 21
+
+
+def test_early_stopping_goes_back_to_the_curriculum_of_the_best_epoch(tmp_path):
+    def run(**more):
+        given = training(epochs=8, lr=0.5, sampler=SAMPLERS["linear"], stopping=2)
+        return cs.run(cs.settings.continual([A, B]), cs.methods.finetune(), mlp(), given, **more)
+
+    whole = run()
+    stopped(run, tmp_path, whole.costs["steps"] // 2)
+    again = run(out=tmp_path, resume=True)
+    assert all(torch.equal(p, again.params[name]) for name, p in whole.params.items())
+
+
+def test_a_straggler_stops_inside_the_same_curriculum():
+    def run(fraction):
+        lines = []
+        given = training(epochs=4, sampler=Curriculum(start=0.5, rescore=1))
+        schedule = cs.settings.merging([A], fraction=fraction)
+        cs.run(schedule, cs.methods.parameter_average(), mlp(), given, progress=lines.append)
+        return next(line for line in lines if line["event"] == "visit")
+
+    # 15, 20, 24 and 30 examples are 2, 3, 3 and 4 steps.
+    assert [run(fraction)["steps"] for fraction in (1, 0.5, 0.7, 0.01)] == [12, 5, 7, 1]
+    assert run(0.5)["examples"] == {"a": [15, 20]}
+
+
+def test_what_a_curriculum_cannot_do_is_refused():
+    def refused(match, make, sources=(A,), epochs=6):
+        with pytest.raises(cs.ConsilienceError, match=match):
+            visits(cs.settings.continual(list(sources)), make(), epochs=epochs)
+
+    refused(r"`start` must be a fraction in \(0, 1\), got 1.5", lambda: Curriculum(start=1.5))
+    refused("`over` must be a whole number >= 2, got 1", lambda: Curriculum(over=1))
+    refused("`pacing` must be .* got 'sqr'; nearest: sqrt", lambda: Curriculum(pacing="sqr"))
+    refused("`difficulty` must be .* got 'los'; nearest: loss", lambda: Curriculum("los"))
+    refused("`rescore` has no effect", lambda: Curriculum("length", rescore=2))
+    refused("`anti` has no effect", lambda: Curriculum("random", anti=True))
+    refused("`steps` has no effect with pacing='linear'", lambda: Curriculum(steps=3))
+    refused("`start` has no effect with pacing='b", lambda: Curriculum(pacing="baby-step", start=0.1))
+    refused("`least` has no effect", lambda: Curriculum(least=0.1))
+    refused("`start` has no effect with a `threshold`", lambda: SelfPaced(1.0, start=0.5))
+    refused("`growth` must be >= 1", lambda: SelfPaced(growth=0.5))
+    refused("two epochs or more", lambda: Curriculum(), epochs=1)
+    refused("two epochs or more", lambda: SelfPaced(), epochs=1)
+    refused("each of the 30 training examples of 'a', got 29", lambda: Curriculum(torch.zeros(29)))
+    refused("by source where there are several", lambda: Curriculum(torch.zeros(30)), (A, B))
+    refused("got 'b'", lambda: Curriculum({"a": torch.zeros(30)}), (A, B))
+    refused("finite numbers", lambda: Curriculum([0.0, math.nan]))
+    refused(r"shares in \(0, 1\], got 0.0", lambda: Curriculum(pacing=lambda t: t))
+    refused(r"must return difficulties \[B\].* got \(30, 1, 6\)", lambda: Curriculum(lambda x: x[:, None]))
+    refused("must be numbers, got NaN", lambda: Curriculum(lambda x: x[:, 0] * math.nan))
+    refused("above some losses, got 0.01 where those of 'a' begin at", lambda: SelfPaced(0.01))
+    refused("needs targets that are classes", lambda: Curriculum("confidence"), (source("v", kind="value"),))
+    with pytest.warns(UserWarning, match="never sees all examples: it takes over=9 epochs"):
+        visits(cs.settings.continual([A]), Curriculum(over=9))
+
+
+def test_given_difficulties_and_teachers_tell_runs_apart():
+    def text(difficulty):
+        return identity(Curriculum(difficulty))
+
+    first, second = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    many = torch.arange(2000.0)
+    other = many.clone()
+    other[1000] = 0
+    assert text(first) == text(first) != text(second)
+    assert text(many) == text(many.clone()) != text(other)
+
+
+def test_focal_loss_at_gamma_zero_is_cross_entropy():
+    found = [
+        cs.run(cs.settings.continual([A]), cs.methods.finetune(), mlp(), training(loss=loss)).params
+        for loss in (None, cs.losses.focal(gamma=0.0))
+    ]
+    near(*found, 1e-14)

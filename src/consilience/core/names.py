@@ -37,6 +37,9 @@ RECEIVED = "<received>"
 AGGREGATOR = "<aggregator>"
 """The aggregator of a step, among those that keep traces."""
 
+SAMPLER = "<sampler>"
+"""The sampler, among them."""
+
 
 def trace_key(correction: str) -> str:
     """Return the key of a correction's traces in `State.memory`, next to its summaries."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from consilience.core.source import Examples, Source, Target
 from consilience.core.takes import Takes
 
 
@@ -26,6 +29,64 @@ class Sampler(Takes, ABC):
         The generator is keyed by seed, source, visit and epoch, so that a plan can be made again when a run
         resumes.
         """
+
+    def check(self, sources: Sequence[Source], epochs: int) -> None:
+        """Refuse, before a run, sources that it cannot sample, and warn of what would have no effect.
+
+        `epochs` is how long a source is trained, over all visits of an agent.
+        """
+
+
+@dataclass(frozen=True, eq=False)
+class EpochView:
+    """What a sampler that keeps a state sees of one source before an epoch."""
+
+    source: str
+    """The name of the source."""
+    examples: Examples
+    """Its training examples, on the device."""
+    target: Target
+    """What its targets are."""
+    epoch: int
+    """Earlier epochs on it, over all visits of the agent."""
+    epochs: int
+    """All epochs on it, over all visits of the agent."""
+    by_output: Callable[[Callable[[Tensor, Tensor], Tensor]], Tensor]
+    """by_output(f): f(outputs [B, C, *places], targets) -> [B] of all examples [N] in double precision.
+
+    The outputs are those of the present model in eval mode, with -inf for classes that do not compete. A
+    forward pass, which the ledger counts."""
+    by_input: Callable[[Callable[[Any], Tensor]], Tensor]
+    """by_input(f): f(inputs [B, ...]) -> [B] of all examples [N] in double precision, counted too."""
+    generator: torch.Generator
+    """Keyed by seed and source: the same numbers in each epoch."""
+
+
+class Scored(Sampler):
+    """A sampler that keeps a state per source, such as how difficult each example is.
+
+    The state is a dictionary of tensors on the CPU. It goes on over the visits to a source, and is kept in
+    checkpoints.
+    """
+
+    @abstractmethod
+    def advance(self, state: Mapping[str, Tensor], view: EpochView) -> dict[str, Tensor]:
+        """Return the state for an epoch; `state` is that of the epoch before, {} at first."""
+
+    @abstractmethod
+    def plan(
+        self,
+        targets: Tensor,
+        batch_size: int,
+        epoch: int,
+        generator: torch.Generator,
+        state: Mapping[str, Tensor] = MappingProxyType({}),
+    ) -> list[Tensor]:
+        """Return the batches of one pass, as `Sampler.plan`, by the state for this epoch."""
+
+    def weights(self, state: Mapping[str, Tensor]) -> Tensor | None:
+        """Return how much each example counts [N], > 0 for all that are planned; None: all alike."""
+        return None
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,8 @@ class Training:
             `consilience.core.optimiser.Optimiser`. It restarts at each visit.
         momentum: of "sgd", and of classes of torch.optim that take it.
         weight_decay: L2 (decoupled for "adamw").
-        sampler: which examples a step sees; None shuffles (`consilience.data.samplers`).
+        sampler: which examples a step sees, such as those of a curriculum; None shuffles
+            (`consilience.data.samplers`).
         precision: "fp32", "fp64", "bf16" or "fp16": the last two are autocast, of float32 parameters. "fp16"
             scales the loss by the rule of `consilience.core.scaling.LossScale`, which leaves out up to 20
             steps in a row whose gradient is not finite.

@@ -12,9 +12,11 @@ from consilience.core.checks import whole_number
 from consilience.core.errors import ConsilienceError
 from consilience.core.losses import NONE
 from consilience.core.sampler import Sampler, Shuffle
+from consilience.data._curricula import Curriculum as Curriculum
+from consilience.data._curricula import SelfPaced as SelfPaced
 from consilience.data._shares import apportion
 
-__all__ = ["Balanced", "ByLength", "InOrder", "Sampler", "Shuffle"]
+__all__ = ["Balanced", "ByLength", "Curriculum", "InOrder", "Sampler", "SelfPaced", "Shuffle"]
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,9 @@ class Feed:
         """Run all jobs to their ends; return what stopped some of them, by their position."""
         jobs = self.stack.jobs
         gathered = all(in_memory(part) and part.augment is None for job in jobs for part in job.parts)
-        if gathered and len(self.widths) == 1 and not self.stack.step.by_verb["sample"]:
+        # Later epochs may depend on what is learned in earlier ones.
+        ahead = gathered and all(job.scored is None for job in jobs)
+        if ahead and len(self.widths) == 1 and not self.stack.step.by_verb["sample"]:
             self._run_windows()
             return {}
         return self._run_drawn()
@@ -66,7 +68,10 @@ class Feed:
         failed: dict[int, Exception] = {}
         while True:
             drawn: dict[Job, list[Batch]] = {}
-            for _, job in stack.live():
+            for row, job in stack.live():
+                # A sampler may measure the model before an epoch.
+                if job.scored is not None and job.index in (0, job.step.horizon[1]):
+                    stack.write_back(row)
                 try:
                     found = next(streams[job], None)
                 except Exception as error:

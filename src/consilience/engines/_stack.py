@@ -215,25 +215,29 @@ class Stack:
     def give_back(self, rows: Sequence[int]) -> None:
         """Write the state of these rows back into their jobs, and mark the rows as ended."""
         for row in rows:
-            job = self.rows[row]
-            assert job is not None
-            carry = job.carry
-            leaves = [self.state[StateKey("leaf", name)][row] for name in self.layout.names]
-            torch.cat([leaf.reshape(-1) for leaf in leaves], out=carry.theta)
-            for name, buffer in job.moving_buffers():
-                buffer.copy_(self.state[StateKey("buffer", name)][row])
-
-            for key in self.vectors:
-                entries = [self.state[StateKey("optimiser", key, name)] for name in self.layout.names]
-                carry.optimiser[key] = torch.cat([entry[row].reshape(-1) for entry in entries])
-            for place, count in self.state.items():
-                if place.kind == "optimiser" and not place.entry:
-                    carry.optimiser[place.name] = count[row].clone()
-
-            for correction, ctx in job.step.by_verb["trace"]:
-                keys = {entry: StateKey("trace", correction.name, entry) for entry in ctx.trace}
-                ctx.trace = {entry: self.state[key][row].clone() for entry, key in keys.items()}
+            self.write_back(row)
             self.rows[row] = None
+
+    def write_back(self, row: int) -> None:
+        """Write the state of a row back into its job."""
+        job = self.rows[row]
+        assert job is not None
+        carry = job.carry
+        leaves = [self.state[StateKey("leaf", name)][row] for name in self.layout.names]
+        torch.cat([leaf.reshape(-1) for leaf in leaves], out=carry.theta)
+        for name, buffer in job.moving_buffers():
+            buffer.copy_(self.state[StateKey("buffer", name)][row])
+
+        for key in self.vectors:
+            entries = [self.state[StateKey("optimiser", key, name)] for name in self.layout.names]
+            carry.optimiser[key] = torch.cat([entry[row].reshape(-1) for entry in entries])
+        for place, count in self.state.items():
+            if place.kind == "optimiser" and not place.entry:
+                carry.optimiser[place.name] = count[row].clone()
+
+        for correction, ctx in job.step.by_verb["trace"]:
+            keys = {entry: StateKey("trace", correction.name, entry) for entry in ctx.trace}
+            ctx.trace = {entry: self.state[key][row].clone() for entry, key in keys.items()}
 
     def compact(self) -> None:
         """Drop finished rows. The stack shrinks only in steps of 3/4: each size needs its own program."""

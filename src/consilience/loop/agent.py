@@ -20,7 +20,7 @@ from consilience.core.errors import UNREADABLE, Refusal, unknown
 from consilience.core.message import Bank, Item, Message, Private, Shared, Weights, join
 from consilience.core.method import Method
 from consilience.core.model import Model
-from consilience.core.names import AGGREGATOR, OF_WEIGHTS, WHOLE, joined, pair, trace_key, unpair
+from consilience.core.names import AGGREGATOR, OF_WEIGHTS, SAMPLER, WHOLE, joined, pair, trace_key, unpair
 from consilience.core.params import Layout, Params, content_hash, finite, key, matches
 from consilience.core.scaling import LossScale
 from consilience.core.schedule import Schedule
@@ -41,7 +41,7 @@ from consilience.loop.admission import (
     refusal_of,
 )
 from consilience.loop.divergence import check_statistics, check_visit
-from consilience.loop.job import Job, Part
+from consilience.loop.job import Job, Part, by_number, numbered
 from consilience.loop.ledger import RECEIVE, Ledger, outline
 from consilience.loop.predict import Choice, Predictor, memory_of
 from consilience.loop.step import Carry, Step, acts
@@ -125,7 +125,7 @@ class Agent:
         carry = Carry(theta, own_buffers, self.training.inner().init(theta))
         if self.training.precision == "fp16":
             carry.scaling = LossScale().init(self.device)
-        carry.aggregator = self._remembered(given)
+        carry.aggregator = self._remembered(given, AGGREGATOR)
         parts = self._parts(sources)
         step = Step(
             model=self.model,
@@ -158,6 +158,8 @@ class Agent:
             augments=self.schedule.augments,
             fraction=fraction,
             begun=begun,
+            # A pool that was gathered has other examples at each visit.
+            sampled=by_number(self._remembered(given, SAMPLER) if same(given, sources) else {}, len(parts)),
         )
 
     def _grown(self, given: Sequence[Source]) -> tuple[Params, Params]:
@@ -281,9 +283,9 @@ class Agent:
             if kept is not None and all(t.shape == kept.tensors[name].shape for name, t in ctx.trace.items()):
                 ctx.trace = {name: tensor.to(self.device) for name, tensor in kept.tensors.items()}
 
-    def _remembered(self, given: Sequence[Source]) -> dict[str, Tensor]:
-        """Return what the step's aggregator remembers of an earlier visit to these sources; {} if nothing."""
-        kept = self.state.memory.get(trace_key(AGGREGATOR), {}).get(joined(source.name for source in given))
+    def _remembered(self, given: Sequence[Source], part: str) -> dict[str, Tensor]:
+        """Return what AGGREGATOR or SAMPLER remembers of an earlier visit to these sources; {} if nothing."""
+        kept = self.state.memory.get(trace_key(part), {}).get(joined(source.name for source in given))
         return {name: tensor.to(self.device) for name, tensor in kept.tensors.items()} if kept else {}
 
     def _kind(self, corrections: Corrections, layout: Layout) -> tuple[object, ...] | None:
@@ -326,7 +328,8 @@ class Agent:
         )
         self._bank(job, shared)
         if job.steps:
-            self.ledger.visit = {"sources": names, **job.figures.log(job.steps, job.last_rate)}
+            said = job.figures.log(job.steps, job.last_rate) | job.chosen()
+            self.ledger.visit = {"sources": names, **said}
 
     def _summarised(
         self, job: Job, params: Params, buffers: Params
@@ -339,7 +342,9 @@ class Agent:
         if all(source.name in self.revisited for source in job.sources):
             visit = joined(source.name for source in job.sources)
             traces = {correction.name: ctx.trace for correction, ctx in job.corrections}
-            for name, trace in {**traces, AGGREGATOR: job.carry.aggregator}.items():
+            own = same(job.sources, [part.source for part in job.parts])
+            states = {AGGREGATOR: job.carry.aggregator, SAMPLER: numbered(job.sampled) if own else {}}
+            for name, trace in {**traces, **states}.items():
                 if trace:
                     memory.setdefault(trace_key(name), {})[visit] = Private(trace)
 
@@ -733,6 +738,11 @@ def sharable(correction: Correction, item: Item) -> Shared:
             f"got {type(item).__name__}."
         )
     return item
+
+
+def same(given: Sequence[Source], others: Sequence[Source]) -> bool:
+    """Whether two lists name the same sources."""
+    return [source.name for source in given] == [source.name for source in others]
 
 
 def input_shape(examples: Examples) -> tuple[object, ...] | None:

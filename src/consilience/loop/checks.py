@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from consilience.core.metrics import Metric
 from consilience.core.model import MISFITS, Model
 from consilience.core.outliers import outliers
 from consilience.core.params import Params, computing, key
+from consilience.core.sampler import Sampler
 from consilience.core.schedule import Schedule, Train, with_targets
 from consilience.core.source import Examples, Source, Tensors, trimmed
 from consilience.core.stopping import Stopping
@@ -132,6 +134,10 @@ def check_all(
     # A sampler of a user may be any object with a `plan`.
     if isinstance(training.sampler, Takes) and (unfit := training.sampler.unfit(facts)):
         raise Refusal(f"the sampler cannot be used here: {unfit}.")
+    if isinstance(training.sampler, Sampler) and facts.trains:
+        phases = [phase for phase in schedule.plan(options.seed) if isinstance(phase, Train)]
+        visits = Counter(visit for phase in phases for visit in phase.who.items())
+        training.sampler.check(schedule.sources, training.epochs * max(visits.values()))
 
     known = model.tried
     _check_inputs(schedule, method, model)

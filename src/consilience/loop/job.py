@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -20,7 +20,7 @@ from consilience.core.contexts import Context
 from consilience.core.correction import Correction
 from consilience.core.errors import ConsilienceError, reading
 from consilience.core.params import Layout, Params, key
-from consilience.core.sampler import Shuffle
+from consilience.core.sampler import EpochView, Scored, Shuffle
 from consilience.core.source import Examples, Source
 from consilience.core.stopping import Stopping, Trend
 from consilience.core.training import Training
@@ -98,6 +98,10 @@ class Job:
     """The MACs of `Correction.begin`. They are charged at the end, since a resumed job begins again."""
     counts: list[int] = field(default_factory=lambda: [0])
     """The steps before each epoch that was planned so far, and after the last of them."""
+    sampled: list[dict[str, Tensor]] = field(default_factory=list)
+    """What a sampler that keeps a state remembers of each part; empty dictionaries at first."""
+    seen: list[list[int]] = field(default_factory=list)
+    """How many examples of each part every epoch so far chose from, with such a sampler."""
 
     @property
     def steps(self) -> int:
@@ -106,10 +110,17 @@ class Job:
 
     def _steps_before(self, epoch: int) -> int:
         """Return the steps of all epochs before this one."""
-        # A sampler may plan more steps in one epoch than in another; a resumed job plans them again.
+        # A sampler may plan more steps in one epoch than in another; a resumed job plans them again, but for
+        # samplers that keep a state: their counts are kept too.
         while len(self.counts) <= epoch:
             self.counts.append(self.counts[-1] + len(self._plans(len(self.counts) - 1)[0]))
         return self.counts[epoch]
+
+    @property
+    def scored(self) -> Scored | None:
+        """The sampler, if it keeps a state."""
+        sampler = self.training.sampler
+        return sampler if isinstance(sampler, Scored) else None
 
     @property
     def carry(self) -> Carry:
@@ -235,6 +246,11 @@ class Job:
         What corrections compute to draw is charged to the ledger.
         """
         while self.epoch < self.training.epochs:
+            if self.scored is not None:
+                # What a straggler does not reach needs no scores.
+                if self.epoch and self.fraction * self.training.epochs <= self.epoch:
+                    return
+                self._advance(self.scored, ledger)
             plans = self.left(self.epoch, self.index)
 
             # The examples of all parts are read side by side, one batch of each per step.
@@ -248,6 +264,9 @@ class Job:
                 if self.step.reads_index:
                     index = [plan[step].to(self.layout.device) for plan in plans]
                     own = [replace(part, index=which) for part, which in zip(own, index, strict=True)]
+                if self.scored is not None:
+                    pairs = zip(own, self._weighted(plans, step), strict=True)
+                    own = [part if w is None else replace(part, w=w) for part, w in pairs]
                 clock = (self.epoch, self.index)
                 yield own + self._sampled(clock, ledger), clock
 
@@ -255,6 +274,55 @@ class Job:
             if self.index < self.step.horizon[1]:
                 return
             self.epoch, self.index = self.epoch + 1, 0
+
+    def _advance(self, sampler: Scored, ledger: Ledger) -> None:
+        """Move the state of a sampler on to this epoch, unless a resumed job has done so."""
+        if len(self.seen) > self.epoch:
+            return
+        numbers = range(len(self.parts))
+        views = [self._epoch_view(number, ledger) for number in numbers]
+        self.sampled = [sampler.advance(self.sampled[number], views[number]) for number in numbers]
+        passes = [torch.cat(self._pass(number, self.epoch, 0)) for number in numbers]
+        self.seen.append([len(chosen.unique()) for chosen in passes])
+
+    def _epoch_view(self, number: int, ledger: Ledger) -> EpochView:
+        """Return what a sampler sees of one part before this epoch."""
+        (source, examples, task, *_), place, kind = self.parts[number], self.step.place, self.kind
+
+        @torch.no_grad()
+        def over(score: Callable[[Input, Tensor], Tensor]) -> Tensor:
+            return torch.cat([score(x, y).double().cpu() for x, y in examples.chunks(CHUNK)])
+
+        def by_output(score: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+            def of_chunk(x: Input, y: Tensor) -> Tensor:
+                part = Batch(x, y, task, target=source.target)
+                return score(self.step.masked(self.step.now(x, task), part), y)
+
+            own = kind and ("score", number, *kind, len(examples))
+            return ledger.charge_work(self.agent, own, partial(over, of_chunk))
+
+        def by_input(score: Callable[[Input], Tensor]) -> Tensor:
+            return ledger.charge_work(self.agent, None, partial(over, lambda x, y: score(x)))
+
+        return EpochView(
+            source=source.name,
+            examples=examples,
+            target=self.step.target(Batch(torch.zeros(0), torch.zeros(0), task, target=source.target)),
+            epoch=place.visit * self.training.epochs + self.epoch,
+            epochs=place.visits * self.training.epochs,
+            by_output=by_output,
+            by_input=by_input,
+            generator=key(self.seed, source.name, "difficulty"),
+        )
+
+    def _weighted(self, plans: list[list[Tensor]], step: int) -> list[Tensor | None]:
+        """Return the weights of the samples of a step, per part, where the sampler has some."""
+        assert self.scored is not None
+        found = [self.scored.weights(state) for state in self.sampled]
+        return [
+            None if weights is None else weights[plan[step]].to(self.layout.device, self.layout.dtype)
+            for weights, plan in zip(found, plans, strict=True)
+        ]
 
     def _views(self, plans: list[list[Tensor]]) -> list[Iterator[tuple[Any, Tensor]]]:
         """Return the batches of all parts, which these plans list from step `index` on.
@@ -343,7 +411,11 @@ class Job:
         sampler = self.training.sampler or Shuffle()
         generator = key(self.seed, *self._drawn_by(part), epoch, turn, "shuffle")
         # Only for those that ask: samplers of users take four arguments.
-        more = {"lengths": examples.lengths()} if getattr(sampler, "needs_lengths", False) else {}
+        more: dict[str, Any] = {}
+        if getattr(sampler, "needs_lengths", False):
+            more["lengths"] = examples.lengths()
+        if self.scored is not None:
+            more["state"] = self.sampled[part]
         size = self.training.samples
         plan: list[Tensor] = sampler.plan(examples.targets(), size, epoch, generator, **more)
         if not plan:
@@ -361,6 +433,12 @@ class Job:
         plans = [plan[index:] for plan in self.plan(epoch)]
         if self.fraction == 1:
             return plans
+
+        # How many steps later epochs have may depend on what is learned in this one.
+        if self.scored is not None:
+            due = min(1.0, self.fraction * self.training.epochs - epoch)
+            most = max(int(epoch == 0), round(due * self.step.horizon[1]))
+            return [plan[: max(0, most - index)] for plan in plans]
 
         # A straggler stops early in the visit; it does not do less of every epoch.
         allowed = max(1, round(self.fraction * self._steps_before(self.training.epochs)))
@@ -412,6 +490,10 @@ class Job:
         tensors |= {f"aggregator/{name}": tensor for name, tensor in self.carry.aggregator.items()}
         for correction, ctx in self.corrections:
             tensors |= {f"trace/{correction.name}/{name}": tensor for name, tensor in ctx.trace.items()}
+        if self.scored is not None:
+            seen = torch.tensor(self.seen, dtype=torch.long).view(-1, len(self.parts))
+            tensors |= {"sampler/counts": torch.tensor(self.counts), "sampler/seen": seen}
+            tensors |= {f"sampler/{name}": tensor for name, tensor in numbered(self.sampled).items()}
 
         # Cloned, because the next step changes these tensors in place.
         return {name: tensor.clone() for name, tensor in tensors.items()}
@@ -448,6 +530,10 @@ class Job:
 
         # By what was kept: entries that were left out of a step have counts of their own.
         self.carry.optimiser, self.carry.aggregator = kept("optimiser/"), kept("aggregator/")
+        if self.scored is not None:
+            held = kept("sampler/")
+            self.counts, self.seen = held.pop("counts").tolist(), held.pop("seen").tolist()
+            self.sampled = by_number(held, len(self.parts))
         for name in self.carry.scaling:
             self.carry.scaling[name] = tensors[f"scaling/{name}"].to(device)
         for correction, ctx in self.corrections:
@@ -459,6 +545,18 @@ class Job:
         """Return the buffers that steps may update: all but derived ones."""
         held = self.carry.buffers.items()
         return [(name, buffer) for name, buffer in held if not self.step.model.derived(name)]
+
+    def chosen(self) -> dict[str, Any]:
+        """Return what the log says of a sampler that keeps a state: `examples` per epoch, and the `pace`.
+
+        Each is by source; the pace is the share of its examples that the last epoch chose from.
+        """
+        if self.scored is None or not self.seen:
+            return {}
+        names, sizes = [part.source.name for part in self.parts], [len(part.examples) for part in self.parts]
+        counts = dict(zip(names, zip(*self.seen, strict=True), strict=True))
+        last = {name: own[-1] / size for (name, own), size in zip(counts.items(), sizes, strict=True)}
+        return {"examples": {name: list(own) for name, own in counts.items()}, "pace": last}
 
 
 def same_plan(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
@@ -473,3 +571,21 @@ def without_inputs(examples: Examples, plan: Sequence[Tensor]) -> Iterator[tuple
         return ((None, y.index_select(0, index.to(y.device))) for index in plan)
     # Targets at the places of ragged inputs are cut as these are.
     return ((None, own) for _, own in examples.batches(plan))
+
+
+def numbered(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the tensors of several states by the number of the state and their names."""
+    return {f"{i}/{name}": tensor for i, state in enumerate(states) for name, tensor in state.items()}
+
+
+def by_number(tensors: Mapping[str, Tensor], count: int) -> list[dict[str, Tensor]]:
+    """Return the states whose tensors `numbered` named, on the CPU.
+
+    >>> by_number(numbered([{"a": torch.ones(1)}, {}]), 2)
+    [{'a': tensor([1.])}, {}]
+    """
+    states: list[dict[str, Tensor]] = [{} for _ in range(count)]
+    for place, tensor in tensors.items():
+        number, _, name = place.partition("/")
+        states[int(number)][name] = tensor.cpu()
+    return states

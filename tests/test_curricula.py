@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+import runpy
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -567,3 +570,49 @@ def test_focal_loss_at_gamma_zero_is_cross_entropy():
         for loss in (None, cs.losses.focal(gamma=0.0))
     ]
     near(*found, 1e-14)
+
+
+# What users and documents do
+
+
+def test_the_example_is_the_documents_curriculum_in_a_tenth_of_its_lines(capsys):
+    file = Path(__file__).parents[1] / "examples" / "curriculum.py"
+    runpy.run_path(str(file), run_name="__main__")
+    *epochs, last = capsys.readouterr().out.splitlines()
+    size = len(cs.data.digits().train)
+    # The last epoch of the document has all, too: its share is .2 + .8 t.
+    counts = [max(1, int((0.2 + 0.8 * (epoch / 14)) * size)) for epoch in range(15)]
+    assert [int(line.split("(")[1].split()[0]) for line in epochs] == counts
+    assert float(last.split()[1]) > 0.9
+
+    # Of its code block of 217 lines, 185 are not empty.
+    block = 185
+    seeds = sorted((Path(os.environ.get("CONSILIENCE_DATA", "")).parent / "seeds").glob("001_*.txt"))
+    if seeds:
+        chapter = seeds[0].read_text().split("### Code: Curriculum Learning Scheduler")[1]
+        code = chapter.split("```python\n")[1].split("```")[0]
+        assert block == sum(bool(line.strip()) for line in code.splitlines())
+    assert 10 * sum(bool(line.strip()) for line in file.read_text().splitlines()) <= block
+
+
+def test_the_hardest_first_are_wrong_labels():
+    digits = cs.data.digits()
+    (x, y), g = digits.train.whole(), torch.Generator().manual_seed(0)
+    bad = torch.rand(len(y), generator=g) < 0.3
+    wrong = torch.where(bad, torch.randint(0, 10, y.shape, generator=g), y)
+    classes = [str(i) for i in range(10)]
+    noisy = cs.data.arrays(x, wrong, test=digits.test.whole(), classes=classes, name="noisy", validation=0.0)
+    schedule = cs.settings.continual([noisy])
+
+    # A ridge head of the same labels says how unlikely each is.
+    x, y = noisy.train.whole()
+    teacher = cs.run(schedule, cs.methods.fed3r())
+    unlikely = -teacher.predict(x)[torch.arange(len(y)), y].clamp(min=1e-9).log()
+
+    def trained(sampler):
+        given = cs.Training(epochs=8, lr=0.1, sampler=sampler)
+        return cs.run(schedule, cs.methods.finetune(), training=given).score
+
+    with pytest.warns(UserWarning, match="never sees all examples"):
+        easy, hard = (trained(Curriculum(unlikely, over=80, start=0.6, anti=anti)) for anti in (False, True))
+    assert hard + 0.05 < min(easy, trained(None))

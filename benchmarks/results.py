@@ -32,6 +32,7 @@ class Script(NamedTuple):
 # Scripts that measure time come first, while the machine is as idle as it was when the command was given.
 SCRIPTS = (
     Script("core.py", data=False),
+    Script("balancing.py", data=False),
     Script("engines.py", 2, data=False),
     Script("long.py", data=False),
     Script("merging.py", data=False),

@@ -5,11 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from consilience.core.aggregator import Linear
 from consilience.core.errors import ConsilienceError
+
+Array = npt.NDArray[np.float64]
+Flags = npt.NDArray[np.bool_]
+
+RANK = float(np.finfo(np.float64).eps)
+"""Eigenvalues below this fraction of the largest, times their number, count as zero."""
 
 
 @dataclass(frozen=True)
@@ -81,26 +89,37 @@ def shortest(gram: Tensor) -> Tensor:
         norm = square.sqrt()
         scale = norm.min() / norm
         system = wide / norm.outer(norm) + scale.outer(scale)
-        share = scale * _nonnegative(system, scale, 8 * torch.finfo(gram.dtype).eps)
+        tolerance = 8 * torch.finfo(gram.dtype).eps
+        share = scale * torch.from_numpy(_nonnegative(system.numpy(), scale.numpy(), tolerance))
     return share / share.sum()
 
 
-def _nonnegative(system: Tensor, target: Tensor, tolerance: float) -> Tensor:
+def _nonnegative(system: Array, target: Array, tolerance: float) -> Array:
     """Solve argmin_{y >= 0} y'hy / 2 - c'y for h [m, m] positive semi-definite: Lawson and Hanson 1974."""
+    # In numpy, whose calls on a few numbers take a tenth of the time of torch's.
     size = len(target)
-    y = torch.zeros_like(target)
-    active, barred = torch.zeros(size, dtype=torch.bool), torch.zeros(size, dtype=torch.bool)
+    active, barred = np.zeros(size, dtype=bool), np.zeros(size, dtype=bool)
 
+    def solve(some: Flags) -> Array:
+        found = np.zeros_like(target)
+        part = np.linalg.pinv(system[np.ix_(some, some)], rcond=RANK * int(some.sum()), hermitian=True)
+        found[some] = part @ target[some]
+        return found
+
+    # Often every row has a share, and then one solution is all.
+    y = solve(~active)
+    if (y > 0).all() and np.abs(target - system @ y).max() <= tolerance:
+        return y
+
+    y = np.zeros_like(target)
     for _ in range(10 * size):
-        slope = (target - system @ y).masked_fill(active | barred, -torch.inf)
+        slope = np.where(active | barred, -np.inf, target - system @ y)
         enter = int(slope.argmax())
         if slope[enter] <= tolerance:
             break
         active[enter] = True
         while True:
-            solved = torch.zeros_like(target)
-            inverse = torch.linalg.pinv(system[active][:, active], hermitian=True)
-            solved[active] = inverse @ target[active]
+            solved = solve(active)
             negative = active & (solved <= 0)
 
             # A row that rounding alone let in would enter for ever: it is barred until y moves.
@@ -108,12 +127,13 @@ def _nonnegative(system: Tensor, target: Tensor, tolerance: float) -> Tensor:
                 active[enter], barred[enter] = False, True
                 break
             if not negative.any():
-                y, barred = solved, torch.zeros_like(barred)
+                y, barred = solved, np.zeros_like(barred)
                 break
 
             # Go only as far as y stays >= 0.
-            reach = torch.where(negative, y / (y - solved), torch.inf)
+            reach = np.full_like(target, np.inf)
+            reach[negative] = y[negative] / (y[negative] - solved[negative])
             y = y + reach.min() * (solved - y)
             active &= (reach > reach.min()) & (y > 0)
-            y = torch.where(active, y, 0.0)
+            y = np.where(active, y, 0.0)
     return y

@@ -91,7 +91,9 @@ class Aggregator(ABC):
             raise ConsilienceError(f"{own} needs at least {self.fewest_rows} rows, got {len(rows)}.")
 
         named = list(names) if names is not None else [f"row {i}" for i in range(len(rows))]
-        bad = [named[i] for i, ok in enumerate(torch.isfinite(rows).all(1).tolist()) if not ok]
+        # Sums cost a tenth of a test of all numbers, which decides only where a sum is not finite.
+        maybe = [i for i, ok in enumerate(torch.isfinite(rows.sum(1)).tolist()) if not ok]
+        bad = [named[i] for i in maybe if not torch.isfinite(rows[i]).all()]
         if bad:
             raise ConsilienceError(f"rows must be finite, got NaN or infinity in {', '.join(bad)}.")
         return rows
@@ -135,14 +137,31 @@ class Linear(Aggregator):
         """Return the inner products [m, m] of rows [m, n]; empty without `needs_gram`."""
         if not self.needs_gram:
             return rows.new_zeros(0, 0)
-        # Products of narrow dtypes overflow early, and their sums lose most digits.
-        wide = widened(rows)
-        gram = wide @ wide.T
-        if not torch.isfinite(gram).all():
+        return self.checked_gram(inner_products(rows).sum(0), rows)
+
+    @final
+    def checked_gram(self, gram: Tensor, rows: Tensor, names: Sequence[str] | None = None) -> Tensor:
+        """Return the Gramian of rows. Raises ConsilienceError if it is not finite, and for too few rows."""
+        if len(gram) < self.fewest_rows or not torch.isfinite(gram).all():
+            # Rows that are not finite are named; others have products that are too large.
+            self._checked_rows(rows, names)
             raise ConsilienceError(
                 f"rows of {type(self).__name__} must have finite inner products, got an overflow."
             )
         return gram
+
+    @final
+    def solve(
+        self, gram: Tensor, weights: Sequence[float], rows: Tensor, generator: torch.Generator | None
+    ) -> Tensor:
+        """Compute coefficients [m] in the order of the rows [m, n], whose Gramian [m, m] is checked.
+
+        It is solved in a canonical order of the rows, of which it reads only as much as tells them apart.
+        """
+        checked = self._checked_weights(weights, rows)
+        order = torch.tensor(canonical_rows(rows, checked), device=gram.device)
+        solved = self.weigh(gram[order][:, order], checked[order].to(gram.dtype), generator)
+        return torch.empty_like(solved).index_copy_(0, order, solved).to(rows.dtype)
 
     def combine(
         self, rows: Sequence[Tensor] | Tensor, weights: Tensor, generator: torch.Generator | None
@@ -198,21 +217,29 @@ class Stateful(Aggregator):
 
         Raises ConsilienceError for rows that are not those of the state, and as a call does.
         """
+        order, held = self.known(names, state)
+        ordered = self._checked_rows(rows[order], [names[i] for i in order])
+        return self.move(
+            ordered, self._checked_weights([weights[i] for i in order], ordered), held, generator
+        )
+
+    @final
+    def known(self, names: Sequence[str], state: Mapping[str, Tensor]) -> tuple[list[int], dict[str, Tensor]]:
+        """Return the order of rows by their names, and their state, which may be empty at first.
+
+        Raises ConsilienceError for rows that are not those of the state.
+        """
         if len(set(names)) < len(names):
             raise ConsilienceError(
                 f"{type(self).__name__} must know its rows by their names, got {', '.join(sorted(names))}."
             )
-        order = sorted(range(len(names)), key=names.__getitem__)
         held = dict(state) or self.init(len(names))
         if any(len(tensor) != len(names) for tensor in held.values()):
             raise ConsilienceError(
                 f"{type(self).__name__} remembers {len(next(iter(held.values())))} rows, and cannot go on "
                 f"with the {len(names)} of {', '.join(sorted(names))}; use an aggregator without a state."
             )
-        ordered = self._checked_rows(rows[order], [names[i] for i in order])
-        return self.move(
-            ordered, self._checked_weights([weights[i] for i in order], ordered), held, generator
-        )
+        return sorted(range(len(names)), key=names.__getitem__), held
 
 
 class StatefulLinear(Stateful, Linear):
@@ -223,6 +250,22 @@ class StatefulLinear(Stateful, Linear):
         self, gram: Tensor, weights: Tensor, state: dict[str, Tensor], generator: torch.Generator | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute coefficients [m] from the Gramian [m, m], weights [m] and the state, and its next one."""
+
+    @final
+    def advance_weights(
+        self,
+        gram: Tensor,
+        weights: Sequence[float],
+        names: Sequence[str],
+        state: Mapping[str, Tensor],
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Do as `advance` with a checked Gramian [m, m], and return coefficients [m] with the next state."""
+        order, held = self.known(names, state)
+        index = torch.tensor(order, device=gram.device)
+        checked = self._checked_weights(weights, gram)[index]
+        solved, moved = self.move_weights(gram[index][:, index], checked, held, generator)
+        return torch.empty_like(solved).index_copy_(0, index, solved), moved
 
     def weigh(self, gram: Tensor, weights: Tensor, generator: torch.Generator | None) -> Tensor:
         return self.move_weights(gram, weights, self.init(len(weights)), generator)[0]
@@ -427,6 +470,32 @@ def canonical_rows(rows: Tensor, weights: Tensor) -> list[int]:
 
 def _bytes(values: Tensor) -> bytes:
     return values.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+
+
+# Inner products.
+
+COLUMNS = 1 << 16
+"""Columns whose inner products a processor takes at once: those of all rows then stay in its cache."""
+
+
+def inner_products(rows: Tensor, spans: Sequence[slice] = (slice(None),)) -> Tensor:
+    """Return the inner products [spans, m, m] of rows [m, n] over each of some spans of columns.
+
+    Products of narrow dtypes overflow early, and their sums lose most digits: they are taken in float32.
+
+    >>> inner_products(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), [slice(0, 1), slice(1, 2)]).tolist()
+    [[[1.0, 3.0], [3.0, 9.0]], [[4.0, 8.0], [8.0, 16.0]]]
+    """
+    found = []
+    for span in spans:
+        part = rows[:, span]
+        wide = [
+            widened(block) for block in (part.split(COLUMNS, 1) if part.device.type == "cpu" else (part,))
+        ]
+        each = [block @ block.T for block in wide]
+        # Many blocks are added in double precision, as one long product would not be.
+        found.append(each[0] if len(each) == 1 else torch.stack(each).double().sum(0).to(each[0].dtype))
+    return torch.stack(found) if found else widened(rows.new_zeros(0, len(rows), len(rows)))
 
 
 # Shapes and dtypes of rows.

@@ -118,6 +118,9 @@ class StepView:
     """The trainable entries by name, which `losses` and `rows` may differentiate: what `begin` added."""
     losses: Callable[[], Tensor]
     """losses(): the mean loss of each part [parts], without gradient, before corrections change it."""
+    grams: Mapping[str, Tensor] | None = None
+    """For `trace`: the inner products [parts, parts] of the gradients of the parts over each shared entry, as
+    those of `norms`; None where `norms` is."""
     norms: Tensor | None = None
     """For `trace`: the L2 norm over shared entries of the gradient of each part [parts], with the factors of
     `losses` and without weights; None unless a correction has `needs_norms`, or an aggregator the rows."""

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
-from consilience.core.aggregator import Aggregator, Cone, Stateful
+from consilience.core.aggregator import Aggregator, Cone, Linear, Stateful
 from consilience.core.consolidator import Consolidator
 from consilience.core.correction import Correction, Mapper, overrides
 from consilience.core.errors import ConsilienceError, Refusal, kind_of
@@ -50,6 +50,11 @@ class Method:
     """Fills `step_aggregator` or `exchange_aggregator`, whichever the schedule uses."""
     step_aggregator: Aggregator | None = None
     """Combines the objectives of one step. None: their weighted sum."""
+    step_level: Literal["features"] | None = None
+    """"features": the step aggregator weighs objectives by their gradients with respect to the features.
+
+    One backward pass from the features then serves all objectives. None: by those with respect to the
+    parameters, one backward pass each."""
     exchange_aggregator: Aggregator | None = None
     """Combines received parameters inside the consolidator. None: their weighted mean."""
     consolidator: Consolidator | None = None
@@ -69,6 +74,8 @@ class Method:
                 "`corrections` must be a tuple of corrections, as in Method('name', (EWC(),)), "
                 f"got {kind_of(self.corrections)}."
             )
+        if self.step_level not in (None, "features"):
+            raise ConsilienceError(f"`step_level` must be 'features' or None, got {self.step_level!r}.")
         names = [correction.name for correction in self.all_corrections]
         twice = {name for name in names if names.count(name) > 1}
         if twice:
@@ -177,6 +184,9 @@ class Method:
             "it aggregates the objectives of a step, and a step has one here",
             "use multitask, compose it with er, or combine received models with methods.aggregate",
         )
+
+        if self.step_level is not None:
+            yield from _feature_rules(placed, facts, rehearses)
 
         # What each correction needs.
         gathering = [type(part).__name__ for part in placed.active if overrides(part, "gather")]
@@ -296,6 +306,44 @@ class Method:
         for method in methods[1:]:
             total = total + method
         return total
+
+
+def _feature_rules(placed: Method, facts: ScheduleFacts, rehearses: bool) -> Iterator[Rule]:
+    """Yield the rules about a step aggregator at the level of features."""
+    step, level = placed.step_aggregator, 'level="parameters"'
+    yield Rule(
+        not (isinstance(step, Linear) and step.needs_gram),
+        "the feature level weighs objectives by the inner products of their gradients, which "
+        f"{'nothing' if step is None else type(step).__name__} reads here",
+        "use mgda, pcgrad, cagrad or another that does",
+    )
+    yield Rule(
+        not facts.alike,
+        "the feature level needs one batch of inputs for all tasks of a step, and here they have others",
+        f"make tasks of the same inputs by data.tasks, or use {level}",
+    )
+    yield Rule(
+        rehearses,
+        "the feature level needs one batch of inputs for all objectives of a step, and a correction adds "
+        "objectives of its own",
+        f"use {level}",
+    )
+
+    # Entries of a view are a task's own, and norms are those over parameters.
+    reading = [part.name for part in placed.active if part.needs_norms or overrides(part, "view")]
+    yield Rule(
+        bool(reading),
+        f"{', '.join(reading)} needs the gradients or the parameters of each task, which the feature level "
+        "does not have",
+        f"use {level}",
+    )
+
+    model = facts.model
+    yield Rule(
+        model is not None and not model.passes_features,
+        f"the feature level needs a model whose tasks share features before a head, got {model!r:.80}",
+        f"use models.multi_head, name the `head` in models.wrap, or use {level}",
+    )
 
 
 def _correction_rules(

@@ -87,8 +87,19 @@ class Model(ABC):
             found.append(out)
         return found, buffers
 
-    def bind_each(self, params: Params, buffers: Params, train: bool) -> tuple[ForwardEach, Params]:
-        """Return what `bind` does, for several tasks at once."""
+    @property
+    def passes_features(self) -> bool:
+        """Whether `bind_each` passes features through a function: the inputs of all heads, for all tasks."""
+        return False
+
+    def bind_each(
+        self, params: Params, buffers: Params, train: bool, through: Callable[[Tensor], Tensor] | None = None
+    ) -> tuple[ForwardEach, Params]:
+        """Return what `bind` does, for several tasks at once.
+
+        Features [B, ..., d] go through a function before a head gets them, where `passes_features`: once for
+        each task with a head of its own, else once for all.
+        """
         forward, held = self.bind(params, buffers, train)
         return lambda x, tasks: [forward(x, task) for task in tasks], held
 

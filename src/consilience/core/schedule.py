@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from consilience.core.augment import Views
+from consilience.core.augment import Views, same_views
 from consilience.core.errors import ConsilienceError, unknown
 from consilience.core.leaks import check_splits
 from consilience.core.losses import KINDS, NONE, fits, loss_of, present
 from consilience.core.names import checked_name
-from consilience.core.source import Examples, Label, LabelFrame, Source, Target, Tensors
+from consilience.core.source import Examples, Label, LabelFrame, Source, Target, Tensors, same_inputs
 from consilience.core.tree import Input, Tree, signature
 from consilience.core.warning import warn
 
@@ -218,6 +218,8 @@ class ScheduleFacts:
     """Sources that some agent trains on more than once."""
     rounds: int = 0
     """The largest number of times that one agent receives trained parameters before training goes on."""
+    alike: bool = True
+    """Whether the tasks of each step have equal inputs, and one augmentation of them or none."""
     most_sources: int = 0
     """The largest number of sources that one agent trains on."""
     classes: int = 0
@@ -310,6 +312,8 @@ class Counts:
     """How often each agent received newly trained parameters."""
     totals: bool = True
     """Whether all agents that may send to each receiver of trained parameters are known."""
+    alike: bool = True
+    """Whether the sources of each step have equal inputs."""
     events: int = 0
     """The number of visits; the parameters after a visit are named by it."""
 
@@ -335,6 +339,7 @@ class _SymbolicRun:
         # The agents whose newly trained parameters each agent received first.
         self.groups: dict[str, frozenset[str]] = {}
         self.counts = Counts()
+        self.compared: dict[tuple[str, ...], bool] = {}
 
         for name, expert in schedule.experts.items():
             agent = self.agent(name)
@@ -396,6 +401,7 @@ class _SymbolicRun:
                 of_these |= self.visits_of.get(source, 0)
 
             counts.parts = max(counts.parts, len(sources))
+            counts.alike = counts.alike and self.are_alike(sources)
             counts.revisited |= agent.own.intersection(sources)
             counts.shared_history |= bool(agent.knowledge & ~of_these)
             counts.own_history |= bool(agent.own.difference(sources))
@@ -407,6 +413,17 @@ class _SymbolicRun:
             # Every visit ends at parameters that nobody else has.
             counts.events += 1
             agent.params = counts.events
+
+    def are_alike(self, names: tuple[str, ...]) -> bool:
+        """Whether sources that are trained on together have equal inputs."""
+        # Rounds train on the same sources again.
+        if len(names) > 1 and names not in self.compared:
+            first, *others = map(self.schedule.source, names)
+            self.compared[names] = all(
+                same_inputs(first.train, other.train) and same_views(first.augment, other.augment)
+                for other in others
+            )
+        return self.compared.get(names, True)
 
     def exchange(self, phase: Exchange) -> None:
         """Let agents receive from others."""
@@ -476,6 +493,7 @@ class _SymbolicRun:
             revisited=frozenset(counts.revisited),
             rounds=counts.rounds,
             totals=counts.totals,
+            alike=counts.alike,
             most_sources=max(map(len, trained_on), default=0),
             classes=max(map(len, classes), default=0),
             boundaries=schedule.boundaries,

@@ -471,7 +471,13 @@ class Target:
         if self.kind == "class":
             return out
         # A model may have more outputs than there are targets.
-        return out[:, : y.shape[1]] if self.columns is None else out[:, list(self.columns)]
+        if self.columns is None:
+            return out[:, : y.shape[1]]
+        # A view where it is possible: to gather columns, and to scatter their gradients, costs more.
+        first, last = self.columns[0], self.columns[-1]
+        if self.columns == tuple(range(first, last + 1)):
+            return out[:, first : last + 1]
+        return out[:, list(self.columns)]
 
     def losses(self, out: Tensor, y: Tensor) -> Losses:
         """Return the loss of each sample of outputs [B, C, *places]."""

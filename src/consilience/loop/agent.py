@@ -132,6 +132,7 @@ class Agent:
             frame=self.frame,
             training=self.training,
             aggregator=self.method.step_aggregator,
+            level=self.method.step_level,
             corrections=corrections,
             layout=layout,
             fixed=fixed,

@@ -21,7 +21,7 @@ from consilience.core.metrics import Metric
 from consilience.core.model import MISFITS, Model
 from consilience.core.outliers import outliers
 from consilience.core.params import Params, computing, key
-from consilience.core.sampler import Sampler
+from consilience.core.sampler import Sampler, Scored
 from consilience.core.schedule import Schedule, Train, with_targets
 from consilience.core.source import Examples, Source, Tensors, trimmed
 from consilience.core.stopping import Stopping
@@ -129,6 +129,8 @@ def check_all(
             f"device={training.device!r} was requested, but CUDA is not available; use device='cpu'."
         )
 
+    if method.step_level is not None:
+        _check_level(method, training)
     _check_precision(training)
     schedule = in_precision(schedule, training.dtype)
     # A sampler of a user may be any object with a `plan`.
@@ -161,9 +163,27 @@ def check_all(
     views = [part.name for part in method.all_corrections if overrides(part, "view")]
     if training.compile and views:
         warn(f"`compile` has no effect with {views[0]}, which changes the parameters that the model sees")
+    elif training.compile and method.step_level is not None:
+        warn("`compile` has no effect at the feature level, which cuts the forward pass at the features")
     setup = Setup(schedule, method, model, training, metrics, facts, options.judge_clients, options.stopping)
     check_stopping(setup)
     return setup
+
+
+def _check_level(method: Method, training: Training) -> None:
+    """Refuse to train in a way in which the gradients by features of a step are not there together."""
+    if training.accumulate > 1:
+        raise Refusal(
+            f"{method.name}: the feature level weighs the objectives of a whole batch before it is "
+            f"differentiated, and `accumulate` cuts it into {training.accumulate} parts; use a larger "
+            '`batch_size`, or level="parameters".'
+        )
+    if isinstance(training.sampler, Scored):
+        raise Refusal(
+            f"{method.name}: the feature level needs one batch of inputs for all tasks of a step, and "
+            f"{type(training.sampler).__name__} chooses by the scores of each task; use another sampler, or "
+            'level="parameters".'
+        )
 
 
 def check_stopping(setup: Setup) -> None:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from consilience.core.aggregator import Aggregator, Cone, Linear, Stateful
+from consilience.core.aggregator import Aggregator, Cone, Linear, Stateful, StatefulLinear, inner_products
 from consilience.core.batch import Batch, first_alike
 from consilience.core.contexts import Context, StepView
 from consilience.core.correction import Correction, knows_gradient, overrides
@@ -19,7 +19,7 @@ from consilience.core.errors import ConsilienceError, Refusal
 from consilience.core.model import Forward, ForwardEach, Model
 from consilience.core.names import joined
 from consilience.core.optimiser import Optimiser, OptimiserState
-from consilience.core.params import Layout, Params
+from consilience.core.params import Layout, Params, all_finite
 from consilience.core.scaling import LossScale, ScaleState
 from consilience.core.source import LabelFrame, Target
 from consilience.core.training import Place, Training
@@ -91,27 +91,52 @@ class Objectives(NamedTuple):
         )
 
 
-class Rows(NamedTuple):
-    """The gradients [n] of the objectives of a step, and of its constraints."""
+@dataclass(eq=False)
+class Rows:
+    """The gradients of the objectives of a step, and of its constraints."""
 
-    objectives: list[Tensor]
-    """One each; one for all where they are summed."""
+    objectives: Tensor
+    """[m, n], one row each; one for all where they are summed."""
     weights: list[float]
     constraints: list[Tensor]
+    """[n] each."""
     absent: list[str]
     """The entries that no objective reaches."""
     names: Sequence[str] = ()
     """What each objective is of, so that an aggregator knows it again in the next step."""
     own: Sequence[int] = ()
     """The parts whose own losses the first objectives are; none where objectives are summed."""
+    shared: Mapping[str, slice] = field(default_factory=dict)
+    """The columns of each entry that is no task's own."""
 
     def plus(self, other: Rows) -> Rows:
         """Add the gradients of another micro-batch, in place."""
         for mine, theirs in zip(
-            [*self.objectives, *self.constraints], [*other.objectives, *other.constraints], strict=True
+            [self.objectives, *self.constraints], [other.objectives, *other.constraints], strict=True
         ):
             mine.add_(theirs)
-        return self._replace(absent=[name for name in self.absent if name in other.absent])
+        return replace(self, absent=[name for name in self.absent if name in other.absent])
+
+    @cached_property
+    def grams(self) -> Tensor:
+        """Inner products [entries, m, m] of the objectives over each shared entry."""
+        return inner_products(self.objectives, list(self.shared.values()))
+
+    @cached_property
+    def gram(self) -> Tensor:
+        """Inner products [m, m] of the objectives over all shared entries."""
+        return self.grams.sum(0)
+
+    def of_parts(self, count: int) -> tuple[dict[str, Tensor], Tensor]:
+        """Return the inner products [parts, parts] by entry, and the norms [parts].
+
+        They are 0 for parts without a loss of their own.
+        """
+        own = torch.tensor(list(self.own), dtype=torch.long, device=self.grams.device)
+        full = self.grams.new_zeros(len(self.shared), count, count)
+        full[:, own[:, None], own] = self.grams[:, : len(own), : len(own)]
+        norms = full.sum(0).diagonal().sqrt().to(self.objectives.dtype)
+        return dict(zip(self.shared, full, strict=True)), norms
 
 
 def cut(part: Batch, count: int) -> list[Batch]:
@@ -130,6 +155,29 @@ def cut(part: Batch, count: int) -> list[Batch]:
         )
         for span in spans
     ]
+
+
+def copy_row(grad: Tensor | None, row: Tensor) -> Tensor:
+    """Copy a gradient into a row, which is 0 where there is none."""
+    return row.zero_() if grad is None else row.copy_(grad.reshape(-1))
+
+
+def sum_of(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """Return the sum of two gradients, each of which may be None for none."""
+    if one is None or other is None:
+        return other if one is None else one
+    return one + other
+
+
+def runs(layout: Layout, shared: Mapping[str, slice]) -> list[tuple[slice, bool]]:
+    """Return the columns of theta in runs, as long as possible, of shared entries and of those of tasks."""
+    found: list[tuple[slice, bool]] = []
+    for name in layout.names:
+        span, common = layout.span(name), name in shared
+        if found and found[-1][1] == common:
+            span = slice(found.pop()[0].start, span.stop)
+        found.append((span, common))
+    return found
 
 
 def own_count(key: str, name: str) -> str:
@@ -179,6 +227,8 @@ class Step:
     """(epochs, steps per epoch)."""
     place: Place = field(default_factory=Place)
     """Where the visit lies in the run."""
+    level: Literal["features"] | None = None
+    """"features": an aggregator weighs objectives by their gradients with respect to the features."""
     absent: list[str] = field(default_factory=list, init=False)
     """The entries that no objective of the last step reaches."""
     loss: Tensor | None = field(default=None, init=False)
@@ -211,17 +261,19 @@ class Step:
 
         # Aggregators see only entries that all objectives may reach: a head of one task has no conflict.
         layout = self.layout
-        self.shared = torch.ones(layout.size, dtype=torch.bool, device=layout.device)
-        for name in layout.names:
-            if self.model.task_of(name) is not None:
-                self.shared[layout.span(name)] = False
-        self.all_shared = bool(self.shared.all())
+        self.shared = {name: layout.span(name) for name in layout.names if self.model.task_of(name) is None}
+        self.runs = runs(layout, self.shared)
+        self._matrices: list[Tensor] = []
+        # Features of the last step, and the leaf that heads got in their place; that of each part.
+        self._features: list[tuple[Tensor, Tensor]] = []
+        self._cut_of: list[int] = []
         training = self.training
         self.factors, self.decays = training.factors(layout), training.decays(layout)
         # Asked for in every step, so that they are known beforehand.
         self.varies = training.varies
         self.clips = training.clip_norm is not None or training.clip_value is not None
         self.reads_index = any(c.needs_index for pairs in self.by_verb.values() for c, _ in pairs)
+        self.weighs = isinstance(self.aggregator, Linear) and self.aggregator.needs_gram
         self.reads_norms = any(correction.needs_norms for correction, _ in self.by_verb["trace"])
 
         # Copied, because steps update buffers in place; derived ones are the same after every step.
@@ -249,8 +301,8 @@ class Step:
             self._trace(see, *[torch.zeros_like(self.carry.theta)] * 2)
             return
 
-        if self.reads_norms:
-            see.norms = self._norms(rows, len(see.parts))
+        if self.by_verb["trace"] and (self.reads_norms or (self.weighs and len(rows.objectives) > 1)):
+            see.grams, see.norms = rows.of_parts(len(see.parts))
         factor = self._mask(see) if self.by_verb["mask"] else None
         grad = self._aggregate(rows, factor, generator)
         trained = self._penalised(grad, see) if self.by_verb["penalty"] else grad
@@ -280,7 +332,7 @@ class Step:
             # Random weights are those of the step, not of a micro-batch.
             if generator is not None and drawn is not None:
                 generator.set_state(drawn)
-            rows = self._rows(objectives, generator)
+            rows = self._rows(objectives, generator, 0 if total is None else 1)
             total = rows if total is None else total.plus(rows)
         self.loss = torch.stack(losses).sum()
         assert total is not None
@@ -325,10 +377,10 @@ class Step:
         """Divide gradients by the loss scale, and update it; whether they are finite."""
         assert self.scaling is not None
         # Before aggregators and clipping, which need the true sizes.
-        each, scale = [*rows.objectives, *rows.constraints], self.carry.scaling["scale"]
+        each, scale = [rows.objectives, *rows.constraints], self.carry.scaling["scale"]
         for row in each:
             row.div_(scale)
-        finite = all(bool(torch.isfinite(row).all()) for row in each)
+        finite = all(map(all_finite, each))
         self.carry.scaling = self.scaling.update(self.carry.scaling, finite)
         return finite
 
@@ -445,8 +497,9 @@ class Step:
         # Bound once: a functional call in every step costs a quarter more.
         if self.bound is None:
             params = {**self.fixed, **self.leaves}
-            bound, self.carry.buffers = self.model.bind_each(params, self.carry.buffers, True)
-            self.bound = Compiled(bound) if self.training.compile else bound
+            through = self._cut if self.level == "features" else None
+            bound, self.carry.buffers = self.model.bind_each(params, self.carry.buffers, True, through)
+            self.bound = Compiled(bound) if self.training.compile and through is None else bound
         return self.bound(x, tasks)
 
     def seen(self, x: Input, task: str | None) -> Tensor:
@@ -506,8 +559,14 @@ class Step:
         # `view` is called without a StepView, so it reads the clock from its context.
         for _, ctx in self.by_verb["view"]:
             ctx.clock, ctx.horizon = clock, self.horizon
+        self._features.clear()
         with self.autocast():
             raw = self.forward_all(parts)
+        if self.level == "features":
+            # A model with a head for each task cuts once for each, in the order in which they were asked for.
+            order = list(dict.fromkeys(part.task for part in parts))
+            each = len(self._features) == len(order)
+            self._cut_of = [order.index(part.task) if each else 0 for part in parts]
         if self.training.precision in HALF:
             raw = [out.to(self.layout.dtype) for out in raw]
 
@@ -618,26 +677,48 @@ class Step:
             each = correction.losses(each, see, ctx)
         return [found[i]._replace(values=each[i]).mean(part.w) for i, part in enumerate(see.parts)]
 
-    def gradient(self, loss: Tensor, keep: bool) -> tuple[Tensor, list[str]]:
-        """Return the gradient [n] of a scalar, and the entries out of its reach; `keep` keeps the graph."""
+    def gradient(self, loss: Tensor, keep: bool, out: Tensor | None = None) -> tuple[Tensor, list[str]]:
+        """Return the gradient [n] of a scalar, in `out` if given, and the entries out of its reach.
+
+        `keep` keeps the graph.
+        """
         layout = self.layout
         if not loss.requires_grad:  # for example the answer of an earlier task through its own mask
-            return torch.zeros(layout.size, dtype=layout.dtype, device=layout.device), list(layout.names)
+            zero = torch.zeros(layout.size, dtype=layout.dtype, device=layout.device)
+            return zero if out is None else out.zero_(), list(layout.names)
 
         if self.scaling is not None:
             loss = loss * self.carry.scaling["scale"]
         leaves = [self.leaves[name] for name in layout.names]
         grads = torch.autograd.grad(loss, leaves, retain_graph=keep, allow_unused=True)
-        absent = [name for name, grad in zip(layout.names, grads, strict=True) if grad is None]
-        flat = [
-            torch.zeros_like(leaf).view(-1) if grad is None else grad.reshape(-1)
-            for grad, leaf in zip(grads, leaves, strict=True)
-        ]
-        return torch.cat(flat), absent
+        return self._joined(grads, out)
 
-    def _rows(self, objectives: Objectives, generator: torch.Generator | None) -> Rows:
-        """Return the gradients of objectives and constraints; a weighted sum needs only its own gradient."""
+    def _joined(self, grads: Sequence[Tensor | None], out: Tensor | None = None) -> tuple[Tensor, list[str]]:
+        """Return the gradients of all entries as one vector [n], and the entries that have none."""
+        absent = [name for name, grad in zip(self.layout.names, grads, strict=True) if grad is None]
+        flat = [
+            torch.zeros_like(self.leaves[name]).view(-1) if grad is None else grad.reshape(-1)
+            for name, grad in zip(self.layout.names, grads, strict=True)
+        ]
+        return torch.cat(flat) if out is None else torch.cat(flat, out=out), absent
+
+    def _matrix(self, rows: int, number: int, columns: int) -> Tensor:
+        """Return a matrix [rows, columns] to write into: the same in each step, as new memory is slow."""
+        size = (rows, columns)
+        if number == len(self._matrices):
+            self._matrices.append(torch.empty(0, device=self.layout.device))
+        if self._matrices[number].shape != size:
+            self._matrices[number] = torch.empty(size, dtype=self.layout.dtype, device=self.layout.device)
+        return self._matrices[number]
+
+    def _rows(self, objectives: Objectives, generator: torch.Generator | None, number: int = 0) -> Rows:
+        """Return the gradients of objectives and constraints; a weighted sum needs only its own gradient.
+
+        `number` is that of the micro-batch among those whose rows are there at once.
+        """
         losses, weights = objectives.losses, objectives.weights
+        if self.level == "features":
+            return self._feature_rows(objectives, generator)
         if self._sums(objectives):
             if isinstance(self.aggregator, Linear) and len(losses) > 1:
                 given = torch.tensor(weights, dtype=torch.float64)
@@ -651,17 +732,90 @@ class Step:
         if len(losses) == 1 and not objectives.constraints:
             grad, absent = self.gradient(losses[0], keep=False)
             own = objectives.own if len(objectives.losses) == 1 else []
-            return Rows([grad], objectives.weights, [], absent, objectives.names, own)
+            return Rows(grad[None], objectives.weights, [], absent, objectives.names, own, self.shared)
 
         # The last backward pass frees the graph.
-        every = [*losses, *objectives.constraints]
-        last = len(every) - 1
-        pairs = [self.gradient(loss, keep=i < last) for i, loss in enumerate(every)]
-        grads, count = [grad for grad, _ in pairs], len(losses)
+        every, count = [*losses, *objectives.constraints], len(losses)
+        # One row becomes the gradient itself, which traces may keep.
+        matrix = (
+            self._matrix(count, number, self.layout.size) if count > 1 else torch.empty_like(self.start)[None]
+        )
+        each = [
+            self.gradient(loss, i < len(every) - 1, matrix[i] if i < count else None)
+            for i, loss in enumerate(every)
+        ]
 
         # An entry moves if any objective reaches it.
-        absent = [name for name in pairs[0][1] if all(name in missing for _, missing in pairs[:count])]
-        return Rows(grads[:count], weights, grads[count:], absent, objectives.names, objectives.own)
+        absent = [name for name in each[0][1] if all(name in missing for _, missing in each[:count])]
+        constraints = [grad for grad, _ in each[count:]]
+        return Rows(matrix, weights, constraints, absent, objectives.names, objectives.own, self.shared)
+
+    def _cut(self, features: Tensor) -> Tensor:
+        """Cut the graph at features z: heads get a leaf in their place."""
+        leaf = features.detach().requires_grad_()
+        self._features.append((features, leaf))
+        return leaf
+
+    def _feature_rows(self, objectives: Objectives, generator: torch.Generator | None) -> Rows:
+        """Return the one gradient of a step whose objectives are weighed at the features z.
+
+        d_k = dL_k/dz, c by the Gramian of the d_k, then one backward pass from z with sum_k c_k d_k. Entries
+        behind z get their own gradients, by weight.
+        """
+        features = self._features[0][0] if self._features else None
+        if features is None or not features.requires_grad or len({id(z) for z, _ in self._features}) > 1:
+            raise Refusal(
+                "the feature level needs one batch of inputs for all tasks of a step, and a trunk that is "
+                f"trained, got {len(self._features)} batches; make tasks by data.tasks, use a sampler that "
+                'does not read targets, or level="parameters".'
+            )
+        rows, own = self._of_features(objectives)
+
+        assert isinstance(self.aggregator, Linear)
+        gram = inner_products(rows).sum(0)
+        # A step whose scaled gradients overflow is left out, and moves no state.
+        found = rows.new_tensor(objectives.weights)
+        if self.scaling is None or bool(torch.isfinite(gram).all()):
+            gram = gram if self.scaling is None else gram / self.carry.scaling["scale"] ** 2
+            of = Rows(rows, objectives.weights, [], [], objectives.names)
+            found = self._coefficients(self.aggregator, gram, rows, of, generator)
+
+        combined = (found @ rows).view_as(features).to(features.dtype)
+        leaves = [self.leaves[name] for name in self.layout.names]
+        trunk = torch.autograd.grad(features, leaves, combined, allow_unused=True)
+        grad, absent = self._joined([sum_of(*pair) for pair in zip(trunk, own, strict=True)])
+        return Rows(grad[None], [1.0], [], absent)
+
+    def _of_features(self, objectives: Objectives) -> tuple[Tensor, list[Tensor | None]]:
+        """Return the gradients of objectives by the features [m, numbers], and of their weighted sum by the
+        entries behind the features."""
+        leaves = [self.leaves[name] for name in self.layout.names]
+        cuts = [leaf for _, leaf in self._features]
+        count, weights = len(objectives.losses), objectives.weights
+        rows = self._matrix(count, 0, cuts[0].numel())
+        losses = objectives.losses
+        if self.scaling is not None:
+            losses = [loss * self.carry.scaling["scale"] for loss in losses]
+
+        # Where each task has a head of its own, one backward pass finds all.
+        at = [self._cut_of[part] for part in objectives.parts if part is not None]
+        if len(set(at)) == count:
+            total = torch.stack([loss * weight for loss, weight in zip(losses, weights, strict=True)]).sum()
+            found = torch.autograd.grad(total, [*cuts, *leaves], allow_unused=True)
+            for row, cut, weight in zip(rows, at, weights, strict=True):
+                copy_row(found[cut], row).div_(weight)
+            return rows, list(found[len(cuts) :])
+
+        # Graphs behind the features are small: they are kept until the last one is done.
+        own: list[Tensor | None] = [None] * len(leaves)
+        for loss, weight, row in zip(losses, weights, rows, strict=True):
+            of_cut, *grads = torch.autograd.grad(
+                loss, [cuts[0], *leaves], retain_graph=True, allow_unused=True
+            )
+            copy_row(of_cut, row)
+            for i, grad in enumerate(grads):
+                own[i] = sum_of(own[i], None if grad is None else grad * weight)
+        return rows, own
 
     def _sums(self, objectives: Objectives) -> bool:
         """Whether the objectives are summed by weights; other aggregators need the gradient of each."""
@@ -672,32 +826,32 @@ class Step:
 
     def _aggregate(self, rows: Rows, factor: Tensor | None, generator: torch.Generator | None) -> Tensor:
         """Return the aggregated gradient [n]."""
-        if len(rows.objectives) == 1:
-            (grad,) = rows.objectives
-            grad = grad if factor is None else grad * factor
-        else:
-            grad = self._combined(rows, factor, generator)
+        if factor is not None:
+            rows = replace(rows, objectives=rows.objectives * factor)
+        grad = rows.objectives[0] if len(rows.objectives) == 1 else self._combined(rows, generator)
         return self._projected(grad, rows.constraints, factor) if rows.constraints else grad
 
-    def _norms(self, rows: Rows, parts: int) -> Tensor:
-        """Return the norm over shared entries of the gradient of each part's own loss, 0 without one."""
-        norms = rows.objectives[0].new_zeros(parts)
-        for part, grad in zip(rows.own, rows.objectives, strict=False):
-            norms[part] = (grad if self.all_shared else grad[self.shared]).norm()
-        return norms
-
-    def _combined(self, rows: Rows, factor: Tensor | None, generator: torch.Generator | None) -> Tensor:
+    def _combined(self, rows: Rows, generator: torch.Generator | None) -> Tensor:
         """Return the gradients of all objectives combined by the aggregator."""
-        grads = torch.stack(rows.objectives)
-        grads = grads if factor is None else grads * factor
-        if self.all_shared and self.aggregator is not None:
-            return self._aggregated(self.aggregator, grads, rows, generator)
-
+        grads, aggregator = rows.objectives, self.aggregator
+        weights = grads.new_tensor(rows.weights)
         # Entries of single tasks are summed by weight: there is nothing to aggregate.
-        grad = torch.tensor(rows.weights, dtype=grads.dtype, device=grads.device) @ grads
-        if self.aggregator is not None:
-            shared = grads[:, self.shared]
-            grad[self.shared] = self._aggregated(self.aggregator, shared, rows, generator)
+        if aggregator is None or not self.shared:
+            return weights @ grads
+        if isinstance(aggregator, Linear) and aggregator.needs_gram:
+            first = next(run for run, shared in self.runs if shared)
+            found = self._coefficients(aggregator, rows.gram, grads[:, first], rows, generator)
+            return torch.cat([(found if shared else weights) @ grads[:, run] for run, shared in self.runs])
+
+        if len(self.runs) == 1:
+            return self._aggregated(aggregator, grads, rows, generator)
+        shared = [(run, run.stop - run.start) for run, shared in self.runs if shared]
+        made = self._aggregated(
+            aggregator, torch.cat([grads[:, run] for run, _ in shared], 1), rows, generator
+        )
+        grad = weights @ grads
+        for (run, _), piece in zip(shared, made.split([size for _, size in shared]), strict=True):
+            grad[run] = piece
         return grad
 
     def _aggregated(
@@ -705,11 +859,23 @@ class Step:
     ) -> Tensor:
         """Return what the aggregator makes of rows [m, n], and move its state on if it keeps one."""
         if not isinstance(aggregator, Stateful):
-            return aggregator(grads, rows.weights, generator)
+            return aggregator(grads, rows.weights, generator, rows.names)
         grad, self.carry.aggregator = aggregator.advance(
             grads, rows.weights, rows.names, self.carry.aggregator, generator
         )
         return grad
+
+    def _coefficients(
+        self, aggregator: Linear, gram: Tensor, rows: Tensor, of: Rows, generator: torch.Generator | None
+    ) -> Tensor:
+        """Return the coefficients [m] of a linear aggregator, and move its state on if it keeps one."""
+        gram = aggregator.checked_gram(gram, rows, of.names)
+        if not isinstance(aggregator, StatefulLinear):
+            return aggregator.solve(gram, of.weights, rows, generator)
+        found, self.carry.aggregator = aggregator.advance_weights(
+            gram, of.weights, of.names, self.carry.aggregator, generator
+        )
+        return found.to(rows.dtype)
 
     def _projected(self, grad: Tensor, constraints: list[Tensor], factor: Tensor | None) -> Tensor:
         """Return the gradient nearest to this one that no constraint's gradient opposes."""

@@ -10,99 +10,134 @@ if TYPE_CHECKING:
     from consilience.core.method import Method
 
 
+Level = Literal["parameters", "features"]
+"""With respect to what the gradients of a step are taken."""
+
 # Aggregators of the gradients of a step.
 
 
-def pcgrad() -> Method:
+def pcgrad(level: Level = "parameters") -> Method:
     """Project away from each objective's gradient what opposes another's, then average.
 
     Paper: Yu et al. 2020.
+
+    Args:
+        level: "features" weighs tasks by their gradients with respect to the features that they share, at one
+            backward pass in all; tasks need the same inputs (`data.tasks`).
     """
-    return _reconciled("pcgrad")
+    return _reconciled("pcgrad", level)
 
 
-def mgda() -> Method:
+def mgda(level: Level = "parameters") -> Method:
     """Step along the shortest vector in the convex hull of the objectives' gradients.
 
     Paper: Sener & Koltun 2018.
+
+    Args:
+        level: "features" weighs tasks by their gradients with respect to the features that they share, at one
+            backward pass in all; tasks need the same inputs (`data.tasks`).
     """
-    return _reconciled("mgda")
+    return _reconciled("mgda", level)
 
 
-def cagrad(c: float = 0.5) -> Method:
+def cagrad(c: float = 0.5, level: Level = "parameters") -> Method:
     """Within `c` of the mean gradient's length around it, help most the objective that gains least.
 
     Paper: Liu et al. 2021.
 
     Args:
         c: how far from the mean, in [0, 1); 0 is the mean.
+        level: "features" weighs tasks by their gradients with respect to the features that they share, at one
+            backward pass in all; tasks need the same inputs (`data.tasks`).
     """
-    return _reconciled("cagrad", c=c)
+    return _reconciled("cagrad", level, c=c)
 
 
-def gradvac(beta: float = 0.01) -> Method:
+def gradvac(beta: float = 0.01, level: Level = "parameters") -> Method:
     """Turn each objective's gradient towards those that it agrees with less than it used to.
 
     Paper: Wang et al. 2021.
 
     Args:
         beta: how quickly the average of earlier cosines follows the present ones.
+        level: "features" weighs tasks by their gradients with respect to the features that they share, at one
+            backward pass in all; tasks need the same inputs (`data.tasks`).
     """
-    return _reconciled("gradvac", beta=beta)
+    return _reconciled("gradvac", level, beta=beta)
 
 
-def imtl_g() -> Method:
+def imtl_g(level: Level = "parameters") -> Method:
     """Step so that the projections on all objectives' gradients are equally long. Needs torchjd.
 
     Paper: Liu et al. 2021.
+
+    Args:
+        level: "features" weighs tasks by their gradients with respect to the features that they share, at one
+            backward pass in all; tasks need the same inputs (`data.tasks`).
     """
-    return _reconciled("imtl_g")
+    return _reconciled("imtl_g", level)
 
 
-def nash_mtl() -> Method:
+def nash_mtl(level: Level = "parameters") -> Method:
     """Step by the Nash bargain of the objectives: all gain the same share.
 
     Paper: Navon et al. 2022.
+
+    Args:
+        level: "features" weighs tasks by their gradients with respect to the features that they share, at one
+            backward pass in all; tasks need the same inputs (`data.tasks`).
     """
-    return _reconciled("nash_mtl")
+    return _reconciled("nash_mtl", level)
 
 
-def fairgrad(alpha: float = 1.0) -> Method:
+def fairgrad(alpha: float = 1.0, level: Level = "parameters") -> Method:
     """Step by an alpha-fair bargain of the objectives.
 
     Paper: Ban & Ji 2024.
 
     Args:
         alpha: from the mean (0) by the Nash bargain (1) to the objective that gains least (infinity).
+        level: "features" weighs tasks by their gradients with respect to the features that they share, at one
+            backward pass in all; tasks need the same inputs (`data.tasks`).
     """
-    return _reconciled("fairgrad", alpha=alpha)
+    return _reconciled("fairgrad", level, alpha=alpha)
 
 
-def aligned_mtl() -> Method:
+def aligned_mtl(level: Level = "parameters") -> Method:
     """Bring the matrix of gradients to condition 1, then average. Needs torchjd.
 
     Paper: Senushkin et al. 2023.
+
+    Args:
+        level: "features" weighs tasks by their gradients with respect to the features that they share, at one
+            backward pass in all; tasks need the same inputs (`data.tasks`).
     """
-    return _reconciled("aligned_mtl")
+    return _reconciled("aligned_mtl", level)
 
 
-def upgrad() -> Method:
+def upgrad(level: Level = "parameters") -> Method:
     """Project each gradient on the directions that no other opposes, then average. Needs torchjd.
 
     Paper: Quinton & Rey 2024.
+
+    Args:
+        level: "features" weighs tasks by their gradients with respect to the features that they share, at one
+            backward pass in all; tasks need the same inputs (`data.tasks`).
     """
-    return _reconciled("upgrad")
+    return _reconciled("upgrad", level)
 
 
-def sdmgrad(towards_mean: float = 0.3) -> Method:
+def sdmgrad(towards_mean: float = 0.3, level: Level = "parameters") -> Method:
     """Step along the shortest vector in the hull of the gradients, each moved towards their mean.
 
     Paper: Xiao, Ban & Ji 2023.
 
     Args:
         towards_mean: the paper's lambda; 0 is MGDA.
+        level: "features" weighs tasks by their gradients with respect to the features that they share, at one
+            backward pass in all; tasks need the same inputs (`data.tasks`).
     """
-    return _reconciled("sdmgrad", towards_mean=towards_mean)
+    return _reconciled("sdmgrad", level, towards_mean=towards_mean)
 
 
 def rlw() -> Method:
@@ -110,14 +145,18 @@ def rlw() -> Method:
 
     Paper: Lin et al. 2022.
     """
-    return _reconciled("rlw")
+    return _reconciled("rlw", "parameters")
 
 
-def _reconciled(name: str, **arguments: Any) -> Method:
+def _reconciled(name: str, level: Level, **arguments: Any) -> Method:
     from consilience import aggregators
+    from consilience.core.errors import ConsilienceError
     from consilience.core.method import Method
 
-    return Method(name, step_aggregator=getattr(aggregators, name)(**arguments))
+    if level not in ("parameters", "features"):
+        raise ConsilienceError(f"`level` must be 'parameters' or 'features', got {level!r}.")
+    step = getattr(aggregators, name)(**arguments)
+    return Method(name, step_aggregator=step, step_level=None if level == "parameters" else level)
 
 
 # Weights of the losses of a step.

@@ -137,7 +137,7 @@ class Inserted(MultiHead):
         return forward, held
 
     # Features are a task's own: tasks share no part of a forward pass.
-    each, bind_each = Model.each, Model.bind_each
+    each, bind_each, passes_features = Model.each, Model.bind_each, Model.passes_features
 
     def reads(self, entry: str) -> bool:
         if not entry.startswith(f"{self.kind}."):

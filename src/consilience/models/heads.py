@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar, Literal, NamedTuple, Self
 
 import torch
@@ -295,7 +295,13 @@ class MultiHead(Heads):
         each, held = self.bind_each(params, buffers, train)
         return lambda x, task: each(x, (task,))[0], held
 
-    def bind_each(self, params: Params, buffers: Params, train: bool) -> tuple[ForwardEach, Params]:
+    @property
+    def passes_features(self) -> bool:
+        return True
+
+    def bind_each(
+        self, params: Params, buffers: Params, train: bool, through: Callable[[Tensor], Tensor] | None = None
+    ) -> tuple[ForwardEach, Params]:
         trunk, updated = self.trunk.bind(trunk_entries(params), trunk_entries(buffers), train)
         columns = {name: tensor.clone() for name, tensor in buffers.items() if name.startswith(HEADS)}
         held = {**columns, **_prefixed(updated)}
@@ -307,7 +313,8 @@ class MultiHead(Heads):
                 if task not in found:
                     found[task] = self.heads(params, held, task)
             psi = trunk(x, None)
-            return [self._common_outputs(psi, found[task]) for task in tasks]
+            psis = [psi if through is None else through(psi) for _ in tasks]
+            return [self._common_outputs(own, found[task]) for own, task in zip(psis, tasks, strict=True)]
 
         return forward, held
 

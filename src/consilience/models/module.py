@@ -16,7 +16,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from consilience.core.checks import whole_number
 from consilience.core.errors import ConsilienceError
-from consilience.core.model import Forward, Model, stay
+from consilience.core.model import Forward, ForwardEach, Model, stay
 from consilience.core.params import Params, alias, changes, content_hash, matches, same
 from consilience.core.source import LabelFrame
 from consilience.core.traits import Traits
@@ -264,9 +264,28 @@ class ModuleModel(Model):
         return (psi * there[..., None]).sum(1) / there.sum(1, keepdim=True).clamp_min(1)
 
     def bind(self, params: Params, buffers: Params, train: bool) -> tuple[Forward, Params]:
+        return self._bound(params, buffers, train, None)
+
+    @property
+    def passes_features(self) -> bool:
+        # A module that is its own head has nothing before it.
+        return bool(self.head_layer) and not self.headless
+
+    def bind_each(
+        self, params: Params, buffers: Params, train: bool, through: Callable[[Tensor], Tensor] | None = None
+    ) -> tuple[ForwardEach, Params]:
+        forward, held = self._bound(params, buffers, train, through)
+        return lambda x, tasks: [forward(x, task) for task in tasks], held
+
+    def _bound(
+        self, params: Params, buffers: Params, train: bool, through: Callable[[Tensor], Tensor] | None
+    ) -> tuple[Forward, Params]:
         self._set_mode(train)
         statistics = {name: tensor.detach().clone() for name, tensor in _pick(buffers, self._buffers).items()}
         module = self._over({**_pick(params, self.entries), **statistics})
+        if through is not None:
+            head = module.get_submodule(self.head_layer or "")
+            head.register_forward_pre_hook(lambda _, args: (through(args[0]), *args[1:]))
         spoils = self._spoils.get(train, True)
 
         def forward(x: Input, task: str | None) -> Tensor:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -462,3 +463,185 @@ def test_linear_ones_say_whether_they_need_the_gramian() -> None:
     for name, a in ALL.items():
         if isinstance(a, Linear) and not a.needs_gram:
             assert a.weigh(torch.zeros(0, 0), torch.ones(3), None).shape == (3,), name
+
+
+# Step aggregators over matrices of a given rank, as TorchJD tests its own.
+
+STEPS = ["mean", "pcgrad", "mgda", "cagrad", "gradvac", "fairgrad", "nash_mtl", "sdmgrad", "rlw"]
+if HAS_TORCHJD:
+    STEPS += ["imtl_g", "aligned_mtl", "upgrad"]
+STEP_RULES = {name: ALL[name] for name in STEPS}
+SHAPES = [(2, 5, 1), (2, 5, 2), (4, 6, 2), (4, 9, 4), (8, 5, 3), (8, 30, 8)]
+"""(rows, columns, rank)."""
+
+
+def ranked(rows: int, columns: int, rank: int, seed: int, kind: str = "any") -> Tensor:
+    """A matrix [m, n] of this rank: any rows, rows with a common gain ("strong"), 0 in the hull ("weak")."""
+    left = normal(rows, rank, seed=seed, dtype=torch.float64)
+    right = torch.linalg.qr(normal(columns, rank, seed=seed + 1, dtype=torch.float64))[0].T
+    if kind == "strong":
+        # Every row has the same positive part along one direction.
+        left[:, 0] = left[:, 0].abs() + 0.5
+    if kind == "weak":
+        # A positive combination of the rows vanishes: no direction serves all.
+        left[-1] = -(torch.rand(rows - 1, generator=gen(seed)).double() + 0.1) @ left[:-1]
+    return left @ right
+
+
+shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
+step_rules = pytest.mark.parametrize("name", STEP_RULES)
+
+
+@step_rules
+@shapes
+def test_steps_do_not_depend_on_the_order_of_tasks(name: str, shape: tuple[int, int, int]) -> None:
+    for kind in ("any", "strong", "weak"):
+        rows = ranked(*shape, seed=3, kind=kind)
+        order = torch.randperm(len(rows), generator=gen(1))
+        made = STEP_RULES[name](rows, None, gen())
+        assert torch.equal(made, STEP_RULES[name](rows[order], None, gen()))
+        assert torch.isfinite(made).all()
+
+
+@step_rules
+@shapes
+def test_steps_lie_in_the_span_of_their_rows(name: str, shape: tuple[int, int, int]) -> None:
+    rows = ranked(*shape, seed=5)
+    made = STEP_RULES[name](rows, None, gen())
+    basis = torch.linalg.svd(rows)[2][: shape[2]]
+    assert (made - made @ basis.T @ basis).norm() < 1e-9 * rows.norm()
+
+
+@pytest.mark.parametrize("name", [n for n in ("mgda", "upgrad", "fairgrad", "nash_mtl") if n in STEP_RULES])
+@shapes
+def test_steps_that_promise_it_oppose_no_task(name: str, shape: tuple[int, int, int]) -> None:
+    """MGDA, UPGrad and the bargains where there is a direction that serves all; PCGrad and others do not."""
+    for seed in range(5):
+        for kind in ("any", "strong", "weak") if name in ("mgda", "upgrad") else ("strong",):
+            rows = ranked(*shape, seed=seed, kind=kind)
+            made = STEP_RULES[name](rows, None, gen())
+            # torchjd regularises the Gramian of UPGrad by 1e-4 of its trace.
+            slack = (5e-3 if name == "upgrad" else 1e-6) * rows.norm() ** 2
+            assert (rows @ made >= -slack).all(), (kind, seed)
+
+
+@step_rules
+@shapes
+def test_steps_scale_with_all_their_rows(name: str, shape: tuple[int, int, int]) -> None:
+    rows = ranked(*shape, seed=7)
+    made = STEP_RULES[name](rows, None, gen())
+    for factor in (1e-3, 1e3):
+        again = STEP_RULES[name](factor * rows, None, gen())
+        assert torch.allclose(again / factor, made, rtol=1e-4, atol=1e-5 * float(rows.norm()))
+
+
+@pytest.mark.parametrize("name", [n for n in ("mean", "upgrad", "pcgrad") if n in STEP_RULES])
+@shapes
+def test_steps_that_promise_it_are_linear_under_scaling(name: str, shape: tuple[int, int, int]) -> None:
+    """c -> A(diag(c) J) is linear for c > 0: of the mean, of UPGrad, and of PCGrad of two rows."""
+    if name == "pcgrad" and shape[0] > 2:
+        pytest.skip("PCGrad's order is drawn by the content of its rows")
+    rows = ranked(*shape, seed=11)
+    rule = STEP_RULES[name]
+    if name == "upgrad":
+        from torchjd.linalg import QuadprogProjector
+
+        # By default it adds 1e-4 to the Gramian.
+        rule = aggregators.torchjd("UPGrad", projector=QuadprogProjector(reg_eps=1e-10))
+    one, two = (torch.rand(len(rows), generator=gen(s)).double() + 0.1 for s in (1, 2))
+    a, b, both = (rule(c[:, None] * rows, None, gen()) for c in (one, two, 2 * one + 3 * two))
+    assert (both - 2 * a - 3 * b).norm() < 1e-5 * both.norm() + 1e-7 * rows.norm()
+
+
+@shapes
+@pytest.mark.parametrize("spread", [1.0, 100.0])
+def test_mgda_meets_its_conditions(shape: tuple[int, int, int], spread: float) -> None:
+    """KKT: g_i . d >= d . d for all rows, equal where a row has a share; to 1e-5, also for 100 : 1."""
+    for seed in range(20):
+        for kind in ("any", "strong", "weak"):
+            rows = ranked(*shape, seed=seed, kind=kind)
+            rows[::2] *= spread
+            gram = rows @ rows.T
+            share = aggregators.mgda().weigh(gram, torch.full((len(rows),), 1 / len(rows)).double(), None)
+            assert abs(float(share.sum()) - 1) < 1e-12 and (share >= 0).all()
+            slope, unit = gram @ share, gram.diagonal().min()
+            assert (slope - share @ slope >= -1e-5 * unit).all()
+            assert ((slope - share @ slope) * share <= 1e-5 * unit).all()
+
+
+def test_mgda_stops_after_a_number_of_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most 10 rounds per row, also where rounding lets rows in and out for ever; what it has is a mean."""
+    from consilience.aggregators import _mgda
+
+    calls = []
+    solve = np.linalg.pinv
+    # Solutions that are never optimal: rows enter for ever.
+    monkeypatch.setattr(_mgda.np.linalg, "pinv", lambda *a, **k: calls.append(1) or 1e-3 * solve(*a, **k))
+    share = _mgda.shortest(torch.eye(6).double())
+    assert len(calls) <= 10 * 6 + 7 and abs(float(share.sum()) - 1) < 1e-12 and (share >= 0).all()
+
+
+@needs_torchjd
+@shapes
+@pytest.mark.parametrize("name", ["imtl_g", "aligned_mtl", "upgrad", "cagrad", "nash_mtl", "mgda"])
+def test_steps_are_torchjds_where_they_mean_the_same(name: str, shape: tuple[int, int, int]) -> None:
+    """In direction; CAGrad and the Nash bargain are scaled here so that equal rows give their mean."""
+    import torchjd.aggregation as theirs
+
+    if name == "cagrad":
+        pytest.importorskip("cvxpy")
+    rows = ranked(*shape, seed=13, kind="strong")
+    other = {
+        "imtl_g": lambda: theirs.IMTLG(),
+        "aligned_mtl": lambda: theirs.AlignedMTL(),
+        "upgrad": lambda: theirs.UPGrad(),
+        "cagrad": lambda: theirs.CAGrad(c=0.5, norm_eps=1e-12),
+        "nash_mtl": lambda: theirs.FairGrad(alpha=1.0),
+        "mgda": lambda: theirs.MGDA(epsilon=1e-9, max_iters=20_000),
+    }[name]()(rows)
+    mine = STEP_RULES[name](rows)
+    tolerance = {"cagrad": 1e-3, "mgda": 5e-3}.get(name, 1e-5)
+    assert (mine / mine.norm() - other / other.norm()).norm() < tolerance
+
+
+def libmtl(name: str, rows: Tensor) -> Tensor:
+    """LibMTL's formulas, restated."""
+    gram, m = rows @ rows.T, len(rows)
+    if name == "imtl_g":
+        units = rows / rows.norm(dim=1, keepdim=True)
+        d, u = rows[:1] - rows[1:], units[:1] - units[1:]
+        alpha = (rows[0] @ u.T) @ torch.linalg.inv(d @ u.T)
+        return torch.cat([1 - alpha.sum()[None], alpha]) @ rows
+    if name == "aligned_mtl":
+        values, vectors = torch.linalg.eigh(gram)
+        balance = values[0].sqrt() * vectors @ torch.diag(values.rsqrt()) @ vectors.T
+        return balance.sum(0) / m @ rows
+    if name == "nash_mtl":
+        from scipy.optimize import fsolve
+
+        normed = (gram / gram.norm()).numpy()
+        a = fsolve(lambda a: normed @ a - 1 / a, torch.full((m,), 0.5).numpy())
+        return torch.from_numpy(a) @ rows
+    if name == "mgda":
+        from scipy.optimize import minimize
+
+        found = minimize(
+            lambda a: float(a @ gram.numpy() @ a),
+            torch.full((m,), 1 / m).numpy(),
+            bounds=[(0, 1)] * m,
+            constraints={"type": "eq", "fun": lambda a: a.sum() - 1},
+            options={"ftol": 1e-14, "maxiter": 500},
+        )
+        return torch.from_numpy(found.x) @ rows
+    raise AssertionError(name)
+
+
+@needs_torchjd
+@pytest.mark.parametrize("name", ["imtl_g", "aligned_mtl", "nash_mtl", "mgda"])
+@pytest.mark.parametrize("m", [2, 4])
+def test_steps_are_libmtls_formulas(name: str, m: int) -> None:
+    """In direction: LibMTL sums where these average."""
+    for seed in range(5):
+        rows = ranked(m, 12, m, seed=seed, kind="strong")
+        mine, other = STEP_RULES[name](rows), libmtl(name, rows)
+        assert (mine / mine.norm() - other / other.norm()).norm() < 1e-4

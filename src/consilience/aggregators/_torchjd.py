@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,9 @@ from torch import Tensor
 
 from consilience.core.aggregator import Aggregator, Linear, Stateful, stacked, widened
 from consilience.core.errors import ConsilienceError, unknown
+
+SCALED = ("CAGrad", "DualProj", "UPGrad")
+"""Those that take rows below a fixed length for zero: UPGrad of short gradients would be their mean."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +56,18 @@ class TorchJD(Aggregator):
         if total == 0 or not matrix.shape[1]:
             return torch.zeros_like(given[0])
         run = self._runner(weights, generator)
-        made = run(matrix)
+        scale = self._scale(matrix.square().sum(1))
+        made = run(matrix / scale) * scale
         unit = self._checked_unit(run(torch.ones_like(matrix[:, :1]))[0])
         return (made * (total / unit)).to(given.dtype)
+
+    def _scale(self, squares: Tensor) -> float:
+        """Return by what rows of these squared lengths [m] are divided."""
+        largest = float(squares.max()) if self.name in SCALED else 1.0
+        if not 0 < largest < math.inf:
+            return 1.0
+        # A power of two, by which numbers are divided without rounding.
+        return 2.0 ** round(math.log2(largest) / 2)
 
     def _checked_unit(self, unit: Tensor) -> Tensor:
         """Check the result of A for rows of 1, by which its results are divided."""
@@ -156,7 +169,7 @@ class TorchJDLinear(TorchJD, Linear):
         if total == 0:
             return torch.zeros_like(weights)
         run = self._runner(weights, generator, operator.attrgetter("gramian_weighting"))
-        made = run(gram.detach())
+        made = run(gram.detach() / self._scale(gram.detach().diagonal()) ** 2)
         unit = self._checked_unit(run(torch.ones_like(gram)).sum())
         return made * (total / unit)
 

@@ -198,7 +198,7 @@ def loop(s, share, difficulty=None, rescore=None, anti=False, known=None, epochs
             with torch.no_grad():
                 known = difficulty(net(x), y)
         g = key(0, s.name, 0, epoch, 0, "shuffle")
-        count = max(1, int(share(epoch) * n))
+        count = max(1, int(round(share(epoch) * n, 9)))
         order = torch.randperm(n, generator=g)
         if count < n:
             ranked = order[known[order].argsort(stable=True, descending=anti)][:count]
@@ -467,7 +467,7 @@ def test_a_client_goes_on_where_its_last_visit_ended():
                 known = cross_entropies(net(x), y)
         if at % 2 == 0:
             step = sgd(net)
-        count = max(1, int((0.3 + 0.7 * (at / 7)) * 30))
+        count = int(round((0.3 + 0.7 * at / 7) * 30, 9))
         g = key(0, "a", at // 2, at % 2, 0, "shuffle")
         order = torch.randperm(30, generator=g)
         if count < 30:
@@ -516,8 +516,8 @@ def test_a_straggler_stops_inside_the_same_curriculum():
         cs.run(schedule, cs.methods.parameter_average(), mlp(), given, progress=lines.append)
         return next(line for line in lines if line["event"] == "visit")
 
-    # 15, 20, 24 and 30 examples are 2, 3, 3 and 4 steps.
-    assert [run(fraction)["steps"] for fraction in (1, 0.5, 0.7, 0.01)] == [12, 5, 7, 1]
+    # 15, 20, 25 and 30 examples are 2, 3, 4 and 4 steps.
+    assert [run(fraction)["steps"] for fraction in (1, 0.5, 0.7, 0.01)] == [13, 5, 8, 1]
     assert run(0.5)["examples"] == {"a": [15, 20]}
 
 
@@ -548,6 +548,9 @@ def test_what_a_curriculum_cannot_do_is_refused():
     refused("must be numbers, got NaN", lambda: Curriculum(lambda x: x[:, 0] * math.nan))
     refused("above some losses, got 0.01 where those of 'a' begin at", lambda: SelfPaced(0.01))
     refused("needs targets that are classes", lambda: Curriculum("confidence"), (source("v", kind="value"),))
+    with pytest.raises(cs.Refusal, match="the method trains on pools of several sources"):
+        given = Curriculum({"a": torch.zeros(30), "b": torch.zeros(21)})
+        visits(cs.settings.continual([A, B]), given, cs.methods.joint())
     with pytest.warns(UserWarning, match="never sees all examples: it takes over=9 epochs"):
         visits(cs.settings.continual([A]), Curriculum(over=9))
 
@@ -581,7 +584,7 @@ def test_the_example_is_the_documents_curriculum_in_a_tenth_of_its_lines(capsys)
     *epochs, last = capsys.readouterr().out.splitlines()
     size = len(cs.data.digits().train)
     # The last epoch of the document has all, too: its share is .2 + .8 t.
-    counts = [max(1, int((0.2 + 0.8 * (epoch / 14)) * size)) for epoch in range(15)]
+    counts = [int(round((0.2 + 0.8 * epoch / 14) * size, 9)) for epoch in range(15)]
     assert [int(line.split("(")[1].split()[0]) for line in epochs] == counts
     assert float(last.split()[1]) > 0.9
 
@@ -593,6 +596,59 @@ def test_the_example_is_the_documents_curriculum_in_a_tenth_of_its_lines(capsys)
         code = chapter.split("```python\n")[1].split("```")[0]
         assert block == sum(bool(line.strip()) for line in code.splitlines())
     assert 10 * sum(bool(line.strip()) for line in file.read_text().splitlines()) <= block
+
+
+@dataclass(frozen=True, eq=False)
+class Paced(cs.Sampler):
+    """A sampler as users write it, by a difficulty that is known beforehand."""
+
+    difficulty: torch.Tensor
+    epochs: int
+    how: str = "linear"
+    first: float = 0.2
+    anti: bool = False
+
+    def plan(self, targets, batch_size, epoch, generator):
+        t, f = epoch / max(self.epochs - 1, 1), self.first
+        grow = {
+            "linear": t,
+            "sqrt": math.sqrt(t),
+            "exponential": 1 - math.exp(-3 * t),
+            "step": min(int(5 * t), 4) / 4,
+        }
+        competence = math.sqrt(t * (1 - f * f) + f * f)
+        c = min(1.0, competence if self.how == "competence" else f + (1 - f) * grow[self.how])
+        count = int(round(c * len(targets), 9))
+        kept = self.difficulty.argsort(descending=self.anti)[:count]
+        return list(kept[torch.randperm(len(kept), generator=generator)].split(batch_size))
+
+
+@pytest.mark.parametrize("how", ["linear", "sqrt", "exponential", "step", "competence"])
+@pytest.mark.parametrize("anti", [False, True])
+def test_a_curriculum_takes_what_a_sampler_of_ones_own_takes(how, anti):
+    hard = torch.randn(30, generator=torch.Generator().manual_seed(1)).double()
+    seen = {}
+
+    def watched(kind):
+        class Watched(kind):
+            def plan(self, targets, batch_size, epoch, generator, **state):
+                found = kind.plan(self, targets, batch_size, epoch, generator, **state)
+                seen.setdefault(kind, {})[epoch] = {*torch.cat(found).tolist()}
+                return found
+
+        return Watched
+
+    for sampler in (
+        watched(Paced)(hard, 15, how, anti=anti),
+        watched(Curriculum)(hard, how, anti=anti),
+    ):
+        visits(cs.settings.continual([A]), sampler, epochs=15)
+    own, ours = seen[Paced], seen[Curriculum]
+    # Only an exponential of one's own never sees all.
+    assert {epoch for epoch in range(15) if own[epoch] != ours[epoch]} == (
+        {14} if how == "exponential" else set()
+    )
+    assert len(ours[0]) == 6 and len(ours[14]) == 30
 
 
 def test_the_hardest_first_are_wrong_labels():

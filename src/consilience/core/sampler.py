@@ -30,10 +30,11 @@ class Sampler(Takes, ABC):
         resumes.
         """
 
-    def check(self, sources: Sequence[Source], epochs: int) -> None:
+    def check(self, sources: Sequence[Source], epochs: int, pools: bool) -> None:
         """Refuse, before a run, sources that it cannot sample, and warn of what would have no effect.
 
-        `epochs` is how long a source is trained, over all visits of an agent.
+        `epochs` is how long a source is trained, over all visits of an agent; `pools` says that a correction
+        may gather several sources into one.
         """
 
 

@@ -148,7 +148,7 @@ class Curriculum(Scored):
                     "leave it out."
                 )
 
-    def check(self, sources: Sequence[Source], epochs: int) -> None:
+    def check(self, sources: Sequence[Source], epochs: int, pools: bool) -> None:
         """Refuse sources without such a difficulty, and warn of a curriculum that never sees all of one."""
         if self.over is None and epochs < 2:
             raise ConsilienceError(
@@ -158,6 +158,11 @@ class Curriculum(Scored):
             warn(
                 f"the curriculum never sees all examples: it takes over={self.over} epochs, and a source is "
                 f"trained for {epochs} of them"
+            )
+        if pools and isinstance(self.difficulty, Given):
+            raise Refusal(
+                "difficulties were given by source, and the method trains on pools of several sources; use a "
+                "difficulty that can be measured, such as 'loss' or a function of the inputs."
             )
         for source in sources:
             self._check_source(source, len(sources))
@@ -211,7 +216,7 @@ class Curriculum(Scored):
         if self.pacing == BABY_STEP:
             more = self._baby_step(state, view, known, share)
             share, new = int(more["step"]) / self._steps, new | more
-        return new | {"count": torch.tensor(max(1, int(share * size)))}
+        return new | {"count": torch.tensor(count_of(share, size))}
 
     def _difficulties(self, view: EpochView) -> Tensor:
         """Return the difficulty of each example [N]; NaN: not known, which counts as hardest."""
@@ -241,7 +246,7 @@ class Curriculum(Scored):
         losses = known if self.difficulty == "loss" and self.rescore == 1 else losses_of(view)
 
         def level(steps: int) -> Tensor:
-            so_far = self._ranked(known)[: max(1, int(steps / self._steps * len(known)))]
+            so_far = self._ranked(known)[: count_of(steps / self._steps, len(known))]
             return losses[so_far].nanmean()
 
         # The loss may be negative, as that of counts is.
@@ -311,7 +316,7 @@ class SelfPaced(Scored):
             raise ConsilienceError(f"`growth` must be >= 1 and finite, got {self.growth!r}.")
         whole_number(rescore=self.rescore)
 
-    def check(self, sources: Sequence[Source], epochs: int) -> None:
+    def check(self, sources: Sequence[Source], epochs: int, pools: bool) -> None:
         """Refuse a single epoch, in which nothing could grow."""
         if epochs < 2:
             raise ConsilienceError(
@@ -333,7 +338,7 @@ class SelfPaced(Scored):
         known = losses[~losses.isnan()].sort().values
         if self.threshold is None:
             share = 0.5 if self.start is None else self.start
-            found = known[min(len(known) - 1, max(1, int(share * len(known))))]
+            found = known[min(len(known) - 1, count_of(share, len(known)))]
             if found <= 0:
                 raise ConsilienceError(
                     f"self-paced learning needs losses above 0, got {float(found):.3g} in {source!r}; give a "
@@ -362,6 +367,15 @@ class SelfPaced(Scored):
             return None
         weights = (1 - state["loss"] / state["threshold"]).nan_to_num(0).clamp_min(0)
         return weights if bool((weights > 0).any()) else torch.ones_like(weights)
+
+
+def count_of(share: float, size: int) -> int:
+    """Return the whole part of share x size, at least 1; .3 + .7 / 7 of 30 are 12, whatever floats say.
+
+    >>> int((0.3 + 0.7 * (1 / 7)) * 30), count_of(0.3 + 0.7 * (1 / 7), 30)
+    (11, 12)
+    """
+    return max(1, int(round(share * size, 9)))
 
 
 # Difficulties

@@ -139,7 +139,8 @@ def check_all(
     if isinstance(training.sampler, Sampler) and facts.trains:
         phases = [phase for phase in schedule.plan(options.seed) if isinstance(phase, Train)]
         visits = Counter(visit for phase in phases for visit in phase.who.items())
-        training.sampler.check(schedule.sources, training.epochs * max(visits.values()))
+        pools = any(overrides(part, "gather") for part in method.active)
+        training.sampler.check(schedule.sources, training.epochs * max(visits.values()), pools)
 
     known = model.tried
     _check_inputs(schedule, method, model)

@@ -297,6 +297,42 @@ def test_figures_of_padding_are_those_of_the_results():
     assert f"by length they have {ratios['by length']:.2f} times" in text
 
 
+def test_the_table_of_aggregators_is_that_of_the_results(monkeypatch):
+    """docs/aggregators.md against matrix.json, which has every aggregator of the catalogue of its day."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    matrix, rows = importlib.import_module("matrix"), result("matrix")["rows"]
+    text = (ROOT / "docs" / "aggregators.md").read_text()
+    assert text.partition(matrix.BEGIN)[2].partition(matrix.END)[0].strip() == matrix.table(rows)
+    clean = ("gradients", "updates", "experts")
+
+    means = {
+        name: {c: 100 * statistics.mean(cell["scores"]) for c, cell in row.items() if "scores" in cell}
+        for name, row in rows.items()
+    }
+    for column in clean:
+        assert max(means, key=lambda name: means[name].get(column, 0.0)) == "ties"
+    ties, mean = means["ties"], means["mean"]
+    said = page("aggregators.md")
+    assert (
+        "{}, {} and {}, where the mean has {}, {} and {}.".format(
+            *(f"{row[c]:.1f}" for row in (ties, mean) for c in clean)
+        )
+        in said
+    )
+    bad = {name: f"{row['bad client']:.1f}" for name, row in means.items() if "bad client" in row}
+    assert f"it falls to {bad['ties']}, below the mean" in said
+    assert f"multi-Krum ({bad['multi_krum']}) and the geometric median ({bad['geometric_median']})" in said
+    assert f"the mean has {bad['mean']}. Krum" in said
+    assert sorted(bad.values())[-2:] == [bad["geometric_median"], bad["multi_krum"]]
+    for name in ("pcgrad", "mgda", "cagrad", "imtl_g", "nash_mtl", "upgrad"):
+        assert all(abs(means[name][c] - mean[c]) < 1.5 for c in clean), name
+    losses = [mean[c] - means["aligned_mtl"][c] for c in clean]
+    assert f"up to {max(losses):.1f} points, on task vectors" in said and losses[2] == max(losses)
+    for name, places in (("gem", clean), ("agem", clean), ("arithmetic", clean), ("fisher", ("gradients",))):
+        assert all(abs(means[name][c] - mean[c]) < 0.05 for c in places), name
+
+
 def test_links_of_the_docs_lead_somewhere():
     for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):

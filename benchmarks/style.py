@@ -66,6 +66,7 @@ EXCEPTIONS = {
     "run": "the entry point: users type its options as keywords",
     "sweep": "as `run`, for many methods and settings",
     "search": "as `run`, over a space of hyperparameters",
+    "diagnose": "as `run`, for what is tried on several tasks",
     "merge": "the entry point for checkpoints, and the options of `consilience merge`",
     "choose": "the entry point that picks experts, and the options of `consilience choose`",
     "explore": "the entry point that searches mixtures",

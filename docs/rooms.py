@@ -27,6 +27,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("report", "progress"),
     ("api",),
     ("merging", "skill", "tuning"),
+    ("diagnosis",),
     ("testing", "demo"),
     ("cli",),
 )
@@ -57,6 +58,7 @@ WHAT = {
     "merging": "checkpoints",
     "skill": "banks of modules",
     "tuning": "hyperparameters",
+    "diagnosis": "tasks that conflict",
     "testing": "checks for methods",
     "demo": "all settings, once",
     "cli": "the command line",

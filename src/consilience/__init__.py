@@ -83,6 +83,7 @@ if TYPE_CHECKING:
     from consilience.core.stopping import Stopping as Stopping
     from consilience.core.training import Training as Training
     from consilience.core.tree import Tree as Tree
+    from consilience.diagnosis import diagnose as diagnose
     from consilience.merging import merge as merge
     from consilience.tuning import search as search
 else:

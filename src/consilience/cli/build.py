@@ -24,14 +24,9 @@ if TYPE_CHECKING:
 
 def schedule_of(order: Order) -> Schedule:
     """Build the schedule: the data, split, in the setting."""
-    (data,) = order.of("data")
-    sources = check_sources("data", data.call(**order.options(data)), data.name)
-    for split in order.of("split"):
-        sources = check_sources("split", split_sources(split, sources, order.options(split)), split.name)
-
     # A setting takes one list of sources, or one stream of sources per client.
     (setting,) = order.of("setting")
-    streams = [as_list(stream) for stream in as_list(sources)]
+    streams = [as_list(stream) for stream in as_list(sources_of(order))]
     taken = streams if setting.upstream == "streams" else [source for stream in streams for source in stream]
     schedule = setting.call(**{setting.upstream: taken}, **order.options(setting))
     if not hasattr(schedule, "plan"):
@@ -39,6 +34,15 @@ def schedule_of(order: Order) -> Schedule:
             f"`setting` must give a Schedule, got {kind_of(schedule)} from {setting.name!r}."
         )
     return schedule  # type: ignore[no-any-return]
+
+
+def sources_of(order: Order) -> Any:
+    """Read the data, and split it: a source, or nested lists of sources."""
+    (data,) = order.of("data")
+    sources = check_sources("data", data.call(**order.options(data)), data.name)
+    for split in order.of("split"):
+        sources = check_sources("split", split_sources(split, sources, order.options(split)), split.name)
+    return sources
 
 
 def split_sources(split: Part, sources: Any, options: dict[str, Any]) -> Any:

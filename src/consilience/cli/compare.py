@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from consilience.core.schedule import Schedule
     from consilience.loop.result import Result
 
-OTHER_CONFIGURATION = "a comparison resumes with the configuration it began with, but {} has another one."
+OTHER_CONFIGURATION = "a {} resumes with the configuration it began with, but {} has another one."
 FIGURES = (
     "setting",
     "data",
@@ -54,7 +54,7 @@ def compare(argv: Sequence[str]) -> int:
         return 0
     out = order.run.out
     folder = Path(out) if out else None
-    check_folder(order, folder)
+    check_folder("comparison", order.config, folder, order.run.resume)
 
     schedule = schedule_of(order)
     methods = accepted_methods(order, schedule)
@@ -62,13 +62,7 @@ def compare(argv: Sequence[str]) -> int:
         raise ConsilienceError("; ".join(methods.refused.values()))
     # Nothing is written before at least one method is accepted.
     if folder and not order.run.resume:
-        import yaml
-
-        from consilience.core.params import write_bytes
-
-        # With a hash of itself: methods that have not begun have no other record of the configuration.
-        text = yaml.safe_dump(order.config, sort_keys=False).encode()
-        write_bytes(folder / "config.yaml", text + hash_line(text))
+        write_config(order.config, folder)
 
     # A method can also refuse once its run begins; the others still run.
     results: dict[str, Result] = {}
@@ -85,23 +79,33 @@ def compare(argv: Sequence[str]) -> int:
     return show(results, methods.refused, folder)
 
 
-def check_folder(order: Order, folder: Path | None) -> None:
-    """Refuse a folder that has another run, or none to resume."""
-    if order.run.resume:
+def write_config(config: Mapping[str, Any], folder: Path) -> None:
+    """Write config.yaml with a hash of itself: what has not begun has no other record of it."""
+    import yaml
+
+    from consilience.core.params import write_bytes
+
+    text = yaml.safe_dump(config, sort_keys=False).encode()
+    write_bytes(folder / "config.yaml", text + hash_line(text))
+
+
+def check_folder(kind: str, config: Mapping[str, Any], folder: Path | None, resume: bool) -> None:
+    """Refuse a folder that has another run, or none of this kind to resume."""
+    if resume:
         if folder is None or not (folder / "config.yaml").exists():
             where = f", but {folder} has no config.yaml" if folder else ""
-            raise ConsilienceError(f"`--resume` needs a comparison in `--out`{where}.")
+            raise ConsilienceError(f"`--resume` needs a {kind} in `--out`{where}.")
         *lines, last = (folder / "config.yaml").read_bytes().splitlines(keepends=True) or [b""]
         if last != hash_line(b"".join(lines)):
             raise ConsilienceError(
                 f"{folder / 'config.yaml'} is damaged or edited: its content is not what its last line says; "
                 "start again in another folder."
             )
-        if read_yaml(folder / "config.yaml") != flat(order.config):
-            raise ConsilienceError(OTHER_CONFIGURATION.format(folder))
+        if read_yaml(folder / "config.yaml") != flat(config):
+            raise ConsilienceError(OTHER_CONFIGURATION.format(kind, folder))
         return
 
-    files = ("compare.json", "config.yaml", "result.json")
+    files = ("compare.json", "config.yaml", "result.json", "runs.json")
     if folder and any((folder / name).exists() for name in files):
         raise ConsilienceError(
             f"`out` must be a new folder, but {folder} has a run; use --resume to continue it."
@@ -157,7 +161,7 @@ def run_one(order: Order, schedule: Schedule, name: str, method: Method, folder:
     # A run that has finished is not repeated, if it is the same run.
     result = report.load(at)
     if result.config != json.loads(json.dumps(config)):
-        raise ConsilienceError(OTHER_CONFIGURATION.format(at))
+        raise ConsilienceError(OTHER_CONFIGURATION.format("comparison", at))
     print(f"{name}  was finished")
     return result
 

@@ -33,6 +33,15 @@ FITTING: dict[str, dict[str, Any]] = {
 }
 """Options that fit a setting."""
 
+# A diagnosis has no setting of its own: it trains tasks together, and each alone.
+DIAGNOSE: dict[str, Any] = {
+    "split": "classes",
+    "split.n": 5,
+    "methods": "uncertainty,gradnorm,pcgrad",
+    "setting.scenario": "task",
+}
+"""Options that fit a diagnosis."""
+
 # These have fewer classes than the default split makes parts, or come as several sources already.
 FITTING_DATA: dict[str, dict[str, Any]] = {
     "breast_cancer": {"split.n": 2, "split.classes.n": 2},

@@ -14,6 +14,7 @@ from consilience.cli.check import check
 from consilience.cli.choose import choose
 from consilience.cli.compare import compare
 from consilience.cli.demo import demo
+from consilience.cli.diagnose import diagnose
 from consilience.cli.merge import merge
 from consilience.cli.methods import methods
 from consilience.cli.options import COMMANDS
@@ -26,6 +27,7 @@ from consilience.core.signals import ended_by_signals
 CALLS: dict[str, Callable[[Sequence[str]], int]] = {
     "run": run,
     "compare": compare,
+    "diagnose": diagnose,
     "choose": choose,
     "methods": methods,
     "merge": merge,

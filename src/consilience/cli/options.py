@@ -15,13 +15,13 @@ import re
 import sys
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import BuiltinFunctionType, FunctionType
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from consilience.cli.catalogue import TYPED, catalogue, first_argument, nearest, resolve, typed_paths
-from consilience.cli.defaults import FITTING, FITTING_DATA, SPLIT_ARGUMENTS
+from consilience.cli.defaults import DIAGNOSE, FITTING, FITTING_DATA, SPLIT_ARGUMENTS
 from consilience.core.errors import ConsilienceError, unknown
 
 CHOICES = ("setting", "data", "split", "method", "model")
@@ -30,9 +30,9 @@ CHAINED = ("split", "method", "methods", "model")
 NAMED = ("aggregator", "policy", "mapper")
 """Arguments of methods that take a name of a catalogue or a dotted path, and have arguments themselves."""
 NONE = ("none", "auto", "null")
-SWITCHES = ("resume", "judge_clients", "trust", "overwrite", "help")
+SWITCHES = ("resume", "judge_clients", "trust", "overwrite", "dry_run", "help")
 
-HERE = ("out", "resume", "config", "trust")
+HERE = ("out", "resume", "config", "trust", "dry_run")
 """Options of one call of the command, which config.yaml does not hold."""
 
 FROM_DATA = ("inputs", "outputs", "channels", "size")
@@ -64,6 +64,9 @@ class Summary(NamedTuple):
 COMMANDS = {
     "run": Summary("Run a method in a setting on data.", "[options]"),
     "compare": Summary("Run several methods on the same sources: one table, one report.", "[options]"),
+    "diagnose": Summary(
+        "Say which tasks help or harm each other when trained together, and what to do.", "[options]"
+    ),
     "choose": Summary(
         "Say whether combining trained models pays, and how.", "BASE EXPERT... --data DIR [options]"
     ),
@@ -114,6 +117,45 @@ class RunOptions:
     judge_clients: bool = False
     stopping: int | dict[str, Any] | None = None
     trackers: str | None = None
+
+
+@dataclass(frozen=True)
+class DiagnoseOptions:
+    """Options of the diagnosis.
+
+    Args:
+        out: a new folder for config.yaml, finished runs, diagnosis.json and report.html; none keeps nothing.
+        resume: go on with the diagnosis in --out, with the configuration that is stored there; finished runs
+            are read.
+        config: a YAML file with options; options on the command line override it.
+        trust: import code that --config or the resumed folder names by dotted paths.
+        dry_run: print how many runs there would be, and train nothing.
+        parts: some of transfer, conflicts, affinities, groups, incremental, depth, capacity, soft, balance
+            and front, with commas; none does all that it can.
+        budget: the most runs, of all seeds each; parts that go beyond are skipped, and named.
+        domains: the domain of each task, as in {"a": "text", "b": "image"}.
+        on: the data that runs are judged on. What is chosen on test data is not tested by them.
+        repeats: number of seeds; one shows no intervals.
+        seed: the first seed.
+        metric: as of `consilience run`; it must have a direction.
+        engine: what runs the training steps, but of training alone and together, which is looked at.
+        probes: how often gradients are measured in training together.
+    """
+
+    out: str | None = None
+    resume: bool = False
+    config: str | None = None
+    trust: bool = False
+    dry_run: bool = False
+    parts: str | None = None
+    budget: int | None = None
+    domains: dict[str, str] | None = None
+    on: Literal["validation", "test"] = "validation"
+    repeats: int = 3
+    seed: int = 0
+    metric: str | None = None
+    engine: Literal["serial", "batched", "ray", "auto"] = "serial"
+    probes: int = 10
 
 
 # Parts: the chosen functions, and their parameters as options.
@@ -472,9 +514,15 @@ class Order:
         (part,) = (part for part in self.parts if part.call is RunOptions)
         return RunOptions(**self.options(part))
 
+    @property
+    def diagnosis(self) -> DiagnoseOptions:
+        """The options of the diagnosis."""
+        (part,) = (part for part in self.parts if part.call is DiagnoseOptions)
+        return DiagnoseOptions(**self.options(part))
 
-def understand(command: Literal["run", "compare"], argv: Sequence[str]) -> Order | None:
-    """Check the options of `run` or `compare`; None where help was asked for and printed."""
+
+def understand(command: Literal["run", "compare", "diagnose"], argv: Sequence[str]) -> Order | None:
+    """Check the options of a command with choices; None where help was asked for and printed."""
     given, helping = given_options(command, argv)
     refuse_renamed(command, given, RENAMED.values())
     choices = choices_of(command)
@@ -486,13 +534,15 @@ def understand(command: Literal["run", "compare"], argv: Sequence[str]) -> Order
 
     # Later layers override earlier ones.
     stored = stored_options(given)
-    layers = [fitting_options(choices, layered(stored, given)), with_precision(stored), with_precision(given)]
+    layers = [fitting_options(command, layered(stored, given)), with_precision(stored), with_precision(given)]
     chosen = layered(*layers)
     names = {choice: chosen[choice] for choice in choices}
     parts = [part for choice in choices for part in parts_of(choice, names[choice])]
+    if command == "diagnose":
+        parts = [diagnosable(part) for part in parts]
     layers = [shortened(layer, parts) for layer in layers]
     merged = layered(*layers)
-    parts += [*named_parts(parts, merged), *common_parts()]
+    parts += [*named_parts(parts, merged), *common_parts(command)]
     options = {key: parameter for part in parts for key, parameter in part.options().items()}
 
     # Options of a choice that another layer replaced are no mistake.
@@ -510,6 +560,15 @@ def understand(command: Literal["run", "compare"], argv: Sequence[str]) -> Order
     return order_of(command, parts, options, wanted, names, helping)
 
 
+def diagnosable(part: Part) -> Part:
+    """Return a part of a diagnosis, whose setting is multi-task training in one round."""
+    if part.choice != "setting":
+        return part
+    if part.name != "multitask":
+        raise ConsilienceError(f"a diagnosis is of the setting multitask, got {part.name!r}.")
+    return replace(part, hidden=(*part.hidden, "rounds"))
+
+
 def given_options(command: str, argv: Sequence[str]) -> tuple[dict[str, str | None], bool]:
     """Read options of a command that takes no words, and whether help was asked for."""
     given, words = read(argv)
@@ -521,8 +580,8 @@ def given_options(command: str, argv: Sequence[str]) -> tuple[dict[str, str | No
 
 
 def choices_of(command: str) -> tuple[str, ...]:
-    """Return the choices of `run` or `compare`, which takes several methods."""
-    return tuple("methods" if command == "compare" and key == "method" else key for key in CHOICES)
+    """Return the choices of a command: `compare` and `diagnose` take several methods, `run` takes one."""
+    return tuple("methods" if command != "run" and key == "method" else key for key in CHOICES)
 
 
 def stored_options(given: Mapping[str, str | None]) -> dict[str, str | None]:
@@ -535,30 +594,33 @@ def stored_options(given: Mapping[str, str | None]) -> dict[str, str | None]:
     return {}
 
 
-def fitting_options(choices: Sequence[str], chosen: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options that fit the chosen setting and data."""
-    setting = chosen.get("setting") or "continual"
+def fitting_options(command: str, chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that fit the command, the chosen setting and the data."""
+    setting = chosen.get("setting") or ("multitask" if command == "diagnose" else "continual")
     data = chosen.get("data") or "digits"
 
     # A wrong setting is refused here, before its defaults are looked up.
     resolve("setting", setting)
     fitting = {"setting": setting, "data": "digits", "model": "auto"}
     fitting |= FITTING.get(setting, FITTING["continual"])
+    if command == "diagnose":
+        del fitting["method"]
+        fitting = layered(fitting, DIAGNOSE)
     # A comparison has plain training next to the method that fits.
-    if "methods" in choices:
+    if command == "compare":
         fitting["methods"] = ",".join(dict.fromkeys(["finetune", fitting.pop("method")]))
     # Groups are several sources already, which a split would cut again.
     grouped = any(chosen.get(key, "null") not in (None, *NONE) for key in ("data.group", "data.table.group"))
     return layered(fitting, FITTING_DATA.get(data, {}), {"split": "none"} if grouped else {})
 
 
-def common_parts() -> list[Part]:
-    """Return the parts that every run has: the training, and the run itself."""
+def common_parts(command: str) -> list[Part]:
+    """Return the parts that every command has: the training, and the run or the diagnosis itself."""
     from consilience.core.training import Training
 
     return [
         Part("training", "training", "training", Training, ("sampler",)),
-        Part("", "", "run", RunOptions),
+        Part("", "", command, DiagnoseOptions if command == "diagnose" else RunOptions),
     ]
 
 

@@ -134,8 +134,8 @@ def client_drift(base: Tensor, new: Tensor, sent: Tensor) -> dict[str, float]:
     return {"distance": float(far.mean()), "distance_max": float(far.max()), "cosine": cosine}
 
 
-def mean(values: np.ndarray | Sequence[float], axis: int | None = None) -> np.ndarray:
-    """Return the mean without the NaN among the values, over an axis or all; NaN where nothing is left.
+def mean(values: np.ndarray | Sequence[float], axis: int | tuple[int, ...] | None = None) -> np.ndarray:
+    """Return the mean without the NaN among the values, over axes or all; NaN where nothing is left.
 
     >>> mean(np.array([[1.0, np.nan], [3.0, np.nan]]), 0)
     array([ 2., nan])

@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 
 
 class Difference(NamedTuple):
-    """How far a result is behind the best, by the same seeds: the mean, its 95 % interval, and p by Holm."""
+    """How far a result is behind the best, by the same seeds: the mean, its 95 % interval, and p by Holm.
+
+    The interval is the mean +- `half`; both `half` and p are NaN where they are not defined.
+    """
 
     behind: float
     half: float
@@ -29,8 +32,6 @@ def differences(results: Sequence[Result]) -> dict[int, Difference]:
     comparisons. One seed shows no spread, so nothing is said of it; nor of differences that are all equal
     (p is NaN).
     """
-    from scipy import stats
-
     best = best_of(results)
     if best is None:
         return {}
@@ -47,14 +48,33 @@ def differences(results: Sequence[Result]) -> dict[int, Difference]:
         if i == best or not same or top.repeats < 2:
             continue
         d = scores - np.array(other.scores)
-        d = (-d if top.direction is False else d)[np.isfinite(d)]
-        if len(d) < 2:
-            continue
-        error = float(d.std(ddof=1)) / math.sqrt(len(d))
-        half = float(stats.t.ppf(0.975, len(d) - 1)) * error
-        p = 2 * float(stats.t.sf(abs(d.mean()) / error, len(d) - 1)) if error > 0 else math.nan
-        found[i] = Difference(float(d.mean()), half, p, len(d))
+        difference = paired(-d if top.direction is False else d)
+        if difference.seeds > 1:
+            found[i] = difference
     return holm(found)
+
+
+def paired(differences: Sequence[float] | np.ndarray) -> Difference:
+    """Return the mean of differences by seed, its interval, and p of a t-test, without Holm's correction.
+
+    Seeds where the difference is not finite are left out.
+
+    >>> difference = paired([0.1, 0.2, 0.3])
+    >>> f"{difference.behind:.2f} +- {difference.half:.2f}, p {difference.p:.3f}"
+    '0.20 +- 0.25, p 0.074'
+    >>> paired([0.5])
+    Difference(behind=0.5, half=nan, p=nan, seeds=1)
+    """
+    d = np.array(differences, dtype=float)
+    d = d[np.isfinite(d)]
+    if len(d) < 2:
+        return Difference(float(d.mean()) if len(d) else math.nan, math.nan, math.nan, len(d))
+    from scipy import stats
+
+    error = float(d.std(ddof=1)) / math.sqrt(len(d))
+    half = float(stats.t.ppf(0.975, len(d) - 1)) * error
+    p = 2 * float(stats.t.sf(abs(d.mean()) / error, len(d) - 1)) if error > 0 else math.nan
+    return Difference(float(d.mean()), half, p, len(d))
 
 
 def best_of(results: Sequence[Result]) -> int | None:

@@ -254,19 +254,16 @@ class Job:
             plans = self.left(self.epoch, self.index)
 
             # The examples of all parts are read side by side, one batch of each per step.
-            streams = self._views(plans)
+            streams, weights = self._views(plans), self._weights()
+            marks = self.step.reads_index or any(each is not None for each in weights)
             for step, batches in enumerate(zip(*streams, strict=True)):
                 own: list[Batch] = []
                 for (x, y), (source, _, task, _, like) in zip(batches, self.parts, strict=True):
                     # The very same inputs, by which a step knows that they are forwarded once.
                     x = own[like].x if x is None and like is not None else x
                     own.append(Batch(x, y, task, source=source.name, target=source.target))
-                if self.step.reads_index:
-                    index = [plan[step].to(self.layout.device) for plan in plans]
-                    own = [replace(part, index=which) for part, which in zip(own, index, strict=True)]
-                if self.scored is not None:
-                    pairs = zip(own, self._weighted(plans, step), strict=True)
-                    own = [part if w is None else replace(part, w=w) for part, w in pairs]
+                if marks:
+                    own = self._marked(own, [plan[step] for plan in plans], weights)
                 clock = (self.epoch, self.index)
                 yield own + self._sampled(clock, ledger), clock
 
@@ -315,14 +312,19 @@ class Job:
             generator=key(self.seed, source.name, "difficulty"),
         )
 
-    def _weighted(self, plans: list[list[Tensor]], step: int) -> list[Tensor | None]:
-        """Return the weights of the samples of a step, per part, where the sampler has some."""
-        assert self.scored is not None
-        found = [self.scored.weights(state) for state in self.sampled]
-        return [
-            None if weights is None else weights[plan[step]].to(self.layout.device, self.layout.dtype)
-            for weights, plan in zip(found, plans, strict=True)
-        ]
+    def _weights(self) -> list[Tensor | None]:
+        """Return the weights of the examples of each part [N] in this epoch, where the sampler has some."""
+        sampler = self.scored
+        return [None if sampler is None else sampler.weights(state) for state in self.sampled]
+
+    def _marked(self, own: list[Batch], indices: list[Tensor], weights: list[Tensor | None]) -> list[Batch]:
+        """Return the batches of a step with the indices and the weights of their samples, where needed."""
+        device, dtype = self.layout.device, self.layout.dtype
+        found = []
+        for part, index, each in zip(own, indices, weights, strict=True):
+            w = part.w if each is None else each[index].to(device, dtype)
+            found.append(replace(part, index=index.to(device) if self.step.reads_index else None, w=w))
+        return found
 
     def _views(self, plans: list[list[Tensor]]) -> list[Iterator[tuple[Any, Tensor]]]:
         """Return the batches of all parts, which these plans list from step `index` on.

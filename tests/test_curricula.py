@@ -481,6 +481,18 @@ def test_a_client_goes_on_where_its_last_visit_ended():
     assert [line["examples"]["a"] for line in lines] == [counts[i : i + 2] for i in (0, 2, 4, 6)]
 
 
+def test_a_client_that_is_asked_once_sees_all():
+    schedule = cs.settings.federated([A, B, replace(E, name="e")], rounds=4, clients_per_round=1)
+    _, lines = visits(schedule, Curriculum(start=0.5), cs.methods.fedavg(), epochs=1)
+    found = {}
+    for line in lines:
+        ((name, (count,)),) = line["examples"].items()
+        found.setdefault(name, []).append(count / {"a": 30, "b": 21, "e": 26}[name])
+    # Others begin with a half of their examples.
+    assert [1.0] in found.values()
+    assert all(shares[-1] == 1 and (len(shares) == 1 or shares[0] <= 0.5) for shares in found.values())
+
+
 def test_every_source_of_a_continual_learner_has_a_curriculum():
     _, lines = visits(cs.settings.continual([A, B]), Curriculum(start=0.5), cs.methods.er(8), epochs=3)
     assert [line["examples"] for line in lines] == [{"a": [15, 22, 30]}, {"b": [10, 15, 21]}]

@@ -84,7 +84,8 @@ class Training:
         clip_value: the largest size of each number of the gradient, as `clip_grad_value_`; None: any.
         accumulate: micro-batches of `batch_size` samples per step. Their gradients are weighted by how many
             targets each has, so that a step is one of a batch `accumulate` times as large, whatever the
-            aggregator. Batch norm, and corrections that read a batch, see each micro-batch alone.
+            aggregator. Batch norm, and corrections that read a batch, see each micro-batch alone; `trace`
+            sees all of them.
         stopping: ends a visit where the validation loss of its sources no longer improves, and takes it back
             to its best parameters, as if it had ended there: a `consilience.Stopping`, or the number of
             epochs to wait. None: all epochs are run.

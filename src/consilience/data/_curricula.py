@@ -184,9 +184,11 @@ class Curriculum(Scored):
 
     def share(self, epoch: int, epochs: int) -> float:
         """Return the share of the examples at an epoch of a source that is trained for `epochs`."""
-        t = epoch / ((self.over or epochs) - 1)
-        if t >= 1:
+        last = (self.over or epochs) - 1
+        # A client may be asked for a single epoch, where others have more.
+        if epoch >= last:
             return 1.0
+        t = epoch / last
         if callable(self.pacing):
             found = float(self.pacing(t))
             if not 0 < found <= 1:

@@ -333,6 +333,26 @@ def test_the_table_of_aggregators_is_that_of_the_results(monkeypatch):
         assert all(abs(means[name][c] - mean[c]) < 0.05 for c in places), name
 
 
+def test_figures_of_curricula_are_those_of_the_results():
+    orders = result("curricula")["orders"]
+
+    def mean(name: str, what: str = "accuracy") -> float:
+        return 100 * statistics.mean(run[what] for run in orders[name]["runs"])
+
+    text = page("training.md")
+    assert f"(2,000 images, a small conv net, three seeds) it has {mean('random order'):.1f} %" in text
+    assert f"competence {mean('competence'):.1f} %, where random order with as many steps" in text
+    assert f"has {mean('random order, as many'):.1f} %, baby steps {mean('baby-step'):.1f} %" in text
+    assert f"self-paced {mean('self-paced'):.1f} %, the hardest first {mean('anti'):.1f} %" in text
+    others = [name for name in orders if not name.startswith("random")]
+    assert all(mean(name) < mean("random order") for name in others)
+
+    by_loss = [name for name in others if "random" not in name]
+    first = [mean(name, "wrong at first") for name in by_loss]
+    assert f"are {min(first):.1f} to {max(first):.1f} % of what came first" in text
+    assert f"and {mean('random order', 'wrong at first'):.1f} % of all" in text
+
+
 def test_links_of_the_docs_lead_somewhere():
     for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):

@@ -10,13 +10,10 @@ if TYPE_CHECKING:
     from consilience.core.method import Method
 
 
-Level = Literal["parameters", "features"]
-"""With respect to what the gradients of a step are taken."""
-
 # Aggregators of the gradients of a step.
 
 
-def pcgrad(level: Level = "parameters") -> Method:
+def pcgrad(level: Literal["parameters", "features"] = "parameters") -> Method:
     """Project away from each objective's gradient what opposes another's, then average.
 
     Paper: Yu et al. 2020.
@@ -28,7 +25,7 @@ def pcgrad(level: Level = "parameters") -> Method:
     return _reconciled("pcgrad", level)
 
 
-def mgda(level: Level = "parameters") -> Method:
+def mgda(level: Literal["parameters", "features"] = "parameters") -> Method:
     """Step along the shortest vector in the convex hull of the objectives' gradients.
 
     Paper: Sener & Koltun 2018.
@@ -40,7 +37,7 @@ def mgda(level: Level = "parameters") -> Method:
     return _reconciled("mgda", level)
 
 
-def cagrad(c: float = 0.5, level: Level = "parameters") -> Method:
+def cagrad(c: float = 0.5, level: Literal["parameters", "features"] = "parameters") -> Method:
     """Within `c` of the mean gradient's length around it, help most the objective that gains least.
 
     Paper: Liu et al. 2021.
@@ -53,7 +50,7 @@ def cagrad(c: float = 0.5, level: Level = "parameters") -> Method:
     return _reconciled("cagrad", level, c=c)
 
 
-def gradvac(beta: float = 0.01, level: Level = "parameters") -> Method:
+def gradvac(beta: float = 0.01, level: Literal["parameters", "features"] = "parameters") -> Method:
     """Turn each objective's gradient towards those that it agrees with less than it used to.
 
     Paper: Wang et al. 2021.
@@ -66,7 +63,7 @@ def gradvac(beta: float = 0.01, level: Level = "parameters") -> Method:
     return _reconciled("gradvac", level, beta=beta)
 
 
-def imtl_g(level: Level = "parameters") -> Method:
+def imtl_g(level: Literal["parameters", "features"] = "parameters") -> Method:
     """Step so that the projections on all objectives' gradients are equally long. Needs torchjd.
 
     Paper: Liu et al. 2021.
@@ -78,7 +75,7 @@ def imtl_g(level: Level = "parameters") -> Method:
     return _reconciled("imtl_g", level)
 
 
-def nash_mtl(level: Level = "parameters") -> Method:
+def nash_mtl(level: Literal["parameters", "features"] = "parameters") -> Method:
     """Step by the Nash bargain of the objectives: all gain the same share.
 
     Paper: Navon et al. 2022.
@@ -90,7 +87,7 @@ def nash_mtl(level: Level = "parameters") -> Method:
     return _reconciled("nash_mtl", level)
 
 
-def fairgrad(alpha: float = 1.0, level: Level = "parameters") -> Method:
+def fairgrad(alpha: float = 1.0, level: Literal["parameters", "features"] = "parameters") -> Method:
     """Step by an alpha-fair bargain of the objectives.
 
     Paper: Ban & Ji 2024.
@@ -103,7 +100,7 @@ def fairgrad(alpha: float = 1.0, level: Level = "parameters") -> Method:
     return _reconciled("fairgrad", level, alpha=alpha)
 
 
-def aligned_mtl(level: Level = "parameters") -> Method:
+def aligned_mtl(level: Literal["parameters", "features"] = "parameters") -> Method:
     """Bring the matrix of gradients to condition 1, then average. Needs torchjd.
 
     Paper: Senushkin et al. 2023.
@@ -115,7 +112,7 @@ def aligned_mtl(level: Level = "parameters") -> Method:
     return _reconciled("aligned_mtl", level)
 
 
-def upgrad(level: Level = "parameters") -> Method:
+def upgrad(level: Literal["parameters", "features"] = "parameters") -> Method:
     """Project each gradient on the directions that no other opposes, then average. Needs torchjd.
 
     Paper: Quinton & Rey 2024.
@@ -127,7 +124,7 @@ def upgrad(level: Level = "parameters") -> Method:
     return _reconciled("upgrad", level)
 
 
-def sdmgrad(towards_mean: float = 0.3, level: Level = "parameters") -> Method:
+def sdmgrad(towards_mean: float = 0.3, level: Literal["parameters", "features"] = "parameters") -> Method:
     """Step along the shortest vector in the hull of the gradients, each moved towards their mean.
 
     Paper: Xiao, Ban & Ji 2023.
@@ -148,7 +145,7 @@ def rlw() -> Method:
     return _reconciled("rlw", "parameters")
 
 
-def _reconciled(name: str, level: Level, **arguments: Any) -> Method:
+def _reconciled(name: str, level: Literal["parameters", "features"], **arguments: Any) -> Method:
     from consilience import aggregators
     from consilience.core.errors import ConsilienceError
     from consilience.core.method import Method

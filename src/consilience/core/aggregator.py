@@ -474,7 +474,7 @@ def _bytes(values: Tensor) -> bytes:
 
 # Inner products.
 
-COLUMNS = 1 << 16
+COLUMNS = 1 << 14
 """Columns whose inner products a processor takes at once: those of all rows then stay in its cache."""
 
 

@@ -841,7 +841,11 @@ class Step:
         if isinstance(aggregator, Linear) and aggregator.needs_gram:
             first = next(run for run, shared in self.runs if shared)
             found = self._coefficients(aggregator, rows.gram, grads[:, first], rows, generator)
-            return torch.cat([(found if shared else weights) @ grads[:, run] for run, shared in self.runs])
+            # Into one vector: sums of parts that are then joined would cost twice as much.
+            grad = torch.empty_like(grads[0])
+            for run, shared in self.runs:
+                torch.mv(grads[:, run].T, found if shared else weights, out=grad[run])
+            return grad
 
         if len(self.runs) == 1:
             return self._aggregated(aggregator, grads, rows, generator)

@@ -116,6 +116,11 @@ def test_each_rule_at_each_level(name: str, level: str) -> None:
     assert any((result.params[n] - p).abs().max() > 1e-5 for n, p in other.items())
 
 
+def test_rules_without_a_gramian_see_shared_entries_alone() -> None:
+    result = run(tasks(), cs.methods.aggregate(cs.aggregators.median()))
+    close(result.params, restated(tasks(), cs.aggregators.median(), heads(), False), 1e-12)
+
+
 def linear(bias: bool) -> cs.models.MultiHead:
     torch.manual_seed(2)
     return heads(nn.Sequential(nn.Linear(SIZE, WIDTH, bias=bias)))

@@ -849,12 +849,11 @@ class Step:
 
         if len(self.runs) == 1:
             return self._aggregated(aggregator, grads, rows, generator)
-        shared = [(run, run.stop - run.start) for run, shared in self.runs if shared]
-        made = self._aggregated(
-            aggregator, torch.cat([grads[:, run] for run, _ in shared], 1), rows, generator
-        )
+        common = [run for run, shared in self.runs if shared]
+        together = torch.cat([grads[:, run] for run in common], 1)
+        made = self._aggregated(aggregator, together, rows, generator)
         grad = weights @ grads
-        for (run, _), piece in zip(shared, made.split([size for _, size in shared]), strict=True):
+        for run, piece in zip(common, made.split([run.stop - run.start for run in common]), strict=True):
             grad[run] = piece
         return grad
 

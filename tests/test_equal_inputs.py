@@ -293,3 +293,30 @@ def test_tasks_with_entries_inside_the_backbone_are_forwarded_apart(kind: str) -
     assert sum(float(p.abs().sum()) for n, p in own.items() if not n.endswith("down")) > 1e-3
     once = {n: p for n, p in run(tasks(), model, epochs=1).params.items() if n in own}
     assert all(not torch.equal(p, once[n]) for n, p in own.items())
+
+
+class Doubled(cs.models.MultiHead):
+    """A model of a user, who knows of one task at a time."""
+
+    def __call__(self, params, buffers, x, task, train):
+        out, buffers = super().__call__(params, buffers, x, task, train)
+        return 2 * out, buffers
+
+    def bind(self, params, buffers, train):
+        forward, held = super().bind(params, buffers, train)
+        return lambda x, task: 2 * forward(x, task), held
+
+
+def test_a_class_that_changes_one_task_changes_several() -> None:
+    model = Doubled(cs.models.wrap(trunk(), headless=True, outputs=6), 7)
+    params, buffers = model.init(key(0, "init"))
+    for source in cs.settings.multitask(tasks(), "task").sources:
+        params, buffers = model.grow(params, buffers, source, key(0, source.name, "grow"))
+    x, names = torch.randn(4, SIZE, generator=torch.Generator().manual_seed(0)), ("d/kind", "d/size")
+    wanted = [model(params, buffers, x, name, False)[0] for name in names]
+    for found in (
+        model.each(params, buffers, x, names, False)[0],
+        model.bind_each(params, buffers, False)[0](x, names),
+    ):
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    assert not model.passes_features and heads().passes_features

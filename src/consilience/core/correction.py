@@ -104,7 +104,8 @@ class Correction(Takes, ABC):
     """Whether it must know where a source ends. A stream that does not say so is refused."""
 
     needs_norms: ClassVar[bool] = False
-    """Whether its `trace` reads `StepView.norms`: each objective then has a backward pass of its own."""
+    """Whether its `trace` reads `StepView.norms` or `grams`: each objective then has a backward pass of its
+    own, as it has under an aggregator that weighs by a Gramian, where they cost nothing more."""
 
     needs_index: ClassVar[bool] = False
     """Whether it reads `Batch.index`, which says which training examples a batch has.

@@ -47,6 +47,15 @@ class Model(ABC):
     traits = Traits()
     """What `probe` has found in training mode."""
 
+    def __init_subclass__(cls, **more: Any) -> None:
+        super().__init_subclass__(**more)
+        # A class that computes something else for one task does so for several, unless it says how.
+        rules = {"__call__": ("each",), "bind": ("bind_each", "passes_features")}
+        for one, several in rules.items():
+            if one in vars(cls) and several[0] not in vars(cls):
+                for name in several:
+                    setattr(cls, name, vars(Model)[name])
+
     @abstractmethod
     def init(self, generator: torch.Generator) -> tuple[Params, Params]:
         """Return the first parameters and buffers, drawn from the generator alone.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from consilience.core.checks import whole_number
 from consilience.core.errors import ConsilienceError
-from consilience.core.model import Forward, Model
+from consilience.core.model import Forward
 from consilience.core.params import Params, matches
 from consilience.core.source import Source
 from consilience.core.tree import Input
@@ -135,9 +135,6 @@ class Inserted(MultiHead):
             return self._outputs([features(head.task, x) for head in heads], heads)
 
         return forward, held
-
-    # Features are a task's own: tasks share no part of a forward pass.
-    each, bind_each, passes_features = Model.each, Model.bind_each, Model.passes_features
 
     def reads(self, entry: str) -> bool:
         if not entry.startswith(f"{self.kind}."):

@@ -292,7 +292,7 @@ class MultiHead(Heads):
         return self._common_outputs(psi, self.heads(params, buffers, task))
 
     def bind(self, params: Params, buffers: Params, train: bool) -> tuple[Forward, Params]:
-        each, held = self.bind_each(params, buffers, train)
+        each, held = self._bound(params, buffers, train, None)
         return lambda x, task: each(x, (task,))[0], held
 
     @property
@@ -301,6 +301,11 @@ class MultiHead(Heads):
 
     def bind_each(
         self, params: Params, buffers: Params, train: bool, through: Callable[[Tensor], Tensor] | None = None
+    ) -> tuple[ForwardEach, Params]:
+        return self._bound(params, buffers, train, through)
+
+    def _bound(
+        self, params: Params, buffers: Params, train: bool, through: Callable[[Tensor], Tensor] | None
     ) -> tuple[ForwardEach, Params]:
         trunk, updated = self.trunk.bind(trunk_entries(params), trunk_entries(buffers), train)
         columns = {name: tensor.clone() for name, tensor in buffers.items() if name.startswith(HEADS)}

@@ -114,6 +114,11 @@ class Experts(Consolidator):
         if not facts.exchanges:
             return "no agent receives from another here, so that there are no experts to choose from"
         model: Model | None = facts.model
+        if model is not None and model.reads_others:
+            return (
+                "a module has the entries of one task, and networks of this model read those of other tasks; "
+                "use models.multi_head or models.mmoe"
+            )
         # A model that grows gets its heads with the sources, after this check.
         if model is None or type(model).grow is not Model.grow:
             return None

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +29,17 @@ ForwardEach = Callable[[Input, tuple[str | None, ...]], list[Tensor]]
 
 MISFITS = (RuntimeError, ValueError, IndexError, TypeError)
 """What torch raises where inputs do not fit a module."""
+
+
+class Sharing(NamedTuple):
+    """The weights by which a model mixes parts for a task."""
+
+    parts: tuple[str, ...]
+    """What is mixed: experts, networks of tasks, layers."""
+    weights: Tensor
+    """[B, parts], one row per sample, or one row for all."""
+    probabilities: bool
+    """Whether each row sums to 1, so that it has an entropy."""
 
 
 class Model(ABC):
@@ -112,6 +123,10 @@ class Model(ABC):
         forward, held = self.bind(params, buffers, train)
         return lambda x, tasks: [forward(x, task) for task in tasks], held
 
+    def sharing(self, params: Params, buffers: Params, x: Input, task: str) -> dict[str, Sharing]:
+        """Return how a task with entries mixes what tasks share, by place; {} where nothing is mixed."""
+        return {}
+
     # The head and what grows.
 
     def head(self, params: Params, task: str | None) -> tuple[str, str | None]:
@@ -135,6 +150,13 @@ class Model(ABC):
     def task_of(self, entry: str) -> str | None:
         """Return the task that an entry belongs to, or None if it is shared."""
         return None
+
+    def shared(self, entry: str) -> bool:
+        """Whether the losses of several tasks may reach an entry, so that step aggregators combine them.
+
+        An entry that belongs to a task is reached by others where networks of tasks read one another.
+        """
+        return self.task_of(entry) is None
 
     def frozen(self, entry: str) -> bool:
         """Whether an entry never changes."""
@@ -198,6 +220,11 @@ class Model(ABC):
     @property
     def uses_task(self) -> bool:
         """Whether the outputs depend on the task that the model is given."""
+        return False
+
+    @property
+    def reads_others(self) -> bool:
+        """Whether the outputs for a task depend on entries that belong to other tasks."""
         return False
 
     @property

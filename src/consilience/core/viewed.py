@@ -70,6 +70,9 @@ class Viewed(Model):
     def task_of(self, entry: str) -> str | None:
         return self.model.task_of(entry)
 
+    def shared(self, entry: str) -> bool:
+        return self.model.shared(entry)
+
     def frozen(self, entry: str) -> bool:
         return self.model.frozen(entry)
 

@@ -21,7 +21,7 @@ from consilience.core.message import Bank, Item, Message, Private, Shared, Weigh
 from consilience.core.method import Method
 from consilience.core.model import Model
 from consilience.core.names import AGGREGATOR, OF_WEIGHTS, SAMPLER, WHOLE, joined, pair, trace_key, unpair
-from consilience.core.params import Layout, Params, content_hash, finite, key, matches
+from consilience.core.params import Layout, Params, content_hash, finite, key, matches, placed
 from consilience.core.scaling import LossScale
 from consilience.core.schedule import Schedule
 from consilience.core.source import Examples, Source, Tensors, same_inputs
@@ -108,7 +108,9 @@ class Agent:
             for name, p in params.items()
             if name not in frozen and not self.model.frozen(name) and p.is_floating_point()
         }
-        fixed = {name: p.to(self.device) for name, p in params.items() if name not in trainable}
+        # Frozen entries that a model grew may be of another type than those that it began with.
+        here = (self.device, self.training.dtype)
+        fixed = {name: placed(p, *here) for name, p in params.items() if name not in trainable}
         layout = Layout.of(trainable, self.training.dtype, self.device)
         theta = layout.flatten(trainable)
         start = theta.clone()
@@ -119,7 +121,7 @@ class Agent:
 
         # Steps update buffers in place, so those of the state are copied, but for derived ones.
         own_buffers = {
-            name: buffer if name in self.state.frozen else buffer.to(self.device).clone()
+            name: buffer if name in self.state.frozen else placed(buffer, *here).clone()
             for name, buffer in buffers.items()
         }
         carry = Carry(theta, own_buffers, self.training.inner().init(theta))

@@ -89,6 +89,9 @@ class Result:
     confusion: np.ndarray | None = None
     """Test examples by class and answer [C, C + 1] at the last stage, summed over repeats, in the order of
     `labels`; the last column is no class (unknown). None where targets are no classes, or more than 100."""
+    sharing: Mapping[str, Any] = field(default_factory=dict)
+    """How each task mixes experts, or networks of tasks, at the end of the first repeat, as `models.sharing`
+    measures it on training data; {} for models that mix nothing."""
     agent: Agent | None = None
     """The evaluated agent of the first repeat; None for a result that was read from a folder."""
     agents: Mapping[str, Agent] = field(default_factory=dict)
@@ -518,6 +521,7 @@ class Result:
             "stopped": [dict(stop) for stop in self.stopped],
             "versions": dict(self.versions),
             "config": dict(self.config),
+            "sharing": dict(self.sharing),
         }
 
         # Lists of records, where they were asked for.
@@ -564,6 +568,7 @@ class Result:
                 client_drift=content.get("client_drift", ()),
                 local=content.get("local", ()),
                 personal=content.get("personal"),
+                sharing=content.get("sharing", {}),
                 stopped=tuple(content.get("stopped", ())),
                 sources=tuple(content["sources"]),
                 labels=tuple((space, name) for space, name in content.get("labels", ())),

@@ -13,6 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from consilience.core.errors import ConsilienceError, Interrupted
+from consilience.core.sharing import Patterns, patterns, warn_of_unused
 from consilience.core.source import Source
 from consilience.core.state import Frozen, State
 from consilience.loop.agents import Setup
@@ -230,6 +231,7 @@ class Session:
             labels=setup.schedule.frame.labels,
             sizes=tuple((len(source.train), len(source.test)) for source in setup.schedule.judged),
             confusion=confusion_of(done, stopped),
+            sharing=sharing_of(first),
             agent=first.agent,
             agents=first.own_models(),
         )
@@ -257,6 +259,14 @@ def foreseen(setup: Setup) -> tuple[bool, ...]:
         before = [other for other in schedule.judged if any(0 < stage < at for stage in stages[other.name])]
         found.append(outputs(source) <= set().union(*map(outputs, before)))
     return tuple(found)
+
+
+def sharing_of(trial: Trial) -> Patterns:
+    """Return how the tasks of the evaluated agent mix what they share; warn of experts that none uses."""
+    agent = trial.agent
+    found = patterns(agent.model, agent.state.params, agent.state.buffers, agent.schedule.sources)
+    warn_of_unused(found)
+    return found
 
 
 def padded(rows: Sequence[Sequence[Any]]) -> np.ndarray:

@@ -261,7 +261,7 @@ class Step:
 
         # Aggregators see only entries that all objectives may reach: a head of one task has no conflict.
         layout = self.layout
-        self.shared = {name: layout.span(name) for name in layout.names if self.model.task_of(name) is None}
+        self.shared = {name: layout.span(name) for name in layout.names if self.model.shared(name)}
         self.runs = runs(layout, self.shared)
         self._matrices: list[Tensor] = []
         # Features of the last step, and the leaf that heads got in their place; that of each part.

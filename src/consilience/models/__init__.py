@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import prod
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from consilience import lazy
 from consilience.core.errors import ConsilienceError, suggest_arguments
@@ -25,12 +25,19 @@ if TYPE_CHECKING:
     from consilience.models.adapted import Adapted as Adapted
     from consilience.models.biased import Biased as Biased
     from consilience.models.columns import Progressive as Progressive
+    from consilience.models.composed import Composed
+    from consilience.models.experts import Given
+    from consilience.models.experts import Mixture as Mixture
     from consilience.models.heads import MultiHead as MultiHead
     from consilience.models.module import ModuleModel as ModuleModel
+    from consilience.models.networks import Networks as Networks
+    from consilience.models.networks import Stitched as Stitched
+    from consilience.models.steered import Attended as Attended
+    from consilience.models.steered import Conditioned as Conditioned
     from consilience.models.tangent import Tangent as Tangent
     from consilience.models.toes import Toes as Toes
 
-    M = TypeVar("M", ModuleModel, MultiHead)
+    M = TypeVar("M", ModuleModel, MultiHead, Composed)
 else:
     __getattr__, __dir__ = lazy.attach(__name__)
 
@@ -38,9 +45,12 @@ __all__ = [
     "adapters",
     "backbone",
     "beneficial_biases",
+    "cgc",
     "char_lstm",
     "char_transformer",
+    "conditioned",
     "conv",
+    "cross_stitch",
     "fourier_features",
     "frozen",
     "head2toe",
@@ -49,11 +59,17 @@ __all__ = [
     "linearised",
     "macs",
     "mlp",
+    "mmoe",
+    "mtan",
     "multi_head",
+    "nddr",
+    "ple",
     "progressive",
     "progressive_conv",
     "random_features",
     "resnet",
+    "sharing",
+    "sluice",
     "wrap",
 ]
 
@@ -373,23 +389,282 @@ def macs(
     return count_macs(model, sample, task)
 
 
-def multi_head(trunk: ModuleModel, outputs: int, norm: Literal["inf"] | None = None) -> MultiHead:
-    """Return one linear head per task, on the features of a trunk without its own head; C = `outputs`.
+@overload
+def multi_head(
+    trunk: ModuleModel,
+    outputs: int,
+    norm: Literal["inf"] | None = None,
+    hidden: Sequence[int] = (),
+    shared: None = None,
+) -> MultiHead: ...
+@overload
+def multi_head(
+    trunk: Given,
+    outputs: int,
+    norm: Literal["inf"] | None = None,
+    hidden: Sequence[int] = (),
+    *,
+    shared: int,
+) -> Networks: ...
+def multi_head(
+    trunk: Given,
+    outputs: int,
+    norm: Literal["inf"] | None = None,
+    hidden: Sequence[int] = (),
+    shared: int | None = None,
+) -> MultiHead | Networks:
+    """Return one head per task, on the features of a trunk without its own head; C = `outputs`.
+
+    That is hard parameter sharing (Caruana 1997). With `shared` = k only the first k layers of the trunk are
+    common, and the others exist once per task: 0 are independent networks, and all layers are hard sharing.
 
     Args:
-        trunk: a model of one module; its head is taken off.
+        trunk: a model of one module; its head is taken off. With `shared` also a torch module, or a function
+            that makes one, whose outputs are the features.
         outputs: the number of output columns; each head has those of its task's classes.
         norm: "inf": logits psi (W / ||W||_inf)^T + b, each row divided by its own largest magnitude, also in
             training, so that rows of several heads are comparable.
+        hidden: the widths of ReLU layers that each task has before its linear head.
+        shared: how many layers are common; None: the trunk as a whole. A layer is a child of an
+            nn.Sequential that has entries, with what follows it; another trunk is one layer.
 
     >>> import torch
     >>> model = multi_head(random_features(4, 8), outputs=10)
     >>> model(*model.init(torch.Generator()), torch.zeros(2, 4), None, False)[0].sum().item()
     0.0
+    >>> list(multi_head(mlp(4, (8, 8)), 10, shared=1).init(torch.Generator())[0])
+    ['trunk.1.weight', 'trunk.1.bias']
     """
     from consilience.models.heads import MultiHead
+    from consilience.models.networks import Networks
 
-    return MultiHead(trunk, outputs, norm)
+    if shared is not None:
+        return Networks(trunk, outputs, shared, hidden, norm)
+    # Anything but a model is refused there.
+    return MultiHead(trunk, outputs, norm, hidden)  # type: ignore[arg-type]
+
+
+def cross_stitch(
+    trunk: Given,
+    outputs: int,
+    own: float = 0.9,
+    other: float = 0.1,
+    shared: int = 0,
+    hidden: Sequence[int] = (),
+) -> Stitched:
+    """Return one network per task, and units that mix what the networks give after each layer.
+
+    Misra et al. 2016. The numbers learned are `result.params["stitch.TASK.LAYER.OTHER"]`. With own=1 and
+    other=0, frozen, they are independent networks.
+
+    Args:
+        trunk: a torch module, a function that makes one, or a model of one (its head is taken off); its
+            layers are the children of an nn.Sequential that have entries, or else it is one layer.
+        outputs: the number of output columns; each head has those of its task's classes.
+        own: the first weight of a task's own network.
+        other: the first weight of the mean of the other networks.
+        shared: how many of the first layers are common to all tasks, and have no unit.
+        hidden: the widths of ReLU layers that each task has before its linear head.
+
+    >>> cross_stitch(mlp(4, (8, 8)), 10)
+    cross_stitch(mlp(4, (8, 8), 10), 10, own=0.9, other=0.1, shared=0, hidden=())
+    """
+    from consilience.models.networks import Stitched
+
+    return Stitched(trunk, outputs, "stitch", own, other, shared, hidden)
+
+
+def nddr(
+    trunk: Given,
+    outputs: int,
+    own: float = 0.9,
+    other: float = 0.1,
+    shared: int = 0,
+    hidden: Sequence[int] = (),
+) -> Stitched:
+    """Return one network per task; after each layer a task reads all channels of all networks.
+
+    Neural discriminative dimensionality reduction: a matrix over channels (1 x 1 convolution) where
+    `cross_stitch` has a number. Gao et al. 2019; without their norms.
+
+    Args:
+        trunk: as in `cross_stitch`.
+        outputs: the number of output columns; each head has those of its task's classes.
+        own: the matrix of a task's own channels begins as this multiple of the identity.
+        other: those of the other networks begin as this multiple.
+        shared: how many of the first layers are common to all tasks.
+        hidden: the widths of ReLU layers that each task has before its linear head.
+
+    >>> nddr(mlp(4, (8, 8)), 10).unit
+    'nddr'
+    """
+    from consilience.models.networks import Stitched
+
+    return Stitched(trunk, outputs, "nddr", own, other, shared, hidden)
+
+
+def sluice(
+    trunk: Given,
+    outputs: int,
+    subspaces: int = 2,
+    own: float = 0.9,
+    other: float = 0.1,
+    shared: int = 0,
+    hidden: Sequence[int] = (),
+) -> Stitched:
+    """Return a sluice network: the architecture is learned, by alphas between subspaces and betas of layers.
+
+    One network per task; alphas mix the subspaces of all networks after each layer, and betas say how much
+    each layer counts in the features of the head. Ruder et al. 2019.
+
+    Args:
+        trunk: as in `cross_stitch`; its layers must have one width.
+        outputs: the number of output columns; each head has those of its task's classes.
+        subspaces: in how many equal parts the channels of a layer are cut.
+        own: the first alpha of a subspace with itself, and the first beta of the last layer.
+        other: the first alpha of other subspaces, and the sum of the first betas of the other layers.
+        shared: how many of the first layers are common to all tasks.
+        hidden: the widths of ReLU layers that each task has before its linear head.
+
+    >>> sluice(mlp(4, (8, 8)), 10).subspaces
+    2
+    """
+    from consilience.models.networks import Stitched
+
+    return Stitched(trunk, outputs, "sluice", own, other, shared, hidden, subspaces)
+
+
+def mmoe(
+    expert: Given, outputs: int, experts: int = 4, stem: Given | None = None, hidden: Sequence[int] = ()
+) -> Mixture:
+    """Return experts that all tasks share, and per task a gate that weighs them and a head.
+
+    Multi-gate mixture of experts: psi_t = sum_i softmax(W_t z + b_t)_i E_i(z). One expert is hard sharing. A
+    run warns of experts that no task uses; `sharing` and the report have the gates. Ma et al. 2018.
+
+    Args:
+        expert: a torch module, a function that makes one, or a model of one (its head is taken off). A module
+            with weights makes equal experts; give a function.
+        outputs: the number of output columns; each head has those of its task's classes.
+        experts: the number of experts.
+        stem: what experts and gates read, z = stem(x), such as an embedding of tokens; None: the inputs,
+            which gates read flattened.
+        hidden: the widths of ReLU layers that each task has before its linear head.
+
+    >>> from torch import nn
+    >>> model = mmoe(lambda: nn.Sequential(nn.Linear(64, 32), nn.ReLU()), outputs=3, experts=8)
+    >>> model.count, model.name
+    (8, 'mmoe(Sequential)')
+    """
+    from consilience.models.experts import Mixture
+
+    return Mixture([expert], outputs, experts, 0, stem, hidden)
+
+
+def cgc(
+    expert: Given,
+    outputs: int,
+    shared: int = 2,
+    own: int = 1,
+    stem: Given | None = None,
+    hidden: Sequence[int] = (),
+) -> Mixture:
+    """Return shared experts, experts per task, and per task a gate over its own and the shared ones.
+
+    Customised gate control: one extraction layer of `ple`. Tang et al. 2020.
+
+    Args:
+        expert: as in `mmoe`.
+        outputs: the number of output columns; each head has those of its task's classes.
+        shared: the number of shared experts.
+        own: the number of experts of each task.
+        stem: as in `mmoe`.
+        hidden: the widths of ReLU layers that each task has before its linear head.
+
+    >>> from torch import nn
+    >>> cgc(lambda: nn.Linear(4, 3), outputs=3).own
+    1
+    """
+    from consilience.models.experts import Mixture
+
+    return Mixture([expert], outputs, shared, own, stem, hidden)
+
+
+def ple(
+    experts: Sequence[Given],
+    outputs: int,
+    shared: int = 2,
+    own: int = 1,
+    stem: Given | None = None,
+    hidden: Sequence[int] = (),
+) -> Mixture:
+    """Return progressive layered extraction: layers of shared experts and experts of tasks, with gates.
+
+    In each layer a task weighs its own experts and the shared ones; a shared gate weighs the experts of all
+    tasks for the shared experts of the next layer. One layer is `cgc`. Tang et al. 2020.
+
+    Args:
+        experts: what makes an expert of each layer, as in `mmoe`; those of the second layer read what those
+            of the first give.
+        outputs: the number of output columns; each head has those of its task's classes.
+        shared: the number of shared experts of a layer.
+        own: the number of experts of each task in a layer.
+        stem: as in `mmoe`.
+        hidden: the widths of ReLU layers that each task has before its linear head.
+
+    >>> from torch import nn
+    >>> model = ple([lambda: nn.Linear(4, 8), lambda: nn.Linear(8, 8)], outputs=3)
+    >>> model.name
+    'ple(Linear)'
+    """
+    from consilience.models.experts import Mixture
+
+    return Mixture(experts, outputs, shared, own, stem, hidden)
+
+
+def mtan(trunk: Given, outputs: int, hidden: Sequence[int] = ()) -> Attended:
+    """Return one trunk, and per task attention that selects channels and places of each of its layers.
+
+    Multi-task attention network, for vectors, sequences and images. Liu, Johns & Davison 2019.
+
+    Args:
+        trunk: as in `cross_stitch`; its layers must say their widths, as nn.Linear and nn.Conv2d do.
+        outputs: the number of output columns; each head has those of its task's classes.
+        hidden: the widths of ReLU layers that each task has before its linear head.
+
+    >>> len(mtan(mlp(4, (8, 8)), 10).layers)
+    2
+    """
+    from consilience.models.steered import Attended
+
+    return Attended(trunk, outputs, hidden)
+
+
+def conditioned(
+    trunk: Given,
+    outputs: int,
+    form: Literal["sum", "concatenation", "multiplicative", "film", "gating"] = "film",
+    size: int = 16,
+    layers: Sequence[int] | None = None,
+    hidden: Sequence[int] = (),
+) -> Conditioned:
+    """Return one trunk whose layers read a learned embedding of the task, and a head per task.
+
+    Args:
+        trunk: as in `mtan`.
+        outputs: the number of output columns; each head has those of its task's classes.
+        form: how a layer h reads an embedding e: "sum" h + A e; "concatenation" C [h; e]; "multiplicative"
+            h * (1 + A e); "film" h * (1 + A e) + B e (Perez et al. 2018); "gating" h * sigmoid(A e + c).
+        size: the width of an embedding.
+        layers: the numbers of the layers that read it, from 0; None: all.
+        hidden: the widths of ReLU layers that each task has before its linear head.
+
+    >>> conditioned(mlp(4, (8, 8)), 10, "gating", layers=[1]).chosen
+    (1,)
+    """
+    from consilience.models.steered import Conditioned
+
+    return Conditioned(trunk, outputs, form, size, layers, hidden)
 
 
 def beneficial_biases(
@@ -579,6 +854,31 @@ def head2toe(
     # They are checked as a whole before any image passes the backbone.
     options = toes.Options(keep, by, pool, penalty, epochs, lr, batch, seed)
     return toes.fit(model, params, buffers, source, options)
+
+
+def sharing(
+    model: Model, params: Params, buffers: Params, sources: Sequence[Source]
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Measure how each task mixes what tasks share, on training data: gates, cross-stitches, alphas.
+
+    Of a result: `sharing(result.agent.model, result.params, result.agent.state.buffers, sources)`; the last
+    state of a run is in `result.sharing`, and in the report.
+
+    Returns:
+        {task: {place: {"parts": names, "weights": their means, "entropy": of gates, in nats}}}. The entropy
+        is the mean over samples of -sum_i w_i log w_i, None where weights are no probabilities. At most
+        10,000 examples per source are read. Empty for models that mix nothing.
+
+    >>> import torch
+    >>> from consilience.data import digits
+    >>> model, source = mmoe(mlp(64, (8,)), 10, experts=2), digits()
+    >>> entries = model.grow(*model.init(torch.Generator()), source, torch.Generator())
+    >>> sharing(model, *entries, [source])["digits"]["layer 0"]["parts"]
+    ['expert 0.0', 'expert 0.1']
+    """
+    from consilience.core.sharing import patterns
+
+    return patterns(model, params, buffers, sources)
 
 
 def linearised(model: Model, base: Params | None = None) -> Tangent:

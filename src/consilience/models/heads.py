@@ -18,8 +18,11 @@ from consilience.core.source import LabelFrame, Source
 from consilience.core.tree import Input
 from consilience.models.module import ModuleModel, no_such_entry
 
-TRUNK, HEADS = "trunk.", "heads."
-PER_TASK = ("adapters.", "biases.", "heads.", "toes.")
+TRUNK, HEADS, HIDDEN = "trunk.", "heads.", "hidden."
+PER_TASK = (
+    *("adapters.", "attention.", "biases.", "conditions.", "gates.", "heads.", "hidden.", "nets.", "own."),
+    *("stitch.", "toes."),
+)
 """The prefixes of entries of tasks, in all models with heads."""
 
 
@@ -30,6 +33,8 @@ class Head(NamedTuple):
     weight: Tensor
     bias: Tensor
     columns: Tensor
+    hidden: tuple[tuple[Tensor, Tensor], ...] = ()
+    """Weight and bias of each layer before it."""
 
 
 class Heads(Model):
@@ -38,17 +43,20 @@ class Heads(Model):
     Subclasses compute the features psi_t [B, d] of a task. Entries are `heads.<task>.weight` [k, d] and
     `heads.<task>.bias` [k]; the buffer `heads.<task>.columns` [k] has their output columns, and all other
     columns are -inf. With `norm="inf"` the rows of W_t are divided by their largest magnitude at every use,
-    also in training.
+    also in training. With `hidden` each task has ReLU layers of these widths of its own before its head, on
+    psi_t: entries `hidden.<task>.<i>.weight` and `.bias`.
     """
 
-    task_prefixes: ClassVar[tuple[str, ...]] = (HEADS,)
+    task_prefixes: ClassVar[tuple[str, ...]] = (HEADS, HIDDEN)
     """The prefixes of the entries of tasks in this model."""
 
-    def __init__(self, outputs: int, norm: Literal["inf"] | None = None) -> None:
+    def __init__(self, outputs: int, norm: Literal["inf"] | None = None, hidden: Sequence[int] = ()) -> None:
         whole_number(outputs=outputs)
+        for width in hidden:
+            whole_number(hidden=width)
         if norm not in (None, "inf"):
             raise ConsilienceError(f"`norm` must be 'inf' or None, got {norm!r}.")
-        self.outputs, self.norm = outputs, norm
+        self.outputs, self.norm, self.hidden = outputs, norm, tuple(hidden)
 
     @property
     def uses_task(self) -> bool:
@@ -63,7 +71,8 @@ class Heads(Model):
         return not entry.startswith(PER_TASK) or entry.startswith(self.task_prefixes)
 
     def task_of(self, entry: str) -> str | None:
-        return entry[len(HEADS) :].rpartition(".")[0] if entry.startswith(HEADS) else None
+        # Names of tasks have no dots: the second word of an entry of a task is its task.
+        return entry.split(".")[1] if entry.startswith((HEADS, HIDDEN)) else None
 
     def check(self, frame: LabelFrame, sample: Input, aware: bool, places: tuple[int, ...] = ()) -> None:
         # Two heads would give two logits for one class, and no rule says which counts.
@@ -103,6 +112,10 @@ class Heads(Model):
                 params[f"{HEADS}{name}.weight"],
                 params[f"{HEADS}{name}.bias"],
                 buffers[f"{HEADS}{name}.columns"],
+                tuple(
+                    (params[f"{HIDDEN}{name}.{i}.weight"], params[f"{HIDDEN}{name}.{i}.bias"])
+                    for i in range(len(self.hidden))
+                ),
             )
             for name in asked
             # A received head without weights is an error, and not a task without a head.
@@ -174,21 +187,24 @@ class Heads(Model):
         like: Tensor,
         generator: torch.Generator,
     ) -> tuple[Params, Params]:
-        """Add a head [k, width] for the source's task, uniform in +-1 / sqrt(width)."""
-        classes = list(source.classes)
-        head, bound = f"{HEADS}{self.head_key(source)}", max(width, 1) ** -0.5
-        weight = (2 * torch.rand(len(classes), width, generator=generator) - 1) * bound
-        bias = (2 * torch.rand(len(classes), generator=generator) - 1) * bound
+        """Add a head for the source's task, and the layers before it, uniform in +-1 / sqrt(inputs)."""
+        classes, task = list(source.classes), self.head_key(source)
+        new: Params = {}
+        for i, units in enumerate(self.hidden):
+            new |= drawn(f"{HIDDEN}{task}.{i}", units, width, generator)
+            width = units
+        new |= drawn(f"{HEADS}{task}", len(classes), width, generator)
         columns = torch.tensor(classes, dtype=torch.long, device=like.device)
 
-        params = {**params, f"{head}.weight": weight.to(like), f"{head}.bias": bias.to(like)}
-        return params, {**buffers, f"{head}.columns": columns}
+        params = {**params, **{name: tensor.to(like) for name, tensor in new.items()}}
+        return params, {**buffers, f"{HEADS}{task}.columns": columns}
 
     def _outputs(self, psis: Sequence[Tensor], heads: Sequence[Head]) -> Tensor:
         """Return the outputs [B, C] of heads on the features of each; -inf in the columns of no head."""
+        last = [deepened(psi, head) for psi, head in zip(psis, heads, strict=True)]
         logits = [
             F.linear(as_type(psi, head.weight), self.rows(head.weight), head.bias)
-            for psi, head in zip(psis, heads, strict=True)
+            for psi, head in zip(last, heads, strict=True)
         ]
         # Heads on places [B, *places, d] answer each place; classes come before places.
         logits = [own if own.dim() == 2 else own.movedim(-1, 1) for own in logits]
@@ -210,9 +226,10 @@ class MultiHead(Heads):
     share a column need a task. Before there is a head, and for a task without one, all outputs are zero:
     uniform probabilities. psi are the features [B, d] of the trunk, whose own head is not among the entries.
     Entries are `trunk.<name>`, `heads.<task>.weight` [k, d] and `heads.<task>.bias` [k]; the buffer
-    `heads.<task>.columns` [k] has their output columns. The name of a source without task label is its task;
-    dots in it become underscores. A frozen trunk runs in eval mode. With `norm="inf"` the rows of W_t are
-    divided by their infinity norm at use, so that rows of several heads are comparable.
+    `heads.<task>.columns` [k] has their output columns. With `hidden` psi passes ReLU layers of the task
+    first. The name of a source without task label is its task; dots in it become underscores. A frozen trunk
+    runs in eval mode. With `norm="inf"` the rows of W_t are divided by their infinity norm at use, so that
+    rows of several heads are comparable.
 
     >>> from consilience.models import mlp
     >>> model = MultiHead(mlp(4, (8,)), outputs=10)
@@ -220,12 +237,18 @@ class MultiHead(Heads):
     (['trunk.1.weight', 'trunk.1.bias'], 't')
     """
 
-    def __init__(self, trunk: ModuleModel, outputs: int, norm: Literal["inf"] | None = None) -> None:
+    def __init__(
+        self,
+        trunk: ModuleModel,
+        outputs: int,
+        norm: Literal["inf"] | None = None,
+        hidden: Sequence[int] = (),
+    ) -> None:
         if not isinstance(trunk, ModuleModel):
             raise ConsilienceError(
                 f"a trunk must be a model of one module, as models.wrap makes it, got {type(trunk).__name__}."
             )
-        super().__init__(outputs, norm)
+        super().__init__(outputs, norm, hidden)
         self.trunk = trunk.body()
         self._patterns: tuple[str, ...] = ()
 
@@ -262,7 +285,8 @@ class MultiHead(Heads):
         self.trunk.probe(trunk_entries(params), trunk_entries(buffers), x)
 
     def __repr__(self) -> str:
-        return f"multi_head({self.trunk!r}, {self.outputs}{', norm=inf' if self.norm else ''})"
+        deep = f", hidden={self.hidden}" if self.hidden else ""
+        return f"multi_head({self.trunk!r}, {self.outputs}{', norm=inf' if self.norm else ''}{deep})"
 
     def init(self, generator: torch.Generator) -> tuple[Params, Params]:
         params, buffers = self.trunk.init(generator)
@@ -283,7 +307,10 @@ class MultiHead(Heads):
         return found, {**buffers, **_prefixed(updated)} if train else buffers
 
     def features(self, params: Params, buffers: Params, x: Input, task: str | None = None) -> Tensor:
-        return self.trunk.features(trunk_entries(params), trunk_entries(buffers), x)
+        psi = self.trunk.features(trunk_entries(params), trunk_entries(buffers), x)
+        # Layers of a task are before its head; features without a task are common to all.
+        heads = self.heads(params, buffers, task) if task is not None and self.hidden else []
+        return deepened(psi, heads[0]) if heads else psi
 
     def from_features(self, params: Params, buffers: Params, psi: Tensor, task: str | None) -> Tensor | None:
         # The mean over places does not say what each place is.
@@ -364,6 +391,23 @@ def as_type(h: Tensor, weight: Tensor) -> Tensor:
     if h.dtype == weight.dtype or torch.is_autocast_enabled(h.device.type):
         return h
     return h.to(weight.dtype)
+
+
+def drawn(name: str, outputs: int, inputs: int, generator: torch.Generator) -> Params:
+    """Return the weight [outputs, inputs] and bias [outputs] of a layer, uniform in +-1 / sqrt(inputs)."""
+    bound = max(inputs, 1) ** -0.5
+    weight = (2 * torch.rand(outputs, inputs, generator=generator) - 1) * bound
+    return {
+        f"{name}.weight": weight,
+        f"{name}.bias": (2 * torch.rand(outputs, generator=generator) - 1) * bound,
+    }
+
+
+def deepened(psi: Tensor, head: Head) -> Tensor:
+    """Return features [B, (*places,) d] after the ReLU layers of a head."""
+    for weight, bias in head.hidden:
+        psi = F.linear(as_type(psi, weight), weight, bias).relu()
+    return psi
 
 
 def escape(task: str) -> str:

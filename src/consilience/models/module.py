@@ -214,7 +214,7 @@ class ModuleModel(Model):
         self, params: Params, buffers: Params, x: Input, task: str | None, train: bool
     ) -> tuple[Tensor, Params]:
         self._set_mode(train)
-        statistics = _pick(buffers, self._buffers)
+        statistics = _pick(buffers, self.buffer_names)
         # The module updates its buffers in place, and the caller's must stay as they are.
         if train:
             statistics = {name: tensor.clone() for name, tensor in statistics.items()}
@@ -281,7 +281,9 @@ class ModuleModel(Model):
         self, params: Params, buffers: Params, train: bool, through: Callable[[Tensor], Tensor] | None
     ) -> tuple[Forward, Params]:
         self._set_mode(train)
-        statistics = {name: tensor.detach().clone() for name, tensor in _pick(buffers, self._buffers).items()}
+        statistics = {
+            name: tensor.detach().clone() for name, tensor in _pick(buffers, self.buffer_names).items()
+        }
         module = self._over({**_pick(params, self.entries), **statistics})
         if through is not None:
             head = module.get_submodule(self.head_layer or "")
@@ -326,7 +328,7 @@ class ModuleModel(Model):
 
     def state_dict(self, params: Params, buffers: Params) -> Params:
         # Only the module knows which buffers it saves, and what else.
-        own = self._over({**_pick(params, self.entries), **_pick(buffers, self._buffers)}).state_dict()
+        own = self._over({**_pick(params, self.entries), **_pick(buffers, self.buffer_names)}).state_dict()
         # Entries that a method added stay, so that a module without the method refuses to load them.
         added = {name: p for name, p in {**params, **buffers}.items() if name not in self._known}
         own.update(added)
@@ -517,7 +519,7 @@ class ModuleModel(Model):
     def _list_entries(self) -> None:
         """List the names of the module's parameters and buffers."""
         self.entries = tuple(name for name, _ in self.module.named_parameters())
-        self._buffers = tuple(name for name, _ in self.module.named_buffers())
+        self.buffer_names = tuple(name for name, _ in self.module.named_buffers())
         # Further names of tied entries, and the entry of each: a state dict has all of them.
         first = {id(p): name for name, p in (*self.module.named_parameters(), *self.module.named_buffers())}
         every = [
@@ -525,7 +527,7 @@ class ModuleModel(Model):
             *self.module.named_buffers(remove_duplicate=False),
         ]
         self._twins = {name: first[id(p)] for name, p in every if first[id(p)] != name}
-        self._known = frozenset((*self.entries, *self._buffers))
+        self._known = frozenset((*self.entries, *self.buffer_names))
 
     def _freeze(self, patterns: Sequence[str]) -> None:
         """Freeze the entries that match, and find the buffers that are then derived."""
@@ -546,7 +548,7 @@ class ModuleModel(Model):
         }
         for place, part in self._frozen_parts():
             derived |= {name for name, _ in part.named_buffers(place)}
-        self._derived = frozenset(derived.intersection(self._buffers))
+        self._derived = frozenset(derived.intersection(self.buffer_names))
 
     def _frozen_parts(self) -> list[tuple[str, nn.Module]]:
         """Return the parts that have entries, all of them frozen, with their places in the module."""

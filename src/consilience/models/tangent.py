@@ -100,11 +100,18 @@ class Tangent(Model):
     def task_of(self, entry: str) -> str | None:
         return self.model.task_of(entry.removeprefix(ORIGIN))
 
+    def shared(self, entry: str) -> bool:
+        return self.model.shared(entry.removeprefix(ORIGIN))
+
     def frozen(self, entry: str) -> bool:
         return entry.startswith(ORIGIN) or self.model.frozen(entry)
 
     def derived(self, buffer: str) -> bool:
         return self.model.derived(buffer)
+
+    @property
+    def reads_others(self) -> bool:
+        return self.model.reads_others
 
     @property
     def uses_task(self) -> bool:

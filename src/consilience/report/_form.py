@@ -33,4 +33,5 @@ RESULT: dict[str, Any] = {
     "measured_by?": [str],
     "sizes?": [[int]],
     "confusion?": Or([[int]]),
+    "sharing?": Any_(Any_({"parts": [str], "weights": [float], "entropy": Or(float)})),
 }

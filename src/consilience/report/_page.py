@@ -13,7 +13,14 @@ from consilience.core.metrics import mean
 from consilience.core.names import clean
 from consilience.report._pieces import chips, copy, document, figure, sheet
 from consilience.report._significance import best_of, differences
-from consilience.report._sources import alike, class_charts, forgotten, source_charts, source_sheet
+from consilience.report._sources import (
+    alike,
+    class_charts,
+    forgotten,
+    sharing_sheet,
+    source_charts,
+    source_sheet,
+)
 from consilience.report._svg import (
     Axis,
     LineOptions,
@@ -435,6 +442,8 @@ def texts(result: Result, name: str) -> str:
     unit = unit_of(result.metric)
     cards = [source_sheet(result, name)]
     cards.append(sheet(f"{result.metric}{unit} after each stage, {name}", matrix_columns(result), wide=True))
+    if result.sharing:
+        cards.append(sharing_sheet(result, name))
     if result.config:
         text = escape(configuration(result.config))
         cards.append(f'<div class="card wide"><h4>Configuration</h4><pre>{text}</pre></div>')

@@ -125,6 +125,28 @@ def count(value: float) -> str:
     return f"{value:,.0f}"
 
 
+def sharing_sheet(result: Result, name: str) -> str:
+    """Write a table of how each task mixes experts or networks, with the entropy of its gates."""
+    rows = [(task, place, own) for task, places in result.sharing.items() for place, own in places.items()]
+    # Next to the entropy of even weights, so that a closed gate shows.
+    entropies = [
+        "-" if own["entropy"] is None else f"{own['entropy']:.3f} of {math.log(len(own['parts'])):.3f}"
+        for _, _, own in rows
+    ]
+    weights = [
+        ", ".join(f"{part} {weight:.3f}" for part, weight in zip(own["parts"], own["weights"], strict=True))
+        for _, _, own in rows
+    ]
+    found = [
+        Column("task", [task for task, _, _ in rows], False),
+        Column("place", [place for _, place, _ in rows], False),
+        Column("entropy", entropies, True),
+        Column("mean weights", weights, False),
+    ]
+    note = "Means over training data at the end of the first repeat; entropies of gates in nats"
+    return sheet(f"what each task shares, {name}", found, note=note, wide=True)
+
+
 def class_charts(result: Result, name: str) -> list[str]:
     """Draw which classes are taken for which, and how many of each are right; [] without counts."""
     counts = result.confusion

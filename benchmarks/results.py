@@ -43,6 +43,7 @@ SCRIPTS = (
     Script("heads.py", data=False),
     Script("lengths.py"),
     Script("matrix.py", 1, ("torchjd",)),
+    Script("multitask.py", 1, ("torchjd",)),
     Script("curricula.py", 1, ("scipy",)),
     Script("continual.py"),
     Script("federated.py"),

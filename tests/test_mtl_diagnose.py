@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import runpy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,7 @@ from consilience.core.errors import Interrupted
 from consilience.diagnosis import _bench, _groups
 from consilience.diagnosis._found import Conflicts
 from consilience.diagnosis._front import hypervolume, non_dominated, share_of_box
-from consilience.diagnosis._groups import association, associations, best_groups, groups_by_level, total
+from consilience.diagnosis._groups import association, associations, best_groups, groups_by_level
 from consilience.diagnosis._probe import Probe, Probing
 
 FULL = cs.Training(epochs=4, lr=0.05, batch_size=64, precision="fp64")
@@ -139,6 +141,19 @@ def test_rows_of_a_common_head_that_one_task_reads_are_not_compared():
         assert probe.layers == layers
 
 
+def test_gradients_are_those_of_eval_mode():
+    w = torch.tensor([1.0, -2.0, 0.5])
+    sources = [regression("a", w), regression("b", w.roll(1), seed=1)]
+    training = cs.Training(epochs=1, lr=0.05, batch_size=64, precision="fp64")
+    module = nn.Sequential(nn.Dropout(0.5), line([0.1, 0.2, 0.3]))
+    (reading,), result = readings(sources, module, Probe(1, 40), training, scenario="domain")
+    theta = result.params["1.weight"][0]
+    errors = [(x, x @ theta - y[:, 0]) for x, y in (source.train.whole() for source in sources)]
+    cosine = torch.cosine_similarity(*[x.T @ error for x, error in errors], dim=0)
+    assert reading.losses == pytest.approx([float(error.square().mean()) for _, error in errors])
+    assert reading.cosines[-1][0][1] == pytest.approx(float(cosine))
+
+
 def test_a_probe_changes_no_bit():
     tasks = cs.data.split_classes(cs.data.digits(), 5)[:2]
     module = nn.Sequential(
@@ -165,10 +180,15 @@ def partitions(items: list[int]) -> Any:
 
 @pytest.mark.parametrize("seed", range(6))
 def test_groups_are_the_best_of_all_partitions(seed):
-    affinity = np.random.default_rng(seed).normal(size=(6, 6)).tolist()
-    found = best_groups(range(6), affinity)  # type: ignore[arg-type]
-    most = max(sum(total(group, affinity) for group in each) for each in partitions(list(range(6))))
-    assert sum(total(group, affinity) for group in found) == pytest.approx(most)  # type: ignore[arg-type]
+    affinity = np.random.default_rng(seed).normal(size=(6, 6))
+
+    def gained(groups: Any) -> float:
+        """The mean affinity of the others of its group to each task, summed over tasks."""
+        others = [[(i, j) for i in group if i != j] for group in groups for j in group]
+        return float(sum(np.mean([affinity[pair] for pair in pairs]) for pairs in others if pairs))
+
+    found = best_groups(range(6), affinity.tolist())  # type: ignore[arg-type]
+    assert gained(found) == pytest.approx(max(map(gained, partitions(list(range(6))))))
     assert sorted(task for group in found for task in group) == list(range(6))
 
 
@@ -365,6 +385,15 @@ def test_tasks_of_several_kinds_and_sizes():
     assert len(found.front.mixtures) == 4 and np.isfinite(found.front.mixtures[1].scores).all()
     row, added = found.transfer[0], found.incremental[1]
     assert added.gains["side"].behind == pytest.approx(row.together - row.alone)
+
+
+def test_the_example_runs(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["diagnosis.py"])
+    found = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "diagnosis.py"))["found"]
+    assert {grouping.by for grouping in found.groupings} == {"affinity", "gradients", "targets", "difficulty"}
+    (related,) = [grouping.groups for grouping in found.groupings if grouping.by == "targets"]
+    assert related == (("digits/even", "digits/large"), ("digits/noise",))
+    assert "7. Apply loss balancing" in capsys.readouterr().out
 
 
 # Budget, folder and interruption.

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import consilience as cs
 from consilience.aggregators._fair import FairGrad
 from consilience.aggregators._vaccine import GradVac
+from consilience.core.source import Tensors
 from restate import stopped
 
 FP64 = {"precision": "fp64", "batch_size": 8, "momentum": 0.0}
@@ -416,7 +417,9 @@ def test_accumulated_steps_are_those_of_the_whole_batch() -> None:
 
 @pytest.mark.parametrize("name", ["famo", "worst_task", "scale_invariant"])
 def test_weights_by_the_losses_of_a_step_need_its_whole_batch(name: str) -> None:
-    with pytest.raises(cs.Refusal, match="by the losses of a whole batch, and `accumulate` cuts it into 2"):
+    with pytest.raises(
+        cs.Refusal, match="by the losses of a whole batch, and `accumulate` cuts it into parts"
+    ):
         ran(METHODS[name](), accumulate=2)
 
 
@@ -439,3 +442,55 @@ def test_a_state_is_refused_in_an_exchange() -> None:
 def test_weights_that_mean_nothing_are_refused(weights: Any, says: str) -> None:
     with pytest.raises(cs.ConsilienceError, match=says):
         ran(cs.methods.task_weights(weights))
+
+
+LACKING = (
+    *("finetune", "uncertainty", "dwa", "gradnorm", "famo", "worst_task", "scale_invariant"),
+    *("mgda", "pcgrad", "gradvac"),
+)
+
+
+@pytest.mark.parametrize("name", LACKING)
+def test_a_batch_without_targets_of_a_task_is_a_step_of_the_others(name: str) -> None:
+    """Task b has no target in the first step: it is one of tasks a and c alone, with weights 1/3 each."""
+    first = []
+    for s in data():
+        x, y = s.train.whole()
+        made = cs.data.arrays(
+            x[:8], y[:8], test=(x, y), validation=0, name=s.name, space=s.name, classes=["0", "1", "2"]
+        )
+        first.append(made.map(task=s.name))
+    x, y = first[1].train.whole()
+    held = first[1].map(train=Tensors(torch.cat([x, x]), torch.cat([torch.full_like(y, -100), y])))
+    method = getattr(cs.methods, name)()
+
+    def stepped(sampler: cs.Sampler) -> cs.Result:
+        training = cs.Training(epochs=1, lr=0.1, sampler=sampler, precision="fp64", batch_size=8)
+        schedule = cs.settings.multitask([first[0], held, first[2]], scenario="task")
+        return cs.run(schedule, method, net(), training)
+
+    weights, model, rows = torch.full((2,), 1 / 3).double(), net().double(), []
+    for s in (first[0], first[2]):
+        at = {"a": slice(0, 3), "c": slice(6, 9)}[s.name]
+        loss = F.cross_entropy(model(s.train.whole()[0].double())[:, at], s.train.whole()[1])
+        grads = torch.autograd.grad(loss, list(model.parameters()))
+        rows.append((float(loss.detach()), torch.cat([g.flatten() for g in grads])))
+    losses, flat = torch.tensor([loss for loss, _ in rows]).double(), torch.stack([row for _, row in rows])
+    by = {"famo": 3 * (1 / losses) / (1 / losses).sum(), "scale_invariant": 1 / losses}
+    by["worst_task"] = 3.0 * F.one_hot(losses.argmax(), 2)
+    wanted = (by.get(name, torch.ones(2)).double() / 3) @ flat
+    if name in ("mgda", "pcgrad", "gradvac"):
+        wanted = getattr(cs.aggregators, name)()(flat, weights)
+
+    result = stepped(Once())
+    start = torch.cat([p.detach().flatten() for p in model.parameters()])
+    assert (flat_of(result) - (start - 0.1 * wanted)).abs().max() < 1e-8
+    # And training goes on where the task is back.
+    assert torch.isfinite(flat_of(stepped(Watch()))).all()
+
+
+class Once(cs.Sampler):
+    """The first examples alone."""
+
+    def plan(self, targets, batch_size, epoch, generator):
+        return [torch.arange(batch_size)]

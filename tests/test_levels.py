@@ -291,7 +291,7 @@ REFUSED = {
     ),
     "micro-batches": (
         lambda: run(tasks(), cs.methods.mgda(level="features"), accumulate=2),
-        "`accumulate` cuts it into 2 parts",
+        "`accumulate` cuts it into parts",
     ),
     "draws by targets": (
         lambda: run(

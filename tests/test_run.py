@@ -577,7 +577,7 @@ def test_bad_arguments_are_refused_before_any_work(parts, change, text):
 def test_divergence_is_named(parts):
     with pytest.raises(
         cs.ConsilienceError,
-        match="training diverged: the training loss is NaN or infinite in 'agent' on 'digits/0-1', by step",
+        match="the training loss of 'digits/0-1' is NaN or infinite in 'agent' on 'digits/0-1', at step",
     ):
         cs.run(cs.settings.continual(parts[:2]), cs.methods.finetune(), training=cs.Training(lr=1e38))
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from consilience.core.losses import BCE as BCE
     from consilience.core.losses import L1 as L1
     from consilience.core.losses import MSE as MSE
+    from consilience.core.losses import Cosine as Cosine
     from consilience.core.losses import CrossEntropy as CrossEntropy
     from consilience.core.losses import Focal as Focal
     from consilience.core.losses import Huber as Huber
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 else:
     __getattr__, __dir__ = lazy.attach(__name__)
 
-__all__ = ["bce", "cross_entropy", "focal", "huber", "l1", "mse", "own", "poisson"]
+__all__ = ["bce", "cosine", "cross_entropy", "focal", "huber", "l1", "mse", "own", "poisson"]
 
 
 def cross_entropy(weights: Mapping[str, float] | None = None, smoothing: float = 0.0) -> CrossEntropy:
@@ -100,6 +101,13 @@ def poisson() -> Poisson:
     from consilience.core.losses import Poisson
 
     return Poisson()
+
+
+def cosine() -> Cosine:
+    """Return 1 - cos(o, y) of vectors as values, such as surface normals: predictions have length 1."""
+    from consilience.core.losses import Cosine
+
+    return Cosine()
 
 
 def own(function: Callable[[Tensor, Tensor], Tensor], like: Loss) -> Own:

@@ -2,9 +2,10 @@
 
 A tracker gets scalars by name, and the number of steps so far. After each visit these are `train/loss`,
 `train/grad_norm`, `train/lr` and `train/seconds_per_step`, with a curriculum also `train/pace/<source>`
-(`train/<agent>/...` of agents that are not evaluated); after each evaluation `test/score`, `test/<source>`,
-`metric/<name>` and `cost/<what>`. A run of several seeds puts `seed <n>/` before them, and a sweep the name
-of the run where all share one tracker.
+(`train/<agent>/...` of agents that are not evaluated), and what corrections say of it as
+`train/<correction>/<what>`; after each evaluation `test/score`, `test/<source>`, `metric/<name>` and
+`cost/<what>`. A run of several seeds puts `seed <n>/` before them, and a sweep the name of the run where all
+share one tracker.
 
 Trackers are names of this catalogue, what its functions return, objects whose `log(scalars, step)` is called,
 and functions of the two. A resumed run goes on in the same files and repeats no row. No default uses the
@@ -303,6 +304,13 @@ class Tracking:
             found = {f"train/{own}{name}": line[name] for name in names}
             # Of a curriculum, the share of the examples that the last epoch chose from.
             found |= {f"train/{own}pace/{source}": pace for source, pace in line.get("pace", {}).items()}
+            said = line.get("figures", {})
+            found |= {
+                f"train/{own}{part}/{name}": value
+                for part, figures in said.items()
+                for name, value in figures.items()
+                if isinstance(value, int | float)
+            }
             self._step = line["trained"]
         elif event == "stage":
             found = {"test/score": line["score"]}

@@ -196,12 +196,21 @@ another; tests/test_drift.py checks them."""
 WANT_TOGETHER = {
     n: "it weighs the tasks of a step, which has one where they come in turn"
     for n in ("DWA", "FAMO", "GradNorm", "ScaleInvariant", "TaskWeights", "Uncertainty", "WorstTask")
-}
+} | {"Conflicts": "it compares the tasks of a step, which has one where they come in turn"}
 """Corrections that refuse where a step has one task, and why: no pairs of theirs run here, but in
 tests/test_balancing.py."""
 
+
+def staged(outputs: int) -> Model:
+    """A perceptron with one earlier answer behind the last one."""
+    model = cs.models.mlp(INPUTS, (16,), 2 * outputs)
+    model.earlier = 1
+    return model
+
+
 OWN_MODEL: dict[str, Callable[[int], Model]] = {
     "Columns": lambda outputs: cs.models.progressive(INPUTS, (16, 12), outputs),
+    "DeepSupervision": staged,
     "HeadReuse": heads,
 }
 """Corrections that refuse any other kind of model: no pairs of theirs run here, where all stand on one

@@ -20,6 +20,7 @@ TOGETHER = (
     *(
         "aligned_mtl",
         "cagrad",
+        "conflicts",
         "fairgrad",
         "gradvac",
         "imtl_g",
@@ -36,6 +37,7 @@ TOGETHER = (
 MUST_RUN = {
     "finetune": tuple(testing.SETTINGS),
     "joint": ("multitask", *CONTINUAL),
+    "deep_supervision": ("multitask", *CONTINUAL, "federated", "merging"),
     **dict.fromkeys(TOGETHER, ("multitask",)),
     "cumulative": ("multitask", *CONTINUAL, "federated_continual", "skill"),
     **dict.fromkeys(("from_scratch", "gdumb", "scroll"), CONTINUAL),
@@ -116,7 +118,8 @@ def test_runs_or_refuses_as_pinned(row: str) -> None:
         assert all(torch.isfinite(p).all() for p in cell.params.values())
         x = testing.sources()[1].test.whole()[0]
         p = cell.predict(x)
-        assert p.shape == (len(x), kit.model_of(row, setting).outputs)
+        model = kit.model_of(row, setting)
+        assert p.shape == (len(x), model.outputs // (1 + model.earlier))
         assert torch.allclose(p.sum(1), torch.ones(len(x)), atol=1e-5)
 
 

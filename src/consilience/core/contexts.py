@@ -117,13 +117,15 @@ class StepView:
     entries: Params
     """The trainable entries by name, which `losses` and `rows` may differentiate: what `begin` added."""
     losses: Callable[[], Tensor]
-    """losses(): the mean loss of each part [parts], without gradient, before corrections change it."""
+    """losses(): the mean loss of each part [parts], without gradient, before corrections change it; NaN for a
+    part that has no target in this step."""
     grams: Mapping[str, Tensor] | None = None
     """For `trace`: the inner products [parts, parts] of the gradients of the parts over each shared entry, as
     those of `norms`; None where `norms` is."""
     norms: Tensor | None = None
     """For `trace`: the L2 norm over shared entries of the gradient of each part [parts], with the factors of
-    `losses` and without weights; None unless a correction has `needs_norms`, or an aggregator the rows."""
+    `losses` and without weights; None unless a correction has `needs_norms`, or an aggregator the rows, and
+    in a step that is left out for numbers that are not finite ("fp16")."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,7 @@ them:
 | before a run | `refuse`, `default_model` |
 | before a visit | `recall`, `gather`, `begin`, `prepare_step`, `trace_init` |
 | in each step | `sample`, `view`, `losses`, `rows`, `mask`, `penalty_gradient` or `penalty`, `trace` |
-| after a visit | `summarise`, `trim` |
+| after a visit | `figures`, `summarise`, `trim` |
 | in an exchange | `refuse_message`, `after_receive` |
 | in prediction | `recall`, `view`; of a mapper also `route` |
 
@@ -283,6 +283,14 @@ class Correction(Takes, ABC):
         return ctx.trace
 
     # After a visit.
+
+    def figures(self, ctx: Context) -> dict[str, Any]:
+        """Return what the log says of the visit: numbers by name, and lists and mappings of them.
+
+        Called after a visit, once. They are in `Result.visits`; trackers get the plain numbers. Used by
+        conflict statistics.
+        """
+        return {}
 
     def summarise(self, learned: Learned, ctx: Context) -> Item | None:
         """Return the item to keep of a source: `Shared` if it may leave the agent, `Private` if not; or None.

@@ -69,6 +69,10 @@ class Loss(ABC):
         """Return how much each target counts, in the shape of y; None: all alike."""
         return None
 
+    def there(self, y: Tensor) -> Tensor:
+        """Return which targets are there, in the shape of y."""
+        return present(y)
+
     def answer(self, out: Tensor) -> Tensor:
         """Return predictions from outputs [B, C, *places]: probabilities of classes or labels, or values."""
         return out
@@ -91,7 +95,7 @@ class Loss(ABC):
             each = self.elements(out, y)
             return Losses(each if y.dim() == 1 else each.flatten(1).mean(1))
 
-        there = present(y)
+        there = self.there(y)
         # A missing class is filled with one that is not masked out: the gradient of an infinite loss is not
         # a number, and zero times that is not one either.
         fill: Tensor | int = 0
@@ -324,6 +328,46 @@ class Poisson(Loss):
 
 
 @dataclass(frozen=True)
+class Cosine(Loss):
+    """1 - cos(o, y) of vectors o and y [B, k, *places], of values: directions, such as surface normals.
+
+    Predictions have length 1. A vector of length 0, or with a component that is missing, is no target.
+
+    >>> Cosine()(torch.tensor([[0.0, 2.0]]), torch.tensor([[3.0, 0.0]])).values
+    tensor([1.])
+    """
+
+    kinds: ClassVar[tuple[str, ...]] = ("value",)
+
+    def elements(self, out: Tensor, y: Tensor) -> Tensor:
+        # The same for all components, so that their mean is the loss of the vector.
+        return (1 - F.cosine_similarity(out, y, dim=1)).unsqueeze(1).expand_as(y)
+
+    def there(self, y: Tensor) -> Tensor:
+        return directed(y).unsqueeze(1).expand_as(y)
+
+    def answer(self, out: Tensor) -> Tensor:
+        return F.normalize(out, dim=1)
+
+    def fitted(self, names: Sequence[str], width: int, columns: Sequence[int]) -> Self:
+        # A number alone has only a sign.
+        if len(names) < 2:
+            raise ConsilienceError(
+                f"the cosine loss needs vectors of two components or more, got {', '.join(names)} alone."
+            )
+        return self
+
+
+def directed(y: Tensor) -> Tensor:
+    """Return which vectors [B, k, *places] have a direction: all components are there, and not all are 0.
+
+    >>> directed(torch.tensor([[0.0, 1.0], [0.0, 0.0], [1.0, torch.nan]])).tolist()
+    [True, False, False]
+    """
+    return present(y).all(1) & (y != 0).any(1)
+
+
+@dataclass(frozen=True)
 class Own(Loss):
     """A function (outputs [B, C, *places], targets) -> the loss of each target, in the shape of the targets.
 
@@ -351,6 +395,9 @@ class Own(Loss):
             )
         return each
 
+    def there(self, y: Tensor) -> Tensor:
+        return self.like.there(y)
+
     def answer(self, out: Tensor) -> Tensor:
         return self.like.answer(out)
 
@@ -366,6 +413,7 @@ LOSSES: dict[str, type[Loss]] = {
     "l1": L1,
     "huber": Huber,
     "poisson": Poisson,
+    "cosine": Cosine,
 }
 CATALOGUE = "consilience.losses"
 """Where the functions that make these losses are."""

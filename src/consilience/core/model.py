@@ -55,6 +55,10 @@ class Model(ABC):
     outputs: int
     """The number C of output columns."""
 
+    earlier: int = 0
+    """How many earlier answers come behind the last ones, for losses of their own: outputs are then
+    C = outputs / (1 + earlier) columns of answers, and C columns of each earlier one."""
+
     traits = Traits()
     """What `probe` has found in training mode."""
 

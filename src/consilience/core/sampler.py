@@ -30,6 +30,15 @@ class Sampler(Takes, ABC):
         resumes.
         """
 
+    def shares(self, sizes: Sequence[int], done: float) -> Sequence[float] | None:
+        """Return the share of each source in a step over several of them [m], which sum to 1.
+
+        `sizes` [m] are their numbers of training examples, and `done` in [0, 1] is the part of all epochs
+        that is done, 1 in the last. None: each source has a batch of one size, and an objective of one
+        weight. Shares decide both, and an epoch has as many examples as all sources.
+        """
+        return None
+
     def check(self, sources: Sequence[Source], epochs: int, pools: bool) -> None:
         """Refuse, before a run, sources that it cannot sample, and warn of what would have no effect.
 

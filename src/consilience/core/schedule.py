@@ -14,7 +14,7 @@ from torch import Tensor
 from consilience.core.augment import Views, same_views
 from consilience.core.errors import ConsilienceError, unknown
 from consilience.core.leaks import check_splits
-from consilience.core.losses import KINDS, NONE, fits, loss_of, present
+from consilience.core.losses import KINDS, NONE, Loss, fits, loss_of
 from consilience.core.names import checked_name
 from consilience.core.source import Examples, Label, LabelFrame, Source, Target, Tensors, same_inputs
 from consilience.core.tree import Input, Tree, signature
@@ -662,7 +662,7 @@ class _Chosen:
         columns = source.classes
         names = [source.labels[column][1] for column in columns]
         loss = loss_of(chosen, source.kind).fitted(names, len(source.labels), columns)
-        return Target(source.kind, loss, columns, _complete(source))
+        return Target(source.kind, loss, columns, _complete(source, loss))
 
     def check_used(self, sources: Sequence[Source]) -> None:
         """Refuse losses that no task has: by a name of none, or of another kind than all of them."""
@@ -674,9 +674,9 @@ class _Chosen:
                 raise unknown("loss", name, there, "the tasks or kinds of the schedule")
 
 
-def _complete(source: Source) -> bool:
+def _complete(source: Source, loss: Loss) -> bool:
     """Whether no training target of a source is missing. Raises ConsilienceError where all are."""
-    there = present(source.train.targets())
+    there = loss.there(source.train.targets())
     if not bool(there.any()):
         raise ConsilienceError(
             f"a source must have training targets, and all of {source.name!r} are missing."

@@ -492,7 +492,7 @@ class Target:
 
     def count(self, y: Tensor, weights: Tensor | None = None) -> Tensor:
         """Return what the mean over a batch divides by: the sum over its targets of how much each counts."""
-        there = present(y)
+        there = self.loss.there(y)
         factors = self.loss.weight(torch.where(there, y, 0))
         counts = there.double() if factors is None else there * factors.double()
         each = counts if y.dim() == 1 else counts.flatten(1).sum(1)

@@ -85,7 +85,8 @@ class Training:
         accumulate: micro-batches of `batch_size` samples per step. Their gradients are weighted by how many
             targets each has, so that a step is one of a batch `accumulate` times as large, whatever the
             aggregator. Batch norm, and corrections that read a batch, see each micro-batch alone; `trace`
-            sees all of them.
+            sees all of them. A mapping gives single sources their own number, others 1: `{"ner": 4}` takes
+            four batches of "ner" to a step, and one of each other task.
         stopping: ends a visit where the validation loss of its sources no longer improves, and takes it back
             to its best parameters, as if it had ended there: a `consilience.Stopping`, or the number of
             epochs to wait. None: all epochs are run.
@@ -117,13 +118,15 @@ class Training:
     arguments: Mapping[str, Any] | None = field(default=None, hash=False)
     clip_norm: float | None = None
     clip_value: float | None = None
-    accumulate: int = 1
+    accumulate: int | Mapping[str, int] = field(default=1, hash=False)
     stopping: Any = None
     compile: bool = False
 
     def __post_init__(self) -> None:
-        for name, low in (("epochs", 0), ("batch_size", 1), ("accumulate", 1)):
-            value = getattr(self, name)
+        counts = [(name, getattr(self, name), low) for name, low in (("epochs", 0), ("batch_size", 1))]
+        each = self.accumulate.values() if isinstance(self.accumulate, Mapping) else [self.accumulate]
+        counts += [("accumulate", value, 1) for value in each]
+        for name, value, low in counts:
             if not isinstance(value, int) or isinstance(value, bool) or value < low:
                 raise ConsilienceError(f"`{name}` must be a whole number >= {low}, got {value!r}.")
 
@@ -323,9 +326,20 @@ class Training:
     # What runs
 
     @property
-    def samples(self) -> int:
-        """The samples of each part of a step, over all of its micro-batches."""
-        return self.batch_size * self.accumulate
+    def accumulates(self) -> bool:
+        """Whether a step has several micro-batches."""
+        each = self.accumulate.values() if isinstance(self.accumulate, Mapping) else [self.accumulate]
+        return any(count > 1 for count in each)
+
+    def samples_of(self, source: str) -> int:
+        """Return the samples of a source in a step, over all of its micro-batches.
+
+        >>> training = Training(batch_size=8, accumulate={"ner": 4})
+        >>> training.samples_of("ner"), training.samples_of("pos")
+        (32, 8)
+        """
+        given = self.accumulate
+        return self.batch_size * (given.get(source, 1) if isinstance(given, Mapping) else given)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from consilience.corrections.client_drift import LocalGHBM as LocalGHBM
     from consilience.corrections.client_drift import LocalSteps as LocalSteps
     from consilience.corrections.client_drift import Scaffold as Scaffold
+    from consilience.corrections.conflicts import Conflicts as Conflicts
     from consilience.corrections.distillation import LessForgetting as LessForgetting
     from consilience.corrections.distillation import LwF as LwF
     from consilience.corrections.exemplars import GDumb as GDumb
@@ -61,5 +62,6 @@ if TYPE_CHECKING:
     from consilience.corrections.superposition import PSP as PSP
     from consilience.corrections.superposition import SupSup as SupSup
     from consilience.corrections.superposition import XdG as XdG
+    from consilience.corrections.supervision import DeepSupervision as DeepSupervision
 else:
     __getattr__, __dir__ = lazy.attach(__name__)

@@ -40,10 +40,10 @@ class Balancing(Correction):
     """Whether the weights of a step depend on its own losses, which a micro-batch does not know."""
 
     def prepare_step(self, ctx: Context, training: Training) -> tuple[dict[str, Tensor], str | None]:
-        if self.reads_losses and training.accumulate > 1:
+        if self.reads_losses and training.accumulates:
             raise Refusal(
                 f"{self.name} weighs tasks by the losses of a whole batch, and `accumulate` cuts it into "
-                f"{training.accumulate} parts; use a larger `batch_size`, or dwa, gradnorm or uncertainty."
+                f"parts; use a larger `batch_size`, or dwa, gradnorm or uncertainty."
             )
         return ctx.flat, None
 
@@ -148,9 +148,9 @@ class DWA(Balancing):
             raise ConsilienceError(f"`temperature` must be positive and finite, got {self.temperature!r}.")
 
     def trace_init(self, ctx: Context) -> dict[str, Tensor]:
-        """Return weights [m], the sum of this epoch's losses [m], and the means of the two before [m]."""
+        """Return weights [m], the sum and count of this epoch's losses [m], and the means before it [m]."""
         zeros = ctx.theta.new_zeros(len(ctx.parts))
-        names = ("sum", "last", "before")
+        names = ("sum", "seen", "last", "before")
         return {
             "weights": zeros + 1,
             **{name: zeros.clone() for name in names},
@@ -160,14 +160,19 @@ class DWA(Balancing):
     def trace(self, step: StepView, ctx: Context, grad: Tensor, delta: Tensor) -> dict[str, Tensor]:
         trace = dict(ctx.trace)
         count = len(trace["weights"])
-        trace["sum"] = trace["sum"] + step.losses()[:count]
+        losses = step.losses()[:count]
+        # A step without targets of a task says nothing of it.
+        trace["sum"] = trace["sum"] + torch.where(losses.isnan(), 0, losses)
+        trace["seen"] = trace["seen"] + ~losses.isnan()
         (_, index), (_, steps) = step.clock, step.horizon
         if index != steps - 1:
             return trace
 
         # At the end of an epoch.
-        trace["before"], trace["last"] = trace["last"], trace["sum"] / steps
-        trace["sum"], trace["epochs"] = torch.zeros_like(trace["sum"]), trace["epochs"] + 1
+        mean = torch.where(trace["seen"] > 0, trace["sum"] / trace["seen"].clamp_min(1), trace["last"])
+        trace["before"], trace["last"] = trace["last"], mean
+        trace["sum"] = trace["seen"] = torch.zeros_like(trace["sum"])
+        trace["epochs"] = trace["epochs"] + 1
         rates = trace["last"] / (trace["before"] + TINY)
         known = trace["epochs"] >= 2
         trace["weights"] = torch.where(known, count * (rates / self.temperature).softmax(0), 1.0)
@@ -194,21 +199,26 @@ class GradNorm(Balancing):
             raise ConsilienceError(f"`alpha` must be >= 0 and `lr` positive, got {self.alpha} and {self.lr}.")
 
     def trace_init(self, ctx: Context) -> dict[str, Tensor]:
-        """Return weights [m] and the losses of the first step [m], NaN before it."""
+        """Return weights [m] and the losses of the first step [m], 0 before it."""
         ones = ctx.theta.new_ones(len(ctx.parts))
-        return {"weights": ones, "first": torch.full_like(ones, torch.nan)}
+        return {"weights": ones, "first": torch.zeros_like(ones)}
 
     def trace(self, step: StepView, ctx: Context, grad: Tensor, delta: Tensor) -> dict[str, Tensor]:
-        assert step.norms is not None
+        # A step that is left out for its numbers ("fp16") says nothing.
+        if step.norms is None:
+            return ctx.trace
         weights, losses = ctx.trace["weights"], step.losses()[: len(ctx.trace["weights"])]
-        first = torch.where(ctx.trace["first"].isnan(), losses, ctx.trace["first"])
-        norms = step.norms[: len(weights)]
+        # Nor does a step without targets of a task say anything of it.
+        there = ~losses.isnan()
+        losses = torch.where(there, losses, 0)
+        first = torch.where(ctx.trace["first"] == 0, losses, ctx.trace["first"])
+        norms = torch.where(there, step.norms[: len(weights)], 0)
         rates = losses / (first + TINY)
-        target = norms.mean() * (rates / (rates.mean() + TINY)) ** self.alpha
+        target = norms.sum() / there.sum() * (rates / (rates.sum() / there.sum() + TINY)) ** self.alpha
 
         # Weights stay positive: at 0 a task would be lost, since its weighted gradient says no more.
         moved = weights - self.lr * (norms - target).sign() * norms / weights
-        moved = moved.clamp_min(1e-3)
+        moved = torch.where(there, moved.clamp_min(1e-3), weights)
         return {"weights": len(moved) * moved / moved.sum(), "first": first}
 
 
@@ -232,21 +242,24 @@ class FAMO(Balancing):
             raise ConsilienceError(f"`lr` must be positive and `decay` >= 0, got {self.lr} and {self.decay}.")
 
     def trace_init(self, ctx: Context) -> dict[str, Tensor]:
-        """Return xi [m], Adam's two moments of it [m], the last log losses [m], and the count of steps."""
+        """Return xi [m], Adam's two moments of it [m], the last log losses and their count [m], and steps."""
         zeros = ctx.theta.new_zeros(len(ctx.parts))
-        names = ("xi", "mean", "square", "last")
+        names = ("xi", "mean", "square", "last", "seen")
         return {**{name: zeros.clone() for name in names}, "steps": zeros.new_zeros(())}
 
     def weights(self, step: StepView, ctx: Context) -> Tensor:
         count = len(ctx.trace["xi"])
-        each = ctx.trace["xi"].softmax(0) / (step.losses()[:count] + TINY)
+        losses = step.losses()[:count]
+        each = torch.where(losses.isnan(), 0, ctx.trace["xi"].softmax(0) / (losses + TINY))
         return count * each / each.sum()
 
     def trace(self, step: StepView, ctx: Context, grad: Tensor, delta: Tensor) -> dict[str, Tensor]:
         trace = ctx.trace
-        logs = (step.losses()[: len(trace["xi"])] + TINY).log()
+        losses = step.losses()[: len(trace["xi"])]
+        there = ~losses.isnan()
+        logs = torch.where(there, (losses + TINY).log(), trace["last"])
         share = trace["xi"].softmax(0)
-        fell = torch.where(trace["steps"] > 0, trace["last"] - logs, 0.0)
+        fell = torch.where((trace["seen"] > 0) & there, trace["last"] - logs, 0.0)
         slope = share * (fell - (share * fell).sum()) + self.decay * trace["xi"]
 
         steps = trace["steps"] + 1
@@ -254,7 +267,8 @@ class FAMO(Balancing):
         square = torch.lerp(trace["square"], slope.square(), 0.001)
         size = (square / (1 - 0.999**steps)).sqrt() + 1e-8
         moved = trace["xi"] - self.lr * mean / (1 - 0.9**steps) / size
-        return {"xi": moved, "mean": mean, "square": square, "last": logs, "steps": steps}
+        held = {"last": logs, "seen": trace["seen"] + there, "steps": steps}
+        return {"xi": moved, "mean": mean, "square": square, **held}
 
 
 @dataclass(frozen=True)
@@ -267,8 +281,9 @@ class WorstTask(Balancing):
     reads_losses: ClassVar[bool] = True
 
     def weights(self, step: StepView, ctx: Context) -> Tensor:
-        losses = step.losses()[: len(own_parts(step))]
-        return torch.nn.functional.one_hot(losses.argmax(), len(losses)).to(losses) * len(losses)
+        losses = step.losses()[: len(own_parts(step))].nan_to_num(nan=-torch.inf, posinf=torch.inf)
+        worst = torch.nn.functional.one_hot(losses.argmax(), len(losses))
+        return worst.to(losses) * len(losses)
 
 
 @dataclass(frozen=True)
@@ -282,4 +297,5 @@ class ScaleInvariant(Balancing):
     reads_losses: ClassVar[bool] = True
 
     def weights(self, step: StepView, ctx: Context) -> Tensor:
-        return 1 / (step.losses()[: len(own_parts(step))] + TINY)
+        losses = step.losses()[: len(own_parts(step))]
+        return torch.where(losses.isnan(), 0, 1 / (losses + TINY))

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from consilience.data import augment as augment
     from consilience.data import features as features
     from consilience.data import samplers as samplers
+    from consilience.data._cells import cell_boxes as cell_boxes
+    from consilience.data._cells import cell_targets as cell_targets
+    from consilience.data._ids import ids as ids
     from consilience.data._tokens import Vocabulary as Vocabulary
 else:
     # These are not in `__all__`, because the command line offers what is there as data or as a split.

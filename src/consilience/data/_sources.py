@@ -431,17 +431,19 @@ def from_tasks(
     made = {
         task: replace(options, kind=kinds.get(task, "class"), classes=classes.get(task)) for task in targets
     }
-    pairs = {}
+    given, pairs = inputs(x, "`x`"), {}
     for task, own in made.items():
         own.checked_kind()
-        pairs[task] = _pair(x, targets[task], own.kind, "")
-    inputs = next(iter(pairs.values())).x
+        try:
+            pairs[task] = _pair(given, targets[task], own.kind, "")
+        except ConsilienceError as error:
+            raise ConsilienceError(f"in task {task!r}: {error}") from None
 
     # One split for all tasks: samples of one test are in no training set.
     share = fraction("validation", options.validation, zero=True)
     held, rest = draw(
-        torch.zeros(len(inputs)),
-        round(fraction("test", options.test) * len(inputs)),
+        torch.zeros(len(given)),
+        round(fraction("test", options.test) * len(given)),
         key(options.seed, options.name, "test"),
         stratified=False,
     )
@@ -454,11 +456,11 @@ def from_tasks(
     parts = {"train": rest[train], "validation": rest[kept], "test": held}
     if not len(held) or not len(parts["train"]):
         raise ConsilienceError(
-            f"`test` must leave examples on both sides, got {options.test} of {len(inputs)} examples."
+            f"`test` must leave examples on both sides, got {options.test} of {len(given)} examples."
         )
 
     # The tasks hold the very same inputs, once in memory.
-    shared = {part: inputs[index] for part, index in parts.items()}
+    shared = {part: given[index] for part, index in parts.items()}
     sources = []
     for task, own in made.items():
         name = f"{options.name}/{task}"

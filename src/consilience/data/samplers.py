@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -11,12 +12,15 @@ from torch import Tensor
 from consilience.core.checks import whole_number
 from consilience.core.errors import ConsilienceError
 from consilience.core.losses import NONE
-from consilience.core.sampler import Sampler, Shuffle
+from consilience.core.sampler import Sampler, Scored, Shuffle
 from consilience.data._curricula import Curriculum as Curriculum
 from consilience.data._curricula import SelfPaced as SelfPaced
 from consilience.data._shares import apportion
 
-__all__ = ["Balanced", "ByLength", "Curriculum", "InOrder", "Sampler", "SelfPaced", "Shuffle"]
+if TYPE_CHECKING:
+    from consilience.core.schedule import ScheduleFacts
+
+__all__ = ["Balanced", "ByLength", "Curriculum", "InOrder", "Mixed", "Sampler", "SelfPaced", "Shuffle"]
 
 
 @dataclass(frozen=True)
@@ -127,3 +131,67 @@ class ByLength(Sampler):
             batches += own[lengths[own].argsort(stable=True)].split(batch_size)
         # Without this, every pool would go from short to long.
         return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+
+
+@dataclass(frozen=True)
+class Mixed(Sampler):
+    """Task t has the share p_t = n_t^(1/T) / sum_s n_s^(1/T) of every step over several tasks.
+
+    T = 1 is proportional to the tasks' numbers n_t of training examples, T = infinity equal; 2 to 5 often
+    works well. The temperature moves from `temperature` in the first epoch to `final` in the last, linearly
+    in 1/T, over all visits: from infinity to 1 it anneals from equal shares to proportional ones.
+
+    A step has m batches' worth of examples for m tasks, of which a task has its share (at least one example,
+    two with batch norm), and its objective has the weight p_t. An epoch has as many examples as all tasks
+    together: at T = 1 each comes once (a task with fewer examples than the epoch has steps comes again).
+    Within a task every example comes once before any comes again.
+
+    Args:
+        temperature: T > 0 in the first epoch.
+        final: T in the last epoch; None: `temperature`.
+        within: the order of the examples of a task; None shuffles.
+
+    >>> [round(share, 3) for share in Mixed(2.0).shares([100, 400], 0.0)]
+    [0.333, 0.667]
+    >>> [round(share, 3) for share in Mixed(float("inf"), final=1.0).shares([100, 400], 1.0)]
+    [0.2, 0.8]
+    """
+
+    temperature: float = 1.0
+    final: float | None = None
+    within: Any = field(default=None)
+
+    def __post_init__(self) -> None:
+        for name in ("temperature", "final"):
+            value = getattr(self, name)
+            if not (name == "final" and value is None) and not value > 0:
+                raise ConsilienceError(f"`{name}` must be > 0, got {value!r}.")
+        if isinstance(self.within, Mixed | Scored):
+            raise ConsilienceError(
+                f"`within` must order the examples of one task by itself, got {type(self.within).__name__}."
+            )
+
+    def unfit(self, facts: ScheduleFacts) -> str | None:
+        if facts.parts < 2:
+            return "Mixed gives the tasks of a step their shares, and a step has one here; use multitask"
+        return super().unfit(facts)
+
+    def shares(self, sizes: Sequence[int], done: float) -> list[float]:
+        # Linear in 1/T, where infinity is 0.
+        first = 1 / self.temperature
+        last = first if self.final is None else 1 / self.final
+        # In logarithms, because n^(1/T) overflows for small T.
+        logs = torch.tensor(sizes, dtype=torch.float64).log() * (first + (last - first) * done)
+        shares: list[float] = logs.softmax(0).tolist()
+        return shares
+
+    @property
+    def needs_lengths(self) -> bool:  # type: ignore[override]
+        """Whether the order within a task needs the lengths of sequences."""
+        return bool(getattr(self.within, "needs_lengths", False))
+
+    def plan(
+        self, targets: Tensor, batch_size: int, epoch: int, generator: torch.Generator, **more: Any
+    ) -> list[Tensor]:
+        found: list[Tensor] = (self.within or Shuffle()).plan(targets, batch_size, epoch, generator, **more)
+        return found

@@ -142,8 +142,10 @@ class Batched(Engine):
             return ""
         if model.draws:
             return "the model draws random numbers in its forward"
-        if first.training.accumulate > 1:
+        if first.training.accumulates:
             return "gradients are accumulated over micro-batches"
+        if first.shares(0) is not None:
+            return "tasks have shares of a step"
         if first.training.stopping is not None:
             return "each agent stops by its own validation data"
         if first.training.precision == "fp16":

@@ -246,6 +246,8 @@ class AgentStep:
             objectives, weights, constraints, *_ = pure.objectives(see)
             if constraints or (len(objectives) > 1 and pure.aggregator is not None):
                 raise Unbatchable("an aggregator combines the objectives of a step")
+            if len(see.parts) > 1 and not all(target.complete for target in see.targets):
+                raise Unbatchable("a task may have no target in a step")
             if pure.reads_norms:
                 raise Unbatchable("a correction reads the gradient of each objective")
             weighted = zip(objectives[1:], weights[1:], strict=True)

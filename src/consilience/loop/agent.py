@@ -253,11 +253,14 @@ class Agent:
                     i
                     for i, part in enumerate(parts)
                     if part.like is None
+                    and self.training.samples_of(source.name) == self.training.samples_of(part.source.name)
                     and same_views(views, part.augment)
                     and same_inputs(source.train, part.source.train)
                 ),
                 None,
             )
+
+            # The first of them has the inputs on the device, for all.
             if like is None:
                 examples = source.train.to(self.device, self.training.dtype)
             else:
@@ -269,8 +272,8 @@ class Agent:
     def _horizon(self, parts: Sequence[Part]) -> tuple[int, int]:
         """Return (epochs, steps per epoch) of a visit."""
         # A sampler may plan another number of steps, which `Job.plan` then takes.
-        longest = max(len(part.examples) for part in parts)
-        return self.training.epochs, -(-longest // self.training.samples)
+        counts = [-(-len(part.examples) // self.training.samples_of(part.source.name)) for part in parts]
+        return self.training.epochs, max(counts)
 
     def _visits(self, given: Sequence[Source], sources: Sequence[Source]) -> tuple[int, ...]:
         """Return how often each part was visited before; a pool that was gathered is new at every visit."""
@@ -333,6 +336,8 @@ class Agent:
         if job.steps:
             said = job.figures.log(job.steps, job.last_rate) | job.chosen()
             self.ledger.visit = {"sources": names, **said}
+            figures = {c.name: c.figures(ctx) for c, ctx in job.corrections if overrides(c, "figures")}
+            self.ledger.visit |= {"figures": figures} if figures else {}
 
     def _summarised(
         self, job: Job, params: Params, buffers: Params

@@ -15,7 +15,7 @@ import torch
 
 from consilience.core.augment import isolated
 from consilience.core.correction import overrides
-from consilience.core.errors import ConsilienceError, Refusal, kind_of
+from consilience.core.errors import ConsilienceError, Refusal, kind_of, unknown
 from consilience.core.method import Method
 from consilience.core.metrics import Metric
 from consilience.core.model import MISFITS, Model
@@ -131,6 +131,11 @@ def check_all(
 
     if method.step_level is not None:
         _check_level(method, training)
+    if isinstance(training.accumulate, Mapping):
+        names = [source.name for source in schedule.sources]
+        for name in training.accumulate:
+            if name not in names:
+                raise unknown("source of `accumulate`", name, names, "those of the schedule")
     _check_precision(training)
     schedule = in_precision(schedule, training.dtype)
     # A sampler of a user may be any object with a `plan`.
@@ -173,11 +178,11 @@ def check_all(
 
 def _check_level(method: Method, training: Training) -> None:
     """Refuse to train in a way in which the gradients by features of a step are not there together."""
-    if training.accumulate > 1:
+    if training.accumulates:
         raise Refusal(
             f"{method.name}: the feature level weighs the objectives of a whole batch before it is "
-            f"differentiated, and `accumulate` cuts it into {training.accumulate} parts; use a larger "
-            '`batch_size`, or level="parameters".'
+            "differentiated, and `accumulate` cuts it into parts; use a larger `batch_size`, or "
+            'level="parameters".'
         )
     if isinstance(training.sampler, Scored):
         raise Refusal(
@@ -354,7 +359,7 @@ def _check_inputs(schedule: Schedule, method: Method, model: Model) -> None:
 
 def _check_single_samples(schedule: Schedule, model: Model, training: Training, seed: int) -> None:
     """Refuse batches of one sample where a model cannot be trained on one, as with batch norm."""
-    short = [source for source in schedule.sources if len(source.train) == 1 or training.samples == 1]
+    short = [s for s in schedule.sources if len(s.train) == 1 or training.samples_of(s.name) == 1]
     if not short or not model.has_batch_norm:
         return
     # A client that fails may be left out.
@@ -368,7 +373,7 @@ def _check_single_samples(schedule: Schedule, model: Model, training: Training, 
             model(params, buffers, cast_to(x, x.device, computing(params).dtype), None, True)
     except MISFITS as error:
         cause = (
-            "`batch_size` is 1" if training.samples == 1 else f"{short[0].name!r} has one training example"
+            f"{short[0].name!r} has one training example" if len(short[0].train) == 1 else "`batch_size` is 1"
         )
         raise ConsilienceError(
             f"batch norm needs two samples per step, and {cause} ({str(error).splitlines()[0]}); use larger "

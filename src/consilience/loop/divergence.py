@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from consilience.core.errors import Diverged
+from consilience.core.errors import ConsilienceError, Diverged
 from consilience.core.message import Statistics
 from consilience.core.params import all_finite
 from consilience.core.warning import warn
@@ -35,9 +35,20 @@ def check_step(job: Job) -> None:
         check_visit(job)
 
 
+def explain(job: Job, error: ConsilienceError) -> None:
+    """Raise Diverged in the place of an error of a step whose losses are not finite, before it moves."""
+    bad = [name for name, loss in job.step.each if not math.isfinite(loss)] if job.counts_loss else []
+    if bad:
+        names = ", ".join(map(repr, dict.fromkeys(bad)))
+        raise _diverged(job, f"the training loss of {names}", job.steps + 1) from error
+
+
 def check_visit(job: Job) -> None:
     """Raise Diverged where anything that the visit has changed is not finite."""
     step, carry = job.step, job.carry
+    bad = job.figures.first_bad() if job.counts_loss else None
+    if bad is not None:
+        raise _diverged(job, f"the training loss of {', '.join(map(repr, bad[1]))}", bad[0])
     if job.counts_loss and step.loss is not None and not torch.isfinite(step.loss):
         raise _diverged(job, "the training loss")
     _check(job, job.layout.split(carry.theta), "")
@@ -83,11 +94,12 @@ KEY = "<diverged>"
 """The key of the warning among those that were given."""
 
 
-def _diverged(job: Job, what: str) -> Diverged:
+def _diverged(job: Job, what: str, step: int | None = None) -> Diverged:
     _, _, epochs, per_epoch = job.moment
+    when = f"by step {job.steps}" if step is None else f"at step {step}"
     return Diverged(
-        f"training diverged: {what} is NaN or infinite in {job.agent!r} on {job.name!r}, by step "
-        f"{job.steps} of {epochs * per_epoch}; {remedies(job)}."
+        f"training diverged: {what} is NaN or infinite in {job.agent!r} on {job.name!r}, {when} of "
+        f"{epochs * per_epoch}; {remedies(job)}."
     )
 
 

@@ -39,12 +39,17 @@ class Figures:
     """The sum of the gradient norms of the steps that were looked at, but for those in `norms`."""
     seconds: float = 0.0
     """The time of the steps. It decides nothing."""
+    recent: list[tuple[int, list[tuple[str, Tensor]]]] = field(default_factory=list)
+    """The step, and the loss of each of its objectives, of the steps since the last look."""
     losses: list[Tensor] = field(default_factory=list)
     norms: list[Tensor] = field(default_factory=list)
 
     def add(self, step: Step) -> None:
         """Add the step that was just taken."""
         self.steps += 1
+        # References alone: to stack or read them in each step would take 2 % of a small one.
+        self.recent = [] if is_looked_at(self.steps - 1) else self.recent
+        self.recent.append((self.steps, step.each))
         if step.loss is not None:
             self.losses.append(step.loss)
         if step.norm is not None:
@@ -52,6 +57,14 @@ class Figures:
         # To add or read each loss by itself would take 2 % of a small step.
         if len(self.losses) == HELD:
             self._read()
+
+    def first_bad(self) -> tuple[int, list[str]] | None:
+        """Return the first step since the last look with losses that are not finite, and of what they are."""
+        for number, each in self.recent:
+            bad = [name for name, loss in each if not math.isfinite(loss)]
+            if bad:
+                return number, list(dict.fromkeys(bad))
+        return None
 
     def _read(self) -> None:
         """Add what is on the device to the sums."""

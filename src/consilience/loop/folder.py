@@ -52,6 +52,7 @@ JUDGED: dict[str, Any] = {
     "curve": _RECORDS,
     "learning": _RECORDS,
     "local": _RECORDS,
+    "visits": _RECORDS,
     "personal": _NUMBERS,
     "confusion": Or([[int]]),
 }

@@ -25,7 +25,7 @@ from consilience.core.source import Examples, Source
 from consilience.core.stopping import Stopping, Trend
 from consilience.core.training import Training
 from consilience.core.tree import Input, cast_to
-from consilience.loop.divergence import check_step, warn_of_growth
+from consilience.loop.divergence import check_step, explain, warn_of_growth
 from consilience.loop.figures import Figures, is_looked_at
 from consilience.loop.folder import REMEDY
 from consilience.loop.ledger import Ledger
@@ -52,6 +52,17 @@ class Part(NamedTuple):
     def random(self) -> bool:
         """Whether a sample is not the same each time."""
         return self.augment is not None or self.examples.draws
+
+
+def weighed(own: list[Batch], added: list[Batch], shares: Sequence[float] | None) -> list[Batch]:
+    """Return the parts of a step with their weights; shares [own] say how its own ones divide theirs."""
+    # Equal shares are the weights that parts have without any.
+    if shares is None or len(set(shares)) == 1:
+        return own + added
+    # What corrections draw weighs as it does without shares: as one more task.
+    count = len(own) + sum(part.weight is None for part in added)
+    parts = [replace(part, weight=share * len(own) / count) for part, share in zip(own, shares, strict=True)]
+    return parts + [replace(part, weight=1 / count) if part.weight is None else part for part in added]
 
 
 @dataclass(eq=False)
@@ -168,7 +179,13 @@ class Job:
             generator = key(self.seed, first, visit, *clock, "aggregate") if self.step.aggregator else None
             self.step.measures = is_looked_at(self.steps + 1)
             with self._random_forward(clock) if draws else nullcontext():
-                ledger.charge_work(self.agent, self.cost(parts), partial(self.step, parts, clock, generator))
+                take = partial(self.step, parts, clock, generator)
+                try:
+                    ledger.charge_work(self.agent, self.cost(parts), take)
+                except ConsilienceError as error:
+                    # An aggregator refuses rows that are not finite, and knows no losses.
+                    explain(self, error)
+                    raise
             ledger.steps += 1
             self.index += 1
             self.figures.add(self.step)
@@ -251,7 +268,7 @@ class Job:
                 if self.epoch and self.fraction * self.training.epochs <= self.epoch:
                     return
                 self._advance(self.scored, ledger)
-            plans = self.left(self.epoch, self.index)
+            plans, shares = self.left(self.epoch, self.index), self.shares(self.epoch)
 
             # The examples of all parts are read side by side, one batch of each per step.
             streams, weights = self._views(plans), self._weights()
@@ -265,7 +282,7 @@ class Job:
                 if marks:
                     own = self._marked(own, [plan[step] for plan in plans], weights)
                 clock = (self.epoch, self.index)
-                yield own + self._sampled(clock, ledger), clock
+                yield weighed(own, self._sampled(clock, ledger), shares), clock
 
             # The fraction of a straggler may end inside an epoch, which then is not done.
             if self.index < self.step.horizon[1]:
@@ -397,6 +414,9 @@ class Job:
 
     def _plans(self, epoch: int) -> list[list[Tensor]]:
         """Return the index batches of an epoch, per part; a shorter part starts over in a new order."""
+        shares = self.shares(epoch)
+        if shares is not None:
+            return self._mixed(epoch, shares)
         plans = [self._pass(part, epoch, 0) for part in range(len(self.parts))]
         longest = max(map(len, plans))
         for part, plan in enumerate(plans):
@@ -405,6 +425,34 @@ class Job:
                 plan += self._pass(part, epoch, turn)
                 turn += 1
             del plan[longest:]
+        return plans
+
+    def shares(self, epoch: int) -> Sequence[float] | None:
+        """Return the share of each part in the steps of an epoch; None where all have the same batches."""
+        sampler, place = self.training.sampler, self.step.place
+        if len(self.parts) < 2 or not hasattr(sampler, "shares"):
+            return None
+        epochs = self.training.epochs
+        done = (place.visit * epochs + epoch) / max(1, place.visits * epochs - 1)
+        found: Sequence[float] | None = sampler.shares(
+            [len(part.examples) for part in self.parts], min(1.0, done)
+        )
+        return found
+
+    def _mixed(self, epoch: int, shares: Sequence[float]) -> list[list[Tensor]]:
+        """Return the index batches of an epoch in which the parts of a step have shares of it."""
+        total = sum(len(part.examples) for part in self.parts)
+        steps = -(-total // sum(self.training.samples_of(part.source.name) for part in self.parts))
+        # Each part is there in every step, or else aggregators and balances would lose it.
+        least = steps * (2 if self.step.model.has_batch_norm else 1)
+        plans = []
+        for part, share in enumerate(shares):
+            # Rounded alone, so that tasks of the same inputs draw the same of them.
+            quota, order, turn = max(least, round(share * total)), torch.zeros(0, dtype=torch.long), 0
+            while len(order) < quota:
+                order = torch.cat([order, *self._pass(part, epoch, turn)])
+                turn += 1
+            plans.append(list(order[:quota].tensor_split(steps)))
         return plans
 
     def _pass(self, part: int, epoch: int, turn: int) -> list[Tensor]:
@@ -418,7 +466,7 @@ class Job:
             more["lengths"] = examples.lengths()
         if self.scored is not None:
             more["state"] = self.sampled[part]
-        size = self.training.samples
+        size = self.training.samples_of(self.parts[part].source.name)
         plan: list[Tensor] = sampler.plan(examples.targets(), size, epoch, generator, **more)
         if not plan:
             raise ConsilienceError(

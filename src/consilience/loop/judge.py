@@ -40,6 +40,7 @@ KEPT = (
     "learning",
     "client_drift",
     "local",
+    "visits",
     "personal",
     "before",
     "confusion",
@@ -81,6 +82,8 @@ class Judge:
     learning: list[dict[str, Any]] = field(default_factory=list)
     client_drift: list[dict[str, Any]] = field(default_factory=list)
     local: list[dict[str, Any]] = field(default_factory=list)
+    visits: list[dict[str, Any]] = field(default_factory=list)
+    """What corrections say of each visit."""
     personal: dict[str, float | None] = field(default_factory=dict)
     clients: tuple[str, ...] = ()
     """The agents that the present Evaluate phase judges by their own parameters."""
@@ -100,7 +103,7 @@ class Judge:
 
     def result(self) -> dict[str, Any]:
         """Return what the trial found, without costs."""
-        names = ("rows", "further", "client_drift", "personal", "confusion")
+        names = ("rows", "further", "client_drift", "visits", "personal", "confusion")
         stages, mapper = self.stages[1:], self.mapped or None
         found = {name: getattr(self, name) for name in names} | {"stages": stages, "mapper": mapper}
         # Undefined scores are None, as they are in files: a resumed run has its first ones from there.
@@ -300,6 +303,11 @@ class Judge:
             place = {"agent": job.agent, "source": source.name, "epoch": job.epoch, "step": job.index}
             point = {**place, "steps": self.ledger.steps, "score": score.first}
             self.learning.append({**point, "metrics": dict(score.values)} if self.names else point)
+
+    def add_visit(self, agent: str, line: Mapping[str, Any]) -> None:
+        """Keep what corrections say of a visit."""
+        place = {"stage": len(self.rows), "agent": agent, "sources": line["sources"]}
+        self.visits.append({**place, **line["figures"]})
 
     # Clients, by their own parameters (`judge_clients`).
 

@@ -72,6 +72,9 @@ class Result:
     """With `judge_clients`, for each visit of the first repeat: stage, agent, and the score of its parameters
     on its own test data, and the mean over all others', before and after the visit: own_before, own_after,
     others_before, others_after."""
+    visits: Sequence[Mapping[str, Any]] = ()
+    """What corrections say of each visit of the first repeat: stage, agent, sources, and under the name of
+    each correction with `figures` what these are."""
     personal: Mapping[str, float] | None = None
     """With `judge_clients`: the last score of each client's own parameters on its own test data."""
     stopped: Sequence[Mapping[str, Any]] = ()
@@ -530,6 +533,7 @@ class Result:
             "learning_curve": [dict(point) for point in self.learning_curve],
             "client_drift": [dict(entry) for entry in self.client_drift],
             "local": [dict(visit) for visit in self.local],
+            "visits": [dict(visit) for visit in self.visits],
             "personal": None if self.personal is None else dict(self.personal),
         }
 
@@ -567,6 +571,7 @@ class Result:
                 learning_curve=content.get("learning_curve", ()),
                 client_drift=content.get("client_drift", ()),
                 local=content.get("local", ()),
+                visits=content.get("visits", ()),
                 personal=content.get("personal"),
                 sharing=content.get("sharing", {}),
                 stopped=tuple(content.get("stopped", ())),

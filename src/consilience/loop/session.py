@@ -224,6 +224,7 @@ class Session:
             learning_curve=done[0]["learning"],
             client_drift=done[0]["client_drift"],
             local=done[0]["local"],
+            visits=done[0]["visits"],
             personal=mean_personal(done),
             config=self.config,
             versions=versions(self.engine),

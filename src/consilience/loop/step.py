@@ -68,6 +68,11 @@ class Objectives(NamedTuple):
     """The parts whose losses the first of them are."""
 
     @property
+    def each(self) -> list[tuple[str, Tensor]]:
+        """What each objective is of, and its loss without a gradient."""
+        return [(name, loss.detach()) for name, loss in zip(self.names, self.losses, strict=True)]
+
+    @property
     def total(self) -> Tensor:
         """The weighted sum of the losses, without a gradient."""
         total = self.losses[0].detach()
@@ -231,6 +236,10 @@ class Step:
     """"features": an aggregator weighs objectives by their gradients with respect to the features."""
     absent: list[str] = field(default_factory=list, init=False)
     """The entries that no objective of the last step reaches."""
+    lacking: frozenset[int] = field(default=frozenset(), init=False)
+    """The parts of this step that have no target, and so are no objectives."""
+    each: list[tuple[str, Tensor]] = field(default_factory=list, init=False)
+    """What each objective of the last step is of, and its loss; of all micro-batches."""
     loss: Tensor | None = field(default=None, init=False)
     """The weighted sum of the objectives of the last step; penalties are not in it."""
     measures: bool = field(default=False, init=False)
@@ -271,6 +280,7 @@ class Step:
         self.factors, self.decays = training.factors(layout), training.decays(layout)
         # Asked for in every step, so that they are known beforehand.
         self.varies = training.varies
+        self.accumulates = training.accumulates
         self.clips = training.clip_norm is not None or training.clip_value is not None
         self.reads_index = any(c.needs_index for pairs in self.by_verb.values() for c, _ in pairs)
         self.weighs = isinstance(self.aggregator, Linear) and self.aggregator.needs_gram
@@ -287,9 +297,11 @@ class Step:
 
     def __call__(self, parts: list[Batch], clock: tuple[int, int], generator: torch.Generator | None) -> None:
         """Move `carry` and the traces on by one step."""
-        if self.training.accumulate == 1:
+        self.lacking = self._lacking(parts)
+        if not self.accumulates:
             see = self._seen(parts, clock)
             objectives = self.objectives(see)
+            self.each = objectives.each
             self.loss, rows = objectives.total, self._rows(objectives, generator)
         else:
             see, rows = self._accumulated(parts, clock, generator)
@@ -308,6 +320,19 @@ class Step:
         trained = self._penalised(grad, see) if self.by_verb["penalty"] else grad
         self._descend(see, grad, trained, factor)
 
+    def _lacking(self, parts: list[Batch]) -> frozenset[int]:
+        """Return the parts of a step without any target, unless all are.
+
+        They are no objectives: a row of zeros would end MGDA, and momentum would move the head of a task.
+        """
+        targets = [self.target(part) for part in parts] if len(parts) > 1 else []
+        found = frozenset(
+            i
+            for i, (target, part) in enumerate(zip(targets, parts, strict=False))
+            if not target.complete and not target.count(part.y, part.w) > 0
+        )
+        return found if len(found) < len(parts) else frozenset()
+
     def _seen(self, parts: list[Batch], clock: tuple[int, int]) -> StepView:
         """Return what the verbs see of these parts, after the forward pass."""
         raw, outputs = self.outputs(parts, clock)
@@ -319,6 +344,7 @@ class Step:
         """Return the gradients of a step's objectives as the sums of those of its micro-batches."""
         drawn = None if generator is None else generator.get_state()
         total: Rows | None = None
+        self.each = []
         losses: list[Tensor] = []
         seen: list[StepView] = []
         for piece, shares in self._pieces(parts):
@@ -329,6 +355,7 @@ class Step:
                 seen.append(replace(see, raw=raw, outputs=outputs))
             objectives = self.objectives(see).shared(shares, see.parts)
             losses.append(objectives.total)
+            self.each += objectives.each
             # Random weights are those of the step, not of a micro-batch.
             if generator is not None and drawn is not None:
                 generator.set_state(drawn)
@@ -641,7 +668,7 @@ class Step:
         found = Objectives([], [], [], [], [], [], [])
         for i, (loss, part) in enumerate(zip(self.part_losses(see), see.parts, strict=True)):
             weight = share if part.weight is None else part.weight
-            if weight:
+            if weight and i not in self.lacking:
                 found.losses.append(loss)
                 found.weights.append(weight)
                 found.parts.append(i)
@@ -661,9 +688,15 @@ class Step:
         return found
 
     def plain_losses(self, parts: list[Batch], outputs: list[Tensor]) -> Tensor:
-        """Return the mean loss of each part [parts], without gradient and before corrections change it."""
-        pairs = zip(parts, outputs, strict=True)
-        return torch.stack([self.target(part).mean(out.detach(), part.y, part.w) for part, out in pairs])
+        """Return the mean loss of each part [parts], without gradient and before corrections change it.
+
+        That of a part without any target is NaN.
+        """
+        found = []
+        for i, (part, out) in enumerate(zip(parts, outputs, strict=True)):
+            loss = self.target(part).mean(out.detach(), part.y, part.w)
+            found.append(torch.full_like(loss, torch.nan) if i in self.lacking else loss)
+        return torch.stack(found)
 
     def part_losses(self, see: StepView) -> list[Tensor]:
         """Return the mean loss of each part."""
@@ -861,7 +894,8 @@ class Step:
         self, aggregator: Aggregator, grads: Tensor, rows: Rows, generator: torch.Generator | None
     ) -> Tensor:
         """Return what the aggregator makes of rows [m, n], and move its state on if it keeps one."""
-        if not isinstance(aggregator, Stateful):
+        # What it remembers is of all tasks: without some of them it acts as if it had no memory.
+        if not isinstance(aggregator, Stateful) or self.lacking:
             return aggregator(grads, rows.weights, generator, rows.names)
         grad, self.carry.aggregator = aggregator.advance(
             grads, rows.weights, rows.names, self.carry.aggregator, generator
@@ -873,7 +907,7 @@ class Step:
     ) -> Tensor:
         """Return the coefficients [m] of a linear aggregator, and move its state on if it keeps one."""
         gram = aggregator.checked_gram(gram, rows, of.names)
-        if not isinstance(aggregator, StatefulLinear):
+        if not isinstance(aggregator, StatefulLinear) or self.lacking:
             return aggregator.solve(gram, of.weights, rows, generator)
         found, self.carry.aggregator = aggregator.advance_weights(
             gram, of.weights, of.names, self.carry.aggregator, generator

@@ -144,8 +144,8 @@ class Trial:
         # A sampler may also leave that batch out.
         if getattr(setup.training.sampler, "drop_last", False):
             return
-        size = setup.training.samples
-        joined = [s.name for s in setup.schedule.sources if len(s.train) > size and len(s.train) % size == 1]
+        sizes = [(s, setup.training.samples_of(s.name)) for s in setup.schedule.sources]
+        joined = [s.name for s, size in sizes if len(s.train) > size and len(s.train) % size == 1]
         if joined:
             note = (
                 "the last batch of an epoch has one sample, and is joined to the one before it (batch norm)"
@@ -242,6 +242,8 @@ class Trial:
             found, self.ledger.visit = self.ledger.visit, None
             if found is not None:
                 self.trained += found["steps"]
+                if "figures" in found:
+                    self.judge.add_visit(agent.name, found)
                 line = {"event": "visit", "repeat": self.repeat, "agent": agent.name, "trained": self.trained}
                 self.write({**line, **found})
 

@@ -46,6 +46,8 @@ from consilience.methods.merging import (
 from consilience.methods.multitask import (
     aligned_mtl,
     cagrad,
+    conflicts,
+    deep_supervision,
     dwa,
     fairgrad,
     famo,
@@ -86,7 +88,9 @@ __all__ = [
     "average",
     "average_ensemble",
     "cagrad",
+    "conflicts",
     "cumulative",
+    "deep_supervision",
     "den",
     "der",
     "derpp",

@@ -156,6 +156,21 @@ def _reconciled(name: str, level: Literal["parameters", "features"], **arguments
     return Method(name, step_aggregator=step, step_level=None if level == "parameters" else level)
 
 
+def conflicts(points: int = 10, layers: bool = False) -> Method:
+    """Note how the gradients of tasks agree (`Result.visits`); training stays as it is.
+
+    Paper: Yu et al. 2020.
+
+    Args:
+        points: in how many parts a visit is cut.
+        layers: whether to say it by layer too.
+    """
+    from consilience.core.method import Method
+    from consilience.corrections.conflicts import Conflicts
+
+    return Method("conflicts", (Conflicts(points, layers),))
+
+
 # Weights of the losses of a step.
 
 
@@ -246,6 +261,19 @@ def scale_invariant() -> Method:
     from consilience.corrections.balancing import ScaleInvariant
 
     return _balanced("scale_invariant", ScaleInvariant())
+
+
+def deep_supervision(weight: float = 1.0) -> Method:
+    """Train the earlier answers of a model too, such as those of PAD-Net and MTI-Net.
+
+    Paper: Xu, Ouyang, Wang & Sebe 2018.
+
+    Args:
+        weight: of the loss of each earlier answer.
+    """
+    from consilience.corrections.supervision import DeepSupervision
+
+    return _balanced("deep_supervision", DeepSupervision(weight))
 
 
 def _balanced(name: str, correction: Correction) -> Method:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from consilience.metrics._errors import MAE as MAE
     from consilience.metrics._errors import MSE as MSE
     from consilience.metrics._errors import R2 as R2
+    from consilience.metrics._errors import MeanAngle as MeanAngle
     from consilience.metrics._likelihood import EvaluationLoss as EvaluationLoss
     from consilience.metrics._likelihood import Perplexity as Perplexity
     from consilience.metrics._others import Own as Own
@@ -47,6 +48,7 @@ __all__ = [
     "iou",
     "loss",
     "mae",
+    "mean_angle",
     "mse",
     "own",
     "perplexity",
@@ -119,6 +121,13 @@ def mae() -> MAE:
     from consilience.metrics._errors import MAE
 
     return MAE()
+
+
+def mean_angle() -> MeanAngle:
+    """Return the mean angle between vectors, in degrees. Targets: values; less is better."""
+    from consilience.metrics._errors import MeanAngle
+
+    return MeanAngle()
 
 
 def r2() -> R2:

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from consilience.core.losses import directed
 from consilience.core.metrics import Metric, Sums
-from consilience.metrics._targets import of_values
+from consilience.metrics._targets import of_values, rows
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,28 @@ class MAE(MeanError):
     def sums(self, p: Tensor, y: Tensor) -> Sums:
         answers, targets, there = of_values(p, y)
         return {"error": (targets - answers).abs().sum(), "count": there.sum()}
+
+
+@dataclass(frozen=True)
+class MeanAngle(MeanError):
+    """The mean angle between vectors [N, k, *places] and their predictions, in degrees.
+
+    A vector of length 0, or with a component that is missing, is no target.
+
+    >>> round(MeanAngle()(torch.tensor([[0.0, 2.0], [1.0, 0.0]]), torch.tensor([[1.0, 1.0], [3.0, 0.0]])), 3)
+    22.5
+    """
+
+    called: ClassVar[str] = "mean_angle"
+
+    def sums(self, p: Tensor, y: Tensor) -> Sums:
+        there = rows(directed(y).unsqueeze(1))[:, 0]
+        answers, targets = rows(p[:, : y.shape[1]]).double()[there], rows(y).double()[there]
+        # By both chords of unit vectors (Kahan): the arc cosine loses half the digits of small angles.
+        answers, targets = F.normalize(answers, dim=1), F.normalize(targets, dim=1)
+        apart, together = (answers - targets).norm(dim=1), (answers + targets).norm(dim=1)
+        angles = torch.rad2deg(2 * torch.atan2(apart, together))
+        return {"error": angles.sum(), "count": there.sum()}
 
 
 @dataclass(frozen=True)

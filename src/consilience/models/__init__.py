@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from consilience.core.params import Params
     from consilience.core.source import Source
     from consilience.models.adapted import Adapted as Adapted
+    from consilience.models.answers import Joint as Joint
     from consilience.models.biased import Biased as Biased
     from consilience.models.columns import Progressive as Progressive
     from consilience.models.composed import Composed
@@ -54,6 +55,7 @@ __all__ = [
     "fourier_features",
     "frozen",
     "head2toe",
+    "joint",
     "lenet",
     "linear",
     "linearised",
@@ -61,12 +63,16 @@ __all__ = [
     "mlp",
     "mmoe",
     "mtan",
+    "mti_net",
     "multi_head",
+    "multi_net",
     "nddr",
+    "pad_net",
     "ple",
     "progressive",
     "progressive_conv",
     "random_features",
+    "recommender",
     "resnet",
     "sharing",
     "sluice",
@@ -908,6 +914,164 @@ def linearised(model: Model, base: Params | None = None) -> Tangent:
     from consilience.models.tangent import Tangent
 
     return Tangent(model, base)
+
+
+def joint(module: nn.Module | Callable[[], nn.Module], widths: Mapping[str, int], earlier: int = 0) -> Joint:
+    """Return a model of a module that answers several tasks: x -> {task: outputs [B, k, *places]}.
+
+    Tasks may differ in their places: one answer per image and one per pixel, or per text and per token. A
+    task's outputs may be a tuple: the answer, and then earlier answers of its shape, which
+    `methods.deep_supervision` trains. An entry on which the answers of one task alone depend is left to its
+    gradient by aggregators such as PCGrad.
+
+    Args:
+        module: the module, or a function of no arguments that makes one.
+        widths: the number k of outputs of each task: classes, values or labels.
+        earlier: how many earlier answers each task has.
+
+    >>> import torch
+    >>> class Two(torch.nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.trunk, self.digit, self.ink = (torch.nn.Linear(4, k) for k in (4, 3, 1))
+    ...     def forward(self, x):
+    ...         h = self.trunk(x).relu()
+    ...         return {"digit": self.digit(h), "ink": self.ink(h)}
+    >>> joint(Two, {"digit": 3, "ink": 1}).outputs
+    4
+    """
+    from consilience.models.answers import Joint
+
+    return Joint(module, widths, earlier)
+
+
+def pad_net(widths: Mapping[str, int], channels: int = 3, width: int = 16) -> Joint:
+    """Return PAD-Net on a small encoder and decoder, for images [B, channels, H, W] and a target per pixel.
+
+    Each task answers from the shared maps; spatial attention distils the maps behind these answers between
+    the tasks; and each task answers again from what it got. `methods.deep_supervision` trains the first
+    answers too, as the paper does. Xu, Ouyang, Wang & Sebe 2018, arXiv:1805.04409.
+
+    Args:
+        widths: the number of outputs of each task: classes, values or labels.
+        channels: of the images.
+        width: of the maps in full size.
+
+    >>> import torch
+    >>> model = pad_net({"seg": 3, "depth": 1}, channels=1, width=4)
+    >>> model.outputs, model.earlier
+    (8, 1)
+    """
+    return _distilled("pad_net", widths, channels, width, 1)
+
+
+def mti_net(widths: Mapping[str, int], channels: int = 3, width: int = 16) -> Joint:
+    """Return MTI-Net on a small encoder: `pad_net` with answers and distillation at three scales.
+
+    Maps of tasks pass from each scale to the next finer one, and the last answers read all scales.
+    Vandenhende, Georgoulis & Van Gool 2020, arXiv:2001.06902. Arguments are those of `pad_net`.
+
+    >>> mti_net({"seg": 3, "depth": 1}, channels=1, width=4).earlier
+    3
+    """
+    return _distilled("mti_net", widths, channels, width, 3)
+
+
+def _distilled(name: str, widths: Mapping[str, int], channels: int, width: int, scales: int) -> Joint:
+    from consilience.core.checks import whole_number
+    from consilience.models import dense
+    from consilience.models.answers import Joint
+
+    whole_number(channels=channels, width=width)
+    # A copy: the module is made again whenever parameters are.
+    kept = dict(widths)
+    return Joint(lambda: dense.Distilled(kept, channels, width, scales), kept, scales, name=name)
+
+
+def multi_net(
+    images: Mapping[str, int] | None = None,
+    pixels: Mapping[str, int] | None = None,
+    cells: Mapping[str, int] | None = None,
+    channels: int = 3,
+    width: int = 16,
+) -> Joint:
+    """Return MultiNet: one small encoder for answers per image, per pixel, and per cell of 4 x 4 pixels.
+
+    Images are [B, channels, H, W] with H and W divisible by 4. Cells [B, k, H / 4, W / 4] detect: a task of
+    kind "labels" says whether a cell has an object, and one of kind "value" where its box is
+    (`data.cell_targets`). Teichmann et al. 2018, arXiv:1612.07695.
+
+    Args:
+        images, pixels, cells: the numbers of outputs by task.
+        channels: of the images.
+        width: of the maps in full size.
+
+    >>> multi_net({"scene": 3}, {"road": 2}, {"car": 1, "box": 4}, width=4).outputs
+    10
+    """
+    from consilience.core.checks import whole_number
+    from consilience.models import dense
+    from consilience.models.answers import Joint
+
+    whole_number(channels=channels, width=width)
+    parts = [dict(given or {}) for given in (images, pixels, cells)]
+    names = [task for part in parts for task in part]
+    # A task has answers of one kind, and its name is the key to them.
+    if len(set(names)) < len(names):
+        raise ConsilienceError(f"tasks must have names of their own, got {', '.join(names)}.")
+    widths = {task: k for part in parts for task, k in part.items()}
+    images, pixels, cells = parts
+    return Joint(lambda: dense.MultiNet(images, pixels, cells, channels, width), widths, name="multi_net")
+
+
+def recommender(
+    ids: Sequence[int],
+    widths: Mapping[str, int],
+    numbers: int = 0,
+    chain: tuple[str, str] | None = None,
+    embedding: int = 8,
+    hidden: Sequence[int] = (64,),
+) -> Joint:
+    """Return a model of clicks, purchases and engagement on sparse ids: embeddings, a trunk, towers.
+
+    Inputs are a mapping: `ids` [B, tables], whole numbers (`data.ids` makes them of names), and `numbers`
+    [B, d] if there are any. With `chain` it is ESMM: P(click and buy) = P(click) P(buy after click), where
+    both sides are trained on all impressions, and never on clicks alone; the rate of purchases after a click
+    is the ratio of the two predictions, for impressions without a click too. Ma et al. 2018,
+    arXiv:1804.07931.
+
+    Args:
+        ids: the rows of each embedding table: ids are below them.
+        widths: the number of outputs of each task: labels, values or classes.
+        numbers: d, the numbers of an impression.
+        chain: (task, task that happens only after it), such as ("click", "buy"): the targets of the second
+            are 1 where both happened.
+        embedding: the width of the embeddings.
+        hidden: the widths of the trunk.
+
+    >>> model = recommender([100, 50], {"click": 1, "buy": 1, "dwell": 1}, numbers=3, chain=("click", "buy"))
+    >>> model.outputs, sum(name.startswith("tables.") for name in model.entries)
+    (3, 2)
+    """
+    from consilience.core.checks import whole_number
+    from consilience.models.answers import Joint
+    from consilience.models.recommend import Recommender
+
+    for rows in ids:
+        whole_number(ids=rows)
+    whole_number(embedding=embedding)
+    whole_number(0, numbers=numbers)
+    for width in hidden:
+        whole_number(hidden=width)
+    # Copies: the function that makes the module runs again whenever parameters are made.
+    kept, tables, layers = dict(widths), tuple(ids), tuple(hidden)
+    if chain is not None and (len(chain) != 2 or any(kept.get(task) != 1 for task in chain)):
+        raise ConsilienceError(f"`chain` must be two tasks of one output each of `widths`, got {chain!r}.")
+    if not tables and not numbers:
+        raise ConsilienceError("a recommender needs `ids` or `numbers`, got neither.")
+    return Joint(
+        lambda: Recommender(tables, numbers, kept, chain, embedding, layers), kept, name="recommender"
+    )
 
 
 def wrap(

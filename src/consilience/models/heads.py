@@ -141,19 +141,7 @@ class Heads(Model):
     def moved(
         self, params: Params, buffers: Params, columns: Sequence[int | None], width: int
     ) -> tuple[Params, Params]:
-        changed = dict(buffers)
-        for name, own in buffers.items():
-            if not (name.startswith(HEADS) and name.endswith(".columns")):
-                continue
-            places = [columns[column] if column < len(columns) else None for column in own.tolist()]
-            if None in places:
-                raise ConsilienceError(
-                    f"a head must answer with columns that have a label in the schedule, got column "
-                    f"{own.tolist()[places.index(None)]} of {len(columns)} labels in {name!r}; say what they "
-                    "mean with `labels=` (`Result.labels`), and give sources that declare them."
-                )
-            changed[name] = torch.tensor(places, dtype=own.dtype, device=own.device)
-        return params, changed
+        return params, moved_columns(buffers, columns, HEADS)
 
     # For subclasses.
 
@@ -384,6 +372,23 @@ class MultiHead(Heads):
     def _common_outputs(self, psi: Tensor, heads: Sequence[Head]) -> Tensor:
         """Return the outputs [B, C] of these heads on the same features, zero without any."""
         return self._outputs([psi] * len(heads), heads) if heads else self._no_outputs(psi)
+
+
+def moved_columns(buffers: Params, columns: Sequence[int | None], prefix: str) -> Params:
+    """Return buffers in which the columns of tasks [k] are those to which they move: i becomes columns[i]."""
+    changed = dict(buffers)
+    for name, own in buffers.items():
+        if not (name.startswith(prefix) and (prefix != HEADS or name.endswith(".columns"))):
+            continue
+        places = [columns[column] if column < len(columns) else None for column in own.tolist()]
+        if None in places:
+            raise ConsilienceError(
+                f"a head must answer with columns that have a label in the schedule, got column "
+                f"{own.tolist()[places.index(None)]} of {len(columns)} labels in {name!r}; say what they "
+                "mean with `labels=` (`Result.labels`), and give sources that declare them."
+            )
+        changed[name] = torch.tensor(places, dtype=own.dtype, device=own.device)
+    return changed
 
 
 def as_type(h: Tensor, weight: Tensor) -> Tensor:

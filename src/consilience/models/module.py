@@ -213,6 +213,11 @@ class ModuleModel(Model):
     def __call__(
         self, params: Params, buffers: Params, x: Input, task: str | None, train: bool
     ) -> tuple[Tensor, Params]:
+        out, new = self.called(params, buffers, x, train)
+        return self.read(out, task, buffers), new
+
+    def called(self, params: Params, buffers: Params, x: Input, train: bool) -> tuple[Any, Params]:
+        """Return what the module returns, and the new buffers."""
         self._set_mode(train)
         statistics = _pick(buffers, self.buffer_names)
         # The module updates its buffers in place, and the caller's must stay as they are.
@@ -222,7 +227,7 @@ class ModuleModel(Model):
         x = x.clone() if kept else x
         args, kwargs = called_with(x)
         state = {**_pick(params, self.entries), **statistics}
-        out = tensor_of(functional_call(self.module, state, args, kwargs, tie_weights=True))
+        out = functional_call(self.module, state, args, kwargs, tie_weights=True)
         self._detach()
 
         # Transforms of torch.func hide whether a tensor was changed. They are called with gradients.
@@ -236,6 +241,10 @@ class ModuleModel(Model):
         self._assigned |= {name for name, tensor in new.items() if tensor is not statistics[name]}
         moved = {name: tensor.detach() for name, tensor in new.items() if name not in self._derived}
         return out, {**buffers, **moved}
+
+    def read(self, out: Any, task: str | None, buffers: Params) -> Tensor:
+        """Return the outputs [B, C, *places] for a task from what the module returned."""
+        return out if isinstance(out, Tensor) else tensor_of(out)
 
     def features(self, params: Params, buffers: Params, x: Input, task: str | None = None) -> Tensor:
         self.find_head(params, buffers, x)
@@ -264,7 +273,8 @@ class ModuleModel(Model):
         return (psi * there[..., None]).sum(1) / there.sum(1, keepdim=True).clamp_min(1)
 
     def bind(self, params: Params, buffers: Params, train: bool) -> tuple[Forward, Params]:
-        return self._bound(params, buffers, train, None)
+        forward, held = self.bind_each(params, buffers, train)
+        return lambda x, task: forward(x, (task,))[0], held
 
     @property
     def passes_features(self) -> bool:
@@ -274,12 +284,17 @@ class ModuleModel(Model):
     def bind_each(
         self, params: Params, buffers: Params, train: bool, through: Callable[[Tensor], Tensor] | None = None
     ) -> tuple[ForwardEach, Params]:
-        forward, held = self._bound(params, buffers, train, through)
-        return lambda x, tasks: [forward(x, task) for task in tasks], held
+        module, held = self.bind_module(params, buffers, train, through)
 
-    def _bound(
-        self, params: Params, buffers: Params, train: bool, through: Callable[[Tensor], Tensor] | None
-    ) -> tuple[Forward, Params]:
+        def forward(x: Input, tasks: tuple[str | None, ...]) -> list[Tensor]:
+            return [self.read(module(x), task, buffers) for task in tasks]
+
+        return forward, held
+
+    def bind_module(
+        self, params: Params, buffers: Params, train: bool, through: Callable[[Tensor], Tensor] | None = None
+    ) -> tuple[Callable[[Input], Any], Params]:
+        """Return x -> what the module returns over these tensors, and the buffers that it updates."""
         self._set_mode(train)
         statistics = {
             name: tensor.detach().clone() for name, tensor in _pick(buffers, self.buffer_names).items()
@@ -290,17 +305,16 @@ class ModuleModel(Model):
             head.register_forward_pre_hook(lambda _, args: (through(args[0]), *args[1:]))
         spoils = self._spoils.get(train, True)
 
-        def forward(x: Input, task: str | None) -> Tensor:
+        def forward(x: Input) -> Any:
             x = x.clone() if spoils else x
-            # Most inputs are one tensor, and most modules return one: both cost nothing here.
-            out = module(x) if isinstance(x, Tensor) else module(*(called := x.arguments())[0], **called[1])
-            return out if isinstance(out, Tensor) else tensor_of(out)
+            # Most inputs are one tensor, which costs nothing here.
+            return module(x) if isinstance(x, Tensor) else module(*(called := x.arguments())[0], **called[1])
 
         if not train or not self._assigned:
             return forward, statistics
 
-        def assigning(x: Input, task: str | None) -> Tensor:
-            out = forward(x, task)
+        def assigning(x: Input) -> Any:
+            out = forward(x)
             # The statistics that were returned are the ones that others read.
             for name in self._assigned:
                 owner, _, own = name.rpartition(".")
@@ -636,12 +650,12 @@ def tensor_of(out: Any) -> Tensor:
         return out
     logits = out.get("logits") if isinstance(out, Mapping) else getattr(out, "logits", None)
     if not isinstance(logits, Tensor):
-        found = f"a {type(out).__name__}"
+        found, remedy = f"a {type(out).__name__}", "wrap it in a module that returns the outputs"
         if isinstance(out, Mapping):
             found += f" of {', '.join(map(str, out))}"
+            remedy += ", or with models.joint if these are the answers of tasks"
         raise ConsilienceError(
-            f"a module must return a tensor [B, C, *places], or have it in `logits`, got {found}; "
-            "wrap it in a module that returns the outputs."
+            f"a module must return a tensor [B, C, *places], or have it in `logits`, got {found}; {remedy}."
         )
     return logits.movedim(-1, 1) if logits.dim() == 3 else logits
 

@@ -25,6 +25,7 @@ RESULT: dict[str, Any] = {
     "learning_curve?": [{**RECORD, "steps": float, "score": Or(float)}],
     "client_drift?": [RECORD],
     "local?": [RECORD],
+    "visits?": [{**RECORD, "sources": [str]}],
     "personal?": Or(NUMBERS),
     "stopped?": [{"stage": int, "why": str, "returned": int, "score": Or(float)}],
     "versions": Any_(None),

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+import math
+import runpy
 import warnings
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -575,3 +578,31 @@ def test_frozen_layers_of_a_module_stay():
     result = joint(cs.models.cross_stitch(module, 6))
     assert torch.equal(result.params[f"nets.{A}.0.weight"], module[0].weight)
     assert not torch.equal(result.params[f"nets.{A}.2.weight"].float(), module[2].weight)
+
+
+# The examples.
+
+
+@pytest.mark.parametrize(("name", "lines"), [("hard_sharing", 92), ("mmoe", 76)])
+def test_an_example_is_a_tenth_of_the_plain_code(name, lines, monkeypatch, capsys):
+    path = Path(__file__).parents[1] / "examples" / f"{name}.py"
+    text = [line for line in path.read_text().splitlines() if line.strip() and not line.startswith('"""')]
+    assert len(text) <= lines / 10
+
+    found, run = [], cs.run
+    monkeypatch.setattr(cs, "run", lambda *args: found.append(run(*args)) or found[0])
+    runpy.run_path(str(path), run_name="__main__")
+    out = capsys.readouterr().out
+    scores = dict(zip(found[0].sources, found[0].matrix[-1], strict=True))
+    if name == "mmoe":
+        entropies = [own["layer 0"]["entropy"] for own in found[0].sharing.values()]
+        assert len(entropies) == 3
+        assert all(0 < value <= math.log(8) for value in entropies)
+        assert all(f"gate entropy: {value:.3f}" in out for value in entropies)
+        return
+    # Classes by accuracy against chance, and values by a metric of their own.
+    assert scores["data/sentiment"] > 1 / 3 + 0.07
+    assert scores["data/ner"] > 1 / 9 + 0.07
+    assert found[0].measured_by == ("accuracy", "accuracy", "r2")
+    assert scores["data/rating"] > 0.1
+    assert "data/rating" in out

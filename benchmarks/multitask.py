@@ -5,8 +5,10 @@ Data from CONSILIENCE_DATA. Each part has a result of its own:
 - domains: FDU-MTL, sentiment of reviews in 16 domains, one task each; an eighth of the training texts is to
   validate. Inputs are TF-IDF (words and pairs of words that occur often in the training texts of all
   domains), or the first LENGTH words, of which the net takes the mean embedding. A net has two layers of 32
-  units, which the domains share, and a head per domain. The grid has GRID terms (4 epochs of batches of 128,
-  each balancing); "large" has LARGE terms (4 epochs, batches of 64). Also logistic regression (C = 1) on the
+  units, and a head per domain. All domains share the first layer. The second is shared by hard sharing, is
+  one of 4 experts of MMoE, an expert of each of PLE's two layers (2 shared ones, and 1 per domain), or one
+  per domain with cross-stitch units. The grid has GRID terms (4 epochs of batches of 128, each balancing);
+  "large" is hard sharing of LARGE terms (4 epochs, batches of 64). Also logistic regression (C = 1) on the
   TF-IDF of "large", per domain and on all domains. The bar in the data's README, TF-IDF and logistic
   regression per domain, is .858.
 - tokens: parts of speech and entities of English sentences of the web (EWT; two tasks), and sentiment of
@@ -72,6 +74,7 @@ BALANCINGS: dict[str, Callable[[], cs.Method]] = {
 ALONE = "alone"
 """Stands for a balancing where each task has a net of its own."""
 INPUTS = ("TF-IDF", "words")
+NETS = ("hard sharing", "MMoE", "PLE", "cross-stitch")
 TOKENS, SENTIMENT = ("upos", "ner"), "sentiment"
 
 
@@ -87,6 +90,7 @@ class Job(NamedTuple):
     kind: str = ""
     """Of the inputs, in "domains"."""
     size: int = GRID
+    net: str = NETS[0]
 
 
 def read(name: str) -> Any:
@@ -230,14 +234,22 @@ def layer() -> nn.Module:
     return nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU())
 
 
-def domain_net(kind: str, size: int) -> Any:
-    """Two layers that the domains share, of which the first reads the inputs, and a head per domain."""
+def domain_net(net: str, kind: str, size: int) -> Any:
+    """Two layers, of which the first reads the inputs, and a head per domain."""
 
     def stem() -> nn.Module:
         return Terms(size, WIDTH) if kind == "TF-IDF" else Words(WIDTH)
 
-    trunk = cs.models.wrap(lambda: nn.Sequential(stem(), layer()), outputs=WIDTH, headless=True)
-    return cs.models.multi_head(trunk, outputs=2)
+    def both() -> nn.Module:
+        return nn.Sequential(stem(), layer())
+
+    if net == "MMoE":
+        return cs.models.mmoe(layer, 2, experts=4, stem=stem)
+    if net == "PLE":
+        return cs.models.ple([layer, layer], 2, stem=stem)
+    if net == "cross-stitch":
+        return cs.models.cross_stitch(both, 2, shared=1)
+    return cs.models.multi_head(cs.models.wrap(both, outputs=WIDTH, headless=True), 2)
 
 
 def regressions() -> dict[str, list[float]]:
@@ -461,7 +473,7 @@ def measured(job: Job) -> dict[str, float]:
     metric: Any = None
     if job.part == "domains":
         sources: Sequence[Source] = domains(job.kind, job.size)
-        model = domain_net(job.kind, job.size)
+        model = domain_net(job.net, job.kind, job.size)
         training = cs.Training(epochs=4, batch_size=64 if job.size == LARGE else 128)
     elif job.part == "tokens":
         sources = token_tasks()
@@ -537,21 +549,29 @@ def run_domains(bench: Bench) -> tuple[dict[str, Any], str]:
     for kind, job in jobs.items():
         rated = job._replace(rate=rates[kind].value)
         wanted[kind, ALONE] = [rated._replace(balancing=ALONE, task=name) for name in reviews()]
-        wanted |= {(kind, balancing): [rated._replace(balancing=balancing)] for balancing in BALANCINGS}
+        wanted |= {
+            (kind, balancing, net): [rated._replace(balancing=balancing, net=net)]
+            for balancing in BALANCINGS
+            for net in NETS
+        }
     large = Job("domains", "uniform", "", rates["TF-IDF"].value, 0, kind="TF-IDF", size=LARGE)
     found = bench.over_seeds({**wanted, "large": [large]})
 
-    lines = [f"| balancing | {' | '.join(INPUTS)} |", "|---" * 3 + "|"]
-    for balancing in (ALONE, *BALANCINGS):
-        cells = [spread([mean_of(own) for own in found[kind, balancing]]) for kind in INPUTS]
-        lines.append(f"| {balancing} | {' | '.join(cells)} |")
+    lines = []
+    for kind in INPUTS:
+        alone = spread([mean_of(own) for own in found[kind, ALONE]])
+        lines += [f"| {kind} (each domain alone: {alone}) | {' | '.join(NETS)} |", "|---" * 5 + "|"]
+        for balancing in BALANCINGS:
+            cells = [spread([mean_of(own) for own in found[kind, balancing, net]]) for net in NETS]
+            lines.append(f"| {balancing} | {' | '.join(cells)} |")
+        lines.append("")
     others = {"hard sharing, large": [mean_of(own) for own in found["large"]]}
     others |= {name: [float(np.mean(each))] for name, each in regressions().items()}
-    lines += ["", "| TF-IDF of many terms | accuracy |", "|---|---|"]
+    lines += ["| TF-IDF of many terms | accuracy |", "|---|---|"]
     lines += [f"| {name} | {spread(each)} |" for name, each in others.items()]
     facts = {
         "rates": {kind: choice._asdict() for kind, choice in rates.items()},
-        "scores": {f"{kind}, {b}": found[kind, b] for kind in INPUTS for b in (ALONE, *BALANCINGS)},
+        "scores": {", ".join(name): own for name, own in found.items() if name != "large"},
         "large": found["large"],
         "many terms": others,
     }

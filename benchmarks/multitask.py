@@ -16,6 +16,10 @@ Data from CONSILIENCE_DATA. Each part has a result of its own:
   shapes, a convolution over neighbours, next to the mean of the sentence; sentiment is read at the first
   word. 4 epochs of batches of 32. Accuracy, and for entities the F1 of tokens that are one or are said to
   be. The bar is the most frequent tag of a word.
+- sentences: seven tasks of sentences (2 to 6 classes), a quarter of the training texts of each, the first
+  SENTENCE words. One layer of 32 units on the mean embedding of words, and a head per task; 4 epochs of
+  batches of 32. How often a task is drawn (`samplers.Mixed`): in proportion to its size, equally, with
+  temperature 2, or from equally to in proportion.
 - mixed: IMAGES training images of MNIST, each turned by up to 60 degrees: which digit (accuracy), the angle
   (as sine and cosine; mean error in degrees), and the densities of strokes in 7 x 7 places (R2). A conv net
   of 64 features, 8 epochs of batches of 32.
@@ -42,7 +46,7 @@ import lzma
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -57,8 +61,10 @@ import consilience as cs
 from common import PROTOCOL, Choice, folder_for, kept, save, spread, tune
 from consilience.core.metrics import Metric
 from consilience.core.source import Source
+from consilience.data.samplers import Mixed
 
 SEEDS, LENGTH, GRID, LARGE, REVIEWS, IMAGES = 2, 80, 3000, 40000, 2000, 1000
+SENTENCE = 40
 WIDTH, NUMBERS = 32, 4000
 RATES = (0.001, 0.003, 0.01, 0.03, 0.1)
 BALANCINGS: dict[str, Callable[[], cs.Method]] = {
@@ -74,6 +80,12 @@ BALANCINGS: dict[str, Callable[[], cs.Method]] = {
 ALONE = "alone"
 """Stands for a balancing where each task has a net of its own."""
 INPUTS = ("TF-IDF", "words")
+SAMPLINGS = {
+    "proportional": Mixed(1.0),
+    "equal": Mixed(math.inf),
+    "temperature 2": Mixed(2.0),
+    "annealed": Mixed(math.inf, final=1.0),
+}
 NETS = ("hard sharing", "MMoE", "PLE", "cross-stitch")
 TOKENS, SENTIMENT = ("upos", "ner"), "sentiment"
 
@@ -88,7 +100,7 @@ class Job(NamedTuple):
     seed: int
     tuning: bool = False
     kind: str = ""
-    """Of the inputs, in "domains"."""
+    """Of the inputs, in "domains"; of the sampling, in "sentences"."""
     size: int = GRID
     net: str = NETS[0]
 
@@ -162,31 +174,28 @@ def terms(matrix: Any, size: int) -> Tensor:
     return torch.from_numpy(found)
 
 
-@lru_cache(maxsize=1)
-def vocabulary() -> dict[str, int]:
-    """The most frequent words of all training texts, numbered from 2; 1 is any other, and 0 pads."""
-    words = Counter(
-        w for own in reviews().values() for text in own.texts["train"] for w in text.lower().split()
-    )
+def vocabulary(texts: Iterable[str]) -> dict[str, int]:
+    """The most frequent words of training texts, numbered from 2; 1 is any other, and 0 pads."""
+    words = Counter(word for text in texts for word in text.lower().split())
     return {word: i for i, (word, _) in enumerate(words.most_common(NUMBERS - 2), 2)}
 
 
-def numbers(texts: Sequence[str]) -> Tensor:
-    """The first words of texts as numbers [N, LENGTH]."""
-    found = torch.zeros(len(texts), LENGTH, dtype=torch.long)
+def numbers(texts: Sequence[str], table: Mapping[str, int], length: int) -> Tensor:
+    """The first words of texts as numbers [N, length]."""
+    found = torch.zeros(len(texts), length, dtype=torch.long)
     for i, text in enumerate(texts):
-        words = text.lower().split()[:LENGTH] or [""]
-        found[i, : len(words)] = torch.tensor([vocabulary().get(word, 1) for word in words])
+        words = text.lower().split()[:length] or [""]
+        found[i, : len(words)] = torch.tensor([table.get(word, 1) for word in words])
     return found
 
 
 @lru_cache(maxsize=3)
 def domains(kind: str, size: int) -> tuple[Source, ...]:
     """One source per domain, with TF-IDF or words as inputs."""
-    found = []
+    found, table = [], vocabulary(text for own in reviews().values() for text in own.texts["train"])
     for name, own in reviews().items():
         given = {
-            part: terms(weights()[name][part], size) if kind == "TF-IDF" else numbers(texts)
+            part: terms(weights()[name][part], size) if kind == "TF-IDF" else numbers(texts, table, LENGTH)
             for part, texts in own.texts.items()
         }
         labels = {part: torch.tensor(values) for part, values in own.labels.items()}
@@ -423,6 +432,37 @@ def most_frequent() -> dict[str, float]:
     return found
 
 
+# Seven tasks of sentences.
+
+
+@lru_cache(maxsize=1)
+def sentence_tasks() -> tuple[Source, ...]:
+    """One source per task; an eighth of its training texts is for validation."""
+    chosen: dict[str, dict[str, list[tuple[str, Any]]]] = {}
+    for name, parts in read("text_sentence_tasks7").items():
+        pairs = list(zip(parts["train"]["text"], parts["train"]["label"], strict=True))
+        order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0)).tolist()
+        some = [pairs[i] for i in order[: len(pairs) // 4]]
+        cut = len(some) // 8
+        tested = list(zip(parts["test"]["text"], parts["test"]["label"], strict=True))
+        chosen[name] = {"train": some[cut:], "validation": some[:cut], "test": tested}
+
+    table = vocabulary(text for parts in chosen.values() for text, _ in parts["train"])
+    found = []
+    for name, parts in chosen.items():
+        classes = sorted({label for own in parts.values() for _, label in own})
+        x = {part: numbers([text for text, _ in own], table, SENTENCE) for part, own in parts.items()}
+        y = {part: [classes.index(label) for _, label in own] for part, own in parts.items()}
+        found.append(replace(made(x, y, list(map(str, classes)), name, name), task=name))
+    return tuple(found)
+
+
+def sentence_net() -> Any:
+    """The mean embedding, one layer, and a head per task."""
+    trunk = cs.models.wrap(lambda: nn.Sequential(Words(WIDTH), layer()), outputs=WIDTH, headless=True)
+    return cs.models.multi_head(trunk, sum(len(source.labels) for source in sentence_tasks()))
+
+
 # A class, an angle and a map.
 
 
@@ -475,6 +515,12 @@ def measured(job: Job) -> dict[str, float]:
         sources: Sequence[Source] = domains(job.kind, job.size)
         model = domain_net(job.net, job.kind, job.size)
         training = cs.Training(epochs=4, batch_size=64 if job.size == LARGE else 128)
+    elif job.part == "sentences":
+        sources, model = sentence_tasks(), sentence_net()
+        training = cs.Training(epochs=4, batch_size=32)
+        # A task alone has all of a step.
+        if not job.task:
+            training = replace(training, sampler=SAMPLINGS[job.kind])
     elif job.part == "tokens":
         sources = token_tasks()
         model = token_net()
@@ -594,6 +640,23 @@ def run_tokens(bench: Bench) -> tuple[dict[str, Any], str]:
     return {"rate": rate._asdict(), "most frequent": bar, "scores": found}, "\n".join(lines)
 
 
+def run_sentences(bench: Bench) -> tuple[dict[str, Any], str]:
+    """Seven tasks of different sizes, by how often each is drawn."""
+    job = Job("sentences", "uniform", "", 0.0, 0, kind="proportional")
+    rate = bench.chosen([job], mean_of)[job]
+    rated, tasks = job._replace(rate=rate.value), [source.name for source in sentence_tasks()]
+    wanted = {ALONE: [rated._replace(balancing=ALONE, task=task) for task in tasks]}
+    wanted |= {name: [rated._replace(kind=name)] for name in SAMPLINGS}
+    found = bench.over_seeds(wanted)
+
+    sizes = [f"{source.name} ({len(source.train)})" for source in sentence_tasks()]
+    lines = [f"| sampling | {' | '.join(sizes)} | mean |", "|---" * (len(tasks) + 2) + "|"]
+    for name, own in found.items():
+        cells = [spread([s[task] for s in own]) for task in tasks] + [spread([mean_of(s) for s in own])]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return {"rate": rate._asdict(), "scores": found}, "\n".join(lines)
+
+
 def run_mixed(bench: Bench) -> tuple[dict[str, Any], str]:
     """A class, an angle and a map."""
     tasks = ("mnist/digit", "mnist/angle", "mnist/map")
@@ -622,6 +685,7 @@ def run_mixed(bench: Bench) -> tuple[dict[str, Any], str]:
 PARTS: dict[str, tuple[Callable[[Bench], tuple[dict[str, Any], str]], Callable[[], Any]]] = {
     "domains": (run_domains, weights),
     "tokens": (run_tokens, token_tasks),
+    "sentences": (run_sentences, sentence_tasks),
     "mixed": (run_mixed, digits),
 }
 """What makes each part, and what it reads before there are processes, which then share it."""
@@ -637,7 +701,7 @@ def main() -> None:
     seeds, grid = (5, 10000) if chosen.full else (SEEDS, GRID)
     numbers = {"SEEDS": seeds, "GRID": grid, "LARGE": LARGE, "LENGTH": LENGTH, "REVIEWS": REVIEWS}
     about = __doc__ or ""
-    for name, value in {**numbers, "IMAGES": IMAGES, "STRENGTHS": PROTOCOL}.items():
+    for name, value in {**numbers, "SENTENCE": SENTENCE, "IMAGES": IMAGES, "STRENGTHS": PROTOCOL}.items():
         about = about.replace(name, str(value))
 
     for part in chosen.parts:

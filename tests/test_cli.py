@@ -165,8 +165,19 @@ def test_models_and_splits_come_one_after_another(tmp_path):
     assert len(found["sources"]) == 10
     assert found["config"]["model"] == {
         "random_features": {"width": 256, "seed": 0},
-        "multi_head": {"norm": None},
+        "multi_head": {"norm": None, "hidden": [], "shared": None},
     }
+
+
+def test_a_trunk_or_an_expert_comes_before_what_tasks_share(tmp_path):
+    argv = (
+        "--setting multitask --setting.scenario task --split classes --model mlp+mmoe --model.mmoe.experts 2"
+    )
+    assert main(["run", *argv.split(), *QUICK, "--out", str(tmp_path / "out")]) == 0
+    found = result(tmp_path / "out")
+    assert found["model"] == "mmoe(mlp)"
+    parts = [places["layer 0"]["parts"] for places in found["sharing"].values()]
+    assert parts == [["expert 0.0", "expert 0.1"]] * len(found["sources"])
 
 
 def test_a_module_of_ones_own_is_a_model(tmp_path, monkeypatch):

@@ -42,6 +42,8 @@ HIDDEN = {
     "new_instances",
     "new_instances_and_classes",
     "own",
+    "ple",
+    "sharing",
     "stream",
     "wrap",
 }

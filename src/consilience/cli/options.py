@@ -252,7 +252,7 @@ def part_of(choice: str, name: str, alone: bool) -> Part:
     key = choice if alone else f"{choice}.{name.rpartition('.')[2]}"
 
     upstream = first_argument(call) if choice in ("setting", "split", "model") else ""
-    if choice == "model" and upstream not in ("trunk", "model", "backbone"):
+    if choice == "model" and upstream not in ("trunk", "model", "backbone", "expert"):
         upstream = ""
 
     # The backbone resizes images itself, so its size is an option.

@@ -426,7 +426,20 @@ def test_parts_that_go_beyond_the_budget_are_skipped_by_name(capsys):
     assert plan["event"] == "plan" and plan["runs"] == 4 and "transfer 3, capacity 1" in plan["text"]
     assert [line["stage"] for line in rest] == [1, 2, 3, 4]
     dry = cs.diagnose(two(), training=QUICK, dry_run=True)
-    assert not dry.runs and "at most 10 runs with 3 seeds each" in capsys.readouterr().out
+    assert not dry.runs and "at most 13 runs with 3 seeds each" in capsys.readouterr().out
+
+
+def test_sharing_depths_and_soft_sharing_are_made_of_the_trunk():
+    model = cs.models.mlp(64, (8, 6), 10)
+    found = cs.diagnose(two(), model, QUICK, parts=["depth", "soft"], repeats=1)
+    assert [each.name for each in found.depth] == [f"{k} of 2 layers shared" for k in range(3)]
+    assert [each.name for each in found.soft] == ["cross-stitch"]
+    w = torch.tensor([1.0, 0, 0])
+    sources = [regression("a", w), regression("b", -w)]
+    refused = cs.diagnose(
+        sources, cs.models.mlp(3, (4,), 1), QUICK, parts=["depth"], repeats=1, on="test", scenario="domain"
+    )
+    assert not refused.depth and refused.skipped["depth"] == "all of its runs are refused"
 
 
 def test_one_seed_shows_no_intervals():

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from consilience.core.checks import whole_number
 from consilience.core.errors import ConsilienceError, Refusal, kind_of, suggests, unknown
 from consilience.core.method import Method
 from consilience.core.metrics import Metric, mean
+from consilience.core.model import Model
 from consilience.core.source import Source
 from consilience.core.training import Training
 from consilience.diagnosis._bench import Bench, Spec, Trained, kept_runs, options_of
@@ -44,6 +45,9 @@ from consilience.loop.engine import Engine
 from consilience.loop.folder import Progress
 from consilience.methods import finetune, gradnorm, pcgrad, task_weights, uncertainty
 from consilience.metrics.choice import Choice
+from consilience.models.heads import MultiHead
+from consilience.models.module import ModuleModel
+from consilience.models.networks import Networks
 from consilience.progress import draws, watched
 from consilience.report._significance import Difference, paired
 
@@ -78,6 +82,8 @@ class Tries:
     soft: Mapping[str, Given | Method]
     mixtures: Mapping[str, Mixture]
     domains: Mapping[str, str] | None
+    usual: frozenset[str] = frozenset()
+    """The parts whose models are not given: those that do not fit are left out."""
 
 
 @dataclass(eq=False)
@@ -152,9 +158,10 @@ def diagnose(
         training: how, as in `run`.
         methods: tried against plain training together, by name or in a sequence; None: uncertainty, gradnorm
             and pcgrad.
-        depths: models that share fewer or more layers, by name.
+        depths: models that share fewer or more layers, by name; None: up to four depths of the trunk, with a
+            head per task (of a `models.multi_head`: nothing shared).
         wider: a model with wider layers, or one by name; None: twice the width, where `model` is None.
-        soft: models or methods that share softly, by name.
+        soft: models or methods that share softly, by name; None: cross-stitch networks of the trunk.
         mixtures: methods, or pairs of a method and a Training, by name, whose Pareto front is drawn, with
             equal weights; None: by amount of data, and each task by 4 times as much as the others.
         domains: the domain of each task, by name; tasks of one domain are a group.
@@ -204,13 +211,16 @@ def diagnose(
     bench = Bench(judged, scenario, options, runner, probe, folder=folder, kept=kept_runs(folder, resume))
     metrics = bench.metrics()
 
+    given = {"depth": depths, "soft": soft, "capacity": wider}
+    usual = model_for(bench.schedule(names), finetune(), model)
     tries = Tries(
         default_methods() if methods is None else by_name(methods),
-        depths or {},
-        widths(bench, model, wider),
-        soft or {},
+        default_depths(usual) if depths is None else depths,
+        widths(bench, usual if model is None else None, wider),
+        default_soft(usual) if soft is None else soft,
         default_mixtures(names) if mixtures is None else mixtures,
         domains,
+        frozenset(part for part, value in given.items() if value is None),
     )
     plan = planned(
         bench, Spec(TOGETHER, tuple(names), finetune(), wrapped(model), training), tries, chosen, budget
@@ -314,25 +324,78 @@ def default_mixtures(tasks: Sequence[str]) -> dict[str, Mixture]:
     return found | {f"4 x {task}": task_weights({task: 4.0}) for task in tasks}
 
 
-def widths(bench: Bench, model: Given, wider: Given | Mapping[str, Given]) -> Mapping[str, Given]:
-    """Return the wider model by its name; the default model has one of twice its width."""
+class Headed(NamedTuple):
+    """A trunk, and the heads per task that stand on it."""
+
+    trunk: ModuleModel
+    outputs: int
+    hidden: tuple[int, ...] = ()
+    norm: Literal["inf"] | None = None
+
+    def shared(self, depth: int) -> Networks:
+        """Return the model whose first layers are common."""
+        return catalogue.multi_head(self.trunk, self.outputs, self.norm, self.hidden, shared=depth)
+
+
+def headed(model: Model) -> Headed | None:
+    """Return the trunk of a model; None where it has no trunk with layers."""
+    if isinstance(model, MultiHead):
+        return Headed(model.trunk, model.outputs, model.hidden, model.norm)
+    if not isinstance(model, ModuleModel):
+        return None
+    # A linear model is a head and nothing else.
+    try:
+        return Headed(model, model.outputs) if model.body().entries else None
+    except ConsilienceError:
+        return None
+
+
+def default_depths(model: Model) -> dict[str, Given]:
+    """Return models of which the first 0, .., L layers of the trunk are common, four at most."""
+    given = headed(model)
+    if given is None:
+        return {}
+    try:
+        count = len(given.shared(0).layers)
+    except ConsilienceError:
+        # Layers that share entries cannot be cut apart.
+        return {}
+    # A model with heads is itself the one with all layers.
+    whole = {count} if isinstance(model, MultiHead) else set()
+    depths = sorted({round(count * k / 3) for k in range(4)} - whole)
+    return {f"{depth} of {count} layers shared": given.shared(depth) for depth in depths}
+
+
+def default_soft(model: Model) -> dict[str, Given | Method]:
+    """Return cross-stitch networks of the trunk."""
+    given = headed(model)
+    if given is None:
+        return {}
+    try:
+        made = catalogue.cross_stitch(given.trunk, given.outputs, hidden=given.hidden)
+    except ConsilienceError:
+        return {}
+    return {"cross-stitch": made}
+
+
+def widths(bench: Bench, usual: Model | None, wider: Given | Mapping[str, Given]) -> Mapping[str, Given]:
+    """Return the wider model by its name; `usual` is the default model, which has one of twice its width."""
     if isinstance(wider, Mapping):
         if len(wider) != 1:
             raise ConsilienceError(f"`wider` must be one model, or one by its name, got {len(wider)}.")
         return wider
     if wider is not None:
         return {"wider": wider}
-    if model is not None:
+    if usual is None:
         return {}
-    # As `default_model` makes it, with twice as many units.
-    usual = repr(model_for(bench.schedule(bench.tasks), finetune(), None))
+
+    # As `models.fitting` makes it, with twice as many units.
     x, _ = bench.sources[0].train.first()
-    outputs = len(bench.schedule(bench.tasks).frame.labels)
     shape = tuple(x.shape[1:])
     doubled = (
-        catalogue.conv(outputs, shape[0], shape[1], 64)
-        if usual.startswith("conv")
-        else catalogue.mlp(math.prod(shape), (256,), outputs)
+        catalogue.conv(usual.outputs, shape[0], shape[1], 64)
+        if repr(usual).startswith("conv")
+        else catalogue.mlp(math.prod(shape), (256,), usual.outputs)
     )
     return {repr(doubled): doubled}
 
@@ -376,8 +439,13 @@ def planned(bench: Bench, together: Spec, tries: Tries, chosen: Sequence[str], b
         for spec in own:
             try:
                 accepted.append(spec if spec.name in bench.marks else bench.check(spec))
-            except Refusal as error:
+            except ConsilienceError as error:
+                if not isinstance(error, Refusal) and part not in tries.usual:
+                    raise
                 plan.skipped[spec.name] = str(error).rstrip(".")
+        if own and not accepted:
+            plan.skipped[part] = "all of its runs are refused"
+            continue
         plan.runs[part] = accepted
         if extra:
             plan.extra[part] = extra
@@ -404,7 +472,7 @@ def part_runs(bench: Bench, together: Spec, tries: Tries, part: str) -> tuple[li
     }.get(part, {})
     needs = {
         "depth": "give `depths`, models that share fewer or more layers, by name",
-        "capacity": "give `wider`, the model with wider layers",
+        "capacity": "give `wider`, the same model with wider layers",
         "soft": "give `soft`, models or methods that share softly, by name",
         "balance": "`methods` is empty",
         "front": "`mixtures` is empty",

@@ -339,6 +339,16 @@ def test_the_state_of_torchjds_is_resumed(tmp_path: Path, name: str, arguments: 
     assert (flat_of(ran(method)) - flat_of(ran(sums))).abs().max() > 1e-4
 
 
+def test_bargains_are_found_for_all_matrices_of_full_rank() -> None:
+    """Where a step is below the rounding of the function, a bargain used to be given up, for the mean."""
+    for seed in range(300):
+        rows = torch.randn(3, 30, generator=torch.Generator().manual_seed(seed)).double()
+        gram = rows @ rows.T
+        a = FairGrad(1.0).weigh(gram, torch.full((3,), 1 / 3).double(), None)
+        gains = (gram @ a) * a
+        assert (gains / gains.mean() - 1).abs().max() < 1e-9, seed
+
+
 def test_rows_that_cancel_are_given_up_by_a_bargain() -> None:
     """Where 0 is a positive combination of the rows there is no bargain, and nothing is gained."""
     rows = torch.tensor([[1.0, 0.0], [-0.5, 1.0], [-0.5, -1.0]]).double()

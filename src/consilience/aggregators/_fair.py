@@ -30,26 +30,30 @@ def bargain(gram: Tensor, weights: Tensor, power: float) -> Tensor | None:
 
     # Where the rows stand at right angles, this is the solution.
     a = (weights / gram.diagonal()) ** (1 / (1 + power))
+    last = math.inf
     for _ in range(200):
         push = weights * a**-power
         slope = gram @ a - push
-        if (a * slope).abs().max() <= 1e-13 * (a * push).max():
+        error = float((a * slope).abs().max() / (a * push).max())
+        # Or no better than one step before, which is as near as rounding lets it come.
+        if error <= 1e-13 or last <= error <= 1e-6:
             return a
         # Relative to a, so that the system is well scaled however different the lengths of the rows are.
         curve = a[:, None] * gram * a + torch.diag(power * a * push)
         move = -a * torch.linalg.solve_ex(curve, a * slope).result
         if not bool(torch.isfinite(move).all()):
             return None
-        falls, now, size = move @ slope, height(a), 1.0
-        while size > 1e-12:
+        falls, now, size, last = move @ slope, height(a), 1.0, error
+        # Near the solution the function falls by less than it is rounded, and steps are whole.
+        while error > 1e-6 and size > 1e-12:
             there = a + size * move
             if bool((there > 0).all()) and bool(height(there) <= now + 1e-4 * size * falls):
                 break
             size /= 2
-        else:
-            # No step is short enough to see the function fall: it is as low as it can be seen to be.
+        if size <= 1e-12:
+            # No step is short enough to see the function fall: this is the lowest value in sight.
             return a if (a * slope).abs().max() <= 1e-6 * (a * push).min() else None
-        a = there
+        a = a + size * move
     return None
 
 

@@ -41,7 +41,7 @@ def test_recipes_train_both_tasks(
     assert results[2].costs["steps"] == results[3].costs["steps"]
     for result in results:
         assert result.of_metric("accuracy").score > 0.6, result.method
-        assert result.of_metric("r2").score > 0.6, result.method
+        assert result.of_metric("r2").score > 0.4, result.method
 
 
 def test_tags_and_sentiment_are_learned_on_one_encoder(

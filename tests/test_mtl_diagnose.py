@@ -382,7 +382,7 @@ def test_tasks_of_several_kinds_and_sizes():
     assert found.metrics == ("accuracy", "r2")
     assert {grouping.by for grouping in found.groupings} == {"affinity", "gradients", "difficulty"}
     assert set(found.skipped) == {"capacity", "groups by targets", "groups by domain"}
-    assert len(found.front.mixtures) == 4 and np.isfinite(found.front.mixtures[1].scores).all()
+    assert len(found.front.mixtures) == 6 and np.isfinite(found.front.mixtures[1].scores).all()
     row, added = found.transfer[0], found.incremental[1]
     assert added.gains["side"].behind == pytest.approx(row.together - row.alone)
 

@@ -20,6 +20,7 @@ from consilience.core.metrics import Metric, mean
 from consilience.core.model import Model
 from consilience.core.source import Source
 from consilience.core.training import Training
+from consilience.data.samplers import Mixed
 from consilience.diagnosis._bench import Bench, Spec, Trained, kept_runs, options_of
 from consilience.diagnosis._found import (
     Added,
@@ -163,7 +164,8 @@ def diagnose(
         wider: a model with wider layers, or one by name; None: twice the width, where `model` is None.
         soft: models or methods that share softly, by name; None: cross-stitch networks of the trunk.
         mixtures: methods, or pairs of a method and a Training, by name, whose Pareto front is drawn, with
-            equal weights; None: by amount of data, and each task by 4 times as much as the others.
+            equal weights; None: by amount of data, each task by 4 times as much as the others, and, for tasks
+            of different sizes, sampling at temperatures 1 and 5 (`data.samplers.Mixed`).
         domains: the domain of each task, by name; tasks of one domain are a group.
         parts: which parts to do, of `consilience.diagnosis.PARTS`; None: all.
         budget: the most runs (of all seeds each); parts that go beyond are skipped, and named.
@@ -218,7 +220,7 @@ def diagnose(
         default_depths(usual) if depths is None else depths,
         widths(bench, usual if model is None else None, wider),
         default_soft(usual) if soft is None else soft,
-        default_mixtures(names) if mixtures is None else mixtures,
+        default_mixtures(judged, training) if mixtures is None else mixtures,
         domains,
         frozenset(part for part, value in given.items() if value is None),
     )
@@ -318,10 +320,16 @@ def default_methods() -> dict[str, Method]:
     return {method.name: method for method in (uncertainty(), gradnorm(), pcgrad())}
 
 
-def default_mixtures(tasks: Sequence[str]) -> dict[str, Mixture]:
-    """Return weights of tasks: by amount of data, and each task by 4 times as much as the others."""
+def default_mixtures(sources: Sequence[Source], training: Training | None) -> dict[str, Mixture]:
+    """Return weights of tasks, by amount of data and for each by 4 times the others, and temperatures."""
     found: dict[str, Mixture] = {"by amount of data": task_weights("size")}
-    return found | {f"4 x {task}": task_weights({task: 4.0}) for task in tasks}
+    found |= {f"4 x {source.name}": task_weights({source.name: 4.0}) for source in sources}
+    # Tasks of one size have equal shares at every temperature.
+    if len({len(source.train) for source in sources}) > 1:
+        for temperature in (1.0, 5.0):
+            sampled = replace(training or Training(), sampler=Mixed(temperature))
+            found[f"sampling at T = {temperature:g}"] = (finetune(), sampled)
+    return found
 
 
 class Headed(NamedTuple):

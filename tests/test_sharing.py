@@ -8,6 +8,7 @@ import runpy
 import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,8 +16,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import consilience as cs
+from consilience.core.contexts import Context
 from consilience.core.errors import ConsilienceError
-from consilience.core.params import key, same
+from consilience.core.params import Layout, key, same
 from consilience.core.source import Source, Tensors
 from consilience.core.tree import Tree
 
@@ -606,3 +608,107 @@ def test_an_example_is_a_tenth_of_the_plain_code(name, lines, monkeypatch, capsy
     assert found[0].measured_by == ("accuracy", "accuracy", "r2")
     assert scores["data/rating"] > 0.1
     assert "data/rating" in out
+
+
+# Soft sharing.
+
+
+def distances(form, rows, rank):
+    """Restate what ties entries M [T, n] of tasks."""
+    if form == "l2":
+        pairs = [(rows[i] - rows[j]).square().sum() for i in range(len(rows)) for j in range(i)]
+        return sum(pairs) / (2 * len(rows))
+    if form == "trace_norm":
+        return torch.linalg.matrix_norm(rows, "nuc")
+    left, sizes, right = torch.linalg.svd(rows, full_matrices=False)
+    nearest = (left[:, :rank] * sizes[:rank]) @ right[:rank]
+    return (rows - nearest).square().sum() / 2
+
+
+TIES = [("l2", 1), ("trace_norm", 1), ("low_rank", 1), ("low_rank", 2)]
+
+
+@pytest.mark.parametrize(("form", "rank"), TIES)
+def test_ties_are_their_formula_and_gradient(form, rank):
+    model, three = cs.models.multi_head(trunk, 6, shared=1), [*TASKS, source(2)]
+    params, _ = grown(model, three)
+    layout, tie = Layout.of(params), cs.corrections.SoftSharing(0.3, form, rank)
+    theta, ctx = layout.flatten(params).requires_grad_(), Context(model=model)
+    value = tie.penalty(SimpleNamespace(theta=theta, layout=layout), ctx)
+    # Neither the common layer nor heads are tied.
+    rows = [
+        torch.stack([params[f"nets.{each.name}.{name}"].flatten() for each in three])
+        for name in ("2.weight", "2.bias")
+    ]
+    torch.testing.assert_close(value, 0.3 * sum(distances(form, own, rank) for own in rows))
+
+    vector, factor = tie.penalty_gradient(SimpleNamespace(theta=theta.detach(), layout=layout), ctx)
+    torch.testing.assert_close(vector * factor, torch.autograd.grad(value, theta)[0])
+
+
+def test_ties_of_equal_networks_are_finite():
+    model = cs.models.multi_head(trunk(), 6, shared=0)
+    params, buffers = model.init(key(0))
+    for each in TASKS:
+        params, buffers = model.grow(params, buffers, each, key(0, each.name))
+    layout = Layout.of(params)
+    view, ctx = SimpleNamespace(theta=layout.flatten(params), layout=layout), Context(model=model)
+    for form, _ in TIES:
+        vector, _ = cs.corrections.SoftSharing(1.0, form).penalty_gradient(view, ctx)
+        assert torch.isfinite(vector).all()
+        assert form == "trace_norm" or float(vector.abs().max()) < 1e-6
+
+
+def apart(result):
+    one, two = (entries(result, f"nets.{each.name}.") for each in TASKS)
+    return sum(float((p - two[n]).square().sum()) for n, p in one.items())
+
+
+def test_soft_sharing_lies_between_independent_networks_and_one():
+    make = MODELS["depth 0"]
+    free = joint(make(), momentum=0)
+    assert same(joint(make(), cs.methods.soft_sharing(0), momentum=0).params, free.params)
+    found = [apart(free)]
+    for strength in (0.5, 10):
+        found.append(apart(joint(make(), cs.methods.soft_sharing(strength), momentum=0)))
+    assert found[0] > 1.5 * found[1] > 15 * found[2]
+    # Of two matrices the trace norm shrinks, and one of rank 2 is near none.
+    low = joint(make(), cs.methods.soft_sharing(0.5, "low_rank"), momentum=0)
+    assert apart(low) != found[0]
+    same_rank = joint(make(), cs.methods.soft_sharing(0.5, "low_rank", rank=2), momentum=0)
+    assert same(same_rank.params, free.params)
+
+
+def test_soft_sharing_refuses_what_it_cannot_tie():
+    for model in (MODELS["hard"](), cs.models.multi_head(trunk, 6, shared=2), MODELS["mmoe"]()):
+        with pytest.raises(ConsilienceError, match="networks of tasks, and the model has none"):
+            joint(model, cs.methods.soft_sharing())
+    with pytest.raises(ConsilienceError, match="lr x strength must be at most 1"):
+        joint(MODELS["depth 0"](), cs.methods.soft_sharing(11))
+    with pytest.raises(ConsilienceError, match="`form` must be one of"):
+        cs.methods.soft_sharing(form="l1")
+    with pytest.raises(ConsilienceError, match="`rank` must be"):
+        cs.methods.soft_sharing(form="low_rank", rank=0)
+    # Without a model it takes networks that fit the data.
+    schedule = cs.settings.multitask(TASKS, "task")
+    assert any(
+        n.startswith("nets.")
+        for n in cs.run(schedule, cs.methods.soft_sharing(), None, training(epochs=1)).params
+    )
+
+
+def test_clients_are_tied_to_the_networks_of_others():
+    clients = [source(i % 2, name=f"c/{i}", task=f"t{i % 2}") for i in range(4)]
+    schedule = cs.settings.federated(clients, rounds=3, scenario="task")
+
+    def run(strength, engine="serial"):
+        method = cs.methods.soft_sharing(strength)
+        result = cs.run(schedule, method, MODELS["depth 0"](), training(epochs=1), engine=engine)
+        one, two = (entries(result, f"nets.t{i}.") for i in range(2))
+        return result, sum(float((p - two[n]).square().sum()) for n, p in one.items())
+
+    (_, free), (tied, near) = run(0), run(5)
+    assert near < 0.5 * free
+    batched = run(5, "batched")[0]
+    for n, p in tied.params.items():
+        torch.testing.assert_close(batched.params[n], p, rtol=1e-7, atol=1e-9)

@@ -212,10 +212,29 @@ OWN_MODEL: dict[str, Callable[[int], Model]] = {
     "Columns": lambda outputs: cs.models.progressive(INPUTS, (16, 12), outputs),
     "DeepSupervision": staged,
     "HeadReuse": heads,
+    "SoftSharing": lambda outputs: cs.models.multi_head(plain(outputs), outputs, shared=0),
 }
 """Corrections that refuse any other kind of model: no pairs of theirs run here, where all stand on one
 model; their own tests
 compose them (tests/test_progressive.py, tests/test_synergy.py)."""
+
+TOGETHER = (
+    *(
+        "aligned_mtl",
+        "cagrad",
+        "conflicts",
+        "fairgrad",
+        "gradvac",
+        "imtl_g",
+        "mgda",
+        "nash_mtl",
+        "rlw",
+        "sdmgrad",
+        "upgrad",
+    ),
+    *("dwa", "famo", "gradnorm", "scale_invariant", "task_weights", "uncertainty", "worst_task"),
+)
+"""Methods that reconcile the gradients, or balance the losses, of the tasks of a step."""
 
 NEED_ARGUMENTS = {"aggregate", "feddf", "infer"}
 """Those that need one; their rows are written out below."""

@@ -16,29 +16,11 @@ ROWS = pytest.mark.parametrize("row", list(kit.ROWS))
 AGAIN = "run `python tests/conformance/kit.py --pin` and review the difference"
 CONTINUAL = ("continual (class)", "continual (task)", "continual (domain)")
 
-TOGETHER = (
-    *(
-        "aligned_mtl",
-        "cagrad",
-        "conflicts",
-        "fairgrad",
-        "gradvac",
-        "imtl_g",
-        "mgda",
-        "nash_mtl",
-        "rlw",
-        "sdmgrad",
-        "upgrad",
-    ),
-    *("dwa", "famo", "gradnorm", "scale_invariant", "task_weights", "uncertainty", "worst_task"),
-)
-"""Methods that reconcile the gradients, or balance the losses, of the tasks of a step."""
-
 MUST_RUN = {
     "finetune": tuple(testing.SETTINGS),
     "joint": ("multitask", *CONTINUAL),
     "deep_supervision": ("multitask", *CONTINUAL, "federated", "merging"),
-    **dict.fromkeys(TOGETHER, ("multitask",)),
+    **dict.fromkeys(kit.TOGETHER, ("multitask",)),
     "cumulative": ("multitask", *CONTINUAL, "federated_continual", "skill"),
     **dict.fromkeys(("from_scratch", "gdumb", "scroll"), CONTINUAL),
     **dict.fromkeys(("icarl", "less_forgetting"), (*CONTINUAL, "federated_continual")),
@@ -68,6 +50,7 @@ MUST_RUN = {
     "running_average": tuple(testing.SETTINGS),
     "opcm": ("merging", "exmodel"),
     "talos": ("multitask", *CONTINUAL, "federated", "federated_continual", "merging", "exmodel", "skill"),
+    "soft_sharing": ("multitask", "continual (class)", "continual (task)", "federated"),
     "pcgrad": ("multitask",),
     "fedweit": ("continual (task)",),
     "feddf(unlabelled)": ("federated", "federated_continual", "merging"),

@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from consilience.corrections.rehearsal import Buffer as Buffer
     from consilience.corrections.reuse import HeadReuse as HeadReuse
     from consilience.corrections.sensitivity import TaLoS as TaLoS
+    from consilience.corrections.soft_sharing import SoftSharing as SoftSharing
     from consilience.corrections.solved import SolvedHead as SolvedHead
     from consilience.corrections.solved import StreamHead as StreamHead
     from consilience.corrections.superposition import PSP as PSP

@@ -171,6 +171,28 @@ def conflicts(points: int = 10, layers: bool = False) -> Method:
     return Method("conflicts", (Conflicts(points, layers),))
 
 
+# Networks of tasks.
+
+
+def soft_sharing(
+    strength: float = 0.1, form: Literal["l2", "trace_norm", "low_rank"] = "l2", rank: int = 1
+) -> Method:
+    """Train a network per task, and penalise how far the networks are from one another.
+
+    Paper: Duong et al. 2015.
+
+    Args:
+        strength: 0 are independent networks; at most 1 / lr under SGD, where networks become one.
+        form: the squared distance to the mean of the networks, the trace norm of their stacked entries (Yang
+            & Hospedales 2017), or the squared distance to the nearest stack of rank `rank`.
+        rank: for "low_rank".
+    """
+    from consilience.core.method import Method
+    from consilience.corrections.soft_sharing import SoftSharing
+
+    return Method("soft_sharing", (SoftSharing(strength, form, rank),))
+
+
 # Weights of the losses of a step.
 
 

@@ -46,8 +46,8 @@ EXAMPLES: dict[str, tuple[str, Callable[[Any], Any]]] = {
 BY_MODULE = ("core", "loop")
 """Rooms without a public door of their own: their pages go through their modules."""
 
-DOORLESS = ("api", "cli", "demo", "lazy", "progress", "tuning", "version")
-"""Rooms without a page: `consilience` itself offers api and tuning, the others are commands and helpers."""
+DOORLESS = ("api", "cli", "demo", "diagnosis", "lazy", "progress", "tuning", "version")
+"""Rooms without a page: `consilience` offers what api, diagnosis and tuning have; others are commands."""
 
 
 # What MkDocs calls.

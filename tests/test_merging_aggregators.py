@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import consilience as cs
 from consilience import aggregators
 from consilience.aggregators._dare import Dare, uniform
 from consilience.core.aggregator import Aggregator, Blockwise, Linear
@@ -174,6 +175,14 @@ def test_slerp_is_its_formula(seed: int, t: float, total: float) -> None:
     a, b = normal(2, 30, seed=seed)
     found = aggregators.slerp()(torch.stack([a, b]), torch.tensor([1 - t, t], dtype=torch.float64) * total)
     assert torch.allclose(found, total * arc(t, a, b), atol=1e-12)
+
+
+@pytest.mark.parametrize("setting", ["merging", "federated", "multitask"])
+def test_slerp_of_more_than_two_is_refused_before_any_training(setting: str) -> None:
+    parts = cs.data.iid(cs.data.digits(), 3)
+    schedule = getattr(cs.settings, setting)(parts)
+    with pytest.raises(cs.Refusal, match="Slerp combines 2 rows, and 3 "):
+        cs.run(schedule, cs.methods.aggregate(aggregators.slerp()))
 
 
 def test_slerp_goes_at_constant_speed_along_the_sphere() -> None:

@@ -231,6 +231,17 @@ def test_r2_holds_far_from_zero():
     assert math.isnan(metrics.r2()(p + 1e8, torch.full_like(y, 1e8 + 0.1)))
 
 
+def test_functions_of_users_measure_chunks_of_sequences_of_other_lengths():
+    """Tokens are padded chunk by chunk; places that a chunk lacks have no target."""
+    right = metrics.own(lambda p, y: (p.argmax(1) == y)[y != -100].double().mean(), True, "right")
+    chunks = [(torch.rand(2, 3, size), torch.randint(3, (2, size))) for size in (4, 7, 5)]
+    running = right.running()
+    for p, y in chunks:
+        running.update(p, y)
+    hits = torch.cat([(p.argmax(1) == y).flatten() for p, y in chunks])
+    assert running.value() == pytest.approx(float(hits.double().mean()))
+
+
 def test_only_ranks_and_functions_of_users_keep_predictions():
     assert {name for name, metric in MADE.items() if metric.keeps} == {"auroc"}
     assert metrics.own(lambda p, y: 0.0, True).keeps

@@ -31,6 +31,7 @@ class Slerp(Linear):
 
     takes_negative_weights: ClassVar[bool] = False
     fewest_rows: ClassVar[int] = 2
+    most_rows: ClassVar[int | None] = 2
 
     def weigh(self, gram: Tensor, weights: Tensor, generator: torch.Generator | None) -> Tensor:
         if len(weights) != 2:

@@ -26,6 +26,9 @@ class Aggregator(ABC):
     """Whether weights may be [m, n], one per entry."""
 
     fewest_rows: ClassVar[int] = 1
+    most_rows: ClassVar[int | None] = None
+    """The largest number of rows that it combines; None: any."""
+
     needs_base: ClassVar[bool] = True
     """Whether rows are deltas from a common base. Averages need none, because their coefficients sum to 1."""
 

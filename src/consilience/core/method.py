@@ -177,6 +177,16 @@ class Method:
             f"{type(exchange).__name__} remembers earlier calls by the names of its rows, which models lack",
             "use one without a memory, such as pcgrad",
         )
+        for combines, count, what in (
+            (exchange, facts.most_received, "models are received"),
+            (step, facts.parts, "tasks stand in a step"),
+        ):
+            most = None if combines is None else combines.most_rows
+            yield Rule(
+                most is not None and count > most,
+                f"{type(combines).__name__} combines {most} rows, and {count} {what}",
+                "use mean, or fewer",
+            )
         # Rehearsal and further rows are objectives of their own, also where a step has one source.
         rehearses = any(overrides(part, "sample") or overrides(part, "rows") for part in placed.active)
         yield Rule(

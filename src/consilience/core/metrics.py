@@ -19,6 +19,23 @@ Sums = dict[str, Tensor]
 """What a metric knows of some chunks of examples."""
 
 
+def in_one(chunks: Sequence[Tensor]) -> Tensor:
+    """Concatenate chunks [N, ..., *places], padded to the most places: with -100 (whole numbers) or NaN.
+
+    >>> in_one([torch.tensor([[1, 2]]), torch.tensor([[3]])]).tolist()
+    [[1, 2], [3, -100]]
+    """
+    most = [max(sizes) for sizes in zip(*(chunk.shape[1:] for chunk in chunks), strict=True)]
+    found = []
+    for chunk in chunks:
+        more = [(0, size - have) for size, have in zip(most, chunk.shape[1:], strict=True)]
+        fill = torch.nan if chunk.is_floating_point() else -100
+        # The last dimension comes first.
+        flat = [number for pair in reversed(more) for number in pair]
+        found.append(torch.nn.functional.pad(chunk, flat, value=fill) if any(flat) else chunk)
+    return torch.cat(found)
+
+
 @dataclass(frozen=True)
 class Metric(ABC):
     """A measure of predictions against targets. Its sums add up over chunks of examples.
@@ -72,7 +89,7 @@ class Metric(ABC):
         """Return the sums over several chunks."""
         # Kept predictions have an order, which chunks follow.
         if self.keeps:
-            return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            return {name: in_one([part[name] for part in parts]) for name in parts[0]}
         total = parts[0]
         for part in parts[1:]:
             total = {name: total[name] + part[name] for name in total}

@@ -210,6 +210,10 @@ REFUSED: dict[str, set[str]] = {
     "supsup+infer(superposition)": OTHERS | TREES,
     "packnet+infer(mahalanobis)": OTHERS | TREES,
     "hat+infer(expert_gate)": OTHERS | TREES,
+    # They need a model with earlier answers or with networks of tasks, which no form has: tests/test_dense.py
+    # and tests/test_sharing.py train these.
+    "deep_supervision": set(FORMS),
+    "soft_sharing": set(FORMS),
     # These need layers of a kind, whatever the targets are.
     "den": TREES | EMBEDDED | CONVOLVED,
     "hat": EMBEDDED,

@@ -258,7 +258,13 @@ def test_names_say_what_is_no_default():
 
 
 def test_directions():
-    assert [name for name in NAMES if MADE[name].higher is False] == ["loss", "mae", "mse", "perplexity"]
+    assert [name for name in NAMES if MADE[name].higher is False] == [
+        "loss",
+        "mae",
+        "mean_angle",
+        "mse",
+        "perplexity",
+    ]
     assert all(MADE[name].higher is not None for name in NAMES)
 
 

@@ -91,9 +91,9 @@ class RunOptions:
         trust: import code that --config or the resumed folder names by dotted paths.
         repeats: number of seeds, for a mean and a standard deviation.
         seed: the first seed.
-        metric: one or several of accuracy, auroc, balanced_accuracy, f1, iou, loss, mae, mse, perplexity, r2
-            and top_k, or dotted paths, as in "accuracy,f1(average=micro)"; the first is in the matrices, and
-            none fits the kind of target.
+        metric: one or several of accuracy, auroc, balanced_accuracy, f1, iou, loss, mae, mean_angle, mse,
+            perplexity, r2 and top_k, or dotted paths, as in "accuracy,f1(average=micro)"; the first is in the
+            matrices, and none fits the kind of target.
         engine: what runs the training steps.
         checkpoint_seconds: seconds between checkpoints, also within a task.
         checkpoint_steps: steps between checkpoints, in addition.

@@ -654,7 +654,7 @@ def main() -> None:
     parser.add_argument(
         "--parts",
         type=Path,
-        help="a folder that keeps what is done, by commit, and from which a stopped run goes on",
+        help="a folder that keeps what is done, by commit and seed, and from which a stopped run goes on",
     )
     parser.add_argument(
         "--seed",
@@ -674,7 +674,7 @@ def main() -> None:
     into = Path(tempfile.mkdtemp()) if chosen.quick else RESULTS
     quiet()
     sizes, began, out = (size, train, test), time.time(), []
-    parts_of = chosen.parts and chosen.parts.absolute() / machine()["commit"]
+    parts_of = chosen.parts and chosen.parts.absolute() / machine()["commit"] / f"seed {SEED}"
     if parts_of:
         parts_of.mkdir(parents=True, exist_ok=True)
         os.environ[PARTS] = str(parts_of)

@@ -15,7 +15,7 @@ from torch import nn
 
 import consilience as cs
 
-TRAINING = cs.Training(epochs=3, lr=0.01, optimiser="adam")
+TRAINING = cs.Training(epochs=5, lr=0.01, optimiser="adam")
 
 
 def tasks() -> list[cs.Source]:
@@ -57,8 +57,11 @@ def accumulation_per_task(schedule: cs.Schedule) -> cs.Result:
     return cs.run(schedule, cs.methods.finetune(), model(), replace(TRAINING, accumulate={"digits/digit": 4}))
 
 
-def sampling_strategies(schedule: cs.Schedule) -> list[cs.Result]:
+def sampling_strategies() -> list[cs.Result]:
     """Share steps in proportion to the sizes of tasks, equally, between, and from equal to proportional."""
+    digit, ink = tasks()
+    fewer = replace(digit, train=digit.train.select(torch.arange(500)))
+    schedule = cs.settings.multitask([fewer, ink], "task")
     mixed = [(1.0, None), (math.inf, None), (3.0, None), (math.inf, 1.0)]
     trainings = [replace(TRAINING, sampler=cs.data.samplers.Mixed(*shares)) for shares in mixed]
     return [cs.run(schedule, cs.methods.finetune(), model(), training) for training in trainings]
@@ -71,7 +74,7 @@ def main() -> None:
         uncertainty_weighting(schedule),
         projected_gradients(schedule),
         accumulation_per_task(schedule),
-        *sampling_strategies(schedule),
+        *sampling_strategies(),
     ]
     for result in results:
         scores = result.of_metric("accuracy").score, result.of_metric("r2").score

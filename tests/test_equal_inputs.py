@@ -14,6 +14,10 @@ from consilience.core.batch import Batch
 from consilience.core.params import key
 from consilience.core.schedule import Evaluate, Exchange, Train, build
 from consilience.core.source import Tensors
+from consilience.models.answers import Joint
+from consilience.models.experts import Mixture
+from consilience.models.module import ModuleModel
+from consilience.models.networks import Networks
 from restate import stopped
 
 SIZE, N = 5, 30
@@ -295,28 +299,59 @@ def test_tasks_with_entries_inside_the_backbone_are_forwarded_apart(kind: str) -
     assert all(not torch.equal(p, once[n]) for n, p in own.items())
 
 
-class Doubled(cs.models.MultiHead):
-    """A model of a user, who knows of one task at a time."""
+def doubling(kind: type[cs.Model]) -> type[cs.Model]:
+    """Make a model of a user, who knows of one task at a time."""
 
-    def __call__(self, params, buffers, x, task, train):
-        out, buffers = super().__call__(params, buffers, x, task, train)
-        return 2 * out, buffers
+    class Doubled(kind):
+        def __call__(self, params, buffers, x, task, train):
+            out, buffers = super().__call__(params, buffers, x, task, train)
+            return 2 * out, buffers
 
-    def bind(self, params, buffers, train):
-        forward, held = super().bind(params, buffers, train)
-        return lambda x, task: 2 * forward(x, task), held
+        def bind(self, params, buffers, train):
+            forward, held = super().bind(params, buffers, train)
+            return lambda x, task: 2 * forward(x, task), held
+
+    return Doubled
 
 
-def test_a_class_that_changes_one_task_changes_several() -> None:
-    model = Doubled(cs.models.wrap(trunk(), headless=True, outputs=6), 7)
+class Both(nn.Module):
+    """A module that answers two tasks by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kind, self.size = nn.Linear(SIZE, 3), nn.Linear(SIZE, 2)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"d/kind": self.kind(x), "d/size": self.size(x)}
+
+
+DOUBLED = {
+    "heads": lambda: doubling(cs.models.MultiHead)(cs.models.wrap(trunk(), headless=True, outputs=6), 7),
+    "networks": lambda: doubling(Networks)(cs.models.wrap(trunk(), headless=True, outputs=6), 7, shared=0),
+    "mmoe": lambda: doubling(Mixture)([trunk()], 7, shared=2, own=0),
+    "joint": lambda: doubling(Joint)(Both(), {"d/kind": 3, "d/size": 2}),
+    "module": lambda: doubling(ModuleModel)(plain()),
+}
+
+
+@pytest.mark.parametrize("name", DOUBLED)
+def test_a_class_that_changes_one_task_changes_several(name: str) -> None:
+    model = DOUBLED[name]()
     params, buffers = model.init(key(0, "init"))
-    for source in cs.settings.multitask(tasks(), "task").sources:
+    names = ("d/kind", "d/size")
+    for source in cs.settings.multitask([s for s in tasks() if s.task in names], "task").sources:
         params, buffers = model.grow(params, buffers, source, key(0, source.name, "grow"))
-    x, names = torch.randn(4, SIZE, generator=torch.Generator().manual_seed(0)), ("d/kind", "d/size")
+    params = {n: p.float() for n, p in params.items()}
+    x = torch.randn(4, SIZE, generator=torch.Generator().manual_seed(0))
     wanted = [model(params, buffers, x, name, False)[0] for name in names]
+    # Twice what the class of the library gives.
+    single = [type(model).__mro__[1].__call__(model, params, buffers, x, name, False)[0] for name in names]
+    assert all(torch.equal(a, 2 * b) for a, b in zip(wanted, single, strict=True))
+    forward = model.bind(params, buffers, False)[0]
     for found in (
         model.each(params, buffers, x, names, False)[0],
         model.bind_each(params, buffers, False)[0](x, names),
+        [forward(x, name) for name in names],
     ):
         assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
     assert not model.passes_features and heads().passes_features

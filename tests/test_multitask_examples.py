@@ -34,14 +34,17 @@ def test_recipes_train_both_tasks(
 ) -> None:
     recipes = runpy.run_path(str(EXAMPLES / "multitask.py"))
     schedule = cs.settings.multitask(recipes["tasks"](), "task")
-    results = [recipes[name](schedule) for name in LINES] + recipes["sampling_strategies"](schedule)
+    results = [recipes[name](schedule) for name in LINES] + recipes["sampling_strategies"]()
     said = capsys.readouterr().out
     assert "uncertainty/digits%2Fink: log_var" in said and "conflict ratio" in said
     # The ink has one batch per step as before, and so an epoch the same steps.
-    assert results[2].costs["steps"] == results[3].costs["steps"]
+    assert results[2].costs["steps"] == results[0].costs["steps"]
+    # Tasks of different sizes are drawn differently by each way of sampling.
+    sums = {float(sum(p.double().sum() for p in result.params.values())) for result in results[3:]}
+    assert len(sums) == 4
     for result in results:
         assert result.of_metric("accuracy").score > 0.6, result.method
-        assert result.of_metric("r2").score > 0.4, result.method
+        assert result.of_metric("r2").score > 0.6, result.method
 
 
 def test_tags_and_sentiment_are_learned_on_one_encoder(

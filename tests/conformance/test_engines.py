@@ -19,7 +19,6 @@ WHY = (
     "the parts of a step differ between agents",
     "outputs depend on the other samples",
     "a step depends on the numbers in its tensors",
-    "operators that can output dynamic shape",
 )
 """Why a method is run one after another."""
 

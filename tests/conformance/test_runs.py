@@ -159,9 +159,7 @@ SILENT = {
         ("from_scratch", "gdumb", "joint"), "throws away what is heard, and refuses where others are"
     ),
     "fedweit": "wants task labels, here in continual alone; what it sends is checked in test_fedmethods.py",
-    **dict.fromkeys(
-        ("conflicts", "pcgrad", *kit.TOGETHER), "runs in multitask alone, where nobody hears another agent"
-    ),
+    **dict.fromkeys(("conflicts", "pcgrad", *kit.TOGETHER), "runs in multitask alone, where nobody sends"),
     "scroll": "runs where nobody hears another agent",
     **dict.fromkeys(
         (

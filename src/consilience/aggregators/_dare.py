@@ -56,6 +56,7 @@ class Dare(Blockwise):
         object.__setattr__(self, "takes_negative_weights", self.then.takes_negative_weights)
         object.__setattr__(self, "takes_entry_weights", self.then.takes_entry_weights)
         object.__setattr__(self, "fewest_rows", self.then.fewest_rows)
+        object.__setattr__(self, "most_rows", self.then.most_rows)
 
     def init(self, rows: int, size: int, generator: torch.Generator | None) -> Masks:
         # A default seed would silently give every merge the same masks.

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from consilience.core.aggregator import Linear
-from consilience.core.errors import ConsilienceError
 
 PARALLEL = 0.9995
 """Rows of a larger |cosine| are interpolated linearly, as in public code (mergekit, FusionBench)."""
@@ -34,8 +33,6 @@ class Slerp(Linear):
     most_rows: ClassVar[int | None] = 2
 
     def weigh(self, gram: Tensor, weights: Tensor, generator: torch.Generator | None) -> Tensor:
-        if len(weights) != 2:
-            raise ConsilienceError(f"Slerp needs 2 rows, got {len(weights)}.")
         gram, wide = gram.double(), weights.double()
         lengths, total = gram.diagonal().clamp(min=0).sqrt().prod(), wide.sum()
 

@@ -90,8 +90,7 @@ class Aggregator(ABC):
                 f"rows of {own} must be floats [m, n], got {rows.dtype} {tuple(rows.shape)}."
             )
         # After the shape, which says what counts as a row.
-        if len(rows) < self.fewest_rows:
-            raise ConsilienceError(f"{own} needs at least {self.fewest_rows} rows, got {len(rows)}.")
+        self.check_count(len(rows))
 
         named = list(names) if names is not None else [f"row {i}" for i in range(len(rows))]
         # Sums cost a tenth of a test of all numbers, which decides only where a sum is not finite.
@@ -100,6 +99,16 @@ class Aggregator(ABC):
         if bad:
             raise ConsilienceError(f"rows must be finite, got NaN or infinity in {', '.join(bad)}.")
         return rows
+
+    @final
+    def check_count(self, count: int, what: str = "rows") -> None:
+        """Raise ConsilienceError for fewer or more rows than it combines."""
+        most = self.most_rows
+        if count < self.fewest_rows or (most is not None and count > most):
+            needed = f"at least {self.fewest_rows}" if most is None else str(most)
+            if most is not None and most > self.fewest_rows:
+                needed = f"{self.fewest_rows} to {most}"
+            raise ConsilienceError(f"{type(self).__name__} needs {needed} {what}, got {count}.")
 
     def _checked_weights(self, weights: Tensor | Sequence[float] | None, rows: Tensor) -> Tensor:
         own, rows_given = type(self).__name__, len(rows)
@@ -145,7 +154,8 @@ class Linear(Aggregator):
     @final
     def checked_gram(self, gram: Tensor, rows: Tensor, names: Sequence[str] | None = None) -> Tensor:
         """Return the Gramian of rows. Raises ConsilienceError if it is not finite, and for too few rows."""
-        if len(gram) < self.fewest_rows or not torch.isfinite(gram).all():
+        self.check_count(len(gram))
+        if not torch.isfinite(gram).all():
             # Rows that are not finite are named; others have products that are too large.
             self._checked_rows(rows, names)
             raise ConsilienceError(
@@ -159,7 +169,7 @@ class Linear(Aggregator):
     ) -> Tensor:
         """Compute coefficients [m] in the order of the rows [m, n], whose Gramian [m, m] is checked.
 
-        It is solved in a canonical order of the rows, of which it reads only as much as tells them apart.
+        It is solved in a canonical order of the rows, of which it reads only as much as decides it.
         """
         checked = self._checked_weights(weights, rows)
         order = torch.tensor(canonical_rows(rows, checked), device=gram.device)
@@ -498,7 +508,11 @@ def inner_products(rows: Tensor, spans: Sequence[slice] = (slice(None),)) -> Ten
         each = [block @ block.T for block in wide]
         # Many blocks are added in double precision, as one long product would not be.
         found.append(each[0] if len(each) == 1 else torch.stack(each).double().sum(0).to(each[0].dtype))
-    return torch.stack(found) if found else widened(rows.new_zeros(0, len(rows), len(rows)))
+    if not found:
+        return widened(rows.new_zeros(0, len(rows), len(rows)))
+    grams = torch.stack(found)
+    # Some processors add up the two halves of a product in different orders.
+    return (grams + grams.mT) / 2
 
 
 # Shapes and dtypes of rows.

@@ -27,6 +27,13 @@ Forward = Callable[[Input, str | None], Tensor]
 ForwardEach = Callable[[Input, tuple[str | None, ...]], list[Tensor]]
 """(x, tasks) -> the outputs for each task."""
 
+
+def for_one(bound: tuple[ForwardEach, Params]) -> tuple[Forward, Params]:
+    """Return what `bind` does, from what `bind_each` returned."""
+    each, held = bound
+    return lambda x, task: each(x, (task,))[0], held
+
+
 MISFITS = (RuntimeError, ValueError, IndexError, TypeError)
 """What torch raises where inputs do not fit a module."""
 

@@ -173,11 +173,14 @@ class Batched(Engine):
             events.note(text)
 
 
+DEPENDENT = (".item()", "data-dependent", "data dependent", "dynamic shape")
+"""What torch says of a trace that would need the value of a tensor; it has no class of its own for it."""
+
+
 def reason(error: Exception) -> str:
     """Say in one line why jobs could not be stacked."""
     line = str(error).splitlines()[0] if str(error) else ""
-    # torch has no class of its own for a trace that would need the value of a tensor.
-    data_dependent = any(words in line for words in (".item()", "data-dependent", "data dependent"))
+    data_dependent = any(words in line for words in DEPENDENT)
     if isinstance(error, RuntimeError) and data_dependent:
         return "a step depends on the numbers in its tensors"
     return line if isinstance(error, Unbatchable) else f"{type(error).__name__}: {line}"

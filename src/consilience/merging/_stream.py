@@ -251,6 +251,7 @@ class Merge:
             gram = torch.zeros(self.count, self.count, dtype=torch.float64)
             for _, rows in self.blocks():
                 gram += (rows @ rows.T).double()
+            gram = (gram + gram.T) / 2
         found = aggregator.weigh(gram.to(self.plan.wide), self.weights, self.generator).tolist()
         rest = 1 - sum(found) if self.plan.base is not None else 0.0
 
@@ -649,10 +650,7 @@ def _weights(given: Sequence[float] | None, count: int, aggregator: Aggregator) 
     if weights.shape != (count,) or not torch.isfinite(weights).all() or not positive:
         rule = "finite" if aggregator.takes_negative_weights else "finite and not negative"
         raise ConsilienceError(f"`weights` must be {count} numbers, {rule}, got {weights.tolist()}.")
-    if count < aggregator.fewest_rows:
-        raise ConsilienceError(
-            f"{type(aggregator).__name__} needs at least {aggregator.fewest_rows} experts, got {count}."
-        )
+    aggregator.check_count(count, "experts")
     return weights
 
 

@@ -31,8 +31,7 @@ def mgda(level: Literal["parameters", "features"] = "parameters") -> Method:
     Paper: Sener & Koltun 2018.
 
     Args:
-        level: "features" weighs tasks by their gradients with respect to the features that they share, at one
-            backward pass in all; tasks need the same inputs (`data.tasks`).
+        level: "parameters" or "features", as in `pcgrad`.
     """
     return _reconciled("mgda", level)
 
@@ -44,8 +43,7 @@ def cagrad(c: float = 0.5, level: Literal["parameters", "features"] = "parameter
 
     Args:
         c: how far from the mean, in [0, 1); 0 is the mean.
-        level: "features" weighs tasks by their gradients with respect to the features that they share, at one
-            backward pass in all; tasks need the same inputs (`data.tasks`).
+        level: "parameters" or "features", as in `pcgrad`.
     """
     return _reconciled("cagrad", level, c=c)
 
@@ -57,8 +55,7 @@ def gradvac(beta: float = 0.01, level: Literal["parameters", "features"] = "para
 
     Args:
         beta: how quickly the average of earlier cosines follows the present ones.
-        level: "features" weighs tasks by their gradients with respect to the features that they share, at one
-            backward pass in all; tasks need the same inputs (`data.tasks`).
+        level: "parameters" or "features", as in `pcgrad`.
     """
     return _reconciled("gradvac", level, beta=beta)
 
@@ -69,8 +66,7 @@ def imtl_g(level: Literal["parameters", "features"] = "parameters") -> Method:
     Paper: Liu et al. 2021.
 
     Args:
-        level: "features" weighs tasks by their gradients with respect to the features that they share, at one
-            backward pass in all; tasks need the same inputs (`data.tasks`).
+        level: "parameters" or "features", as in `pcgrad`.
     """
     return _reconciled("imtl_g", level)
 
@@ -81,8 +77,7 @@ def nash_mtl(level: Literal["parameters", "features"] = "parameters") -> Method:
     Paper: Navon et al. 2022.
 
     Args:
-        level: "features" weighs tasks by their gradients with respect to the features that they share, at one
-            backward pass in all; tasks need the same inputs (`data.tasks`).
+        level: "parameters" or "features", as in `pcgrad`.
     """
     return _reconciled("nash_mtl", level)
 
@@ -94,8 +89,7 @@ def fairgrad(alpha: float = 1.0, level: Literal["parameters", "features"] = "par
 
     Args:
         alpha: from the mean (0) by the Nash bargain (1) to the objective that gains least (infinity).
-        level: "features" weighs tasks by their gradients with respect to the features that they share, at one
-            backward pass in all; tasks need the same inputs (`data.tasks`).
+        level: "parameters" or "features", as in `pcgrad`.
     """
     return _reconciled("fairgrad", level, alpha=alpha)
 
@@ -106,8 +100,7 @@ def aligned_mtl(level: Literal["parameters", "features"] = "parameters") -> Meth
     Paper: Senushkin et al. 2023.
 
     Args:
-        level: "features" weighs tasks by their gradients with respect to the features that they share, at one
-            backward pass in all; tasks need the same inputs (`data.tasks`).
+        level: "parameters" or "features", as in `pcgrad`.
     """
     return _reconciled("aligned_mtl", level)
 
@@ -118,8 +111,7 @@ def upgrad(level: Literal["parameters", "features"] = "parameters") -> Method:
     Paper: Quinton & Rey 2024.
 
     Args:
-        level: "features" weighs tasks by their gradients with respect to the features that they share, at one
-            backward pass in all; tasks need the same inputs (`data.tasks`).
+        level: "parameters" or "features", as in `pcgrad`.
     """
     return _reconciled("upgrad", level)
 
@@ -131,8 +123,7 @@ def sdmgrad(towards_mean: float = 0.3, level: Literal["parameters", "features"] 
 
     Args:
         towards_mean: the paper's lambda; 0 is MGDA.
-        level: "features" weighs tasks by their gradients with respect to the features that they share, at one
-            backward pass in all; tasks need the same inputs (`data.tasks`).
+        level: "parameters" or "features", as in `pcgrad`.
     """
     return _reconciled("sdmgrad", level, towards_mean=towards_mean)
 

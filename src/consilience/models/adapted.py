@@ -141,9 +141,6 @@ class Inserted(MultiHead):
             return super().reads(entry)
         return entry in self._entries(entry.split(".")[1])
 
-    def task_of(self, entry: str) -> str | None:
-        return entry.split(".")[1] if entry.startswith(f"{self.kind}.") else super().task_of(entry)
-
     def _entry(self, task: str | None, layer: str, part: str) -> str:
         """Return the name of an entry."""
         return f"{self.kind}.{task}.{layer}{'.' if part else ''}{part}"

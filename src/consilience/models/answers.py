@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from consilience.core.augment import isolated
 from consilience.core.checks import whole_number
 from consilience.core.errors import ConsilienceError, Refusal, kind_of
-from consilience.core.model import Forward, ForwardEach
+from consilience.core.model import Forward, ForwardEach, for_one
 from consilience.core.params import Params, computing
 from consilience.core.source import LabelFrame, Source
 from consilience.core.tree import Input, cast_to
@@ -94,8 +94,7 @@ class Joint(ModuleModel):
         return [self.read(out, task, buffers) for task in tasks], new
 
     def bind(self, params: Params, buffers: Params, train: bool) -> tuple[Forward, Params]:
-        each, held = self.bind_each(params, buffers, train)
-        return lambda x, task: each(x, (task,))[0], held
+        return for_one(Joint.bind_each(self, params, buffers, train))
 
     def bind_each(
         self, params: Params, buffers: Params, train: bool, through: Callable[[Tensor], Tensor] | None = None

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from consilience.core.errors import ConsilienceError
-from consilience.core.model import Forward, ForwardEach
+from consilience.core.model import Forward, ForwardEach, for_one
 from consilience.core.params import Params, computing, key, matches
 from consilience.core.source import LabelFrame, Source, trimmed
 from consilience.core.traits import Traits, traits_of
@@ -120,7 +120,8 @@ class Composed(Heads):
     def __call__(
         self, params: Params, buffers: Params, x: Input, task: str | None, train: bool
     ) -> tuple[Tensor, Params]:
-        (out,), buffers = self.each(params, buffers, x, (task,), train)
+        # This class's own rule: a subclass may make several tasks out of one.
+        (out,), buffers = Composed.each(self, params, buffers, x, (task,), train)
         return out, buffers
 
     def each(
@@ -132,8 +133,7 @@ class Composed(Heads):
         return found, {**buffers, **updated} if train else buffers
 
     def bind(self, params: Params, buffers: Params, train: bool) -> tuple[Forward, Params]:
-        each, held = self.bind_each(params, buffers, train)
-        return lambda x, task: each(x, (task,))[0], held
+        return for_one(Composed.bind_each(self, params, buffers, train))
 
     def bind_each(
         self, params: Params, buffers: Params, train: bool, through: Callable[[Tensor], Tensor] | None = None

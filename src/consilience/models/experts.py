@@ -80,9 +80,6 @@ class Mixture(Composed):
         facts = f"shared={self.count}, own={self.own}, stem={self.stem!r}, hidden={self.hidden}"
         return f"{self.name.partition('(')[0]}({listed}, {self.outputs}, {facts})"
 
-    def task_of(self, entry: str) -> str | None:
-        return entry.split(".")[1] if entry.startswith((GATES, OWN)) else super().task_of(entry)
-
     @property
     def reads_others(self) -> bool:
         return self.own > 0 and len(self.experts) > 1

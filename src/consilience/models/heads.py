@@ -12,7 +12,7 @@ from torch import Tensor
 
 from consilience.core.checks import whole_number
 from consilience.core.errors import ConsilienceError, Refusal
-from consilience.core.model import Forward, ForwardEach, Model
+from consilience.core.model import Forward, ForwardEach, Model, for_one
 from consilience.core.params import Params, computing, matches
 from consilience.core.source import LabelFrame, Source
 from consilience.core.tree import Input
@@ -72,7 +72,7 @@ class Heads(Model):
 
     def task_of(self, entry: str) -> str | None:
         # Names of tasks have no dots: the second word of an entry of a task is its task.
-        return entry.split(".")[1] if entry.startswith((HEADS, HIDDEN)) else None
+        return entry.split(".")[1] if entry.startswith(self.task_prefixes) else None
 
     def check(self, frame: LabelFrame, sample: Input, aware: bool, places: tuple[int, ...] = ()) -> None:
         # Two heads would give two logits for one class, and no rule says which counts.
@@ -283,9 +283,9 @@ class MultiHead(Heads):
     def __call__(
         self, params: Params, buffers: Params, x: Input, task: str | None, train: bool
     ) -> tuple[Tensor, Params]:
-        psi, updated = self.trunk(trunk_entries(params), trunk_entries(buffers), x, None, train)
-        out = self._common_outputs(psi, self.heads(params, buffers, task))
-        return out, {**buffers, **_prefixed(updated)} if train else buffers
+        # This class's own rule: a subclass may make several tasks out of one.
+        (out,), buffers = MultiHead.each(self, params, buffers, x, (task,), train)
+        return out, buffers
 
     def each(
         self, params: Params, buffers: Params, x: Input, tasks: Sequence[str | None], train: bool
@@ -307,8 +307,7 @@ class MultiHead(Heads):
         return self._common_outputs(psi, self.heads(params, buffers, task))
 
     def bind(self, params: Params, buffers: Params, train: bool) -> tuple[Forward, Params]:
-        each, held = self._bound(params, buffers, train, None)
-        return lambda x, task: each(x, (task,))[0], held
+        return for_one(MultiHead.bind_each(self, params, buffers, train))
 
     @property
     def passes_features(self) -> bool:
@@ -316,11 +315,6 @@ class MultiHead(Heads):
 
     def bind_each(
         self, params: Params, buffers: Params, train: bool, through: Callable[[Tensor], Tensor] | None = None
-    ) -> tuple[ForwardEach, Params]:
-        return self._bound(params, buffers, train, through)
-
-    def _bound(
-        self, params: Params, buffers: Params, train: bool, through: Callable[[Tensor], Tensor] | None
     ) -> tuple[ForwardEach, Params]:
         trunk, updated = self.trunk.bind(trunk_entries(params), trunk_entries(buffers), train)
         columns = {name: tensor.clone() for name, tensor in buffers.items() if name.startswith(HEADS)}

@@ -16,7 +16,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from consilience.core.checks import whole_number
 from consilience.core.errors import ConsilienceError
-from consilience.core.model import Forward, ForwardEach, Model, stay
+from consilience.core.model import Forward, ForwardEach, Model, for_one, stay
 from consilience.core.params import Params, alias, changes, content_hash, matches, same
 from consilience.core.source import LabelFrame
 from consilience.core.traits import Traits
@@ -273,8 +273,8 @@ class ModuleModel(Model):
         return (psi * there[..., None]).sum(1) / there.sum(1, keepdim=True).clamp_min(1)
 
     def bind(self, params: Params, buffers: Params, train: bool) -> tuple[Forward, Params]:
-        forward, held = self.bind_each(params, buffers, train)
-        return lambda x, task: forward(x, (task,))[0], held
+        # This class's own rule: a subclass may make several tasks out of one.
+        return for_one(ModuleModel.bind_each(self, params, buffers, train))
 
     @property
     def passes_features(self) -> bool:

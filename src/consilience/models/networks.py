@@ -67,9 +67,6 @@ class Networks(Composed):
     def __repr__(self) -> str:
         return f"multi_head({self.trunk!r}, {self.outputs}, hidden={self.hidden}, shared={self.depth})"
 
-    def task_of(self, entry: str) -> str | None:
-        return entry.split(".")[1] if entry.startswith(NETS) else super().task_of(entry)
-
     def pieces(self, present: Sequence[str]) -> list[Piece]:
         common = [Piece(TRUNK, layer) for layer in self.layers[: self.depth]]
         own = self.layers[self.depth :]
@@ -105,13 +102,16 @@ class Networks(Composed):
     def task_features(
         self, run: Run, params: Params, x: Input, wanted: Sequence[str], present: Sequence[str]
     ) -> dict[str, Tensor]:
-        state: Input = x
-        for layer in self.layers[: self.depth]:
-            state = run(layer, TRUNK, state)
-        states = dict.fromkeys(wanted, state)
+        states = dict.fromkeys(wanted, self._common(run, x))
         for layer in self.layers[self.depth :]:
             states = {task: run(layer, f"{NETS}{task}.", state) for task, state in states.items()}
         return states  # type: ignore[return-value]
+
+    def _common(self, run: Run, x: Input) -> Input:
+        """Return what the common layers give."""
+        for layer in self.layers[: self.depth]:
+            x = run(layer, TRUNK, x)
+        return x
 
 
 class Stitched(Networks):
@@ -173,9 +173,6 @@ class Stitched(Networks):
         more = f", subspaces={self.subspaces}" if self.unit == "sluice" else ""
         facts = f"own={self.own}, other={self.other}, shared={self.depth}, hidden={self.hidden}{more}"
         return f"{self.name.partition('(')[0]}({self.trunk!r}, {self.outputs}, {facts})"
-
-    def task_of(self, entry: str) -> str | None:
-        return entry.split(".")[1] if entry.startswith(STITCH) else super().task_of(entry)
 
     @property
     def reads_others(self) -> bool:
@@ -255,11 +252,7 @@ class Stitched(Networks):
     def task_features(
         self, run: Run, params: Params, x: Input, wanted: Sequence[str], present: Sequence[str]
     ) -> dict[str, Tensor]:
-        state: Input = x
-        for layer in self.layers[: self.depth]:
-            state = run(layer, TRUNK, state)
-
-        inputs: dict[str, Input] = dict.fromkeys(present, state)
+        inputs: dict[str, Input] = dict.fromkeys(present, self._common(run, x))
         kept: dict[str, list[Tensor]] = {task: [] for task in wanted}
         for i in self._mixed:
             given = {task: run(self.layers[i], f"{NETS}{task}.", own) for task, own in inputs.items()}

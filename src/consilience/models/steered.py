@@ -128,9 +128,6 @@ class Conditioned(Steered):
         facts = f"form={self.form_of!r}, size={self.size}, layers={self.chosen}, hidden={self.hidden}"
         return f"conditioned({self.trunk!r}, {self.outputs}, {facts})"
 
-    def task_of(self, entry: str) -> str | None:
-        return entry[len(CONDITIONS) :] if entry.startswith(CONDITIONS) else super().task_of(entry)
-
     def common_modules(self, generator: torch.Generator) -> tuple[Params, Params]:
         params, buffers = super().common_modules(generator)
         for layer, width in self.widths_of.items():
@@ -217,9 +214,6 @@ class Attended(Steered):
 
     def __repr__(self) -> str:
         return f"mtan({self.trunk!r}, {self.outputs}, hidden={self.hidden})"
-
-    def task_of(self, entry: str) -> str | None:
-        return entry.split(".")[1] if entry.startswith(ATTENTION) else super().task_of(entry)
 
     def pieces(self, present: Sequence[str]) -> list[Piece]:
         return [*super().pieces(present), *(Piece(MERGE, main) for main, _ in self.layers[1:])]

@@ -233,6 +233,27 @@ def solver() -> dict[str, float]:
     return {"milliseconds": round(1e3 * statistics.median(times), 3), "largest gap": max(gaps)}
 
 
+# Statistics of conflicts
+
+
+def conflicts(turns: int) -> dict[str, float]:
+    """What statistics of conflicts add to a step of PCGrad, which has the Gramian: % of its time."""
+    found: dict[str, list[float]] = {"without": [], "with": []}
+    cases = {"without": ours(cs.methods.pcgrad()), "with": ours(cs.methods.pcgrad() + cs.methods.conflicts())}
+    for turn in range(turns + 1):
+        # In turns, each first as often as the other.
+        for name in sorted(cases, reverse=turn % 2 == 0):
+            found[name].append(statistics.median(cases[name]()))
+    pairs = [
+        with_ / without for with_, without in list(zip(found["with"], found["without"], strict=True))[1:]
+    ]
+    least = min(found["with"][1:]) / min(found["without"][1:])
+    return {
+        "median": round(100 * statistics.median(pairs) - 100, 2),
+        "of the least": round(100 * least - 100, 2),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--full", action="store_true", help="nine rounds in place of five")
@@ -276,7 +297,8 @@ def main() -> None:
         }
         for name, own in ratios.items()
     ]
-    facts = {"load before": load, "rows": rows, "MGDA's solver": solver()}
+    said = {"conflict statistics, % of a step of PCGrad (limit 2)": conflicts(30 if arguments.full else 16)}
+    facts = {"load before": load, "rows": rows, **said, "MGDA's solver": solver()}
     table = ["| case | ms per step | ratio (median, least to most) | limit |", "|---|---|---|---|"]
     table += [
         f"| {r['case']} | {r['milliseconds']} | {r['ratio']} ({r['range']}) | {r['limit'] or ''} |"

@@ -14,7 +14,7 @@ Data from CONSILIENCE_DATA. Each part has a result of its own:
 - tokens: parts of speech and entities of English sentences of the web (EWT; two tasks), and sentiment of
   REVIEWS of the reviews above, cut at LENGTH words. One encoder: embeddings of words, of their endings and
   shapes, a convolution over neighbours, next to the mean of the sentence; sentiment is read at the first
-  word. 4 epochs of batches of 32. Accuracy, and for entities the F1 of tokens that are one or are said to
+  word. 8 epochs of batches of 32. Accuracy, and for entities the F1 of tokens that are one or are said to
   be. The bar is the most frequent tag of a word.
 - sentences: seven tasks of sentences (2 to 6 classes), a quarter of the training texts of each, the first
   SENTENCE words. One layer of 32 units on the mean embedding of words, and a head per task; 4 epochs of
@@ -524,7 +524,7 @@ def measured(job: Job) -> dict[str, float]:
     elif job.part == "tokens":
         sources = token_tasks()
         model = token_net()
-        training = cs.Training(epochs=4, batch_size=32)
+        training = cs.Training(epochs=8, batch_size=32)
         metric = {"ner": EntityF1()}
     else:
         sources = mixed_tasks(job.seed)

@@ -15,8 +15,8 @@ Mean and standard deviation over SEEDS seeds, which draw parts, nets and batches
 their defaults, and tuned for none; Krum's kin expect one bad row. For task gradients the learning rate (SGD)
 is chosen for each aggregator by the validation parts (another seed). STRENGTHS Clients have one rate, which
 is chosen in the same way for the mean, and experts are the same for all. Fisher merging is
-`methods.fisher_merging`; all else is `methods.aggregate`. GEM and A-GEM have no constraints here, and are
-then the mean.
+`methods.fisher_merging`; all else is `methods.aggregate`. GEM and A-GEM are refused: nothing sets constraints
+here.
 
 `python benchmarks/matrix.py` writes the results and the table in docs/aggregators.md; `--page` only the
 table, from the results. With `--keep FOLDER` a stopped run goes on.

@@ -504,3 +504,18 @@ class Once(cs.Sampler):
 
     def plan(self, targets, batch_size, epoch, generator):
         return [torch.arange(batch_size)]
+
+
+@pytest.mark.parametrize("setting", ["multitask", "federated", "merging"])
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("gem", "GEM keeps to constraints, and here nothing sets any.* use mean, or methods.gem"),
+        ("agem", "AGEM keeps to constraints, and here nothing sets any"),
+        ("fisher", "Fisher weighs entries by importances.* use methods.fisher_merging"),
+    ],
+)
+def test_what_would_be_the_mean_is_refused(setting: str, name: str, why: str) -> None:
+    schedule = getattr(cs.settings, setting)(data())
+    with pytest.raises(cs.Refusal, match=why):
+        cs.run(schedule, cs.methods.aggregate(getattr(cs.aggregators, name)()), net())

@@ -177,6 +177,19 @@ class Method:
             f"{type(exchange).__name__} remembers earlier calls by the names of its rows, which models lack",
             "use one without a memory, such as pcgrad",
         )
+        for combines in (exchange, step):
+            constrained = combines is step and any(part.adds_constraints for part in placed.active)
+            name = type(combines).__name__
+            yield Rule(
+                isinstance(combines, Cone) and not constrained,
+                f"{name} keeps to constraints, and here nothing sets any, so that it would be the mean",
+                "use mean, or methods.gem and methods.agem with an earlier source",
+            )
+            yield Rule(
+                combines is not None and combines.takes_entry_weights,
+                f"{name} weighs entries by importances, which come with no row here: it would be the mean",
+                "use methods.fisher_merging, or cs.merge with importances",
+            )
         for combines, count, what in (
             (exchange, facts.most_received, "models are received"),
             (step, facts.parts, "tasks stand in a step"),

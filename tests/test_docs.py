@@ -289,6 +289,45 @@ def statistics_of(values: list[float]) -> tuple[float, float]:
     return statistics.mean(values), statistics.stdev(values)
 
 
+def test_figures_of_multitask_learning_are_those_of_the_results():
+    text = page("settings/multitask.md")
+
+    def shown(rows: list[dict[str, float]] | list[float], name: str = "", percent: int = 100) -> str:
+        """Mean ± standard deviation over seeds, of one task or of the mean over all."""
+        each = [
+            (r[name] if name else statistics.mean(r.values())) if isinstance(r, dict) else r for r in rows
+        ]
+        mean, spread = statistics_of([percent * value for value in each])
+        return f"{mean:.1f} ± {spread:.1f}"
+
+    domains = result("multitask_domains")
+    scores = domains["scores"]
+    assert f"each domain alone {shown(scores['TF-IDF, alone'])} %" in text
+    nets = {net: shown(scores[f"TF-IDF, uniform, {net}"]) for net in ("MMoE", "PLE", "cross-stitch")}
+    assert f"hard sharing {shown(scores['TF-IDF, uniform, hard sharing'])}" in text
+    assert all(f"{net} {value}" in text for net, value in nets.items())
+    means = {n: statistics.mean(statistics.mean(r.values()) for r in rows) for n, rows in scores.items()}
+    for name, mean in means.items():
+        kind, _, net = name.partition(", ")
+        if kind == "TF-IDF" and net != "alone":
+            assert 100 * abs(mean - means[f"TF-IDF, uniform, {net.partition(', ')[2]}"]) <= 0.4, name
+    many = domains["many terms"]
+    assert f"40,000 terms has {shown(many['hard sharing, large'])}" in text
+    for name, value in (("on all domains", 87.5), ("and per domain", 83.6)):
+        assert f"{name} {value}" in text
+        assert abs(100 * many[f"logistic regression {name.removeprefix('and ')}"][0] - value) <= 0.05
+
+    mixed, task = result("multitask_mixed")["scores"], "mnist/map"
+    assert f"R2 {shown(mixed['uniform'], task)} %, alone {shown(mixed['alone'], task)}" in text
+    digits = {n: statistics.mean(100 * r["mnist/digit"] for r in rows) for n, rows in mixed.items()}
+    for name, words in (("Nash-MTL", "costs the digits"), ("MGDA", "costs them")):
+        assert f"{shown(mixed[name], task)}" in text
+        assert f"{words} {digits['uniform'] - digits[name]:.1f}" in text
+    sentences = result("multitask_sentences")["scores"]
+    said = {"proportional": "proportional sampling", "alone": "each task alone"}
+    assert all(f"{said.get(n, n)} {shown(rows)}" in text for n, rows in sentences.items())
+
+
 def test_figures_of_padding_are_those_of_the_results():
     ratios = {n: sum(v) / len(v) for n, v in result("lengths")["ratios"].items()}
     text = page("targets.md")

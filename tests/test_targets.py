@@ -975,6 +975,18 @@ def test_declared_labels_of_tables_and_of_validation_alone_are_kept():
         assert torch.equal(framed.validation.targets(), source.validation.targets())
 
 
+def test_sources_of_a_schedule_of_several_kinds_are_not_framed_again():
+    """Its columns were doubled: 8 in place of 4."""
+    x = torch.randn(20, 5, generator=torch.Generator().manual_seed(0))
+    sources = cs.data.tasks(x, {"a": x[:, :3].argmax(1), "b": x.sum(1)}, {"b": "value"}, name="d")
+    first = cs.settings.multitask(sources, "task")
+    with pytest.raises(cs.ConsilienceError, match="'d/a' and 'd/b' have columns side by side; give the"):
+        cs.settings.multitask(first.sources, "task")
+    # Of one kind they have their labels once.
+    again = cs.settings.multitask(cs.settings.multitask(sources[:1], "task").sources, "task")
+    assert again.frame.labels == (("d/a", "0"), ("d/a", "1"), ("d/a", "2"))
+
+
 def test_columns_follow_names_where_sources_order_them_differently():
     x, y = blobs([0, 1, 2])
     names = ["a", "b", "c", "d"]

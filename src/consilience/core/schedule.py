@@ -564,6 +564,7 @@ def reframe(sources: Sequence[Source], scenario: str) -> tuple[tuple[Source, ...
     if not sources:
         raise ConsilienceError("a schedule must have sources, got none.")
 
+    _check_unframed(sources)
     # Classes come first; values and several labels have columns of their own after them, because a softmax
     # over a value would mean nothing.
     labels: tuple[Label, ...] = ()
@@ -590,6 +591,18 @@ def reframe(sources: Sequence[Source], scenario: str) -> tuple[tuple[Source, ...
         task = str(source.task)
         tasks[task] = tuple(dict.fromkeys((*tasks.get(task, ()), *source.classes)))
     return with_targets(framed, LabelFrame(labels, tasks), None)
+
+
+def _check_unframed(sources: Sequence[Source]) -> None:
+    """Refuse sources of another schedule with several kinds of targets: their columns would be doubled."""
+    whose: dict[tuple[Label, ...], Source] = {}
+    for source in sources:
+        first = whose.setdefault(source.labels, source)
+        if first.kind != source.kind and not set(first.classes) & set(source.classes):
+            raise ConsilienceError(
+                f"sources must not come from another schedule, where {first.name!r} and {source.name!r} have "
+                "columns side by side; give the sources that it was made from."
+            )
 
 
 def with_targets(

@@ -43,7 +43,7 @@ WHAT = {
     "trackers": "where numbers go",
     "progress": "bars and lines",
     "loop": "what runs",
-    "memory": "buffer policies",
+    "memory": "buffer policies, synthetic memory",
     "models": "models, heads",
     "data": "sources",
     "aggregators": "how rows combine",

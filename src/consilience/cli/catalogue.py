@@ -27,6 +27,7 @@ ROOMS = {
     "model": "models",
     "aggregator": "aggregators",
     "policy": "memory",
+    "maker": "memory",
     "mapper": "mappers",
     "metric": "metrics",
     "loss": "losses",
@@ -87,6 +88,9 @@ def catalogue(choice: str) -> dict[str, Callable[..., Any]]:
             for name, call in found.items()
             if (name in splits) == (choice == "split")
         }
+    # So does the room of policies and makers, which says which are which.
+    if choice in ("policy", "maker"):
+        found = {name: call for name, call in found.items() if (name in module.MAKERS) == (choice == "maker")}
     return {name: call for name, call in found.items() if inspect.isfunction(call)}
 
 

@@ -25,6 +25,8 @@ class Wanted:
     """The shape of one sample; None for inputs of several parts, or ragged ones."""
     dtype: torch.dtype
     device: torch.device
+    student: Teacher | None = None
+    """Who learns from the samples, over the teacher's classes; for makers that look for what it lacks."""
 
     @property
     def total(self) -> int:

@@ -1,14 +1,26 @@
-"""Memory: which examples a buffer keeps (`policy` of er, derpp, ...). Signatures import no torch."""
+"""Memory: which examples a buffer keeps (`policy` of er, derpp, ...), and makers of synthetic ones.
+
+Makers stand for the data of an expert that is given as a model alone; `memory.priors` are for those that
+optimise samples. Signatures import no torch.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
 
 from consilience import lazy
 from consilience.core.errors import suggest_arguments
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from consilience.core.buffer import Reservoir as Reservoir
+    from consilience.memory import priors as priors
+    from consilience.memory._inversion import Impression as Impression
+    from consilience.memory._inversion import Inversion as Inversion
+    from consilience.memory._priors import Prior as Prior
+    from consilience.memory._priors import Seen as Seen
     from consilience.memory.policies import ClassBalanced as ClassBalanced
     from consilience.memory.policies import Growing as Growing
     from consilience.memory.policies import Herding as Herding
@@ -16,9 +28,13 @@ if TYPE_CHECKING:
 else:
     __getattr__, __dir__ = lazy.attach(__name__)
 
-__all__ = ["class_balanced", "growing", "herding", "reservoir", "ring"]
+MAKERS = ("impression", "inversion")
+"""The functions of this catalogue that return makers; the others return policies of buffers."""
+
+__all__ = ["class_balanced", "growing", "herding", "impression", "inversion", "reservoir", "ring"]
 
 # Classes are imported in functions, since torch takes seconds to load and the command line reads signatures.
+# Makers are in files with a leading underscore: a submodule would replace the function of its name.
 
 
 def reservoir() -> Reservoir:
@@ -54,6 +70,59 @@ def growing() -> Growing:
     from consilience.memory.policies import Growing
 
     return Growing()
+
+
+# Makers of synthetic memory. The classes say more of their arguments.
+
+
+def inversion(
+    priors: Sequence[Prior] | None = None,
+    steps: int = 500,
+    lr: float = 0.1,
+    temperature: float = 2.0,
+    clip: float = 3.0,
+    start: Tensor | None = None,
+    until: float | None = None,
+    batch: int = 1024,
+    bf16: bool = False,
+) -> Inversion:
+    """Make samples of each class by gradients on the inputs of an expert: model inversion.
+
+    `priors` are of `memory.priors` (None: L2, and blur for images). Adam takes `steps` steps of `lr` on the
+    cross-entropy at a `temperature`, with inputs in +-`clip`, from noise or from the images [N, ...] of
+    `start`; a sample stays as it is at the probability `until`. `batch` bounds the memory; `bf16` computes
+    the expert in bfloat16. Carta et al. 2022 (Ex-Model).
+    """
+    from consilience.memory._inversion import Inversion
+
+    return Inversion(priors, steps, lr, temperature, clip, batch, bf16, start, until=until)
+
+
+def impression(
+    beta: float = 1.0,
+    priors: Sequence[Prior] | None = None,
+    steps: int = 500,
+    lr: float = 0.1,
+    temperature: float = 2.0,
+    clip: float = 3.0,
+    start: Tensor | None = None,
+    scaling: Literal["minmax", "shift"] = "minmax",
+    floor: float = 0.01,
+    balanced: bool = True,
+    batch: int = 1024,
+    bf16: bool = False,
+) -> Impression:
+    """Make samples for soft targets, drawn as the rows of an expert's classifier are alike: data impression.
+
+    `beta` is the concentration of the Dirichlet distributions, of cosines that `scaling` made positive and
+    that are at least `floor`. With `balanced` each class has as many samples as were asked for. `priors`,
+    `steps`, `lr`, `temperature`, `clip`, `start`, `batch` and `bf16` are as for `inversion`. Nayak et al.
+    2019; Carta et al. 2022 (Ex-Model).
+    """
+    from consilience.memory._inversion import Impression
+
+    made = (priors, steps, lr, temperature, clip, batch, bf16, start)
+    return Impression(*made, beta=beta, scaling=scaling, floor=floor, balanced=balanced)
 
 
 suggest_arguments(__name__)

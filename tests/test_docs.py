@@ -368,8 +368,8 @@ def test_the_table_of_aggregators_is_that_of_the_results(monkeypatch):
         assert all(abs(means[name][c] - mean[c]) < 1.5 for c in clean), name
     losses = [mean[c] - means["aligned_mtl"][c] for c in clean]
     assert f"up to {max(losses):.1f} points, on task vectors" in said and losses[2] == max(losses)
-    for name, places in (("gem", clean), ("agem", clean), ("arithmetic", clean), ("fisher", ("gradients",))):
-        assert all(abs(means[name][c] - mean[c]) < 0.05 for c in places), name
+    assert all(abs(means["arithmetic"][c] - mean[c]) < 0.05 for c in clean)
+    assert not means["gem"] and not means["agem"] and "gradients" not in means["fisher"]
 
 
 def test_figures_of_curricula_are_those_of_the_results():

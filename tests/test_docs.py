@@ -323,6 +323,14 @@ def test_figures_of_multitask_learning_are_those_of_the_results():
     for name, words in (("Nash-MTL", "costs the digits"), ("MGDA", "costs them")):
         assert f"{shown(mixed[name], task)}" in text
         assert f"{words} {digits['uniform'] - digits[name]:.1f}" in text
+    tokens = result("multitask_tokens")
+    for name, words in (("uniform", "together"), ("alone", "alone")):
+        tags, entities = (shown(tokens["scores"][name], task) for task in ("upos", "ner"))
+        assert f"{words} {tags}" in text and entities in text, name
+    most = [f"{100 * tokens['most frequent'][task]:.1f}" for task in ("upos", "ner")]
+    assert f"the most frequent tag of a word has {most[0]} and {most[1]};" in text
+    sentiment = [shown(tokens["scores"][name], "sentiment") for name in ("uniform", "alone")]
+    assert f"sharing: {sentiment[0]} against {sentiment[1]} (" in text
     sentences = result("multitask_sentences")["scores"]
     said = {"proportional": "proportional sampling", "alone": "each task alone"}
     assert all(f"{said.get(n, n)} {shown(rows)}" in text for n, rows in sentences.items())

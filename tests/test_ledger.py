@@ -101,6 +101,7 @@ SAMPLE = [
     ("gss", "federated_continual"),
     ("den", "continual (task)"),
     ("feddf(unlabelled)", "federated_continual"),
+    ("exmodel_distillation(auxiliary)", "exmodel"),
     ("opcm", "exmodel"),
     ("skill", "skill"),
     ("scaffold", "federated"),

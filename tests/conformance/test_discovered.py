@@ -31,6 +31,8 @@ GIVEN: dict[str, dict[str, Any]] = {
     "aggregators.torchjd": {"name": "IMTLG"},
     **{f"aggregators.{n}": {"byzantine": 0} for n in ("bulyan", "krum", "multi_krum")},
     "consolidators.ensemble_distillation": {"unlabelled": kit.UNLABELLED},
+    "consolidators.exmodel": {"maker": cs.memory.auxiliary(kit.UNLABELLED)},
+    "methods.exmodel_distillation": {"maker": cs.memory.auxiliary(kit.UNLABELLED)},
     "methods.feddf": {"unlabelled": kit.UNLABELLED},
     "methods.aggregate": {"aggregator": cs.aggregators.mean()},
     "methods.infer": {"mapper": cs.mappers.average()},
@@ -71,6 +73,12 @@ MEANING = {
         "in test_fedmethods",
     ),
     "Distillation.content": "made of the inputs",
+    **{
+        f"{name}.{field}": "an object, in test_exmodel"
+        for name in ("ExModelDistillation", "exmodel", "exmodel_distillation")
+        for field in ("maker", "augment")
+    },
+    "ExModelDistillation.facts": "the run's",
     "personal.patterns": "checked against the model in test_fedmethods",
     "aggregate.aggregator": "an object",
     "GSS.policy": "its own",
@@ -95,7 +103,13 @@ def test_everything_is_found() -> None:
         "ExpertGate",
         "Superposition",
     } <= kit.MAPPERS.keys()
-    assert {"WeightSpace", "ClosedForm", "Experts", "Distillation"} <= kit.CONSOLIDATORS.keys()
+    assert {
+        "WeightSpace",
+        "ClosedForm",
+        "Experts",
+        "Distillation",
+        "ExModelDistillation",
+    } <= kit.CONSOLIDATORS.keys()
     assert {"Mean", "Arithmetic", "Ties", "PCGrad", "MGDA", "Dare", "Median"} <= kit.AGGREGATORS.keys()
     assert set(cs.methods.__all__) == kit.METHODS.keys() | kit.NEED_ARGUMENTS, (
         "a method that needs arguments needs a row in kit.ROWS"

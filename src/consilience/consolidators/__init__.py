@@ -18,10 +18,12 @@ if TYPE_CHECKING:
     from consilience.consolidators.bank import Experts as Experts
     from consilience.consolidators.distillation import Distillation as Distillation
     from consilience.consolidators.dynamic import Dynamic as Dynamic
+    from consilience.consolidators.ex_model import ExModelDistillation as ExModelDistillation
     from consilience.consolidators.merging import FisherSpace as FisherSpace
     from consilience.consolidators.merging import RegMean as RegMean
     from consilience.consolidators.normalised import Normalised as Normalised
     from consilience.consolidators.statistics import ClosedForm as ClosedForm
+    from consilience.core.synthetic import Maker
     from consilience.core.weight_space import WeightSpace as WeightSpace
 else:
     __getattr__, __dir__ = lazy.attach(__name__)
@@ -153,16 +155,56 @@ def ensemble_distillation(
         of: whether logits or probabilities are averaged.
         optimiser: adam or sgd, for these steps.
     """
-    from consilience.consolidators.distillation import Distillation, inputs
+    from consilience.consolidators.distillation import Distillation
+    from consilience.core.source import inputs_of
 
     return Distillation(
-        unlabelled=inputs(unlabelled),
+        unlabelled=inputs_of(unlabelled, "unlabelled"),
         steps=steps,
         rate=lr,
         batch_size=batch_size,
         temperature=temperature,
         of=of,
         optimiser=optimiser,
+    )
+
+
+def exmodel(
+    maker: Maker,
+    size: int = 5000,
+    steps: int = 1000,
+    lr: float = 0.001,
+    weight_ce: float = 1.0,
+    normalise: Literal["mean", "standard"] | None = "mean",
+    targets: Literal["document", "both"] = "document",
+    augment: Any = None,
+) -> ExModelDistillation:
+    """Distil received experts, one by one, into one model, on samples that a maker makes of them.
+
+    The class has the size of batches and the optimiser too.
+
+    Args:
+        maker: who makes the samples, one of `consilience.memory`, such as `auxiliary(data)`.
+        size: the samples in the memory, for all experts so far.
+        steps: gradient steps per exchange.
+        lr: learning rate of these steps.
+        weight_ce: weight of the cross-entropy next to the squared error of the logits.
+        normalise: what is taken off the logits of teachers, per sample: their mean, also their scale, or
+            nothing.
+        targets: the units of the teacher that knows a sample's class (the paper's Eq. 9), or those of both.
+        augment: random views of the samples in training, as of a source.
+    """
+    from consilience.consolidators.ex_model import ExModelDistillation
+
+    return ExModelDistillation(
+        maker=maker,
+        size=size,
+        steps=steps,
+        lr=lr,
+        weight_ce=weight_ce,
+        normalise=normalise,
+        targets=targets,
+        augment=augment,
     )
 
 

@@ -2,42 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from consilience.core.errors import ConsilienceError, kind_of
+from consilience.consolidators._distil import Steps, descend, is_rounding
+from consilience.core.errors import ConsilienceError
 from consilience.core.message import Message, Shared
 from consilience.core.model import MISFITS, Model
-from consilience.core.optimiser import SGD, Adam
 from consilience.core.params import Layout, Params, computing, content_hash
 from consilience.core.schedule import ScheduleFacts
-from consilience.core.source import Examples, Source
+from consilience.core.source import checked_inputs
 from consilience.core.state import State
-from consilience.core.tree import Input, Tree, as_input, cast_to, named, tensors_of
+from consilience.core.synthetic import CHUNK
+from consilience.core.tree import Input, cast_to, named
 from consilience.core.weight_space import WeightSpace, with_weights
-
-CHUNK = 1024
-"""Inputs per forward pass without gradients."""
-
-
-def inputs(unlabelled: Any) -> Input:
-    """Return the inputs [N, ...] of a source, of examples, of a tensor or array, or of several by name."""
-    if isinstance(unlabelled, Source):
-        unlabelled = unlabelled.train
-    if isinstance(unlabelled, Examples):
-        return unlabelled.whole()[0]
-    if isinstance(unlabelled, Tree | Mapping | tuple):
-        return as_input(unlabelled, "`unlabelled`")
-    try:
-        return torch.as_tensor(unlabelled)
-    except (TypeError, ValueError, RuntimeError) as e:
-        raise ConsilienceError(
-            f"`unlabelled` must be inputs [N, ...] or a source, got {kind_of(unlabelled)}."
-        ) from e
 
 
 def _over_places(each: Tensor, inputs: Input) -> Tensor:
@@ -46,13 +28,6 @@ def _over_places(each: Tensor, inputs: Input) -> Tensor:
     if there is None or each.shape != there.shape:
         return each.mean()
     return each[there].mean()
-
-
-def _is_finite(inputs: object) -> bool:
-    """Whether these are inputs [N, ...], at least one, without NaN and infinity."""
-    if not isinstance(inputs, Tensor | Tree) or (isinstance(inputs, Tensor) and inputs.dim() < 2):
-        return False
-    return len(inputs) > 0 and all(bool(part.isfinite().all()) for part in tensors_of(inputs).values())
 
 
 @dataclass(frozen=True)
@@ -81,13 +56,7 @@ class Distillation(WeightSpace):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        unlabelled = self.unlabelled
-        if not _is_finite(unlabelled):
-            got = (
-                f"shape {tuple(unlabelled.shape)}" if isinstance(unlabelled, Tensor) else kind_of(unlabelled)
-            )
-            raise ConsilienceError(f"`unlabelled` must be finite inputs [N, ...], at least one, got {got}.")
-
+        unlabelled = checked_inputs(self.unlabelled, "unlabelled")
         for name, low in (("steps", 0), ("batch_size", 1)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
@@ -102,7 +71,6 @@ class Distillation(WeightSpace):
                 raise ConsilienceError(f"`{name}` must be {' or '.join(choices)}, got {value!r}.")
 
         # Two consolidators are equal, and a run may be resumed, if their inputs have one hash.
-        assert unlabelled is not None
         object.__setattr__(self, "content", content_hash(named("u", unlabelled)))
 
     def refuse(self, facts: ScheduleFacts) -> str | None:
@@ -152,12 +120,19 @@ class Distillation(WeightSpace):
         unlabelled = cast_to(self.unlabelled, layout.device, layout.dtype)
         target = self._targets(model, state, received, unlabelled)
 
-        # Adam's first steps have length lr even for a gradient of rounding errors: without a difference none
-        # is taken.
         now = self._logits(model, new.params, new.buffers, unlabelled).softmax(1)
-        if float((now - target).abs().max()) <= 100 * torch.finfo(layout.dtype).eps:
+        if is_rounding(now, target):
             return new
-        theta = self._steps(model, new, layout, unlabelled, target, generator)
+
+        def loss(params: Params, batch: Tensor, step: int) -> Tensor:
+            inputs = unlabelled[batch]
+            out = model(params, new.buffers, inputs, None, False)[0]
+            # The cross-entropy is KL plus the entropy of the targets, which has no gradient.
+            log = (out / self.temperature).log_softmax(1)
+            return -(self.temperature**2) * _over_places((target[batch] * log).sum(1), inputs)
+
+        steps = Steps(self.steps, self.rate, self.batch_size, self.optimiser)
+        theta = descend(loss, new.params, layout, len(unlabelled), steps, generator)
         return new.change(params={**new.params, **layout.split(theta)})
 
     def _logits(self, model: Model, params: Params, buffers: Params, unlabelled: Input) -> Tensor:
@@ -180,34 +155,3 @@ class Distillation(WeightSpace):
         assert total is not None
         mean = total / len(received)
         return mean.softmax(1) if self.of == "logits" else mean
-
-    def _steps(
-        self,
-        model: Model,
-        state: State,
-        layout: Layout,
-        unlabelled: Input,
-        target: Tensor,
-        generator: torch.Generator,
-    ) -> Tensor:
-        """Train the parameters of the layout towards the targets; return them as one vector."""
-        optimiser, theta = Adam() if self.optimiser == "adam" else SGD(), layout.flatten(state.params)
-        held, order = optimiser.init(theta), torch.zeros(0, dtype=torch.long)
-        with torch.enable_grad():
-            for _ in range(self.steps):
-                if not len(order):
-                    order = torch.randperm(len(unlabelled), generator=generator)
-                batch, order = order[: self.batch_size].to(unlabelled.device), order[self.batch_size :]
-                leaf = theta.detach().requires_grad_()
-                params = {**state.params, **layout.split(leaf)}
-                inputs = unlabelled[batch]
-                out = model(params, state.buffers, inputs, None, False)[0]
-
-                # The cross-entropy is KL plus the entropy of the targets, which has no gradient.
-                log = (out / self.temperature).log_softmax(1)
-                each = (target[batch] * log).sum(1)
-                loss = -(self.temperature**2) * _over_places(each, inputs)
-                grad = torch.autograd.grad(loss, leaf)[0]
-                direction, held = optimiser.update(grad, held, theta)
-                theta = theta - self.rate * direction
-        return theta

@@ -28,6 +28,8 @@ class Consolidator(Takes, ABC):
     instead: ClassVar[str] = "use fedavg"
     needs_base: ClassVar[bool] = False
     """Whether senders must have started from the receiver's own `base`, so that deltas can be computed."""
+    asks: ClassVar[bool] = False
+    """Whether it only asks senders for answers, so that they may have models of any kind."""
 
     @abstractmethod
     def receive(
@@ -61,6 +63,13 @@ class Consolidator(Takes, ABC):
 
         The weights are numbers of examples or 1 each, as `by_size` says; None: those that send are all.
         FedDyn's server counts those that do not. Default: itself.
+        """
+        return self
+
+    def informed(self, facts: ScheduleFacts) -> Consolidator:
+        """Return it for a schedule with these facts, of which it may keep what it needs to receive.
+
+        Ex-model distillation keeps which classes each sender knows. Default: itself.
         """
         return self
 

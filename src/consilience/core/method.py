@@ -106,13 +106,29 @@ class Method:
             if rule.applies:
                 raise Refusal(f"{self.name}: {rule.text}.")
 
-        receiver = placed.receiver()
+        receiver = placed.receiver().informed(facts)
+        self._check_senders(receiver, facts)
         # The model is initialised for the names of its entries, so this comes after all that costs nothing.
         personal = placed._personal_entries(facts)
         if reason := receiver.unfit(facts) or receiver.refuse(facts):
             raise Refusal(f"{self.name}: {reason}.")
         self._check_factors(receiver, facts, personal)
         return replace(placed, consolidator=receiver, exchange_aggregator=None, personal=personal)
+
+    def _check_senders(self, receiver: Consolidator, facts: ScheduleFacts) -> None:
+        """Refuse experts with models of their own where entries are used, and incomplete ones where asked."""
+        name = type(receiver).__name__
+        others = [sender for sender, known in facts.senders.items() if known.model is not None]
+        if others and not receiver.asks:
+            raise Refusal(
+                f"{self.name}: {name} uses the entries of received models, and the expert {others[0]!r} has "
+                "its own; use exmodel_distillation, or leave out its `model` where it is the run's."
+            )
+        if receiver.asks and self.personal:
+            raise Refusal(
+                f"{self.name}: {name} asks received models for answers, and without the personal entries "
+                f"({', '.join(self.personal)}) they have none; leave them out."
+            )
 
     def _check_factors(self, receiver: Consolidator, facts: ScheduleFacts, personal: tuple[str, ...]) -> None:
         """Refuse to combine both factors of a product, such as those of LoRA."""

@@ -17,7 +17,7 @@ from consilience.core.leaks import check_splits
 from consilience.core.losses import KINDS, NONE, Loss, fits, loss_of
 from consilience.core.names import checked_name
 from consilience.core.source import Examples, Label, LabelFrame, Source, Target, Tensors, same_inputs
-from consilience.core.tree import Input, Tree, signature
+from consilience.core.tree import Input, Tree, signature, types
 from consilience.core.warning import warn
 
 
@@ -79,6 +79,10 @@ class Expert:
     buffers: Mapping[str, Any] = field(default_factory=dict)
     labels: tuple[Label, ...] = ()
     """What each of its output columns means. Default: what `Result.params` says, or the source's labels."""
+    model: Any = None
+    """A model of its own, of any architecture: one of consilience.models, or a torch module; None: the run's.
+
+    Its outputs stay in its own columns. Only methods that ask experts for answers take it."""
 
     def __post_init__(self) -> None:
         checked_name(self.name, "expert")
@@ -92,6 +96,20 @@ class Expert:
         own = [self.source.labels[target] for target in self.source.classes]
         where |= dict(zip(own, framed.classes, strict=True))
         return [where.get(label) for label in self.labels]
+
+    def outputs_of(self, framed: Source, frame: LabelFrame) -> tuple[int, ...]:
+        """Return which output of its own model says each class of its source, which is `framed`.
+
+        Raises ConsilienceError for a class without an output.
+        """
+        columns = self.columns(framed, frame)
+        lacking = [column for column in framed.classes if column not in columns]
+        if lacking:
+            raise ConsilienceError(
+                f"an expert must have an output for each class of its source, got none for "
+                f"{frame.labels[lacking[0]]} in {self.name!r}; say what its outputs mean with `labels=`."
+            )
+        return tuple(columns.index(column) for column in framed.classes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,6 +187,22 @@ class Schedule:
 
 
 @dataclass(frozen=True)
+class SenderFacts:
+    """What a receiver may know of an agent before it sends: how its model answers, nothing of its data."""
+
+    model: Any
+    """A model of its own; None: that of the run."""
+    classes: tuple[int, ...]
+    """The column of each class that it was trained for."""
+    outputs: tuple[int, ...]
+    """Which output of its model says each of them."""
+    task: str | None
+    """Its task, which its model is given; None: it has several."""
+    columns: tuple[int, ...]
+    """All columns of its tasks."""
+
+
+@dataclass(frozen=True)
 class ScheduleFacts:
     """What a method can know about a schedule before it runs."""
 
@@ -208,6 +242,10 @@ class ScheduleFacts:
     """The shapes of samples, as `tree.signature` gives them."""
     trees: bool = False
     """Whether some inputs have several parts."""
+    types: frozenset[object] = frozenset()
+    """The types of samples, as `tree.types` gives them."""
+    senders: Mapping[str, SenderFacts] = field(default_factory=dict)
+    """The agents whose newly trained parameters others receive."""
     most_received: int = 0
     """The largest number of newly trained agents whose messages one agent receives at once."""
     most_combined: int = 0
@@ -338,6 +376,8 @@ class _SymbolicRun:
         self.judged_by = _judged_by(schedule)
         # The agents whose newly trained parameters each agent received first.
         self.groups: dict[str, frozenset[str]] = {}
+        # The agents that sent newly trained parameters to others, in their order.
+        self.senders: dict[str, None] = {}
         self.counts = Counts()
         self.compared: dict[tuple[str, ...], bool] = {}
 
@@ -440,6 +480,7 @@ class _SymbolicRun:
             base = self.agent(name).base
             trained = [sender for sender in group if sent[sender].trained]
             news = [sent[sender] for sender in trained]
+            self.senders |= dict.fromkeys(sender for sender in trained if sender != name)
             if trained and self.groups.setdefault(name, frozenset(trained)) != frozenset(trained):
                 counts.totals &= name == self.schedule.evaluated and name in phase.totals
             counts.most_received = max(counts.most_received, len(news))
@@ -458,6 +499,27 @@ class _SymbolicRun:
             mixed = frozenset((sender, sent[sender].params) for sender in group)
             # One message is adopted as it is. Of several, the hash is a token that stays small.
             agent.base = agent.params = sent[group[0]].params if len(mixed) == 1 else hash(mixed)
+
+    def sender(self, name: str) -> SenderFacts:
+        """Return what others may know of an agent that sends."""
+        schedule, expert = self.schedule, self.schedule.experts.get(name)
+        names = sorted({*self.agent(name).own, *([expert.source.name] if expert is not None else ())})
+        sources = [schedule.source(source) for source in names]
+
+        classes = tuple(dict.fromkeys(column for source in sources for column in source.classes))
+        columns = (column for source in sources for column in schedule.frame.widened(source).classes)
+        tasks = {source.task for source in sources}
+        model, outputs = None, classes
+        # Experts with the model of the run are put into the columns of the frame.
+        if expert is not None and expert.model is not None:
+            model, outputs = expert.model, expert.outputs_of(sources[0], schedule.frame)
+        return SenderFacts(
+            model=model,
+            classes=classes,
+            outputs=outputs,
+            task=tasks.pop() if len(tasks) == 1 else None,
+            columns=tuple(dict.fromkeys(columns)),
+        )
 
     def facts(self) -> ScheduleFacts:
         """Return what the run showed."""
@@ -487,6 +549,8 @@ class _SymbolicRun:
             places=any(source.places > 0 for source in schedule.sources),
             inputs=frozenset(signature(x) for x in samples),
             trees=any(isinstance(x, Tree) for x in samples),
+            types=frozenset(types(x) for x in samples),
+            senders={name: self.sender(name) for name in self.senders},
             most_received=counts.most_received,
             most_combined=counts.most_combined,
             star=counts.star,

@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from consilience.core.augment import Origins, States, Views, as_views, isolated, sample_seeds, seed_all
-from consilience.core.errors import ConsilienceError
+from consilience.core.errors import ConsilienceError, kind_of
 from consilience.core.losses import DEFAULTS, NONE, Loss, Losses, present
 from consilience.core.names import checked_name
 from consilience.core.params import same
-from consilience.core.tree import Input, Tree, as_input, cast_to, concat, named, pad, unnamed
+from consilience.core.tree import Input, Tree, as_input, cast_to, concat, named, pad, tensors_of, unnamed
 
 GATHERED = 1 << 20
 """Bytes of examples that are gathered at once."""
@@ -636,3 +636,31 @@ def masked(out: Tensor, columns: Sequence[int] | None, fill: float = -torch.inf)
     keep = torch.zeros(out.shape[1], dtype=torch.bool, device=out.device)
     keep[list(columns)] = True
     return out.masked_fill(~keep.view(-1, *[1] * (out.dim() - 2)), fill)
+
+
+def inputs_of(given: Any, name: str) -> Input:
+    """Return the inputs [N, ...] of a source, of examples, of a tensor or array, or of several by name.
+
+    `name` is that of the argument, for errors.
+    """
+    if isinstance(given, Source):
+        given = given.train
+    if isinstance(given, Examples):
+        return given.whole()[0]
+    if isinstance(given, Tree | Mapping | tuple):
+        return as_input(given, f"`{name}`")
+    try:
+        return torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise ConsilienceError(f"`{name}` must be inputs [N, ...] or a source, got {kind_of(given)}.") from e
+
+
+def checked_inputs(given: object, name: str) -> Input:
+    """Return inputs [N, ...], at least one and finite; refuse others by the argument's name."""
+    if isinstance(given, Tree | Tensor):
+        parts = tensors_of(given).values()
+        shaped = isinstance(given, Tree) or given.dim() > 1
+        if shaped and len(given) and all(bool(part.isfinite().all()) for part in parts):
+            return given
+    got = f"shape {tuple(given.shape)}" if isinstance(given, Tensor) else kind_of(given)
+    raise ConsilienceError(f"`{name}` must be finite inputs [N, ...], at least one, got {got}.")

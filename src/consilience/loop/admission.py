@@ -104,7 +104,8 @@ def check_content(agent: Agent, message: Message) -> None:
 def check_heads(agent: Agent, message: Message) -> None:
     """Refuse heads that the agent does not have yet, in other shapes than it would grow them."""
     model, state, item = agent.model, agent.state, message.items.get("model")
-    if not isinstance(item, Weights) or not state.base:
+    # Heads of a model that is only asked are its own.
+    if not isinstance(item, Weights) or not state.base or agent.consolidator.asks:
         return
     sent = {**item.group("params"), **item.group("buffers")}
     new = {model.task_of(name) for name in sent.keys() - state.params.keys() - state.buffers.keys()}

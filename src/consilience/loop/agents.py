@@ -57,23 +57,30 @@ class Agents(dict[str, Agent]):
         return initial_state(self.setup, self.seed)
 
     def __missing__(self, name: str) -> Agent:
-        # States are immutable, so that all agents may start from one.
-        setup = self.setup
+        setup, expert = self.setup, self.setup.schedule.experts.get(name)
         agent = Agent(
             name=name,
-            model=setup.model,
+            model=setup.model if expert is None or expert.model is None else expert.model,
             method=setup.method,
             schedule=setup.schedule,
             training=setup.training,
             seed=self.seed,
-            state=self.initial,
+            state=self.initial_of(name),
             ledger=self.ledger,
             revisited=setup.facts.revisited,
         )
-        if name in setup.schedule.experts:
-            give(agent, setup.schedule.experts[name])
+        if expert is not None:
+            give(agent, expert)
         self[name] = agent
         return agent
+
+    def initial_of(self, name: str) -> State:
+        """Return the state that an agent starts from: one for all but experts with a model of their own."""
+        expert = self.setup.schedule.experts.get(name)
+        if expert is None or expert.model is None:
+            # States are immutable, so that all agents may start from one.
+            return self.initial
+        return own_state(self.setup, self.seed, expert.model, self.initial.origin)
 
 
 class Wire:
@@ -114,16 +121,7 @@ def initial_state(setup: Setup, seed: int) -> State:
             sample = schedule.sources[0]
             params, buffers = in_columns(model, (params, buffers), columns, 0, sample, "`base`")
 
-    # Cast once, so that all that agents send and compare is of one type.
-    dtype, device = setup.training.dtype, torch.device(setup.training.device)
-
-    def cast(tensor: Tensor, frozen: bool) -> Tensor:
-        if frozen:
-            return placed(tensor, device, dtype)
-        return cast_to(tensor.detach(), device, dtype)
-
-    params = {name: cast(p, model.frozen(name)) for name, p in params.items()}
-    buffers = {name: cast(b, model.derived(name)) for name, b in buffers.items()}
+    params, buffers = cast_entries(setup.training, model, params, buffers)
     frozen = Frozen(
         {name: p for name, p in params.items() if model.frozen(name)},
         {name: b for name, b in buffers.items() if model.derived(name)},
@@ -132,6 +130,26 @@ def initial_state(setup: Setup, seed: int) -> State:
     # Experts without a base come from parameters that nobody here has, so all say that they were given.
     given = schedule.experts and schedule.base is None
     return State(params, buffers, params, "given" if given else content_hash(params), frozen=frozen)
+
+
+def own_state(setup: Setup, seed: int, model: Model, origin: str) -> State:
+    """Return the first state of an expert that has this model, of its own."""
+    params, buffers = cast_entries(setup.training, model, *model.init(key(seed, "init")))
+    # Nobody else holds its frozen entries: they are sent and kept like all others.
+    return State(params, buffers, params, origin)
+
+
+def cast_entries(training: Training, model: Model, params: Params, buffers: Params) -> tuple[Params, Params]:
+    """Cast parameters and buffers once, so that all that agents send and compare is of one type."""
+    dtype, device = training.dtype, torch.device(training.device)
+
+    def cast(tensor: Tensor, frozen: bool) -> Tensor:
+        if frozen:
+            return placed(tensor, device, dtype)
+        return cast_to(tensor.detach(), device, dtype)
+
+    params = {name: cast(p, model.frozen(name)) for name, p in params.items()}
+    return params, {name: cast(b, model.derived(name)) for name, b in buffers.items()}
 
 
 def from_base(
@@ -188,9 +206,12 @@ def _held(own: Tensor, given: Tensor) -> Tensor:
 
 def give(agent: Agent, expert: Expert) -> None:
     """Make an agent the owner of a trained expert, as if it had trained on the expert's source."""
-    source = agent.schedule.source(expert.source.name)
-    entries = expert_entries(agent, expert, source)
-    params, buffers = _in_frame(agent, expert, entries, source)
+    alone = expert.model is not None
+    # The heads of a model of its own are in its own columns, which are those of its source.
+    source = expert.source if alone else agent.schedule.source(expert.source.name)
+    params, buffers = expert_entries(agent, expert, source)
+    if not alone:
+        params, buffers = _in_frame(agent, expert, (params, buffers), source)
 
     # A head must answer with the classes of its source, and does in their order where nothing says otherwise.
     grown = agent.model.grow(agent.state.params, agent.state.buffers, source, key(0, "given"))[1]
@@ -237,7 +258,7 @@ def expert_entries(agent: Agent, expert: Expert, source: Source) -> tuple[Params
         held = params if name in state.params else buffers
         if name not in theirs:
             # What is frozen is the same in all experts, so that it may be left out.
-            if name not in state.frozen:
+            if not (agent.model.frozen(name) or agent.model.derived(name)):
                 raise ConsilienceError(
                     "an expert must have all entries of the model, "
                     f"and {expert.name!r} has none called {name!r}."

@@ -18,11 +18,11 @@ from consilience.core.correction import overrides
 from consilience.core.errors import ConsilienceError, Refusal, kind_of, unknown
 from consilience.core.method import Method
 from consilience.core.metrics import Metric
-from consilience.core.model import MISFITS, Model
+from consilience.core.model import MISFITS, Model, misfit
 from consilience.core.outliers import outliers
 from consilience.core.params import Params, computing, key
 from consilience.core.sampler import Sampler, Scored
-from consilience.core.schedule import Schedule, Train, with_targets
+from consilience.core.schedule import Evaluate, Schedule, Train, with_targets
 from consilience.core.source import Examples, Source, Tensors, trimmed
 from consilience.core.stopping import Stopping
 from consilience.core.takes import Takes
@@ -147,6 +147,7 @@ def check_all(
         pools = any(overrides(part, "gather") for part in method.active)
         training.sampler.check(schedule.sources, training.epochs * max(visits.values()), pools)
 
+    _check_experts(schedule, options.seed)
     known = model.tried
     _check_inputs(schedule, method, model)
     # They may refuse it also for what only a trial shows.
@@ -355,6 +356,33 @@ def _check_inputs(schedule: Schedule, method: Method, model: Model) -> None:
                 f"model's is {own[:8]}; the two differ in weights, image size, mean, std or structure. "
                 f"The model is {model!r:.200}."
             )
+
+
+def _check_experts(schedule: Schedule, seed: int) -> None:
+    """Refuse experts with models of their own that do more than send, or that do not take the inputs."""
+    own = {name: expert for name, expert in schedule.experts.items() if expert.model is not None}
+    # Their outputs are in their own columns, which no target and no prediction of the schedule is in.
+    active = {schedule.evaluated}
+    for phase in schedule.plan(seed) if own else ():
+        active |= set(phase.clients if isinstance(phase, Evaluate) else phase.who)
+    for name, expert in own.items():
+        if name in active:
+            raise ConsilienceError(
+                f"an expert with a model of its own only sends, and {name!r} trains, receives or is judged; "
+                "leave out its `model`, or take it out of these phases."
+            )
+        if not isinstance(expert.model, Model):
+            raise ConsilienceError(
+                f"the model of an expert must be one of consilience.models, got {kind_of(expert.model)} in "
+                f"{name!r}; wrap it with models.wrap."
+            )
+        params, buffers = expert.model.init(key("trial"))
+        x = trimmed(*expert.source.train.first(2))[0]
+        try:
+            with torch.no_grad(), isolated():
+                expert.model(params, buffers, cast_to(x, x.device, computing(params).dtype), None, False)
+        except MISFITS as error:
+            raise ConsilienceError(f"the expert {name!r}: {misfit(x, error)}") from error
 
 
 def _check_single_samples(schedule: Schedule, model: Model, training: Training, seed: int) -> None:

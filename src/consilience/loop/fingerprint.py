@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from consilience.core.model import Model
 from consilience.core.params import content_hash, key
 from consilience.core.schedule import Schedule
 from consilience.core.source import Source
@@ -51,7 +52,7 @@ def fingerprint(setup: Setup, options: RunOptions) -> dict[str, Any]:
         "data": {source.name: data_hash(source) for source in (*schedule.sources, *schedule.judged)},
         "base": None if schedule.base is None else content_hash(tensors_of(schedule.base)),
         "experts": {
-            name: content_hash(tensors_of({**expert.params, **expert.buffers}))
+            name: content_hash(tensors_of({**expert.params, **expert.buffers}) | _kind(expert.model))
             for name, expert in schedule.experts.items()
         },
         "schedule": plan_hash(schedule, range(options.seed, options.seed + options.repeats)),
@@ -69,6 +70,11 @@ def fingerprint(setup: Setup, options: RunOptions) -> dict[str, Any]:
         "code": code_of(own),
         **({"augment": augments} if augments else {}),
     }
+
+
+def _kind(model: Model | None) -> dict[str, Tensor]:
+    """Return what a hash has of an expert's own model: its repr; nothing without one."""
+    return {} if model is None or type(model).__repr__ is object.__repr__ else {repr(model): torch.zeros(0)}
 
 
 def data_hash(source: Source) -> str:

@@ -383,9 +383,9 @@ class Trial:
         (tensors, facts), self._resumed = self._resumed, None
         self.ledger.resume(facts["ledger"])
 
-        device, frozen = self.setup.training.device, self.agents.initial.frozen
-        initial = self.agents.initial
-        for name, state in agent_states(tensors, facts, device, frozen, initial).items():
+        device, initial = self.setup.training.device, self.agents.initial
+        frozen = initial.frozen
+        for name, state in agent_states(tensors, facts, device, frozen, self.agents.initial_of).items():
             self.agents[name].state = state
         if facts["best"] is not None:
             own = {key: t.to(self.setup.training.device) for key, t in by_owner(tensors)[BEST].items()}
@@ -420,16 +420,19 @@ def agent_states(
     facts: Mapping[str, Any],
     device: str = "cpu",
     frozen: Frozen | None = None,
-    like: State | None = None,
+    like: Callable[[str], State] | None = None,
 ) -> dict[str, State]:
     """Return the states of the agents that `Trial.kept` kept, on a device, over what is frozen there.
 
-    With `like`, a state of the same run, each must be one of its model.
+    With `like`, which gives the first state of an agent, each must be one of its model.
     """
     owned, states = by_owner(tensors), {}
     for name, held in facts["agents"].items():
         own = {key: tensor.to(device) for key, tensor in owned.get(name, {}).items()}
-        states[name] = decode_state(own, held, frozen, like)
+        first = None if like is None else like(name)
+        # An expert with a model of its own shares no frozen entries with others.
+        alone = first is None and not held["frozen"]
+        states[name] = decode_state(own, held, None if alone else first.frozen if first else frozen, first)
     return states
 
 

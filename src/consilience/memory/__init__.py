@@ -7,7 +7,7 @@ optimise samples. Signatures import no torch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from consilience import lazy
 from consilience.core.errors import suggest_arguments
@@ -25,13 +25,25 @@ if TYPE_CHECKING:
     from consilience.memory.policies import Growing as Growing
     from consilience.memory.policies import Herding as Herding
     from consilience.memory.policies import Ring as Ring
+    from consilience.memory.synthetic import Auxiliary as Auxiliary
+    from consilience.memory.synthetic import Real as Real
 else:
     __getattr__, __dir__ = lazy.attach(__name__)
 
-MAKERS = ("impression", "inversion")
+MAKERS = ("auxiliary", "impression", "inversion", "real")
 """The functions of this catalogue that return makers; the others return policies of buffers."""
 
-__all__ = ["class_balanced", "growing", "herding", "impression", "inversion", "reservoir", "ring"]
+__all__ = [
+    "auxiliary",
+    "class_balanced",
+    "growing",
+    "herding",
+    "impression",
+    "inversion",
+    "real",
+    "reservoir",
+    "ring",
+]
 
 # Classes are imported in functions, since torch takes seconds to load and the command line reads signatures.
 # Makers are in files with a leading underscore: a submodule would replace the function of its name.
@@ -123,6 +135,30 @@ def impression(
 
     made = (priors, steps, lr, temperature, clip, batch, bf16, start)
     return Impression(*made, beta=beta, scaling=scaling, floor=floor, balanced=balanced)
+
+
+def auxiliary(data: Any, choose: Literal["confident", "random"] = "confident") -> Auxiliary:
+    """Take samples of other data, each for the class that the expert gives it.
+
+    Args:
+        data: inputs [M, ...]: a tensor, an array, several by name, or a source, whose labels are not read.
+        choose: the samples of which the expert is most certain, or random ones, as many of each class.
+    """
+    from consilience.core.source import inputs_of
+    from consilience.memory.synthetic import Auxiliary
+
+    return Auxiliary(inputs_of(data, "data"), choose)
+
+
+def real(sources: Sequence[Any]) -> Real:
+    """Take the training examples of the experts' own sources (Replay ED): an upper bound.
+
+    Args:
+        sources: those that the experts were trained on, one for each task.
+    """
+    from consilience.memory.synthetic import Real
+
+    return Real(tuple(sources))
 
 
 suggest_arguments(__name__)

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from consilience import aggregators as catalogue
-from consilience.consolidators.distillation import Distillation, inputs
+from consilience.consolidators.distillation import Distillation
 from consilience.core.aggregator import Aggregator
 from consilience.core.errors import ConsilienceError, Refusal, suggests, unknown
 from consilience.core.message import Message, Weights
 from consilience.core.params import Params, key
-from consilience.core.source import Source
+from consilience.core.source import Source, inputs_of
 from consilience.core.state import State
 from consilience.core.tree import concat
 from consilience.merging._bench import Answers, Bench, Part
@@ -442,7 +442,9 @@ def distilled(bench: Bench, distil: Any, seed: int) -> Params:
     """Train the average of the experts on their mean answer on unlabelled inputs."""
     if distil is True:
         distil = concat([source.train.whole()[0] for source in bench.sources])
-    consolidator = distil if isinstance(distil, Distillation) else Distillation(unlabelled=inputs(distil))
+    consolidator = distil
+    if not isinstance(distil, Distillation):
+        consolidator = Distillation(unlabelled=inputs_of(distil, "unlabelled"))
     if bench.model.uses_task:
         raise Refusal(
             "models with heads of several tasks have no outputs in common to distil; leave `distil` out."

@@ -13,7 +13,13 @@ from consilience import lazy
 from consilience.core.errors import suggest_arguments
 from consilience.methods.continual import cumulative, finetune, from_scratch, joint, scroll
 from consilience.methods.distillation import feddf
-from consilience.methods.exmodel import average_ensemble, entropy_ensemble, oracle_ensemble, parameter_average
+from consilience.methods.exmodel import (
+    average_ensemble,
+    entropy_ensemble,
+    exmodel_distillation,
+    oracle_ensemble,
+    parameter_average,
+)
 from consilience.methods.federated import (
     fed3r,
     fedadagrad,
@@ -100,6 +106,7 @@ __all__ = [
     "er",
     "er_ace",
     "ewc",
+    "exmodel_distillation",
     "fairgrad",
     "famo",
     "fed3r",

@@ -553,10 +553,38 @@ def _resolved_experts(sources: Sequence[Source], experts: Sequence[Expert]) -> _
         if not isinstance(expert, Expert) or not isinstance(expert.source, Source):
             raise ConsilienceError(f"an expert must be Expert(name, params, source), got {kind_of(expert)}.")
     # The names of experts are names of agents, each with a state of its own.
-    given = {expert.name: expert for expert in experts}
+    given = {expert.name: _with_model(expert) for expert in experts}
     if len(given) != len(experts):
         raise ConsilienceError("experts must have names of their own, got one name twice.")
     return _Experts(list(given), [expert.source for expert in experts], given)
+
+
+def _with_model(expert: Expert) -> Expert:
+    """Return an expert whose own model, if it has one, is a Model with an output for each label."""
+    from dataclasses import replace
+
+    from consilience import models
+    from consilience.core.errors import ConsilienceError
+    from consilience.core.model import Model
+
+    if expert.model is None:
+        return expert
+    try:
+        model = expert.model if isinstance(expert.model, Model) else models.wrap(expert.model)
+    except ConsilienceError as error:
+        raise ConsilienceError(f"the model of the expert {expert.name!r} cannot be used: {error}") from error
+
+    # A model with as many outputs as its source has classes answers with these, in their order.
+    source, labels = expert.source, expert.labels
+    own = tuple(source.labels[target] for target in source.classes)
+    if labels == source.labels and len(own) == model.outputs < len(labels):
+        labels = own
+    if len(labels) > model.outputs:
+        raise ConsilienceError(
+            f"an expert's labels must be as many as its model's outputs, got {len(labels)} and "
+            f"{model.outputs} in {expert.name!r}; say what its outputs mean with `labels=`."
+        )
+    return replace(expert, model=model, labels=labels)
 
 
 # Agents that share what they learned.

@@ -1,0 +1,523 @@
+"""Ex-model distillation: one model learns from a stream of experts, without their data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from consilience.consolidators._distil import Steps, descend, is_rounding
+from consilience.core.augment import Views, as_views, isolated, sample_seeds, seed_all
+from consilience.core.buffer import equal_shares, ranks
+from consilience.core.checks import positive, whole_number
+from consilience.core.consolidator import Consolidator
+from consilience.core.errors import ConsilienceError, kind_of
+from consilience.core.message import Message, Shared, Weights, check_numbers
+from consilience.core.model import Model
+from consilience.core.params import Layout, Params, all_finite
+from consilience.core.schedule import ScheduleFacts, SenderFacts
+from consilience.core.source import Source, Tensors
+from consilience.core.state import State
+from consilience.core.synthetic import CHUNK, Maker, Wanted, answers
+from consilience.core.teacher import Teacher
+from consilience.core.tree import Input, cast_to, concat, named, tensors_of, unnamed
+from consilience.core.weight_space import WeightSpace, with_weights
+
+WEIGHTS = WeightSpace()
+"""How whole models are sent, freed, and adopted from a server that broadcasts."""
+
+
+class Samples(NamedTuple):
+    """Samples of the memory."""
+
+    x: Input
+    y: Tensor
+    """The class that each stands for [N]."""
+    expert: Tensor
+    """The number of the expert that each was made from [N], from 0."""
+    task: Tensor
+    """The number of the task of each [N]; 0 where tasks are not labelled."""
+
+    def select(self, index: Tensor) -> Samples:
+        """Return the samples at these indices."""
+        return Samples(self.x[index], self.y[index], self.expert[index], self.task[index])
+
+
+class Asked(NamedTuple):
+    """A model that is asked: an expert, or the ex-model before it."""
+
+    answer: Callable[[Input, Tensor], Tensor]
+    """(inputs, tasks [n]) -> logits [n, C]; what it does not know may be any finite number."""
+    knows: Tensor
+    """The classes that it knows in each task [T, C]."""
+
+
+@dataclass(frozen=True)
+class ExModelDistillation(Consolidator):
+    """Ex-model distillation: an expert's logits and the former ex-model's are learned on synthetic samples.
+
+    `maker` makes floor(N / i) samples (x, y) for expert i, as many of each of its classes. Of the memory
+    N - floor(N / i) samples stay, as many of each class. Then the ex-model f takes steps in training mode on
+
+        ||f(x) - t||^2 + weight_ce CE(f(x), y)
+
+    over batches of the memory; the norm is a sum over the units of t, the CE over the classes seen so far.
+    Logits of teachers are normalised over the classes that each knows: "mean" subtracts their mean, which
+    removes an offset; "standard" also divides by their standard deviation, which removes the scale.
+
+    With `targets` "document" (Eq. 9) t has the units of the teacher that knows y: the former ex-model f', or
+    the expert; where both know y, those of both, and the mean of the two where they overlap. With "both" t
+    has the units of both teachers for all samples, as in the public code of the paper.
+
+    With task labels only the columns of a sample's task are trained. Experts received at once are all taught
+    together, and share the new samples. They may be of any architecture. An ex-model that answers as its
+    teachers do takes no steps if weight_ce is 0. The memory is a part of `State.outer`, and is never sent.
+    Carta et al. 2022, arXiv:2112.06511, Algorithm 1, whose line 10 has f(x) in the place of its y^k.
+    """
+
+    asks: ClassVar[bool] = True
+    kinds: ClassVar[tuple[str, ...]] = ("class",)
+    takes_places: ClassVar[bool] = False
+    takes_mixed: ClassVar[bool] = False
+    instead: ClassVar[str] = "use average_ensemble or parameter_average"
+
+    maker: Maker | None = None
+    size: int = 5000
+    """N, the number of samples in the memory."""
+    steps: int = 1000
+    """The number of steps per exchange."""
+    lr: float = 0.001
+    batch_size: int = 64
+    optimiser: Literal["adam", "sgd"] = "adam"
+    weight_ce: float = 1.0
+    """lambda_CE, the weight of the cross-entropy."""
+    normalise: Literal["mean", "standard"] | None = "mean"
+    targets: Literal["document", "both"] = "document"
+    augment: Any = None
+    """Random views of samples in training, for the ex-model and its teachers, as `augment` of a source."""
+    facts: ScheduleFacts | None = field(default=None, repr=False, compare=False)
+    """Those of the schedule, as `informed` keeps them."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.maker, Maker):
+            raise ConsilienceError(
+                f"`maker` must make samples, such as memory.auxiliary(data), got {kind_of(self.maker)}."
+            )
+        whole_number(size=self.size, batch_size=self.batch_size)
+        whole_number(0, steps=self.steps)
+        positive(lr=self.lr)
+        if not 0 <= self.weight_ce < float("inf"):
+            raise ConsilienceError(f"`weight_ce` must be >= 0 and finite, got {self.weight_ce}.")
+        for name, choices in (
+            ("optimiser", ("adam", "sgd")),
+            ("normalise", ("mean", "standard", None)),
+            ("targets", ("document", "both")),
+        ):
+            value = getattr(self, name)
+            if value not in choices:
+                raise ConsilienceError(f"`{name}` must be {' or '.join(map(str, choices))}, got {value!r}.")
+
+        # The class is frozen, so that consolidators can be shared.
+        object.__setattr__(self, "augment", as_views(self.augment))
+        if self.augment is not None and self.augment.joint:
+            raise ConsilienceError(
+                f"`augment` must be of inputs alone, got a joint one, {self.augment!r}: the samples of the "
+                "memory stay what they stand for."
+            )
+
+    # What it may know before a run.
+
+    def informed(self, facts: ScheduleFacts) -> Consolidator:
+        return replace(self, facts=facts)
+
+    def refuse(self, facts: ScheduleFacts) -> str | None:
+        assert self.maker is not None
+        if not facts.receives_others:
+            return (
+                "it learns from experts that others send, and no agent receives from another here; use lwf, "
+                "or an exmodel or merging setting"
+            )
+        # Else nothing says which classes a received model knows.
+        if facts.shared_history or not facts.star:
+            return (
+                "it learns from experts that each know their own sources alone, and here agents train on "
+                "after they received, or relay; use feddf, or an exmodel or merging setting"
+            )
+        if facts.labelled and any(sender.task is None for sender in facts.senders.values()):
+            return "with task labels each expert must have one task, and here some have several; use feddf"
+        if len(facts.senders) > self.size:
+            return (
+                f"each expert needs a sample of the memory, and {len(facts.senders)} experts come to a "
+                f"`size` of {self.size}; use a larger one"
+            )
+        if facts.model is not None and facts.model.has_batch_norm and self.batch_size < 2:
+            return "batch norm needs two samples per step, and `batch_size` is 1; use a larger one"
+        return self.maker.unfit(facts) or self.maker.refuse(facts, self.size)
+
+    # Messages.
+
+    def export(
+        self, model: Model, state: State, sources: Sequence[Source], personal: Sequence[str]
+    ) -> dict[str, Shared]:
+        return WEIGHTS.export(model, state, sources, personal)
+
+    def release(self, state: State, personal: Sequence[str]) -> State:
+        return WEIGHTS.release(state, personal)
+
+    def check_message(self, model: Model, state: State, message: Message) -> None:
+        """Refuse what is no model, or not the one that the schedule says its sender has."""
+        item, whose = message.items.get("model"), message.whose
+        # What a server broadcasts is adopted.
+        if not isinstance(item, Weights) or not message.trained:
+            WEIGHTS.check_message(model, state, message)
+            return
+
+        own = self._sender(message.sender).model
+        params, buffers = (own or model).init(torch.Generator().manual_seed(0))
+        check_numbers(item, buffers, whose)
+        backbone = item.meta.get("backbone", "")
+        if own is None and backbone != state.frozen.hash:
+            raise ConsilienceError(
+                "an expert must belong to the receiver's frozen entries "
+                f"{state.frozen.hash[:8] or '(none)'}, got {backbone[:8] or '(none)'} in {whose}."
+            )
+        for group, wanted in (("params", params), ("buffers", buffers)):
+            sent = item.group(group)
+            for name, like in wanted.items():
+                if name not in sent and own is None and name in state.frozen:
+                    continue
+                if name not in sent or sent[name].shape != like.shape:
+                    got = tuple(sent[name].shape) if name in sent else "none"
+                    raise ConsilienceError(
+                        f"an expert must have all entries of its model, {name!r} {tuple(like.shape)} too, "
+                        f"got {got} in {whose}."
+                    )
+
+    def _sender(self, name: str) -> SenderFacts:
+        """Return what the schedule says of a sender."""
+        known = self.facts.senders if self.facts is not None else {}
+        if name not in known:
+            raise ConsilienceError(
+                f"which classes an expert knows must be in the schedule, and nothing is of {name!r}; use it "
+                "in a run of a schedule with this expert."
+            )
+        return known[name]
+
+    # Tasks and classes.
+
+    @property
+    def _tasks(self) -> tuple[str | None, ...]:
+        """The tasks that samples may have; (None,) where they are not labelled."""
+        if self.facts is None or not self.facts.labelled:
+            return (None,)
+        return tuple(dict.fromkeys(sender.task for sender in self.facts.senders.values()))
+
+    def _task(self, sender: SenderFacts) -> int:
+        """Return the number of a sender's task."""
+        tasks = self._tasks
+        return tasks.index(sender.task) if tasks != (None,) else 0
+
+    # Receiving.
+
+    def receive(
+        self, model: Model, state: State, fresh: Sequence[Message], by_size: bool, generator: torch.Generator
+    ) -> State:
+        experts = [m for m in with_weights(fresh) if m.trained]
+        # A broadcast holds no new expert.
+        if not experts:
+            return WEIGHTS.receive(model, state, fresh, by_size, generator)
+
+        like = Layout.of({n: p for n, p in state.params.items() if _trained(model, n, p)})
+        seen = state.outer.get("seen")
+        if seen is None:
+            seen = torch.zeros(len(self._tasks), model.outputs, dtype=torch.bool, device=like.device)
+        before, count = _memory(state.outer), int(state.outer.get("count", 0))
+        former = None if before is None else Asked(self._student(model, state.params, state.buffers), seen)
+
+        # One expert after another, so that no two of them are in memory.
+        share, pieces, known = self.size // (count + len(experts)), list[Samples](), seen.clone()
+        for number, message in enumerate(experts, count):
+            sender = self._sender(message.sender)
+            if not share:
+                raise ConsilienceError(
+                    f"each expert needs a sample of the memory, got a `size` of {self.size} for expert "
+                    f"{number + 1}; use a larger one."
+                )
+            student = self._pupil(model, state, sender) if former is not None else None
+            teacher = self._teacher(model, state, message, like.device)
+            pieces.append(self._made(teacher, student, share, number, like, generator))
+            state = self._grown(model, state, sender, pieces[-1].x, generator)
+            known[self._task(sender), list(sender.classes)] = True
+            del teacher
+
+        # What is left of the memory has room for the others.
+        if before is not None:
+            kept = self._kept(before, self.size - share * len(experts), model.outputs, generator)
+            pieces.insert(0, before.select(kept))
+        memory = _joined(pieces)
+        outer = {
+            **named("x", memory.x),
+            **{name: getattr(memory, name) for name in ("y", "expert", "task")},
+            "seen": known,
+            "count": torch.tensor(count + len(experts)),
+        }
+
+        def asked() -> Iterator[Asked]:
+            if former is not None:
+                yield former
+            for message in experts:
+                yield self._asked(model, state, message, known)
+
+        params, buffers = self._distilled(model, state, memory, known, asked, generator)
+        size = int(sum(m.size for m in experts))
+        return state.change(params=params, buffers=buffers, outer=outer, size=size)
+
+    def _teacher(self, model: Model, state: State, message: Message, device: torch.device) -> Teacher:
+        """Return a received model as a teacher."""
+        sender, item = self._sender(message.sender), message.items["model"]
+        frozen = state.frozen if sender.model is None else None
+        params = {**(frozen.params if frozen else {}), **item.group("params")}
+        buffers = {**(frozen.buffers if frozen else {}), **item.group("buffers")}
+        return Teacher(
+            name=message.sender,
+            model=sender.model or model,
+            params={name: p.to(device) for name, p in params.items()},
+            buffers={name: b.to(device) for name, b in buffers.items()},
+            classes=sender.classes,
+            outputs=sender.outputs,
+            task=sender.task,
+        )
+
+    def _pupil(self, model: Model, state: State, sender: SenderFacts) -> Teacher | None:
+        """Return the ex-model before this expert, as a maker may ask it about the expert's classes."""
+        # A model with heads has none for a task that is new.
+        if type(model).grow is not Model.grow:
+            return None
+        facts = {"classes": sender.classes, "outputs": sender.classes, "task": sender.task}
+        return Teacher("ex-model", model, state.params, state.buffers, **facts)  # type: ignore[arg-type]
+
+    def _asked(self, model: Model, state: State, message: Message, like: Tensor) -> Asked:
+        """Return an expert as one who is asked over the columns of the frame; `like` is [T, C]."""
+        sender, teacher = self._sender(message.sender), self._teacher(model, state, message, like.device)
+        knows = torch.zeros_like(like)
+        knows[self._task(sender), list(sender.classes)] = True
+
+        def answer(x: Input, task: Tensor) -> Tensor:
+            found = answers(teacher, x)
+            return found.new_zeros(len(found), like.shape[1]).index_copy_(
+                1, torch.tensor(sender.classes, device=found.device), found
+            )
+
+        return Asked(answer, knows)
+
+    # The memory.
+
+    def _made(
+        self,
+        teacher: Teacher,
+        student: Teacher | None,
+        count: int,
+        number: int,
+        like: Layout,
+        generator: torch.Generator,
+    ) -> Samples:
+        """Return new samples of an expert, as many of each of its classes."""
+        assert self.maker is not None and self.facts is not None
+        classes = teacher.classes
+        counts = {c: count // len(classes) + (i < count % len(classes)) for i, c in enumerate(classes)}
+        wanted = Wanted(
+            counts={c: n for c, n in counts.items() if n},
+            shape=_shape(self.facts),
+            dtype=_dtype(self.facts, like.dtype),
+            device=like.device,
+            student=student,
+        )
+
+        x, y = self.maker.make(teacher, wanted, generator)
+        x, y = cast_to(x, like.device, like.dtype), y.to(like.device)
+        there = torch.isin(y, torch.tensor(classes, device=y.device))
+        finite = all(all_finite(part) for part in tensors_of(x).values())
+        if not (len(x) == len(y) == count and bool(there.all()) and finite):
+            raise ConsilienceError(
+                f"{type(self.maker).__name__} must make {count} finite samples of the classes of "
+                f"{teacher.name!r}, got {len(x)} with {len(y)} classes, or others."
+            )
+        task = self._task(self._sender(teacher.name))
+        return Samples(x, y, torch.full_like(y, number), torch.full_like(y, task))
+
+    def _kept(self, memory: Samples, size: int, width: int, generator: torch.Generator) -> Tensor:
+        """Return which samples stay: as many of each class of each task, and within it of each expert."""
+        keys = torch.rand(len(memory.y), generator=generator, dtype=torch.float64)
+        group = (memory.task * width + memory.y).cpu()
+        # The first of each expert come before the second of any.
+        turn = ranks(keys, memory.expert.cpu() * width * len(self._tasks) + group)
+        kept = equal_shares(turn + keys, group, size)
+        return kept.nonzero()[:, 0].to(memory.y.device)
+
+    def _grown(
+        self, model: Model, state: State, sender: SenderFacts, x: Input, generator: torch.Generator
+    ) -> State:
+        """Return the state with the entries that an expert's task needs, such as a head."""
+        if sender.task is None or type(model).grow is Model.grow:
+            return state
+        # Sources are how models know a task; this one has synthetic samples alone.
+        examples = Tensors(x[:1], torch.zeros(1, dtype=torch.long, device=x.device))
+        labels = tuple(("", str(column)) for column in range(model.outputs))
+        blank = Source(sender.task, examples, examples, examples, labels, sender.columns, task=sender.task)
+        params, buffers = model.grow(dict(state.params), dict(state.buffers), blank, generator)
+        return state.change(params=params, buffers=buffers)
+
+    # Distillation.
+
+    def _distilled(
+        self,
+        model: Model,
+        state: State,
+        memory: Samples,
+        known: Tensor,
+        asked: Callable[[], Iterable[Asked]],
+        generator: torch.Generator,
+    ) -> tuple[Params, Params]:
+        """Return parameters and buffers after the steps; `known` [T, C] are the classes seen by now."""
+        trained = {n: p for n, p in state.params.items() if _trained(model, n, p)}
+        if not self.steps or not trained:
+            return state.params, state.buffers
+
+        # Targets of samples that stay as they are, are computed once.
+        target, units = self.targets_of(asked(), memory)
+        if not self.weight_ce:
+            now = self._student(model, state.params, state.buffers)(memory.x, memory.task)
+            if is_rounding(now[units], target[units]):
+                return state.params, state.buffers
+
+        teachers = list(asked()) if self.augment is not None else []
+        seeds = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=generator)))
+        held = {"buffers": state.buffers}
+
+        def loss(params: Params, batch: Tensor, step: int) -> Tensor:
+            some = memory.select(batch)
+            if not isinstance(some.x, Tensor):
+                some = some._replace(x=some.x.trim())
+            aim, there = target[batch], units[batch]
+            if self.augment is not None:
+                views: Views = self.augment.of(batch)
+                some = some._replace(x=views(some.x, some.y, sample_seeds(seeds, batch, step))[0])
+                aim, there = self.targets_of(teachers, some)
+
+            if model.draws:
+                seed_all((seeds.initial_seed() + step) & ((1 << 62) - 1), batch.device)
+            out, held["buffers"] = self._outputs(model, params, held["buffers"], some.x, some.task, True)
+            value = torch.where(there, out - aim, 0).square().sum(1).mean()
+            if self.weight_ce:
+                out = out.masked_fill(~known[some.task], -torch.inf)
+                value = value + self.weight_ce * F.cross_entropy(out, some.y)
+            return value
+
+        layout = Layout.of(trained)
+        steps = Steps(self.steps, self.lr, self.batch_size, self.optimiser, 1 + model.has_batch_norm)
+        with isolated(layout.device) if model.draws else nullcontext():
+            theta = descend(loss, state.params, layout, len(memory.y), steps, generator)
+        return {**state.params, **layout.split(theta)}, held["buffers"]
+
+    def targets_of(self, asked: Iterable[Asked], samples: Samples) -> tuple[Tensor, Tensor]:
+        """Return the target [N, C] of each sample, and which units it has: bool [N, C]."""
+        total: Tensor | None = None
+        times: Tensor | None = None
+        for one in asked:
+            units = one.knows[samples.task]
+            taught = units.gather(1, samples.y[:, None])[:, 0] if self.targets == "document" else units.any(1)
+            index = taught.nonzero()[:, 0]
+            if total is None or times is None:
+                total = times = torch.zeros(units.shape, device=units.device)
+            if not len(index):
+                continue
+            units = units[index]
+            logits = self.normalised(one.answer(samples.x[index], samples.task[index]), units)
+            total = total.to(logits.dtype).index_add(0, index, logits)
+            times = times.to(logits.dtype).index_add(0, index, units.to(logits.dtype))
+        assert total is not None and times is not None
+        return total / times.clamp_min(1), times > 0
+
+    def normalised(self, logits: Tensor, units: Tensor) -> Tensor:
+        """Return logits [n, C] normalised over some units [n, C] of each sample; 0 elsewhere.
+
+        >>> from consilience.core.synthetic import Maker
+        >>> class Own(Maker):
+        ...     def make(self, teacher, wanted, generator): ...
+        >>> units = torch.tensor([[True, True, False]])
+        >>> ExModelDistillation(Own()).normalised(torch.tensor([[1.0, 3.0, 9.0]]), units).tolist()
+        [[-1.0, 1.0, 0.0]]
+        """
+        logits = torch.where(units, logits, 0)
+        if self.normalise is None:
+            return logits
+        count = units.sum(1, keepdim=True).clamp_min(1)
+        logits = torch.where(units, logits - logits.sum(1, keepdim=True) / count, 0)
+        if self.normalise == "standard":
+            spread = (logits.square().sum(1, keepdim=True) / count).sqrt()
+            # Equal logits have no scale and stay 0.
+            logits = logits / torch.where(spread > 0, spread, 1)
+        return logits
+
+    def _outputs(
+        self, model: Model, params: Params, buffers: Params, x: Input, task: Tensor, train: bool
+    ) -> tuple[Tensor, Params]:
+        """Return the outputs [n, C] of the ex-model, each sample's for its task, and the new buffers."""
+        if self._tasks == (None,):
+            return model(params, buffers, x, None, train)
+        # All samples go through what tasks share at once, as batch norm needs.
+        present, place = task.unique(return_inverse=True)
+        names = [self._tasks[number] for number in present.tolist()]
+        outs, buffers = model.each(params, buffers, x, names, train)
+        return torch.stack(outs)[place, torch.arange(len(place), device=place.device)], buffers
+
+    def _student(self, model: Model, params: Params, buffers: Params) -> Callable[[Input, Tensor], Tensor]:
+        """Return (inputs, tasks) -> logits [n, C] of an ex-model in eval mode, without gradients."""
+
+        def answer(x: Input, task: Tensor) -> Tensor:
+            found = []
+            with torch.no_grad():
+                for piece, own in zip(x.split(CHUNK), task.split(CHUNK), strict=True):
+                    some = piece if isinstance(piece, Tensor) else piece.trim()
+                    found.append(self._outputs(model, params, buffers, some, own, False)[0])
+            return torch.cat(found)
+
+        return answer
+
+
+def _trained(model: Model, name: str, entry: Tensor) -> bool:
+    """Whether an entry of the ex-model is trained."""
+    return entry.is_floating_point() and not model.frozen(name)
+
+
+def _memory(outer: Mapping[str, Tensor]) -> Samples | None:
+    """Return the memory that a state has, or None."""
+    if "y" not in outer:
+        return None
+    return Samples(unnamed("x", outer), outer["y"], outer["expert"], outer["task"])
+
+
+def _joined(pieces: Sequence[Samples]) -> Samples:
+    """Return all samples of several pieces, one piece after another."""
+    rest = (torch.cat(tensors) for tensors in zip(*(piece[1:] for piece in pieces), strict=True))
+    return Samples(concat([piece.x for piece in pieces]), *rest)
+
+
+def _shape(facts: ScheduleFacts) -> tuple[int, ...] | None:
+    """Return the shape of a sample; None for several parts, and where sources differ."""
+    shapes = list(facts.inputs)
+    if facts.trees or len(shapes) != 1:
+        return None
+    return shapes[0]  # type: ignore[return-value]
+
+
+def _dtype(facts: ScheduleFacts, fractions: torch.dtype) -> torch.dtype:
+    """Return the type of samples: `fractions` where they are fractions."""
+    every: list[torch.dtype] = [one for some in facts.types for one in some]  # type: ignore[attr-defined]
+    whole = [one for one in every if not one.is_floating_point]
+    return whole[0] if whole and not facts.trees else fractions

@@ -36,6 +36,7 @@ ROOMS = {
 
 HIDDEN = {
     "arrays",
+    "auxiliary",
     "embed",
     "head2toe",
     "leave_one_out",
@@ -44,6 +45,7 @@ HIDDEN = {
     "new_instances_and_classes",
     "own",
     "ple",
+    "real",
     "sharing",
     "stream",
     "wrap",

@@ -283,8 +283,16 @@ def finite(p: Tensor, y: Tensor) -> float:
     return float(p.double().mean())
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("row", kit.ROWS)
+def cells() -> list[Any]:
+    """Every method with every form. Half is run by `make test`: each with every second of the other."""
+    return [
+        pytest.param(row, form, marks=[] if (i + j) % 2 == 0 else pytest.mark.slow)
+        for i, row in enumerate(kit.ROWS)
+        for j, form in enumerate(FORMS)
+    ]
+
+
+@pytest.mark.parametrize(("row", "form"), cells())
 def test_a_method_runs_or_refuses_by_name_before_any_work(row: str, form: str) -> None:
     refused: set[str] = set()
     for setting in settings_of(row):

@@ -49,7 +49,8 @@ def norms_of(x):
     """Two layers: of the samples, and of twice their first channel."""
     variance, mean = torch.var_mean(x, (0, 2, 3))
     kept = torch.tensor([0.3, -0.2], dtype=x.dtype), torch.tensor([0.5, 2.0], dtype=x.dtype)
-    return [Norm(mean, variance, *kept, 1e-5), Norm(2 * mean[:1], 4 * variance[:1], *kept, 1e-5)]
+    first = [part[:1] for part in kept]
+    return [Norm(mean, variance, *kept, 1e-5), Norm(2 * mean[:1], 4 * variance[:1], *first, 1e-5)]
 
 
 EACH = [
@@ -186,6 +187,15 @@ def test_statistics_of_all_layers_are_summed():
     assert len(want) == 2 and all(part > 1e-3 for part in want)
     found = priors.BatchNormStatistics(1.0).penalty(x, priors.Seen(out, norms))
     assert torch.allclose(found, sum(want))
+
+
+def test_gradients_of_moments_are_those_of_finite_differences():
+    norm = nn.BatchNorm2d(2).double().eval()
+    teacher = teacher_of(cs.models.wrap(nn.Sequential(norm, nn.Flatten()), outputs=60), dtype=torch.float64)
+    x = images().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: teacher.watched(x)[1][0][:2], x)
+    mean, variance = teacher.watched(x)[1][0][:2]
+    assert torch.allclose(mean, x.mean((0, 2, 3))) and torch.allclose(variance, x.var((0, 2, 3)))
 
 
 def test_data_with_the_running_statistics_have_no_penalty():

@@ -18,7 +18,7 @@ from consilience.core.augment import normal, sample_seeds, uniform
 from consilience.core.checks import positive, whole_number
 from consilience.core.errors import ConsilienceError, Diverged, kind_of
 from consilience.core.model import MISFITS
-from consilience.core.params import all_finite, computing, content_hash
+from consilience.core.params import all_finite, computing, content_hash, keep_memory
 from consilience.core.synthetic import Maker, Wanted
 from consilience.core.teacher import Teacher
 from consilience.memory._priors import L2, Blur, Prior, Seen, at_step
@@ -182,6 +182,7 @@ class Gradients(Maker):
         priors: Sequence[Prior] | None = self.priors
         if priors is None:
             priors = (L2(), Blur()) if are_images(wanted.shape) else (L2(),)
+        keep_memory()
         made = Objective(type(self).__name__, teacher, wanted, tuple(priors), self.temperature, self.bf16)
         made.check()
         return made

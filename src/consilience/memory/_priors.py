@@ -72,7 +72,7 @@ class L2(Penalty):
     strength: float = 1e-4
 
     def penalty(self, x: Tensor, seen: Seen) -> Tensor:
-        return self.strength * x.square().sum() / len(x)
+        return self.strength * square(x) / len(x)
 
 
 @dataclass(frozen=True)
@@ -87,14 +87,9 @@ class Blur(Penalty):
     needs_images: ClassVar[bool] = True
 
     def penalty(self, x: Tensor, seen: Seen) -> Tensor:
-        blurred = x
-        # Rows, then columns: the kernel is a product.
-        for dim in (-2, -1):
-            wide = F.pad(blurred, (0, 0, 1, 1) if dim == -2 else (1, 1, 0, 0), mode="reflect")
-            size = x.shape[dim]
-            before, here, after = (wide.narrow(dim, place, size) for place in range(3))
-            blurred = (before + after) / 4 + here / 2
-        return self.strength * (x - blurred).square().sum() / len(x)
+        # The kernel is a product, and products of small matrices are faster than convolutions of one channel.
+        rows, columns = (smoothing(size, x) for size in x.shape[-2:])
+        return self.strength * square(x - rows @ x @ columns.T) / len(x)
 
 
 @dataclass(frozen=True)
@@ -137,13 +132,16 @@ class BatchNormStatistics(Penalty):
             raise ConsilienceError(f"`of` must be 'std' or 'variance', got {self.of!r}.")
 
     def penalty(self, x: Tensor, seen: Seen) -> Tensor:
-        total = x.new_zeros(())
-        for norm in seen.norms:
-            spread, kept = norm.variance, norm.running_variance
-            if self.of == "std":
-                spread, kept = (spread + norm.eps).sqrt(), (kept + norm.eps).sqrt()
-            total = total + (norm.mean - norm.running_mean).square().sum() + (spread - kept).square().sum()
-        return self.strength * total
+        found = [*(norm.mean for norm in seen.norms), *(self._spread(n.variance, n.eps) for n in seen.norms)]
+        kept = [
+            *(norm.running_mean for norm in seen.norms),
+            *(self._spread(norm.running_variance, norm.eps) for norm in seen.norms),
+        ]
+        # As one vector, because a deep network has many short ones.
+        return self.strength * square(torch.cat(found) - torch.cat(kept))
+
+    def _spread(self, variance: Tensor, eps: float) -> Tensor:
+        return (variance + eps).sqrt() if self.of == "std" else variance
 
 
 @dataclass(frozen=True)
@@ -210,6 +208,26 @@ class Augmented(Prior):
         ]
         grid = F.affine_grid(torch.stack(rows, 1).to(x), list(x.shape), align_corners=False)
         return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+
+
+def square(x: Tensor) -> Tensor:
+    """Return the sum of squares of all numbers."""
+    return x.flatten().dot(x.flatten())
+
+
+def smoothing(size: int, like: Tensor) -> Tensor:
+    """Return the matrix [size, size] that blurs a line with (1 2 1) / 4, with reflected borders.
+
+    >>> smoothing(3, torch.zeros(1)).tolist()
+    [[0.5, 0.5, 0.0], [0.25, 0.5, 0.25], [0.0, 0.5, 0.5]]
+    """
+    line = torch.arange(size, device=like.device)
+    matrix = like.new_zeros(size, size)
+    for step, weight in ((-1, 0.25), (0, 0.5), (1, 0.25)):
+        # -1 is 1, and `size` is `size - 2`.
+        at = (size - 1 - (size - 1 - (line + step).abs()).abs())[:, None]
+        matrix.scatter_add_(1, at, matrix.new_full((size, 1), weight))
+    return matrix
 
 
 def at_step(seeds: Tensor, step: int) -> Tensor:

@@ -36,6 +36,7 @@ SCRIPTS = (
     Script("engines.py", 2, data=False),
     Script("long.py", data=False),
     Script("merging.py", data=False),
+    Script("inversion.py", data=False),
     Script("frozen.py", 1, ("transformers",), data=False),
     Script("features.py", 1, ("timm",)),
     Script("mapping.py", 2, data=False),

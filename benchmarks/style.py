@@ -77,6 +77,7 @@ EXCEPTIONS = {
     "generative_replay": "a method of the catalogue: hyperparameters of the method and of its generator",
     "skill": "a method of the catalogue: options of its mapper and of its head",
     "inversion": "a maker of synthetic memory of the catalogue: hyperparameters of the paper",
+    "generator": "a maker of synthetic memory of the catalogue, as `inversion`",
     "impression": "a maker of synthetic memory of the catalogue, as `inversion`",
     "head2toe": "a model of the catalogue: hyperparameters of the paper",
     "arrays": "a data source of the catalogue",

@@ -10,12 +10,15 @@ import torch.nn.functional as F
 from torch import nn
 
 import consilience as cs
+from consilience import testing
 from consilience.core.augment import uniform
 from consilience.core.params import key
 from consilience.core.synthetic import Wanted
 from consilience.core.teacher import Norm, Teacher, _Norms
 from consilience.memory import _priors as priors
+from consilience.memory._generator import Generator
 from consilience.memory._inversion import Impression, Inversion, dirichlet
+from consilience.memory._moments import Moments
 from restate import source
 
 SHAPE = (2, 5, 6)
@@ -391,7 +394,7 @@ def test_images_to_begin_with(digits):
     assert all(sum(row) == 1 for row in which) and all(any(column) for column in zip(*which, strict=True))
     assert maker == Inversion([], steps=1, lr=1e-30, start=x[:3].clone())
     assert maker != Inversion([], steps=1, lr=1e-30, start=x[3:6])
-    with pytest.raises(cs.ConsilienceError, match=r"samples \(1, 8, 8\), as the expert 'digits' takes"):
+    with pytest.raises(cs.ConsilienceError, match=r"\(1, 8, 8\), got \(64,\), of the expert 'digits'"):
         Inversion(start=torch.zeros(3, 64)).make(teacher, wanted_of({10: 1}, (1, 8, 8)), key(0))
 
 
@@ -542,6 +545,137 @@ def test_classes_of_impressions_are_those_of_their_targets(digits):
     assert float(p.amax(1).mean()) < float((teacher(certain) / 2).softmax(1).amax(1).mean()) - 0.1
 
 
+# A generator network.
+
+
+def test_a_generator_makes_images_of_each_class(digits):
+    teacher, _, _ = digits
+    wanted = wanted_of({10: 10, 13: 7, 11: 3}, (1, 8, 8))
+    maker = Generator(steps=60, adapt=15, batch=10, latent=8, width=4, clip=2.0)
+    x, y = maker.make(teacher, wanted, key(0))
+    assert {c: int((y == c).sum()) for c in wanted.counts} == wanted.counts
+    assert x.shape == (20, 1, 8, 8) and float(x.abs().max()) <= 2.0
+    p = teacher(x).softmax(1).gather(1, y[:, None] - 10)
+    # The second batch is as good, although it took a quarter of the steps: the network goes on.
+    assert float(p.min()) > 0.9
+    fresh = replace(maker, steps=15).make(teacher, wanted, key(0))[0]
+    early = teacher(fresh).softmax(1).gather(1, y[:, None] - 10)
+    assert float(early[:10].mean()) < float(p[10:].mean()) - 0.01
+    # Images of one class differ.
+    assert float(torch.pdist(x[y == 10].flatten(1)).min()) > 0.1
+
+
+def test_a_generator_is_pure_and_takes_images_of_any_side():
+    shape = (3, 9, 7)
+    teacher = teacher_of(cs.models.mlp(189, (8,), 3), name="eve")
+    wanted = wanted_of({10: 2, 11: 3}, shape)
+    maker, state = Generator(steps=4, adapt=2, batch=3, width=3), torch.get_rng_state()
+    x, y = maker.make(teacher, wanted, key(0))
+    assert x.shape == (5, *shape) and y.tolist() == [10, 11, 10, 11, 11]
+    assert torch.equal(x, maker.make(teacher, wanted, key(0))[0])
+    assert not torch.equal(x, maker.make(teacher, wanted, key(1))[0])
+    assert torch.equal(state, torch.get_rng_state())
+    with pytest.raises(cs.ConsilienceError, match="Generator needs images .* of the expert 'eve'"):
+        maker.make(teacher, wanted_of({10: 2}, (189,)), key(0))
+
+
+# Samples from statistics, and pieces of an image.
+
+
+def test_samples_from_moments_have_them_and_the_experts_classes():
+    mean, std = torch.tensor([1.0, -2.0, 0.0]), torch.tensor([0.5, 2.0, 0.0])
+    teacher = teacher_of(cs.models.linear(3, 2), name="table")
+    maker = cs.memory.moments(mean, std, pool=4)
+    x, y = maker.make(teacher, wanted_of({10: 2000, 11: 2000}, (3,)), key(0))
+    assert torch.equal(y, 10 + teacher(x).argmax(1)) and len(x) == 4000
+    everything = replace(maker, pool=1).make(teacher, wanted_of({10: 2000, 11: 2000}, (3,)), key(0))[0]
+    assert torch.allclose(everything.mean(0), mean, atol=0.1)
+    assert torch.allclose(everything.std(0), std, atol=0.1)
+    ranged = cs.memory.moments(mean, std, low=[0.9, -3.0, -1.0], high=[1.2, -1.0, 1.0])
+    x, _ = ranged.make(teacher, wanted_of({10: 300}, (3,)), key(0))
+    assert x.amin(0).tolist() == pytest.approx([0.9, -3.0, 0.0])
+    assert x.amax(0).tolist() == pytest.approx([1.2, -1.0, 0.0])
+
+
+def test_samples_from_moments_fill_the_classes_as_far_as_the_expert_gives_them():
+    layer = nn.Linear(2, 2)
+    weight, bias = torch.tensor([[1.0, 0.0], [0.0, 0.0]]), torch.tensor([0.0, 1.0])
+    layer.load_state_dict({"weight": weight, "bias": bias})
+    teacher = teacher_of(cs.models.wrap(layer))
+    wanted = wanted_of({10: 50, 11: 50}, (2,))
+    enough = cs.memory.moments([0.0, 0.0], [1.0, 1.0], pool=10).make(teacher, wanted, key(0))[1]
+    assert enough.bincount()[10:].tolist() == [50, 50]
+    few = cs.memory.moments([0.0, 0.0], [1.0, 1.0], pool=1).make(teacher, wanted, key(0))[1]
+    assert len(few) == 100 and 5 < int((few == 10).sum()) < 30
+
+
+def test_a_description_that_does_not_fit_is_refused():
+    teacher = teacher_of(cs.models.linear(3, 2), name="table")
+    two = torch.zeros(2)
+    for make, message in [
+        (lambda: Moments(None, two), "`mean` must be finite numbers"),
+        (lambda: Moments(two, torch.ones(3)), r"`std` must have the shape of `mean`, \(2,\), got \(3,\)"),
+        (lambda: Moments(two, -torch.ones(2)), "`std` must be >= 0, got -1.0"),
+        (lambda: Moments(two, two, torch.ones(2), two), "`low` must be <= `high`"),
+        (lambda: Moments(two, two).make(teacher, wanted_of({10: 1}, (2,)), key(0)), "the expert 'table'"),
+    ]:
+        with pytest.raises(cs.ConsilienceError, match=message):
+            make()
+    assert Moments(two, two) != Moments(two, torch.ones(2))
+
+
+def test_pieces_of_an_image_are_windows_of_it():
+    """Coordinates as colours: a piece of a linear picture says where it was cut."""
+    rows, columns = torch.meshgrid(torch.arange(40.0), torch.arange(60.0), indexing="ij")
+    image = torch.stack([rows, columns])
+    found = cs.memory.pieces(image, 50, (8, 12), seed=3, scale=(0.2, 0.9), angle=0.0, flip=False)
+    down, across = found.diff(dim=2), found.diff(dim=3)
+    step = down[:, 0, 3, 3]
+    assert torch.allclose(across[:, 1, 3, 3], step, atol=1e-3)
+    assert float(across[:, 0].abs().max()) < 1e-3 and float(down[:, 1].abs().max()) < 1e-3
+    # The largest piece that fits has 40 rows: 5 pixels a step.
+    scales = step / 5
+    assert 0.2 <= float(scales.min()) < 0.3 and 0.8 < float(scales.max()) <= 0.9 + 1e-3
+    assert float(found[:, 0].min()) >= 0 and float(found[:, 1].max()) <= 59
+    # With turns and mirrors, which keep angles and sizes.
+    turned = cs.memory.pieces(image, 50, (8, 12), seed=3, scale=(0.2, 0.5), angle=90.0)
+    lengths = [turned.diff(dim=dim)[:, :, 3, 3].norm(dim=1) for dim in (2, 3)]
+    assert torch.allclose(lengths[0], lengths[1], atol=1e-3)
+    assert 10 < int((turned.diff(dim=3)[:, 1, 3, 3] < 0).sum()) < 40
+    assert torch.equal(turned, cs.memory.pieces(image, 50, (8, 12), seed=3, scale=(0.2, 0.5), angle=90.0))
+    for bad, message in [
+        (lambda: cs.memory.pieces(image[0], 3, (8, 8)), "`image` must be one image"),
+        (lambda: cs.memory.pieces(image, 0, (8, 8)), "`count` must be a whole number"),
+        (lambda: cs.memory.pieces(image, 3, (8, 8), scale=(0.5, 0.1)), "`scale` must be"),
+    ]:
+        with pytest.raises(cs.ConsilienceError, match=message):
+            bad()
+
+
+# In a run.
+
+
+@pytest.mark.parametrize("maker", [cs.memory.inversion(steps=5), cs.memory.impression(steps=5)])
+def test_an_ex_model_is_distilled_on_what_makers_make(maker):
+    method = cs.methods.exmodel_distillation(maker, size=24, steps=5)
+    schedule = cs.settings.exmodel(testing.sources(), "class")
+    results = [testing.quiet(schedule, method, testing.plain_model()) for _ in range(2)]
+    assert (results[0].matrix == results[1].matrix).all()
+
+
+def test_a_schedule_that_a_maker_cannot_serve_is_refused_before_training():
+    schedule = cs.settings.exmodel(testing.sources(), "class")
+    for maker, message in [
+        (cs.memory.inversion([priors.Blur()]), "Blur needs images"),
+        (cs.memory.inversion(start=torch.zeros(2, 99)), "`start` must have samples"),
+        (cs.memory.generator(), "Generator needs images"),
+        (cs.memory.moments(torch.zeros(99), torch.ones(99)), "the description is of samples"),
+    ]:
+        method = cs.methods.exmodel_distillation(maker, size=24, steps=5)
+        with pytest.raises(cs.Refusal, match=message):
+            cs.run(schedule, method, testing.plain_model())
+
+
 # What is refused.
 
 
@@ -576,13 +710,23 @@ def test_what_does_not_fit_is_refused_by_name():
     two = {10: 2}
     batch_norm, disagreement = [priors.BatchNormStatistics()], [priors.Disagreement()]
     cases = [
-        (teacher, None, wanted_of(two, None), "one tensor and one shape, and those of the expert 'eve'"),
-        (teacher, None, wanted_of(two, (6,), torch.int64), "real numbers, and those of the expert 'eve' are"),
+        (
+            teacher,
+            None,
+            wanted_of(two, None),
+            "one tensor and one shape .*, got several, of .* 'eve'",
+        ),
+        (
+            teacher,
+            None,
+            wanted_of(two, (6,), torch.int64),
+            "real numbers .*, got torch.int64, of .* 'eve'",
+        ),
         (teacher, None, wanted_of(two, (7,)), r"samples \(7,\) must fit the expert 'eve'"),
         (teacher, None, wanted_of({3: 1}, (6,)), r"classes of the expert 'eve', \[10, 11, 12\], got 3"),
         (teacher, None, wanted_of({10: -1, 11: 4}, (6,)), "must be >= 0, got -1 of class 10"),
         (teacher, None, wanted_of({10: 0}, (6,)), "at least one sample of the expert 'eve'"),
-        (teacher, [priors.Blur()], wanted_of(two, (6,)), "Blur needs images .* expert 'eve' are"),
+        (teacher, [priors.Blur()], wanted_of(two, (6,)), "Blur needs images .*, of the expert 'eve'"),
         (teacher, [priors.Augmented()], wanted_of(two, (6,)), "Augmented needs images"),
         (teacher, batch_norm, wanted_of(two, (6,)), "batch norms .* the expert 'eve' has none"),
         (teacher, disagreement, wanted_of(two, (6,)), "needs a student to compare the expert 'eve' with"),
@@ -651,6 +795,9 @@ def test_the_catalogue_has_the_defaults_of_the_classes():
         priors.BatchNormStatistics(),
         priors.Augmented(),
     ]
+    assert cs.memory.generator() == Generator()
+    network = cs.memory.generator(some, 9, 8, 0.2, 4.0, 2.0, 5, 6, 7, True)
+    assert network == Generator(some, 9, 0.2, 4.0, 2.0, 7, True, adapt=8, latent=5, width=6)
     made = cs.memory.inversion(some, 3, 0.2, 4.0, 2.0, torch.ones(1, 2), 0.9, 7, True)
     assert made == Inversion(some, 3, 0.2, 4.0, 2.0, 7, True, torch.ones(1, 2), until=0.9)
     shown = cs.memory.impression(0.5, some, 3, 0.2, 4.0, 2.0, torch.ones(1, 2), "shift", 0.1, False, 7, True)

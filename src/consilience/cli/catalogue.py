@@ -41,6 +41,7 @@ HIDDEN = {
     "head2toe",
     "leave_one_out",
     "macs",
+    "moments",
     "new_instances",
     "new_instances_and_classes",
     "own",

@@ -17,8 +17,11 @@ if TYPE_CHECKING:
 
     from consilience.core.buffer import Reservoir as Reservoir
     from consilience.memory import priors as priors
+    from consilience.memory._generator import Generator as Generator
     from consilience.memory._inversion import Impression as Impression
     from consilience.memory._inversion import Inversion as Inversion
+    from consilience.memory._moments import Moments as Moments
+    from consilience.memory._pieces import pieces as pieces
     from consilience.memory._priors import Prior as Prior
     from consilience.memory._priors import Seen as Seen
     from consilience.memory.policies import ClassBalanced as ClassBalanced
@@ -30,16 +33,18 @@ if TYPE_CHECKING:
 else:
     __getattr__, __dir__ = lazy.attach(__name__)
 
-MAKERS = ("auxiliary", "impression", "inversion", "real")
+MAKERS = ("auxiliary", "generator", "impression", "inversion", "moments", "real")
 """The functions of this catalogue that return makers; the others return policies of buffers."""
 
 __all__ = [
     "auxiliary",
     "class_balanced",
+    "generator",
     "growing",
     "herding",
     "impression",
     "inversion",
+    "moments",
     "real",
     "reservoir",
     "ring",
@@ -135,6 +140,44 @@ def impression(
 
     made = (priors, steps, lr, temperature, clip, batch, bf16, start)
     return Impression(*made, beta=beta, scaling=scaling, floor=floor, balanced=balanced)
+
+
+def generator(
+    priors: Sequence[Prior] | None = None,
+    steps: int = 300,
+    adapt: int = 60,
+    lr: float = 0.005,
+    temperature: float = 2.0,
+    clip: float = 3.0,
+    latent: int = 64,
+    width: int = 16,
+    batch: int = 256,
+    bf16: bool = False,
+) -> Generator:
+    """Make images of each class with a small network, trained against an expert: data-free distillation.
+
+    The network has `latent` inputs and `width` maps; the first `batch` takes `steps` steps of Adam at `lr`,
+    and each later one `adapt`, from where the last one ended. `priors`, `temperature`, `clip` and `bf16` are
+    as for `inversion`. Fang et al. 2021 (CMI), 2022 (Fast-DFKD), without contrast and meta learning.
+    """
+    from consilience.memory._generator import Generator
+
+    made = (priors, steps, lr, temperature, clip, batch, bf16)
+    return Generator(*made, adapt=adapt, latent=latent, width=width)
+
+
+def moments(mean: Any, std: Any, low: Any = None, high: Any = None, pool: int = 10) -> Moments:
+    """Draw samples of a table from the mean and the standard deviation of each column, clipped to a range.
+
+    Each stands for the class that the expert gives it; of `pool` times as many, those are taken that fill the
+    classes. `mean`, `std`, `low` and `high` are numbers [d], of inputs as the expert takes them.
+    """
+    import torch
+
+    from consilience.memory._moments import Moments
+
+    given = [None if part is None else torch.as_tensor(part).float() for part in (mean, std, low, high)]
+    return Moments(given[0], given[1], given[2], given[3], pool)
 
 
 def auxiliary(data: Any, choose: Literal["confident", "random"] = "confident") -> Auxiliary:

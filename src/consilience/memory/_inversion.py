@@ -7,7 +7,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -23,10 +23,13 @@ from consilience.core.synthetic import Maker, Wanted
 from consilience.core.teacher import Teacher
 from consilience.memory._priors import L2, Blur, Prior, Seen, at_step
 
+if TYPE_CHECKING:
+    from consilience.core.schedule import ScheduleFacts
+
 EVERY = 10
 """Steps from one look at the probabilities of samples to the next."""
 
-INSTEAD = "use memory.auxiliary or memory.real"
+INSTEAD = "use memory.auxiliary"
 """What makes samples where gradients cannot."""
 
 
@@ -48,31 +51,14 @@ class Objective:
 
     def check(self) -> None:
         """Refuse what cannot be made, by the teacher's name, before any work."""
-        name = repr(self.teacher.name)
-        if self.wanted.shape is None:
-            raise ConsilienceError(
-                f"{self.maker} needs inputs of one tensor and one shape, and those of the expert {name} have "
-                f"several parts or are ragged; {INSTEAD}."
-            )
-        if not self.wanted.dtype.is_floating_point:
-            raise ConsilienceError(
-                f"{self.maker} needs inputs that are real numbers, and those of the expert {name} are "
-                f"{self.wanted.dtype}; {INSTEAD}."
-            )
         check_counts(self.teacher, self.wanted)
-
         for prior in self.priors:
-            kind = type(prior).__name__
-            if prior.needs_images and not are_images(self.wanted.shape):
-                raise ConsilienceError(
-                    f"{kind} needs images [C, H, W] of at least 2 x 2 pixels, and samples of the expert "
-                    f"{name} are {self.wanted.shape}; leave it out."
-                )
             if prior.needs_student and self.wanted.student is None:
                 raise ConsilienceError(
-                    f"{kind} needs a student to compare the expert {name} with, got none; leave it out."
+                    f"{type(prior).__name__} needs a student to compare the expert {self.teacher.name!r} "
+                    "with, got none; leave it out."
                 )
-        self._check_answers(self.place().new_zeros(2, *self.wanted.shape).requires_grad_())
+        self._check_answers(self.place().new_zeros(2, *self.shape).requires_grad_())
 
     def _check_answers(self, x: Tensor) -> None:
         """Refuse a teacher whose answers, on these samples, no gradient can use."""
@@ -101,12 +87,19 @@ class Objective:
                 "none; leave it out."
             )
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of a sample."""
+        assert self.wanted.shape is not None
+        return self.wanted.shape
+
     def place(self) -> Tensor:
         """Return zeros [0] of the type and on the device in which samples are optimised."""
         return torch.zeros(0, dtype=computing(self.teacher.params).dtype, device=self.wanted.device)
 
     def look(self, x: Tensor) -> Seen:
         """Return the teacher's answers on x [B, ...], and all that the priors need."""
+        # Of the teacher alone: statistics, penalties and samples need full precision.
         half = torch.autocast(x.device.type, dtype=torch.bfloat16) if self.bf16 else nullcontext()
         student = self.wanted.student if any(prior.needs_student for prior in self.priors) else None
         try:
@@ -137,11 +130,21 @@ class Objective:
     def loss(self, x: Tensor, seen: Seen, target: Tensor) -> Tensor:
         """Return the loss of samples that the teacher saw, for classes [B] or probabilities [B, k]."""
         total = F.cross_entropy(seen.logits / self.temperature, target, reduction="sum")
+        # Of the samples themselves, and not of what the teacher saw.
         for prior in self.priors:
             penalty = prior.penalty(x, seen)
             if penalty is not None:
                 total = total + len(x) * penalty
         return total
+
+    def checked(self, x: Tensor) -> Tensor:
+        """Return samples in the type that is wanted; refuse others than finite ones."""
+        if not all_finite(x):
+            raise Diverged(
+                f"samples of the expert {self.teacher.name!r} must be finite, got NaN or infinity; a smaller "
+                "`lr` or weaker priors may help."
+            )
+        return x.to(self.wanted.dtype)
 
 
 @dataclass(frozen=True)
@@ -175,17 +178,47 @@ class Gradients(Maker):
             raise ConsilienceError(
                 f"`priors` must be a list of those of memory.priors, got {kind_of(self.priors)}."
             )
+        # Hashable, and no longer the caller's list.
         object.__setattr__(self, "priors", tuple(self.priors))
 
     def objective(self, teacher: Teacher, wanted: Wanted) -> Objective:
         """Return what samples of a teacher are optimised for; refuse, by its name, what cannot be made."""
-        priors: Sequence[Prior] | None = self.priors
-        if priors is None:
-            priors = (L2(), Blur()) if are_images(wanted.shape) else (L2(),)
+        reason = self.misfit(wanted.shape, wanted.dtype)
+        if reason:
+            raise ConsilienceError(f"{reason}, of the expert {teacher.name!r}.")
         keep_memory()
-        made = Objective(type(self).__name__, teacher, wanted, tuple(priors), self.temperature, self.bf16)
+        priors = self.acting(wanted.shape)
+        made = Objective(type(self).__name__, teacher, wanted, priors, self.temperature, self.bf16)
         made.check()
         return made
+
+    def acting(self, shape: tuple[int, ...] | None) -> tuple[Prior, ...]:
+        """Return the priors for samples of a shape: the given ones, or the usual ones."""
+        if self.priors is not None:
+            return tuple(self.priors)
+        return (L2(), Blur()) if are_images(shape) else (L2(),)
+
+    def misfit(self, shape: tuple[int, ...] | None, dtype: torch.dtype) -> str | None:
+        """Return why it cannot make samples of a shape (None: of several) and type; None where it can."""
+        name = type(self).__name__
+        if shape is None:
+            return f"{name} needs inputs of one tensor and one shape ({INSTEAD} for others), got several"
+        if not dtype.is_floating_point:
+            return f"{name} needs inputs that are real numbers ({INSTEAD} for others), got {dtype}"
+        images = [type(prior).__name__ for prior in self.acting(shape) if prior.needs_images]
+        if images and not are_images(shape):
+            return (
+                f"{images[0]} needs images [C, H, W] of at least 2 x 2 pixels (leave it out for others), got "
+                f"samples {shape}"
+            )
+        return None
+
+    def refuse(self, facts: ScheduleFacts, size: int) -> str | None:
+        # Inputs of one tensor: others were refused before.
+        shapes: list[Any] = list(facts.inputs)
+        types: list[Any] = list(facts.types)
+        whole = [one for some in types for one in some if not one.is_floating_point]
+        return self.misfit(shapes[0] if len(shapes) == 1 else None, (whole or [torch.float32])[0])
 
 
 @dataclass(frozen=True)
@@ -207,6 +240,7 @@ class Pixelwise(Gradients):
             )
         if not self.start.is_floating_point() or not all_finite(self.start):
             raise ConsilienceError(f"`start` must be finite real numbers, got others in {self.start.dtype}.")
+        # Two makers are equal, and a run may be resumed, if their images have one hash.
         object.__setattr__(self, "content", content_hash({"start": self.start}))
 
     @abstractmethod
@@ -222,12 +256,6 @@ class Pixelwise(Gradients):
 
     def make(self, teacher: Teacher, wanted: Wanted, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         goal = self.objective(teacher, wanted)
-        if self.start is not None and tuple(self.start.shape[1:]) != wanted.shape:
-            raise ConsilienceError(
-                f"`start` must have samples {wanted.shape}, as the expert {teacher.name!r} takes, "
-                f"got {tuple(self.start.shape[1:])}."
-            )
-
         # All is drawn by sample, so that it does not depend on `batch`.
         classes = in_turn(teacher, wanted.counts)
         seeds = seeds_of(len(classes), generator)
@@ -237,6 +265,11 @@ class Pixelwise(Gradients):
             for rows in batches(len(classes), self.batch)
         ]
         return torch.cat(made), columns_of(teacher, targets, wanted.device)
+
+    def misfit(self, shape: tuple[int, ...] | None, dtype: torch.dtype) -> str | None:
+        if shape is not None and self.start is not None and tuple(self.start.shape[1:]) != shape:
+            return f"`start` must have samples {shape}, got {tuple(self.start.shape[1:])}"
+        return super().misfit(shape, dtype)
 
     def first(self, seeds: Tensor, shape: tuple[int, ...], place: Tensor) -> Tensor:
         """Return the samples [B, *shape] before the first step, with the type and device of `place`."""
@@ -249,8 +282,7 @@ class Pixelwise(Gradients):
 
     def _optimised(self, goal: Objective, target: Tensor, seeds: Tensor) -> Tensor:
         """Return a batch of samples for these targets."""
-        assert goal.wanted.shape is not None
-        x = self.first(seeds, goal.wanted.shape, goal.place()).requires_grad_()
+        x = self.first(seeds, goal.shape, goal.place()).requires_grad_()
         adam = adam_of([x], self.lr)
         found, rows = x.detach().clone(), torch.arange(len(x), device=x.device)
         moving = torch.ones_like(rows, dtype=torch.bool)
@@ -264,12 +296,13 @@ class Pixelwise(Gradients):
             (x.grad,) = torch.autograd.grad(loss, x)
 
             done = self.is_done(seen.logits.detach(), target) if step % EVERY == 0 else None
+            # As it was when the teacher saw it: the step below would move it on.
             if done is not None:
                 now = moving & done
                 found[rows[now]] = x.detach()[now]
                 moving &= ~done
                 if not bool(moving.any()):
-                    return self._checked(found, goal)
+                    return goal.checked(found)
             adam.step()
             with torch.no_grad():
                 x.clamp_(-self.clip, self.clip)
@@ -280,16 +313,7 @@ class Pixelwise(Gradients):
                 rows, target, seeds = rows[moving], target[moving], seeds[moving.cpu()]
                 moving = moving[moving]
         found[rows[moving]] = x.detach()[moving]
-        return self._checked(found, goal)
-
-    def _checked(self, x: Tensor, goal: Objective) -> Tensor:
-        """Return samples in the type that is wanted; refuse others than finite ones."""
-        if not all_finite(x):
-            raise Diverged(
-                f"samples of the expert {goal.teacher.name!r} must be finite, got NaN or infinity; a smaller "
-                "`lr` or weaker priors may help."
-            )
-        return x.to(goal.wanted.dtype)
+        return goal.checked(found)
 
 
 @dataclass(frozen=True)
@@ -363,13 +387,12 @@ class Impression(Pixelwise):
 
     def targets(self, goal: Objective, classes: Tensor, generator: torch.Generator) -> Tensor:
         teacher, place = goal.teacher, goal.place()
-        assert goal.wanted.shape is not None
         if len(teacher.classes) < 2:
             raise ConsilienceError(
                 f"Impression needs similarities of classes, and the expert {teacher.name!r} has one class; "
                 "use memory.inversion."
             )
-        alpha = self.alpha(teacher.rows(place.new_zeros(1, *goal.wanted.shape)).cpu())
+        alpha = self.alpha(teacher.rows(place.new_zeros(1, *goal.shape)).cpu())
         drawn = dirichlet(alpha, classes, generator)
         missed = drawn.argmax(1) != classes
         # The class itself has the largest parameter, so that few draws are needed.

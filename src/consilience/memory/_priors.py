@@ -108,6 +108,7 @@ class TotalVariation(Penalty):
 
     def penalty(self, x: Tensor, seen: Seen) -> Tensor:
         steps = [x.diff(dim=dim) for dim in (-2, -1)]
+        # A constant image has none, since borders have no neighbours outside.
         down, across = ((step.abs() if self.power == 1 else step.square()).sum() for step in steps)
         return self.strength * (down + across) / len(x)
 
@@ -193,6 +194,7 @@ class Augmented(Prior):
             )
 
     def view(self, x: Tensor, seeds: Tensor) -> Tensor:
+        # By sample and step, so that no view depends on the batch.
         drawn = uniform(seeds, 4).double()
         turn = torch.deg2rad(self.angle * (2 * drawn[:, 0] - 1))
         # A grid has a length of two from border to border.

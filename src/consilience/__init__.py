@@ -3,7 +3,7 @@
 `run` and `sweep` run methods in settings, `search` finds hyperparameters, `merge` merges checkpoints.
 Catalogues are `methods`, `settings`, `data`, `models`, `losses`, `metrics`, `aggregators`, `consolidators`,
 `mappers`, `memory`, `engines` and `trackers`. For a method of one's own: `Correction`, `Aggregator`,
-`Consolidator`, `Mapper`, `Policy`, and what their verbs see and return; `testing.check` checks it.
+`Consolidator`, `Mapper`, `Policy`, `Maker`, and what their verbs see and return; `testing.check` checks it.
 
 >>> import consilience as cs
 >>> cs.__version__
@@ -81,6 +81,9 @@ if TYPE_CHECKING:
     from consilience.core.source import Source as Source
     from consilience.core.source import Target as Target
     from consilience.core.stopping import Stopping as Stopping
+    from consilience.core.synthetic import Maker as Maker
+    from consilience.core.synthetic import Wanted as Wanted
+    from consilience.core.teacher import Teacher as Teacher
     from consilience.core.training import Training as Training
     from consilience.core.tree import Tree as Tree
     from consilience.diagnosis import diagnose as diagnose

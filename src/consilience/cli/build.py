@@ -84,7 +84,7 @@ def method_of(order: Order, names: str, choice: str = "method") -> Method:
 
 
 def part_method(order: Order, part: Part) -> Method:
-    """Build the method of one part, with the aggregator, policy or mapper that its arguments name."""
+    """Build the method of one part, with the aggregator, maker, mapper or policy that its arguments name."""
     from consilience.core.aggregator import Aggregator
     from consilience.core.correction import Correction, Mapper
     from consilience.core.method import Method

@@ -27,7 +27,7 @@ from consilience.core.errors import ConsilienceError, unknown
 CHOICES = ("setting", "data", "split", "method", "model")
 CHAINED = ("split", "method", "methods", "model")
 """Choices that take several names: `ewc+er` compose, `iid+classes` come one after another."""
-NAMED = ("aggregator", "policy", "mapper")
+NAMED = ("aggregator", "maker", "mapper", "policy")
 """Arguments of methods that take a name of a catalogue or a dotted path, and have arguments themselves."""
 NONE = ("none", "auto", "null")
 SWITCHES = ("resume", "judge_clients", "trust", "overwrite", "dry_run", "help")

@@ -28,6 +28,9 @@ from consilience.core.teacher import Teacher
 from consilience.core.tree import Input, cast_to, concat, named, tensors_of, unnamed
 from consilience.core.weight_space import WeightSpace, with_weights
 
+FLOAT = torch.float32
+"""Any type of fractions."""
+
 WEIGHTS = WeightSpace()
 """How whole models are sent, freed, and adopted from a server that broadcasts."""
 
@@ -155,9 +158,16 @@ class ExModelDistillation(Consolidator):
                 f"each expert needs a sample of the memory, and {len(facts.senders)} experts come to a "
                 f"`size` of {self.size}; use a larger one"
             )
-        if facts.model is not None and facts.model.has_batch_norm and self.batch_size < 2:
-            return "batch norm needs two samples per step, and `batch_size` is 1; use a larger one"
-        return self.maker.unfit(facts) or self.maker.refuse(facts, self.size)
+        if self.maker.needs_gradients and not (_shape(facts) and _dtype(facts, FLOAT) == FLOAT):
+            return (
+                f"{type(self.maker).__name__} needs inputs that are one tensor of fractions, of one shape, "
+                "and here they are others; use memory.auxiliary"
+            )
+        return (
+            _unfit_student(facts.model, self.batch_size)
+            or self.maker.unfit(facts)
+            or self.maker.refuse(facts, self.size)
+        )
 
     # Messages.
 
@@ -248,9 +258,14 @@ class ExModelDistillation(Consolidator):
                     f"each expert needs a sample of the memory, got a `size` of {self.size} for expert "
                     f"{number + 1}; use a larger one."
                 )
-            student = self._pupil(model, state, sender) if former is not None else None
+            # A head for the expert's task comes first, if samples show what goes into it.
+            wanted = self._wanted(sender, share, like)
+            if wanted.shape is not None:
+                blank = torch.zeros(1, *wanted.shape, dtype=wanted.dtype, device=wanted.device)
+                state = self._grown(model, state, sender, blank, generator)
+                wanted = replace(wanted, student=_pupil(model, state, sender))
             teacher = self._teacher(model, state, message, like.device)
-            pieces.append(self._made(teacher, student, share, number, like, generator))
+            pieces.append(self._made(teacher, wanted, number, like, generator))
             state = self._grown(model, state, sender, pieces[-1].x, generator)
             known[self._task(sender), list(sender.classes)] = True
             del teacher
@@ -293,14 +308,6 @@ class ExModelDistillation(Consolidator):
             task=sender.task,
         )
 
-    def _pupil(self, model: Model, state: State, sender: SenderFacts) -> Teacher | None:
-        """Return the ex-model before this expert, as a maker may ask it about the expert's classes."""
-        # A model with heads has none for a task that is new.
-        if type(model).grow is not Model.grow:
-            return None
-        facts = {"classes": sender.classes, "outputs": sender.classes, "task": sender.task}
-        return Teacher("ex-model", model, state.params, state.buffers, **facts)  # type: ignore[arg-type]
-
     def _asked(self, model: Model, state: State, message: Message, like: Tensor) -> Asked:
         """Return an expert as one who is asked over the columns of the frame; `like` is [T, C]."""
         sender, teacher = self._sender(message.sender), self._teacher(model, state, message, like.device)
@@ -317,30 +324,26 @@ class ExModelDistillation(Consolidator):
 
     # The memory.
 
-    def _made(
-        self,
-        teacher: Teacher,
-        student: Teacher | None,
-        count: int,
-        number: int,
-        like: Layout,
-        generator: torch.Generator,
-    ) -> Samples:
-        """Return new samples of an expert, as many of each of its classes."""
-        assert self.maker is not None and self.facts is not None
-        classes = teacher.classes
+    def _wanted(self, sender: SenderFacts, count: int, like: Layout) -> Wanted:
+        """Return what a maker is asked for: so many samples, as many of each class of an expert."""
+        assert self.facts is not None
+        classes = sender.classes
         counts = {c: count // len(classes) + (i < count % len(classes)) for i, c in enumerate(classes)}
-        wanted = Wanted(
+        return Wanted(
             counts={c: n for c, n in counts.items() if n},
             shape=_shape(self.facts),
             dtype=_dtype(self.facts, like.dtype),
             device=like.device,
-            student=student,
         )
 
+    def _made(
+        self, teacher: Teacher, wanted: Wanted, number: int, like: Layout, generator: torch.Generator
+    ) -> Samples:
+        """Return new samples of an expert."""
+        assert self.maker is not None
         x, y = self.maker.make(teacher, wanted, generator)
         x, y = cast_to(x, like.device, like.dtype), y.to(like.device)
-        there = torch.isin(y, torch.tensor(classes, device=y.device))
+        count, there = wanted.total, torch.isin(y, torch.tensor(teacher.classes, device=y.device))
         finite = all(all_finite(part) for part in tensors_of(x).values())
         if not (len(x) == len(y) == count and bool(there.all()) and finite):
             raise ConsilienceError(
@@ -406,7 +409,9 @@ class ExModelDistillation(Consolidator):
             aim, there = target[batch], units[batch]
             if self.augment is not None:
                 views: Views = self.augment.of(batch)
-                some = some._replace(x=views(some.x, some.y, sample_seeds(seeds, batch, step))[0])
+                some = some._replace(
+                    x=views(some.x, some.y, sample_seeds(seeds, batch, torch.tensor(step)))[0]
+                )
                 aim, there = self.targets_of(teachers, some)
 
             if model.draws:
@@ -488,6 +493,32 @@ class ExModelDistillation(Consolidator):
             return torch.cat(found)
 
         return answer
+
+
+def _unfit_student(model: Model | None, batch_size: int) -> str | None:
+    """Return why a model cannot be taught, and what to do; None if it can."""
+    if model is None:
+        return None
+    if model.has_batch_norm and batch_size < 2:
+        return "batch norm needs two samples per step, and `batch_size` is 1; use a larger one"
+    # A model that grows gets its heads with the experts.
+    params, _ = model.init(torch.Generator().manual_seed(0))
+    if type(model).grow is Model.grow and not any(_trained(model, n, p) for n, p in params.items()):
+        return "all entries of the model are frozen, so that it cannot be taught; leave a head trainable"
+    return None
+
+
+def _pupil(model: Model, state: State, sender: SenderFacts) -> Teacher:
+    """Return the ex-model as a maker may ask it about an expert's classes."""
+    return Teacher(
+        name="ex-model",
+        model=model,
+        params=state.params,
+        buffers=state.buffers,
+        classes=sender.classes,
+        outputs=sender.classes,
+        task=sender.task,
+    )
 
 
 def _trained(model: Model, name: str, entry: Tensor) -> bool:

@@ -28,9 +28,6 @@ from consilience.core.teacher import Teacher
 from consilience.core.tree import Input, cast_to, concat, named, tensors_of, unnamed
 from consilience.core.weight_space import WeightSpace, with_weights
 
-FLOAT = torch.float32
-"""Any type of fractions."""
-
 WEIGHTS = WeightSpace()
 """How whole models are sent, freed, and adopted from a server that broadcasts."""
 
@@ -151,17 +148,16 @@ class ExModelDistillation(Consolidator):
                 "it learns from experts that each know their own sources alone, and here agents train on "
                 "after they received, or relay; use feddf, or an exmodel or merging setting"
             )
-        if facts.labelled and any(sender.task is None for sender in facts.senders.values()):
-            return "with task labels each expert must have one task, and here some have several; use feddf"
+        grows = facts.model is not None and type(facts.model).grow is not Model.grow
+        if (facts.labelled or grows) and any(sender.task is None for sender in facts.senders.values()):
+            return (
+                "with task labels, or heads of tasks, each expert must have one task, and here some have "
+                "several; use feddf, or a model with one head"
+            )
         if len(facts.senders) > self.size:
             return (
                 f"each expert needs a sample of the memory, and {len(facts.senders)} experts come to a "
                 f"`size` of {self.size}; use a larger one"
-            )
-        if self.maker.needs_gradients and not (_shape(facts) and _dtype(facts, FLOAT) == FLOAT):
-            return (
-                f"{type(self.maker).__name__} needs inputs that are one tensor of fractions, of one shape, "
-                "and here they are others; use memory.auxiliary"
             )
         return (
             _unfit_student(facts.model, self.batch_size)

@@ -38,6 +38,7 @@ PARTS = {
 
 EXAMPLES: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "aggregate": ("cs.aggregators.mean()", lambda cs: cs.aggregators.mean()),
+    "distil": ("unlabelled", lambda cs: importlib.import_module("torch").zeros(1, 1)),
     "exmodel_distillation": (
         "cs.memory.auxiliary(data)",
         lambda cs: cs.memory.auxiliary(importlib.import_module("torch").zeros(1, 1)),

@@ -125,6 +125,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "TorchJDLinear": {"name": "IMTLG"},
     "TorchJDStateful": {"name": "ExcessMTL"},
     "Distillation": {"unlabelled": UNLABELLED},
+    "TeacherDistillation": {"unlabelled": UNLABELLED},
     "ExModelDistillation": {"maker": cs.memory.auxiliary(UNLABELLED)},
     **{n: {"byzantine": 0} for n in ("Bulyan", "Krum", "MultiKrum")},
     "TaLoS": {"density": 0.5, "reached": True},
@@ -237,7 +238,7 @@ TOGETHER = (
 )
 """Methods that reconcile the gradients, or balance the losses, of the tasks of a step."""
 
-NEED_ARGUMENTS = {"aggregate", "exmodel_distillation", "feddf", "infer"}
+NEED_ARGUMENTS = {"aggregate", "distil", "exmodel_distillation", "feddf", "infer"}
 """Those that need one; their rows are written out below."""
 
 ROWS: dict[str, Callable[[], cs.Method]] = dict(
@@ -247,6 +248,7 @@ ROWS: dict[str, Callable[[], cs.Method]] = dict(
             "aggregate(mean)": lambda: cs.methods.aggregate(cs.aggregators.mean()),
             "aggregate(ties)": lambda: cs.methods.aggregate(cs.aggregators.ties(0.5)),
             "aggregate(pcgrad)": lambda: cs.methods.aggregate(cs.aggregators.pcgrad()),
+            "distil(unlabelled)": lambda: cs.methods.distil(UNLABELLED, steps=5),
             "exmodel_distillation(auxiliary)": lambda: cs.methods.exmodel_distillation(
                 cs.memory.auxiliary(UNLABELLED), size=24, steps=5
             ),

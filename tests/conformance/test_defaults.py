@@ -15,6 +15,7 @@ from consilience.corrections.quadratic import EWC, OnlineEWC
 
 NEED_ARGUMENTS: dict[str, dict[str, Any]] = {
     "aggregate": {"aggregator": cs.aggregators.mean()},
+    "distil": {"unlabelled": kit.UNLABELLED},
     "exmodel_distillation": {"maker": cs.memory.auxiliary(kit.UNLABELLED)},
     "feddf": {"unlabelled": kit.UNLABELLED},
     "infer": {"mapper": cs.mappers.average()},

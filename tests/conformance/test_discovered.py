@@ -32,6 +32,8 @@ GIVEN: dict[str, dict[str, Any]] = {
     **{f"aggregators.{n}": {"byzantine": 0} for n in ("bulyan", "krum", "multi_krum")},
     "consolidators.ensemble_distillation": {"unlabelled": kit.UNLABELLED},
     "consolidators.exmodel": {"maker": cs.memory.auxiliary(kit.UNLABELLED)},
+    "consolidators.teacher_distillation": {"unlabelled": kit.UNLABELLED},
+    "methods.distil": {"unlabelled": kit.UNLABELLED},
     "methods.exmodel_distillation": {"maker": cs.memory.auxiliary(kit.UNLABELLED)},
     "methods.feddf": {"unlabelled": kit.UNLABELLED},
     "methods.aggregate": {"aggregator": cs.aggregators.mean()},
@@ -79,6 +81,13 @@ MEANING = {
         for field in ("maker", "augment")
     },
     "ExModelDistillation.facts": "the run's",
+    "TeacherDistillation.facts": "the run's",
+    "TeacherDistillation.content": "made of the inputs",
+    **{
+        f"{name}.{field}": "in test_distil"
+        for name in ("TeacherDistillation", "teacher_distillation", "distil")
+        for field in ("unlabelled", "augment", "temperatures")
+    },
     "personal.patterns": "checked against the model in test_fedmethods",
     "aggregate.aggregator": "an object",
     "GSS.policy": "its own",

@@ -53,6 +53,7 @@ MUST_RUN = {
     "soft_sharing": ("multitask", "continual (class)", "continual (task)", "federated"),
     "pcgrad": ("multitask",),
     "fedweit": ("continual (task)",),
+    "distil(unlabelled)": ("merging",),
     "exmodel_distillation(auxiliary)": ("merging", "exmodel", "exmodel (given)"),
     "feddf(unlabelled)": ("federated", "federated_continual", "merging"),
     "personal": ("federated", "federated_continual"),

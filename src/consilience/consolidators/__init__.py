@@ -13,6 +13,8 @@ from consilience import lazy
 from consilience.core.errors import suggest_arguments
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from consilience.consolidators.arrivals import OPCM as OPCM
     from consilience.consolidators.arrivals import RunningArithmetic as RunningArithmetic
     from consilience.consolidators.bank import Experts as Experts
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from consilience.consolidators.merging import RegMean as RegMean
     from consilience.consolidators.normalised import Normalised as Normalised
     from consilience.consolidators.statistics import ClosedForm as ClosedForm
+    from consilience.consolidators.teachers import TeacherDistillation as TeacherDistillation
     from consilience.core.synthetic import Maker
     from consilience.core.weight_space import WeightSpace as WeightSpace
 else:
@@ -205,6 +208,45 @@ def exmodel(
         normalise=normalise,
         targets=targets,
         augment=augment,
+    )
+
+
+def teacher_distillation(
+    unlabelled: Any,
+    steps: int = 2000,
+    lr: float = 0.003,
+    batch_size: int = 64,
+    temperature: float = 2.0,
+    of: Literal["probabilities", "logits"] = "probabilities",
+    features: float = 0.0,
+    calibrate: Literal["scale"] | None = None,
+    temperatures: Mapping[str, float] | None = None,
+    augment: Any = None,
+    lr_schedule: Literal["constant", "cosine"] = "cosine",
+    optimiser: Literal["adam", "sgd"] = "adam",
+) -> TeacherDistillation:
+    """Distil the mean answer of received models, of any architecture, into the receiver's own.
+
+    Args:
+        unlabelled, steps, lr, batch_size, temperature, of, features: as of `methods.distil`.
+        calibrate, temperatures, augment, lr_schedule, optimiser: as of `methods.distil`.
+    """
+    from consilience.consolidators.teachers import TeacherDistillation
+    from consilience.core.source import inputs_of
+
+    return TeacherDistillation(
+        unlabelled=inputs_of(unlabelled, "unlabelled"),
+        steps=steps,
+        lr=lr,
+        batch_size=batch_size,
+        temperature=temperature,
+        of=of,
+        features=features,
+        calibrate=calibrate,
+        temperatures=temperatures or {},
+        augment=augment,
+        lr_schedule=lr_schedule,
+        optimiser=optimiser,
     )
 
 

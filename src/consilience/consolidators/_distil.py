@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -25,6 +26,18 @@ class Steps(NamedTuple):
     optimiser: Literal["adam", "sgd"]
     least: int = 1
     """The fewest samples of a batch; a last one that is smaller is joined to the one before it."""
+    decay: Literal["constant", "cosine"] = "constant"
+    """The factor of the learning rate at step i of n: 1, or (1 + cos(pi i / n)) / 2."""
+
+    def rate(self, step: int) -> float:
+        """Return the learning rate of a step.
+
+        >>> [Steps(2, 0.5, 8, "sgd", decay="cosine").rate(step) for step in range(2)]
+        [0.5, 0.25]
+        """
+        if self.decay == "constant":
+            return self.lr
+        return self.lr * (1 + math.cos(math.pi * step / self.number)) / 2
 
 
 def descend(
@@ -47,7 +60,7 @@ def descend(
             value = loss({**params, **layout.split(leaf)}, batch, step)
             grad = torch.autograd.grad(value, leaf)[0]
             direction, held = optimiser.update(grad, held, theta)
-            theta = theta - steps.lr * direction
+            theta = theta - steps.rate(step) * direction
     return theta
 
 

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from consilience.consolidators._asking import WEIGHTS, Asking, is_trained
 from consilience.consolidators._distil import Steps, descend, is_rounding
 from consilience.core.augment import Views, as_views, isolated, sample_seeds, seed_all
 from consilience.core.buffer import equal_shares, ranks
 from consilience.core.checks import positive, whole_number
-from consilience.core.consolidator import Consolidator
 from consilience.core.errors import ConsilienceError, kind_of
-from consilience.core.message import Message, Shared, Weights, check_numbers
+from consilience.core.message import Message
 from consilience.core.model import Model
 from consilience.core.params import Layout, Params, all_finite
 from consilience.core.schedule import ScheduleFacts, SenderFacts
@@ -26,10 +26,7 @@ from consilience.core.state import State
 from consilience.core.synthetic import CHUNK, Maker, Wanted, answers
 from consilience.core.teacher import Teacher
 from consilience.core.tree import Input, cast_to, concat, named, tensors_of, unnamed
-from consilience.core.weight_space import WeightSpace, with_weights
-
-WEIGHTS = WeightSpace()
-"""How whole models are sent, freed, and adopted from a server that broadcasts."""
+from consilience.core.weight_space import with_weights
 
 
 class Samples(NamedTuple):
@@ -58,7 +55,7 @@ class Asked(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ExModelDistillation(Consolidator):
+class ExModelDistillation(Asking):
     """Ex-model distillation: an expert's logits and the former ex-model's are learned on synthetic samples.
 
     `maker` makes floor(N / i) samples (x, y) for expert i, as many of each of its classes. Of the memory
@@ -80,7 +77,6 @@ class ExModelDistillation(Consolidator):
     Carta et al. 2022, arXiv:2112.06511, Algorithm 1, whose line 10 has f(x) in the place of its y^k.
     """
 
-    asks: ClassVar[bool] = True
     kinds: ClassVar[tuple[str, ...]] = ("class",)
     takes_places: ClassVar[bool] = False
     takes_mixed: ClassVar[bool] = False
@@ -100,8 +96,6 @@ class ExModelDistillation(Consolidator):
     targets: Literal["document", "both"] = "document"
     augment: Any = None
     """Random views of samples in training, for the ex-model and its teachers, as `augment` of a source."""
-    facts: ScheduleFacts | None = field(default=None, repr=False, compare=False)
-    """Those of the schedule, as `informed` keeps them."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.maker, Maker):
@@ -131,9 +125,6 @@ class ExModelDistillation(Consolidator):
             )
 
     # What it may know before a run.
-
-    def informed(self, facts: ScheduleFacts) -> Consolidator:
-        return replace(self, facts=facts)
 
     def refuse(self, facts: ScheduleFacts) -> str | None:
         assert self.maker is not None
@@ -165,55 +156,6 @@ class ExModelDistillation(Consolidator):
             or self.maker.refuse(facts, self.size)
         )
 
-    # Messages.
-
-    def export(
-        self, model: Model, state: State, sources: Sequence[Source], personal: Sequence[str]
-    ) -> dict[str, Shared]:
-        return WEIGHTS.export(model, state, sources, personal)
-
-    def release(self, state: State, personal: Sequence[str]) -> State:
-        return WEIGHTS.release(state, personal)
-
-    def check_message(self, model: Model, state: State, message: Message) -> None:
-        """Refuse what is no model, or not the one that the schedule says its sender has."""
-        item, whose = message.items.get("model"), message.whose
-        # What a server broadcasts is adopted.
-        if not isinstance(item, Weights) or not message.trained:
-            WEIGHTS.check_message(model, state, message)
-            return
-
-        own = self._sender(message.sender).model
-        params, buffers = (own or model).init(torch.Generator().manual_seed(0))
-        check_numbers(item, buffers, whose)
-        backbone = item.meta.get("backbone", "")
-        if own is None and backbone != state.frozen.hash:
-            raise ConsilienceError(
-                "an expert must belong to the receiver's frozen entries "
-                f"{state.frozen.hash[:8] or '(none)'}, got {backbone[:8] or '(none)'} in {whose}."
-            )
-        for group, wanted in (("params", params), ("buffers", buffers)):
-            sent = item.group(group)
-            for name, like in wanted.items():
-                if name not in sent and own is None and name in state.frozen:
-                    continue
-                if name not in sent or sent[name].shape != like.shape:
-                    got = tuple(sent[name].shape) if name in sent else "none"
-                    raise ConsilienceError(
-                        f"an expert must have all entries of its model, {name!r} {tuple(like.shape)} too, "
-                        f"got {got} in {whose}."
-                    )
-
-    def _sender(self, name: str) -> SenderFacts:
-        """Return what the schedule says of a sender."""
-        known = self.facts.senders if self.facts is not None else {}
-        if name not in known:
-            raise ConsilienceError(
-                f"which classes an expert knows must be in the schedule, and nothing is of {name!r}; use it "
-                "in a run of a schedule with this expert."
-            )
-        return known[name]
-
     # Tasks and classes.
 
     @property
@@ -238,7 +180,7 @@ class ExModelDistillation(Consolidator):
         if not experts:
             return WEIGHTS.receive(model, state, fresh, by_size, generator)
 
-        like = Layout.of({n: p for n, p in state.params.items() if _trained(model, n, p)})
+        like = Layout.of({n: p for n, p in state.params.items() if is_trained(model, n, p)})
         seen = state.outer.get("seen")
         if seen is None:
             seen = torch.zeros(len(self._tasks), model.outputs, dtype=torch.bool, device=like.device)
@@ -248,7 +190,7 @@ class ExModelDistillation(Consolidator):
         # One expert after another, so that no two of them are in memory.
         share, pieces, known = self.size // (count + len(experts)), list[Samples](), seen.clone()
         for number, message in enumerate(experts, count):
-            sender = self._sender(message.sender)
+            sender = self.sender(message.sender)
             if not share:
                 raise ConsilienceError(
                     f"each expert needs a sample of the memory, got a `size` of {self.size} for expert "
@@ -260,7 +202,7 @@ class ExModelDistillation(Consolidator):
                 blank = torch.zeros(1, *wanted.shape, dtype=wanted.dtype, device=wanted.device)
                 state = self._grown(model, state, sender, blank, generator)
                 wanted = replace(wanted, student=_pupil(model, state, sender))
-            teacher = self._teacher(model, state, message, like.device)
+            teacher = self.teacher(model, state, message, like.device)
             pieces.append(self._made(teacher, wanted, number, like, generator))
             state = self._grown(model, state, sender, pieces[-1].x, generator)
             known[self._task(sender), list(sender.classes)] = True
@@ -288,25 +230,9 @@ class ExModelDistillation(Consolidator):
         size = int(sum(m.size for m in experts))
         return state.change(params=params, buffers=buffers, outer=outer, size=size)
 
-    def _teacher(self, model: Model, state: State, message: Message, device: torch.device) -> Teacher:
-        """Return a received model as a teacher."""
-        sender, item = self._sender(message.sender), message.items["model"]
-        frozen = state.frozen if sender.model is None else None
-        params = {**(frozen.params if frozen else {}), **item.group("params")}
-        buffers = {**(frozen.buffers if frozen else {}), **item.group("buffers")}
-        return Teacher(
-            name=message.sender,
-            model=sender.model or model,
-            params={name: p.to(device) for name, p in params.items()},
-            buffers={name: b.to(device) for name, b in buffers.items()},
-            classes=sender.classes,
-            outputs=sender.outputs,
-            task=sender.task,
-        )
-
     def _asked(self, model: Model, state: State, message: Message, like: Tensor) -> Asked:
         """Return an expert as one who is asked over the columns of the frame; `like` is [T, C]."""
-        sender, teacher = self._sender(message.sender), self._teacher(model, state, message, like.device)
+        sender, teacher = self.sender(message.sender), self.teacher(model, state, message, like.device)
         knows = torch.zeros_like(like)
         knows[self._task(sender), list(sender.classes)] = True
 
@@ -346,7 +272,7 @@ class ExModelDistillation(Consolidator):
                 f"{type(self.maker).__name__} must make {count} finite samples of the classes of "
                 f"{teacher.name!r}, got {len(x)} with {len(y)} classes, or others."
             )
-        task = self._task(self._sender(teacher.name))
+        task = self._task(self.sender(teacher.name))
         return Samples(x, y, torch.full_like(y, number), torch.full_like(y, task))
 
     def _kept(self, memory: Samples, size: int, width: int, generator: torch.Generator) -> Tensor:
@@ -383,7 +309,7 @@ class ExModelDistillation(Consolidator):
         generator: torch.Generator,
     ) -> tuple[Params, Params]:
         """Return parameters and buffers after the steps; `known` [T, C] are the classes seen by now."""
-        trained = {n: p for n, p in state.params.items() if _trained(model, n, p)}
+        trained = {n: p for n, p in state.params.items() if is_trained(model, n, p)}
         if not self.steps or not trained:
             return state.params, state.buffers
 
@@ -499,7 +425,7 @@ def _unfit_student(model: Model | None, batch_size: int) -> str | None:
         return "batch norm needs two samples per step, and `batch_size` is 1; use a larger one"
     # A model that grows gets its heads with the experts.
     params, _ = model.init(torch.Generator().manual_seed(0))
-    if type(model).grow is Model.grow and not any(_trained(model, n, p) for n, p in params.items()):
+    if type(model).grow is Model.grow and not any(is_trained(model, n, p) for n, p in params.items()):
         return "all entries of the model are frozen, so that it cannot be taught; leave a head trainable"
     return None
 
@@ -515,11 +441,6 @@ def _pupil(model: Model, state: State, sender: SenderFacts) -> Teacher:
         outputs=sender.classes,
         task=sender.task,
     )
-
-
-def _trained(model: Model, name: str, entry: Tensor) -> bool:
-    """Whether an entry of the ex-model is trained."""
-    return entry.is_floating_point() and not model.frozen(name)
 
 
 def _memory(outer: Mapping[str, Tensor]) -> Samples | None:

@@ -45,9 +45,12 @@ def sample_seeds(generator: torch.Generator, index: Tensor, turn: Tensor | int =
     >>> seeds = sample_seeds(torch.Generator().manual_seed(0), torch.tensor([4, 9, 4]))
     >>> bool(seeds[0] == seeds[2]), bool(seeds[0] == seeds[1])
     (True, False)
+    >>> sample_seeds(torch.Generator(), torch.tensor([4]), 9).shape
+    torch.Size([1])
     """
     z = scattered(index.cpu() * STEP + generator.initial_seed())
-    return scattered(z + turn * STEP) & ((1 << 63) - 1)
+    # As a tensor it wraps around, where Python's whole numbers would not fit.
+    return scattered(z + torch.as_tensor(turn) * STEP) & ((1 << 63) - 1)
 
 
 def uniform(seeds: Tensor, count: int) -> Tensor:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from consilience import lazy
 from consilience.core.errors import suggest_arguments
 from consilience.methods.continual import cumulative, finetune, from_scratch, joint, scroll
-from consilience.methods.distillation import feddf
+from consilience.methods.distillation import distil, feddf
 from consilience.methods.exmodel import (
     average_ensemble,
     entropy_ensemble,
@@ -101,6 +101,7 @@ __all__ = [
     "den",
     "der",
     "derpp",
+    "distil",
     "dwa",
     "entropy_ensemble",
     "er",

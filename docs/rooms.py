@@ -27,7 +27,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("report", "progress"),
     ("api",),
     ("merging", "skill", "tuning"),
-    ("diagnosis",),
+    ("diagnosis", "experts"),
     ("testing", "demo"),
     ("cli",),
 )
@@ -59,6 +59,7 @@ WHAT = {
     "skill": "banks of modules",
     "tuning": "hyperparameters",
     "diagnosis": "tasks that conflict",
+    "experts": "files with cards",
     "testing": "checks for methods",
     "demo": "all settings, once",
     "cli": "the command line",

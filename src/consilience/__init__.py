@@ -1,9 +1,11 @@
 """Consilience: learning from heterogeneous sources, with one loop for tasks, time, places and trained models.
 
-`run` and `sweep` run methods in settings, `search` finds hyperparameters, `merge` merges checkpoints.
+`run` and `sweep` run methods in settings, `search` finds hyperparameters, `merge` merges checkpoints, and
+`distil` makes one model of several.
 Catalogues are `methods`, `settings`, `data`, `models`, `losses`, `metrics`, `aggregators`, `consolidators`,
-`mappers`, `memory`, `engines` and `trackers`. For a method of one's own: `Correction`, `Aggregator`,
-`Consolidator`, `Mapper`, `Policy`, `Maker`, and what their verbs see and return; `testing.check` checks it.
+`mappers`, `memory`, `engines` and `trackers`; `experts` reads and writes trained models as files. For a
+method of one's own: `Correction`, `Aggregator`, `Consolidator`, `Mapper`, `Policy`, `Maker`, and what their
+verbs see and return; `testing.check` checks it.
 
 >>> import consilience as cs
 >>> cs.__version__
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from consilience import corrections as corrections
     from consilience import data as data
     from consilience import engines as engines
+    from consilience import experts as experts
     from consilience import losses as losses
     from consilience import mappers as mappers
     from consilience import memory as memory
@@ -87,6 +90,7 @@ if TYPE_CHECKING:
     from consilience.core.training import Training as Training
     from consilience.core.tree import Tree as Tree
     from consilience.diagnosis import diagnose as diagnose
+    from consilience.experts import distil as distil
     from consilience.merging import merge as merge
     from consilience.tuning import search as search
 else:

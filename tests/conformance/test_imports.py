@@ -67,6 +67,7 @@ CATALOGUES = (
     "corrections",
     "data",
     "engines",
+    "experts",
     "mappers",
     "memory",
     "merging",

@@ -15,6 +15,9 @@ from consilience.cli.choose import choose
 from consilience.cli.compare import compare
 from consilience.cli.demo import demo
 from consilience.cli.diagnose import diagnose
+from consilience.cli.distil import distil
+from consilience.cli.exmodel import exmodel
+from consilience.cli.experts import experts
 from consilience.cli.merge import merge
 from consilience.cli.methods import methods
 from consilience.cli.options import COMMANDS
@@ -29,6 +32,9 @@ CALLS: dict[str, Callable[[Sequence[str]], int]] = {
     "compare": compare,
     "diagnose": diagnose,
     "choose": choose,
+    "distil": distil,
+    "exmodel": exmodel,
+    "experts": experts,
     "methods": methods,
     "merge": merge,
     "report": report,

@@ -70,6 +70,13 @@ COMMANDS = {
     "choose": Summary(
         "Say whether combining trained models pays, and how.", "BASE EXPERT... --data DIR [options]"
     ),
+    "distil": Summary("Make one model of several.", "TEACHER... --student NAME --data DIR -o OUT [options]"),
+    "exmodel": Summary(
+        "Learn from a stream of trained experts, without data.", "EXPERT... --student NAME -o OUT [options]"
+    ),
+    "experts": Summary(
+        "Train streams of experts, show their cards, and suggest some.", "train|card|suggest [options]"
+    ),
     "methods": Summary("List every method: what it does, where it runs, its paper.", "[options]"),
     "merge": Summary("Merge checkpoints of any size.", "BASE EXPERT... [--aggregator NAME] -o OUT [options]"),
     "report": Summary("Print the table of finished runs, and write one report.", "DIR... [options]"),

@@ -313,7 +313,7 @@ class Distilled:
 
 
 def origins_of(words: Sequence[str], teachers: Sequence[Expert]) -> list[Any]:
-    """Return the cards of teachers, and what is known of those without one."""
+    """Return the cards of teachers, and the origins of those without one."""
     from consilience import experts
     from consilience.experts._distil import origin_of
 

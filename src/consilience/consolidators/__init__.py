@@ -243,7 +243,7 @@ def teacher_distillation(
         of=of,
         features=features,
         calibrate=calibrate,
-        temperatures=temperatures or {},
+        temperatures=temperatures,
         augment=augment,
         lr_schedule=lr_schedule,
         optimiser=optimiser,

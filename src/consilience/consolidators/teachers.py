@@ -60,7 +60,7 @@ class TeacherDistillation(Asking):
     """The weight of the loss of features."""
     calibrate: Literal["scale"] | None = None
     """"scale": T_k are such that the centred logits of all teachers have one root mean square."""
-    temperatures: Mapping[str, float] = field(default_factory=dict, hash=False)
+    temperatures: Mapping[str, float] | None = field(default=None, hash=False)
     """T_k by the name of the teacher, where it is not 1."""
     augment: Any = None
     lr_schedule: Literal["constant", "cosine"] = "cosine"
@@ -72,7 +72,7 @@ class TeacherDistillation(Asking):
         unlabelled = checked_inputs(self.unlabelled, "unlabelled")
         whole_number(batch_size=self.batch_size)
         whole_number(0, steps=self.steps)
-        positive(lr=self.lr, temperature=self.temperature, **dict(self.temperatures))
+        positive(lr=self.lr, temperature=self.temperature, **dict(self.temperatures or {}))
         if not 0 <= self.features < float("inf"):
             raise ConsilienceError(f"`features` must be >= 0 and finite, got {self.features}.")
         for name, choices in (
@@ -108,7 +108,7 @@ class TeacherDistillation(Asking):
             return (
                 "the student answers over the classes of all teachers, without task labels; use mlp or conv"
             )
-        unknown = sorted(set(self.temperatures) - facts.senders.keys())
+        unknown = sorted(set(self.temperatures or {}) - facts.senders.keys())
         if unknown:
             return f"`temperatures` name teachers that are not there ({', '.join(unknown)}); name the others"
         if facts.model is not None and facts.model.has_batch_norm and self.batch_size < 2:
@@ -158,7 +158,8 @@ class TeacherDistillation(Asking):
     def _scales(self, teachers: Sequence[Teacher], x: Input) -> list[float]:
         """Return T_k of each teacher."""
         if self.calibrate is None:
-            return [self.temperatures.get(teacher.name, 1.0) for teacher in teachers]
+            given = self.temperatures or {}
+            return [given.get(teacher.name, 1.0) for teacher in teachers]
         found = []
         # A constant in all logits of a sample is no scale.
         for teacher in teachers:

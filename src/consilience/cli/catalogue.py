@@ -87,7 +87,7 @@ def catalogue(choice: str) -> dict[str, Callable[..., Any]]:
     found = {name: getattr(module, name) for name in names if name not in HIDDEN}
 
     # One room has both data and splits; a split takes sources first.
-    if choice in ("data", "split"):
+    if ROOMS[choice] == "data":
         splits = {name for name, call in found.items() if first_argument(call) in ("source", "sources")}
         found = {
             name.removeprefix("split_"): call

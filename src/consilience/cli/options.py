@@ -767,6 +767,9 @@ MORE_NAMES = {
     "methods": ", composed with + and listed with ,",
     "method": ", composed with +",
     "split": ", one after another with +; or none",
+    "test": "; a folder of images by class, or an .npz file; or none",
+    "auxiliary": "; a folder of images, or an .npz file; or none",
+    "student": "; auto fits the data",
 }
 """How several names of a choice are written."""
 

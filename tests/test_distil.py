@@ -504,3 +504,72 @@ def test_pictures_are_png_files(tmp_path):
         picture,
     )
     assert not _pictures.write_pictures(tmp_path / "b.png", torch.rand(2, 4), torch.zeros(2))
+
+
+# ------------------------------------------------------------------------------------ other inputs and models
+
+
+def test_tokens_and_parts_are_inputs_too():
+    tokens = torch.randint(0, 6, (60, 4), generator=key("tokens"))
+    y = torch.arange(60) % 6
+    part = cs.data.arrays(tokens, y, name="text", classes=list("abcdef"), space="letters")
+    model = models.char_lstm(6, 4, 5)
+    params, buffers = model.init(key(0))
+    teacher = cs.Expert("text", params, part, buffers, model=model)
+    result = cs.distil([teacher], model, tokens, base=params, steps=5)
+    assert far(params, result.params) == 0
+    result = cs.distil([teacher], models.char_lstm(6, 4, 8), part, steps=3)
+    assert len(result.labels) == 6
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.right = nn.Linear(3, 2), nn.Linear(4, 2)
+
+        def forward(self, a, b):
+            return self.left(a) + self.right(b)
+
+    parts = {"a": torch.rand(40, 3, generator=key(1)), "b": torch.rand(40, 4, generator=key(2))}
+    part = cs.data.arrays(parts, torch.arange(40) % 2, name="parts", space="two")
+    model = models.wrap(Both(), outputs=2)
+    teacher = cs.Expert("parts", model.init(key(0))[0], part, model=model)
+    result = cs.distil([teacher], models.wrap(Both, outputs=2), parts, of="logits", lr=0.05, steps=500)
+    x = cs.Tree(parts)
+    one, other = (model(dict(p), {}, x, None, False)[0] for p in (teacher.params, result.params))
+    assert torch.allclose(one, other, atol=1e-2)
+
+
+def test_students_with_norms_and_dropout_are_trained_by_the_key_alone():
+    class Drops(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm, self.last = nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)
+
+        def forward(self, x):
+            return self.last(F.dropout(self.norm(self.first(x)).relu(), 0.3, self.training))
+
+    torch.manual_seed(0)
+    runs = [cs.distil([expert()], models.wrap(Drops), X, steps=8, seed=5) for _ in range(2)]
+    assert all(torch.equal(runs[0].params[name], runs[1].params[name]) for name in runs[0].params)
+    assert float(runs[0].params["norm.running_mean"].abs().max()) > 0, "statistics are of the student's own"
+
+
+def test_an_expert_without_gradients_serves_every_maker_but_inversion(tmp_path):
+    """A file may round its inputs: its answers then do not depend on them smoothly."""
+    onnx = pytest.importorskip("onnx")
+    make, numbers = onnx.helper, onnx.numpy_helper
+    nodes = [
+        make.make_node("Cast", ["x"], ["i"], to=7),
+        make.make_node("Cast", ["i"], ["f"], to=1),
+        make.make_node("Gemm", ["f", "w"], ["out"]),
+    ]
+    weight = numbers.from_array(torch.rand(4, 2, generator=key(1)).numpy(), "w")
+    kinds = [make.make_tensor_value_info("x", 1, ["n", 4])], [make.make_tensor_value_info("out", 1, None)]
+    onnx.save(make.make_model(make.make_graph(nodes, "g", *kinds, [weight])), str(tmp_path / "steps.onnx"))
+    one = experts.load(tmp_path / "steps.onnx", labels=[("s", "0"), ("s", "1")])
+    schedule, student = cs.settings.exmodel([one]), models.mlp(4, (4,), 2)
+    with pytest.raises(cs.ConsilienceError, match="Inversion needs gradients .* 'steps' gives none"):
+        cs.run(schedule, cs.methods.exmodel_distillation(cs.memory.inversion(steps=2), 8, 2), student)
+    other = cs.memory.auxiliary(torch.rand(30, 4, generator=key(2)) * 9)
+    cs.run(schedule, cs.methods.exmodel_distillation(other, 8, 2), student)
+    assert len(cs.distil([one], student, torch.rand(30, 4), steps=2).labels) == 2

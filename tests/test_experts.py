@@ -172,6 +172,13 @@ def test_the_folder_of_a_run_is_an_expert(tmp_path):
     assert torch.equal(answers(again, x).argmax(1), result.agent.predict(x).argmax(1))
 
 
+def test_a_folder_of_the_hub_is_called_by_its_name(tmp_path):
+    expert = expert_of(models.mlp(64, (4,)))
+    save(tmp_path / "digits" / "model.safetensors", expert.params)
+    again = experts.load(tmp_path / "digits", expert.model, expert.labels, shape=(64,))
+    assert again.name == "digits" and torch.equal(again.params["1.bias"], expert.params["1.bias"])
+
+
 def test_a_damaged_file_is_found(tmp_path):
     path = experts.save(expert_of(models.mlp(64, (4,))), tmp_path / "a.safetensors")
     data = bytearray(path.read_bytes())
@@ -269,6 +276,7 @@ def test_code_of_a_card_is_imported_only_with_trust(tmp_path, monkeypatch):
         ("64", "must be a call of a model"),
         ("transformers:BertModel", "transformers"),
         ("timm:nosuch_model", "timm"),
+        ("timm:hf-hub:someone/model", "timm"),
     ],
 )
 def test_architectures_that_cannot_be_built_are_refused_by_the_experts_name(text, says, tmp_path):
@@ -299,6 +307,21 @@ def test_models_of_timm_and_transformers_need_no_code(tmp_path):
         expert = cs.Expert("one", params, source, buffers, model=model)
         experts.save(expert, tmp_path / "a.safetensors", text, arguments)
         assert torch.equal(answers(experts.load(tmp_path / "a.safetensors"), x), answers(expert, x))
+
+
+@pytest.mark.parametrize("key", ["auto_map", "_attn_implementation", "attn_implementation"])
+def test_configurations_name_no_code(key, tmp_path):
+    pytest.importorskip("transformers")
+    card = Card(
+        "one",
+        "transformers:AutoModelForImageClassification",
+        expert_of(models.mlp(64)).labels,
+        shape=(3, 32, 32),
+        arguments={"model_type": "vit", "parts": [{key: "someone/kernel"}]},
+    )
+    save(tmp_path / "a.safetensors", {"w": torch.zeros(1)}, {KEY: json.dumps(card.to_json())})
+    with pytest.raises(cs.ConsilienceError, match=f"'one' must name no code, got '{key}'"):
+        experts.load(tmp_path / "a.safetensors")
 
 
 # ------------------------------------------------------------------------------------------ archives of torch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ from consilience.models.module import ModuleModel, same_tensors
 # `wrap` and `macs` are no architectures; `backbone` may ask a hub for weights.
 CATALOGUE = frozenset(models.__all__) - {"backbone", "macs", "wrap"}
 FROM_FILE = "file"
+MAY_NAME_CODE = ("attn_implementation", "auto_map", "custom_pipelines", "quantization_config")
+"""What a configuration of transformers may name code by: attention, too, may come from a hub."""
 
 
 class Normalise:
@@ -162,11 +164,27 @@ def _of_transformers(kind: str, arguments: Mapping[str, Any], name: str) -> Mode
             f"the model of expert {name!r} must be a class such as AutoModelForImageClassification, got "
             f"{kind!r}."
         )
-    plain = {key: value for key, value in arguments.items() if key not in ("auto_map", "model_type")}
+    for key in _keys(arguments):
+        if key.startswith("_") or key in MAY_NAME_CODE:
+            raise ConsilienceError(
+                f"the configuration of expert {name!r} must name no code, got {key!r}; leave it out."
+            )
+    plain = {key: value for key, value in arguments.items() if key != "model_type"}
     with reading(f"the configuration of expert {name!r} must be of transformers", "correct its card"):
         config = transformers.AutoConfig.for_model(arguments["model_type"], **plain)
         module = getattr(transformers, kind).from_config(config, trust_remote_code=False)
         return models.wrap(module, outputs=config.num_labels)
+
+
+def _keys(arguments: Any) -> Iterator[str]:
+    """Yield the names in a configuration, also in the configurations of its parts."""
+    if isinstance(arguments, Mapping):
+        for key, value in arguments.items():
+            yield str(key)
+            yield from _keys(value)
+    elif isinstance(arguments, list | tuple):
+        for value in arguments:
+            yield from _keys(value)
 
 
 def _of_code(module: str, function: str, arguments: Mapping[str, Any], name: str, trust: bool) -> Model:

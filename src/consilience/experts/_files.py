@@ -151,6 +151,9 @@ def load(
     """Read an expert; see `consilience.experts.load`."""
     if not path.exists():
         raise ConsilienceError(f"an expert must be a file, or the folder of a run, got nothing at {path}.")
+    # As the Hugging Face hub has a model: named by its folder.
+    inner = path / "model.safetensors"
+    path = inner if inner.is_file() else path
     card = _card(path, model, labels, name)
     name = card.name
     if shape is not None:

@@ -164,6 +164,8 @@ def _of_transformers(kind: str, arguments: Mapping[str, Any], name: str) -> Mode
             f"the model of expert {name!r} must be a class such as AutoModelForImageClassification, got "
             f"{kind!r}."
         )
+
+    # What a card says is built, and never fetched.
     for key in _keys(arguments):
         if key.startswith("_") or key in MAY_NAME_CODE:
             raise ConsilienceError(

@@ -39,6 +39,12 @@ PARTS = {
 EXAMPLES: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "aggregate": ("cs.aggregators.mean()", lambda cs: cs.aggregators.mean()),
     "distil": ("unlabelled", lambda cs: importlib.import_module("torch").zeros(1, 1)),
+    "batch_model_consolidation": ("sources", lambda cs: cs.data.split_classes(cs.data.digits(), 2)),
+    "dac": (
+        "cs.memory.auxiliary(data)",
+        lambda cs: cs.memory.auxiliary(importlib.import_module("torch").zeros(1, 1)),
+    ),
+    "deep_model_consolidation": ("data", lambda cs: importlib.import_module("torch").zeros(1, 1)),
     "exmodel_distillation": (
         "cs.memory.auxiliary(data)",
         lambda cs: cs.memory.auxiliary(importlib.import_module("torch").zeros(1, 1)),

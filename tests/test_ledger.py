@@ -102,6 +102,8 @@ SAMPLE = [
     ("den", "continual (task)"),
     ("feddf(unlabelled)", "federated_continual"),
     ("exmodel_distillation(auxiliary)", "exmodel"),
+    ("dac(auxiliary)", "exmodel"),
+    ("batch_model_consolidation(sources)", "merging"),
     ("opcm", "exmodel"),
     ("skill", "skill"),
     ("scaffold", "federated"),

@@ -202,7 +202,15 @@ OTHERS = PLACES | OF_VALUES | OF_LABELS
 
 REFUSED: dict[str, set[str]] = {
     **dict.fromkeys(("entropy_ensemble", "er_ace", "gdumb", "icarl", "scroll", "skill", "wsm"), OTHERS),
-    "exmodel_distillation(auxiliary)": OTHERS,
+    **dict.fromkeys(
+        (
+            "batch_model_consolidation(sources)",
+            "dac(auxiliary)",
+            "deep_model_consolidation(unlabelled)",
+            "exmodel_distillation(auxiliary)",
+        ),
+        OTHERS,
+    ),
     "feddf(unlabelled)": OTHERS - {"tokens", "pixels"},
     "fed3r": PLACES | OF_LABELS,
     "generative_replay": PLACES | OF_LABELS | TREES,
@@ -272,8 +280,13 @@ def schedule_of(setting: str, sources: list[Source]) -> Any:
 def method_of(row: str, form: str) -> cs.Method:
     if row == "feddf(unlabelled)":
         return cs.methods.feddf(FORMS[form].sources()[0], steps=2)
-    if row == "exmodel_distillation(auxiliary)":
-        return cs.methods.exmodel_distillation(cs.memory.auxiliary(FORMS[form].sources()[0]), 12, steps=2)
+    if row in ("exmodel_distillation(auxiliary)", "dac(auxiliary)"):
+        auxiliary = cs.memory.auxiliary(FORMS[form].sources()[0])
+        return getattr(cs.methods, row.partition("(")[0])(auxiliary, 12, steps=2)
+    if row == "deep_model_consolidation(unlabelled)":
+        return cs.methods.deep_model_consolidation(FORMS[form].sources()[0], 12, steps=2)
+    if row == "batch_model_consolidation(sources)":
+        return cs.methods.batch_model_consolidation(FORMS[form].sources(), size=12, steps=2)
     return kit.ROWS[row]()
 
 

@@ -35,6 +35,7 @@ from consilience.testing import (
     SETTINGS,
     TRAINING,
     quiet,
+    sources,
     state_of,
 )
 from consilience.testing import plain_model as plain
@@ -238,7 +239,16 @@ TOGETHER = (
 )
 """Methods that reconcile the gradients, or balance the losses, of the tasks of a step."""
 
-NEED_ARGUMENTS = {"aggregate", "distil", "exmodel_distillation", "feddf", "infer"}
+NEED_ARGUMENTS = {
+    "aggregate",
+    "batch_model_consolidation",
+    "dac",
+    "deep_model_consolidation",
+    "distil",
+    "exmodel_distillation",
+    "feddf",
+    "infer",
+}
 """Those that need one; their rows are written out below."""
 
 ROWS: dict[str, Callable[[], cs.Method]] = dict(
@@ -249,6 +259,13 @@ ROWS: dict[str, Callable[[], cs.Method]] = dict(
             "aggregate(ties)": lambda: cs.methods.aggregate(cs.aggregators.ties(0.5)),
             "aggregate(pcgrad)": lambda: cs.methods.aggregate(cs.aggregators.pcgrad()),
             "distil(unlabelled)": lambda: cs.methods.distil(UNLABELLED, steps=5),
+            "batch_model_consolidation(sources)": lambda: cs.methods.batch_model_consolidation(
+                sources(), size=24, steps=5
+            ),
+            "dac(auxiliary)": lambda: cs.methods.dac(cs.memory.auxiliary(UNLABELLED), size=24, steps=5),
+            "deep_model_consolidation(unlabelled)": lambda: cs.methods.deep_model_consolidation(
+                UNLABELLED, size=24, steps=5
+            ),
             "exmodel_distillation(auxiliary)": lambda: cs.methods.exmodel_distillation(
                 cs.memory.auxiliary(UNLABELLED), size=24, steps=5
             ),

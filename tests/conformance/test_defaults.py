@@ -11,11 +11,15 @@ import kit
 import pytest
 
 import consilience as cs
+from consilience import testing
 from consilience.corrections.quadratic import EWC, OnlineEWC
 
 NEED_ARGUMENTS: dict[str, dict[str, Any]] = {
     "aggregate": {"aggregator": cs.aggregators.mean()},
     "distil": {"unlabelled": kit.UNLABELLED},
+    "batch_model_consolidation": {"sources": testing.sources()},
+    "dac": {"maker": cs.memory.auxiliary(kit.UNLABELLED)},
+    "deep_model_consolidation": {"data": kit.UNLABELLED},
     "exmodel_distillation": {"maker": cs.memory.auxiliary(kit.UNLABELLED)},
     "feddf": {"unlabelled": kit.UNLABELLED},
     "infer": {"mapper": cs.mappers.average()},
@@ -40,6 +44,10 @@ EXCEPTIONS = {
     ): "FedAvgM is an outer SGD with momentum, which is all that differs from FedAvg",
     ("fedadam", "Adam.beta2"): "the optimiser has the default of torch.optim, FedAdam that of its paper",
     **{(method, "WeightSpace.lr"): SERVER for method in ("fedadagrad", "fedadam", "fedyogi")},
+    **{
+        (method, "ExModelDistillation.weight_latents"): "latents are what it adds to ex-model distillation"
+        for method in ("batch_model_consolidation", "dac")
+    },
     ("fed3r", "ClosedForm.temperature"): "None stands for 1, or .1 where training goes on from the head",
     (
         "feddf",

@@ -34,6 +34,9 @@ GIVEN: dict[str, dict[str, Any]] = {
     "consolidators.exmodel": {"maker": cs.memory.auxiliary(kit.UNLABELLED)},
     "consolidators.teacher_distillation": {"unlabelled": kit.UNLABELLED},
     "methods.distil": {"unlabelled": kit.UNLABELLED},
+    "methods.batch_model_consolidation": {"sources": testing.sources()},
+    "methods.dac": {"maker": cs.memory.auxiliary(kit.UNLABELLED)},
+    "methods.deep_model_consolidation": {"data": kit.UNLABELLED},
     "methods.exmodel_distillation": {"maker": cs.memory.auxiliary(kit.UNLABELLED)},
     "methods.feddf": {"unlabelled": kit.UNLABELLED},
     "methods.aggregate": {"aggregator": cs.aggregators.mean()},
@@ -80,6 +83,18 @@ MEANING = {
         for name in ("ExModelDistillation", "exmodel", "exmodel_distillation")
         for field in ("maker", "augment")
     },
+    **dict.fromkeys(
+        (
+            *(
+                "dac.maker",
+                "dac.augment",
+                "deep_model_consolidation.data",
+                "deep_model_consolidation.augment",
+            ),
+            *("batch_model_consolidation.sources", "batch_model_consolidation.augment"),
+        ),
+        "an object, in test_exmodel",
+    ),
     "ExModelDistillation.facts": "the run's",
     "TeacherDistillation.facts": "the run's",
     "TeacherDistillation.content": "made of the inputs",

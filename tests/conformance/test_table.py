@@ -54,7 +54,15 @@ MUST_RUN = {
     "pcgrad": ("multitask",),
     "fedweit": ("continual (task)",),
     "distil(unlabelled)": ("merging",),
-    "exmodel_distillation(auxiliary)": ("merging", "exmodel", "exmodel (given)"),
+    **dict.fromkeys(
+        (
+            "dac(auxiliary)",
+            "deep_model_consolidation(unlabelled)",
+            "exmodel_distillation(auxiliary)",
+        ),
+        ("merging", "exmodel", "exmodel (given)"),
+    ),
+    "batch_model_consolidation(sources)": ("merging", "exmodel"),
     "feddf(unlabelled)": ("federated", "federated_continual", "merging"),
     "personal": ("federated", "federated_continual"),
     "fed3r": (*CONTINUAL, "multitask", "federated", "federated_continual", "merging", "exmodel", "skill"),

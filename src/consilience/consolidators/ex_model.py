@@ -13,6 +13,7 @@ from torch import Tensor
 
 from consilience.consolidators._asking import WEIGHTS, Asking, is_trained
 from consilience.consolidators._distil import Steps, descend, is_rounding
+from consilience.consolidators.teachers import PROJECTOR
 from consilience.core.augment import Views, as_views, isolated, sample_seeds, seed_all
 from consilience.core.buffer import equal_shares, ranks
 from consilience.core.checks import positive, whole_number
@@ -52,6 +53,17 @@ class Asked(NamedTuple):
     """(inputs, tasks [n]) -> logits [n, C]; what it does not know may be any finite number."""
     knows: Tensor
     """The classes that it knows in each task [T, C]."""
+    latents: Callable[[Input], Tensor] | None = None
+    """inputs -> the inputs of its head [n, d]."""
+
+
+class Latents(NamedTuple):
+    """What a teacher says of the latents of samples."""
+
+    target: Tensor
+    """Its latents [N, d]; 0 for samples that it does not teach."""
+    taught: Tensor
+    """Which samples it teaches: bool [N]."""
 
 
 @dataclass(frozen=True)
@@ -61,20 +73,27 @@ class ExModelDistillation(Asking):
     `maker` makes floor(N / i) samples (x, y) for expert i, as many of each of its classes. Of the memory
     N - floor(N / i) samples stay, as many of each class. Then the ex-model f takes steps in training mode on
 
-        ||f(x) - t||^2 + weight_ce CE(f(x), y)
+        weight_logits ||f(x) - t||^2 + weight_ce CE(f(x), y)
+        + weight_latents sum over teachers k of mean over units of (P_k psi(x) - psi_k(x))^2
 
     over batches of the memory; the norm is a sum over the units of t, the CE over the classes seen so far.
+    psi are the inputs of heads, in eval mode; the matrices P_k [d_k, d] start as the identity, are trained
+    with f, and dropped after the exchange; without `project` they stay the identity.
     Logits of teachers are normalised over the classes that each knows: "mean" subtracts their mean, which
     removes an offset; "standard" also divides by their standard deviation, which removes the scale.
 
     With `targets` "document" (Eq. 9) t has the units of the teacher that knows y: the former ex-model f', or
     the expert; where both know y, those of both, and the mean of the two where they overlap. With "both" t
-    has the units of both teachers for all samples, as in the public code of the paper.
+    has the units of both teachers for all samples, as in the public code of the paper. Latents are taught by
+    the same teachers: those that know y, or all.
 
-    With task labels only the columns of a sample's task are trained. Experts received at once are all taught
-    together, and share the new samples. They may be of any architecture. An ex-model that answers as its
-    teachers do takes no steps if weight_ce is 0. The memory is a part of `State.outer`, and is never sent.
-    Carta et al. 2022, arXiv:2112.06511, Algorithm 1, whose line 10 has f(x) in the place of its y^k.
+    With task labels "document" trains only the columns of a sample's task; with "both" every sample is asked
+    under all tasks seen so far, so that the former ex-model teaches its heads on new samples too. Experts
+    received at once are all taught together, and share the new samples. They may be of any architecture. An
+    ex-model that answers as its teachers do takes no steps if weight_ce is 0. The memory is a part of
+    `State.outer`, and is never sent.
+    Carta et al. 2022, arXiv:2112.06511, Algorithm 1, whose line 10 has f(x) in the place of its y^k; latents:
+    Carta et al. 2023, arXiv:2303.15888.
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("class",)
@@ -92,6 +111,11 @@ class ExModelDistillation(Asking):
     optimiser: Literal["adam", "sgd"] = "adam"
     weight_ce: float = 1.0
     """lambda_CE, the weight of the cross-entropy."""
+    weight_logits: float = 1.0
+    weight_latents: float = 0.0
+    """The weight of the squared distance of projected latents to those of each teacher."""
+    project: bool = True
+    """Whether latents pass a linear map for each teacher; without, all widths must be equal."""
     normalise: Literal["mean", "standard"] | None = "mean"
     targets: Literal["document", "both"] = "document"
     augment: Any = None
@@ -105,8 +129,17 @@ class ExModelDistillation(Asking):
         whole_number(size=self.size, batch_size=self.batch_size)
         whole_number(0, steps=self.steps)
         positive(lr=self.lr)
-        if not 0 <= self.weight_ce < float("inf"):
-            raise ConsilienceError(f"`weight_ce` must be >= 0 and finite, got {self.weight_ce}.")
+        weights = ("weight_ce", "weight_logits", "weight_latents")
+        for name in weights:
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ConsilienceError(f"`{name}` must be >= 0 and finite, got {getattr(self, name)}.")
+        if not any(getattr(self, name) for name in weights):
+            raise ConsilienceError(f"one of {', '.join(weights)} must be positive, got 0 for all.")
+        if not self.project and not self.weight_latents:
+            raise ConsilienceError(
+                "`project` is about latents, and must be True where `weight_latents` is 0, got False; give a "
+                "weight."
+            )
         for name, choices in (
             ("optimiser", ("adam", "sgd")),
             ("normalise", ("mean", "standard", None)),
@@ -152,9 +185,37 @@ class ExModelDistillation(Asking):
             )
         return (
             _unfit_student(facts.model, self.batch_size)
+            or self._unfit_latents(facts)
             or self.maker.unfit(facts)
             or self.maker.refuse(facts, self.size)
         )
+
+    def _unfit_latents(self, facts: ScheduleFacts) -> str | None:
+        """Return why latents cannot be taught in such a schedule, and what to do; None if they can."""
+        model: Model | None = facts.model
+        if not self.weight_latents or model is None:
+            return None
+        own = {name: sender.model for name, sender in facts.senders.items() if sender.model is not None}
+        for name, one in {"": model, **own}.items():
+            whose = f"the model of {name!r}" if name else "the model"
+            if not one.passes_features:
+                return f"{whose} has no head whose inputs are latents to teach; use exmodel_distillation"
+            if not self.project and _width(one) != _width(model):
+                return (
+                    f"latents are compared as they are, and those of {whose} have another width; use a "
+                    "projector (`project`)"
+                )
+
+        # Latents that no trained entry moves would be taught in vain.
+        params = model.init(torch.Generator().manual_seed(0))[0]
+        head = {name for name in params if model.task_of(name) is not None}
+        if type(model).grow is Model.grow:
+            head |= {name for name in model.head(params, None) if name is not None}
+        if not any(is_trained(model, name, entry) for name, entry in params.items() if name not in head):
+            return (
+                "all before the head is frozen, or empty, and latents cannot move; use exmodel_distillation"
+            )
+        return None
 
     # Tasks and classes.
 
@@ -185,7 +246,10 @@ class ExModelDistillation(Asking):
         if seen is None:
             seen = torch.zeros(len(self._tasks), model.outputs, dtype=torch.bool, device=like.device)
         before, count = _memory(state.outer), int(state.outer.get("count", 0))
-        former = None if before is None else Asked(self._student(model, state.params, state.buffers), seen)
+        former = None
+        if before is not None:
+            teacher = self._former(model, state)
+            former = Asked(self._student(model, state.params, state.buffers), seen, _latents_by(teacher))
 
         # One expert after another, so that no two of them are in memory.
         share, pieces, known = self.size // (count + len(experts)), list[Samples](), seen.clone()
@@ -230,6 +294,12 @@ class ExModelDistillation(Asking):
         size = int(sum(m.size for m in experts))
         return state.change(params=params, buffers=buffers, outer=outer, size=size)
 
+    def _former(
+        self, model: Model, state: State, classes: tuple[int, ...] = (), task: str | None = None
+    ) -> Teacher:
+        """Return the ex-model before this expert as a teacher."""
+        return Teacher("ex-model", model, state.params, state.buffers, classes, classes, task)
+
     def _asked(self, model: Model, state: State, message: Message, like: Tensor) -> Asked:
         """Return an expert as one who is asked over the columns of the frame; `like` is [T, C]."""
         sender, teacher = self.sender(message.sender), self.teacher(model, state, message, like.device)
@@ -242,7 +312,7 @@ class ExModelDistillation(Asking):
                 1, torch.tensor(sender.classes, device=found.device), found
             )
 
-        return Asked(answer, knows)
+        return Asked(answer, knows, _latents_by(teacher))
 
     # The memory.
 
@@ -314,42 +384,129 @@ class ExModelDistillation(Asking):
             return state.params, state.buffers
 
         # Targets of samples that stay as they are, are computed once.
-        target, units = self.targets_of(asked(), memory)
-        if not self.weight_ce:
-            now = self._student(model, state.params, state.buffers)(memory.x, memory.task)
-            if is_rounding(now[units], target[units]):
-                return state.params, state.buffers
+        under = self._under(known)
+        target, units = self._aims(asked, memory, under)
+        latents = self.latents_of(asked(), memory) if self.weight_latents else []
+        projectors = self._projectors(model, state, memory, latents)
+        if self._is_taught(model, state, memory, under, (target, units), latents):
+            return state.params, state.buffers
 
         teachers = list(asked()) if self.augment is not None else []
         seeds = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=generator)))
         held = {"buffers": state.buffers}
 
-        def loss(params: Params, batch: Tensor, step: int) -> Tensor:
+        def loss(given: Params, batch: Tensor, step: int) -> Tensor:
+            # The model knows no projectors.
+            params = {name: p for name, p in given.items() if name not in projectors}
             some = memory.select(batch)
             if not isinstance(some.x, Tensor):
                 some = some._replace(x=some.x.trim())
             aim, there = target[batch], units[batch]
+            hidden = [Latents(one.target[batch], one.taught[batch]) for one in latents]
             if self.augment is not None:
                 views: Views = self.augment.of(batch)
                 some = some._replace(
                     x=views(some.x, some.y, sample_seeds(seeds, batch, torch.tensor(step)))[0]
                 )
-                aim, there = self.targets_of(teachers, some)
+                aim, there = self._aims(lambda: teachers, some, under)
+                hidden = self.latents_of(teachers, some) if self.weight_latents else []
 
             if model.draws:
                 seed_all((seeds.initial_seed() + step) & ((1 << 62) - 1), batch.device)
-            out, held["buffers"] = self._outputs(model, params, held["buffers"], some.x, some.task, True)
-            value = torch.where(there, out - aim, 0).square().sum(1).mean()
+            buffers = held["buffers"]
+            out, held["buffers"] = self._outputs(model, params, buffers, some.x, some.task, True, under)
+            value = self.weight_logits * torch.where(there, out - aim, 0).square().sum(1).mean()
             if self.weight_ce:
-                out = out.masked_fill(~known[some.task], -torch.inf)
+                out = _own(out, some.task, under, model.outputs).masked_fill(~known[some.task], -torch.inf)
                 value = value + self.weight_ce * F.cross_entropy(out, some.y)
+            if hidden:
+                maps = [given.get(f"{PROJECTOR}{k}") for k in range(len(hidden))]
+                psi = model.features(params, buffers, some.x)
+                value = value + self.weight_latents * distance_of(psi, hidden, maps)
             return value
 
-        layout = Layout.of(trained)
+        layout = Layout.of({**trained, **projectors})
         steps = Steps(self.steps, self.lr, self.batch_size, self.optimiser, 1 + model.has_batch_norm)
         with isolated(layout.device) if model.draws else nullcontext():
-            theta = descend(loss, state.params, layout, len(memory.y), steps, generator)
-        return {**state.params, **layout.split(theta)}, held["buffers"]
+            start = {**state.params, **projectors}
+            theta = descend(loss, start, layout, len(memory.y), steps, generator)
+        found = {name: p for name, p in layout.split(theta).items() if name not in projectors}
+        return {**state.params, **found}, held["buffers"]
+
+    def _is_taught(
+        self,
+        model: Model,
+        state: State,
+        memory: Samples,
+        under: Tensor | None,
+        aims: tuple[Tensor, Tensor],
+        latents: Sequence[Latents],
+    ) -> bool:
+        """Whether the ex-model answers as its teachers do, but for rounding, so that it takes no steps."""
+        if self.weight_ce:
+            return False
+        if self.weight_logits:
+            target, units = aims
+            now = self._student(model, state.params, state.buffers, under)(memory.x, memory.task)
+            if not is_rounding(now[units], target[units]):
+                return False
+        if not latents:
+            return True
+        # Projectors start as the identity.
+        psi = answers(self._former(model, state), memory.x, Teacher.features)
+        return all(
+            psi.shape == one.target.shape and is_rounding(psi[one.taught], one.target[one.taught])
+            for one in latents
+        )
+
+    def _projectors(
+        self, model: Model, state: State, memory: Samples, latents: Sequence[Latents]
+    ) -> dict[str, Tensor]:
+        """Return the linear maps [d_k, d] of the latents for each teacher, at their start."""
+        if not latents or not self.project:
+            return {}
+        width = answers(self._former(model, state), memory.x[:1], Teacher.features).shape[1]
+        # No random numbers, and no loss where the latents agree already.
+        return {
+            f"{PROJECTOR}{k}": torch.eye(
+                one.target.shape[1], width, dtype=one.target.dtype, device=one.target.device
+            )
+            for k, one in enumerate(latents)
+        }
+
+    def _under(self, known: Tensor) -> Tensor | None:
+        """Return the numbers of the tasks that all samples are asked under; None: each under its own."""
+        # Under the task of a new sample the former ex-model has nothing to teach, unlike under its own.
+        if self.targets != "both" or self._tasks == (None,):
+            return None
+        return known.any(1).nonzero()[:, 0]
+
+    def _aims(
+        self, asked: Callable[[], Iterable[Asked]], samples: Samples, under: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return what `targets_of` does, the columns of each task behind those of the one before it."""
+        if under is None:
+            return self.targets_of(asked(), samples)
+        found = [
+            self.targets_of(asked(), samples._replace(task=torch.full_like(samples.task, number)))
+            for number in under.tolist()
+        ]
+        return torch.cat([target for target, _ in found], 1), torch.cat([units for _, units in found], 1)
+
+    def latents_of(self, asked: Iterable[Asked], samples: Samples) -> list[Latents]:
+        """Return the latents of each teacher for the samples that it teaches: of classes it knows, or all."""
+        found = []
+        for one in asked:
+            assert one.latents is not None
+            taught = one.knows[samples.task].gather(1, samples.y[:, None])[:, 0]
+            # Latents belong to no class, so that any sample may teach them.
+            taught = taught | (self.targets == "both")
+            index = taught.nonzero()[:, 0]
+            # A teacher of none, as of an augmented batch, still says its width.
+            psi = one.latents(samples.x[index] if len(index) else samples.x[:1])
+            target = psi.new_zeros(len(taught), psi.shape[1])
+            found.append(Latents(target.index_copy(0, index, psi) if len(index) else target, taught))
+        return found
 
     def targets_of(self, asked: Iterable[Asked], samples: Samples) -> tuple[Tensor, Tensor]:
         """Return the target [N, C] of each sample, and which units it has: bool [N, C]."""
@@ -392,26 +549,43 @@ class ExModelDistillation(Asking):
         return logits
 
     def _outputs(
-        self, model: Model, params: Params, buffers: Params, x: Input, task: Tensor, train: bool
+        self,
+        model: Model,
+        params: Params,
+        buffers: Params,
+        x: Input,
+        task: Tensor,
+        train: bool,
+        under: Tensor | None = None,
     ) -> tuple[Tensor, Params]:
-        """Return the outputs [n, C] of the ex-model, each sample's for its task, and the new buffers."""
+        """Return the outputs [n, C] of the ex-model, each sample's for its task, and the new buffers.
+
+        With `under` they are [n, R C], for all samples those for R tasks.
+        """
         if self._tasks == (None,):
             return model(params, buffers, x, None, train)
+        # What tasks share is computed once for all of them.
+        if under is not None:
+            names = [self._tasks[number] for number in under.tolist()]
+            outs, buffers = model.each(params, buffers, x, names, train)
+            return torch.cat(outs, 1), buffers
         # All samples go through what tasks share at once, as batch norm needs.
         present, place = task.unique(return_inverse=True)
         names = [self._tasks[number] for number in present.tolist()]
         outs, buffers = model.each(params, buffers, x, names, train)
         return torch.stack(outs)[place, torch.arange(len(place), device=place.device)], buffers
 
-    def _student(self, model: Model, params: Params, buffers: Params) -> Callable[[Input, Tensor], Tensor]:
-        """Return (inputs, tasks) -> logits [n, C] of an ex-model in eval mode, without gradients."""
+    def _student(
+        self, model: Model, params: Params, buffers: Params, under: Tensor | None = None
+    ) -> Callable[[Input, Tensor], Tensor]:
+        """Return (inputs, tasks) -> what `_outputs` does of an ex-model in eval mode, without gradients."""
 
         def answer(x: Input, task: Tensor) -> Tensor:
             found = []
             with torch.no_grad():
                 for piece, own in zip(x.split(CHUNK), task.split(CHUNK), strict=True):
                     some = piece if isinstance(piece, Tensor) else piece.trim()
-                    found.append(self._outputs(model, params, buffers, some, own, False)[0])
+                    found.append(self._outputs(model, params, buffers, some, own, False, under)[0])
             return torch.cat(found)
 
         return answer
@@ -441,6 +615,41 @@ def _pupil(model: Model, state: State, sender: SenderFacts) -> Teacher:
         outputs=sender.classes,
         task=sender.task,
     )
+
+
+def distance_of(psi: Tensor, latents: Sequence[Latents], maps: Sequence[Tensor | None]) -> Tensor:
+    """Return sum_k of the mean over samples and units of (P_k psi - psi_k)^2, of latents psi [B, d].
+
+    Samples that a teacher does not teach count as 0; a map of None is the identity.
+
+    >>> own = Latents(torch.tensor([[1.0, 5.0], [9.0, 9.0]]), torch.tensor([True, False]))
+    >>> float(distance_of(torch.ones(2, 2), [own], [torch.eye(2)]))  # (5 - 1)^2 / 2 units / 2 samples
+    4.0
+    """
+    total = psi.new_zeros(())
+    for one, own in zip(latents, maps, strict=True):
+        apart = (psi if own is None else F.linear(psi, own)) - one.target
+        total = total + torch.where(one.taught[:, None], apart, 0).square().mean()
+    return total
+
+
+def _latents_by(teacher: Teacher) -> Callable[[Input], Tensor]:
+    """Return inputs -> the latents [n, d] of a teacher, without gradients."""
+    return lambda x: answers(teacher, x, Teacher.features)
+
+
+def _own(out: Tensor, task: Tensor, under: Tensor | None, width: int) -> Tensor:
+    """Return of outputs [n, R C] under several tasks those [n, C] under each sample's own."""
+    if under is None:
+        return out
+    place = torch.searchsorted(under, task)
+    return out.view(len(out), -1, width)[torch.arange(len(out), device=out.device), place]
+
+
+def _width(model: Model) -> int | None:
+    """Return how many latents a model has; None where it does not say."""
+    # A model with heads has the features of its trunk.
+    return getattr(getattr(model, "trunk", model), "width", None)
 
 
 def _memory(outer: Mapping[str, Tensor]) -> Samples | None:

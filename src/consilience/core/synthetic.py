@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -68,10 +68,13 @@ class Maker(Takes, ABC):
         return None
 
 
-def answers(teacher: Teacher, x: Input) -> Tensor:
-    """Return a teacher's logits [N, k] without gradients. Refuses NaN and infinity by the teacher's name."""
+def answers(teacher: Teacher, x: Input, ask: Callable[[Teacher, Input], Tensor] = Teacher.__call__) -> Tensor:
+    """Return a teacher's logits [N, k], or what else it is asked, without gradients.
+
+    Refuses NaN and infinity by the teacher's name.
+    """
     with torch.no_grad():
-        pieces = [teacher(x if isinstance(x, Tensor) else x.trim()) for x in x.split(CHUNK)]
+        pieces = [ask(teacher, x if isinstance(x, Tensor) else x.trim()) for x in x.split(CHUNK)]
     found = torch.cat(pieces)
     if not all_finite(found):
         raise ConsilienceError(

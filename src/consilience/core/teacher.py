@@ -48,6 +48,10 @@ class Teacher:
         out = self._forward(x, self.task)
         return out.index_select(1, torch.tensor(self.outputs, device=out.device))
 
+    def features(self, x: Input) -> Tensor:
+        """Return the inputs of the head [B, d], those that tasks share."""
+        return self.model.features(self.params, self.buffers, x)
+
     def watched(self, x: Input) -> tuple[Tensor, list[Norm]]:
         """Return the answers [B, k] with what the batch norms saw, in the order in which they were called."""
         with _Norms() as norms:

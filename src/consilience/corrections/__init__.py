@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from consilience.corrections.conflicts import Conflicts as Conflicts
     from consilience.corrections.distillation import LessForgetting as LessForgetting
     from consilience.corrections.distillation import LwF as LwF
+    from consilience.corrections.distillation import Stability as Stability
     from consilience.corrections.exemplars import GDumb as GDumb
     from consilience.corrections.exemplars import ICaRL as ICaRL
     from consilience.corrections.expansion import DEN as DEN

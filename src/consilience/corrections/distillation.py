@@ -140,6 +140,51 @@ def has_features(model: Model) -> bool:
     return True
 
 
+def nothing_to_keep(facts: ScheduleFacts, instead: str) -> str | None:
+    """Return why no features are there that training would move, and what to do; None if there are."""
+    if not facts.trains:
+        return NO_TRAINING
+    # Progressive networks have no parameters before their first task: their layers come with the tasks.
+    if facts.model is None or not facts.model.init(torch.Generator().manual_seed(0))[0]:
+        return None
+    if not has_features(facts.model):
+        return f"the model has no linear head whose inputs are features to keep; {instead}"
+    parts = anatomy(facts.model)
+    if not (parts.layers or parts.others):
+        return f"the features are frozen, so that nothing can forget them; {instead}"
+    return None
+
+
+@dataclass(frozen=True)
+class Stability(Correction):
+    """The stability loss of Batch Model Consolidation: an expert's features stay near those of its base.
+
+    strength x mean over samples and units of (psi_start(x) - psi(x))^2 on this source's own inputs, psi the
+    input of the head, psi_start at the start of this visit. It acts from the first source on, whose start is
+    the base that all experts have in common. Fostiropoulos, Zhu & Itti 2023, arXiv:2305.16484.
+    """
+
+    strength: float = 1.0
+
+    neutral: ClassVar[dict[str, float]] = {"strength": 0.0}
+    needs_boundaries: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        non_negative("Stability", strength=self.strength)
+
+    def refuse(self, facts: ScheduleFacts) -> str | None:
+        return nothing_to_keep(facts, "train without it")
+
+    def rows(self, step: StepView, ctx: Context) -> list[Row]:
+        distances = [
+            part.mean((step.features_before(part.x, part.task) - step.features(i)).square().mean(1))
+            for i, part in enumerate(step.parts)
+            if not part.drawn_by
+        ]
+        # A mean over parts, so that the strength means the same for any number of sources.
+        return [Row(torch.stack(distances).sum(), self.strength / len(distances))]
+
+
 @dataclass(frozen=True)
 class LessForgetting(Correction):
     """Less-forgetting learning: on this source's own inputs, keep the features; keep old rows of the head.
@@ -161,17 +206,7 @@ class LessForgetting(Correction):
         non_negative("LessForgetting", strength=self.strength)
 
     def refuse(self, facts: ScheduleFacts) -> str | None:
-        if not facts.trains:
-            return NO_TRAINING
-        # Progressive networks have no parameters before their first task: their layers come with the tasks.
-        if facts.model is None or not facts.model.init(torch.Generator().manual_seed(0))[0]:
-            return None
-        if not has_features(facts.model):
-            return "the model has no linear head whose inputs are features to keep; use lwf"
-        parts = anatomy(facts.model)
-        if not (parts.layers or parts.others):
-            return "the features are frozen, so that nothing can forget them; use lwf"
-        return None
+        return nothing_to_keep(facts, "use lwf")
 
     def recall(self, memory: Memory, sources: tuple[Source, ...]) -> list[int] | None:
         """Return the classes of earlier sources, or None where there are no earlier sources."""

@@ -15,6 +15,9 @@ from consilience.methods.continual import cumulative, finetune, from_scratch, jo
 from consilience.methods.distillation import distil, feddf
 from consilience.methods.exmodel import (
     average_ensemble,
+    batch_model_consolidation,
+    dac,
+    deep_model_consolidation,
     entropy_ensemble,
     exmodel_distillation,
     oracle_ensemble,
@@ -94,9 +97,12 @@ __all__ = [
     "aligned_mtl",
     "average",
     "average_ensemble",
+    "batch_model_consolidation",
     "cagrad",
     "conflicts",
     "cumulative",
+    "dac",
+    "deep_model_consolidation",
     "deep_supervision",
     "den",
     "der",

@@ -174,12 +174,12 @@ def stream_for(*names: str) -> str:
 def model_for(*names: str) -> Model:
     """The model on which corrections, one or together, are checked: iCaRL's means want one head on what
     anchors see, and
-    less-forgetting features that move."""
+    less-forgetting and the stability loss features that move."""
     from consilience.mappers.mixture import Anchored
 
     if any(issubclass(EVERY[n], Anchored) for n in names):
         return frozen_features() if "ICaRL" in names else frozen_trunk()
-    return plain() if {"ICaRL", "LessForgetting"} & set(names) else frozen_trunk()
+    return plain() if {"ICaRL", "LessForgetting", "Stability"} & set(names) else frozen_trunk()
 
 
 THROW_AWAY = {

@@ -76,6 +76,7 @@ KEEP_NOTHING = {
     "SolvedHead": "it writes a head from what is learned now",
     "WSM": "it counts the classes of what is learned now",
     "Proximal": "it knows where this learn began, and nothing of earlier sources",
+    "Stability": "it knows where this learn began, and nothing of earlier sources",
     "Average": "it reads the experts' own answers",
     "MinEntropy": "it reads the experts' own answers",
     "Oracle": "it is told the task",
@@ -140,7 +141,9 @@ PROTECTED = {
         "TaLoS",
     ),
     "XdG": ("EpisodicConstraints",),
-    **dict.fromkeys(("ExpertGate", "GaussianMixture", "Mahalanobis", "NearestMean"), ("LessForgetting",)),
+    **dict.fromkeys(
+        ("ExpertGate", "GaussianMixture", "Mahalanobis", "NearestMean"), ("LessForgetting", "Stability")
+    ),
 }
 """What adds nothing on top of which isolation: what earlier tasks depend on does not move, and so needs no
 protection; anchors stand on frozen features (with

@@ -208,6 +208,7 @@ class ExModelDistillation(Asking):
 
         # Latents that no trained entry moves would be taught in vain.
         params = model.init(torch.Generator().manual_seed(0))[0]
+        # Heads of tasks come with the tasks.
         head = {name for name in params if model.task_of(name) is not None}
         if type(model).grow is Model.grow:
             head |= {name for name in model.head(params, None) if name is not None}
@@ -443,6 +444,7 @@ class ExModelDistillation(Asking):
         latents: Sequence[Latents],
     ) -> bool:
         """Whether the ex-model answers as its teachers do, but for rounding, so that it takes no steps."""
+        # Labels may ask for more than the teachers' answers.
         if self.weight_ce:
             return False
         if self.weight_logits:
@@ -642,6 +644,7 @@ def _own(out: Tensor, task: Tensor, under: Tensor | None, width: int) -> Tensor:
     """Return of outputs [n, R C] under several tasks those [n, C] under each sample's own."""
     if under is None:
         return out
+    # The numbers of tasks are sorted, and each sample's own is among them.
     place = torch.searchsorted(under, task)
     return out.view(len(out), -1, width)[torch.arange(len(out), device=out.device), place]
 

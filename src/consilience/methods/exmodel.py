@@ -127,6 +127,7 @@ def dac(
         size=size,
         steps=steps,
         lr=lr,
+        # Samples may show anything, so that the classes that they stand for mean little.
         weight_ce=0.0,
         weight_latents=weight_latents,
         normalise=normalise,
@@ -158,6 +159,7 @@ def deep_model_consolidation(
     from consilience.memory import auxiliary
 
     consolidator = ExModelDistillation(
+        # Samples stand for no class: both teachers answer all of them.
         maker=auxiliary(data, "random"),
         size=size,
         steps=steps,
@@ -207,6 +209,7 @@ def batch_model_consolidation(
         size=size,
         steps=steps,
         lr=lr,
+        # The paper's consolidation has labels and features, and no logits.
         weight_ce=weight_ce,
         weight_logits=0.0,
         weight_latents=weight_latents,

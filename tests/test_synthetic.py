@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -551,7 +552,7 @@ def test_classes_of_impressions_are_those_of_their_targets(digits):
 def test_a_generator_makes_images_of_each_class(digits):
     teacher, _, _ = digits
     wanted = wanted_of({10: 10, 13: 7, 11: 3}, (1, 8, 8))
-    maker = Generator(steps=60, adapt=15, batch=10, latent=8, width=4, clip=2.0)
+    maker = Generator(steps=60, adapt=15, batch=10, latent=8, width=4, clip=2.0, beta=None)
     x, y = maker.make(teacher, wanted, key(0))
     assert {c: int((y == c).sum()) for c in wanted.counts} == wanted.counts
     assert x.shape == (20, 1, 8, 8) and float(x.abs().max()) <= 2.0
@@ -563,6 +564,17 @@ def test_a_generator_makes_images_of_each_class(digits):
     assert float(early[:10].mean()) < float(p[10:].mean()) - 0.01
     # Images of one class differ.
     assert float(torch.pdist(x[y == 10].flatten(1)).min()) > 0.1
+
+
+def test_soft_targets_make_images_of_a_generator_differ(digits):
+    teacher, _, _ = digits
+    wanted = wanted_of({10: 12, 12: 12}, (1, 8, 8))
+    spread = []
+    for beta in (1.0, None):
+        x, y = Generator(steps=40, latent=8, width=4, beta=beta).make(teacher, wanted, key(0))
+        assert y.bincount()[10:].tolist() == [12, 0, 12]
+        spread.append(float(torch.pdist(teacher(x[y == 10]).softmax(1)).mean()))
+    assert spread[0] > 5 * spread[1]
 
 
 def test_a_generator_is_pure_and_takes_images_of_any_side():
@@ -577,6 +589,29 @@ def test_a_generator_is_pure_and_takes_images_of_any_side():
     assert torch.equal(state, torch.get_rng_state())
     with pytest.raises(cs.ConsilienceError, match="Generator needs images .* of the expert 'eve'"):
         maker.make(teacher, wanted_of({10: 2}, (189,)), key(0))
+
+
+class Counting(nn.Module):
+    """A linear layer that notes the sizes of its batches."""
+
+    sizes: ClassVar[list[int]] = []
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(12, 3)
+
+    def forward(self, x):
+        Counting.sizes.append(len(x))
+        return self.layer(x.flatten(1))
+
+
+@pytest.mark.parametrize("kind", [Inversion, Impression, Generator])
+def test_batches_bound_what_a_teacher_sees_at_once(kind):
+    teacher = teacher_of(cs.models.wrap(Counting()))
+    Counting.sizes.clear()
+    maker = kind(steps=2, batch=4)
+    x, _ = maker.make(teacher, wanted_of({10: 5, 11: 5}, (3, 2, 2)), key(0))
+    assert len(x) == 10 and max(Counting.sizes) == 4 and Counting.sizes.count(3) >= 4
 
 
 # Samples from statistics, and pieces of an image.
@@ -796,8 +831,8 @@ def test_the_catalogue_has_the_defaults_of_the_classes():
         priors.Augmented(),
     ]
     assert cs.memory.generator() == Generator()
-    network = cs.memory.generator(some, 9, 8, 0.2, 4.0, 2.0, 5, 6, 7, True)
-    assert network == Generator(some, 9, 0.2, 4.0, 2.0, 7, True, adapt=8, latent=5, width=6)
+    network = cs.memory.generator(some, 9, 8, None, 0.2, 4.0, 2.0, 5, 6, 7, True)
+    assert network == Generator(some, 9, 0.2, 4.0, 2.0, 7, True, 8, None, 5, 6)
     made = cs.memory.inversion(some, 3, 0.2, 4.0, 2.0, torch.ones(1, 2), 0.9, 7, True)
     assert made == Inversion(some, 3, 0.2, 4.0, 2.0, 7, True, torch.ones(1, 2), until=0.9)
     shown = cs.memory.impression(0.5, some, 3, 0.2, 4.0, 2.0, torch.ones(1, 2), "shift", 0.1, False, 7, True)

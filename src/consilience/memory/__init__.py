@@ -144,8 +144,9 @@ def impression(
 
 def generator(
     priors: Sequence[Prior] | None = None,
-    steps: int = 300,
-    adapt: int = 60,
+    steps: int = 200,
+    adapt: int = 40,
+    beta: float | None = 1.0,
     lr: float = 0.005,
     temperature: float = 2.0,
     clip: float = 3.0,
@@ -157,13 +158,14 @@ def generator(
     """Make images of each class with a small network, trained against an expert: data-free distillation.
 
     The network has `latent` inputs and `width` maps; the first `batch` takes `steps` steps of Adam at `lr`,
-    and each later one `adapt`, from where the last one ended. `priors`, `temperature`, `clip` and `bf16` are
-    as for `inversion`. Fang et al. 2021 (CMI), 2022 (Fast-DFKD), without contrast and meta learning.
+    and each later one `adapt`, from where the last one ended. Targets are soft, as those of `impression`, or
+    with `beta` None classes. `priors`, `temperature`, `clip` and `bf16` are as for `inversion`. Fang et al.
+    2021 (CMI), 2022 (Fast-DFKD), without contrast and meta learning.
     """
     from consilience.memory._generator import Generator
 
     made = (priors, steps, lr, temperature, clip, batch, bf16)
-    return Generator(*made, adapt=adapt, latent=latent, width=width)
+    return Generator(*made, adapt=adapt, beta=beta, latent=latent, width=width)
 
 
 def moments(mean: Any, std: Any, low: Any = None, high: Any = None, pool: int = 10) -> Moments:

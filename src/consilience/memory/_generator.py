@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from consilience.core.augment import normal
-from consilience.core.checks import whole_number
+from consilience.core.checks import positive, whole_number
 from consilience.core.params import Params
 from consilience.core.synthetic import Wanted
 from consilience.core.teacher import Teacher
 from consilience.memory._inversion import (
     Gradients,
+    Impression,
     Objective,
     adam_of,
     are_images,
@@ -30,24 +31,29 @@ from consilience.memory._inversion import (
 class Generator(Gradients):
     """Images G(z, y) of a small network, trained with its latents against a teacher: data-free distillation.
 
-    min over G and z of CE(y, softmax(f(G(z, y)) / temperature)) + penalties, z [B, latent] from N(0, I), by
+    min over G and z of CE(t, softmax(f(G(z, t)) / temperature)) + penalties, z [B, latent] from N(0, I), by
     Adam. A batch of images is what G makes of its latents at the end; the next batch begins with that G and
-    new latents, so that the first takes `steps`, and each later one `adapt`. G adds an embedding of the class
+    new latents, so that the first takes `steps`, and each later one `adapt`. Targets t are drawn as those of
+    `Impression` with `beta`, or are one-hot without; y = argmax t. G adds t times an embedding of the classes
     to z, and has a linear layer to 2 `width` maps of a quarter of the sides, and three 3 x 3 convolutions,
     with nearest upsampling and group norm between them; its outputs are clip tanh(x / clip). Fang et al. 2021
     (CMI) and 2022 (Fast-DFKD), without their contrast and meta learning.
     """
 
-    steps: int = 300
+    steps: int = 200
     lr: float = 0.005
     batch: int = 256
-    adapt: int = 60
+    adapt: int = 40
+    beta: float | None = 1.0
+    """The concentration of soft targets, as of `Impression`; None: classes."""
     latent: int = 64
     width: int = 16
 
     def __post_init__(self) -> None:
         super().__post_init__()
         whole_number(adapt=self.adapt, latent=self.latent, width=self.width)
+        if self.beta is not None:
+            positive(beta=self.beta)
 
     def misfit(self, shape: tuple[int, ...] | None, dtype: torch.dtype) -> str | None:
         if shape is not None and not are_images(shape):
@@ -58,24 +64,29 @@ class Generator(Gradients):
         goal = self.objective(teacher, wanted)
         classes = in_turn(teacher, wanted.counts)
         seeds = seeds_of(len(classes), generator)
+        # Soft targets as of data impression: with one target per class images become alike.
+        if self.beta is None:
+            targets = F.one_hot(classes, len(teacher.classes)).to(goal.place().dtype)
+        else:
+            targets = Impression(beta=self.beta).targets(goal, classes, generator)
         weights = first_weights(goal, self.latent, self.width, generator)
 
         made: list[Tensor] = []
         # What the network has learned of images serves all batches; the latents are each batch's own.
         for rows in batches(len(classes), self.batch):
             steps = self.adapt if made else self.steps
-            x, weights = self._trained(goal, weights, classes[rows], seeds[rows], steps)
+            x, weights = self._trained(goal, weights, targets[rows], seeds[rows], steps)
             made.append(x)
-        return torch.cat(made), columns_of(teacher, classes, wanted.device)
+        return torch.cat(made), columns_of(teacher, targets, wanted.device)
 
     def _trained(
-        self, goal: Objective, weights: Params, classes: Tensor, seeds: Tensor, steps: int
+        self, goal: Objective, weights: Params, targets: Tensor, seeds: Tensor, steps: int
     ) -> tuple[Tensor, Params]:
-        """Return a batch of images of these classes, and the weights that made it."""
+        """Return a batch of images for these probabilities [B, k], and the weights that made it."""
         place = goal.place()
         leaves = {name: weight.clone().requires_grad_() for name, weight in weights.items()}
         z = normal(seeds, self.latent).to(place).requires_grad_()
-        y, adam = classes.to(place.device), adam_of([*leaves.values(), z], self.lr)
+        y, adam = targets.to(place.device), adam_of([*leaves.values(), z], self.lr)
 
         for step in range(steps):
             with torch.enable_grad():
@@ -115,12 +126,12 @@ def first_weights(goal: Objective, latent: int, width: int, generator: torch.Gen
 
 
 def generated(weights: Params, z: Tensor, y: Tensor, shape: tuple[int, ...], clip: float) -> Tensor:
-    """Return the images [B, *shape] of latents z [B, latent] and classes y [B]."""
+    """Return the images [B, *shape] of latents z [B, latent] and targets y [B, k]."""
     height, across = shape[1:]
     sides = [(-(-height // part), -(-across // part)) for part in (4, 2, 1)]
-    h = F.linear(z + weights["classes"][y], weights["enter.weight"], weights["enter.bias"])
+    h = F.linear(z + y @ weights["classes"], weights["enter.weight"], weights["enter.bias"])
     h = h.view(len(z), -1, *sides[0])
-    for name, side in (("first", sides[1]), ("second", sides[2]), ("last", sides[2])):
+    for name, side in (("first", sides[1]), ("second", sides[1]), ("last", sides[2])):
         # Group norm, so that an image does not depend on its batch.
         h = F.leaky_relu(F.group_norm(h, gcd(8, h.shape[1])), 0.2)
         # Nearest neighbours: a transposed convolution would leave a chequered pattern.

@@ -407,9 +407,10 @@ SAMPLERS = {
 
 
 def compared(lines):
-    """The visits, without their times; a loss is a sum, which is rounded where a run stopped."""
+    """The visits, without their times; sums over steps are rounded where a run stopped."""
     visits = [line for line in lines if line["event"] == "visit"]
-    return [line | {"seconds_per_step": 0, "loss": round(line["loss"], 9)} for line in visits]
+    rounded = [{name: round(line[name], 9) for name in ("loss", "grad_norm")} for line in visits]
+    return [line | {"seconds_per_step": 0} | own for line, own in zip(visits, rounded, strict=True)]
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)

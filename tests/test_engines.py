@@ -462,7 +462,7 @@ def arguments(program):
     crossed(
         [*METHODS, "ghbm", "scaffold", "fedcm", "feddyn"],
         ["sgd", "momentum", "decay", "nesterov", "adam"],
-        ["fedprox", "scaffold"],
+        ["scaffold"],
     ),
 )
 def test_a_simplified_program_is_the_traced_one(name, optimiser):

@@ -240,7 +240,7 @@ def test_labels_must_have_outputs(tmp_path):
 
 
 def test_code_of_a_card_is_imported_only_with_trust(tmp_path, monkeypatch):
-    (tmp_path / "theirs.py").write_text(
+    (tmp_path / "their_net.py").write_text(
         "from torch import nn\nopen('ran', 'w').close()\ndef make(width): return nn.Linear(64, width)\n"
     )
     monkeypatch.chdir(tmp_path)
@@ -251,10 +251,10 @@ def test_code_of_a_card_is_imported_only_with_trust(tmp_path, monkeypatch):
         cs.ConsilienceError, match='a name that builds it again, got Linear; give model="timm:NAME"'
     ):
         experts.save(expert, "a.safetensors")
-    experts.save(expert, "a.safetensors", "theirs:make", {"width": 10})
+    experts.save(expert, "a.safetensors", "their_net:make", {"width": 10})
     (tmp_path / "ran").unlink(missing_ok=True)
-    sys.modules.pop("theirs", None)
-    with pytest.raises(cs.ConsilienceError, match="'one' names code, theirs:make, .*--trust"):
+    sys.modules.pop("their_net", None)
+    with pytest.raises(cs.ConsilienceError, match="'one' names code, their_net:make, .*--trust"):
         experts.load("a.safetensors")
     assert not (tmp_path / "ran").exists(), "nothing of it was imported"
     x = torch.rand(2, 64)

@@ -207,6 +207,7 @@ REFUSED: dict[str, set[str]] = {
             "batch_model_consolidation(sources)",
             "dac(auxiliary)",
             "deep_model_consolidation(unlabelled)",
+            "distil(unlabelled)",
             "exmodel_distillation(auxiliary)",
         ),
         OTHERS,
@@ -280,6 +281,8 @@ def schedule_of(setting: str, sources: list[Source]) -> Any:
 def method_of(row: str, form: str) -> cs.Method:
     if row == "feddf(unlabelled)":
         return cs.methods.feddf(FORMS[form].sources()[0], steps=2)
+    if row == "distil(unlabelled)":
+        return cs.methods.distil(FORMS[form].sources()[0], steps=2)
     if row in ("exmodel_distillation(auxiliary)", "dac(auxiliary)"):
         auxiliary = cs.memory.auxiliary(FORMS[form].sources()[0])
         return getattr(cs.methods, row.partition("(")[0])(auxiliary, 12, steps=2)

@@ -343,7 +343,13 @@ def test_aggregators_see_what_networks_of_tasks_share():
 # Settings, engines, kinds of inputs.
 
 
-@each_model
+QUICK = ("depth 1", "cross_stitch", "ple", "film", "mtan")
+"""One of each kind; the others are left to `make test-all`."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in MODELS]
+)
 def test_models_learn_in_each_setting_and_engines_agree(name):
     make, clients = MODELS[name], [source(i % 2, name=f"c/{i}", task=f"t{i % 2}") for i in range(4)]
     schedules = {

@@ -16,6 +16,7 @@ from consilience.core.errors import ConsilienceError, Refusal, unknown
 if TYPE_CHECKING:
     from consilience.core.method import Method
     from consilience.core.schedule import Schedule
+    from consilience.core.source import Source
 
 
 @dataclass(frozen=True)
@@ -68,13 +69,38 @@ def methods(argv: Sequence[str]) -> int:
     return 0
 
 
+def _sources() -> Sequence[Source]:
+    """Return those of `tiny`."""
+    return tiny()["continual"].sources
+
+
+def _maker() -> Any:
+    """Return a maker of synthetic memory."""
+    from consilience import memory
+
+    return memory.auxiliary(_INPUTS)
+
+
+_INPUTS = [[0.0] * 4] * 5000
+OBJECTS: dict[str, Callable[[], Any]] = {
+    "unlabelled": lambda: _INPUTS,
+    "data": lambda: _INPUTS,
+    "maker": _maker,
+    "sources": _sources,
+}
+"""Examples of arguments that are objects."""
+
+
 def example(name: str, call: Callable[..., Any]) -> Method:
     """Build a method with its defaults, and with an example for each argument that has none."""
     parameters = inspect.signature(call).parameters.items()
     needed = [argument for argument, parameter in parameters if parameter.default is parameter.empty]
-    # Inputs cannot be given as text, so they are no option.
-    if "unlabelled" in needed:
-        made: Method = call(unlabelled=[[0.0] * 4])
+    # Data cannot be given as text, so they are no option.
+    objects = {name: make() for name, make in OBJECTS.items() if name in needed}
+    if objects:
+        # The sources of `tiny` have few examples.
+        objects |= {"size": 4} if "sources" in objects else {}
+        made: Method = call(**objects)
         return made
     # No text is a maker of samples either, and this one needs as many inputs as a memory has.
     if "maker" in needed:

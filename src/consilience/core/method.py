@@ -194,7 +194,9 @@ class Method:
             "use one without a memory, such as pcgrad",
         )
         for combines in (exchange, step):
-            constrained = combines is step and any(part.adds_constraints for part in placed.active)
+            # Rows of its own may be constraints, whatever a part says of itself.
+            sets = (part.adds_constraints or overrides(part, "rows") for part in placed.active)
+            constrained = combines is step and any(sets)
             name = type(combines).__name__
             yield Rule(
                 isinstance(combines, Cone) and not constrained,

@@ -102,12 +102,6 @@ def example(name: str, call: Callable[..., Any]) -> Method:
         objects |= {"size": 4} if "sources" in objects else {}
         made: Method = call(**objects)
         return made
-    # No text is a maker of samples either, and this one needs as many inputs as a memory has.
-    if "maker" in needed:
-        from consilience.memory import auxiliary
-
-        made = call(maker=auxiliary([[0.0] * 4] * 5000))
-        return made
 
     part = Part("method", "method", name, call)
     values: dict[str, Any] = {key: parameter.default for key, parameter in part.options().items()}

@@ -809,3 +809,9 @@ def test_a_broadcast_is_adopted():
     agent.receive([dataclasses.replace(message, trained=False)])
     near(dict(agent.state.params), {n: p.detach().double() for n, p in linear(1).named_parameters()}, 0)
     assert not agent.state.outer
+
+
+@pytest.mark.parametrize("sources", [3, int, [], ["a"]])
+def test_real_data_are_sources(sources: Any) -> None:
+    with pytest.raises(cs.ConsilienceError, match="`sources` must be those that the experts were trained on"):
+        cs.memory.real(sources)

@@ -203,7 +203,7 @@ def real(sources: Sequence[Any]) -> Real:
     """
     from consilience.memory.synthetic import Real
 
-    return Real(tuple(sources))
+    return Real(tuple(sources) if isinstance(sources, Sequence) else sources)
 
 
 suggest_arguments(__name__)

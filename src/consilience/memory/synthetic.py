@@ -92,7 +92,8 @@ class Real(Maker):
     """The hash of the examples."""
 
     def __post_init__(self) -> None:
-        if not self.sources or not all(isinstance(source, Source) for source in self.sources):
+        given = self.sources if isinstance(self.sources, tuple) else ()
+        if not given or not all(isinstance(source, Source) for source in given):
             raise ConsilienceError(
                 f"`sources` must be those that the experts were trained on, got {kind_of(self.sources)}."
             )

@@ -254,11 +254,17 @@ def foreseen(setup: Setup) -> tuple[bool, ...]:
         # A head of each task has columns of its own.
         return {(column, source.task if heads else None) for column in source.classes}
 
+    # When each output is first trained, so that many sources are not compared in pairs.
+    first: dict[object, int] = {}
+    for source in schedule.judged:
+        at = min((stage for stage in stages[source.name] if stage > 0), default=None)
+        if at is not None:
+            first |= {output: min(at, first.get(output, at)) for output in outputs(source)}
+
     found = []
     for source in schedule.judged:
         at = min(stages[source.name], default=0)
-        before = [other for other in schedule.judged if any(0 < stage < at for stage in stages[other.name])]
-        found.append(outputs(source) <= set().union(*map(outputs, before)))
+        found.append(all(output in first and first[output] < at for output in outputs(source)))
     return tuple(found)
 
 

@@ -111,10 +111,11 @@ def test_a_linear_teacher_is_recovered_by_a_linear_student(normalise):
     near(dict(state.params), wanted, 1e-4)
 
 
-def test_three_experts_are_restated_in_plain_torch():
+@pytest.mark.parametrize("normalise", ["mean", "samples"])
+def test_three_experts_are_restated_in_plain_torch(normalise):
     """The loop of Algorithm 1 over the memory that the run kept, in float64."""
     nets, start = [linear(i + 1) for i in range(3)], linear(9)
-    options = {"normalise": "mean", "weight_ce": 0.3, "steps": 6, "lr": 0.02, "batch_size": 16}
+    options = {"normalise": normalise, "weight_ce": 0.3, "steps": 6, "lr": 0.02, "batch_size": 16}
     schedule = cs.settings.exmodel(given(*nets))
     states = spied(schedule, cs.models.wrap(start), **options)
 
@@ -125,13 +126,18 @@ def test_three_experts_are_restated_in_plain_torch():
         own = list(SOURCES[i].classes)
         old = F.linear(x, params["weight"], params["bias"])
         new = F.linear(x, net.weight.double(), net.bias.double()).detach()
+        if normalise == "samples":
+            new[:, own] -= new[:, own].mean(1, keepdim=True)
+            new = (new - new.mean(0)) / new.std(0, correction=0)
         leaves = {n: p.clone().requires_grad_() for n, p in params.items()}
         adam = torch.optim.Adam([leaves[n] for n in sorted(leaves)], lr=0.02)
         for order in orders:
             loss = torch.zeros((), dtype=torch.float64)
             for j in order.tolist():
                 columns, logits = (own, new[j]) if int(y[j]) in own else (seen, old[j])
-                target = logits[columns] - logits[columns].mean()
+                target = logits[columns]
+                if normalise == "mean":
+                    target = target - target.mean()
                 out = F.linear(x[j], leaves["weight"], leaves["bias"])
                 among = sorted({*seen, *own})
                 loss = loss + (out[columns] - target).square().sum()
@@ -227,6 +233,28 @@ def test_normalised_targets_ignore_an_offset(normalise):
     assert torch.allclose(plain.sum(1), torch.zeros(3).double(), atol=1e-12)
     scaled = part.targets_of([asked(3 * OLD, [0, 1, 2])], samples([0, 1, 2]))[0]
     assert torch.allclose(scaled, plain if normalise == "standard" else 3 * plain, atol=1e-12)
+
+
+def test_targets_over_samples_ignore_scale_and_offset_of_experts():
+    """An expert that is surer of all teaches as others do."""
+    net, data = linear(1), cs.memory.auxiliary(torch.randn(90, D, generator=key("normal")), "random")
+    surer = linear(1)
+    with torch.no_grad():
+        surer.weight.mul_(3)
+        surer.bias.mul_(3).add_(7)
+    found = [
+        final(
+            cs.settings.exmodel(given(one, linear(2))),
+            cs.models.wrap(linear(9)),
+            normalise="samples",
+            targets="both",
+            weight_ce=0.0,
+            maker=data,
+            steps=20,
+        ).params
+        for one in (net, surer)
+    ]
+    near(*found, 1e-6)
 
 
 # memory

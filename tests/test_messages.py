@@ -704,6 +704,26 @@ def test_mutated_run_folders(parts, tmp_path):
     assert 0.02 * count < taken < 0.75 * count
 
 
+@pytest.mark.parametrize("change", [{"epoch": 2**70}, {"epoch": -1}, {"index": -1}])
+def test_a_visit_that_stands_where_none_can_is_refused(parts, tmp_path, change):
+    """With all hashes right; the steps of 2**70 epochs would be planned for ever."""
+    arguments = (cs.settings.federated(parts[:2], 2), cs.methods.fedavg(), cs.models.linear(64, 10), TRAINING)
+
+    def stop(line: Mapping[str, Any]) -> None:
+        if line["event"] == "stage" and line["stage"] == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cs.run(*arguments, out=tmp_path, checkpoint_steps=1, progress=stop)
+    (tmp_path / "checkpoint" / "previous.json").unlink()
+    path = tmp_path / "checkpoint" / "index.json"
+    index = json.loads(path.read_bytes())
+    index["facts"]["trials"]["0"]["job"] |= change
+    path.write_text(json.dumps(sealed({name: value for name, value in index.items() if name != SEAL})))
+    with pytest.raises(cs.ConsilienceError, match="must hold this visit as it was"):
+        cs.run(*arguments, out=tmp_path, resume=True)
+
+
 @pytest.mark.parametrize("more", [1, 2**40, 2**70, -(10**6)])
 def test_a_log_that_an_index_says_is_longer_is_refused(parts, tmp_path, more):
     """With all hashes right; a resumed run would fill it up with zeros."""

@@ -659,6 +659,21 @@ def test_a_description_that_does_not_fit_is_refused():
     assert Moments(two, two) != Moments(two, torch.ones(2))
 
 
+def test_strokes_are_thin_dark_and_of_the_seed():
+    """Of 5/7 of the height, in the middle; the first pictures do not depend on how many are drawn."""
+    x = cs.memory.strokes(300, (28, 20), seed=3)
+    assert x.shape == (300, 1, 28, 20) and float(x.min()) == 0 and float(x.max()) == 1
+    assert 0.05 < float(x.mean()) < 0.3
+    rows = (x > 0.5).any(3).any(1)
+    high = 27 - rows.flip(1).int().argmax(1) - rows.int().argmax(1) + 1
+    # The longer side, where it is the height, with a pen's breadth and less than a point's distance.
+    assert 20 <= int(high.max()) <= 20 + 4
+    assert torch.equal(x[:7], cs.memory.strokes(7, (28, 20), seed=3))
+    assert not torch.equal(x[:7], cs.memory.strokes(7, (28, 20), seed=4))
+    with pytest.raises(cs.ConsilienceError, match="`count` must be a whole number"):
+        cs.memory.strokes(0, (28, 28))
+
+
 def test_pieces_of_an_image_are_windows_of_it():
     """Coordinates as colours: a piece of a linear picture says where it was cut."""
     rows, columns = torch.meshgrid(torch.arange(40.0), torch.arange(60.0), indexing="ij")

@@ -178,7 +178,7 @@ def exmodel(
     steps: int = 1000,
     lr: float = 0.001,
     weight_ce: float = 1.0,
-    normalise: Literal["mean", "standard"] | None = "mean",
+    normalise: Literal["mean", "standard", "samples"] | None = "mean",
     targets: Literal["document", "both"] = "document",
     augment: Any = None,
 ) -> ExModelDistillation:
@@ -192,8 +192,8 @@ def exmodel(
         steps: gradient steps per exchange.
         lr: learning rate of these steps.
         weight_ce: weight of the cross-entropy next to the squared error of the logits.
-        normalise: what is taken off the logits of teachers, per sample: their mean, also their scale, or
-            nothing.
+        normalise: what is taken off the logits of teachers: per sample their mean, also their scale
+            ("standard"), or also mean and scale of each class over the samples ("samples"); or nothing.
         targets: the units of the teacher that knows a sample's class (the paper's Eq. 9), or those of both.
         augment: random views of the samples in training, as of a source.
     """

@@ -55,6 +55,19 @@ class Asked(NamedTuple):
     """The classes that it knows in each task [T, C]."""
     latents: Callable[[Input], Tensor] | None = None
     """inputs -> the inputs of its head [n, d]."""
+    scale: Scale | None = None
+    """What its logits are calibrated by; None: by nothing."""
+    calibrated: bool = False
+    """Whether it learned calibrated logits, which are then taken as they are."""
+
+
+class Scale(NamedTuple):
+    """What logits [n, C] are calibrated by: (z - mean) / deviation."""
+
+    mean: Tensor
+    """Of each unit over samples [C]."""
+    deviation: Tensor
+    """Their standard deviation [C]; 1 where it is 0."""
 
 
 class Latents(NamedTuple):
@@ -80,7 +93,10 @@ class ExModelDistillation(Asking):
     psi are the inputs of heads, in eval mode; the matrices P_k [d_k, d] start as the identity, are trained
     with f, and dropped after the exchange; without `project` they stay the identity.
     Logits of teachers are normalised over the classes that each knows: "mean" subtracts their mean, which
-    removes an offset; "standard" also divides by their standard deviation, which removes the scale.
+    removes an offset; "standard" also divides by their standard deviation, which removes the scale. With
+    "samples" each logit of an expert, after the mean, is standardised over the samples of the memory, (z -
+    mean over samples) / standard deviation, so that experts of other confidence compare; the former ex-model
+    learned such logits, which are taken as they are.
 
     With `targets` "document" (Eq. 9) t has the units of the teacher that knows y: the former ex-model f', or
     the expert; where both know y, those of both, and the mean of the two where they overlap. With "both" t
@@ -116,7 +132,7 @@ class ExModelDistillation(Asking):
     """The weight of the squared distance of projected latents to those of each teacher."""
     project: bool = True
     """Whether latents pass a linear map for each teacher; without, all widths must be equal."""
-    normalise: Literal["mean", "standard"] | None = "mean"
+    normalise: Literal["mean", "standard", "samples"] | None = "mean"
     targets: Literal["document", "both"] = "document"
     augment: Any = None
     """Random views of samples in training, for the ex-model and its teachers, as `augment` of a source."""
@@ -142,7 +158,7 @@ class ExModelDistillation(Asking):
             )
         for name, choices in (
             ("optimiser", ("adam", "sgd")),
-            ("normalise", ("mean", "standard", None)),
+            ("normalise", ("mean", "standard", "samples", None)),
             ("targets", ("document", "both")),
         ):
             value = getattr(self, name)
@@ -250,7 +266,8 @@ class ExModelDistillation(Asking):
         former = None
         if before is not None:
             teacher = self._former(model, state)
-            former = Asked(self._student(model, state.params, state.buffers), seen, _latents_by(teacher))
+            answer = self._student(model, state.params, state.buffers)
+            former = Asked(answer, seen, _latents_by(teacher), calibrated=self.normalise == "samples")
 
         # One expert after another, so that no two of them are in memory.
         share, pieces, known = self.size // (count + len(experts)), list[Samples](), seen.clone()
@@ -289,7 +306,7 @@ class ExModelDistillation(Asking):
             if former is not None:
                 yield former
             for message in experts:
-                yield self._asked(model, state, message, known)
+                yield self._asked(model, state, message, known, memory)
 
         params, buffers = self._distilled(model, state, memory, known, asked, generator)
         size = int(sum(m.size for m in experts))
@@ -301,7 +318,7 @@ class ExModelDistillation(Asking):
         """Return the ex-model before this expert as a teacher."""
         return Teacher("ex-model", model, state.params, state.buffers, classes, classes, task)
 
-    def _asked(self, model: Model, state: State, message: Message, like: Tensor) -> Asked:
+    def _asked(self, model: Model, state: State, message: Message, like: Tensor, memory: Samples) -> Asked:
         """Return an expert as one who is asked over the columns of the frame; `like` is [T, C]."""
         sender, teacher = self.sender(message.sender), self.teacher(model, state, message, like.device)
         knows = torch.zeros_like(like)
@@ -313,7 +330,15 @@ class ExModelDistillation(Asking):
                 1, torch.tensor(sender.classes, device=found.device), found
             )
 
-        return Asked(answer, knows, _latents_by(teacher))
+        asked = Asked(answer, knows, _latents_by(teacher))
+        if self.normalise != "samples":
+            return asked
+        units = knows[self._task(sender)].expand(len(memory.y), -1)
+        logits = self.normalised(answer(memory.x, memory.task), units)
+        deviation = logits.std(0, unbiased=False)
+        # A unit that is always equal has no scale, and its distance to the mean is 0.
+        scale = Scale(logits.mean(0), torch.where(deviation > 0, deviation, 1))
+        return asked._replace(scale=scale)
 
     # The memory.
 
@@ -523,11 +548,20 @@ class ExModelDistillation(Asking):
             if not len(index):
                 continue
             units = units[index]
-            logits = self.normalised(one.answer(samples.x[index], samples.task[index]), units)
+            logits = self._compared(one, one.answer(samples.x[index], samples.task[index]), units)
             total = total.to(logits.dtype).index_add(0, index, logits)
             times = times.to(logits.dtype).index_add(0, index, units.to(logits.dtype))
         assert total is not None and times is not None
         return total / times.clamp_min(1), times > 0
+
+    def _compared(self, one: Asked, logits: Tensor, units: Tensor) -> Tensor:
+        """Return logits [n, C] as those of several teachers compare, on some units [n, C]; 0 elsewhere."""
+        if one.calibrated:
+            return torch.where(units, logits, 0)
+        logits = self.normalised(logits, units)
+        if one.scale is None:
+            return logits
+        return torch.where(units, (logits - one.scale.mean) / one.scale.deviation, 0)
 
     def normalised(self, logits: Tensor, units: Tensor) -> Tensor:
         """Return logits [n, C] normalised over some units [n, C] of each sample; 0 elsewhere.

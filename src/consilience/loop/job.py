@@ -563,7 +563,10 @@ class Job:
                 self.trend = Trend(best, int(at), int(since))
             held = {name[5:]: tensor for name, tensor in tensors.items() if name.startswith("best/")}
             if held:
-                self.best = held, {name: int(counts[f"best/{name}"]) for name in ("epoch", "index")}
+                self.best = (
+                    held,
+                    self._clock({name[5:]: counts[name] for name in counts if name[:5] == "best/"}),
+                )
 
     def _restore(self, tensors: Mapping[str, Tensor], counts: Mapping[str, float]) -> None:
         """Put tensors that `_state` gave, and the clock, in the place of the present ones."""
@@ -589,7 +592,15 @@ class Job:
         for correction, ctx in self.corrections:
             prefix = f"trace/{correction.name}"
             ctx.trace = {name: tensors[f"{prefix}/{name}"].to(device) for name in ctx.trace}
-        self.epoch, self.index = int(counts["epoch"]), int(counts["index"])
+        self.epoch, self.index = self._clock(counts).values()
+
+    def _clock(self, counts: Mapping[str, float]) -> dict[str, int]:
+        """Return epoch and step of a visit that was kept; raise ValueError for those that no visit has."""
+        clock = {name: int(counts[name]) for name in ("epoch", "index")}
+        # The steps of all epochs before it are planned again, so that a wrong number would take for ever.
+        if not 0 <= clock["epoch"] <= self.training.epochs or clock["index"] < 0:
+            raise ValueError(f"a place in the visit that is none: {clock}")
+        return clock
 
     def moving_buffers(self) -> list[tuple[str, Tensor]]:
         """Return the buffers that steps may update: all but derived ones."""

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from consilience.memory._pieces import pieces as pieces
     from consilience.memory._priors import Prior as Prior
     from consilience.memory._priors import Seen as Seen
+    from consilience.memory._strokes import strokes as strokes
     from consilience.memory.policies import ClassBalanced as ClassBalanced
     from consilience.memory.policies import Growing as Growing
     from consilience.memory.policies import Herding as Herding

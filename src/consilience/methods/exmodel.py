@@ -65,7 +65,7 @@ def exmodel_distillation(
     steps: int = 1000,
     lr: float = 0.001,
     weight_ce: float = 1.0,
-    normalise: Literal["mean", "standard"] | None = "mean",
+    normalise: Literal["mean", "standard", "samples"] | None = "mean",
     targets: Literal["document", "both"] = "document",
     augment: Any = None,
 ) -> Method:
@@ -79,8 +79,8 @@ def exmodel_distillation(
         steps: gradient steps per exchange.
         lr: their learning rate.
         weight_ce: the weight of the cross-entropy next to the squared error of the logits.
-        normalise: what is taken off the logits of teachers, per sample: their mean, also their scale, or
-            nothing.
+        normalise: what is taken off the logits of teachers: per sample their mean, also their scale
+            ("standard"), or also mean and scale of each class over the samples ("samples"); or nothing.
         targets: the units of the teacher that knows a sample's class (the paper's Eq. 9), or those of both.
         augment: random views of the samples in training, as of a source.
     """
@@ -99,7 +99,7 @@ def dac(
     steps: int = 1000,
     lr: float = 0.001,
     weight_latents: float = 1.0,
-    normalise: Literal["mean", "standard"] | None = "mean",
+    normalise: Literal["mean", "standard", "samples"] | None = "mean",
     augment: Any = None,
 ) -> Method:
     """Data-agnostic consolidation: distil an expert and the former model by outputs and projected latents.
@@ -115,8 +115,8 @@ def dac(
         steps: gradient steps per exchange.
         lr: their learning rate.
         weight_latents: the weight of the squared distance of latents next to that of outputs.
-        normalise: what is taken off the logits of teachers, per sample: their mean, also their scale, or
-            nothing.
+        normalise: what is taken off the logits of teachers: per sample their mean, also their scale
+            ("standard"), or also mean and scale of each class over the samples ("samples"); or nothing.
         augment: random views of the samples in training, as of a source; heavy ones make few images many.
     """
     from consilience.consolidators.ex_model import ExModelDistillation

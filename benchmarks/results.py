@@ -49,6 +49,7 @@ SCRIPTS = (
     Script("continual.py"),
     Script("federated.py"),
     Script("mergeability.py"),
+    Script("exmodel.py"),
     Script("skill.py", 1, ("timm",)),
     Script("skill.py --seed 1", 1, ("timm",)),
     Script("skill.py --seed 2", 1, ("timm",)),

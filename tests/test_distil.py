@@ -386,6 +386,23 @@ def test_one_command_makes_one_model_of_five(stream, tmp_path, capsys):
     assert card.accuracy == {"digits, test": rows["student"]["accuracy"]}
 
 
+def test_a_killed_command_is_resumed(stream, tmp_path, capsys):
+    """The student is the one of a command that was not killed; with --resume a first command begins."""
+    argv = ["distil", *map(str, stream), "--student", "mlp", "--student.hidden", "[8]", "--data", "digits"]
+    argv += ["--steps", "30", "--resume", "true"]
+    assert main([*argv, "-o", str(tmp_path / "whole")]) == 0
+    cut = tmp_path / "cut"
+    assert main([*argv, "-o", str(cut)]) == 0
+    # Killed before it ended: no result, and no student.
+    for name in ("run/result.json", "student.safetensors", "report.json", "report.md"):
+        (cut / name).unlink()
+    assert main([*argv[:-2], "-o", str(cut)]) != 0
+    assert "must be a new folder" in capsys.readouterr().err
+    assert main([*argv, "-o", str(cut)]) == 0
+    found = [experts.load(tmp_path / name / "student.safetensors") for name in ("whole", "cut")]
+    assert all(torch.equal(found[0].params[name], entry) for name, entry in found[1].params.items())
+
+
 def test_a_stream_of_files_becomes_one_model(stream, tmp_path, capsys):
     folder = tmp_path / "images"
     argv = [

@@ -81,6 +81,7 @@ class DistilOptions:
             temperature of least cross-entropy on the validation part of --data.
         device: where to train, such as cpu or cuda:0.
         seed: of all random draws.
+        resume: continue the run in --out, with its options and files; if there is none, begin it.
     """
 
     out: str | None = None
@@ -89,6 +90,7 @@ class DistilOptions:
     calibrate: Literal["scale", "labels"] | None = None
     device: str = "cpu"
     seed: int = 0
+    resume: bool = False
 
 
 NOT_OPTIONS = ("unlabelled", "temperatures", "augment", "calibrate")
@@ -103,7 +105,7 @@ def distil(argv: Sequence[str]) -> int:
     options = DistilOptions(**options_of(order, DistilOptions))
     if not words:
         raise ConsilienceError("`consilience distil` needs teachers: files of experts, or folders of runs.")
-    out = new_folder(options.out)
+    out = new_folder(options.out, options.resume)
 
     # Teachers are read before the data, so that a wrong path costs no time.
     asked = TeacherOptions(**options_of(order, TeacherOptions))
@@ -163,12 +165,14 @@ def options_of(order: Order, kind: type) -> dict[str, Any]:
     return order.options(part)
 
 
-def new_folder(out: str | None) -> Path:
-    """Return a folder that does not exist yet, or is empty."""
+def new_folder(out: str | None, resume: bool = False) -> Path:
+    """Return a folder that does not exist yet, or is empty; with `resume` also one that has a run."""
     if not out:
         raise ConsilienceError("`--out` must be a new folder.")
-    # Files of two students in one folder could be taken for each other.
     place = Path(out)
+    if resume and (place / "run").is_dir():
+        return place
+    # Files of two students in one folder could be taken for each other.
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise ConsilienceError(f"`--out` must be a new folder, and {out} exists.")
     return place
@@ -277,6 +281,7 @@ class Distilled:
         from consilience import experts
         from consilience.core.params import write_bytes, write_json
         from consilience.experts import _distil as work
+        from consilience.loop.folder import Log
 
         result = cs.distil(
             self.teachers,
@@ -287,6 +292,7 @@ class Distilled:
             training=cs.Training(device=self.options.device),
             seed=self.options.seed,
             out=out / "run",
+            resume=self.options.resume and Log(out / "run").begun,
             **self.method,
         )
         labels = work.union(self.teachers)

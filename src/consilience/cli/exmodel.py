@@ -39,7 +39,7 @@ class ExModelOptions:
         licence: of its weights, for its card.
         device: where to train, such as cpu or cuda:0.
         seed: of all random draws.
-        resume: continue the run in --out.
+        resume: continue the run in --out, with its options and files; if there is none, begin it.
     """
 
     out: str | None = None
@@ -64,8 +64,7 @@ def exmodel(argv: Sequence[str]) -> int:
     options = ExModelOptions(**options_of(order, ExModelOptions))
     if not words:
         raise ConsilienceError("`consilience exmodel` needs the files of experts, in their order.")
-    resumes = options.resume and options.out is not None and Path(options.out).is_dir()
-    out = Path(str(options.out)) if resumes else new_folder(options.out)
+    out = new_folder(options.out, options.resume)
 
     asked = TeacherOptions(**options_of(order, TeacherOptions))
     experts = [asked.load(word) for word in words]
@@ -153,6 +152,7 @@ def run(
     from consilience.core.params import write_json
     from consilience.experts import _distil as work
     from consilience.experts._pictures import write_pictures
+    from consilience.loop.folder import Log
 
     # The model is made before any work, for which its card must have a name.
     taught = work.experts_of(experts)
@@ -173,7 +173,7 @@ def run(
             cs.Training(device=options.device),
             seed=options.seed,
             out=out / "run",
-            resume=options.resume,
+            resume=options.resume and Log(out / "run").begun,
         ),
     )
     learner = work.student_of(result, taught, model, options.name)

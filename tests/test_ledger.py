@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import consilience as cs
+from consilience.loop import agent
 from consilience.loop.judge import Judge
 from consilience.loop.ledger import Cost, Ledger, outline
 from consilience.testing import SETTINGS, TRAINING, quiet
@@ -56,12 +57,12 @@ FORMULAS = {
 
 @contextmanager
 def every_operation() -> Iterator[Callable[[], float]]:
-    """Count each operation of a run but those of its judge, with torch's own counter."""
+    """Count each operation of a run but those of its judge and its checks, with torch's own counter."""
     counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
     left_out, depth, begun = [0], [0], [False]
 
-    def leave_out(name: str) -> Any:
-        judged = getattr(Judge, name)
+    def leave_out(whose: Any, name: str) -> Any:
+        judged = getattr(whose, name)
 
         def other(*args: Any, **kwargs: Any) -> Any:
             before = counter.get_total_flops()
@@ -75,11 +76,13 @@ def every_operation() -> Iterator[Callable[[], float]]:
                     left_out[0] += counter.get_total_flops() - (before if begun[0] else left_out[0])
                     begun[0] = True
 
-        return mock.patch.object(Judge, name, other)
+        return mock.patch.object(whose, name, other)
 
     with ExitStack() as stack:
         for name in JUDGED:
-            stack.enter_context(leave_out(name))
+            stack.enter_context(leave_out(Judge, name))
+        # What is received is tried on one example, which is no learning.
+        stack.enter_context(leave_out(agent, "check_content"))
         stack.enter_context(counter)
         yield lambda: (counter.get_total_flops() - left_out[0]) / 2
 

@@ -298,6 +298,39 @@ def test_experts_may_come_in_any_order_late_and_again(latents: float) -> None:
         schedule, cs.Method("exm", consolidator=part), cs.models.mlp(D, (32,), C), testing.TRAINING
     )
     outer = testing.state_of(result).outer
-    # Four messages came: each counts as an expert, and all have samples in the memory.
-    assert int(outer["count"]) == 4 and outer["expert"].unique().tolist() == [0, 1, 2, 3]
+    # Four messages of three experts came: the newer version of e2 took the place of the older one.
+    assert outer["arrived"].tolist() == [0, 1, 2] and outer["expert"].bincount().tolist() == [30, 30, 30]
     assert bool(outer["seen"].all()) and len(outer["y"]) == 90
+
+
+def test_a_newer_version_alone_is_what_is_learned() -> None:
+    """The older one left nothing: neither samples nor targets of the former model."""
+    part = ExModelDistillation(maker=cs.memory.auxiliary(torch.rand(200, D)), size=30, steps=5, weight_ce=0)
+    asked: list[list[Any]] = []
+    whole = ExModelDistillation.targets_of
+
+    def targets_of(self: Any, teachers: Any, samples: Any) -> Any:
+        asked.append(list(teachers))
+        return whole(self, asked[-1], samples)
+
+    with testing.replaced(ExModelDistillation, "targets_of", targets_of):
+        schedule = phases(("e2",), ("e2",), ("e1",))
+        model = cs.models.mlp(D, (32,), C)
+        result = testing.quiet(schedule, cs.Method("exm", consolidator=part), model, testing.TRAINING)
+    assert [len(teachers) for teachers in asked] == [1, 1, 2]
+    assert testing.state_of(result).outer["expert"].bincount().tolist() == [15, 15]
+
+
+def test_experts_are_sent_every_few_epochs() -> None:
+    """Each trains on in several visits, and is sent after each: as a newer version of itself."""
+    schedule = cs.settings.exmodel(sources=SOURCES, visits=3)
+    part = ExModelDistillation(maker=cs.memory.auxiliary(torch.rand(200, D)), size=30, steps=5)
+    model = cs.models.mlp(D, (32,), C)
+    result = testing.quiet(schedule, cs.Method("exm", consolidator=part), model, testing.TRAINING)
+    names = [source.name for source in SOURCES]
+    assert list(result.stages[-len(names) :]) == [f"{name}, visit 3" for name in names]
+    assert len(result.stages) == 3 * len(names)
+    outer = testing.state_of(result).outer
+    assert outer["expert"].bincount().tolist() == [10, 10, 10] and len(outer["arrived"]) == 3
+    with pytest.raises(cs.ConsilienceError, match="`visits` has no effect on experts that are given"):
+        cs.settings.exmodel([cs.Expert("a", {}, SOURCES[0])], visits=2)

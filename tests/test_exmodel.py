@@ -268,7 +268,7 @@ def test_the_memory_has_the_sizes_of_eq_5_and_balanced_classes(size):
     for i, (state, _) in enumerate(spied(schedule, cs.models.wrap(linear(8)), **even), 1):
         expert, y = state.outer["expert"].tolist(), state.outer["y"]
         assert len(expert) == size and Counter(expert)[i - 1] == size // i
-        assert int(state.outer["count"]) == i
+        assert len(state.outer["arrived"]) == i
         new = Counter(y[state.outer["expert"] == i - 1].tolist()).values()
         old = Counter(y[state.outer["expert"] < i - 1].tolist()).values()
         assert max(new) - min(new) <= 1
@@ -328,7 +328,7 @@ def test_experts_that_come_together_share_the_memory():
     schedule = cs.settings.merging(given(*map(linear, range(3))))
     state = final(schedule, cs.models.wrap(linear(8)), maker=Noise(), size=62)
     assert Counter(state.outer["expert"].tolist()) == {0: 20, 1: 20, 2: 20}
-    assert int(state.outer["count"]) == 3 and bool(state.outer["seen"].all())
+    assert len(state.outer["arrived"]) == 3 and bool(state.outer["seen"].all())
 
 
 def test_experts_of_the_same_classes_leave_an_ex_model_that_agrees():
@@ -803,7 +803,7 @@ def test_refusals():
 def test_messages_that_are_not_the_expert_of_the_schedule_are_refused():
     agent, message = learner_and_message()
     agent.receive([message])
-    assert int(agent.state.outer["count"]) == 1
+    assert len(agent.state.outer["arrived"]) == 1
 
     for change, rule in (
         ({"sender": "stranger"}, "nothing is of 'stranger'"),

@@ -70,6 +70,24 @@ class Scale(NamedTuple):
     """Their standard deviation [C]; 1 where it is 0."""
 
 
+class Arrived(NamedTuple):
+    """The experts that came so far, in their order, with those of an exchange."""
+
+    names: list[str]
+    others: list[str]
+    """Those that are not in this exchange."""
+    renewed: Tensor
+    """The numbers of those in this exchange that came before, with an older version."""
+
+    @staticmethod
+    def of(outer: Mapping[str, Tensor], senders: Sequence[str], names: Sequence[str]) -> Arrived:
+        """Return the experts of a state, which has their places among the senders, and new ones by name."""
+        before = [senders[place] for place in outer["arrived"].tolist()] if "arrived" in outer else []
+        others = [name for name in before if name not in names]
+        renewed = torch.tensor([before.index(name) for name in names if name in before], dtype=torch.long)
+        return Arrived([*before, *(name for name in names if name not in before)], others, renewed)
+
+
 class Latents(NamedTuple):
     """What a teacher says of the latents of samples."""
 
@@ -105,9 +123,10 @@ class ExModelDistillation(Asking):
 
     With task labels "document" trains only the columns of a sample's task; with "both" every sample is asked
     under all tasks seen so far, so that the former ex-model teaches its heads on new samples too. Experts
-    received at once are all taught together, and share the new samples. They may be of any architecture. An
-    ex-model that answers as its teachers do takes no steps if weight_ce is 0. The memory is a part of
-    `State.outer`, and is never sent.
+    received at once are all taught together, and share the new samples. They may be of any architecture. A
+    newer version of one takes the place of the older one: its samples go, and of its classes the former
+    ex-model teaches only what others know. An ex-model that answers as its teachers do takes no steps if
+    weight_ce is 0. The memory is a part of `State.outer`, and is never sent.
     Carta et al. 2022, arXiv:2112.06511, Algorithm 1, whose line 10 has f(x) in the place of its y^k; latents:
     Carta et al. 2023, arXiv:2303.15888.
     """
@@ -248,6 +267,19 @@ class ExModelDistillation(Asking):
         tasks = self._tasks
         return tasks.index(sender.task) if tasks != (None,) else 0
 
+    @property
+    def _senders(self) -> Mapping[str, SenderFacts]:
+        """What the schedule says of all who send."""
+        return {} if self.facts is None else self.facts.senders
+
+    def _knows(self, names: Iterable[str], outputs: int, device: torch.device) -> Tensor:
+        """Return which classes some experts know together in each task: bool [T, C]."""
+        known = torch.zeros(len(self._tasks), outputs, dtype=torch.bool, device=device)
+        for name in names:
+            sender = self.sender(name)
+            known[self._task(sender), list(sender.classes)] = True
+        return known
+
     # Receiving.
 
     def receive(
@@ -259,20 +291,22 @@ class ExModelDistillation(Asking):
             return WEIGHTS.receive(model, state, fresh, by_size, generator)
 
         like = Layout.of({n: p for n, p in state.params.items() if is_trained(model, n, p)})
-        seen = state.outer.get("seen")
-        if seen is None:
-            seen = torch.zeros(len(self._tasks), model.outputs, dtype=torch.bool, device=like.device)
-        before, count = _memory(state.outer), int(state.outer.get("count", 0))
+        arrived = Arrived.of(state.outer, list(self._senders), [message.sender for message in experts])
+        before, known = _memory(state.outer), self._knows(arrived.others, model.outputs, like.device)
         former = None
         if before is not None:
-            teacher = self._former(model, state)
+            # A newer version of an expert takes the place of all that the older one left.
+            before = before.select(
+                (~torch.isin(before.expert, arrived.renewed.to(like.device))).nonzero()[:, 0]
+            )
             answer = self._student(model, state.params, state.buffers)
-            former = Asked(answer, seen, _latents_by(teacher), calibrated=self.normalise == "samples")
+            latents = _latents_by(self._former(model, state))
+            former = Asked(answer, known.clone(), latents, calibrated=self.normalise == "samples")
 
         # One expert after another, so that no two of them are in memory.
-        share, pieces, known = self.size // (count + len(experts)), list[Samples](), seen.clone()
-        for number, message in enumerate(experts, count):
-            sender = self.sender(message.sender)
+        share, pieces = self.size // len(arrived.names), list[Samples]()
+        for message in experts:
+            sender, number = self.sender(message.sender), arrived.names.index(message.sender)
             if not share:
                 raise ConsilienceError(
                     f"each expert needs a sample of the memory, got a `size` of {self.size} for expert "
@@ -291,7 +325,7 @@ class ExModelDistillation(Asking):
             del teacher
 
         # What is left of the memory has room for the others.
-        if before is not None:
+        if before is not None and len(before.y):
             kept = self._kept(before, self.size - share * len(experts), model.outputs, generator)
             pieces.insert(0, before.select(kept))
         memory = _joined(pieces)
@@ -299,11 +333,12 @@ class ExModelDistillation(Asking):
             **named("x", memory.x),
             **{name: getattr(memory, name) for name in ("y", "expert", "task")},
             "seen": known,
-            "count": torch.tensor(count + len(experts)),
+            "arrived": torch.tensor([list(self._senders).index(name) for name in arrived.names]),
         }
 
         def asked() -> Iterator[Asked]:
-            if former is not None:
+            # Where all were renewed, it has nothing to teach.
+            if former is not None and bool(former.knows.any()):
                 yield former
             for message in experts:
                 yield self._asked(model, state, message, known, memory)

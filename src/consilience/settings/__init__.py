@@ -494,6 +494,7 @@ def exmodel(
     sources: Sequence[Source] = (),
     base: Any = None,
     scenario: Scenario = "class",
+    visits: int = 1,
 ) -> Schedule:
     """Send one learner one trained expert at a time, and no data.
 
@@ -502,21 +503,31 @@ def exmodel(
         sources: data that experts are first trained on, from one base.
         base: parameters that the experts started from.
         scenario: what targets and task labels are (see `continual`).
+        visits: how often each expert trains on its source, for the epochs of the training, and is sent
+            after that. Given experts take no steps.
     """
+    from consilience.core.checks import whole_number
+    from consilience.core.errors import ConsilienceError
     from consilience.core.schedule import Evaluate, Exchange, Train, build
     from consilience.core.schedule import Expert as ExpertClass
 
     # `exmodel(sources)` is accepted too.
     if experts and not isinstance(experts[0], ExpertClass):
         experts, sources = (), experts
+    whole_number(visits=visits)
+    if experts and visits != 1:
+        raise ConsilienceError(
+            f"`visits` has no effect on experts that are given, got {visits}; leave it out."
+        )
     resolved = _resolved_experts(sources, experts)
 
     def plan(seed: int) -> Iterable[Phase]:
-        if not resolved.given:
-            yield Train(resolved.training())
-        for name, source in zip(resolved.names, resolved.sources, strict=True):
-            yield Exchange({"learner": (name,)}, by_size=False)
-            yield Evaluate(source.name)
+        for visit in range(1, visits + 1):
+            if not resolved.given:
+                yield Train(resolved.training())
+            for name, source in zip(resolved.names, resolved.sources, strict=True):
+                yield Exchange({"learner": (name,)}, by_size=False)
+                yield Evaluate(source.name if visits == 1 else f"{source.name}, visit {visit}")
 
     return build(
         "exmodel", resolved.sources, scenario, plan, "learner", experts=resolved.given, base=_entries(base)

@@ -274,7 +274,7 @@ def test_code_of_a_card_is_imported_only_with_trust(tmp_path, monkeypatch):
         ("mlp(nosuch=1)", "has no argument `nosuch`"),
         ("backbone('resnet18')", "must be one of those of consilience.models"),
         ("64", "must be a call of a model"),
-        ("transformers:BertModel", "transformers"),
+        ("transformers:BertModel", "transformers|must be a class such as AutoModel"),
         ("timm:nosuch_model", "timm"),
         ("timm:hf-hub:someone/model", "timm"),
     ],

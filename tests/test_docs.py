@@ -289,6 +289,27 @@ def statistics_of(values: list[float]) -> tuple[float, float]:
     return statistics.mean(values), statistics.stdev(values)
 
 
+def test_figures_of_ex_model_distillation_are_those_of_the_results():
+    """docs/settings/exmodel.md against exmodel_mnist.json."""
+    text = page("settings/exmodel.md")
+    rows = {
+        run["row"]: 100 * run["seeds"][0]["score"]
+        for run in result("exmodel_mnist")["runs"]
+        if run["scenario"] == "nc"
+    }
+    ours = [rows[name] for name in ("strokes", "strokes, both, over samples", "ours (and 3 x the steps)")]
+    for said in (
+        f"the surest expert is right in {rows['entropy']:.0f} %",
+        f"the one that knows the digit in {rows['oracle']:.1f} %",
+        f"{rows['Model Inversion ED']:.0f} with inversion,",
+        f"{rows['Data Impression ED']:.0f} with data impression",
+        f"and {rows['Aux. Data ED']:.0f} with Fashion-MNIST",
+        "Strokes give {:.0f}, over samples {:.0f}, and with three times the steps {:.0f}.".format(*ours),
+        f"upper bound, give {rows['Replay ED']:.0f}.",
+    ):
+        assert said in text, said
+
+
 def test_figures_of_multitask_learning_are_those_of_the_results():
     text = page("settings/multitask.md")
 

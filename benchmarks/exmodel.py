@@ -49,9 +49,8 @@ from torch import Tensor
 
 import consilience as cs
 from common import RESULTS, folder_for, kept, machine, save, spread
-from consilience.core.params import write_bytes
 from consilience.core.source import Source
-from consilience.experts._pictures import grid_of, png_of
+from consilience.experts._pictures import write_pictures
 
 SIZE, STEPS, SEEDS = 5000, 1000, 1
 SIZES = (10, 50, 250, 1000, 5000)
@@ -77,8 +76,12 @@ class Job(NamedTuple):
 def images(name: str) -> Source:
     """All pixels of mean 0 and deviation 1, by the usual figures of the set that experts learn."""
     found = cs.data.npz("cifar10_jpeg", limit=CIFAR, seed=0) if name == "cifar" else cs.data.npz(name)
+    return found.map(x=lambda x: scaled(x, name))
+
+
+def scaled(x: Tensor, name: str) -> Tensor:
     mean, std = (0.47, 0.25) if name in ("cifar", "mnist_m_jpeg") else (0.1307, 0.3081)
-    return found.map(x=lambda x: (x - mean) / std)
+    return (x - mean) / std
 
 
 def model_of(data: str) -> Any:
@@ -118,7 +121,7 @@ def given(data: str, scenario: str, seed: int) -> list[cs.Expert]:
 
 
 def strokes(count: int) -> Tensor:
-    return (cs.memory.strokes(count, (28, 28)) - 0.1307) / 0.3081
+    return scaled(cs.memory.strokes(count, (28, 28)), "mnist")
 
 
 def crops(count: int) -> Tensor:
@@ -126,7 +129,7 @@ def crops(count: int) -> Tensor:
     from sklearn.datasets import load_sample_image
 
     photograph = torch.tensor(np.array(load_sample_image("china.jpg"))).permute(2, 0, 1).float() / 255
-    return (cs.memory.pieces(photograph, count, (32, 32)) - 0.47) / 0.25
+    return scaled(cs.memory.pieces(photograph, count, (32, 32)), "cifar")
 
 
 def maker_of(kind: str, job: Job) -> Any:
@@ -196,7 +199,7 @@ ENSEMBLES: dict[str, Callable[[], cs.Method]] = {
 
 
 def measured(job: Job) -> dict[str, float]:
-    """Accuracy, seconds, and the sizes of what is kept."""
+    """Accuracy, seconds and MACs."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     began, experts = time.time(), given(job.data, job.scenario, job.seed)
@@ -238,11 +241,8 @@ def all_outputs(job: Job, experts: Sequence[cs.Expert]) -> float:
 
 def draw(job: Job, memory: Mapping[str, Tensor]) -> None:
     """Write a picture of a memory."""
-    if "x" not in memory:
-        return
     name = "".join(letter if letter.isalnum() else "-" for letter in job.row.lower())
-    picture = png_of(grid_of(memory["x"].float(), memory["y"], 10))
-    write_bytes(RESULTS / f"exmodel_{job.data}_{job.scenario}_{name}.png", picture)
+    write_pictures(RESULTS / f"exmodel_{job.data}_{job.scenario}_{name}.png", memory["x"], memory["y"])
 
 
 # Parts.
@@ -272,7 +272,7 @@ def kept_job(work: tuple[Path | None, Job]) -> dict[str, float]:
     return kept(folder, list(job), lambda: measured(job))
 
 
-def told(found: Mapping[Job, Sequence[Mapping[str, float]]]) -> list[dict[str, Any]]:
+def as_json(found: Mapping[Job, Sequence[Mapping[str, float]]]) -> list[dict[str, Any]]:
     return [{**job._asdict(), "seeds": list(each)} for job, each in found.items()]
 
 
@@ -304,7 +304,7 @@ def run_mnist(bench: Bench) -> tuple[dict[str, Any], str]:
         if joint or nc:
             paper = " | ".join(PAPER.get(row, ("", "")))
             lines.append(f"| {row} | {joint} | {gaps.get(row, '')} | {nc} | {paper} |")
-    return {"runs": told(found)}, "Accuracy, %.\n\n" + "\n".join(lines)
+    return {"runs": as_json(found)}, "Accuracy, %.\n\n" + "\n".join(lines)
 
 
 def run_cifar(bench: Bench) -> tuple[dict[str, Any], str]:
@@ -320,7 +320,7 @@ def run_cifar(bench: Bench) -> tuple[dict[str, Any], str]:
     for row in (*rows, "crops, over samples"):
         cells = [spread([one["score"] for one in found[Job("cifar", s, row, 0)]]) for s in scenarios]
         lines.append(f"| {row} | {' | '.join(cells)} |")
-    return {"images": CIFAR, "runs": told(found)}, "Accuracy, %.\n\n" + "\n".join(lines)
+    return {"images": CIFAR, "runs": as_json(found)}, "Accuracy, %.\n\n" + "\n".join(lines)
 
 
 def run_sizes(bench: Bench) -> tuple[dict[str, Any], str]:
@@ -332,7 +332,7 @@ def run_sizes(bench: Bench) -> tuple[dict[str, Any], str]:
     for row in rows:
         cells = [spread([one["score"] for one in found[Job("cifar", "mt", row, 0, n)]]) for n in SIZES]
         lines.append(f"| {row} | {' | '.join(cells)} |")
-    return {"images": CIFAR, "runs": told(found)}, "Accuracy, %, by samples.\n\n" + "\n".join(lines)
+    return {"images": CIFAR, "runs": as_json(found)}, "Accuracy, %, by samples.\n\n" + "\n".join(lines)
 
 
 PARTS: dict[str, Callable[[Bench], tuple[dict[str, Any], str]]] = {

@@ -153,7 +153,7 @@ def test_deep_model_consolidation_is_the_paper_s_loss() -> None:
     old, columns = student, list(SOURCES[0].classes)
     for i, (state, _) in enumerate(states):
         x, own = state.outer["x"], list(SOURCES[i].classes)
-        # The first expert has no former model beside it.
+        # The first expert comes without a former model.
         new = nets[i].double()(x)[:, own]
         parts = [new] if not i else [old(x)[:, columns], new]
         target = torch.cat([z - z.mean(1, keepdim=True) for z in parts], 1).detach()

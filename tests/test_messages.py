@@ -704,9 +704,8 @@ def test_mutated_run_folders(parts, tmp_path):
     assert 0.02 * count < taken < 0.75 * count
 
 
-@pytest.mark.parametrize("change", [{"epoch": 2**70}, {"epoch": -1}, {"index": -1}])
-def test_a_visit_that_stands_where_none_can_is_refused(parts, tmp_path, change):
-    """With all hashes right; the steps of 2**70 epochs would be planned for ever."""
+def interrupted_run(parts: Any, out: Path) -> tuple[Any, Path]:
+    """A run that was stopped inside a visit, as arguments of `run`, and the index of its only checkpoint."""
     arguments = (cs.settings.federated(parts[:2], 2), cs.methods.fedavg(), cs.models.linear(64, 10), TRAINING)
 
     def stop(line: Mapping[str, Any]) -> None:
@@ -714,14 +713,43 @@ def test_a_visit_that_stands_where_none_can_is_refused(parts, tmp_path, change):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        cs.run(*arguments, out=tmp_path, checkpoint_steps=1, progress=stop)
-    (tmp_path / "checkpoint" / "previous.json").unlink()
-    path = tmp_path / "checkpoint" / "index.json"
+        cs.run(*arguments, out=out, checkpoint_steps=1, progress=stop)
+    (out / "checkpoint" / "previous.json").unlink()
+    return arguments, out / "checkpoint" / "index.json"
+
+
+def reseal(path: Path, index: Mapping[str, Any]) -> None:
+    """Write an index with a hash that is right."""
+    path.write_text(json.dumps(sealed({name: value for name, value in index.items() if name != SEAL})))
+
+
+@pytest.mark.parametrize("change", [{"epoch": 2**70}, {"epoch": -1}, {"index": -1}])
+def test_a_visit_that_stands_where_none_can_is_refused(parts, tmp_path, change):
+    """With all hashes right; the steps of 2**70 epochs would be planned for ever."""
+    arguments, path = interrupted_run(parts, tmp_path)
     index = json.loads(path.read_bytes())
     index["facts"]["trials"]["0"]["job"] |= change
-    path.write_text(json.dumps(sealed({name: value for name, value in index.items() if name != SEAL})))
+    reseal(path, index)
     with pytest.raises(cs.ConsilienceError, match="must hold this visit as it was"):
         cs.run(*arguments, out=tmp_path, resume=True)
+
+
+def test_a_state_that_lacks_one_of_its_facts_is_refused(parts, tmp_path):
+    """Each fact of an agent in turn, where its models are read and where the run is resumed."""
+    arguments, path = interrupted_run(parts, tmp_path)
+    whole = path.read_bytes()
+    facts = json.loads(whole)["facts"]["trials"]["0"]["agents"]["client-0"]
+    # These three are no facts of folders that were written before there was anything to forget.
+    wanted = facts.keys() - {"forgotten", "undone", "unsent"}
+    assert "frozen" in wanted and len(wanted) > 8
+    for name in sorted(wanted):
+        index = json.loads(whole)
+        del index["facts"]["trials"]["0"]["agents"]["client-0"][name]
+        reseal(path, index)
+        with pytest.raises(cs.ConsilienceError):
+            saved_agents(tmp_path)
+        with pytest.raises(cs.ConsilienceError):
+            cs.run(*arguments, out=tmp_path, resume=True)
 
 
 @pytest.mark.parametrize("more", [1, 2**40, 2**70, -(10**6)])

@@ -292,7 +292,7 @@ class ExModelDistillation(Asking):
 
         like = Layout.of({n: p for n, p in state.params.items() if is_trained(model, n, p)})
         arrived = Arrived.of(state.outer, list(self._senders), [message.sender for message in experts])
-        before, known = _memory(state.outer), self._knows(arrived.others, model.outputs, like.device)
+        before, known = _memory(state.outer), self._knows(arrived.names, model.outputs, like.device)
         former = None
         if before is not None:
             # A newer version of an expert takes the place of all that the older one left.
@@ -301,7 +301,12 @@ class ExModelDistillation(Asking):
             )
             answer = self._student(model, state.params, state.buffers)
             latents = _latents_by(self._former(model, state))
-            former = Asked(answer, known.clone(), latents, calibrated=self.normalise == "samples")
+            former = Asked(
+                answer,
+                self._knows(arrived.others, model.outputs, like.device),
+                latents,
+                calibrated=self.normalise == "samples",
+            )
 
         # One expert after another, so that no two of them are in memory.
         share, pieces = self.size // len(arrived.names), list[Samples]()
@@ -321,7 +326,6 @@ class ExModelDistillation(Asking):
             teacher = self.teacher(model, state, message, like.device)
             pieces.append(self._made(teacher, wanted, number, like, generator))
             state = self._grown(model, state, sender, pieces[-1].x, generator)
-            known[self._task(sender), list(sender.classes)] = True
             del teacher
 
         # What is left of the memory has room for the others.
@@ -356,8 +360,7 @@ class ExModelDistillation(Asking):
     def _asked(self, model: Model, state: State, message: Message, like: Tensor, memory: Samples) -> Asked:
         """Return an expert as one who is asked over the columns of the frame; `like` is [T, C]."""
         sender, teacher = self.sender(message.sender), self.teacher(model, state, message, like.device)
-        knows = torch.zeros_like(like)
-        knows[self._task(sender), list(sender.classes)] = True
+        knows = self._knows([message.sender], like.shape[1], like.device)
 
         def answer(x: Input, task: Tensor) -> Tensor:
             found = answers(teacher, x)

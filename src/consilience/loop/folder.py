@@ -77,7 +77,7 @@ FACTS: dict[str, Any] = {
     "trend": [Or(float)],
     "best": Or(Any_(None)),
     "ledger": {**COSTS, "measured?": Any_(list)},
-    "agents": Any_(Any_(None)),
+    "agents": Any_({"frozen": str}),
     "frozen": [str],
     "job": Or(
         {**dict.fromkeys(("epoch", "index"), int), "since?": int, "best/epoch?": int, "best/index?": int}

@@ -257,8 +257,8 @@ def foreseen(setup: Setup) -> tuple[bool, ...]:
     # When each output is first trained, so that many sources are not compared in pairs.
     first: dict[object, int] = {}
     for source in schedule.judged:
-        at = min((stage for stage in stages[source.name] if stage > 0), default=None)
-        if at is not None:
+        if stages[source.name]:
+            at = min(stages[source.name])
             first |= {output: min(at, first.get(output, at)) for output in outputs(source)}
 
     found = []

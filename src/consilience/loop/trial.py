@@ -430,9 +430,8 @@ def agent_states(
     for name, held in facts["agents"].items():
         own = {key: tensor.to(device) for key, tensor in owned.get(name, {}).items()}
         first = None if like is None else like(name)
-        # An expert with a model of its own shares no frozen entries with others; what a damaged file lacks is
-        # found when the state is read.
-        alone = first is None and not held.get("frozen")
+        # An expert with a model of its own shares no frozen entries with others.
+        alone = first is None and not held["frozen"]
         states[name] = decode_state(own, held, None if alone else first.frozen if first else frozen, first)
     return states
 
